@@ -1,0 +1,287 @@
+"""Settings: a TOML run file, read into frozen, typed values.
+
+Takes a path and `--set a.b=1` overrides, gives `Settings`. Imports neither torch nor deepspeed, so the
+launcher and a login node can read a run file in milliseconds. Everything a user can get wrong raises
+`UserError`, whose text names the setting, its value, what is needed and the remedy; the command line
+prints it without a traceback and exits with code 2.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """Something the user can mend: printed without a traceback, exit code 2."""
+
+
+class Section(BaseModel):
+    """A table of the run file. Unknown keys are errors; values cannot be changed after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSettings(Section):
+    directory: Path = Field(Path("runs/run"), description="where everything this run writes goes; from the current folder")
+    seed: int = Field(1, ge=0, lt=2**63, description="keys every random draw: order, dropout, initial weights")
+
+
+class SourceSettings(Section):
+    """One named source of documents to prepare."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="source name; becomes a folder")
+    files: list[str] = Field(min_length=1, description="paths or glob patterns: .parquet, .jsonl, .jsonl.gz, .txt")
+    column: str = Field("text", description="column that holds the text (Parquet and JSONL)")
+
+
+class PrepareSettings(Section):
+    """How raw text becomes shards."""
+
+    sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
+    vocabulary: int = Field(32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included")
+    tokenizer: Path | None = Field(None, description="a tokenizer.json to use instead of training one")
+    validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
+    shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
+    workers: int = Field(0, ge=0, description="tokenizing processes; 0: one per core")
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> "PrepareSettings":
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"prepare.sources: two sources are named {name!r}; give each its own name")
+        return self
+
+
+class DataSettings(Section):
+    """Which shards to read and how they are packed."""
+
+    directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
+    context_tokens: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
+    pack_tokens: int = Field(2048, ge=2, description="positions in a pack")
+    pack_documents: int = Field(256, ge=1, description="documents in a pack, at most")
+    lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
+    window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
+    mix: dict[str, float] = Field({}, description="share of tokens per source; empty: as much as each source holds")
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> "DataSettings":
+        if self.context_tokens > self.pack_tokens:
+            raise ValueError(
+                f"data.context_tokens = {self.context_tokens} does not fit data.pack_tokens = {self.pack_tokens}; "
+                "lower the context or raise the pack"
+            )
+        if any(share <= 0 for share in self.mix.values()):
+            raise ValueError(f"data.mix = {self.mix}: every share must be above 0; leave a source out to drop it")
+        return self
+
+
+class ModelSettings(Section):
+    """A decoder-only transformer. The vocabulary comes from the data's manifest."""
+
+    layers: int = Field(12, ge=1)
+    width: int = Field(768, ge=2, description="size of the hidden state")
+    heads: int = Field(12, ge=1, description="query heads")
+    key_value_heads: int = Field(4, ge=1, description="key and value heads; divides heads (grouped-query attention)")
+    feed_forward_width: int = Field(2048, ge=1, description="size of the SwiGLU inner layer")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies (Su et al. 2021)")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
+    tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what each block adds to the residual stream")
+    norm_epsilon: float = Field(1e-5, gt=0)
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}; "
+                f"width {self.width // self.heads * self.heads or self.heads} is the nearest below that divides"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"model.width / model.heads = {self.head_width} is odd; rotary positions need an even head width"
+            )
+        if self.heads % self.key_value_heads:
+            raise ValueError(
+                f"model.heads = {self.heads} is not a multiple of model.key_value_heads = {self.key_value_heads}; "
+                "choose a divisor of the heads"
+            )
+        return self
+
+
+class OptimizerSettings(Section):
+    """AdamW (Loshchilov & Hutter 2019). Weight decay falls on matrices only, not on norms or embeddings."""
+
+    learning_rate: float = Field(3e-4, gt=0, description="the highest the schedule reaches")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+
+class ScheduleSettings(Section):
+    """Learning rate by step: a linear warm-up, then a cosine or a stable stretch and a linear decay (WSD)."""
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay")
+    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the highest")
+
+
+class TrainingSettings(Section):
+    steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of weights in the forward pass; sums and masters stay fp32")
+    deepspeed: Path | None = Field(None, description="your DeepSpeed JSON, relative to the run file; none: ZeRO stage 1")
+
+
+class EvaluationSettings(Section):
+    every_steps: int = Field(0, ge=0, description="0: only at the end")
+    packs: int = Field(0, ge=0, description="validation packs used while training; 0: all of them. The end uses all")
+    at_end: bool = Field(True, description="score the whole split after the last step, draw a sample, write the summary")
+
+
+class CheckpointSettings(Section):
+    every_steps: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class MetricsSettings(Section):
+    port: int = Field(0, ge=0, le=65535, description="Prometheus endpoint of rank 0; 0: any free port, noted in the run directory")
+    host: str = Field("127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it")
+
+
+class Settings(Section):
+    """A whole run file."""
+
+    run: RunSettings = RunSettings()
+    prepare: PrepareSettings = PrepareSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _lanes_divide_the_step(self) -> "Settings":
+        if self.training.packs_per_step % self.data.lanes:
+            raise ValueError(
+                f"training.packs_per_step = {self.training.packs_per_step} is not a multiple of "
+                f"data.lanes = {self.data.lanes}; a step takes the same number of packs from every lane"
+            )
+        ramp = self.schedule.warmup_steps + self.schedule.decay_steps
+        if ramp > self.training.steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds training.steps = {self.training.steps}; "
+                "shorten them or train longer"
+            )
+        return self
+
+
+def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a run file. `overrides` are `section.key=value` texts, values in TOML syntax (bare words are strings).
+
+    Raises `UserError` naming the file, the setting, its value and the remedy.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such run file; {_files_like(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    return _resolve_deepspeed_path(settings_from_table(table, path), path)
+
+
+def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
+    """Validate plain values read from `origin`. Raises `UserError`, one line per complaint."""
+    try:
+        return Settings.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "\n".join(_explain(line) for line in error.errors())) from None
+
+
+def to_toml_table(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values (paths as strings, unset ones left out), ready to write or to compare."""
+    return settings.model_dump(mode="json", exclude_none=True)
+
+
+def _resolve_deepspeed_path(settings: Settings, run_file: Path) -> Settings:
+    given = settings.training.deepspeed
+    if given is None or given.is_absolute():
+        return settings
+    training = settings.training.model_copy(update={"deepspeed": (run_file.parent / given).resolve()})
+    return settings.model_copy(update={"training": training})
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"--set {override}: needs the form section.key=value, for example --set training.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {name} is not a section")
+    table[names[-1]] = value
+
+
+def _explain(line: Mapping[str, Any]) -> str:
+    """One pydantic complaint as a sentence with the setting's name, its value and the remedy."""
+    where = ".".join(str(part) for part in line["loc"])
+    if line["type"] == "extra_forbidden":
+        return f"{where}: unknown setting{_suggestion(line['loc'])}"
+    message = line["msg"].removeprefix("Value error, ")
+    if line["type"] == "value_error":
+        return message
+    return f"{where} = {line['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    """The nearest known name in the section where the unknown one stands; else the section that knows it."""
+    model: Any = Settings
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if _is_section(a)), model)
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    homes = [
+        f"{name}.{location[-1]}"
+        for name, field in Settings.model_fields.items()
+        if _is_section(field.annotation) and location[-1] in field.annotation.model_fields
+    ]
+    return f"; did you mean {homes[0]!r}?" if homes else f"; known here: {', '.join(known)}"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _files_like(path: Path) -> str:
+    folder = path.parent
+    found = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
+    return f"{folder}/ has {', '.join(found)}" if found else f"there is no .toml file in {folder}/ either"

@@ -1,0 +1,143 @@
+"""The run directory: the one place where launcher, trainer and tools meet.
+
+    runs/tiny/
+      run.toml.json        resolved settings            deepspeed.json   effective DeepSpeed settings
+      environment.json     commit, versions, host       metrics.jsonl    one line a step
+      checkpoints/step-00000100/                        events.jsonl     starts, stops, saves, resumes
+      metrics_endpoint     host:port of the exporter    logs/            what each rank printed
+      loss.png samples.txt summary.json
+
+Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
+Imports no torch.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bigmodel.config import UserError
+
+EXIT_DONE = 0  # the run reached its last step
+EXIT_FAILED = 1  # a bug or the machine
+EXIT_USER = 2  # a UserError: the text says what to mend
+EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
+
+
+_claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
+
+
+def claim(directory: Path) -> None:
+    """Make the run directory and hold it: two runs in one directory would mix their files.
+
+    Raises `UserError` if another live process holds it or it cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        lock = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
+    except OSError as error:
+        raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"run.directory = {directory}: another run is using it now; stop that one or choose another directory"
+        ) from None
+    _claims.append(lock)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write, fsync and rename, so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename or a new name in this folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises `UserError` naming the file if it is damaged or unreadable."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """One line, one write: a line cut by a crash is skipped by `read_json_lines`."""
+    with open(path, "ab") as file:
+        file.write(json.dumps(value).encode() + b"\n")
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a torn line is skipped. Empty if the file does not exist."""
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def record_event(directory: Path, kind: str, **details: Any) -> None:
+    """Append to events.jsonl: what happened to this run, and when (Unix seconds)."""
+    append_json_line(Path(directory) / "events.jsonl", {"time": time.time(), "event": kind, **details})
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages whose behaviour a run depends on."""
+    found = {}
+    for name in ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "tokenizers", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_environment(repository: Path) -> dict[str, Any]:
+    """Commit, uncommitted changes and versions: what is needed to repeat a run. Never fails."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_diff": git("diff", "HEAD"),
+        "host": os.uname().nodename,
+        "versions": package_versions(),
+    }
