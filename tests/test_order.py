@@ -1,0 +1,306 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bigmodel.config import DataSettings, UserError
+from bigmodel.data import order as order_module
+from bigmodel.data.order import Order, Shard, SourceCursor, SourceStream, deal_shards, measure_shards, mix
+from tests.memory_store import MemoryStore, corpus_positions, given_positions, lognormal_lengths
+
+TWO_SOURCES = {
+    "books": [[61, 2, 30], [45, 9], [20, 1, 0, 33, 8]],
+    "web": [[5, 7, 3, 12, 9, 2, 4], [6, 6, 18, 2], [25], [3, 3, 11, 5]],
+}
+SMALL = DataSettings(context_tokens=13, pack_tokens=16, pack_documents=4, lanes=2, window_packs=3)
+
+
+def small_order(**changes) -> Order:
+    return Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update=changes), packs_per_step=4, seed=7)
+
+
+@st.composite
+def cases(draw):
+    """A corpus, settings that fit it, packs per step, a seed, a block size."""
+    lanes = draw(st.integers(1, 3))
+    context = draw(st.integers(2, 9))
+    pack_tokens = context + draw(st.integers(0, 9))
+    lengths = st.integers(0, 3 * context + 2)
+    shard = st.lists(lengths, min_size=0, max_size=6)
+    filled = st.lists(lengths, max_size=5).map(lambda rest: [*rest[:2], 2 + len(rest) % 3, *rest[2:]])
+    corpus = {}
+    for name in draw(st.sampled_from([["a"], ["a", "b"], ["a", "b", "c"]])):
+        corpus[name] = [draw(filled) for _ in range(lanes)] + draw(st.lists(shard, max_size=2))
+    shares = {name: draw(st.sampled_from([0.5, 1.0, 2.0])) for name in corpus} if draw(st.booleans()) else {}
+    data = DataSettings(
+        context_tokens=context,
+        pack_tokens=pack_tokens,
+        pack_documents=draw(st.sampled_from([1, 2, 3, 50])),
+        lanes=lanes,
+        window_packs=draw(st.integers(1, 8)),
+        mix=shares,
+    )
+    return (
+        MemoryStore(corpus),
+        data,
+        lanes * draw(st.integers(1, 3)),
+        draw(st.integers(0, 2**63 - 1)),
+        draw(st.sampled_from([3, 65_536])),
+    )
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
+    store, data, packs_per_step, seed, block_documents = case
+    with mock.patch.object(order_module, "BLOCK_DOCUMENTS", block_documents):
+        order, packs = Order(store, data, packs_per_step, seed), []
+        while len(packs) < 2000 and min(part.epochs_complete for part in order.progress().values()) < 2:
+            packs += order.next_step()
+    counts, progress = given_positions(packs), order.progress()
+    assert set(counts.values()) == {1}  # also in the epochs that are under way
+    for name, part in progress.items():
+        corpus, number = corpus_positions(store, name), store.sources.index(name)
+        of_source = {key for key in counts if key[0] == number}
+        assert {key[:4] for key in of_source} <= corpus
+        complete = 0
+        while {key[:4] for key in of_source if key[4] == complete} == corpus:
+            complete += 1
+        assert part.epochs_complete == complete >= 2
+        assert part.positions == len(of_source)
+        assert part.passes == len(of_source) / len(corpus)
+    for pack in packs:
+        assert 1 <= len(pack) <= data.pack_documents
+        assert sum(fragment.length for fragment in pack) <= data.pack_tokens
+        assert all(1 <= fragment.length <= data.context_tokens for fragment in pack)
+
+
+@given(cases())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_restored_at_any_step_the_order_goes_on_as_if_never_stopped(case):
+    store, data, packs_per_step, seed, block_documents = case
+    with mock.patch.object(order_module, "BLOCK_DOCUMENTS", block_documents):
+        order, states, steps = Order(store, data, packs_per_step, seed), [], []
+        for _ in range(12):
+            states.append(json.dumps(order.state()))
+            steps.append((order.next_step(), order.progress()))
+        for number, state in enumerate(states):
+            again = Order(store, data, packs_per_step, seed)
+            again.restore(json.loads(state))
+            assert again.step == number
+            assert json.dumps(again.state()) == state
+            assert [(again.next_step(), again.progress()) for _ in steps[number:]] == steps[number:]
+
+
+def test_restoring_back_in_the_same_process_repeats_the_steps():
+    order = small_order()
+    early = json.loads(json.dumps(order.state()))
+    steps = [order.next_step() for _ in range(20)]
+    order.restore(early)
+    assert [order.next_step() for _ in range(20)] == steps
+
+
+def test_epochs_follow_one_another_inside_a_window():
+    store = MemoryStore({"only": [[6]]})
+    data = DataSettings(context_tokens=4, pack_tokens=8, pack_documents=9, window_packs=4)
+    order = Order(store, data, packs_per_step=1, seed=1)
+    epochs = {fragment.epoch for pack in [order.next_step()[0] for _ in range(4)] for fragment in pack}
+    assert len(epochs) >= 6  # 4 packs of 8 positions, 5 positions an epoch
+
+
+def test_a_source_of_one_tiny_document_goes_round_and_round():
+    order = Order(
+        MemoryStore({"tiny": [[2]]}), DataSettings(context_tokens=4, pack_tokens=4, window_packs=2), 3, seed=1
+    )
+    packs = [pack for _ in range(5) for pack in order.next_step()]
+    assert sum(len(pack) for pack in packs) == 15 * 4
+    assert set(given_positions(packs).values()) == {1}
+
+
+def test_a_long_document_is_cut_into_pieces_without_loss_or_overlap():
+    data = DataSettings(context_tokens=10, pack_tokens=10, window_packs=5)
+    order = Order(MemoryStore({"long": [[35]]}), data, packs_per_step=4, seed=1)
+    pieces = sorted((f.start, f.length) for _ in range(4) for pack in order.next_step() for f in pack if f.epoch == 0)
+    assert pieces == [(0, 10), (10, 10), (20, 10), (30, 4)]
+
+
+def test_nothing_is_carried_twice_and_something_is_carried():
+    order, carried, last = small_order(), 0, {}
+    for _ in range(60):
+        order.next_step()
+        for lane, state in enumerate(order.state()["lanes"]):
+            now = {tuple(row) for row in state["carried"]}
+            window, before = last.get(lane, (-1, set()))
+            if state["window"] != window:
+                assert not now & before
+                carried += len(now)
+                last[lane] = (state["window"], now)
+    assert carried > 20
+
+
+def test_lanes_of_unequal_size_give_the_same_number_of_packs_and_only_their_own_shards():
+    store = MemoryStore(TWO_SOURCES)
+    loads = [0, 0]
+    owned = [set(), set()]
+    for number, name in enumerate(store.sources):
+        for lane, shards in enumerate(deal_shards(name, measure_shards(store, name), loads)):
+            owned[lane] |= {(number, shard.number) for shard in shards}
+    assert loads[0] != loads[1]
+    order = small_order()
+    for _ in range(40):
+        packs = order.next_step()
+        assert len(packs) == 4
+        for lane in (0, 1):
+            assert {(f.source, f.shard) for pack in packs[2 * lane : 2 * lane + 2] for f in pack} <= owned[lane]
+
+
+def test_shards_are_dealt_largest_first_to_the_lightest_lane():
+    shards = [Shard(number, 1, 0, positions) for number, positions in enumerate([10, 40, 0, 30, 20])]
+    loads = [5, 0]
+    dealt = deal_shards("web", shards, loads)
+    assert [[shard.number for shard in lane] for lane in dealt] == [[3, 4], [1, 0]]  # the tie goes by the loads
+    assert loads == [55, 50]
+
+
+def test_too_few_shards_for_the_lanes_is_an_error_with_the_remedy():
+    with pytest.raises(UserError, match=r"data\.lanes = 4 but source 'books' has 3 shards.*lower data\.lanes to 3"):
+        Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update={"lanes": 4}), packs_per_step=4, seed=7)
+
+
+def test_an_unknown_source_in_the_mix_is_an_error_that_lists_the_known():
+    with pytest.raises(UserError, match=r"data\.mix\.wiki = 1\.0: no such source; the prepared data has books, web"):
+        small_order(mix={"wiki": 1.0})
+
+
+def test_a_source_left_out_of_the_mix_is_left_out():
+    order = small_order(mix={"web": 3.0})
+    assert {fragment.source for _ in range(30) for pack in order.next_step() for fragment in pack} == {1}
+    assert list(order.progress()) == ["web"]
+
+
+def test_no_document_of_two_tokens_is_an_error():
+    with pytest.raises(UserError, match=r"no source holds a document of at least 2 tokens"):
+        Order(MemoryStore({"empty": [[0, 1, 1]]}), DataSettings(), packs_per_step=1, seed=1)
+    with pytest.raises(UserError, match=r"data\.mix\.empty = 0\.5: the source has no document"):
+        Order(MemoryStore({"empty": [[1]], "web": [[9]]}), DataSettings(mix={"empty": 0.5, "web": 1.0}), 1, seed=1)
+
+
+def test_documents_of_no_or_one_token_are_skipped_and_counted():
+    order = small_order()
+    assert order.num_skipped_documents == 2
+    rows = {(f.source, f.shard, f.row) for _ in range(60) for pack in order.next_step() for f in pack}
+    assert len(rows) == 10 + 16 - 2
+    assert not rows & {(0, 2, 1), (0, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "packs_per_step", "seed", "message"),
+    [
+        ({"window_packs": 5}, 4, 7, "data.window_packs: 3 when saved, 5 now"),
+        ({"mix": {"web": 1.0}}, 4, 7, "data.mix: {} when saved, {'web': 1.0} now"),
+        ({}, 6, 7, "training.packs_per_step: 4 when saved, 6 now"),
+        ({}, 4, 8, "run.seed: 7 when saved, 8 now"),
+    ],
+)
+def test_a_cursor_of_another_order_is_refused_and_the_difference_is_named(changes, packs_per_step, seed, message):
+    state = json.loads(json.dumps(small_order().state()))
+    other = Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update=changes), packs_per_step, seed)
+    with pytest.raises(UserError) as raised:
+        other.restore(state)
+    assert [line for line in str(raised.value).split("\n") if line.startswith("  ")] == [f"  {message}"]
+
+
+def test_a_cursor_of_other_data_is_refused():
+    other = Order(MemoryStore({**TWO_SOURCES, "books": [[9], [9]]}), SMALL, packs_per_step=4, seed=7)
+    with pytest.raises(UserError, match="prepared data: '"):
+        other.restore(small_order().state())
+
+
+def test_settings_that_do_not_fix_the_order_do_not_matter():
+    moved = small_order(directory=Path("elsewhere"))
+    moved.restore(small_order().state())
+
+
+@given(st.lists(st.floats(0.02, 1.0), min_size=2, max_size=3), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_every_prefix_of_a_lane_keeps_the_shares_within_the_stated_bound(weights, seed):
+    lengths = {f"s{number}": [lognormal_lengths(seed + number, 30)] for number in range(len(weights))}
+    store, context = MemoryStore(lengths), 512
+    shares = [weight / sum(weights) for weight in weights]
+    streams = [SourceStream(store, name, measure_shards(store, name), context, seed) for name in store.sources]
+    cursors, tables = tuple(SourceCursor() for _ in streams), []
+    for _ in range(5):
+        table, cursors = mix(streams, shares, cursors, wanted=7000)
+        tables.append(table)
+    table = np.concatenate(tables)
+    total = np.cumsum(table[:, 4])
+    for number, (share, cursor) in enumerate(zip(shares, cursors, strict=True)):
+        taken = np.cumsum(np.where(table[:, 0] == number, table[:, 4], 0))
+        assert np.all(taken <= share * total + context)
+        assert np.all(taken >= share * (total - len(shares) * context) - 1e-6)
+        assert taken[-1] == cursor.positions
+
+
+def test_with_an_empty_mix_all_sources_of_a_lane_finish_an_epoch_together():
+    order = small_order(lanes=1, window_packs=2)
+    while order.progress()["books"].epochs_complete < 5:
+        order.next_step()
+    passes = [part.passes for part in order.progress().values()]
+    assert abs(passes[0] - passes[1]) < 1.5  # of 5: two windows and a few fragments apart
+
+
+def test_documents_are_shuffled_inside_blocks_and_blocks_stay_apart(monkeypatch):
+    monkeypatch.setattr(order_module, "BLOCK_DOCUMENTS", 50)
+    store = MemoryStore({"only": [[2] * 100]})
+    stream = SourceStream(store, "only", measure_shards(store, "only"), 4, key=3)
+    rows = [stream.ahead(SourceCursor(epoch), 100)[0][:, 2].tolist() for epoch in (0, 1)]
+    for epoch in (0, 1):
+        assert sorted(rows[epoch][:50]) == list(range(50))
+        assert sorted(rows[epoch][50:100]) == list(range(50, 100))
+        assert rows[epoch][:50] != list(range(50))
+    assert rows[0] != rows[1]
+
+
+def test_packs_are_at_least_999_permille_full_on_web_like_lengths():
+    store = MemoryStore({"web": [lognormal_lengths(number, 5000) for number in range(4)]})
+    order = Order(store, DataSettings(), packs_per_step=500, seed=1)
+    packs = [pack for _ in range(14) for pack in order.next_step()]
+    filled = sum(fragment.length for pack in packs for fragment in pack)
+    assert filled / (len(packs) * 2048) >= 0.999
+
+
+def golden_fingerprint() -> str:
+    order = small_order()
+    steps = [[[list(fragment) for fragment in pack] for pack in order.next_step()] for _ in range(25)]
+    return hashlib.sha256(json.dumps([steps, order.state()], sort_keys=True).encode()).hexdigest()
+
+
+GOLDEN = "579bf3f432a3ed1bc3c836a2025fc9c476f6bb4a01bb5a52901e78ff47a685a3"
+
+
+def test_the_order_never_changes_without_a_new_version():
+    # A change here is a change of every running job's data: raise ORDER_VERSION with it.
+    assert golden_fingerprint() == GOLDEN
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "4242"])
+def test_the_order_does_not_depend_on_the_process(hash_seed):
+    program = "from tests.test_order import golden_fingerprint; print(golden_fingerprint())"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    assert result.stdout.strip() == GOLDEN
