@@ -1,0 +1,351 @@
+"""Shards: tokenized documents on disk, written and read through mosaicml-streaming (the only file that does).
+
+    DIR/manifest.json   DIR/tokenizer.json   DIR/text/validation.txt   DIR/corpus/*.parquet (embedded corpus only)
+    DIR/<split>/<source>/index.json   shard.00000.mds ...   lengths.00000.npy ...
+
+Takes stored documents (`[bos] + text + [eos]`), gives them back by (source, shard, row). The MDS column is
+`tokens`; beside each shard lies a uint32 array of its documents' lengths, which is all that planning reads.
+
+Guarantees: a file is compared with the manifest, size and SHA-256, before its first use in a process, so a cut,
+altered or missing file is an error and never other data; a folder without a manifest is not prepared data.
+
+Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads.
+Importing streaming takes seconds, so it happens at the first shard written or read. Its StreamingDataset is not
+used here: its iteration ends silently where a shard is missing (version 0.13.0).
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config import UserError
+from bigmodel.rundir import write_json
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation")
+LARGEST_SHARD_BYTES = 2**32 - 1  # MDS addresses documents by uint32 byte offsets
+LARGEST_SHARD_TOKENS = 1_000_000_000  # of 4 bytes, with room for offsets: stays below the bound above
+PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
+
+_torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
+
+
+# ---- the manifest ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
+    `files[path]` has bytes and sha256, path relative to the folder; `recipe` is what the user asked for."""
+
+    tokenizer_sha256: str
+    vocabulary: int
+    bos: int
+    eos: int
+    dtype: str
+    counts: dict[str, dict[str, dict[str, int]]]
+    rows: dict[str, dict[str, int]]  # per source: read, kept, and dropped by reason
+    statistics: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    recipe: dict[str, Any]
+    corpus_sha256: str
+    encoder: str
+    python: str
+    document: str = "[bos] text [eos]"
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def sources(self) -> list[str]:
+        return sorted(self.counts)
+
+    def total(self, split: str, what: str) -> int:
+        """Sum over sources of `what`: documents, tokens or text_bytes."""
+        return sum(counts[split][what] for counts in self.counts.values())
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / MANIFEST, asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Raises `UserError` where there is no folder, no manifest, or one that this version cannot read."""
+        path = Path(directory) / MANIFEST
+        if not Path(directory).is_dir():
+            raise UserError(
+                f"data.directory = {directory}: no such folder; run `python -m bigmodel prepare RUN.toml` first"
+            )
+        try:
+            table = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"data.directory = {directory}: has no {MANIFEST}, so it is not a folder of prepared shards; "
+                "run `python -m bigmodel prepare RUN.toml` into another data.directory, or delete this one first"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged: {error}; {PREPARE_AGAIN}") from None
+        expected = {field.name for field in fields(cls)}
+        version = table.get("schema_version") if isinstance(table, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; {PREPARE_AGAIN}")
+        if set(table) != expected:
+            raise UserError(f"{path}: damaged: {', '.join(sorted(set(table) ^ expected))}; {PREPARE_AGAIN}")
+        return cls(**table)
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder except the manifest, by relative path, sorted."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(_sha256, files)
+        return {
+            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, hashes, strict=True)
+        }
+
+
+def find_damage(directory: Path, name: str, recorded: dict[str, Any] | None) -> str:
+    """What is wrong with one file against its entry in the manifest; empty if nothing."""
+    path = directory / name
+    if recorded is None:
+        return f"{path}: not in the manifest"
+    try:
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            return f"{path}: has {size} bytes, the manifest says {recorded['bytes']}"
+        if _sha256(path) != recorded["sha256"]:
+            return f"{path}: its content differs from the manifest (same size, other SHA-256)"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read: {error}"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------
+
+
+class ShardStore:
+    """One split of a prepared folder, all its sources. Opens files when they are asked for.
+
+    Construction reads the manifest and tokenizer.json and raises `UserError` where they do not belong together.
+    """
+
+    def __init__(self, directory: Path, split: str) -> None:
+        self.directory = Path(directory)
+        self.split = split
+        if split not in SPLITS:
+            raise UserError(f"no split {split!r}; a prepared folder has {' and '.join(SPLITS)}")
+        self.manifest = Manifest.read(self.directory)
+        self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
+        self._checked: set[str] = set()
+        self._indexes: dict[str, list[dict[str, Any]]] = {}
+        self._lengths: dict[tuple[str, int], np.ndarray] = {}
+        self._readers: dict[tuple[str, int], Any] = {}
+        self._check_tokenizer()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of the split's files and the tokenizer: equal if and only if the data is."""
+        files = self.manifest.files
+        fixing = {name: files[name] for name in sorted(files) if name.startswith(f"{self.split}/")}
+        text = json.dumps([self.manifest.tokenizer_sha256, fixing], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the split's documents, without begin and end."""
+        return self.manifest.total(self.split, "text_bytes")
+
+    @property
+    def num_documents(self) -> int:
+        return self.manifest.total(self.split, "documents")
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens a model is asked for in one epoch: a stored document of n tokens has n - 1."""
+        return self.manifest.total(self.split, "tokens") - self.num_documents
+
+    def num_shards(self, source: str) -> int:
+        return len(self._index(source))
+
+    def lengths(self, source: str, shard: int) -> np.ndarray:
+        """(documents in the shard,) uint32 memory map: stored tokens of each document."""
+        key = (source, shard)
+        if key not in self._lengths:
+            path = self._checked_file(f"{self.split}/{source}/lengths.{shard:05}.npy")
+            self._lengths[key] = np.load(path, mmap_mode="r")
+        return self._lengths[key]
+
+    def document(self, source: str, shard: int, row: int) -> np.ndarray:
+        """(n,) stored tokens of a document, uint16 or uint32, read-only."""
+        key = (source, shard)
+        if key not in self._readers:
+            self._readers[key] = self._open_shard(source, shard)
+        return self._readers[key][row]["tokens"]
+
+    def _open_shard(self, source: str, shard: int) -> Any:
+        _import_streaming()
+        from streaming.base.format import reader_from_json
+
+        entry = self._index(source)[shard]
+        name = f"{self.split}/{source}/{entry['raw_data']['basename']}"
+        return reader_from_json(str(self._checked_file(name).parent), None, entry)
+
+    def _index(self, source: str) -> list[dict[str, Any]]:
+        if source not in self._indexes:
+            path = self._checked_file(f"{self.split}/{source}/index.json")
+            self._indexes[source] = json.loads(path.read_bytes())["shards"]
+        return self._indexes[source]
+
+    def _checked_file(self, name: str) -> Path:
+        if name not in self._checked:
+            damage = find_damage(self.directory, name, self.manifest.files.get(name))
+            if damage:
+                raise UserError(f"{damage}; {PREPARE_AGAIN}")
+            self._checked.add(name)
+        return self.directory / name
+
+    def _check_tokenizer(self) -> None:
+        path = self.directory / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{path}: missing; {PREPARE_AGAIN}")
+        if _sha256(path) != self.manifest.tokenizer_sha256:
+            raise UserError(
+                f"{path}: is not the tokenizer that made these shards (its SHA-256 differs from the manifest's); "
+                "put the right tokenizer.json back, or delete the folder and prepare again"
+            )
+
+
+# ---- writing --------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes the shards of one source and split. Nothing is readable before `close`; after an error, `abandon`.
+
+    A shard is closed before the document that would bring it above `shard_tokens`. Holds one shard in memory.
+    """
+
+    def __init__(self, directory: Path, dtype: np.dtype, shard_tokens: int) -> None:
+        _import_streaming()
+        from streaming import MDSWriter
+
+        self._directory = directory
+        self._shard_tokens = shard_tokens
+        directory.mkdir(parents=True)
+        self._writer = MDSWriter(columns={"tokens": f"ndarray:{dtype.name}"}, out=str(directory), size_limit=None)
+        self._lengths: list[int] = []
+        self._tokens_in_shard = 0
+        self.all_lengths: list[np.ndarray] = []
+
+    def write(self, document: np.ndarray) -> None:
+        """Append one stored document, (n,) of the writer's dtype."""
+        if document.nbytes + 64 > LARGEST_SHARD_BYTES:
+            raise UserError(f"a document of {len(document)} tokens does not fit a shard of 4 GiB; split it")
+        if self._lengths and self._tokens_in_shard + len(document) > self._shard_tokens:
+            self._close_shard()
+        self._writer.write({"tokens": document})
+        self._lengths.append(len(document))
+        self._tokens_in_shard += len(document)
+
+    def close(self) -> np.ndarray:
+        """Write what is left and the index. Returns (documents,) uint32 stored lengths, in order."""
+        if self._lengths:
+            self._close_shard()
+        self._writer.finish()
+        return np.concatenate(self.all_lengths) if self.all_lengths else np.zeros(0, np.uint32)
+
+    def abandon(self) -> None:
+        """Stop without an index: `finish`, which leaving a `with` block would call, makes a part look whole."""
+        self._writer.cancel_future_jobs()
+
+    def _close_shard(self) -> None:
+        lengths = np.array(self._lengths, np.uint32)
+        content = io.BytesIO()
+        np.save(content, lengths)
+        (self._directory / f"lengths.{len(self.all_lengths):05}.npy").write_bytes(content.getvalue())
+        self._writer.flush_shard()
+        self._writer._reset_cache()  # as MDSWriter itself does after it closes a shard by size
+        self.all_lengths.append(lengths)
+        self._lengths, self._tokens_in_shard = [], 0
+
+
+def check_shards(directory: Path, manifest: Manifest) -> list[str]:
+    """Where index, lengths and manifest disagree on documents or tokens; for files whose hashes are right."""
+    problems = []
+    for split in SPLITS:
+        store = ShardStore(directory, split)
+        for source in store.sources:
+            lengths = [store.lengths(source, shard) for shard in range(store.num_shards(source))]
+            samples = [entry["samples"] for entry in store._index(source)]
+            counts = manifest.counts[source][split]
+            tokens = sum(int(part.sum(dtype=np.int64)) for part in lengths)
+            if [len(part) for part in lengths] != samples or sum(samples) != counts["documents"]:
+                problems.append(f"{directory}/{split}/{source}: index, lengths and manifest differ in documents")
+            if tokens != counts["tokens"]:
+                problems.append(f"{directory}/{split}/{source}: {tokens} tokens, the manifest says {counts['tokens']}")
+    return problems
+
+
+def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[str, Any]:
+    """Of stored documents: mean, median, 90th percentile, longest (tokens), bytes per text token, and how many
+    documents have at most 2, 4, 8 ... tokens but more than half of that."""
+    all_lengths = np.concatenate([*lengths, np.zeros(0, np.uint32)]).astype(np.int64)
+    bins = np.bincount(np.ceil(np.log2(all_lengths)).astype(np.int64))
+    return {
+        "mean_tokens": float(all_lengths.mean()),
+        "median_tokens": float(np.median(all_lengths)),
+        "p90_tokens": float(np.percentile(all_lengths, 90)),
+        "max_tokens": int(all_lengths.max()),
+        "bytes_per_token": text_bytes / max(1, int(all_lengths.sum()) - 2 * len(all_lengths)),
+        "histogram": {str(2**exponent): int(count) for exponent, count in enumerate(bins) if count},
+    }
+
+
+# ---- the import -----------------------------------------------------------------------------------------------
+
+
+def define_missing_torchvision_operators() -> None:
+    """Let packages that import torchvision load beside a CPU build of torch.
+
+    A torchvision built for CUDA cannot load its compiled part there, and its import then fails on two operators
+    that are never called. Where the compiled part loads, nothing is done. Call before importing streaming or
+    transformers.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for compiled in _compiled_parts(spec.submodule_search_locations):
+        try:
+            torch.ops.load_library(str(compiled))
+            return
+        except (OSError, ImportError):
+            continue
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _torchvision_library.append(library)
+
+
+def _compiled_parts(folders: Iterable[str]) -> list[Path]:
+    return [path for folder in folders for path in sorted(Path(folder).glob("_C*.so"))]
+
+
+def _import_streaming() -> None:
+    define_missing_torchvision_operators()
+    import streaming  # noqa: F401 - seconds, once per process

@@ -1,0 +1,193 @@
+"""Shards give back what was written, and a damaged folder is an error, never other data."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigmodel.config import UserError
+from bigmodel.data import shards
+from bigmodel.data.shards import Manifest, ShardStore, ShardWriter, length_statistics
+from tests.tiny_corpus import prepared
+
+DOCUMENTS = [np.arange(2 + (n * 53) % 700, dtype=np.uint16) + n for n in range(60)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+def read_all(directory: Path, split: str = "train") -> list[np.ndarray]:
+    store = ShardStore(directory, split)
+    return [
+        store.document(source, shard, row)
+        for source in store.sources
+        for shard in range(store.num_shards(source))
+        for row in range(len(store.lengths(source, shard)))
+    ]
+
+
+def test_documents_come_back_by_shard_and_row_with_their_lengths(whole: Path) -> None:
+    store = ShardStore(whole, "train")
+    assert store.sources == ["letters", "news"]
+    num_documents = num_tokens = 0
+    for source in store.sources:
+        assert store.num_shards(source) >= 2
+        for shard in range(store.num_shards(source)):
+            lengths = store.lengths(source, shard)
+            assert lengths.dtype == np.uint32
+            assert isinstance(lengths, np.memmap)
+            for row in range(len(lengths)):
+                document = store.document(source, shard, row)
+                assert document.dtype == np.uint16
+                assert len(document) == lengths[row]
+                assert (document[0], document[-1]) == (store.manifest.bos, store.manifest.eos)
+            num_documents += len(lengths)
+            num_tokens += int(lengths.sum())
+    assert (store.num_documents, store.num_targets) == (num_documents, num_tokens - num_documents)
+    assert num_documents > 90
+
+
+def test_a_shard_closes_before_the_document_that_would_overfill_it(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "a", np.dtype(np.uint16), 1000)
+    for document in DOCUMENTS:
+        writer.write(document)
+    writer.write(np.zeros(2500, np.uint16))  # one larger than a shard gets a shard of its own
+    writer.close()
+    tokens = [int(np.load(file).sum()) for file in sorted((tmp_path / "a").glob("lengths.*.npy"))]
+    assert sum(tokens) == sum(map(len, DOCUMENTS)) + 2500
+    assert all(count <= 1000 for count in tokens[:-1])
+    assert tokens[-1] == 2500
+    assert min(tokens) > 300
+
+
+def test_streaming_itself_reads_the_shards(whole: Path) -> None:
+    program = """
+import json, sys
+from bigmodel.data.shards import define_missing_torchvision_operators
+define_missing_torchvision_operators()
+from streaming import StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+dataset = StreamingDataset(local=sys.argv[1], batch_size=1, shuffle=False)
+print(json.dumps([dataset[i]["tokens"].tolist() for i in range(len(dataset))]))
+"""
+    directory = str(whole / "train" / "news")
+    done = subprocess.run([sys.executable, "-c", program, directory], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    store = ShardStore(whole, "train")
+    ours = [
+        store.document("news", shard, row).tolist()
+        for shard in range(store.num_shards("news"))
+        for row in range(len(store.lengths("news", shard)))
+    ]
+    assert json.loads(done.stdout.splitlines()[-1]) == ours
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["shard.00001.mds", "lengths.00001.npy", "index.json"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(truncate, "the manifest says"), (flip_a_bit, "differs from the manifest"), (Path.unlink, "missing")],
+)
+def test_a_damaged_file_is_named_at_first_use(folder: Path, name: str, damage: Callable, message: str) -> None:
+    assert len(read_all(folder)) > 90  # whole before
+    damage(folder / "train" / "news" / name)
+    with pytest.raises(UserError) as error:
+        read_all(folder)
+    assert f"news/{name}" in str(error.value)
+    assert message in str(error.value)
+    assert "bigmodel prepare RUN.toml" in str(error.value)
+    assert len(read_all(folder, "validation")) > 10  # the other split is untouched
+
+
+def test_shards_of_another_tokenizer_are_refused(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match=r"tokenizer.json: is not the tokenizer that made these shards"):
+        ShardStore(folder, "train")
+    path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer.json: missing"):
+        ShardStore(folder, "train")
+
+
+def test_a_folder_that_is_not_prepared_is_refused_with_the_command_that_prepares_it(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder; run `python -m bigmodel prepare RUN.toml`"):
+        ShardStore(folder / "nowhere", "train")
+    with pytest.raises(UserError, match="no split 'test'"):
+        ShardStore(folder, "test")
+    manifest = folder / "manifest.json"
+    table = json.loads(manifest.read_text())
+    for content, message in [
+        (manifest.read_text()[:-30], "manifest.json: damaged"),
+        ("[]", "schema version None"),
+        (json.dumps(table | {"schema_version": 99}), "schema version 99, this program reads 1"),
+        (json.dumps({name: value for name, value in table.items() if name != "bos"}), "damaged: bos"),
+    ]:
+        manifest.write_text(content)
+        with pytest.raises(UserError, match=message):
+            ShardStore(folder, "train")
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"has no manifest.json.*prepare RUN.toml"):
+        ShardStore(folder, "train")
+
+
+def test_an_abandoned_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "a", np.dtype(np.uint16), 1000)
+    for document in DOCUMENTS:
+        writer.write(document)
+    writer.abandon()
+    assert (tmp_path / "a" / "shard.00000.mds").exists()
+    assert not (tmp_path / "a" / "index.json").exists()
+
+
+def test_a_document_beyond_a_shard_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "LARGEST_SHARD_BYTES", 1000)
+    writer = ShardWriter(tmp_path / "a", np.dtype(np.uint16), 1000)
+    writer.write(np.zeros(400, np.uint16))
+    with pytest.raises(UserError, match="a document of 500 tokens does not fit"):
+        writer.write(np.zeros(500, np.uint16))
+
+
+def test_the_fingerprint_is_of_the_data_and_not_of_its_place(whole: Path, folder: Path, tmp_path: Path) -> None:
+    train = ShardStore(whole, "train").fingerprint
+    assert ShardStore(folder, "train").fingerprint == train
+    assert ShardStore(folder, "validation").fingerprint != train
+    other = prepared(tmp_path / "other", shard_tokens=2900)
+    assert ShardStore(other, "train").fingerprint != train
+
+
+def test_the_manifest_is_read_as_it_was_written(whole: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(whole)
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+    assert (tmp_path / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
+
+
+def test_length_statistics_of_known_lengths() -> None:
+    lengths = [np.array([2, 3, 4, 5], np.uint32), np.array([1000], np.uint32)]
+    statistics = length_statistics(lengths, text_bytes=2008)
+    assert statistics["mean_tokens"] == 202.8
+    assert statistics["median_tokens"] == 4.0
+    assert statistics["max_tokens"] == 1000
+    assert statistics["bytes_per_token"] == 2.0  # 1014 stored tokens, 10 of which begin or end
+    assert statistics["histogram"] == {"2": 1, "4": 2, "8": 1, "1024": 1}

@@ -1,0 +1,139 @@
+"""Text to ids and back: the fast path and the exact path agree, and no document can fake a boundary."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from bigmodel.config import UserError
+from bigmodel.data.tokenizer import BOS, EOS, Tokenizer, train
+
+TEXTS = [f"def function_{n}(value):\n    return value + {n * 37}  # naïve été don't\n\n" for n in range(200)]
+TRAINED = train(TEXTS, 320)
+
+
+def both_paths(json_text: str = TRAINED) -> list[Tokenizer]:
+    fast, exact = Tokenizer(json_text), Tokenizer(json_text)
+    exact.use_exact()
+    assert fast.is_fast
+    assert not exact.is_fast
+    return [fast, exact]
+
+
+def byte_level(special: list[str], normalizer: object = None, vocabulary: int = 300) -> str:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer.to_str()
+
+
+def test_training_is_deterministic_and_starts_with_begin_end_and_bytes() -> None:
+    assert train(TEXTS[::-1], 320) == TRAINED  # even the order of the texts does not matter
+    tokenizer = Tokenizer(TRAINED)
+    assert (tokenizer.vocabulary, tokenizer.bos, tokenizer.eos) == (320, 0, 1)
+    assert tokenizer.dtype == np.uint16
+    assert sorted(json.loads(TRAINED)["model"]["vocab"].values()) == list(range(320))
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused_with_the_size_it_reaches() -> None:
+    with pytest.raises(UserError, match=r"prepare.vocabulary = 5000: .*set prepare.vocabulary to \d+ or less"):
+        train(TEXTS[:5], 5000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=200))
+def test_both_paths_give_the_same_ids_and_the_text_comes_back(text: str) -> None:
+    fast, exact = PATHS
+    assert fast.encode(text).tolist() == exact.encode(text).tolist()
+    assert fast.decode(fast.encode(text)) == text
+
+
+PATHS = both_paths()
+
+
+def test_special_tokens_written_in_a_document_stay_text() -> None:
+    for tokenizer in both_paths():
+        for text in (f"a{BOS}b{EOS}c", EOS, BOS + EOS, f"{EOS}\n{EOS}"):
+            ids = tokenizer.encode(text)
+            assert len(ids) > 1
+            assert 0 not in ids
+            assert 1 not in ids
+            assert tokenizer.decode(ids) == text
+
+
+def test_a_stored_document_is_begin_text_end_in_the_smallest_dtype() -> None:
+    for tokenizer in both_paths():
+        stored = tokenizer.encode_document("return 1")
+        assert stored.dtype == np.uint16
+        assert (stored[0], stored[-1]) == (0, 1)
+        assert stored[1:-1].tolist() == tokenizer.encode("return 1").tolist()
+        assert tokenizer.decode(stored) == "return 1"
+        assert tokenizer.encode_document("").tolist() == [0, 1]
+
+
+def test_a_vocabulary_above_65536_is_stored_in_32_bits() -> None:
+    model = models.WordLevel(
+        {"[UNK]": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, 70_000)}, unk_token="[UNK]"
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    loaded = Tokenizer(tokenizer.to_str())
+    assert (loaded.vocabulary, loaded.bos, loaded.eos, loaded.dtype) == (70_000, 1, 2, np.uint32)
+    assert loaded.slow_reason == "it is not a plain byte-level BPE"
+    assert loaded.encode("w69999 w5").tolist() == [69_999, 5]
+
+
+def test_common_names_of_begin_and_end_are_known_and_gpt2_style_is_fast() -> None:
+    tokenizer = Tokenizer(byte_level(["<unk>", "<s>", "</s>"]), TEXTS)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.is_fast) == (1, 2, True)
+    tokenizer = Tokenizer(byte_level(["<|endoftext|>"]), TEXTS)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.is_fast) == (0, 0, True)
+
+
+def test_a_tokenizer_without_begin_and_end_is_refused_by_what_it_has() -> None:
+    with pytest.raises(UserError, match=r"its special tokens are \[CLS\], <pad>; add <\|bos\|> and <\|eos\|>"):
+        Tokenizer(byte_level(["[CLS]", "<pad>"]))
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.json: cannot be read as a tokenizer"):
+        Tokenizer.load(tmp_path / "missing.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json: not a tokenizer.json"):
+        Tokenizer.load(tmp_path / "other.json")
+
+
+def test_a_normalizer_keeps_the_exact_path() -> None:
+    tokenizer = Tokenizer(byte_level([BOS, EOS], normalizers.Lowercase()))
+    assert tokenizer.slow_reason == "it has a normalizer"
+    assert tokenizer.decode(tokenizer.encode("ABC")) == "abc"
+
+
+def test_ids_out_of_merge_order_are_caught_by_the_equality_check_on_documents() -> None:
+    description = json.loads(TRAINED)
+    vocabulary = description["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    # The merges in reverse of their ids: tiktoken, which goes by ids, would merge in the wrong order.
+    for number, token in enumerate(tokens[258:][::-1], 258):
+        vocabulary[token] = number
+    tokenizer = Tokenizer(json.dumps(description), TEXTS)
+    assert tokenizer.slow_reason.startswith("tiktoken and tokenizers differ on")
+    ids = tokenizer.encode(TEXTS[0])
+    assert tokenizer.decode(ids) == TEXTS[0]
+
+
+def test_a_million_spaces_are_encoded() -> None:
+    fast, _ = both_paths()
+    assert fast.decode(fast.encode(" " * 1_000_000)) == " " * 1_000_000
