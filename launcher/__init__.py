@@ -1,0 +1,1 @@
+"""launcher: starts the ranks of a run and ends them together. Never imports torch."""

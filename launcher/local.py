@@ -1,0 +1,300 @@
+"""Local: all ranks of a run on this machine, started together and ended together.
+
+Takes a command and a topology, gives an exit code (`bigmodel.rundir.EXIT_*`). Guarantees, however it ends, that no
+rank is left running: a rank that dies takes the others with it, Ctrl-C and SIGTERM let all ranks save first, and a
+kill -9 of the launcher itself kills the ranks through the kernel (Linux's parent-death signal). Costs one sleeping
+thread that looks at the ranks 20 times a second. Never imports torch.
+
+    running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
+       \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
+
+Rank 0 writes straight to the terminal, so its progress line lives; the others write to `rank-N.log`.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from bigmodel.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from launcher.topology import Topology, rank_environment
+
+GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and have nothing to save
+SAVE_SECONDS = 600.0  # for ranks asked to stop: a checkpoint of a large model takes minutes
+POLL_SECONDS = 0.05
+TAIL_LINES = 20
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass
+class Rank:
+    """One running process. `ended` is its exit status as subprocess gives it: a code, or minus a signal."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    log_start: int
+    ended: int | None = None
+
+    def signal(self, number: int) -> None:
+        """Signal the rank's whole process group, so that its own children go too."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+@dataclass
+class Supervision:
+    """What has happened so far to the ranks of one launch."""
+
+    ranks: list[Rank]
+    signals: list[int] = field(default_factory=list)
+    stopping: bool = False  # a signal told us to stop
+    culprit: Rank | None = None  # the first rank that died
+    died_stopping: bool = False  # ... and it did so after the signal
+    killed_early: bool = False  # nobody died, but a second signal or the clock cut the saving short
+    deadline: float = float("inf")  # then SIGKILL
+
+    @property
+    def running(self) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.ended is None]
+
+
+def run(
+    command: Sequence[str],
+    topology: Topology,
+    logs: Path,
+    *,
+    grace_seconds: float = GRACE_SECONDS,
+    save_seconds: float = SAVE_SECONDS,
+) -> int:
+    """Run `command` once per rank until all have ended; return the exit code for the whole.
+
+    0: every rank returned 0. 2 (user error) and 3 (stopped and saved): a rank's own, passed through. 1: a rank died;
+    standard error says which, how, and shows the last lines of its log. Call it from the main thread: it handles
+    signals. `logs` is made if need be; a rank's log is appended to.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    supervision = Supervision([])
+    with _collect_signals(supervision.signals):
+        try:
+            for number in range(topology.world_size):
+                supervision.ranks.append(_start(command, topology, number, logs))
+            _supervise(supervision, grace_seconds, save_seconds)
+        finally:
+            _kill_all(supervision.running)
+    return _verdict(supervision)
+
+
+def free_port() -> int:
+    """A TCP port that was free on this machine a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch_environment(topology: Topology, rank: int) -> dict[str, str]:
+    """What `run` sets for a rank: its place in the world, and PATH beginning with this interpreter's own programs.
+
+    The PATH is for ninja, which DeepSpeed calls by name and which lies beside the interpreter of a virtual
+    environment that nobody activated.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    variables = rank_environment(topology, rank, cores, os.environ)
+    programs = os.path.dirname(sys.executable)
+    path = os.environ.get("PATH", os.defpath)
+    return variables if programs in path.split(os.pathsep) else {**variables, "PATH": programs + os.pathsep + path}
+
+
+def _start(command: Sequence[str], topology: Topology, number: int, logs: Path) -> Rank:
+    log = None if number == 0 else logs / f"rank-{number}.log"
+    log_start = log.stat().st_size if log and log.exists() else 0
+    with _open_log(log) as output:
+        process = subprocess.Popen(
+            list(command),
+            env={**os.environ, **launch_environment(topology, number)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher only, which forwards it once
+            preexec_fn=_die_with_launcher(os.getpid()),
+        )
+    return Rank(number, process, log, log_start)
+
+
+@contextmanager
+def _open_log(log: Path | None) -> Iterator[BinaryIO | None]:
+    if log is None:
+        yield None  # inherit ours
+        return
+    with open(log, "ab") as file:
+        yield file
+
+
+def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
+    """What the child runs before the program: ask Linux to kill it when the launcher dies, however that dies.
+
+    SIGKILL, not SIGTERM: a rank that waits for a dead peer would never act on the milder one. The run then loses
+    the steps since its last checkpoint, as with any kill -9.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork: the child must not take locks
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != launcher:  # it died between the fork and the line above
+            os._exit(EXIT_FAILED)
+
+    return ask
+
+
+@contextmanager
+def _collect_signals(received: list[int]) -> Iterator[None]:
+    """Turn stop signals into entries of a list while the ranks run; put the old handlers back afterwards.
+
+    A signal that we were started to ignore (SIGHUP under nohup) stays ignored.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _supervise(supervision: Supervision, grace_seconds: float, save_seconds: float) -> None:
+    handled = 0
+    while supervision.running:
+        _collect_the_ended(supervision, grace_seconds, save_seconds)
+        while handled < len(supervision.signals):
+            _on_signal(supervision, supervision.signals[handled], save_seconds)
+            handled += 1
+        if time.monotonic() > supervision.deadline:
+            _end_early(supervision)
+        time.sleep(POLL_SECONDS)
+
+
+def _collect_the_ended(supervision: Supervision, grace_seconds: float, save_seconds: float) -> None:
+    ended = [rank for rank in supervision.running if _has_ended(rank)]
+    died = [rank for rank in ended if rank.ended not in (EXIT_DONE, EXIT_STOPPED)]
+    now = time.monotonic()
+    if any(rank.ended == EXIT_STOPPED for rank in ended):  # all ranks agree to stop, so the rest is about to
+        supervision.deadline = min(supervision.deadline, now + save_seconds)
+    if died:
+        supervision.deadline = min(supervision.deadline, now + grace_seconds)
+    if died and supervision.culprit is None:
+        # Two deaths in one look: a peer's death shows as an error, so the one killed by a signal came first.
+        supervision.culprit = min(died, key=lambda rank: (_status(rank) > 0, rank.number))
+        supervision.died_stopping = supervision.stopping
+        if not supervision.stopping:
+            _signal_all(supervision.running, signal.SIGTERM)
+
+
+def _on_signal(supervision: Supervision, number: int, save_seconds: float) -> None:
+    if not supervision.running:
+        return
+    if supervision.stopping:
+        _end_early(supervision)
+        return
+    supervision.stopping = True
+    supervision.deadline = min(supervision.deadline, time.monotonic() + save_seconds)
+    ranks = "1 rank" if len(supervision.running) == 1 else f"{len(supervision.running)} ranks"
+    _say(f"\n{signal.Signals(number).name}: asked {ranks} to save and stop; once more kills without saving")
+    _signal_all(supervision.running, signal.SIGTERM)
+
+
+def _end_early(supervision: Supervision) -> None:
+    supervision.killed_early = bool(supervision.running) and supervision.culprit is None
+    _kill_all(supervision.running)
+
+
+def _has_ended(rank: Rank) -> bool:
+    """Look without reaping first, so that the group's number is still ours when its stray members are killed."""
+    if os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return False
+    rank.signal(signal.SIGKILL)
+    rank.ended = rank.process.wait()
+    return True
+
+
+def _signal_all(ranks: list[Rank], number: int) -> None:
+    for rank in ranks:
+        rank.signal(number)
+
+
+def _kill_all(ranks: list[Rank]) -> None:
+    _signal_all(ranks, signal.SIGKILL)
+    for rank in ranks:
+        rank.ended = rank.process.wait()
+
+
+def _verdict(supervision: Supervision) -> int:
+    culprit = supervision.culprit
+    if supervision.killed_early:
+        _say("killed before every rank had saved; the run goes on from its last checkpoint")
+        return EXIT_FAILED
+    if culprit is None:
+        return max(_status(rank) for rank in supervision.ranks)  # EXIT_DONE or EXIT_STOPPED
+    if supervision.died_stopping and _status(culprit) == -signal.SIGTERM:
+        _say("stopped before every rank could save; the run goes on from its last checkpoint, if it had one")
+        return EXIT_STOPPED
+    return _blame(culprit, supervision)
+
+
+def _blame(culprit: Rank, supervision: Supervision) -> int:
+    """Say what is known of the first rank that died; return the exit code."""
+    user_error = _status(culprit) == EXIT_USER
+    if user_error and _status(supervision.ranks[0]) == EXIT_USER:
+        return EXIT_USER  # rank 0 has printed the same message on the terminal
+    world = len(supervision.ranks)
+    others = ["", "; the other rank was ended", "; the other ranks were ended"][min(world - 1, 2)]
+    _say(f"rank {culprit.number} of {world} {_how(_status(culprit))}{others}")
+    if culprit.log:
+        _say(f"last lines of {culprit.log}:")
+        for line in _tail(culprit.log, culprit.log_start):
+            _say(f"  | {line}")
+    return EXIT_USER if user_error else EXIT_FAILED
+
+
+def _status(rank: Rank) -> int:
+    assert rank.ended is not None, f"rank {rank.number} has not ended"
+    return rank.ended
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"ended with exit code {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    out_of_memory = " (the kernel does that when memory runs out: see dmesg)" if status == -signal.SIGKILL else ""
+    return f"was killed by {name}{out_of_memory}"
+
+
+def _tail(log: Path, start: int) -> list[str]:
+    """The last lines that this launch wrote to a log; at most 64 kB are read."""
+    with open(log, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(start, size - 65536))
+        text = file.read().decode("utf-8", errors="replace")
+    return text.splitlines()[-TAIL_LINES:] or ["(it wrote nothing)"]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,398 @@
+"""The launcher, with real processes: who gets which number, how a run ends, and that nothing is left running."""
+
+import contextlib
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.topology import Topology, count_devices, rank_environment
+
+REPOSITORY = Path(__file__).parents[1]
+
+# A trainee: marks itself as started by a file that holds its process id, and "saves" when it gets SIGTERM.
+TRAINEE = """
+import os, pathlib, signal, subprocess, sys, time
+rank, here = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
+def save(*_):
+    time.sleep({save_seconds})
+    (here / f"saved-{{rank}}").touch()
+    sys.exit(3)
+signal.signal(signal.SIGTERM, save)
+print("rank", rank, "begins", flush=True)
+part = here / f"part-{{rank}}"
+part.write_text(str(os.getpid()))
+part.rename(here / f"pid-{{rank}}")
+{then}
+"""
+
+# The launcher as a program of its own, so that it can be signalled like one.
+LAUNCHER = """
+import sys
+from pathlib import Path
+from launcher.local import free_port, run
+from launcher.topology import Topology
+here = Path(sys.argv[1])
+topology = Topology(1, {ranks}, "127.0.0.1", free_port())
+command = [sys.executable, "-c", {trainee!r}, str(here)]
+sys.exit(run(command, topology, here / "logs", grace_seconds={grace_seconds}, save_seconds={bound}))
+"""
+WAIT_FOR_EVER = "while True: time.sleep(0.05)"
+
+
+class Launch:
+    """A launcher and its trainees in a folder of their own."""
+
+    def __init__(
+        self,
+        here: Path,
+        then: str = WAIT_FOR_EVER,
+        *,
+        ranks: int = 2,
+        save_seconds: float = 0.0,
+        grace_seconds: float = 1.0,
+        bound: float = 60.0,
+    ):
+        self.here, self.ranks = here, ranks
+        trainee = TRAINEE.format(then=then, save_seconds=save_seconds)
+        program = LAUNCHER.format(ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, str(here)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def pid(self, rank: int) -> int:
+        file = self.here / f"pid-{rank}"
+        until(file.exists, f"rank {rank} to start")
+        return int(file.read_text())
+
+    def wait_until_started(self) -> None:
+        for rank in range(self.ranks):
+            self.pid(rank)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error, after checking that no process is left."""
+        output, errors = self.process.communicate(timeout=60)
+        until(lambda: not left_running(self.here), f"{left_running(self.here)} to end", seconds=3)
+        return self.process.returncode, output, errors
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def left_running(here: Path) -> list[int]:
+    """Processes whose command line names the folder: the launcher, its trainees and their children."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if str(here) in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _clean_up(tmp_path: Path) -> Iterator[None]:
+    """A test that fails must not leave processes to the ones after it."""
+    yield
+    for pid in left_running(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# ---- who gets which number
+
+
+def test_each_rank_gets_the_variables_that_torchrun_sets() -> None:
+    topology = Topology(nodes=2, ranks_per_node=3, main_address="n1", main_port=4321)
+    assert topology.world_size == 6
+    assert rank_environment(topology, 4, cores=7, inherited={}) == {
+        "RANK": "4",
+        "WORLD_SIZE": "6",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "3",
+        "NODE_RANK": "1",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "4321",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def test_threads_are_shared_out_but_a_user_s_choice_and_device_visibility_stay() -> None:
+    topology = Topology(1, 8, "127.0.0.1", 1)
+    assert rank_environment(topology, 0, cores=2, inherited={})["OMP_NUM_THREADS"] == "1"
+    chosen = rank_environment(topology, 0, cores=64, inherited={"OMP_NUM_THREADS": "5", "CUDA_VISIBLE_DEVICES": "3"})
+    assert not {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(chosen)
+
+
+def test_a_rank_outside_the_world_is_our_own_mistake() -> None:
+    with pytest.raises(AssertionError, match="rank 2 is not in a world of 2"):
+        rank_environment(Topology(1, 2, "127.0.0.1", 1), 2, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("files", "visible", "count"),
+    [
+        ([], None, 0),
+        (["nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "null"], None, 3),
+        (["nvidia0", "nvidia1"], "1", 1),
+        (["nvidia0", "nvidia1"], "", 0),
+        (["nvidia0", "nvidia1"], "-1", 0),
+        (["nvidia0", "nvidia1"], "GPU-ab,GPU-cd", 2),
+        ([], "0,1", 0),
+    ],
+)
+def test_gpus_are_counted_from_device_files_and_visibility(files: list[str], visible: str | None, count: int) -> None:
+    assert count_devices(files, visible) == count
+
+
+# ---- how a run ends
+
+
+def test_all_ranks_done_is_success_and_each_saw_its_own_number(tmp_path: Path) -> None:
+    then = "(here / f'env-{rank}').write_text(' '.join(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))"
+    code, output, errors = Launch(tmp_path, then, ranks=3).end()
+    assert (code, errors) == (0, "")
+    assert output == "rank 0 begins\n"  # rank 0 writes to the launcher's own output, the others to their logs
+    assert [(tmp_path / f"env-{rank}").read_text() for rank in range(3)] == ["0 0 3", "1 1 3", "2 2 3"]
+    assert (tmp_path / "logs" / "rank-2.log").read_text() == "rank 2 begins\n"
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank-1.log", "rank-2.log"]
+
+
+def test_a_killed_rank_is_named_and_the_rest_is_ended(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, ranks=3)
+    launch.wait_until_started()
+    os.kill(launch.pid(1), signal.SIGKILL)
+    code, _, errors = launch.end()
+    assert code == 1
+    assert "rank 1 of 3 was killed by SIGKILL" in errors
+    assert "out: see dmesg" in errors
+    assert f"last lines of {tmp_path}/logs/rank-1.log:\n  | rank 1 begins\n" in errors
+    assert (tmp_path / "saved-0").exists()  # they got SIGTERM, not only SIGKILL
+
+
+def test_a_rank_that_ends_with_an_error_is_named_with_its_last_lines(tmp_path: Path) -> None:
+    then = f"if rank == 1:\n  for n in range(50): print('line', n)\n  sys.exit(7)\n{WAIT_FOR_EVER}"
+    code, _, errors = Launch(tmp_path, then).end()
+    assert code == 1
+    assert errors.splitlines()[0] == "rank 1 of 2 ended with exit code 7; the other rank was ended"
+    assert errors.splitlines()[2:] == [f"  | line {number}" for number in range(30, 50)]
+
+
+def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(tmp_path: Path) -> None:
+    then = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(here / f'deaf-{rank}').touch()\n"
+    then += "while rank == 0 and not (here / 'deaf-1').exists(): time.sleep(0.01)\n"
+    then += f"if rank == 0: sys.exit(9)\n{WAIT_FOR_EVER}"
+    started = time.monotonic()
+    code, _, errors = Launch(tmp_path, then, grace_seconds=0.5).end()
+    assert (code, time.monotonic() - started < 20) == (1, True)
+    assert "rank 0 of 2 ended with exit code 9" in errors
+
+
+def test_only_this_launch_s_lines_of_a_log_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-1.log").write_text("an older run\n")
+    code, _, errors = Launch(tmp_path, "if rank == 1: sys.exit(4)\n" + WAIT_FOR_EVER).end()
+    assert code == 1
+    assert "older" not in errors
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "an older run\nrank 1 begins\n"
+
+
+@pytest.mark.parametrize("status", [2, 3])
+def test_user_errors_and_stops_are_passed_through(tmp_path: Path, status: int) -> None:
+    code, _, errors = Launch(tmp_path, f"sys.exit({status})").end()
+    assert (code, errors) == (status, "")
+
+
+def test_a_user_error_of_another_rank_alone_is_shown(tmp_path: Path) -> None:
+    then = f"if rank == 1:\n  print('mend this')\n  sys.exit(2)\n{WAIT_FOR_EVER}"
+    code, _, errors = Launch(tmp_path, then).end()
+    assert code == 2
+    assert "  | mend this\n" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_lets_every_rank_save_however_long_it_takes(tmp_path: Path, number: int) -> None:
+    launch = Launch(tmp_path, save_seconds=2.0, grace_seconds=0.2)
+    launch.wait_until_started()
+    launch.process.send_signal(number)
+    code, _, errors = launch.end()
+    assert code == 3
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+    assert f"{signal.Signals(number).name}: asked 2 ranks to save and stop" in errors
+
+
+def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, save_seconds=50.0)
+    launch.wait_until_started()
+    launch.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    started = time.monotonic()
+    launch.process.send_signal(signal.SIGINT)
+    code, _, errors = launch.end()
+    assert time.monotonic() - started < 5
+    assert code == 1
+    assert "killed before every rank had saved" in errors
+
+
+def test_saving_without_end_is_cut_off_at_the_bound(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, save_seconds=50.0, bound=0.5)
+    launch.wait_until_started()
+    launch.process.send_signal(signal.SIGTERM)
+    code, _, errors = launch.end()
+    assert code == 1
+    assert "killed before every rank had saved" in errors
+
+
+def test_a_stop_before_a_rank_can_save_is_a_stop(tmp_path: Path) -> None:
+    """Rank 1 is still importing (no handler yet) when the signal comes; rank 0 waits for it and must not hang."""
+    handler = "signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else signal.SIG_IGN)\n"
+    then = handler + "(here / f'ready-{rank}').touch()\n" + WAIT_FOR_EVER
+    launch = Launch(tmp_path, then, grace_seconds=0.5)
+    for rank in range(2):
+        until((tmp_path / f"ready-{rank}").exists, f"rank {rank}")
+    launch.process.send_signal(signal.SIGTERM)
+    code, _, errors = launch.end()
+    assert code == 3
+    assert "stopped before every rank could save" in errors
+
+
+def test_a_rank_terminated_by_someone_else_is_a_death_not_a_stop(tmp_path: Path) -> None:
+    then = f"signal.signal(signal.SIGTERM, signal.SIG_DFL)\n(here / f'ready-{{rank}}').touch()\n{WAIT_FOR_EVER}"
+    launch = Launch(tmp_path, then)
+    until((tmp_path / "ready-1").exists, "rank 1")
+    os.kill(launch.pid(1), signal.SIGTERM)
+    code, _, errors = launch.end()
+    assert code == 1
+    assert "rank 1 of 2 was killed by SIGTERM" in errors
+
+
+def test_a_death_while_saving_is_a_failure(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, save_seconds=20.0, grace_seconds=0.3)
+    launch.wait_until_started()
+    launch.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(launch.pid(1), signal.SIGKILL)
+    code, _, errors = launch.end()
+    assert code == 1
+    assert "rank 1 of 2 was killed by SIGKILL" in errors
+
+
+# ---- nothing is left running
+
+
+def test_kill_dash_nine_of_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, ranks=3, save_seconds=50.0)
+    launch.wait_until_started()
+    assert len(left_running(tmp_path)) == 4
+    launch.process.kill()
+    launch.end()
+
+
+def test_children_of_a_rank_end_with_it(tmp_path: Path) -> None:
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)', str(here)])\n"
+    child += "(here / f'child-{rank}').touch()\n"
+    launch = Launch(tmp_path, child + f"if rank == 1: sys.exit(0)\n{WAIT_FOR_EVER}")
+    until(lambda: all((tmp_path / f"child-{rank}").exists() for rank in range(2)), "the children")
+    os.kill(launch.pid(0), signal.SIGKILL)
+    code, _, errors = launch.end()
+    assert code == 1
+    assert "rank 0 of 2 was killed by SIGKILL" in errors
+
+
+def test_a_program_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
+    from launcher import local
+
+    with pytest.raises(FileNotFoundError):
+        local.run([str(tmp_path / "missing")], Topology(1, 2, "127.0.0.1", 1), tmp_path / "logs")
+    assert left_running(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- the command line
+
+
+def launch_command(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "launcher", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+
+
+def write_run_file(folder: Path, extra: str = "") -> Path:
+    file = folder / "run file.toml"
+    file.write_text(f"[run]\ndirectory = '{folder / 'run'}'\n{extra}")
+    return file
+
+
+def test_a_dry_run_prints_a_line_per_rank_that_a_shell_could_run(tmp_path: Path) -> None:
+    file = write_run_file(tmp_path)
+    answer = launch_command("local", str(file), "--ranks", "2", "--set", "training.steps=120", "--dry-run")
+    assert answer.returncode == 0, answer.stderr
+    lines = [shlex.split(line) for line in answer.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["RANK=0", "RANK=1"]
+    expected = [sys.executable, "-m", "bigmodel", "train", str(file), "--set", "training.steps=120"]
+    assert all(line[-len(expected) :] == expected for line in lines)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("extra", "arguments", "message"),
+    [
+        ("[training]\nstepz = 5", [], "training.stepz: unknown setting; did you mean 'steps'?"),
+        ("", ["--ranks", "-1"], "--ranks -1: at least 1 rank is needed"),
+        ("", ["--set", "training.steps=0"], "training.steps = 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    tmp_path: Path, extra: str, arguments: list[str], message: str
+) -> None:
+    file = write_run_file(tmp_path, extra)
+    answer = launch_command("local", str(file), *arguments)
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    file = write_run_file(tmp_path)
+    (tmp_path / "run").write_text("a file where the folder should be")
+    answer = launch_command("local", str(file))
+    assert answer.returncode == 2
+    assert f"run.directory = {tmp_path / 'run'}: cannot make" in answer.stderr
+
+
+def test_rank_zero_writes_to_the_terminal_itself(tmp_path: Path) -> None:
+    """On a pseudo-terminal: rank 0 sees a terminal (its progress line lives), the others do not."""
+    trainee = "import os, sys; print('terminal', os.environ['RANK'], sys.stdout.isatty(), flush=True)"
+    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60)
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=theirs) as process:
+        os.close(theirs)
+        assert process.wait(timeout=60) == 0
+    assert os.read(ours, 1000).decode().strip() == "terminal 0 True"
+    os.close(ours)
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "terminal 1 False\n"
+
+
+def test_the_launcher_never_imports_torch() -> None:
+    code = "import sys, launcher.__main__; print({'torch', 'deepspeed', 'streaming'} & set(sys.modules))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert answer.stdout.strip() == "set()"
