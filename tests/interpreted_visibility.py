@@ -1,0 +1,68 @@
+"""The tile form of the attention rule draws the same picture as the dense form. Run by test_visibility.py."""
+
+import torch
+from hypothesis import given, settings
+
+from kernels import tl, triton
+from kernels.visibility import FULL, Visibility, bidirectional, causal, dense, load_tile, part_bounds, sees, tile_table
+from tests.test_visibility import offsets_of, visibilities
+
+BY_MASK, BY_FULL_TILE = 1, 16
+
+
+@triton.jit
+def draw_kernel(
+    drawing, tiles, left, right, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # one program: one tile of the table
+    """Adds 1 to every pair seen in a partial tile, and 16 to every pair of a full tile, without any mask on columns."""
+    first_row, row_end, _column_end, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0), left, right, ROWS, COLUMNS
+    )
+    if first_row >= row_end:
+        return
+    row = first_row + tl.arange(0, ROWS)
+    for part in tl.static_range(3):
+        tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
+        for tile in range(tile_from, tile_to):
+            column = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
+            drawn = (row < row_end)[:, None] & (column < num_columns)[None, :]
+            pair = drawing + row[:, None] * num_columns + column[None, :]
+            if part == FULL:
+                tl.store(pair, tl.load(pair, mask=drawn) + 16, mask=drawn)
+            else:
+                drawn = drawn & sees(lo, hi, column)
+                tl.store(pair, tl.load(pair, mask=drawn) + 1, mask=drawn)
+
+
+def drawn(visibility: Visibility, num_rows: int, num_columns: int, rows: int, columns: int) -> torch.Tensor:
+    tiles = tile_table(visibility, num_rows, rows)
+    drawing = torch.zeros(num_rows, num_columns, dtype=torch.int32)
+    draw_kernel[(len(tiles),)](drawing, tiles, *visibility.window, num_columns, ROWS=rows, COLUMNS=columns)
+    return drawing
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(visibilities(longest=11))
+def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[Visibility, int, int]) -> None:
+    visibility, num_queries, num_keys = case
+    drawing = drawn(visibility, num_queries, num_keys, rows=4, columns=4)
+    once = (drawing == BY_MASK) | (drawing == BY_FULL_TILE)
+    assert torch.equal(once, drawing > 0)
+    assert torch.equal(once, dense(visibility, num_queries, num_keys))
+
+
+def test_tiles_of_keys_draw_the_transposed_picture() -> None:
+    visibility = causal(offsets_of([3, 0, 21, 1]), left=9)
+    drawing = drawn(visibility.transposed, 30, 30, rows=8, columns=4)
+    assert torch.equal(drawing > 0, dense(visibility, 30, 30).T)
+
+
+def test_tiles_inside_a_document_are_full() -> None:
+    # 32 x 32 pairs in 8 x 4 tiles. Causal: row tile i has 2 i full column tiles before its diagonal.
+    assert (drawn(bidirectional(offsets_of([32])), 32, 32, 8, 4) == BY_FULL_TILE).sum() == 32 * 32
+    assert (drawn(causal(offsets_of([32])), 32, 32, 8, 4) == BY_FULL_TILE).sum() == (0 + 2 + 4 + 6) * 8 * 4
+
+
+def test_a_window_leaves_tiles_on_both_sides_unvisited_and_has_full_tiles_between() -> None:
+    drawing = drawn(causal(offsets_of([64]), left=24), 64, 64, 8, 4)
+    assert (drawing[32] == torch.tensor([0] * 8 + [1] * 8 + [16] * 16 + [1] + [0] * 31)).all()

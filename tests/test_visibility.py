@@ -1,0 +1,110 @@
+"""The attention rule: its three forms agree, and are what the module's picture shows."""
+
+import re
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from kernels import visibility as rule
+from kernels.visibility import Visibility, bidirectional, causal, cross, dense, make_schedule, picture, tile_table
+from tests.interpreted import run_interpreted
+
+
+def offsets_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+@some.composite
+def visibilities(draw, longest: int = 9) -> tuple[Visibility, int, int]:
+    """A rule, and numbers of queries and keys that may pass the last offset."""
+    lengths = some.integers(0, longest) | some.just(0)
+    documents = draw(some.lists(some.tuples(lengths, lengths), min_size=1, max_size=5))
+    if draw(some.booleans()):
+        documents = [(queries, queries) for queries, _ in documents]
+    query_offsets, key_offsets = (offsets_of([document[side] for document in documents]) for side in (0, 1))
+    window = some.none() | some.integers(0, longest + 1)
+    visibility = Visibility(query_offsets, key_offsets, left=draw(window), right=draw(window))
+    beyond = some.integers(0, 5)
+    return visibility, int(query_offsets[-1]) + draw(beyond), int(key_offsets[-1]) + draw(beyond)
+
+
+def pictured(visibility: Visibility, num_queries: int, num_keys: int) -> torch.Tensor:
+    lines = picture(visibility, num_queries, num_keys)
+    return torch.tensor([[mark == "#" for mark in line] for line in lines]).reshape(num_queries, num_keys)
+
+
+def test_the_picture_in_the_docstring_is_what_the_rule_draws() -> None:
+    shared, targets, sources = offsets_of([3, 0, 4]), offsets_of([2, 3]), offsets_of([4, 3])
+    rules = [causal(shared), causal(shared, left=1), bidirectional(shared), cross(targets, sources)]
+    drawn = list(zip(*(picture(each, 8, 8) for each in rules), strict=True))
+    shown = re.findall(r"^ *([#.]{8}) +([#.]{8}) +([#.]{8}) +([#.]{8})$", rule.__doc__ or "", re.MULTILINE)
+    assert len(shown) == 8
+    assert shown == drawn
+
+
+def test_causal_is_this_picture() -> None:
+    assert picture(causal(torch.tensor([0, 2, 5], dtype=torch.int32)), 5, 5) == [
+        "#....",
+        "##...",
+        "..#..",
+        "..##.",
+        "..###",
+    ]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(visibilities())
+def test_dense_equals_the_picture(case: tuple[Visibility, int, int]) -> None:
+    assert torch.equal(dense(*case), pictured(*case))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(visibilities())
+def test_exchanging_queries_and_keys_transposes(case: tuple[Visibility, int, int]) -> None:
+    visibility, num_queries, num_keys = case
+    assert torch.equal(dense(visibility.transposed, num_keys, num_queries), dense(*case).T)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(visibilities())
+def test_the_tile_table_covers_every_row_once_and_no_tile_mixes_documents(case: tuple[Visibility, int, int]) -> None:
+    visibility, num_queries, _ = case
+    table = tile_table(visibility, num_queries, block=4)
+    assert len(table) == -(-num_queries // 4) + visibility.query_offsets.numel() - 1
+    covered = [row for first, end, *_ in table.tolist() for row in range(first, min(first + 4, end))]
+    assert sorted(covered) == list(range(num_queries))
+    starts = {*visibility.query_offsets.tolist()}
+    assert all(row_start in starts and row_start <= first for first, _, row_start, _, _ in table.tolist())
+
+
+def test_tiles_with_most_to_do_come_first() -> None:
+    firsts = [tile[0] for tile in tile_table(causal(offsets_of([4, 12, 2])), 18, block=4).tolist()]
+    assert firsts[:3] == [12, 8, 0] or firsts[:3] == [12, 8, 4]
+
+
+def test_the_tile_form_equals_the_dense_form() -> None:
+    assert run_interpreted("tests/interpreted_visibility.py") == 4
+
+
+@pytest.mark.parametrize(
+    ("query_offsets", "key_offsets", "left", "message"),
+    [
+        (torch.tensor([0, 3]), torch.tensor([0, 3]), None, "query_offsets has shape .* torch.int64; it needs"),
+        (offsets_of([3]), offsets_of([1, 2]), None, "query_offsets has 1 documents and key_offsets has 2"),
+        (offsets_of([3]), offsets_of([3]), -1, "left is -1; it needs 0 to"),
+        (offsets_of([3]), torch.zeros(1, dtype=torch.int32), None, "key_offsets has shape .*at least one document"),
+    ],
+)
+def test_what_cannot_be_a_rule_is_refused(query_offsets, key_offsets, left, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Visibility(query_offsets, key_offsets, left=left, right=0)
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2, 4], [0, 7]])
+def test_a_schedule_refuses_offsets_that_do_not_fit_the_rows(offsets: list[int]) -> None:
+    visibility = causal(torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"query_offsets is \[.*end at most at the number of rows, 6"):
+        make_schedule(visibility, 6, 6)
