@@ -1,0 +1,225 @@
+"""One rank of the engine's and the checkpoints' tests: runs a list of jobs in one process group.
+
+`launch(jobs, world_size, folder)` starts the ranks, waits and gives one result per job. A job trains a small real
+Transformer with dropout for some steps on documents that depend on the step alone, and reports what it saw.
+Starting processes is what costs, so tests put all the jobs of a world size into one launch.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bigmodel.config import DataSettings, Settings
+from bigmodel.data.batch import Batch, build_batch, make_keys
+from bigmodel.data.order import Fragment
+from bigmodel.deepspeed_config import resolve_deepspeed
+from bigmodel.model.init import init_weights
+from bigmodel.model.transformer import Transformer
+from bigmodel.training import checkpoint
+from bigmodel.training.distributed import World, end_world, start_world
+from bigmodel.training.engine import Engine
+from bigmodel.training.optim import build_optimizer, learning_rate
+from tests.ranks import run_ranks
+
+VOCABULARY = 67
+PACKS = 6  # per step; over 2 ranks and 2 packs a time, one micro-batch of each step is half empty
+DATA = {"context_tokens": 24, "pack_tokens": 24, "pack_documents": 4}
+LAUNCH_SECONDS = 200.0
+
+
+def settings_table(
+    folder: Path, stage: int, precision: str, packs_per_micro_batch: int, **other: Any
+) -> dict[str, Any]:
+    """A run file's table and, beside it, the DeepSpeed JSON it names."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": other.pop("persistence", 0)}
+    name = f"zero{stage}-{precision}-{packs_per_micro_batch}-{zero['stage3_param_persistence_threshold']}.json"
+    text = {"train_micro_batch_size_per_gpu": packs_per_micro_batch, "zero_optimization": zero}
+    (folder / name).write_text(json.dumps(text))
+    model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40, "qk_norm": True}
+    model |= {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
+    training = {"steps": 20, "packs_per_step": PACKS, "precision": precision, "deepspeed": str(folder / name)}
+    # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
+    optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0), "epsilon": 1e-4}
+    assert not other, f"unused: {other}"
+    schedule = {"warmup_steps": 2}
+    return {"model": model, "training": training, "optimizer": optimizer, "schedule": schedule, "data": DATA}
+
+
+def documents_of(step: int, pack: int) -> list[list[int]]:
+    """Stored tokens of the documents of one pack; a function of step and pack alone. Packs differ in their fill."""
+    generator = torch.Generator().manual_seed(1000 * step + pack)
+    lengths = [[9, 12, 4], [25], [3, 3], [16, 8], [5], [7, 2, 11]][pack]
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def batch_of(step: int, packs: range, end: int = PACKS) -> Batch:
+    """The micro-batch of these packs; a pack number beyond `end` is an empty pack."""
+    documents = [documents_of(step, pack) if pack < end else [] for pack in packs]
+    flat = [document for pack in documents for document in pack]
+    rows = iter(range(len(flat)))
+    plan = [tuple(Fragment(0, 0, next(rows), 0, len(document) - 1, 0) for document in pack) for pack in documents]
+    keys = make_keys(1, step, packs.start, len(packs), DATA["pack_tokens"])
+    return build_batch(plan, lambda fragment: torch.tensor(flat[fragment.row]).numpy(), DataSettings(**DATA), keys)
+
+
+def micro_batches_of(step: int, rank: int, size: int, packs_per_micro_batch: int) -> list[Batch]:
+    share = -(-PACKS // size)
+    mine = range(rank * share, (rank + 1) * share)
+    return [
+        batch_of(step, range(first, first + packs_per_micro_batch), min(mine.stop, PACKS))
+        for first in range(mine.start, mine.stop, packs_per_micro_batch)
+    ]
+
+
+def num_targets_of(step: int) -> int:
+    return sum(len(document) - 1 for pack in range(PACKS) for document in documents_of(step, pack))
+
+
+def new_model(settings: Settings) -> Transformer:
+    model = Transformer(settings.model, VOCABULARY)
+    init_weights(model, seed=5)
+    return model
+
+
+def oracle(settings: Settings, steps: int, path: Path, packs_at_once: int = PACKS) -> list[dict[str, float]]:
+    """Plain torch in one process: losses and norms; gradients, weights and first moments go into `path`.
+
+    In bf16, gradients of micro-batches of `packs_at_once` packs are added up in fp32 and the masters are fp32.
+    """
+    model, masters = new_model(settings), new_model(settings)
+    if settings.training.precision == "bf16":
+        model.to(torch.bfloat16)
+        masters.load_state_dict(model.state_dict())
+    adamw = build_optimizer(masters, settings.optimizer)
+    pairs = [(name, master, model.get_parameter(name)) for name, master in masters.named_parameters()]
+    tensors, seen = {}, []
+    for step in range(steps):
+        nats = 0.0
+        for first in range(0, PACKS, packs_at_once):
+            loss = model(batch_of(step, range(first, first + packs_at_once)))
+            (loss * (1 / num_targets_of(step))).backward()
+            nats += loss.item()
+            for _, master, parameter in pairs:
+                gradient = parameter.grad.float()
+                master.grad = gradient.clone() if first == 0 else master.grad + gradient
+                parameter.grad = None
+        tensors |= {f"{step}.{name}": master.grad.clone() for name, master, _ in pairs}
+        limit = settings.optimizer.gradient_clipping or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        adamw.step()
+        model.load_state_dict(masters.state_dict())
+        seen.append({"loss": nats / num_targets_of(step), "norm": norm.item()})
+    tensors |= {f"weight.{name}": master.detach().clone() for name, master, _ in pairs}
+    tensors |= {f"exp_avg.{name}": adamw.state[master]["exp_avg"].clone() for name, master, _ in pairs}
+    save_file(tensors, path)
+    return seen
+
+
+def plain_evaluation(settings: Settings) -> float:
+    """The loss sum of step 0 under the initial weights, without dropout, from plain torch."""
+    with torch.no_grad():
+        return float(new_model(settings).eval()(batch_of(0, range(PACKS))))
+
+
+def state_digest(engine: Engine) -> str:
+    digest = hashlib.sha256(str(engine.updates).encode())
+    for name in engine.names():
+        for key, tensor in engine.read_state(name).items():
+            digest.update(f"{key}.{name}".encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def keeps_signed_zeros(engine: Engine) -> bool:
+    """Whether -0.0 comes back as -0.0 from every tensor. Ruins the state: do it last."""
+    zeros = {name: torch.full(engine.shape(name), -0.0) for name in engine.names()}
+    engine.write_states(lambda name: dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), zeros[name]), updates=0)
+    states = [tensor for name in engine.names() for tensor in engine.read_state(name).values()]
+    return all(bool(torch.signbit(tensor).all()) for tensor in states)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
+    effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
+    packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
+    engine = Engine(new_model(settings), settings, effective, world)
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradient_errors": [], "first": 0}
+    expected = load_file(job["oracle"]) if "oracle" in job else {}
+    checkpoints = Path(job.get("checkpoints", "."))
+    if job.get("resume"):
+        found = checkpoint.newest(checkpoints, world)
+        assert found is not None, f"no checkpoint in {checkpoints}"
+        checkpoint.load(found, engine, settings, world)
+        result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}
+    for step in range(result["first"], job["steps"]):
+        if step not in job.get("leave_out", []):
+            run_step(step, job, engine, settings, packs_per_micro_batch, expected, result)
+        if job.get("save_at") == step + 1:
+            result["saved"] = state_digest(engine)
+            checkpoint.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
+    result |= {"digest": state_digest(engine), "updates": engine.updates}
+    result["micro_batches"] = effective["gradient_accumulation_steps"]
+    for key in ("weight", "exp_avg") if expected else ():
+        state = {name: engine.read_state(name)[key] for name in engine.names()}
+        result[f"{key}_error"] = max(relative_error(state[name], expected[f"{key}.{name}"]) for name in state)
+    if expected:
+        result["keeps_signed_zeros"] = keeps_signed_zeros(engine)
+    return result
+
+
+def run_step(
+    step: int,
+    job: dict[str, Any],
+    engine: Engine,
+    settings: Settings,
+    packs_per_micro_batch: int,
+    expected: dict[str, torch.Tensor],
+    result: dict[str, Any],
+) -> None:
+    """One step as the loop does it. A step in `skip_at` gets an infinite gradient and is skipped."""
+    world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
+    batches = micro_batches_of(step, world.rank, world.size, packs_per_micro_batch)
+    if step in job.get("evaluate_at", []):
+        outputs = [engine.forward(batches[0], kind) for kind in ("loss_sum", "loss_per_position", "logits")]
+        result["shapes"] = [list(output.shape) for output in outputs]
+        result["evaluated"] = [float(outputs[0]), float(outputs[1].sum())]
+        result["training"] = engine._engine.module.training
+    divisor = 1e-300 if skip else targets
+    nats = sum(float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches)
+    norm = engine.gradient_norm()
+    if expected:
+        errors = {name: relative_error(engine.gradient(name), expected[f"{step}.{name}"]) for name in engine.names()}
+        result["gradient_errors"].append(max(errors.values()))
+    engine.update(learning_rate(step, settings), skip=skip)
+    if skip:
+        result["skipped_norm"] = norm
+    else:
+        result["losses"].append(world.sum_([nats])[0] / targets)
+        result["norms"].append(norm)
+
+
+def launch(jobs: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """Run the jobs on `world_size` gloo ranks in new processes; one result per job. A failed rank fails the test."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_ranks(world_size, run_jobs, folder, timeout_seconds=LAUNCH_SECONDS)
+    return json.loads((folder / "results.json").read_text())
+
+
+def run_jobs(folder: Path) -> None:
+    """One rank."""
+    world = start_world(timeout_seconds=60)
+    results = [run_job(job, world) for job in json.loads((folder / "jobs.json").read_text())]
+    agreed = world.gather_objects([(result["losses"], result["norms"], result["digest"]) for result in results])
+    assert all(other == agreed[0] for other in agreed), "ranks disagree on loss, norm or state"
+    if world.rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    end_world()

@@ -1,0 +1,237 @@
+"""The effective DeepSpeed configuration: what the user wrote stays, "auto" is filled, contradictions are errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigmodel.config import Settings, UserError
+from bigmodel.deepspeed_config import DEFAULTS, num_micro_batches, resolve_deepspeed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def resolve(
+    tmp_path: Path, config: dict[str, Any] | str, world_size: int = 1, **sections: dict[str, Any]
+) -> tuple[dict[str, Any], Settings]:
+    path = tmp_path / "mine.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    sections["training"] = {"deepspeed": str(path)} | sections.get("training", {})
+    return resolve_deepspeed(Settings.model_validate(sections), world_size)
+
+
+def refusal(tmp_path: Path, config: dict[str, Any] | str, world_size: int = 1, **sections: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(tmp_path, config, world_size, **sections)
+    assert str(tmp_path / "mine.json") in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_a_file_the_defaults_hold() -> None:
+    effective, settings = resolve_deepspeed(Settings.model_validate({"training": {"packs_per_step": 8}}), 2)
+    assert effective == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 4,
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": 1.0,
+    }
+    assert settings.training.packs_per_step == 8
+
+
+def test_every_default_has_a_reason() -> None:
+    assert all(reason for _, _, reason in DEFAULTS)
+
+
+def test_what_the_user_wrote_is_never_altered(tmp_path: Path) -> None:
+    mine = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "bf16"},
+        "communication_data_type": "bf16",
+        "gradient_clipping": 0.5,
+        "wall_clock_breakdown": True,
+        "optimizer": {"type": "Adam", "params": {"lr": 0.001, "betas": [0.8, 0.9], "torch_adam": True}},
+    }
+    effective, settings = resolve(tmp_path, mine, 2)
+    derived = {"gradient_accumulation_steps": 2, "train_batch_size": 8}
+    assert effective == mine | derived
+    assert settings.optimizer.gradient_clipping == 0.5
+    assert settings.optimizer.learning_rate == 0.001
+    assert (settings.optimizer.beta1, settings.optimizer.beta2) == (0.8, 0.9)
+
+
+def test_auto_is_filled_from_the_run_file_or_left_to_deepspeed(tmp_path: Path) -> None:
+    mine = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+    }
+    optimizer = {"learning_rate": 0.01, "gradient_clipping": 2.0}
+    effective, _ = resolve(tmp_path, mine, 1, training={"packs_per_step": 3, "precision": "fp32"}, optimizer=optimizer)
+    assert effective["train_batch_size"] == 3
+    assert effective["gradient_accumulation_steps"] == 3
+    assert effective["gradient_clipping"] == 2.0
+    assert effective["bf16"]["enabled"] is False
+    assert effective["fp16"] == {}
+    assert effective["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert effective["optimizer"]["params"] == {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("packs", "ranks", "at_once", "expected"),
+    [(8, 1, 1, 8), (8, 2, 1, 4), (8, 2, 4, 1), (8, 3, 1, 3), (8, 3, 2, 2), (7, 2, 2, 2), (1, 4, 1, 1)],
+)
+def test_micro_batches_follow_from_packs_ranks_and_packs_at_once(
+    packs: int, ranks: int, at_once: int, expected: int
+) -> None:
+    assert num_micro_batches(packs, ranks, at_once) == expected
+
+
+def test_a_step_that_does_not_divide_is_filled_with_empty_packs(tmp_path: Path) -> None:
+    effective, _ = resolve(tmp_path, {"train_micro_batch_size_per_gpu": 2}, 3, training={"packs_per_step": 8})
+    assert effective["gradient_accumulation_steps"] == 2
+    assert effective["train_batch_size"] == 12
+
+
+def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:
+    mine = {"train_batch_size": 12, "bf16": {"enabled": False}, "gradient_clipping": 0}
+    effective, settings = resolve(tmp_path, mine, 3)
+    assert settings.training.packs_per_step == 12
+    assert settings.training.precision == "fp32"
+    assert settings.optimizer.gradient_clipping == 0.0
+    assert effective["gradient_accumulation_steps"] == 4
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    (
+        {"bf16": {"enabled": True}},
+        {"training": {"precision": "fp32"}},
+        ["bf16.enabled = true", "training.precision", "fp32"],
+    ),
+    ({"bf16": {"enabled": False}}, {"training": {"precision": "bf16"}}, ["bf16.enabled = false", "training.precision"]),
+    ({"gradient_clipping": 1}, {"optimizer": {"gradient_clipping": 0.5}}, ["gradient_clipping = 1", "= 0.5"]),
+    ({"train_batch_size": 16}, {"training": {"packs_per_step": 8}}, ["train_batch_size = 16", "packs_per_step = 8"]),
+    ({"train_batch_size": 9}, {"data": {"lanes": 4}, "training": {"packs_per_step": 9 - 1}}, ["train_batch_size = 9"]),
+    (
+        {"gradient_accumulation_steps": 3},
+        {"training": {"packs_per_step": 8}},
+        ["gradient_accumulation_steps = 3", "packs_per_step = 8", "2 rank(s)", "makes 4", "packs_per_step = 6"],
+    ),
+    ({"train_batch_size": 5}, {"training": {"packs_per_step": 5}}, ["train_batch_size = 5", "in all 6", '"auto"']),
+    ({"optimizer": {"params": {"lr": 1e-3}}}, {"optimizer": {"learning_rate": 2e-3}}, ["params.lr = 0.001", "0.002"]),
+    (
+        {"optimizer": {"params": {"betas": [0.9, 0.99]}}},
+        {"optimizer": {"beta2": 0.95}},
+        ["betas[1] = 0.99", "beta2 = 0.95"],
+    ),
+    ({"optimizer": {"params": {"eps": 1e-6}}}, {"optimizer": {"epsilon": 1e-8}}, ["params.eps", "optimizer.epsilon"]),
+    ({"optimizer": {"params": {"weight_decay": 0}}}, {"optimizer": {"weight_decay": 0.1}}, ["weight_decay = 0,"]),
+]
+
+
+@pytest.mark.parametrize(("mine", "sections", "parts"), CONTRADICTIONS)
+def test_a_contradiction_names_both_sides_and_the_remedy(
+    tmp_path: Path, mine: dict[str, Any], sections: dict[str, Any], parts: list[str]
+) -> None:
+    text = refusal(tmp_path, mine, 2, **sections)
+    for part in parts:
+        assert part in text
+    assert "run file" in text or "training." in text
+
+
+UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
+    ("{", ["not valid JSON", "line 1"]),
+    ('{"bf16": {"enabled": true},}', ["not valid JSON"]),
+    ("[1, 2]", ["a JSON list", "object"]),
+    ('{"bf16": {}, "bf16": {}}', ["'bf16' is written twice"]),
+    ({"gradient_cliping": 1}, ["gradient_cliping", "did you mean gradient_clipping?"]),
+    ({"zero_optimization": {"overlap_com": True}}, ["did you mean zero_optimization.overlap_comm?"]),
+    ({"optimizer": {"params": {"learning_rate": 1}}}, ["optimizer.params.learning_rate"]),
+    ({"zero_optimization": True}, ["zero_optimization = True", "object"]),
+    ({"zero_optimization": {"stage": 4}}, ["stage = 4", "0, 1, 2 or 3"]),
+    ({"zero_optimization": {"stage": 0}}, ["stage = 0 with bf16", "0.19.8", "stage 1"]),
+    ({"bfloat16": {"enabled": True}}, ['old name of "bf16"']),
+    ({"bf16": {"enabled": 1}}, ["bf16.enabled = 1", "true, false"]),
+    ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "bf16"]),
+    ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "[schedule]", "warmup_steps"]),
+    ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "AdamW"]),
+    ({"optimizer": {"params": {"adam_w_mode": False}}}, ["adam_w_mode"]),
+    ({"optimizer": {"params": {"betas": 0.9}}}, ["betas = 0.9", "two numbers"]),
+    ({"gradient_clipping": "1.0"}, ['gradient_clipping = "1.0"', "a number"]),
+    ({"gradient_clipping": -1}, ["gradient_clipping = -1", "at least 0"]),
+    ({"train_micro_batch_size_per_gpu": 0}, ["train_micro_batch_size_per_gpu = 0", "at least 1"]),
+    ({"train_micro_batch_size_per_gpu": 1.5}, ["a whole number"]),
+    ({"elasticity": {"enabled": True}}, ["elasticity was removed", "0.19.8", "any world size"]),
+    ({"nebula": {"enabled": True}}, ["nebula was removed"]),
+    ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size was removed"]),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "not offered yet"]),
+    ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation = false"]),
+    ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "mean"]),
+]
+
+
+@pytest.mark.parametrize(("mine", "parts"), UNUSABLE)
+def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, mine: dict[str, Any] | str, parts: list[str]) -> None:
+    text = refusal(tmp_path, mine)
+    for part in parts:
+        assert part in text
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"training": {"deepspeed": str(tmp_path / "absent.json")}})
+    with pytest.raises(UserError, match=r"absent\.json: no such file"):
+        resolve_deepspeed(settings, 1)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero0-fp32", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)])
+def test_the_files_in_configs_resolve(name: str, stage: int) -> None:
+    path = REPOSITORY / "configs" / "deepspeed" / f"{name}.json"
+    effective, settings = resolve_deepspeed(Settings.model_validate({"training": {"deepspeed": str(path)}}), 2)
+    assert effective["zero_optimization"]["stage"] == stage
+    assert settings.training.precision == ("fp32" if stage == 0 else "bf16")
+
+
+def test_resolving_imports_neither_torch_nor_deepspeed() -> None:
+    code = (
+        "import sys; from bigmodel.deepspeed_config import resolve_deepspeed; from bigmodel.config import Settings; "
+        "resolve_deepspeed(Settings(), 2); print({'torch', 'deepspeed'} & set(sys.modules))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=True
+    )
+    assert ran.stdout.strip() == "set()"
+
+
+def test_every_key_this_deepspeed_reads_is_known_or_refused() -> None:
+    """Guards against an upgrade: the sections that DeepSpeed's own classes declare."""
+    from bigmodel.deepspeed_config import REMOVED, ZERO_KEYS
+
+    code = (
+        "import os; os.environ['DS_ACCELERATOR'] = 'cpu'\n"
+        "from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as Z\n"
+        "from deepspeed.runtime import config as c\n"
+        "import json; names = [f.alias or n for n, f in Z.model_fields.items()]\n"
+        "removed = [list(c._REMOVED_TOP_LEVEL_CONFIG_KEYS), list(c._REMOVED_ZERO_CONFIG_KEYS)]\n"
+        "print('KEYS ' + json.dumps([names, *removed]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    line = next(line for line in ran.stdout.splitlines() if line.startswith("KEYS "))
+    zero, removed, removed_zero = json.loads(line[5:])
+    assert set(zero) <= ZERO_KEYS
+    assert set(removed) | {f"zero_optimization.{key}" for key in removed_zero} == set(REMOVED)
