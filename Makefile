@@ -1,5 +1,5 @@
 # The whole way from a fresh clone to a trained model: `make train`. `make` alone lists what there is.
-# Needs python3 (3.11 or 3.12), a C++ compiler and a package index; pip's own settings (index, proxy, cache) hold.
+# Needs python3 (3.11 or 3.12) and a package index; pip's own settings (index, proxy, cache) hold.
 
 PYTHON ?= python3
 RUN ?= configs/tiny.toml
@@ -9,7 +9,6 @@ TESTS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := configs/constraints.txt
-CXX_COMMAND := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 # Claims that need neither data nor a process group: seconds, so `make check` stays quick.
 QUICK_TESTS := tests/test_imports.py $(wildcard tests/test_config.py tests/test_rundir.py tests/test_topology.py) \
 	tests/test_metrics.py
@@ -22,54 +21,38 @@ help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
 	@echo 'make test     set up, run every test (TESTS=... picks some)'
 	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
-	@echo 'make setup    only create .venv and build what must be built once'
+	@echo 'make setup    only create .venv'
 	@echo 'make format   rewrite the code in the house format'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
 	@echo
 	@echo 'RUN=path.toml and RANKS=n choose another run; PYTHON=/path/to/python3.12 chooses the interpreter.'
 
-setup: .venv/warmed
+setup: .venv/installed
 
 # A stamp is written only after success, so an interrupted set-up starts again where it stopped.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
-	@test $(words $(CURDIR)) -eq 1 || { \
-		echo "set-up: the path of this checkout has a space: $(CURDIR)"; \
-		echo "        torch's C++ extension builder cannot link from there; move the checkout and run make again."; \
-		exit 1; } >&2
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
 		echo "set-up: PYTHON = $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -1); Python 3.11 or 3.12 is needed."; \
 		echo "        Install one and name it: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "set-up: $(PYTHON) cannot make virtual environments (no module venv or ensurepip)."; \
 		echo "        On Debian or Ubuntu: apt-get install python3-venv"; exit 1; } >&2
-	@command -v $(firstword $(CXX_COMMAND)) >/dev/null || { \
-		echo "set-up: no C++ compiler: $(firstword $(CXX_COMMAND)) is not on PATH. DeepSpeed builds its CPU communication with it."; \
-		echo "        On Debian or Ubuntu: apt-get install g++; elsewhere install one and set CXX to its name."; \
-		exit 1; } >&2
-	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' 2>/dev/null || { \
-		echo "set-up: $(PYTHON) has no C headers (Python.h), which the same build needs."; \
-		echo "        On Debian or Ubuntu: apt-get install python3-dev"; exit 1; } >&2
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
-		echo '[1/4] creating .venv'; $(PYTHON) -m venv --clear .venv; }
-	@echo '[2/4] installing torch (200 MB for the CPU build, several GB with CUDA)'
+		echo '[1/3] creating .venv'; $(PYTHON) -m venv --clear .venv; }
+	@echo '[2/3] installing torch (200 MB for the CPU build, several GB with CUDA)'
 	@$(PIP) install --constraint $(CONSTRAINTS) "$$(sed -n '/^torch==/p' $(CONSTRAINTS))"
-	@echo '[3/4] installing the rest (about 100 packages)'
+	@echo '[3/3] installing the rest (about 100 packages)'
 	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
-.venv/warmed: .venv/installed
-	@echo "[4/4] building DeepSpeed's CPU communication in C++, once: 1 to 3 minutes on 2 cores (a GPU machine skips it)"
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m bigmodel warm
-	@touch $@
-
-train: .venv/warmed
+train: .venv/installed
 	@$(PY) -m bigmodel prepare "$(RUN)"
 	@$(PY) -m launcher local "$(RUN)" --ranks $(RANKS)
 
-test: .venv/warmed
+test: .venv/installed
 	@$(PY) -m pytest $(TESTS)
 
-check: .venv/warmed
+check: .venv/installed
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy

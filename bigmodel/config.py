@@ -26,7 +26,9 @@ class Section(BaseModel):
 
 
 class RunSettings(Section):
-    directory: Path = Field(Path("runs/run"), description="where everything this run writes goes; from the current folder")
+    directory: Path = Field(
+        Path("runs/run"), description="where everything this run writes goes; from the current folder"
+    )
     seed: int = Field(1, ge=0, lt=2**63, description="keys every random draw: order, dropout, initial weights")
 
 
@@ -42,7 +44,9 @@ class PrepareSettings(Section):
     """How raw text becomes shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
-    vocabulary: int = Field(32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included")
+    vocabulary: int = Field(
+        32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included"
+    )
     tokenizer: Path | None = Field(None, description="a tokenizer.json to use instead of training one")
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
     shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
@@ -140,14 +144,20 @@ class ScheduleSettings(Section):
 class TrainingSettings(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
     packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of weights in the forward pass; sums and masters stay fp32")
-    deepspeed: Path | None = Field(None, description="your DeepSpeed JSON, relative to the run file; none: ZeRO stage 1")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of weights in the forward pass; sums and masters stay fp32"
+    )
+    deepspeed: Path | None = Field(
+        None, description="your DeepSpeed JSON, relative to the run file; none: ZeRO stage 1"
+    )
 
 
 class EvaluationSettings(Section):
     every_steps: int = Field(0, ge=0, description="0: only at the end")
     packs: int = Field(0, ge=0, description="validation packs used while training; 0: all of them. The end uses all")
-    at_end: bool = Field(True, description="score the whole split after the last step, draw a sample, write the summary")
+    at_end: bool = Field(
+        True, description="score the whole split after the last step, draw a sample, write the summary"
+    )
 
 
 class CheckpointSettings(Section):
@@ -156,8 +166,12 @@ class CheckpointSettings(Section):
 
 
 class MetricsSettings(Section):
-    port: int = Field(0, ge=0, le=65535, description="Prometheus endpoint of rank 0; 0: any free port, noted in the run directory")
-    host: str = Field("127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it")
+    port: int = Field(
+        0, ge=0, le=65535, description="Prometheus endpoint of rank 0; 0: any free port, noted in the run directory"
+    )
+    host: str = Field(
+        "127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it"
+    )
 
 
 class Settings(Section):
@@ -184,8 +198,8 @@ class Settings(Section):
         ramp = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramp > self.training.steps:
             raise ValueError(
-                f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds training.steps = {self.training.steps}; "
-                "shorten them or train longer"
+                f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds "
+                f"training.steps = {self.training.steps}; shorten them or train longer"
             )
         return self
 
@@ -272,7 +286,7 @@ def _suggestion(location: tuple[Any, ...]) -> str:
     homes = [
         f"{name}.{location[-1]}"
         for name, field in Settings.model_fields.items()
-        if _is_section(field.annotation) and location[-1] in field.annotation.model_fields
+        if _is_section(field.annotation) and location[-1] in getattr(field.annotation, "model_fields", {})
     ]
     return f"; did you mean {homes[0]!r}?" if homes else f"; known here: {', '.join(known)}"
 

@@ -1,11 +1,12 @@
 """The run directory: the one place where launcher, trainer and tools meet.
 
     runs/tiny/
-      run.toml.json        resolved settings            deepspeed.json   effective DeepSpeed settings
-      environment.json     commit, versions, host       metrics.jsonl    one line a step
-      checkpoints/step-00000100/                        events.jsonl     starts, stops, saves, resumes
-      metrics_endpoint     host:port of the exporter    logs/            what each rank printed
-      loss.png samples.txt summary.json
+      settings.json  deepspeed.json   what is in force      environment.json  commit, versions, host
+      checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
+      events.jsonl   starts, stops, skipped steps           logs/             what ranks 1 and up printed
+      metrics_endpoint  host:port while it runs             lock              held by the live run
+      loss.png  sample.txt  summary.json                    at the end
+    runs/tiny.prometheus.json                               for Prometheus, while it runs
 
 Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
 Imports no torch.

@@ -53,8 +53,11 @@ Pack = tuple[Fragment, ...]
 class Lengths(Protocol):
     """What the plan needs of a store: see `ShardStore`."""
 
-    sources: list[str]
-    fingerprint: str
+    @property
+    def sources(self) -> list[str]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def num_shards(self, source: str) -> int: ...
 

@@ -36,6 +36,7 @@ class Step:
     """One data step as one rank sees it. All counts are over all ranks."""
 
     number: int  # data step, from 0
+    packs: list[Pack]  # of all ranks, from the plan
     micro_batches: list[Batch]  # this rank's
     num_targets: int  # the divisor of the loss
     num_positions: int
@@ -137,6 +138,7 @@ class Stream:
         num_places = self._world_size * count * self._packs_per_micro_batch * data.pack_tokens
         return Step(
             number=number,
+            packs=packs,
             micro_batches=self._build(packs, number, count),
             num_targets=num_filled,  # causal: every position has a target
             num_positions=num_filled,

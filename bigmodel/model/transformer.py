@@ -96,9 +96,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
 
-    def forward(
-        self, x_TH: Tensor, visibility: Visibility, schedule: Schedule, table: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, visibility: Visibility, schedule: Schedule, table: tuple[Tensor, Tensor]) -> Tensor:
         heads_TNK = self.query_key_value(x_TH).unflatten(-1, (self.heads + 2 * self.groups, self.head_width))
         q_TQK, k_TGK, v_TGK = heads_TNK.split((self.heads, self.groups, self.groups), dim=1)
         q_TQK = rotate(self.query_norm(q_TQK), table)

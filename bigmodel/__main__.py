@@ -1,0 +1,165 @@
+"""The command line: `python -m bigmodel COMMAND`. Each command imports only what it needs.
+
+Exit codes (bigmodel/rundir.py): 0 done, 1 a bug or the machine, 2 something you can mend (the message says what),
+3 stopped by a signal and saved.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bigmodel.config import UserError, load_settings
+from bigmodel.rundir import EXIT_FAILED, EXIT_USER
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain language models: prepare text, train, check, look.",
+)
+show = typer.Typer(no_args_is_help=True, help="Draw things: data, a packed batch.")
+app.add_typer(show, name="show")
+
+RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", metavar="RUN.toml")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="override a setting: section.key=value", metavar="KEY=VALUE")
+]
+
+
+@app.command()
+def prepare(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006 - typer reads the default
+    """Raw text to verified shards: corpus, tokenizer, MDS shards, manifest."""
+    from bigmodel.data.prepare import prepare as run
+
+    run(load_settings(run_file, override))
+
+
+@app.command()
+def verify(directory: Annotated[Path, typer.Argument(help="prepared shards: the folder with manifest.json")]) -> None:
+    """Check every file of a prepared folder against its manifest."""
+    from bigmodel.data.prepare import verify as run
+
+    problems = run(directory)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(
+            f"{directory}: {len(problems)} problem(s); prepare the data again or copy the damaged files anew"
+        )
+    print(f"{directory}: every file is as its manifest says")
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006
+    fresh: Annotated[bool, typer.Option(help="set checkpoints aside and start from step 0")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", help="given by the deepspeed launcher", hidden=True)] = -1,
+) -> None:
+    """Train, going on from the newest checkpoint. Also the program that launchers start once per rank."""
+    settings = load_settings(run_file, override)
+    from bigmodel.training.loop import train as run
+
+    raise typer.Exit(run(settings, fresh))
+
+
+@app.command()
+def check(
+    run_file: RunFile,
+    promise: Annotated[str, typer.Argument(help="leak, order, loss, resume or all")] = "all",
+    override: Overrides = [],  # noqa: B006
+) -> None:
+    """Prove a promise on your own settings and data."""
+    from bigmodel.check import PROMISES, run_checks
+
+    if promise != "all" and promise not in PROMISES:
+        raise UserError(f"check {promise}: no such promise; choose one of {', '.join(PROMISES)} or all")
+    failed = run_checks(run_file, override, list(PROMISES) if promise == "all" else [promise])
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def generate(
+    run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")],
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="longest continuation")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.8,
+    top: Annotated[int, typer.Option(min=1, help="draw among the likeliest so many")] = 40,
+    seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
+) -> None:
+    """Continue a text with the newest checkpoint of a run."""
+    from bigmodel.generate import generate as run
+    from bigmodel.trained import load_trained
+
+    trained = load_trained(run_directory)
+    print(prompt + run(trained.forward, trained.tokenizer, prompt, tokens, temperature, top, seed))
+
+
+@app.command()
+def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")]) -> None:
+    """Score the newest checkpoint on the whole validation split."""
+    from bigmodel.evaluate import Validation
+    from bigmodel.trained import load_trained
+    from bigmodel.training.distributed import ALONE
+
+    trained = load_trained(run_directory)
+    result = Validation(trained.settings.data, packs_per_micro_batch=1).run(trained.forward, ALONE)
+    print(f"step {trained.step}: {result} over {result.num_targets} tokens")
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Draw the loss curve of a run, in the terminal and as loss.png."""
+    from bigmodel.report import report as run
+
+    run(run_directory)
+
+
+@app.command()
+def probe() -> None:
+    """Print what this machine offers, as JSON: devices, memory, versions."""
+    from bigmodel.probe import probe as run
+
+    print(json.dumps(run(), indent=1))
+
+
+@show.command("data")
+def show_data(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
+    """Sources, documents, tokens and lengths of the prepared data."""
+    from bigmodel.data.prepare import summary
+
+    Console().print(summary(load_settings(run_file, override).data.directory))
+
+
+@show.command("batch")
+def show_batch(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006
+    step: Annotated[int, typer.Option(min=0, help="data step")] = 0,
+    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("batch.png"),
+) -> None:
+    """Draw the first pack of a step with its documents and its mask, in the terminal and as PNG."""
+    from bigmodel.show import show_batch as run
+
+    run(load_settings(run_file, override), step, png)
+
+
+def main() -> None:
+    """Run a command; a `UserError` becomes one message and exit code 2. Typer does the same for a wrong option."""
+    try:
+        app()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        name = "bigmodel" if rank == "0" else f"bigmodel (rank {rank})"
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,442 @@
+"""The promises, proved on a user's own settings and data: `python -m bigmodel check RUN.toml [PROMISE]`.
+
+Each promise is a function from settings to findings: a claim, whether it holds, and the number behind it. The
+tests run the same functions, with the guarded code broken, to see them fail.
+
+    leak    a document cannot influence another one in its pack: outputs, loss, gradients
+    order   the batches of each step are the same bytes at any world size; each position of an epoch occurs once
+    loss    loss and gradient norm of the same steps agree over ranks
+    resume  killed and resumed, a run retraces the uninterrupted one, to the last bit
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bigmodel.config import Settings, UserError, load_settings
+from bigmodel.data.batch import IGNORED, Batch, build_batch, make_keys
+from bigmodel.data.objectives import num_positions
+from bigmodel.data.order import Order, Pack
+from bigmodel.data.shards import ShardStore
+from bigmodel.data.stream import reader, share
+from bigmodel.model.init import init_weights
+from bigmodel.model.transformer import Transformer
+from bigmodel.rundir import read_json_lines
+from bigmodel.training import checkpoint
+
+WORLD_SIZES = (1, 2, 3, 4, 8)  # simulated by `order`
+ORDER_STEPS = 20  # compared byte for byte
+EPOCH_POSITIONS = 200_000_000  # `order` walks a whole epoch up to this size, a part of it above
+PROCESS_SECONDS = 600  # bound on a training process started by a check
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim, whether it held, and the evidence."""
+
+    claim: str
+    holds: bool
+    evidence: str
+
+
+def run_checks(run_file: Path, overrides: Sequence[str], promises: Sequence[str]) -> int:
+    """Run the named promises, print each finding, give the number of broken claims."""
+    console = Console(highlight=False)
+    broken = 0
+    for promise in promises:
+        for finding in PROMISES[promise](run_file, overrides):
+            mark = "[green]holds [/]" if finding.holds else "[red]BROKEN[/]"
+            console.print(f"{mark} {promise}: {finding.claim} ({finding.evidence})")
+            broken += not finding.holds
+    return broken
+
+
+# ---- leak -----------------------------------------------------------------------------------------------------
+
+
+def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Take a pack of the user's data with at least two documents and edit one of them."""
+    settings = load_settings(run_file, overrides)
+    store = ShardStore(settings.data.directory, "train")
+    pack = _pack_of_several(settings, store)
+    model = Transformer(settings.model, store.manifest.vocabulary)
+    init_weights(model, settings.run.seed)
+    keys = make_keys(settings.run.seed, 0, 0, 1, settings.data.pack_tokens)
+    batch = build_batch([pack], reader(store), settings.data, keys)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [
+        *isolation(model.to(device, precision), batch.to(device)),
+        packed_equals_single(model.cpu().double(), batch),
+    ]
+
+
+def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
+    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    for _ in range(10):
+        for pack in order.next_step():
+            if len(pack) > 1:
+                return pack
+    raise UserError(
+        f"no pack of the first 10 steps holds two documents: data.pack_tokens = {settings.data.pack_tokens} is about "
+        "the length of one; nothing can leak, and nothing can be checked"
+    )
+
+
+def isolation(model: Transformer, batch: Batch) -> list[Finding]:
+    """Edit the first document; look at the second one's losses and gradients, and for a gradient at the first."""
+    first, second = _documents(batch)[:2]
+    edited_tokens = batch.tokens.clone()
+    edited_tokens[first] = (edited_tokens[first] + 1) % model.embedding.num_embeddings
+    edited = replace(batch, tokens=edited_tokens)
+    before, after = _losses_and_gradients(model, batch, second), _losses_and_gradients(model, edited, second)
+    same_gradients = all(torch.equal(a, b) for a, b in zip(before.parameters, after.parameters, strict=True))
+    others = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
+    others[first] = False
+    reached = float(before.inputs[first].abs().max())
+    moved = float((before.losses[first] - after.losses[first]).abs().max())
+    return [
+        Finding("the edit changes the edited document's own losses", moved > 0, f"by up to {moved:.3g} nats"),
+        Finding(
+            "editing one document leaves every other document's losses bitwise equal",
+            torch.equal(before.losses[others], after.losses[others]),
+            f"{int(others.sum())} positions",
+        ),
+        Finding(
+            "editing one document leaves all parameter gradients of another one's loss bitwise equal",
+            same_gradients and any(bool(gradient.any()) for gradient in before.parameters),
+            f"{len(before.parameters)} tensors",
+        ),
+        Finding(
+            "the gradient of one document's loss at another document's embeddings is zero",
+            reached == 0.0 and bool(before.inputs[second].any()),
+            f"largest {reached:.3g}",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Traced:
+    losses: Tensor  # (T,)
+    inputs: Tensor  # (T, H): gradient at the embedded tokens
+    parameters: list[Tensor]
+
+
+def _losses_and_gradients(model: Transformer, batch: Batch, document: slice) -> _Traced:
+    """Losses of all positions; gradients of the loss of one document only."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    targets = torch.full_like(batch.targets, IGNORED)
+    targets[document] = batch.targets[document]
+    embedded_TH = model.embedding(batch.tokens)
+    embedded_TH.retain_grad()
+    hidden_TH = model.hidden(embedded_TH, batch)
+    with torch.no_grad():
+        losses_T = model.head(hidden_TH, batch.targets, "loss_per_position")
+    model.head(hidden_TH, targets, "loss_sum").backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return _Traced(losses_T, embedded_TH.grad, gradients)
+
+
+def packed_equals_single(model: Transformer, batch: Batch) -> Finding:
+    """In float64 and without dropout, a pack gives the losses and gradients of its documents run one at a time."""
+    model.eval()
+    packed = _total_gradient(model, [batch])
+    documents = _documents(batch)
+    assert len(documents) == batch.num_documents, f"{len(documents)} documents found, {batch.num_documents} packed"
+    single = _total_gradient(model, [_alone(batch, document) for document in documents])
+    difference = max(
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(packed, single, strict=True)
+    )
+    return Finding(
+        "packed equals one document at a time, in float64: loss and every gradient",
+        difference < 1e-9,
+        f"largest relative difference {difference:.1e} over {batch.num_documents} documents",
+    )
+
+
+def _total_gradient(model: Transformer, batches: Sequence[Batch]) -> list[Tensor]:
+    """[loss sum, then every parameter's gradient], summed over the batches."""
+    model.zero_grad(set_to_none=True)
+    total = sum(_backward(model(batch)) for batch in batches)
+    return [torch.tensor(total), *(p.grad.clone() for p in model.parameters())]
+
+
+def _backward(loss: Tensor) -> float:
+    loss.backward()
+    return loss.item()
+
+
+def _documents(batch: Batch) -> list[slice]:
+    """Where the documents are; padding, which lies in documents of its own, is left out."""
+    edges = batch.offsets.tolist()
+    return [slice(a, b) for a, b in pairwise(edges) if a < b and batch.targets[a] != IGNORED]
+
+
+def _alone(batch: Batch, document: slice) -> Batch:
+    """One document of a batch as a batch of its own."""
+    length = document.stop - document.start
+    return Batch(
+        tokens=batch.tokens[document],
+        targets=batch.targets[document],
+        positions=batch.positions[document],
+        offsets=torch.tensor([0, length], dtype=torch.int32),
+        keys=batch.keys[document],
+        num_positions=length,
+        num_targets=length,
+        num_documents=1,
+    )
+
+
+# ---- order ----------------------------------------------------------------------------------------------------
+
+
+def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Walk the plan of the user's data at several world sizes, from a saved cursor, and over an epoch."""
+    settings = load_settings(run_file, overrides)
+    store = ShardStore(settings.data.directory, "train")
+    steps = min(ORDER_STEPS, settings.training.steps)
+    reference = _step_fingerprints(settings, store, steps, world_size=1)
+    findings = [
+        Finding(
+            f"{steps} steps are the same bytes in the same order on {size} ranks as on one",
+            _step_fingerprints(settings, store, steps, size) == reference,
+            f"{sum(map(len, reference))} packs",
+        )
+        for size in WORLD_SIZES[1:]
+    ]
+    return [*findings, _cursor_continues(settings, store, steps), _each_position_once(settings, store)]
+
+
+def _order(settings: Settings, store: ShardStore) -> Order:
+    return Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+
+
+def _step_fingerprints(settings: Settings, store: ShardStore, steps: int, world_size: int) -> list[list[str]]:
+    """Per step, the fingerprints of its packs as the ranks would build them, one rank after the other."""
+    order = _order(settings, store)
+    merged = []
+    for number in range(steps):
+        packs = order.next_step()
+        merged.append(
+            [
+                _build(settings, store, packs, number, index).fingerprint()
+                for rank in range(world_size)
+                for index in share(len(packs), rank, world_size)
+            ]
+        )
+    return merged
+
+
+def _build(settings: Settings, store: ShardStore, packs: Sequence[Pack], step: int, index: int) -> Batch:
+    keys = make_keys(settings.run.seed, step, index, 1, settings.data.pack_tokens)
+    return build_batch([packs[index]], reader(store), settings.data, keys)
+
+
+def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Finding:
+    order, differing = _order(settings, store), 0
+    for _ in range(steps):
+        state = json.loads(json.dumps(order.state()))
+        again = _order(settings, store)
+        again.restore(state)
+        differing += again.next_step() != order.next_step()
+    return Finding("a saved cursor continues with the same packs, at every step", differing == 0, f"{steps} cursors")
+
+
+def _each_position_once(settings: Settings, store: ShardStore) -> Finding:
+    """Count how often each (source, document, position, epoch) occurs until an epoch of every source is complete."""
+    order = _order(settings, store)
+    seen: Counter[tuple[int, int, int, int, int]] = Counter()
+    lengths: Counter[tuple[int, int]] = Counter()
+    positions = 0
+    while positions < EPOCH_POSITIONS and not _epoch_complete(order):
+        for pack in order.next_step():
+            for piece in pack:
+                seen[piece.source, piece.shard, piece.row, piece.start, piece.epoch] += 1
+                positions += piece.length
+                if piece.epoch == 0:
+                    lengths[piece.source, piece.shard] += piece.length
+    whole = [
+        lengths[source, shard] == int(num_positions(store.lengths(name, shard)).sum())
+        for source, name in enumerate(store.sources)
+        if name in (settings.data.mix or store.sources)
+        for shard in range(store.num_shards(name))
+    ]
+    finished = _epoch_complete(order)
+    return Finding(
+        "each position of each document occurs exactly once in an epoch"
+        if finished
+        else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
+        max(seen.values()) == 1 and (all(whole) or not finished),
+        f"{positions:,} positions, {len(seen):,} pieces of documents",
+    )
+
+
+def _epoch_complete(order: Order) -> bool:
+    return all(source.epochs_complete >= 1 for source in order.progress().values())
+
+
+# ---- loss and resume: real training processes -----------------------------------------------------------------
+
+
+def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Train two steps on one rank and on two; the ranks add the same numbers in another order."""
+    load_settings(run_file, overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        traces = {}
+        for world_size in (1, 2):
+            directory = Path(scratch) / f"ranks-{world_size}"
+            _finish(_start(run_file, [*overrides, *_short(directory, 2, 2)], world_size, directory), directory)
+            traces[world_size] = _trace(directory)
+    findings = []
+    for name, bound in (("loss", 1e-6), ("gradient_norm", 1e-5)):
+        one, two = traces[1][0][name], traces[2][0][name]
+        difference = abs(one - two) / abs(one)
+        findings.append(
+            Finding(
+                f"the first step's {name} agrees on 1 and 2 ranks", difference < bound, f"{difference:.1e} relative"
+            )
+        )
+    return findings
+
+
+def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
+    settings = load_settings(run_file, overrides)
+    world_size = 1 if settings.data.lanes == 1 and settings.training.packs_per_step == 1 else 2
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
+        _finish(_start(run_file, [*overrides, *_short(whole, 10, 4)], world_size, whole), whole)
+        command = [*overrides, *_short(broken, 10, 4)]
+        at = _kill_within(_start(run_file, command, world_size, broken), broken, random.randint(5, 8))
+        _finish(_start(run_file, command, world_size, broken), broken)
+        expected, found = _trace(whole), _trace(broken)
+        differing = [a["step"] for a, b in zip(expected, found, strict=False) if _learned(a) != _learned(b)]
+        same_weights = _file_hashes(whole) == _file_hashes(broken)
+    return [
+        Finding(
+            "loss and gradient norm of every step equal the uninterrupted run's, to the last bit",
+            len(expected) == len(found) == 10 and not differing,
+            f"10 steps on {world_size} ranks, killed in step {at + 1}",
+        ),
+        Finding("weights and optimizer state at the end are the same bytes", same_weights, "sha256 of every file"),
+    ]
+
+
+def _short(directory: Path, steps: int, every: int) -> list[str]:
+    """Overrides that make a short run of a run file, in a directory of its own."""
+    return [
+        f"run.directory={directory}",
+        f"training.steps={steps}",
+        f"checkpoint.every_steps={every}",
+        "schedule.warmup_steps=0",
+        "schedule.decay_steps=0",
+        "evaluation.every_steps=0",
+        "evaluation.at_end=false",
+        "metrics.port=0",
+    ]
+
+
+def _start(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path) -> list[subprocess.Popen]:
+    """One process per rank, in one process group, printing into the run directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
+    for override in overrides:
+        command += ["--set", override]
+    port = _free_port()
+    ranks: list[subprocess.Popen] = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child's own
+        group = ranks[0].pid if ranks else 0
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=group)
+        )
+    return ranks
+
+
+def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
+    """Wait for all ranks. Raises `UserError` with the failing rank's last words."""
+    try:
+        for number, rank in enumerate(ranks):
+            if rank.wait(timeout=PROCESS_SECONDS):
+                words = (directory / f"rank-{number}.txt").read_text(errors="replace").splitlines()[-15:]
+                raise UserError(
+                    f"rank {number} of a check's training run failed with code {rank.returncode}:\n" + "\n".join(words)
+                )
+    finally:
+        _kill(ranks)
+
+
+def _kill_within(ranks: Sequence[subprocess.Popen], directory: Path, step: int) -> int:
+    """SIGKILL all ranks at a random instant after `step` steps were recorded; gives the last step recorded."""
+    deadline = time.monotonic() + PROCESS_SECONDS
+    while not (trace := _trace(directory)) or trace[-1]["step"] < step:
+        if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
+            _finish(ranks, directory)
+            raise UserError(f"a check's training run ended before step {step}")
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, trace[-1]["step_seconds"]))
+    _kill(ranks)
+    return _trace(directory)[-1]["step"]
+
+
+def _kill(ranks: Sequence[subprocess.Popen]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGKILL)
+        rank.wait()
+
+
+def _trace(directory: Path) -> list[dict]:
+    return [line for line in read_json_lines(directory / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def _learned(line: dict) -> tuple[float, ...]:
+    """What must not differ: not the seconds."""
+    return tuple(line[name] for name in ("step", "loss", "gradient_norm", "learning_rate", "targets", "positions"))
+
+
+def _file_hashes(directory: Path) -> dict[str, str]:
+    newest = checkpoint.newest(directory / "checkpoints")
+    assert newest, f"{directory} has no checkpoint"
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in newest.path.glob("*.safetensors")}
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+PROMISES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
+    "leak": check_leak,
+    "order": check_order,
+    "loss": check_loss,
+    "resume": check_resume,
+}

@@ -1,0 +1,85 @@
+"""The end of a run: how good it is against simple marks, and where everything is.
+
+Takes a finished run, writes summary.json, samples.txt and loss.png into the run directory. The marks: a smoothed
+bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bigmodel.baselines import Bigram, Pair, token_pairs, xz_bits_per_byte
+from bigmodel.config import Settings
+from bigmodel.data.objectives import causal
+from bigmodel.data.order import Order
+from bigmodel.data.shards import ShardStore
+from bigmodel.evaluate import Evaluation
+from bigmodel.report import loss_curve, terminal_curve
+from bigmodel.rundir import write_atomically, write_json
+
+BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
+
+
+def summarize(settings: Settings, evaluation: Evaluation, sample: str) -> dict[str, Any]:
+    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text."""
+    directory = settings.run.directory
+    summary = {
+        "steps": settings.training.steps,
+        "nats_per_token": evaluation.nats_per_token,
+        "validation_targets": evaluation.num_targets,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "bigram_bits_per_byte": bigram_bits_per_byte(settings),
+        "xz_bits_per_byte": xz_bits_per_byte(settings.data.directory / "text" / "validation.txt"),
+    }
+    write_json(directory / "summary.json", summary)
+    write_atomically(directory / "sample.txt", sample + "\n")
+    loss_curve(directory)
+    return summary
+
+
+def bigram_bits_per_byte(settings: Settings) -> float | None:
+    """The bigram on the validation split, after the tokens that `settings` trains on; None for very long runs."""
+    training = settings.training
+    if training.steps * training.packs_per_step * settings.data.pack_tokens > BIGRAM_TOKENS:
+        return None
+    train = ShardStore(settings.data.directory, "train")
+    validation = ShardStore(settings.data.directory, "validation")
+    bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(settings, train))
+    nats, count = bigram.score(token_pairs(validation))
+    assert count == validation.num_targets, f"{count} pairs scored, {validation.num_targets} in the manifest"
+    return nats / math.log(2) / validation.text_bytes
+
+
+def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
+    """Print the curve, the marks, the sample and where everything is."""
+    directory = settings.run.directory
+    console = Console(highlight=False)
+    console.print(terminal_curve(directory), markup=False)
+    table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
+    names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
+    for name, words in names.items():
+        table.add_row(words, "not counted: a long run" if summary[name] is None else f"{summary[name]:.3f}")
+    console.print(table)
+    console.print("[bold]a sample[/]")
+    console.print((directory / "sample.txt").read_text(), markup=False)
+    for name, what in (
+        ("loss.png", "loss curve"),
+        ("checkpoints", "weights and optimizer state"),
+        ("metrics.jsonl", "every step"),
+        ("summary.json", "these numbers"),
+        ("deepspeed.json", "the DeepSpeed settings in force"),
+    ):
+        console.print(f"{directory / name}  [dim]{what}[/]")
+
+
+def _trained_on(settings: Settings, store: ShardStore) -> Iterator[Pair]:
+    """(inputs, targets) of every piece of every step, replayed from the plan."""
+    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    for _ in range(settings.training.steps):
+        for pack in order.next_step():
+            for piece in pack:
+                document = store.document(store.sources[piece.source], piece.shard, piece.row)
+                yield causal(document, piece.start, piece.length)

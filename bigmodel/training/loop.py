@@ -1,0 +1,189 @@
+"""The training loop: shards in, checkpoints out, one straight line.
+
+Takes settings, gives an exit code (rundir.EXIT_*). Every rank runs this same function; rank 0 alone prints,
+exports metrics and writes the run directory. Guarantees: what happens at step N stands between `for step` and
+the end of that block; data, dropout and learning rate of a step depend on the seed and its number alone, so a
+run that was killed and resumed retraces the uninterrupted one. A step without a finite loss and gradient is
+skipped by all ranks together, before the update, and recorded.
+"""
+
+import math
+import time
+from pathlib import Path
+
+from bigmodel.config import Settings, UserError, to_toml_table
+from bigmodel.data.order import Order
+from bigmodel.data.shards import ShardStore
+from bigmodel.data.stream import Step, Stream
+from bigmodel.data.tokenizer import Tokenizer
+from bigmodel.deepspeed_config import resolve_deepspeed
+from bigmodel.evaluate import Validation
+from bigmodel.generate import generate
+from bigmodel.metrics import Metrics, StepRecord
+from bigmodel.model.init import init_weights
+from bigmodel.model.transformer import Transformer
+from bigmodel.progress import LiveLine
+from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
+from bigmodel.summary import show_summary, summarize
+from bigmodel.training import checkpoint
+from bigmodel.training.distributed import end_world, start_world
+from bigmodel.training.engine import Engine
+from bigmodel.training.optim import learning_rate
+from bigmodel.training.signals import StopFlag
+
+SAMPLE_TOKENS = 200  # of generated text at the end
+MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
+
+
+def train(settings: Settings, fresh: bool = False) -> int:
+    """Train to `training.steps`, going on from the newest good checkpoint in the run directory.
+
+    Raises `UserError` for what a user can mend: contradicting settings, damaged data or checkpoints, a full disk.
+    """
+    stop = StopFlag()
+    world = start_world()
+    directory = settings.run.directory
+    checkpoints = directory / "checkpoints"
+    world.on_rank_zero(lambda: claim(directory))
+
+    # What to train on and what to train.
+    effective, settings = resolve_deepspeed(settings, world.size)
+    packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
+    store = ShardStore(settings.data.directory, "train")
+    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    validation = Validation(settings.data, packs_per_micro_batch)
+    model = Transformer(settings.model, store.manifest.vocabulary)
+    init_weights(model, settings.run.seed)
+    engine = Engine(model, settings, effective, world)
+
+    # Where to go on.
+    if fresh:
+        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints))
+    resumed = checkpoint.newest(checkpoints, world)
+    first_step = 0
+    if resumed:
+        checkpoint.load(resumed, engine, settings, world)
+        order.restore(resumed.state["cursor"])
+        first_step = resumed.state["step"]
+    metrics = Metrics(directory, settings.metrics.port, settings.metrics.host, first_step) if world.rank == 0 else None
+    line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
+    if metrics:
+        write_json(directory / "settings.json", to_toml_table(settings))
+        write_json(directory / "deepspeed.json", effective)
+        write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
+        record_event(directory, "start", step=first_step, world_size=world.size)
+        line.say(_opening(settings, model, world.size, first_step, metrics.endpoint))
+
+    bad_steps = 0
+    stopping = False
+    stream = Stream(store, order, settings.data, packs_per_micro_batch, world.rank, world.size, settings.run.seed)
+    for step in stream if first_step < settings.training.steps else ():
+        clock = time.perf_counter()
+
+        # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
+        nats = 0.0
+        for number, batch in enumerate(step.micro_batches):
+            last = number == len(step.micro_batches) - 1
+            nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
+        nats, stop_votes = world.sum_([float(nats), float(stop.requested)])
+        loss = nats / step.num_targets
+        gradient_norm = engine.gradient_norm()
+
+        # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
+        bad = not math.isfinite(loss + gradient_norm)
+        rate = learning_rate(step.number, settings)
+        engine.update(rate, skip=bad)
+        bad_steps = bad_steps + 1 if bad else 0
+        done = step.number + 1
+
+        # Tell.
+        seconds = time.perf_counter() - clock + stream.wait_seconds
+        if metrics:
+            if bad:
+                record_event(
+                    directory, "step_skipped", step=done, reason="not finite", documents=_documents(store, step)
+                )
+            metrics.record_step(
+                StepRecord(
+                    step=done,
+                    loss=loss,
+                    gradient_norm=gradient_norm,
+                    learning_rate=rate,
+                    targets=step.num_targets,
+                    positions=step.num_positions,
+                    padding=step.num_padding,
+                    documents=step.num_documents,
+                    step_seconds=seconds,
+                    data_wait_seconds=stream.wait_seconds,
+                    skipped=bad,
+                )
+            )
+        line.update(done, loss, step.num_positions / seconds)
+        if bad_steps == MAX_BAD_STEPS:
+            raise UserError(
+                f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
+                f"lower optimizer.learning_rate = {settings.optimizer.learning_rate} and resume from {checkpoints}"
+            )
+
+        # Evaluate and save.
+        finished = done == settings.training.steps
+        stopping = stop_votes > 0 and not finished
+        if (
+            settings.evaluation.every_steps
+            and done % settings.evaluation.every_steps == 0
+            and not (finished or stopping)
+        ):
+            evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
+            if metrics:
+                metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
+            line.say(f"step {done}: validation {evaluation}")
+        if finished or stopping or done % settings.checkpoint.every_steps == 0:
+            state = {"step": done, "cursor": step.cursor}
+            saved = checkpoint.save(checkpoints, engine, state, settings, world)
+            if metrics:
+                metrics.record_checkpoint(done, saved.bytes, saved.seconds)
+        if finished or stopping:
+            break
+    stream.close()
+    line.close()
+
+    if stopping:
+        if world.rank == 0:
+            record_event(directory, "stopped", step=done)
+            print(f"bigmodel: stopped at step {done}, saved in {checkpoints}; run the same command to go on")
+        end_world()
+        return EXIT_STOPPED
+
+    # The end: the whole validation split, a sample of text, and where everything is.
+    if settings.evaluation.at_end:
+        evaluation = validation.run(engine.forward, world)
+        tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
+        sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
+        if metrics:
+            metrics.record_evaluation(
+                settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
+            )
+            show_summary(settings, summarize(settings, evaluation, sample))
+    if metrics:
+        metrics.close()
+        record_event(directory, "finished", step=settings.training.steps)
+    end_world()
+    return EXIT_DONE
+
+
+def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
+    """[source, shard, row, first position, positions] of every piece in a step: what a skipped step left out."""
+    return [
+        [store.sources[piece.source], piece.shard, piece.row, piece.start, piece.length]
+        for pack in step.packs
+        for piece in pack
+    ]
+
+
+def _opening(settings: Settings, model: Transformer, world_size: int, first_step: int, endpoint: str) -> str:
+    size = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
+    start = f"resuming at step {first_step}" if first_step else "starting"
+    return (
+        f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {settings.training.packs_per_step} packs of "
+        f"{settings.data.pack_tokens} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
+    )

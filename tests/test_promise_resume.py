@@ -1,0 +1,92 @@
+"""Promise 4: killed at any instant, a run resumes and retraces the uninterrupted one, bitwise."""
+
+import hashlib
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from bigmodel.config import load_settings
+from bigmodel.rundir import read_json_lines
+from tests.ranks import finish, kill, run_ranks, start_ranks
+from tests.tiny_run import write_run
+
+CASES = [(stage, precision) for stage in (1, 3) for precision in ("fp32", "bf16")]
+
+
+def train(run_file: Path, fault: str = "") -> int:
+    """On a rank: train a run file; `fault` names where the save kills this process."""
+    from bigmodel.training import loop
+
+    if fault:
+        os.environ["BIGMODEL_FAULT"] = fault
+    return loop.train(load_settings(run_file))
+
+
+def steps(run_file: Path) -> list[dict]:
+    lines = read_json_lines(run_file.with_suffix("") / "metrics.jsonl")
+    return [line for line in lines if line["kind"] == "step"]
+
+
+def learned(run_file: Path) -> list[tuple]:
+    """What training computed, exactly; not the seconds."""
+    names = ("step", "loss", "gradient_norm", "learning_rate", "targets", "positions", "documents", "padding")
+    return [tuple(line[name] for name in names) for line in steps(run_file)]
+
+
+def final_state(run_file: Path) -> dict[str, str]:
+    """Hashes of the last checkpoint's weights and optimizer state."""
+    folder = run_file.with_suffix("") / "checkpoints" / "step-00000010"
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def started_at(run_file: Path) -> list[int]:
+    return [
+        line["step"] for line in read_json_lines(run_file.with_suffix("") / "events.jsonl") if line["event"] == "start"
+    ]
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
+    shards: Path, tmp_path: Path, stage: int, precision: str
+) -> None:
+    whole = write_run(tmp_path, shards, precision, stage, name="whole")
+    broken = write_run(tmp_path, shards, precision, stage, name="broken")
+    run_ranks(2, train, whole)
+    ranks = start_ranks(2, train, broken)
+    last = random.randint(5, 8)  # the checkpoint is that of step 4; the kill falls into steps 6 to 9
+    while not (done := steps(broken)) or done[-1]["step"] < last:
+        assert all(rank.is_alive() for rank in ranks), "the run ended before it could be killed"
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, done[-1]["step_seconds"]))
+    kill(ranks)
+    run_ranks(2, train, broken)
+    assert started_at(broken) in ([0, 4], [0, 8])
+    assert learned(broken) == learned(whole)
+    assert len(learned(whole)) == 10
+    assert final_state(broken) == final_state(whole) != {}
+
+
+@pytest.mark.parametrize("point", ["rank-1-wrote", "before-rename"])
+def test_a_run_killed_inside_a_save_resumes_from_the_one_before(shards: Path, tmp_path: Path, point: str) -> None:
+    whole, broken = (write_run(tmp_path, shards, name=name) for name in ("whole", "broken"))
+    run_ranks(2, train, whole)
+    codes = finish(start_ranks(2, train, broken, f"{point}@8"))
+    assert -9 in codes, codes
+    run_ranks(2, train, broken)
+    assert started_at(broken) == [0, 4]
+    assert learned(broken) == learned(whole)
+    assert final_state(broken) == final_state(whole) != {}
+
+
+def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(shards: Path, tmp_path: Path) -> None:
+    whole, moved = (write_run(tmp_path, shards, name=name) for name in ("whole", "moved"))
+    run_ranks(2, train, whole)
+    finish(start_ranks(2, train, moved, "rank-1-wrote@8"))
+    run_ranks(1, train, moved)
+    assert started_at(moved) == [0, 4]
+    for one, two in zip(learned(whole), learned(moved), strict=True):
+        assert one[3:7] == two[3:7]  # learning rate, targets, positions, documents
+        assert two[1] == pytest.approx(one[1], rel=1e-4)
