@@ -20,7 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pretrain language models: prepare text, train, check, look.",
 )
 show = typer.Typer(no_args_is_help=True, help="Draw things: data, a packed batch.")
 app.add_typer(show, name="show")
@@ -29,6 +28,12 @@ RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", metavar="RUN.to
 Overrides = Annotated[
     list[str], typer.Option("--set", help="override a setting: section.key=value", metavar="KEY=VALUE")
 ]
+
+
+@app.callback()
+def bigmodel(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1) -> None:
+    """Pretrain language models: prepare text, train, check, look."""
+    # The deepspeed launcher puts --local_rank before the command; LOCAL_RANK in the environment says the same.
 
 
 @app.command()
@@ -59,7 +64,6 @@ def train(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
     fresh: Annotated[bool, typer.Option(help="set checkpoints aside and start from step 0")] = False,
-    local_rank: Annotated[int, typer.Option("--local_rank", help="given by the deepspeed launcher", hidden=True)] = -1,
 ) -> None:
     """Train, going on from the newest checkpoint. Also the program that launchers start once per rank."""
     settings = load_settings(run_file, override)

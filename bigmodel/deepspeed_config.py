@@ -135,7 +135,7 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     _settle_batch(config, settings, world_size, source)
     _fill_optimizer(config, settings)
     _drop_auto(config)
-    _refuse_stage_0_in_bf16(config, source)
+    _refuse_impossible_sums(config, source)
     return config, settings
 
 
@@ -338,10 +338,15 @@ def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
             section["params"][key] = value
 
 
-def _refuse_stage_0_in_bf16(config: dict[str, Any], source: _Source) -> None:
+def _refuse_impossible_sums(config: dict[str, Any], source: _Source) -> None:
     stage = config["zero_optimization"]["stage"]
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise source.error(f"zero_optimization.stage = {json.dumps(stage)} must be 0, 1, 2 or 3")
+    sums = config["data_types"]["grad_accum_dtype"]
+    if sums not in ("fp32", "bf16"):
+        raise source.error(f'data_types.grad_accum_dtype = {json.dumps(sums)} must be "fp32" (right) or "bf16" (less)')
+    if not config["bf16"]["enabled"] and sums != "fp32":
+        raise source.error(f'data_types.grad_accum_dtype = {json.dumps(sums)} with fp32 weights; write "fp32"')
     if stage == 0 and config["bf16"]["enabled"]:
         raise source.error(
             f"zero_optimization.stage = 0 with bf16: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "

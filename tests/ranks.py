@@ -77,7 +77,7 @@ def _enter(environment: dict[str, str], function: Callable[..., Any], arguments:
 
 
 def command(arguments: list[str], output: Path) -> int:
-    """On a rank: `python -m bigmodel ARGUMENTS`, printing into files `output`.0, `output`.1 ...; gives the exit code."""
+    """On a rank: `python -m bigmodel ARGUMENTS`, printing into `output`.0, `output`.1 ...; gives the exit code."""
     from bigmodel.__main__ import main
 
     descriptor = os.open(f"{output}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

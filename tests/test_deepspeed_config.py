@@ -166,6 +166,8 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"zero_optimization": True}, ["zero_optimization = True", "object"]),
     ({"zero_optimization": {"stage": 4}}, ["stage = 4", "0, 1, 2 or 3"]),
     ({"zero_optimization": {"stage": 0}}, ["stage = 0 with bf16", "0.19.8", "stage 1"]),
+    ({"data_types": {"grad_accum_dtype": "half"}}, ['grad_accum_dtype = "half"', '"fp32"']),
+    ({"bf16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}}, ["with fp32 weights"]),
     ({"bfloat16": {"enabled": True}}, ['old name of "bf16"']),
     ({"bf16": {"enabled": 1}}, ["bf16.enabled = 1", "true, false"]),
     ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "bf16"]),
