@@ -32,7 +32,7 @@ def generate(
     The text depends on the weights, the prompt and `seed` only.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    ids = [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
     for _ in range(tokens):
         logits_V = forward(_one_document(ids).to(device), "logits")[-1].float().cpu()
         chosen = _draw(logits_V, temperature, top, generator)

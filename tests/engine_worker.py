@@ -158,7 +158,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     if job.get("resume"):
         found = checkpoint.newest(checkpoints, world)
         assert found is not None, f"no checkpoint in {checkpoints}"
-        used = dict.fromkeys(("losses", "norms"), [])  # stage 3 keeps small weights whole after a first update
+        used = {key: [] for key in ("losses", "norms")}  # stage 3 keeps small weights whole after a first update
         run_step(0, {}, engine, settings, packs_per_micro_batch, {}, used)
         checkpoint.load(found, engine, settings, world)
         result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}

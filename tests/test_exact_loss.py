@@ -9,7 +9,7 @@ import pytest
 from bigmodel.config import Settings
 from tests.engine_worker import PACKS, launch, oracle, plain_evaluation, settings_table
 
-STEPS = 3
+STEPS = 2
 STAGES = (0, 1, 2, 3)
 SHARDED_AND_PRECISE = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
 PACKS_AT_ONCE = {1: {1: 6, 2: 3, 3: 2}, 2: {1: 3, 2: 2, 3: 1}}  # world size -> micro-batches -> packs in each
