@@ -140,6 +140,15 @@ class ScheduleSettings(Section):
     decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay")
     final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the highest")
 
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> "ScheduleSettings":
+        if self.kind == "cosine" and self.decay_steps:
+            raise ValueError(
+                f'schedule.decay_steps = {self.decay_steps} means nothing with schedule.kind = "cosine", which decays '
+                'from the warm-up to the end; leave it out or set kind = "wsd"'
+            )
+        return self
+
 
 class TrainingSettings(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")

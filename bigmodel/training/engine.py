@@ -306,6 +306,10 @@ def _initialize(model: nn.Module, adamw: torch.optim.AdamW, effective: dict[str,
         # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference calls.
         # Declared unbuildable, it is left alone, and a kill during that build cannot leave a lock behind.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # torch 2.13 renames collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
+        warnings.filterwarnings(
+            "ignore", message=".*is deprecated.*Please use .torch.distributed", category=FutureWarning
+        )
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=adamw, config=copy.deepcopy(effective), dist_init_required=False
