@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 RUN ?= configs/tiny.toml
-RANKS ?= 2
+GPUS := $(shell ls /dev 2>/dev/null | grep -c '^nvidia[0-9][0-9]*$$')
+RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 TESTS ?=
 
 PY := .venv/bin/python

@@ -4,6 +4,7 @@ Exit codes (bigmodel/rundir.py): 0 done, 1 a bug or the machine, 2 something you
 3 stopped by a signal and saved.
 """
 
+import errno
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import EXIT_FAILED, EXIT_USER
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,6 +165,12 @@ def main() -> None:
         rank = os.environ.get("RANK", "0")
         name = "bigmodel" if rank == "0" else f"bigmodel (rank {rank})"
         print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or "a file"
+        print(f"bigmodel: {where}: {error.strerror}; free some space and run the same command", file=sys.stderr)
         sys.exit(EXIT_USER)
 
 

@@ -297,11 +297,13 @@ def _epoch_complete(order: Order) -> bool:
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Train two steps on one rank and on two; the ranks add the same numbers in another order."""
     load_settings(run_file, overrides)
+    on_cpu = torch.cuda.device_count() < 2  # two ranks need two GPUs, and one must not be compared with a CPU
     with tempfile.TemporaryDirectory() as scratch:
         traces = {}
         for world_size in (1, 2):
             directory = Path(scratch) / f"ranks-{world_size}"
-            _finish(_start(run_file, [*overrides, *_short(directory, 2, 2)], world_size, directory), directory)
+            command = [*overrides, *_short(directory, 2, 2)]
+            _finish(_start(run_file, command, world_size, directory, on_cpu), directory)
             traces[world_size] = _trace(directory)
     findings = []
     for name, bound in (("loss", 1e-6), ("gradient_norm", 1e-5)):
@@ -318,7 +320,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
     settings = load_settings(run_file, overrides)
-    world_size = 1 if settings.data.lanes == 1 and settings.training.packs_per_step == 1 else 2
+    world_size = min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         _finish(_start(run_file, [*overrides, *_short(whole, 10, 4)], world_size, whole), whole)
@@ -352,7 +354,9 @@ def _short(directory: Path, steps: int, every: int) -> list[str]:
     ]
 
 
-def _start(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path) -> list[subprocess.Popen]:
+def _start(
+    run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
+) -> list[subprocess.Popen]:
     """One process per rank, in one process group, printing into the run directory."""
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
@@ -370,6 +374,8 @@ def _start(run_file: Path, overrides: Sequence[str], world_size: int, directory:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
+        if on_cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child's own
         group = ranks[0].pid if ranks else 0
         ranks.append(
@@ -394,13 +400,15 @@ def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
 def _kill_within(ranks: Sequence[subprocess.Popen], directory: Path, step: int) -> int:
     """SIGKILL all ranks at a random instant after `step` steps were recorded; gives the last step recorded."""
     deadline = time.monotonic() + PROCESS_SECONDS
-    while not (trace := _trace(directory)) or trace[-1]["step"] < step:
-        if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
-            _finish(ranks, directory)
-            raise UserError(f"a check's training run ended before step {step}")
-        time.sleep(0.002)
-    time.sleep(random.uniform(0, trace[-1]["step_seconds"]))
-    _kill(ranks)
+    try:
+        while not (trace := _trace(directory)) or trace[-1]["step"] < step:
+            if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
+                _finish(ranks, directory)
+                raise UserError(f"a check's training run ended before step {step}")
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, trace[-1]["step_seconds"]))
+    finally:
+        _kill(ranks)
     return _trace(directory)[-1]["step"]
 
 

@@ -50,6 +50,11 @@ def claim(directory: Path) -> None:
         raise UserError(
             f"run.directory = {directory}: another run is using it now; stop that one or choose another directory"
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"run.directory = {directory}: its file system has no locks ({error.strerror}); choose another, or mount "
+            "it with flock"
+        ) from None
     _claims.append(lock)
 
 
@@ -93,8 +98,11 @@ def read_json(path: Path) -> Any:
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """One line, one write: a line cut by a crash is skipped by `read_json_lines`."""
-    with open(path, "ab") as file:
-        file.write(json.dumps(value).encode() + b"\n")
+    try:
+        with open(path, "ab") as file:
+            file.write(json.dumps(value).encode() + b"\n")
+    except OSError as error:  # a full disk is noticed at the flush, whose error names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -20,19 +20,21 @@ from bigmodel.evaluate import Evaluation
 from bigmodel.report import loss_curve, terminal_curve
 from bigmodel.rundir import write_atomically, write_json
 
+XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
 BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
 
 
 def summarize(settings: Settings, evaluation: Evaluation, sample: str) -> dict[str, Any]:
     """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text."""
     directory = settings.run.directory
+    text = settings.data.directory / "text" / "validation.txt"
     summary = {
         "steps": settings.training.steps,
         "nats_per_token": evaluation.nats_per_token,
         "validation_targets": evaluation.num_targets,
         "bits_per_byte": evaluation.bits_per_byte,
         "bigram_bits_per_byte": bigram_bits_per_byte(settings),
-        "xz_bits_per_byte": xz_bits_per_byte(settings.data.directory / "text" / "validation.txt"),
+        "xz_bits_per_byte": xz_bits_per_byte(text) if text.stat().st_size <= XZ_BYTES else None,
     }
     write_json(directory / "summary.json", summary)
     write_atomically(directory / "sample.txt", sample + "\n")

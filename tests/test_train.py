@@ -13,7 +13,7 @@ import pytest
 
 from bigmodel.config import load_settings
 from bigmodel.rundir import read_json_lines
-from tests.ranks import command, finish, run_ranks, start_ranks
+from tests.ranks import command, finish, kill, run_ranks, start_ranks
 from tests.tiny_corpus import write_sources
 from tests.tiny_run import write_run
 
@@ -107,6 +107,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, shards: Path, numb
     assert finish(ranks, 60) == [3, 3]
     printed = Path(f"{output}.0").read_text()
     assert "run the same command to go on" in printed
+    assert not (tmp_path / "run" / "metrics_endpoint").exists()
     stopped = trained_step(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
 
@@ -175,3 +176,42 @@ def test_the_fresh_option_sets_checkpoints_aside(tmp_path: Path, shards: Path) -
     assert "starting" in Path(f"{output}.0").read_text()
     assert (tmp_path / "run" / "checkpoints-set-aside-1" / "step-00000002").is_dir()
     shutil.rmtree(tmp_path / "run")
+
+
+def wait_in_a_collective(folder: Path) -> int:
+    """On a rank: rank 0 waits for rank 1, which never comes."""
+    from bigmodel.training.distributed import start_world
+    from bigmodel.training.signals import StopFlag
+
+    StopFlag(grace_seconds=1.0)
+    world = start_world()
+    (folder / f"ready-{world.rank}").touch()
+    if world.rank == 1:
+        time.sleep(60)
+    world.sum_([1.0])
+    return 0
+
+
+def test_a_signal_ends_a_rank_that_is_stuck_in_a_collective(tmp_path: Path) -> None:
+    ranks = start_ranks(2, wait_in_a_collective, tmp_path)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    ranks[0].join(20)
+    assert ranks[0].exitcode == 1
+    assert time.monotonic() - began < 10
+    kill(ranks)
+
+
+def test_a_full_disk_under_the_run_directory_is_explained(tmp_path: Path, shards: Path) -> None:
+    """/dev/full refuses every byte as a full disk does."""
+    run_file, output = write_run(tmp_path, shards), tmp_path / "printed"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").symlink_to("/dev/full")
+    assert finish(start_ranks(1, command, ["train", str(run_file)], output), 60) == [2]
+    printed = Path(f"{output}.0").read_text()
+    assert "Traceback" not in printed
+    assert "events.jsonl: No space left on device" in printed
+    assert not (tmp_path / "run" / "metrics_endpoint").exists()

@@ -68,7 +68,11 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """The L2 norm of the whole gradient, before clipping, after the last micro-batch; may be inf or nan."""
-        squares = sum(float(gradient.detach().double().square().sum()) for gradient in self._stage.gradients())
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for gradient in self._stage.gradients():
+            for piece in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
+                total += piece.double().square().sum()
+        squares = float(total)
         if self._stage.partitioned:
             (squares,) = self.world.sum_([squares])
         self._norm = math.sqrt(squares)

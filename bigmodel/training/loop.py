@@ -9,6 +9,7 @@ skipped by all ranks together, before the update, and recorded.
 
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from bigmodel.config import Settings, UserError, to_toml_table
@@ -40,8 +41,18 @@ def train(settings: Settings, fresh: bool = False) -> int:
 
     Raises `UserError` for what a user can mend: contradicting settings, damaged data or checkpoints, a full disk.
     """
+    with ExitStack() as closing:  # however the run ends: no thread, no hidden cursor, no metrics address stays behind
+        return _train(settings, fresh, closing)
+
+
+def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     stop = StopFlag()
     world = start_world()
+    if world.device.type == "cuda" and settings.model.head_width > 128:
+        raise UserError(
+            f"model.width / model.heads = {settings.model.head_width}: the GPU kernels take heads of at most 128 "
+            "channels; raise model.heads"
+        )
     directory = settings.run.directory
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
@@ -67,7 +78,9 @@ def train(settings: Settings, fresh: bool = False) -> int:
         first_step = resumed.state["step"]
     metrics = Metrics(directory, settings.metrics.port, settings.metrics.host, first_step) if world.rank == 0 else None
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
+    closing.callback(line.close)
     if metrics:
+        closing.callback(metrics.close)
         write_json(directory / "settings.json", to_toml_table(settings))
         write_json(directory / "deepspeed.json", effective)
         write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
@@ -77,6 +90,7 @@ def train(settings: Settings, fresh: bool = False) -> int:
     bad_steps = 0
     stopping = False
     stream = Stream(store, order, settings.data, packs_per_micro_batch, world.rank, world.size, settings.run.seed)
+    closing.callback(stream.close)
     for step in stream if first_step < settings.training.steps else ():
         clock = time.perf_counter()
 
@@ -138,13 +152,15 @@ def train(settings: Settings, fresh: bool = False) -> int:
                 metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
         if finished or stopping or done % settings.checkpoint.every_steps == 0:
+            if stopping:
+                stop.save_begins()
             state = {"step": done, "cursor": step.cursor}
             saved = checkpoint.save(checkpoints, engine, state, settings, world)
             if metrics:
                 metrics.record_checkpoint(done, saved.bytes, saved.seconds)
         if finished or stopping:
             break
-    stream.close()
+    stop.save_begins()
     line.close()
 
     if stopping:
@@ -165,7 +181,6 @@ def train(settings: Settings, fresh: bool = False) -> int:
             )
             show_summary(settings, summarize(settings, evaluation, sample))
     if metrics:
-        metrics.close()
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
     return EXIT_DONE

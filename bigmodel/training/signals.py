@@ -1,11 +1,12 @@
 """SIGTERM and SIGINT: finish the step, save, say how to go on.
 
-The handler sets a flag that all ranks compare at the end of each step. It also starts a clock: where no step
-ends in time (a rank is stuck in a collective), the process leaves by itself instead of waiting to be killed.
-A second signal leaves at once.
+A Python handler runs only between two lines of Python, so never while the main thread waits in a collective for a
+rank that hangs. A thread is therefore woken by the C handler itself: it gives the run a bounded time to end its step
+and begin to save, and leaves at once on a second signal.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -13,7 +14,7 @@ from types import FrameType
 
 from bigmodel.rundir import EXIT_FAILED
 
-GRACE_SECONDS = 120.0  # from the signal to the end of the save; SLURM's and launchers' own limits are of this size
+GRACE_SECONDS = 120.0  # from the signal to the begin of the save; a step is far shorter
 
 
 class StopFlag:
@@ -21,18 +22,39 @@ class StopFlag:
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
         self.requested = False
-        self._grace_seconds = grace_seconds
+        self._saving = threading.Event()
+        woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch, args=(woken, grace_seconds), daemon=True).start()
+
+    def save_begins(self) -> None:
+        """The step has ended: from here on the save takes the time that it takes. Only a second signal ends it."""
+        self._saving.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            self._leave(f"second {signal.Signals(number).name}: leaving without saving")
         self.requested = True
-        clock = threading.Timer(self._grace_seconds, self._leave, [f"no step ended within {self._grace_seconds:.0f} s"])
-        clock.daemon = True
-        clock.start()
+
+    def _watch(self, woken: int, grace_seconds: float) -> None:
+        _wait_for_signal(woken, None)
+        if not _wait_for_signal(woken, grace_seconds):
+            if not self._saving.is_set():
+                self._leave(f"no step ended within {grace_seconds:.0f} s of the signal")
+            _wait_for_signal(woken, None)
+        self._leave("a second signal")
 
     def _leave(self, reason: str) -> None:
-        print(f"bigmodel: {reason}; the next start resumes from the last checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"bigmodel: {reason}: leaving; the next start resumes from the last checkpoint", file=sys.stderr, flush=True
+        )
         os._exit(EXIT_FAILED)
+
+
+def _wait_for_signal(woken: int, seconds: float | None) -> bool:
+    """Whether SIGTERM or SIGINT came within the time; the C handler writes each signal's number into the pipe."""
+    while select.select([woken], [], [], seconds)[0]:
+        if any(number in (signal.SIGTERM, signal.SIGINT) for number in os.read(woken, 64)):
+            return True
+    return False
