@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,27 @@ def started_at(run_file: Path) -> list[int]:
     ]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run file of an uninterrupted run of this precision and stage, trained once."""
+    trained: dict[tuple, Path] = {}
+
+    def train_once(precision: str = "fp32", stage: int = 1) -> Path:
+        if (precision, stage) not in trained:
+            run_file = write_run(tmp_path_factory.mktemp("whole"), shards, precision, stage, name="whole")
+            run_ranks(2, train, run_file)
+            trained[precision, stage] = run_file
+        return trained[precision, stage]
+
+    return train_once
+
+
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
-    shards: Path, tmp_path: Path, stage: int, precision: str
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], stage: int, precision: str
 ) -> None:
-    whole = write_run(tmp_path, shards, precision, stage, name="whole")
+    whole = undisturbed(precision, stage)
     broken = write_run(tmp_path, shards, precision, stage, name="broken")
-    run_ranks(2, train, whole)
     ranks = start_ranks(2, train, broken)
     last = random.randint(5, 8)  # the checkpoint is that of step 4; the kill falls into steps 6 to 9
     while not (done := steps(broken)) or done[-1]["step"] < last:
@@ -70,9 +85,10 @@ def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("point", ["rank-1-wrote", "before-rename"])
-def test_a_run_killed_inside_a_save_resumes_from_the_one_before(shards: Path, tmp_path: Path, point: str) -> None:
-    whole, broken = (write_run(tmp_path, shards, name=name) for name in ("whole", "broken"))
-    run_ranks(2, train, whole)
+def test_a_run_killed_inside_a_save_resumes_from_the_one_before(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], point: str
+) -> None:
+    whole, broken = undisturbed(), write_run(tmp_path, shards, name="broken")
     codes = finish(start_ranks(2, train, broken, f"{point}@8"))
     assert -9 in codes, codes
     run_ranks(2, train, broken)
@@ -81,9 +97,10 @@ def test_a_run_killed_inside_a_save_resumes_from_the_one_before(shards: Path, tm
     assert final_state(broken) == final_state(whole) != {}
 
 
-def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(shards: Path, tmp_path: Path) -> None:
-    whole, moved = (write_run(tmp_path, shards, name=name) for name in ("whole", "moved"))
-    run_ranks(2, train, whole)
+def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole, moved = undisturbed(), write_run(tmp_path, shards, name="moved")
     finish(start_ranks(2, train, moved, "rank-1-wrote@8"))
     run_ranks(1, train, moved)
     assert started_at(moved) == [0, 4]
