@@ -22,7 +22,7 @@ def show_batch(settings: Settings, step: int, png: Path) -> None:
     batch = build_batch([order.next_step()[0]], reader(store), settings.data, keys)
     console = Console(highlight=False)
     for line in draw(batch):
-        console.print(line)
+        console.print(line, soft_wrap=True)
     visibility = causal(batch.offsets)
     draw_png(batch, dense(visibility, len(batch.tokens), len(batch.tokens)).numpy(), png)
     console.print(f"picture: {png}")
