@@ -191,3 +191,27 @@ def test_length_statistics_of_known_lengths() -> None:
     assert statistics["max_tokens"] == 1000
     assert statistics["bytes_per_token"] == 2.0  # 1014 stored tokens, 10 of which begin or end
     assert statistics["histogram"] == {"2": 1, "4": 2, "8": 1, "1024": 1}
+
+
+def test_two_threads_may_open_the_first_shard_at_the_same_time(tmp_path: Path) -> None:
+    """The data thread and the evaluation of a finished run do; in a new process, for the import is what they share."""
+    folder = prepared(tmp_path)
+    program = (
+        "import sys, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from pathlib import Path\n"
+        "import time\n"
+        "from bigmodel.data import shards\n"
+        "from bigmodel.data.shards import ShardStore\n"
+        "find = shards._compiled_parts\n"
+        "shards._compiled_parts = lambda folders: (time.sleep(0.5), find(folders))[1]  # time for the other thread\n"
+        "stores = [ShardStore(Path(sys.argv[1]), split) for split in ('train', 'validation')] * 2\n"
+        "start = threading.Barrier(len(stores))\n"
+        "def first(store):\n"
+        "    start.wait()\n"
+        "    return len(store.document('news', 0, 0))\n"
+        "with ThreadPoolExecutor(len(stores)) as pool:\n"
+        "    print(list(pool.map(first, stores)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -346,6 +347,10 @@ def _compiled_parts(folders: Iterable[str]) -> list[Path]:
     return [path for folder in folders for path in sorted(Path(folder).glob("_C*.so"))]
 
 
+_importing = threading.Lock()
+
+
 def _import_streaming() -> None:
-    define_missing_torchvision_operators()
-    import streaming  # noqa: F401 - seconds, once per process
+    with _importing:  # the data thread and an evaluation may both come here first
+        define_missing_torchvision_operators()
+        import streaming  # noqa: F401 - seconds, once per process
