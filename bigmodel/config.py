@@ -240,6 +240,12 @@ def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
         raise UserError(f"{origin}: " + "\n".join(_explain(line) for line in error.errors())) from None
 
 
+def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:
+    """Micro-batches in a step, the same on every rank: each takes ceil(packs / ranks), the last ones fewer or none."""
+    packs_per_rank = -(-packs_per_step // world_size)
+    return -(-packs_per_rank // packs_per_micro_batch)
+
+
 def to_toml_table(settings: Settings) -> dict[str, Any]:
     """The settings as plain values (paths as strings, unset ones left out), ready to write or to compare."""
     return settings.model_dump(mode="json", exclude_none=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bigmodel.config import Settings, UserError
+from bigmodel.config import Settings, UserError, num_micro_batches
 
 VERSION = "0.19.8"
 AUTO = "auto"
@@ -142,12 +142,6 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
 def packs_per_micro_batch(effective: dict[str, Any]) -> int:
     """How many packs a rank runs forward and backward at once."""
     return effective["train_micro_batch_size_per_gpu"]
-
-
-def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:
-    """Micro-batches per rank and step: ceil(ceil(G / W) / k). Missing packs are empty ones."""
-    packs_per_rank = -(-packs_per_step // world_size)
-    return -(-packs_per_rank // packs_per_micro_batch)
 
 
 @dataclass(frozen=True)

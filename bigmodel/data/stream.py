@@ -16,7 +16,7 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
-from bigmodel.config import DataSettings, UserError
+from bigmodel.config import DataSettings, UserError, num_micro_batches
 from bigmodel.data.batch import Batch, Reader, build_batch, make_keys
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Block, Fragment, Lengths, Order, Pack, SourceProgress
@@ -52,11 +52,6 @@ def share(packs_per_step: int, rank: int, world_size: int) -> range:
     assert 0 <= rank < world_size, f"rank {rank} is not one of {world_size} ranks"
     size = -(-packs_per_step // world_size)
     return range(min(rank * size, packs_per_step), min((rank + 1) * size, packs_per_step))
-
-
-def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:
-    """Micro-batches in a step, the same on every rank."""
-    return -(-len(share(packs_per_step, 0, world_size)) // packs_per_micro_batch)
 
 
 def reader(store: Documents) -> Reader:
