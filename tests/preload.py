@@ -1,9 +1,14 @@
-"""What the server of tests/ranks.py imports before it forks ranks."""
+"""What the server of tests/ranks.py imports before it forks ranks: all that a training process would import."""
 
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # DeepSpeed imports it, and with it torch.compile, late
+import torch._dynamo  # noqa: F401  # as does the first torch.optim.Optimizer
 
 import bigmodel.training.loop  # noqa: F401
+from bigmodel.data.shards import _import_streaming
+
+_import_streaming()
