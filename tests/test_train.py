@@ -62,6 +62,12 @@ def call(*arguments: str, code: int = 0, timeout: float = 120) -> str:
     return done.stdout
 
 
+def on_ranks(world_size: int, folder: Path, *arguments: str) -> str:
+    """`python -m bigmodel ARGUMENTS` on ranks that start at once; gives what rank 0 printed."""
+    run_ranks(world_size, command, list(arguments), folder / "printed")
+    return (folder / "printed.0").read_text()
+
+
 def test_from_text_to_a_trained_model_by_the_launcher(tmp_path: Path) -> None:
     sources = "".join(
         "[[prepare.sources]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in source.items())
@@ -82,12 +88,12 @@ def test_from_text_to_a_trained_model_by_the_launcher(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [10, 20, 30]
     assert lines[-1]["nats_per_token"] == summary["nats_per_token"]
     assert lines[-1]["nats_per_token"] < lines[0]["loss"] - 1
-    again = call("-m", "launcher", "local", str(run_file), "--ranks", "2")
+    again = on_ranks(2, tmp_path, "train", str(run_file))
     assert "resuming at step 30" in again
     assert json.loads((run / "summary.json").read_text())["bits_per_byte"] == summary["bits_per_byte"]
-    scored = call("-m", "bigmodel", "evaluate", str(run))
+    scored = on_ranks(1, tmp_path, "evaluate", str(run))
     assert f"step 30: {summary['nats_per_token']:.1f}" in scored  # fp32 here, bf16 there
-    assert len(call("-m", "bigmodel", "generate", str(run), "--prompt", "Document 1")) > len("Document 1")
+    assert len(on_ranks(1, tmp_path, "generate", str(run), "--prompt", "Document 1")) > len("Document 1")
 
 
 def trained_step(run: Path) -> int:
