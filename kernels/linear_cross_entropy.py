@@ -52,26 +52,26 @@ PLAIN = Options()
 def softmax_step_reference(
     logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(C,) losses, (C,) z, and (C, V) gradients in the raw logits, which are lost.
+    """(C,) losses, (C,) z, and (C, V) gradients in the raw logits. The logits are lost.
 
-    gradient_type None: no gradients are made; the logits come back as they are.
+    gradient_type None: no gradients are made, and the third tensor means nothing.
     """
     z_loss, smoothing, softcap = options
-    capped_CV = softcap * torch.tanh(logits_CV / softcap) if softcap else logits_CV
-    lse_C = capped_CV.logsumexp(-1)
     target_C1 = targets_C.clamp_min(0)[:, None]
-    loss_C = lse_C - (1 - smoothing) * capped_CV.gather(-1, target_C1)[:, 0]
-    if smoothing:
-        loss_C -= smoothing * capped_CV.mean(-1)
+    capped_CV = softcap * torch.tanh(logits_CV / softcap) if softcap else logits_CV
+    top_C = capped_CV.amax(-1)
+    chosen_C = capped_CV.gather(-1, target_C1)[:, 0] - top_C
+    mean_C = capped_CV.mean(-1) - top_C if smoothing else 0.0
+    slope_CV = capped_CV - top_C[:, None] if softcap else logits_CV.sub_(top_C[:, None])
+    total_C = slope_CV.exp_().sum(-1)
+    lse_C = top_C + total_C.log()
     ignored_C = targets_C == IGNORED
-    losses_C, z_C = loss_C.masked_fill(ignored_C, 0.0), lse_C.square().masked_fill(ignored_C, 0.0)
+    losses_C = (total_C.log() - (1 - smoothing) * chosen_C - smoothing * mean_C).masked_fill(ignored_C, 0.0)
+    z_C = lse_C.square().masked_fill(ignored_C, 0.0)
     if gradient_type is None:
-        return losses_C, z_C, logits_CV
+        return losses_C, z_C, slope_CV
 
-    slope_CV = capped_CV - lse_C[:, None] if softcap else logits_CV.sub_(lse_C[:, None])
-    slope_CV.exp_()
-    if z_loss:
-        slope_CV *= (1 + 2 * z_loss * lse_C)[:, None]
+    slope_CV *= ((1 + 2 * z_loss * lse_C) / total_C)[:, None]
     slope_CV.scatter_add_(-1, target_C1, slope_CV.new_full((len(targets_C), 1), smoothing - 1))
     if smoothing:
         slope_CV -= smoothing / logits_CV.shape[1]
