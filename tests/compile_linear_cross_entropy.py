@@ -1,10 +1,13 @@
 """Compiles the softmax kernel, as shipped, for Ampere, Hopper and Blackwell without a GPU, and prints what it takes.
 
-    architecture  gradient  vocabulary  options | registers  stack bytes  shared bytes
+    architecture  gradient  vocabulary  options  order | registers  stack bytes  shared bytes
 
-A kernel that spills registers to memory has a stack. Run by test_linear_cross_entropy.py;
+A kernel that spills registers to memory has a stack. `order` is "ordered" where the machine code of a 16-bit gradient
+reads a block, waits for all threads, and only then writes. Run by test_linear_cross_entropy.py;
 `python -m tests.compile_linear_cross_entropy`.
 """
+
+import re
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,6 +40,13 @@ def compiled(architecture: int, gradient: str, vocabulary: int, options: Options
     return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": launch["num_warps"]})
 
 
+def order(ptx: str) -> str:
+    """Whether loads, a barrier and stores follow one another, in this order and with nothing between."""
+    marks = {"ld.global": "L", "bar.sync": "B", "st.global": "S"}
+    sequence = "".join(marks[found] for found in re.findall(r"ld\.global|bar\.sync|st\.global", ptx))
+    return "ordered" if re.search("L{2,}BS{2,}", sequence) else "unordered"
+
+
 def main() -> None:
     for architecture in (80, 90, 100):
         for gradient in ("bf16", "none"):
@@ -44,7 +54,8 @@ def main() -> None:
                 for label, options in (("plain", Options()), ("all", Options(1e-4, 0.1, 30.0))):
                     kernel = compiled(architecture, gradient, vocabulary, options)
                     registers, stack = usage(kernel.asm["cubin"])
-                    row = f"sm_{architecture} {gradient:4} {name:4} {label:5} | {registers:4} {stack:4}"
+                    place = order(kernel.asm["ptx"]) if gradient == "bf16" else "-"
+                    row = f"sm_{architecture} {gradient:4} {name:4} {label:5} {place} | {registers:4} {stack:4}"
                     print(row, f"{kernel.metadata.shared:7}", flush=True)
 
 

@@ -285,7 +285,8 @@ def test_the_kernel_compiles_for_ampere_to_blackwell_without_spilling_registers(
     assert {row[0] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert len(rows) == 24
     spilled = [row for row in rows if row[-2] != "0"]
-    assert not spilled, f"architecture, gradient, vocabulary, options | registers, stack, shared bytes: {spilled}"
+    assert not spilled, f"architecture, gradient, vocabulary, options, order | registers, stack, shared: {spilled}"
+    assert [row[4] for row in rows if row[1] == "bf16"] == ["ordered"] * 12  # over the logits only what was read
 
 
 def test_without_triton_the_reference_runs() -> None:
