@@ -26,7 +26,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import attention
 from kernels.visibility import Visibility, causal, cross, dense, make_schedule
-from tools.measure import INPUT_SETS, Record, Row, check_device, milliseconds, peak_bytes, relative_error, sizes
+from tools.measure import (
+    INPUT_SETS,
+    REPEATS,
+    Record,
+    Row,
+    check_device,
+    milliseconds,
+    peak_bytes,
+    relative_error,
+    sizes,
+)
 
 FAILURES = (RuntimeError, ValueError, NotImplementedError, AssertionError)  # what a contender may refuse with
 
@@ -107,7 +117,7 @@ def tiny_lengths(count: int) -> tuple[int, ...]:
 
 def cases(size: str) -> list[Case]:
     """In order of importance: a run cut short has done the first. `size` is one of `tools.measure.sizes`."""
-    scale = {"gpu": 1, "cpu": 16, "quick": 64}[size]
+    scale = {"gpu": 1, "cpu": 32, "quick": 64}[size]
     whole, grouped, channels = ((16, 16), (32, 8), 128) if size == "gpu" else ((2, 2), (4, 1), 32)
     mean = max(16, 1_000 // scale)
     decoder, encoder = cross_lengths(8_192 // scale, 128 // min(scale, 8))
@@ -398,7 +408,7 @@ def main(
             if time.monotonic() - started > seconds:
                 record.add(row | {"not_run": f"out of time ({seconds:.0f} s)"})
                 continue
-            record.add(row | measure(contender, case, dtype, device, repeats=5 if quick else 50))
+            record.add(row | measure(contender, case, dtype, device, repeats=REPEATS[sizes(device, quick)]))
         torch.compiler.reset()
     record.show(COLUMNS)
     panels = {"forward_tflops": "forward", "backward_tflops": "backward", "both_tflops": "forward and backward"}

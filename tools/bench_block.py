@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from bigmodel.config import ModelSettings
 from bigmodel.model.transformer import FeedForward, RMSNorm, rotary_table, rotate
-from tools.measure import INPUT_SETS, Record, Row, check_device, milliseconds, peak_bytes, sizes
+from tools.measure import INPUT_SETS, REPEATS, Record, Row, check_device, milliseconds, peak_bytes, sizes
 
-SIZES = {"gpu": [(16_384, 2_048), (16_384, 4_096)], "cpu": [(2_048, 512)], "quick": [(256, 64)]}  # (T, H)
+SIZES = {"gpu": [(16_384, 2_048), (16_384, 4_096)], "cpu": [(1_024, 512)], "quick": [(256, 64)]}  # (T, H)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def main(
                     continue
                 compiled = contender == "torch.compile"
                 call = torch.compile(piece.call, backend=compiler, dynamic=False) if compiled else piece.call
-                record.add(row | measure(piece, call, device, repeats=5 if quick else 50))
+                record.add(row | measure(piece, call, device, repeats=REPEATS[sizes(device, quick)]))
     record.show(["case", "contender", "forward_ms", "both_ms", "both_gb_per_s", "peak_gb"])
     plot = record.plot({"forward_ms": "forward", "both_ms": "forward and backward"}, "milliseconds")
     print(f"{record.path} and {plot}")

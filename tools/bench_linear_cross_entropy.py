@@ -24,7 +24,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
-from tools.measure import INPUT_SETS, Record, Row, check_device, milliseconds, peak_bytes, relative_error, sizes
+from tools.measure import (
+    INPUT_SETS,
+    REPEATS,
+    Record,
+    Row,
+    check_device,
+    milliseconds,
+    peak_bytes,
+    relative_error,
+    sizes,
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, H), weight (V, H), targets (T,): the sum of the losses
 CHUNK = 4_096
@@ -47,7 +57,7 @@ class Case:
 
 CASES = {  # in order of importance: a run cut short has done the first
     "gpu": [Case(8_192, 4_096, 131_072), Case(32_768, 4_096, 131_072), Case(16_384, 2_048, 50_304)],
-    "cpu": [Case(2_048, 256, 16_384), Case(1_024, 512, 32_000)],
+    "cpu": [Case(1_024, 256, 8_192), Case(512, 256, 32_000)],
     "quick": [Case(256, 64, 2_000), Case(192, 32, 5_003)],
 }
 
@@ -174,7 +184,7 @@ def main(
             elif time.monotonic() - started > seconds:
                 record.add(row | {"not_run": f"out of time ({seconds:.0f} s)"})
             else:
-                record.add(row | measure(loss, case, dtype, device, repeats=5 if quick else 50))
+                record.add(row | measure(loss, case, dtype, device, repeats=REPEATS[sizes(device, quick)]))
     record.show(COLUMNS)
     plot = record.plot({"both_ms": "milliseconds, forward and backward", "peak_gb": "peak memory, GB"}, "")
     print(f"{record.path} and {plot}")

@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3
+REPEATS = {"gpu": 50, "cpu": 10, "quick": 5}
 INPUT_SETS = 3  # inputs are rotated, so that no call finds its own in the cache
 Row = dict[str, Any]
 
@@ -75,7 +76,7 @@ def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def sizes(device: str, quick: bool) -> str:
-    """Which sizes to run: "gpu", "cpu" (a sixteenth or so) or "quick"."""
+    """Which sizes to run, and how often: "gpu", "cpu" (a thirtieth or so) or "quick"."""
     return "quick" if quick else {"cuda": "gpu"}.get(device, device)
 
 
