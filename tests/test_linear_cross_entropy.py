@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigmodel.config import ModelSettings
+from bigmodel.config import ModelSettings, load_settings
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
+from bigmodel.training import loop
+from bigmodel.training.distributed import ALONE
 from kernels import linear_cross_entropy as module
 from kernels.linear_cross_entropy import (
     Options,
@@ -35,6 +38,7 @@ from tests.dense_cross_entropy import (
 )
 from tests.interpreted import run_interpreted, run_python
 from tests.test_promise_leak import make_batch
+from tests.tiny_run import write_run
 
 EVERYTHING = Options(z_loss=0.03, label_smoothing=0.2, logit_softcap=2.5)
 
@@ -334,6 +338,24 @@ def test_the_options_reach_the_gradient_of_the_model_and_not_its_evaluation(tied
     assert 0.01 < logits_TV.abs().max() < 2.5
     expected_T = F.cross_entropy(logits_TV, batch.targets, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(losses_T.float(), expected_T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_options_of_a_run_file_reach_the_model(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        """Ends the run where the model would be made."""
+
+    def make(*arguments: Any) -> None:
+        raise Made(Transformer(*arguments).head.options)
+
+    monkeypatch.setattr(loop, "Transformer", make)
+    monkeypatch.setattr(loop, "start_world", lambda: ALONE)
+    monkeypatch.setattr(loop, "StopFlag", object)
+    overrides = ["training.z_loss=1e-4", "training.label_smoothing=0.1", "model.logit_softcap=30"]
+    with pytest.raises(Made) as made:
+        loop.train(load_settings(write_run(tmp_path, shards), overrides))
+    assert made.value.args == (Options(z_loss=1e-4, label_smoothing=0.1, logit_softcap=30.0),)
 
 
 # What is refused.
