@@ -46,6 +46,13 @@ def test_in_fp32_the_kernel_is_as_exact_as_plain_torch(options: Options, vocabul
     assert_as_exact_as_plain_torch(our_results(inputs, options, chunk_positions=5), inputs, options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_16_bits_the_kernel_is_as_exact_as_plain_torch(dtype: torch.dtype) -> None:
+    options = Options(0.03, 0.2, 2.5)
+    inputs = make_inputs(dtype, positions=12, vocabulary=193)
+    assert_as_exact_as_plain_torch(our_results(inputs, options, chunk_positions=5), inputs, options)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.5])
 def test_losses_of_single_positions(softcap: float) -> None:
     inputs = make_inputs(positions=12, vocabulary=193)
