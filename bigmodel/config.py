@@ -97,6 +97,9 @@ class ModelSettings(Section):
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what each block adds to the residual stream")
     norm_epsilon: float = Field(1e-5, gt=0)
+    logit_softcap: float = Field(
+        0.0, ge=0, description="the head's logits become c * tanh(logit / c): none passes c; 0: off"
+    )
 
     @property
     def head_width(self) -> int:
@@ -155,6 +158,12 @@ class TrainingSettings(Section):
     packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights in the forward pass; sums and masters stay fp32"
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of logsumexp(logits)^2 in the gradient, 1e-4 is usual; 0: off; not in the loss"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target given to all tokens alike; 0: off; validation has none"
     )
     deepspeed: Path | None = Field(
         None, description="your DeepSpeed JSON, relative to the run file; none: ZeRO stage 1"

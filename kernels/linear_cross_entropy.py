@@ -1,109 +1,367 @@
 """Linear cross-entropy: the loss of hidden states under an output matrix, without ever holding all logits.
 
-    logits[t, v] = hidden[t] . weight[v]
-    loss[t]      = logsumexp(logits[t]) - logits[t, target[t]]        0 where target[t] is IGNORED
+Formula, for position t with target y, softcap c, smoothing e (each 0 = off) and the vocabulary of V tokens:
 
-Shape suffixes: T positions, H hidden width, V vocabulary, C positions of one chunk.
-Takes hidden (T, H), weight (V, H) of one floating type and targets (T,) int64. Gives the summed loss, or the loss
-of each position, in fp32 (fp64 for fp64 inputs). Guarantees: gradients are computed chunk by chunk inside the
-forward pass, where under ZeRO-3 the weight is whole; those of ignored positions are exactly zero. Costs: one
-chunk of logits in memory, and a copy of both gradients between forward and backward.
+    raw[t, v]   = hidden[t] . weight[v]
+    logit[t, v] = c * tanh(raw[t, v] / c)                         raw[t, v] where c = 0
+    lse[t]      = log(sum_v exp(logit[t, v]))
+    loss[t]     = lse[t] - (1 - e) * logit[t, y] - e / V * sum_v logit[t, v]
+    z[t]        = lse[t]^2
+
+Both are 0 where the target is IGNORED. What is differentiated is sum_t loss[t] + z_loss * z[t]:
+
+    d raw[t, v] = (softmax_v * (1 + 2 * z_loss * lse[t]) - (1 - e) * [v = y] - e / V) * (1 - (logit[t, v] / c)^2)
+
+Takes hidden (T, H), weight (V, H) of one floating type with any strides and targets (T,) int64. Gives the sums, or the
+loss of each position, in fp32 (fp64 for fp64 inputs). Guarantees: gradients are computed chunk by chunk inside the
+forward, where under ZeRO-3 the weight is whole, and only those that are needed; 16-bit products are added up in fp32,
+over chunks too; two runs agree bitwise; the gradients of ignored positions are exactly zero; nothing waits for a GPU.
+Costs: 3 matrix products (2 V H operations a position each) with gradients, 1 without; one chunk of logits, at most
+CHUNK_BYTES, and until the backward the gradient of hidden and an fp32 gradient of the weight.
+
+Shape suffixes: T positions, H hidden width, V vocabulary, C positions of one chunk. In kernels: B columns of a block.
 """
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+
+from kernels import HAS_TRITON, INTERPRETED, tl, triton
 
 IGNORED = -100  # the target of a position without one
-CHUNK_POSITIONS = 4096  # large enough for full-speed products; a chunk of logits at V = 128k takes 2 GB in fp32
+CHUNK_BYTES = 2**29  # of logits: 1,024 positions at V = 128k, 4,096 at V = 32k; enough rows for full-speed products
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
-def linear_cross_entropy_reference(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    """The formula at once, with all logits: (T,) losses. For tests."""
-    wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-    logits_TV = hidden_TH.to(wide) @ weight_VH.to(wide).T
-    return torch.nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="none")
+class Options(NamedTuple):
+    """The constants of a run; 0 turns each off."""
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    logit_softcap: float = 0.0
+
+
+PLAIN = Options()
+
+
+# Part 2: the reference of the softmax step; also what runs on CPU.
+
+
+def softmax_step_reference(
+    logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(C,) losses, (C,) z, and (C, V) gradients in the raw logits. The logits are lost.
+
+    gradient_type None: no gradients are made, and the third tensor means nothing.
+    """
+    z_loss, smoothing, softcap = options
+    target_C1 = targets_C.clamp_min(0)[:, None]
+    capped_CV = softcap * torch.tanh(logits_CV / softcap) if softcap else logits_CV
+    top_C = capped_CV.amax(-1)
+    chosen_C = capped_CV.gather(-1, target_C1)[:, 0] - top_C
+    mean_C = capped_CV.mean(-1) - top_C if smoothing else 0.0
+    slope_CV = capped_CV - top_C[:, None] if softcap else logits_CV.sub_(top_C[:, None])
+    total_C = slope_CV.exp_().sum(-1)
+    lse_C = top_C + total_C.log()
+    ignored_C = targets_C == IGNORED
+    losses_C = (total_C.log() - (1 - smoothing) * chosen_C - smoothing * mean_C).masked_fill(ignored_C, 0.0)
+    z_C = lse_C.square().masked_fill(ignored_C, 0.0)
+    if gradient_type is None:
+        return losses_C, z_C, slope_CV
+
+    slope_CV *= ((1 + 2 * z_loss * lse_C) / total_C)[:, None]
+    slope_CV.scatter_add_(-1, target_C1, slope_CV.new_full((len(targets_C), 1), smoothing - 1))
+    if smoothing:
+        slope_CV -= smoothing / logits_CV.shape[1]
+    if softcap:
+        slope_CV *= 1 - (capped_CV / softcap).square()
+    return losses_C, z_C, slope_CV.masked_fill_(ignored_C[:, None], 0.0).to(gradient_type)
+
+
+# Part 3: the Triton kernel of the softmax step.
+
+BLOCK = 4096  # columns read at a time
+NUM_WARPS = 8
+
+
+@triton.jit
+def tanh(x):
+    """tanh to a few units in the last place of fp32: near 0 its series, for 1 - 2 / (exp(2x) + 1) cancels there."""
+    square = x * x
+    tail = square * (-17.0 / 315 + square * (62.0 / 2835))
+    near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + tail)))
+    return tl.where(tl.abs(x) < 0.25, near, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def load_logits(row, column, num_columns, SOFTCAP: tl.constexpr):
+    """(B,) soft-capped logits, -inf beyond the last column."""
+    inside = column < num_columns
+    logit_B = tl.load(row + column, mask=inside, other=0.0)
+    if SOFTCAP > 0:
+        logit_B = SOFTCAP * tanh(logit_B / SOFTCAP)
+    return tl.where(inside, logit_B, float("-inf"))
+
+
+@triton.jit
+def softmax_kernel(logits, gradients, targets, losses, zs, row_stride, gradient_stride, num_columns,
+                   Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, IGNORED: tl.constexpr,
+                   WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program: loss, z and, over the logits, the gradient of one row. An ignored row is not read.
+
+    A 16-bit gradient takes the first half of its row's memory. Block n of it lies over logits of the blocks up to n,
+    so blocks are done in order, and nobody writes block n before all threads have read it.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    logits += place * row_stride
+    gradients += place * gradient_stride
+    target = tl.load(targets + place)
+    if target == IGNORED:
+        tl.store(losses + place, 0.0)
+        tl.store(zs + place, 0.0)
+        if WITH_GRADIENT:
+            for start in range(0, num_columns, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                nothing_B = tl.zeros([BLOCK], gradients.dtype.element_ty)
+                tl.store(gradients + column, nothing_B, mask=column < num_columns)
+        return
+
+    top = float("-inf")
+    total = 0.0
+    logit_sum = 0.0
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit_B = load_logits(logits, column, num_columns, SOFTCAP)
+        new_top = tl.maximum(top, tl.max(logit_B, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit_B - new_top), 0)
+        top = new_top
+        if SMOOTHING > 0:
+            logit_sum += tl.sum(tl.where(column < num_columns, logit_B, 0.0), 0)
+    log_total = tl.log(total)
+    lse = top + log_total
+    target_logit = tl.load(logits + target)
+    if SOFTCAP > 0:
+        target_logit = SOFTCAP * tanh(target_logit / SOFTCAP)
+    loss = log_total - (1.0 - SMOOTHING) * (target_logit - top)  # from the top down: lse would round at its height
+    if SMOOTHING > 0:
+        loss -= SMOOTHING * (logit_sum / num_columns - top)
+    tl.store(losses + place, loss)
+    tl.store(zs + place, lse * lse)
+
+    if WITH_GRADIENT:
+        scale = (1.0 + 2.0 * Z_LOSS * lse) / total
+        for start in range(0, num_columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            logit_B = load_logits(logits, column, num_columns, SOFTCAP)
+            slope_B = tl.exp(logit_B - top) * scale - tl.where(column == target, 1.0 - SMOOTHING, 0.0)
+            if SMOOTHING > 0:
+                slope_B -= SMOOTHING / num_columns
+            if SOFTCAP > 0:
+                slope_B *= 1.0 - (logit_B / SOFTCAP) * (logit_B / SOFTCAP)
+            tl.debug_barrier()  # every thread of the program has read its part of this block
+            tl.store(gradients + column, slope_B.to(gradients.dtype.element_ty), mask=column < num_columns)
+
+
+def softmax_step_triton(
+    logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `softmax_step_reference` for fp32 logits; the gradients lie in the logits' memory."""
+    rows, columns = logits_CV.shape
+    losses_C, z_C = logits_CV.new_empty(rows), logits_CV.new_empty(rows)
+    half = gradient_type in HALF_TYPES
+    gradient_CV = logits_CV.view(gradient_type)[:, :columns] if half else logits_CV
+    softmax_kernel[(rows,)](
+        logits_CV, gradient_CV, targets_C, losses_C, z_C, logits_CV.stride(0), gradient_CV.stride(0), columns,
+        Z_LOSS=options.z_loss, SMOOTHING=options.label_smoothing, SOFTCAP=options.logit_softcap, IGNORED=IGNORED,
+        WITH_GRADIENT=gradient_type is not None, **launch_options(columns),
+    )  # fmt: skip
+    return losses_C, z_C, gradient_CV
+
+
+def launch_options(columns: int) -> dict[str, int]:
+    """BLOCK and num_warps for a vocabulary."""
+    return {"BLOCK": min(BLOCK, max(16, 1 << (columns - 1).bit_length())), "num_warps": NUM_WARPS}
+
+
+# Part 4: chunks, and autograd.
+
+
+def chunk_slices(num_positions: int, vocabulary: int, wide: torch.dtype, chunk_positions: int) -> Iterator[slice]:
+    """The chunks of a batch; chunk_positions 0: multiples of 128 positions whose logits fit into CHUNK_BYTES."""
+    fitting = CHUNK_BYTES // (wide.itemsize * vocabulary) // 128 * 128
+    positions = chunk_positions or max(128, fitting)
+    return (slice(start, start + positions) for start in range(0, num_positions, positions))
+
+
+def _softmax_step(
+    logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    on_gpu = HAS_TRITON and (logits_CV.device.type == "cuda" or INTERPRETED)
+    step = softmax_step_triton if on_gpu and logits_CV.dtype == torch.float32 else softmax_step_reference
+    return step(logits_CV, targets_C, options, gradient_type)
+
+
+def _multiplied(matrix: Tensor) -> Tensor:
+    """The matrix in the type its products are taken in: fp32 for 16-bit types on a CPU, where bf16 products are 30
+    times slower (1.2 against 32 GFLOP/s on an AVX2 core) and their sums no more exact."""
+    return matrix.float() if matrix.device.type == "cpu" and matrix.dtype in HALF_TYPES else matrix
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In fp32 at least: products of 16-bit values are added up in fp32 and not rounded."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.dtype in HALF_TYPES else torch.mm(left, right)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the type of the total."""
+    if left.dtype in HALF_TYPES:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left, right)
+
+
+def sums_and_gradients(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor,
+    z_loss: float, label_smoothing: float, logit_softcap: float,
+    need_hidden: bool, need_weight: bool, chunk_positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss sum, z sum, count, and the gradients in hidden and, in fp32 at least, in the weight (empty: not needed)."""
+    _check_targets(targets_T, len(weight_VH))
+    options = Options(z_loss, label_smoothing, logit_softcap)
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
+    matrix_VH = _multiplied(weight_VH)
+    gradient_type = matrix_VH.dtype if need_hidden or need_weight else None
+    losses_T, z_T = (torch.empty(len(hidden_TH), dtype=wide, device=hidden_TH.device) for _ in range(2))
+    grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else hidden_TH.new_empty(0)
+    grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if need_weight else weight_VH.new_empty(0, dtype=wide)
+    for chunk in chunk_slices(len(hidden_TH), len(weight_VH), wide, chunk_positions):
+        hidden_CH = _multiplied(hidden_TH[chunk])
+        logits_CV = _product(hidden_CH, matrix_VH.T)
+        losses_T[chunk], z_T[chunk], slope_CV = _softmax_step(logits_CV, targets_T[chunk], options, gradient_type)
+        if need_hidden:
+            grad_hidden_TH[chunk] = _product(slope_CV, matrix_VH)
+        if need_weight:
+            _add_product(grad_weight_VH, slope_CV.T, hidden_CH)
+        del logits_CV, slope_CV  # else two chunks of logits would be alive while the next one is made
+    loss_sum, z_sum = (rows_T.sum(dtype=torch.float64).to(wide) for rows_T in (losses_T, z_T))
+    return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH
+
+
+def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
+    good_T = (targets_T == IGNORED) | ((targets_T >= 0) & (targets_T < vocabulary))
+    need = f"targets need to be {IGNORED} (ignored) or 0 to {vocabulary - 1}, the rows of the weight"
+    if targets_T.device.type != "cpu":
+        torch._assert_async(good_T.all(), need)
+    elif not good_T.all():
+        raise ValueError(f"linear cross-entropy got the target {int(targets_T[~good_T][0])}; {need}")
+
+
+_linear_cross_entropy = torch.library.custom_op("bigmodel::linear_cross_entropy", mutates_args=())(sums_and_gradients)
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, _z: float, _smoothing: float, _softcap: float,
+    need_hidden: bool, need_weight: bool, _positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
+    loss_sum, z_sum = (hidden_TH.new_empty((), dtype=wide) for _ in range(2))
+    grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else hidden_TH.new_empty(0)
+    grad_weight_VH = torch.empty_like(weight_VH, dtype=wide) if need_weight else weight_VH.new_empty(0, dtype=wide)
+    return loss_sum, z_sum, targets_T.new_empty((), dtype=torch.int64), grad_hidden_TH, grad_weight_VH
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+    ctx.type, ctx.needed = inputs[0].dtype, inputs[6:8]
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    gradients = zip(ctx.saved_tensors, ctx.needed, strict=True)
+    return *(scaled(one, grad, ctx.type) if needed else None for one, needed in gradients), *(None,) * 7
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in fp32 at least, rounded once to `dtype`. Without a wide copy.
+
+    A factor of no dimensions would first be rounded to the gradient's type: off by up to 0.4% in bf16.
+    """
+    return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+_linear_cross_entropy.register_autograd(_differentiate, setup_context=_remember)
+
+
+# Part 5: the public functions.
+
+
+class LossSums(NamedTuple):
+    """Sums over the positions that have a target, and how many have one.
+
+    The backward of `loss_sum` gives the gradient of loss_sum + z_loss * z_sum, so that a reported loss stays
+    comparable whatever z_loss is. z_sum and count have no gradient.
+    """
+
+    loss_sum: Tensor
+    z_sum: Tensor
+    count: Tensor
 
 
 def linear_cross_entropy(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk_positions: int = CHUNK_POSITIONS
-) -> Tensor:
-    """The sum of the losses, a scalar; differentiable once in hidden and weight."""
-    # Inside the forward of a Function gradients look disabled, and needs_input_grad does not know of no_grad: ask here.
-    return _LossSum.apply(hidden_TH, weight_VH, targets_T, chunk_positions, torch.is_grad_enabled())
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    options: Options = PLAIN,
+    chunk_positions: int = 0,
+) -> LossSums:
+    """The sums of losses and z, and the count of targets; differentiable once in hidden and weight.
+
+    `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for shapes, types, targets or
+    options that do not fit; on a GPU targets are checked by an assertion on the device.
+    """
+    _check(hidden_TH, weight_VH, targets_T, options)
+    # Inside an operator gradients look disabled: ask here.
+    needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
+    return LossSums(*_linear_cross_entropy(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)[:3])
 
 
 @torch.no_grad()
 def linear_cross_entropy_per_token(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk_positions: int = CHUNK_POSITIONS
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, logit_softcap: float = 0.0, chunk_positions: int = 0
 ) -> Tensor:
-    """(T,) losses, 0 at ignored positions; without gradients."""
-    weight_VH = _multiplied(weight_VH)
-    chunks = zip(hidden_TH.split(chunk_positions), targets_T.split(chunk_positions), strict=True)
-    return torch.cat([_losses(_logits(hidden_CH, weight_VH), targets_C)[0] for hidden_CH, targets_C in chunks])
+    """(T,) losses, 0 at ignored positions; without gradients, z-loss and smoothing: for evaluation."""
+    options = Options(logit_softcap=logit_softcap)
+    _check(hidden_TH, weight_VH, targets_T, options)
+    _check_targets(targets_T, len(weight_VH))
+    matrix_VH = _multiplied(weight_VH)
+    losses_T = torch.empty(
+        len(hidden_TH), dtype=torch.promote_types(weight_VH.dtype, torch.float32), device=hidden_TH.device
+    )
+    for chunk in chunk_slices(len(hidden_TH), len(weight_VH), losses_T.dtype, chunk_positions):
+        logits_CV = _product(_multiplied(hidden_TH[chunk]), matrix_VH.T)
+        losses_T[chunk] = _softmax_step(logits_CV, targets_T[chunk], options, None)[0]
+        del logits_CV
+    return losses_T
 
 
-class _LossSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        hidden_TH: Tensor,
-        weight_VH: Tensor,
-        targets_T: Tensor,
-        chunk_positions: int,
-        with_gradients: bool,
-    ) -> Tensor:
-        need_hidden, need_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
-        matrix_VH = _multiplied(weight_VH)
-        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden_TH.device)
-        grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if need_weight else None
-        for start in range(0, len(hidden_TH), chunk_positions):
-            chunk = slice(start, start + chunk_positions)
-            hidden_CH = _multiplied(hidden_TH[chunk])
-            logits_CV = _logits(hidden_CH, matrix_VH)
-            losses_C, log_sum_C = _losses(logits_CV, targets_T[chunk])
-            loss += losses_C.sum()
-            if need_hidden or need_weight:
-                slope_CV = _slope(logits_CV, log_sum_C, targets_T[chunk]).to(matrix_VH.dtype)
-            if grad_hidden_TH is not None:
-                grad_hidden_TH[chunk] = slope_CV @ matrix_VH
-            if grad_weight_VH is not None:
-                grad_weight_VH += slope_CV.T @ hidden_CH
-        ctx.save_for_backward(grad_hidden_TH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        # The loss scale is rounded only together with what it scales: alone in bf16 it would be off by up to 0.4%.
-        saved = ctx.saved_tensors
-        hidden, weight = (None if one is None else (one.to(grad.dtype) * grad).to(one.dtype) for one in saved)
-        return hidden, weight, None, None, None
-
-
-def _multiplied(matrix: Tensor) -> Tensor:
-    """The matrix in the type its products are taken in: fp32 for bf16 on a CPU, where bf16 products are 30 times
-    slower (1.2 against 32 GFLOP/s on an AVX2 core) and their sums no more exact."""
-    return matrix.float() if matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16 else matrix
-
-
-def _logits(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-    """(C, V) in fp32 at least."""
-    logits_CV = hidden_CH.to(weight_VH.dtype) @ weight_VH.T
-    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-
-
-def _losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) losses and (C,) logsumexp."""
-    log_sum_C = logits_CV.logsumexp(-1)
-    chosen_C = logits_CV.gather(-1, targets_C.clamp_min(0)[:, None])[:, 0]
-    return torch.where(targets_C == IGNORED, 0.0, log_sum_C - chosen_C), log_sum_C
-
-
-def _slope(logits_CV: Tensor, log_sum_C: Tensor, targets_C: Tensor) -> Tensor:
-    """d loss / d logits = softmax - one at the target, in the place of the logits; 0 at ignored positions."""
-    slope_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
-    slope_CV.scatter_add_(-1, targets_C.clamp_min(0)[:, None], slope_CV.new_full((len(targets_C), 1), -1.0))
-    return slope_CV.masked_fill_((targets_C == IGNORED)[:, None], 0.0)
+def _check(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options) -> None:
+    shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, targets {tuple(targets_T.shape)}"
+    if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(f"linear cross-entropy got {shapes}; it needs hidden (T, H) and weight (V, H) with the same H")
+    if targets_T.shape != hidden_TH.shape[:1] or targets_T.dtype != torch.int64:
+        raise ValueError(f"linear cross-entropy got {shapes} of {targets_T.dtype}; it needs T targets of torch.int64")
+    if hidden_TH.dtype != weight_VH.dtype:
+        raise ValueError(
+            f"linear cross-entropy got hidden {hidden_TH.dtype}, weight {weight_VH.dtype}; cast them to one type"
+        )
+    if options.z_loss < 0 or options.logit_softcap < 0 or not 0 <= options.label_smoothing < 1:
+        raise ValueError(
+            f"linear cross-entropy got {options}; z_loss and logit_softcap need to be at least 0, "
+            "label_smoothing at least 0 and below 1"
+        )

@@ -7,7 +7,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are about CPUs, also on a machine with GPUs
+if os.environ.get("BIGMODEL_GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all but tests/gpu are about CPUs, also on a machine with GPUs
 
 
 @pytest.fixture(scope="session")

@@ -333,6 +333,18 @@ def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path: Path) ->
     assert weights.same_as(Weights(4))
 
 
+def test_a_setting_younger_than_the_checkpoint_had_its_default_then(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    del found.description["model"]["logit_softcap"]
+    weights = Weights(9)
+    checkpoint.load(found, weights, SETTINGS, ALONE)
+    assert weights.same_as(Weights(4))
+    with pytest.raises(UserError, match=r"model\.logit_softcap = 30\.0, but checkpoint .* was made with 0\.0"):
+        checkpoint.load(found, weights, Settings.model_validate({"model": {"logit_softcap": 30}}), ALONE)
+
+
 def test_the_format_is_plain_and_by_parameter_name(two_good: Path) -> None:
     path = two_good / "step-00000008"
     assert names(path) == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"]

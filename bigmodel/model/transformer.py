@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from bigmodel.config import ModelSettings
 from bigmodel.data.batch import Batch
 from kernels.attention import Schedule, attention, make_schedule
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_per_token
+from kernels.linear_cross_entropy import Options, linear_cross_entropy, linear_cross_entropy_per_token
 from kernels.visibility import Visibility, causal
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
@@ -142,32 +142,42 @@ class Block(nn.Module):
 class Head(nn.Module):
     """From hidden states to the loss, without ever holding T x V logits.
 
-    The loss is taken inside this module's own forward: under ZeRO-3 the weight is whole only there.
+    The loss is taken inside this module's own forward: under ZeRO-3 the weight is whole only there. The value of
+    loss_sum leaves the z-loss out, its gradient has it; loss_per_position is the plain cross-entropy.
     """
 
-    def __init__(self, weight_VH: nn.Parameter) -> None:
+    def __init__(self, weight_VH: nn.Parameter, options: Options) -> None:
         super().__init__()
         self.weight = weight_VH
+        self.options = options
 
     def forward(self, x_TH: Tensor, targets_T: Tensor, output: Output) -> Tensor:
+        softcap = self.options.logit_softcap
         if output == "loss_sum":
-            return linear_cross_entropy(x_TH, self.weight, targets_T)
+            return linear_cross_entropy(x_TH, self.weight, targets_T, self.options).loss_sum
         if output == "loss_per_position":
-            return linear_cross_entropy_per_token(x_TH, self.weight, targets_T)
-        return x_TH.float() @ self.weight.float().T
+            return linear_cross_entropy_per_token(x_TH, self.weight, targets_T, softcap)
+        logits_TV = x_TH.float() @ self.weight.float().T
+        return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
 
 class Transformer(nn.Module):
-    """The model. `forward(batch)` gives the loss summed over the batch's targets, a scalar in fp32, in nats."""
+    """The model. `forward(batch)` gives the loss summed over the batch's targets, a scalar in fp32, in nats.
 
-    def __init__(self, settings: ModelSettings, vocabulary: int) -> None:
+    z_loss and label_smoothing are settings of the training: they shape the gradient of that sum (Options).
+    """
+
+    def __init__(
+        self, settings: ModelSettings, vocabulary: int, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.embedding = nn.Embedding(vocabulary, settings.width)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
         self.norm = RMSNorm(settings.width, settings.norm_epsilon)
         untied = not settings.tied_embeddings
-        self.head = Head(nn.Parameter(torch.empty(vocabulary, settings.width)) if untied else self.embedding.weight)
+        weight_VH = nn.Parameter(torch.empty(vocabulary, settings.width)) if untied else self.embedding.weight
+        self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
         """loss_sum: (); loss_per_position: (T,), 0 at padding; logits: (T, V). All fp32."""

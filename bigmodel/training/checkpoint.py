@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from bigmodel.config import Settings, UserError
+from bigmodel.config import ModelSettings, Settings, UserError
 from bigmodel.rundir import fsync_directory, package_versions, write_atomically
 from bigmodel.training.distributed import ALONE, World
 
@@ -374,7 +374,7 @@ def _open(path: Path) -> Checkpoint:
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
     """Model settings must be those of the checkpoint, but for dropout, which changes no weight."""
     now = settings.model.model_dump(mode="json")
-    then = checkpoint.description["model"]
+    then = ModelSettings().model_dump(mode="json") | checkpoint.description["model"]  # newer settings had their default
     for name in sorted(now.keys() | then.keys()):
         if name != "dropout" and now.get(name) != then.get(name):
             raise UserError(

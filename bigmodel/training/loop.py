@@ -63,7 +63,9 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     store = ShardStore(settings.data.directory, "train")
     order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
     validation = Validation(settings.data, packs_per_micro_batch)
-    model = Transformer(settings.model, store.manifest.vocabulary)
+    model = Transformer(
+        settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
+    )
     init_weights(model, settings.run.seed)
     engine = Engine(model, settings, effective, world)
 

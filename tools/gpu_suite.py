@@ -1,0 +1,131 @@
+"""One command for a short loan of a GPU: is it right, and how fast is it.
+
+    python -m tools.gpu_suite
+
+First the tests in tests/gpu, then every benchmark, the most important first, each in a process of its own with its own
+time limit; at most 9 minutes in all. Each part writes as it goes, so that what was measured before a kill is kept:
+the benchmarks their rows, this program gpu_suite.json and gpu_suite.md. A part that fails or runs out of time does not
+stop the others. Exit code: 0 if the tests passed, 1 if not; 2 where there is no GPU.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from tools.measure import ROOT, hardware
+
+# Above the time a benchmark gives itself: for starting, the last row and the plot.
+GRACE_SECONDS = 35
+
+
+@dataclass(frozen=True)
+class Part:
+    """`arguments` of python; a benchmark is told `seconds` and stopped GRACE_SECONDS later."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: int
+    is_benchmark: bool = True
+
+    @property
+    def limit_seconds(self) -> int:
+        return self.seconds + (GRACE_SECONDS if self.is_benchmark else 0)
+
+
+PARTS = (
+    Part("correctness", ("-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", "tests/gpu"), 120, False),
+    Part("bench_attention", ("-m", "tools.bench_attention"), 195),
+    Part("bench_linear_cross_entropy", ("-m", "tools.bench_linear_cross_entropy"), 60),
+    Part("bench_block", ("-m", "tools.bench_block"), 45),
+)
+
+
+@dataclass
+class Outcome:
+    name: str
+    state: str  # passed, failed or out of time
+    seconds: float
+    last_lines: list[str]
+
+
+def run_part(part: Part, out: Path) -> Outcome:
+    """Runs one part; its whole output goes into `out`/NAME.log."""
+    options = ["--out", str(out), "--seconds", str(part.seconds)] if part.is_benchmark else []
+    log = out / f"{part.name}.log"
+    environment = os.environ | {"BIGMODEL_GPU_TESTS": "1"}
+    started = time.monotonic()
+    with log.open("w") as file:
+        command = [sys.executable, *part.arguments, *options]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            state = "passed" if process.wait(part.limit_seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the compiler's processes
+            process.wait()
+            state = f"out of time ({part.limit_seconds} s)"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return Outcome(part.name, state, round(time.monotonic() - started, 1), lines[-3:])
+
+
+def write_summary(outcomes: list[Outcome], device: str, out: Path) -> None:
+    """gpu_suite.json and gpu_suite.md: what ran so far, and the rows of every benchmark that wrote some."""
+    (out / "gpu_suite.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    lines = [f"# GPU suite: {device}", "", "| part | state | seconds |", "|---|---|---|"]
+    lines += [f"| {outcome.name} | {outcome.state} | {outcome.seconds:.0f} |" for outcome in outcomes]
+    for outcome in outcomes:
+        rows_file = out / f"{outcome.name}.json"
+        if rows_file.exists():
+            lines += ["", *markdown_of(json.loads(rows_file.read_text()))]
+        elif outcome.state != "passed":
+            lines += ["", f"## {outcome.name}", "", "```", *outcome.last_lines, "```"]
+    (out / "gpu_suite.md").write_text("\n".join(lines) + "\n")
+
+
+def markdown_of(benchmark: dict) -> list[str]:
+    """The rows of a benchmark as a table."""
+    rows = benchmark["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("not_run", "dtype")))
+    lines = [f"## `{benchmark['command']}`", "", f"{benchmark['date']}, commit {benchmark['commit']}", ""]
+    lines += ["| " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [_text(row.get(column)) for column in columns]
+        if "not_run" in row:
+            cells[2] = row["not_run"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for results and logs")] = Path("benchmarks"),
+) -> None:
+    """Correctness, then every benchmark."""
+    if not torch.cuda.is_available():
+        print("gpu_suite: torch sees no GPU here; run it on a machine with one", file=sys.stderr)
+        raise typer.Exit(2)
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    for part in PARTS:
+        outcomes.append(run_part(part, out))
+        write_summary(outcomes, hardware("cuda"), out)
+        print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", *outcomes[-1].last_lines, sep="\n  ")
+    raise typer.Exit(0 if outcomes[0].state == "passed" else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
