@@ -33,8 +33,8 @@ POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32"
 SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
 PLAIN = ("forward", "query_gradient", "key_gradient")
 KERNELS = ("forward", "delta", "query_gradient", "key_gradient", "bias_gradient")
-# Every shape at least once. Shapes of plain 16-bit kernels depend on the architecture, the others do not. Two minutes of
-# one core; `all` in place of nothing compiles the other architectures of the other shapes too, another five.
+# Every shape of 16-bit kernels, those of plain ones on every architecture: two minutes of one core. The argument `all`
+# adds the other architectures and types, another five.
 CONFIGURATIONS = [
     *product((80, 90, 100), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
     *product((90,), ("fp16",), (128,), ("plain",), PLAIN),
