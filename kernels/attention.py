@@ -446,7 +446,7 @@ TILE_SHAPES = {
 TILE_SHAPES_IN_99_KB = TILE_SHAPES | {
     ("forward", 128): (128, 32, 8, 3),
     ("query_gradient", 256): (64, 32, 8, 1),
-    ("key_gradient", 256): (64, 16, 8, 1),
+    ("key_gradient", 256): (32, 32, 8, 1),
 }
 # With a cap or a bias, on every architecture. The bias gradient takes square tiles.
 TILE_SHAPES_OF_CHANGED_SCORES = {

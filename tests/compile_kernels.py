@@ -118,7 +118,7 @@ class Launches:
 def print_variants() -> None:
     kernels = {f"{name}_kernel": Launches(getattr(attention, f"{name}_kernel")) for name in KERNELS}
     vars(attention).update(kernels)
-    one_long, many_short, windowed = offsets_of([64]), offsets_of([1] * 60), offsets_of([5, 1, 30])
+    one_long, many_short, windowed = offsets_of([64]), offsets_of([1] * 63), offsets_of([5, 1, 30])
     for visibility, num_rows in ((causal(one_long), 64), (causal(many_short), 63), (causal(windowed, left=1), 37),
                                  (prefix_lm(windowed, int32([1, 0, 9]), left=16), 36)):  # fmt: skip
         tables = tile_table(visibility, num_rows, 128), tile_table(visibility.transposed, num_rows, 128)
