@@ -57,12 +57,6 @@ class Inputs:
         rows = {name: getattr(self, name).nan_to_num(0.0).to(dtype) for name in ROWS}
         return replace(self, bias_HR=bias_HR, **rows)
 
-    def to(self, device: str) -> "Inputs":
-        """A copy on a device; NaN stays around the rows."""
-        return replace(
-            self, **{name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        )
-
 
 ROWS = ["q_THK", "k_SGK", "v_SGK", "d_out_THK"]
 
@@ -78,14 +72,15 @@ def make_inputs(
     reach: int | None = None,
 ) -> Inputs:
     """Random inputs, with a bias if a reach is given. q, k and v of one length are slices of one fused tensor, as a
-    fused projection gives them."""
+    fused projection gives them. They are made on the device of the offsets."""
+    device = visibility.query_offsets.device
     generator = torch.Generator().manual_seed(7)
     num_heads, num_key_heads = heads
 
     def surrounded(rows: int, last_offset: int, width: int) -> Tensor:
-        whole = torch.full((rows + 40, width, channels + 8), torch.nan, dtype=dtype)
+        whole = torch.full((rows + 40, width, channels + 8), torch.nan, dtype=dtype, device=device)
         inner = whole[20:-20, :, :channels]
-        inner[:last_offset] = torch.randn(last_offset, width, channels, generator=generator).to(dtype)
+        inner[:last_offset] = torch.randn(last_offset, width, channels, generator=generator).to(device, dtype)
         return inner
 
     query_end, key_end = int(visibility.query_offsets[-1]), int(visibility.key_offsets[-1])
@@ -96,7 +91,9 @@ def make_inputs(
         q_THK = surrounded(queries, query_end, num_heads)
         k_SGK, v_SGK = surrounded(keys, key_end, 2 * num_key_heads).chunk(2, dim=1)
     d_out_THK = surrounded(queries, query_end, num_heads)
-    bias_HR = None if reach is None else torch.randn(num_heads, 2 * reach + 1, generator=generator).to(dtype)
+    bias_HR = None
+    if reach is not None:
+        bias_HR = torch.randn(num_heads, 2 * reach + 1, generator=generator).to(device, dtype)
     return Inputs(visibility, q_THK, k_SGK, v_SGK, d_out_THK, softcap, bias_HR)
 
 

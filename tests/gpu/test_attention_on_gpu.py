@@ -5,7 +5,6 @@
 Without that variable conftest.py hides the GPUs, and these tests are skipped.
 """
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from kernels.attention import attention, make_schedule
 from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
-from tests.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
+from tests.dense_attention import assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
 from tests.test_visibility import int32, offsets_of
 
 pytestmark = pytest.mark.skipif(
@@ -23,17 +22,18 @@ pytestmark = pytest.mark.skipif(
 LENGTHS = [0, 1, 700, 0, 129, 3, 128, 40, 0]
 PREFIXES = [0, 1, 300, 4, 129, 0, 64, 999, 0]
 ROWS = 1024
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rules() -> dict[str, tuple[Visibility, int, int]]:
-    offsets = offsets_of(LENGTHS)
-    sources = offsets_of([5, 0, 333, 9, 257, 1, 60, 40, 7])
+    offsets = offsets_of(LENGTHS).to(DEVICE)
+    sources = offsets_of([5, 0, 333, 9, 257, 1, 60, 40, 7]).to(DEVICE)
     return {
         "causal": (causal(offsets), ROWS, ROWS),
         "window": (causal(offsets, left=200), ROWS, ROWS),
         "window on both sides": (Visibility(offsets, offsets, left=150, right=33), ROWS, ROWS),
         "bidirectional": (bidirectional(offsets), ROWS, ROWS),
-        "prefix-LM": (prefix_lm(offsets, int32(PREFIXES)), ROWS, ROWS),
+        "prefix-LM": (prefix_lm(offsets, int32(PREFIXES).to(DEVICE)), ROWS, ROWS),
         "cross": (cross(offsets, sources), ROWS, 720),
         "causal cross": (Visibility(offsets, sources, left=None, right=0), ROWS, 720),
     }
@@ -50,33 +50,23 @@ def _plain_torch_is_exact_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
 
 
-def on_gpu(case: tuple[Visibility, int, int], *settings) -> Inputs:
-    inputs = make_inputs(*case, *settings).to("cuda")
-    return replace(inputs, visibility=moved(inputs.visibility))
-
-
-def moved(visibility: Visibility) -> Visibility:
-    tensors = {name: value.cuda() for name, value in vars(visibility).items() if isinstance(value, torch.Tensor)}
-    return replace(visibility, **tensors)
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("rule", rules())
 def test_every_rule_is_as_exact_as_plain_torch(rule: str, dtype: torch.dtype) -> None:
-    assert_as_exact_as_plain_torch(attention, on_gpu(rules()[rule], (4, 2), 64, dtype))
+    assert_as_exact_as_plain_torch(attention, make_inputs(*rules()[rule], (4, 2), 64, dtype))
 
 
 @pytest.mark.parametrize(
     ("channels", "score", "dtype"), product((24, 64, 128, 160, 256), SCORES, TYPES), ids=lambda value: str(value)
 )
 def test_every_head_width_and_score_is_as_exact_as_plain_torch(channels: int, score: str, dtype: torch.dtype) -> None:
-    inputs = on_gpu(rules()["prefix-LM"], (2, 1), channels, dtype, *SCORES[score])
+    inputs = make_inputs(*rules()["prefix-LM"], (2, 1), channels, dtype, *SCORES[score])
     assert_as_exact_as_plain_torch(attention, inputs)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_ten_runs_agree_bitwise(score: str) -> None:
-    inputs = on_gpu(rules()["causal"], (4, 2), 128, torch.bfloat16, *SCORES[score])
+    inputs = make_inputs(*rules()["causal"], (4, 2), 128, torch.bfloat16, *SCORES[score])
     first = out_and_gradients(attention, inputs)
     for _ in range(9):
         for name, rows in out_and_gradients(attention, inputs).items():
@@ -84,7 +74,7 @@ def test_ten_runs_agree_bitwise(score: str) -> None:
 
 
 def test_a_document_of_nan_does_not_reach_another_one_bitwise() -> None:
-    inputs = on_gpu(rules()["prefix-LM"], (4, 2), 64, torch.bfloat16)
+    inputs = make_inputs(*rules()["prefix-LM"], (4, 2), 64, torch.bfloat16)
     before = out_and_gradients(attention, inputs)
     for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.d_out_THK):
         rows[1:701] = torch.nan
@@ -97,13 +87,13 @@ def test_a_document_of_nan_does_not_reach_another_one_bitwise() -> None:
 
 def test_thousands_of_documents_of_one_token_give_their_values() -> None:
     rows = torch.randn(4099, 2, 64, device="cuda", dtype=torch.bfloat16)
-    out = attention(rows, rows, rows, moved(causal(offsets_of([1] * 4096))))
+    out = attention(rows, rows, rows, causal(offsets_of([1] * 4096).cuda()))
     assert torch.equal(out[:4096], rows[:4096])
     assert not out[4096:].any()
 
 
 def test_nothing_waits_for_the_device() -> None:
-    inputs = on_gpu(rules()["prefix-LM"], (4, 2), 64, torch.bfloat16, 5.0, 40)
+    inputs = make_inputs(*rules()["prefix-LM"], (4, 2), 64, torch.bfloat16, 5.0, 40)
     out_and_gradients(attention, inputs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -113,7 +103,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_a_graph_of_schedule_forward_and_backward_serves_other_documents() -> None:
-    inputs = on_gpu((causal(offsets_of([100, 155, 0])), 256, 256), (4, 2), 64, torch.bfloat16, 5.0, 40)
+    inputs = make_inputs(causal(offsets_of([100, 155, 0]).cuda()), 256, 256, (4, 2), 64, torch.bfloat16, 5.0, 40)
     offsets = inputs.visibility.query_offsets
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -138,7 +128,7 @@ def test_compiled_it_gives_the_same_and_other_documents_compile_nothing(mode: st
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, mode=mode)
     for lengths in ([100, 155, 0], [256, 0, 0], [1, 130, 125]):
-        inputs = on_gpu((causal(offsets_of(lengths)), 256, 256), (4, 2), 64, torch.bfloat16, 5.0, 40)
+        inputs = make_inputs(causal(offsets_of(lengths).cuda()), 256, 256, (4, 2), 64, torch.bfloat16, 5.0, 40)
         with torch._dynamo.config.patch(error_on_recompile=lengths != [100, 155, 0]):
             ours = {name: rows.clone() for name, rows in out_and_gradients(compiled, inputs).items()}
         for name, rows in out_and_gradients(attention, inputs).items():
@@ -146,7 +136,7 @@ def test_compiled_it_gives_the_same_and_other_documents_compile_nothing(mode: st
 
 
 def test_a_schedule_shared_by_layers_serves_heads_of_any_width() -> None:
-    visibility = moved(rules()["causal"][0])
+    visibility = rules()["causal"][0]
     schedule = make_schedule(visibility, ROWS, ROWS)
     for channels in (64, 256):
         rows = torch.randn(ROWS, 2, channels, device="cuda", dtype=torch.bfloat16)
