@@ -2,22 +2,29 @@
 
 Formula, for query row t of head h, which reads key head g = h // (H // G) and sees the keys lo(t) <= s < hi(t):
 
-    score_s = scale * (q[t, h] . k[s, g])        out[t, h] = sum_s softmax(score)_s * v[s, g]
+    raw_s = scale * (q[t, h] . k[s, g]) + bias[h, clamp(place(s) - place(t), -reach, reach) + reach]
+    score_s = cap * tanh(raw_s / cap)            out[t, h] = sum_s softmax(score)_s * v[s, g]
 
-and out[t, h] = 0, with zero gradients, where t sees no key. With p the softmax and dp_s = dout[t, h] . v[s, g]:
+and out[t, h] = 0, with zero gradients, where t sees no key. Places count from 0 in each document. Without a bias raw is
+the product alone, without a cap score is raw. With p the softmax and dp_s = dout[t, h] . v[s, g]:
 
     dv[s, g] = sum_th p_s * dout[t, h]           delta = dout[t, h] . out[t, h]
-    dk[s, g] = scale * sum_th p_s * (dp_s - delta) * q[t, h]
-    dq[t, h] = scale * sum_s  p_s * (dp_s - delta) * k[s, g]
+    draw_s = p_s * (dp_s - delta) * (1 - (score_s / cap)^2)
+    dk[s, g] = scale * sum_th draw_s * q[t, h]   dq[t, h] = scale * sum_s draw_s * k[s, g]
+    dbias[h, r] = sum of draw over all pairs at that distance
 
 Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a Visibility.
 Gives out (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last offset are written
-(zero) and never read; the backward has no atomics and repeats bitwise; grouped key heads are read in place.
-Costs: 2 matrix products per visible tile forward and 7 backward (5 would need atomics); memory for out and one
-fp32 per query row and head. Full tiles run without a mask.
+(zero) and never read; the backward has no atomics and repeats bitwise; grouped key heads are read in place. On a GPU
+nothing waits for the device, no value of the device decides a shape or a launch, and nothing is compiled again for
+other documents: forward and backward may be captured in a CUDA graph and replayed with other offsets in the same
+tensor, and torch.compile sees two operators without graph breaks.
+Costs: 2 matrix products per visible tile forward and 7 backward (5 would need atomics; 9 where a bias wants its
+gradient); memory for out and one fp32 per query row and head. Full tiles run without a mask. A bias costs a load from
+the first-level cache per pair, a cap about fifteen instructions; absent, neither costs anything.
 
-Shape suffixes: T queries, S keys, H query heads, G key heads, K channels of a head, N tiles, F fields of a tile.
-Inside kernels: M rows of the tile, C columns of the tile visited.
+Shape suffixes: T queries, S keys, H query heads, G key heads, K channels of a head, R distances (2 * reach + 1),
+N tiles, F fields of a tile. Inside kernels: M rows of the tile, C columns of the tile visited.
 """
 
 from typing import Any
@@ -49,6 +56,8 @@ def attention_reference(
     visibility: Visibility,
     lengths: tuple[tuple[int, int], ...] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     """Attention in plain torch, one document at a time; also what runs on CPU. Shapes as `attention`, any float type.
 
@@ -59,10 +68,12 @@ def attention_reference(
     4 heads, 29 against 35 to 40 with 8 on 4 and K = 64.
     """
     lengths = lengths or document_lengths(visibility)
+    scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     dtype = q_THK.dtype
     if q_THK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # A CPU without bf16 instructions multiplies bf16 at 1.2 GFLOP/s and fp32 at 32: compute in fp32, round once.
         q_THK, k_SGK, v_SGK = q_THK.float(), k_SGK.float(), v_SGK.float()
+    bias_HR = None if bias_HR is None else bias_HR.to(q_THK.dtype)
 
     query_split = [queries for queries, _ in lengths]
     key_split = [keys for _, keys in lengths]
@@ -73,29 +84,28 @@ def attention_reference(
         v_SGK.split([*key_split, beyond_S])[:-1],
         strict=True,
     )
-    outs = [_attend_document(q, k, v, visibility.left, visibility.right, scale) for q, k, v in documents]
+    outs = []
+    for number, (q, k, v) in enumerate(documents):
+        if q.shape[0] == 0 or k.shape[0] == 0:
+            outs.append(torch.zeros_like(q))
+        elif softcap is None and bias_HR is None:
+            outs.append(_attend_document(q, k, v, visibility, number, scale))
+        else:
+            outs.append(_attend_document_by_formula(q, k, v, visibility, number, scale, softcap, bias_HR))
     outs.append(q_THK.new_zeros(beyond_T, *q_THK.shape[1:]))
     return torch.cat(outs).to(dtype)
 
 
 def _attend_document(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, left: int | None, right: int | None, scale: float | None
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, number: int, scale: float
 ) -> Tensor:
-    num_queries, num_keys = q_THK.shape[0], k_SGK.shape[0]
-    if num_queries == 0 or num_keys == 0:
-        return q_THK.new_zeros(q_THK.shape)
-    left_is_open = left is None or left >= num_queries - 1
-    right_is_open = right is None or right >= num_keys - 1
-    mask = None
-    is_causal = left_is_open and right == 0
-    if not is_causal and not (left_is_open and right_is_open):
-        offsets = [
-            torch.tensor([0, length], dtype=torch.int32, device=q_THK.device) for length in (num_queries, num_keys)
-        ]
-        mask = dense(Visibility(offsets[0], offsets[1], left, right), num_queries, num_keys)
+    left, right = visibility.window
+    left_is_open = left >= q_THK.shape[0] - 1
+    is_causal = left_is_open and visibility.right == 0 and visibility.key_prefix is None
+    sees_all = left_is_open and right >= k_SGK.shape[0] - 1
     out_1HTK = F.scaled_dot_product_attention(
         *(rows.transpose(0, 1)[None] for rows in (q_THK, k_SGK, v_SGK)),
-        attn_mask=mask,
+        attn_mask=None if is_causal or sees_all else _visible_in_document(q_THK, k_SGK, visibility, number),
         is_causal=is_causal,
         scale=scale,
         enable_gqa=q_THK.shape[1] != k_SGK.shape[1],
@@ -103,9 +113,42 @@ def _attend_document(
     return out_1HTK[0].transpose(0, 1)
 
 
-# Part 3: Triton kernels. Scores are in base 2: scale * log2(e) is folded into one multiplication.
+def _attend_document_by_formula(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, number: int, scale: float,
+    softcap: float | None, bias_HR: Tensor | None,
+) -> Tensor:  # fmt: skip
+    group = q_THK.shape[1] // k_SGK.shape[1]
+    k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
+    score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * scale
+    if bias_HR is not None:
+        reach = bias_HR.shape[1] // 2
+        place_T, place_S = (torch.arange(rows.shape[0], device=q_THK.device) for rows in (q_THK, k_SGK))
+        distance_TS = (place_S - place_T[:, None]).clamp(-reach, reach)
+        score_HTS = score_HTS + bias_HR[:, distance_TS + reach]
+    if softcap is not None:
+        score_HTS = softcap * torch.tanh(score_HTS / softcap)
+    hidden_TS = ~_visible_in_document(q_THK, k_SGK, visibility, number)
+    p_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf).softmax(-1).masked_fill(hidden_TS, 0.0)
+    return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
+
+
+def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, visibility: Visibility, number: int) -> Tensor:
+    """(T, S) bool: the rule for the rows of one document."""
+    queries, keys = q_THK.shape[0], k_SGK.shape[0]
+    query_offsets, key_offsets = (
+        torch.tensor([0, rows], dtype=torch.int32, device=q_THK.device) for rows in (queries, keys)
+    )
+    key_prefix, query_prefix = (
+        None if prefix is None else prefix[number : number + 1]
+        for prefix in (visibility.key_prefix, visibility.query_prefix)
+    )
+    left, right = visibility.left, visibility.right
+    return dense(Visibility(query_offsets, key_offsets, left, right, key_prefix, query_prefix), queries, keys)
+
+
+# Part 3: Triton kernels. Scores are in base 2: scale, bias and cap come multiplied by log2(e), as scale2, bias, cap2.
 # A score that must not count is HIDDEN: finite, so that no inf - inf can make a NaN; whatever a row gathers before its
-# first visible key is multiplied by exp2(HIDDEN - real) = 0 when that key comes.
+# first visible key is multiplied by exp2(HIDDEN - real) = 0 when that key comes. REACH < 0: no bias.
 
 LOG2_E = 1.4426950408889634
 HIDDEN = tl.constexpr(-1.0e30)
@@ -139,15 +182,47 @@ def store_rows(base, values, first, end, stride, ROWS: tl.constexpr, CHANNELS: t
     tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def tanh(x):
+    """Within 2e-7 of itself, relative: 1 - 2 / (1 + exp(2 x)), which is not near 0; there the fifth convergent of
+    Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...)))."""
+    square = x * x
+    near_zero = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
+    return tl.where(tl.abs(x) < 0.75, near_zero, 1 - 2 / (1 + tl.exp2(2.8853900817779268 * x)))
+
+
+@triton.jit
+def score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH: tl.constexpr, CAPPED: tl.constexpr):
+    """The scores, in base 2, of pairs with these products q . k and distances (place of the key - of the query)."""
+    score_MC = product_MC * scale2
+    if REACH >= 0:
+        clamped_MC = tl.minimum(tl.maximum(distance_MC, -REACH), REACH)
+        score_MC += tl.load(bias + head * (2 * REACH + 1) + REACH + clamped_MC)
+    if CAPPED:
+        score_MC = cap2 * tanh(score_MC / cap2)
+    return score_MC
+
+
+@triton.jit
+def raw_gradient(p_MC, dp_MC, delta_MC, score_MC, cap2, CAPPED: tl.constexpr):
+    """What reaches scale * product + bias: back through the softmax and the cap."""
+    d_raw_MC = p_MC * (dp_MC - delta_MC)
+    if CAPPED:
+        tanh_MC = score_MC / cap2
+        d_raw_MC *= 1 - tanh_MC * tanh_MC
+    return d_raw_MC
+
+
 @triton.jit(do_not_specialize=["left", "right", "num_rows"])
-def forward_kernel(q, k, v, out, lse, tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-                   left, right, scale2, num_heads, num_rows,
-                   GROUP: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
-                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: one tile of queries of one head. Writes out, and lse = log2 of the sum of exp2 of the scores."""
+def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
+                   v_head_stride, left, right, scale2, cap2, num_heads, num_rows,
+                   GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
+                   HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One program: a tile, or part of one, of queries of one head. Writes out, and lse = log2 of the sum of
+    exp2 of the scores."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
-    first_row, row_end, column_end, lo, hi, begin, full_from, full_to, visited = load_tile(
-        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS
+    first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
     )
     if first_row >= row_end:
         return
@@ -157,16 +232,22 @@ def forward_kernel(q, k, v, out, lse, tiles, q_stride, q_head_stride, k_stride, 
     acc_MH = tl.zeros([ROWS, HEAD], tl.float32)
     top_M = tl.full([ROWS], HIDDEN, tl.float32)
     total_M = tl.zeros([ROWS], tl.float32)
+    PLAIN: tl.constexpr = REACH < 0 and not CAPPED
+    unit = scale2 if PLAIN else 1.0  # a plain product is scaled inside the exponent, which costs nothing
     for part in tl.static_range(3):
         tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
         for tile in range(tile_from, tile_to):
             first = begin + tile * COLUMNS
+            column = first + tl.arange(0, COLUMNS)
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
             score_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
+            if not PLAIN:
+                distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
+                score_MC = score_of(score_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
             if part != FULL:
-                score_MC = tl.where(sees(lo, hi, first + tl.arange(0, COLUMNS)), score_MC, HIDDEN)
-            new_top_M = tl.maximum(top_M, tl.max(score_MC, 1) * scale2)
-            p_MC = tl.exp2(score_MC * scale2 - new_top_M[:, None])
+                score_MC = tl.where(sees(lo, hi, column), score_MC, HIDDEN)
+            new_top_M = tl.maximum(top_M, tl.max(score_MC, 1) * unit)
+            p_MC = tl.exp2(score_MC * unit - new_top_M[:, None])
             shrink_M = tl.exp2(top_M - new_top_M)
             total_M = total_M * shrink_M + tl.sum(p_MC, 1)
             v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
@@ -195,15 +276,16 @@ def delta_kernel(out, d_out, delta, d_out_stride, d_out_head_stride, num_heads, 
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows"])
-def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, tiles, q_stride, q_head_stride, k_stride, k_head_stride,
+def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, tiles, q_stride, q_head_stride, k_stride, k_head_stride,
                           v_stride, v_head_stride, d_out_stride, d_out_head_stride,
-                          left, right, scale, scale2, num_heads, num_rows,
-                          GROUP: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
-                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: dq of one tile of queries of one head."""
+                          left, right, scale, scale2, cap2, num_heads, num_rows,
+                          GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
+                          HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                          COLUMNS: tl.constexpr):  # fmt: skip
+    """One program: dq of a tile, or part of one, of queries of one head."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
-    first_row, row_end, column_end, lo, hi, begin, full_from, full_to, visited = load_tile(
-        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS
+    first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
     )
     if first_row >= row_end:
         return
@@ -219,31 +301,37 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, tiles, q_stride, q_hea
         tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
         for tile in range(tile_from, tile_to):
             first = begin + tile * COLUMNS
+            column = first + tl.arange(0, COLUMNS)
+            distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
             v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
-            p_MC = tl.exp2(tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee") * scale2 - lse_M[:, None])
+            product_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
+            score_MC = score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
+            p_MC = tl.exp2(score_MC - lse_M[:, None])
             if part != FULL:
-                p_MC = tl.where(sees(lo, hi, first + tl.arange(0, COLUMNS)), p_MC, 0.0)
+                p_MC = tl.where(sees(lo, hi, column), p_MC, 0.0)
             dp_MC = tl.dot(d_out_MH, tl.trans(v_CH), input_precision="ieee")
-            d_score_MC = p_MC * (dp_MC - delta_M[:, None])
-            dq_MH = tl.dot(d_score_MC.to(k_CH.dtype), k_CH, dq_MH, input_precision="ieee")
+            d_raw_MC = raw_gradient(p_MC, dp_MC, delta_M[:, None], score_MC, cap2, CAPPED)
+            dq_MH = tl.dot(d_raw_MC.to(k_CH.dtype), k_CH, dq_MH, input_precision="ieee")
     store_rows(dq + head * CHANNELS, dq_MH * scale, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows"])
-def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, tiles, q_stride, q_head_stride, k_stride, k_head_stride,
-                        v_stride, v_head_stride, d_out_stride, d_out_head_stride,
-                        left, right, scale, scale2, num_heads, num_rows,
-                        GROUP: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: dk and dv of one tile of keys of one key head, summed over the GROUP query heads that read it.
+def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_stride, q_head_stride, k_stride,
+                        k_head_stride, v_stride, v_head_stride, d_out_stride, d_out_head_stride,
+                        left, right, scale, scale2, cap2, num_heads, num_rows,
+                        GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
+                        HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                        COLUMNS: tl.constexpr):  # fmt: skip
+    """One program: dk and dv of a tile, or part of one, of keys of one key head, summed over the GROUP query heads
+    that read it.
 
     The rule is transposed: rows are keys, columns are queries, `left` and `right` come exchanged.
     num_heads counts key heads, num_rows queries.
     """
     key_head = (tl.program_id(0) % num_heads).to(tl.int64)
-    first_row, row_end, column_end, lo, hi, begin, full_from, full_to, visited = load_tile(
-        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS
+    first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
     )
     if first_row >= row_end:
         return
@@ -259,107 +347,247 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, tiles, q_stride, q_h
             for tile in range(tile_from, tile_to):
                 first = begin + tile * COLUMNS
                 column = first + tl.arange(0, COLUMNS)
+                distance_MC = (beside + tl.arange(0, ROWS))[:, None] - column[None, :]
                 q_CH = load_rows(q_head, first, column_end, q_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
                 lse_C = tl.load(lse + head * num_rows + column, mask=column < column_end, other=0.0)
-                p_MC = tl.exp2(tl.dot(k_MH, tl.trans(q_CH), input_precision="ieee") * scale2 - lse_C[None, :])
+                product_MC = tl.dot(k_MH, tl.trans(q_CH), input_precision="ieee")
+                score_MC = score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
+                p_MC = tl.exp2(score_MC - lse_C[None, :])
                 if part != FULL:
                     p_MC = tl.where(sees(lo, hi, column), p_MC, 0.0)
                 d_out_CH = load_rows(d_out_head, first, column_end, d_out_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
                 dv_MH = tl.dot(p_MC.to(d_out_CH.dtype), d_out_CH, dv_MH, input_precision="ieee")
                 delta_C = tl.load(delta + head * num_rows + column, mask=column < column_end, other=0.0)
                 dp_MC = tl.dot(v_MH, tl.trans(d_out_CH), input_precision="ieee")
-                d_score_MC = p_MC * (dp_MC - delta_C[None, :])
-                dk_MH = tl.dot(d_score_MC.to(q_CH.dtype), q_CH, dk_MH, input_precision="ieee")
+                d_raw_MC = raw_gradient(p_MC, dp_MC, delta_C[None, :], score_MC, cap2, CAPPED)
+                dk_MH = tl.dot(d_raw_MC.to(q_CH.dtype), q_CH, dk_MH, input_precision="ieee")
     dk_base, dv_base = dk + key_head * CHANNELS, dv + key_head * CHANNELS
     store_rows(dk_base, dk_MH * scale, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
     store_rows(dv_base, dv_MH, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
 
 
+@triton.jit(do_not_specialize=["left", "right", "num_rows", "num_parts"])
+def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stride, q_head_stride, k_stride,
+                         k_head_stride, v_stride, v_head_stride, d_out_stride, d_out_head_stride,
+                         left, right, scale2, cap2, num_heads, num_rows, num_parts,
+                         GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
+                         HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """One program: what some of the tiles of queries of one head send to each distance.
+
+    Visits square tiles that start `step` whole tiles after the column beside the first row, so that its diagonal c
+    holds one distance, step * ROWS + c for -ROWS < c < ROWS. To sum diagonals, row m is turned left by m places: then
+    column c holds diagonal c above the turn and diagonal c - ROWS below it. Sums of all tiles of one step share a
+    lane; steps whose distances all pass the reach share the outermost lanes. Writes d_bias[program, head, 0 or 1
+    (above, below), lane, column].
+    """
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    program = tl.program_id(0) // num_heads
+    k += (head // GROUP) * k_head_stride
+    v += (head // GROUP) * v_head_stride
+    FARTHEST: tl.constexpr = (REACH + ROWS - 1) // ROWS + 1
+    m = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, ROWS)[None, :]
+    lane = tl.arange(0, LANES)
+    above_LC = tl.zeros([LANES, ROWS], tl.float32)
+    below_LC = tl.zeros([LANES, ROWS], tl.float32)
+    for part in range(program, num_parts, tl.num_programs(0) // num_heads):
+        first_row, row_end, column_end, beside, lo, hi, begin, _full_from, _full_to, visited = load_tile(
+            tiles, part, left, right, ROWS, ROWS, PARTS
+        )
+        q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, True)
+        d_out_MH = load_rows(
+            d_out + head * d_out_head_stride, first_row, row_end, d_out_stride, ROWS, CHANNELS, HEAD, True
+        )
+        row = first_row + tl.arange(0, ROWS)
+        lse_M = tl.load(lse + head * num_rows + row, mask=row < row_end, other=0.0)
+        delta_M = tl.load(delta + head * num_rows + row, mask=row < row_end, other=0.0)
+        hi = tl.where(row < row_end, hi, lo)
+        before = (beside - begin + ROWS - 1) // ROWS  # begin <= beside
+        end = begin + visited * ROWS
+        steps = tl.where((first_row < row_end) & (visited > 0), (end - beside + before * ROWS + ROWS - 1) // ROWS, 0)
+        for tile in range(steps):
+            step = tile - before
+            first = beside + step * ROWS
+            k_CH = load_rows(k, first, column_end, k_stride, ROWS, CHANNELS, HEAD, True)
+            v_CH = load_rows(v, first, column_end, v_stride, ROWS, CHANNELS, HEAD, True)
+            product_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
+            score_MC = score_of(product_MC, step * ROWS + c - m, head, bias, scale2, cap2, REACH, CAPPED)
+            p_MC = tl.exp2(score_MC - lse_M[:, None])
+            p_MC = tl.where(sees(lo, hi, first + tl.arange(0, ROWS)), p_MC, 0.0)
+            dp_MC = tl.dot(d_out_MH, tl.trans(v_CH), input_precision="ieee")
+            d_raw_MC = raw_gradient(p_MC, dp_MC, delta_M[:, None], score_MC, cap2, CAPPED)
+            turned_MC = tl.gather(d_raw_MC, (c + m) % ROWS, 1)
+            above_C = tl.sum(tl.where(c + m < ROWS, turned_MC, 0.0), 0)
+            below_C = tl.sum(tl.where(c + m < ROWS, 0.0, turned_MC), 0)
+            here_L = lane == FARTHEST + tl.minimum(tl.maximum(step, -FARTHEST), FARTHEST)
+            above_LC += tl.where(here_L[:, None], above_C[None, :], 0.0)
+            below_LC += tl.where(here_L[:, None], below_C[None, :], 0.0)
+    sums = d_bias + (program * num_heads + head) * (2 * LANES * ROWS) + lane[:, None] * ROWS + c
+    tl.store(sums, above_LC)
+    tl.store(sums + LANES * ROWS, below_LC)
+
+
 # Part 4: launching and autograd.
 
-# (columns visited at a time, warps, pipeline stages) for 16-bit heads of up to 64 and 128 channels and tiles of 128
-# rows: the largest that compile without spilling registers (tests/test_attention.py compiles them all). Not yet timed.
+# (rows of the tile, columns visited at a time, warps, pipeline stages) for heads of up to 64, 128 and 256 channels: the
+# largest tried that compile without spilling registers (tests/test_attention.py compiles them all) and fit the shared
+# memory, 227 KB on sm_90 and sm_100, 99 KB elsewhere. Not yet timed.
 TILE_SHAPES = {
-    ("forward", 64): (128, 8, 3),
-    ("forward", 128): (64, 8, 3),
-    ("query_gradient", 64): (64, 8, 2),
-    ("query_gradient", 128): (32, 8, 2),
-    ("key_gradient", 64): (32, 8, 2),
-    ("key_gradient", 128): (32, 8, 1),
+    ("forward", 64): (128, 128, 8, 3),
+    ("forward", 128): (128, 64, 8, 3),
+    ("forward", 256): (64, 32, 8, 2),
+    ("query_gradient", 64): (128, 64, 8, 2),
+    ("query_gradient", 128): (128, 32, 8, 2),
+    ("query_gradient", 256): (32, 64, 8, 1),
+    ("key_gradient", 64): (128, 32, 8, 2),
+    ("key_gradient", 128): (128, 32, 8, 1),
+    ("key_gradient", 256): (32, 64, 8, 1),
 }
-TILE_SHAPES_BEFORE_HOPPER = TILE_SHAPES | {("forward", 128): (32, 8, 3)}
+TILE_SHAPES_IN_99_KB = TILE_SHAPES | {
+    ("forward", 128): (128, 32, 8, 3),
+    ("query_gradient", 256): (64, 32, 8, 1),
+    ("key_gradient", 256): (32, 32, 8, 1),
+}
+# With a cap or a bias, on every architecture. The bias gradient takes square tiles.
+TILE_SHAPES_OF_CHANGED_SCORES = {
+    ("forward", 64): (128, 64, 8, 2),
+    ("forward", 128): (128, 32, 8, 2),
+    ("forward", 256): (64, 32, 8, 2),
+    ("query_gradient", 64): (128, 64, 8, 2),
+    ("query_gradient", 128): (128, 32, 8, 2),
+    ("query_gradient", 256): (32, 32, 8, 1),
+    ("key_gradient", 64): (64, 32, 8, 1),
+    ("key_gradient", 128): (32, 32, 8, 1),
+    ("key_gradient", 256): (32, 32, 8, 1),
+    ("bias_gradient", 64): (64, 64, 8, 1),
+    ("bias_gradient", 128): (32, 32, 4, 1),
+    ("bias_gradient", 256): (16, 16, 4, 1),
+}
+# fp32 products are exact: no tensor cores, and small tiles in plain registers.
+TILE_SHAPES_OF_FP32 = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 
-def launch_options(kernel: str, channels: int, dtype: torch.dtype, block: int, capability: int) -> dict[str, Any]:
-    """The compile-time arguments of a kernel: CHANNELS, HEAD, ROWS, COLUMNS, num_warps, num_stages."""
+def launch_options(
+    kernel: str, channels: int, dtype: torch.dtype, block: int, capability: int, plain: bool = True
+) -> dict[str, Any]:
+    """The compile-time arguments of a kernel: CHANNELS, HEAD, ROWS, PARTS, COLUMNS, num_warps, num_stages.
+
+    `block`: the rows of a tile of the schedule; the kernel takes ROWS of them, a PARTS-th. `plain`: no cap, no bias.
+    """
     head = max(16, 1 << (channels - 1).bit_length())
-    shapes = TILE_SHAPES if capability >= 90 else TILE_SHAPES_BEFORE_HOPPER
-    columns, num_warps, num_stages = shapes[kernel, max(head, 64)]
+    width = max(head, 64)
     if dtype == torch.float32:
-        columns, num_stages = 32, 1
-    tile = {"CHANNELS": channels, "HEAD": head, "ROWS": block, "COLUMNS": min(columns, block)}
+        shape = TILE_SHAPES_OF_FP32[width]
+    elif not plain:
+        shape = TILE_SHAPES_OF_CHANGED_SCORES[kernel, width]
+    else:
+        shape = (TILE_SHAPES if capability // 10 in (9, 10) else TILE_SHAPES_IN_99_KB)[kernel, width]
+    rows, columns, num_warps, num_stages = min(shape[0], block), min(shape[1], block), *shape[2:]
+    tile = {"CHANNELS": channels, "HEAD": head, "ROWS": rows, "PARTS": block // rows, "COLUMNS": columns}
     return tile | {"num_warps": num_warps, "num_stages": num_stages}
 
 
-def _options(kernel: str, q_THK: Tensor, block: int) -> dict[str, Any]:
+def _options(kernel: str, q_THK: Tensor, block: int, plain: bool) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(q_THK.device) if q_THK.is_cuda else (9, 0)
-    return launch_options(kernel, q_THK.shape[2], q_THK.dtype, block, 10 * major + minor)
+    return launch_options(kernel, q_THK.shape[2], q_THK.dtype, block, 10 * major + minor, plain)
 
 
 def _strides(*rows_list: Tensor) -> list[int]:
     return [stride for rows in rows_list for stride in rows.stride()[:2]]
 
 
+def _with_dense_channels(*rows_list: Tensor) -> list[Tensor]:
+    """The kernels take any stride of rows and heads, and channels that lie side by side."""
+    return [rows if rows.stride(-1) == 1 else rows.contiguous() for rows in rows_list]
+
+
+def _score_settings(bias_HR: Tensor | None, softcap: float | None) -> tuple[Tensor | None, float, dict[str, Any]]:
+    """(bias and cap in base 2, compile-time arguments)."""
+    constants = {"REACH": -1 if bias_HR is None else bias_HR.shape[1] // 2, "CAPPED": softcap is not None}
+    bias2_HR = None if bias_HR is None else (bias_HR.float() * LOG2_E).contiguous()
+    return bias2_HR, (softcap or 1.0) * LOG2_E, constants
+
+
 @torch.library.custom_op("bigmodel::attention", mutates_args=())
 def _attention(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
-    left: int, right: int, scale: float, block: int,
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, num_heads, _ = q_THK.shape
-    q_THK, k_SGK, v_SGK = (_with_dense_channels(rows) for rows in (q_THK, k_SGK, v_SGK))
+    q_THK, k_SGK, v_SGK = _with_dense_channels(q_THK, k_SGK, v_SGK)
     out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
     lse_HT = torch.empty(num_heads, num_rows, dtype=torch.float32, device=q_THK.device)
-    forward_kernel[(query_tiles_NF.shape[0] * num_heads,)](
-        q_THK, k_SGK, v_SGK, out_THK, lse_HT, query_tiles_NF, *_strides(q_THK, k_SGK, v_SGK),
-        left, right, scale * LOG2_E, num_heads, num_rows,
-        GROUP=num_heads // k_SGK.shape[1], **_options("forward", q_THK, block),
+    bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)
+    options = _options("forward", q_THK, block, bias_HR is None and softcap is None)
+    forward_kernel[(query_tiles_NF.shape[0] * options["PARTS"] * num_heads,)](
+        q_THK, k_SGK, v_SGK, out_THK, lse_HT, bias2_HR, query_tiles_NF, *_strides(q_THK, k_SGK, v_SGK),
+        left, right, scale * LOG2_E, cap2, num_heads, num_rows,
+        GROUP=num_heads // k_SGK.shape[1], **constants, **options,
     )  # fmt: skip
     return out_THK, lse_HT
 
 
 @torch.library.custom_op("bigmodel::attention_backward", mutates_args=())
 def _attention_backward(
-    d_out_THK: Tensor, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, out_THK: Tensor, lse_HT: Tensor,
-    query_tiles_NF: Tensor, key_tiles_NF: Tensor, left: int, right: int, scale: float, block: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out_THK: Tensor, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor, k_SGK: Tensor,
+    v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dbias); dbias is empty where it is not wanted."""
     num_rows, num_heads, channels = q_THK.shape
     num_key_heads = k_SGK.shape[1]
     # loss.sum() sends a d_out whose strides are all 0.
-    d_out_THK, q_THK, k_SGK, v_SGK = (_with_dense_channels(rows) for rows in (d_out_THK, q_THK, k_SGK, v_SGK))
+    d_out_THK, q_THK, k_SGK, v_SGK = _with_dense_channels(d_out_THK, q_THK, k_SGK, v_SGK)
     dq_THK, dk_SGK, dv_SGK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_SGK, v_SGK))
     delta_HT = torch.empty_like(lse_HT)
-    options = _options("query_gradient", q_THK, block)
-    delta_kernel[(triton.cdiv(num_rows, block) * num_heads,)](
+    plain = bias_HR is None and softcap is None
+    of_queries, of_keys = (_options(kernel, q_THK, block, plain) for kernel in ("query_gradient", "key_gradient"))
+    delta_kernel[(triton.cdiv(num_rows, of_queries["ROWS"]) * num_heads,)](
         out_THK, d_out_THK, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
-        CHANNELS=channels, HEAD=options["HEAD"], ROWS=block,
+        CHANNELS=channels, HEAD=of_queries["HEAD"], ROWS=of_queries["ROWS"],
     )  # fmt: skip
     strides = _strides(q_THK, k_SGK, v_SGK, d_out_THK)
-    group = num_heads // num_key_heads
-    query_gradient_kernel[(query_tiles_NF.shape[0] * num_heads,)](
-        q_THK, k_SGK, v_SGK, d_out_THK, dq_THK, lse_HT, delta_HT, query_tiles_NF, *strides,
-        left, right, scale, scale * LOG2_E, num_heads, num_rows, GROUP=group, **options,
+    bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)
+    constants["GROUP"] = num_heads // num_key_heads
+    rows = q_THK, k_SGK, v_SGK, d_out_THK
+    query_gradient_kernel[(query_tiles_NF.shape[0] * of_queries["PARTS"] * num_heads,)](
+        *rows, dq_THK, lse_HT, delta_HT, bias2_HR, query_tiles_NF, *strides,
+        left, right, scale, scale * LOG2_E, cap2, num_heads, num_rows, **constants, **of_queries,
     )  # fmt: skip
-    key_gradient_kernel[(key_tiles_NF.shape[0] * num_key_heads,)](
-        q_THK, k_SGK, v_SGK, d_out_THK, dk_SGK, dv_SGK, lse_HT, delta_HT, key_tiles_NF, *strides,
-        right, left, scale, scale * LOG2_E, num_key_heads, num_rows,
-        GROUP=group, **_options("key_gradient", q_THK, block),
+    key_gradient_kernel[(key_tiles_NF.shape[0] * of_keys["PARTS"] * num_key_heads,)](
+        *rows, dk_SGK, dv_SGK, lse_HT, delta_HT, bias2_HR, key_tiles_NF, *strides,
+        right, left, scale, scale * LOG2_E, cap2, num_key_heads, num_rows, **constants, **of_keys,
     )  # fmt: skip
-    return dq_THK, dk_SGK, dv_SGK
+    if bias_HR is None or not bias_is_wanted:
+        return dq_THK, dk_SGK, dv_SGK, lse_HT.new_empty(0)
+
+    options = _options("bias_gradient", q_THK, block, plain)
+    num_parts = query_tiles_NF.shape[0] * options["PARTS"]
+    num_programs = min(num_parts, BIAS_GRADIENT_PROGRAMS)
+    square, reach = options.pop("COLUMNS"), bias_HR.shape[1] // 2
+    lanes = triton.next_power_of_2(2 * (triton.cdiv(reach, square) + 1) + 1)
+    d_bias_PHALC = torch.empty(num_programs, num_heads, 2, lanes, square, dtype=torch.float32, device=q_THK.device)
+    bias_gradient_kernel[(num_programs * num_heads,)](
+        *rows, d_bias_PHALC, lse_HT, delta_HT, bias2_HR, query_tiles_NF, *strides,
+        left, right, scale * LOG2_E, cap2, num_heads, num_rows, num_parts, LANES=lanes, **constants, **options,
+    )  # fmt: skip
+    return dq_THK, dk_SGK, dv_SGK, _by_distance(d_bias_PHALC.sum(0), reach).to(bias_HR.dtype)
 
 
-def _with_dense_channels(rows: Tensor) -> Tensor:
-    """The kernels take any stride of rows and heads, and channels that lie side by side."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+BIAS_GRADIENT_PROGRAMS = 64  # for each head: enough to fill a GPU with few heads, few enough to keep their sums small
+
+
+def _by_distance(d_bias_HALC: Tensor, reach: int) -> Tensor:
+    """(H, R) from the sums of `bias_gradient_kernel` over all of its programs."""
+    above_HX, below_HX = d_bias_HALC.flatten(2).unbind(1)
+    square = d_bias_HALC.shape[3]
+    sums_HX = F.pad(above_HX, (square, 0)) + F.pad(below_HX, (0, square))  # by distance, from -(farthest + 1) * square
+    first = (triton.cdiv(reach, square) + 2) * square - reach
+    last = first + 2 * reach
+    if reach == 0:
+        return sums_HX.sum(1, keepdim=True)
+    ends = sums_HX[:, : first + 1].sum(1, keepdim=True), sums_HX[:, last:].sum(1, keepdim=True)
+    return torch.cat([ends[0], sums_HX[:, first + 1 : last], ends[1]], dim=1)
 
 
 @_attention.register_fake
@@ -369,17 +597,23 @@ def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 @_attention_backward.register_fake
-def _(_d_out_THK: Tensor, q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q_THK.new_empty(q_THK.shape), k_SGK.new_empty(k_SGK.shape), v_SGK.new_empty(v_SGK.shape)
+def _(
+    _d_out_THK: Tensor, bias_is_wanted: bool, _out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor, k_SGK: Tensor,
+    v_SGK: Tensor, bias_HR: Tensor | None, *_inputs: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_bias_HR = bias_HR.new_empty(bias_HR.shape) if bias_is_wanted and bias_HR is not None else lse_HT.new_empty(0)
+    return (*(rows.new_empty(rows.shape) for rows in (q_THK, k_SGK, v_SGK)), d_bias_HR)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*output, *inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _differentiate(ctx: Any, d_out_THK: Tensor, _d_lse_HT: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_attention_backward(d_out_THK, *ctx.saved_tensors, *ctx.settings), *[None] * 6)
+    bias_is_wanted = ctx.needs_input_grad[3]
+    *d_rows, d_bias_HR = _attention_backward(d_out_THK, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
+    return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 7)
 
 
 _attention.register_autograd(_differentiate, setup_context=_remember)
@@ -395,25 +629,32 @@ def attention(
     visibility: Visibility,
     schedule: Schedule | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     """Attention of packed queries (T, H, K) over packed keys and values (S, G, K): (T, H, K), differentiable.
 
     G divides H; query head h reads key head h // (H // G). `schedule` is `make_schedule` of the same rule, made once
-    per batch (None: made here). `scale` multiplies the scores and is positive (None: 1 / sqrt(K)). On a GPU: bf16, fp16
-    or fp32 and up to 128 channels a head. On CPU: the reference, any float type and head. Raises ValueError for
-    shapes that do not fit. The method is that of FlashAttention-2 (Dao 2023).
+    per batch (None: made here). `scale` multiplies the scores and is positive (None: 1 / sqrt(K)). `softcap` keeps
+    scores between -softcap and softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: what is added to
+    the scaled scores of the distances -reach to reach (place of the key - place of the query, in their document), its
+    ends to all beyond; `kernels.relative_bias` makes one of T5's table. On a GPU: bf16, fp16 or fp32 and up to 256
+    channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes that do not fit.
+    The method is that of FlashAttention-2 (Dao 2023).
     """
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     schedule = schedule or make_schedule(visibility, q_THK.shape[0], k_SGK.shape[0])
-    _check_shapes(q_THK, k_SGK, v_SGK, schedule, scale)
+    _check_shapes(q_THK, k_SGK, v_SGK, schedule)
+    _check_scores(q_THK, scale, softcap, bias_HR)
     if schedule.query_tiles_NF is None or schedule.key_tiles_NF is None:
-        return attention_reference(q_THK, k_SGK, v_SGK, visibility, schedule.lengths, scale)
+        return attention_reference(q_THK, k_SGK, v_SGK, visibility, schedule.lengths, scale, softcap, bias_HR)
     _check_kernel_can(q_THK)
     tables = schedule.query_tiles_NF, schedule.key_tiles_NF
-    return _attention(q_THK, k_SGK, v_SGK, *tables, *visibility.window, scale, schedule.block)[0]
+    settings = *visibility.window, scale, softcap, schedule.block
+    return _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)[0]
 
 
-def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, schedule: Schedule, scale: float) -> None:
+def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, schedule: Schedule) -> None:
     shapes = f"q {tuple(q_THK.shape)}, k {tuple(k_SGK.shape)}, v {tuple(v_SGK.shape)}"
     if q_THK.dim() != 3 or k_SGK.dim() != 3 or k_SGK.shape != v_SGK.shape or q_THK.shape[2] != k_SGK.shape[2]:
         raise ValueError(f"attention got {shapes}; it needs q (T, H, K) and k, v (S, G, K) with the same K")
@@ -424,8 +665,19 @@ def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, schedule: Schedul
     if (schedule.num_queries, schedule.num_keys) != (q_THK.shape[0], k_SGK.shape[0]):
         made_for = f"{schedule.num_queries} queries and {schedule.num_keys} keys"
         raise ValueError(f"attention got {shapes} and a schedule made for {made_for}; make one for this batch")
+
+
+def _check_scores(q_THK: Tensor, scale: float, softcap: float | None, bias_HR: Tensor | None) -> None:
     if not scale > 0:
         raise ValueError(f"attention got scale {scale}; it needs a positive one")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention got softcap {softcap}; it needs a positive one, or None for no cap")
+    heads = q_THK.shape[1]
+    if bias_HR is not None and (bias_HR.dim() != 2 or bias_HR.shape[0] != heads or bias_HR.shape[1] % 2 == 0):
+        raise ValueError(
+            f"attention got a bias of shape {tuple(bias_HR.shape)}; it needs ({heads} heads, 2 * reach + 1): a number "
+            "for each distance from -reach to reach"
+        )
 
 
 def _check_kernel_can(q_THK: Tensor) -> None:
@@ -433,5 +685,5 @@ def _check_kernel_can(q_THK: Tensor) -> None:
     if q_THK.dtype not in dtypes:
         # Triton's interpreter computes bf16 silently wrong.
         raise ValueError(f"the attention kernels got {q_THK.dtype}; they need one of {dtypes}; cast q, k and v")
-    if q_THK.shape[2] > 128:
-        raise ValueError(f"the attention kernels got {q_THK.shape[2]} channels a head; use at most 128 (more heads)")
+    if q_THK.shape[2] > 256:
+        raise ValueError(f"the attention kernels got {q_THK.shape[2]} channels a head; use at most 256 (more heads)")

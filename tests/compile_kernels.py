@@ -1,32 +1,67 @@
-"""Compiles every attention kernel, as shipped, for Hopper and Ampere without a GPU, and prints what it takes.
+"""Compiles every attention kernel, as shipped, for Ampere, Hopper and Blackwell without a GPU; prints what it takes.
 
-    kernel  architecture  type  channels | registers  stack bytes  shared bytes
+    kernel  architecture  type  channels  score | registers  stack bytes  shared bytes
 
 A kernel that spills registers to memory has a stack. Run by test_attention.py; `python -m tests.compile_kernels`.
+With the argument `variants` it prints, for each kernel, how often a GPU would compile it for very different batches.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from kernels import attention
+from kernels.visibility import causal, prefix_lm, tile_table
+from tests.test_visibility import int32, offsets_of
 
-KERNELS = ("forward", "delta", "query_gradient", "key_gradient")
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
-POINTERS = {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32"}
+POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
+# A bias that reaches 128 places, as T5's. Each alone takes fewer registers than both.
+SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
+PLAIN = ("forward", "query_gradient", "key_gradient")
+KERNELS = ("forward", "delta", "query_gradient", "key_gradient", "bias_gradient")
+# Every shape of 16-bit kernels, those of plain ones on every architecture: two minutes of one core. The argument `all`
+# adds the other architectures and types, another five.
+CONFIGURATIONS = [
+    *product((80, 90, 100), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
+    *product((90,), ("fp16",), (128,), ("plain",), PLAIN),
+    *product((90,), ("bf16",), (64, 128, 256), ("plain",), ("delta",)),
+    *product((80,), ("bf16",), (64, 256), ("both",), (*PLAIN, "bias_gradient")),
+    *product((90,), ("bf16",), (128,), ("both",), (*PLAIN, "bias_gradient")),
+    *product((80,), ("fp32",), (64, 256), ("plain",), ("key_gradient",)),
+]
+OTHERS = [
+    *product((80, 100), ("fp16",), (64, 128, 256), ("plain",), PLAIN),
+    *product((80, 90, 100), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+    *product((80, 90), ("fp32",), (64, 128, 256), ("plain",), PLAIN),
+    *product((90,), ("fp32",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+]
 
 
-def compiled(name: str, architecture: int, dtype: str, channels: int):
+def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
     """The kernel for a group of 2 query heads, compiled as a launch with aligned tensors would."""
     kernel = getattr(attention, f"{name}_kernel")
-    shape = attention.launch_options(name.replace("delta", "query_gradient"), channels, TYPES[dtype], 128, architecture)
-    constants = {"GROUP": 2} | shape
+    shape = attention.launch_options(
+        name.replace("delta", "query_gradient"), channels, TYPES[dtype], 128, architecture, score == "plain"
+    )
+    constants = {"GROUP": 2} | SCORES[score] | shape
+    if SCORES[score]["REACH"] < 0:
+        constants["bias"] = None
+    if name == "bias_gradient":
+        constants["LANES"] = triton.next_power_of_2(2 * (triton.cdiv(128, shape["ROWS"]) + 1) + 1)
     options = {} if name == "delta" else {key: shape[key] for key in ("num_warps", "num_stages")}
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):
@@ -34,7 +69,7 @@ def compiled(name: str, architecture: int, dtype: str, channels: int):
             signature[argument] = "constexpr"
             continue
         pointer = f"*{dtype}" if argument in TENSORS else POINTERS.get(argument)
-        signature[argument] = pointer or ("fp32" if argument.startswith("scale") else "i32")
+        signature[argument] = pointer or ("fp32" if argument.startswith(("scale", "cap")) else "i32")
         if pointer or argument.endswith("stride"):
             aligned[(place,)] = [["tt.divisibility", 16]]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -54,16 +89,50 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return int(found.group(1)), int(found.group(2))
 
 
-def main() -> None:
-    for architecture, dtypes in ((90, ("bf16", "fp16")), (80, ("bf16",))):
-        for dtype in dtypes:
-            for channels in (64, 128):
-                for name in KERNELS:
-                    kernel = compiled(name, architecture, dtype, channels)
-                    registers, stack = usage(kernel.asm["cubin"])
-                    row = f"{name:15} sm_{architecture} {dtype} {channels:4} | {registers:4} {stack:4}"
-                    print(row, f"{kernel.metadata.shared:7}", flush=True)
+def row(architecture: int, dtype: str, channels: int, score: str, name: str) -> str:
+    kernel = compiled(name, architecture, dtype, channels, score)
+    registers, stack = usage(kernel.asm["cubin"])
+    configuration = f"{name:15} sm_{architecture:<4} {dtype} {channels:4} {score:6}"
+    return f"{configuration} | {registers:4} {stack:4} {kernel.metadata.shared:7}"
+
+
+def print_usage(configurations: list[tuple]) -> None:
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        for line in pool.map(row, *zip(*configurations, strict=True)):
+            print(line, flush=True)
+
+
+class Launches:
+    """Stands in for a kernel: runs nothing, and keeps what a launch on a GPU would look up in the kernel's cache."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.specialize = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
+        self.keys: set[str] = set()
+
+    def __getitem__(self, _grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.keys.add(str(self.specialize(*arguments, **options)[1:]))
+
+
+def print_variants() -> None:
+    kernels = {f"{name}_kernel": Launches(getattr(attention, f"{name}_kernel")) for name in KERNELS}
+    vars(attention).update(kernels)
+    one_long, many_short, windowed = offsets_of([64]), offsets_of([1] * 63), offsets_of([5, 1, 30])
+    for visibility, num_rows in ((causal(one_long), 64), (causal(many_short), 63), (causal(windowed, left=1), 37),
+                                 (prefix_lm(windowed, int32([1, 0, 9]), left=16), 36)):  # fmt: skip
+        tables = tile_table(visibility, num_rows, 128), tile_table(visibility.transposed, num_rows, 128)
+        fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)
+        rows = [part.requires_grad_() for part in fused.split([2, 1, 1], dim=1)]
+        bias_HR = torch.zeros(2, 9, requires_grad=True)
+        out_THK, _ = attention._attention(*rows, bias_HR, *tables, *visibility.window, 0.125, None, 128)
+        out_THK.sum().backward()
+    for name, launches in kernels.items():
+        print(name, len(launches.keys))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["variants"]:
+        print_variants()
+    else:
+        print_usage(CONFIGURATIONS + (OTHERS if sys.argv[1:] == ["all"] else []))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["DS_ACCELERATOR"] = "cpu"
-if os.environ.get("BIGMODEL_GPU_TESTS") != "1":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all but tests/gpu are about CPUs, also on a machine with GPUs
+if os.environ.get("BIGMODEL_GPU_TESTS") != "1":  # for `pytest tests/gpu`; all other tests are about CPUs
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,34 @@
 """The tile form of the attention rule draws the same picture as the dense form. Run by test_visibility.py."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as some
 
 from kernels import tl, triton
-from kernels.visibility import FULL, Visibility, bidirectional, causal, dense, load_tile, part_bounds, sees, tile_table
-from tests.test_visibility import offsets_of, visibilities
+from kernels.visibility import (
+    FULL,
+    Visibility,
+    bidirectional,
+    causal,
+    dense,
+    load_tile,
+    part_bounds,
+    prefix_lm,
+    sees,
+    tile_table,
+)
+from tests.test_visibility import int32, offsets_of, visibilities
 
 BY_MASK, BY_FULL_TILE = 1, 16
 
 
 @triton.jit
 def draw_kernel(
-    drawing, tiles, left, right, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # one program: one tile of the table
+    drawing, tiles, left, right, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):  # one program: one part of a tile of the table
     """Adds 1 to every pair seen in a partial tile, and 16 to every pair of a full tile, without any mask on columns."""
-    first_row, row_end, _column_end, lo, hi, begin, full_from, full_to, visited = load_tile(
-        tiles, tl.program_id(0), left, right, ROWS, COLUMNS
+    first_row, row_end, _column_end, _beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0), left, right, ROWS, COLUMNS, PARTS
     )
     if first_row >= row_end:
         return
@@ -34,18 +46,22 @@ def draw_kernel(
                 tl.store(pair, tl.load(pair, mask=drawn) + 1, mask=drawn)
 
 
-def drawn(visibility: Visibility, num_rows: int, num_columns: int, rows: int, columns: int) -> torch.Tensor:
-    tiles = tile_table(visibility, num_rows, rows)
+def drawn(
+    visibility: Visibility, num_rows: int, num_columns: int, rows: int, columns: int, parts: int = 1
+) -> torch.Tensor:
+    tiles = tile_table(visibility, num_rows, rows * parts)
     drawing = torch.zeros(num_rows, num_columns, dtype=torch.int32)
-    draw_kernel[(len(tiles),)](drawing, tiles, *visibility.window, num_columns, ROWS=rows, COLUMNS=columns)
+    constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts}
+    draw_kernel[(len(tiles) * parts,)](drawing, tiles, *visibility.window, num_columns, **constants)
     return drawing
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(visibilities(longest=11))
-def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[Visibility, int, int]) -> None:
+# Shrinking and explaining trace every line of the interpreter: minutes.
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(visibilities(longest=11), some.sampled_from([1, 2]))
+def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[Visibility, int, int], parts: int) -> None:
     visibility, num_queries, num_keys = case
-    drawing = drawn(visibility, num_queries, num_keys, rows=4, columns=4)
+    drawing = drawn(visibility, num_queries, num_keys, 4 // parts, 4, parts)
     once = (drawing == BY_MASK) | (drawing == BY_FULL_TILE)
     assert torch.equal(once, drawing > 0)
     assert torch.equal(once, dense(visibility, num_queries, num_keys))
@@ -55,6 +71,17 @@ def test_tiles_of_keys_draw_the_transposed_picture() -> None:
     visibility = causal(offsets_of([3, 0, 21, 1]), left=9)
     drawing = drawn(visibility.transposed, 30, 30, rows=8, columns=4)
     assert torch.equal(drawing > 0, dense(visibility, 30, 30).T)
+
+
+def test_a_prefix_is_seen_from_every_tile_and_full_where_all_of_it_is_seen() -> None:
+    # One document of 32 with a prefix of 10: of the first 8 rows, 8 columns are in a full tile, 2 in a partial one.
+    visibility = prefix_lm(offsets_of([32]), int32([10]))
+    drawing = drawn(visibility, 32, 32, rows=8, columns=4)
+    assert (drawing[0] == torch.tensor([16] * 8 + [1] * 2 + [0] * 22)).all()
+    of_keys = drawn(visibility.transposed, 32, 32, rows=8, columns=4)
+    assert (of_keys > 0).equal(dense(visibility, 32, 32).T)
+    assert (of_keys[:8] == BY_FULL_TILE).all()
+    assert not of_keys[10, :10].any()
 
 
 def test_tiles_inside_a_document_are_full() -> None:

@@ -1,7 +1,7 @@
 """The attention rule: its three forms agree, and are what the module's picture shows."""
 
 import re
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -9,24 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from kernels import visibility as rule
-from kernels.visibility import Visibility, bidirectional, causal, cross, dense, make_schedule, picture, tile_table
+from kernels.visibility import (
+    Visibility,
+    bidirectional,
+    causal,
+    cross,
+    dense,
+    intervals,
+    make_schedule,
+    picture,
+    prefix_lm,
+    tile_table,
+)
 from tests.interpreted import run_interpreted
 
 
+def int32(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
 def offsets_of(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return int32([0, *accumulate(lengths)])
 
 
 @some.composite
-def visibilities(draw, longest: int = 9) -> tuple[Visibility, int, int]:
+def visibilities(draw, longest: int = 9, most: int = 5) -> tuple[Visibility, int, int]:
     """A rule, and numbers of queries and keys that may pass the last offset."""
     lengths = some.integers(0, longest) | some.just(0)
-    documents = draw(some.lists(some.tuples(lengths, lengths), min_size=1, max_size=5))
+    documents = draw(some.lists(some.tuples(lengths, lengths), min_size=1, max_size=most))
     if draw(some.booleans()):
         documents = [(queries, queries) for queries, _ in documents]
     query_offsets, key_offsets = (offsets_of([document[side] for document in documents]) for side in (0, 1))
     window = some.none() | some.integers(0, longest + 1)
-    visibility = Visibility(query_offsets, key_offsets, left=draw(window), right=draw(window))
+    prefix = some.none() | some.lists(lengths, min_size=len(documents), max_size=len(documents)).map(int32)
+    visibility = Visibility(query_offsets, key_offsets, draw(window), draw(window), draw(prefix), draw(prefix))
     beyond = some.integers(0, 5)
     return visibility, int(query_offsets[-1]) + draw(beyond), int(key_offsets[-1]) + draw(beyond)
 
@@ -38,9 +54,10 @@ def pictured(visibility: Visibility, num_queries: int, num_keys: int) -> torch.T
 
 def test_the_picture_in_the_docstring_is_what_the_rule_draws() -> None:
     shared, targets, sources = offsets_of([3, 0, 4]), offsets_of([2, 3]), offsets_of([4, 3])
-    rules = [causal(shared), causal(shared, left=1), bidirectional(shared), cross(targets, sources)]
+    prefixes = prefix_lm(shared, int32([2, 0, 3]))
+    rules = [causal(shared), causal(shared, left=1), bidirectional(shared), prefixes, cross(targets, sources)]
     drawn = list(zip(*(picture(each, 8, 8) for each in rules), strict=True))
-    shown = re.findall(r"^ *([#.]{8}) +([#.]{8}) +([#.]{8}) +([#.]{8})$", rule.__doc__ or "", re.MULTILINE)
+    shown = re.findall(rf"^{' +([#.]{8})' * 5}$", rule.__doc__ or "", re.MULTILINE)
     assert len(shown) == 8
     assert shown == drawn
 
@@ -74,10 +91,10 @@ def test_the_tile_table_covers_every_row_once_and_no_tile_mixes_documents(case: 
     visibility, num_queries, _ = case
     table = tile_table(visibility, num_queries, block=4)
     assert len(table) == -(-num_queries // 4) + visibility.query_offsets.numel() - 1
-    covered = [row for first, end, *_ in table.tolist() for row in range(first, min(first + 4, end))]
+    covered = [row for first, _, end, *_ in table.tolist() for row in range(first, min(first + 4, end))]
     assert sorted(covered) == list(range(num_queries))
     starts = {*visibility.query_offsets.tolist()}
-    assert all(row_start in starts and row_start <= first for first, _, row_start, _, _ in table.tolist())
+    assert all(row_start in starts and row_start <= first for first, row_start, *_ in table.tolist())
 
 
 def test_tiles_with_most_to_do_come_first() -> None:
@@ -86,7 +103,31 @@ def test_tiles_with_most_to_do_come_first() -> None:
 
 
 def test_the_tile_form_equals_the_dense_form() -> None:
-    assert run_interpreted("tests/interpreted_visibility.py") == 4
+    assert run_interpreted("tests/interpreted_visibility.py") == 5
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(visibilities())
+def test_no_end_of_an_interval_moves_back_inside_a_document(case: tuple[Visibility, int, int]) -> None:
+    visibility, num_queries, _ = case
+    for ends in intervals(visibility, num_queries):
+        for first, end in pairwise(visibility.query_offsets.tolist()):
+            assert (ends[first:end].diff() >= 0).all()
+
+
+def test_a_prefix_lm_is_this_picture() -> None:
+    # Prefixes 0, 2 and one longer than its document; at most two keys before one's own place.
+    rule_of_prefixes = prefix_lm(offsets_of([1, 4, 3]), int32([0, 2, 9]), left=2)
+    assert picture(rule_of_prefixes, 8, 8) == [
+        "#.......",
+        ".##.....",
+        ".##.....",
+        ".###....",
+        "..###...",
+        ".....###",
+        ".....###",
+        ".....###",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +142,14 @@ def test_the_tile_form_equals_the_dense_form() -> None:
 def test_what_cannot_be_a_rule_is_refused(query_offsets, key_offsets, left, message) -> None:
     with pytest.raises(ValueError, match=message):
         Visibility(query_offsets, key_offsets, left=left, right=0)
+
+
+@pytest.mark.parametrize("prefix", [torch.tensor([1]), int32([1, 2])])
+def test_prefixes_that_do_not_fit_the_documents_are_refused(prefix: torch.Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"key_prefix has shape .* it needs one torch.int32 for each of the 1 documents"
+    ):
+        prefix_lm(offsets_of([3]), prefix)
 
 
 @pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2, 4], [0, 7]])

@@ -48,9 +48,9 @@ def train(settings: Settings, fresh: bool = False) -> int:
 def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     stop = StopFlag()
     world = start_world()
-    if world.device.type == "cuda" and settings.model.head_width > 128:
+    if world.device.type == "cuda" and settings.model.head_width > 256:
         raise UserError(
-            f"model.width / model.heads = {settings.model.head_width}: the GPU kernels take heads of at most 128 "
+            f"model.width / model.heads = {settings.model.head_width}: the GPU kernels take heads of at most 256 "
             "channels; raise model.heads"
         )
     directory = settings.run.directory
