@@ -23,6 +23,7 @@ import tiktoken
 import tokenizers
 
 from bigmodel.config import UserError
+from bigmodel.rundir import read_json
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 # Names of (begin, end) that a given tokenizer may use, in order of preference.
@@ -95,10 +96,17 @@ class Tokenizer:
     """Text to ids and back. Safe to use from several threads; load it anew in each process.
 
     `json_text`: content of a tokenizer.json. `sample`: documents on which the fast path is compared, beside a
-    list of awkward strings. `name` stands for the file in errors.
+    list of awkward strings. `name` stands for the file in errors. `boundaries`: names of the tokens that begin and
+    end a document, where the tokenizer's maker says which; else well-known names are looked for.
     """
 
-    def __init__(self, json_text: str, sample: Sequence[str] = (), name: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        json_text: str,
+        sample: Sequence[str] = (),
+        name: str = "tokenizer.json",
+        boundaries: tuple[str, str] | None = None,
+    ) -> None:
         try:
             self._exact = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception
@@ -108,7 +116,7 @@ class Tokenizer:
         self._exact.no_truncation()
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
         self.vocabulary: int = max(self._exact.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos, self.eos = _boundaries(self._exact, name)
+        self.bos, self.eos = _boundaries(self._exact, name, boundaries)
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
         self.slow_reason = ""
         self._fast: tiktoken.Encoding | None = None
@@ -121,12 +129,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, sample: Sequence[str] = ()) -> "Tokenizer":
-        """Read a tokenizer.json. Raises `UserError` if it is missing, not one, or lacks begin and end tokens."""
+        """Read a tokenizer.json or a Hugging Face tokenizer folder, which names begin and end in a file beside it.
+
+        Raises `UserError` if it is missing, not one, or lacks begin and end tokens.
+        """
+        path = tokenizer_file(path)
         try:
-            json_text = Path(path).read_bytes().decode("utf-8")
+            json_text = path.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
-        return cls(json_text, sample, str(path))
+        return cls(json_text, sample, str(path), named_boundaries(path.parent))
 
     @property
     def is_fast(self) -> bool:
@@ -167,7 +179,34 @@ class _NotFast(Exception):
     """Why the fast path cannot serve a tokenizer."""
 
 
-def _boundaries(tokenizer: tokenizers.Tokenizer, name: str) -> tuple[int, int]:
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json that a path names: itself, or the one in a folder."""
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+
+
+def named_boundaries(folder: Path) -> tuple[str, str] | None:
+    """Names of the begin and end tokens in the files that Hugging Face puts beside a tokenizer.json.
+
+    A tokenizer that names an end only begins documents with it too, as GPT-2 does. None: nothing is named.
+    """
+    named: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            table = read_json(folder / file)
+            for role in ("bos_token", "eos_token"):
+                token = table.get(role) if isinstance(table, dict) else None
+                content = token.get("content") if isinstance(token, dict) else token
+                named |= {role: content} if isinstance(content, str) else {}
+    end = named.get("eos_token")
+    return (named.get("bos_token", end), end) if end else None
+
+
+def _boundaries(tokenizer: tokenizers.Tokenizer, name: str, wanted: tuple[str, str] | None = None) -> tuple[int, int]:
+    if wanted:
+        for token in wanted:
+            if tokenizer.token_to_id(token) is None:
+                raise UserError(f"{name}: lacks {token!r}, which the files beside it name as begin or end of a text")
+        return tokenizer.token_to_id(wanted[0]), tokenizer.token_to_id(wanted[1])
     for begin, end in BOUNDARY_NAMES:
         bos, eos = tokenizer.token_to_id(begin), tokenizer.token_to_id(end)
         if bos is not None and eos is not None:
