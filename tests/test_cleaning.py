@@ -72,7 +72,7 @@ def test_lengths_are_in_characters_and_the_limits_belong_to_what_is_kept() -> No
     verdicts = [cleaning.judge((text,), settings)[0] for text in ("éé", "ééé", "éééé", "ééééé")]
     assert verdicts == [TOO_SHORT, KEPT, KEPT, TOO_LONG]
     assert cleaning.judge(("long enough", "x"), PrepareSettings(min_characters=2))[0] == TOO_SHORT  # of a pair: both
-    with pytest.raises(ValueError, match="prepare.max_characters = 2 is below prepare.min_characters = 3"):
+    with pytest.raises(ValueError, match=r"prepare.max_characters = 2 is below prepare.min_characters = 3"):
         PrepareSettings(min_characters=3, max_characters=2)
 
 

@@ -93,7 +93,7 @@ def test_a_nested_column_is_named_by_its_path_and_a_null_around_it_is_a_null(tmp
     for name in ("a.jsonl", "a.parquet", "a.arrow"):
         with pytest.raises(UserError, match=r"has no column 'page.text'; it has 'page', 'page.body', 'page.body.text'"):
             texts_of(tmp_path / name, column="page.text")
-    with pytest.raises(UserError, match="column 'page.body' holds struct"):
+    with pytest.raises(UserError, match=r"column 'page.body' holds struct"):
         texts_of(tmp_path / "a.parquet", column="page.body")
 
 
@@ -108,7 +108,7 @@ def test_a_pair_has_two_texts(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"en": ["house", None], "de": ["Haus", "Hund"]}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         assert rows_of(tmp_path / name, column="de", target="en") == [("Haus", "house"), ("Hund", None)]
-        with pytest.raises(UserError, match="has no column 'fr'.*set `target_column`"):
+        with pytest.raises(UserError, match=r"has no column 'fr'.*set `target_column`"):
             rows_of(tmp_path / name, column="de", target="fr")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="a text file has no columns"):

@@ -21,7 +21,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mds")
     for dtype in ("uint16", "uint32"):
         for name, columns in COLUMNS.items():
-            encodings = {column: f"ndarray:{dtype}" for column in columns}
+            encodings = dict.fromkeys(columns, f"ndarray:{dtype}")
             writer = MDSWriter(columns=encodings, out=str(folder / dtype / name), size_limit=None)
             for length in LENGTHS:
                 writer.write({column: np.arange(length + place).astype(dtype) for place, column in enumerate(columns)})
