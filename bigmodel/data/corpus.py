@@ -98,9 +98,9 @@ def find_source(settings: SourceSettings, where: str = "prepare.sources") -> Sou
     for pattern in settings.files:
         matches = files.find(pattern)
         if not matches:
+            looked = "" if files.is_remote(pattern) else f" (looked from {Path.cwd()})"
             raise UserError(
-                f"{where}: files = {pattern!r} matches nothing (looked from {Path.cwd()}); "
-                "give a path or pattern of existing files"
+                f"{where}: files = {pattern!r} matches nothing{looked}; give a path, URL or pattern of existing files"
             )
         found.update(dict.fromkeys(files.absolute(match) for match in matches))
     columns = (settings.column, *([settings.target_column] if settings.target_column else []))

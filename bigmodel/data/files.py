@@ -8,6 +8,7 @@ Guarantees: whatever stops a file from being found or read is a `UserError` that
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow
-from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.utils import glob_translate
 from pyarrow import fs
 
 from bigmodel.config import UserError
@@ -46,11 +47,20 @@ def find(pattern: str) -> list[str]:
     with readable(pattern):
         if not any(letter in path for letter in "*["):
             return [] if store.get_file_info(path).type == fs.FileType.NotFound else [pattern]
-        found = sorted(ArrowFSWrapper(store).glob(path))
+        found = _matching(store, path)
     parts = urlsplit(pattern)
     start = path.removesuffix(parts.path)  # the bucket or container, which the URL has in its own way
     query = f"?{parts.query}" if parts.query else ""
     return [f"{parts.scheme}://{parts.netloc}{name.removeprefix(start)}{query}" for name in found]
+
+
+def _matching(store: fs.FileSystem, path: str) -> list[str]:
+    """What matches a glob pattern. fsspec's own search is not used: where it may not look it finds nothing."""
+    fixed = re.split(r"[*\[]", path, maxsplit=1)[0]
+    deeper = "**" in path or "/" in path[len(fixed) :]
+    selector = fs.FileSelector(fixed.rpartition("/")[0], allow_not_found=True, recursive=deeper)
+    pattern = re.compile(glob_translate(path))
+    return sorted(entry.path for entry in store.get_file_info(selector) if pattern.match(entry.path))
 
 
 def is_folder(location: str) -> bool:
