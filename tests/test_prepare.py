@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from bigmodel.__main__ import app, main
 from bigmodel.baselines import xz_bits_per_byte
 from bigmodel.config import Settings, UserError
 from bigmodel.data import cleaning, corpus, embedded, mds, units
@@ -444,6 +445,35 @@ def test_a_given_tokenizer_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
     directory = prepared(tmp_path, tokenizer=str(given), vocabulary=5000)
     assert (directory / "tokenizer.json").read_bytes() == given.read_bytes()
     assert Manifest.read(directory).vocabulary == 300
+
+
+def test_the_command_takes_a_hugging_face_folder_and_keeps_its_names(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    description = json.loads((home / "data" / "tokenizer.json").read_text())
+    text = json.dumps(description).replace("<|bos|>", "<|open|>").replace("<|eos|>", "<|close|>")
+    (given / "tokenizer.json").write_text(text)
+    (given / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": {"content": "<|close|>"}, "x": 1}')
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        f'[data]\ndirectory = "{tmp_path}/data"\n[prepare]\ntokenizer = "train"\nvalidation_share = 0.2\n'
+        f'[[prepare.sources]]\nname = "letters"\nfiles = ["{home}/text/letters.parquet"]\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "prepare", str(run_file), "--tokenizer", str(given)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    manifest = Manifest.read(tmp_path / "data")
+    assert (manifest.bos, manifest.eos, manifest.vocabulary, manifest.document) == (1, 1, 300, "[bos] text [eos]")
+    assert Tokenizer.load(tmp_path / "data" / "tokenizer.json").bos == 1
+    assert json.loads((tmp_path / "data" / "tokenizer_config.json").read_text())["eos_token"] == "<|close|>"
+    stored = ShardStore(tmp_path / "data", "train").document("letters", 0, 0)
+    assert (stored[0], stored[-1]) == (1, 1)
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "prepare", str(run_file), "--tokenizer", "train"])
+    with pytest.raises(UserError, match=r"prepare.vocabulary was None, is 32000; prepare.tokenizer was"):
+        app(standalone_mode=False)
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
