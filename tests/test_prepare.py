@@ -203,7 +203,7 @@ def test_any_other_error_keeps_them_too(home: Path, tmp_path: Path, monkeypatch:
             prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     assert len(partial_files(tmp_path)) == 8
     monkeypatch.setattr(cleaning, "scan_unit", lambda *_: pytest.fail("scanned again"))
-    monkeypatch.setattr(Tokenizer, "encode_document", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized again"))
     monkeypatch.setattr(mds, "encode_shard", lambda *_: pytest.fail("wrote a shard again"))
     prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     assert content(tmp_path / "data") == content(home / "data")
@@ -212,7 +212,7 @@ def test_any_other_error_keeps_them_too(home: Path, tmp_path: Path, monkeypatch:
 def test_a_disk_without_room_is_refused_before_tokens_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "encode_document", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(UserError, match=r"needs about 17 MB, 1 MB are free.*\n4 finished units are kept"):
         prepared(tmp_path)

@@ -81,6 +81,15 @@ def test_a_stored_document_is_begin_text_end_in_the_smallest_dtype() -> None:
         assert stored[1:-1].tolist() == tokenizer.encode("return 1").tolist()
         assert tokenizer.decode(stored) == "return 1"
         assert tokenizer.encode_document("").tolist() == [0, 1]
+        several = tokenizer.encode_documents(TEXTS[:5])
+        assert [one.tolist() for one in several] == [tokenizer.encode_document(text).tolist() for text in TEXTS[:5]]
+        assert {one.dtype for one in several} == {np.dtype(np.uint16)}
+
+
+def test_what_another_process_found_of_the_fast_path_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "_compare", lambda *_: pytest.fail("compared"))
+    assert Tokenizer(TRAINED, fast=True).is_fast
+    assert not Tokenizer(TRAINED, fast=False).is_fast
 
 
 def test_a_vocabulary_above_65536_is_stored_in_32_bits() -> None:

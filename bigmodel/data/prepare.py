@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,6 +63,7 @@ from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_
 UNIT_FORMAT = 1  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
+ENCODED_TOGETHER = 64  # documents
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -191,7 +192,7 @@ def _settle(settings: Settings) -> _Job:
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path, fast=False)
     return {"sha256": tokenizer.sha256, "bos": tokenizer.bos, "eos": tokenizer.eos}
 
 
@@ -640,12 +641,15 @@ def _encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings,
     columns = TOKEN_COLUMNS[: len(unit.columns)]
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
     validation_text = []
-    for row, texts in _kept_rows(unit, scan, settings):
-        split = SPLITS[int(scan.validation[row])]
-        for column, text in zip(columns, texts, strict=True):
-            stored[f"{split}_{column}"].append(encoder.encode_document(text))
-        if split == "validation":
-            validation_text += [text.encode() for text in texts]
+    kept = _kept_rows(unit, scan, settings)
+    while rows := list(islice(kept, ENCODED_TOGETHER)):
+        encoded = iter(encoder.encode_documents([text for _, texts in rows for text in texts]))
+        for row, texts in rows:
+            split = SPLITS[int(scan.validation[row])]
+            for column in columns:
+                stored[f"{split}_{column}"].append(next(encoded))
+            if split == "validation":
+                validation_text += [text.encode() for text in texts]
     arrays = {name: np.concatenate([*parts, np.zeros(0, encoder.dtype)]) for name, parts in stored.items()}
     arrays |= {f"{name}_lengths": np.array([len(p) for p in parts], np.uint32) for name, parts in stored.items()}
     arrays["validation_text"] = np.frombuffer(b"".join(validation_text), np.uint8)
@@ -673,10 +677,8 @@ def _changed(unit: Unit) -> UserError:
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path, sha256: str, fast: bool) -> Tokenizer:
     """One tokenizer per process; the hash keeps a test's next tokenizer at the same path apart."""
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path, fast=fast)
     assert tokenizer.sha256 == sha256, f"{path} changed"
-    if not fast:
-        tokenizer.use_exact()
     return tokenizer
 
 
