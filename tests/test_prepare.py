@@ -24,7 +24,7 @@ from rich.progress import Progress
 from bigmodel.__main__ import app, main
 from bigmodel.baselines import xz_bits_per_byte
 from bigmodel.config import Settings, UserError
-from bigmodel.data import cleaning, corpus, embedded, mds, units
+from bigmodel.data import cleaning, corpus, embedded, encoding, mds, units
 from bigmodel.data import prepare as preparing
 from bigmodel.data.prepare import prepare, quiet, summary, verify
 from bigmodel.data.shards import Manifest, ShardStore
@@ -159,7 +159,7 @@ def disk_is_full(*_: object, **__: object) -> None:
     ("place", "kept"),
     [
         ((cleaning, "write_arrays"), 0),
-        ((preparing, "_save"), 4),
+        ((preparing, "save_array"), 4),
         ((mds, "encode_shard"), 8),
         ((preparing, "describe_files"), 8),
     ],
@@ -217,6 +217,16 @@ def test_a_disk_without_room_is_refused_before_tokens_are_written(
     with pytest.raises(UserError, match=r"needs about 17 MB, 1 MB are free.*\n4 finished units are kept"):
         prepared(tmp_path)
     assert not (tmp_path / "data").exists()
+
+
+def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = iter([10**9, 10**9, 10**6])  # before tokenizing, and after the first and the second unit
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, next(room)))
+        with pytest.raises(UserError, match="the disk became full; 6 finished units are kept"):
+            prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
+    prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
+    assert content(tmp_path / "data") == content(home / "data")
 
 
 def prepare_slowly(home: Path, folder: Path, workers: int) -> None:
@@ -385,13 +395,13 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 STOPPED = """
 import sys, time
 from bigmodel.__main__ import main
-from bigmodel.data import prepare as preparing
-encode = preparing._encode_unit
+from bigmodel.data import encoding
+encode = encoding.encode_unit
 def encode_and_wait(*arguments):
     encode(*arguments)
     print("encoded", flush=True)
     time.sleep(600)
-preparing._encode_unit = encode_and_wait
+encoding.encode_unit = encode_and_wait
 main()
 """
 
@@ -440,6 +450,44 @@ def test_sources_without_documents_and_empty_splits_are_refused(tmp_path: Path) 
         prepared(tmp_path, shard_tokens=2_000_000_000)
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('name = "a"\nfiles = ["{0}/a.jsonl"]\ncolumn = "body"', ["has no column 'body'", "it has 'text', 'id'"]),
+        ('name = "a"\nfiles = ["{0}/cut.parquet"]', ["cut.parquet", "cannot be read"]),
+        ('name = "a"\nfiles = ["{0}/void.jsonl"]', ["'a': has no documents", "1 read, 1 null"]),
+        ('name = "a"\nfiles = ["{0}/bad.jsonl"]', ["bad.jsonl: line 2: not valid JSON", "prepare.malformed_share"]),
+        ('name = "a"\nfiles = ["{0}/a.jsonl"]', ["prepare.vocabulary = 32000", "set prepare.vocabulary to"]),
+        (
+            'name = "a"\nfiles = ["{0}/a.jsonl"]\n[[prepare.sources]]\nname = "a"\nfiles = ["{0}/a.jsonl"]',
+            ["two sources are named 'a'"],
+        ),
+    ],
+)
+def test_sources_that_cannot_be_prepared_are_one_message_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, words: list[str]
+) -> None:
+    texts = [json.dumps({"text": f"text number {n}", "id": n}) for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "void.jsonl").write_text('{"text": null}')
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text":\n')
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        f'[data]\ndirectory = "{tmp_path}/data"\n[[prepare.sources]]\n' + lines.replace("{0}", str(tmp_path))
+    )
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "prepare", str(run_file)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert printed.startswith("bigmodel: ")
+    assert "Traceback" not in printed
+    for word in words:
+        assert word in printed
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_given_tokenizer_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
     given = home / "data" / "tokenizer.json"
     directory = prepared(tmp_path, tokenizer=str(given), vocabulary=5000)
@@ -482,7 +530,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
     unit = corpus.plan_units(corpus.Source("a", (str(file),), ("text",)))[0]
     settings = tiny_settings(tmp_path).prepare
     scan = cleaning.scan_unit(unit, settings)
-    assert [texts for _, texts in preparing._kept_rows(unit, scan, settings)] == [("one",), ("two",)]
+    assert [texts for _, texts in encoding.kept_rows(unit, scan, settings)] == [("one",), ("two",)]
     for changed in (
         '{"text": "one"}\n',
         '{"text": "one"}\n{"text": "two"}\n{}\n',
@@ -490,7 +538,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
     ):
         file.write_text(changed)
         with pytest.raises(UserError, match=r"a\.jsonl: changed while it was prepared"):
-            list(preparing._kept_rows(unit, scan, settings))
+            list(encoding.kept_rows(unit, scan, settings))
 
 
 def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:

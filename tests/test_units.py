@@ -91,6 +91,15 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
             pass
 
 
+def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    from bigmodel.config import PrepareSettings
+    from bigmodel.data.corpus import Unit
+    from bigmodel.data.encoding import Work, scan_unit
+
+    with pytest.raises(UserError, match=r"elsewhere/scan: is not there on .*every worker of prepare.scheduler sees"):
+        scan_unit(0, Unit("a", ("a.jsonl",), ("text",), None, 0, 0, 1), PrepareSettings(), Work(tmp_path / "elsewhere"))
+
+
 def test_without_distributed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

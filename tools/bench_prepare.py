@@ -66,7 +66,7 @@ def write_tokenizer(folder: Path) -> None:
     text = train(read_texts(folder)[:3000], VOCABULARY)
     (folder / "tokenizer.json").write_text(text)
     description = json.loads(text)
-    description["normalizer"] = {"type": "Sequence", "normalizers": []}
+    description["model"]["byte_fallback"] = True  # means nothing where every byte is a token
     (folder / "exact.json").write_text(json.dumps(description))
 
 

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import platform
@@ -31,9 +30,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice, pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,9 +41,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError
-from bigmodel.data import cleaning, corpus, embedded, mds, units
+from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, mds, units
 from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Source, Unit
+from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.shards import (
     MANIFEST,
     SPLITS,
@@ -63,7 +61,6 @@ from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_
 UNIT_FORMAT = 1  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
-ENCODED_TOGETHER = 64  # documents
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -92,39 +89,6 @@ class _Job:
         everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, platform.python_version()]
         everything += [unicodedata.unidata_version, versions]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The folder of one preparation under way, named absolutely: any process may be handed it."""
-
-    folder: Path
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "result"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.result / "tokenizer.json"
-
-    @property
-    def duplicates(self) -> Path:
-        return self.folder / "duplicates.npy"
-
-    @property
-    def contaminated(self) -> Path:
-        return self.folder / "contaminated.npy"
-
-    def scan(self, unit: int) -> Path:
-        return self.folder / "scan" / f"{unit:05}.npz"
-
-    def encoded(self, unit: int) -> Path:
-        return self.folder / "encoded" / f"{unit:05}.npz"
-
-    def finished(self) -> int:
-        """Units' files that are there."""
-        return sum(1 for stage in ("scan", "encoded") for _ in (self.folder / stage).glob("*.npz"))
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Path:
@@ -256,9 +220,9 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _work_folder(job: _Job, progress: Progress) -> _Work:
+def _work_folder(job: _Job, progress: Progress) -> Work:
     """The folder for this text and these settings, with what an earlier run finished; others' are deleted."""
-    work = _Work(job.partial / job.fingerprint)
+    work = Work(job.partial / job.fingerprint)
     for leftover in job.partial.iterdir():
         if leftover != work.folder:
             progress.console.print(f"{leftover}: left by other text, settings or versions; deleted, starting over")
@@ -302,7 +266,7 @@ def _sync(directory: Path) -> None:
 # ---- the stages -----------------------------------------------------------------------------------------------
 
 
-def _build(job: _Job, work: _Work, progress: Progress) -> None:
+def _build(job: _Job, work: Work, progress: Progress) -> None:
     sources = job.sources
     left_out: dict[str, dict[str, dict[str, int]]] = {}
     if not sources:
@@ -316,13 +280,14 @@ def _build(job: _Job, work: _Work, progress: Progress) -> None:
             progress.console.print(f"tokenizing with the slower library: {tokenizer.slow_reason}")
         _check_space(job, work, scans, tokenizer.dtype)
         _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
-        counts, lengths = _assemble(team, sources, all_units, scans, job.settings.shard_tokens, tokenizer.dtype, work)
+        counts, lengths = assembly.assemble(
+            team, sources, all_units, scans, job.settings.shard_tokens, tokenizer.dtype, work
+        )
     _write_lists(all_units, scans, work)
     for name, splits in counts.items():
-        stored = sum(split["text_bytes"] for split in splits.values())
-        assert stored == row_bytes[name]["kept"], f"{name}: stored {stored} bytes of {row_bytes[name]}"
-        documents = sum(split["documents"] for split in splits.values())
-        assert documents == rows[name]["kept"], f"{name}: stored {documents} documents of {rows[name]}"
+        for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
+            stored = sum(split[what] for split in splits.values())
+            assert stored == kept[name]["kept"], f"{name}: stored {stored} {what} of {kept[name]}"
     Manifest(
         tokenizer_sha256=tokenizer.sha256,
         vocabulary=tokenizer.vocabulary,
@@ -332,7 +297,7 @@ def _build(job: _Job, work: _Work, progress: Progress) -> None:
         counts=counts,
         rows=rows,
         row_bytes=row_bytes,
-        statistics=length_statistics(lengths, sum(bytes_["kept"] for bytes_ in row_bytes.values())),
+        statistics=length_statistics(lengths, sum(counted["kept"] for counted in row_bytes.values())),
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
@@ -342,7 +307,7 @@ def _build(job: _Job, work: _Work, progress: Progress) -> None:
 
 
 def _collect_embedded(
-    modules: list[tuple[str, bytes]], work: _Work, progress: Progress
+    modules: list[tuple[str, bytes]], work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
     """The embedded corpus as two files of the result, and what was left out of them."""
     folder, record = work.result / "corpus", work.folder / "left_out.json"
@@ -363,19 +328,21 @@ def _team(
     return units.processes(1 if small else number, progress)
 
 
-def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work: _Work) -> list[Scan]:
+def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work: Work) -> list[Scan]:
     if settings.decontaminate:
-        _save(work.contaminated, cleaning.evaluation_hashes(settings.decontaminate))
+        save_array(work.contaminated, cleaning.evaluation_hashes(settings.decontaminate))
 
     def look(malformed: dict[str, str] | None) -> None:
         if malformed and not settings.malformed_share:
             raise UserError(_in_one_line(malformed) + "; mend or drop it, or set prepare.malformed_share above 0")
 
     weights = [unit.num_bytes for unit in all_units]
-    team.run("reading", _scan_unit, [(n, unit, settings, work) for n, unit in enumerate(all_units)], weights, look)
+    team.run(
+        "reading", encoding.scan_unit, [(n, unit, settings, work) for n, unit in enumerate(all_units)], weights, look
+    )
     scans = [Scan.read(work.scan(number)) for number in range(len(all_units))]
     _check_malformed(all_units, scans, settings.malformed_share, work)
-    _save(work.duplicates, cleaning.mark_duplicates(scans) if settings.deduplicate else np.zeros(0, np.int64))
+    save_array(work.duplicates, cleaning.mark_duplicates(scans) if settings.deduplicate else np.zeros(0, np.int64))
     return scans
 
 
@@ -383,7 +350,7 @@ def _in_one_line(malformed: dict[str, str]) -> str:
     return f"{malformed['file']}: {malformed['place']}: {malformed['reason']}"
 
 
-def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: _Work) -> None:
+def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
     """Raise `UserError` for the first source with more malformed records than allowed, with a list of them."""
     for source in dict.fromkeys(unit.source for unit in all_units):
         mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source]
@@ -435,7 +402,7 @@ def _in_words(counts: dict[str, int]) -> str:
 
 
 def _make_tokenizer(
-    settings: PrepareSettings, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: _Work
+    settings: PrepareSettings, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work
 ) -> Tokenizer:
     """Put tokenizer.json in place, after the documents on which its fast path is compared."""
     gate = work.folder / "gate.json"
@@ -462,10 +429,12 @@ def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], s
     rows = cleaning.choose_sample(scans, TRAINING_BYTES)
     chosen = [(unit, mine, settings) for unit, mine in zip(all_units, rows, strict=True) if len(mine)]
     weights = [unit.num_bytes for unit, *_ in chosen]
-    return [text for texts in team.run("sampling for the tokenizer", _read_rows, chosen, weights) for text in texts]
+    return [
+        text for texts in team.run("sampling for the tokenizer", encoding.read_rows, chosen, weights) for text in texts
+    ]
 
 
-def _check_space(job: _Job, work: _Work, scans: Sequence[Scan], dtype: np.dtype) -> None:
+def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) -> None:
     """Refuse before writing what would not fit: text at two bytes a token is a high estimate of the tokens, which
     are written twice, once by unit and once by shard."""
     text = sum(int(scan.kept_bytes.sum()) for scan in scans)
@@ -487,225 +456,31 @@ def _encode(
     scans: Sequence[Scan],
     settings: PrepareSettings,
     fast: bool,
-    work: _Work,
+    work: Work,
 ) -> None:
+    def look(_: None) -> None:
+        if shutil.disk_usage(work.folder).free < SPARE_BYTES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     starts = cleaning.first_rows(scans)
     tasks = [
         (number, unit, start, settings, fast, work)
         for number, (unit, start) in enumerate(zip(all_units, starts, strict=True))
     ]
-    team.run("tokenizing", _encode_unit, tasks, [unit.num_bytes for unit in all_units])
+    team.run("tokenizing", encoding.encode_unit, tasks, [unit.num_bytes for unit in all_units], look)
 
 
-# ---- shards from units ----------------------------------------------------------------------------------------
-
-TOKEN_COLUMNS = ("tokens", "target_tokens")  # in the shards: of a source's column, of its target column
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One shard: what index.json says of it, and of which units' documents it is made, in order: (unit, first
-    document, end)."""
-
-    folder: str  # below the result: split/source
-    split: str
-    number: int
-    columns: tuple[str, ...]
-    parts: tuple[tuple[int, int, int], ...]
-    entry: dict[str, Any]
-
-
-def _assemble(
-    team: Team,
-    sources: Sequence[Source],
-    all_units: Sequence[Unit],
-    scans: Sequence[Scan],
-    shard_tokens: int,
-    dtype: np.dtype,
-    work: _Work,
-) -> tuple[dict[str, dict[str, dict[str, int]]], list[np.ndarray]]:
-    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths."""
-    counts: dict[str, dict[str, dict[str, int]]] = {source.name: {} for source in sources}
-    shards: list[_Shard] = []
-    all_lengths: list[np.ndarray] = []
-    for source in sources:
-        mine = [number for number, unit in enumerate(all_units) if unit.source == source.name]
-        columns = TOKEN_COLUMNS[: len(source.columns)]
-        for split in SPLITS:
-            lengths = {
-                column: [_read_array(work, unit, f"{split}_{column}_lengths") for unit in mine] for column in columns
-            }
-            shards += _plan_shards(source.name, split, mine, lengths, shard_tokens, dtype)
-            all_lengths.append(np.concatenate(lengths["tokens"]))
-            chosen = [(scans[unit], scans[unit].validation == (split == "validation")) for unit in mine]
-            counts[source.name][split] = {
-                "documents": len(all_lengths[-1]),
-                "text_bytes": sum(int(scan.kept_bytes[rows].sum()) for scan, rows in chosen),
-                **{column: sum(int(part.sum(dtype=np.int64)) for part in lengths[column]) for column in columns},
-            }
-    weights = [shard.entry["raw_data"]["bytes"] for shard in shards]
-    team.run("writing shards", _write_shard, [(shard, work) for shard in shards], weights)
-    for folder in dict.fromkeys(shard.folder for shard in shards):
-        index = mds.encode_index([shard.entry for shard in shards if shard.folder == folder])
-        write_atomically(work.result / folder / "index.json", index)
-    return counts, all_lengths
-
-
-def _plan_shards(
-    source: str,
-    split: str,
-    unit_numbers: Sequence[int],
-    lengths: dict[str, list[np.ndarray]],
-    shard_tokens: int,
-    dtype: np.dtype,
-) -> list[_Shard]:
-    """Cut the documents of all units, end to end, into shards: each closes before the document that would bring it
-    above `shard_tokens`."""
-    joined = {column: np.concatenate(parts) for column, parts in lengths.items()}
-    tokens = sum(part.astype(np.int64) for part in joined.values())
-    if len(tokens) and tokens.max() > mds.LARGEST_SHARD_TOKENS:
-        raise UserError(
-            f"prepare.sources {source!r}: a document of {tokens.max():,} tokens does not fit a shard file of 4 GiB; "
-            "split it, or drop it with prepare.max_characters"
-        )
-    ends = np.cumsum(tokens)
-    bounds = np.cumsum([0, *(len(part) for part in lengths["tokens"])])
-    shards: list[_Shard] = []
-    first = 0
-    while first < len(tokens):
-        room = shard_tokens + (int(ends[first - 1]) if first else 0)
-        last = max(first + 1, int(np.searchsorted(ends, room, side="right")))
-        parts = tuple(
-            (unit, max(first, start) - start, min(last, end) - start)
-            for unit, start, end in zip(unit_numbers, bounds.tolist(), bounds[1:].tolist(), strict=False)
-            if start < last and end > first
-        )
-        entry = mds.shard_entry(len(shards), {name: part[first:last] for name, part in joined.items()}, dtype)
-        shards.append(_Shard(f"{split}/{source}", split, len(shards), tuple(joined), parts, entry))
-        first = last
-    return shards
-
-
-def _read_array(work: _Work, unit: int, name: str) -> np.ndarray:
-    with np.load(work.encoded(unit)) as arrays:
-        return arrays[name]
-
-
-def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: _Work) -> None:
+def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> None:
     """The validation text end to end, and the malformed records if there are any."""
     (work.result / "text").mkdir(exist_ok=True)
     with open(work.result / "text" / "validation.txt", "wb") as file:
         for number in range(len(all_units)):
-            file.write(_read_array(work, number, "validation_text").tobytes())
+            file.write(read_array(work, number, "validation_text").tobytes())
     lines = [json.dumps(record) for record in cleaning.list_malformed([unit.source for unit in all_units], scans)]
     if lines:
         write_atomically(work.result / "malformed.jsonl", "".join(f"{line}\n" for line in lines))
     for part in work.result.rglob(".*.part"):  # of a process that was killed while it wrote
         part.unlink()
-
-
-# ---- what a process does --------------------------------------------------------------------------------------
-
-
-def _scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: _Work) -> dict[str, str] | None:
-    """Judge a unit's rows, unless that is done; returns the first malformed record."""
-    path = work.scan(number)
-    if cleaning.is_whole(path):
-        scan = Scan.read(path)
-    else:
-        contaminated = np.load(work.contaminated, mmap_mode="r") if settings.decontaminate else None
-        scan = cleaning.scan_unit(unit, settings, contaminated)
-        scan.write(path)
-    return next(cleaning.list_malformed([unit.source], [scan]), None)
-
-
-def _read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[str]:
-    wanted = set(rows.tolist())
-    return [
-        cleaning.clean(text, settings)
-        for number, (texts, _) in enumerate(corpus.read_unit(unit))
-        if number in wanted and isinstance(texts, tuple)
-        for text in texts
-        if text is not None
-    ]
-
-
-def _encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings, fast: bool, work: _Work) -> None:
-    """Tokenize a unit's kept rows, unless that is done. `start`: the number of its first row among all."""
-    path = work.encoded(number)
-    if cleaning.is_whole(path):
-        return
-    scan = Scan.read(work.scan(number))
-    cleaning.mark_rows(scan, start, np.load(work.duplicates, mmap_mode="r"))
-    encoder = _tokenizer(work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast)
-    columns = TOKEN_COLUMNS[: len(unit.columns)]
-    stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
-    validation_text = []
-    kept = _kept_rows(unit, scan, settings)
-    while rows := list(islice(kept, ENCODED_TOGETHER)):
-        encoded = iter(encoder.encode_documents([text for _, texts in rows for text in texts]))
-        for row, texts in rows:
-            split = SPLITS[int(scan.validation[row])]
-            for column in columns:
-                stored[f"{split}_{column}"].append(next(encoded))
-            if split == "validation":
-                validation_text += [text.encode() for text in texts]
-    arrays = {name: np.concatenate([*parts, np.zeros(0, encoder.dtype)]) for name, parts in stored.items()}
-    arrays |= {f"{name}_lengths": np.array([len(p) for p in parts], np.uint32) for name, parts in stored.items()}
-    arrays["validation_text"] = np.frombuffer(b"".join(validation_text), np.uint8)
-    cleaning.write_arrays(path, **arrays)
-
-
-def _kept_rows(unit: Unit, scan: Scan, settings: PrepareSettings) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The rows that the scan kept, cleaned. Raises `UserError` if the unit is not what was scanned."""
-    number = -1
-    for number, (row, _) in enumerate(corpus.read_unit(unit)):
-        if number >= len(scan.status) or scan.status[number] != cleaning.KEPT:
-            continue
-        texts = () if isinstance(row, corpus.Malformed) else cleaning.judge(row, settings)[1]
-        if sum(len(text.encode()) for text in texts) != scan.kept_bytes[number]:
-            raise _changed(unit)
-        yield number, texts
-    if number + 1 != len(scan.status):
-        raise _changed(unit)
-
-
-def _changed(unit: Unit) -> UserError:
-    return UserError(f"{unit.files[0]}: changed while it was prepared; prepare again when nothing writes to it")
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: Path, sha256: str, fast: bool) -> Tokenizer:
-    """One tokenizer per process; the hash keeps a test's next tokenizer at the same path apart."""
-    tokenizer = Tokenizer.load(path, fast=fast)
-    assert tokenizer.sha256 == sha256, f"{path} changed"
-    return tokenizer
-
-
-def _write_shard(shard: _Shard, work: _Work) -> None:
-    """Write a shard and its lengths from the units' files, unless that is done: the shard comes last."""
-    folder = work.result / shard.folder
-    path = folder / shard.entry["raw_data"]["basename"]
-    if path.exists() and path.stat().st_size == shard.entry["raw_data"]["bytes"]:
-        return
-    documents: dict[str, list[np.ndarray]] = {column: [] for column in shard.columns}
-    for unit, first, last in shard.parts:
-        with np.load(work.encoded(unit)) as arrays:
-            for column in shard.columns:
-                bounds = np.cumsum([0, *arrays[f"{shard.split}_{column}_lengths"]])[first : last + 1].tolist()
-                tokens = arrays[f"{shard.split}_{column}"]
-                documents[column] += [tokens[start:end] for start, end in pairwise(bounds)]
-    folder.mkdir(parents=True, exist_ok=True)
-    for column, arrays_ in documents.items():
-        name = f"{column.removesuffix('tokens')}lengths.{shard.number:05}.npy"
-        _save(folder / name, np.array([len(array) for array in arrays_], np.uint32))
-    write_atomically(path, mds.encode_shard(documents))
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, array)
-    write_atomically(path, content.getvalue())
 
 
 # ---- looking at prepared data ---------------------------------------------------------------------------------

@@ -148,13 +148,18 @@ def cluster(scheduler: str, progress: Progress) -> Iterator[Team]:
     except (OSError, ValueError) as error:
         raise UserError(f"prepare.scheduler = {scheduler!r}: cannot be reached: {error}; see that it runs") from None
     try:
-        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        _wait_for_worker(client, scheduler)
         yield Team(client.get_executor(pure=False), progress)
-    except TimeoutError:
-        raise UserError(f"prepare.scheduler = {scheduler!r}: has no workers; start some") from None
     except distributed.KilledWorker as error:
         raise UserError(f"a unit killed every worker that took it: {error}; give the workers more memory") from None
     except CancelledError:
         raise UserError(f"prepare.scheduler = {scheduler!r}: was lost; see that it runs") from None
     finally:
         client.close(timeout=CONNECT_SECONDS)
+
+
+def _wait_for_worker(client: Any, scheduler: str) -> None:
+    try:
+        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+    except TimeoutError:
+        raise UserError(f"prepare.scheduler = {scheduler!r}: has no workers; start some") from None
