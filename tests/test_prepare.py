@@ -287,6 +287,7 @@ def test_a_damaged_file_of_a_finished_unit_is_made_again(
     whole = encoded.read_bytes()
     place = whole.index(b"PK", 4) - 1  # the last byte of the first array
     encoded.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    shutil.rmtree(work / "result" / "train" / "letters")  # so that its shards are made from the units again
     prepare(settings, quiet())
     assert content(tmp_path / "data") == content(home / "data")
 
@@ -300,6 +301,21 @@ def test_what_other_settings_or_other_text_left_is_not_taken(
     prepare(elsewhere(tiny_settings(home), tmp_path), Progress(console=console, disable=True))
     assert "left by other text, settings or versions; deleted, starting over" in console.export_text()
     assert content(tmp_path / "data") == content(home / "data")
+
+
+def test_units_of_a_file_that_was_changed_since_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    settings = tiny_settings(tmp_path, sources=[{"name": "a", "files": [str(file)], "column": "body"}])
+
+    def write(word: str) -> None:
+        file.write_text("".join(json.dumps({"body": text.replace("year", word)}) + "\n" for text in NEWS))
+
+    write("week")  # as long as the other: only the content differs
+    interrupt(settings, monkeypatch)
+    write("year")
+    stored = set(documents(prepare(settings, quiet()), "train", "a"))
+    assert stored < set(NEWS)
+    assert sum("year" in text for text in stored) > 10
 
 
 def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, tmp_path: Path) -> None:
