@@ -331,6 +331,8 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
         UserError, match=r"'news': 3 of 107 records are malformed.*malformed_share = 0.02; the first is"
     ):
         prepared(tmp_path, sources=sources, malformed_share=0.02)
+    lists = [file.read_text() for file in (tmp_path / "data.partial").rglob("malformed.jsonl")]
+    assert [len(text.splitlines()) for text in lists] == [3]
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
     prepare(settings, Progress(console=console, disable=True))

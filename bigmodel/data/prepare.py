@@ -61,6 +61,7 @@ from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_
 UNIT_FORMAT = 1  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
+GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -336,10 +337,8 @@ def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work
         if malformed and not settings.malformed_share:
             raise UserError(_in_one_line(malformed) + "; mend or drop it, or set prepare.malformed_share above 0")
 
-    weights = [unit.num_bytes for unit in all_units]
-    team.run(
-        "reading", encoding.scan_unit, [(n, unit, settings, work) for n, unit in enumerate(all_units)], weights, look
-    )
+    tasks = [(number, unit, settings, work) for number, unit in enumerate(all_units)]
+    team.run("reading", encoding.scan_unit, tasks, [unit.num_bytes for unit in all_units], look)
     scans = [Scan.read(work.scan(number)) for number in range(len(all_units))]
     _check_malformed(all_units, scans, settings.malformed_share, work)
     save_array(work.duplicates, cleaning.mark_duplicates(scans) if settings.deduplicate else np.zeros(0, np.int64))
@@ -351,17 +350,25 @@ def _in_one_line(malformed: dict[str, str]) -> str:
 
 
 def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
-    """Raise `UserError` for the first source with more malformed records than allowed, with a list of them."""
+    """Raise `UserError` for the first source with more malformed records than allowed, and leave a list of them."""
     for source in dict.fromkeys(unit.source for unit in all_units):
         mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source]
         malformed = sum(int((scan.status == cleaning.MALFORMED).sum()) for scan in mine)
         read = sum(len(scan.status) for scan in mine)
         if malformed > allowed * read:
             first = next(cleaning.list_malformed([source] * len(mine), mine))
+            _write_malformed(work.folder / "malformed.jsonl", all_units, scans)
             raise UserError(
                 f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
-                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the share"
+                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the "
+                f"share; {work.folder}/malformed.jsonl lists them"
             )
+
+
+def _write_malformed(path: Path, all_units: Sequence[Unit], scans: Sequence[Scan]) -> None:
+    lines = [json.dumps(record) for record in cleaning.list_malformed([unit.source for unit in all_units], scans)]
+    if lines:
+        write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def _count_rows(
@@ -426,12 +433,11 @@ def _keep_boundaries(given: Path, result: Path) -> None:
 
 
 def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], settings: PrepareSettings) -> list[str]:
-    rows = cleaning.choose_sample(scans, TRAINING_BYTES)
+    rows = cleaning.choose_sample(scans, GATE_BYTES if settings.tokenizer else TRAINING_BYTES)
     chosen = [(unit, mine, settings) for unit, mine in zip(all_units, rows, strict=True) if len(mine)]
     weights = [unit.num_bytes for unit, *_ in chosen]
-    return [
-        text for texts in team.run("sampling for the tokenizer", encoding.read_rows, chosen, weights) for text in texts
-    ]
+    texts = team.run("sampling for the tokenizer", encoding.read_rows, chosen, weights)
+    return [text for part in texts for text in part]
 
 
 def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) -> None:
@@ -476,9 +482,7 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -
     with open(work.result / "text" / "validation.txt", "wb") as file:
         for number in range(len(all_units)):
             file.write(read_array(work, number, "validation_text").tobytes())
-    lines = [json.dumps(record) for record in cleaning.list_malformed([unit.source for unit in all_units], scans)]
-    if lines:
-        write_atomically(work.result / "malformed.jsonl", "".join(f"{line}\n" for line in lines))
+    _write_malformed(work.result / "malformed.jsonl", all_units, scans)
     for part in work.result.rglob(".*.part"):  # of a process that was killed while it wrote
         part.unlink()
 
