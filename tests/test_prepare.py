@@ -415,6 +415,15 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     prepared(tmp_path)
 
 
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(preparing.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"its file system has no locks \(No locks available\)"):
+        prepared(tmp_path)
+
+
 STOPPED = """
 import sys, time
 from bigmodel.__main__ import main
