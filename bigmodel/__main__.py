@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from bigmodel.config import UserError, load_settings
-from bigmodel.rundir import EXIT_FAILED, EXIT_USER
+from bigmodel.rundir import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -40,11 +40,24 @@ def bigmodel(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True
 
 
 @app.command()
-def prepare(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006 - typer reads the default
-    """Raw text to verified shards: corpus, tokenizer, MDS shards, manifest."""
+def prepare(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006 - typer reads the default
+    tokenizer: Annotated[
+        str, typer.Option(metavar="train|PATH", help="train one, or a tokenizer.json or Hugging Face folder")
+    ] = "",
+    scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="a Dask scheduler whose workers do it")] = "",
+) -> None:
+    """Raw text to verified shards: corpus, tokenizer, MDS shards, manifest. Killed, it goes on where it stopped."""
     from bigmodel.data.prepare import prepare as run
 
-    run(load_settings(run_file, override))
+    given = {"tokenizer": tokenizer, "scheduler": scheduler}
+    options = [f"prepare.{name}={json.dumps(value)}" for name, value in given.items() if value]
+    try:
+        run(load_settings(run_file, [*override, *options]))
+    except KeyboardInterrupt:
+        print("bigmodel: stopped; finished units are kept, the same command goes on from them", file=sys.stderr)
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 @app.command()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -36,8 +36,21 @@ class SourceSettings(Section):
     """One named source of documents to prepare."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="source name; becomes a folder")
-    files: list[str] = Field(min_length=1, description="paths or glob patterns: .parquet, .jsonl, .jsonl.gz, .txt")
-    column: str = Field("text", description="column that holds the text (Parquet and JSONL)")
+    files: list[str] = Field(
+        min_length=1,
+        description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "
+        ".arrow, .jsonl (also .gz, .zst) or .txt files",
+    )
+    column: str = Field("text", description="column that holds the text; a.b is field b of column a")
+    target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
+
+
+class DecontaminationSettings(Section):
+    """Documents that share a run of words with evaluation text are dropped."""
+
+    files: list[str] = Field(min_length=1, description="evaluation files, of the same kinds as a source's")
+    column: str = Field("text", description="column that holds their text")
+    ngram: int = Field(13, ge=1, description="length of the run, in words, without case and punctuation")
 
 
 class PrepareSettings(Section):
@@ -47,17 +60,37 @@ class PrepareSettings(Section):
     vocabulary: int = Field(
         32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included"
     )
-    tokenizer: Path | None = Field(None, description="a tokenizer.json to use instead of training one")
+    tokenizer: Path | None = Field(
+        None, description='"train", or a tokenizer.json or Hugging Face tokenizer folder to use instead'
+    )
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
     shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
-    workers: int = Field(0, ge=0, description="tokenizing processes; 0: one per core")
+    unicode_nfc: bool = Field(False, description="bring text into Unicode's composed normal form")
+    remove_control_characters: bool = Field(False, description="remove them all but tab, line feed, carriage return")
+    min_characters: int = Field(0, ge=0, description="shorter documents are dropped")
+    max_characters: int = Field(0, ge=0, description="longer documents are dropped; 0: no limit")
+    deduplicate: bool = Field(True, description="keep the first of equal texts over all sources")
+    decontaminate: DecontaminationSettings | None = None
+    malformed_share: float = Field(0.0, ge=0, le=1, description="records of a source that may be malformed (dropped)")
+    workers: int = Field(0, ge=0, description="processes; 0: one per core")
+    scheduler: str = Field("", description="address of a Dask scheduler whose workers do the work; empty: this machine")
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _train_means_none(cls, value: Any) -> Any:
+        return None if value == "train" else value
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> "PrepareSettings":
+    def _names_and_limits_make_sense(self) -> "PrepareSettings":
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"prepare.sources: two sources are named {name!r}; give each its own name")
+        if self.max_characters and self.max_characters < self.min_characters:
+            raise ValueError(
+                f"prepare.max_characters = {self.max_characters} is below prepare.min_characters = "
+                f"{self.min_characters}: no document would be left; raise it, or set 0 for no limit"
+            )
         return self
 
 

@@ -1,30 +1,31 @@
-"""Which documents are kept, for what reason others are not, and on which side of the split they fall."""
+"""Every format gives the same rows, however it is cut; what a user can get wrong is named."""
 
-import ast
 import gzip
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from bigmodel.config import SourceSettings, UserError
 from bigmodel.data import corpus
-from bigmodel.data.corpus import DUPLICATE, KEPT
+from bigmodel.data.corpus import Malformed
 
 TEXTS = [f"document {number}: " + "été " * number for number in range(40)]
 
 
-def units_of(*files: Path, column: str = "text", name: str = "a") -> list[corpus.Unit]:
-    return corpus.plan_units(
-        corpus.find_source(SourceSettings(name=name, files=[str(f) for f in files], column=column))
-    )
+def units_of(*files: Path | str, column: str = "text", name: str = "a", target: str | None = None) -> list[corpus.Unit]:
+    settings = SourceSettings(name=name, files=[str(f) for f in files], column=column, target_column=target)
+    return corpus.plan_units(corpus.find_source(settings))
 
 
-def texts_of(*files: Path, column: str = "text") -> list[object]:
-    return [text for unit in units_of(*files, column=column) for text, _ in corpus.read_unit(unit)]
+def rows_of(*files: Path | str, column: str = "text", target: str | None = None) -> list[object]:
+    return [row for unit in units_of(*files, column=column, target=target) for row, _ in corpus.read_unit(unit)]
+
+
+def texts_of(*files: Path | str, column: str = "text") -> list[object]:
+    return [row[0] if isinstance(row, tuple) else row for row in rows_of(*files, column=column)]
 
 
 def write_jsonl(path: Path, values: list[object]) -> Path:
@@ -38,19 +39,80 @@ def write_parquet(path: Path, values: list[object], kind: pyarrow.DataType | Non
     return path
 
 
+def write_arrow(path: Path, values: list[object], stream: bool = False) -> Path:
+    table = pyarrow.table({"text": values, "id": list(range(len(values)))})
+    opener = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with opener(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return path
+
+
 def test_every_format_gives_the_same_documents_in_order(tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as stream:
+        stream.write(plain.read_bytes())
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number:02}.txt").write_bytes(text.encode())
     assert texts_of(plain) == TEXTS
     assert texts_of(packed) == TEXTS
+    assert texts_of(tmp_path / "a.jsonl.zst") == TEXTS
     assert texts_of(tmp_path / "*.txt") == TEXTS
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
         file = write_parquet(tmp_path / "a.parquet", TEXTS, kind)
         assert texts_of(file) == TEXTS
         assert len(units_of(file)) == 6  # 40 rows in groups of 7: read a group at a time
+    file = write_arrow(tmp_path / "a.arrow", TEXTS)
+    assert texts_of(file) == TEXTS
+    assert len(units_of(file)) == 6
+    assert texts_of(write_arrow(tmp_path / "stream.arrow", TEXTS, stream=True)) == TEXTS
+
+
+def test_two_gzip_members_in_one_file_are_both_read(tmp_path: Path) -> None:
+    plain = write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes()
+    half = plain.index(b"\n", len(plain) // 2) + 1
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain[:half]) + gzip.compress(plain[half:]))
+    assert texts_of(tmp_path / "a.jsonl.gz") == TEXTS
+
+
+def test_a_nested_column_is_named_by_its_path_and_a_null_around_it_is_a_null(tmp_path: Path) -> None:
+    records = [
+        {"page": {"body": {"text": "one"}}},
+        {"page": None},
+        {"page": {"body": None}},
+        {"page": {"body": {"text": "two"}}},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = pyarrow.Table.from_pylist(records)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.jsonl", "a.parquet", "a.arrow"):
+        assert texts_of(tmp_path / name, column="page.body.text") == ["one", None, None, "two"]
+    for name in ("a.jsonl", "a.parquet", "a.arrow"):
+        with pytest.raises(UserError, match=r"has no column 'page.text'; it has 'page', 'page.body', 'page.body.text'"):
+            texts_of(tmp_path / name, column="page.text")
+    with pytest.raises(UserError, match=r"column 'page.body' holds struct"):
+        texts_of(tmp_path / "a.parquet", column="page.body")
+
+
+def test_a_column_whose_own_name_has_a_dot_is_found(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"a.b": ["x", "y"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"a.b": "x"}\n{"a.b": "y"}\n')
+    assert texts_of(tmp_path / "a.parquet", column="a.b") == texts_of(tmp_path / "a.jsonl", column="a.b") == ["x", "y"]
+
+
+def test_a_pair_has_two_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"de": "Haus", "en": "house"}\n{"de": "Hund", "en": null}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"en": ["house", None], "de": ["Haus", "Hund"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert rows_of(tmp_path / name, column="de", target="en") == [("Haus", "house"), ("Hund", None)]
+        with pytest.raises(UserError, match=r"has no column 'fr'.*set `target_column`"):
+            rows_of(tmp_path / name, column="de", target="fr")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="a text file has no columns"):
+        rows_of(tmp_path / "a.txt", target="en")
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 50, 333, 1 << 20])
@@ -62,85 +124,43 @@ def test_a_jsonl_file_cut_anywhere_gives_every_line_once(tmp_path: Path, monkeyp
     assert texts_of(file) == TEXTS
 
 
-def test_rows_are_kept_or_dropped_for_one_reason_and_add_up(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", ["one", None, "", " \n", "two", "one", "\ud800", "three"])
-    scans = [corpus.scan_unit(unit, 0.5) for unit in units_of(file)]
-    corpus.mark_duplicates(scans)
-    assert corpus.count_reasons(scans) == {
-        "read": 8,
-        "kept": 3,
-        "null": 1,
-        "empty": 2,
-        "invalid_unicode": 1,
-        "duplicate": 1,
-    }
+@pytest.mark.parametrize("unit_bytes", [30, 1 << 20])
+def test_malformed_records_come_out_with_place_and_reason(tmp_path: Path, monkeypatch, unit_bytes: int) -> None:
+    monkeypatch.setattr(corpus, "UNIT_BYTES", unit_bytes)
+    file = tmp_path / "a.jsonl"
+    lines = [b'{"text": "x"}', b"", b'{"text": ', b"[1]", b'{"text": "\xe9"}', b'{"text": 7}', b'{"text": "\\ud800"}']
+    file.write_bytes(b"\n".join([*lines, b'{"text": "last"}']))
+    rows = rows_of(file)
+    assert (rows[0], rows[-1]) == (("x",), ("last",))
+    malformed = rows[1:-1]
+    assert all(isinstance(row, Malformed) and row.file == str(file) for row in malformed)
+    found = [(row.place, row.reason.partition(":")[0]) for row in malformed if isinstance(row, Malformed)]
+    assert found == [
+        ("line 3", "not valid JSON"),
+        ("line 4", "a list, not a JSON object"),
+        ("line 5", "not UTF-8"),
+        ("line 6", "'text' is int, not text"),
+        ("line 7", "'text' holds half of a surrogate pair, which no encoding has"),
+    ]
 
 
-def test_bytes_that_are_not_utf8_are_dropped_from_parquet_and_their_neighbours_are_not(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_malformed_and_their_neighbours_are_not(tmp_path: Path) -> None:
     bad = pyarrow.array([b"fine", b"\xff\xfe", None, b"also fine"], pyarrow.binary()).view(pyarrow.string())
-    file = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), file)
-    scan = corpus.scan_unit(units_of(file)[0], 0.5)
-    assert corpus.count_reasons([scan])["invalid_unicode"] == 1
-    assert corpus.count_reasons([scan])["kept"] == 2
-
-
-def test_a_text_is_kept_once_over_all_sources_and_the_first_stays(tmp_path: Path) -> None:
-    first = write_jsonl(tmp_path / "a.jsonl", ["x", "y"])
-    second = write_jsonl(tmp_path / "b.jsonl", ["y", "z", "x", "z"])
-    scans = [corpus.scan_unit(units_of(file)[0], 0.5) for file in (first, second)]
-    corpus.mark_duplicates(scans)
-    assert scans[0].status.tolist() == [KEPT, KEPT]
-    assert scans[1].status.tolist() == [DUPLICATE, KEPT, DUPLICATE, DUPLICATE]
-
-
-def test_adding_documents_moves_none_between_train_and_validation(tmp_path: Path) -> None:
-    def sides(texts: list[str]) -> dict[str, bool]:
-        scan = corpus.scan_unit(units_of(write_jsonl(tmp_path / "a.jsonl", texts))[0], 0.3)
-        return dict(zip(texts, scan.validation.tolist(), strict=True))
-
-    few = sides(TEXTS[:20])
-    many = sides(TEXTS[::-1])
-    assert all(many[text] == side for text, side in few.items())
-    assert 4 <= sum(many.values()) <= 20  # 30% of 40, so neither side is empty by accident
-
-
-def test_documents_of_one_key_are_on_the_same_side(tmp_path: Path) -> None:
-    sides = {corpus.is_validation("json/decoder.py", bytes(16) + bytes([n * 12]) * 8, 0.5) for n in range(20)}
-    assert len(sides) == 1
-    by_text = {corpus.is_validation(None, bytes(16) + bytes([n * 12]) * 8, 0.5) for n in range(20)}
-    assert by_text == {True, False}
-
-
-def test_a_sample_is_of_the_train_split_within_its_limit_and_does_not_depend_on_order(tmp_path: Path) -> None:
-    def sample(texts: list[str], limit: int) -> set[str]:
-        units = units_of(write_parquet(tmp_path / "a.parquet", texts))
-        scans = [corpus.scan_unit(unit, 0.3) for unit in units]
-        chosen = corpus.choose_sample(scans, limit)
-        assert not any(scan.validation[rows].any() for scan, rows in zip(scans, chosen, strict=True))
-        return {
-            text
-            for unit, rows in zip(units, chosen, strict=True)
-            for row, (text, _) in enumerate(corpus.read_unit(unit))
-            if row in rows
-        }
-
-    some = sample(TEXTS, 1000)
-    assert some == sample(TEXTS[::-1], 1000)
-    assert 0 < sum(len(text.encode()) for text in some) <= 1000
-    assert some < sample(TEXTS, 10**9)
-    assert len(sample(TEXTS, 1)) == 1
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    place = Malformed(str(tmp_path / "a.parquet"), "row 2 of row group 0", "not UTF-8", 2)
+    assert texts_of(tmp_path / "a.parquet") == ["fine", place, None, "also fine"]
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    assert isinstance(texts_of(tmp_path / "latin.txt")[0], Malformed)
 
 
 def test_what_a_user_can_get_wrong_is_named_with_a_remedy(tmp_path: Path) -> None:
     parquet = write_parquet(tmp_path / "a.parquet", TEXTS)
     jsonl = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    arrow = write_arrow(tmp_path / "a.arrow", TEXTS)
     (tmp_path / "cut.parquet").write_bytes(parquet.read_bytes()[:-20])
+    (tmp_path / "cut.arrow").write_bytes(arrow.read_bytes()[:-20])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes())[:-20])
     (tmp_path / "a.csv").write_text("x")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    (tmp_path / "list.jsonl").write_text('{"text": "x"}\n[1]\n')
-    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
     cases = [
         ("none*.jsonl", "text", "matches nothing"),
         ("missing.parquet", "text", "matches nothing"),
@@ -148,18 +168,16 @@ def test_what_a_user_can_get_wrong_is_named_with_a_remedy(tmp_path: Path) -> Non
         ("a.csv", "text", "unknown extension; known are .parquet"),
         ("a.parquet", "body", "has no column 'body'; it has 'text', 'id'"),
         ("a.jsonl", "body", "has no column 'body'; it has 'text', 'id'"),
+        ("a.arrow", "body", "has no column 'body'; it has 'text', 'id'"),
         ("a.parquet", "id", "holds int64, not text"),
-        ("a.jsonl", "id", "line 1: 'id' is int, not text"),
-        ("cut.parquet", "text", "cannot be read as Parquet"),
+        ("cut.parquet", "text", "cannot be read"),
+        ("cut.arrow", "text", "cannot be read"),
         ("cut.jsonl.gz", "text", "cannot be read"),
-        ("latin.txt", "text", "cannot be read as UTF-8"),
-        ("list.jsonl", "text", "line 2 is a list, not a JSON object"),
-        ("broken.jsonl", "text", "line 3 is not valid JSON"),
     ]
     for name, column, message in cases:
         with pytest.raises(UserError) as error:
             texts_of(tmp_path / name, column=column)
-        assert message in str(error.value)
+        assert message in str(error.value), (name, error.value)
         assert name in str(error.value)
 
 
@@ -167,91 +185,8 @@ def test_the_corpus_hash_changes_with_content_order_and_column(tmp_path: Path) -
     a, b = write_jsonl(tmp_path / "a.jsonl", ["x"]), write_jsonl(tmp_path / "b.jsonl", ["y"])
 
     def digest(*files: Path, column: str = "text") -> str:
-        return corpus.corpus_hash([corpus.Source("s", files, column)])
+        return corpus.corpus_hash([corpus.Source("s", tuple(map(str, files)), (column,))])
 
     digests = [digest(a), digest(a, b), digest(b, a), digest(a, column="id")]
     write_jsonl(a, ["z"])
     assert len({*digests, digest(a)}) == 5
-
-
-MODULE = '''\
-"""Module words."""
-
-import os
-
-
-class A:
-    """Class words,
-
-    twice: é.
-    """
-
-    x = 1
-
-    def method(self):
-        """Method words."""
-
-    async def other(self):
-        """Other words."""
-        return """not documentation"""
-
-
-def short(): "stays"
-'''
-
-
-def test_documentation_strings_leave_the_code_and_nothing_else_does() -> None:
-    assert corpus.strip_docstrings(MODULE) == (
-        "import os\n\n\nclass A:\n    x = 1\n\n    def method(self):\n        pass\n\n    async def other(self):\n"
-        '        return """not documentation"""\n\n\ndef short(): "stays"\n'
-    )
-
-
-def test_documentation_is_one_document_with_qualified_names() -> None:
-    assert corpus.module_documentation(ast.parse(MODULE), "m").startswith(
-        "m\n\nModule words.\n\nm.A\n\nClass words,\n\ntwice: é.\n\nm.A.method\n\nMethod words.\n\nm.A.other\n"
-    )
-
-
-def test_the_library_without_documentation_strings_is_the_same_program() -> None:
-    def without_documentation(tree: ast.AST) -> str:
-        for node in ast.walk(tree):
-            if isinstance(node, corpus._Documented) and ast.get_docstring(node) is not None:
-                keeps = node.body[0].lineno == getattr(node, "lineno", 0)  # shares the line of its `def`
-                empty = len(node.body) == 1 and not isinstance(node, ast.Module)
-                node.body = node.body if keeps else ([ast.Pass()] if empty else node.body[1:])
-        return ast.dump(tree)
-
-    modules = [(path, content) for path, content in corpus.standard_library() if path < "c"]
-    assert len(modules) > 50
-    for path, content in modules:
-        documents = corpus._documents_of(path, content)
-        assert documents is not None, path
-        code = documents[0][2]
-        assert without_documentation(ast.parse(code)) == without_documentation(ast.parse(content)), path
-
-
-def test_the_embedded_corpus_holds_code_and_documentation_under_the_module_as_key(tmp_path: Path) -> None:
-    modules = [("m.py", MODULE.replace("Module words.", "Module words. " * 20).encode()), ("bad.py", b"def (:\n")]
-    sources, dropped = corpus.write_embedded_corpus(tmp_path / "corpus", modules)
-    assert [source.name for source in sources] == ["code", "docs"]
-    assert dropped["code"] == {"not_parsed": 1, "too_short": 0}
-    rows = [list(corpus.read_unit(corpus.plan_units(source)[0])) for source in sources]
-    assert [key for source in rows for _, key in source] == ["m.py", "m.py"]
-    assert "Class words" in str(rows[1])
-    assert "Class words" not in str(rows[0])
-
-
-def test_the_standard_library_is_there_without_tests_and_build_settings() -> None:
-    paths = [path for path, _ in corpus.standard_library()]
-    assert {"json/decoder.py", "pydoc_data/topics.py"} <= set(paths)
-    assert not any("/test/" in f"/{path}" or "site-packages" in path or "_sysconfigdata" in path for path in paths)
-    assert paths == sorted(paths)
-    assert len(paths) > 400
-
-
-def test_an_empty_list_of_scans_is_no_error() -> None:
-    corpus.mark_duplicates([])
-    empty = corpus.Scan(np.zeros(0, np.uint8), np.zeros((0, 2), np.uint64), np.zeros(0, bool), np.zeros(0, np.int64))
-    corpus.mark_duplicates([empty])
-    assert corpus.count_reasons([empty])["read"] == 0

@@ -31,6 +31,8 @@ ONE_FILE = {
     "deepspeed": "bigmodel.training.engine",
     "streaming": "bigmodel.data.shards",
     "prometheus_client": "bigmodel.metrics",
+    "distributed": "bigmodel.data.units",
+    "fsspec": "bigmodel.data.files",
 }
 
 

@@ -1,7 +1,9 @@
-"""From text to a prepared folder: the same bytes whoever does the work, whole or not there at all."""
+"""From text to a prepared folder: the same bytes whoever does the work and however often it is killed."""
 
 import errno
 import fcntl
+import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,12 +22,13 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from bigmodel.__main__ import app, main
 from bigmodel.baselines import xz_bits_per_byte
-from bigmodel.config import UserError
-from bigmodel.data import corpus
+from bigmodel.config import Settings, UserError
+from bigmodel.data import cleaning, corpus, embedded, encoding, mds, units
 from bigmodel.data import prepare as preparing
 from bigmodel.data.prepare import prepare, quiet, summary, verify
-from bigmodel.data.shards import Manifest, ShardStore, ShardWriter
+from bigmodel.data.shards import Manifest, ShardStore
 from bigmodel.data.tokenizer import Tokenizer
 from tests.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
 
@@ -62,13 +67,20 @@ def test_the_manifest_counts_what_is_there(home: Path) -> None:
         "kept": 100,
         "null": 1,
         "empty": 1,
-        "invalid_unicode": 0,
+        "malformed": 0,
+        "too_short": 0,
+        "too_long": 0,
+        "contaminated": 0,
         "duplicate": 1,
     }
     assert manifest.rows["letters"]["read"] == manifest.rows["letters"]["kept"] == 50
     assert manifest.total("train", "documents") + manifest.total("validation", "documents") == 150
     text_bytes = sum(len(text.encode()) for text in NEWS + LETTERS)
     assert manifest.total("train", "text_bytes") + manifest.total("validation", "text_bytes") == text_bytes
+    for name, counts in manifest.row_bytes.items():
+        assert counts["kept"] == sum(manifest.counts[name][split]["text_bytes"] for split in ("train", "validation"))
+        assert counts["read"] == sum(number for reason, number in counts.items() if reason != "read")
+    assert manifest.row_bytes["news"]["duplicate"] == len(NEWS[3].encode())
     assert (manifest.vocabulary, manifest.dtype, manifest.encoder) == (300, "uint16", "tiktoken")
     assert sum(manifest.statistics["histogram"].values()) == 150
 
@@ -97,10 +109,12 @@ def test_processes_and_repeats_change_no_byte(home: Path, tmp_path: Path, monkey
         return ProcessPoolExecutor(number, **options)
 
     monkeypatch.setattr(preparing, "INLINE_BYTES", 0)
-    monkeypatch.setattr(preparing, "ProcessPoolExecutor", start)
+    monkeypatch.setattr(units, "ProcessPoolExecutor", start)
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)  # nor does it matter how the sources are cut
     prepare(settings, quiet())
     assert started == [2]
     assert content(tmp_path / "again") == expected
+    assert not (tmp_path / "again.partial").exists()
 
 
 def test_prepared_again_from_the_same_text_nothing_is_done_and_it_says_so(home: Path) -> None:
@@ -132,75 +146,247 @@ def test_a_folder_made_from_other_settings_or_text_is_refused_and_kept(home: Pat
     assert content(tmp_path / "data") == {"thesis.txt": b"precious"}
 
 
-def disk_is_full(*_: object) -> None:
+def partial_files(folder: Path) -> list[str]:
+    """Files of finished units, without the fingerprint before them."""
+    found = [file.relative_to(folder / "data.partial") for file in (folder / "data.partial").rglob("*.npz")]
+    return sorted(file.relative_to(file.parts[0]).as_posix() for file in found)
+
+
+def disk_is_full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", [(ShardWriter, "write"), (ShardWriter, "close"), (preparing, "describe_files")])
-def test_a_disk_that_becomes_full_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str]
+@pytest.mark.parametrize(
+    ("place", "kept"),
+    [
+        ((cleaning, "write_arrays"), 0),
+        ((preparing, "save_array"), 4),
+        ((mds, "encode_shard"), 8),
+        ((preparing, "describe_files"), 8),
+    ],
+)
+def test_a_disk_that_becomes_full_keeps_finished_units_and_says_how_to_go_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[object, str], kept: int
 ) -> None:
-    monkeypatch.setattr(*place, disk_is_full)
-    with pytest.raises(UserError, match="the disk became full; what was written is removed"):
-        prepared(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+    settings = elsewhere(tiny_settings(home), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, disk_is_full)
+        with pytest.raises(UserError, match=rf"the disk became full; {kept} finished units are kept. Free space and"):
+            prepare(settings, quiet())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.partial"]
+    assert len(partial_files(tmp_path)) == kept
+    prepare(settings, quiet())
+    assert content(tmp_path / "data") == content(home / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_any_other_error_leaves_nothing_behind_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare up to the manifest, and stop."""
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "describe_files", disk_is_full)
+        with pytest.raises(UserError, match="the disk became full"):
+            prepare(settings, quiet())
+
+
+def elsewhere(settings: Settings, folder: Path) -> Settings:
+    """The same preparation into `folder`/data."""
+    data = settings.data.model_copy(update={"directory": folder / "data"})
+    return settings.model_copy(update={"data": data})
+
+
+def test_any_other_error_keeps_them_too(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(preparing, "length_statistics", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        prepared(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "length_statistics", fail)
+        with pytest.raises(RuntimeError, match="a bug"):
+            prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
+    assert len(partial_files(tmp_path)) == 8
+    monkeypatch.setattr(cleaning, "scan_unit", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(mds, "encode_shard", lambda *_: pytest.fail("wrote a shard again"))
+    prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
+    assert content(tmp_path / "data") == content(home / "data")
 
 
-def test_a_disk_without_room_is_refused_before_shards_are_written(
+def test_a_disk_without_room_is_refused_before_tokens_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ShardWriter, "write", lambda *_: pytest.fail("wrote a shard"))
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    with pytest.raises(UserError, match=r"needs about 17 MB, 1 MB are free"):
+    with pytest.raises(UserError, match=r"needs about 17 MB, 1 MB are free.*\n4 finished units are kept"):
         prepared(tmp_path)
     assert not (tmp_path / "data").exists()
 
 
+def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = iter([10**9, 10**9, 10**6])  # before tokenizing, and after the first and the second unit
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, next(room)))
+        with pytest.raises(UserError, match="the disk became full; 6 finished units are kept"):
+            prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
+    prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
+    assert content(tmp_path / "data") == content(home / "data")
+
+
+def prepare_slowly(home: Path, folder: Path, started: Connection) -> None:
+    """In a process to kill: prepare, slowed where a file is about to take its place."""
+    replace = os.replace
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.01)
+        replace(*arguments)
+
+    os.replace = slow
+    corpus.UNIT_BYTES = 5000
+    started.send("started")
+    prepare(elsewhere(tiny_settings(home), folder), quiet())
+
+
+def test_killed_at_any_moments_the_result_is_that_of_an_undisturbed_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_prepare"])
+    settings = elsewhere(tiny_settings(home), tmp_path)
+    random, grown, kills, code = Random(5), [0], 0, None
+    while code != 0:
+        starts, started = context.Pipe(duplex=False)
+        victim = context.Process(target=prepare_slowly, args=(home, tmp_path, started))
+        victim.start()
+        started.close()
+        assert starts.recv() == "started"  # importing may take seconds
+        victim.join(random.uniform(0.05, 0.3 + 0.1 * kills))  # longer and longer, so that it ends on any machine
+        victim.kill()
+        victim.join()
+        code = victim.exitcode
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+        if (tmp_path / "data").exists():
+            assert content(tmp_path / "data") == content(home / "data")
+        elif code:
+            grown.append(len(partial_files(tmp_path)))
+    assert kills >= 3
+    assert len(set(grown)) >= 3  # they hit different stages
+    assert grown == sorted(grown)  # and nothing that was finished was lost
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)
+    prepare(settings, quiet())
+    assert content(tmp_path / "data") == content(home / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_damaged_file_of_a_finished_unit_is_made_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = elsewhere(tiny_settings(home), tmp_path)
+    interrupt(settings, monkeypatch)
+    work = next((tmp_path / "data.partial").iterdir())
+    for file in (
+        work / "scan" / "00000.npz",
+        work / "encoded" / "00001.npz",
+        work / "result/train/news/shard.00001.mds",
+    ):
+        file.write_bytes(file.read_bytes()[:-40])
+    encoded = work / "encoded" / "00002.npz"
+    whole = encoded.read_bytes()
+    place = whole.index(b"PK", 4) - 1  # the last byte of the first array
+    encoded.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    shutil.rmtree(work / "result" / "train" / "letters")  # so that its shards are made from the units again
+    prepare(settings, quiet())
+    assert content(tmp_path / "data") == content(home / "data")
+
+
+def test_what_other_settings_or_other_text_left_is_not_taken(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for changes in ({"validation_share": 0.4}, {"vocabulary": 301}, {"deduplicate": False}):
+        interrupt(elsewhere(tiny_settings(home, **changes), tmp_path), monkeypatch)
+    console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
+    prepare(elsewhere(tiny_settings(home), tmp_path), Progress(console=console, disable=True))
+    assert "left by other text, settings or versions; deleted, starting over" in console.export_text()
+    assert content(tmp_path / "data") == content(home / "data")
+
+
+def test_units_of_a_file_that_was_changed_since_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    settings = tiny_settings(tmp_path, sources=[{"name": "a", "files": [str(file)], "column": "body"}])
+
+    def write(word: str) -> None:
+        file.write_text("".join(json.dumps({"body": text.replace("year", word)}) + "\n" for text in NEWS))
+
+    write("week")  # as long as the other: only the content differs
+    interrupt(settings, monkeypatch)
+    write("year")
+    stored = set(documents(prepare(settings, quiet()), "train", "a"))
+    assert stored < set(NEWS)
+    assert sum("year" in text for text in stored) > 10
+
+
+def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, tmp_path: Path) -> None:
+    sources = tiny_settings(home).prepare.model_dump()["sources"]
+    news = tmp_path / "news.jsonl"
+    news.write_bytes(b'{"body": 3}\n' + (home / "text" / "news.jsonl").read_bytes() + b'\xff\n{"body": "last"}\n[]\n')
+    sources[0]["files"] = [str(news)]
+    with pytest.raises(
+        UserError, match=r"news.jsonl: line 1: 'body' is int, not text; mend or drop it, or set prepare.m"
+    ):
+        prepared(tmp_path, sources=sources)
+    with pytest.raises(
+        UserError, match=r"'news': 3 of 107 records are malformed.*malformed_share = 0.02; the first is"
+    ):
+        prepared(tmp_path, sources=sources, malformed_share=0.02)
+    lists = [file.read_text() for file in (tmp_path / "data.partial").rglob("malformed.jsonl")]
+    assert [len(text.splitlines()) for text in lists] == [3]
+    console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
+    settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
+    prepare(settings, Progress(console=console, disable=True))
+    assert "going on from 4 finished units" in console.export_text()
+    manifest = Manifest.read(tmp_path / "data")
+    assert (manifest.rows["news"]["malformed"], manifest.rows["news"]["kept"]) == (3, 101)
+    assert manifest.row_bytes["news"]["malformed"] == len(b'{"body": 3}\n\xff\n[]\n')
+    listed = [json.loads(line) for line in (tmp_path / "data" / "malformed.jsonl").read_text().splitlines()]
+    assert [(record["source"], record["file"], record["place"]) for record in listed] == [
+        ("news", str(news), "line 1"),
+        ("news", str(news), "line 105"),
+        ("news", str(news), "line 107"),
+    ]
+    assert "malformed.jsonl" in manifest.files
+    assert verify(tmp_path / "data") == []
+
+
 KILLED = """
-import sys, time
+import sys
 from pathlib import Path
-from bigmodel.data import prepare as preparing
-from tests.tiny_corpus import prepared
+from bigmodel.data import corpus, prepare as preparing
+from tests.test_prepare import elsewhere
+from tests.tiny_corpus import tiny_settings
 if __name__ == "__main__":
     preparing.INLINE_BYTES = 0
-    def write_and_wait(output, source, encoded):
-        (output._directory / "half").write_text(source)
-        print("written", flush=True)
-        time.sleep(600)
-    preparing._Output.write = write_and_wait
-    prepared(Path(sys.argv[1]), workers=2)
+    corpus.UNIT_BYTES = 5000
+    preparing.prepare(elsewhere(tiny_settings(Path(sys.argv[1]), workers=2), Path(sys.argv[2])), preparing.quiet())
 """
 
 
-def test_killed_in_the_middle_the_next_run_starts_over_and_no_process_stays(home: Path, tmp_path: Path) -> None:
+def test_killed_with_its_processes_at_work_none_stays_and_another_number_of_them_goes_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     folder = tmp_path / "home"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    victim = subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE, text=True, env=environment)
-    assert victim.stdout is not None
-    assert victim.stdout.readline() == "written\n"
+    victim = subprocess.Popen([sys.executable, script, home, folder], env=environment)
+    wait_until(lambda: len(partial_files(folder)) >= 2)
     children = Path(f"/proc/{victim.pid}/task/{victim.pid}/children").read_text().split()
     assert len(children) >= 2
     victim.kill()
     victim.wait()
     assert not (folder / "data").exists()
-    assert (folder / "data.partial" / "half").exists()
     wait_until(lambda: not any(is_alive(int(child)) for child in children))
-    prepared(folder)
-    ours, undisturbed = content(folder / "data"), content(home / "data")
-    assert ours.pop("manifest.json") != undisturbed.pop("manifest.json")  # the sources' paths differ
-    assert ours == {name: value for name, value in undisturbed.items() if name != "manifest.json"}
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)
+    assert 2 <= len(partial_files(folder)) < 2 * 13
+    prepare(elsewhere(tiny_settings(home, workers=1), folder), quiet())
+    assert content(folder / "data") == content(home / "data")
     assert not (folder / "data.partial").exists()
 
 
@@ -229,18 +415,57 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     prepared(tmp_path)
 
 
-def die(_: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(preparing.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"its file system has no locks \(No locks available\)"):
+        prepared(tmp_path)
 
 
-def test_a_killed_process_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "INLINE_BYTES", 0)
-    unit = corpus.Unit("a", (Path("a.txt"),), "text", None, 0, 0, 1)
-    with (
-        pytest.raises(UserError, match=r"a tokenizing process was killed.*lower prepare.workers"),
-        preparing._workers(2, [unit, unit]) as workers,
-    ):
-        list(workers.map(die, [(1,), (2,)]))
+STOPPED = """
+import sys, time
+from bigmodel.__main__ import main
+from bigmodel.data import encoding
+encode = encoding.encode_unit
+def encode_and_wait(*arguments):
+    encode(*arguments)
+    print("encoded", flush=True)
+    time.sleep(600)
+encoding.encode_unit = encode_and_wait
+main()
+"""
+
+
+def test_a_signal_stops_it_with_one_message_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    table = tiny_settings(tmp_path).prepare.model_dump(include={"vocabulary", "validation_share"})
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        "[prepare]\n"
+        + "".join(f"{name} = {value}\n" for name, value in table.items())
+        + f'[[prepare.sources]]\nname = "letters"\nfiles = ["{tmp_path}/text/letters.parquet"]\n'
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    victims = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        arguments = ["prepare", str(run_file), "--set", f"data.directory={tmp_path}/{number.name}"]
+        victims[number] = subprocess.Popen(
+            [sys.executable, "-c", STOPPED, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    for number, victim in victims.items():
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == "encoded\n"
+        victim.send_signal(number)
+        _, printed = victim.communicate(timeout=30)
+        assert victim.returncode == 3
+        assert printed == "bigmodel: stopped; finished units are kept, the same command goes on from them\n"
+        files = list((tmp_path / f"{number.name}.partial").rglob("*.npz"))
+        assert len(files) == 3 + 1  # three row groups read, one tokenized
 
 
 def test_sources_without_documents_and_empty_splits_are_refused(tmp_path: Path) -> None:
@@ -257,6 +482,44 @@ def test_sources_without_documents_and_empty_splits_are_refused(tmp_path: Path) 
         prepared(tmp_path, shard_tokens=2_000_000_000)
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ('name = "a"\nfiles = ["{0}/a.jsonl"]\ncolumn = "body"', ["has no column 'body'", "it has 'text', 'id'"]),
+        ('name = "a"\nfiles = ["{0}/cut.parquet"]', ["cut.parquet", "cannot be read"]),
+        ('name = "a"\nfiles = ["{0}/void.jsonl"]', ["'a': has no documents", "1 read, 1 null"]),
+        ('name = "a"\nfiles = ["{0}/bad.jsonl"]', ["bad.jsonl: line 2: not valid JSON", "prepare.malformed_share"]),
+        ('name = "a"\nfiles = ["{0}/a.jsonl"]', ["prepare.vocabulary = 32000", "set prepare.vocabulary to"]),
+        (
+            'name = "a"\nfiles = ["{0}/a.jsonl"]\n[[prepare.sources]]\nname = "a"\nfiles = ["{0}/a.jsonl"]',
+            ["two sources are named 'a'"],
+        ),
+    ],
+)
+def test_sources_that_cannot_be_prepared_are_one_message_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, words: list[str]
+) -> None:
+    texts = [json.dumps({"text": f"text number {n}", "id": n}) for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "void.jsonl").write_text('{"text": null}')
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text":\n')
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        f'[data]\ndirectory = "{tmp_path}/data"\n[[prepare.sources]]\n' + lines.replace("{0}", str(tmp_path))
+    )
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "prepare", str(run_file)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert printed.startswith("bigmodel: ")
+    assert "Traceback" not in printed
+    for word in words:
+        assert word in printed
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_given_tokenizer_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
     given = home / "data" / "tokenizer.json"
     directory = prepared(tmp_path, tokenizer=str(given), vocabulary=5000)
@@ -264,14 +527,105 @@ def test_a_given_tokenizer_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
     assert Manifest.read(directory).vocabulary == 300
 
 
+def test_the_command_takes_a_hugging_face_folder_and_keeps_its_names(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    description = json.loads((home / "data" / "tokenizer.json").read_text())
+    text = json.dumps(description).replace("<|bos|>", "<|open|>").replace("<|eos|>", "<|close|>")
+    (given / "tokenizer.json").write_text(text)
+    (given / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": {"content": "<|close|>"}, "x": 1}')
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        f'[data]\ndirectory = "{tmp_path}/data"\n[prepare]\ntokenizer = "train"\nvalidation_share = 0.2\n'
+        f'[[prepare.sources]]\nname = "letters"\nfiles = ["{home}/text/letters.parquet"]\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "prepare", str(run_file), "--tokenizer", str(given)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    manifest = Manifest.read(tmp_path / "data")
+    assert (manifest.bos, manifest.eos, manifest.vocabulary, manifest.document) == (1, 1, 300, "[bos] text [eos]")
+    assert Tokenizer.load(tmp_path / "data" / "tokenizer.json").bos == 1
+    assert json.loads((tmp_path / "data" / "tokenizer_config.json").read_text())["eos_token"] == "<|close|>"
+    stored = ShardStore(tmp_path / "data", "train").document("letters", 0, 0)
+    assert (stored[0], stored[-1]) == (1, 1)
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "prepare", str(run_file), "--tokenizer", "train"])
+    with pytest.raises(UserError, match=r"prepare.vocabulary was None, is 32000; prepare.tokenizer was"):
+        app(standalone_mode=False)
+
+
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "one"}\n')
-    unit = corpus.plan_units(corpus.Source("a", (file,), "text"))[0]
-    tokenizer = prepared(tmp_path / "home") / "tokenizer.json"
-    for kept in (np.ones(2, bool), np.zeros(0, bool)):
+    file.write_text('{"text": "one"}\n{"text": "two"}\n')
+    unit = corpus.plan_units(corpus.Source("a", (str(file),), ("text",)))[0]
+    settings = tiny_settings(tmp_path).prepare
+    scan = cleaning.scan_unit(unit, settings)
+    assert [texts for _, texts in encoding.kept_rows(unit, scan, settings)] == [("one",), ("two",)]
+    for changed in (
+        '{"text": "one"}\n',
+        '{"text": "one"}\n{"text": "two"}\n{}\n',
+        '{"text": "one"}\n{"text": "other"}\n',
+    ):
+        file.write_text(changed)
         with pytest.raises(UserError, match=r"a\.jsonl: changed while it was prepared"):
-            preparing._encode_unit(unit, kept, ~kept, str(tokenizer), True)
+            list(encoding.kept_rows(unit, scan, settings))
+
+
+def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
+    pairs = [{"de": f"Haus {n} " * (n % 9 + 9), "en": f"house {n}"} for n in range(60)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[7], {"de": "nur", "en": None}]))
+    source = {"name": "pairs", "files": [str(file)], "column": "de", "target_column": "en"}
+    directory = prepared(tmp_path, sources=[source], vocabulary=270, shard_tokens=1000)
+    manifest, store = Manifest.read(directory), ShardStore(directory, "train")
+    assert manifest.rows["pairs"] | {"read": 62, "kept": 60, "null": 1, "duplicate": 1} == manifest.rows["pairs"]
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    found, tokens = [], 0
+    assert store.num_shards("pairs") >= 2
+    for shard in range(store.num_shards("pairs")):
+        targets = np.load(directory / "train" / "pairs" / f"target_lengths.{shard:05}.npy")
+        assert len(targets) == len(store.lengths("pairs", shard))
+        store.document("pairs", shard, 0)
+        for row, length in enumerate(targets):
+            sample = store._readers["pairs", shard][row]
+            assert len(sample["target_tokens"]) == length
+            found.append({"de": tokenizer.decode(sample["tokens"]), "en": tokenizer.decode(sample["target_tokens"])})
+            tokens += int(length)
+    assert manifest.counts["pairs"]["train"]["target_tokens"] == tokens
+    assert found == [pair for pair in pairs if pair in found]
+    assert 30 < len(found) < 60
+    assert verify(directory) == []
+
+
+def test_cleaning_and_decontamination_reach_the_shards_and_the_manifest(home: Path, tmp_path: Path) -> None:
+    exam = tmp_path / "exam.txt"
+    exam.write_text(" ".join(NEWS[43].split()[2:30]))
+    directory = prepared(
+        tmp_path, min_characters=60, decontaminate={"files": [str(exam)], "ngram": 13}, unicode_nfc=True
+    )
+    rows = Manifest.read(directory).rows["news"]
+    assert rows["too_short"] == sum(len(text) < 60 for text in NEWS) > 0
+    assert rows["contaminated"] >= 1
+    assert rows["kept"] == 100 - rows["too_short"] - rows["contaminated"] > 50
+    stored = [*documents(directory, "train", "news"), *documents(directory, "validation", "news")]
+    assert NEWS[43] not in stored
+    assert Manifest.read(directory).recipe["decontaminate"]["ngram"] == 13
+    exam.write_text("another exam")
+    with pytest.raises(UserError, match=r"prepare.evaluation_sha256 was"):
+        prepared(tmp_path, min_characters=60, decontaminate={"files": [str(exam)], "ngram": 13}, unicode_nfc=True)
+
+
+def test_adding_data_moves_no_document_between_the_splits(home: Path, tmp_path: Path) -> None:
+    sources = tiny_settings(home).prepare.model_dump()["sources"]
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"body": f"one more document, number {n}"}) + "\n" for n in range(50)))
+    directory = prepared(tmp_path, sources=[{**sources[0], "files": [str(more), *sources[0]["files"]]}, sources[1]])
+    for split, at_least in (("train", 70), ("validation", 10)):
+        before, after = (set(documents(folder, split, "news")) for folder in (home / "data", directory))
+        assert before < after
+        assert len(before) >= at_least
 
 
 def test_verify_finds_every_damage_and_nothing_in_a_whole_folder(home: Path, tmp_path: Path) -> None:
@@ -310,8 +664,8 @@ def test_the_summary_shows_sources_splits_and_lengths(home: Path) -> None:
 
 
 def test_the_embedded_corpus_is_prepared_without_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = [(path, content) for path, content in corpus.standard_library() if len(content) < 20_000][:60]
-    monkeypatch.setattr(corpus, "standard_library", lambda: modules)
+    modules = [(path, content) for path, content in embedded.standard_library() if len(content) < 20_000][:60]
+    monkeypatch.setattr(embedded, "standard_library", lambda: modules)
     directory = prepared(tmp_path, sources=[], validation_share=0.2, shard_tokens=1_000_000)
     store = ShardStore(directory, "train")
     assert store.sources == ["code", "docs"]
@@ -319,6 +673,6 @@ def test_the_embedded_corpus_is_prepared_without_any_source(tmp_path: Path, monk
     assert {path.name for path in (directory / "corpus").iterdir()} == {"code.parquet", "docs.parquet"}
     assert verify(directory) == []
     prepared(tmp_path, sources=[], validation_share=0.2, shard_tokens=1_000_000)
-    monkeypatch.setattr(corpus, "standard_library", lambda: modules[1:])
+    monkeypatch.setattr(embedded, "standard_library", lambda: modules[1:])
     with pytest.raises(UserError, match="Python's standard library has other content now"):
         prepared(tmp_path, sources=[], validation_share=0.2, shard_tokens=1_000_000)

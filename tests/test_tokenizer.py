@@ -81,6 +81,15 @@ def test_a_stored_document_is_begin_text_end_in_the_smallest_dtype() -> None:
         assert stored[1:-1].tolist() == tokenizer.encode("return 1").tolist()
         assert tokenizer.decode(stored) == "return 1"
         assert tokenizer.encode_document("").tolist() == [0, 1]
+        several = tokenizer.encode_documents(TEXTS[:5])
+        assert [one.tolist() for one in several] == [tokenizer.encode_document(text).tolist() for text in TEXTS[:5]]
+        assert {one.dtype for one in several} == {np.dtype(np.uint16)}
+
+
+def test_what_another_process_found_of_the_fast_path_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "_compare", lambda *_: pytest.fail("compared"))
+    assert Tokenizer(TRAINED, fast=True).is_fast
+    assert not Tokenizer(TRAINED, fast=False).is_fast
 
 
 def test_a_vocabulary_above_65536_is_stored_in_32_bits() -> None:
@@ -137,3 +146,56 @@ def test_ids_out_of_merge_order_are_caught_by_the_equality_check_on_documents() 
 def test_a_million_spaces_are_encoded() -> None:
     fast, _ = both_paths()
     assert fast.decode(fast.encode(" " * 1_000_000)) == " " * 1_000_000
+
+
+def hugging_face_folder(folder: Path, special: list[str], **files: object) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(byte_level(special))
+    for name, table in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(table))
+    return folder
+
+
+def test_a_hugging_face_folder_says_what_begins_and_ends_a_document(tmp_path: Path) -> None:
+    names = ["<s>", "</s>", "<|open|>", "<|close|>"]  # the first two would be taken if nothing else were said
+    end = {"content": "<|close|>", "lstrip": False, "special": True}
+    cases = {
+        "config": ({"tokenizer_config": {"bos_token": "<|open|>", "eos_token": end}}, (2, 3)),
+        "map": ({"special_tokens_map": {"bos_token": "<|open|>", "eos_token": "<|close|>"}}, (2, 3)),
+        "both": (
+            {
+                "special_tokens_map": {"bos_token": "<s>"},
+                "tokenizer_config": {"bos_token": "<|open|>", "eos_token": end},
+            },
+            (2, 3),
+        ),
+        "end_only": ({"tokenizer_config": {"bos_token": None, "eos_token": "<|close|>"}}, (3, 3)),
+        "nothing": ({"tokenizer_config": {"model_max_length": 9}}, (0, 1)),
+    }
+    for name, (files, expected) in cases.items():
+        folder = hugging_face_folder(tmp_path / name, names, **files)
+        for path in (folder, folder / "tokenizer.json"):
+            tokenizer = Tokenizer.load(path)
+            assert (tokenizer.bos, tokenizer.eos) == expected, name
+            assert tokenizer.is_fast
+    wrong = hugging_face_folder(tmp_path / "wrong", names, tokenizer_config={"eos_token": "<eot>"})
+    with pytest.raises(UserError, match=r"lacks '<eot>', which the files beside it name"):
+        Tokenizer.load(wrong)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty/tokenizer\.json: cannot be read as a tokenizer"):
+        Tokenizer.load(tmp_path / "empty")
+
+
+def test_names_of_a_given_tokenizer_written_in_a_document_stay_text_on_both_paths(tmp_path: Path) -> None:
+    config = {"bos_token": "<|open|>", "eos_token": "<|close|>"}
+    folder = hugging_face_folder(tmp_path / "given", ["<|open|>", "<|close|>"], tokenizer_config=config)
+    fast, exact = Tokenizer.load(folder), Tokenizer.load(folder)
+    exact.use_exact()
+    assert fast.is_fast
+    text = "a<|open|>b<|close|>"
+    assert fast.encode(text).tolist() == exact.encode(text).tolist()
+    for tokenizer in (fast, exact):
+        stored = tokenizer.encode_document(text).tolist()
+        assert (stored[0], stored[-1]) == (0, 1)
+        assert not {0, 1} & set(stored[1:-1])
+        assert tokenizer.decode(stored) == text

@@ -1,32 +1,38 @@
-"""Preparing data: sources -> corpus -> tokenizer -> shards -> manifest.
+"""Preparing data: sources -> corpus -> cleaning -> tokenizer -> shards -> manifest.
 
 Takes the run file's `prepare` and `data.directory`. Gives the folder that `bigmodel.data.shards` describes.
 
-Guarantees: the same text, settings and Python give the same bytes, whatever the number of processes. The folder
-appears whole, by one rename of `<directory>.partial`, or not at all: an error or a full disk removes what was
-written, and after kill -9 the next run starts over. An existing folder is never altered.
+    <directory>.partial/<fingerprint of text, settings and versions>/
+      scan/00000.npz ...      a unit's rows, judged          duplicates.npy   over all units
+      encoded/00000.npz ...   a unit's tokens, by split      result/          what becomes <directory>
+
+Guarantees: the same text, settings and versions give the same bytes, whatever the number of processes, machines and
+interruptions: every file of a unit and every shard is a pure function of those, and is written whole by whoever does
+it. Killed at any moment, the next run goes on from the finished ones. The folder appears whole, by one rename, or not
+at all; an existing folder is never altered.
 
 Costs: the text is read three times (hash, scan, tokenize), by every core; tokenizing takes a second per 10 MB and
-core. The tokenizer is trained on at most 64 MB of the train split.
+core. The tokens are written twice, so until the end they take twice their room. The tokenizer is trained on at most
+64 MB of the train split.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import unicodedata
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import connection, get_context, parent_process
+from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -34,27 +40,33 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from bigmodel.config import PrepareSettings, Settings, UserError
-from bigmodel.data import corpus
-from bigmodel.data.corpus import Scan, Source, Unit
+from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError
+from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, mds, units
+from bigmodel.data.cleaning import Scan
+from bigmodel.data.corpus import Source, Unit
+from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.shards import (
-    LARGEST_SHARD_TOKENS,
     MANIFEST,
     SPLITS,
     Manifest,
-    ShardWriter,
     check_shards,
     describe_files,
     find_damage,
     length_statistics,
 )
-from bigmodel.data.tokenizer import Tokenizer, train
-from bigmodel.rundir import fsync_directory
+from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
+from bigmodel.data.units import Team
+from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
 
+UNIT_FORMAT = 1  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
+GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
+GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
 @dataclass(frozen=True)
@@ -68,15 +80,17 @@ class _Job:
     recipe: dict[str, Any]
     corpus_sha256: str
 
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
 
-@dataclass
-class _Encoded:
-    """Documents of a unit by split: stored tokens end to end, their lengths, UTF-8 bytes; validation text."""
-
-    tokens: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
-    text_bytes: dict[str, int]
-    validation_text: bytes
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the bytes of the result depend on."""
+        versions = [version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")]
+        everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, platform.python_version()]
+        everything += [unicodedata.unidata_version, versions]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Path:
@@ -84,22 +98,28 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
     settings. `progress`: where to show what happens; none: a live display of its own; `quiet()` shows nothing.
 
     Raises `UserError` for sources that cannot be read or are empty, a vocabulary the text cannot fill, a folder
-    made from something else, another preparation under way, and a disk that is or becomes full.
+    made from something else, another preparation under way, and a disk that is or becomes full. SIGTERM is taken
+    as Ctrl-C: `KeyboardInterrupt`. Whatever ends it, finished units are kept for the next run.
     """
     with contextlib.ExitStack() as stack:
         if progress is None:
             progress = stack.enter_context(live())
         job = _settle(settings)
-        if _is_made(job):
+        made = _is_made(job)
+        if made:
             progress.console.print(f"{job.target}: already prepared from this text and these settings; nothing to do")
-            return job.target
-        partial = job.target.with_name(job.target.name + ".partial")
-        with _claimed(partial):
-            _build_whole(job, partial, progress)
-        manifest = Manifest.read(job.target)
-        documents, tokens = (sum(manifest.total(split, what) for split in SPLITS) for what in ("documents", "tokens"))
-        progress.console.print(f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
-    return job.target
+        if not made or job.partial.exists():
+            with _claimed(job.partial), _stoppable():
+                if not _is_made(job):  # another run may have finished between
+                    _build_whole(job, progress)
+                shutil.rmtree(job.partial)
+        if not made:
+            manifest = Manifest.read(job.target)
+            documents, tokens = (
+                sum(manifest.total(split, what) for split in SPLITS) for what in ("documents", "tokens")
+            )
+            progress.console.print(f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
+    return settings.data.directory
 
 
 def live() -> Progress:
@@ -113,25 +133,33 @@ def quiet() -> Progress:
     return Progress(console=Console(quiet=True), disable=True)
 
 
+# ---- what is asked for, and is it there -----------------------------------------------------------------------
+
+
 def _settle(settings: Settings) -> _Job:
     wanted = settings.prepare
-    if wanted.shard_tokens > LARGEST_SHARD_TOKENS:
+    if wanted.shard_tokens > mds.LARGEST_SHARD_TOKENS:
         raise UserError(
             f"prepare.shard_tokens = {wanted.shard_tokens}: a shard file is at most 4 GiB; "
-            f"set it to {LARGEST_SHARD_TOKENS} or less"
+            f"set it to {mds.LARGEST_SHARD_TOKENS} or less"
         )
-    tokenizer_sha256 = Tokenizer.load(wanted.tokenizer).sha256 if wanted.tokenizer else None
     sources = [corpus.find_source(source) for source in wanted.sources]
-    modules = [] if sources else corpus.standard_library()
-    recipe = {
+    modules = [] if sources else embedded.standard_library()
+    recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
         "sources": [source.model_dump() for source in wanted.sources] or "embedded",
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
-        "tokenizer": tokenizer_sha256,
-        "validation_share": wanted.validation_share,
-        "shard_tokens": wanted.shard_tokens,
+        "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
     }
-    corpus_sha256 = corpus.corpus_hash(sources) if sources else corpus.embedded_hash(modules)
-    return _Job(settings.data.directory, wanted, sources, modules, recipe, corpus_sha256)
+    if wanted.decontaminate:
+        against = SourceSettings(name="evaluation", **wanted.decontaminate.model_dump(include={"files", "column"}))
+        recipe["evaluation_sha256"] = corpus.corpus_hash([corpus.find_source(against, "prepare.decontaminate")])
+    corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
+    return _Job(settings.data.directory.absolute(), wanted, sources, modules, recipe, corpus_sha256)
+
+
+def _describe_tokenizer(path: Path) -> dict[str, Any]:
+    tokenizer = Tokenizer.load(path, fast=False)
+    return {"sha256": tokenizer.sha256, "bos": tokenizer.bos, "eos": tokenizer.eos}
 
 
 def _is_made(job: _Job) -> bool:
@@ -155,82 +183,89 @@ def _is_made(job: _Job) -> bool:
     return True
 
 
+# ---- the folder under way -------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def _claimed(partial: Path) -> Iterator[None]:
-    """Hold an empty folder `partial` against other processes; the lock ends with this one, kill -9 included.
-
-    What a killed run left in it is deleted first; what is left of it at the end is deleted too.
-    """
+    """Hold the folder `partial` against other processes; the lock ends with this one, kill -9 included."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{partial}: cannot be made: {error.strerror}; choose another data.directory") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
-            raise BlockingIOError  # another run renamed it between our open and our lock
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            yield
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except BlockingIOError:
-        raise UserError(f"{partial}: another process is preparing this data now; wait for it or stop it") from None
+        _lock(partial, descriptor)
+        yield
     finally:
         os.close(descriptor)
 
 
-def _build_whole(job: _Job, partial: Path, progress: Progress) -> None:
+def _lock(partial: Path, descriptor: int) -> None:
     try:
-        _build(job, partial, progress)
-        _sync(partial)
-        os.rename(partial, job.target)
-        fsync_directory(job.target.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+            raise BlockingIOError  # another run removed it between our open and our lock
+    except BlockingIOError:
+        raise UserError(f"{partial}: another process is preparing this data now; wait for it or stop it") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
-            raise
         raise UserError(
-            f"{partial}: the disk became full; what was written is removed. Free space, or choose a data.directory "
-            "on another disk"
+            f"{partial}: its file system has no locks ({error.strerror}); choose another data.directory, or mount it "
+            "with flock"
         ) from None
 
 
-def _build(job: _Job, directory: Path, progress: Progress) -> None:
-    sources = job.sources
-    left_out: dict[str, dict[str, int]] = {}
-    if not sources:
-        task = progress.add_task("collecting Python's own text", total=None)
-        sources, left_out = corpus.write_embedded_corpus(directory / "corpus", job.modules)
-        progress.update(task, total=1, completed=1)
-    units = [unit for source in sources for unit in corpus.plan_units(source)]
-    with _workers(job.settings.workers, units) as workers:
-        scans = _scan(workers, units, job.settings.validation_share, progress)
-        rows = _count_rows(sources, units, scans, left_out)
-        path = directory / "tokenizer.json"
-        sample = _make_tokenizer(job.settings, path, workers, units, scans, progress)
-        tokenizer = Tokenizer.load(path, sample[:GATE_DOCUMENTS])
-        if not tokenizer.is_fast:
-            progress.console.print(f"tokenizing with the slower library: {tokenizer.slow_reason}")
-        _check_space(directory, scans, tokenizer.dtype)
-        counts, lengths = _encode(workers, units, scans, tokenizer, job.settings.shard_tokens, directory, progress)
-    text_bytes = sum(split["text_bytes"] for source in counts.values() for split in source.values())
-    Manifest(
-        tokenizer_sha256=tokenizer.sha256,
-        vocabulary=tokenizer.vocabulary,
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        dtype=tokenizer.dtype.name,
-        counts=counts,
-        rows=rows,
-        statistics=length_statistics(lengths, text_bytes),
-        files=describe_files(directory),
-        recipe=job.recipe,
-        corpus_sha256=job.corpus_sha256,
-        encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
-        python=platform.python_version(),
-    ).write(directory)
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does. Signals belong to the main thread: elsewhere nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _work_folder(job: _Job, progress: Progress) -> Work:
+    """The folder for this text and these settings, with what an earlier run finished; others' are deleted."""
+    work = Work(job.partial / job.fingerprint)
+    for leftover in job.partial.iterdir():
+        if leftover != work.folder:
+            progress.console.print(f"{leftover}: left by other text, settings or versions; deleted, starting over")
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for folder in (work.folder / "scan", work.folder / "encoded", work.result):
+        folder.mkdir(parents=True, exist_ok=True)
+    if work.finished():
+        progress.console.print(f"{job.partial}: going on from {work.finished():,} finished units")
+    return work
+
+
+def _build_whole(job: _Job, progress: Progress) -> None:
+    work = _work_folder(job, progress)
+    try:
+        _build(job, work, progress)
+        _sync(work.result)
+        os.rename(work.result, job.target)
+        fsync_directory(job.target.parent)
+    except OSError as error:
+        if error.errno not in DISK_FULL and "No space left" not in str(error):
+            raise
+        raise UserError(
+            f"{job.partial}: the disk became full; {work.finished():,} finished units are kept. Free space and run the "
+            "same command to go on, or delete that folder and choose a data.directory on another disk"
+        ) from None
+    except UserError as error:
+        if not work.finished():
+            raise
+        raise UserError(
+            f"{error}\n{work.finished():,} finished units are kept in {job.partial}; the same command goes on from them"
+        ) from None
 
 
 def _sync(directory: Path) -> None:
@@ -243,42 +278,141 @@ def _sync(directory: Path) -> None:
 # ---- the stages -----------------------------------------------------------------------------------------------
 
 
-def _scan(workers: "_Workers", units: list[Unit], share: float, progress: Progress) -> list[Scan]:
-    task = progress.add_task("reading", total=sum(unit.num_bytes for unit in units))
-    scans = []
-    for unit, scan in zip(units, workers.map(corpus.scan_unit, [(unit, share) for unit in units]), strict=True):
-        scans.append(scan)
-        progress.advance(task, unit.num_bytes)
-    corpus.mark_duplicates(scans)
+def _build(job: _Job, work: Work, progress: Progress) -> None:
+    sources = job.sources
+    left_out: dict[str, dict[str, dict[str, int]]] = {}
+    if not sources:
+        sources, left_out = _collect_embedded(job.modules, work, progress)
+    all_units = [unit for source in sources for unit in corpus.plan_units(source)]
+    with _team(job.settings, all_units, progress) as team:
+        scans = _scan(team, all_units, job.settings, work)
+        rows, row_bytes = _count_rows(sources, all_units, scans, left_out)
+        tokenizer = _make_tokenizer(job.settings, team, all_units, scans, work)
+        if not tokenizer.is_fast:
+            progress.console.print(f"tokenizing with the slower library: {tokenizer.slow_reason}")
+        _check_space(job, work, scans, tokenizer.dtype)
+        _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
+        counts, lengths = assembly.assemble(
+            team, sources, all_units, scans, job.settings.shard_tokens, tokenizer.dtype, work
+        )
+    _write_lists(all_units, scans, work)
+    for name, splits in counts.items():
+        for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
+            stored = sum(split[what] for split in splits.values())
+            assert stored == kept[name]["kept"], f"{name}: stored {stored} {what} of {kept[name]}"
+    Manifest(
+        tokenizer_sha256=tokenizer.sha256,
+        vocabulary=tokenizer.vocabulary,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        dtype=tokenizer.dtype.name,
+        counts=counts,
+        rows=rows,
+        row_bytes=row_bytes,
+        statistics=length_statistics(lengths, sum(counted["kept"] for counted in row_bytes.values())),
+        files=describe_files(work.result),
+        recipe=job.recipe,
+        corpus_sha256=job.corpus_sha256,
+        encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
+        python=platform.python_version(),
+    ).write(work.result)
+
+
+def _collect_embedded(
+    modules: list[tuple[str, bytes]], work: Work, progress: Progress
+) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
+    """The embedded corpus as two files of the result, and what was left out of them."""
+    folder, record = work.result / "corpus", work.folder / "left_out.json"
+    if not record.exists():  # written last
+        task = progress.add_task("collecting Python's own text", total=None)
+        write_json(record, embedded.write_embedded_corpus(folder, modules))
+        progress.update(task, total=1, completed=1)
+    return embedded.embedded_sources(folder), read_json(record)
+
+
+def _team(
+    settings: PrepareSettings, all_units: Sequence[Unit], progress: Progress
+) -> contextlib.AbstractContextManager[Team]:
+    if settings.scheduler:
+        return units.cluster(settings.scheduler, progress)
+    number = min(settings.workers or len(os.sched_getaffinity(0)), len(all_units))
+    small = sum(unit.num_bytes for unit in all_units) < INLINE_BYTES
+    return units.processes(1 if small else number, progress)
+
+
+def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work: Work) -> list[Scan]:
+    if settings.decontaminate:
+        save_array(work.contaminated, cleaning.evaluation_hashes(settings.decontaminate))
+
+    def look(malformed: dict[str, str] | None) -> None:
+        if malformed and not settings.malformed_share:
+            raise UserError(_in_one_line(malformed) + "; mend or drop it, or set prepare.malformed_share above 0")
+
+    tasks = [(number, unit, settings, work) for number, unit in enumerate(all_units)]
+    team.run("reading", encoding.scan_unit, tasks, [unit.num_bytes for unit in all_units], look)
+    scans = [Scan.read(work.scan(number)) for number in range(len(all_units))]
+    _check_malformed(all_units, scans, settings.malformed_share, work)
+    save_array(work.duplicates, cleaning.mark_duplicates(scans) if settings.deduplicate else np.zeros(0, np.int64))
     return scans
 
 
-def _count_rows(
-    sources: Sequence[Source], units: Sequence[Unit], scans: Sequence[Scan], left_out: dict[str, dict[str, int]]
-) -> dict[str, dict[str, int]]:
-    """Per source: rows read, kept, dropped by reason. Raises `UserError` for a source or split without documents."""
-    rows = {}
-    for source in sources:
-        mine = [scan for unit, scan in zip(units, scans, strict=True) if unit.source == source.name]
-        counts = corpus.count_reasons(mine)
-        if not counts["kept"]:
+def _in_one_line(malformed: dict[str, str]) -> str:
+    return f"{malformed['file']}: {malformed['place']}: {malformed['reason']}"
+
+
+def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
+    """Raise `UserError` for the first source with more malformed records than allowed, and leave a list of them."""
+    for source in dict.fromkeys(unit.source for unit in all_units):
+        mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source]
+        malformed = sum(int((scan.status == cleaning.MALFORMED).sum()) for scan in mine)
+        read = sum(len(scan.status) for scan in mine)
+        if malformed > allowed * read:
+            first = next(cleaning.list_malformed([source] * len(mine), mine))
+            _write_malformed(work.folder / "malformed.jsonl", all_units, scans)
             raise UserError(
-                f"prepare.sources {source.name!r}: has no documents ({_in_words(counts)}); "
+                f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
+                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the "
+                f"share; {work.folder}/malformed.jsonl lists them"
+            )
+
+
+def _write_malformed(path: Path, all_units: Sequence[Unit], scans: Sequence[Scan]) -> None:
+    lines = [json.dumps(record) for record in cleaning.list_malformed([unit.source for unit in all_units], scans)]
+    if lines:
+        write_atomically(path, "".join(f"{line}\n" for line in lines))
+
+
+def _count_rows(
+    sources: Sequence[Source],
+    all_units: Sequence[Unit],
+    scans: Sequence[Scan],
+    left_out: dict[str, dict[str, dict[str, int]]],
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Per source, in documents and in bytes: read, kept, dropped by reason. Raises `UserError` for a source or split
+    without documents."""
+    rows, row_bytes = {}, {}
+    for source in sources:
+        mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source.name]
+        counted = cleaning.count_reasons(mine)
+        if not counted[0]["kept"]:
+            raise UserError(
+                f"prepare.sources {source.name!r}: has no documents ({_in_words(counted[0])}); "
                 "name files that hold text, or leave the source out"
             )
-        early = left_out.get(source.name, {})
-        counts = {**counts, **early, "read": counts["read"] + sum(early.values())}
-        accounted = sum(count for reason, count in counts.items() if reason != "read")
-        assert accounted == counts["read"], f"{source.name}: {counts} does not add up"
-        rows[source.name] = counts
-    kept = np.concatenate([scan.validation[scan.status == corpus.KEPT] for scan in scans])
+        for counts, what in zip(counted, ("documents", "bytes"), strict=True):
+            early = {reason: numbers[what] for reason, numbers in left_out.get(source.name, {}).items()}
+            counts |= early | {"read": counts["read"] + sum(early.values())}
+            accounted = sum(count for reason, count in counts.items() if reason != "read")
+            assert accounted == counts["read"], f"{source.name}: {counts} does not add up"
+        rows[source.name], row_bytes[source.name] = counted
+    kept = np.concatenate([scan.validation[scan.status == cleaning.KEPT] for scan in scans])
     for split, number in (("train", np.count_nonzero(~kept)), ("validation", np.count_nonzero(kept))):
         if not number:
             raise UserError(
                 f"prepare.validation_share: none of the {len(kept)} documents fell to the {split} split; "
                 f"{'lower' if split == 'train' else 'raise'} it, or add documents"
             )
-    return rows
+    return rows, row_bytes
 
 
 def _in_words(counts: dict[str, int]) -> str:
@@ -286,219 +420,82 @@ def _in_words(counts: dict[str, int]) -> str:
 
 
 def _make_tokenizer(
-    settings: PrepareSettings,
-    path: Path,
-    workers: "_Workers",
-    units: list[Unit],
-    scans: list[Scan],
-    progress: Progress,
-) -> list[str]:
-    """Put tokenizer.json in place and return a sample of the train split."""
-    task = progress.add_task("making the tokenizer", total=None)
-    rows = corpus.choose_sample(scans, TRAINING_BYTES)
-    tasks = [(unit, chosen) for unit, chosen in zip(units, rows, strict=True) if len(chosen)]
-    sample = [text for texts in workers.map(_read_rows, tasks) for text in texts]
-    if settings.tokenizer:
-        shutil.copyfile(settings.tokenizer, path)
-    else:
-        path.write_text(train(sample, settings.vocabulary), encoding="utf-8", newline="")
-    progress.update(task, total=1, completed=1)
-    return sample
+    settings: PrepareSettings, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work
+) -> Tokenizer:
+    """Put tokenizer.json in place, after the documents on which its fast path is compared."""
+    gate = work.folder / "gate.json"
+    if not work.tokenizer.exists():
+        sample = _read_sample(team, all_units, scans, settings)
+        write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
+        if settings.tokenizer:
+            given = tokenizer_file(settings.tokenizer)
+            _keep_boundaries(given.parent, work.result)
+            write_atomically(work.tokenizer, given.read_bytes())
+        else:
+            write_atomically(work.tokenizer, train(sample, settings.vocabulary))
+    return Tokenizer.load(work.tokenizer, read_json(gate))
 
 
-def _check_space(directory: Path, scans: Sequence[Scan], dtype: np.dtype) -> None:
-    """Refuse before writing what would not fit: text at two bytes a token is a high estimate of the shards."""
-    kept = [scan.status == corpus.KEPT for scan in scans]
-    text = sum(int(scan.sizes[mask].sum()) for scan, mask in zip(scans, kept, strict=True))
-    validation = sum(int(scan.sizes[mask & scan.validation].sum()) for scan, mask in zip(scans, kept, strict=True))
-    documents = sum(int(mask.sum()) for mask in kept)
-    needed = text * dtype.itemsize // 2 + validation + 32 * documents + SPARE_BYTES
-    free = shutil.disk_usage(directory).free
-    if free < needed:
+def _keep_boundaries(given: Path, result: Path) -> None:
+    """What a Hugging Face folder says of begin and end goes with its tokenizer.json."""
+    named = named_boundaries(given)
+    if named:
+        write_json(result / "tokenizer_config.json", dict(zip(("bos_token", "eos_token"), named, strict=True)))
+
+
+def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], settings: PrepareSettings) -> list[str]:
+    rows = cleaning.choose_sample(scans, GATE_BYTES if settings.tokenizer else TRAINING_BYTES)
+    chosen = [(unit, mine, settings) for unit, mine in zip(all_units, rows, strict=True) if len(mine)]
+    weights = [unit.num_bytes for unit, *_ in chosen]
+    texts = team.run("sampling for the tokenizer", encoding.read_rows, chosen, weights)
+    return [text for part in texts for text in part]
+
+
+def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) -> None:
+    """Refuse before writing what would not fit: text at two bytes a token is a high estimate of the tokens, which
+    are written twice, once by unit and once by shard."""
+    text = sum(int(scan.kept_bytes.sum()) for scan in scans)
+    validation = sum(int(scan.kept_bytes[scan.validation].sum()) for scan in scans)
+    documents = sum(int((scan.status == cleaning.KEPT).sum()) for scan in scans)
+    needed = 2 * (text * dtype.itemsize // 2 + validation + 32 * documents) + SPARE_BYTES
+    written = sum(file.stat().st_size for file in work.folder.rglob("*") if file.is_file() and "scan" not in file.parts)
+    free = shutil.disk_usage(work.folder).free
+    if free < needed - written:
         raise UserError(
-            f"data.directory = {directory.parent}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-            "free space, or choose a data.directory on another disk"
+            f"data.directory = {job.target}: needs about {(needed - written) / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are "
+            "free; free space, or choose a data.directory on another disk"
         )
 
 
 def _encode(
-    workers: "_Workers",
-    units: list[Unit],
-    scans: list[Scan],
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    directory: Path,
-    progress: Progress,
-) -> tuple[dict[str, dict[str, dict[str, int]]], list[np.ndarray]]:
-    """Tokenize all units and write them in order. Returns counts by source and split, and all lengths."""
-    task = progress.add_task("tokenizing", total=sum(unit.num_bytes for unit in units))
-    path = str(directory / "tokenizer.json")
+    team: Team,
+    all_units: Sequence[Unit],
+    scans: Sequence[Scan],
+    settings: PrepareSettings,
+    fast: bool,
+    work: Work,
+) -> None:
+    def look(_: None) -> None:
+        if shutil.disk_usage(work.folder).free < SPARE_BYTES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    starts = cleaning.first_rows(scans)
     tasks = [
-        (unit, scan.status == corpus.KEPT, scan.validation, path, tokenizer.is_fast)
-        for unit, scan in zip(units, scans, strict=True)
+        (number, unit, start, settings, fast, work)
+        for number, (unit, start) in enumerate(zip(all_units, starts, strict=True))
     ]
-    output = _Output(directory, tokenizer.dtype, shard_tokens)
-    try:
-        for unit, encoded in zip(units, workers.map(_encode_unit, tasks), strict=True):
-            output.write(unit.source, encoded)
-            progress.advance(task, unit.num_bytes)
-        return output.close()
-    except BaseException:
-        output.abandon()
-        raise
+    team.run("tokenizing", encoding.encode_unit, tasks, [unit.num_bytes for unit in all_units], look)
 
 
-class _Output:
-    """The shard writers of the source at hand, and the validation text. Sources come one after another."""
-
-    def __init__(self, directory: Path, dtype: np.dtype, shard_tokens: int) -> None:
-        self._directory, self._dtype, self._shard_tokens = directory, dtype, shard_tokens
-        (directory / "text").mkdir()
-        self._text = open(directory / "text" / "validation.txt", "wb")  # noqa: SIM115 - closed below
-        self._source = ""
-        self._writers: dict[str, ShardWriter] = {}
-        self._counts: dict[str, dict[str, dict[str, int]]] = {}
-        self._lengths: list[np.ndarray] = []
-
-    def write(self, source: str, encoded: _Encoded) -> None:
-        if source != self._source:
-            self._finish_source()
-            self._source = source
-            self._counts[source] = {split: {"documents": 0, "tokens": 0, "text_bytes": 0} for split in SPLITS}
-        for split in SPLITS:
-            counts, lengths = self._counts[source][split], encoded.lengths[split]
-            counts["documents"] += len(lengths)
-            counts["tokens"] += len(encoded.tokens[split])
-            counts["text_bytes"] += encoded.text_bytes[split]
-            self._write_split(split, np.split(encoded.tokens[split], np.cumsum(lengths)[:-1]) if len(lengths) else [])
-        self._text.write(encoded.validation_text)
-
-    def _write_split(self, split: str, documents: list[np.ndarray]) -> None:
-        if documents and split not in self._writers:
-            folder = self._directory / split / self._source
-            self._writers[split] = ShardWriter(folder, self._dtype, self._shard_tokens)
-        for document in documents:
-            self._writers[split].write(document)
-
-    def _finish_source(self) -> None:
-        for writer in self._writers.values():
-            self._lengths.append(writer.close())
-        self._writers = {}
-
-    def close(self) -> tuple[dict[str, dict[str, dict[str, int]]], list[np.ndarray]]:
-        self._finish_source()
-        self._text.close()
-        return self._counts, self._lengths
-
-    def abandon(self) -> None:
-        for writer in self._writers.values():
-            writer.abandon()
-        with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
-            self._text.close()
-
-
-# ---- what a process does --------------------------------------------------------------------------------------
-
-
-def _read_rows(unit: Unit, rows: np.ndarray) -> list[str]:
-    wanted = set(rows.tolist())
-    return [
-        text for number, (text, _) in enumerate(corpus.read_unit(unit)) if number in wanted and isinstance(text, str)
-    ]
-
-
-def _encode_unit(unit: Unit, kept: np.ndarray, validation: np.ndarray, tokenizer: str, fast: bool) -> _Encoded:
-    encoder = _tokenizer(tokenizer, hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest(), fast)
-    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    validation_text = []
-    number = -1
-    for number, (text, _) in enumerate(corpus.read_unit(unit)):
-        if number >= len(kept) or not kept[number]:
-            continue
-        if not isinstance(text, str):
-            raise _changed(unit)
-        content = text.encode("utf-8")
-        split = "validation" if validation[number] else "train"
-        documents[split].append(encoder.encode_document(text))
-        text_bytes[split] += len(content)
-        if validation[number]:
-            validation_text.append(content)
-    if number + 1 != len(kept):
-        raise _changed(unit)
-    return _Encoded(
-        {split: np.concatenate([*parts, np.zeros(0, encoder.dtype)]) for split, parts in documents.items()},
-        {split: np.array([len(part) for part in parts], np.uint32) for split, parts in documents.items()},
-        text_bytes,
-        b"".join(validation_text),
-    )
-
-
-def _changed(unit: Unit) -> UserError:
-    return UserError(f"{unit.files[0]}: changed while it was prepared; prepare again when nothing writes to it")
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: str, sha256: str, fast: bool) -> Tokenizer:
-    """One tokenizer per process; the hash keeps a test's next tokenizer at the same path apart."""
-    tokenizer = Tokenizer.load(Path(path))
-    assert tokenizer.sha256 == sha256, f"{path} changed"
-    if not fast:
-        tokenizer.use_exact()
-    return tokenizer
-
-
-class _Workers:
-    """Runs a function over tasks and gives the results in the order of the tasks. No pool: in this process."""
-
-    def __init__(self, pool: ProcessPoolExecutor | None, in_flight: int) -> None:
-        self._pool, self._in_flight = pool, in_flight
-
-    def map(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """At most `in_flight` results wait, so a slow consumer bounds memory."""
-        if self._pool is None:
-            yield from (function(*task) for task in tasks)
-            return
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for task in tasks:
-                waiting.append(self._pool.submit(function, *task))
-                if len(waiting) >= self._in_flight:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a tokenizing process was killed, most likely for want of memory; lower prepare.workers"
-            ) from None
-
-
-@contextlib.contextmanager
-def _workers(setting: int, units: Sequence[Unit]) -> Iterator[_Workers]:
-    """Processes are spawned, not forked: the caller may hold torch and its threads."""
-    number = min(setting or len(os.sched_getaffinity(0)), len(units))
-    if number <= 1 or sum(unit.num_bytes for unit in units) < INLINE_BYTES:
-        yield _Workers(None, 0)
-        return
-    pool = ProcessPoolExecutor(number, mp_context=get_context("spawn"), initializer=_start_process)
-    try:
-        yield _Workers(pool, 2 * number)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_process() -> None:
-    """Leave Ctrl-C to the parent, keep the tokenizer library to one thread, and end when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = parent_process()
-    assert parent is not None, "a tokenizing process has a parent"
-
-    def follow() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> None:
+    """The validation text end to end, and the malformed records if there are any."""
+    (work.result / "text").mkdir(exist_ok=True)
+    with open(work.result / "text" / "validation.txt", "wb") as file:
+        for number in range(len(all_units)):
+            file.write(read_array(work, number, "validation_text").tobytes())
+    _write_malformed(work.result / "malformed.jsonl", all_units, scans)
+    for part in work.result.rglob(".*.part"):  # of a process that was killed while it wrote
+        part.unlink()
 
 
 # ---- looking at prepared data ---------------------------------------------------------------------------------

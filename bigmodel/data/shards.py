@@ -1,22 +1,23 @@
-"""Shards: tokenized documents on disk, written and read through mosaicml-streaming (the only file that does).
+"""Shards: tokenized documents on disk, read through mosaicml-streaming (the only file that does).
 
     DIR/manifest.json   DIR/tokenizer.json   DIR/text/validation.txt   DIR/corpus/*.parquet (embedded corpus only)
+    DIR/tokenizer_config.json (a given tokenizer's names of begin and end)   DIR/malformed.jsonl (if there were any)
     DIR/<split>/<source>/index.json   shard.00000.mds ...   lengths.00000.npy ...
 
 Takes stored documents (`[bos] + text + [eos]`), gives them back by (source, shard, row). The MDS column is
-`tokens`; beside each shard lies a uint32 array of its documents' lengths, which is all that planning reads.
+`tokens`; beside each shard lies a uint32 array of its documents' lengths, which is all that planning reads. A
+source of pairs has a second column, `target_tokens`, and target_lengths.00000.npy ...
 
 Guarantees: a file is compared with the manifest, size and SHA-256, before its first use in a process, so a cut,
 altered or missing file is an error and never other data; a folder without a manifest is not prepared data.
 
 Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads.
-Importing streaming takes seconds, so it happens at the first shard written or read. Its StreamingDataset is not
+Importing streaming takes seconds, so it happens at the first shard read. Its StreamingDataset is not
 used here: its iteration ends silently where a shard is missing (version 0.13.0).
 """
 
 import hashlib
 import importlib.util
-import io
 import json
 import threading
 from collections.abc import Iterable, Sequence
@@ -32,10 +33,8 @@ from bigmodel.config import UserError
 from bigmodel.rundir import write_json
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "validation")
-LARGEST_SHARD_BYTES = 2**32 - 1  # MDS addresses documents by uint32 byte offsets
-LARGEST_SHARD_TOKENS = 1_000_000_000  # of 4 bytes, with room for offsets: stays below the bound above
 PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
 
 _torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
@@ -55,7 +54,8 @@ class Manifest:
     eos: int
     dtype: str
     counts: dict[str, dict[str, dict[str, int]]]
-    rows: dict[str, dict[str, int]]  # per source: read, kept, and dropped by reason
+    rows: dict[str, dict[str, int]]  # per source: documents read, kept, and dropped by reason
+    row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: taken out of kept documents
     statistics: dict[str, Any]
     files: dict[str, dict[str, Any]]
     recipe: dict[str, Any]
@@ -231,57 +231,7 @@ class ShardStore:
             )
 
 
-# ---- writing --------------------------------------------------------------------------------------------------
-
-
-class ShardWriter:
-    """Writes the shards of one source and split. Nothing is readable before `close`; after an error, `abandon`.
-
-    A shard is closed before the document that would bring it above `shard_tokens`. Holds one shard in memory.
-    """
-
-    def __init__(self, directory: Path, dtype: np.dtype, shard_tokens: int) -> None:
-        _import_streaming()
-        from streaming import MDSWriter
-
-        self._directory = directory
-        self._shard_tokens = shard_tokens
-        directory.mkdir(parents=True)
-        self._writer = MDSWriter(columns={"tokens": f"ndarray:{dtype.name}"}, out=str(directory), size_limit=None)
-        self._lengths: list[int] = []
-        self._tokens_in_shard = 0
-        self.all_lengths: list[np.ndarray] = []
-
-    def write(self, document: np.ndarray) -> None:
-        """Append one stored document, (n,) of the writer's dtype."""
-        if document.nbytes + 64 > LARGEST_SHARD_BYTES:
-            raise UserError(f"a document of {len(document)} tokens does not fit a shard of 4 GiB; split it")
-        if self._lengths and self._tokens_in_shard + len(document) > self._shard_tokens:
-            self._close_shard()
-        self._writer.write({"tokens": document})
-        self._lengths.append(len(document))
-        self._tokens_in_shard += len(document)
-
-    def close(self) -> np.ndarray:
-        """Write what is left and the index. Returns (documents,) uint32 stored lengths, in order."""
-        if self._lengths:
-            self._close_shard()
-        self._writer.finish()
-        return np.concatenate(self.all_lengths) if self.all_lengths else np.zeros(0, np.uint32)
-
-    def abandon(self) -> None:
-        """Stop without an index: `finish`, which leaving a `with` block would call, makes a part look whole."""
-        self._writer.cancel_future_jobs()
-
-    def _close_shard(self) -> None:
-        lengths = np.array(self._lengths, np.uint32)
-        content = io.BytesIO()
-        np.save(content, lengths)
-        (self._directory / f"lengths.{len(self.all_lengths):05}.npy").write_bytes(content.getvalue())
-        self._writer.flush_shard()
-        self._writer._reset_cache()  # as MDSWriter itself does after it closes a shard by size
-        self.all_lengths.append(lengths)
-        self._lengths, self._tokens_in_shard = [], 0
+# ---- the shards as a whole ------------------------------------------------------------------------------------
 
 
 def check_shards(directory: Path, manifest: Manifest) -> list[str]:

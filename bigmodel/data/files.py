@@ -1,0 +1,145 @@
+"""Files that are read: on this machine, or in a store that is named by a URL.
+
+Takes paths and URLs. s3://, gs://, abfs:// and hdfs:// go through pyarrow, any other scheme through fsspec where it
+has a driver for it. Credentials come from the environment, as each store's own tools expect them.
+
+Guarantees: whatever stops a file from being found or read is a `UserError` that names it.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow
+from fsspec.utils import glob_translate
+from pyarrow import fs
+
+from bigmodel.config import UserError
+
+PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+    "hdfs": "a Kerberos ticket, HADOOP_HOME and CLASSPATH",
+}
+
+
+def is_remote(location: str) -> bool:
+    return "://" in location
+
+
+def absolute(location: str) -> str:
+    """The same file, named so that a process in any folder of the machine finds it."""
+    return location if is_remote(location) else os.path.abspath(location)
+
+
+def find(pattern: str) -> list[str]:
+    """The files that a path, URL or glob pattern names, sorted; a path without wildcards names itself if it exists."""
+    if not is_remote(pattern):
+        return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    store, path = _store(pattern)
+    with readable(pattern):
+        if not any(letter in path for letter in "*["):
+            return [] if store.get_file_info(path).type == fs.FileType.NotFound else [pattern]
+        found = _matching(store, path)
+    parts = urlsplit(pattern)
+    start = path.removesuffix(parts.path)  # the bucket or container, which the URL has in its own way
+    query = f"?{parts.query}" if parts.query else ""
+    return [f"{parts.scheme}://{parts.netloc}{name.removeprefix(start)}{query}" for name in found]
+
+
+def _matching(store: fs.FileSystem, path: str) -> list[str]:
+    """What matches a glob pattern. fsspec's own search is not used: where it may not look it finds nothing."""
+    fixed = re.split(r"[*\[]", path, maxsplit=1)[0]
+    deeper = "**" in path or "/" in path[len(fixed) :]
+    selector = fs.FileSelector(fixed.rpartition("/")[0], allow_not_found=True, recursive=deeper)
+    pattern = re.compile(glob_translate(path))
+    return sorted(entry.path for entry in store.get_file_info(selector) if pattern.match(entry.path))
+
+
+def is_folder(location: str) -> bool:
+    if not is_remote(location):
+        return os.path.isdir(location)
+    store, path = _store(location)
+    with readable(location):
+        return store.get_file_info(path).type == fs.FileType.Directory
+
+
+def size(location: str) -> int:
+    """Bytes as stored."""
+    with readable(location):
+        if not is_remote(location):
+            return os.path.getsize(location)
+        store, path = _store(location)
+        return store.get_file_info(path).size
+
+
+def identity(location: str) -> str:
+    """What changes when a remote file does, without reading it: its size and the time of its last change."""
+    store, path = _store(location)
+    with readable(location):
+        information = store.get_file_info(path)
+        return f"{information.size} bytes of {information.mtime_ns}"
+
+
+def open_file(location: str) -> pyarrow.NativeFile:
+    """The file as stored, for reading at any place."""
+    with readable(location):
+        if not is_remote(location):
+            return pyarrow.OSFile(location)
+        store, path = _store(location)
+        return store.open_input_file(path)
+
+
+@contextmanager
+def readable(location: str) -> Iterator[None]:
+    """What goes wrong with this file inside becomes a `UserError` with its name and the remedy."""
+    try:
+        yield
+    except (OSError, EOFError, pyarrow.ArrowException) as error:
+        raise UserError(f"{location}: cannot be read: {_first_line(error)}; {_remedy(location)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _remedy(location: str) -> str:
+    if not is_remote(location):
+        return "make it whole or leave it out"
+    scheme = {"gcs": "gs", "abfss": "abfs"}.get(urlsplit(location).scheme, urlsplit(location).scheme)
+    where = CREDENTIALS.get(scheme, f"what fsspec's driver for {scheme}:// asks for")
+    return f"see that it is there and that the environment has the credentials ({where})"
+
+
+def _store(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URL and the file's path in it."""
+    parts = urlsplit(location)
+    if parts.scheme == "file":
+        return fs.LocalFileSystem(), parts.path
+    if parts.scheme not in PYARROW_SCHEMES:
+        return _fsspec_store(location)
+    root = f"{parts.scheme}://{parts.netloc}" + (f"?{parts.query}" if parts.query else "")
+    with readable(location):
+        store, base = _connect(root)
+    return store, base.rstrip("/") + parts.path
+
+
+@lru_cache(maxsize=16)
+def _connect(root: str) -> tuple[fs.FileSystem, str]:
+    """Connecting may ask the network where a bucket lies: once per process and bucket."""
+    return fs.FileSystem.from_uri(root)
+
+
+def _fsspec_store(location: str) -> tuple[fs.FileSystem, str]:
+    try:
+        driver, path = fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{location}: no driver for this kind of URL: {_first_line(error)}") from None
+    return fs.PyFileSystem(fs.FSSpecHandler(driver)), path

@@ -1,0 +1,85 @@
+"""The embedded corpus: code without its documentation, the documentation, and nothing lost between."""
+
+import ast
+from pathlib import Path
+
+from bigmodel.data import corpus, embedded
+
+MODULE = '''\
+"""Module words."""
+
+import os
+
+
+class A:
+    """Class words,
+
+    twice: é.
+    """
+
+    x = 1
+
+    def method(self):
+        """Method words."""
+
+    async def other(self):
+        """Other words."""
+        return """not documentation"""
+
+
+def short(): "stays"
+'''
+
+
+def test_documentation_strings_leave_the_code_and_nothing_else_does() -> None:
+    assert embedded.strip_docstrings(MODULE) == (
+        "import os\n\n\nclass A:\n    x = 1\n\n    def method(self):\n        pass\n\n    async def other(self):\n"
+        '        return """not documentation"""\n\n\ndef short(): "stays"\n'
+    )
+
+
+def test_documentation_is_one_document_with_qualified_names() -> None:
+    assert embedded.module_documentation(ast.parse(MODULE), "m").startswith(
+        "m\n\nModule words.\n\nm.A\n\nClass words,\n\ntwice: é.\n\nm.A.method\n\nMethod words.\n\nm.A.other\n"
+    )
+
+
+def test_the_library_without_documentation_strings_is_the_same_program() -> None:
+    def without_documentation(tree: ast.AST) -> str:
+        for node in ast.walk(tree):
+            if isinstance(node, embedded._Documented) and ast.get_docstring(node) is not None:
+                keeps = node.body[0].lineno == getattr(node, "lineno", 0)  # shares the line of its `def`
+                empty = len(node.body) == 1 and not isinstance(node, ast.Module)
+                node.body = node.body if keeps else ([ast.Pass()] if empty else node.body[1:])
+        return ast.dump(tree)
+
+    modules = [(path, content) for path, content in embedded.standard_library() if path < "c"]
+    assert len(modules) > 50
+    for path, content in modules:
+        documents = embedded._documents_of(path, content)
+        assert documents is not None, path
+        code = documents[0][2]
+        assert without_documentation(ast.parse(code)) == without_documentation(ast.parse(content)), path
+
+
+def test_the_embedded_corpus_holds_code_and_documentation_under_the_module_as_key(tmp_path: Path) -> None:
+    modules = [("m.py", MODULE.replace("Module words.", "Module words. " * 20).encode()), ("bad.py", b"def (:\n")]
+    left_out = embedded.write_embedded_corpus(tmp_path / "corpus", modules)
+    assert left_out["code"] == {
+        "not_parsed": {"documents": 1, "bytes": 7},
+        "heading_only": {"documents": 0, "bytes": 0},
+    }
+    sources = embedded.embedded_sources(tmp_path / "corpus")
+    assert [source.name for source in sources] == ["code", "docs"]
+    rows = [list(corpus.read_unit(corpus.plan_units(source)[0])) for source in sources]
+    assert [key for source in rows for _, key in source] == ["m.py", "m.py"]
+    assert "Class words" in str(rows[1])
+    assert "Class words" not in str(rows[0])
+
+
+def test_the_standard_library_is_there_without_tests_and_build_settings() -> None:
+    paths = [path for path, _ in embedded.standard_library()]
+    assert {"json/decoder.py", "pydoc_data/topics.py"} <= set(paths)
+    assert not any("/test/" in f"/{path}" or "site-packages" in path or "_sysconfigdata" in path for path in paths)
+    assert paths == sorted(paths)
+    assert len(paths) > 400

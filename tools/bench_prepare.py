@@ -1,0 +1,244 @@
+"""How fast is `prepare`? Against its tokenizer alone, and against the usual one-process conversion.
+
+    python -m tools.bench_prepare --megabytes 32 --repeats 3
+
+Text: Python's standard library, repeated with its lines shuffled, so that no document is a duplicate, as Parquet.
+All ways use the same tokenizer.json, trained before. Each is a process of its own; they take turns, and the median
+counts. Writes benchmarks/prepare.json and prepare.png and prints the table for benchmarks/README.md.
+
+- `tokenizers alone`: encode_batch_fast on all cores, text in memory; nothing is read or written.
+- `tiktoken alone`: the same ids by our fast path, a process a core, text in memory.
+- `one process`: what llm-foundry's converter does: read a row, tokenize it, give it to MDSWriter.
+- `prepare`: the whole command, from the start of Python to the renamed folder: hash, scan, deduplicate, tokenize,
+  shards, length index, manifest.
+- `prepare, exact`: the same where the fast path does not serve, so that the tokenizers library does the work.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY = 32_000
+ROW_GROUP = 64  # documents: about 1 MB
+
+
+# ---- the text -------------------------------------------------------------------------------------------------
+
+
+def write_text(folder: Path, megabytes: int) -> int:
+    """text.parquet with about so many megabytes; returns its bytes of text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from bigmodel.data.embedded import standard_library
+
+    modules = [content.decode("utf-8", "replace") for _, content in standard_library()]
+    draw = random.Random(1)
+    texts: list[str] = []
+    size = 0
+    while size < megabytes * 1_000_000:
+        lines = modules[len(texts) % len(modules)].splitlines(keepends=True)
+        if len(texts) >= len(modules):
+            draw.shuffle(lines)
+        texts.append("".join(lines))
+        size += len(texts[-1].encode())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "text.parquet", row_group_size=ROW_GROUP)
+    return size
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json, and exact.json: the same ids, but of a form that tiktoken cannot serve."""
+    from bigmodel.data.tokenizer import train
+
+    text = train(read_texts(folder)[:3000], VOCABULARY)
+    (folder / "tokenizer.json").write_text(text)
+    description = json.loads(text)
+    description["model"]["byte_fallback"] = True  # means nothing where every byte is a token
+    (folder / "exact.json").write_text(json.dumps(description))
+
+
+def read_texts(folder: Path) -> list[str]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(folder / "text.parquet")["text"].to_pylist()
+
+
+# ---- the ways -------------------------------------------------------------------------------------------------
+
+
+def tokenizers_alone(folder: Path) -> dict[str, float]:
+    import tokenizers
+
+    texts = read_texts(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    clock = Clock()
+    for start in range(0, len(texts), 1000):
+        tokenizer.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
+    return clock.read()
+
+
+def tiktoken_alone(folder: Path) -> dict[str, float]:
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(_tiktoken_share, [(folder, number, cores) for number in range(cores)]))
+    return {"wall": max(part["wall"] for part in parts), "cpu": sum(part["cpu"] for part in parts)}
+
+
+def _tiktoken_share(task: tuple[Path, int, int]) -> dict[str, float]:
+    from bigmodel.data.tokenizer import Tokenizer
+
+    folder, number, cores = task
+    texts = read_texts(folder)[number::cores]
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    assert tokenizer.is_fast
+    clock = Clock()
+    for text in texts:
+        tokenizer.encode(text)
+    return clock.read()
+
+
+def one_process(folder: Path) -> dict[str, float]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import numpy as np
+    import pyarrow.parquet
+    import tokenizers
+
+    from bigmodel.data.shards import define_missing_torchvision_operators
+
+    define_missing_torchvision_operators()
+    from streaming import MDSWriter
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        clock = Clock()
+        with MDSWriter(columns={"tokens": "ndarray:uint16"}, out=f"{out}/shards") as writer:
+            for batch in pyarrow.parquet.ParquetFile(folder / "text.parquet").iter_batches(1000):
+                for text in batch.column("text").to_pylist():
+                    writer.write({"tokens": np.array([0, *tokenizer.encode(text).ids, 1], np.uint16)})
+        return clock.read()
+
+
+def whole_prepare(folder: Path, tokenizer: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        run_file = Path(out) / "run.toml"
+        run_file.write_text(
+            f'[data]\ndirectory = "{out}/data"\n[prepare]\ntokenizer = "{folder}/{tokenizer}"\n'
+            f'[[prepare.sources]]\nname = "text"\nfiles = ["{folder}/text.parquet"]\n'
+        )
+        clock = Clock()
+        subprocess.run([sys.executable, "-m", "bigmodel", "prepare", run_file], cwd=ROOT, check=True, stdout=sys.stderr)
+        return clock.read()
+
+
+class Clock:
+    """Seconds by the wall, and seconds of processors in this process and its ended children."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), _processor_seconds()
+
+    def read(self) -> dict[str, float]:
+        return {"wall": time.perf_counter() - self._wall, "cpu": _processor_seconds() - self._cpu}
+
+
+def _processor_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+WAYS = {
+    "tokenizers alone": tokenizers_alone,
+    "tiktoken alone": tiktoken_alone,
+    "one process": one_process,
+    "prepare": lambda folder: whole_prepare(folder, "tokenizer.json"),
+    "prepare, exact": lambda folder: whole_prepare(folder, "exact.json"),
+}
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------
+
+
+def compare(megabytes: int, repeats: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = write_text(folder, megabytes)
+        write_tokenizer(folder)
+        load = os.getloadavg()[0]
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        for _ in range(repeats):
+            for way in WAYS:
+                command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", name]
+                done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+                runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{way}: {runs[way][-1]['wall']:.1f} s", file=sys.stderr)
+    medians = {way: {key: statistics.median(run[key] for run in mine) for key in mine[0]} for way, mine in runs.items()}
+    return {
+        "bytes": size,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": load,
+        "python": platform.python_version(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+        "runs": runs,
+        "median_seconds": medians,
+        "megabytes_per_second": {way: size / 1e6 / value["wall"] for way, value in medians.items()},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    speeds = result["megabytes_per_second"]
+    lines = ["| | wall s | CPU s | MB/s | of tokenizers alone |", "|---|---|---|---|---|"]
+    for way, seconds in result["median_seconds"].items():
+        share = speeds[way] / speeds["tokenizers alone"]
+        lines.append(f"| {way} | {seconds['wall']:.1f} | {seconds['cpu']:.1f} | {speeds[way]:.1f} | {share:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    speeds = result["megabytes_per_second"]
+    figure, axes = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
+    colours = ["#2a6f97" if way.startswith("prepare") else "#a9b4bd" for way in speeds]
+    bars = axes.barh(list(speeds), list(speeds.values()), color=colours)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"MB of text a second, {result['cores']} cores; median of {len(result['runs']['prepare'])}")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help="run one way and print its seconds")
+    parser.add_argument("--folder", type=Path, help="with --way: where the text is")
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(WAYS[arguments.way](arguments.folder)))
+        return
+    result = compare(arguments.megabytes, arguments.repeats)
+    (ROOT / "benchmarks" / "prepare.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, ROOT / "benchmarks" / "prepare.png")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
