@@ -255,6 +255,9 @@ def peak_bytes(monkeypatch: pytest.MonkeyPatch, chunk_positions: int) -> tuple[i
     return forward.peak, backward.peak + sum(one.untyped_storage().nbytes() for one in gradients)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="the meta device of torch 2.11 takes no out_dtype; a real one does"
+)
 def test_32k_positions_of_128k_tokens_take_less_than_3_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = peak_bytes(monkeypatch, chunk_positions=0)
     grad_hidden, grad_weight = 2 * 32_768 * 4_096, 2 * 131_072 * 4_096

@@ -2,7 +2,7 @@
 
     python -m tools.show_visibility --lengths 5,23,1,19
     python -m tools.show_visibility --rule cross --lengths 12,20,9 --key-lengths 24,8,17 --png cross.png
-    python -m tools.show_visibility --rule causal,window,cross --left 12
+    python -m tools.show_visibility --rule causal,window,prefix,cross --left 12
 
 A line is a query, a column is a key. In the picture a square is one pair. A full tile (every row sees every column:
 computed without a mask) is dark; a partial one is light where it sees and hatched where the mask hides; what no tile
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bigmodel.config import UserError
-from kernels.visibility import Visibility, bidirectional, causal, cross, dense, intervals, tile_table
+from kernels.visibility import Visibility, bidirectional, causal, cross, dense, intervals, prefix_lm, tile_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -190,7 +190,7 @@ def offsets_of(text: str) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-RULES = ("causal", "window", "bidirectional", "cross")
+RULES = ("causal", "window", "prefix", "bidirectional", "cross")
 
 
 def visibility_of(rule: str, lengths: str, key_lengths: str, left: int) -> Visibility:
@@ -201,6 +201,8 @@ def visibility_of(rule: str, lengths: str, key_lengths: str, left: int) -> Visib
         return bidirectional(queries)
     if rule not in RULES:
         raise UserError(f"--rule {rule}: choose one or more of {', '.join(RULES)}, with commas between them")
+    if rule == "prefix":
+        return prefix_lm(queries, (queries.diff() // 2).to(torch.int32))
     return causal(queries, left=left if rule == "window" else None)
 
 
@@ -238,7 +240,7 @@ def main(
     try:
         drawings = [
             drawing_of(
-                f"{one}, {left} back" if one == "window" else one,
+                {"window": f"window, {left} back", "prefix": "prefix of half a document"}.get(one, one),
                 visibility_of(one, lengths, key_lengths, left), padding, tile_rows, tile_columns,
             )
             for one in rule.split(",")
