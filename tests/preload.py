@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: F401
+import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # DeepSpeed imports it, and with it torch.compile, late
 import torch._dynamo  # noqa: F401  # as does the first torch.optim.Optimizer
 
