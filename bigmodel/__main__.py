@@ -61,18 +61,49 @@ def prepare(
 
 
 @app.command()
-def verify(directory: Annotated[Path, typer.Argument(help="prepared shards: the folder with manifest.json")]) -> None:
-    """Check every file of a prepared folder against its manifest."""
-    from bigmodel.data.prepare import verify as run
+def verify(
+    location: Annotated[str, typer.Argument(help="prepared shards: a folder, its URL in a store, or a run file")],
+    override: Overrides = [],  # noqa: B006
+) -> None:
+    """Check every byte and every number of prepared data against its manifest.
 
-    problems = run(directory)
+    With a run file that has data.remote, that folder in the store is checked, and those of its files that
+    data.directory has.
+    """
+    from bigmodel.data.prepare import live
+    from bigmodel.data.verify import verify as run
+
+    data = load_settings(location, override).data if location.endswith(".toml") else None
+    places = [location] if data is None else [place for place in (data.remote, str(data.directory)) if place]
+    partly = data is not None and bool(data.remote)
+    with live() as progress:
+        problems = [
+            problem
+            for number, place in enumerate(places)
+            for problem in run(place, progress, partly=partly and number == 1)
+        ]
     for problem in problems:
         print(problem)
     if problems:
         raise UserError(
-            f"{directory}: {len(problems)} problem(s); prepare the data again or copy the damaged files anew"
+            f"{' and '.join(places)}: {len(problems)} problem(s); copy damaged or missing files anew (with "
+            "data.remote set, delete them: they are fetched), delete what is not in the manifest, or prepare the data again"
         )
-    print(f"{directory}: every file is as its manifest says")
+    print(f"{' and '.join(places)}: every file is as its manifest says")
+
+
+@app.command()
+def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
+    """Copy the prepared folder, data.directory, into a store: to the URL data.remote. Killed, it goes on."""
+    from bigmodel.data.prepare import live
+    from bigmodel.data.remote import upload as run
+
+    data = load_settings(run_file, override).data
+    if not data.remote:
+        raise UserError(f"{run_file}: data.remote is not set; name where to, for example s3://bucket/folder")
+    with live() as progress:
+        run(data.directory, data.remote, progress)
+    print(f"{data.directory}: is at {data.remote}")
 
 
 @app.command()

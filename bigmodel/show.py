@@ -14,7 +14,7 @@ from kernels.visibility import causal, dense
 
 def show_batch(settings: Settings, step: int, png: Path) -> None:
     """Draw the first pack of data step `step`. Walks the plan from step 0: at a late step this takes a while."""
-    store = ShardStore(settings.data.directory, "train")
+    store = ShardStore(settings.data.directory, "train", settings.data.remote)
     order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
     for _ in range(step):
         order.next_step()

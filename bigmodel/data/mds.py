@@ -10,14 +10,16 @@ any process can write alone and at once, and none of them imports streaming, whi
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 LARGEST_SHARD_BYTES = 2**32 - 1  # samples are addressed by uint32 byte offsets
 LARGEST_SHARD_TOKENS = 500_000_000  # of 4 bytes; with the overhead of the shortest documents below the bound above
+COLUMN_FACTS = ("names", "encodings", "sizes")
 SETTINGS: dict[str, Any] = {"compression": None, "format": "mds", "hashes": [], "size_limit": None, "version": 2}
 
 
@@ -74,3 +76,55 @@ def _encode_array(array: np.ndarray) -> bytes:
     length = len(array)
     code = 0 if length < 1 << 8 else 1 if length < 1 << 16 else 2
     return bytes([4 + code]) + length.to_bytes(1 << code, "little") + array.tobytes()
+
+
+# ---- reading a whole shard ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """A shard's bytes, found to be one: what it says of its columns, and where its samples lie."""
+
+    content: bytes
+    bounds: list[int]  # of the samples, in bytes
+    description: dict[str, Any]  # column_names, column_encodings, column_sizes ...
+
+    @classmethod
+    def parse(cls, content: bytes) -> "ShardContent":
+        """Raises `ValueError` saying why the bytes are not a shard. Any shard of MDSWriter's will do, decompressed."""
+        try:
+            count = int.from_bytes(content[:4], "little")
+            bounds = np.frombuffer(content, "<u4", count + 1, 4).tolist()
+            description = json.loads(content[4 + 4 * (count + 1) : bounds[0]])
+            columns = list(zip(*(description[f"column_{what}"] for what in COLUMN_FACTS), strict=True))
+        except (ValueError, TypeError, LookupError, UnicodeDecodeError):
+            raise ValueError("its head is not that of an MDS shard") from None
+        if bounds[-1] != len(content) or sorted(bounds) != bounds or not columns:
+            raise ValueError("its samples do not fill it")
+        return cls(content, bounds, description)
+
+    def encoding(self, column: str) -> str:
+        return self.description["column_encodings"][self.description["column_names"].index(column)]
+
+    def values(self, column: str) -> Iterator[bytes]:
+        """A column's bytes as stored, sample by sample. Raises `ValueError` where a sample does not fill its place."""
+        place = self.description["column_names"].index(column)
+        sizes = self.description["column_sizes"]
+        for start, end in pairwise(self.bounds):
+            here = list(sizes)
+            for number in (number for number, size in enumerate(sizes) if not size):
+                here[number] = int.from_bytes(self.content[start : start + 4], "little")
+                start += 4
+            if start + sum(here) != end:
+                raise ValueError("a sample's columns do not fill it")
+            start += sum(here[:place])
+            yield self.content[start : start + here[place]]
+
+
+def decode_array(value: bytes, dtype: np.dtype) -> np.ndarray:
+    """An array as `encode_shard` stores it. Raises `ValueError` if it is none."""
+    code = value[0] - 4 if value else -1
+    head = 1 + (1 << code) if code in (0, 1, 2) else 0
+    if not head or int.from_bytes(value[1:head], "little") * dtype.itemsize != len(value) - head:
+        raise ValueError("a sample is not an array of one axis")
+    return np.frombuffer(value, dtype, offset=head)

@@ -28,7 +28,6 @@ import signal
 import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,15 +44,8 @@ from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, mds, u
 from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
-from bigmodel.data.shards import (
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    check_shards,
-    describe_files,
-    find_damage,
-    length_statistics,
-)
+from bigmodel.data.manifest import SPLITS, Manifest, describe_files
+from bigmodel.data.shards import length_statistics
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
@@ -488,28 +480,6 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -
 
 
 # ---- looking at prepared data ---------------------------------------------------------------------------------
-
-
-def verify(directory: Path) -> list[str]:
-    """Every way in which a prepared folder differs from its manifest; empty if it is whole.
-
-    Raises `UserError` where there is no readable manifest. Reads every byte, about 1 GB/s a thread.
-    """
-    directory = Path(directory)
-    manifest = Manifest.read(directory)
-    with ThreadPoolExecutor() as pool:
-        damages = pool.map(lambda name: find_damage(directory, name, manifest.files[name]), sorted(manifest.files))
-        problems = [damage for damage in damages if damage]
-    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    problems += [
-        f"{directory / name}: not in the manifest" for name in sorted(found - set(manifest.files) - {MANIFEST})
-    ]
-    if problems:
-        return problems
-    try:
-        return check_shards(directory, manifest)
-    except UserError as error:
-        return [str(error)]
 
 
 def summary(directory: Path) -> Table:
