@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
@@ -87,7 +86,7 @@ def verify(
     if problems:
         raise UserError(
             f"{' and '.join(places)}: {len(problems)} problem(s); copy damaged or missing files anew (with "
-            "data.remote set, delete them: they are fetched), delete what is not in the manifest, or prepare the data again"
+            "data.remote set, delete them: they are fetched), delete those not in the manifest, or prepare again"
         )
     print(f"{' and '.join(places)}: every file is as its manifest says")
 
@@ -181,11 +180,15 @@ def probe() -> None:
 
 
 @show.command("data")
-def show_data(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
-    """Sources, documents, tokens and lengths of the prepared data."""
-    from bigmodel.data.prepare import summary
+def show_data(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006
+    png: Annotated[Path, typer.Option(help="where the picture of the lengths goes")] = Path("lengths.png"),
+) -> None:
+    """Sources, lengths, mix and packing of the prepared data, and settings that would suit it better."""
+    from bigmodel.show import show_data as run
 
-    Console().print(summary(load_settings(run_file, override).data.directory))
+    run(load_settings(run_file, override), png)
 
 
 @show.command("batch")

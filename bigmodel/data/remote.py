@@ -95,7 +95,7 @@ class Remote:
 
         return tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, max=30, jitter=FIRST_WAIT_SECONDS),
+            wait=tenacity.wait_exponential(FIRST_WAIT_SECONDS) + tenacity.wait_random(0, FIRST_WAIT_SECONDS),
             retry=tenacity.retry_if_exception_type(UserError),
             before_sleep=note,
             reraise=True,
