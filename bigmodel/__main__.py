@@ -92,6 +92,33 @@ def verify(
 
 
 @app.command()
+def adopt(
+    folder: Annotated[str, typer.Argument(help="shards of mosaicml-streaming: a folder or URL with index.json")],
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer that made them: tokenizer.json or its folder")],
+    into: Annotated[Path, typer.Option(help="prepared folder to make")],
+    column: Annotated[str, typer.Option(help="column of token ids or of text; default: tokens, input_ids, text")] = "",
+    dtype: Annotated[str, typer.Option(help="type of the ids where the column holds bytes, as int64")] = "",
+    name: Annotated[str, typer.Option(help="name of the source")] = "adopted",
+    validation: Annotated[str, typer.Option(help="folder of shards that are the validation split")] = "",
+    validation_share: Annotated[float, typer.Option(help="else: share of documents, by hash, that are")] = 0.02,
+) -> None:
+    """Take in MDS shards that others wrote, of token ids or of text, as prepared data.
+
+    A sample is one document. A begin or end token that a document lacks is added, and how often is said; a document
+    with one of them in its middle is refused. Shards that are stored as ours are, are linked unchanged if --validation
+    is given; others are written anew. Ids are never changed. Text is tokenized, as `prepare` does with a source of
+    .mds files.
+    """
+    from bigmodel.data.adopt import Adoption
+    from bigmodel.data.adopt import adopt as run
+    from bigmodel.data.prepare import live
+
+    with live() as progress:
+        run(Adoption(folder, into, tokenizer, column, dtype, name, validation, validation_share), progress)
+    print(f"{into}: is prepared data; set data.directory to it")
+
+
+@app.command()
 def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
     """Copy the prepared folder, data.directory, into a store: to the URL data.remote. Killed, it goes on."""
     from bigmodel.data.prepare import live

@@ -39,7 +39,7 @@ class SourceSettings(Section):
     files: list[str] = Field(
         min_length=1,
         description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "
-        ".arrow, .jsonl (also .gz, .zst) or .txt files",
+        ".arrow, .jsonl (also .gz, .zst), .txt or .mds (also .gz, .zstd) files",
     )
     column: str = Field("text", description="column that holds the text; a.b is field b of column a")
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")

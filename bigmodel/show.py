@@ -93,10 +93,10 @@ def lengths_text(manifest: Manifest) -> str:
 def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     data = settings.data
     return (
-        f"packing, as planned for {packed.num_packs:,} packs of {data.pack_tokens:,} tokens: {packed.filled:.2%} "
-        f"filled, {packed.documents:.1f} documents a pack, {packed.document_limited:.1%} of the packs closed by "
-        f"data.pack_documents = {data.pack_documents}; {whole:.1%} of the tokens are in documents not split by "
-        f"data.context_tokens = {data.context_tokens:,}"
+        f"packing, as planned for {packed.num_packs:,} packs of {data.pack_tokens:,} tokens:\n"
+        f"  {packed.filled:.2%} of the positions filled, {packed.documents:.1f} documents a pack\n"
+        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}\n"
+        f"  {whole:.1%} of the tokens in documents not split by data.context_tokens = {data.context_tokens:,}"
     )
 
 

@@ -29,7 +29,7 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, title: str, context_
         axes.stairs(share, edges, fill=True, color=color, alpha=0.35, label=f"share of {what}")
         axes.stairs(share, edges, color=color, linewidth=1.4)
         sums.plot(edges, np.concatenate([[0], np.cumsum(share)]), color=color, linewidth=1.8)
-    if context_tokens:
+    if edges[0] < context_tokens < edges[-1]:
         for panel in (axes, sums):
             panel.axvline(context_tokens, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -42,10 +42,10 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, title: str, context_
         )
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * max(share.max() for share in shares.values()))  # the legend has room of its own
     axes.set_title(title, loc="left", fontsize=13, color=INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper left", labelcolor=INK)
-    axes.set_ylabel("share per bar", color=INK)
+    axes.set_ylabel("share in each bar", color=INK)
     sums.set_ylabel("in documents\nat most so long", color=INK)
     sums.set_ylim(0, 1)
     sums.set_xlabel("tokens of a document, begin and end included", color=INK)
@@ -63,10 +63,8 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, title: str, context_
 
 def share_by_length(lengths: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Edges of the bars, a quarter of a doubling each, and the share of documents and of tokens between them."""
-    logs = np.log2(lengths)
-    first, last = np.floor(logs.min()), np.floor(logs.max()) + 1
-    exponents = np.arange(first, last + 1e-9, 1 / BINS_PER_DOUBLING)
-    edges = 2.0**exponents
+    first, last = (int(np.log2(length)) for length in (lengths.min(), lengths.max()))
+    edges = 2.0 ** np.linspace(first, last + 1, (last + 1 - first) * BINS_PER_DOUBLING + 1)
     documents, _ = np.histogram(lengths, edges)
     tokens, _ = np.histogram(lengths, edges, weights=lengths.astype(np.float64))
     return edges, {"documents": documents / documents.sum(), "tokens": tokens / tokens.sum()}

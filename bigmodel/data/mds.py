@@ -9,11 +9,12 @@ MDSWriter writes (a test compares them). Written here because a shard is then a 
 any process can write alone and at once, and none of them imports streaming, which takes seconds.
 """
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -92,14 +93,8 @@ class ShardContent:
     @classmethod
     def parse(cls, content: bytes) -> "ShardContent":
         """Raises `ValueError` saying why the bytes are not a shard. Any shard of MDSWriter's will do, decompressed."""
-        try:
-            count = int.from_bytes(content[:4], "little")
-            bounds = np.frombuffer(content, "<u4", count + 1, 4).tolist()
-            description = json.loads(content[4 + 4 * (count + 1) : bounds[0]])
-            columns = list(zip(*(description[f"column_{what}"] for what in COLUMN_FACTS), strict=True))
-        except (ValueError, TypeError, LookupError, UnicodeDecodeError):
-            raise ValueError("its head is not that of an MDS shard") from None
-        if bounds[-1] != len(content) or sorted(bounds) != bounds or not columns:
+        bounds, description = read_head(io.BytesIO(content))
+        if bounds[-1] != len(content) or sorted(bounds) != bounds:
             raise ValueError("its samples do not fill it")
         return cls(content, bounds, description)
 
@@ -119,6 +114,20 @@ class ShardContent:
                 raise ValueError("a sample's columns do not fill it")
             start += sum(here[:place])
             yield self.content[start : start + here[place]]
+
+
+def read_head(stream: IO[bytes]) -> tuple[list[int], dict[str, Any]]:
+    """A shard's bounds and description, without its samples. Raises `ValueError` if it is no shard."""
+    try:
+        count = int.from_bytes(stream.read(4), "little")
+        bounds = np.frombuffer(stream.read(4 * (count + 1)), "<u4", count + 1).tolist()
+        description = json.loads(stream.read(bounds[0] - 4 * (count + 2)))
+        lists = [description[f"column_{what}"] for what in COLUMN_FACTS]
+    except (ValueError, TypeError, LookupError):
+        raise ValueError("its head is not that of an MDS shard") from None
+    if not lists[0] or len({len(one) for one in lists}) > 1:
+        raise ValueError("its head names no columns")
+    return bounds, description
 
 
 def decode_array(value: bytes, dtype: np.dtype) -> np.ndarray:

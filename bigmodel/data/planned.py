@@ -91,7 +91,7 @@ def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
     now = whole_share(positions, data.context_tokens)
     reason = f"{shares[suggested]:.0%} of the tokens are in documents that are not split, now {now:.0%}"
     if shares[suggested] < WHOLE_SHARE:
-        reason += "; longer ones cost attention more than they give"
+        reason += f"; {CONTEXTS[-1]:,} is the longest that is suggested"
     return Suggestion("data.context_tokens", data.context_tokens, suggested, reason)
 
 

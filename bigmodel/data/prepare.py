@@ -411,14 +411,14 @@ def _make_tokenizer(
         write_json(gate, sample[:GATE_DOCUMENTS])
         if settings.tokenizer:
             given = tokenizer_file(settings.tokenizer)
-            _keep_boundaries(given.parent, work.result)
+            keep_boundaries(given.parent, work.result)
             write_atomically(work.tokenizer, given.read_bytes())
         else:
             write_atomically(work.tokenizer, train(sample, settings.vocabulary))
     return Tokenizer.load(work.tokenizer, read_json(gate))
 
 
-def _keep_boundaries(given: Path, result: Path) -> None:
+def keep_boundaries(given: Path, result: Path) -> None:
     """What a Hugging Face folder says of begin and end goes with its tokenizer.json."""
     named = named_boundaries(given)
     if named:

@@ -198,3 +198,12 @@ def _import_streaming() -> None:
     with _importing:  # the data thread and an evaluation may both come here first
         define_missing_torchvision_operators()
         import streaming  # noqa: F401 - seconds, once per process
+
+
+def decode_value(encoding: str, value: bytes) -> Any:
+    """A value of any MDS encoding, as streaming decodes it; nothing that would run code."""
+    _import_streaming()
+    from streaming.base.format.mds.encodings import is_mds_encoding_safe, mds_decode
+
+    assert is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"
+    return mds_decode(encoding, value)
