@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -229,7 +230,7 @@ def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypat
     assert content(tmp_path / "data") == content(home / "data")
 
 
-def prepare_slowly(home: Path, folder: Path, workers: int) -> None:
+def prepare_slowly(home: Path, folder: Path, started: Connection) -> None:
     """In a process to kill: prepare, slowed where a file is about to take its place."""
     replace = os.replace
 
@@ -239,7 +240,8 @@ def prepare_slowly(home: Path, folder: Path, workers: int) -> None:
 
     os.replace = slow
     corpus.UNIT_BYTES = 5000
-    prepare(elsewhere(tiny_settings(home, workers=workers), folder), quiet())
+    started.send("started")
+    prepare(elsewhere(tiny_settings(home), folder), quiet())
 
 
 def test_killed_at_any_moments_the_result_is_that_of_an_undisturbed_run(
@@ -250,8 +252,11 @@ def test_killed_at_any_moments_the_result_is_that_of_an_undisturbed_run(
     settings = elsewhere(tiny_settings(home), tmp_path)
     random, grown, kills, code = Random(5), [0], 0, None
     while code != 0:
-        victim = context.Process(target=prepare_slowly, args=(home, tmp_path, 1))
+        starts, started = context.Pipe(duplex=False)
+        victim = context.Process(target=prepare_slowly, args=(home, tmp_path, started))
         victim.start()
+        started.close()
+        assert starts.recv() == "started"  # importing may take seconds
         victim.join(random.uniform(0.05, 0.3 + 0.1 * kills))  # longer and longer, so that it ends on any machine
         victim.kill()
         victim.join()
@@ -408,6 +413,15 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
         prepared(tmp_path)
     os.close(descriptor)
     prepared(tmp_path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(preparing.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"its file system has no locks \(No locks available\)"):
+        prepared(tmp_path)
 
 
 STOPPED = """

@@ -186,14 +186,24 @@ def _claimed(partial: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{partial}: cannot be made: {error.strerror}; choose another data.directory") from None
     try:
+        _lock(partial, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(partial: Path, descriptor: int) -> None:
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
             raise BlockingIOError  # another run removed it between our open and our lock
-        yield
     except BlockingIOError:
         raise UserError(f"{partial}: another process is preparing this data now; wait for it or stop it") from None
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise UserError(
+            f"{partial}: its file system has no locks ({error.strerror}); choose another data.directory, or mount it "
+            "with flock"
+        ) from None
 
 
 @contextlib.contextmanager
