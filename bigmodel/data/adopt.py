@@ -10,8 +10,8 @@ with its end token, that token is added, and how often is said. A document with 
 such samples are several documents in one, and training would let them see each other.
 
 Guarantees: every document is kept but empty ones, in the order in which it is stored, and ids are never changed. A
-shard whose every document is stored as ours are, and goes to one split, is linked (copied between disks), else
-written anew. The folder appears whole, by one rename. Killed, it starts over.
+shard whose every document is stored as ours are, uncompressed, and goes to one split, is linked (copied between
+disks), else written anew. The folder appears whole, by one rename. Killed, it starts over.
 
 Costs: about 1 MB of text a second and core: the documents are decoded, for the bytes of their text are counted.
 """
@@ -211,7 +211,7 @@ def _take(shard: _Shard) -> _Taken:
             save_array(folder / f"lengths.{shard.number:05}.npy", taken.lengths[split])
             unchanged = len(mine) == len(parsed.bounds) - 1 and not taken.begins_added + taken.ends_added
             ours = parsed.description["column_names"], parsed.description["column_encodings"]
-            if unchanged and ours == (["tokens"], [f"ndarray:{tokenizer.dtype.name}"]):
+            if unchanged and parsed.content is content and ours == (["tokens"], [f"ndarray:{tokenizer.dtype.name}"]):
                 taken.entries[split] = _link(shard, parsed, folder)
                 taken.linked += 1
             else:
@@ -278,10 +278,10 @@ def _link(shard: _Shard, parsed: mds.ShardContent, folder: Path) -> dict[str, An
     target = folder / mds.shard_name(shard.number)
     try:
         os.link(shard.file, target)
-    except OSError:  # another disk, a store, a compressed file
+    except OSError:  # another disk, or a store
         write_atomically(target, parsed.content)
     raw = {"basename": target.name, "bytes": len(parsed.content), "hashes": {}}
-    stored = {**parsed.description, "compression": None, "hashes": []}
+    stored = {**parsed.description, "hashes": []}
     return {**stored, "samples": len(parsed.bounds) - 1, "raw_data": raw, "zip_data": None}
 
 
