@@ -192,3 +192,24 @@ def test_folders_that_cannot_be_adopted_are_one_message(
     assert code == 0, printed
     code, printed = run(monkeypatch, capsys, "adopt", folder, *given)
     assert (code, "exists already" in printed) == (2, True)
+
+
+def test_mds_files_that_are_no_source_of_text_are_refused(home: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokens = write_shards(tmp_path / "ids", {"tokens": "ndarray:uint16"}, [{"tokens": whole(tokenizer)[0]}])
+    cut = Path(write_shards(tmp_path / "cut", {"text": "str"}, [{"text": text} for text in NEWS[:9]]))
+    cut /= "shard.00000.mds"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    latin = write_shards(tmp_path / "latin", {"text": "str"}, [{"text": text} for text in [*NEWS[:9], "\x7f\x7f"]])
+    damaged = Path(latin) / "shard.00000.mds"
+    damaged.write_bytes(damaged.read_bytes().replace(b"\x7f\x7f", b"\xff\xff"))
+    (tmp_path / "none.mds").write_bytes(b"nothing of the kind")
+    for file, column, message in [
+        (f"{tokens}/*.mds", "tokens", "holds ndarray:uint16, not text; shards of tokens are taken in by .*adopt"),
+        (f"{tokens}/*.mds", "text", "has no column 'text'; it has 'tokens'"),
+        (str(tmp_path / "none.mds"), "text", "none.mds: cannot be read: its head is not that of an MDS shard"),
+        (str(damaged), "text", "shard.00000.mds: sample 10: not UTF-8"),
+        (str(cut), "text", "shard.00000.mds: cannot be read: its samples do not fill it"),
+    ]:
+        source = {"name": "adopted", "files": [file], "column": column}
+        with pytest.raises(UserError, match=message):
+            prepared(tmp_path / "run", sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
