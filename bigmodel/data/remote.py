@@ -7,7 +7,8 @@ manifest; of all processes of a node that want it one fetches it and the others 
 leaves only a hidden `.NAME.part`, which the next fetch of that file overwrites. In the store the manifest is written
 last, so a folder that has one is whole.
 
-Costs: a transfer that fails is tried 5 times in about 10 seconds, each failure logged and counted.
+Costs: a transfer that fails is tried 5 times, each failure logged and counted; the waits between are 10 seconds in
+all, and a client that retries by itself, as that of S3 does at a host that does not answer, adds its own.
 """
 
 import contextlib
