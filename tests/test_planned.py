@@ -49,7 +49,9 @@ def test_the_suggested_context_leaves_nine_tenths_of_the_tokens_whole() -> None:
     assert "the longest that is suggested" in books.reason
 
 
-def test_the_suggested_pack_and_window_are_the_smallest_that_fill_as_well() -> None:
+def test_the_suggested_pack_and_window_are_the_smallest_that_fill_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "MEASURED_PACKS", 100)
+    monkeypatch.setattr(planned, "WINDOWS", (5, 20, 60, 100))
     lengths = lognormal_lengths(1, 4000)
     store = MemoryStore({"web": [lengths[:2000], lengths[2000:]]})
     manifest = type("Counts", (), {"sources": ["web"], "counts": {"web": {"train": {"tokens": sum(lengths)}}}})

@@ -1,5 +1,7 @@
 """A prepared folder in a store: put there with the manifest last, fetched file by file, never half, never other."""
 
+import errno
+import fcntl
 import logging
 import multiprocessing
 import shutil
@@ -263,6 +265,29 @@ def test_what_a_killed_process_left_half_is_not_used(whole: Path, url: str, tmp_
     part.write_bytes((whole / SHARD).read_bytes()[:700] + b"half")
     assert store.file(SHARD).read_bytes() == (whole / SHARD).read_bytes()
     assert not part.exists()
+
+
+def test_a_file_system_without_locks_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"tokenizer.json.part: its file system has no locks \(No locks available\)"):
+        ShardStore(tmp_path / "data", "train", url)
+
+
+def test_a_disk_that_becomes_full_is_named_and_nothing_half_stays(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = ShardStore(tmp_path / "data", "train", url)
+    monkeypatch.setattr(remote.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        store.file(SHARD)
+    assert error.value.filename == str(tmp_path / "data" / SHARD)
+    assert not list((tmp_path / "data" / "train").rglob("*.*"))
 
 
 # ---- the command line -----------------------------------------------------------------------------------------

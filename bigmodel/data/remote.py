@@ -123,7 +123,13 @@ def _held(path: Path) -> Iterator[BinaryIO]:
     name = path.with_name(f".{path.name}.part")
     while True:
         part = open(name, "ab")  # noqa: SIM115 - closed below
-        fcntl.flock(part, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{name}: its file system has no locks ({error.strerror}); choose another data.directory, or mount it "
+                "with flock"
+            ) from None
         if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
             break
         part.close()  # the process before us renamed it: it is `path` now
