@@ -60,6 +60,14 @@ def test_every_flipped_bit_is_found_in_every_file(folder: Path) -> None:
     assert all("its content differs from the manifest" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("name", ["shard.00001.mds", "lengths.00001.npy"])
+def test_one_flipped_bit_in_an_otherwise_whole_folder_is_found(folder: Path, name: str) -> None:
+    flip_a_bit(folder / NEWS / name, -9)
+    assert verify(str(folder), quiet()) == [
+        f"{folder / NEWS / name}: its content differs from the manifest (same size, other SHA-256)"
+    ]
+
+
 def test_missing_cut_and_extra_files_are_named_and_the_picture_is_no_data(folder: Path) -> None:
     shard = folder / NEWS / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import IO, Any
 
 import numpy as np
@@ -104,16 +104,25 @@ class ShardContent:
     def values(self, column: str) -> Iterator[bytes]:
         """A column's bytes as stored, sample by sample. Raises `ValueError` where a sample does not fill its place."""
         place = self.description["column_names"].index(column)
-        sizes = self.description["column_sizes"]
-        for start, end in pairwise(self.bounds):
-            here = list(sizes)
-            for number in (number for number, size in enumerate(sizes) if not size):
-                here[number] = int.from_bytes(self.content[start : start + 4], "little")
-                start += 4
-            if start + sum(here) != end:
+        starts, ends = np.array(self.bounds[:-1], np.int64), np.array(self.bounds[1:], np.int64)
+        sizes = np.zeros((len(starts), len(self.description["column_sizes"])), np.int64)
+        for number, size in enumerate(self.description["column_sizes"]):
+            if size:
+                sizes[:, number] = size
+                continue
+            if (starts + 4 > ends).any():
                 raise ValueError("a sample's columns do not fill it")
-            start += sum(here[:place])
-            yield self.content[start : start + here[place]]
+            sizes[:, number] = self._integers(starts)
+            starts += 4
+        if (starts + sizes.sum(axis=1) != ends).any():
+            raise ValueError("a sample's columns do not fill it")
+        starts += sizes[:, :place].sum(axis=1)
+        for start, end in zip(starts.tolist(), (starts + sizes[:, place]).tolist(), strict=True):
+            yield self.content[start:end]
+
+    def _integers(self, places: np.ndarray) -> np.ndarray:
+        """The uint32 at each of these places."""
+        return np.frombuffer(self.content, np.uint8)[places[:, None] + np.arange(4)].view("<u4")[:, 0]
 
 
 def read_head(stream: IO[bytes]) -> tuple[list[int], dict[str, Any]]:

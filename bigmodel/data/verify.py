@@ -189,20 +189,24 @@ def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, 
             yield f"{column!r} is stored as {content.encoding(column)}, the manifest says {manifest.dtype}"
             continue
         documents = [mds.decode_array(value, np.dtype(manifest.dtype)) for value in content.values(column)]
-        if [len(document) for document in documents] != lengths[column].tolist():
+        found = np.array([len(document) for document in documents], np.int64)
+        if not np.array_equal(found, lengths[column]):
             yield f"the documents' lengths are not those of {lengths_name(column, shard.number)}"
-        yield from _check_tokens(documents, manifest)
+        yield from _check_tokens(np.concatenate(documents), found, manifest)
 
 
-def _check_tokens(documents: list[np.ndarray], manifest: Manifest) -> Iterator[str]:
-    largest = max((int(document.max()) for document in documents if len(document)), default=0)
-    if largest >= manifest.vocabulary:
-        yield f"holds token {largest}, the vocabulary has {manifest.vocabulary}"
-    ends = (manifest.bos, manifest.eos)
-    for number, document in enumerate(documents):
-        if len(document) < 2 or (document[0], document[-1]) != ends:
-            yield f"document {number} does not begin with token {ends[0]} and end with token {ends[1]}"
-            return
+def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest) -> Iterator[str]:
+    """Documents end to end, and how long each is."""
+    if len(tokens) and tokens.max() >= manifest.vocabulary:
+        yield f"holds token {tokens.max()}, the vocabulary has {manifest.vocabulary}"
+    ends = np.cumsum(lengths)
+    wrong = lengths < 2
+    whole = np.flatnonzero(~wrong)
+    wrong[whole] = (tokens[(ends - lengths)[whole]] != manifest.bos) | (tokens[ends[whole] - 1] != manifest.eos)
+    if wrong.any():
+        yield (
+            f"document {np.argmax(wrong)} does not begin with token {manifest.bos} and end with token {manifest.eos}"
+        )
 
 
 # ---- counts ---------------------------------------------------------------------------------------------------
