@@ -43,8 +43,7 @@ def show_data(settings: Settings, png: Path) -> None:
     console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
     console.print(suggestions_table(suggest(store, store.manifest, data)))
     lengths = [store.lengths(source, shard) for source in store.sources for shard in range(store.num_shards(source))]
-    title = f"{data.directory.name}: lengths of {sum(map(len, lengths)):,} documents"
-    draw_lengths(lengths, png, title, data.context_tokens)
+    draw_lengths(lengths, png, data.context_tokens)
     console.print(f"picture: {png}", soft_wrap=True)
 
 

@@ -99,10 +99,10 @@ def test_shares_by_length_of_known_lengths() -> None:
 
 def test_the_picture_is_the_same_bytes_again_and_one_length_can_be_drawn(whole: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        draw_lengths([np.array([5, 9, 300], np.uint32)], tmp_path / name, "news", 128)
+        draw_lengths([np.array([5, 9, 300], np.uint32)], tmp_path / name, 128)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert (tmp_path / "one").read_bytes().startswith(b"\x89PNG")
-    draw_lengths([np.array([7], np.uint32)], tmp_path / "single", "news", 128)
+    draw_lengths([np.array([7], np.uint32)], tmp_path / "single", 128)
     assert (whole / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert "lengths.png" not in Manifest.read(whole).files
 

@@ -328,7 +328,7 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, taken: Sequence[_Taken], p
         encoder="adopted",
         python=platform.python_version(),
     ).write(partial)
-    draw_lengths(lengths, partial / PICTURE, f"{adoption.into.name}: lengths of {kept:,} documents")
+    draw_lengths(lengths, partial / PICTURE)
 
 
 def _recipe(adoption: Adoption, taken: Sequence[_Taken]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ BLUE, ORANGE, GREY, INK = "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 BINS_PER_DOUBLING = 4
 
 
-def draw_lengths(lengths: Sequence[np.ndarray], path: Path, title: str, context_tokens: int = 0) -> None:
+def draw_lengths(lengths: Sequence[np.ndarray], path: Path, context_tokens: int = 0) -> None:
     """Shares of documents and of tokens over length, and below what share lies in documents of at most so long.
     `context_tokens`: drawn as a mark where above 0."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,7 +43,7 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, title: str, context_
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, 1.25 * max(share.max() for share in shares.values()))  # the legend has room of its own
-    axes.set_title(title, loc="left", fontsize=13, color=INK, fontweight="bold")
+    axes.set_title(f"Lengths of {len(all_lengths):,} documents", loc="left", fontsize=13, color=INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper left", labelcolor=INK)
     axes.set_ylabel("share in each bar", color=INK)
     sums.set_ylabel("in documents\nat most so long", color=INK)

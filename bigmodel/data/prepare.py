@@ -308,7 +308,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
         python=platform.python_version(),
     ).write(work.result)
-    draw_lengths(lengths, work.result / PICTURE, f"{job.target.name}: lengths of {sum(map(len, lengths)):,} documents")
+    draw_lengths(lengths, work.result / PICTURE)
 
 
 def _collect_embedded(
