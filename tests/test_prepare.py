@@ -353,7 +353,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
         ("news", str(news), "line 107"),
     ]
     assert "malformed.jsonl" in manifest.files
-    assert verify(tmp_path / "data") == []
+    assert verify(str(tmp_path / "data"), quiet()) == []
 
 
 KILLED = """

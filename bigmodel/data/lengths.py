@@ -32,13 +32,15 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, context_tokens: int 
     if edges[0] < context_tokens < edges[-1]:
         for panel in (axes, sums):
             panel.axvline(context_tokens, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        late = context_tokens**2 > edges[0] * edges[-1]  # right of the middle: the words go to the left
         axes.annotate(
-            f" context_tokens = {context_tokens:,}",
+            f" context_tokens = {context_tokens:,} ",
             (context_tokens, 0.97),
             xycoords=("data", "axes fraction"),
             color=INK,
             fontsize=9,
             verticalalignment="top",
+            horizontalalignment="right" if late else "left",
         )
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0], edges[-1])
