@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
@@ -61,18 +60,76 @@ def prepare(
 
 
 @app.command()
-def verify(directory: Annotated[Path, typer.Argument(help="prepared shards: the folder with manifest.json")]) -> None:
-    """Check every file of a prepared folder against its manifest."""
-    from bigmodel.data.prepare import verify as run
+def verify(
+    location: Annotated[str, typer.Argument(help="prepared shards: a folder, its URL in a store, or a run file")],
+    override: Overrides = [],  # noqa: B006
+) -> None:
+    """Check every byte and every number of prepared data against its manifest.
 
-    problems = run(directory)
+    With a run file that has data.remote, that folder in the store is checked, and those of its files that
+    data.directory has.
+    """
+    from bigmodel.data.prepare import live
+    from bigmodel.data.verify import verify as run
+
+    data = load_settings(location, override).data if location.endswith(".toml") else None
+    places = [location] if data is None else [place for place in (data.remote, str(data.directory)) if place]
+    partly = data is not None and bool(data.remote)
+    with live() as progress:
+        problems = [
+            problem
+            for number, place in enumerate(places)
+            for problem in run(place, progress, partly=partly and number == 1)
+        ]
     for problem in problems:
         print(problem)
     if problems:
         raise UserError(
-            f"{directory}: {len(problems)} problem(s); prepare the data again or copy the damaged files anew"
+            f"{' and '.join(places)}: {len(problems)} problem(s); copy damaged or missing files anew (with "
+            "data.remote set, delete them: they are fetched), delete those not in the manifest, or prepare again"
         )
-    print(f"{directory}: every file is as its manifest says")
+    print(f"{' and '.join(places)}: every file is as its manifest says")
+
+
+@app.command()
+def adopt(
+    folder: Annotated[str, typer.Argument(help="shards of mosaicml-streaming: a folder or URL with index.json")],
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer that made them: tokenizer.json or its folder")],
+    into: Annotated[Path, typer.Option(help="prepared folder to make")],
+    column: Annotated[str, typer.Option(help="column of token ids or of text; default: tokens, input_ids, text")] = "",
+    dtype: Annotated[str, typer.Option(help="type of the ids where the column holds bytes, as int64")] = "",
+    name: Annotated[str, typer.Option(help="name of the source")] = "adopted",
+    validation: Annotated[str, typer.Option(help="folder of shards that are the validation split")] = "",
+    validation_share: Annotated[float, typer.Option(help="else: share of documents, by hash, that are")] = 0.02,
+) -> None:
+    """Take in MDS shards that others wrote, of token ids or of text, as prepared data.
+
+    A sample is one document. A begin or end token that a document lacks is added, and how often is said; a document
+    with one of them in its middle is refused. Shards that are stored as ours are, are linked unchanged if --validation
+    is given; others are written anew. Ids are never changed. Text is tokenized, as `prepare` does with a source of
+    .mds files.
+    """
+    from bigmodel.data.adopt import Adoption
+    from bigmodel.data.adopt import adopt as run
+    from bigmodel.data.prepare import live
+
+    with live() as progress:
+        run(Adoption(folder, into, tokenizer, column, dtype, name, validation, validation_share), progress)
+    print(f"{into}: is prepared data; set data.directory to it")
+
+
+@app.command()
+def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
+    """Copy the prepared folder, data.directory, into a store: to the URL data.remote. Killed, it goes on."""
+    from bigmodel.data.prepare import live
+    from bigmodel.data.remote import upload as run
+
+    data = load_settings(run_file, override).data
+    if not data.remote:
+        raise UserError(f"{run_file}: data.remote is not set; name where to, for example s3://bucket/folder")
+    with live() as progress:
+        run(data.directory, data.remote, progress)
+    print(f"{data.directory}: is at {data.remote}")
 
 
 @app.command()
@@ -150,11 +207,15 @@ def probe() -> None:
 
 
 @show.command("data")
-def show_data(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
-    """Sources, documents, tokens and lengths of the prepared data."""
-    from bigmodel.data.prepare import summary
+def show_data(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006
+    png: Annotated[Path, typer.Option(help="where the picture of the lengths goes")] = Path("lengths.png"),
+) -> None:
+    """Sources, lengths, mix and packing of the prepared data, and settings that would suit it better."""
+    from bigmodel.show import show_data as run
 
-    Console().print(summary(load_settings(run_file, override).data.directory))
+    run(load_settings(run_file, override), png)
 
 
 @show.command("batch")

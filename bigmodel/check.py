@@ -72,7 +72,7 @@ def run_checks(run_file: Path, overrides: Sequence[str], promises: Sequence[str]
 def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Take a pack of the user's data with at least two documents and edit one of them."""
     settings = load_settings(run_file, overrides)
-    store = ShardStore(settings.data.directory, "train")
+    store = ShardStore(settings.data.directory, "train", settings.data.remote)
     pack = _pack_of_several(settings, store)
     model = Transformer(settings.model, store.manifest.vocabulary)
     init_weights(model, settings.run.seed)
@@ -209,7 +209,7 @@ def _alone(batch: Batch, document: slice) -> Batch:
 def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Walk the plan of the user's data at several world sizes, from a saved cursor, and over an epoch."""
     settings = load_settings(run_file, overrides)
-    store = ShardStore(settings.data.directory, "train")
+    store = ShardStore(settings.data.directory, "train", settings.data.remote)
     steps = min(ORDER_STEPS, settings.training.steps)
     reference = _step_fingerprints(settings, store, steps, world_size=1)
     findings = [

@@ -39,7 +39,7 @@ class SourceSettings(Section):
     files: list[str] = Field(
         min_length=1,
         description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "
-        ".arrow, .jsonl (also .gz, .zst) or .txt files",
+        ".arrow, .jsonl (also .gz, .zst), .txt or .mds (also .gz, .zstd) files",
     )
     column: str = Field("text", description="column that holds the text; a.b is field b of column a")
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
@@ -98,6 +98,9 @@ class DataSettings(Section):
     """Which shards to read and how they are packed."""
 
     directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
+    remote: str = Field(
+        "", description="URL of the same folder in a store; what data.directory lacks is fetched from there"
+    )
     context_tokens: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
     pack_tokens: int = Field(2048, ge=2, description="positions in a pack")
     pack_documents: int = Field(256, ge=1, description="documents in a pack, at most")

@@ -1,12 +1,16 @@
-"""Pictures of what enters the model: a packed batch with its documents and the attention it allows."""
+"""What enters the model: prepared data in numbers and as planned, a packed batch as a picture."""
 
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from bigmodel.config import Settings
 from bigmodel.data.batch import build_batch, draw, draw_png, make_keys
+from bigmodel.data.lengths import draw_lengths
+from bigmodel.data.manifest import SPLITS, Manifest
 from bigmodel.data.order import Order
+from bigmodel.data.planned import Packed, Suggestion, all_positions, measure_packing, mix_shares, suggest, whole_share
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.stream import reader
 from kernels.visibility import causal, dense
@@ -14,7 +18,7 @@ from kernels.visibility import causal, dense
 
 def show_batch(settings: Settings, step: int, png: Path) -> None:
     """Draw the first pack of data step `step`. Walks the plan from step 0: at a late step this takes a while."""
-    store = ShardStore(settings.data.directory, "train")
+    store = ShardStore(settings.data.directory, "train", settings.data.remote)
     order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
     for _ in range(step):
         order.next_step()
@@ -26,3 +30,81 @@ def show_batch(settings: Settings, step: int, png: Path) -> None:
     visibility = causal(batch.offsets)
     draw_png(batch, dense(visibility, len(batch.tokens), len(batch.tokens)).numpy(), png)
     console.print(f"picture: {png}")
+
+
+def show_data(settings: Settings, png: Path) -> None:
+    """Print sources, lengths, mix, packing and suggestions; draw the lengths."""
+    data = settings.data
+    store = ShardStore(data.directory, "train", data.remote)
+    packed = measure_packing(store, data)  # first: it complains of a wrong mix
+    console = Console(highlight=False)
+    console.print(sources_table(settings, store.manifest))
+    console.print(lengths_text(store.manifest), markup=False)
+    console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
+    console.print(suggestions_table(suggest(store, store.manifest, data)))
+    lengths = [store.lengths(source, shard) for source in store.sources for shard in range(store.num_shards(source))]
+    draw_lengths(lengths, png, data.context_tokens)
+    console.print(f"picture: {png}", soft_wrap=True)
+
+
+def sources_table(settings: Settings, manifest: Manifest) -> Table:
+    """Sources and splits with their documents, tokens and text; of the train split the share in training, how often
+    this run passes over it, and the rows that were dropped."""
+    title = f"{settings.data.directory}: vocabulary {manifest.vocabulary:,}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("source")
+    table.add_column("split")
+    for name in ("documents", "tokens", "text MB", "of the mix", "passes", "rows dropped"):
+        table.add_column(name, justify="right")
+    positions = settings.training.steps * settings.training.packs_per_step * settings.data.pack_tokens
+    mixed = mix_shares({name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}, settings.data.mix)
+    for source in manifest.sources:
+        rows = manifest.rows[source]
+        for split in SPLITS:
+            counts = manifest.counts[source][split]
+            line = [f"{counts['documents']:,}", f"{counts['tokens']:,}", f"{counts['text_bytes'] / 1e6:,.2f}"]
+            if split == SPLITS[0]:
+                passes = positions * mixed[source] / max(1, counts["tokens"])
+                line += [
+                    f"{mixed[source]:.1%}",
+                    f"{passes:.3g}",
+                    f"{rows['read'] - rows['kept']:,} of {rows['read']:,}",
+                ]
+            table.add_row(source, split, *line)
+    return table
+
+
+def lengths_text(manifest: Manifest) -> str:
+    """Length statistics in a line, then a line per power of two: up to so many tokens, a bar, how many documents."""
+    statistics = manifest.statistics
+    bins = sorted((int(top), count) for top, count in statistics["histogram"].items())
+    most = max(count for _, count in bins)
+    return "\n".join(
+        [
+            f"tokens per document: mean {statistics['mean_tokens']:,.0f}, median {statistics['median_tokens']:,.0f}, "
+            f"90% below {statistics['p90_tokens']:,.0f}, longest {statistics['max_tokens']:,}; "
+            f"{statistics['bytes_per_token']:.2f} bytes per token",
+            *(f"up to {top:>9,} {'█' * max(1, round(count / most * 30)):<30} {count:,}" for top, count in bins),
+        ]
+    )
+
+
+def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
+    data = settings.data
+    return (
+        f"packing, as planned for {packed.num_packs:,} packs of {data.pack_tokens:,} tokens:\n"
+        f"  {packed.filled:.2%} of the positions filled, {packed.documents:.1f} documents a pack\n"
+        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}\n"
+        f"  {whole:.1%} of the tokens in documents not split by data.context_tokens = {data.context_tokens:,}"
+    )
+
+
+def suggestions_table(suggestions: list[Suggestion]) -> Table:
+    table = Table("setting", title="suggestions, from the lengths alone", title_justify="left")
+    for name in ("now", "suggested"):
+        table.add_column(name, justify="right")
+    table.add_column("because")
+    for one in suggestions:
+        suggested = "as it is" if one.suggested == one.now else f"{one.suggested:,}"
+        table.add_row(one.setting, f"{one.now:,}", suggested, one.reason)
+    return table

@@ -27,14 +27,13 @@ BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would
 def summarize(settings: Settings, evaluation: Evaluation, sample: str) -> dict[str, Any]:
     """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text."""
     directory = settings.run.directory
-    text = settings.data.directory / "text" / "validation.txt"
     summary = {
         "steps": settings.training.steps,
         "nats_per_token": evaluation.nats_per_token,
         "validation_targets": evaluation.num_targets,
         "bits_per_byte": evaluation.bits_per_byte,
         "bigram_bits_per_byte": bigram_bits_per_byte(settings),
-        "xz_bits_per_byte": xz_bits_per_byte(text) if text.stat().st_size <= XZ_BYTES else None,
+        "xz_bits_per_byte": _xz_of_validation_text(settings),
     }
     write_json(directory / "summary.json", summary)
     write_atomically(directory / "sample.txt", sample + "\n")
@@ -42,13 +41,18 @@ def summarize(settings: Settings, evaluation: Evaluation, sample: str) -> dict[s
     return summary
 
 
+def _xz_of_validation_text(settings: Settings) -> float | None:
+    store = ShardStore(settings.data.directory, "validation", settings.data.remote)
+    return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
+
+
 def bigram_bits_per_byte(settings: Settings) -> float | None:
     """The bigram on the validation split, after the tokens that `settings` trains on; None for very long runs."""
     training = settings.training
     if training.steps * training.packs_per_step * settings.data.pack_tokens > BIGRAM_TOKENS:
         return None
-    train = ShardStore(settings.data.directory, "train")
-    validation = ShardStore(settings.data.directory, "validation")
+    train = ShardStore(settings.data.directory, "train", settings.data.remote)
+    validation = ShardStore(settings.data.directory, "validation", settings.data.remote)
     bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(settings, train))
     nats, count = bigram.score(token_pairs(validation))
     assert count == validation.num_targets, f"{count} pairs scored, {validation.num_targets} in the manifest"

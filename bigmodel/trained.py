@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bigmodel.config import Settings, UserError, settings_from_table
 from bigmodel.data.batch import Batch
+from bigmodel.data.shards import ShardStore
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.model.transformer import Transformer
 from bigmodel.rundir import read_json
@@ -46,5 +47,6 @@ def load_trained(run_directory: Path) -> Trained:
     for name, parameter in model.named_parameters():  # a tied head is the embedding: stored once
         parameter.data.copy_(weights[name])
     model.eval().to(device)
-    tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
+    store = ShardStore(settings.data.directory, "validation", settings.data.remote)
+    tokenizer = Tokenizer.load(store.file("tokenizer.json"))
     return Trained(settings, found.state["step"], model, tokenizer, device)

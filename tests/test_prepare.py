@@ -27,9 +27,10 @@ from bigmodel.baselines import xz_bits_per_byte
 from bigmodel.config import Settings, UserError
 from bigmodel.data import cleaning, corpus, embedded, encoding, mds, units
 from bigmodel.data import prepare as preparing
-from bigmodel.data.prepare import prepare, quiet, summary, verify
+from bigmodel.data.prepare import prepare, quiet
 from bigmodel.data.shards import Manifest, ShardStore
 from bigmodel.data.tokenizer import Tokenizer
+from bigmodel.data.verify import verify
 from tests.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
 
 
@@ -352,7 +353,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
         ("news", str(news), "line 107"),
     ]
     assert "malformed.jsonl" in manifest.files
-    assert verify(tmp_path / "data") == []
+    assert verify(str(tmp_path / "data"), quiet()) == []
 
 
 KILLED = """
@@ -596,7 +597,7 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
     assert manifest.counts["pairs"]["train"]["target_tokens"] == tokens
     assert found == [pair for pair in pairs if pair in found]
     assert 30 < len(found) < 60
-    assert verify(directory) == []
+    assert verify(str(directory), quiet()) == []
 
 
 def test_cleaning_and_decontamination_reach_the_shards_and_the_manifest(home: Path, tmp_path: Path) -> None:
@@ -628,41 +629,6 @@ def test_adding_data_moves_no_document_between_the_splits(home: Path, tmp_path: 
         assert len(before) >= at_least
 
 
-def test_verify_finds_every_damage_and_nothing_in_a_whole_folder(home: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(home / "data", tmp_path / "data"))
-    assert verify(folder) == []
-    shard = folder / "train" / "news" / "shard.00000.mds"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x07\x07")
-    (folder / "text" / "validation.txt").unlink()
-    (folder / "train" / "news" / "stray.mds").touch()
-    problems = verify(folder)
-    assert len(problems) == 3
-    assert "validation.txt: missing" in problems[0]
-    assert "shard.00000.mds: has" in problems[1]
-    assert "stray.mds: not in the manifest" in problems[2]
-
-
-def test_verify_compares_the_counts_of_index_lengths_and_manifest(home: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(home / "data", tmp_path / "data"))
-    manifest = Manifest.read(folder)
-    manifest.counts["news"]["train"]["tokens"] += 1
-    manifest.counts["letters"]["train"]["documents"] += 1
-    manifest.write(folder)
-    problems = verify(folder)
-    assert len(problems) == 2
-    assert "train/letters: index, lengths and manifest differ in documents" in problems[0]
-    assert "train/news" in problems[1]
-    assert "the manifest says" in problems[1]
-
-
-def test_the_summary_shows_sources_splits_and_lengths(home: Path) -> None:
-    console = Console(record=True, width=160, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(summary(home / "data"))
-    text = console.export_text()
-    for expected in ("letters", "news", "validation", "3 of 103", "vocabulary 300", "longest", "up to"):
-        assert expected in text
-
-
 def test_the_embedded_corpus_is_prepared_without_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [(path, content) for path, content in embedded.standard_library() if len(content) < 20_000][:60]
     monkeypatch.setattr(embedded, "standard_library", lambda: modules)
@@ -671,7 +637,7 @@ def test_the_embedded_corpus_is_prepared_without_any_source(tmp_path: Path, monk
     assert store.sources == ["code", "docs"]
     assert store.manifest.rows["code"]["read"] == store.manifest.rows["docs"]["read"] == 60
     assert {path.name for path in (directory / "corpus").iterdir()} == {"code.parquet", "docs.parquet"}
-    assert verify(directory) == []
+    assert verify(str(directory), quiet()) == []
     prepared(tmp_path, sources=[], validation_share=0.2, shard_tokens=1_000_000)
     monkeypatch.setattr(embedded, "standard_library", lambda: modules[1:])
     with pytest.raises(UserError, match="Python's standard library has other content now"):

@@ -26,7 +26,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from bigmodel.config import SourceSettings, UserError
-from bigmodel.data import files
+from bigmodel.data import files, mds
 
 UNIT_BYTES = 16 << 20  # a unit of JSONL or of text files: about a second of tokenizing
 BATCH_ROWS = 256  # Parquet or Arrow rows decoded together: bounds memory at long documents
@@ -39,8 +39,11 @@ KINDS = {
     ".jsonl.gz": "lines",
     ".jsonl.zst": "lines",
     ".txt": "text",
+    ".mds": "shard",
+    ".mds.gz": "shard",
+    ".mds.zstd": "shard",
 }
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -119,7 +122,8 @@ def _check_file(where: str, file: str, columns: tuple[str, ...]) -> None:
         if len(columns) > 1:
             raise UserError(f"{where}: {file}: a text file has no columns, so no target_column; use JSONL or Parquet")
         return
-    known = _first_line_columns(file) if kind == "lines" else _schema_columns(file, columns)
+    look = {"lines": _first_line_columns, "shard": _shard_columns}.get(kind, _schema_columns)
+    known = look(file, columns)
     for setting, column in zip(("column", "target_column"), columns, strict=False):
         if known and column not in known:
             raise UserError(
@@ -157,7 +161,24 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def _first_line_columns(file: str) -> list[str]:
+def _shard_columns(file: str, columns: tuple[str, ...]) -> list[str]:
+    """Every column's name. Raises `UserError` where a wanted one does not hold text."""
+    with files.readable(file), _open_lines(file) as stream:
+        try:
+            description = mds.read_head(stream)[1]
+        except ValueError as error:
+            raise OSError(str(error)) from None
+    known = dict(zip(description["column_names"], description["column_encodings"], strict=True))
+    for column in columns:
+        if known.get(column, "str") != "str":
+            raise UserError(
+                f"{file}: column {column!r} holds {known[column]}, not text; "
+                "shards of tokens are taken in by `python -m bigmodel adopt`"
+            )
+    return list(known)
+
+
+def _first_line_columns(file: str, _: tuple[str, ...]) -> list[str]:
     """Names in the first well-formed line, nested ones dotted; none where there is no such line to judge by."""
     for number, (offset, line) in enumerate(_lines(file, 0, None)):
         value = _parse_line(offset, line)
@@ -229,7 +250,7 @@ def _pieces(file: str) -> list[tuple[int, int, int]]:
         with files.readable(file), files.open_file(file) as stream:
             number = pyarrow.ipc.open_file(stream).num_record_batches if _is_arrow_file(stream) else 1
         return [(batch, batch + 1, size // number) for batch in range(number)]
-    if _compression(file):
+    if kind == "shard" or _compression(file):
         return [(0, 0, size)]
     return [(start, start + UNIT_BYTES, min(UNIT_BYTES, size - start)) for start in range(0, size, UNIT_BYTES)]
 
@@ -253,6 +274,7 @@ def _group_by_size(texts: Sequence[str]) -> Iterator[tuple[tuple[str, ...], int]
 def read_unit(unit: Unit) -> Iterator[Row]:
     """Every row of a unit, in file order. Raises `UserError` naming the file that cannot be read."""
     readers = {"parquet": _read_row_group, "arrow": _read_record_batch, "lines": _read_json_lines, "text": _read_texts}
+    readers["shard"] = _read_shard
     return readers[_kind(unit.files[0])](unit)
 
 
@@ -336,6 +358,25 @@ def _decoded(raw: bytes) -> str | bytes:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return raw
+
+
+def _read_shard(unit: Unit) -> Iterator[Row]:
+    """The samples of an MDS shard, which is read whole."""
+    file = unit.files[0]
+    try:
+        with files.readable(file), _open_lines(file) as stream:
+            content = stream.read()
+        shard = mds.ShardContent.parse(content)
+        for number, raw in enumerate(zip(*(shard.values(column) for column in unit.columns), strict=True), 1):
+            texts = tuple(map(_decoded, raw))
+            if all(isinstance(text, str) for text in texts):
+                yield tuple(text for text in texts if isinstance(text, str)), None
+            else:
+                yield Malformed(file, f"sample {number}", "not UTF-8", sum(map(len, raw))), None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: cannot be read: {error}; make it whole or leave it out") from None
 
 
 def _read_json_lines(unit: Unit) -> Iterator[Row]:

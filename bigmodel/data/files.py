@@ -1,4 +1,4 @@
-"""Files that are read: on this machine, or in a store that is named by a URL.
+"""Files: on this machine, or in a store that is named by a URL.
 
 Takes paths and URLs. s3://, gs://, abfs:// and hdfs:// go through pyarrow, any other scheme through fsspec where it
 has a driver for it. Credentials come from the environment, as each store's own tools expect them.
@@ -9,7 +9,7 @@ Guarantees: whatever stops a file from being found or read is a `UserError` that
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from pyarrow import fs
 from bigmodel.config import UserError
 
 PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+CHUNK_BYTES = 4 << 20  # read at once: a store answers each read separately
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -71,13 +72,35 @@ def is_folder(location: str) -> bool:
         return store.get_file_info(path).type == fs.FileType.Directory
 
 
+def join(folder: str, name: str) -> str:
+    """A file below a folder; a URL's settings after the question mark stay behind."""
+    path, mark, settings = folder.partition("?") if is_remote(folder) else (folder, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{settings}"
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by path relative to it, sorted; empty where there is no such folder."""
+    if is_remote(folder):
+        store, path = _store(folder)
+    else:
+        store, path = fs.LocalFileSystem(), os.path.abspath(folder)
+    start = path.rstrip("/") + "/"
+    with readable(folder):
+        entries = store.get_file_info(fs.FileSelector(start.rstrip("/"), allow_not_found=True, recursive=True))
+    found = {entry.path.removeprefix(start): entry.size for entry in entries if entry.type == fs.FileType.File}
+    return dict(sorted(found.items()))
+
+
 def size(location: str) -> int:
     """Bytes as stored."""
     with readable(location):
         if not is_remote(location):
             return os.path.getsize(location)
         store, path = _store(location)
-        return store.get_file_info(path).size
+        information = store.get_file_info(path)
+        if information.type == fs.FileType.NotFound:
+            raise FileNotFoundError("no such file")
+        return information.size
 
 
 def identity(location: str) -> str:
@@ -95,6 +118,26 @@ def open_file(location: str) -> pyarrow.NativeFile:
             return pyarrow.OSFile(location)
         store, path = _store(location)
         return store.open_input_file(path)
+
+
+def chunks(location: str) -> Iterator[bytes]:
+    """The content of a file, from begin to end."""
+    with readable(location), open_file(location) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def write(location: str, content: Iterable[bytes]) -> None:
+    """Make a file in a store. Raises `UserError` naming it; what `content` raises passes through."""
+    store, path = _store(location)
+    try:
+        if not isinstance(store, (fs.S3FileSystem, fs.GcsFileSystem)):  # these have no folders to make
+            store.create_dir(path.rpartition("/")[0], recursive=True)
+        with store.open_output_stream(path) as stream:
+            for chunk in content:
+                stream.write(chunk)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{location}: cannot be written: {_first_line(error)}; {_remedy(location)}") from None
 
 
 @contextmanager

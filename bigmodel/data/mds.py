@@ -9,15 +9,18 @@ MDSWriter writes (a test compares them). Written here because a shard is then a 
 any process can write alone and at once, and none of them imports streaming, which takes seconds.
 """
 
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 LARGEST_SHARD_BYTES = 2**32 - 1  # samples are addressed by uint32 byte offsets
 LARGEST_SHARD_TOKENS = 500_000_000  # of 4 bytes; with the overhead of the shortest documents below the bound above
+COLUMN_FACTS = ("names", "encodings", "sizes")
 SETTINGS: dict[str, Any] = {"compression": None, "format": "mds", "hashes": [], "size_limit": None, "version": 2}
 
 
@@ -74,3 +77,72 @@ def _encode_array(array: np.ndarray) -> bytes:
     length = len(array)
     code = 0 if length < 1 << 8 else 1 if length < 1 << 16 else 2
     return bytes([4 + code]) + length.to_bytes(1 << code, "little") + array.tobytes()
+
+
+# ---- reading a whole shard ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """A shard's bytes, found to be one: what it says of its columns, and where its samples lie."""
+
+    content: bytes
+    bounds: list[int]  # of the samples, in bytes
+    description: dict[str, Any]  # column_names, column_encodings, column_sizes ...
+
+    @classmethod
+    def parse(cls, content: bytes) -> "ShardContent":
+        """Raises `ValueError` saying why the bytes are not a shard. Any shard of MDSWriter's will do, decompressed."""
+        bounds, description = read_head(io.BytesIO(content))
+        if bounds[-1] != len(content) or sorted(bounds) != bounds:
+            raise ValueError("its samples do not fill it")
+        return cls(content, bounds, description)
+
+    def encoding(self, column: str) -> str:
+        return self.description["column_encodings"][self.description["column_names"].index(column)]
+
+    def values(self, column: str) -> Iterator[bytes]:
+        """A column's bytes as stored, sample by sample. Raises `ValueError` where a sample does not fill its place."""
+        place = self.description["column_names"].index(column)
+        starts, ends = np.array(self.bounds[:-1], np.int64), np.array(self.bounds[1:], np.int64)
+        sizes = np.zeros((len(starts), len(self.description["column_sizes"])), np.int64)
+        for number, size in enumerate(self.description["column_sizes"]):
+            if size:
+                sizes[:, number] = size
+                continue
+            if (starts + 4 > ends).any():
+                raise ValueError("a sample's columns do not fill it")
+            sizes[:, number] = self._integers(starts)
+            starts += 4
+        if (starts + sizes.sum(axis=1) != ends).any():
+            raise ValueError("a sample's columns do not fill it")
+        starts += sizes[:, :place].sum(axis=1)
+        for start, end in zip(starts.tolist(), (starts + sizes[:, place]).tolist(), strict=True):
+            yield self.content[start:end]
+
+    def _integers(self, places: np.ndarray) -> np.ndarray:
+        """The uint32 at each of these places."""
+        return np.frombuffer(self.content, np.uint8)[places[:, None] + np.arange(4)].view("<u4")[:, 0]
+
+
+def read_head(stream: IO[bytes]) -> tuple[list[int], dict[str, Any]]:
+    """A shard's bounds and description, without its samples. Raises `ValueError` if it is no shard."""
+    try:
+        count = int.from_bytes(stream.read(4), "little")
+        bounds = np.frombuffer(stream.read(4 * (count + 1)), "<u4", count + 1).tolist()
+        description = json.loads(stream.read(bounds[0] - 4 * (count + 2)))
+        lists = [description[f"column_{what}"] for what in COLUMN_FACTS]
+    except (ValueError, TypeError, LookupError):
+        raise ValueError("its head is not that of an MDS shard") from None
+    if not lists[0] or len({len(one) for one in lists}) > 1:
+        raise ValueError("its head names no columns")
+    return bounds, description
+
+
+def decode_array(value: bytes, dtype: np.dtype) -> np.ndarray:
+    """An array as `encode_shard` stores it. Raises `ValueError` if it is none."""
+    code = value[0] - 4 if value else -1
+    head = 1 + (1 << code) if code in (0, 1, 2) else 0
+    if not head or int.from_bytes(value[1:head], "little") * dtype.itemsize != len(value) - head:
+        raise ValueError("a sample is not an array of one axis")
+    return np.frombuffer(value, dtype, offset=head)

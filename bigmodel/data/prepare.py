@@ -28,7 +28,6 @@ import signal
 import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,22 +37,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError
 from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, mds, units
 from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
-from bigmodel.data.shards import (
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    check_shards,
-    describe_files,
-    find_damage,
-    length_statistics,
-)
+from bigmodel.data.lengths import draw_lengths
+from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
+from bigmodel.data.shards import length_statistics
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
@@ -316,6 +308,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
         python=platform.python_version(),
     ).write(work.result)
+    draw_lengths(lengths, work.result / PICTURE)
 
 
 def _collect_embedded(
@@ -429,14 +422,14 @@ def _make_tokenizer(
         write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
         if settings.tokenizer:
             given = tokenizer_file(settings.tokenizer)
-            _keep_boundaries(given.parent, work.result)
+            keep_boundaries(given.parent, work.result)
             write_atomically(work.tokenizer, given.read_bytes())
         else:
             write_atomically(work.tokenizer, train(sample, settings.vocabulary))
     return Tokenizer.load(work.tokenizer, read_json(gate))
 
 
-def _keep_boundaries(given: Path, result: Path) -> None:
+def keep_boundaries(given: Path, result: Path) -> None:
     """What a Hugging Face folder says of begin and end goes with its tokenizer.json."""
     named = named_boundaries(given)
     if named:
@@ -496,65 +489,3 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -
     _write_malformed(work.result / "malformed.jsonl", all_units, scans)
     for part in work.result.rglob(".*.part"):  # of a process that was killed while it wrote
         part.unlink()
-
-
-# ---- looking at prepared data ---------------------------------------------------------------------------------
-
-
-def verify(directory: Path) -> list[str]:
-    """Every way in which a prepared folder differs from its manifest; empty if it is whole.
-
-    Raises `UserError` where there is no readable manifest. Reads every byte, about 1 GB/s a thread.
-    """
-    directory = Path(directory)
-    manifest = Manifest.read(directory)
-    with ThreadPoolExecutor() as pool:
-        damages = pool.map(lambda name: find_damage(directory, name, manifest.files[name]), sorted(manifest.files))
-        problems = [damage for damage in damages if damage]
-    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    problems += [
-        f"{directory / name}: not in the manifest" for name in sorted(found - set(manifest.files) - {MANIFEST})
-    ]
-    if problems:
-        return problems
-    try:
-        return check_shards(directory, manifest)
-    except UserError as error:
-        return [str(error)]
-
-
-def summary(directory: Path) -> Table:
-    """Sources and splits with their documents, tokens and text, then the lengths, as a table to print."""
-    manifest = Manifest.read(directory)
-    statistics = manifest.statistics
-    table = Table(
-        title=f"{directory}: vocabulary {manifest.vocabulary:,}, {statistics['bytes_per_token']:.2f} bytes per token",
-        caption=(
-            f"document length in tokens: mean {statistics['mean_tokens']:,.0f}, "
-            f"median {statistics['median_tokens']:,.0f}, "
-            f"90% below {statistics['p90_tokens']:,.0f}, longest {statistics['max_tokens']:,}\n"
-            + _histogram(statistics["histogram"])
-        ),
-        caption_justify="left",
-    )
-    table.add_column("source")
-    table.add_column("split")
-    for name in ("documents", "tokens", "text MB", "rows dropped"):
-        table.add_column(name, justify="right")
-    for source in manifest.sources:
-        rows = manifest.rows[source]
-        for split in SPLITS:
-            counts = manifest.counts[source][split]
-            dropped = f"{rows['read'] - rows['kept']:,} of {rows['read']:,}" if split == SPLITS[0] else ""
-            megabytes = f"{counts['text_bytes'] / 1e6:,.2f}"
-            table.add_row(source, split, f"{counts['documents']:,}", f"{counts['tokens']:,}", megabytes, dropped)
-    return table
-
-
-def _histogram(bins: dict[str, int]) -> str:
-    """A line per power of two: up to so many tokens, a bar, how many documents."""
-    most = max(bins.values())
-    return "\n".join(
-        f"up to {top:>9,} {'█' * max(1, round(count / most * 30)):<30} {count:,}"
-        for top, count in sorted((int(top), count) for top, count in bins.items())
-    )

@@ -9,7 +9,8 @@ Takes stored documents (`[bos] + text + [eos]`), gives them back by (source, sha
 source of pairs has a second column, `target_tokens`, and target_lengths.00000.npy ...
 
 Guarantees: a file is compared with the manifest, size and SHA-256, before its first use in a process, so a cut,
-altered or missing file is an error and never other data; a folder without a manifest is not prepared data.
+altered or missing file is an error and never other data; a folder without a manifest is not prepared data. With a
+remote, a file that the folder lacks or has damaged is fetched instead, so a node holds the shards it reads.
 
 Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads.
 Importing streaming takes seconds, so it happens at the first shard read. Its StreamingDataset is not
@@ -21,8 +22,6 @@ import importlib.util
 import json
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,126 +29,29 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import UserError
-from bigmodel.rundir import write_json
+from bigmodel.data.manifest import MANIFEST, PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
+from bigmodel.data.remote import Remote
 
-MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
-SPLITS = ("train", "validation")
-PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
+__all__ = ["MANIFEST", "SPLITS", "Manifest", "ShardStore", "length_statistics"]
 
 _torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
 
 
-# ---- the manifest ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
-    `files[path]` has bytes and sha256, path relative to the folder; `recipe` is what the user asked for."""
-
-    tokenizer_sha256: str
-    vocabulary: int
-    bos: int
-    eos: int
-    dtype: str
-    counts: dict[str, dict[str, dict[str, int]]]
-    rows: dict[str, dict[str, int]]  # per source: documents read, kept, and dropped by reason
-    row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: taken out of kept documents
-    statistics: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-    recipe: dict[str, Any]
-    corpus_sha256: str
-    encoder: str
-    python: str
-    document: str = "[bos] text [eos]"
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def sources(self) -> list[str]:
-        return sorted(self.counts)
-
-    def total(self, split: str, what: str) -> int:
-        """Sum over sources of `what`: documents, tokens or text_bytes."""
-        return sum(counts[split][what] for counts in self.counts.values())
-
-    def write(self, directory: Path) -> None:
-        write_json(directory / MANIFEST, asdict(self))
-
-    @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Raises `UserError` where there is no folder, no manifest, or one that this version cannot read."""
-        path = Path(directory) / MANIFEST
-        if not Path(directory).is_dir():
-            raise UserError(
-                f"data.directory = {directory}: no such folder; run `python -m bigmodel prepare RUN.toml` first"
-            )
-        try:
-            table = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(
-                f"data.directory = {directory}: has no {MANIFEST}, so it is not a folder of prepared shards; "
-                "run `python -m bigmodel prepare RUN.toml` into another data.directory, or delete this one first"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged: {error}; {PREPARE_AGAIN}") from None
-        expected = {field.name for field in fields(cls)}
-        version = table.get("schema_version") if isinstance(table, dict) else None
-        if version != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; {PREPARE_AGAIN}")
-        if set(table) != expected:
-            raise UserError(f"{path}: damaged: {', '.join(sorted(set(table) ^ expected))}; {PREPARE_AGAIN}")
-        return cls(**table)
-
-
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder except the manifest, by relative path, sorted."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(_sha256, files)
-        return {
-            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(files, hashes, strict=True)
-        }
-
-
-def find_damage(directory: Path, name: str, recorded: dict[str, Any] | None) -> str:
-    """What is wrong with one file against its entry in the manifest; empty if nothing."""
-    path = directory / name
-    if recorded is None:
-        return f"{path}: not in the manifest"
-    try:
-        size = path.stat().st_size
-        if size != recorded["bytes"]:
-            return f"{path}: has {size} bytes, the manifest says {recorded['bytes']}"
-        if _sha256(path) != recorded["sha256"]:
-            return f"{path}: its content differs from the manifest (same size, other SHA-256)"
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: cannot be read: {error}"
-    return ""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- reading --------------------------------------------------------------------------------------------------
-
-
 class ShardStore:
-    """One split of a prepared folder, all its sources. Opens files when they are asked for.
+    """One split of a prepared folder, all its sources. Opens files when they are asked for, and fetches them from
+    `remote`, the URL of the same folder in a store, where there is one.
 
     Construction reads the manifest and tokenizer.json and raises `UserError` where they do not belong together.
     """
 
-    def __init__(self, directory: Path, split: str) -> None:
+    def __init__(self, directory: Path, split: str, remote: str = "") -> None:
         self.directory = Path(directory)
         self.split = split
         if split not in SPLITS:
             raise UserError(f"no split {split!r}; a prepared folder has {' and '.join(SPLITS)}")
+        self.remote = Remote(remote, self.directory) if remote else None
+        if self.remote:
+            self.remote.fetch_manifest()
         self.manifest = Manifest.read(self.directory)
         self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
         self._checked: set[str] = set()
@@ -187,7 +89,7 @@ class ShardStore:
         """(documents in the shard,) uint32 memory map: stored tokens of each document."""
         key = (source, shard)
         if key not in self._lengths:
-            path = self._checked_file(f"{self.split}/{source}/lengths.{shard:05}.npy")
+            path = self.file(f"{self.split}/{source}/lengths.{shard:05}.npy")
             self._lengths[key] = np.load(path, mmap_mode="r")
         return self._lengths[key]
 
@@ -204,51 +106,43 @@ class ShardStore:
 
         entry = self._index(source)[shard]
         name = f"{self.split}/{source}/{entry['raw_data']['basename']}"
-        return reader_from_json(str(self._checked_file(name).parent), None, entry)
+        return reader_from_json(str(self.file(name).parent), None, entry)
 
     def _index(self, source: str) -> list[dict[str, Any]]:
         if source not in self._indexes:
-            path = self._checked_file(f"{self.split}/{source}/index.json")
+            path = self.file(f"{self.split}/{source}/index.json")
             self._indexes[source] = json.loads(path.read_bytes())["shards"]
         return self._indexes[source]
 
-    def _checked_file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """A file of the folder, by its relative path, whole and as the manifest says. Raises `UserError` if it is
+        neither here nor in the remote."""
+        recorded = self.manifest.files.get(name)
         if name not in self._checked:
-            damage = find_damage(self.directory, name, self.manifest.files.get(name))
-            if damage:
+            damage = find_damage(self.directory, name, recorded)
+            if damage and recorded and self.remote:
+                self.remote.fetch(name, recorded)
+            elif damage:
                 raise UserError(f"{damage}; {PREPARE_AGAIN}")
             self._checked.add(name)
         return self.directory / name
 
     def _check_tokenizer(self) -> None:
         path = self.directory / "tokenizer.json"
+        if self.remote:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if name in self.manifest.files:
+                    self.file(name)
         if not path.exists():
             raise UserError(f"{path}: missing; {PREPARE_AGAIN}")
-        if _sha256(path) != self.manifest.tokenizer_sha256:
+        if sha256_of(str(path)) != self.manifest.tokenizer_sha256:
             raise UserError(
                 f"{path}: is not the tokenizer that made these shards (its SHA-256 differs from the manifest's); "
                 "put the right tokenizer.json back, or delete the folder and prepare again"
             )
 
 
-# ---- the shards as a whole ------------------------------------------------------------------------------------
-
-
-def check_shards(directory: Path, manifest: Manifest) -> list[str]:
-    """Where index, lengths and manifest disagree on documents or tokens; for files whose hashes are right."""
-    problems = []
-    for split in SPLITS:
-        store = ShardStore(directory, split)
-        for source in store.sources:
-            lengths = [store.lengths(source, shard) for shard in range(store.num_shards(source))]
-            samples = [entry["samples"] for entry in store._index(source)]
-            counts = manifest.counts[source][split]
-            tokens = sum(int(part.sum(dtype=np.int64)) for part in lengths)
-            if [len(part) for part in lengths] != samples or sum(samples) != counts["documents"]:
-                problems.append(f"{directory}/{split}/{source}: index, lengths and manifest differ in documents")
-            if tokens != counts["tokens"]:
-                problems.append(f"{directory}/{split}/{source}: {tokens} tokens, the manifest says {counts['tokens']}")
-    return problems
+# ---- lengths -------------------------------------------------------------------------------------------------
 
 
 def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[str, Any]:
@@ -304,3 +198,12 @@ def _import_streaming() -> None:
     with _importing:  # the data thread and an evaluation may both come here first
         define_missing_torchvision_operators()
         import streaming  # noqa: F401 - seconds, once per process
+
+
+def decode_value(encoding: str, value: bytes) -> Any:
+    """A value of any MDS encoding, as streaming decodes it; nothing that would run code."""
+    _import_streaming()
+    from streaming.base.format.mds.encodings import is_mds_encoding_safe, mds_decode
+
+    assert is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"
+    return mds_decode(encoding, value)

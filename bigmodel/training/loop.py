@@ -60,7 +60,7 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
-    store = ShardStore(settings.data.directory, "train")
+    store = ShardStore(settings.data.directory, "train", settings.data.remote)
     order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
     validation = Validation(settings.data, packs_per_micro_batch)
     model = Transformer(

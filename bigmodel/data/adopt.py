@@ -1,0 +1,356 @@
+"""Adopt: shards that others wrote with mosaicml-streaming become a prepared folder.
+
+Takes a folder of MDS shards (compressed or not, here or in a store) with a column of token ids or of text, and the
+tokenizer that made the ids. Gives the folder that `bigmodel.data.shards` describes, as `prepare` does from text.
+
+A column of text is handed to `prepare`, of which such shards are a source; what follows is about token ids.
+
+A sample is taken as one document. Where a document does not begin with the tokenizer's begin token or does not end
+with its end token, that token is added, and how often is said. A document with one of them in its middle is refused:
+such samples are several documents in one, and training would let them see each other.
+
+Guarantees: every document is kept but empty ones, in the order in which it is stored, and ids are never changed. A
+shard whose every document is stored as ours are, uncompressed, and goes to one split, is linked (copied between
+disks), else written anew. The folder appears whole, by one rename. Killed, it starts over.
+
+Costs: about 1 MB of text a second and core: the documents are decoded, for the bytes of their text are counted.
+"""
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from rich.progress import Progress
+
+from bigmodel.config import Settings, UserError, settings_from_table
+from bigmodel.data import files, mds, units
+from bigmodel.data.cleaning import is_validation
+from bigmodel.data.encoding import save_array
+from bigmodel.data.lengths import draw_lengths
+from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
+from bigmodel.data.prepare import keep_boundaries, prepare
+from bigmodel.data.shards import decode_value, length_statistics
+from bigmodel.data.tokenizer import Tokenizer, tokenizer_file
+from bigmodel.rundir import write_atomically
+
+TOKEN_COLUMNS = ("tokens", "input_ids")  # names that are looked for
+COMPRESSIONS = {".zstd": "zstd", ".gz": "gzip", ".br": "brotli"}
+INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What is asked for. `dtype` is for a column of bytes. Documents go to validation by their hash, or none does and
+    `validation` is a folder that does as a whole."""
+
+    folder: str
+    into: Path
+    tokenizer: Path
+    column: str = ""
+    dtype: str = ""
+    name: str = "adopted"
+    validation: str = ""
+    validation_share: float = 0.02
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard to take in. `split`: where all of it goes; empty: each document by its hash."""
+
+    file: str
+    number: int
+    split: str
+    into: Path
+    adoption: Adoption
+
+
+@dataclass
+class _Taken:
+    """What became of a shard: per split the entry of the index (none: no document), lengths and bytes of text."""
+
+    sha256: str
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
+    text_bytes: dict[str, int] = field(default_factory=dict)
+    validation_text: bytes = b""
+    empty: int = 0
+    begins_added: int = 0
+    ends_added: int = 0
+    linked: int = 0
+
+
+def find_column(adoption: Adoption) -> tuple[str, str]:
+    """Name and encoding of the column that is asked for, or of the one that must be meant."""
+    first = list_shards(adoption.folder)[0]
+    shard = _parse(first, b"".join(files.chunks(first)))
+    names, encodings = (shard.description[f"column_{what}"] for what in ("names", "encodings"))
+    likely = [name for name in (adoption.column, *TOKEN_COLUMNS, "text") if name in names]
+    column = likely[0] if likely else names[0]
+    if (adoption.column and column != adoption.column) or (len(names) > 1 and not likely):
+        raise UserError(
+            f"{adoption.folder}: no column {adoption.column or ' or '.join(TOKEN_COLUMNS)!r}; it has "
+            f"{', '.join(map(repr, names))}: name the one with the tokens or the text by --column"
+        )
+    return column, encodings[names.index(column)]
+
+
+def list_shards(folder: str) -> list[str]:
+    """The files of the shards that a folder's index.json lists, in order. Raises `UserError` where one is missing."""
+    index = files.join(folder, "index.json")
+    there = files.sizes(folder)
+    if "index.json" not in there:
+        raise UserError(f"{folder}: has no index.json, so no shards of mosaicml-streaming; name a folder with one")
+    try:
+        entries = json.loads(b"".join(files.chunks(index)))["shards"]
+        stored = [[entry[key]["basename"] for key in ("raw_data", "zip_data") if entry[key]] for entry in entries]
+        kinds = {entry["format"] for entry in entries}
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{index}: damaged; it is not an index of mosaicml-streaming") from None
+    if kinds != {"mds"}:
+        raise UserError(f"{index}: lists {', '.join(sorted(kinds)) or 'no'} shards; only MDS shards can be adopted")
+    for names in stored:
+        if not set(names) & set(there):
+            raise UserError(f"{files.join(folder, names[0])}: missing, but index.json lists it; make the folder whole")
+    return [files.join(folder, next(name for name in names if name in there)) for names in stored]
+
+
+def adopt(adoption: Adoption, progress: Progress) -> Path:
+    """Make `adoption.into` and return it. Raises `UserError` for shards, columns and documents that cannot be taken."""
+    into = adoption.into.absolute()
+    if into.exists():
+        raise UserError(f"--into {into}: exists already; choose another folder, or delete this one")
+    column, encoding = find_column(adoption)
+    adoption = replace(adoption, column=column)
+    settings = _settings(adoption)
+    if encoding == "str" and adoption.validation:
+        raise UserError(
+            f"--validation {adoption.validation}: of shards of text each document goes to validation by its hash; "
+            "leave it out, and set --validation-share"
+        )
+    if encoding == "str":
+        return prepare(settings, progress)
+    tokenizer = Tokenizer.load(adoption.tokenizer, fast=False)
+    partial = into.with_name(into.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for split in SPLITS:
+        (partial / split / adoption.name).mkdir(parents=True)
+    given = tokenizer_file(adoption.tokenizer)
+    write_atomically(partial / "tokenizer.json", given.read_bytes())
+    keep_boundaries(given.parent, partial)
+    taken = _take_all(adoption, partial, progress)
+    _say(adoption, taken, progress)
+    _finish(adoption, tokenizer, taken, partial)
+    os.rename(partial, into)
+    return into
+
+
+def _settings(adoption: Adoption) -> Settings:
+    """The run file that would do the same with shards of text. Raises `UserError` for a name or share that none has."""
+    source = {"name": adoption.name, "files": list_shards(adoption.folder), "column": adoption.column}
+    section = {"sources": [source], "tokenizer": adoption.tokenizer, "validation_share": adoption.validation_share}
+    table = {"prepare": section, "data": {"directory": adoption.into}}
+    return settings_from_table(table, Path("adopt"))
+
+
+def _take_all(adoption: Adoption, partial: Path, progress: Progress) -> list[_Taken]:
+    first = SPLITS[0] if adoption.validation else ""
+    places = [(file, first) for file in list_shards(adoption.folder)]
+    if adoption.validation:
+        places += [(file, SPLITS[1]) for file in list_shards(adoption.validation)]
+    shards = [_Shard(file, number, split, partial, adoption) for number, (file, split) in enumerate(places)]
+    weights = [files.size(shard.file) for shard in shards]
+    number = min(len(os.sched_getaffinity(0)), len(shards)) if sum(weights) > INLINE_BYTES else 1
+    with units.processes(number, progress) as team:
+        return team.run("adopting", _take, [(shard,) for shard in shards], weights)
+
+
+def _say(adoption: Adoption, taken: Sequence[_Taken], progress: Progress) -> None:
+    documents = sum(len(lengths) for one in taken for lengths in one.lengths.values())
+    sums = {
+        what: sum(getattr(one, what) for one in taken) for what in ("begins_added", "ends_added", "empty", "linked")
+    }
+    progress.console.print(
+        f"{adoption.folder}: {documents:,} documents; begin added to {sums['begins_added']:,}, end to "
+        f"{sums['ends_added']:,}; {sums['empty']:,} empty ones left out; {sums['linked']:,} shards linked unchanged"
+    )
+
+
+# ---- a shard --------------------------------------------------------------------------------------------------
+
+
+def _take(shard: _Shard) -> _Taken:
+    """Store a shard's documents by split, under the shard's own number."""
+    content = b"".join(files.chunks(shard.file))
+    parsed = _parse(shard.file, content)
+    tokenizer = Tokenizer.load(shard.into / "tokenizer.json", fast=False)
+    taken = _Taken(hashlib.sha256(content).hexdigest())
+    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for number, ids in enumerate(_read_ids(parsed, shard)):
+        document = _with_ends(ids, tokenizer, f"{shard.file}: document {number}", taken)
+        if len(document) <= 2:
+            taken.empty += 1
+            continue
+        split = shard.split or SPLITS[_falls_to_validation(document, shard.adoption)]
+        text = tokenizer.decode(document).encode()
+        taken.text_bytes[split] = taken.text_bytes.get(split, 0) + len(text)
+        taken.validation_text += text if split == "validation" else b""
+        documents[split].append(document)
+    for split, mine in documents.items():
+        if mine:
+            taken.lengths[split] = np.array([len(document) for document in mine], np.uint32)
+            folder = shard.into / split / shard.adoption.name
+            save_array(folder / f"lengths.{shard.number:05}.npy", taken.lengths[split])
+            unchanged = len(mine) == len(parsed.bounds) - 1 and not taken.begins_added + taken.ends_added
+            ours = parsed.description["column_names"], parsed.description["column_encodings"]
+            if unchanged and parsed.content is content and ours == (["tokens"], [f"ndarray:{tokenizer.dtype.name}"]):
+                taken.entries[split] = _link(shard, parsed, folder)
+                taken.linked += 1
+            else:
+                write_atomically(folder / mds.shard_name(shard.number), mds.encode_shard({"tokens": mine}))
+                columns = {"tokens": taken.lengths[split]}
+                taken.entries[split] = mds.shard_entry(shard.number, columns, tokenizer.dtype)
+    return taken
+
+
+def _read_ids(parsed: mds.ShardContent, shard: _Shard) -> list[np.ndarray]:
+    """The ids of every sample, (n,) integers."""
+    column, dtype = shard.adoption.column, shard.adoption.dtype
+    if column not in parsed.description["column_names"]:
+        raise UserError(f"{shard.file}: has no column {column!r}, which the first shard has")
+    encoding = parsed.encoding(column)
+    if encoding == "bytes" and not dtype:
+        raise UserError(f"{shard.file}: column {column!r} holds bytes; say of which type its ids are, as --dtype int64")
+    if encoding != "bytes" and not encoding.startswith("ndarray"):
+        raise UserError(f"{shard.file}: column {column!r} holds {encoding}; token ids are ndarray or bytes")
+    try:
+        values = list(parsed.values(column))
+        arrays = [np.frombuffer(v, dtype) if encoding == "bytes" else decode_value(encoding, v) for v in values]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{shard.file}: column {column!r}: {error}; see that --dtype and the shard are right") from None
+    wrong = next((array for array in arrays if array.ndim != 1 or array.dtype.kind not in "iu"), None)
+    if wrong is not None:
+        raise UserError(
+            f"{shard.file}: column {column!r} holds arrays of {wrong.dtype} with {wrong.ndim} axes; "
+            "token ids are integers along one"
+        )
+    return arrays
+
+
+def _with_ends(ids: np.ndarray, tokenizer: Tokenizer, where: str, taken: _Taken) -> np.ndarray:
+    """The document as we store it. Counts what was added."""
+    if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocabulary):
+        raise UserError(
+            f"{where}: holds token {ids.min() if ids.min() < 0 else ids.max()}, the tokenizer has "
+            f"{tokenizer.vocabulary}; give the tokenizer that made these shards"
+        )
+    has_end = len(ids) > 0 and ids[-1] == tokenizer.eos
+    inner = ids[:-1] if has_end else ids
+    has_begin = len(inner) > 0 and inner[0] == tokenizer.bos
+    inner = inner[1:] if has_begin else inner
+    if len(inner) and np.isin(inner, (tokenizer.bos, tokenizer.eos)).any():
+        raise UserError(
+            f"{where}: has a begin or end token in its middle, so it is several documents in one; such samples cannot "
+            "be adopted, for each would be trained on as one document: write the shards with one document a sample, or "
+            "prepare from the text"
+        )
+    if len(inner):
+        taken.begins_added += not has_begin
+        taken.ends_added += not has_end
+    return np.concatenate([[tokenizer.bos], inner, [tokenizer.eos]]).astype(tokenizer.dtype)
+
+
+def _falls_to_validation(document: np.ndarray, adoption: Adoption) -> bool:
+    digest = hashlib.sha256(document.astype("<u4").tobytes()).digest()
+    return is_validation(None, digest, adoption.validation_share)
+
+
+def _link(shard: _Shard, parsed: mds.ShardContent, folder: Path) -> dict[str, Any]:
+    """Put the very file, or its bytes, into the folder; returns its entry of the index."""
+    target = folder / mds.shard_name(shard.number)
+    try:
+        os.link(shard.file, target)
+    except OSError:  # another disk, or a store
+        write_atomically(target, parsed.content)
+    raw = {"basename": target.name, "bytes": len(parsed.content), "hashes": {}}
+    stored = {**parsed.description, "hashes": []}
+    return {**stored, "samples": len(parsed.bounds) - 1, "raw_data": raw, "zip_data": None}
+
+
+def _parse(file: str, content: bytes) -> mds.ShardContent:
+    compression = next((name for ending, name in COMPRESSIONS.items() if file.endswith(ending)), "")
+    try:
+        if compression:
+            content = pyarrow.CompressedInputStream(io.BytesIO(content), compression).read()
+        return mds.ShardContent.parse(content)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; make it whole or leave it out") from None
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------
+
+
+def _finish(adoption: Adoption, tokenizer: Tokenizer, taken: Sequence[_Taken], partial: Path) -> None:
+    """Numbers without gaps, indexes, validation text, manifest, picture."""
+    counts = {split: _number_shards(partial / split / adoption.name, split, taken) for split in SPLITS}
+    for split in SPLITS:
+        if not counts[split]["documents"]:
+            raise UserError(
+                f"{adoption.folder}: no document for the {split} split; name a --validation folder or change "
+                f"--validation-share = {adoption.validation_share}"
+            )
+    (partial / "text").mkdir()
+    write_atomically(partial / "text" / "validation.txt", b"".join(one.validation_text for one in taken))
+    kept, text_bytes = (sum(counts[split][what] for split in SPLITS) for what in ("documents", "text_bytes"))
+    empty = sum(one.empty for one in taken)
+    lengths = [one.lengths[split] for split in SPLITS for one in taken if split in one.lengths]
+    Manifest(
+        tokenizer_sha256=tokenizer.sha256,
+        vocabulary=tokenizer.vocabulary,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        dtype=tokenizer.dtype.name,
+        counts={adoption.name: counts},
+        rows={adoption.name: {"read": kept + empty, "kept": kept, "empty": empty}},
+        row_bytes={adoption.name: {"read": text_bytes, "kept": text_bytes, "empty": 0}},
+        statistics=length_statistics(lengths, text_bytes),
+        files=describe_files(partial),
+        recipe=_recipe(adoption, taken),
+        corpus_sha256=hashlib.sha256("".join(one.sha256 for one in taken).encode()).hexdigest(),
+        encoder="adopted",
+        python=platform.python_version(),
+    ).write(partial)
+    draw_lengths(lengths, partial / PICTURE)
+
+
+def _recipe(adoption: Adoption, taken: Sequence[_Taken]) -> dict[str, Any]:
+    asked = {name: getattr(adoption, name) for name in ("folder", "column", "dtype", "name", "validation")}
+    added = {what: sum(getattr(one, what) for one in taken) for what in ("begins_added", "ends_added")}
+    return {"adopted": asked | {"validation_share": adoption.validation_share} | added}
+
+
+def _number_shards(folder: Path, split: str, taken: Sequence[_Taken]) -> dict[str, int]:
+    """Rename the shards of a split so that their numbers have no gaps, and write its index. Returns its counts."""
+    entries: list[dict[str, Any]] = []
+    for number, one in enumerate(taken):
+        if split in one.entries:
+            place = len(entries)
+            os.rename(folder / mds.shard_name(number), folder / mds.shard_name(place))
+            os.rename(folder / f"lengths.{number:05}.npy", folder / f"lengths.{place:05}.npy")
+            raw = one.entries[split]["raw_data"] | {"basename": mds.shard_name(place)}
+            entries.append(one.entries[split] | {"raw_data": raw})
+    write_atomically(folder / "index.json", mds.encode_index(entries))
+    mine = [one for one in taken if split in one.lengths]
+    return {
+        "documents": sum(len(one.lengths[split]) for one in mine),
+        "text_bytes": sum(one.text_bytes[split] for one in mine),
+        "tokens": sum(int(one.lengths[split].sum(dtype=np.int64)) for one in mine),
+    }

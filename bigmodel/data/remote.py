@@ -1,0 +1,191 @@
+"""Remote: a prepared folder in a store, brought to a node file by file as files are needed, or put there.
+
+Takes the URL of the folder in the store (`data.remote`) and the folder of this node (`data.directory`).
+
+Guarantees: a file appears in the node's folder by one rename, after its size and SHA-256 were compared with the
+manifest; of all processes of a node that want it one fetches it and the others wait; a process killed on the way
+leaves only a hidden `.NAME.part`, which the next fetch of that file overwrites. In the store the manifest is written
+last, so a folder that has one is whole.
+
+Costs: a transfer that fails is tried 5 times, each failure logged and counted; the waits between are 10 seconds in
+all, and a client that retries by itself, as that of S3 does at a host that does not answer, adds its own.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import tenacity
+from rich.progress import Progress
+
+from bigmodel.config import UserError
+from bigmodel.data import files
+from bigmodel.data.manifest import MANIFEST, Manifest, find_damage
+from bigmodel.rundir import write_atomically
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
+UPLOADS_AT_ONCE = 8
+
+log = logging.getLogger(__name__)
+
+
+class Remote:
+    """Fetches files of one prepared folder. `num_files`, `num_bytes` and `num_failures` count what it did."""
+
+    def __init__(self, url: str, directory: Path) -> None:
+        self.url, self.directory = url, directory
+        self.num_files = self.num_bytes = self.num_failures = 0
+
+    def fetch_manifest(self) -> None:
+        """Put the store's manifest into the folder. Raises `UserError` if there is another one already, or none in
+        the store."""
+        content = self._retrying(read_manifest, self.url)
+        if content is None:
+            raise UserError(without_manifest(self.url))
+        path = self.directory / MANIFEST
+        if not path.exists():
+            with _named(path):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, content)
+        elif path.read_bytes() != content:
+            raise UserError(
+                f"data.directory = {self.directory}: holds other data than data.remote = {self.url} (their {MANIFEST} "
+                "differ); choose another data.directory, or delete this one to fetch it anew"
+            )
+
+    def fetch(self, name: str, recorded: dict[str, Any]) -> None:
+        """Put one file into the folder, whole, unless another process does so first. `recorded`: its entry in the
+        manifest. Raises `UserError` when every attempt failed."""
+        path = self.directory / name
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _held(path) as part:
+                if find_damage(self.directory, name, recorded):  # none: another process was first
+                    self._retrying(self._download, name, recorded, part)
+                    os.replace(part.name, path)
+                    self.num_files += 1
+                    self.num_bytes += recorded["bytes"]
+
+    def _download(self, name: str, recorded: dict[str, Any], part: BinaryIO) -> None:
+        digest, location = hashlib.sha256(), files.join(self.url, name)
+        part.truncate(0)
+        for chunk in files.chunks(location):
+            part.write(chunk)
+            digest.update(chunk)
+        part.flush()
+        os.fsync(part.fileno())
+        if (part.tell(), digest.hexdigest()) != (recorded["bytes"], recorded["sha256"]):
+            raise UserError(
+                f"{location}: what came is not the file of the manifest ({part.tell()} bytes, {recorded['bytes']} "
+                f"expected; SHA-256 {digest.hexdigest()[:12]}, {recorded['sha256'][:12]} expected); "
+                f"see what is damaged with `python -m bigmodel verify {self.url}`, then put that file there anew"
+            )
+
+    def _retrying(self, function: Any, *arguments: Any) -> Any:
+        def note(state: tenacity.RetryCallState) -> None:
+            assert state.outcome is not None
+            self.num_failures += 1
+            log.warning("%s; attempt %d of %d failed", state.outcome.exception(), state.attempt_number, ATTEMPTS)
+
+        return tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_exponential(FIRST_WAIT_SECONDS) + tenacity.wait_random(0, FIRST_WAIT_SECONDS),
+            retry=tenacity.retry_if_exception_type(UserError),
+            before_sleep=note,
+            reraise=True,
+        )(function, *arguments)
+
+
+def read_manifest(url: str) -> bytes | None:
+    """The manifest of a folder in a store; None if it has none."""
+    location = files.join(url, MANIFEST)
+    return b"".join(files.chunks(location)) if files.find(location) else None
+
+
+def without_manifest(url: str) -> str:
+    return (
+        f"{url}: has no {MANIFEST}, so it is not a whole folder of prepared shards; "
+        "put one there with `python -m bigmodel upload RUN.toml`"
+    )
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[BinaryIO]:
+    """The file that becomes `path`, held against every other process of this node; it is its own lock, and the lock
+    ends with the process."""
+    name = path.with_name(f".{path.name}.part")
+    while True:
+        part = open(name, "ab")  # noqa: SIM115 - closed below
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{name}: its file system has no locks ({error.strerror}); choose another data.directory, or mount it "
+                "with flock"
+            ) from None
+        if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
+            break
+        part.close()  # the process before us renamed it: it is `path` now
+    with part:
+        try:
+            yield part
+        finally:
+            if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
+                name.unlink()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk is reported with the file's name; what else keeps the folder from being written is a `UserError`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; data.directory must be writable where data.remote is set"
+        ) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+# ---- the other way --------------------------------------------------------------------------------------------
+
+
+def upload(directory: Path, url: str, progress: Progress) -> None:
+    """Put a prepared folder into a store, the manifest last. What is there already and right is not sent again.
+
+    Raises `UserError` for a file that is not as the manifest says, for other data in the store, and for what the
+    store refuses.
+    """
+    manifest = Manifest.read(directory)
+    content = (directory / MANIFEST).read_bytes()
+    there = files.sizes(url)
+    if MANIFEST in there and read_manifest(url) != content:
+        raise UserError(f"{url}: holds other prepared data; choose another data.remote, or delete what is there")
+    task = progress.add_task("uploading", total=sum(record["bytes"] for record in manifest.files.values()))
+
+    def send(name: str) -> None:
+        recorded = manifest.files[name]
+        if there.get(name) != recorded["bytes"] or find_damage(url, name, recorded):
+            files.write(files.join(url, name), _checked(directory, name, recorded))
+        progress.advance(task, recorded["bytes"])
+
+    with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
+        list(pool.map(send, manifest.files))
+    files.write(files.join(url, MANIFEST), [content])
+
+
+def _checked(directory: Path, name: str, recorded: dict[str, Any]) -> Iterator[bytes]:
+    """The content of a file; raises `UserError` at its end if it is not what the manifest says."""
+    digest, location = hashlib.sha256(), str(directory / name)
+    for chunk in files.chunks(location):
+        digest.update(chunk)
+        yield chunk
+    if digest.hexdigest() != recorded["sha256"]:
+        raise UserError(f"{location}: differs from the manifest; prepare the data again, then upload it")
