@@ -15,7 +15,7 @@ the product alone, without a cap score is raw. With p the softmax and dp_s = dou
 
 Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a Visibility.
 Gives out (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last offset are written
-(zero) and never read; the backward has no atomics and repeats bitwise; grouped key heads are read in place. On a GPU
+(zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
 nothing waits for the device, no value of the device decides a shape or a launch, and nothing is compiled again for
 other documents: forward and backward may be captured in a CUDA graph and replayed with other offsets in the same
 tensor, and torch.compile sees two operators without graph breaks.
@@ -148,10 +148,13 @@ def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, visibility: Visibility, n
 
 # Part 3: Triton kernels. Scores are in base 2: scale, bias and cap come multiplied by log2(e), as scale2, bias, cap2.
 # A score that must not count is HIDDEN: finite, so that no inf - inf can make a NaN; whatever a row gathers before its
-# first visible key is multiplied by exp2(HIDDEN - real) = 0 when that key comes. REACH < 0: no bias.
+# first visible key is multiplied by exp2(HIDDEN - real) = 0 when that key comes. HIDDEN is a power of two, for its
+# product with any scale is exact: the compiler fuses one of the two products that are subtracted from one another with
+# the subtraction, and a rounding of 1e30 would be 1e22, of which exp2 is infinite. REACH < 0: no bias.
 
 LOG2_E = 1.4426950408889634
-HIDDEN = tl.constexpr(-1.0e30)
+HIDDEN = tl.constexpr(-(2.0**100))
+MAX_REACH_WITH_GRADIENT = 2048  # the bias gradient takes 210 registers there, and spills at 8,192 (sm_90, 64 channels)
 
 
 @triton.jit
@@ -483,6 +486,7 @@ def launch_options(
     else:
         shape = (TILE_SHAPES if capability // 10 in (9, 10) else TILE_SHAPES_IN_99_KB)[kernel, width]
     rows, columns, num_warps, num_stages = min(shape[0], block), min(shape[1], block), *shape[2:]
+    assert block % rows == 0, f"tiles of {block} rows cannot be taken {rows} at a time"
     tile = {"CHANNELS": channels, "HEAD": head, "ROWS": rows, "PARTS": block // rows, "COLUMNS": columns}
     return tile | {"num_warps": num_warps, "num_stages": num_stages}
 
@@ -606,11 +610,15 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *inputs[:6])
     ctx.settings = inputs[6:]
 
 
-def _differentiate(ctx: Any, d_out_THK: Tensor, _d_lse_HT: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: None) -> tuple[Tensor | None, ...]:
+    if d_out_THK is None:
+        return (None,) * 11
     bias_is_wanted = ctx.needs_input_grad[3]
     *d_rows, d_bias_HR = _attention_backward(d_out_THK, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
     return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 7)
@@ -645,6 +653,8 @@ def attention(
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     schedule = schedule or make_schedule(visibility, q_THK.shape[0], k_SGK.shape[0])
     _check_shapes(q_THK, k_SGK, v_SGK, schedule)
+    if schedule.visibility is not visibility:
+        raise ValueError("attention got a schedule made for another rule; give both the same Visibility")
     _check_scores(q_THK, scale, softcap, bias_HR)
     if schedule.query_tiles_NF is None or schedule.key_tiles_NF is None:
         return attention_reference(q_THK, k_SGK, v_SGK, visibility, schedule.lengths, scale, softcap, bias_HR)
@@ -677,6 +687,11 @@ def _check_scores(q_THK: Tensor, scale: float, softcap: float | None, bias_HR: T
         raise ValueError(
             f"attention got a bias of shape {tuple(bias_HR.shape)}; it needs ({heads} heads, 2 * reach + 1): a number "
             "for each distance from -reach to reach"
+        )
+    if bias_HR is not None and bias_HR.requires_grad and bias_HR.shape[1] // 2 > MAX_REACH_WITH_GRADIENT:
+        raise ValueError(
+            f"attention got a bias that reaches {bias_HR.shape[1] // 2} keys and wants a gradient; its kernel holds a "
+            f"sum for each distance in registers, up to a reach of {MAX_REACH_WITH_GRADIENT}"
         )
 
 

@@ -283,6 +283,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _differentiate(ctx: Any, grad: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError("linear cross-entropy is differentiable once; its gradient has no gradient")
     gradients = zip(ctx.saved_tensors, ctx.needed, strict=True)
     return *(scaled(one, grad, ctx.type) if needed else None for one, needed in gradients), *(None,) * 7
 

@@ -175,8 +175,11 @@ def _document_fields(visibility: Visibility, num_rows: int) -> Tensor:
     row_ends = F.pad(row_starts[1:], (0, 1), value=num_rows)
     column_ends = torch.cat([column_starts[1:], column_starts[-1:]])
     row_prefix_ends, column_prefix_ends = (
-        starts if prefix is None else starts + F.pad(prefix, (0, 1))
-        for starts, prefix in ((row_starts, visibility.query_prefix), (column_starts, visibility.key_prefix))
+        starts if prefix is None else starts + torch.minimum(F.pad(prefix, (0, 1)), ends - starts)
+        for starts, ends, prefix in (
+            (row_starts, row_ends, visibility.query_prefix),
+            (column_starts, column_ends, visibility.key_prefix),
+        )
     )
     return torch.stack([row_starts, row_ends, column_starts, column_ends, row_prefix_ends, column_prefix_ends])
 
@@ -304,6 +307,7 @@ TILE_ROWS = 128
 class Schedule:
     """What attention needs to know of a batch: tiles for the kernels, or lengths on the host for the reference."""
 
+    visibility: Visibility
     num_queries: int
     num_keys: int
     query_tiles_NF: Tensor | None
@@ -323,13 +327,15 @@ def make_schedule(visibility: Visibility, num_queries: int, num_keys: int, block
     asserted on the device by a kernel among the others: it costs seven small ones for each side and no waiting, works
     inside a graph, and ends the process where the attention kernels would read and write what is not theirs.
     """
+    if block < 16 or block & (block - 1):
+        raise ValueError(f"block is {block}; tiles need a power of two of rows, at least 16")
     _check_offsets("query_offsets", visibility.query_offsets, num_queries)
     _check_offsets("key_offsets", visibility.key_offsets, num_keys)
     if _runs_kernels(visibility.query_offsets.device):
         query_tiles_NF = tile_table(visibility, num_queries, block)
         key_tiles_NF = tile_table(visibility.transposed, num_keys, block)
-        return Schedule(num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
-    return Schedule(num_queries, num_keys, None, None, block, document_lengths(visibility))
+        return Schedule(visibility, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
+    return Schedule(visibility, num_queries, num_keys, None, None, block, document_lengths(visibility))
 
 
 def document_lengths(visibility: Visibility) -> tuple[tuple[int, int], ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention import attention, attention_reference, make_schedule
+from kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, make_schedule
 from kernels.relative_bias import t5_bias, t5_buckets
 from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
 from tests.dense_attention import assert_as_exact_as_plain_torch, dense_attention, make_inputs, out_and_gradients
@@ -163,6 +163,7 @@ ROWS = torch.zeros(6, 4, 16)
         ({"softcap": 0.0}, "got softcap 0.0; it needs a positive one, or None"),
         ({"bias_HR": torch.zeros(4, 6)}, r"bias of shape \(4, 6\); it needs \(4 heads, 2 \* reach \+ 1\)"),
         ({"bias_HR": torch.zeros(3, 7)}, r"bias of shape \(3, 7\); it needs \(4 heads"),
+        ({"bias_HR": torch.zeros(4, 4099, requires_grad=True)}, "a bias that reaches 2049 keys and wants a gradient"),
     ],
 )
 def test_a_cap_or_bias_that_does_not_fit_is_refused(score, message) -> None:
@@ -184,3 +185,22 @@ def test_inputs_that_do_not_fit_are_refused(q, k, v, scale, message) -> None:
     visibility = causal(offsets_of([4]))
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, visibility, make_schedule(visibility, 6, 6), scale)
+
+
+def test_a_schedule_of_another_rule_is_refused() -> None:
+    offsets = offsets_of([6])
+    with pytest.raises(ValueError, match="a schedule made for another rule"):
+        attention(ROWS, ROWS, ROWS, causal(offsets), make_schedule(prefix_lm(offsets, int32([3])), 6, 6))
+
+
+@pytest.mark.parametrize("block", [8, 48, 96])
+def test_a_schedule_needs_tiles_that_kernels_can_take_in_parts(block: int) -> None:
+    with pytest.raises(ValueError, match=f"block is {block}; tiles need a power of two of rows, at least 16"):
+        make_schedule(causal(offsets_of([6])), 6, 6, block=block)
+
+
+def test_a_hidden_score_times_any_scale_is_exact() -> None:
+    """Of two products that are subtracted from one another the compiler rounds only one."""
+    hidden = torch.tensor(HIDDEN.value, dtype=torch.float32)
+    scales = torch.rand(1000) * LOG2_E
+    assert torch.equal((hidden * scales).double(), hidden.double() * scales.double())

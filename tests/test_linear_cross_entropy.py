@@ -383,3 +383,10 @@ ROWS, MATRIX, TARGETS = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dty
 def test_inputs_that_do_not_fit_are_refused(hidden, weight, targets, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(hidden, weight, targets, options)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden_TH = torch.randn(3, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden_TH, torch.randn(5, 4), torch.tensor([0, 1, 2])).loss_sum
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.autograd.grad(loss, hidden_TH, create_graph=True)

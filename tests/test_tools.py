@@ -85,7 +85,7 @@ def test_a_picture_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "prefx"}, "--rule prefx: choose one or more of causal, window, bidirectional, cross"),
+        ({"rule": "prefx"}, "--rule prefx: choose one or more of causal, window, prefix, bidirectional, cross"),
         ({"lengths": "3,x"}, "lengths '3,x': give whole numbers"),
         ({"rule": "cross", "key_lengths": "5"}, "both sides need the same documents"),
     ],

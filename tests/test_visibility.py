@@ -157,3 +157,8 @@ def test_a_schedule_refuses_offsets_that_do_not_fit_the_rows(offsets: list[int])
     visibility = causal(torch.tensor(offsets, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"query_offsets is \[.*end at most at the number of rows, 6"):
         make_schedule(visibility, 6, 6)
+
+
+def test_a_prefix_may_be_any_number() -> None:
+    offsets, endless = offsets_of([4, 4]), int32([2**31 - 1, 2**31 - 1])
+    assert torch.equal(dense(prefix_lm(offsets, endless), 8, 8), dense(bidirectional(offsets), 8, 8))
