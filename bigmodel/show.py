@@ -15,10 +15,10 @@ from kernels.visibility import causal, dense
 def show_batch(settings: Settings, step: int, png: Path) -> None:
     """Draw the first pack of data step `step`. Walks the plan from step 0: at a late step this takes a while."""
     store = ShardStore(settings.data.directory, "train")
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    order = Order.of_run(store, settings)
     for _ in range(step):
         order.next_step()
-    keys = make_keys(settings.run.seed, step, 0, 1, settings.data.pack_tokens)
+    keys = make_keys(settings.run.seed, step, [0], settings.data.pack_tokens)
     batch = build_batch([order.next_step()[0]], reader(store), settings.data, keys)
     console = Console(highlight=False)
     for line in draw(batch):

@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigmodel.config import DataSettings, UserError
-from bigmodel.data import order as order_module
-from bigmodel.data.order import Order, Shard, SourceCursor, SourceStream, deal_shards, measure_shards, mix
+from bigmodel.data import shuffle as shuffle_module
+from bigmodel.data.lanes import deal_shards
+from bigmodel.data.mixing import mix
+from bigmodel.data.order import Order
+from bigmodel.data.shuffle import Shard, SourceCursor, SourceStream, read_shards
 from tests.memory_store import MemoryStore, corpus_positions, given_positions, lognormal_lengths
 
 TWO_SOURCES = {
@@ -61,7 +64,7 @@ def cases(draw):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
     store, data, packs_per_step, seed, block_documents = case
-    with mock.patch.object(order_module, "BLOCK_DOCUMENTS", block_documents):
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
         order, packs = Order(store, data, packs_per_step, seed), []
         while len(packs) < 2000 and min(part.epochs_complete for part in order.progress().values()) < 2:
             packs += order.next_step()
@@ -87,7 +90,7 @@ def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_restored_at_any_step_the_order_goes_on_as_if_never_stopped(case):
     store, data, packs_per_step, seed, block_documents = case
-    with mock.patch.object(order_module, "BLOCK_DOCUMENTS", block_documents):
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
         order, states, steps = Order(store, data, packs_per_step, seed), [], []
         for _ in range(12):
             states.append(json.dumps(order.state()))
@@ -151,7 +154,7 @@ def test_lanes_of_unequal_size_give_the_same_number_of_packs_and_only_their_own_
     loads = [0, 0]
     owned = [set(), set()]
     for number, name in enumerate(store.sources):
-        for lane, shards in enumerate(deal_shards(name, measure_shards(store, name), loads)):
+        for lane, shards in enumerate(deal_shards(name, read_shards(store, name), loads)):
             owned[lane] |= {(number, shard.number) for shard in shards}
     assert loads[0] != loads[1]
     order = small_order()
@@ -163,7 +166,7 @@ def test_lanes_of_unequal_size_give_the_same_number_of_packs_and_only_their_own_
 
 
 def test_shards_are_dealt_largest_first_to_the_lightest_lane():
-    shards = [Shard(number, 1, 0, positions) for number, positions in enumerate([10, 40, 0, 30, 20])]
+    shards = [Shard(number, 1, positions, 0) for number, positions in enumerate([10, 40, 0, 30, 20])]
     loads = [5, 0]
     dealt = deal_shards("web", shards, loads)
     assert [[shard.number for shard in lane] for lane in dealt] == [[3, 4], [1, 0]]  # the tie goes by the loads
@@ -235,7 +238,7 @@ def test_every_prefix_of_a_lane_keeps_the_shares_within_the_stated_bound(weights
     lengths = {f"s{number}": [lognormal_lengths(seed + number, 30)] for number in range(len(weights))}
     store, context = MemoryStore(lengths), 512
     shares = [weight / sum(weights) for weight in weights]
-    streams = [SourceStream(store, name, measure_shards(store, name), context, seed) for name in store.sources]
+    streams = [SourceStream(store, name, read_shards(store, name), context, seed) for name in store.sources]
     cursors, tables = tuple(SourceCursor() for _ in streams), []
     for _ in range(5):
         table, cursors = mix(streams, shares, cursors, wanted=7000)
@@ -258,9 +261,9 @@ def test_with_an_empty_mix_all_sources_of_a_lane_finish_an_epoch_together():
 
 
 def test_documents_are_shuffled_inside_blocks_and_blocks_stay_apart(monkeypatch):
-    monkeypatch.setattr(order_module, "BLOCK_DOCUMENTS", 50)
+    monkeypatch.setattr(shuffle_module, "BLOCK_DOCUMENTS", 50)
     store = MemoryStore({"only": [[2] * 100]})
-    stream = SourceStream(store, "only", measure_shards(store, "only"), 4, key=3)
+    stream = SourceStream(store, "only", read_shards(store, "only"), 4, key=3)
     rows = [stream.ahead(SourceCursor(epoch), 100)[0][:, 2].tolist() for epoch in (0, 1)]
     for epoch in (0, 1):
         assert sorted(rows[epoch][:50]) == list(range(50))

@@ -5,12 +5,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from bigmodel import check
 from bigmodel.config import load_settings
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
+from bigmodel.data.sharing import Place
 from tests.ranks import run_ranks
 from tests.tiny_run import write_run
 
@@ -36,11 +35,11 @@ def train_and_record(run_file: Path, overrides: list[str], folder: Path) -> int:
 
 
 def entered(folder: Path, world_size: int, steps: int) -> list[list[str]]:
-    """Per step, the fingerprints of all ranks' packs in rank order, empty ones left out."""
+    """Per step, the fingerprints of all ranks' packs, sorted, empty ones left out."""
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
     each = len(ranks[0]) // steps
     return [
-        [print_ for rank in ranks for print_ in rank[step * each : (step + 1) * each] if print_]
+        sorted(print_ for rank in ranks for print_ in rank[step * each : (step + 1) * each] if print_)
         for step in range(steps)
     ]
 
@@ -64,7 +63,7 @@ def test_what_enters_the_model_is_the_same_on_1_2_3_and_4_real_ranks_over_an_epo
 def test_these_steps_cross_an_epoch_with_two_sources_and_unequal_lanes(shards: Path, tmp_path: Path) -> None:
     settings = load_settings(write_run(tmp_path, shards))
     store = ShardStore(shards, "train")
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    order = Order.of_run(store, settings)
     tokens = Counter()
     for _ in range(STEPS):
         for place, pack in enumerate(order.next_step()):
@@ -81,18 +80,22 @@ def test_check_order_holds_on_prepared_data(shards: Path, tmp_path: Path) -> Non
     assert any("exactly once" in finding.claim for finding in findings)
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"),
-    [
-        ("share", lambda packs, rank, size: range(rank * packs // size, (rank + 1) * packs // size - (rank > 0))),
-        ("make_keys", None),
-    ],
-)
-def test_the_check_sees_a_broken_order(shards: Path, tmp_path: Path, monkeypatch, name: str, broken) -> None:
-    """A rank's share that is off by one; random words that depend on the call."""
-    if name == "make_keys":
-        real, calls = check.make_keys, iter(range(10**9))
-        broken = lambda seed, step, first, count, tokens: real(seed + next(calls), step, first, count, tokens)  # noqa: E731
-    monkeypatch.setattr(check, name, broken)
-    findings = check.check_order(write_run(tmp_path, shards), ["training.steps=3"])
-    assert any(not finding.holds for finding in findings)
+def test_the_check_sees_a_share_that_is_off_by_one(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """Node 1 takes what node 0 took last, and never its own last pack."""
+    real = Place.share
+    monkeypatch.setattr(
+        Place,
+        "share",
+        lambda place, packs: range(real(place, packs).start - place.node, real(place, packs).stop - place.node),
+    )
+    assert broken_claims(write_run(tmp_path, shards))
+
+
+def test_the_check_sees_random_words_that_depend_on_the_call(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    real, calls = check.make_keys, iter(range(10**9))
+    monkeypatch.setattr(check, "make_keys", lambda seed, *rest: real(seed + next(calls), *rest))
+    assert broken_claims(write_run(tmp_path, shards))
+
+
+def broken_claims(run_file: Path) -> list[str]:
+    return [finding.claim for finding in check.check_order(run_file, ["training.steps=3"]) if not finding.holds]

@@ -53,6 +53,7 @@ from bigmodel.data.shards import (
     describe_files,
     find_damage,
     length_statistics,
+    measure_shards,
 )
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
@@ -295,6 +296,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         eos=tokenizer.eos,
         dtype=tokenizer.dtype.name,
         counts=counts,
+        shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
         rows=rows,
         row_bytes=row_bytes,
         statistics=length_statistics(lengths, sum(counted["kept"] for counted in row_bytes.values())),

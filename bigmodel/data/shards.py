@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import UserError
+from bigmodel.data.objectives import num_positions
 from bigmodel.rundir import write_json
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPLITS = ("train", "validation")
 PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
 
@@ -46,7 +47,9 @@ _torchvision_library: list[Any] = []  # torch forgets definitions whose Library 
 @dataclass(frozen=True)
 class Manifest:
     """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
-    `files[path]` has bytes and sha256, path relative to the folder; `recipe` is what the user asked for."""
+    `shards[source][split]` has what `measure_shard` says of each, in their order: the plan deals shards to lanes by
+    it, so that no rank opens the lengths of shards that others read; `files[path]` has bytes and sha256, path
+    relative to the folder; `recipe` is what the user asked for."""
 
     tokenizer_sha256: str
     vocabulary: int
@@ -54,6 +57,7 @@ class Manifest:
     eos: int
     dtype: str
     counts: dict[str, dict[str, dict[str, int]]]
+    shards: dict[str, dict[str, list[list[int]]]]
     rows: dict[str, dict[str, int]]  # per source: documents read, kept, and dropped by reason
     row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: taken out of kept documents
     statistics: dict[str, Any]
@@ -154,7 +158,6 @@ class ShardStore:
         self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
         self._checked: set[str] = set()
         self._indexes: dict[str, list[dict[str, Any]]] = {}
-        self._lengths: dict[tuple[str, int], np.ndarray] = {}
         self._readers: dict[tuple[str, int], Any] = {}
         self._check_tokenizer()
 
@@ -183,13 +186,16 @@ class ShardStore:
     def num_shards(self, source: str) -> int:
         return len(self._index(source))
 
+    def shard_sizes(self, source: str) -> np.ndarray:
+        """(shards, 3) int64 from the manifest, no other file is opened: what `measure_shard` says of each shard."""
+        return np.array(self.manifest.shards[source][self.split], dtype=np.int64).reshape(-1, 3)
+
     def lengths(self, source: str, shard: int) -> np.ndarray:
-        """(documents in the shard,) uint32 memory map: stored tokens of each document."""
-        key = (source, shard)
-        if key not in self._lengths:
-            path = self._checked_file(f"{self.split}/{source}/lengths.{shard:05}.npy")
-            self._lengths[key] = np.load(path, mmap_mode="r")
-        return self._lengths[key]
+        """(documents in the shard,) uint32 memory map: stored tokens of each document.
+
+        A new map at each call, closed when it is dropped: maps that are kept would hold a file descriptor each.
+        """
+        return np.load(self._checked_file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
 
     def document(self, source: str, shard: int, row: int) -> np.ndarray:
         """(n,) stored tokens of a document, uint16 or uint32, read-only."""
@@ -234,6 +240,18 @@ class ShardStore:
 # ---- the shards as a whole ------------------------------------------------------------------------------------
 
 
+def measure_shard(lengths: np.ndarray) -> list[int]:
+    """Documents of a shard, the positions they are trained on, and how many of them have none (0 or 1 token)."""
+    positions = num_positions(lengths)
+    return [len(lengths), int(positions.sum()), len(lengths) - int(np.count_nonzero(positions))]
+
+
+def measure_shards(directory: Path, source: str, split: str) -> list[list[int]]:
+    """`measure_shard` of every shard of a source, from its length files, in their order."""
+    files = sorted((directory / split / source).glob("lengths.*.npy"), key=lambda path: int(path.name.split(".")[1]))
+    return [measure_shard(np.load(path, mmap_mode="r")) for path in files]
+
+
 def check_shards(directory: Path, manifest: Manifest) -> list[str]:
     """Where index, lengths and manifest disagree on documents or tokens; for files whose hashes are right."""
     problems = []
@@ -246,6 +264,8 @@ def check_shards(directory: Path, manifest: Manifest) -> list[str]:
             tokens = sum(int(part.sum(dtype=np.int64)) for part in lengths)
             if [len(part) for part in lengths] != samples or sum(samples) != counts["documents"]:
                 problems.append(f"{directory}/{split}/{source}: index, lengths and manifest differ in documents")
+            if measure_shards(directory, source, split) != manifest.shards[source][split]:
+                problems.append(f"{directory}/{split}/{source}: lengths and manifest differ in the sizes of shards")
             if tokens != counts["tokens"]:
                 problems.append(f"{directory}/{split}/{source}: {tokens} tokens, the manifest says {counts['tokens']}")
     return problems

@@ -11,10 +11,13 @@ import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bigmodel.config import Settings, UserError, to_toml_table
-from bigmodel.data.order import Order
+from bigmodel.data.order import merge_cursors
+from bigmodel.data.segments import resume_order
 from bigmodel.data.shards import ShardStore
+from bigmodel.data.sharing import Place
 from bigmodel.data.stream import Step, Stream
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
@@ -27,25 +30,28 @@ from bigmodel.progress import LiveLine
 from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
-from bigmodel.training.distributed import end_world, start_world
+from bigmodel.training.distributed import NodeSums, World, end_world, start_world
 from bigmodel.training.engine import Engine
 from bigmodel.training.optim import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
+Value = TypeVar("Value")
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
 
 
-def train(settings: Settings, fresh: bool = False) -> int:
+def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> int:
     """Train to `training.steps`, going on from the newest good checkpoint in the run directory.
+
+    `fresh` sets checkpoints aside. `new_plan` goes on in a fresh order of the data: see `bigmodel.data.segments`.
 
     Raises `UserError` for what a user can mend: contradicting settings, damaged data or checkpoints, a full disk.
     """
     with ExitStack() as closing:  # however the run ends: no thread, no hidden cursor, no metrics address stays behind
-        return _train(settings, fresh, closing)
+        return _train(settings, fresh, new_plan, closing)
 
 
-def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
+def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) -> int:
     stop = StopFlag()
     world = start_world()
     if world.device.type == "cuda" and settings.model.head_width > 128:
@@ -61,7 +67,8 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     store = ShardStore(settings.data.directory, "train")
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    ranks_per_node = world.ranks_per_node()
+    place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
     model = Transformer(settings.model, store.manifest.vocabulary)
     init_weights(model, settings.run.seed)
@@ -71,11 +78,12 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     if fresh:
         world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints))
     resumed = checkpoint.newest(checkpoints, world)
-    first_step = 0
+    first_step = resumed.state["step"] if resumed else 0
+    lanes = place.lanes(settings.data.lanes)
+    order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
+    order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-        order.restore(resumed.state["cursor"])
-        first_step = resumed.state["step"]
     metrics = Metrics(directory, settings.metrics.port, settings.metrics.host, first_step) if world.rank == 0 else None
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
@@ -85,11 +93,15 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
         write_json(directory / "deepspeed.json", effective)
         write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
         record_event(directory, "start", step=first_step, world_size=world.size)
+        if new_plan:
+            record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
         line.say(_opening(settings, model, world.size, first_step, metrics.endpoint))
 
     bad_steps = 0
     stopping = False
-    stream = Stream(store, order, settings.data, packs_per_micro_batch, world.rank, world.size, settings.run.seed)
+    spread = place.num_nodes > 1 and settings.data.lanes > 1  # no node plans all lanes
+    nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
+    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
     for step in stream if first_step < settings.training.steps else ():
         clock = time.perf_counter()
@@ -112,11 +124,12 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
 
         # Tell.
         seconds = time.perf_counter() - clock + stream.wait_seconds
+        if bad:
+            parts = _of_all_nodes(_documents(store, step), place, world)
+            if metrics:
+                documents = [document for part in parts for document in part]
+                record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
         if metrics:
-            if bad:
-                record_event(
-                    directory, "step_skipped", step=done, reason="not finite", documents=_documents(store, step)
-                )
             metrics.record_step(
                 StepRecord(
                     step=done,
@@ -154,7 +167,8 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
         if finished or stopping or done % settings.checkpoint.every_steps == 0:
             if stopping:
                 stop.save_begins()
-            state = {"step": done, "cursor": step.cursor}
+            cursor = merge_cursors(_of_all_nodes(step.position.cursor(), place, world))
+            state = {"step": done, "cursor": cursor, "segments": segments}
             saved = checkpoint.save(checkpoints, engine, state, settings, world)
             if metrics:
                 metrics.record_checkpoint(done, saved.bytes, saved.seconds)
@@ -184,6 +198,14 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
     return EXIT_DONE
+
+
+def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
+    """Each node's value, on every rank. Collective."""
+    if place.num_nodes == 1:
+        return [value]
+    told: list[Any] = world.gather_objects(value if place.rank_in_node == 0 else None)
+    return told[:: place.node_size]
 
 
 def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
