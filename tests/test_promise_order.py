@@ -3,17 +3,23 @@
 import json
 import os
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from bigmodel import check
-from bigmodel.config import load_settings
+from bigmodel.config import load_settings, num_micro_batches, packs_at
+from bigmodel.data import stream
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
-from bigmodel.data.sharing import Place
+from bigmodel.data.sharing import deal_evenly
+from bigmodel.training import checkpoint
 from tests.ranks import run_ranks
 from tests.tiny_run import write_run
 
-STEPS = 44  # more than an epoch: asserted
+STEPS = 20  # more than an epoch: asserted
+RAMP = [(3, 16), (13, 4)]
+RAMP_SETTING = f"training.batch_ramp={[list(pair) for pair in RAMP]}"
 
 
 def train_and_record(run_file: Path, overrides: list[str], folder: Path) -> int:
@@ -37,10 +43,12 @@ def train_and_record(run_file: Path, overrides: list[str], folder: Path) -> int:
 def entered(folder: Path, world_size: int, steps: int) -> list[list[str]]:
     """Per step, the fingerprints of all ranks' packs, sorted, empty ones left out."""
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
-    each = len(ranks[0]) // steps
+    counts = [num_micro_batches(packs_at(step, 4, RAMP), world_size, 1) for step in range(steps)]
+    assert [len(rank) for rank in ranks] == [sum(counts)] * world_size
+    ends = list(accumulate(counts))
     return [
-        sorted(print_ for rank in ranks for print_ in rank[step * each : (step + 1) * each] if print_)
-        for step in range(steps)
+        sorted(print_ for rank in ranks for print_ in rank[end - count : end] if print_)
+        for end, count in zip(ends, counts, strict=True)
     ]
 
 
@@ -48,27 +56,38 @@ def test_what_enters_the_model_is_the_same_on_1_2_3_and_4_real_ranks_over_an_epo
     shards: Path, tmp_path: Path
 ) -> None:
     recorded = {}
-    for world_size in (1, 2, 3, 4):
+    for world_size, ranks_per_node in ((1, 1), (2, 1), (3, 3), (4, 2)):
         run_file = write_run(tmp_path, shards, name=f"ranks-{world_size}")
         folder = tmp_path / f"seen-{world_size}"
         folder.mkdir()
-        run_ranks(world_size, train_and_record, run_file, [f"training.steps={STEPS}"], folder)
+        steps = [f"training.steps={STEPS}", RAMP_SETTING]
+        run_ranks(world_size, train_and_record, run_file, steps, folder, ranks_per_node=ranks_per_node)
         recorded[world_size] = entered(folder, world_size, STEPS)
-    assert [len(step) for step in recorded[1]] == [4] * STEPS
-    assert len({print_ for step in recorded[1] for print_ in step}) == 4 * STEPS
+    assert [len(step) for step in recorded[1]] == [4] * 3 + [16] * 10 + [4] * 7
+    assert len({print_ for step in recorded[1] for print_ in step}) == 200
     for world_size in (2, 3, 4):
         assert recorded[world_size] == recorded[1], f"{world_size} ranks differ from one"
+    cursors = [newest_state(tmp_path / f"ranks-{world_size}")["cursor"] for world_size in (1, 2, 3, 4)]
+    assert cursors[1:] == [cursors[0]] * 3  # gathered from nodes that planned one lane each
+    assert [lane["window"] >= 0 for lane in cursors[0]["lanes"]] == [True, True]
+
+
+def newest_state(run_directory: Path) -> dict[str, Any]:
+    newest = checkpoint.newest(run_directory / "checkpoints")
+    assert newest, f"{run_directory} has no checkpoint"
+    return newest.state
 
 
 def test_these_steps_cross_an_epoch_with_two_sources_and_unequal_lanes(shards: Path, tmp_path: Path) -> None:
-    settings = load_settings(write_run(tmp_path, shards))
+    settings = load_settings(write_run(tmp_path, shards), [RAMP_SETTING])
     store = ShardStore(shards, "train")
     order = Order.of_run(store, settings)
     tokens = Counter()
     for _ in range(STEPS):
-        for place, pack in enumerate(order.next_step()):
+        packs = order.next_step()
+        for place, pack in enumerate(packs):
             for piece in pack:
-                tokens[place // 2, store.sources[piece.source], piece.epoch] += piece.length
+                tokens[2 * place // len(packs), store.sources[piece.source], piece.epoch] += piece.length
     assert all(source.epochs_complete >= 1 for source in order.progress().values())
     assert tokens[0, "news", 0] != tokens[1, "news", 0] > 0
     assert tokens[0, "letters", 0] != tokens[1, "letters", 0] > 0
@@ -81,13 +100,14 @@ def test_check_order_holds_on_prepared_data(shards: Path, tmp_path: Path) -> Non
 
 
 def test_the_check_sees_a_share_that_is_off_by_one(shards: Path, tmp_path: Path, monkeypatch) -> None:
-    """Node 1 takes what node 0 took last, and never its own last pack."""
-    real = Place.share
-    monkeypatch.setattr(
-        Place,
-        "share",
-        lambda place, packs: range(real(place, packs).start - place.node, real(place, packs).stop - place.node),
-    )
+    """The last rank of a node computes the pack before its own."""
+
+    def shifted(work: list[int], *shape: int) -> list[list[list[int]]]:
+        slots = deal_evenly(work, *shape)
+        slots[-1][0] = [max(0, pack - 1) for pack in slots[-1][0]]
+        return slots
+
+    monkeypatch.setattr(stream, "deal_evenly", shifted)
     assert broken_claims(write_run(tmp_path, shards))
 
 
