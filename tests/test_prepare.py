@@ -615,12 +615,14 @@ def test_verify_compares_the_counts_of_index_lengths_and_manifest(home: Path, tm
     manifest = Manifest.read(folder)
     manifest.counts["news"]["train"]["tokens"] += 1
     manifest.counts["letters"]["train"]["documents"] += 1
+    manifest.shards["letters"]["train"][1][1] += 1
     manifest.write(folder)
     problems = verify(folder)
-    assert len(problems) == 2
+    assert len(problems) == 3
     assert "train/letters: index, lengths and manifest differ in documents" in problems[0]
-    assert "train/news" in problems[1]
-    assert "the manifest says" in problems[1]
+    assert "train/letters: lengths and manifest differ in the sizes of shards" in problems[1]
+    assert "train/news" in problems[2]
+    assert "the manifest says" in problems[2]
 
 
 def test_the_summary_shows_sources_splits_and_lengths(home: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from bigmodel import check
 from bigmodel.config import load_settings, num_micro_batches, packs_at
+from bigmodel.data import shards as shards_module
 from bigmodel.data import stream
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
-from bigmodel.data.sharing import deal_evenly
+from bigmodel.data.sharing import Place, deal_evenly
 from bigmodel.training import checkpoint
 from tests.ranks import run_ranks
 from tests.tiny_run import write_run
@@ -91,6 +92,32 @@ def test_these_steps_cross_an_epoch_with_two_sources_and_unequal_lanes(shards: P
     assert all(source.epochs_complete >= 1 for source in order.progress().values())
     assert tokens[0, "news", 0] != tokens[1, "news", 0] > 0
     assert tokens[0, "letters", 0] != tokens[1, "letters", 0] > 0
+
+
+def test_a_node_opens_the_files_of_its_own_lanes_only(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """Counted where a file is compared with the manifest, as every file is before its first use."""
+    settings = load_settings(write_run(tmp_path, shards))
+    opened: list[set[str]] = []
+
+    def counted(directory: Path, name: str, recorded: dict[str, Any] | None) -> str:
+        opened[-1].add(name)
+        return ""
+
+    monkeypatch.setattr(shards_module, "find_damage", counted)
+    for node in (0, 1):
+        opened.append(set())
+        store, place = ShardStore(shards, "train"), Place(node, 2)
+        order = Order.of_run(store, settings, lanes=place.lanes(2))
+        assert opened[-1] == set()
+        for _ in range(STEPS):
+            for pack in stream.take_share(order, 2, place, 1).packs:
+                for piece in pack:
+                    stream.reader(store)(piece)
+    indexes = {name for name in opened[0] if name.endswith("index.json")}
+    assert opened[0] & opened[1] == indexes
+    assert len(indexes) == 2
+    everything = {name for name in ShardStore(shards, "train").manifest.files if name.startswith("train/")}
+    assert opened[0] | opened[1] == everything
 
 
 def test_check_order_holds_on_prepared_data(shards: Path, tmp_path: Path) -> None:
