@@ -68,9 +68,10 @@ def test_what_enters_the_model_is_the_same_on_1_2_3_and_4_real_ranks_over_an_epo
     assert len({print_ for step in recorded[1] for print_ in step}) == 200
     for world_size in (2, 3, 4):
         assert recorded[world_size] == recorded[1], f"{world_size} ranks differ from one"
-    cursors = [newest_state(tmp_path / f"ranks-{world_size}")["cursor"] for world_size in (1, 2, 3, 4)]
-    assert cursors[1:] == [cursors[0]] * 3  # gathered from nodes that planned one lane each
-    assert [lane["window"] >= 0 for lane in cursors[0]["lanes"]] == [True, True]
+    states = [newest_state(tmp_path / f"ranks-{world_size}") for world_size in (1, 2, 3, 4)]
+    assert states[1:] == [states[0]] * 3  # gathered from nodes that planned one lane each
+    assert len(states[0]["cursor"]["lanes"]) == 2
+    assert states[0]["progress"]["news"]["epochs_complete"] >= 1
 
 
 def newest_state(run_directory: Path) -> dict[str, Any]:

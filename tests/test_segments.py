@@ -104,10 +104,7 @@ def test_the_command_line_passes_it_on_and_refuses_it_beside_fresh(shards: Path,
 def train(run_file: Path, overrides: list[str], new_plan: bool) -> int:
     from bigmodel.training.loop import train as run_
 
-    try:
-        return run_(load_settings(run_file, overrides), new_plan=new_plan)
-    except UserError:
-        return 2
+    return run_(load_settings(run_file, overrides), new_plan=new_plan)
 
 
 def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path: Path) -> None:
@@ -117,8 +114,6 @@ def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path:
     trunk, branch = tmp_path / "trunk", tmp_path / "branch"
     shutil.copytree(trunk / "checkpoints", branch / "checkpoints")
     overrides = ["training.steps=8", f"run.directory={branch}", "data.mix={news = 1.0}"]
-    with pytest.raises(AssertionError, match=r"\[2\]"):
-        run_ranks(1, train, run_file, overrides, False)
     run_ranks(1, train, run_file, overrides, True)
     newest = checkpoint.newest(branch / "checkpoints")
     assert newest

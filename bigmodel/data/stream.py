@@ -142,8 +142,7 @@ class Stream:
     def _make_step(self) -> Step:
         number, data, place = self._order.step, self._data, self._place
         node = take_share(self._order, data.lanes, place, self._packs_per_micro_batch)
-        work = [attention_work(pack) for pack in node.packs]
-        num_rounds = len(node.slots[0])
+        work, num_rounds = node.work, len(node.slots[0])
         num_places = place.world_size * num_rounds * self._packs_per_micro_batch * data.pack_tokens
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
         filled, documents, limited = self._count(number, node)
@@ -187,6 +186,7 @@ class NodeShare:
     planned: list[Pack]  # of the order's lanes, which may be more than the node's share
     numbers: range  # of the node's packs in the step
     packs: list[Pack]
+    work: list[int]  # of attention, per pack
     slots: Slots  # who computes which of them
 
 
@@ -200,7 +200,9 @@ def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch
     assert len(packs) == len(numbers), f"the order plans lanes {order.lanes}, packs {numbers} are wanted"
     num_rounds = num_micro_batches(num_packs, place.world_size, packs_per_micro_batch)
     work = [attention_work(pack) for pack in packs]
-    return NodeShare(planned, numbers, packs, deal_evenly(work, place.node_size, num_rounds, packs_per_micro_batch))
+    return NodeShare(
+        planned, numbers, packs, work, deal_evenly(work, place.node_size, num_rounds, packs_per_micro_batch)
+    )
 
 
 def is_document_limited(pack: Pack, data: DataSettings) -> bool:

@@ -10,11 +10,12 @@ skipped by all ranks together, before the update, and recorded.
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bigmodel.config import Settings, UserError, to_toml_table
-from bigmodel.data.order import merge_cursors
+from bigmodel.data.order import Position, merge_cursors, total_progress
 from bigmodel.data.segments import resume_order
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.sharing import Place
@@ -95,7 +96,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         record_event(directory, "start", step=first_step, world_size=world.size)
         if new_plan:
             record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
-        line.say(_opening(settings, model, world.size, first_step, metrics.endpoint))
+        line.say(_opening(settings, model, world.size, first_step, order.packs_at(first_step), metrics.endpoint))
 
     bad_steps = 0
     stopping = False
@@ -167,8 +168,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         if finished or stopping or done % settings.checkpoint.every_steps == 0:
             if stopping:
                 stop.save_begins()
-            cursor = merge_cursors(_of_all_nodes(step.position.cursor(), place, world))
-            state = {"step": done, "cursor": cursor, "segments": segments}
+            state = {"step": done, "segments": segments, **_where(step.position, place, world)}
             saved = checkpoint.save(checkpoints, engine, state, settings, world)
             if metrics:
                 metrics.record_checkpoint(done, saved.bytes, saved.seconds)
@@ -200,6 +200,14 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     return EXIT_DONE
 
 
+def _where(position: Position, place: Place, world: World) -> dict[str, Any]:
+    """Where the order of all lanes stands, and how far it is through the sources. Collective."""
+    told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
+    lanes = {number: lane for _, part in told for number, lane in part.items()}
+    progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
+    return {"cursor": merge_cursors(cursor for cursor, _ in told), "progress": progress}
+
+
 def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
     """Each node's value, on every rank. Collective."""
     if place.num_nodes == 1:
@@ -217,10 +225,12 @@ def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
     ]
 
 
-def _opening(settings: Settings, model: Transformer, world_size: int, first_step: int, endpoint: str) -> str:
+def _opening(
+    settings: Settings, model: Transformer, world_size: int, first_step: int, packs: int, endpoint: str
+) -> str:
     size = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {settings.training.packs_per_step} packs of "
+        f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {packs} packs of "
         f"{settings.data.pack_tokens} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )
