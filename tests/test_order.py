@@ -294,28 +294,36 @@ def test_packs_per_step_follow_the_ramp_and_the_packs_are_those_without_it():
         plain = small_order()
 
 
-@given(cases(), st.integers(1, 4))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_orders_of_some_lanes_give_the_packs_of_the_whole_and_their_cursors_make_its_cursor(case, num_nodes):
+WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (8, 2), (8, 8), (64, 8), (64, 16)]  # ranks, ranks per node
+
+
+@given(cases(), st.sampled_from(WORLDS), st.integers(1, 3))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_all_ranks_together_compute_each_pack_once_and_their_cursors_make_the_whole(case, world, packs_at_once):
+    from bigmodel.data.stream import take_share  # imports torch, which planning does without
+
     store, data, packs_per_step, seed, block_documents = case
     ramp = [(2, packs_per_step + data.lanes), (5, data.lanes)]
+    world_size, node_size = world
+    places = [Place(rank, world_size, node_size) for rank in range(0, world_size, node_size)]
     with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
         whole = Order(store, data, packs_per_step, seed, ramp)
-        places = [Place(node, num_nodes) for node in range(num_nodes)]
-        parts = [Order(store, data, packs_per_step, seed, ramp, place.lanes(data.lanes)) for place in places]
-        for _ in range(8):
-            packs, merged = whole.next_step(), []
-            for part, place in zip(parts, places, strict=True):
-                first = part.lanes[0] * (len(packs) // data.lanes)
-                share, planned = place.share(len(packs)), part.next_step()
-                merged += planned[share.start - first : share.stop - first]
-            assert merged == packs
-            state = merge_cursors(json.loads(json.dumps(part.state())) for part in parts)
+        nodes = [Order(store, data, packs_per_step, seed, ramp, place.lanes(data.lanes)) for place in places]
+        for _ in range(7):
+            packs, computed = whole.next_step(), []
+            for node, place in zip(nodes, places, strict=True):
+                share = take_share(node, data.lanes, place, packs_at_once)
+                assert len(share.slots) == node_size
+                for slot in (slot for rank in share.slots for slot in rank):
+                    assert len(slot) <= packs_at_once
+                    computed += [(share.numbers[at], share.packs[at]) for at in slot]
+            assert sorted(computed) == list(enumerate(packs))
+            state = merge_cursors(json.loads(json.dumps(node.state())) for node in nodes)
             assert json.dumps(state) == json.dumps(whole.state())
-            lanes = {lane: told for part in parts for lane, told in part.position().lane_progress().items()}
+            lanes = {lane: told for node in nodes for lane, told in node.position().lane_progress().items()}
             assert total_progress(whole.plan, lanes) == whole.progress()
-            for part in parts:  # every step is also a resume
-                part.restore(state)
+            for node in nodes:  # every step is also a resume
+                node.restore(state)
 
 
 def test_a_cursor_with_a_lane_missing_is_refused():
@@ -384,6 +392,10 @@ def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_e
 def give(order: Order, steps: int, packs: list) -> None:
     for _ in range(steps):
         packs.extend(order.next_step())
+
+
+def test_a_cap_of_0_is_none():
+    assert small_order(max_epochs={"books": 0}).fingerprint == small_order().fingerprint
 
 
 def test_without_caps_nothing_ends():

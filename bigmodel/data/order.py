@@ -401,7 +401,7 @@ def _identity(
     names = ("context_tokens", "pack_tokens", "pack_documents", "lanes", "window_packs", "mix")
     optional = {
         "training.batch_ramp": [list(entry) for entry in batch_ramp],
-        "data.max_epochs": settings.max_epochs,
+        "data.max_epochs": {name: epochs for name, epochs in settings.max_epochs.items() if epochs},
         "data.curriculum": [stage.model_dump() for stage in settings.curriculum],
         "segment": segment,
     }
