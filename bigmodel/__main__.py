@@ -137,12 +137,15 @@ def train(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
     fresh: Annotated[bool, typer.Option(help="set checkpoints aside and start from step 0")] = False,
+    new_plan: Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")] = False,
 ) -> None:
     """Train, going on from the newest checkpoint. Also the program that launchers start once per rank."""
     settings = load_settings(run_file, override)
+    if fresh and new_plan:
+        raise UserError("--fresh starts from step 0 and --new-plan goes on from a checkpoint; give one of them")
     from bigmodel.training.loop import train as run
 
-    raise typer.Exit(run(settings, fresh))
+    raise typer.Exit(run(settings, fresh, new_plan))
 
 
 @app.command()

@@ -31,17 +31,20 @@ from torch import Tensor
 from bigmodel.config import Settings, UserError, load_settings
 from bigmodel.data.batch import IGNORED, Batch, build_batch, make_keys
 from bigmodel.data.objectives import num_positions
-from bigmodel.data.order import Order, Pack
+from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
-from bigmodel.data.stream import reader, share
+from bigmodel.data.sharing import Place
+from bigmodel.data.shuffle import Fragment, Pack, neighbour_distance
+from bigmodel.data.stream import reader, take_share
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.rundir import read_json_lines
 from bigmodel.training import checkpoint
 
-WORLD_SIZES = (1, 2, 3, 4, 8)  # simulated by `order`
+WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node: simulated by `order`
 ORDER_STEPS = 20  # compared byte for byte
 EPOCH_POSITIONS = 200_000_000  # `order` walks a whole epoch up to this size, a part of it above
+SHUFFLED = 0.01  # of the distance by chance, below which `order` calls data not shuffled
 PROCESS_SECONDS = 600  # bound on a training process started by a check
 
 
@@ -76,7 +79,7 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     pack = _pack_of_several(settings, store)
     model = Transformer(settings.model, store.manifest.vocabulary)
     init_weights(model, settings.run.seed)
-    keys = make_keys(settings.run.seed, 0, 0, 1, settings.data.pack_tokens)
+    keys = make_keys(settings.run.seed, 0, [0], settings.data.pack_tokens)
     batch = build_batch([pack], reader(store), settings.data, keys)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -87,7 +90,7 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    order = Order.of_run(store, settings)
     for _ in range(10):
         for pack in order.next_step():
             if len(pack) > 1:
@@ -211,41 +214,44 @@ def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     settings = load_settings(run_file, overrides)
     store = ShardStore(settings.data.directory, "train", settings.data.remote)
     steps = min(ORDER_STEPS, settings.training.steps)
-    reference = _step_fingerprints(settings, store, steps, world_size=1)
+    reference = _step_fingerprints(settings, store, steps, 1, 1)
     findings = [
         Finding(
-            f"{steps} steps are the same bytes in the same order on {size} ranks as on one",
-            _step_fingerprints(settings, store, steps, size) == reference,
+            f"{steps} steps are the same bytes, each pack once, on {size} ranks in nodes of {node_size} as on one",
+            _step_fingerprints(settings, store, steps, size, node_size) == reference,
             f"{sum(map(len, reference))} packs",
         )
-        for size in WORLD_SIZES[1:]
+        for size, node_size in WORLDS
     ]
-    return [*findings, _cursor_continues(settings, store, steps), _each_position_once(settings, store)]
+    return [*findings, _cursor_continues(settings, store, steps), *_each_position_once(settings, store)]
 
 
 def _order(settings: Settings, store: ShardStore) -> Order:
-    return Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    return Order.of_run(store, settings)
 
 
-def _step_fingerprints(settings: Settings, store: ShardStore, steps: int, world_size: int) -> list[list[str]]:
-    """Per step, the fingerprints of its packs as the ranks would build them, one rank after the other."""
-    order = _order(settings, store)
-    merged = []
-    for number in range(steps):
-        packs = order.next_step()
-        merged.append(
-            [
-                _build(settings, store, packs, number, index).fingerprint()
-                for rank in range(world_size)
-                for index in share(len(packs), rank, world_size)
-            ]
-        )
-    return merged
+def _step_fingerprints(
+    settings: Settings, store: ShardStore, steps: int, world_size: int, node_size: int
+) -> list[list[tuple[int, str]]]:
+    """Per step, (number, fingerprint) of its packs as the ranks would build them, sorted.
+
+    Each node has an order of its own lanes, as in training.
+    """
+    merged: list[list[tuple[int, str]]] = [[] for _ in range(steps)]
+    for first_rank in range(0, world_size, node_size):
+        place = Place(first_rank, world_size, node_size)
+        order = Order.of_run(store, settings, lanes=place.lanes(settings.data.lanes))
+        for number in range(steps):
+            node = take_share(order, settings.data.lanes, place, 1)
+            for at in (at for rank in node.slots for slot in rank for at in slot):
+                batch = _build(settings, store, node.packs[at], number, node.numbers[at])
+                merged[number].append((node.numbers[at], batch.fingerprint()))
+    return [sorted(step) for step in merged]
 
 
-def _build(settings: Settings, store: ShardStore, packs: Sequence[Pack], step: int, index: int) -> Batch:
-    keys = make_keys(settings.run.seed, step, index, 1, settings.data.pack_tokens)
-    return build_batch([packs[index]], reader(store), settings.data, keys)
+def _build(settings: Settings, store: ShardStore, pack: Pack, step: int, number: int) -> Batch:
+    keys = make_keys(settings.run.seed, step, [number], settings.data.pack_tokens)
+    return build_batch([pack], reader(store), settings.data, keys)
 
 
 def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Finding:
@@ -258,33 +264,48 @@ def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Find
     return Finding("a saved cursor continues with the same packs, at every step", differing == 0, f"{steps} cursors")
 
 
-def _each_position_once(settings: Settings, store: ShardStore) -> Finding:
-    """Count how often each (source, document, position, epoch) occurs until an epoch of every source is complete."""
+def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
+    """Count how often each (source, document, position, epoch) occurs until an epoch of every source is complete.
+
+    Also says how well that stretch is shuffled.
+    """
     order = _order(settings, store)
     seen: Counter[tuple[int, int, int, int, int]] = Counter()
     lengths: Counter[tuple[int, int]] = Counter()
+    given: list[Fragment] = []
     positions = 0
     while positions < EPOCH_POSITIONS and not _epoch_complete(order):
-        for pack in order.next_step():
-            for piece in pack:
-                seen[piece.source, piece.shard, piece.row, piece.start, piece.epoch] += 1
-                positions += piece.length
-                if piece.epoch == 0:
-                    lengths[piece.source, piece.shard] += piece.length
+        try:
+            packs = order.next_step()
+        except UserError:  # data.max_epochs leaves no more
+            break
+        for piece in (piece for pack in packs for piece in pack):
+            seen[piece.source, piece.shard, piece.row, piece.start, piece.epoch] += 1
+            positions += piece.length
+            given.append(piece)
+            if piece.epoch == 0:
+                lengths[piece.source, piece.shard] += piece.length
     whole = [
         lengths[source, shard] == int(num_positions(store.lengths(name, shard)).sum())
         for source, name in enumerate(store.sources)
-        if name in (settings.data.mix or store.sources)
+        if name in order.plan.source_positions
         for shard in range(store.num_shards(name))
     ]
     finished = _epoch_complete(order)
-    return Finding(
-        "each position of each document occurs exactly once in an epoch"
-        if finished
-        else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
-        max(seen.values()) == 1 and (all(whole) or not finished),
-        f"{positions:,} positions, {len(seen):,} pieces of documents",
-    )
+    return [
+        Finding(
+            "each position of each document occurs exactly once in an epoch"
+            if finished
+            else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
+            max(seen.values()) == 1 and (all(whole) or not finished),
+            f"{positions:,} positions, {len(seen):,} pieces of documents",
+        ),
+        Finding(
+            "documents that lie side by side in a shard land far apart",
+            (distance := neighbour_distance(given)) > SHUFFLED,
+            f"{distance:.2f} of the distance that chance would give",
+        ),
+    ]
 
 
 def _epoch_complete(order: Order) -> bool:

@@ -94,6 +94,13 @@ class PrepareSettings(Section):
         return self
 
 
+class CurriculumStage(Section):
+    """A mix that comes into force later."""
+
+    from_tokens: int = Field(ge=1, description="tokens given before it, over all lanes; holds from the next windows on")
+    mix: dict[str, float] = Field(min_length=1, description="share of tokens per source, as in data.mix")
+
+
 class DataSettings(Section):
     """Which shards to read and how they are packed."""
 
@@ -107,6 +114,10 @@ class DataSettings(Section):
     lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
     window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
     mix: dict[str, float] = Field({}, description="share of tokens per source; empty: as much as each source holds")
+    max_epochs: dict[str, int] = Field(
+        {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
+    )
+    curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
 
     @model_validator(mode="after")
     def _context_fits(self) -> "DataSettings":
@@ -115,8 +126,15 @@ class DataSettings(Section):
                 f"data.context_tokens = {self.context_tokens} does not fit data.pack_tokens = {self.pack_tokens}; "
                 "lower the context or raise the pack"
             )
-        if any(share <= 0 for share in self.mix.values()):
-            raise ValueError(f"data.mix = {self.mix}: every share must be above 0; leave a source out to drop it")
+        mixes = [("data.mix", self.mix), *((f"data.curriculum[{n}].mix", s.mix) for n, s in enumerate(self.curriculum))]
+        for name, mix in mixes:
+            if any(share <= 0 for share in mix.values()):
+                raise ValueError(f"{name} = {mix}: every share must be above 0; leave a source out to drop it")
+        if any(epochs < 0 for epochs in self.max_epochs.values()):
+            raise ValueError(f"data.max_epochs = {self.max_epochs}: every number must be 0 (no limit) or above")
+        starts = [stage.from_tokens for stage in self.curriculum]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"data.curriculum: from_tokens = {starts} must rise from stage to stage")
         return self
 
 
@@ -192,6 +210,9 @@ class ScheduleSettings(Section):
 class TrainingSettings(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
     packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
+    batch_ramp: list[tuple[int, int]] = Field(
+        [], description="[step, packs] pairs: packs_per_step holds until the first, then each from its step on"
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights in the forward pass; sums and masters stay fp32"
     )
@@ -204,6 +225,15 @@ class TrainingSettings(Section):
     deepspeed: Path | None = Field(
         None, description="your DeepSpeed JSON, relative to the run file; none: ZeRO stage 1"
     )
+
+    @model_validator(mode="after")
+    def _ramp_makes_sense(self) -> "TrainingSettings":
+        steps = [step for step, _ in self.batch_ramp]
+        if any(step < 1 for step in steps) or steps != sorted(set(steps)):
+            raise ValueError(f"training.batch_ramp: its steps {steps} must rise from pair to pair and be 1 at least")
+        if any(packs < 1 for _, packs in self.batch_ramp):
+            raise ValueError(f"training.batch_ramp = {self.batch_ramp}: every step needs at least 1 pack")
+        return self
 
 
 class EvaluationSettings(Section):
@@ -244,11 +274,14 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _lanes_divide_the_step(self) -> "Settings":
-        if self.training.packs_per_step % self.data.lanes:
-            raise ValueError(
-                f"training.packs_per_step = {self.training.packs_per_step} is not a multiple of "
-                f"data.lanes = {self.data.lanes}; a step takes the same number of packs from every lane"
-            )
+        counts = [("packs_per_step", self.training.packs_per_step)]
+        counts += [("batch_ramp: packs", packs) for _, packs in self.training.batch_ramp]
+        for name, packs in counts:
+            if packs % self.data.lanes:
+                raise ValueError(
+                    f"training.{name} = {packs} is not a multiple of "
+                    f"data.lanes = {self.data.lanes}; a step takes the same number of packs from every lane"
+                )
         ramp = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramp > self.training.steps:
             raise ValueError(
@@ -283,6 +316,11 @@ def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
         return Settings.model_validate(table)
     except ValidationError as error:
         raise UserError(f"{origin}: " + "\n".join(_explain(line) for line in error.errors())) from None
+
+
+def packs_at(step: int, packs_per_step: int, batch_ramp: Sequence[tuple[int, int]]) -> int:
+    """Packs in a data step (counted from 0), over all ranks: those of the last pair of the ramp that has begun."""
+    return next((packs for start, packs in reversed(batch_ramp) if start <= step), packs_per_step)
 
 
 def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:

@@ -9,6 +9,7 @@ from bigmodel.config import Settings
 from bigmodel.data.batch import build_batch, draw, draw_png, make_keys
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import SPLITS, Manifest
+from bigmodel.data.mixing import mix_lag_tokens
 from bigmodel.data.order import Order
 from bigmodel.data.planned import Packed, Suggestion, all_positions, measure_packing, mix_shares, suggest, whole_share
 from bigmodel.data.shards import ShardStore
@@ -19,10 +20,10 @@ from kernels.visibility import causal, dense
 def show_batch(settings: Settings, step: int, png: Path) -> None:
     """Draw the first pack of data step `step`. Walks the plan from step 0: at a late step this takes a while."""
     store = ShardStore(settings.data.directory, "train", settings.data.remote)
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    order = Order.of_run(store, settings)
     for _ in range(step):
         order.next_step()
-    keys = make_keys(settings.run.seed, step, 0, 1, settings.data.pack_tokens)
+    keys = make_keys(settings.run.seed, step, [0], settings.data.pack_tokens)
     batch = build_batch([order.next_step()[0]], reader(store), settings.data, keys)
     console = Console(highlight=False)
     for line in draw(batch):
@@ -42,6 +43,9 @@ def show_data(settings: Settings, png: Path) -> None:
     console.print(lengths_text(store.manifest), markup=False)
     console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
     console.print(suggestions_table(suggest(store, store.manifest, data)))
+    if data.curriculum:
+        lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
+        console.print(lag, markup=False)
     lengths = [store.lengths(source, shard) for source in store.sources for shard in range(store.num_shards(source))]
     draw_lengths(lengths, png, data.context_tokens)
     console.print(f"picture: {png}", soft_wrap=True)

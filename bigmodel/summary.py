@@ -83,7 +83,7 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
 
 def _trained_on(settings: Settings, store: ShardStore) -> Iterator[Pair]:
     """(inputs, targets) of every piece of every step, replayed from the plan."""
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    order = Order.of_run(store, settings)
     for _ in range(settings.training.steps):
         for pack in order.next_step():
             for piece in pack:

@@ -7,6 +7,7 @@ milliseconds, not the start of every rank. Imports no torch.
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,25 +34,29 @@ def local_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="set checkpoints aside and start from step 0")] = False,
+    new_plan: Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print each rank's environment and command")] = False,
 ) -> None:
     """Train on this machine. Ctrl-C saves and stops; the same command goes on from there."""
     try:
-        code = start_locally(run_file, ranks, overrides or [], dry_run, fresh)
+        options = [name for name, given in (("--fresh", fresh), ("--new-plan", new_plan)) if given]
+        code = start_locally(run_file, ranks, overrides or [], dry_run, options)
     except UserError as error:
         print(error, file=sys.stderr)
         code = EXIT_USER
     raise typer.Exit(code)
 
 
-def start_locally(run_file: Path, ranks: int, overrides: list[str], dry_run: bool, fresh: bool = False) -> int:
+def start_locally(run_file: Path, ranks: int, overrides: list[str], dry_run: bool, options: Sequence[str] = ()) -> int:
     """Read the run file, then run or (dry run) print one trainer per rank. Returns the exit code.
+
+    `options` are the trainer's, passed on.
 
     Raises `UserError` for a run file or a number of ranks that cannot be used.
     """
     settings = load_settings(run_file, overrides)
     topology = Topology(1, _num_ranks(ranks), "127.0.0.1", local.free_port())
-    command = trainer_command(run_file, overrides) + (["--fresh"] if fresh else [])
+    command = [*trainer_command(run_file, overrides), *options]
     if dry_run:
         print("\n".join(describe(command, topology)))
         return 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bigmodel.config import DataSettings, Settings
 from bigmodel.data.batch import Batch, build_batch, make_keys
-from bigmodel.data.order import Fragment
+from bigmodel.data.shuffle import Fragment
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
@@ -62,7 +62,7 @@ def batch_of(step: int, packs: range, end: int = PACKS) -> Batch:
     flat = [document for pack in documents for document in pack]
     rows = iter(range(len(flat)))
     plan = [tuple(Fragment(0, 0, next(rows), 0, len(document) - 1, 0) for document in pack) for pack in documents]
-    keys = make_keys(1, step, packs.start, len(packs), DATA["pack_tokens"])
+    keys = make_keys(1, step, packs, DATA["pack_tokens"])
     return build_batch(plan, lambda fragment: torch.tensor(flat[fragment.row]).numpy(), DataSettings(**DATA), keys)
 
 

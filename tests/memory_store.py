@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from bigmodel.data.order import Pack
+from bigmodel.data.shards import measure_shard
+from bigmodel.data.shuffle import Pack
 
 Lengths = dict[str, list[list[int]]]  # source -> shard -> stored tokens of each document
 
@@ -15,12 +16,18 @@ class MemoryStore:
     def __init__(self, lengths: Lengths) -> None:
         self._lengths = lengths
         self.sources = sorted(name for name, shards in lengths.items() if any(shards))
+        self.opened: set[tuple[str, int]] = set()  # shards whose lengths were asked for
         self.fingerprint = hashlib.sha256(repr(sorted(lengths.items())).encode()).hexdigest()
 
     def num_shards(self, source: str) -> int:
         return len(self._lengths[source])
 
+    def shard_sizes(self, source: str) -> np.ndarray:
+        sizes = [measure_shard(np.array(lengths, dtype=np.uint32)) for lengths in self._lengths[source]]
+        return np.array(sizes, dtype=np.int64)
+
     def lengths(self, source: str, shard: int) -> np.ndarray:
+        self.opened.add((source, shard))
         return np.array(self._lengths[source][shard], dtype=np.uint32)
 
     def document(self, source: str, shard: int, row: int) -> np.ndarray:

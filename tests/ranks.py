@@ -18,8 +18,14 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "tests.preload"])
 
 
-def start_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
-    """`function(*arguments)` on `world_size` ranks with the environment that a launcher sets. Must be importable."""
+def start_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, ranks_per_node: int = 0
+) -> list[BaseProcess]:
+    """`function(*arguments)` on `world_size` ranks with the environment that a launcher sets. Must be importable.
+
+    `ranks_per_node`: as if they were on machines of so many each; 0: all on one.
+    """
+    ranks_per_node = ranks_per_node or world_size
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -27,9 +33,9 @@ def start_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) 
     for rank in range(world_size):
         environment = {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank % ranks_per_node),
             "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
@@ -50,9 +56,15 @@ def finish(ranks: list[BaseProcess], timeout_seconds: float = 120.0) -> list[int
     return [rank.exitcode for rank in ranks]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 120.0) -> None:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_seconds: float = 120.0,
+    ranks_per_node: int = 0,
+) -> None:
     """Run to the end; every rank must leave with 0."""
-    codes = finish(start_ranks(world_size, function, *arguments), timeout_seconds)
+    codes = finish(start_ranks(world_size, function, *arguments, ranks_per_node=ranks_per_node), timeout_seconds)
     assert codes == [0] * world_size, f"exit codes of the ranks: {codes}"
 
 

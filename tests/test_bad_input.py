@@ -52,6 +52,15 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
         ("[model]\nkey_value_heads = 5\n", ["model.heads = 12", "model.key_value_heads = 5", "divisor"]),
         ("[training]\nsteps = 'many'\n", ["training.steps = 'many'", "integer"]),
         ("[training]\npacks_per_step = 3\n[data]\nlanes = 2\n", ["packs_per_step = 3", "data.lanes = 2"]),
+        ("[training]\nbatch_ramp = [[5, 3]]\n[data]\nlanes = 2\n", ["batch_ramp: packs = 3", "data.lanes = 2"]),
+        ("[training]\nbatch_ramp = [[5, 8], [5, 16]]\n", ["training.batch_ramp", "[5, 5] must rise"]),
+        ("[training]\nbatch_ramp = [[5, 0]]\n", ["training.batch_ramp", "at least 1 pack"]),
+        ("[data]\nmax_epochs = { web = -1 }\n", ["data.max_epochs", "-1", "0 (no limit)"]),
+        ("[[data.curriculum]]\nfrom_tokens = 5\nmix = { a = 0.0 }\n", ["data.curriculum[0].mix", "above 0"]),
+        (
+            "[data]\ncurriculum = [{ from_tokens = 9, mix = { a = 1.0 } }, { from_tokens = 5, mix = { a = 1.0 } }]\n",
+            ["data.curriculum: from_tokens = [9, 5] must rise"],
+        ),
         ("[data]\ncontext_tokens = 99\npack_tokens = 9\n", ["context_tokens = 99", "pack_tokens = 9"]),
     ],
 )

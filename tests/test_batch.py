@@ -10,7 +10,8 @@ from bigmodel.data import batch as batch_module
 from bigmodel.data import objectives
 from bigmodel.data.batch import IGNORED, build_batch, draw, draw_png, make_keys
 from bigmodel.data.objectives import causal, num_positions
-from bigmodel.data.order import Fragment, Order
+from bigmodel.data.order import Order
+from bigmodel.data.shuffle import Fragment
 from bigmodel.data.stream import reader
 from tests.memory_store import MemoryStore, token
 
@@ -24,7 +25,7 @@ def read(fragment):
 
 
 def example(packs=((FIRST, SECOND), (THIRD,)), step=0):
-    return build_batch(packs, read, SETTINGS, make_keys(1, step, 0, len(packs), 8))
+    return build_batch(packs, read, SETTINGS, make_keys(1, step, range(len(packs)), 8))
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -85,7 +86,7 @@ def test_a_pack_over_a_limit_is_refused():
     with pytest.raises(AssertionError, match="3 documents; pack_documents = 2"):
         example(packs=((FIRST, SECOND, SECOND),))
     with pytest.raises(AssertionError, match="8 keys for 16 positions"):
-        build_batch([(), ()], read, SETTINGS, make_keys(1, 0, 0, 1, 8))
+        build_batch([(), ()], read, SETTINGS, make_keys(1, 0, [0], 8))
 
 
 def test_of_random_packs_documents_are_whole_and_apart_and_targets_are_ignored_exactly_at_padding():
@@ -94,7 +95,7 @@ def test_of_random_packs_documents_are_whole_and_apart_and_targets_are_ignored_e
     order, num_padded = Order(store, data, packs_per_step=3, seed=5), 0
     for _ in range(20):
         packs = order.next_step()
-        batch = build_batch(packs, reader(store), data, make_keys(5, 0, 0, 3, 16))
+        batch = build_batch(packs, reader(store), data, make_keys(5, 0, range(3), 16))
         offsets = batch.offsets.tolist()
         assert len(offsets) == 3 * (3 + 1) + 1
         assert (offsets[0], offsets[-1]) == (0, 48)
@@ -121,8 +122,9 @@ def test_of_random_packs_documents_are_whole_and_apart_and_targets_are_ignored_e
 
 
 def test_keys_belong_to_seed_step_and_pack_and_not_to_the_micro_batch():
-    assert np.array_equal(make_keys(1, 7, 0, 4, 8)[16:], make_keys(1, 7, 2, 2, 8))
-    different = [make_keys(1, 7, 0, 1, 8), make_keys(2, 7, 0, 1, 8), make_keys(1, 8, 0, 1, 8), make_keys(1, 7, 1, 1, 8)]
+    assert np.array_equal(make_keys(1, 7, range(4), 8)[16:].tolist(), make_keys(1, 7, [2, 3], 8))
+    assert np.array_equal(make_keys(1, 7, [3, 0], 8)[8:], make_keys(1, 7, [0], 8))
+    different = [make_keys(1, 7, [0], 8), make_keys(2, 7, [0], 8), make_keys(1, 8, [0], 8), make_keys(1, 7, [1], 8)]
     assert len(np.unique(np.concatenate(different))) == 32
 
 

@@ -1,11 +1,13 @@
 """The world: what the environment means, and what ranks tell one another."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from bigmodel.config import UserError
-from bigmodel.training.distributed import end_world, read_environment, start_world
+from bigmodel.training.distributed import NodeSums, end_world, read_environment, start_world
 from tests.ranks import run_ranks
 
 GIVEN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
@@ -82,3 +84,45 @@ def exchange(folder: Path) -> None:
 def test_ranks_agree_and_share_errors(tmp_path: Path) -> None:
     run_ranks(2, exchange, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done-0", "done-1"]
+
+
+def add_up_over_nodes(folder: Path) -> None:
+    """Three nodes of two ranks; node 2 fails at step 4, and node 0 never comes to step 3."""
+    world = start_world(timeout_seconds=30)
+    assert world.ranks_per_node() == 2
+    node, ranks_in_node = divmod(world.rank, 2)
+    sums = NodeSums(world, node, 3, speaks=ranks_in_node == 0)
+    never = lambda: False  # noqa: E731
+    for step in (0, 1, 2):
+        assert sums.add_up(step, [step, 10**node], never) == [3 * step, 111]
+    if node == 2:
+        sums.fail(4, "a shard is damaged")
+    world.barrier()
+    if node > 0:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="step 3: not all 3 nodes"):
+            sums.add_up(3, [1, 1], lambda: time.monotonic() > began + 0.5)
+    if node == 0:
+        with pytest.raises(UserError, match="a shard is damaged"):
+            sums.add_up(4, [1, 1], never)
+    world.barrier()
+    (folder / f"done-{world.rank}").touch()
+    end_world()
+
+
+def test_nodes_add_up_without_waiting_for_ever(tmp_path: Path) -> None:
+    run_ranks(6, add_up_over_nodes, tmp_path, ranks_per_node=2)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def count_ranks_per_node(folder: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) // 2)  # dealt round, not in blocks
+    world = start_world(timeout_seconds=30)
+    assert world.ranks_per_node() == 1
+    (folder / f"done-{world.rank}").touch()
+    end_world()
+
+
+def test_ranks_that_are_not_consecutive_are_nodes_of_their_own(tmp_path: Path) -> None:
+    run_ranks(4, count_ranks_per_node, tmp_path, ranks_per_node=2)
+    assert len(list(tmp_path.iterdir())) == 4

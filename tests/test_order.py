@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -12,8 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigmodel.config import DataSettings, UserError
-from bigmodel.data import order as order_module
-from bigmodel.data.order import Order, Shard, SourceCursor, SourceStream, deal_shards, measure_shards, mix
+from bigmodel.data import shuffle as shuffle_module
+from bigmodel.data.lanes import deal_shards
+from bigmodel.data.mixing import Stage, mix, mix_lag_tokens, supply
+from bigmodel.data.order import Order, merge_cursors, total_progress
+from bigmodel.data.randomness import permutation
+from bigmodel.data.sharing import Place
+from bigmodel.data.shuffle import Fragment, Shard, SourceCursor, SourceStream, neighbour_distance, read_shards
 from tests.memory_store import MemoryStore, corpus_positions, given_positions, lognormal_lengths
 
 TWO_SOURCES = {
@@ -61,7 +67,7 @@ def cases(draw):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
     store, data, packs_per_step, seed, block_documents = case
-    with mock.patch.object(order_module, "BLOCK_DOCUMENTS", block_documents):
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
         order, packs = Order(store, data, packs_per_step, seed), []
         while len(packs) < 2000 and min(part.epochs_complete for part in order.progress().values()) < 2:
             packs += order.next_step()
@@ -87,7 +93,7 @@ def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_restored_at_any_step_the_order_goes_on_as_if_never_stopped(case):
     store, data, packs_per_step, seed, block_documents = case
-    with mock.patch.object(order_module, "BLOCK_DOCUMENTS", block_documents):
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
         order, states, steps = Order(store, data, packs_per_step, seed), [], []
         for _ in range(12):
             states.append(json.dumps(order.state()))
@@ -151,7 +157,7 @@ def test_lanes_of_unequal_size_give_the_same_number_of_packs_and_only_their_own_
     loads = [0, 0]
     owned = [set(), set()]
     for number, name in enumerate(store.sources):
-        for lane, shards in enumerate(deal_shards(name, measure_shards(store, name), loads)):
+        for lane, shards in enumerate(deal_shards(name, read_shards(store, name), loads)):
             owned[lane] |= {(number, shard.number) for shard in shards}
     assert loads[0] != loads[1]
     order = small_order()
@@ -163,7 +169,7 @@ def test_lanes_of_unequal_size_give_the_same_number_of_packs_and_only_their_own_
 
 
 def test_shards_are_dealt_largest_first_to_the_lightest_lane():
-    shards = [Shard(number, 1, 0, positions) for number, positions in enumerate([10, 40, 0, 30, 20])]
+    shards = [Shard(number, 1, positions, 0) for number, positions in enumerate([10, 40, 0, 30, 20])]
     loads = [5, 0]
     dealt = deal_shards("web", shards, loads)
     assert [[shard.number for shard in lane] for lane in dealt] == [[3, 4], [1, 0]]  # the tie goes by the loads
@@ -235,7 +241,7 @@ def test_every_prefix_of_a_lane_keeps_the_shares_within_the_stated_bound(weights
     lengths = {f"s{number}": [lognormal_lengths(seed + number, 30)] for number in range(len(weights))}
     store, context = MemoryStore(lengths), 512
     shares = [weight / sum(weights) for weight in weights]
-    streams = [SourceStream(store, name, measure_shards(store, name), context, seed) for name in store.sources]
+    streams = [SourceStream(store, name, read_shards(store, name), context, seed) for name in store.sources]
     cursors, tables = tuple(SourceCursor() for _ in streams), []
     for _ in range(5):
         table, cursors = mix(streams, shares, cursors, wanted=7000)
@@ -258,9 +264,9 @@ def test_with_an_empty_mix_all_sources_of_a_lane_finish_an_epoch_together():
 
 
 def test_documents_are_shuffled_inside_blocks_and_blocks_stay_apart(monkeypatch):
-    monkeypatch.setattr(order_module, "BLOCK_DOCUMENTS", 50)
+    monkeypatch.setattr(shuffle_module, "BLOCK_DOCUMENTS", 50)
     store = MemoryStore({"only": [[2] * 100]})
-    stream = SourceStream(store, "only", measure_shards(store, "only"), 4, key=3)
+    stream = SourceStream(store, "only", read_shards(store, "only"), 4, key=3)
     rows = [stream.ahead(SourceCursor(epoch), 100)[0][:, 2].tolist() for epoch in (0, 1)]
     for epoch in (0, 1):
         assert sorted(rows[epoch][:50]) == list(range(50))
@@ -275,6 +281,210 @@ def test_packs_are_at_least_999_permille_full_on_web_like_lengths():
     packs = [pack for _ in range(14) for pack in order.next_step()]
     filled = sum(fragment.length for pack in packs for fragment in pack)
     assert filled / (len(packs) * 2048) >= 0.999
+
+
+def test_packs_per_step_follow_the_ramp_and_the_packs_are_those_without_it():
+    plain, ramped = small_order(), Order(MemoryStore(TWO_SOURCES), SMALL, 2, 7, batch_ramp=[(1, 4), (3, 8)])
+    steps = [ramped.next_step() for _ in range(5)]
+    assert [len(step) for step in steps] == [2, 4, 4, 8, 8]
+    for lane in (0, 1):
+        given = [pack for step in steps for pack in step[lane * len(step) // 2 : (lane + 1) * len(step) // 2]]
+        expected = [pack for _ in range(7) for pack in plain.next_step()[2 * lane : 2 * lane + 2]][: len(given)]
+        assert given == expected
+        plain = small_order()
+
+
+WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (8, 2), (8, 8), (64, 8), (64, 16)]  # ranks, ranks per node
+
+
+@given(cases(), st.sampled_from(WORLDS), st.integers(1, 3))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_all_ranks_together_compute_each_pack_once_and_their_cursors_make_the_whole(case, world, packs_at_once):
+    from bigmodel.data.stream import take_share  # imports torch, which planning does without
+
+    store, data, packs_per_step, seed, block_documents = case
+    ramp = [(2, packs_per_step + data.lanes), (5, data.lanes)]
+    world_size, node_size = world
+    places = [Place(rank, world_size, node_size) for rank in range(0, world_size, node_size)]
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
+        whole = Order(store, data, packs_per_step, seed, ramp)
+        nodes = [Order(store, data, packs_per_step, seed, ramp, place.lanes(data.lanes)) for place in places]
+        for _ in range(7):
+            packs, computed = whole.next_step(), []
+            for node, place in zip(nodes, places, strict=True):
+                share = take_share(node, data.lanes, place, packs_at_once)
+                assert len(share.slots) == node_size
+                for slot in (slot for rank in share.slots for slot in rank):
+                    assert len(slot) <= packs_at_once
+                    computed += [(share.numbers[at], share.packs[at]) for at in slot]
+            assert sorted(computed) == list(enumerate(packs))
+            state = merge_cursors(json.loads(json.dumps(node.state())) for node in nodes)
+            assert json.dumps(state) == json.dumps(whole.state())
+            lanes = {lane: told for node in nodes for lane, told in node.position().lane_progress().items()}
+            assert total_progress(whole.plan, lanes) == whole.progress()
+            for node in nodes:  # every step is also a resume
+                node.restore(state)
+
+
+def test_a_cursor_with_a_lane_missing_is_refused():
+    parts = [Order(MemoryStore(TWO_SOURCES), SMALL, 4, 7, lanes=[lane]) for lane in (0, 1)]
+    assert merge_cursors([part.state() for part in parts]) == small_order().state()
+    with pytest.raises(AssertionError, match="no cursor of lane 1"):
+        merge_cursors([parts[0].state()])
+
+
+def test_a_segment_has_random_draws_of_its_own_and_begins_where_the_last_one_stopped():
+    first, second = small_order(), Order(MemoryStore(TWO_SOURCES), SMALL, 4, 7, segment=1, first_step=30)
+    assert second.step == 30
+    assert first.next_step() != second.next_step()
+    assert second.step == 31
+    with pytest.raises(UserError, match="segment: None when saved, 1 now"):
+        second.restore(first.state())
+
+
+def capped(**caps) -> Order:
+    return small_order(lanes=1, window_packs=2, max_epochs=caps)
+
+
+def test_a_source_is_given_as_often_as_allowed_and_then_the_others_share():
+    order = capped(books=2)
+    packs = [pack for _ in range(60) for pack in order.next_step()]
+    times = Counter(key[:4] for key in given_positions(packs) if key[0] == 0)
+    assert set(times) == corpus_positions(MemoryStore(TWO_SOURCES), "books")
+    assert set(times.values()) == {2}
+    assert order.progress()["books"].epochs_complete == 2
+    assert order.progress()["web"].epochs_complete > 10
+    assert set(given_positions(packs).values()) == {1}
+
+
+def test_the_remaining_sources_keep_their_proportions_among_themselves():
+    lengths = {name: [lognormal_lengths(seed, 300)] for seed, name in enumerate(("a", "b", "c"))}
+    data = DataSettings(context_tokens=512, pack_tokens=512, window_packs=40, max_epochs={"a": 1})
+    data = data.model_copy(update={"mix": {"a": 1.0, "b": 1.0, "c": 3.0}})
+    order = Order(MemoryStore(lengths), data, packs_per_step=40, seed=3)
+    for _ in range(60):
+        order.next_step()
+    before = {name: part.positions for name, part in order.progress().items()}
+    for _ in range(30):
+        order.next_step()
+    more = {name: part.positions - before[name] for name, part in order.progress().items()}
+    assert more["a"] == 0
+    assert abs(more["c"] / more["b"] - 3) < 0.05  # what windows carry is up to a pack or two of 1,200
+
+
+def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_error_before_training():
+    store, data = MemoryStore(TWO_SOURCES), SMALL.model_copy(update={"lanes": 1, "max_epochs": {"books": 1, "web": 2}})
+    order, packs = Order(store, data, packs_per_step=1, seed=7), []
+    held = sum(len(corpus_positions(store, name)) * times for name, times in data.max_epochs.items())
+    order.require(-(-held // 16))
+    with pytest.raises(
+        UserError, match=r"data\.max_epochs: training\.steps = 400 needs 400 packs .* smallest holds 26;"
+    ):
+        order.require(400)
+    with pytest.raises(UserError, match=r"lane 0 has no pack left .* raise data\.max_epochs"):
+        give(order, 400, packs)
+    counts = given_positions(packs)
+    assert set(counts.values()) == {1}
+    assert len(counts) == held
+    assert len(packs) >= 26
+
+
+def give(order: Order, steps: int, packs: list) -> None:
+    for _ in range(steps):
+        packs.extend(order.next_step())
+
+
+def test_a_cap_of_0_is_none():
+    assert small_order(max_epochs={"books": 0}).fingerprint == small_order().fingerprint
+
+
+def test_without_caps_nothing_ends():
+    small_order(max_epochs={"books": 0}).require(10**6)
+    capped(books=3).require(10**6)
+
+
+@given(cases(), st.integers(1, 3), st.integers(0, 3))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_with_caps_and_a_curriculum_resume_is_exact_and_nothing_is_given_twice(case, first_cap, last_cap):
+    store, data, packs_per_step, seed, block_documents = case
+    caps = {store.sources[0]: first_cap, store.sources[-1]: last_cap}
+    later = [{"from_tokens": 40, "mix": {store.sources[-1]: 1.0}}, {"from_tokens": 90, "mix": {store.sources[0]: 2.0}}]
+    data = DataSettings.model_validate(data.model_dump() | {"max_epochs": caps, "curriculum": later})
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
+        order, states, steps = Order(store, data, packs_per_step, seed), [], []
+        for _ in range(12):
+            states.append(json.dumps(order.state()))
+            try:
+                steps.append(order.next_step())
+            except UserError:
+                states.pop()
+                break
+        assert set(given_positions(pack for step in steps for pack in step).values()) <= {1}
+        for name, cap in caps.items():
+            assert not cap or order.progress()[name].epochs_complete <= cap
+        for number, state in enumerate(states):
+            again = Order(store, data, packs_per_step, seed)
+            again.restore(json.loads(state))
+            assert json.dumps(again.state()) == state
+            assert [again.next_step() for _ in steps[number:]] == steps[number:]
+
+
+def test_a_curriculum_changes_the_mix_at_the_next_window_of_each_lane_and_counts_shares_from_there():
+    lengths = {name: [lognormal_lengths(seed + lane, 100) for lane in (0, 9)] for seed, name in enumerate(("a", "b"))}
+    data = DataSettings.model_validate(
+        {
+            "context_tokens": 512,
+            "pack_tokens": 512,
+            "lanes": 2,
+            "window_packs": 10,
+            "mix": {"a": 1.0},
+            "curriculum": [{"from_tokens": 60_000, "mix": {"a": 1.0, "b": 3.0}}],
+        }
+    )
+    order = Order(MemoryStore(lengths), data, packs_per_step=2, seed=3)
+    steps = [order.next_step() for _ in range(400)]
+    given, first_b = 0, 0
+    for step in steps:
+        given += sum(piece.length for pack in step for piece in pack)
+        if any(piece.source == 1 for pack in step for piece in pack):
+            first_b = given
+            break
+    assert 60_000 <= first_b <= 60_000 + mix_lag_tokens(data)
+    assert mix_lag_tokens(data) == 2 * 10 * 512
+    after = [piece for step in steps[100:] for pack in step for piece in pack]
+    shares = [sum(piece.length for piece in after if piece.source == source) for source in (0, 1)]
+    assert abs(shares[1] / shares[0] - 3) < 0.1  # not what a had before made up for
+
+
+def test_an_unknown_source_in_a_curriculum_or_a_cap_is_an_error():
+    stage = DataSettings(curriculum=[{"from_tokens": 5, "mix": {"wiki": 1.0}}]).curriculum
+    with pytest.raises(UserError, match=r"data\.curriculum\[0\]\.mix\.wiki = 1\.0: no such source"):
+        small_order(curriculum=stage)
+    with pytest.raises(UserError, match=r"data\.max_epochs\.wiki = 2: no such source"):
+        small_order(max_epochs={"wiki": 2})
+
+
+def test_the_supply_of_a_lane_follows_shares_caps_and_stages():
+    even, endless = Stage(0, (0.5, 0.5)), float("inf")
+    assert supply([even], [10, 30]) == 40
+    assert supply([even], [10, endless]) == endless
+    assert supply([Stage(0, (1.0, 0.0))], [10, endless]) == 10
+    assert supply([even, Stage(12, (0.0, 1.0))], [10, 30]) == 6 + 30
+    assert supply([Stage(0, (1.0, 0.0)), Stage(12, (0.0, 1.0))], [10, 30]) == 10  # ends before the second stage
+
+
+def test_the_distance_of_neighbours_tells_shuffled_from_not():
+    pieces = [Fragment(0, 0, row, 0, 1, 0) for row in range(1000)]
+    assert neighbour_distance(pieces) == 1 / ((1 - 0.5**0.5) * 1000)
+    shuffled = [pieces[row] for row in permutation(5, 1000).tolist()]
+    assert 0.9 < neighbour_distance(shuffled) < 1.1
+    halves = [*shuffled_rows(pieces[:500], 1), *shuffled_rows(pieces[500:], 2)]
+    assert 0.4 < neighbour_distance(halves) < 0.6
+    assert neighbour_distance(pieces[:1]) == 1
+
+
+def shuffled_rows(pieces: list[Fragment], key: int) -> list[Fragment]:
+    return [pieces[row] for row in permutation(key, len(pieces)).tolist()]
 
 
 def golden_fingerprint() -> str:

@@ -8,7 +8,7 @@ import torch
 from bigmodel.check import isolation, packed_equals_single
 from bigmodel.config import DataSettings, ModelSettings
 from bigmodel.data.batch import IGNORED, Batch, build_batch, make_keys
-from bigmodel.data.order import Fragment
+from bigmodel.data.shuffle import Fragment
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from kernels.visibility import causal
@@ -39,7 +39,7 @@ def make_batch() -> Batch:
         (Fragment(0, 0, 4, 0, 20, 0),),
     ]
     tokens = torch.randint(2, VOCABULARY, (5, 31), generator=torch.Generator().manual_seed(1)).numpy()
-    return build_batch(packs, lambda piece: tokens[piece.row], data, make_keys(1, 0, 0, 2, 64))
+    return build_batch(packs, lambda piece: tokens[piece.row], data, make_keys(1, 0, [0, 1], 64))
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())

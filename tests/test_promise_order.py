@@ -3,18 +3,24 @@
 import json
 import os
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 from bigmodel import check
-from bigmodel.config import load_settings
+from bigmodel.config import load_settings, num_micro_batches, packs_at
+from bigmodel.data import shards as shards_module
+from bigmodel.data import stream
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
+from bigmodel.data.sharing import Place, deal_evenly
+from bigmodel.training import checkpoint
 from tests.ranks import run_ranks
 from tests.tiny_run import write_run
 
-STEPS = 44  # more than an epoch: asserted
+STEPS = 20  # more than an epoch: asserted
+RAMP = [(3, 16), (13, 4)]
+RAMP_SETTING = f"training.batch_ramp={[list(pair) for pair in RAMP]}"
 
 
 def train_and_record(run_file: Path, overrides: list[str], folder: Path) -> int:
@@ -36,12 +42,14 @@ def train_and_record(run_file: Path, overrides: list[str], folder: Path) -> int:
 
 
 def entered(folder: Path, world_size: int, steps: int) -> list[list[str]]:
-    """Per step, the fingerprints of all ranks' packs in rank order, empty ones left out."""
+    """Per step, the fingerprints of all ranks' packs, sorted, empty ones left out."""
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
-    each = len(ranks[0]) // steps
+    counts = [num_micro_batches(packs_at(step, 4, RAMP), world_size, 1) for step in range(steps)]
+    assert [len(rank) for rank in ranks] == [sum(counts)] * world_size
+    ends = list(accumulate(counts))
     return [
-        [print_ for rank in ranks for print_ in rank[step * each : (step + 1) * each] if print_]
-        for step in range(steps)
+        sorted(print_ for rank in ranks for print_ in rank[end - count : end] if print_)
+        for end, count in zip(ends, counts, strict=True)
     ]
 
 
@@ -49,30 +57,68 @@ def test_what_enters_the_model_is_the_same_on_1_2_3_and_4_real_ranks_over_an_epo
     shards: Path, tmp_path: Path
 ) -> None:
     recorded = {}
-    for world_size in (1, 2, 3, 4):
+    for world_size, ranks_per_node in ((1, 1), (2, 1), (3, 3), (4, 2)):
         run_file = write_run(tmp_path, shards, name=f"ranks-{world_size}")
         folder = tmp_path / f"seen-{world_size}"
         folder.mkdir()
-        run_ranks(world_size, train_and_record, run_file, [f"training.steps={STEPS}"], folder)
+        steps = [f"training.steps={STEPS}", RAMP_SETTING]
+        run_ranks(world_size, train_and_record, run_file, steps, folder, ranks_per_node=ranks_per_node)
         recorded[world_size] = entered(folder, world_size, STEPS)
-    assert [len(step) for step in recorded[1]] == [4] * STEPS
-    assert len({print_ for step in recorded[1] for print_ in step}) == 4 * STEPS
+    assert [len(step) for step in recorded[1]] == [4] * 3 + [16] * 10 + [4] * 7
+    assert len({print_ for step in recorded[1] for print_ in step}) == 200
     for world_size in (2, 3, 4):
         assert recorded[world_size] == recorded[1], f"{world_size} ranks differ from one"
+    states = [newest_state(tmp_path / f"ranks-{world_size}") for world_size in (1, 2, 3, 4)]
+    assert states[1:] == [states[0]] * 3  # gathered from nodes that planned one lane each
+    assert len(states[0]["cursor"]["lanes"]) == 2
+    assert states[0]["progress"]["news"]["epochs_complete"] >= 1
+
+
+def newest_state(run_directory: Path) -> dict[str, Any]:
+    newest = checkpoint.newest(run_directory / "checkpoints")
+    assert newest, f"{run_directory} has no checkpoint"
+    return newest.state
 
 
 def test_these_steps_cross_an_epoch_with_two_sources_and_unequal_lanes(shards: Path, tmp_path: Path) -> None:
-    settings = load_settings(write_run(tmp_path, shards))
+    settings = load_settings(write_run(tmp_path, shards), [RAMP_SETTING])
     store = ShardStore(shards, "train")
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    order = Order.of_run(store, settings)
     tokens = Counter()
     for _ in range(STEPS):
-        for place, pack in enumerate(order.next_step()):
+        packs = order.next_step()
+        for place, pack in enumerate(packs):
             for piece in pack:
-                tokens[place // 2, store.sources[piece.source], piece.epoch] += piece.length
+                tokens[2 * place // len(packs), store.sources[piece.source], piece.epoch] += piece.length
     assert all(source.epochs_complete >= 1 for source in order.progress().values())
     assert tokens[0, "news", 0] != tokens[1, "news", 0] > 0
     assert tokens[0, "letters", 0] != tokens[1, "letters", 0] > 0
+
+
+def test_a_node_opens_the_files_of_its_own_lanes_only(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """Counted where a file is compared with the manifest, as every file is before its first use."""
+    settings = load_settings(write_run(tmp_path, shards))
+    opened: list[set[str]] = []
+
+    def counted(directory: Path, name: str, recorded: dict[str, Any] | None) -> str:
+        opened[-1].add(name)
+        return ""
+
+    monkeypatch.setattr(shards_module, "find_damage", counted)
+    for node in (0, 1):
+        opened.append(set())
+        store, place = ShardStore(shards, "train"), Place(node, 2)
+        order = Order.of_run(store, settings, lanes=place.lanes(2))
+        assert opened[-1] == set()
+        for _ in range(STEPS):
+            for pack in stream.take_share(order, 2, place, 1).packs:
+                for piece in pack:
+                    stream.reader(store)(piece)
+    indexes = {name for name in opened[0] if name.endswith("index.json")}
+    assert opened[0] & opened[1] == indexes
+    assert len(indexes) == 2
+    everything = {name for name in ShardStore(shards, "train").manifest.files if name.startswith("train/")}
+    assert opened[0] | opened[1] == everything
 
 
 def test_check_order_holds_on_prepared_data(shards: Path, tmp_path: Path) -> None:
@@ -81,18 +127,23 @@ def test_check_order_holds_on_prepared_data(shards: Path, tmp_path: Path) -> Non
     assert any("exactly once" in finding.claim for finding in findings)
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"),
-    [
-        ("share", lambda packs, rank, size: range(rank * packs // size, (rank + 1) * packs // size - (rank > 0))),
-        ("make_keys", None),
-    ],
-)
-def test_the_check_sees_a_broken_order(shards: Path, tmp_path: Path, monkeypatch, name: str, broken) -> None:
-    """A rank's share that is off by one; random words that depend on the call."""
-    if name == "make_keys":
-        real, calls = check.make_keys, iter(range(10**9))
-        broken = lambda seed, step, first, count, tokens: real(seed + next(calls), step, first, count, tokens)  # noqa: E731
-    monkeypatch.setattr(check, name, broken)
-    findings = check.check_order(write_run(tmp_path, shards), ["training.steps=3"])
-    assert any(not finding.holds for finding in findings)
+def test_the_check_sees_a_share_that_is_off_by_one(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """The last rank of a node computes the pack before its own."""
+
+    def shifted(work: list[int], *shape: int) -> list[list[list[int]]]:
+        slots = deal_evenly(work, *shape)
+        slots[-1][0] = [max(0, pack - 1) for pack in slots[-1][0]]
+        return slots
+
+    monkeypatch.setattr(stream, "deal_evenly", shifted)
+    assert broken_claims(write_run(tmp_path, shards))
+
+
+def test_the_check_sees_random_words_that_depend_on_the_call(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    real, calls = check.make_keys, iter(range(10**9))
+    monkeypatch.setattr(check, "make_keys", lambda seed, *rest: real(seed + next(calls), *rest))
+    assert broken_claims(write_run(tmp_path, shards))
+
+
+def broken_claims(run_file: Path) -> list[str]:
+    return [finding.claim for finding in check.check_order(run_file, ["training.steps=3"]) if not finding.holds]

@@ -43,6 +43,7 @@ def test_documents_come_back_by_shard_and_row_with_their_lengths(whole: Path) ->
         assert store.num_shards(source) >= 2
         for shard in range(store.num_shards(source)):
             lengths = store.lengths(source, shard)
+            assert store.shard_sizes(source)[shard].tolist() == [len(lengths), int(lengths.sum()) - len(lengths), 0]
             assert lengths.dtype == np.uint32
             assert isinstance(lengths, np.memmap)
             for row in range(len(lengths)):
@@ -124,7 +125,7 @@ def test_a_folder_that_is_not_prepared_is_refused_with_the_command_that_prepares
     for content, message in [
         (manifest.read_text()[:-30], "manifest.json: damaged"),
         ("[]", "schema version None"),
-        (json.dumps(table | {"schema_version": 99}), "schema version 99, this program reads 2"),
+        (json.dumps(table | {"schema_version": 99}), "schema version 99, this program reads 3"),
         (json.dumps({name: value for name, value in table.items() if name != "bos"}), "damaged: bos"),
     ]:
         manifest.write_text(content)

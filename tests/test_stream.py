@@ -8,8 +8,9 @@ import pytest
 from bigmodel.config import DataSettings, UserError
 from bigmodel.data import stream as stream_module
 from bigmodel.data.batch import IGNORED
-from bigmodel.data.order import Order
-from bigmodel.data.stream import Stream, num_micro_batches, share, validation_batches
+from bigmodel.data.order import Order, merge_cursors
+from bigmodel.data.sharing import Place, attention_work
+from bigmodel.data.stream import Stream, num_micro_batches, validation_batches
 from tests.memory_store import MemoryStore, corpus_positions
 
 LENGTHS = {
@@ -18,7 +19,38 @@ LENGTHS = {
 }
 DATA = DataSettings(context_tokens=13, pack_tokens=16, pack_documents=4, lanes=2, window_packs=3)
 PACKS_PER_STEP = 10
+RAMP = [(2, 4), (4, 12)]
+PACKS = [10, 10, 4, 4, 12, 12]
 NUM_STEPS = 6
+
+
+class Sums:
+    """`NodeSums` among threads; steps that were added up are remembered."""
+
+    def __init__(self, num_nodes):
+        self.num_nodes, self.told, self.news = num_nodes, {}, threading.Condition()
+
+    def of(self, node):
+        return NodeSumsInProcess(self, node)
+
+
+class NodeSumsInProcess:
+    def __init__(self, sums, node):
+        self.sums, self.node, self.failure = sums, node, None
+
+    def add_up(self, step, values, abandoned):
+        sums = self.sums
+        with sums.news:
+            sums.told.setdefault(step, {})[self.node] = values
+            sums.news.notify_all()
+            while len(sums.told[step]) < sums.num_nodes:
+                if abandoned():
+                    raise TimeoutError
+                sums.news.wait(0.05)
+            return [sum(column) for column in zip(*sums.told[step].values(), strict=True)]
+
+    def fail(self, step, reason):
+        self.failure = (step, reason)
 
 
 class Streams:
@@ -27,12 +59,15 @@ class Streams:
     def __init__(self):
         self._open = []
 
-    def __call__(self, rank=0, world_size=1, packs_per_micro_batch=1, store=None, state=None, **changes):
+    def __call__(
+        self, rank=0, world_size=1, packs_per_micro_batch=1, node_size=1, store=None, state=None, nodes=None, **changes
+    ):
         store = store or MemoryStore(LENGTHS)
-        order = Order(store, DATA, PACKS_PER_STEP, seed=7)
+        place = Place(rank, world_size, node_size)
+        order = Order(store, DATA, PACKS_PER_STEP, 7, RAMP, place.lanes(DATA.lanes) if nodes else None)
         if state:
             order.restore(json.loads(json.dumps(state)))
-        stream = Stream(store, order, DATA, packs_per_micro_batch, rank, world_size, seed=7, **changes)
+        stream = Stream(store, order, DATA, packs_per_micro_batch, place, 7, nodes, **changes)
         self._open.append(stream)
         return stream
 
@@ -71,67 +106,137 @@ def is_empty(pack):
     return all(target == IGNORED for target in pack[1])
 
 
-def test_shares_are_contiguous_and_cover_every_pack_once():
-    assert [share(10, rank, 4) for rank in range(4)] == [range(3), range(3, 6), range(6, 9), range(9, 10)]
-    assert [list(share(3, rank, 8)) for rank in range(8)] == [[0], [1], [2], [], [], [], [], []]
-    for packs in range(1, 30):
-        for world_size in range(1, 12):
-            assert [n for rank in range(world_size) for n in share(packs, rank, world_size)] == list(range(packs))
-
-
 def test_every_rank_has_the_micro_batches_of_the_fullest():
     assert num_micro_batches(10, world_size=4, packs_per_micro_batch=2) == 2
     assert num_micro_batches(10, world_size=1, packs_per_micro_batch=3) == 4
     assert num_micro_batches(1, world_size=8, packs_per_micro_batch=3) == 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_a_step_is_the_same_bytes_at_every_world_size_and_micro_batch_size(streams, world_size):
-    reference = [[cut(batch, 1)[0] for batch in step.micro_batches] for step in take(streams(), NUM_STEPS)]
-    assert [len(packs) for packs in reference] == [PACKS_PER_STEP] * NUM_STEPS
-    assert not any(is_empty(pack) for packs in reference for pack in packs)
-    for size in (1, 2, 3):
-        ranks = [take(streams(rank, world_size, size), NUM_STEPS) for rank in range(world_size)]
-        for number, packs in enumerate(reference):
+def all_ranks(streams, world_size, node_size, size, **changes):
+    """The first steps of every rank; each node plans its own lanes."""
+    sums = Sums(world_size // node_size)
+    made = [
+        streams(rank, world_size, size, node_size, nodes=sums.of(rank // node_size), **changes)
+        for rank in range(world_size)
+    ]
+    steps = take_together(made)
+    return list(zip(*steps, strict=True))
+
+
+def take_together(streams):
+    """Step by step, as ranks do: no node can run ahead of the others for long."""
+    return [[next(stream) for stream in streams] for _ in range(NUM_STEPS)]
+
+
+WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (8, 4), (8, 8), (64, 8)]
+
+
+@pytest.mark.parametrize(("world_size", "node_size"), WORLDS)
+def test_a_step_is_the_same_packs_at_every_world_node_and_micro_batch_size(streams, world_size, node_size):
+    reference = take(streams(), NUM_STEPS)
+    packs_of = [sorted(cut(batch, 1)[0] for batch in step.micro_batches) for step in reference]
+    assert [len(packs) for packs in packs_of] == PACKS
+    assert not any(is_empty(pack) for packs in packs_of for pack in packs)
+    for size in (1, 2, 3) if world_size < 64 else (1,):
+        ranks = all_ranks(streams, world_size, node_size, size)
+        for number, packs in enumerate(packs_of):
             steps = [rank[number] for rank in ranks]
-            merged = [pack for step in steps for batch in step.micro_batches for pack in cut(batch, size)]
-            assert [pack for pack in merged if not is_empty(pack)] == packs
             batches = [batch for step in steps for batch in step.micro_batches]
-            assert {len(step.micro_batches) for step in steps} == {num_micro_batches(PACKS_PER_STEP, world_size, size)}
+            merged = [pack for batch in batches for pack in cut(batch, size)]
+            assert sorted(pack for pack in merged if not is_empty(pack)) == packs
+            rounds = num_micro_batches(PACKS[number], world_size, size)
+            assert {len(step.micro_batches) for step in steps} == {rounds}
             for step in steps:
                 assert step.number == number
                 assert step.num_targets == sum(batch.num_targets for batch in batches)
                 assert step.num_positions == sum(batch.num_positions for batch in batches)
                 assert step.num_documents == sum(batch.num_documents for batch in batches)
                 assert step.num_padding == sum(int((batch.targets == IGNORED).sum()) for batch in batches)
-                assert step.cursor == steps[0].cursor
+                assert step.num_document_limited == reference[number].num_document_limited
+                assert 1 <= step.imbalance <= world_size
+            cursors = [step.position.cursor() for step in steps]
+            assert json.dumps(merge_cursors(cursors)) == json.dumps(reference[number].position.cursor())
+
+
+def test_steps_saved_on_one_world_go_on_on_another(streams):
+    steps = take(streams(), 2 * NUM_STEPS)
+    rest = [sorted(cut(batch, 1)[0] for batch in step.micro_batches) for step in steps]
+    for number in range(NUM_STEPS):
+        state = steps[number].position.cursor()
+        for world_size, node_size in [(2, 1), (3, 3), (4, 2)]:
+            ranks = all_ranks(streams, world_size, node_size, 2, state=state)
+            for later in range(NUM_STEPS):
+                batches = [batch for rank in ranks for batch in rank[later].micro_batches]
+                packs = [pack for batch in batches for pack in cut(batch, 2) if not is_empty(pack)]
+                assert sorted(packs) == rest[number + 1 + later]
+        streams.close()
+
+
+class CountingStore(MemoryStore):
+    """Remembers the shards that documents were read from."""
+
+    def __init__(self):
+        super().__init__(LENGTHS)
+        self.read = set()
+
+    def document(self, source, shard, row):
+        self.read.add((source, shard))
+        return super().document(source, shard, row)
+
+
+def test_a_node_reads_lengths_and_documents_of_its_own_lanes_only(streams):
+    stores, sums = [CountingStore(), CountingStore()], Sums(2)
+    nodes = [streams(node, 2, store=stores[node], nodes=sums.of(node)) for node in (0, 1)]
+    take_together(nodes)
+    streams.close()
+    for store in stores:
+        assert store.read
+        assert store.read <= store.opened
+    assert stores[0].opened.isdisjoint(stores[1].opened)
+    assert len(stores[0].opened | stores[1].opened) == 7  # all shards of the store
+
+
+def test_no_length_is_read_before_the_first_step():
+    store = MemoryStore(LENGTHS)
+    order = Order(store, DATA, PACKS_PER_STEP, seed=7)
+    assert not store.opened
+    order.next_step()
+    assert store.opened
+
+
+def test_work_is_dealt_more_evenly_than_in_canonical_order(streams):
+    steps = [take(streams(rank, 4, 1, node_size=4), NUM_STEPS) for rank in (0, 1)]
+    for mine, theirs in zip(*steps, strict=True):
+        assert (mine.imbalance, mine.imbalance_undealt) == (theirs.imbalance, theirs.imbalance_undealt)
+    undealt = sum(step.imbalance_undealt for step in steps[0])
+    assert 1 <= sum(step.imbalance for step in steps[0]) / NUM_STEPS < undealt / NUM_STEPS - 0.05
 
 
 def test_packs_of_an_order_are_those_of_its_stream(streams):
     store = MemoryStore(LENGTHS)
-    order = Order(store, DATA, PACKS_PER_STEP, seed=7)
+    order = Order(store, DATA, PACKS_PER_STEP, 7, RAMP)
     for step in take(streams(), NUM_STEPS):
         packs = order.next_step()
-        for pack, batch in zip(packs, step.micro_batches, strict=True):
+        assert step.packs == packs
+        heaviest_first = sorted(packs, key=lambda pack: -attention_work(pack))  # as one rank with one pack at a time
+        for pack, batch in zip(heaviest_first, step.micro_batches, strict=True):
             parts = [
                 store.document(store.sources[f.source], f.shard, f.row)[f.start : f.start + f.length] for f in pack
             ]
             assert batch.tokens[: batch.num_positions].tolist() == np.concatenate(parts).tolist()
-        assert step.progress == order.progress()
+        assert step.position.cursor() == order.state()
         assert step.num_document_limited == sum(len(p) == 4 and sum(f.length for f in p) < 16 for p in packs)
 
 
 def test_the_cursor_of_a_step_continues_after_that_step_however_far_ahead_the_thread_is(streams):
-    stream = streams(ahead=3)
-    steps = take(stream, 12)
+    steps = take(streams(rank=1, world_size=3, ahead=3), 12)
     for number in (0, 4, 10):
-        again = streams(rank=1, world_size=3, state=steps[number].cursor)
+        again = streams(rank=1, world_size=3, state=steps[number].position.cursor())
         for expected, step in zip(steps[number + 1 :], again, strict=False):
             assert step.number == expected.number
-            mine = [batch.fingerprint() for batch in step.micro_batches]
-            theirs = [batch.fingerprint() for batch in expected.micro_batches]
-            assert mine[:4] == theirs[4:8]
-            assert step.cursor == expected.cursor
+            prints = [[batch.fingerprint() for batch in one.micro_batches] for one in (step, expected)]
+            assert prints[0] == prints[1]
+            assert step.position.cursor() == expected.position.cursor()
 
 
 def test_the_thread_works_ahead_but_not_further_than_told(streams):

@@ -153,12 +153,22 @@ def test_numbers_of_the_manifest_that_do_not_add_up_are_found(folder: Path) -> N
     row_bytes = json.loads(json.dumps(manifest.row_bytes))
     row_bytes["letters"]["kept"] -= 1
     row_bytes["letters"]["cleaned"] += 1
+    shards = json.loads(json.dumps(manifest.shards))
+    shards["letters"]["train"][1][1] += 1
     statistics = manifest.statistics | {"max_tokens": 7}
-    changes = {"counts": counts, "rows": rows, "row_bytes": row_bytes, "statistics": statistics, "vocabulary": 301}
+    changes = {
+        "counts": counts,
+        "shards": shards,
+        "rows": rows,
+        "row_bytes": row_bytes,
+        "statistics": statistics,
+        "vocabulary": 301,
+    }
     sign_again(folder, **changes)
     problems = verify(str(folder), quiet())
     for words in (
         "train/letters: 3682 tokens by the manifest, 3681 in the shards",
+        "train/letters: the sizes of shards by the manifest are not those of their lengths",
         "news: read 103 documents, kept and dropped 104",
         "letters: kept",
         "the statistics are not those of the documents' lengths",

@@ -38,7 +38,7 @@ from bigmodel.data.encoding import save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
 from bigmodel.data.prepare import keep_boundaries, prepare
-from bigmodel.data.shards import decode_value, length_statistics
+from bigmodel.data.shards import decode_value, length_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, tokenizer_file
 from bigmodel.rundir import write_atomically
 
@@ -319,6 +319,7 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, taken: Sequence[_Taken], p
         eos=tokenizer.eos,
         dtype=tokenizer.dtype.name,
         counts={adoption.name: counts},
+        shards={adoption.name: {split: measure_shards(partial, adoption.name, split) for split in SPLITS}},
         rows={adoption.name: {"read": kept + empty, "kept": kept, "empty": empty}},
         row_bytes={adoption.name: {"read": text_bytes, "kept": text_bytes, "empty": 0}},
         statistics=length_statistics(lengths, text_bytes),

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bigmodel.config import DataSettings
 from bigmodel.data.objectives import causal
-from bigmodel.data.order import Fragment, Pack
 from bigmodel.data.randomness import make_key, words
+from bigmodel.data.shuffle import Fragment, Pack
 
 IGNORED = -100  # the target of padding: torch's default ignore_index
 Reader = Callable[[Fragment], np.ndarray]  # the stored tokens of the whole document that a fragment is of
@@ -39,7 +39,7 @@ class Batch:
     >>> packs = [(first, second), (third,)]
     >>> def read(fragment):
     ...     return np.array(documents[fragment.row])
-    >>> batch = build_batch(packs, read, settings, make_keys(1, 0, 0, 2, 8))
+    >>> batch = build_batch(packs, read, settings, make_keys(1, 0, [0, 1], 8))
     >>> batch.tokens.tolist()
     [1, 11, 12, 13, 1, 21, 22, 0, 1, 31, 32, 33, 34, 0, 0, 0]
     >>> batch.targets.tolist()
@@ -77,10 +77,12 @@ class Batch:
         return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
 
 
-def make_keys(seed: int, step: int, first_pack: int, num_packs: int, pack_tokens: int) -> np.ndarray:
-    """Random words for the positions of packs [first_pack, first_pack + num_packs) of a data step: (T,) int64."""
-    packs = range(first_pack, first_pack + num_packs)
-    keys = [words(make_key("positions", seed, step, pack), pack_tokens) for pack in packs]
+def make_keys(seed: int, step: int, numbers: Sequence[int], pack_tokens: int) -> np.ndarray:
+    """Random words for the positions of the packs of these numbers in a data step: (T,) int64.
+
+    The number is the pack's own, whatever rank and micro-batch it is computed in.
+    """
+    keys = [words(make_key("positions", seed, step, number), pack_tokens) for number in numbers]
     return np.concatenate(keys).view(np.int64)
 
 

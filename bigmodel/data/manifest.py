@@ -19,7 +19,7 @@ from bigmodel.rundir import write_json
 
 MANIFEST = "manifest.json"
 PICTURE = "lengths.png"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
 PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
@@ -28,7 +28,9 @@ PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`
 @dataclass(frozen=True)
 class Manifest:
     """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
-    `files[path]` has bytes and sha256, path relative to the folder; `recipe` is what the user asked for."""
+    `shards[source][split]` has what `shards.measure_shard` says of each, in their order: the plan deals shards to lanes
+    by it, so that no rank opens the lengths of shards that others read; `files[path]` has bytes and sha256, path
+    relative to the folder; `recipe` is what the user asked for."""
 
     tokenizer_sha256: str
     vocabulary: int
@@ -36,6 +38,7 @@ class Manifest:
     eos: int
     dtype: str
     counts: dict[str, dict[str, dict[str, int]]]
+    shards: dict[str, dict[str, list[list[int]]]]
     rows: dict[str, dict[str, int]]  # per source: documents read, kept, and dropped by reason
     row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: taken out of kept documents
     statistics: dict[str, Any]

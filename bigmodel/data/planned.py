@@ -70,7 +70,7 @@ def all_positions(store: Lengths) -> np.ndarray:
         [
             num_positions(store.lengths(source, shard))
             for source in store.sources
-            for shard in range(store.num_shards(source))
+            for shard in range(len(store.shard_sizes(source)))
         ]
     )
 

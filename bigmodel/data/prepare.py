@@ -45,7 +45,7 @@ from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
-from bigmodel.data.shards import length_statistics
+from bigmodel.data.shards import length_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
@@ -299,6 +299,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         eos=tokenizer.eos,
         dtype=tokenizer.dtype.name,
         counts=counts,
+        shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
         rows=rows,
         row_bytes=row_bytes,
         statistics=length_statistics(lengths, sum(counted["kept"] for counted in row_bytes.values())),

@@ -30,9 +30,10 @@ import numpy as np
 
 from bigmodel.config import UserError
 from bigmodel.data.manifest import MANIFEST, PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
+from bigmodel.data.objectives import num_positions
 from bigmodel.data.remote import Remote
 
-__all__ = ["MANIFEST", "SPLITS", "Manifest", "ShardStore", "length_statistics"]
+__all__ = ["MANIFEST", "SPLITS", "Manifest", "ShardStore", "length_statistics", "measure_shard", "measure_shards"]
 
 _torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
 
@@ -56,7 +57,6 @@ class ShardStore:
         self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
         self._checked: set[str] = set()
         self._indexes: dict[str, list[dict[str, Any]]] = {}
-        self._lengths: dict[tuple[str, int], np.ndarray] = {}
         self._readers: dict[tuple[str, int], Any] = {}
         self._check_tokenizer()
 
@@ -85,13 +85,16 @@ class ShardStore:
     def num_shards(self, source: str) -> int:
         return len(self._index(source))
 
+    def shard_sizes(self, source: str) -> np.ndarray:
+        """(shards, 3) int64 from the manifest, no other file is opened: what `measure_shard` says of each shard."""
+        return np.array(self.manifest.shards[source][self.split], dtype=np.int64).reshape(-1, 3)
+
     def lengths(self, source: str, shard: int) -> np.ndarray:
-        """(documents in the shard,) uint32 memory map: stored tokens of each document."""
-        key = (source, shard)
-        if key not in self._lengths:
-            path = self.file(f"{self.split}/{source}/lengths.{shard:05}.npy")
-            self._lengths[key] = np.load(path, mmap_mode="r")
-        return self._lengths[key]
+        """(documents in the shard,) uint32 memory map: stored tokens of each document.
+
+        A new map at each call, closed when it is dropped: maps that are kept would hold a file descriptor each.
+        """
+        return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
 
     def document(self, source: str, shard: int, row: int) -> np.ndarray:
         """(n,) stored tokens of a document, uint16 or uint32, read-only."""
@@ -142,7 +145,19 @@ class ShardStore:
             )
 
 
-# ---- lengths -------------------------------------------------------------------------------------------------
+# ---- sizes and lengths ---------------------------------------------------------------------------------------
+
+
+def measure_shard(lengths: np.ndarray) -> list[int]:
+    """Documents of a shard, the positions they are trained on, and how many of them have none (0 or 1 token)."""
+    positions = num_positions(lengths)
+    return [len(lengths), int(positions.sum()), len(lengths) - int(np.count_nonzero(positions))]
+
+
+def measure_shards(directory: Path, source: str, split: str) -> list[list[int]]:
+    """`measure_shard` of every shard of a source, from its length files, in their order."""
+    files = sorted((directory / split / source).glob("lengths.*.npy"), key=lambda path: int(path.name.split(".")[1]))
+    return [measure_shard(np.load(path, mmap_mode="r")) for path in files]
 
 
 def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[str, Any]:

@@ -1,27 +1,31 @@
 """Stream: the steps that one rank trains on, read ahead by a background thread.
 
-Takes an order, a store and this rank's place in the world; gives `Step`s, each with the cursor that continues
-after it. Guarantees: every rank has the same number of micro-batches of the same shape; the counts of a step are
-those of all ranks, from the plan alone, so no collective is needed; an error of the thread is raised where the
-steps are taken, never swallowed as an early end. Also deals out validation documents, each exactly once.
+Takes an order of this node's lanes, a store and this rank's place in the world; gives `Step`s, each with the
+position that continues after it. Guarantees: every rank has the same number of micro-batches of the same shape; the
+counts of a step are those of all ranks: from the plan alone where one node plans all lanes, else added up over the
+nodes by the thread, ahead of the step that needs them; an error of the thread is raised where the steps are taken,
+never swallowed as an early end. Also deals out validation documents, each exactly once.
 Costs: one thread, `ahead` + 1 steps of this rank's batches in memory.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
 
 from bigmodel.config import DataSettings, UserError, num_micro_batches
 from bigmodel.data.batch import Batch, Reader, build_batch, make_keys
 from bigmodel.data.objectives import num_positions
-from bigmodel.data.order import Block, Fragment, Lengths, Order, Pack, SourceProgress
+from bigmodel.data.order import Order, Position
 from bigmodel.data.packing import best_fit_decreasing
+from bigmodel.data.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
+from bigmodel.data.shuffle import Block, Fragment, Lengths, Pack
 
+NO_PACK = -1  # the number of an empty pack
 CLOSE_SECONDS = 5.0  # how long close() waits for a read that is under way; the thread is a daemon
 
 
@@ -31,27 +35,29 @@ class Documents(Lengths, Protocol):
     def document(self, source: str, shard: int, row: int) -> np.ndarray: ...
 
 
+class Nodes(Protocol):
+    """How nodes tell each other what their packs hold: see `bigmodel.training.distributed.NodeSums`."""
+
+    def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]: ...
+
+    def fail(self, step: int, reason: str) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One data step as one rank sees it. All counts are over all ranks."""
 
     number: int  # data step, from 0
-    packs: list[Pack]  # of all ranks, from the plan
+    packs: list[Pack]  # of this rank's node, in canonical order
     micro_batches: list[Batch]  # this rank's
     num_targets: int  # the divisor of the loss
     num_positions: int
     num_documents: int  # a piece of a long document counts as one
     num_padding: int  # positions without a document, those of empty packs included
     num_document_limited: int  # packs with room left that are full by data.pack_documents
-    cursor: dict[str, Any]  # the order's state after this step: belongs into the checkpoint of this step
-    progress: dict[str, SourceProgress]  # per source, after this step
-
-
-def share(packs_per_step: int, rank: int, world_size: int) -> range:
-    """The pack numbers that a rank computes: contiguous, ceil(packs / ranks) each, fewer or none on the last ranks."""
-    assert 0 <= rank < world_size, f"rank {rank} is not one of {world_size} ranks"
-    size = -(-packs_per_step // world_size)
-    return range(min(rank * size, packs_per_step), min((rank + 1) * size, packs_per_step))
+    imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
+    imbalance_undealt: float  # what it would be in canonical order
+    position: Position  # after this step: its cursor, of all nodes, belongs into the checkpoint of this step
 
 
 def reader(store: Documents) -> Reader:
@@ -68,16 +74,20 @@ class Stream:
         order: Order,
         data: DataSettings,
         packs_per_micro_batch: int,
-        rank: int,
-        world_size: int,
+        place: Place,
         seed: int,
+        nodes: Nodes | None = None,
         ahead: int = 2,
     ) -> None:
-        """Starts the thread, which works at most `ahead` steps ahead: restore the order before."""
+        """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
+
+        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more.
+        """
         assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
+        assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
         self.wait_seconds = 0.0  # how long the last step was waited for
         self._read, self._order, self._data, self._seed = reader(store), order, data, seed
-        self._packs_per_micro_batch, self._rank, self._world_size = packs_per_micro_batch, rank, world_size
+        self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -111,10 +121,13 @@ class Stream:
 
     def _work(self) -> None:
         while not self._closed.is_set():
+            number = self._order.step
             try:
                 item: Step | BaseException = self._make_step()
             except BaseException as error:  # the thread's boundary: raised again by __next__
                 item = error
+                if self._nodes and not self._closed.is_set():
+                    self._nodes.fail(number, str(error))
             self._hand_over(item)
             if not isinstance(item, Step):
                 return
@@ -127,33 +140,69 @@ class Stream:
                 continue
 
     def _make_step(self) -> Step:
-        number, packs, data = self._order.step, self._order.next_step(), self._data
-        num_filled = sum(fragment.length for pack in packs for fragment in pack)
-        count = num_micro_batches(len(packs), self._world_size, self._packs_per_micro_batch)
-        num_places = self._world_size * count * self._packs_per_micro_batch * data.pack_tokens
+        number, data, place = self._order.step, self._data, self._place
+        node = take_share(self._order, data.lanes, place, self._packs_per_micro_batch)
+        work, num_rounds = node.work, len(node.slots[0])
+        num_places = place.world_size * num_rounds * self._packs_per_micro_batch * data.pack_tokens
+        undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
+        filled, documents, limited = self._count(number, node)
         return Step(
             number=number,
-            packs=packs,
-            micro_batches=self._build(packs, number, count),
-            num_targets=num_filled,  # causal: every position has a target
-            num_positions=num_filled,
-            num_documents=sum(len(pack) for pack in packs),
-            num_padding=num_places - num_filled,
-            num_document_limited=sum(is_document_limited(pack, data) for pack in packs),
-            cursor=self._order.state(),
-            progress=self._order.progress(),
+            packs=node.packs,
+            micro_batches=[self._build(number, node, slot) for slot in node.slots[place.rank_in_node]],
+            num_targets=filled,  # causal: every position has a target
+            num_positions=filled,
+            num_documents=documents,
+            num_padding=num_places - filled,
+            num_document_limited=limited,
+            imbalance=imbalance(work, node.slots),
+            imbalance_undealt=imbalance(work, undealt),
+            position=self._order.position(),
         )
 
-    def _build(self, packs: list[Pack], step: int, count: int) -> list[Batch]:
-        """This rank's share in `count` micro-batches, filled up with empty packs."""
-        mine = share(len(packs), self._rank, self._world_size)
-        size = self._packs_per_micro_batch
-        batches = []
-        for first in range(mine.start, mine.start + count * size, size):
-            chosen = [packs[number] if number in mine else () for number in range(first, first + size)]
-            keys = make_keys(self._seed, step, first, size, self._data.pack_tokens)
-            batches.append(build_batch(chosen, self._read, self._data, keys))
-        return batches
+    def _count(self, number: int, node: "NodeShare") -> list[int]:
+        """Positions filled, documents, and packs limited by documents, over all nodes."""
+        packs = node.packs if self._nodes else node.planned
+        counts = [
+            sum(fragment.length for pack in packs for fragment in pack),
+            sum(len(pack) for pack in packs),
+            sum(is_document_limited(pack, self._data) for pack in packs),
+        ]
+        return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
+
+    def _build(self, step: int, node: "NodeShare", slot: Sequence[int]) -> Batch:
+        """A micro-batch of the packs at these places of the node's share, filled up with empty ones."""
+        empty = self._packs_per_micro_batch - len(slot)
+        numbers = [node.numbers[place] for place in slot] + [NO_PACK] * empty
+        keys = make_keys(self._seed, step, numbers, self._data.pack_tokens)
+        packs = [node.packs[place] for place in slot]
+        return build_batch([*packs, *[()] * empty], self._read, self._data, keys)
+
+
+@dataclass(frozen=True, eq=False)
+class NodeShare:
+    """What one node computes of a step."""
+
+    planned: list[Pack]  # of the order's lanes, which may be more than the node's share
+    numbers: range  # of the node's packs in the step
+    packs: list[Pack]
+    work: list[int]  # of attention, per pack
+    slots: Slots  # who computes which of them
+
+
+def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:
+    """Take the next step from an order that plans `place.lanes` or more, and deal the node's share of it."""
+    num_packs = order.packs_at(order.step)
+    planned = order.next_step()
+    first = order.lanes[0] * (num_packs // num_lanes)  # the number of the first planned pack
+    numbers = place.share(num_packs)
+    packs = planned[numbers.start - first : numbers.stop - first]
+    assert len(packs) == len(numbers), f"the order plans lanes {order.lanes}, packs {numbers} are wanted"
+    num_rounds = num_micro_batches(num_packs, place.world_size, packs_per_micro_batch)
+    work = [attention_work(pack) for pack in packs]
+    return NodeShare(
+        planned, numbers, packs, work, deal_evenly(work, place.node_size, num_rounds, packs_per_micro_batch)
+    )
 
 
 def is_document_limited(pack: Pack, data: DataSettings) -> bool:
@@ -180,7 +229,7 @@ class ValidationBatches(Sequence[Batch]):
         first = range(len(self))[number] * self._size
         packs = self._packs[first : first + self._size]
         packs += [()] * (self._size - len(packs))
-        keys = make_keys(0, 0, first, self._size, self._data.pack_tokens)
+        keys = make_keys(0, 0, range(first, first + self._size), self._data.pack_tokens)
         return build_batch(packs, self._read, self._data, keys)
 
 
@@ -197,7 +246,7 @@ def validation_batches(
         [
             _all_fragments(store, number, shard, data.context_tokens)
             for number, source in enumerate(store.sources)
-            for shard in range(store.num_shards(source))
+            for shard in range(len(store.shard_sizes(source)))
         ]
         or [np.empty((0, len(Fragment._fields)), dtype=np.int64)]
     )

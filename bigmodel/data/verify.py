@@ -34,7 +34,7 @@ from bigmodel.data.manifest import (
     find_wrong_size,
 )
 from bigmodel.data.remote import read_manifest, without_manifest
-from bigmodel.data.shards import length_statistics
+from bigmodel.data.shards import length_statistics, measure_shard
 from bigmodel.data.tokenizer import Tokenizer
 
 INLINE_BYTES = 64 << 20  # below this, starting processes costs more than it saves
@@ -231,6 +231,8 @@ def _count_documents(manifest: Manifest, shards: list[_Shard], checked: list[_Ch
     for source in manifest.sources:
         for split, said in manifest.counts[source].items():
             mine = [one for shard, one in zip(shards, checked, strict=True) if shard.folder == f"{split}/{source}"]
+            if manifest.shards[source][split] != [measure_shard(one.lengths["tokens"]) for one in mine]:
+                yield f"{split}/{source}: the sizes of shards by the manifest are not those of their lengths"
             counted = {"documents": sum(len(one.lengths["tokens"]) for one in mine)}
             for column in (column for column in TOKEN_COLUMNS if column in said):
                 counted[column] = sum(int(one.lengths[column].sum(dtype=np.int64)) for one in mine)

@@ -5,8 +5,11 @@ it: then this process is the only one. Gives a `World`. Guarantees: the device i
 starts, every wait has a limit, sums are in fp64 and equal on all ranks. Every method of `World` is collective.
 """
 
+import contextlib
+import json
 import os
 import socket
+import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +20,7 @@ import torch.distributed as dist
 
 from bigmodel.config import UserError
 
+STEPS_KEPT = 64  # of NodeSums: more than a rank's data thread can be ahead of another's
 TIMEOUT_SECONDS = 600.0  # of any collective; also how long a rank waits for its peers at the start
 
 Value = TypeVar("Value")
@@ -70,6 +74,62 @@ class World:
         if raised is not None:
             raise raised
         return value
+
+    def ranks_per_node(self) -> int:
+        """How many ranks each machine has, if they are consecutive and as many on all; else 1."""
+        places = self.gather_objects((self.local_rank, self.local_size))
+        size = self.local_size
+        regular = self.size % size == 0 and places == [(rank % size, size) for rank in range(self.size)]
+        return size if regular else 1
+
+
+class NodeSums:
+    """Sums of small numbers over the nodes, for a thread that works ahead: no rank waits for another one's loop.
+
+    Nodes leave their numbers in a key-value store of torch's on rank 0, and read those of the others when they are
+    there. A collective would do, but one that is under way cannot be given up, and then keeps its process from ending.
+    """
+
+    def __init__(self, world: World, node: int, num_nodes: int, speaks: bool) -> None:
+        """Collective. `speaks`: whether this rank leaves its node's numbers; one per node."""
+        host = os.environ["MASTER_ADDR"]
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+        port = world.broadcast_object(server.port if server else 0)
+        self._store = server or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        self._node, self._num_nodes, self._speaks = node, num_nodes, speaks
+
+    def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]:
+        """Each number over the nodes. Waits for the nodes that are not as far yet, until `abandoned()`.
+
+        Raises `UserError` with the reason where a node has failed, `TimeoutError` where one is silent.
+        """
+        if self._speaks:
+            self._store.set(f"{step}/{self._node}", json.dumps(list(values)))
+            self._store.delete_key(f"{step - STEPS_KEPT}/{self._node}")
+        keys = [f"{step}/{node}" for node in range(self._num_nodes)]
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not self._are_there(keys):
+            if self._store.check(["failure"]):
+                failed, reason = json.loads(self._store.get("failure"))
+                if failed <= step:
+                    raise UserError(reason)
+            if abandoned() or time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"step {step}: not all {self._num_nodes} nodes planned it in {TIMEOUT_SECONDS:.0f} s"
+                )
+        return [sum(column) for column in zip(*map(json.loads, self._store.multi_get(keys)), strict=True)]
+
+    def fail(self, step: int, reason: str) -> None:
+        """Tell the others that this node will never have the numbers of a step."""
+        with contextlib.suppress(RuntimeError):  # rank 0 may be gone already
+            self._store.set("failure", json.dumps([step, reason]))
+
+    def _are_there(self, keys: list[str]) -> bool:
+        try:
+            self._store.wait(keys, timedelta(seconds=1.0))
+        except dist.DistStoreError:
+            return False
+        return True
 
 
 class _Alone(World):

@@ -10,11 +10,15 @@ skipped by all ranks together, before the update, and recorded.
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bigmodel.config import Settings, UserError, to_toml_table
-from bigmodel.data.order import Order
+from bigmodel.data.order import Position, merge_cursors, total_progress
+from bigmodel.data.segments import resume_order
 from bigmodel.data.shards import ShardStore
+from bigmodel.data.sharing import Place
 from bigmodel.data.stream import Step, Stream
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
@@ -27,25 +31,28 @@ from bigmodel.progress import LiveLine
 from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
-from bigmodel.training.distributed import end_world, start_world
+from bigmodel.training.distributed import NodeSums, World, end_world, start_world
 from bigmodel.training.engine import Engine
 from bigmodel.training.optim import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
+Value = TypeVar("Value")
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
 
 
-def train(settings: Settings, fresh: bool = False) -> int:
+def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> int:
     """Train to `training.steps`, going on from the newest good checkpoint in the run directory.
+
+    `fresh` sets checkpoints aside. `new_plan` goes on in a fresh order of the data: see `bigmodel.data.segments`.
 
     Raises `UserError` for what a user can mend: contradicting settings, damaged data or checkpoints, a full disk.
     """
     with ExitStack() as closing:  # however the run ends: no thread, no hidden cursor, no metrics address stays behind
-        return _train(settings, fresh, closing)
+        return _train(settings, fresh, new_plan, closing)
 
 
-def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
+def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) -> int:
     stop = StopFlag()
     world = start_world()
     if world.device.type == "cuda" and settings.model.head_width > 256:
@@ -61,7 +68,8 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     store = ShardStore(settings.data.directory, "train", settings.data.remote)
-    order = Order(store, settings.data, settings.training.packs_per_step, settings.run.seed)
+    ranks_per_node = world.ranks_per_node()
+    place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
     model = Transformer(
         settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
@@ -73,11 +81,12 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     if fresh:
         world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints))
     resumed = checkpoint.newest(checkpoints, world)
-    first_step = 0
+    first_step = resumed.state["step"] if resumed else 0
+    lanes = place.lanes(settings.data.lanes)
+    order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
+    order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-        order.restore(resumed.state["cursor"])
-        first_step = resumed.state["step"]
     metrics = Metrics(directory, settings.metrics.port, settings.metrics.host, first_step) if world.rank == 0 else None
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
@@ -87,11 +96,15 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
         write_json(directory / "deepspeed.json", effective)
         write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
         record_event(directory, "start", step=first_step, world_size=world.size)
-        line.say(_opening(settings, model, world.size, first_step, metrics.endpoint))
+        if len(segments) > 1 and segments[-1]["first_step"] == first_step:
+            record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
+        line.say(_opening(settings, model, world.size, first_step, order.packs_at(first_step), metrics.endpoint))
 
     bad_steps = 0
     stopping = False
-    stream = Stream(store, order, settings.data, packs_per_micro_batch, world.rank, world.size, settings.run.seed)
+    spread = place.num_nodes > 1 and settings.data.lanes > 1  # no node plans all lanes
+    nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
+    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
     for step in stream if first_step < settings.training.steps else ():
         clock = time.perf_counter()
@@ -114,11 +127,12 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
 
         # Tell.
         seconds = time.perf_counter() - clock + stream.wait_seconds
+        if bad:
+            parts = _of_all_nodes(_documents(store, step), place, world)
+            if metrics:
+                documents = [document for part in parts for document in part]
+                record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
         if metrics:
-            if bad:
-                record_event(
-                    directory, "step_skipped", step=done, reason="not finite", documents=_documents(store, step)
-                )
             metrics.record_step(
                 StepRecord(
                     step=done,
@@ -156,7 +170,7 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
         if finished or stopping or done % settings.checkpoint.every_steps == 0:
             if stopping:
                 stop.save_begins()
-            state = {"step": done, "cursor": step.cursor}
+            state = {"step": done, "segments": segments, **_where(step.position, place, world)}
             saved = checkpoint.save(checkpoints, engine, state, settings, world)
             if metrics:
                 metrics.record_checkpoint(done, saved.bytes, saved.seconds)
@@ -188,6 +202,22 @@ def _train(settings: Settings, fresh: bool, closing: ExitStack) -> int:
     return EXIT_DONE
 
 
+def _where(position: Position, place: Place, world: World) -> dict[str, Any]:
+    """Where the order of all lanes stands, and how far it is through the sources. Collective."""
+    told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
+    lanes = {number: lane for _, part in told for number, lane in part.items()}
+    progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
+    return {"cursor": merge_cursors(cursor for cursor, _ in told), "progress": progress}
+
+
+def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
+    """Each node's value, on every rank. Collective."""
+    if place.num_nodes == 1:
+        return [value]
+    told: list[Any] = world.gather_objects(value if place.rank_in_node == 0 else None)
+    return told[:: place.node_size]
+
+
 def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
     """[source, shard, row, first position, positions] of every piece in a step: what a skipped step left out."""
     return [
@@ -197,10 +227,12 @@ def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
     ]
 
 
-def _opening(settings: Settings, model: Transformer, world_size: int, first_step: int, endpoint: str) -> str:
+def _opening(
+    settings: Settings, model: Transformer, world_size: int, first_step: int, packs: int, endpoint: str
+) -> str:
     size = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {settings.training.packs_per_step} packs of "
+        f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {packs} packs of "
         f"{settings.data.pack_tokens} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

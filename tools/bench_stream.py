@@ -1,0 +1,455 @@
+"""How fast, how full, how even and how large is the stream?
+
+    python -m tools.bench_stream packing            efficiency at contexts of 2k, 8k and 32k, and balance over ranks
+    python -m tools.bench_stream speed              tokens/s on one core from shards to batches, against others
+    python -m tools.bench_stream scale              start, resume, memory and step cost with a billion documents
+
+Each writes benchmarks/stream_<name>.json (packing also a plot) and prints the table for benchmarks/README.md.
+Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
+
+- packing: `pad each`: a document (or its piece) a row; `next-fit`: in order, a new pack where a piece does not fit;
+  `ours`: the order as it is in training, whatever is carried on left uncounted.
+- speed: each way is a process of its own; they take turns; the median counts. Tokens over processor seconds of the
+  whole process, imports left out. `iterate, concatenate` and `iterate, bin-pack` are StreamingDataset.__iter__ with a
+  collator that joins and cuts, and one that packs each 256 documents first-fit decreasing and drops nothing.
+- scale: a manifest with 1e9 documents in 23,256 shards, whose lengths are made on demand; 64 lanes, 8 nodes of 8
+  ranks. One rank of node 3 is measured; its memory above the imports is counted eight times for the node. The deep
+  position is a cursor written by hand, half-way through the second epoch.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config import DataSettings
+from bigmodel.data import mds
+from bigmodel.data.encoding import save_array
+from bigmodel.data.manifest import Manifest, describe_files
+from bigmodel.data.order import Order
+from bigmodel.data.randomness import make_key, words
+from bigmodel.data.shards import ShardStore, measure_shard
+from bigmodel.data.sharing import Place, attention_work, deal_contiguously, deal_evenly, imbalance
+
+ROOT = Path(__file__).parents[1]
+SCALE_DOCUMENTS, SHARD_DOCUMENTS, SCALE_LANES, NODES, RANKS = 10**9, 43_000, 64, 8, 8
+CONTEXT = 2048
+
+
+def lognormal(key: int, count: int) -> np.ndarray:
+    """Stored tokens of documents: lognormal, made of words of a key, so that they are the same everywhere."""
+    uniform = ((words(key, 2 * count) >> np.uint64(11)).astype(float) + 1) / 2**53
+    normal = np.sqrt(-2 * np.log(uniform[:count])) * np.cos(2 * np.pi * uniform[count:])
+    return (np.exp(6.0 + 1.1 * normal).astype(np.int64) + 2).astype(np.uint32)
+
+
+def write_manifest(folder: Path, shards: list[list[int]], files: dict[str, Any]) -> None:
+    """Describe one source, `web`, of these shards."""
+    (folder / "tokenizer.json").write_text("{}")
+    documents, positions, _ = (sum(column) for column in zip(*shards, strict=True))
+    counts = {"documents": documents, "tokens": positions + documents, "text_bytes": 0}
+    nothing = dict.fromkeys(counts, 0)
+    Manifest(
+        tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
+        vocabulary=50_000,
+        bos=0,
+        eos=1,
+        dtype="uint16",
+        counts={"web": {"train": counts, "validation": nothing}},
+        shards={"web": {"train": shards, "validation": []}},
+        rows={},
+        row_bytes={},
+        statistics={},
+        files=files,
+        recipe={},
+        corpus_sha256="",
+        encoder="none",
+        python=platform.python_version(),
+    ).write(folder)
+
+
+# ---- scale ----------------------------------------------------------------------------------------------------
+
+
+class Simulated(ShardStore):
+    """Lengths of shard n: one of sixteen lists, turned by n."""
+
+    lists = [lognormal(make_key("list", number), SHARD_DOCUMENTS) for number in range(16)]
+
+    def lengths(self, source: str, shard: int) -> np.ndarray:
+        return np.roll(self.lists[shard % 16], make_key("turn", shard) % SHARD_DOCUMENTS)
+
+
+def scale() -> dict[str, Any]:
+    from bigmodel.data.stream import take_share  # imports torch: before the memory is looked at
+
+    sizes = [measure_shard(lengths) for lengths in Simulated.lists]
+    shards = [sizes[number % 16] for number in range(-(-SCALE_DOCUMENTS // SHARD_DOCUMENTS))]
+    entry = {"bytes": 10**8, "sha256": "0" * 64}
+    names = [f"train/web/{name}.{number:05}" for number in range(len(shards)) for name in ("shard", "lengths")]
+    data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT, lanes=SCALE_LANES)
+    packs_per_step = NODES * RANKS * 16
+    place = Place(3 * RANKS, NODES * RANKS, RANKS)
+    with tempfile.TemporaryDirectory() as folder:
+        write_manifest(Path(folder), shards, dict.fromkeys(names, entry))
+        before = resident_bytes()
+
+        clock = time.perf_counter()
+        order = Order(Simulated(Path(folder), "train"), data, packs_per_step, 1, lanes=place.lanes(data.lanes))
+        first = take_share(order, data.lanes, place, 1)
+        started = time.perf_counter() - clock
+        early = step_seconds(order, data, place)
+
+        state = order.state()
+        blocks = sum(size[0] for size in shards) // SCALE_LANES // 65_536
+        deep = {"epoch": 1, "block": blocks // 2, "fragment": 100, "positions": 3 * sum(s[1] for s in shards) // 128}
+        mine = state["lanes"][order.lanes[0]]
+        state["lanes"] = [{**mine, "window": 10**5, "sources": {"web": deep}} for _ in range(SCALE_LANES)]
+        del order
+        clock = time.perf_counter()
+        order = Order(Simulated(Path(folder), "train"), data, packs_per_step, 1, lanes=place.lanes(data.lanes))
+        order.restore(state)
+        take_share(order, data.lanes, place, 1)
+        resumed = time.perf_counter() - clock
+        late = step_seconds(order, data, place)
+        return {
+            "documents": sum(size[0] for size in shards),
+            "shards": len(shards),
+            "manifest_bytes": (Path(folder) / "manifest.json").stat().st_size,
+            "packs_per_node_and_step": len(first.packs),
+            "start_seconds": started,
+            "resume_seconds": resumed,
+            "rank_bytes_after_imports": before,
+            "rank_bytes_added_at_peak": peak_bytes() - before,
+            "node_bytes_added": RANKS * (peak_bytes() - before),
+            "node_bytes": RANKS * peak_bytes(),
+            "step_milliseconds_at_0": early,
+            "step_milliseconds_deep": late,
+        }
+
+
+def step_seconds(order: Order, data: DataSettings, place: Place, steps: int = 300) -> dict[str, float]:
+    from bigmodel.data.stream import take_share
+
+    seconds = []
+    for _ in range(steps):
+        clock = time.process_time()
+        take_share(order, data.lanes, place, 1)
+        order.position()
+        seconds.append(1000 * (time.process_time() - clock))
+    return {"mean": statistics.mean(seconds), "median": statistics.median(seconds), "max": max(seconds)}
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, num_tokens: int) -> None:
+    """train/web in shards of 8 million tokens."""
+    source = folder / "train" / "web"
+    source.mkdir(parents=True)
+    lengths = lognormal(5, num_tokens // 740)
+    entries, sizes, per_shard = [], [], 8_000_000 // 740
+    for number, first in enumerate(range(0, len(lengths), per_shard)):
+        mine = lengths[first : first + per_shard]
+        tokens = (words(make_key("tokens", number), int(mine.sum())) % np.uint64(50_000)).astype(np.uint16)
+        documents = np.split(tokens, np.cumsum(mine)[:-1])
+        (source / mds.shard_name(number)).write_bytes(mds.encode_shard({"tokens": documents}))
+        save_array(source / f"lengths.{number:05}.npy", mine)
+        entries.append(mds.shard_entry(number, {"tokens": mine}, np.dtype(np.uint16)))
+        sizes.append(measure_shard(mine))
+    (source / "index.json").write_bytes(mds.encode_index(entries))
+    write_manifest(folder, sizes, describe_files(folder))
+
+
+def ours(folder: Path) -> Iterator[int]:
+    """Tokens of each step's batches, the stream working as in training, verification included."""
+    from bigmodel.data.stream import Stream
+
+    data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT)
+    store = ShardStore(folder, "train")
+    stream = Stream(store, Order(store, data, 64, 1), data, 8, Place(0, 1), seed=1)
+    for step in stream:
+        yield step.num_positions
+
+
+def next_fit_of_our_reader(folder: Path) -> Iterator[int]:
+    """Documents in shuffled order through our reader and our batches, packed next-fit."""
+    from bigmodel.data.batch import build_batch, make_keys
+    from bigmodel.data.shuffle import Fragment, SourceCursor, SourceStream, read_shards
+    from bigmodel.data.stream import reader
+
+    data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT)
+    store = ShardStore(folder, "train")
+    stream = SourceStream(store, "web", read_shards(store, "web"), CONTEXT, key=1)
+    table, _ = stream.ahead(SourceCursor(), stream.positions)
+    packs: list[list[Fragment]] = [[]]
+    room = CONTEXT
+    for row in table.tolist():
+        piece = Fragment(*row)
+        if piece.length > room:
+            packs.append([])
+            room = CONTEXT
+        packs[-1].append(piece)
+        room -= piece.length
+        if len(packs) == 9:
+            keys = make_keys(1, 0, range(8), CONTEXT)
+            yield build_batch([tuple(pack) for pack in packs[:8]], reader(store), data, keys).num_positions
+            packs = packs[8:]
+
+
+def streamed(folder: Path) -> Iterator[np.ndarray]:
+    """Documents as StreamingDataset iterates over them, shuffled by its default."""
+    from bigmodel.data.shards import define_missing_torchvision_operators
+
+    define_missing_torchvision_operators()
+    from streaming import StreamingDataset
+
+    local = str(folder / "train" / "web")
+    dataset = StreamingDataset(local=local, shuffle=True, batch_size=8, predownload=100_000)
+    for sample in dataset:
+        yield sample["tokens"]
+
+
+def concatenated(folder: Path) -> Iterator[int]:
+    """Batches of 8 rows, cut from documents laid end to end."""
+    import torch
+
+    kept: list[np.ndarray] = []
+    held = 0
+    for tokens in streamed(folder):
+        kept.append(tokens)
+        held += len(tokens)
+        if held > 8 * CONTEXT:
+            joined = np.concatenate(kept).astype(np.int64)
+            ends = np.cumsum([len(part) for part in kept])
+            rows = torch.from_numpy(joined[: 8 * CONTEXT].reshape(8, CONTEXT))
+            owners = np.searchsorted(ends, np.arange(8 * CONTEXT), side="right").reshape(8, CONTEXT)
+            make_rows(rows, torch.from_numpy(owners))
+            kept, held = [joined[8 * CONTEXT :].astype(np.uint16)], held - 8 * CONTEXT
+            yield 8 * CONTEXT
+
+
+def bin_packed(folder: Path) -> Iterator[int]:
+    """Each 256 documents, cut at the context, first-fit decreasing into rows, padded."""
+    import torch
+
+    waiting: list[np.ndarray] = []
+    for tokens in streamed(folder):
+        waiting += [tokens[start : start + CONTEXT] for start in range(0, len(tokens), CONTEXT)]
+        if len(waiting) < 256:
+            continue
+        bins: list[list[np.ndarray]] = []
+        rooms: list[int] = []
+        for piece in sorted(waiting, key=len, reverse=True):
+            place = next((number for number, room in enumerate(rooms) if room >= len(piece)), len(rooms))
+            if place == len(rooms):
+                bins.append([])
+                rooms.append(CONTEXT)
+            bins[place].append(piece)
+            rooms[place] -= len(piece)
+        rows_T = np.zeros((len(bins), CONTEXT), np.int64)
+        owners = np.full((len(bins), CONTEXT), -1)
+        for number, pieces in enumerate(bins):
+            joined = np.concatenate(pieces)
+            rows_T[number, : len(joined)] = joined
+            owners[number, : len(joined)] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        make_rows(torch.from_numpy(rows_T), torch.from_numpy(owners))
+        yield sum(map(len, waiting))
+        waiting = []
+
+
+def make_rows(tokens: Any, owners: Any) -> dict[str, Any]:
+    """What a packing collator hands over: tokens, shifted labels that stop at documents' ends, sequence ids."""
+    labels = tokens.roll(-1, 1)
+    labels[owners != owners.roll(-1, 1)] = -100
+    return {"input_ids": tokens, "labels": labels, "sequence_id": owners}
+
+
+WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
+    "ours": ours,
+    "our reader, next-fit": next_fit_of_our_reader,
+    "iterate, concatenate": concatenated,
+    "iterate, bin-pack": bin_packed,
+}
+
+
+def one_way(way: str, folder: Path, seconds: float) -> dict[str, float]:
+    """Tokens and processor seconds after the first batch, which pays for imports and first reads of code."""
+    batches = WAYS[way](folder)
+    next(batches)
+    wall, processor, tokens = time.perf_counter(), time.process_time(), 0
+    for count in batches:
+        tokens += count
+        if time.perf_counter() - wall > seconds:
+            break
+    return {"tokens": tokens, "wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+
+
+def speed(num_tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), num_tokens)
+        for _ in range(repeats):
+            for way in WAYS:
+                command = [sys.executable, "-m", "tools.bench_stream", "way", "--way", way, "--folder", folder]
+                done = subprocess.run(
+                    [*command, "--seconds", str(seconds)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+                )
+                runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+                print(way, runs[way][-1], file=sys.stderr)
+    rates = {way: statistics.median(run["tokens"] / run["processor"] for run in mine) for way, mine in runs.items()}
+    return {"tokens_in_shards": num_tokens, "runs": runs, "tokens_per_core_second": rates}
+
+
+# ---- packing and balance --------------------------------------------------------------------------------------
+
+
+class InMemory:
+    """A store of lengths only, in shards of 10,000 documents."""
+
+    sources = ["web"]
+    fingerprint = "lognormal"
+
+    def __init__(self, documents: int) -> None:
+        self._shards = np.split(lognormal(9, documents), range(10_000, documents, 10_000))
+
+    def shard_sizes(self, source: str) -> np.ndarray:
+        return np.array([measure_shard(lengths) for lengths in self._shards])
+
+    def lengths(self, source: str, shard: int) -> np.ndarray:
+        return self._shards[shard]
+
+    def pieces(self, context: int) -> np.ndarray:
+        positions = np.concatenate(self._shards).astype(np.int64) - 1
+        whole = np.full(int((positions // context).sum()), context)
+        rest = positions[positions % context > 0] % context
+        pieces = np.concatenate([whole, rest])
+        return pieces[np.argsort(words(3, len(pieces)))]
+
+
+def next_fit(pieces: np.ndarray, context: int) -> float:
+    packs, room = 1, context
+    for piece in pieces.tolist():
+        if piece > room:
+            packs, room = packs + 1, context
+        room -= piece
+    return float(pieces.sum()) / (packs * context)
+
+
+def packing(documents: int) -> dict[str, Any]:
+    store = InMemory(documents)
+    efficiency: dict[str, dict[int, float]] = {"pad each": {}, "next-fit": {}, "ours": {}}
+    limited, balance, rate = {}, {}, {}
+    for context in (2048, 8192, 32_768):
+        pieces = store.pieces(context)
+        efficiency["pad each"][context] = float(pieces.mean()) / context
+        efficiency["next-fit"][context] = next_fit(pieces, context)
+        documents_limit = max(256, context // 32)  # the default, 256, is too few for 32k of these documents
+        data = DataSettings(context_tokens=context, pack_tokens=context, pack_documents=documents_limit)
+        order = Order(store, data, 100, 1)
+        steps, clock = max(5, int(pieces.sum()) // context // 100), time.process_time()
+        taken = [order.next_step() for _ in range(steps)]
+        packs = [pack for step in taken for pack in step]
+        filled = [sum(piece.length for piece in pack) for pack in packs]
+        rate[context] = sum(map(len, packs)) / (time.process_time() - clock)
+        efficiency["ours"][context] = sum(filled) / (len(packs) * context)
+        limited[context] = sum(
+            len(pack) == documents_limit and fill < context for pack, fill in zip(packs, filled, strict=True)
+        )
+        for size in (1, 4):
+            balance[f"{context}, {size} pack(s) a micro-batch"] = balance_of(packs, size)
+    return {
+        "documents": documents,
+        "efficiency": efficiency,
+        "packs_limited_by_documents": limited,
+        "documents_planned_per_second": rate,
+        "imbalance_8_ranks_4_rounds": balance,
+    }
+
+
+def balance_of(packs: list[Any], size: int, ranks: int = 8, rounds: int = 4) -> dict[str, float]:
+    """Mean imbalance of steps: 1 is even."""
+    in_order, dealt = [], []
+    for first in range(0, min(len(packs), 20 * ranks * rounds * size), ranks * rounds * size):
+        work = [attention_work(pack) for pack in packs[first : first + ranks * rounds * size]]
+        if len(work) == ranks * rounds * size:
+            in_order.append(imbalance(work, deal_contiguously(len(work), ranks, rounds, size)))
+            dealt.append(imbalance(work, deal_evenly(work, ranks, rounds, size)))
+    return {"in canonical order": statistics.mean(in_order), "dealt": statistics.mean(dealt)} if dealt else {}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for way, marker in (("pad each", "s"), ("next-fit", "^"), ("ours", "o")):
+        points = result["efficiency"][way]
+        axes.plot(list(points), [100 * value for value in points.values()], marker=marker, label=way)
+        axes.annotate(f"{100 * list(points.values())[-1]:.2f}", (list(points)[-1], 100 * list(points.values())[-1]))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2048, 8192, 32768], ["2k", "8k", "32k"])
+    axes.set(xlabel="context, tokens", ylabel="% of positions that are real", ylim=(0, 105))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("packing", "speed", "scale", "way"))
+    parser.add_argument("--documents", type=int, default=300_000, help="packing: documents")
+    parser.add_argument("--tokens", type=int, default=24_000_000, help="speed: tokens in the shards")
+    parser.add_argument("--seconds", type=float, default=4.0, help="speed: length of one run")
+    parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each way")
+    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "way":
+        print(json.dumps(one_way(arguments.way, arguments.folder, arguments.seconds)), flush=True)
+        os._exit(0)  # streaming's threads and shared memory are the resource tracker's to clean
+    load = os.getloadavg()[0]
+    runs = {
+        "packing": lambda: packing(arguments.documents),
+        "speed": lambda: speed(arguments.tokens, arguments.seconds, arguments.repeats),
+        "scale": scale,
+    }
+    result = runs[arguments.what]()
+    result |= {"load_before": load, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    result["commit"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    text = json.dumps(result, indent=1)
+    (ROOT / "benchmarks" / f"stream_{arguments.what}.json").write_text(text + "\n")
+    if arguments.what == "packing":
+        draw(result, ROOT / "benchmarks" / "stream_packing.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
