@@ -104,7 +104,7 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
             verdict, content, num_bytes = MALFORMED, b"", row.num_bytes
         else:
             verdict, texts = judge(row, settings, contaminated)
-            content = SEPARATOR.join(text.encode() for text in texts)
+            content = joined(texts)
             num_bytes = sum(len(text.encode()) for text in row if text is not None)
         digest = hashlib.sha256(content).digest()
         status.append(verdict)
@@ -115,6 +115,11 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
     words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
     sizes = np.array(read_bytes, np.int64), np.array(kept_bytes, np.int64)
     return Scan(np.array(status, np.uint8), words, np.array(validation, bool), *sizes, malformed)
+
+
+def joined(texts: tuple[str, ...]) -> bytes:
+    """A row's texts as they are hashed."""
+    return SEPARATOR.join(text.encode() for text in texts)
 
 
 def judge(

@@ -44,6 +44,7 @@ KINDS = {
     ".mds.zstd": "shard",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+CHANGED = "changed while it was prepared; prepare again when nothing writes to it"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -212,6 +213,13 @@ def corpus_hash(sources: Sequence[Source]) -> str:
 
 def _identity(file: str) -> str:
     return files.identity(file) if files.is_remote(file) else hash_file(file)
+
+
+def identities(sources: Sequence[Source]) -> dict[str, str]:
+    """What changes when a file does, without reading it."""
+    names = [file for source in sources for file in source.files]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(files.identity, names), strict=True))
 
 
 def hash_file(path: str | Path) -> str:

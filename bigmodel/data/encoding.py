@@ -124,7 +124,7 @@ def kept_rows(unit: Unit, scan: Scan, settings: PrepareSettings) -> Iterator[tup
         if number >= len(scan.status) or scan.status[number] != cleaning.KEPT:
             continue
         texts = () if isinstance(row, corpus.Malformed) else cleaning.judge(row, settings)[1]
-        if sum(len(text.encode()) for text in texts) != scan.kept_bytes[number]:
+        if hashlib.sha256(cleaning.joined(texts)).digest()[:16] != scan.digests[number].tobytes():
             raise _changed(unit)
         yield number, texts
     if number + 1 != len(scan.status):
@@ -132,7 +132,7 @@ def kept_rows(unit: Unit, scan: Scan, settings: PrepareSettings) -> Iterator[tup
 
 
 def _changed(unit: Unit) -> UserError:
-    return UserError(f"{unit.files[0]}: changed while it was prepared; prepare again when nothing writes to it")
+    return UserError(f"{unit.files[0]}: {corpus.CHANGED}")
 
 
 @lru_cache(maxsize=1)
