@@ -339,6 +339,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
         prepared(tmp_path, sources=sources, malformed_share=0.02)
     lists = [file.read_text() for file in (tmp_path / "data.partial").rglob("malformed.jsonl")]
     assert [len(text.splitlines()) for text in lists] == [3]
+    assert str(news) in lists[0]
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
     prepare(settings, Progress(console=console, disable=True))
@@ -348,9 +349,9 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
     assert manifest.row_bytes["news"]["malformed"] == len(b'{"body": 3}\n\xff\n[]\n')
     listed = [json.loads(line) for line in (tmp_path / "data" / "malformed.jsonl").read_text().splitlines()]
     assert [(record["source"], record["file"], record["place"]) for record in listed] == [
-        ("news", str(news), "line 1"),
-        ("news", str(news), "line 105"),
-        ("news", str(news), "line 107"),
+        ("news", "news.jsonl", "line 1"),  # the same wherever it lies
+        ("news", "news.jsonl", "line 105"),
+        ("news", "news.jsonl", "line 107"),
     ]
     assert "malformed.jsonl" in manifest.files
     assert verify(str(tmp_path / "data"), quiet()) == []
@@ -674,6 +675,12 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
             found.append({"de": tokenizer.decode(sample["tokens"]), "en": tokenizer.decode(sample["target_tokens"])})
             tokens += int(length)
     assert manifest.counts["pairs"]["train"]["target_tokens"] == tokens
+    assert store.text_bytes == sum(len(pair["de"].encode()) for pair in found)
+    assert manifest.counts["pairs"]["train"]["target_text_bytes"] == sum(len(pair["en"].encode()) for pair in found)
+    assert manifest.row_bytes["pairs"]["kept"] == sum(len(text.encode()) for pair in pairs for text in pair.values())
+    both = manifest.counts["pairs"].values()
+    tokens = sum(counts["tokens"] - 2 * counts["documents"] for counts in both)
+    assert manifest.statistics["bytes_per_token"] == sum(len(pair["de"].encode()) for pair in pairs) / tokens
     assert found == [pair for pair in pairs if pair in found]
     assert 30 < len(found) < 60
     assert verify(str(directory), quiet()) == []

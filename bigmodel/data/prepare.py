@@ -28,7 +28,7 @@ import shutil
 import signal
 import threading
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,13 +45,13 @@ from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.lengths import draw_lengths
-from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files
+from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
 from bigmodel.data.shards import length_statistics
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
 
-UNIT_FORMAT = 1  # raise it when the files of a unit change, so that older ones are not taken
+UNIT_FORMAT = 2  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
 GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
@@ -334,13 +334,11 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         _check_unchanged(job)
         _check_space(job, work, scans, tokenizer.dtype)
         _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
-        counts, lengths = assembly.assemble(
-            team, sources, all_units, scans, job.settings.shard_tokens, tokenizer.dtype, work
-        )
+        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, tokenizer.dtype, work)
     _write_lists(all_units, scans, work)
     for name, splits in counts.items():
         for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
-            stored = sum(split[what] for split in splits.values())
+            stored = sum(stored_amount(split, what) for split in splits.values())
             assert stored == kept[name]["kept"], f"{name}: stored {stored} {what} of {kept[name]}"
     Manifest(
         tokenizer_sha256=tokenizer.sha256,
@@ -351,7 +349,9 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         counts=counts,
         rows=rows,
         row_bytes=row_bytes,
-        statistics=length_statistics(lengths, sum(counted["kept"] for counted in row_bytes.values())),
+        statistics=length_statistics(
+            lengths, sum(split["text_bytes"] for of in counts.values() for split in of.values())
+        ),
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
@@ -411,18 +411,19 @@ def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: 
         read = sum(len(scan.status) for scan in mine)
         if malformed > allowed * read:
             first = next(cleaning.list_malformed([source] * len(mine), mine))
-            _write_malformed(work.folder / "malformed.jsonl", all_units, scans)
+            listed = work.folder / "malformed.jsonl"
+            _write_malformed(listed, cleaning.list_malformed([unit.source for unit in all_units], scans))
             raise UserError(
                 f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
                 f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the "
-                f"share; {work.folder}/malformed.jsonl lists them"
+                f"share; {listed} lists them"
             )
 
 
-def _write_malformed(path: Path, all_units: Sequence[Unit], scans: Sequence[Scan]) -> None:
-    lines = [json.dumps(record) for record in cleaning.list_malformed([unit.source for unit in all_units], scans)]
+def _write_malformed(path: Path, records: Iterable[dict[str, str]]) -> None:
+    lines = [json.dumps(record) + "\n" for record in records]
     if lines:
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
+        write_atomically(path, "".join(lines))
 
 
 def _count_rows(
@@ -536,6 +537,8 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -
     with open(work.result / "text" / "validation.txt", "wb") as file:
         for number in range(len(all_units)):
             file.write(read_array(work, number, "validation_text").tobytes())
-    _write_malformed(work.result / "malformed.jsonl", all_units, scans)
+    malformed = cleaning.list_malformed([unit.source for unit in all_units], scans)
+    records = (record | {"file": corpus.base_name(record["file"])} for record in malformed)
+    _write_malformed(work.result / "malformed.jsonl", records)
     for part in work.result.rglob(".*.part*"):  # of a process that was killed while it wrote
         part.unlink()
