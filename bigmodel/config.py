@@ -35,7 +35,7 @@ class RunSettings(Section):
 class SourceSettings(Section):
     """One named source of documents to prepare."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="source name; becomes a folder")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100, description="source name; becomes a folder")
     files: list[str] = Field(
         min_length=1,
         description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "

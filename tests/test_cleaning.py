@@ -1,13 +1,14 @@
 """Which rows are kept, for what reason others are not, and on which side of the split they fall."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bigmodel.config import DecontaminationSettings, PrepareSettings
+from bigmodel.config import DecontaminationSettings, PrepareSettings, UserError
 from bigmodel.data import cleaning, corpus
 from bigmodel.data.cleaning import CONTAMINATED, DUPLICATE, KEPT, TOO_LONG, TOO_SHORT, Scan
 from tests.test_corpus import TEXTS, units_of, write_jsonl, write_parquet
@@ -118,6 +119,57 @@ def test_a_document_that_shares_a_run_of_words_with_evaluation_text_is_dropped(t
     found = {text: cleaning.judge((text,), settings, hashes)[0] for text in cases}
     assert found == cases
     assert cleaning.judge(("fine text", "the capital of france and"), settings, hashes)[0] == CONTAMINATED
+
+
+def test_evaluation_text_and_documents_are_compared_in_the_same_form(tmp_path: Path) -> None:
+    evaluation = tmp_path / "exam.txt"
+    composed = "Le caf\u00e9 \u00e0 la cr\u00e8me de la \ufb01n"
+    for there, here in (
+        (composed, unicodedata.normalize("NFD", composed)),
+        (unicodedata.normalize("NFD", composed), composed),
+        (composed.replace("cr", "c\x00r"), unicodedata.normalize("NFKC", composed)),
+    ):
+        evaluation.write_text(there)
+        against = DecontaminationSettings(files=[str(evaluation)], ngram=8)
+        settings = PrepareSettings(decontaminate=against)
+        assert cleaning.judge((here,), settings, cleaning.evaluation_hashes(against))[0] == CONTAMINATED
+
+
+def test_an_evaluation_file_that_compares_with_nothing_is_refused(tmp_path: Path) -> None:
+    whole = write_jsonl(tmp_path / "whole.jsonl", ["What is the capital of France?"])
+    for name, values, message in (
+        ("list.jsonl", [["What is the capital of France?"]], r"list\.jsonl: line 1: 'text' is list, not text; mend"),
+        ("short.jsonl", ["too short", None], r"ngram = 5: .*short\.jsonl has no text of so many words"),
+    ):
+        file = write_jsonl(tmp_path / name, values)
+        with pytest.raises(UserError, match=message):
+            cleaning.evaluation_hashes(DecontaminationSettings(files=[str(whole), str(file)], ngram=5))
+
+
+def test_large_documents_do_not_crowd_the_others_out_of_the_sample() -> None:
+    sizes = np.full(1000, 10)
+    sizes[500] = 2000
+    digests = np.stack([np.roll(np.arange(1000), 499), np.zeros(1000)], axis=1).astype("<u8")  # row 500 is the second
+    scan = Scan(np.zeros(1000, np.uint8), digests, np.zeros(1000, bool), sizes, sizes, [])
+    assert len(cleaning.choose_sample([scan], 1600)[0]) == 160
+    only = Scan(*(array[500:501] for array in (scan.status, digests, scan.validation, sizes, sizes)), [])
+    assert cleaning.choose_sample([only], 1600)[0].tolist() == [0]
+
+
+def test_no_damaged_byte_of_a_file_of_arrays_is_taken_for_whole_or_raises(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    cleaning.write_arrays(path, status=np.arange(5))
+    good = path.read_bytes()
+    assert cleaning.is_whole(path)
+    found_whole = 0
+    for place in range(len(good)):
+        for bit in (1, 8, 128):
+            path.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+            if cleaning.is_whole(path):  # a time or a comment: then what it holds is right
+                found_whole += 1
+                with np.load(path) as arrays:
+                    assert {name: arrays[name].tolist() for name in arrays} == {"status": [0, 1, 2, 3, 4]}
+    assert found_whole < len(good)  # of three times as many
 
 
 def test_adding_documents_moves_none_between_train_and_validation(tmp_path: Path) -> None:

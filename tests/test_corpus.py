@@ -1,6 +1,7 @@
 """Every format gives the same rows, however it is cut; what a user can get wrong is named."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -101,6 +102,73 @@ def test_a_column_whose_own_name_has_a_dot_is_found(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"a.b": ["x", "y"]}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"a.b": "x"}\n{"a.b": "y"}\n')
     assert texts_of(tmp_path / "a.parquet", column="a.b") == texts_of(tmp_path / "a.jsonl", column="a.b") == ["x", "y"]
+
+
+def test_dots_inside_names_are_told_from_dots_between_them(tmp_path: Path) -> None:
+    for record, column in (
+        ({"a": {"b.c": "x"}}, "a.b.c"),
+        ({"a.b": {"c": "x"}}, "a.b.c"),
+        ({"a": {"b.c": "x", "b": {"d": "y"}}}, "a.b.c"),
+        ({"a.b": "y", "a": {"b": {"c": "x"}}}, "a.b.c"),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+        table = pyarrow.Table.from_pylist([record])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        for name in ("a.jsonl", "a.parquet", "a.arrow"):
+            assert texts_of(tmp_path / name, column=column) == ["x"], (name, record)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(UserError, match=rf"{name}: has two columns 'text'"):
+            texts_of(tmp_path / name)
+
+
+def test_names_of_files_and_sources_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "f\udce9.txt").write_text("x")
+    with pytest.raises(UserError, match=r"f\\udce9\.txt': the file's name is not UTF-8; rename it"):
+        texts_of(tmp_path / "*.txt")
+    with pytest.raises(ValueError, match=r"at most 100 characters"):
+        SourceSettings(name="a" * 101, files=["x"])
+
+
+def test_a_column_need_not_be_in_the_first_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"page": null}\n{"page": {"text": "x"}}\n')
+    assert texts_of(tmp_path / "a.jsonl", column="page.text") == [None, None, "x"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx")
+    assert texts_of(tmp_path / "a.jsonl") == texts_of(tmp_path / "a.txt") == ["x"]
+
+
+def test_of_a_line_longer_than_its_unit_no_more_than_the_unit_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(corpus, "BUFFER_BYTES", 100)
+    file = write_jsonl(tmp_path / "a.jsonl", ["x" * 10_000, "last"])
+    read: list[int] = []
+
+    class Counted(io.BufferedReader):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            read.append(len(line := super().readline(size)))
+            return line
+
+    monkeypatch.setattr(corpus.io, "BufferedReader", Counted)
+    units = units_of(file)
+    read.clear()
+    assert [list(corpus.read_unit(unit)) for unit in units[1:10]] == [[]] * 9
+    assert max(read) <= 100
+    assert sum(read) <= 9 * 1001
+    assert texts_of(file) == ["x" * 10_000, "last"]
 
 
 def test_a_pair_has_two_texts(tmp_path: Path) -> None:

@@ -339,6 +339,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
         prepared(tmp_path, sources=sources, malformed_share=0.02)
     lists = [file.read_text() for file in (tmp_path / "data.partial").rglob("malformed.jsonl")]
     assert [len(text.splitlines()) for text in lists] == [3]
+    assert str(news) in lists[0]
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
     prepare(settings, Progress(console=console, disable=True))
@@ -348,9 +349,9 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
     assert manifest.row_bytes["news"]["malformed"] == len(b'{"body": 3}\n\xff\n[]\n')
     listed = [json.loads(line) for line in (tmp_path / "data" / "malformed.jsonl").read_text().splitlines()]
     assert [(record["source"], record["file"], record["place"]) for record in listed] == [
-        ("news", str(news), "line 1"),
-        ("news", str(news), "line 105"),
-        ("news", str(news), "line 107"),
+        ("news", "news.jsonl", "line 1"),  # the same wherever it lies
+        ("news", "news.jsonl", "line 105"),
+        ("news", "news.jsonl", "line 107"),
     ]
     assert "malformed.jsonl" in manifest.files
     assert verify(str(tmp_path / "data"), quiet()) == []
@@ -406,14 +407,92 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    partial = tmp_path / "data.partial"
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process is preparing this data now"):
-        prepared(tmp_path)
-    os.close(descriptor)
+    with open(tmp_path / "data.partial.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is preparing this data now"):
+            prepared(tmp_path)
+        assert not (tmp_path / "data.partial").exists()
     prepared(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text"]
+
+
+def test_a_folder_called_partial_that_is_not_ours_is_kept(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    theirs = tmp_path / "data.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    prepared(tmp_path)  # made already: nothing to do, there neither
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError, match=r"data\.partial: holds what no preparation put there \(thesis\.txt\)"):
+        prepared(tmp_path)
+    assert content(theirs) == {"thesis.txt": b"precious"}
+
+
+def test_a_link_is_followed_and_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "scratch")
+    prepared(tmp_path)
+    assert (tmp_path / "data").is_symlink()
+    assert (tmp_path / "scratch" / "manifest.json").exists()
+    (tmp_path / "mount" / "data").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "mount" / "data")
+    with pytest.raises(UserError, match=r"where a file system is mounted.*choose a folder inside it"):
+        prepare(elsewhere(tiny_settings(tmp_path), tmp_path / "mount"), quiet())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    settings = tiny_settings(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(UserError, match=r"data\.partial: cannot be written: Permission denied; choose another"):
+        prepare(settings, quiet())
+
+
+@pytest.mark.parametrize("stage", [(cleaning, "scan_unit"), (preparing, "describe_files")])
+def test_a_source_that_changes_and_keeps_its_size_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: tuple[Any, str]
+) -> None:
+    settings = tiny_settings(tmp_path)
+    file = tmp_path / "text" / "news.jsonl"
+    before, original = file.read_text(), getattr(*stage)
+
+    def change(*arguments: Any) -> Any:
+        file.write_text(before.replace("year", "week"))
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*stage, change)
+        with pytest.raises(UserError, match=r"news\.jsonl: changed while it was prepared"):
+            prepare(settings, quiet())
+    assert not (tmp_path / "data").exists()
+    file.write_text(before)
+    stored = {
+        text for split in ("train", "validation") for text in documents(prepare(settings, quiet()), split, "news")
+    }
+    assert stored == set(NEWS)
+
+
+def test_killed_while_the_picture_is_drawn_nothing_of_it_stays(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    def killed(self: Figure, target: Any, **_: Any) -> None:
+        target.write_bytes(b"half") if isinstance(target, Path) else target.write(b"half")
+        raise KeyboardInterrupt
+
+    settings = elsewhere(tiny_settings(home), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, quiet())
+    result = next((tmp_path / "data.partial").iterdir()) / "result"
+    assert not list(result.glob(".*"))
+    (result / ".lengths.png.part.png").write_bytes(b"of an older version")
+    prepare(settings, quiet())
+    assert content(tmp_path / "data") == content(home / "data")
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,6 +647,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
         '{"text": "one"}\n',
         '{"text": "one"}\n{"text": "two"}\n{}\n',
         '{"text": "one"}\n{"text": "other"}\n',
+        '{"text": "one"}\n{"text": "owt"}\n',
     ):
         file.write_text(changed)
         with pytest.raises(UserError, match=r"a\.jsonl: changed while it was prepared"):
@@ -595,6 +675,12 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
             found.append({"de": tokenizer.decode(sample["tokens"]), "en": tokenizer.decode(sample["target_tokens"])})
             tokens += int(length)
     assert manifest.counts["pairs"]["train"]["target_tokens"] == tokens
+    assert store.text_bytes == sum(len(pair["de"].encode()) for pair in found)
+    assert manifest.counts["pairs"]["train"]["target_text_bytes"] == sum(len(pair["en"].encode()) for pair in found)
+    assert manifest.row_bytes["pairs"]["kept"] == sum(len(text.encode()) for pair in pairs for text in pair.values())
+    both = manifest.counts["pairs"].values()
+    tokens = sum(counts["tokens"] - 2 * counts["documents"] for counts in both)
+    assert manifest.statistics["bytes_per_token"] == sum(len(pair["de"].encode()) for pair in pairs) / tokens
     assert found == [pair for pair in pairs if pair in found]
     assert 30 < len(found) < 60
     assert verify(str(directory), quiet()) == []

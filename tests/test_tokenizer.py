@@ -73,6 +73,52 @@ def test_special_tokens_written_in_a_document_stay_text() -> None:
             assert tokenizer.decode(ids) == text
 
 
+def unigram(alphabet: str = "</s>") -> str:
+    """A Unigram model, which finds the names of its special tokens in a text by itself."""
+    pieces = [("<pad>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((one, -5.0) for one in alphabet)]
+    tokenizer = tokenizers.Tokenizer(models.Unigram([*pieces, ("▁", -3.0), ("a", -3.0), ("b", -3.0)], unk_id=3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    return tokenizer.to_str()
+
+
+def test_a_boundary_that_the_model_itself_finds_in_a_text_is_spelled_out() -> None:
+    tokenizer = Tokenizer(unigram())
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    for text in ("a </s> b", "a</s>b<s>", "</s></s>", "<s>"):
+        for ids in (tokenizer.encode(text), tokenizer.encode_documents([text])[0][1:-1]):
+            assert not {1, 2} & set(ids.tolist())
+            assert tokenizer.decode(ids) == text
+    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UserError, match=r"makes '<s>' inside a text its own begin or end token, and has no other"):
+        Tokenizer(words.to_str())
+
+
+def test_begin_and_end_that_are_added_as_plain_text_stay_text_too() -> None:
+    description = json.loads(TRAINED)
+    for token in description["added_tokens"]:
+        token["special"] = False
+    tokenizer = Tokenizer(json.dumps(description))
+    text = f"a {BOS} b{EOS}"
+    for ids in (tokenizer.encode(text), tokenizer.encode_documents([text])[0][1:-1]):
+        assert not {0, 1} & set(ids.tolist())
+        assert tokenizer.decode(ids) == text
+
+
+def test_a_pattern_that_tiktoken_cannot_read_keeps_the_exact_path() -> None:
+    description = json.loads(TRAINED)
+    description["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\X"}
+    tokenizer = Tokenizer(json.dumps(description))
+    assert tokenizer.slow_reason.startswith("tiktoken cannot read its pattern")
+    assert tokenizer.decode(tokenizer.encode("two words")) == "two words"
+
+
+def test_an_empty_vocabulary_is_refused() -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.json: its vocabulary is empty"):
+        Tokenizer(tokenizers.Tokenizer(models.BPE()).to_str())
+
+
 def test_a_stored_document_is_begin_text_end_in_the_smallest_dtype() -> None:
     for tokenizer in both_paths():
         stored = tokenizer.encode_document("return 1")

@@ -18,7 +18,6 @@ import numpy as np
 
 from bigmodel.config import UserError
 from bigmodel.data import mds
-from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import TOKEN_COLUMNS, Work, read_array, save_array
 from bigmodel.data.shards import SPLITS
@@ -43,7 +42,6 @@ def assemble(
     team: Team,
     sources: Sequence[Source],
     all_units: Sequence[Unit],
-    scans: Sequence[Scan],
     shard_tokens: int,
     dtype: np.dtype,
     work: Work,
@@ -61,10 +59,14 @@ def assemble(
             }
             shards += _plan_shards(source.name, split, mine, lengths, shard_tokens, dtype)
             all_lengths.append(np.concatenate(lengths["tokens"]))
-            chosen = [(scans[unit], scans[unit].validation == (split == "validation")) for unit in mine]
             counts[source.name][split] = {
                 "documents": len(all_lengths[-1]),
-                "text_bytes": sum(int(scan.kept_bytes[rows].sum()) for scan, rows in chosen),
+                **{
+                    column.replace("tokens", "text_bytes"): sum(
+                        int(read_array(work, unit, f"{split}_{column}_bytes")) for unit in mine
+                    )
+                    for column in columns
+                },
                 **{column: sum(int(part.sum(dtype=np.int64)) for part in lengths[column]) for column in columns},
             }
     weights = [shard.entry["raw_data"]["bytes"] for shard in shards]

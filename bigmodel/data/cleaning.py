@@ -19,16 +19,16 @@ import re
 import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from bigmodel.config import DecontaminationSettings, PrepareSettings, SourceSettings
+from bigmodel.config import DecontaminationSettings, PrepareSettings, SourceSettings, UserError
 from bigmodel.data import corpus
-from bigmodel.data.corpus import Malformed, Unit
+from bigmodel.data.corpus import Malformed, Source, Unit
 from bigmodel.rundir import write_atomically
 
 REASONS = ("kept", "null", "empty", "malformed", "too_short", "too_long", "contaminated", "duplicate")
@@ -81,11 +81,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of arrays is there and every checksum is right. Reads all of it."""
+    """Whether a file of arrays is there, every checksum is right and every array can be loaded. Reads all of it."""
     try:
-        with zipfile.ZipFile(path) as arrays:
-            return arrays.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+        with zipfile.ZipFile(path) as file, np.load(path) as arrays:
+            return file.testzip() is None and all(arrays[name] is not None for name in arrays)
+    except Exception:  # damage in a header has many faces: NotImplementedError, struct.error, SyntaxError ...
         return False
 
 
@@ -104,7 +104,7 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
             verdict, content, num_bytes = MALFORMED, b"", row.num_bytes
         else:
             verdict, texts = judge(row, settings, contaminated)
-            content = SEPARATOR.join(text.encode() for text in texts)
+            content = joined(texts)
             num_bytes = sum(len(text.encode()) for text in row if text is not None)
         digest = hashlib.sha256(content).digest()
         status.append(verdict)
@@ -115,6 +115,11 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
     words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
     sizes = np.array(read_bytes, np.int64), np.array(kept_bytes, np.int64)
     return Scan(np.array(status, np.uint8), words, np.array(validation, bool), *sizes, malformed)
+
+
+def joined(texts: tuple[str, ...]) -> bytes:
+    """A row's texts as they are hashed."""
+    return SEPARATOR.join(text.encode() for text in texts)
 
 
 def judge(
@@ -155,20 +160,35 @@ def is_validation(key: str | None, text_digest: bytes, validation_share: float) 
 def evaluation_hashes(settings: DecontaminationSettings) -> np.ndarray:
     """Sorted hashes of every run of `ngram` words in the evaluation files. A text of fewer words has none.
 
-    Raises `UserError` as a source of documents does.
+    Raises `UserError` as a source of documents does, for a malformed record, and for a file without any such run:
+    nothing would be compared with it.
     """
     named = SourceSettings(name="evaluation", files=settings.files, column=settings.column)
-    found = [np.zeros(0, np.uint64)]
-    for unit in corpus.plan_units(corpus.find_source(named, "prepare.decontaminate")):
-        for row, _ in corpus.read_unit(unit):
-            if not isinstance(row, Malformed):
-                found += [run_hashes(text, settings.ngram) for text in row if text is not None]
+    source = corpus.find_source(named, "prepare.decontaminate")
+    found = [_file_hashes(replace(source, files=(file,)), settings.ngram) for file in source.files]
     return np.unique(np.concatenate(found))
 
 
+def _file_hashes(source: Source, length: int) -> np.ndarray:
+    found = [np.zeros(0, np.uint64)]
+    for unit in corpus.plan_units(source):
+        for row, _ in corpus.read_unit(unit):
+            if isinstance(row, Malformed):
+                raise UserError(f"prepare.decontaminate: {row.file}: {row.place}: {row.reason}; mend or drop it")
+            found += [run_hashes(text, length) for text in row if text is not None]
+    hashes = np.concatenate(found)
+    if not len(hashes):
+        raise UserError(
+            f"prepare.decontaminate.ngram = {length}: {source.files[0]} has no text of so many words, so nothing would "
+            "be compared with it; lower it, or leave the file out"
+        )
+    return hashes
+
+
 def run_hashes(text: str, length: int) -> np.ndarray:
-    """(words - length + 1,) uint64: a hash of each run of words, without case and punctuation; the same anywhere."""
-    words = WORD.findall(text.lower())
+    """(words - length + 1,) uint64: a hash of each run of words, without case, punctuation, control characters and
+    forms of one character; the same anywhere, whatever cleaning did to the text."""
+    words = WORD.findall(unicodedata.normalize("NFKC", CONTROL.sub("", text)).lower())
     if len(words) < length:
         return np.zeros(0, np.uint64)
     hashes = np.array([_hash_word(word) for word in words], np.uint64)
@@ -259,12 +279,15 @@ def list_malformed(sources: Iterable[str], scans: Iterable[Scan]) -> Iterator[di
 
 def choose_sample(scans: Sequence[Scan], limit_bytes: int) -> list[np.ndarray]:
     """Rows of each unit, of the train split only, that together hold at most `limit_bytes` of text (at least one
-    document). A larger corpus is sampled by digest: the same documents whatever their order."""
+    document). A larger corpus is sampled by digest: the same documents whatever their order. Documents above a
+    sixteenth of the limit are left out where there are others: one would crowd out all that come after it."""
     rows = [np.flatnonzero((scan.status == KEPT) & ~scan.validation) for scan in scans]
     digests = np.concatenate([scan.digests[chosen, 0] for scan, chosen in zip(scans, rows, strict=True)])
     sizes = np.concatenate([scan.kept_bytes[chosen] for scan, chosen in zip(scans, rows, strict=True)])
     order = np.argsort(digests, kind="stable")
-    taken = np.zeros(len(order), bool)
+    if (small := sizes[order] <= limit_bytes // 16).any():
+        order = order[small]
+    taken = np.zeros(len(digests), bool)
     taken[order[np.cumsum(sizes[order]) <= limit_bytes]] = True
     taken[order[:1]] = True
     parts = np.split(taken, np.cumsum([len(chosen) for chosen in rows])[:-1])

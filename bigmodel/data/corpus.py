@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ KINDS = {
     ".mds.zstd": "shard",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+CHANGED = "changed while it was prepared; prepare again when nothing writes to it"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -105,11 +107,19 @@ def find_source(settings: SourceSettings, where: str = "prepare.sources") -> Sou
             raise UserError(
                 f"{where}: files = {pattern!r} matches nothing{looked}; give a path, URL or pattern of existing files"
             )
-        found.update(dict.fromkeys(files.absolute(match) for match in matches))
+        found.update(dict.fromkeys(_named(where, files.absolute(match)) for match in matches))
     columns = (settings.column, *([settings.target_column] if settings.target_column else []))
     for file in found:
         _check_file(where, file, columns)
     return Source(settings.name, tuple(found), columns)
+
+
+def _named(where: str, file: str) -> str:
+    try:
+        file.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {file!a}: the file's name is not UTF-8; rename it") from None
+    return file
 
 
 def _check_file(where: str, file: str, columns: tuple[str, ...]) -> None:
@@ -145,6 +155,8 @@ def _schema_columns(file: str, columns: tuple[str, ...]) -> list[str]:
     for column in columns:
         if column in known and not _is_text(known[column]):
             raise UserError(f"{file}: column {column!r} holds {known[column]}, not text; set `column` to a text column")
+        if column in known and not _index_path(list(schema), column):
+            raise UserError(f"{file}: has two columns {column!r}; write it anew with a name for each")
     return list(known)
 
 
@@ -179,14 +191,12 @@ def _shard_columns(file: str, columns: tuple[str, ...]) -> list[str]:
 
 
 def _first_line_columns(file: str, _: tuple[str, ...]) -> list[str]:
-    """Names in the first well-formed line, nested ones dotted; none where there is no such line to judge by."""
-    for number, (offset, line) in enumerate(_lines(file, 0, None)):
+    """Names in the first lines, nested ones dotted; none where no line is well-formed."""
+    names: dict[str, None] = {}
+    for offset, line in islice(_lines(file, 0, None), FIRST_LINES):
         value = _parse_line(offset, line)
-        if isinstance(value, dict):
-            return _dotted(value)
-        if number == FIRST_LINES:
-            break
-    return []
+        names |= dict.fromkeys(_dotted(value) if isinstance(value, dict) else [])
+    return list(names)
 
 
 def _dotted(value: dict[str, Any], before: str = "") -> list[str]:
@@ -206,12 +216,24 @@ def corpus_hash(sources: Sequence[Source]) -> str:
         for source in sources:
             total.update(f"{source.name}\0{' '.join(source.columns)}\0{len(source.files)}\0".encode())
             for file, digest in zip(source.files, pool.map(_identity, source.files), strict=True):
-                total.update(file.rpartition("/")[2].encode() + b"\0" + digest.encode())
+                total.update(base_name(file).encode() + b"\0" + digest.encode())
     return total.hexdigest()
+
+
+def base_name(file: str) -> str:
+    """What a result may say of a file: where it lies differs between machines that make the same result."""
+    return file.rpartition("/")[2]
 
 
 def _identity(file: str) -> str:
     return files.identity(file) if files.is_remote(file) else hash_file(file)
+
+
+def identities(sources: Sequence[Source]) -> dict[str, str]:
+    """What changes when a file does, without reading it."""
+    names = [file for source in sources for file in source.files]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(files.identity, names), strict=True))
 
 
 def hash_file(path: str | Path) -> str:
@@ -281,7 +303,7 @@ def read_unit(unit: Unit) -> Iterator[Row]:
 def _read_texts(unit: Unit) -> Iterator[Row]:
     for file in unit.files:
         with files.readable(file), files.open_file(file) as stream:
-            content = stream.read()
+            content = stream.read().removeprefix(BYTE_ORDER_MARK)
         try:
             yield (content.decode("utf-8"),), None
         except UnicodeDecodeError as error:
@@ -338,10 +360,28 @@ def _rows(unit: Unit, batches: Iterator[pyarrow.RecordBatch], place: str) -> Ite
 
 def _column(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
     """A column by its name, or by its dotted path through structs; where a struct is null so are its fields."""
-    if name in batch.schema.names:
-        return batch.column(name)
-    outer, *inner = name.split(".")
-    return pyarrow.compute.struct_field(batch.column(outer), inner)
+    outer, *inner = _index_path(list(batch.schema), name)
+    return pyarrow.compute.struct_field(batch.column(outer), inner) if inner else batch.column(outer)
+
+
+def _index_path(fields: list[pyarrow.Field], path: str) -> list[int]:
+    """Where a column stands: its number, and inside structs the fields' numbers; empty if not there once."""
+    names = [field.name for field in fields]
+    for name, rest in _splits(path):
+        if names.count(name) == 1:
+            number = names.index(name)
+            kind = fields[number].type
+            inner = _index_path(list(kind), rest) if rest and pyarrow.types.is_struct(kind) else []
+            if inner or not rest:
+                return [number, *inner]
+    return []
+
+
+def _splits(path: str) -> Iterator[tuple[str, str]]:
+    """A dotted path cut in two at every dot, the longest first name first: names may have dots of their own."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        yield ".".join(parts[:count]), ".".join(parts[count:])
 
 
 def _to_texts(column: pyarrow.Array) -> list[str | bytes | None]:
@@ -396,15 +436,26 @@ def _lines(file: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes
     """(offset, line) of the lines that begin in the bytes [start, stop); offsets are uncompressed."""
     with files.readable(file), _open_lines(file) as stream:
         offset = start
-        if start:  # the line that straddles the start belongs to the unit before
-            stream.seek(start - 1)
-            offset += len(stream.readline()) - 1
+        if start:
+            offset = _skip_line(stream, start - 1, stop)
         while stop is None or offset < stop:
             line = stream.readline()
             if not line:
                 return
             yield offset, line
             offset += len(line)
+
+
+def _skip_line(stream: io.BufferedReader, offset: int, stop: int | None) -> int:
+    """Where the line after the one at `offset` begins; `stop` or less is read of a line, however long it is."""
+    stream.seek(offset)
+    piece = b""
+    while not piece.endswith(b"\n") and (stop is None or offset < stop):
+        piece = stream.readline(BUFFER_BYTES if stop is None else min(BUFFER_BYTES, stop - offset))
+        if not piece:
+            break
+        offset += len(piece)
+    return offset
 
 
 def _open_lines(file: str) -> io.BufferedReader:
@@ -434,7 +485,7 @@ def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | No
     """The texts of a record, or in words why one is not text."""
     texts = []
     for column in columns:
-        text = value[column] if column in value else _walk(value, column)
+        text = _walk(value, column)
         if text is not None and not isinstance(text, str):
             return f"{column!r} is {type(text).__name__}, not text"
         try:
@@ -446,9 +497,12 @@ def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | No
 
 
 def _walk(value: Any, path: str) -> Any:
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+    for name, rest in _splits(path) if isinstance(value, dict) else ():
+        if name in value:
+            inner = _walk(value[name], rest) if rest else value[name]
+            if inner is not None:
+                return inner
+    return None
 
 
 def _count_lines(file: str, offset: int) -> int:

@@ -1,7 +1,8 @@
 """Encoding: what a process does with one unit, from rows to tokens, each stage's result in a file of its own.
 
 Takes a unit and the folder of the preparation. Gives the files `scan/00000.npz` (the rows, judged) and
-`encoded/00000.npz`: by split and column the tokens end to end and the documents' lengths, and the validation text.
+`encoded/00000.npz`: by split and column the tokens end to end, the documents' lengths and their texts' bytes in all,
+and the validation text.
 
 Guarantees: a file is a pure function of the unit, the settings and, for the second, of the duplicates and the
 tokenizer; it is there whole or not at all; one that is there and whole is not made again.
@@ -101,18 +102,21 @@ def encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings, 
     encoder = _tokenizer(work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast)
     columns = TOKEN_COLUMNS[: len(unit.columns)]
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
+    text_bytes = dict.fromkeys(stored, 0)
     validation_text = []
     kept = kept_rows(unit, scan, settings)
     while rows := list(islice(kept, ENCODED_TOGETHER)):
         encoded = iter(encoder.encode_documents([text for _, texts in rows for text in texts]))
         for row, texts in rows:
             split = SPLITS[int(scan.validation[row])]
-            for column in columns:
+            for column, text in zip(columns, texts, strict=True):
                 stored[f"{split}_{column}"].append(next(encoded))
+                text_bytes[f"{split}_{column}"] += len(text.encode())
             if split == "validation":
                 validation_text += [text.encode() for text in texts]
     arrays = {name: np.concatenate([*parts, np.zeros(0, encoder.dtype)]) for name, parts in stored.items()}
     arrays |= {f"{name}_lengths": np.array([len(p) for p in parts], np.uint32) for name, parts in stored.items()}
+    arrays |= {f"{name}_bytes": np.array(number) for name, number in text_bytes.items()}
     arrays["validation_text"] = np.frombuffer(b"".join(validation_text), np.uint8)
     cleaning.write_arrays(path, **arrays)
 
@@ -124,7 +128,7 @@ def kept_rows(unit: Unit, scan: Scan, settings: PrepareSettings) -> Iterator[tup
         if number >= len(scan.status) or scan.status[number] != cleaning.KEPT:
             continue
         texts = () if isinstance(row, corpus.Malformed) else cleaning.judge(row, settings)[1]
-        if sum(len(text.encode()) for text in texts) != scan.kept_bytes[number]:
+        if hashlib.sha256(cleaning.joined(texts)).digest()[:16] != scan.digests[number].tobytes():
             raise _changed(unit)
         yield number, texts
     if number + 1 != len(scan.status):
@@ -132,7 +136,7 @@ def kept_rows(unit: Unit, scan: Scan, settings: PrepareSettings) -> Iterator[tup
 
 
 def _changed(unit: Unit) -> UserError:
-    return UserError(f"{unit.files[0]}: changed while it was prepared; prepare again when nothing writes to it")
+    return UserError(f"{unit.files[0]}: {corpus.CHANGED}")
 
 
 @lru_cache(maxsize=1)

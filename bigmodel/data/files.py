@@ -104,8 +104,8 @@ def size(location: str) -> int:
 
 
 def identity(location: str) -> str:
-    """What changes when a remote file does, without reading it: its size and the time of its last change."""
-    store, path = _store(location)
+    """What changes when a file does, without reading it: its size and the time of its last change."""
+    store, path = _store(location) if is_remote(location) else (fs.LocalFileSystem(), location)
     with readable(location):
         information = store.get_file_info(path)
         return f"{information.size} bytes of {information.mtime_ns}"

@@ -4,10 +4,13 @@ Takes the stored lengths of all documents; gives a PNG. The picture is no data: 
 not in it, for its bytes depend on the version of matplotlib.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from bigmodel.rundir import write_atomically
 
 BLUE, ORANGE, GREY, INK = "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 BINS_PER_DOUBLING = 4
@@ -58,9 +61,9 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, context_tokens: int 
         panel.tick_params(colors=INK, labelsize=9)
     sums.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     sums.xaxis.set_minor_locator(NullLocator())
-    part = path.with_name(f".{path.name}.part.png")
-    figure.savefig(part, metadata={"Software": None})
-    part.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_atomically(path, content.getvalue())
 
 
 def share_by_length(lengths: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:

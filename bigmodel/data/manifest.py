@@ -27,7 +27,8 @@ PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
+    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes,
+    and of pairs target_tokens and target_text_bytes beside them;
     `shards[source][split]` has what `shards.measure_shard` says of each, in their order: the plan deals shards to lanes
     by it, so that no rank opens the lengths of shards that others read; `files[path]` has bytes and sha256, path
     relative to the folder; `recipe` is what the user asked for."""
@@ -94,6 +95,11 @@ class Manifest:
         if set(table) != expected:
             raise UserError(f"{name}: damaged: {', '.join(sorted(set(table) ^ expected))}; {PREPARE_AGAIN}")
         return cls(**table)
+
+
+def stored_amount(counts: dict[str, int], what: str) -> int:
+    """Documents, tokens or text_bytes of a source and split, of pairs both sides together."""
+    return counts[what] + counts.get(f"target_{what}", 0)
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:

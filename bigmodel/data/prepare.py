@@ -23,11 +23,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import threading
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,24 +40,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError
-from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, mds, units
+from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, files, mds, units
 from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.lengths import draw_lengths
-from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
+from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
 from bigmodel.data.shards import length_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
 
-UNIT_FORMAT = 1  # raise it when the files of a unit change, so that older ones are not taken
+UNIT_FORMAT = 2  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
 GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
 GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
+OURS = re.compile("[0-9a-f]{16}")  # names below <directory>.partial
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
@@ -71,6 +73,7 @@ class _Job:
     modules: list[tuple[str, bytes]]
     recipe: dict[str, Any]
     corpus_sha256: str
+    identities: dict[str, str]  # of every file that is read, taken before its content was
 
     @property
     def partial(self) -> Path:
@@ -81,7 +84,7 @@ class _Job:
         """Of everything that the bytes of the result depend on."""
         versions = [version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")]
         everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, platform.python_version()]
-        everything += [unicodedata.unidata_version, versions]
+        everything += [unicodedata.unidata_version, versions, list(self.identities.values())]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -99,18 +102,19 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
         job = _settle(settings)
         made = _is_made(job)
         if made:
-            progress.console.print(f"{job.target}: already prepared from this text and these settings; nothing to do")
-        if not made or job.partial.exists():
+            _say(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
+        if not made or (job.partial.exists() and not _foreign(job.partial)):
             with _claimed(job.partial), _stoppable():
                 if not _is_made(job):  # another run may have finished between
                     _build_whole(job, progress)
-                shutil.rmtree(job.partial)
+                if job.partial.exists():
+                    shutil.rmtree(job.partial)
         if not made:
             manifest = Manifest.read(job.target)
             documents, tokens = (
                 sum(manifest.total(split, what) for split in SPLITS) for what in ("documents", "tokens")
             )
-            progress.console.print(f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
+            _say(progress, f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
     return settings.data.directory
 
 
@@ -125,17 +129,28 @@ def quiet() -> Progress:
     return Progress(console=Console(quiet=True), disable=True)
 
 
+def _say(progress: Progress, line: str) -> None:
+    progress.console.print(line, markup=False)
+
+
 # ---- what is asked for, and is it there -----------------------------------------------------------------------
 
 
 def _settle(settings: Settings) -> _Job:
     wanted = settings.prepare
+    target = settings.data.directory.resolve()  # what a link names is made, the link stays
+    if target.is_mount() and not (target / MANIFEST).exists():
+        raise UserError(
+            f"data.directory = {target}: is where a file system is mounted, which no rename can put in place; "
+            "choose a folder inside it"
+        )
     if wanted.shard_tokens > mds.LARGEST_SHARD_TOKENS:
         raise UserError(
             f"prepare.shard_tokens = {wanted.shard_tokens}: a shard file is at most 4 GiB; "
             f"set it to {mds.LARGEST_SHARD_TOKENS} or less"
         )
     sources = [corpus.find_source(source) for source in wanted.sources]
+    read = list(sources)
     modules = [] if sources else embedded.standard_library()
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
         "sources": [source.model_dump() for source in wanted.sources] or "embedded",
@@ -144,9 +159,18 @@ def _settle(settings: Settings) -> _Job:
     }
     if wanted.decontaminate:
         against = SourceSettings(name="evaluation", **wanted.decontaminate.model_dump(include={"files", "column"}))
-        recipe["evaluation_sha256"] = corpus.corpus_hash([corpus.find_source(against, "prepare.decontaminate")])
+        read.append(corpus.find_source(against, "prepare.decontaminate"))
+    identities = corpus.identities(read)
+    if wanted.decontaminate:
+        recipe["evaluation_sha256"] = corpus.corpus_hash(read[-1:])
     corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
-    return _Job(settings.data.directory.absolute(), wanted, sources, modules, recipe, corpus_sha256)
+    return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities)
+
+
+def _check_unchanged(job: _Job) -> None:
+    for file, identity in job.identities.items():
+        if files.identity(file) != identity:
+            raise UserError(f"{file}: {corpus.CHANGED}")
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
@@ -180,23 +204,34 @@ def _is_made(job: _Job) -> bool:
 
 @contextlib.contextmanager
 def _claimed(partial: Path) -> Iterator[None]:
-    """Hold the folder `partial` against other processes; the lock ends with this one, kill -9 included."""
+    """Hold the folder `partial` against other processes; the lock ends with this one, kill -9 included. It is on a
+    file beside the folder: some network file systems lock only what is open for writing."""
+    path = partial.with_name(partial.name + ".lock")
+    with _writable(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 - closed below
+    with file:
+        _lock(partial, path, file.fileno())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writable(partial: Path) -> Iterator[None]:
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{partial}: cannot be made: {error.strerror}; choose another data.directory") from None
-    try:
-        _lock(partial, descriptor)
         yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"{partial}: cannot be written: {error.strerror}; choose another data.directory") from None
 
 
-def _lock(partial: Path, descriptor: int) -> None:
+def _lock(partial: Path, path: Path, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise BlockingIOError  # another run removed it between our open and our lock
     except BlockingIOError:
         raise UserError(f"{partial}: another process is preparing this data now; wait for it or stop it") from None
@@ -227,21 +262,35 @@ def _stoppable() -> Iterator[None]:
 def _work_folder(job: _Job, progress: Progress) -> Work:
     """The folder for this text and these settings, with what an earlier run finished; others' are deleted."""
     work = Work(job.partial / job.fingerprint)
-    for leftover in job.partial.iterdir():
-        if leftover != work.folder:
-            progress.console.print(f"{leftover}: left by other text, settings or versions; deleted, starting over")
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for folder in (work.folder / "scan", work.folder / "encoded", work.result):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writable(job.partial):
+        job.partial.mkdir(exist_ok=True)
+        if foreign := _foreign(job.partial):
+            raise UserError(
+                f"{job.partial}: holds what no preparation put there ({', '.join(foreign[:5])}); move it away, "
+                "or choose another data.directory"
+            )
+        for leftover in job.partial.iterdir():
+            if leftover != work.folder:
+                _say(progress, f"{leftover}: left by other text, settings or versions; deleted, starting over")
+                shutil.rmtree(leftover)
+        for folder in (work.folder / "scan", work.folder / "encoded", work.result):
+            folder.mkdir(parents=True, exist_ok=True)
     if work.finished():
-        progress.console.print(f"{job.partial}: going on from {work.finished():,} finished units")
+        _say(progress, f"{job.partial}: going on from {work.finished():,} finished units")
     return work
+
+
+def _foreign(partial: Path) -> list[str]:
+    """Names in the folder under way that are not ours: they are never deleted."""
+    entries = sorted(partial.iterdir()) if partial.is_dir() else [partial]
+    return [entry.name for entry in entries if not (OURS.fullmatch(entry.name) and entry.is_dir())]
 
 
 def _build_whole(job: _Job, progress: Progress) -> None:
     work = _work_folder(job, progress)
     try:
         _build(job, work, progress)
+        _check_unchanged(job)
         _sync(work.result)
         os.rename(work.result, job.target)
         fsync_directory(job.target.parent)
@@ -281,16 +330,15 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         rows, row_bytes = _count_rows(sources, all_units, scans, left_out)
         tokenizer = _make_tokenizer(job.settings, team, all_units, scans, work)
         if not tokenizer.is_fast:
-            progress.console.print(f"tokenizing with the slower library: {tokenizer.slow_reason}")
+            _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
+        _check_unchanged(job)
         _check_space(job, work, scans, tokenizer.dtype)
         _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
-        counts, lengths = assembly.assemble(
-            team, sources, all_units, scans, job.settings.shard_tokens, tokenizer.dtype, work
-        )
+        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, tokenizer.dtype, work)
     _write_lists(all_units, scans, work)
     for name, splits in counts.items():
         for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
-            stored = sum(split[what] for split in splits.values())
+            stored = sum(stored_amount(split, what) for split in splits.values())
             assert stored == kept[name]["kept"], f"{name}: stored {stored} {what} of {kept[name]}"
     Manifest(
         tokenizer_sha256=tokenizer.sha256,
@@ -302,7 +350,9 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
         rows=rows,
         row_bytes=row_bytes,
-        statistics=length_statistics(lengths, sum(counted["kept"] for counted in row_bytes.values())),
+        statistics=length_statistics(
+            lengths, sum(split["text_bytes"] for of in counts.values() for split in of.values())
+        ),
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
@@ -362,18 +412,19 @@ def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: 
         read = sum(len(scan.status) for scan in mine)
         if malformed > allowed * read:
             first = next(cleaning.list_malformed([source] * len(mine), mine))
-            _write_malformed(work.folder / "malformed.jsonl", all_units, scans)
+            listed = work.folder / "malformed.jsonl"
+            _write_malformed(listed, cleaning.list_malformed([unit.source for unit in all_units], scans))
             raise UserError(
                 f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
                 f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the "
-                f"share; {work.folder}/malformed.jsonl lists them"
+                f"share; {listed} lists them"
             )
 
 
-def _write_malformed(path: Path, all_units: Sequence[Unit], scans: Sequence[Scan]) -> None:
-    lines = [json.dumps(record) for record in cleaning.list_malformed([unit.source for unit in all_units], scans)]
+def _write_malformed(path: Path, records: Iterable[dict[str, str]]) -> None:
+    lines = [json.dumps(record) + "\n" for record in records]
     if lines:
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
+        write_atomically(path, "".join(lines))
 
 
 def _count_rows(
@@ -487,6 +538,8 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -
     with open(work.result / "text" / "validation.txt", "wb") as file:
         for number in range(len(all_units)):
             file.write(read_array(work, number, "validation_text").tobytes())
-    _write_malformed(work.result / "malformed.jsonl", all_units, scans)
-    for part in work.result.rglob(".*.part"):  # of a process that was killed while it wrote
+    malformed = cleaning.list_malformed([unit.source for unit in all_units], scans)
+    records = (record | {"file": corpus.base_name(record["file"])} for record in malformed)
+    _write_malformed(work.result / "malformed.jsonl", records)
+    for part in work.result.rglob(".*.part*"):  # of a process that was killed while it wrote
         part.unlink()

@@ -110,15 +110,23 @@ class Tokenizer:
         fast: bool | None = None,
     ) -> None:
         try:
-            self._exact = tokenizers.Tokenizer.from_str(json_text)
+            self._exact = _exact(json_text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{name}: not a tokenizer.json of the `tokenizers` library: {error}") from None
-        self._exact.encode_special_tokens = True  # their text inside a document stays text
-        self._exact.no_padding()
-        self._exact.no_truncation()
+        if not self._exact.get_vocab(with_added_tokens=True):
+            raise UserError(f"{name}: its vocabulary is empty; train it, or choose another")
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
         self.vocabulary: int = max(self._exact.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eos = _boundaries(self._exact, name, boundaries)
+        description = json.loads(json_text)
+        if _hide_boundaries(description, {self._exact.id_to_token(token) for token in (self.bos, self.eos)}):
+            self._exact = _exact(json.dumps(description))
+        self._name = name
+        self._spelled = {token: _spell(self._exact, token, {self.bos, self.eos}) for token in (self.bos, self.eos)}
+        for token in (self.bos, self.eos):
+            content = self._exact.id_to_token(token)
+            for text in (content, f" {content} ", f"a{content}b"):
+                self._as_text(self._exact.encode(text, add_special_tokens=False).ids)
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
         self.slow_reason = ""
         self._fast: tiktoken.Encoding | None = None
@@ -126,7 +134,7 @@ class Tokenizer:
             self.slow_reason = "decided before"
             return
         try:
-            encoding = _build_fast(json.loads(json_text))
+            encoding = _build_fast(description)
             if fast is None:
                 self._compare(encoding, [*PATHOLOGICAL, *sample])
             self._fast = encoding
@@ -158,10 +166,10 @@ class Tokenizer:
         """(n,) uint32 ids of the text alone, without begin and end."""
         if self._fast is not None:
             try:
-                return self._fast.encode_to_numpy(text, disallowed_special=())
+                return self._as_text(self._fast.encode_to_numpy(text, disallowed_special=()))
             except ValueError:  # the pattern's backtracking limit, at about a million spaces in a row
                 pass
-        return np.array(self._exact.encode(text, add_special_tokens=False).ids, np.uint32)
+        return self._as_text(self._exact.encode(text, add_special_tokens=False).ids)
 
     def encode_document(self, text: str) -> np.ndarray:
         """(n,) ids as stored: begin, text, end; n >= 2; in the smallest dtype that holds the vocabulary."""
@@ -172,9 +180,23 @@ class Tokenizer:
         if self._fast is not None:
             return [self.encode_document(text) for text in texts]
         encodings = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._stored(encoding.ids) for encoding in encodings]
+        return [self._stored(self._as_text(encoding.ids)) for encoding in encodings]
 
-    def _stored(self, ids: np.ndarray | list[int]) -> np.ndarray:
+    def _as_text(self, ids: np.ndarray | list[int]) -> np.ndarray:
+        """(n,) ids of a text in which a boundary that the model itself finds in it, as Unigram does, is spelled out."""
+        ids = np.asarray(ids, np.uint32)
+        for boundary, spelled in self._spelled.items():
+            if (ids == boundary).any():
+                if not spelled:
+                    raise UserError(
+                        f"{self._name}: makes {self._exact.id_to_token(boundary)!r} inside a text its own begin or end "
+                        "token, and has no other tokens for it; take another tokenizer"
+                    )
+                parts = [spelled if one == boundary else [one] for one in ids.tolist()]
+                ids = np.array([one for part in parts for one in part], np.uint32)
+        return ids
+
+    def _stored(self, ids: np.ndarray) -> np.ndarray:
         stored = np.empty(len(ids) + 2, self.dtype)
         stored[0], stored[1:-1], stored[-1] = self.bos, ids, self.eos
         return stored
@@ -186,7 +208,11 @@ class Tokenizer:
     def _compare(self, fast: tiktoken.Encoding, texts: Sequence[str]) -> None:
         exact = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, exact, strict=True):
-            if fast.encode(text, disallowed_special=()) != encoding.ids:
+            try:
+                equal = fast.encode(text, disallowed_special=()) == encoding.ids
+            except ValueError as error:
+                raise _NotFast(f"tiktoken cannot encode {text[:40]!r}: {error}") from None
+            if not equal:
                 raise _NotFast(f"tiktoken and tokenizers differ on {text[:40]!r}")
 
 
@@ -234,6 +260,35 @@ def _boundaries(tokenizer: tokenizers.Tokenizer, name: str, wanted: tuple[str, s
     )
 
 
+def _exact(json_text: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(json_text)
+    tokenizer.encode_special_tokens = True  # their text inside a document stays text
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _hide_boundaries(description: dict[str, Any], names: set[str]) -> bool:
+    """Mark begin and end as special where they are added as plain text, which would be found in any document. Whether
+    there was anything to mark."""
+    plain = [token for token in description.get("added_tokens", []) if token["content"] in names]
+    plain = [token for token in plain if not token["special"]]
+    for token in plain:
+        token["special"] = True
+    return bool(plain)
+
+
+def _spell(tokenizer: tokenizers.Tokenizer, boundary: int, boundaries: set[int]) -> list[int]:
+    """Ids of a boundary's name as text, its first character apart from the others; empty where the model has none."""
+    name = tokenizer.id_to_token(boundary)
+    try:
+        tokens = [token for piece in (name[:1], name[1:]) for token in tokenizer.model.tokenize(piece)]
+    except Exception:  # the library raises bare Exception
+        return []
+    ids = [token.id for token in tokens]
+    return ids if "".join(token.value for token in tokens) == name and not boundaries.intersection(ids) else []
+
+
 def _build_fast(description: dict[str, Any]) -> tiktoken.Encoding:
     """tiktoken's encoding of a tokenizer.json; raises `_NotFast` where it cannot mean the same.
 
@@ -261,7 +316,10 @@ def _build_fast(description: dict[str, Any]) -> tiktoken.Encoding:
         raise _NotFast(f"a token holds {error}, which stands for no byte") from None
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise _NotFast("it lacks tokens for single bytes")
-    return tiktoken.Encoding("bigmodel", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    try:
+        return tiktoken.Encoding("bigmodel", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError as error:
+        raise _NotFast(f"tiktoken cannot read its pattern: {error}") from None
 
 
 def _split_pattern(pre_tokenizer: dict[str, Any]) -> str:
