@@ -15,6 +15,7 @@ Imports no torch.
 import fcntl
 import json
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Iterator
@@ -62,7 +63,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write, fsync and rename, so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Machines that share a folder have processes of one number.
+    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)

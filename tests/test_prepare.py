@@ -221,6 +221,32 @@ def test_a_disk_without_room_is_refused_before_tokens_are_written(
     assert not (tmp_path / "data").exists()
 
 
+def test_no_room_is_asked_for_what_is_written_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "long.jsonl"  # 350 kB of words that become one token each
+    texts = [f"{number} " + "Donaudampfschifffahrtsgesellschaft " * 50 for number in range(200)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = tiny_settings(tmp_path, vocabulary=280, sources=[{"name": "long", "files": [str(file)]}])
+    interrupt(settings, monkeypatch)
+    room = preparing.SPARE_BYTES + 100_000
+    monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, room))
+    prepare(settings, quiet())
+    assert Manifest.read(tmp_path / "data").total("train", "documents") > 100
+
+
+def test_only_what_the_same_command_can_mend_says_that_it_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prepare.vocabulary = 5000") as error:
+        prepared(tmp_path, vocabulary=5000)
+    assert "the same command" not in str(error.value)
+    assert len(partial_files(tmp_path)) == 4
+
+
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(home: Path, tmp_path: Path) -> None:
+    console = Console(record=True, file=open(os.devnull, "w"), width=400)  # noqa: SIM115
+    folder = tmp_path / "[" / "quote]"
+    prepare(elsewhere(tiny_settings(home), folder), Progress(console=console, disable=True))
+    assert f"{folder}/data: 150 documents" in console.export_text()
+
+
 def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = iter([10**9, 10**9, 10**6])  # before tokenizing, and after the first and the second unit
     with monkeypatch.context() as patch:
@@ -605,6 +631,22 @@ def test_a_given_tokenizer_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
     directory = prepared(tmp_path, tokenizer=str(given), vocabulary=5000)
     assert (directory / "tokenizer.json").read_bytes() == given.read_bytes()
     assert Manifest.read(directory).vocabulary == 300
+
+
+def test_a_given_tokenizer_that_changes_is_not_used(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given.json"
+    given.write_bytes((home / "data" / "tokenizer.json").read_bytes())
+    read_sample = preparing._read_sample
+
+    def change(*arguments: Any) -> list[str]:
+        given.write_bytes(given.read_bytes() + b" ")
+        return read_sample(*arguments)
+
+    monkeypatch.setattr(preparing, "_read_sample", change)
+    with pytest.raises(UserError, match=r"given\.json: changed while it was prepared"):
+        prepared(tmp_path, tokenizer=str(given))
 
 
 def test_the_command_takes_a_hugging_face_folder_and_keeps_its_names(

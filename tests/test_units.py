@@ -3,12 +3,13 @@
 import os
 import signal
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bigmodel import rundir
 from bigmodel.config import UserError
 from bigmodel.data import units
 from bigmodel.data.prepare import quiet
@@ -89,6 +90,30 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"prepare.scheduler = 'tcp://127.0.0.1:9': cannot be reached"):  # noqa: SIM117
         with units.cluster("tcp://127.0.0.1:9", quiet()):
             pass
+
+
+def test_a_worker_with_other_versions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = units.versions()
+    with ThreadPoolExecutor(1) as worker:
+        team = Team(worker, quiet(), elsewhere=True)
+        assert team.run("x", lambda n: n * n, [(3,)], [1]) == [9]
+        theirs = tuple((name, "1.0" if name == "numpy" else number) for name, number in ours)
+        answers = iter([ours, theirs])  # of this process, and of the worker
+        monkeypatch.setattr(units, "versions", lambda: next(answers))
+        with pytest.raises(UserError, match=r"a worker on .* has numpy 1\.0 for \d.*install the same versions there"):
+            team.run("x", lambda n: pytest.fail("worked"), [(3,)], [1])
+
+
+def test_no_two_processes_of_any_machines_write_one_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(rundir.os, "replace", lambda part, _: names.append(Path(part).name))
+    for _ in range(2):
+        rundir.write_atomically(tmp_path / "a", "x")
+    assert len(set(names)) == 2
+    assert all(name.startswith(f".a.{os.uname().nodename}.{os.getpid()}.") for name in names)
+    assert all(name.endswith(".part") for name in names)
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:

@@ -27,10 +27,8 @@ import re
 import shutil
 import signal
 import threading
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,9 +80,8 @@ class _Job:
     @property
     def fingerprint(self) -> str:
         """Of everything that the bytes of the result depend on."""
-        versions = [version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")]
-        everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, platform.python_version()]
-        everything += [unicodedata.unidata_version, versions, list(self.identities.values())]
+        everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, units.versions()]
+        everything += [list(self.identities.values())]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -301,7 +298,7 @@ def _build_whole(job: _Job, progress: Progress) -> None:
             f"{job.partial}: the disk became full; {work.finished():,} finished units are kept. Free space and run the "
             "same command to go on, or delete that folder and choose a data.directory on another disk"
         ) from None
-    except UserError as error:
+    except units.Interrupted as error:
         if not work.finished():
             raise
         raise UserError(
@@ -328,7 +325,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     with _team(job.settings, all_units, progress) as team:
         scans = _scan(team, all_units, job.settings, work)
         rows, row_bytes = _count_rows(sources, all_units, scans, left_out)
-        tokenizer = _make_tokenizer(job.settings, team, all_units, scans, work)
+        tokenizer = _make_tokenizer(job, team, all_units, scans, work)
         if not tokenizer.is_fast:
             _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
         _check_unchanged(job)
@@ -464,18 +461,19 @@ def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count or reason == "read")
 
 
-def _make_tokenizer(
-    settings: PrepareSettings, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work
-) -> Tokenizer:
+def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:
     """Put tokenizer.json in place, after the documents on which its fast path is compared."""
-    gate = work.folder / "gate.json"
+    settings, gate = job.settings, work.folder / "gate.json"
     if not work.tokenizer.exists():
         sample = _read_sample(team, all_units, scans, settings)
         write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
         if settings.tokenizer:
             given = tokenizer_file(settings.tokenizer)
+            content = given.read_bytes()
+            if hashlib.sha256(content).hexdigest() != job.recipe["tokenizer"]["sha256"]:
+                raise UserError(f"{given}: {corpus.CHANGED}")
             keep_boundaries(given.parent, work.result)
-            write_atomically(work.tokenizer, given.read_bytes())
+            write_atomically(work.tokenizer, content)
         else:
             write_atomically(work.tokenizer, train(sample, settings.vocabulary))
     return Tokenizer.load(work.tokenizer, read_json(gate))
@@ -497,19 +495,32 @@ def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], s
 
 
 def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) -> None:
-    """Refuse before writing what would not fit: text at two bytes a token is a high estimate of the tokens, which
-    are written twice, once by unit and once by shard."""
-    text = sum(int(scan.kept_bytes.sum()) for scan in scans)
-    validation = sum(int(scan.kept_bytes[scan.validation].sum()) for scan in scans)
-    documents = sum(int((scan.status == cleaning.KEPT).sum()) for scan in scans)
-    needed = 2 * (text * dtype.itemsize // 2 + validation + 32 * documents) + SPARE_BYTES
-    written = sum(file.stat().st_size for file in work.folder.rglob("*") if file.is_file() and "scan" not in file.parts)
+    """Refuse before writing what would not fit: the tokens are written twice, once by unit and once by shard. Units
+    that are encoded already say how large the others become; without any, two bytes of text a token do."""
+    expected = np.array(
+        [
+            scan.kept_bytes.sum() * dtype.itemsize // 2
+            + scan.kept_bytes[scan.validation].sum()
+            + 32 * np.count_nonzero(scan.status == cleaning.KEPT)
+            for scan in scans
+        ]
+    )
+    encoded = np.array([_written(work.encoded(number)) for number in range(len(scans))])
+    done = encoded > 0
+    rate = encoded.sum() / max(1, expected[done].sum()) if done.any() else 1.0
+    to_encode = int(expected[~done].sum() * rate)
+    in_shards = sum(_written(file) for split in SPLITS for file in (work.result / split).rglob("*"))
+    needed = to_encode + max(0, int(encoded.sum()) + to_encode - in_shards) + SPARE_BYTES
     free = shutil.disk_usage(work.folder).free
-    if free < needed - written:
-        raise UserError(
-            f"data.directory = {job.target}: needs about {(needed - written) / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are "
-            "free; free space, or choose a data.directory on another disk"
+    if free < needed:
+        raise units.Interrupted(
+            f"data.directory = {job.target}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free "
+            "space, or choose a data.directory on another disk"
         )
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _encode(

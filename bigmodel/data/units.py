@@ -20,12 +20,17 @@ a worker is best: tokenizing holds the interpreter.
 
 import contextlib
 import os
+import platform
 import signal
+import socket
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from importlib.metadata import version
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any
@@ -38,11 +43,16 @@ LOG_SECONDS = 10.0  # between lines of progress where the output is not a termin
 CONNECT_SECONDS = 20  # to a Dask scheduler
 
 
+class Interrupted(UserError):
+    """The work ended through no fault of the text or the settings: the same command goes on from what is finished."""
+
+
 class Team:
     """Runs functions over tasks; without an executor in this process."""
 
-    def __init__(self, executor: Executor | None, progress: Progress) -> None:
-        self._executor, self._progress = executor, progress
+    def __init__(self, executor: Executor | None, progress: Progress, elsewhere: bool = False) -> None:
+        """`elsewhere`: the executor's processes may be of other installations."""
+        self._executor, self._progress, self._elsewhere = executor, progress, elsewhere
 
     def run(
         self,
@@ -68,11 +78,13 @@ class Team:
             yield from ((number, function(*task)) for number, task in enumerate(tasks))
             return
         try:
+            if self._elsewhere:
+                function = partial(_with_versions, versions(), function)
             numbers = {self._executor.submit(function, *task): number for number, task in enumerate(tasks)}
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BrokenProcessPool:
-            raise UserError("a process was killed, most likely for want of memory; lower prepare.workers") from None
+            raise Interrupted("a process was killed, most likely for want of memory; lower prepare.workers") from None
 
 
 class _Shown:
@@ -93,7 +105,9 @@ class _Shown:
             rate = max(1, self._done) / (now - self._started)
             left = (self._total - self._done) / rate
             share = f"{self._done / max(1, self._total):.0%}"
-            self._progress.console.print(f"{self._title}: {share}, {rate / 1e6:.1f} MB/s, {left:.0f} s left")
+            self._progress.console.print(
+                f"{self._title}: {share}, {rate / 1e6:.1f} MB/s, {left:.0f} s left", markup=False
+            )
 
     def finish(self) -> None:
         self._progress.update(self._task, total=max(1, self._total), completed=max(1, self._total))
@@ -146,20 +160,42 @@ def cluster(scheduler: str, progress: Progress) -> Iterator[Team]:
     try:
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"prepare.scheduler = {scheduler!r}: cannot be reached: {error}; see that it runs") from None
+        raise Interrupted(f"prepare.scheduler = {scheduler!r}: cannot be reached: {error}; see that it runs") from None
     try:
         _wait_for_worker(client, scheduler)
-        yield Team(client.get_executor(pure=False), progress)
+        yield Team(client.get_executor(pure=False), progress, elsewhere=True)
     except distributed.KilledWorker as error:
-        raise UserError(f"a unit killed every worker that took it: {error}; give the workers more memory") from None
+        raise Interrupted(f"a unit killed every worker that took it: {error}; give the workers more memory") from None
     except CancelledError:
-        raise UserError(f"prepare.scheduler = {scheduler!r}: was lost; see that it runs") from None
+        raise Interrupted(f"prepare.scheduler = {scheduler!r}: was lost; see that it runs") from None
     finally:
         client.close(timeout=CONNECT_SECONDS)
+
+
+@lru_cache
+def versions() -> tuple[tuple[str, str], ...]:
+    """Of what decides the bytes of the result, in this process."""
+    found = [(name, version(name)) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")]
+    return (("python", platform.python_version()), ("unicode", unicodedata.unidata_version), *found)
+
+
+def _with_versions(ours: tuple[tuple[str, str], ...], function: Callable[..., Any], *task: Any) -> Any:
+    """Run a task on a worker, which may have joined at any time, if it makes what the caller would make."""
+    differences = [
+        f"{name} {theirs} for {mine}"
+        for (name, mine), (_, theirs) in zip(ours, versions(), strict=True)
+        if mine != theirs
+    ]
+    if differences:
+        raise UserError(
+            f"a worker on {socket.gethostname()} has {', '.join(differences)}; the result would depend on who does "
+            "what: install the same versions there"
+        )
+    return function(*task)
 
 
 def _wait_for_worker(client: Any, scheduler: str) -> None:
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError:
-        raise UserError(f"prepare.scheduler = {scheduler!r}: has no workers; start some") from None
+        raise Interrupted(f"prepare.scheduler = {scheduler!r}: has no workers; start some") from None
