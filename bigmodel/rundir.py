@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bigmodel.config import UserError
 
@@ -42,21 +42,27 @@ def claim(directory: Path) -> None:
     directory = Path(directory)
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
-        lock = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
+        file = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
     except OSError as error:
         raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
+    lock(file, f"run.directory = {directory}", "another run is using it now; stop that one or choose another directory")
+    _claims.append(file)
+
+
+def lock(file: IO[Any], name: str, busy: str = "") -> None:
+    """Hold an open file against other processes until it is closed or this one ends, kill -9 included.
+
+    Where another process holds it: raises `UserError` "name: busy", or, without `busy`, waits. `name` also names a
+    file system without locks.
+    """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
     except BlockingIOError:
-        raise UserError(
-            f"run.directory = {directory}: another run is using it now; stop that one or choose another directory"
-        ) from None
+        raise UserError(f"{name}: {busy}") from None
     except OSError as error:
         raise UserError(
-            f"run.directory = {directory}: its file system has no locks ({error.strerror}); choose another, or mount "
-            "it with flock"
+            f"{name}: its file system has no locks ({error.strerror}); choose another, or mount it with flock"
         ) from None
-    _claims.append(lock)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -71,7 +71,7 @@ def sources_table(settings: Settings, manifest: Manifest) -> Table:
                 passes = positions * mixed[source] / max(1, counts["tokens"])
                 line += [
                     f"{mixed[source]:.1%}",
-                    f"{passes:.3g}",
+                    f"{passes:,.2f}",
                     f"{rows['read'] - rows['kept']:,} of {rows['read']:,}",
                 ]
             table.add_row(source, split, *line)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.baselines import Bigram, Pair, token_pairs, xz_bits_per_byte
-from bigmodel.config import Settings
+from bigmodel.config import Settings, packs_at
 from bigmodel.data.objectives import causal
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
@@ -24,15 +24,18 @@ XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
 BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
 
 
-def summarize(settings: Settings, evaluation: Evaluation, sample: str) -> dict[str, Any]:
-    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text."""
+def summarize(settings: Settings, evaluation: Evaluation, sample: str, num_segments: int = 1) -> dict[str, Any]:
+    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text.
+
+    A run of several segments has no bigram: `settings` no longer say what the earlier ones trained on.
+    """
     directory = settings.run.directory
     summary = {
         "steps": settings.training.steps,
         "nats_per_token": evaluation.nats_per_token,
         "validation_targets": evaluation.num_targets,
         "bits_per_byte": evaluation.bits_per_byte,
-        "bigram_bits_per_byte": bigram_bits_per_byte(settings),
+        "bigram_bits_per_byte": bigram_bits_per_byte(settings) if num_segments == 1 else None,
         "xz_bits_per_byte": _xz_of_validation_text(settings),
     }
     write_json(directory / "summary.json", summary)
@@ -49,7 +52,8 @@ def _xz_of_validation_text(settings: Settings) -> float | None:
 def bigram_bits_per_byte(settings: Settings) -> float | None:
     """The bigram on the validation split, after the tokens that `settings` trains on; None for very long runs."""
     training = settings.training
-    if training.steps * training.packs_per_step * settings.data.pack_tokens > BIGRAM_TOKENS:
+    packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
+    if packs * settings.data.pack_tokens > BIGRAM_TOKENS:
         return None
     train = ShardStore(settings.data.directory, "train", settings.data.remote)
     validation = ShardStore(settings.data.directory, "validation", settings.data.remote)

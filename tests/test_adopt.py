@@ -1,5 +1,6 @@
 """Shards that others wrote with MDSWriter become prepared data; what cannot is refused."""
 
+import fcntl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,24 @@ def test_mds_files_that_are_no_source_of_text_are_refused(home: Path, tokenizer:
         source = {"name": "adopted", "files": [file], "column": column}
         with pytest.raises(UserError, match=message):
             prepared(tmp_path / "run", sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
+
+
+def test_what_others_put_beside_it_is_kept_and_two_at_once_are_refused(
+    home: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "ids", {"tokens": "ndarray:uint16"}, [{"tokens": ids} for ids in whole(tokenizer)])
+    into = tmp_path / "data"
+    (tmp_path / "data.partial").mkdir()
+    thesis = tmp_path / "data.partial" / "thesis.txt"
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match=r"data.partial: holds what no preparation put there \(thesis.txt\)"):
+        take(home, shards, into)
+    assert thesis.read_text() == "years of work"
+    thesis.unlink()
+    with open(tmp_path / "data.partial.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is preparing this data now"):
+            take(home, shards, into)
+    (tmp_path / "data.partial" / ("a" * 16)).mkdir()  # of an adoption that was killed
+    take(home, shards, into)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "ids"]

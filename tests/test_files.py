@@ -3,9 +3,7 @@
 import json
 import shutil
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import fsspec
@@ -15,36 +13,19 @@ from bigmodel.config import UserError
 from bigmodel.data import corpus, files
 from bigmodel.data import prepare as preparing
 from bigmodel.data.prepare import prepare, quiet
+from tests.s3 import put, refusing_server, s3_server
 from tests.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real S3 server on loopback with the tiny corpus in its bucket, found through the environment alone."""
-    boto3 = pytest.importorskip("boto3")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        store = boto3.client("s3")
-        store.create_bucket(Bucket="corpus")
-        folder = tmp_path_factory.mktemp("store")
-        for source in tiny_settings(folder).prepare.sources:
-            store.upload_file(source.files[0], "corpus", f"text/{Path(source.files[0]).name}")
-        store.put_object(Bucket="corpus", Key="text/deep/more.jsonl", Body=b'{"body": "deep"}\n')
-        yield "s3://corpus"
-    server.stop()
-    files._connect.cache_clear()
+    with s3_server() as url:
+        for source in tiny_settings(tmp_path_factory.mktemp("store")).prepare.sources:
+            file = Path(source.files[0])
+            put(f"{url}/text/{file.name}", file.read_bytes())
+        put(f"{url}/text/deep/more.jsonl", b'{"body": "deep"}\n')
+        yield url
 
 
 def test_patterns_find_what_is_in_a_store(bucket: str) -> None:
@@ -84,42 +65,19 @@ def test_a_store_is_prepared_into_the_same_shards_as_the_files_themselves(
 
 def test_a_missing_column_and_a_missing_bucket_are_named(bucket: str, tmp_path: Path) -> None:
     source = {"name": "web", "files": [f"{bucket}/text/letters.parquet"], "column": "body"}
-    with pytest.raises(UserError, match=r"s3://corpus/text/letters.parquet has no column 'body'; it has 'text'"):
+    with pytest.raises(UserError, match=rf"{bucket}/text/letters.parquet has no column 'body'; it has 'text'"):
         prepared(tmp_path, sources=[source])
     with pytest.raises(UserError, match=r"'s3://nobody/\*.jsonl' matches nothing; give a path, URL or pattern"):
         prepared(tmp_path, sources=[source | {"files": ["s3://nobody/*.jsonl"]}])
 
 
-def test_a_store_that_wants_other_credentials_is_named_with_the_variables_it_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Refuses(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.send_response(403)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_HEAD = answer
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    files._connect.cache_clear()
-    try:
+def test_a_store_that_wants_other_credentials_is_named_with_the_variables_it_reads() -> None:
+    with refusing_server():
         for name in ("a.jsonl", "*.jsonl"):
             with pytest.raises(UserError) as error:
                 files.find(f"s3://private/{name}")
             assert f"s3://private/{name}: cannot be read" in str(error.value)
             assert "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(error.value)
-    finally:
-        server.shutdown()
-        files._connect.cache_clear()
 
 
 def test_what_fsspec_has_a_driver_for_is_read_and_what_it_has_not_is_said(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def test_packing_is_that_of_the_plan() -> None:
     limited = measure_packing(store, settings(pack_tokens=12, pack_documents=2))
     assert (limited.filled, limited.document_limited) == (10 / 12, 1.0)
     assert one.num_packs >= 1000
+    capped = measure_packing(store, settings(max_epochs={"web": 1}))  # 40 packs, far fewer than are looked at
+    assert capped == one
 
 
 def test_the_suggested_context_leaves_nine_tenths_of_the_tokens_whole() -> None:

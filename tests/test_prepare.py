@@ -27,8 +27,9 @@ from bigmodel.baselines import xz_bits_per_byte
 from bigmodel.config import Settings, UserError
 from bigmodel.data import cleaning, corpus, embedded, encoding, mds, units
 from bigmodel.data import prepare as preparing
+from bigmodel.data.manifest import Manifest
 from bigmodel.data.prepare import prepare, quiet
-from bigmodel.data.shards import Manifest, ShardStore
+from bigmodel.data.shards import ShardStore
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.data.verify import verify
 from tests.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
@@ -525,7 +526,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(preparing.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(UserError, match=r"its file system has no locks \(No locks available\)"):
         prepared(tmp_path)
 

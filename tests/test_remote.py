@@ -212,8 +212,15 @@ def test_a_file_that_vanished_is_named(url: str, tmp_path: Path) -> None:
 
 def test_a_folder_of_other_data_is_refused(url: str, tmp_path: Path) -> None:
     folder = prepared(tmp_path, shard_tokens=2900)
+    (folder / SHARD).unlink()
     with pytest.raises(UserError, match=r"holds other data than data.remote"):
-        ShardStore(folder, "train", url)
+        ShardStore(folder, "train", url).document("news", 1, 0)
+
+
+def test_where_every_file_is_there_the_store_is_not_asked(whole: Path) -> None:
+    with refusing_server():
+        store = ShardStore(whole, "train", "s3://closed/data")
+        assert len(store.document("news", 1, 0)) > 2
 
 
 # ---- two at once ----------------------------------------------------------------------------------------------
@@ -330,7 +337,10 @@ def test_upload_then_verify_and_show_by_run_file(
         (["verify", "{none}"], ["no such folder"]),
         (["upload", "{run}"], ["data.remote is not set", "s3://bucket/folder"]),
         (["upload", "{run}", "--set", "data.remote=s3://nobody/x"], ["s3://nobody/x", "cannot be written"]),
-        (["show", "data", "{run}", "--set", "data.remote=s3://{bucket}/nothing"], ["has no manifest.json"]),
+        (
+            ["show", "data", "{run}", "--set", "data.remote=s3://{bucket}/nothing", "--set", "data.directory={none}"],
+            ["has no manifest.json"],
+        ),
     ],
 )
 def test_bad_input_is_one_message(

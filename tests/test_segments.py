@@ -113,7 +113,7 @@ def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path:
     run_ranks(1, train, run_file, ["training.steps=4"], False)
     trunk, branch = tmp_path / "trunk", tmp_path / "branch"
     shutil.copytree(trunk / "checkpoints", branch / "checkpoints")
-    overrides = ["training.steps=8", f"run.directory={branch}", "data.mix={news = 1.0}"]
+    overrides = ["training.steps=8", f"run.directory={branch}", "data.mix={news = 1.0}", "evaluation.at_end=true"]
     run_ranks(1, train, run_file, overrides, True)
     newest = checkpoint.newest(branch / "checkpoints")
     assert newest
@@ -122,6 +122,7 @@ def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path:
     assert set(newest.state["cursor"]["lanes"][0]["sources"]) == {"news"}
     events = [event for event in read_json_lines(branch / "events.jsonl") if event["event"] == "new_plan"]
     assert [(event["segment"], event["first_step"]) for event in events] == [(1, 4)]
+    assert json.loads((branch / "summary.json").read_text())["bigram_bits_per_byte"] is None  # of which tokens?
     kept = checkpoint.newest(trunk / "checkpoints")
     assert kept
     assert kept.state["step"] == 4

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from bigmodel.config import UserError
-from bigmodel.data.shards import Manifest, ShardStore, length_statistics
+from bigmodel.data.manifest import Manifest
+from bigmodel.data.shards import ShardStore, length_statistics
 from tests.tiny_corpus import prepared
 
 

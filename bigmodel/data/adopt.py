@@ -37,6 +37,7 @@ from bigmodel.data.cleaning import is_validation
 from bigmodel.data.encoding import save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
+from bigmodel.data.partial import claimed, folders_in, partial_of, put_in_place
 from bigmodel.data.prepare import keep_boundaries, prepare
 from bigmodel.data.shards import decode_value, length_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, tokenizer_file
@@ -138,19 +139,27 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
         )
     if encoding == "str":
         return prepare(settings, progress)
-    tokenizer = Tokenizer.load(adoption.tokenizer, fast=False)
-    partial = into.with_name(into.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split in SPLITS:
-        (partial / split / adoption.name).mkdir(parents=True)
-    given = tokenizer_file(adoption.tokenizer)
-    write_atomically(partial / "tokenizer.json", given.read_bytes())
-    keep_boundaries(given.parent, partial)
-    taken = _take_all(adoption, partial, progress)
-    _say(adoption, taken, progress)
-    _finish(adoption, tokenizer, taken, partial)
-    os.rename(partial, into)
+    partial = partial_of(into)
+    with claimed(partial):
+        for leftover in folders_in(partial):
+            shutil.rmtree(leftover)
+        made = partial / hashlib.sha256(repr(adoption).encode()).hexdigest()[:16]
+        _make(adoption, made, progress)
+        put_in_place(made, into)
+        partial.rmdir()
     return into
+
+
+def _make(adoption: Adoption, made: Path, progress: Progress) -> None:
+    tokenizer = Tokenizer.load(adoption.tokenizer, fast=False)
+    for split in SPLITS:
+        (made / split / adoption.name).mkdir(parents=True)
+    given = tokenizer_file(adoption.tokenizer)
+    write_atomically(made / "tokenizer.json", given.read_bytes())
+    keep_boundaries(given.parent, made)
+    taken = _take_all(adoption, made, progress)
+    _say(adoption, taken, progress)
+    _finish(adoption, tokenizer, taken, made)
 
 
 def _settings(adoption: Adoption) -> Settings:

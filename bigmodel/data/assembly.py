@@ -20,7 +20,7 @@ from bigmodel.config import UserError
 from bigmodel.data import mds
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import TOKEN_COLUMNS, Work, read_array, save_array
-from bigmodel.data.shards import SPLITS
+from bigmodel.data.manifest import SPLITS
 from bigmodel.data.units import Team
 from bigmodel.rundir import write_atomically
 

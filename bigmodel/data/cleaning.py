@@ -7,8 +7,8 @@ Guarantees: a row is kept or dropped for one named reason, so kept + dropped = r
 is kept once over all sources (exact after cleaning, by the first 128 bits of its SHA-256; the first one in reading
 order stays); whether a document is for validation depends on its own key or text alone, so adding data moves nothing.
 
-Costs: 34 bytes a row in memory, in the one process that looks for duplicates. Decontamination hashes every word: it
-halves the speed of reading. Finding texts that are nearly equal is not done here: run datatrove first and name its
+Costs: 34 bytes a row in memory, and 57 more while duplicates are looked for, in one process. Decontamination hashes
+every word. Finding texts that are nearly equal is not done here: run datatrove first and name its
 output as a source.
 """
 

@@ -23,7 +23,7 @@ from bigmodel.config import PrepareSettings, UserError
 from bigmodel.data import cleaning, corpus
 from bigmodel.data.cleaning import Scan
 from bigmodel.data.corpus import Unit
-from bigmodel.data.shards import SPLITS
+from bigmodel.data.manifest import SPLITS
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.rundir import write_atomically
 

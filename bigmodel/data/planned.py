@@ -13,7 +13,8 @@ import numpy as np
 from bigmodel.config import DataSettings
 from bigmodel.data.manifest import Manifest
 from bigmodel.data.objectives import num_positions
-from bigmodel.data.order import Lengths, Order
+from bigmodel.data.order import Order
+from bigmodel.data.shuffle import Lengths
 from bigmodel.data.stream import is_document_limited
 
 MEASURED_WINDOWS, MEASURED_PACKS = 3, 1000  # the more of the two
@@ -47,8 +48,8 @@ class Suggestion:
 
 
 def measure_packing(store: Lengths, data: DataSettings) -> Packed:
-    """Plan packs as training does and look at them."""
-    order = Order(store, data, data.lanes, SEED)
+    """Plan packs as training does and look at them; caps on epochs do not apply, for they would end the packs."""
+    order = Order(store, data.model_copy(update={"max_epochs": {}}), data.lanes, SEED)
     wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.window_packs)
     packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
     positions = sum(fragment.length for pack in packs for fragment in pack)

@@ -18,12 +18,10 @@ core. The tokens are written twice, so until the end they take twice their room.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import threading
@@ -44,10 +42,11 @@ from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
+from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, writable
 from bigmodel.data.shards import length_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
-from bigmodel.rundir import fsync_directory, read_json, write_atomically, write_json
+from bigmodel.rundir import read_json, write_atomically, write_json
 
 UNIT_FORMAT = 2  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
@@ -56,8 +55,6 @@ GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
 GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
-OURS = re.compile("[0-9a-f]{16}")  # names below <directory>.partial
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
@@ -75,7 +72,7 @@ class _Job:
 
     @property
     def partial(self) -> Path:
-        return self.target.with_name(self.target.name + ".partial")
+        return partial_of(self.target)
 
     @property
     def fingerprint(self) -> str:
@@ -100,8 +97,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
         made = _is_made(job)
         if made:
             _say(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
-        if not made or (job.partial.exists() and not _foreign(job.partial)):
-            with _claimed(job.partial), _stoppable():
+        if not made or (job.partial.exists() and not foreign(job.partial)):
+            with claimed(job.partial), _stoppable():
                 if not _is_made(job):  # another run may have finished between
                     _build_whole(job, progress)
                 if job.partial.exists():
@@ -200,46 +197,6 @@ def _is_made(job: _Job) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(partial: Path) -> Iterator[None]:
-    """Hold the folder `partial` against other processes; the lock ends with this one, kill -9 included. It is on a
-    file beside the folder: some network file systems lock only what is open for writing."""
-    path = partial.with_name(partial.name + ".lock")
-    with _writable(partial):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115 - closed below
-    with file:
-        _lock(partial, path, file.fileno())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writable(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise UserError(f"{partial}: cannot be written: {error.strerror}; choose another data.directory") from None
-
-
-def _lock(partial: Path, path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise BlockingIOError  # another run removed it between our open and our lock
-    except BlockingIOError:
-        raise UserError(f"{partial}: another process is preparing this data now; wait for it or stop it") from None
-    except OSError as error:
-        raise UserError(
-            f"{partial}: its file system has no locks ({error.strerror}); choose another data.directory, or mount it "
-            "with flock"
-        ) from None
-
-
-@contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM stops as Ctrl-C does. Signals belong to the main thread: elsewhere nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
@@ -259,14 +216,9 @@ def _stoppable() -> Iterator[None]:
 def _work_folder(job: _Job, progress: Progress) -> Work:
     """The folder for this text and these settings, with what an earlier run finished; others' are deleted."""
     work = Work(job.partial / job.fingerprint)
-    with _writable(job.partial):
-        job.partial.mkdir(exist_ok=True)
-        if foreign := _foreign(job.partial):
-            raise UserError(
-                f"{job.partial}: holds what no preparation put there ({', '.join(foreign[:5])}); move it away, "
-                "or choose another data.directory"
-            )
-        for leftover in job.partial.iterdir():
+    leftovers = folders_in(job.partial)
+    with writable(job.partial):
+        for leftover in leftovers:
             if leftover != work.folder:
                 _say(progress, f"{leftover}: left by other text, settings or versions; deleted, starting over")
                 shutil.rmtree(leftover)
@@ -277,20 +229,12 @@ def _work_folder(job: _Job, progress: Progress) -> Work:
     return work
 
 
-def _foreign(partial: Path) -> list[str]:
-    """Names in the folder under way that are not ours: they are never deleted."""
-    entries = sorted(partial.iterdir()) if partial.is_dir() else [partial]
-    return [entry.name for entry in entries if not (OURS.fullmatch(entry.name) and entry.is_dir())]
-
-
 def _build_whole(job: _Job, progress: Progress) -> None:
     work = _work_folder(job, progress)
     try:
         _build(job, work, progress)
         _check_unchanged(job)
-        _sync(work.result)
-        os.rename(work.result, job.target)
-        fsync_directory(job.target.parent)
+        put_in_place(work.result, job.target)
     except OSError as error:
         if error.errno not in DISK_FULL and "No space left" not in str(error):
             raise
@@ -304,13 +248,6 @@ def _build_whole(job: _Job, progress: Progress) -> None:
         raise UserError(
             f"{error}\n{work.finished():,} finished units are kept in {job.partial}; the same command goes on from them"
         ) from None
-
-
-def _sync(directory: Path) -> None:
-    """Make every file and folder below survive a power cut, before the rename says that they are whole."""
-    for folder, _, names in os.walk(directory):
-        for path in [*(Path(folder) / name for name in names), Path(folder)]:
-            fsync_directory(path)  # opens read-only and syncs: right for files as well
 
 
 # ---- the stages -----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ all, and a client that retries by itself, as that of S3 does at a host that does
 """
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -27,7 +26,7 @@ from rich.progress import Progress
 from bigmodel.config import UserError
 from bigmodel.data import files
 from bigmodel.data.manifest import MANIFEST, Manifest, find_damage
-from bigmodel.rundir import write_atomically
+from bigmodel.rundir import lock, write_atomically
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
@@ -42,23 +41,17 @@ class Remote:
     def __init__(self, url: str, directory: Path) -> None:
         self.url, self.directory = url, directory
         self.num_files = self.num_bytes = self.num_failures = 0
+        self._is_same_data = False
 
     def fetch_manifest(self) -> None:
-        """Put the store's manifest into the folder. Raises `UserError` if there is another one already, or none in
-        the store."""
-        content = self._retrying(read_manifest, self.url)
-        if content is None:
-            raise UserError(without_manifest(self.url))
+        """Put the store's manifest into the folder, unless there is one already: where all files are there too, the
+        store is not asked for anything. Raises `UserError` if the store has none."""
         path = self.directory / MANIFEST
         if not path.exists():
+            content = self._read_manifest()
             with _named(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, content)
-        elif path.read_bytes() != content:
-            raise UserError(
-                f"data.directory = {self.directory}: holds other data than data.remote = {self.url} (their {MANIFEST} "
-                "differ); choose another data.directory, or delete this one to fetch it anew"
-            )
 
     def fetch(self, name: str, recorded: dict[str, Any]) -> None:
         """Put one file into the folder, whole, unless another process does so first. `recorded`: its entry in the
@@ -68,10 +61,28 @@ class Remote:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _held(path) as part:
                 if find_damage(self.directory, name, recorded):  # none: another process was first
+                    self._compare_manifests()
                     self._retrying(self._download, name, recorded, part)
                     os.replace(part.name, path)
                     self.num_files += 1
                     self.num_bytes += recorded["bytes"]
+
+    def _compare_manifests(self) -> None:
+        """Once, before the first file. Raises `UserError` where the store holds other data than the folder."""
+        if self._is_same_data:
+            return
+        if (self.directory / MANIFEST).read_bytes() != self._read_manifest():
+            raise UserError(
+                f"data.directory = {self.directory}: holds other data than data.remote = {self.url} (their {MANIFEST} "
+                "differ); choose another data.directory, or delete this one to fetch it anew"
+            )
+        self._is_same_data = True
+
+    def _read_manifest(self) -> bytes:
+        content = self._retrying(read_manifest, self.url)
+        if content is None:
+            raise UserError(without_manifest(self.url))
+        return content
 
     def _download(self, name: str, recorded: dict[str, Any], part: BinaryIO) -> None:
         digest, location = hashlib.sha256(), files.join(self.url, name)
@@ -123,13 +134,7 @@ def _held(path: Path) -> Iterator[BinaryIO]:
     name = path.with_name(f".{path.name}.part")
     while True:
         part = open(name, "ab")  # noqa: SIM115 - closed below
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"{name}: its file system has no locks ({error.strerror}); choose another data.directory, or mount it "
-                "with flock"
-            ) from None
+        lock(part, str(name))
         if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
             break
         part.close()  # the process before us renamed it: it is `path` now

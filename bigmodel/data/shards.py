@@ -29,11 +29,9 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import UserError
-from bigmodel.data.manifest import MANIFEST, PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
+from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.remote import Remote
-
-__all__ = ["MANIFEST", "SPLITS", "Manifest", "ShardStore", "length_statistics", "measure_shard", "measure_shards"]
 
 _torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
 

@@ -37,8 +37,9 @@ from bigmodel.training.optim import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
-Value = TypeVar("Value")
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
+
+Value = TypeVar("Value")
 
 
 def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> int:
@@ -195,7 +196,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             metrics.record_evaluation(
                 settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
             )
-            show_summary(settings, summarize(settings, evaluation, sample))
+            show_summary(settings, summarize(settings, evaluation, sample, len(segments)))
     if metrics:
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
