@@ -45,7 +45,7 @@ class Validation:
     """The validation split in canonical groups of packs. `packs` bounds how many are used; 0: all."""
 
     def __init__(self, data: DataSettings, packs_per_micro_batch: int) -> None:
-        self._store = ShardStore(data.directory, "validation", data.remote)
+        self._store = ShardStore.of_run(data, "validation")
         self._data = data
         self._packs_per_micro_batch = packs_per_micro_batch
 

@@ -4,13 +4,16 @@ Takes an order of this node's lanes, a store and this rank's place in the world;
 position that continues after it. Guarantees: every rank has the same number of micro-batches of the same shape; the
 counts of a step are those of all ranks: from the plan alone where one node plans all lanes, else added up over the
 nodes by the thread, ahead of the step that needs them; an error of the thread is raised where the steps are taken,
-never swallowed as an early end. Also deals out validation documents, each exactly once.
-Costs: one thread, `ahead` + 1 steps of this rank's batches in memory.
+never swallowed as an early end; a step that does not come in data.stall_seconds is an error that names what is being
+read. Also deals out validation documents, each exactly once.
+Costs: a thread, and data.workers that read ahead; `ahead` + 1 steps of this rank's batches in memory; the plan of a
+window, by which steps are planned ahead of the one that is built.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
@@ -22,6 +25,7 @@ from bigmodel.data.batch import Batch, Reader, build_batch, make_keys
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Order, Position
 from bigmodel.data.packing import best_fit_decreasing
+from bigmodel.data.readahead import ReadAhead
 from bigmodel.data.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
 from bigmodel.data.shuffle import Block, Fragment, Lengths, Pack
 
@@ -78,16 +82,23 @@ class Stream:
         seed: int,
         nodes: Nodes | None = None,
         ahead: int = 2,
+        pin: bool = False,
     ) -> None:
         """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
 
-        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more.
+        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more. `pin`:
+        batches lie in memory from which a GPU copies while it computes.
         """
         assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
         assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
         self.wait_seconds = 0.0  # how long the last step was waited for
-        self._read, self._order, self._data, self._seed = reader(store), order, data, seed
+        self._sources, self._order, self._data, self._seed = store.sources, order, data, seed
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
+        self._pin = pin
+        self._planned: deque[_Planned | BaseException] = deque()
+        self._read_ahead = ReadAhead(store, data.workers)
+        self._making = order.step
+        self._reading: tuple[str, int, int] | None = None  # what the thread is at, for the message of a stall
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -98,7 +109,10 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        """The next step. Raises what the thread raised, again on every further call; the stream has no end."""
+        """The next step. Raises what the thread raised, again on every further call; the stream has no end.
+
+        Raises `UserError` where no step comes in data.stall_seconds.
+        """
         began = time.perf_counter()
         while self._failure is None:
             if self._closed.is_set():
@@ -106,6 +120,8 @@ class Stream:
             try:
                 item = self._ready.get(timeout=0.1)
             except queue.Empty:
+                if time.perf_counter() - began > self._data.stall_seconds:
+                    raise UserError(self._describe_stall()) from None
                 continue
             if isinstance(item, Step):
                 self.wait_seconds = time.perf_counter() - began
@@ -116,21 +132,31 @@ class Stream:
     def close(self) -> None:
         """Stop the thread. Returns within `CLOSE_SECONDS`, also while a read hangs; harmless when called twice."""
         self._closed.set()
+        self._read_ahead.close()
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
+    def _describe_stall(self) -> str:
+        what = "planning, or waiting for what other nodes plan"
+        if self._reading:
+            what = "reading document {2} of shard {1} of source {0!r}".format(*self._reading)
+        return (
+            f"data.stall_seconds = {self._data.stall_seconds:g}: the next batch was not ready after so long; the data "
+            f"thread is {what}; see that the disk of data.directory and data.remote answer, or wait longer"
+        )
+
     def _work(self) -> None:
         while not self._closed.is_set():
-            number = self._order.step
             try:
                 item: Step | BaseException = self._make_step()
             except BaseException as error:  # the thread's boundary: raised again by __next__
                 item = error
                 if self._nodes and not self._closed.is_set():
-                    self._nodes.fail(number, str(error))
+                    self._nodes.fail(self._making, str(error))
             self._hand_over(item)
             if not isinstance(item, Step):
                 return
+            self._making += 1
 
     def _hand_over(self, item: "Step | BaseException") -> None:
         while not self._closed.is_set():
@@ -139,9 +165,34 @@ class Stream:
             except queue.Full:
                 continue
 
+    def _plan_step(self) -> None:
+        """Plan one more step and have what this rank reads for it read ahead. An error keeps its turn."""
+        number = self._order.step
+        try:
+            node = take_share(self._order, self._data.lanes, self._place, self._packs_per_micro_batch)
+        except BaseException as error:  # raised when the steps before are made
+            self._planned.append(error)
+            return
+        self._planned.append(_Planned(number, node, self._order.position()))
+        mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
+        self._read_ahead.expect(
+            (self._sources[piece.source], piece.shard, piece.row) for pack in mine for piece in pack
+        )
+
+    def _plan_ahead(self) -> None:
+        """Two steps for one that is made, until a window lies ahead: the first step waits for no more than itself."""
+        for _ in range(2):
+            packs = self._order.packs_at(self._order.step)
+            ended = self._planned and isinstance(self._planned[-1], BaseException)
+            if not ended and len(self._planned) <= self._data.window_packs * self._data.lanes // packs:
+                self._plan_step()
+
     def _make_step(self) -> Step:
-        number, data, place = self._order.step, self._data, self._place
-        node = take_share(self._order, data.lanes, place, self._packs_per_micro_batch)
+        self._plan_ahead()
+        planned = self._planned.popleft()
+        if isinstance(planned, BaseException):
+            raise planned
+        number, node, data, place = planned.number, planned.node, self._data, self._place
         work, num_rounds = node.work, len(node.slots[0])
         num_places = place.world_size * num_rounds * self._packs_per_micro_batch * data.pack_tokens
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
@@ -157,7 +208,7 @@ class Stream:
             num_document_limited=limited,
             imbalance=imbalance(work, node.slots),
             imbalance_undealt=imbalance(work, undealt),
-            position=self._order.position(),
+            position=planned.position,
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
@@ -176,7 +227,14 @@ class Stream:
         numbers = [node.numbers[place] for place in slot] + [NO_PACK] * empty
         keys = make_keys(self._seed, step, numbers, self._data.pack_tokens)
         packs = [node.packs[place] for place in slot]
-        return build_batch([*packs, *[()] * empty], self._read, self._data, keys)
+        batch = build_batch([*packs, *[()] * empty], self._read, self._data, keys)
+        return batch.pinned() if self._pin else batch
+
+    def _read(self, piece: Fragment) -> np.ndarray:
+        self._reading = self._sources[piece.source], piece.shard, piece.row
+        document = self._read_ahead.document(*self._reading)
+        self._reading = None
+        return document
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +246,15 @@ class NodeShare:
     packs: list[Pack]
     work: list[int]  # of attention, per pack
     slots: Slots  # who computes which of them
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A step to make: its node's share, and where the order stands after it."""
+
+    number: int
+    node: NodeShare
+    position: Position
 
 
 def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:

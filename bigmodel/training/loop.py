@@ -68,7 +68,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    store = ShardStore.of_run(settings.data, "train")
     ranks_per_node = world.ranks_per_node()
     place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
@@ -105,7 +105,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stopping = False
     spread = place.num_nodes > 1 and settings.data.lanes > 1  # no node plans all lanes
     nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
-    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
+    pin = world.device.type == "cuda"
+    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
     closing.callback(stream.close)
     for step in stream if first_step < settings.training.steps else ():
         clock = time.perf_counter()
@@ -146,6 +147,10 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                     documents=step.num_documents,
                     step_seconds=seconds,
                     data_wait_seconds=stream.wait_seconds,
+                    fetched_bytes=store.remote.num_bytes if store.remote else 0,
+                    fetch_failures=store.remote.num_failures if store.remote else 0,
+                    imbalance=step.imbalance,
+                    imbalance_undealt=step.imbalance_undealt,
                     skipped=bad,
                 )
             )
@@ -196,7 +201,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             metrics.record_evaluation(
                 settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
             )
-            show_summary(settings, summarize(settings, evaluation, sample, len(segments)))
+            show_summary(settings, summarize(settings, evaluation, sample, segments))
     if metrics:
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
