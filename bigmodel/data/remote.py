@@ -36,7 +36,7 @@ from bigmodel.rundir import lock, write_atomically
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
 UPLOADS_AT_ONCE = 8
-FETCHED = ".fetched"  # names of files that came from the store, a line each
+FETCHED = ".fetched"  # names of shards that came from the store, a line each
 BUSY_SECONDS = 30.0  # a shard used within is missed soon after it is deleted: the limit is too low, which is said
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,9 @@ class Remote:
                     if name in self._shards and self.cache_bytes:
                         self._make_room(self._shards[name])
                     self._retrying(self._download, name, recorded, part)
-                    with open(self.directory / FETCHED, "a") as noted:
-                        noted.write(f"{name}\n")
+                    if name in self._shards:
+                        with open(self.directory / FETCHED, "a") as noted:
+                            noted.write(f"{name}\n")
                     os.replace(part.name, path)
                     self.num_files += 1
                     self.num_bytes += recorded["bytes"]

@@ -56,8 +56,8 @@ def order_of_segment(
     Raises `UserError` saying what differs.
     """
     identity = segments[number]["identity"]
-    planned = {name: identity[f"data.{name}"] for name in data.model_fields if f"data.{name}" in identity}
-    absent = {name: type(data).model_fields[name].get_default() for name in ("max_epochs", "curriculum")}
+    planned = {name: identity[f"data.{name}"] for name in DataSettings.model_fields if f"data.{name}" in identity}
+    absent = {name: DataSettings.model_fields[name].get_default() for name in ("max_epochs", "curriculum")}
     settings = DataSettings.model_validate(data.model_dump() | absent | planned)
     order = Order(
         store,
