@@ -486,11 +486,11 @@ def main() -> None:
     result["commit"] = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    text = json.dumps(result, indent=1)
-    (ROOT / "benchmarks" / f"stream_{arguments.what}.json").write_text(text + "\n")
+    written = json.dumps(result, indent=1)
+    (ROOT / "benchmarks" / f"stream_{arguments.what}.json").write_text(written + "\n")
     if arguments.what == "packing":
         draw(result, ROOT / "benchmarks" / "stream_packing.png")
-    print(text)
+    print(written)
 
 
 if __name__ == "__main__":
