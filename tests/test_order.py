@@ -394,6 +394,19 @@ def give(order: Order, steps: int, packs: list) -> None:
         packs.extend(order.next_step())
 
 
+def test_a_step_that_one_lane_cannot_give_moves_no_lane():
+    data = DataSettings(context_tokens=4, pack_tokens=4, lanes=2, max_epochs={"a": 1})
+    order = Order(MemoryStore({"a": [[20], [5]]}), data, 2, 7)
+    given = order.next_step()
+    state, progress = order.state(), order.progress()
+    for _ in range(2):
+        with pytest.raises(UserError, match="lane 1 has no pack left for step 2"):
+            order.next_step()
+    assert order.state() == state
+    assert order.progress() == progress
+    assert progress["a"].positions == sum(piece.length for pack in given for piece in pack) == 8
+
+
 def test_a_cap_of_0_is_none():
     assert small_order(max_epochs={"books": 0}).fingerprint == small_order().fingerprint
 

@@ -212,10 +212,14 @@ class Order:
     def next_step(self) -> list[Pack]:
         """The planned lanes' packs of the next data step, in canonical order.
 
-        Raises `UserError` where data.max_epochs leaves none.
+        Raises `UserError` where data.max_epochs leaves none in some lane; then no lane has moved.
         """
-        share = self.packs_at(self.step) // self.plan.num_lanes
-        packs = [pack for number in self._lanes for pack in self._take(number, share)]
+        share, before = self.packs_at(self.step) // self.plan.num_lanes, dict(self._at)
+        try:
+            packs = [pack for number in self._lanes for pack in self._take(number, share)]
+        except BaseException:
+            self._at = before
+            raise
         self.step += 1
         return packs
 
