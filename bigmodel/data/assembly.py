@@ -45,11 +45,11 @@ def assemble(
     shard_tokens: int,
     dtype: np.dtype,
     work: Work,
-) -> tuple[dict[str, dict[str, dict[str, int]]], list[np.ndarray]]:
-    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths."""
+) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, list[np.ndarray]]]:
+    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths by column."""
     counts: dict[str, dict[str, dict[str, int]]] = {source.name: {} for source in sources}
     shards: list[_Shard] = []
-    all_lengths: list[np.ndarray] = []
+    all_lengths: dict[str, list[np.ndarray]] = {column: [] for column in TOKEN_COLUMNS}
     for source in sources:
         mine = [number for number, unit in enumerate(all_units) if unit.source == source.name]
         columns = TOKEN_COLUMNS[: len(source.columns)]
@@ -58,9 +58,10 @@ def assemble(
                 column: [read_array(work, unit, f"{split}_{column}_lengths") for unit in mine] for column in columns
             }
             shards += _plan_shards(source.name, split, mine, lengths, shard_tokens, dtype)
-            all_lengths.append(np.concatenate(lengths["tokens"]))
+            for column, parts in lengths.items():
+                all_lengths[column].append(np.concatenate(parts))
             counts[source.name][split] = {
-                "documents": len(all_lengths[-1]),
+                "documents": len(all_lengths["tokens"][-1]),
                 **{
                     column.replace("tokens", "text_bytes"): sum(
                         int(read_array(work, unit, f"{split}_{column}_bytes")) for unit in mine

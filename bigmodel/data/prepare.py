@@ -43,7 +43,7 @@ from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
 from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, writable
-from bigmodel.data.shards import length_statistics, measure_shards
+from bigmodel.data.shards import all_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import read_json, write_atomically, write_json
@@ -284,16 +284,14 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
         rows=rows,
         row_bytes=row_bytes,
-        statistics=length_statistics(
-            lengths, sum(split["text_bytes"] for of in counts.values() for split in of.values())
-        ),
+        statistics=all_statistics(lengths, counts),
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
         encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
         python=platform.python_version(),
     ).write(work.result)
-    draw_lengths(lengths, work.result / PICTURE)
+    draw_lengths(lengths["tokens"], work.result / PICTURE)
 
 
 def _collect_embedded(
