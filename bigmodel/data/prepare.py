@@ -24,12 +24,9 @@ import json
 import os
 import platform
 import shutil
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -44,7 +41,7 @@ from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.formats import Malformed
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
-from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, writable
+from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, stoppable, writable
 from bigmodel.data.shards import all_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
@@ -102,7 +99,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
         if made:
             _say(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
         if not made or (job.partial.exists() and not foreign(job.partial)):
-            with claimed(job.partial), _stoppable():
+            with claimed(job.partial), stoppable():
                 if not _is_made(job):  # another run may have finished between
                     _build_whole(job, progress)
                 if job.partial.exists():
@@ -198,23 +195,6 @@ def _is_made(job: _Job) -> bool:
 
 
 # ---- the folder under way -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does. Signals belong to the main thread: elsewhere nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _work_folder(job: _Job, progress: Progress) -> Work:
