@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -73,6 +74,48 @@ def test_every_format_gives_the_same_documents_in_order(tmp_path: Path) -> None:
     assert texts_of(file) == TEXTS
     assert len(pieces_of(file)) == 6
     assert texts_of(write_arrow(tmp_path / "stream.arrow", TEXTS, stream=True)) == TEXTS
+
+
+def test_unusual_tables_give_the_same_documents(tmp_path: Path) -> None:
+    """Row groups without rows, other columns of one name, views, an Arrow file of which only one column is loaded."""
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", empty.schema) as writer:
+        for table in (empty, pyarrow.table({"text": TEXTS[:9]}), empty, pyarrow.table({"text": TEXTS[9:]}), empty):
+            writer.write_table(table)
+    assert texts_of(tmp_path / "a.parquet") == TEXTS
+    view = pyarrow.array(TEXTS, pyarrow.string_view())
+    table = pyarrow.Table.from_arrays([pyarrow.array(TEXTS[::-1])] * 2 + [view], names=["id", "id", "text"])
+    for opener, name in ((pyarrow.ipc.new_file, "b.arrow"), (pyarrow.ipc.new_stream, "c.arrow")):
+        with opener(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        assert texts_of(tmp_path / name) == TEXTS
+
+
+def test_of_an_arrow_file_no_other_column_is_loaded(tmp_path: Path) -> None:
+    table = pyarrow.table({"picture": [b"x" * 1_000_000] * 40, "text": TEXTS})
+    for opener, name in ((pyarrow.ipc.new_file, "a.arrow"), (pyarrow.ipc.new_stream, "b.arrow")):
+        with opener(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        (piece,) = pieces_of(tmp_path / name)
+        before, most = pyarrow.total_allocated_bytes(), 0
+        for row, _ in formats.read_piece(piece, ("text",), None):
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+            assert row[0] in TEXTS
+        assert most < 1_000_000
+
+
+def test_of_a_parquet_row_group_only_some_pages_are_held(tmp_path: Path) -> None:
+    texts = [f"{number}: " + "x" * 20_000 for number in range(2000)]  # 40 MB
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    del table
+    (piece,) = pieces_of(tmp_path / "a.parquet")
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for number, (row, _) in enumerate(formats.read_piece(piece, ("text",), None)):
+        assert row == (texts[number],)
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert number == 1999
+    assert most < 30_000_000  # three times 256 rows, a page of 1,024 rows more
 
 
 def test_two_gzip_members_in_one_file_are_both_read(tmp_path: Path) -> None:
@@ -274,7 +317,13 @@ def test_what_a_user_can_get_wrong_is_named_with_a_remedy(tmp_path: Path) -> Non
     (tmp_path / "cut.arrow").write_bytes(arrow.read_bytes()[:-20])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes())[:-20])
     (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"x"]}), tmp_path / "bytes.parquet")
     cases = [
+        ("gone.json*", "text", "cannot be read"),
+        ("pipe.jsonl", "text", "is a pipe or device"),
+        ("bytes.parquet", "text", "holds binary, not text"),
         ("none*.jsonl", "text", "matches nothing"),
         ("missing.parquet", "text", "matches nothing"),
         ("", "text", "is a folder"),
@@ -291,7 +340,7 @@ def test_what_a_user_can_get_wrong_is_named_with_a_remedy(tmp_path: Path) -> Non
         with pytest.raises(UserError) as error:
             texts_of(tmp_path / name, column=column)
         assert message in str(error.value), (name, error.value)
-        assert name in str(error.value)
+        assert name.rstrip("*") in str(error.value)
 
 
 def test_the_corpus_hash_changes_with_content_order_and_column(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def _named(where: str, file: str) -> str:
 def _check_file(where: str, file: str, columns: tuple[str, ...]) -> None:
     if files.is_folder(file):
         raise UserError(f"{where}: {file} is a folder; name its files, for example {file}/*.parquet")
+    if not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
+        raise UserError(f"{where}: {file} is a pipe or device, which can be read once only; write it into a file first")
     kind = formats.kind(file)
     if kind == "":
         raise UserError(f"{where}: {file}: unknown extension; known are {', '.join(formats.KINDS)}")
@@ -114,8 +116,9 @@ def corpus_hash(sources: Sequence[Source]) -> str:
 
 
 def base_name(file: str) -> str:
-    """What a result may say of a file: where it lies differs between machines that make the same result."""
-    return file.rpartition("/")[2]
+    """What a result may say of a file: where it lies, and by what settings of a URL it is reached, differs between
+    machines that make the same result."""
+    return files.without_settings(file).rpartition("/")[2]
 
 
 def _identity(file: str) -> str:

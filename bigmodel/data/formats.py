@@ -73,17 +73,13 @@ Row = tuple[tuple[str | None, ...] | Malformed, str | None]
 
 def kind(file: str) -> str:
     """What sort of file this is by its name; empty where no reader is for it."""
-    name = _without_settings(file)
+    name = files.without_settings(file)
     return next((one for ending, one in KINDS.items() if name.endswith(ending)), "")
 
 
 def compression(file: str) -> str:
-    name = _without_settings(file)
+    name = files.without_settings(file)
     return next((one for ending, one in COMPRESSIONS.items() if name.endswith(ending)), "")
-
-
-def _without_settings(file: str) -> str:
-    return file.partition("?")[0] if files.is_remote(file) else file
 
 
 # ---- looking ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError
+from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError, without_secrets
 from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, files, mds, units
 from bigmodel.data.cleaning import Part, Scan
 from bigmodel.data.corpus import Source, Unit
@@ -158,6 +158,7 @@ def _settle(settings: Settings) -> _Job:
     identities = corpus.identities(read)
     if wanted.decontaminate:
         recipe["evaluation_sha256"] = corpus.corpus_hash(read[-1:])
+    recipe = json.loads(without_secrets(json.dumps(recipe)))
     corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
     return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities)
 
