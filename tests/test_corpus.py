@@ -77,7 +77,7 @@ def test_every_format_gives_the_same_documents_in_order(tmp_path: Path) -> None:
 
 
 def test_unusual_tables_give_the_same_documents(tmp_path: Path) -> None:
-    """Row groups without rows, other columns of one name, views, an Arrow file of which only one column is loaded."""
+    """Row groups without rows, other columns of one name, views."""
     empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
     with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", empty.schema) as writer:
         for table in (empty, pyarrow.table({"text": TEXTS[:9]}), empty, pyarrow.table({"text": TEXTS[9:]}), empty):
@@ -89,19 +89,6 @@ def test_unusual_tables_give_the_same_documents(tmp_path: Path) -> None:
         with opener(str(tmp_path / name), table.schema) as writer:
             writer.write_table(table)
         assert texts_of(tmp_path / name) == TEXTS
-
-
-def test_of_an_arrow_file_no_other_column_is_loaded(tmp_path: Path) -> None:
-    table = pyarrow.table({"picture": [b"x" * 1_000_000] * 40, "text": TEXTS})
-    for opener, name in ((pyarrow.ipc.new_file, "a.arrow"), (pyarrow.ipc.new_stream, "b.arrow")):
-        with opener(str(tmp_path / name), table.schema) as writer:
-            writer.write_table(table)
-        (piece,) = pieces_of(tmp_path / name)
-        before, most = pyarrow.total_allocated_bytes(), 0
-        for row, _ in formats.read_piece(piece, ("text",), None):
-            most = max(most, pyarrow.total_allocated_bytes() - before)
-            assert row[0] in TEXTS
-        assert most < 1_000_000
 
 
 def test_of_a_parquet_row_group_only_some_pages_are_held(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ a record that is not what its format or column promises comes out as `Malformed`
 cannot be read at all is a `UserError`.
 
 Costs: reading holds, beside a row, some MB of a Parquet column however large its row groups are, a record batch of
-Arrow in the columns asked for, a line of JSONL, a text file, an MDS shard. A compressed JSONL file and an Arrow stream
+Arrow with all its columns, a line of JSONL, a text file, an MDS shard. A compressed JSONL file and an Arrow stream
 cannot be cut: each is one piece, and whoever wants its last rows decompresses it up to there.
 """
 
@@ -211,20 +211,14 @@ def _read_row_group(piece: Piece, columns: tuple[str, ...], key_column: str | No
 def _read_record_batches(piece: Piece, columns: tuple[str, ...], key_column: str | None) -> Iterator[Row]:
     """The record batch of a file, or all of a stream."""
     with files.readable(piece.file), files.open_file(piece.file) as stream:
-        options = _only(_read_schema(piece.file), [*columns, *([key_column] if key_column else [])])
         if _is_arrow_file(stream):
-            batches = iter([pyarrow.ipc.open_file(stream, options=options).get_batch(piece.start)])
+            batches = iter([pyarrow.ipc.open_file(stream).get_batch(piece.start)])
             place = f"of record batch {piece.start}"
         else:
-            batches = iter(pyarrow.ipc.open_stream(stream, options=options))
+            batches = iter(pyarrow.ipc.open_stream(stream))
             place = "of the stream"
         cut = (batch.slice(row, BATCH_ROWS) for batch in batches for row in range(0, batch.num_rows, BATCH_ROWS))
         yield from _rows(piece.file, cut, columns, key_column, place)
-
-
-def _only(schema: pyarrow.Schema, wanted: list[str]) -> pyarrow.ipc.IpcReadOptions:
-    """Do not load the other columns."""
-    return pyarrow.ipc.IpcReadOptions(included_fields=sorted({_index_path(list(schema), name)[0] for name in wanted}))
 
 
 def _is_arrow_file(stream: pyarrow.NativeFile) -> bool:
