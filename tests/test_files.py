@@ -142,6 +142,17 @@ def test_a_store_of_google_that_does_not_answer_is_given_up_after_half_a_minute(
     ]
 
 
+def test_only_hdfs_has_a_root_folder(monkeypatch) -> None:
+    """pyarrow says of a URL's beginning where it lies in the store: a bucket, nothing, or a slash."""
+    for location, base, path in (
+        ("s3://bucket/a/b.jsonl", "bucket", "bucket/a/b.jsonl"),
+        ("abfs://account:key@127.0.0.1:10000/container/a/b.jsonl?enable_tls=false", "", "container/a/b.jsonl"),
+        ("hdfs://host:8020/a/b.jsonl", "/", "/a/b.jsonl"),
+    ):
+        monkeypatch.setattr(files, "_connect", lambda root, base=base: ("store", base))
+        assert files._store(location) == ("store", path)
+
+
 def test_secrets_in_a_url_are_neither_shown_nor_stored(tmp_path: Path, bucket: str) -> None:
     for url, shown in (
         ("s3://KEY:SECRET@b/a.jsonl", "s3://KEY:***@b/a.jsonl"),
