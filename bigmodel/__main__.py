@@ -4,10 +4,12 @@ Exit codes (bigmodel/rundir.py): 0 done, 1 a bug or the machine, 2 something you
 3 stopped by a signal and saved.
 """
 
+import contextlib
 import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -52,10 +54,17 @@ def prepare(
 
     given = {"tokenizer": tokenizer, "scheduler": scheduler}
     options = [f"prepare.{name}={json.dumps(value)}" for name, value in given.items() if value]
-    try:
+    with _stopped("finished units are kept"):
         run(load_settings(run_file, [*override, *options]))
+
+
+@contextlib.contextmanager
+def _stopped(kept: str) -> Iterator[None]:
+    """Ctrl-C ends the command with one message: what is kept, and that the same command goes on."""
+    try:
+        yield
     except KeyboardInterrupt:
-        print("bigmodel: stopped; finished units are kept, the same command goes on from them", file=sys.stderr)
+        print(f"bigmodel: stopped; {kept}, the same command goes on from them", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from None
 
 
@@ -113,7 +122,7 @@ def adopt(
     from bigmodel.data.adopt import adopt as run
     from bigmodel.data.prepare import live
 
-    with live() as progress:
+    with _stopped("taken shards are kept"), live() as progress:
         run(Adoption(folder, into, tokenizer, column, dtype, name, validation, validation_share), progress)
     print(f"{into}: is prepared data; set data.directory to it")
 
@@ -127,7 +136,7 @@ def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
     data = load_settings(run_file, override).data
     if not data.remote:
         raise UserError(f"{run_file}: data.remote is not set; name where to, for example s3://bucket/folder")
-    with live() as progress:
+    with _stopped("uploaded files are kept"), live() as progress:
         run(data.directory, data.remote, progress)
     print(f"{data.directory}: is at {data.remote}")
 

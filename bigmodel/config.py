@@ -7,6 +7,7 @@ prints it without a traceback and exits with code 2.
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 
 class UserError(ValueError):
-    """Something the user can mend: printed without a traceback, exit code 2."""
+    """Something the user can mend: printed without a traceback, exit code 2. Secrets inside URLs are not shown."""
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
+
+
+def without_secrets(text: str) -> str:
+    """A text with URLs, as it may be shown or stored: passwords and keys inside them become ***."""
+    text = re.sub(r"(://[^/@?\s]*:)[^/@?\s]*@", r"\1***@", text)
+    return re.sub(r"([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
 class Section(BaseModel):

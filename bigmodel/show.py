@@ -110,13 +110,19 @@ def sources_table(settings: Settings, manifest: Manifest) -> Table:
 
 
 def lengths_text(manifest: Manifest) -> str:
-    """Length statistics in a line, then a line per power of two: up to so many tokens, a bar, how many documents."""
-    statistics = manifest.statistics
+    """Of documents, and of pairs' targets: length statistics in a line, then a line per power of two: up to so many
+    tokens, a bar, how many."""
+    of_all = _lengths_text("document", manifest.statistics)
+    targets = manifest.statistics.get("target")
+    return "\n".join([of_all, _lengths_text("target of a pair", targets)]) if targets else of_all
+
+
+def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
     bins = sorted((int(top), count) for top, count in statistics["histogram"].items())
     most = max(count for _, count in bins)
     return "\n".join(
         [
-            f"tokens per document: mean {statistics['mean_tokens']:,.0f}, median {statistics['median_tokens']:,.0f}, "
+            f"tokens per {what}: mean {statistics['mean_tokens']:,.0f}, median {statistics['median_tokens']:,.0f}, "
             f"90% below {statistics['p90_tokens']:,.0f}, longest {statistics['max_tokens']:,}; "
             f"{statistics['bytes_per_token']:.2f} bytes per token",
             *(f"up to {top:>9,} {'█' * max(1, round(count / most * 30)):<30} {count:,}" for top, count in bins),

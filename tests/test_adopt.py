@@ -1,6 +1,9 @@
 """Shards that others wrote with MDSWriter become prepared data; what cannot is refused."""
 
+import contextlib
 import fcntl
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,14 @@ import numpy as np
 import pytest
 
 from bigmodel.config import UserError
+from bigmodel.data import adopt as adopting
 from bigmodel.data.adopt import Adoption, adopt
 from bigmodel.data.manifest import Manifest
 from bigmodel.data.prepare import quiet
 from bigmodel.data.shards import ShardStore, define_missing_torchvision_operators
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.data.verify import verify
+from tests.test_prepare import content
 from tests.test_remote import run
 from tests.tiny_corpus import NEWS, prepared
 
@@ -235,3 +240,70 @@ def test_what_others_put_beside_it_is_kept_and_two_at_once_are_refused(
     (tmp_path / "data.partial" / ("a" * 16)).mkdir()  # of an adoption that was killed
     take(home, shards, into)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "ids"]
+
+
+def test_killed_at_any_shard_it_goes_on_from_those_it_has_taken_and_the_result_is_the_same(
+    home: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [{"tokens": ids} for ids in whole(tokenizer)]
+    shards = write_shards(tmp_path / "ids", {"tokens": "ndarray:uint16"}, samples)
+    undisturbed = content(take(home, shards, tmp_path / "whole", validation_share=0.2))
+    into, kept, calls = tmp_path / "data", [], []
+    write = adopting._Taken.write
+
+    def killed_at_the_second(self: adopting._Taken, path: Path, text: bytes) -> None:
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(self, path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adopting._Taken, "write", killed_at_the_second)
+        while not into.exists():
+            calls.clear()
+            with contextlib.suppress(KeyboardInterrupt):
+                take(home, shards, into, validation_share=0.2)
+            assert len(calls) <= 2  # what was taken is not taken again
+            assert len(kept) < 20
+            kept.append(len(list((tmp_path / "data.partial").rglob("taken/*.npz"))))
+    assert kept[:-1] == list(range(1, len(kept)))
+    assert len(kept) > 5
+    assert content(into) == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "ids", "whole"]
+    # A result that was half made is made anew; a damaged record is taken again.
+    with monkeypatch.context() as patch:
+        patch.setattr(adopting, "describe_files", stop)
+        with pytest.raises(KeyboardInterrupt):
+            take(home, shards, tmp_path / "again", validation_share=0.2)
+    record = next((tmp_path / "again.partial").rglob("taken/00001.npz"))
+    record.write_bytes(record.read_bytes()[:-30])
+    assert content(take(home, shards, tmp_path / "again", validation_share=0.2)) == undisturbed
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_shards_that_changed_since_are_taken_again_and_while_they_are_taken_refused(
+    home: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, samples = {"tokens": "ndarray:uint16"}, [{"tokens": ids} for ids in whole(tokenizer)]
+    shards = write_shards(tmp_path / "ids", columns, samples)
+    with monkeypatch.context() as patch:
+        patch.setattr(adopting, "describe_files", stop)
+        with pytest.raises(KeyboardInterrupt):
+            take(home, shards, tmp_path / "data", validation_share=0.2)
+    shutil.rmtree(shards)
+    write_shards(tmp_path / "ids", columns, samples[::-1])
+    directory = take(home, shards, tmp_path / "data", validation_share=0.2)
+    assert stored(directory, "train")[0] == samples[-1]["tokens"].tolist()
+    write_manifest = Manifest.write
+
+    def change(self: Manifest, folder: Path) -> None:
+        os.utime(Path(shards) / "shard.00001.mds", ns=(1, 1))
+        write_manifest(self, folder)
+
+    monkeypatch.setattr(Manifest, "write", change)
+    with pytest.raises(UserError, match=r"ids: its shards or the tokenizer changed while they were adopted"):
+        take(home, shards, tmp_path / "other", validation_share=0.2)
+    assert not (tmp_path / "other").exists()

@@ -50,7 +50,7 @@ def test_rows_are_kept_or_dropped_for_one_reason_and_add_up_in_documents_and_byt
         "duplicate": 3,
         "cleaned": 0,
     }
-    assert [record.place for scan in scans for record in scan.malformed] == ["line 7"]
+    assert [record.place for scan in scans for record in scan.malformed] == ["byte 146"]
 
 
 def test_cleaning_changes_what_the_settings_say_and_its_bytes_are_counted(tmp_path: Path) -> None:

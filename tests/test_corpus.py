@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -10,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from bigmodel.config import SourceSettings, UserError
-from bigmodel.data import corpus
-from bigmodel.data.corpus import Malformed
+from bigmodel.data import corpus, formats
+from bigmodel.data.formats import Malformed
 
 TEXTS = [f"document {number}: " + "été " * number for number in range(40)]
 
@@ -19,6 +21,10 @@ TEXTS = [f"document {number}: " + "été " * number for number in range(40)]
 def units_of(*files: Path | str, column: str = "text", name: str = "a", target: str | None = None) -> list[corpus.Unit]:
     settings = SourceSettings(name=name, files=[str(f) for f in files], column=column, target_column=target)
     return corpus.plan_units(corpus.find_source(settings))
+
+
+def pieces_of(*files: Path | str) -> list[formats.Piece]:
+    return [piece for unit in units_of(*files) for piece in unit.pieces]
 
 
 def rows_of(*files: Path | str, column: str = "text", target: str | None = None) -> list[object]:
@@ -63,11 +69,40 @@ def test_every_format_gives_the_same_documents_in_order(tmp_path: Path) -> None:
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
         file = write_parquet(tmp_path / "a.parquet", TEXTS, kind)
         assert texts_of(file) == TEXTS
-        assert len(units_of(file)) == 6  # 40 rows in groups of 7: read a group at a time
+        assert len(pieces_of(file)) == 6  # 40 rows in groups of 7: read a group at a time
     file = write_arrow(tmp_path / "a.arrow", TEXTS)
     assert texts_of(file) == TEXTS
-    assert len(units_of(file)) == 6
+    assert len(pieces_of(file)) == 6
     assert texts_of(write_arrow(tmp_path / "stream.arrow", TEXTS, stream=True)) == TEXTS
+
+
+def test_unusual_tables_give_the_same_documents(tmp_path: Path) -> None:
+    """Row groups without rows, other columns of one name, views."""
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", empty.schema) as writer:
+        for table in (empty, pyarrow.table({"text": TEXTS[:9]}), empty, pyarrow.table({"text": TEXTS[9:]}), empty):
+            writer.write_table(table)
+    assert texts_of(tmp_path / "a.parquet") == TEXTS
+    view = pyarrow.array(TEXTS, pyarrow.string_view())
+    table = pyarrow.Table.from_arrays([pyarrow.array(TEXTS[::-1])] * 2 + [view], names=["id", "id", "text"])
+    for opener, name in ((pyarrow.ipc.new_file, "b.arrow"), (pyarrow.ipc.new_stream, "c.arrow")):
+        with opener(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        assert texts_of(tmp_path / name) == TEXTS
+
+
+def test_of_a_parquet_row_group_only_some_pages_are_held(tmp_path: Path) -> None:
+    texts = [f"{number}: " + "x" * 20_000 for number in range(2000)]  # 40 MB
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    del table
+    (piece,) = pieces_of(tmp_path / "a.parquet")
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for number, (row, _) in enumerate(formats.read_piece(piece, ("text",), None)):
+        assert row == (texts[number],)
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert number == 1999
+    assert most < 30_000_000  # three times 256 rows, a page of 1,024 rows more
 
 
 def test_two_gzip_members_in_one_file_are_both_read(tmp_path: Path) -> None:
@@ -153,7 +188,7 @@ def test_of_a_line_longer_than_its_unit_no_more_than_the_unit_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "UNIT_BYTES", 1000)
-    monkeypatch.setattr(corpus, "BUFFER_BYTES", 100)
+    monkeypatch.setattr(formats, "BUFFER_BYTES", 100)
     file = write_jsonl(tmp_path / "a.jsonl", ["x" * 10_000, "last"])
     read: list[int] = []
 
@@ -162,7 +197,7 @@ def test_of_a_line_longer_than_its_unit_no_more_than_the_unit_is_read_again(
             read.append(len(line := super().readline(size)))
             return line
 
-    monkeypatch.setattr(corpus.io, "BufferedReader", Counted)
+    monkeypatch.setattr(formats.io, "BufferedReader", Counted)
     units = units_of(file)
     read.clear()
     assert [list(corpus.read_unit(unit)) for unit in units[1:10]] == [[]] * 9
@@ -200,9 +235,11 @@ def test_malformed_records_come_out_with_place_and_reason(tmp_path: Path, monkey
     file.write_bytes(b"\n".join([*lines, b'{"text": "last"}']))
     rows = rows_of(file)
     assert (rows[0], rows[-1]) == (("x",), ("last",))
-    malformed = rows[1:-1]
-    assert all(isinstance(row, Malformed) and row.file == str(file) for row in malformed)
-    found = [(row.place, row.reason.partition(":")[0]) for row in malformed if isinstance(row, Malformed)]
+    malformed = [row for row in rows[1:-1] if isinstance(row, Malformed)]
+    assert len(malformed) == len(rows) - 2
+    assert all(row.file == str(file) for row in malformed)
+    named = reversed(corpus.with_line_numbers(malformed[::-1]))  # whatever their order
+    found = [(row.place, row.reason.partition(":")[0]) for row in named]
     assert found == [
         ("line 3", "not valid JSON"),
         ("line 4", "a list, not a JSON object"),
@@ -210,6 +247,44 @@ def test_malformed_records_come_out_with_place_and_reason(tmp_path: Path, monkey
         ("line 6", "'text' is int, not text"),
         ("line 7", "'text' holds half of a surrogate pair, which no encoding has"),
     ]
+
+
+def test_the_lines_of_malformed_records_are_counted_in_one_pass(tmp_path: Path, monkeypatch) -> None:
+    lines = [b'{"text": "x"}\n' if number % 10 else b"[]\n" for number in range(1000)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[5:]))
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 500)
+    monkeypatch.setattr(formats, "BUFFER_BYTES", 100)
+    malformed = [row for row in rows_of(tmp_path / "*.jsonl*") if isinstance(row, Malformed)]
+    opened: list[str] = []
+    original = formats._open_lines
+    monkeypatch.setattr(formats, "_open_lines", lambda file: (opened.append(Path(file).name), original(file))[1])
+    named = corpus.with_line_numbers(malformed)
+    assert opened == ["a.jsonl.gz", "b.jsonl"]
+    assert [row.place for row in named] == [
+        *(f"line {number}" for number in range(1, 1000, 10)),
+        *(f"line {number}" for number in range(6, 995, 10)),
+    ]
+
+
+def test_many_small_files_and_row_groups_share_a_unit_and_large_ones_do_not(tmp_path: Path, monkeypatch) -> None:
+    for number in range(3000):
+        (tmp_path / f"{number:04}.txt").write_text(f"text {number}")
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    for number in range(20):
+        write_jsonl(tmp_path / f"{number:02}.jsonl", [f"line {number}"])
+    (unit,) = units_of(tmp_path / "*.txt", tmp_path / "a.parquet", tmp_path / "*.jsonl")
+    assert len(unit.pieces) == 3000 + 6 + 20
+    expected = [f"text {number}" for number in range(3000)] + TEXTS + [f"line {number}" for number in range(20)]
+    assert [row[0] for row, _ in corpus.read_unit(unit) if isinstance(row, tuple)] == expected
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 2500)
+    (tmp_path / "0100.txt").write_text("x" * 3000)
+    units = units_of(tmp_path / "*.txt")
+    assert sum(len(unit.pieces) for unit in units) == 3000
+    assert [unit.num_bytes for unit in units if unit.num_bytes > 2500] == [3000]
+    assert len(units) < 20
+    for unit, following in itertools.pairwise(units):
+        assert unit.num_bytes + following.pieces[0].num_bytes > 2500  # as full as can be
 
 
 def test_bytes_that_are_not_utf8_are_malformed_and_their_neighbours_are_not(tmp_path: Path) -> None:
@@ -229,7 +304,13 @@ def test_what_a_user_can_get_wrong_is_named_with_a_remedy(tmp_path: Path) -> Non
     (tmp_path / "cut.arrow").write_bytes(arrow.read_bytes()[:-20])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes())[:-20])
     (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"x"]}), tmp_path / "bytes.parquet")
     cases = [
+        ("gone.json*", "text", "cannot be read"),
+        ("pipe.jsonl", "text", "is a pipe or device"),
+        ("bytes.parquet", "text", "holds binary, not text"),
         ("none*.jsonl", "text", "matches nothing"),
         ("missing.parquet", "text", "matches nothing"),
         ("", "text", "is a folder"),
@@ -246,7 +327,7 @@ def test_what_a_user_can_get_wrong_is_named_with_a_remedy(tmp_path: Path) -> Non
         with pytest.raises(UserError) as error:
             texts_of(tmp_path / name, column=column)
         assert message in str(error.value), (name, error.value)
-        assert name in str(error.value)
+        assert name.rstrip("*") in str(error.value)
 
 
 def test_the_corpus_hash_changes_with_content_order_and_column(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Sources in stores: listed, read and prepared as local ones, by any process; what fails is named."""
 
+import contextlib
 import json
 import shutil
 import socket
+import subprocess
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +17,9 @@ from bigmodel.config import UserError
 from bigmodel.data import corpus, files
 from bigmodel.data import prepare as preparing
 from bigmodel.data.prepare import prepare, quiet
+from bigmodel.data.remote import upload
+from bigmodel.data.shards import ShardStore
+from bigmodel.data.verify import verify
 from tests.s3 import put, refusing_server, s3_server
 from tests.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
 
@@ -95,6 +102,110 @@ def test_a_host_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    location = f"s3://x/a.jsonl?endpoint_override={address}&scheme=http&region=us-east-1&access_key=a&secret_key=b"
-    with pytest.raises(UserError, match="cannot be read"):
+    location = f"s3://a:b@x/a.jsonl?endpoint_override={address}&scheme=http&region=us-east-1"
+    with pytest.raises(UserError, match=r"cannot be read: .*onnect"):
         files.find(location)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("az://c/a.jsonl", ["no driver for this kind of URL", "adlfs"]),
+        ("abfs://c/a.jsonl", ["cannot be read", "account name", "AZURE_TENANT_ID, AZURE_CLIENT_ID"]),
+        ("hdfs://127.0.0.1:9/a.jsonl", ["cannot be read", "a Kerberos ticket, HADOOP_HOME and CLASSPATH"]),
+        (
+            "gs://anonymous@b/a.jsonl?scheme=http&endpoint_override=127.0.0.1:9&retry_limit_seconds=1",
+            ["cannot be read", "GOOGLE_APPLICATION_CREDENTIALS"],
+        ),
+        ("gs://b/a.jsonl?sheme=http", ["cannot be read", "sheme"]),
+    ],
+)
+def test_other_stores_without_driver_or_credentials_are_one_message(location: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        files.find(location)
+    assert str(error.value).startswith(location)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_store_of_google_that_does_not_answer_is_given_up_after_half_a_minute(monkeypatch) -> None:
+    """Its client's own limit is 15 minutes."""
+    asked: list[str] = []
+    monkeypatch.setattr(files, "_connect", lambda root: (asked.append(root), ("store", "b/"))[1])
+    assert files._store("gs://b/a.jsonl") == ("store", "b/a.jsonl")
+    assert files._store("gcs://b/a.jsonl?scheme=http") == ("store", "b/a.jsonl")
+    files._store("gs://b/a.jsonl?retry_limit_seconds=5")
+    assert asked == [
+        "gs://b?retry_limit_seconds=30",
+        "gcs://b?scheme=http&retry_limit_seconds=30",
+        "gs://b?retry_limit_seconds=5",
+    ]
+
+
+def test_only_hdfs_has_a_root_folder(monkeypatch) -> None:
+    """pyarrow says of a URL's beginning where it lies in the store: a bucket, nothing, or a slash."""
+    for location, base, path in (
+        ("s3://bucket/a/b.jsonl", "bucket", "bucket/a/b.jsonl"),
+        ("abfs://account:key@127.0.0.1:10000/container/a/b.jsonl?enable_tls=false", "", "container/a/b.jsonl"),
+        ("hdfs://host:8020/a/b.jsonl", "/", "/a/b.jsonl"),
+    ):
+        monkeypatch.setattr(files, "_connect", lambda root, base=base: ("store", base))
+        assert files._store(location) == ("store", path)
+
+
+def test_secrets_in_a_url_are_neither_shown_nor_stored(tmp_path: Path, bucket: str) -> None:
+    for url, shown in (
+        ("s3://KEY:SECRET@b/a.jsonl", "s3://KEY:***@b/a.jsonl"),
+        ("abfs://c:QUJD%2F%3D@x.dfs.core.windows.net/a", "abfs://c:***@x.dfs.core.windows.net/a"),
+        ("x://b/a?access_key=K&secret_key=S&region=r", "x://b/a?access_key=***&secret_key=***&region=r"),
+        ("/data/key=x/a@b.jsonl", "/data/key=x/a@b.jsonl"),
+        ("s3://b/key=x/a@b:c.jsonl", "s3://b/key=x/a@b:c.jsonl"),
+    ):
+        assert str(UserError(f"{url}: cannot be read")) == f"{shown}: cannot be read"
+    url = bucket.replace("s3://", "s3://a:TOPSECRET@")
+    source = {"name": "news", "files": [f"{url}/text/news.*"], "column": "body"}
+    directory = prepared(tmp_path, sources=[source])
+    assert all(b"TOPSECRET" not in path.read_bytes() for path in directory.rglob("*") if path.is_file())
+    again = prepared(tmp_path, sources=[source])  # already prepared
+    assert preparing.Manifest.read(again).recipe["sources"][0]["files"] == [
+        f"{url}/text/news.*".replace("TOPSECRET", "***")
+    ]
+
+
+def test_a_store_of_google_is_prepared_uploaded_and_fetched_from(tmp_path: Path) -> None:
+    program = shutil.which("fake-gcs-server")
+    if not program:
+        pytest.skip("fake-gcs-server is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ["-scheme", "http", "-host", "127.0.0.1", "-port", address.rpartition(":")[2], "-backend", "memory"]
+    server = subprocess.Popen([program, *options, "-public-host", address], stderr=subprocess.DEVNULL)
+    try:
+        request = urllib.request.Request(f"http://{address}/storage/v1/b", b'{"name": "shards"}')
+        request.add_header("Content-Type", "application/json")
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(request).close()
+                break
+            time.sleep(0.1)
+        settings = f"?scheme=http&endpoint_override={address}"
+        local = prepared(tmp_path)
+        for name in ("news.jsonl", "letters.parquet"):
+            content = (tmp_path / "text" / name).read_bytes()
+            files.write(f"gs://anonymous@shards/text/{name}{settings}", [content])
+        sources = tiny_settings(tmp_path).prepare.model_dump()["sources"]
+        for source, name in zip(sources, ("news.*", "letters.parquet"), strict=True):
+            source["files"] = [f"gs://anonymous@shards/text/{name}{settings}"]
+        made = prepared(tmp_path / "from-store", sources=sources)
+        for name in ("train/news/shard.00000.mds", "train/letters/index.json", "tokenizer.json"):
+            assert (made / name).read_bytes() == (local / name).read_bytes()
+        url = f"gs://anonymous@shards/made{settings}"
+        upload(made, url, quiet())
+        assert verify(url, quiet()) == []
+        ShardStore(tmp_path / "node", "train", url).document("news", 0, 0)
+        shard = "train/news/shard.00000.mds"
+        assert (tmp_path / "node" / shard).read_bytes() == (made / shard).read_bytes()
+    finally:
+        server.kill()
+        server.wait()

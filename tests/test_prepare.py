@@ -18,6 +18,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -40,6 +42,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepare")
     prepared(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_units(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The news are cut into 4 units and the letters into 3, of one part each; `home` was not: no byte may differ."""
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 9000)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -162,9 +170,9 @@ def disk_is_full(*_: object, **__: object) -> None:
     ("place", "kept"),
     [
         ((cleaning, "write_arrays"), 0),
-        ((preparing, "save_array"), 4),
-        ((mds, "encode_shard"), 8),
-        ((preparing, "describe_files"), 8),
+        ((preparing, "save_array"), 7),
+        ((mds, "encode_shard"), 14),
+        ((preparing, "describe_files"), 14),
     ],
 )
 def test_a_disk_that_becomes_full_keeps_finished_units_and_says_how_to_go_on(
@@ -201,10 +209,10 @@ def test_any_other_error_keeps_them_too(home: Path, tmp_path: Path, monkeypatch:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "length_statistics", fail)
+        patch.setattr(preparing, "all_statistics", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
-    assert len(partial_files(tmp_path)) == 8
+    assert len(partial_files(tmp_path)) == 14
     monkeypatch.setattr(cleaning, "scan_unit", lambda *_: pytest.fail("scanned again"))
     monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized again"))
     monkeypatch.setattr(mds, "encode_shard", lambda *_: pytest.fail("wrote a shard again"))
@@ -217,12 +225,13 @@ def test_a_disk_without_room_is_refused_before_tokens_are_written(
 ) -> None:
     monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    with pytest.raises(UserError, match=r"needs about 17 MB, 1 MB are free.*\n4 finished units are kept"):
+    with pytest.raises(UserError, match=r"needs about 17 MB, 1 MB are free.*\n7 finished units are kept"):
         prepared(tmp_path)
     assert not (tmp_path / "data").exists()
 
 
 def test_no_room_is_asked_for_what_is_written_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 1 << 20)
     file = tmp_path / "long.jsonl"  # 350 kB of words that become one token each
     texts = [f"{number} " + "Donaudampfschifffahrtsgesellschaft " * 50 for number in range(200)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -238,7 +247,7 @@ def test_only_what_the_same_command_can_mend_says_that_it_goes_on(tmp_path: Path
     with pytest.raises(UserError, match=r"prepare.vocabulary = 5000") as error:
         prepared(tmp_path, vocabulary=5000)
     assert "the same command" not in str(error.value)
-    assert len(partial_files(tmp_path)) == 4
+    assert len(partial_files(tmp_path)) == 7
 
 
 def test_a_path_that_looks_like_markup_is_printed_as_it_is(home: Path, tmp_path: Path) -> None:
@@ -252,7 +261,7 @@ def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypat
     room = iter([10**9, 10**9, 10**6])  # before tokenizing, and after the first and the second unit
     with monkeypatch.context() as patch:
         patch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, next(room)))
-        with pytest.raises(UserError, match="the disk became full; 6 finished units are kept"):
+        with pytest.raises(UserError, match="the disk became full; 9 finished units are kept"):
             prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     assert content(tmp_path / "data") == content(home / "data")
@@ -312,11 +321,11 @@ def test_a_damaged_file_of_a_finished_unit_is_made_again(
     work = next((tmp_path / "data.partial").iterdir())
     for file in (
         work / "scan" / "00000.npz",
-        work / "encoded" / "00001.npz",
+        work / "encoded" / "00001-0000.npz",
         work / "result/train/news/shard.00001.mds",
     ):
         file.write_bytes(file.read_bytes()[:-40])
-    encoded = work / "encoded" / "00002.npz"
+    encoded = work / "encoded" / "00002-0000.npz"
     whole = encoded.read_bytes()
     place = whole.index(b"PK", 4) - 1  # the last byte of the first array
     encoded.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -370,7 +379,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
     prepare(settings, Progress(console=console, disable=True))
-    assert "going on from 4 finished units" in console.export_text()
+    assert "going on from 7 finished units" in console.export_text()
     manifest = Manifest.read(tmp_path / "data")
     assert (manifest.rows["news"]["malformed"], manifest.rows["news"]["kept"]) == (3, 101)
     assert manifest.row_bytes["news"]["malformed"] == len(b'{"body": 3}\n\xff\n[]\n')
@@ -534,13 +543,14 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 STOPPED = """
 import sys, time
 from bigmodel.__main__ import main
-from bigmodel.data import encoding
-encode = encoding.encode_unit
+from bigmodel.data import corpus, encoding
+corpus.UNIT_BYTES = 9000
+encode = encoding.encode_parts
 def encode_and_wait(*arguments):
     encode(*arguments)
     print("encoded", flush=True)
     time.sleep(600)
-encoding.encode_unit = encode_and_wait
+encoding.encode_parts = encode_and_wait
 main()
 """
 
@@ -724,6 +734,10 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
     both = manifest.counts["pairs"].values()
     tokens = sum(counts["tokens"] - 2 * counts["documents"] for counts in both)
     assert manifest.statistics["bytes_per_token"] == sum(len(pair["de"].encode()) for pair in pairs) / tokens
+    of_targets = manifest.statistics["target"]
+    assert sum(of_targets["histogram"].values()) == sum(manifest.statistics["histogram"].values()) == 60
+    assert of_targets["mean_tokens"] == sum(counts["target_tokens"] for counts in both) / 60
+    assert of_targets["max_tokens"] < manifest.statistics["median_tokens"]  # "house 7" against nine times "Haus 7"
     assert found == [pair for pair in pairs if pair in found]
     assert 30 < len(found) < 60
     assert verify(str(directory), quiet()) == []
@@ -771,3 +785,49 @@ def test_the_embedded_corpus_is_prepared_without_any_source(tmp_path: Path, monk
     monkeypatch.setattr(embedded, "standard_library", lambda: modules[1:])
     with pytest.raises(UserError, match="Python's standard library has other content now"):
         prepared(tmp_path, sources=[], validation_share=0.2, shard_tokens=1_000_000)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "arrow", "parquet"])
+def test_one_large_file_is_tokenized_in_parts_by_several_tasks_and_goes_on_between_them(
+    kind: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*NEWS, None, "", NEWS[3]]
+    file = tmp_path / f"news.{kind}"
+    if kind.startswith("jsonl"):
+        with pyarrow.CompressedOutputStream(str(file), "gzip" if kind.endswith("gz") else "zstd") as stream:
+            stream.write("".join(json.dumps({"body": text}) + "\n" for text in texts).encode())
+    elif kind == "arrow":
+        table = pyarrow.table({"id": list(range(len(texts))), "body": texts})
+        with pyarrow.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"body": texts}), file)
+    sources = tiny_settings(home).prepare.model_dump()["sources"]
+    sources[0]["files"] = [str(file)]
+    settings = elsewhere(tiny_settings(home, sources=sources), tmp_path)
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(preparing, "TASKS_A_PROCESS", 12)
+    tasks: list[tuple[int, list[int]]] = []
+    kills = [2]  # at the second task
+    encode = encoding.encode_parts
+
+    def note(number: int, unit: corpus.Unit, parts: list[cleaning.Part], *rest: Any) -> None:
+        tasks.append((number, [part.number for part in parts]))
+        if len(tasks) in kills:
+            raise RuntimeError("killed")
+        encode(number, unit, parts, *rest)
+
+    monkeypatch.setattr(encoding, "encode_parts", note)
+    with pytest.raises(RuntimeError, match="killed"):
+        prepare(settings, quiet())
+    assert [name for name in partial_files(tmp_path) if name.startswith("encoded")] == [
+        "encoded/00000-0000.npz",
+        "encoded/00000-0001.npz",
+        "encoded/00000-0002.npz",
+    ]
+    tasks.clear()
+    kills.clear()
+    prepare(settings, quiet())
+    assert tasks[:3] == [(0, [0, 1, 2]), (0, [3, 4, 5]), (0, [6, 7])]  # 34,000 bytes of text
+    for folder in ("train/news", "validation/news", "train/letters", "validation/letters"):
+        assert content(tmp_path / "data" / folder) == content(home / "data" / folder)

@@ -122,7 +122,7 @@ def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     from bigmodel.data.encoding import Work, scan_unit
 
     with pytest.raises(UserError, match=r"elsewhere/scan: is not there on .*every worker of prepare.scheduler sees"):
-        scan_unit(0, Unit("a", ("a.jsonl",), ("text",), None, 0, 0, 1), PrepareSettings(), Work(tmp_path / "elsewhere"))
+        scan_unit(0, Unit("a", (), ("text",), None), PrepareSettings(), Work(tmp_path / "elsewhere"))
 
 
 def test_without_distributed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

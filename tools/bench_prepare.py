@@ -2,6 +2,8 @@
 
     python -m tools.bench_prepare --megabytes 32 --repeats 3
 
+    python -m tools.bench_prepare --memory --megabytes 400
+
 Text: Python's standard library, repeated with its lines shuffled, so that no document is a duplicate, as Parquet.
 All ways use the same tokenizer.json, trained before. Each is a process of its own; they take turns, and the median
 counts. Writes benchmarks/prepare.json and prepare.png and prints the table for benchmarks/README.md.
@@ -12,6 +14,9 @@ counts. Writes benchmarks/prepare.json and prepare.png and prints the table for 
 - `prepare`: the whole command, from the start of Python to the renamed folder: hash, scan, deduplicate, tokenize,
   shards, length index, manifest.
 - `prepare, exact`: the same where the fast path does not serve, so that the tokenizers library does the work.
+
+`--memory`: the most resident memory of `prepare` in one process, with the text as one file of each kind that cannot be
+cut or has one row group. Prints a table.
 """
 
 import argparse
@@ -131,12 +136,12 @@ def one_process(folder: Path) -> dict[str, float]:
         return clock.read()
 
 
-def whole_prepare(folder: Path, tokenizer: str) -> dict[str, float]:
+def whole_prepare(folder: Path, tokenizer: str, file: str = "text.parquet", more: str = "") -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run_file = Path(out) / "run.toml"
         run_file.write_text(
-            f'[data]\ndirectory = "{out}/data"\n[prepare]\ntokenizer = "{folder}/{tokenizer}"\n'
-            f'[[prepare.sources]]\nname = "text"\nfiles = ["{folder}/text.parquet"]\n'
+            f'[data]\ndirectory = "{out}/data"\n[prepare]\ntokenizer = "{folder}/{tokenizer}"\n{more}'
+            f'[[prepare.sources]]\nname = "text"\nfiles = ["{folder}/{file}"]\n'
         )
         clock = Clock()
         subprocess.run([sys.executable, "-m", "bigmodel", "prepare", run_file], cwd=ROOT, check=True, stdout=sys.stderr)
@@ -198,6 +203,43 @@ def compare(megabytes: int, repeats: int) -> dict[str, Any]:
     }
 
 
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def measure_memory(megabytes: int) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    print("| one file | most resident MB | CPU s |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder, megabytes)
+        write_tokenizer(folder)
+        text = pyarrow.parquet.read_table(folder / "text.parquet")
+        for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "arrow", "parquet"):
+            file = folder / f"text.{kind}"
+            if kind == "parquet":
+                pyarrow.parquet.write_table(text, file, row_group_size=len(text))
+            elif kind == "arrow":
+                with pyarrow.ipc.new_stream(str(file), text.schema) as writer:
+                    writer.write_table(text, max_chunksize=1000)
+            else:
+                compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}.get(kind)
+                with pyarrow.output_stream(str(file), compression=compression) as stream:
+                    for one in text["text"]:
+                        stream.write(json.dumps({"text": one.as_py()}).encode() + b"\n")
+            way = f"prepare, {kind}"
+            command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", name]
+            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(f"| {kind}, {file.stat().st_size / 1e6:.0f} MB | {found['resident']:.0f} | {found['cpu']:.0f} |")
+
+
+def prepare_one_file(folder: Path, kind: str) -> dict[str, float]:
+    found = whole_prepare(folder, "tokenizer.json", f"text.{kind}", "workers = 1\n")
+    return found | {"resident": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+
+
 def table(result: dict[str, Any]) -> str:
     speeds = result["megabytes_per_second"]
     lines = ["| | wall s | CPU s | MB/s | of tokenizers alone |", "|---|---|---|---|---|"]
@@ -228,11 +270,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", choices=WAYS, help="run one way and print its seconds")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--way", help="run one way and print its seconds")
     parser.add_argument("--folder", type=Path, help="with --way: where the text is")
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(WAYS[arguments.way](arguments.folder)))
+        kind = arguments.way.removeprefix("prepare, ")
+        way = WAYS.get(arguments.way) or (lambda folder: prepare_one_file(folder, kind))
+        print(json.dumps(way(arguments.folder)))
+        return
+    if arguments.memory:
+        measure_memory(arguments.megabytes)
         return
     result = compare(arguments.megabytes, arguments.repeats)
     (ROOT / "benchmarks" / "prepare.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,8 @@ such samples are several documents in one, and training would let them see each 
 
 Guarantees: every document is kept but empty ones, in the order in which it is stored, and ids are never changed. A
 shard whose every document is stored as ours are, uncompressed, and goes to one split, is linked (copied between
-disks), else written anew. The folder appears whole, by one rename. Killed, it starts over.
+disks), else written anew. The folder appears whole, by one rename. Killed, it goes on from the shards that it has
+taken, in `<into>.partial`, if shards, tokenizer and versions are the same.
 
 Costs: about 1 MB of text a second and core: the documents are decoded, for the bytes of their text are counted.
 """
@@ -23,7 +24,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from rich.progress import Progress
 
 from bigmodel.config import Settings, UserError, settings_from_table
 from bigmodel.data import files, mds, units
-from bigmodel.data.cleaning import is_validation
-from bigmodel.data.encoding import save_array
+from bigmodel.data.cleaning import is_validation, is_whole, write_arrays
+from bigmodel.data.encoding import read_array, save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import PICTURE, SPLITS, Manifest, describe_files
-from bigmodel.data.partial import claimed, folders_in, partial_of, put_in_place
+from bigmodel.data.partial import claimed, folders_in, partial_of, put_in_place, stoppable
 from bigmodel.data.prepare import keep_boundaries, prepare
 from bigmodel.data.shards import decode_value, length_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, tokenizer_file
@@ -45,6 +46,7 @@ from bigmodel.rundir import write_atomically
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # names that are looked for
 COMPRESSIONS = {".zstd": "zstd", ".gz": "gzip", ".br": "brotli"}
+FORMAT = 1  # raise it when what is kept of a taken shard changes
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 
 
@@ -70,8 +72,12 @@ class _Shard:
     file: str
     number: int
     split: str
-    into: Path
+    work: Path
     adoption: Adoption
+
+    @property
+    def taken(self) -> Path:
+        return self.work / "taken" / f"{self.number:05}.npz"
 
 
 @dataclass
@@ -82,11 +88,25 @@ class _Taken:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
     text_bytes: dict[str, int] = field(default_factory=dict)
-    validation_text: bytes = b""
     empty: int = 0
     begins_added: int = 0
     ends_added: int = 0
     linked: int = 0
+
+    def write(self, path: Path, validation_text: bytes) -> None:
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "lengths"}
+        write_arrays(
+            path,
+            facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
+            validation_text=np.frombuffer(validation_text, np.uint8),
+            **self.lengths,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "_Taken":
+        with np.load(path) as arrays:
+            lengths = {split: arrays[split] for split in SPLITS if split in arrays}
+            return cls(**json.loads(arrays["facts"].tobytes()), lengths=lengths)
 
 
 def find_column(adoption: Adoption) -> tuple[str, str]:
@@ -140,26 +160,49 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
     if encoding == "str":
         return prepare(settings, progress)
     partial = partial_of(into)
-    with claimed(partial):
+    with claimed(partial), stoppable():
+        shards = _all_shards(adoption, partial)
+        work = shards[0].work
         for leftover in folders_in(partial):
-            shutil.rmtree(leftover)
-        made = partial / hashlib.sha256(repr(adoption).encode()).hexdigest()[:16]
-        _make(adoption, made, progress)
-        put_in_place(made, into)
-        partial.rmdir()
+            if leftover != work:
+                shutil.rmtree(leftover)
+        _make(adoption, shards, progress)
+        if _all_shards(adoption, partial) != shards:
+            raise UserError(
+                f"{adoption.folder}: its shards or the tokenizer changed while they were adopted; run again"
+            )
+        put_in_place(work / "result", into)
+        shutil.rmtree(partial)
     return into
 
 
-def _make(adoption: Adoption, made: Path, progress: Progress) -> None:
-    tokenizer = Tokenizer.load(adoption.tokenizer, fast=False)
-    for split in SPLITS:
-        (made / split / adoption.name).mkdir(parents=True)
+def _all_shards(adoption: Adoption, partial: Path) -> list[_Shard]:
+    """The shards to take in, with the folder for this way of taking them."""
+    first = SPLITS[0] if adoption.validation else ""
+    places = [(file, first) for file in list_shards(adoption.folder)]
+    if adoption.validation:
+        places += [(file, SPLITS[1]) for file in list_shards(adoption.validation)]
     given = tokenizer_file(adoption.tokenizer)
-    write_atomically(made / "tokenizer.json", given.read_bytes())
-    keep_boundaries(given.parent, made)
-    taken = _take_all(adoption, made, progress)
+    names = [given.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    identities = [files.identity(file) for file, _ in places]
+    identities += [files.identity(str(name)) for name in [given, *names] if name.exists()]
+    everything = [FORMAT, repr(adoption), places, identities, units.versions()]
+    work = partial / hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+    return [_Shard(file, number, split, work, adoption) for number, (file, split) in enumerate(places)]
+
+
+def _make(adoption: Adoption, shards: Sequence[_Shard], progress: Progress) -> None:
+    tokenizer = Tokenizer.load(adoption.tokenizer, fast=False)
+    work = shards[0].work
+    for split in SPLITS:
+        (work / split).mkdir(parents=True, exist_ok=True)
+    (work / "taken").mkdir(exist_ok=True)
+    given = tokenizer_file(adoption.tokenizer)
+    write_atomically(work / "tokenizer.json", given.read_bytes())
+    keep_boundaries(given.parent, work)
+    taken = _take_all(shards, progress)
     _say(adoption, taken, progress)
-    _finish(adoption, tokenizer, taken, made)
+    _finish(adoption, tokenizer, shards, taken)
 
 
 def _settings(adoption: Adoption) -> Settings:
@@ -170,16 +213,14 @@ def _settings(adoption: Adoption) -> Settings:
     return settings_from_table(table, Path("adopt"))
 
 
-def _take_all(adoption: Adoption, partial: Path, progress: Progress) -> list[_Taken]:
-    first = SPLITS[0] if adoption.validation else ""
-    places = [(file, first) for file in list_shards(adoption.folder)]
-    if adoption.validation:
-        places += [(file, SPLITS[1]) for file in list_shards(adoption.validation)]
-    shards = [_Shard(file, number, split, partial, adoption) for number, (file, split) in enumerate(places)]
+def _take_all(shards: Sequence[_Shard], progress: Progress) -> list[_Taken]:
     weights = [files.size(shard.file) for shard in shards]
     number = min(len(os.sched_getaffinity(0)), len(shards)) if sum(weights) > INLINE_BYTES else 1
+    if finished := sum(shard.taken.exists() for shard in shards):
+        progress.console.print(f"{shards[0].work.parent}: going on from {finished:,} taken shards", markup=False)
     with units.processes(number, progress) as team:
-        return team.run("adopting", _take, [(shard,) for shard in shards], weights)
+        team.run("adopting", _take, [(shard,) for shard in shards], weights)
+    return [_Taken.read(shard.taken) for shard in shards]
 
 
 def _say(adoption: Adoption, taken: Sequence[_Taken], progress: Progress) -> None:
@@ -196,13 +237,17 @@ def _say(adoption: Adoption, taken: Sequence[_Taken], progress: Progress) -> Non
 # ---- a shard --------------------------------------------------------------------------------------------------
 
 
-def _take(shard: _Shard) -> _Taken:
-    """Store a shard's documents by split, under the shard's own number."""
+def _take(shard: _Shard) -> None:
+    """Store a shard's documents by split, under the shard's own number, and last what became of it; unless that is
+    done."""
+    if is_whole(shard.taken):
+        return
     content = b"".join(files.chunks(shard.file))
     parsed = _parse(shard.file, content)
-    tokenizer = Tokenizer.load(shard.into / "tokenizer.json", fast=False)
+    tokenizer = Tokenizer.load(shard.work / "tokenizer.json", fast=False)
     taken = _Taken(hashlib.sha256(content).hexdigest())
     documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    validation_text = []
     for number, ids in enumerate(_read_ids(parsed, shard)):
         document = _with_ends(ids, tokenizer, f"{shard.file}: document {number}", taken)
         if len(document) <= 2:
@@ -211,13 +256,12 @@ def _take(shard: _Shard) -> _Taken:
         split = shard.split or SPLITS[_falls_to_validation(document, shard.adoption)]
         text = tokenizer.decode(document).encode()
         taken.text_bytes[split] = taken.text_bytes.get(split, 0) + len(text)
-        taken.validation_text += text if split == "validation" else b""
+        validation_text += [text] if split == "validation" else []
         documents[split].append(document)
     for split, mine in documents.items():
         if mine:
             taken.lengths[split] = np.array([len(document) for document in mine], np.uint32)
-            folder = shard.into / split / shard.adoption.name
-            save_array(folder / f"lengths.{shard.number:05}.npy", taken.lengths[split])
+            folder = shard.work / split
             unchanged = len(mine) == len(parsed.bounds) - 1 and not taken.begins_added + taken.ends_added
             ours = parsed.description["column_names"], parsed.description["column_encodings"]
             if unchanged and parsed.content is content and ours == (["tokens"], [f"ndarray:{tokenizer.dtype.name}"]):
@@ -227,7 +271,7 @@ def _take(shard: _Shard) -> _Taken:
                 write_atomically(folder / mds.shard_name(shard.number), mds.encode_shard({"tokens": mine}))
                 columns = {"tokens": taken.lengths[split]}
                 taken.entries[split] = mds.shard_entry(shard.number, columns, tokenizer.dtype)
-    return taken
+    taken.write(shard.taken, b"".join(validation_text))
 
 
 def _read_ids(parsed: mds.ShardContent, shard: _Shard) -> list[np.ndarray]:
@@ -285,6 +329,7 @@ def _falls_to_validation(document: np.ndarray, adoption: Adoption) -> bool:
 def _link(shard: _Shard, parsed: mds.ShardContent, folder: Path) -> dict[str, Any]:
     """Put the very file, or its bytes, into the folder; returns its entry of the index."""
     target = folder / mds.shard_name(shard.number)
+    target.unlink(missing_ok=True)  # of a process that was killed
     try:
         os.link(shard.file, target)
     except OSError:  # another disk, or a store
@@ -307,17 +352,26 @@ def _parse(file: str, content: bytes) -> mds.ShardContent:
 # ---- the folder -----------------------------------------------------------------------------------------------
 
 
-def _finish(adoption: Adoption, tokenizer: Tokenizer, taken: Sequence[_Taken], partial: Path) -> None:
-    """Numbers without gaps, indexes, validation text, manifest, picture."""
-    counts = {split: _number_shards(partial / split / adoption.name, split, taken) for split in SPLITS}
+def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[_Shard], taken: Sequence[_Taken]) -> None:
+    """The result, made anew from what was taken: numbers without gaps, lengths, indexes, validation text, manifest,
+    picture."""
+    work = shards[0].work
+    result = work / "result"
+    if result.exists():
+        shutil.rmtree(result)
+    counts = {split: _number_shards(work / split, result / split / adoption.name, split, taken) for split in SPLITS}
     for split in SPLITS:
         if not counts[split]["documents"]:
             raise UserError(
                 f"{adoption.folder}: no document for the {split} split; name a --validation folder or change "
                 f"--validation-share = {adoption.validation_share}"
             )
-    (partial / "text").mkdir()
-    write_atomically(partial / "text" / "validation.txt", b"".join(one.validation_text for one in taken))
+    for file in work.glob("tokenizer*.json"):
+        _link_or_copy(file, result / file.name)
+    (result / "text").mkdir()
+    with open(result / "text" / "validation.txt", "wb") as text:
+        for shard in shards:
+            text.write(read_array(shard.taken, "validation_text").tobytes())
     kept, text_bytes = (sum(counts[split][what] for split in SPLITS) for what in ("documents", "text_bytes"))
     empty = sum(one.empty for one in taken)
     lengths = [one.lengths[split] for split in SPLITS for one in taken if split in one.lengths]
@@ -328,17 +382,17 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, taken: Sequence[_Taken], p
         eos=tokenizer.eos,
         dtype=tokenizer.dtype.name,
         counts={adoption.name: counts},
-        shards={adoption.name: {split: measure_shards(partial, adoption.name, split) for split in SPLITS}},
+        shards={adoption.name: {split: measure_shards(result, adoption.name, split) for split in SPLITS}},
         rows={adoption.name: {"read": kept + empty, "kept": kept, "empty": empty}},
         row_bytes={adoption.name: {"read": text_bytes, "kept": text_bytes, "empty": 0}},
         statistics=length_statistics(lengths, text_bytes),
-        files=describe_files(partial),
+        files=describe_files(result),
         recipe=_recipe(adoption, taken),
         corpus_sha256=hashlib.sha256("".join(one.sha256 for one in taken).encode()).hexdigest(),
         encoder="adopted",
         python=platform.python_version(),
-    ).write(partial)
-    draw_lengths(lengths, partial / PICTURE)
+    ).write(result)
+    draw_lengths(lengths, result / PICTURE)
 
 
 def _recipe(adoption: Adoption, taken: Sequence[_Taken]) -> dict[str, Any]:
@@ -347,14 +401,16 @@ def _recipe(adoption: Adoption, taken: Sequence[_Taken]) -> dict[str, Any]:
     return {"adopted": asked | {"validation_share": adoption.validation_share} | added}
 
 
-def _number_shards(folder: Path, split: str, taken: Sequence[_Taken]) -> dict[str, int]:
-    """Rename the shards of a split so that their numbers have no gaps, and write its index. Returns its counts."""
+def _number_shards(source: Path, folder: Path, split: str, taken: Sequence[_Taken]) -> dict[str, int]:
+    """Put the shards of a split into a folder so that their numbers have no gaps, with lengths and index. Returns its
+    counts."""
+    folder.mkdir(parents=True)
     entries: list[dict[str, Any]] = []
     for number, one in enumerate(taken):
         if split in one.entries:
             place = len(entries)
-            os.rename(folder / mds.shard_name(number), folder / mds.shard_name(place))
-            os.rename(folder / f"lengths.{number:05}.npy", folder / f"lengths.{place:05}.npy")
+            _link_or_copy(source / mds.shard_name(number), folder / mds.shard_name(place))
+            save_array(folder / f"lengths.{place:05}.npy", one.lengths[split])
             raw = one.entries[split]["raw_data"] | {"basename": mds.shard_name(place)}
             entries.append(one.entries[split] | {"raw_data": raw})
     write_atomically(folder / "index.json", mds.encode_index(entries))
@@ -364,3 +420,10 @@ def _number_shards(folder: Path, split: str, taken: Sequence[_Taken]) -> dict[st
         "text_bytes": sum(one.text_bytes[split] for one in mine),
         "tokens": sum(int(one.lengths[split].sum(dtype=np.int64)) for one in mine),
     }
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

@@ -1,25 +1,26 @@
-"""Assembly: shards from the units' files, each by any process.
+"""Assembly: shards from the files of encoded parts, each by any process.
 
-Takes the encoded units. Gives the shards of every source and split with their lengths and indexes.
+Takes the encoded parts. Gives the shards of every source and split with their lengths and indexes.
 
 Guarantees: the documents of a source and split, in reading order, are cut into shards by their lengths alone, so that
-neither the units nor who writes which shard can be seen in the result. A shard that is there is not written again.
+neither the parts nor who writes which shard can be seen in the result. A shard that is there is not written again.
 
-Costs: a process holds two shards' bytes.
+Costs: a process holds two shards' bytes and a part.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigmodel.config import UserError
 from bigmodel.data import mds
-from bigmodel.data.corpus import Source, Unit
-from bigmodel.data.encoding import TEXT_COLUMNS, TOKEN_COLUMNS, Work, read_array, save_array
+from bigmodel.data.corpus import Source
+from bigmodel.data.encoding import TEXT_COLUMNS, TOKEN_COLUMNS, read_array, save_array
 from bigmodel.data.manifest import SPLITS
 from bigmodel.data.units import Team
 from bigmodel.rundir import write_atomically
@@ -27,14 +28,14 @@ from bigmodel.rundir import write_atomically
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard: what index.json says of it, and of which units' documents it is made, in order: (unit, first
+    """One shard: what index.json says of it, and of which parts' documents it is made, in order: (part, first
     document, end)."""
 
     folder: str  # below the result: split/source
     split: str
     number: int
     columns: tuple[str, ...]
-    parts: tuple[tuple[int, int, int], ...]
+    parts: tuple[tuple[Path, int, int], ...]
     entry: dict[str, Any]
     as_text: bool = False
 
@@ -42,60 +43,58 @@ class _Shard:
 def assemble(
     team: Team,
     sources: Sequence[Source],
-    all_units: Sequence[Unit],
+    encoded: Mapping[str, Sequence[Path]],
     shard_tokens: int,
     dtype: np.dtype | None,
-    work: Work,
-) -> tuple[dict[str, dict[str, dict[str, int]]], list[np.ndarray]]:
-    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths.
+    result: Path,
+) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, list[np.ndarray]]]:
+    """Write all shards and their indexes; `encoded`: each source's files of parts, in order. Returns counts by source
+    and split, and all documents' lengths by column.
 
     `dtype`: of the tokens; None: the shards hold text, cut where shards of tokens would be.
     """
     counts: dict[str, dict[str, dict[str, int]]] = {source.name: {} for source in sources}
     shards: list[_Shard] = []
-    all_lengths: list[np.ndarray] = []
+    all_lengths: dict[str, list[np.ndarray]] = {column: [] for column in TOKEN_COLUMNS}
     for source in sources:
-        mine = [number for number, unit in enumerate(all_units) if unit.source == source.name]
+        mine = encoded[source.name]
         columns = TOKEN_COLUMNS[: len(source.columns)]
         for split in SPLITS:
-            lengths = {
-                column: [read_array(work, unit, f"{split}_{column}_lengths") for unit in mine] for column in columns
-            }
+            lengths = {column: [read_array(part, f"{split}_{column}_lengths") for part in mine] for column in columns}
             sizes = lengths
             if dtype is None:
-                sizes = {
-                    column: [read_array(work, unit, f"{split}_{column}_sizes") for unit in mine] for column in columns
-                }
+                sizes = {column: [read_array(part, f"{split}_{column}_sizes") for part in mine] for column in columns}
             shards += _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
-            all_lengths.append(np.concatenate(lengths["tokens"]))
+            for column, parts in lengths.items():
+                all_lengths[column].append(np.concatenate(parts))
             counts[source.name][split] = {
-                "documents": len(all_lengths[-1]),
+                "documents": len(all_lengths["tokens"][-1]),
                 **{
                     column.replace("tokens", "text_bytes"): sum(
-                        int(read_array(work, unit, f"{split}_{column}_bytes")) for unit in mine
+                        int(read_array(part, f"{split}_{column}_bytes")) for part in mine
                     )
                     for column in columns
                 },
                 **{column: sum(int(part.sum(dtype=np.int64)) for part in lengths[column]) for column in columns},
             }
     weights = [shard.entry["raw_data"]["bytes"] for shard in shards]
-    team.run("writing shards", _write_shard, [(shard, work) for shard in shards], weights)
+    team.run("writing shards", _write_shard, [(shard, result) for shard in shards], weights)
     for folder in dict.fromkeys(shard.folder for shard in shards):
         index = mds.encode_index([shard.entry for shard in shards if shard.folder == folder])
-        write_atomically(work.result / folder / "index.json", index)
+        write_atomically(result / folder / "index.json", index)
     return counts, all_lengths
 
 
 def _plan_shards(
     source: str,
     split: str,
-    unit_numbers: Sequence[int],
+    encoded: Sequence[Path],
     lengths: dict[str, list[np.ndarray]],
     sizes: dict[str, list[np.ndarray]],
     shard_tokens: int,
     dtype: np.dtype | None,
 ) -> list[_Shard]:
-    """Cut the documents of all units, end to end, into shards: each closes before the document that would bring it
+    """Cut the documents of all parts, end to end, into shards: each closes before the document that would bring it
     above `shard_tokens`. `sizes`: of what is stored of each document, in its values."""
     joined = {column: np.concatenate(parts) for column, parts in lengths.items()}
     stored = {column: np.concatenate(parts) for column, parts in sizes.items()}
@@ -106,7 +105,7 @@ def _plan_shards(
             "split it, or drop it with prepare.max_characters"
         )
     ends = np.cumsum(tokens)
-    bounds = [0, *accumulate(len(part) for part in lengths["tokens"])]  # of the units, in documents
+    bounds = [0, *accumulate(len(part) for part in lengths["tokens"])]  # of the parts, in documents
     shards: list[_Shard] = []
     first = 0
     while first < len(tokens):
@@ -116,7 +115,7 @@ def _plan_shards(
         for place in range(bisect_right(bounds, first) - 1, bisect_left(bounds, last)):
             start, end = bounds[place], bounds[place + 1]
             if end > start:
-                parts.append((unit_numbers[place], max(first, start) - start, min(last, end) - start))
+                parts.append((encoded[place], max(first, start) - start, min(last, end) - start))
         as_text = dtype is None
         mine = {TEXT_COLUMNS[name] if as_text else name: part[first:last] for name, part in stored.items()}
         entry = mds.shard_entry(len(shards), mine, dtype)
@@ -125,16 +124,16 @@ def _plan_shards(
     return shards
 
 
-def _write_shard(shard: _Shard, work: Work) -> None:
-    """Write a shard and its lengths from the units' files, unless that is done: the shard comes last."""
-    folder = work.result / shard.folder
+def _write_shard(shard: _Shard, result: Path) -> None:
+    """Write a shard and its lengths from the parts' files, unless that is done: the shard comes last."""
+    folder = result / shard.folder
     path = folder / shard.entry["raw_data"]["basename"]
     if path.exists() and path.stat().st_size == shard.entry["raw_data"]["bytes"]:
         return
     documents: dict[str, list[mds.Value]] = {column: [] for column in shard.columns}
     lengths: dict[str, list[np.ndarray]] = {column: [] for column in shard.columns}
-    for unit, first, last in shard.parts:
-        with np.load(work.encoded(unit)) as arrays:
+    for part, first, last in shard.parts:
+        with np.load(part) as arrays:
             for column in shard.columns:
                 name = f"{shard.split}_{column}"
                 lengths[column].append(arrays[f"{name}_lengths"][first:last])

@@ -18,17 +18,20 @@ import json
 import re
 import unicodedata
 import zipfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from bigmodel.config import DecontaminationSettings, PrepareSettings, SourceSettings, UserError
 from bigmodel.data import corpus
-from bigmodel.data.corpus import Malformed, Source, Unit
+from bigmodel.data.corpus import Source, Unit
+from bigmodel.data.formats import Malformed
 from bigmodel.rundir import write_atomically
 
 REASONS = ("kept", "null", "empty", "malformed", "too_short", "too_long", "contaminated", "duplicate")
@@ -73,6 +76,14 @@ class Scan:
             return cls(**{name: arrays[name] for name in names}, malformed=listed)
 
 
+class Part(NamedTuple):
+    """A stretch of a unit's rows, [first, end), that is tokenized into one file."""
+
+    number: int
+    first: int
+    end: int
+
+
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Named arrays in one file, whole or not there at all, with a checksum for each."""
     content = io.BytesIO()
@@ -95,7 +106,8 @@ def is_whole(path: Path) -> bool:
 def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | None = None) -> Scan:
     """Judge every row of a unit by itself (duplicates are found later, over all units). `contaminated`: hashes of
     `evaluation_hashes`."""
-    status, digests, validation, read_bytes, kept_bytes = [], [], [], [], []
+    status, digests, validation = bytearray(), bytearray(), bytearray()
+    read_bytes, kept_bytes = array("q"), array("q")
     malformed: list[Malformed] = []
     for row, key in corpus.read_unit(unit):
         if isinstance(row, Malformed):
@@ -108,13 +120,13 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
             num_bytes = sum(len(text.encode()) for text in row if text is not None)
         digest = hashlib.sha256(content).digest()
         status.append(verdict)
-        digests.append(digest[:16])
+        digests += digest[:16]
         validation.append(is_validation(key, digest, settings.validation_share))
         read_bytes.append(num_bytes)
         kept_bytes.append(max(0, len(content) - len(unit.columns) + 1) if verdict == KEPT else 0)
-    words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
-    sizes = np.array(read_bytes, np.int64), np.array(kept_bytes, np.int64)
-    return Scan(np.array(status, np.uint8), words, np.array(validation, bool), *sizes, malformed)
+    words = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+    sizes = np.frombuffer(read_bytes, np.int64), np.frombuffer(kept_bytes, np.int64)
+    return Scan(np.frombuffer(status, np.uint8), words, np.frombuffer(validation, bool), *sizes, malformed)
 
 
 def joined(texts: tuple[str, ...]) -> bytes:
@@ -174,7 +186,8 @@ def _file_hashes(source: Source, length: int) -> np.ndarray:
     for unit in corpus.plan_units(source):
         for row, _ in corpus.read_unit(unit):
             if isinstance(row, Malformed):
-                raise UserError(f"prepare.decontaminate: {row.file}: {row.place}: {row.reason}; mend or drop it")
+                (named,) = corpus.with_line_numbers([row])
+                raise UserError(f"prepare.decontaminate: {row.file}: {named.place}: {row.reason}; mend or drop it")
             found += [run_hashes(text, length) for text in row if text is not None]
     hashes = np.concatenate(found)
     if not len(hashes):
@@ -241,6 +254,20 @@ def first_rows(scans: Iterable[Scan]) -> list[int]:
     return starts[:-1]
 
 
+def cut(scan: Scan, part_bytes: int) -> list[Part]:
+    """Parts of a unit, each with at most so many bytes of kept text or with one kept row; together they hold all."""
+    kept = np.flatnonzero(scan.status == KEPT)
+    ends = np.cumsum(scan.kept_bytes[kept])
+    parts: list[Part] = []
+    first = 0
+    while first < len(kept):
+        room = part_bytes + (int(ends[first - 1]) if first else 0)
+        last = max(first + 1, int(np.searchsorted(ends, room, side="right")))
+        parts.append(Part(len(parts), int(kept[first]), int(kept[last - 1]) + 1))
+        first = last
+    return parts
+
+
 def mark_rows(scan: Scan, start: int, duplicates: np.ndarray) -> None:
     """Set DUPLICATE on the rows of a scan, whose first has number `start`, that are in the sorted `duplicates`."""
     first, last = np.searchsorted(duplicates, [start, start + len(scan.status)])
@@ -269,12 +296,11 @@ def count_reasons(scans: Iterable[Scan]) -> tuple[dict[str, int], dict[str, int]
 
 def list_malformed(sources: Iterable[str], scans: Iterable[Scan]) -> Iterator[dict[str, str]]:
     """Source, file, place and reason of malformed records, in reading order; `LISTED` at most."""
-    listed = (
-        {"source": source, "file": record.file, "place": record.place, "reason": record.reason}
-        for source, scan in zip(sources, scans, strict=True)
-        for record in scan.malformed
-    )
-    yield from islice(listed, LISTED)
+    found = ((source, record) for source, scan in zip(sources, scans, strict=True) for record in scan.malformed)
+    listed = list(islice(found, LISTED))
+    named = corpus.with_line_numbers([record for _, record in listed])
+    for (source, _), record in zip(listed, named, strict=True):
+        yield {"source": source, "file": record.file, "place": record.place, "reason": record.reason}
 
 
 def choose_sample(scans: Sequence[Scan], limit_bytes: int) -> list[np.ndarray]:

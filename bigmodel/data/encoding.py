@@ -1,28 +1,33 @@
 """Encoding: what a process does with one unit, from rows to tokens, each stage's result in a file of its own.
 
-Takes a unit and the folder of the preparation. Gives the files `scan/00000.npz` (the rows, judged) and
-`encoded/00000.npz`: by split and column the tokens end to end, the documents' lengths and their texts' bytes in all,
-and the validation text. Where shards are to hold text: the texts end to end and their sizes instead of the tokens.
+Takes a unit and the folder of the preparation. Gives the files `scan/00000.npz` (the rows, judged) and, for every 16
+MB of kept text, `encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and their
+texts' bytes in all, and the validation text. Where shards are to hold text: the texts end to end and their sizes
+instead of the tokens.
 
 Guarantees: a file is a pure function of the unit, the settings and, for the second, of the duplicates and the
 tokenizer; it is there whole or not at all; one that is there and whole is not made again.
+
+Costs: a process holds 34 bytes for each row of its unit, and the tokens of 16 MB of text or of one longer document.
 """
 
 import hashlib
 import io
 import socket
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 
 from bigmodel.config import PrepareSettings, UserError
 from bigmodel.data import cleaning, corpus
-from bigmodel.data.cleaning import Scan
+from bigmodel.data.cleaning import Part, Scan
 from bigmodel.data.corpus import Unit
+from bigmodel.data.formats import Malformed
 from bigmodel.data.manifest import SPLITS
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.rundir import write_atomically
@@ -57,15 +62,15 @@ class Work:
     def scan(self, unit: int) -> Path:
         return self.folder / "scan" / f"{unit:05}.npz"
 
-    def encoded(self, unit: int) -> Path:
-        return self.folder / "encoded" / f"{unit:05}.npz"
+    def encoded(self, unit: int, part: int) -> Path:
+        return self.folder / "encoded" / f"{unit:05}-{part:04}.npz"
 
     def finished(self) -> int:
         """Units' files that are there."""
         return sum(1 for stage in ("scan", "encoded") for _ in (self.folder / stage).glob("*.npz"))
 
 
-def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) -> dict[str, str] | None:
+def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) -> Malformed | None:
     """Judge a unit's rows, unless that is done; returns the first malformed record."""
     path = work.scan(number)
     if not path.parent.exists():
@@ -79,38 +84,50 @@ def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) ->
         contaminated = np.load(work.contaminated, mmap_mode="r") if settings.decontaminate else None
         scan = cleaning.scan_unit(unit, settings, contaminated)
         scan.write(path)
-    return next(cleaning.list_malformed([unit.source], [scan]), None)
+    return scan.malformed[0] if scan.malformed else None
 
 
 def read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[str]:
     wanted = set(rows.tolist())
     return [
         cleaning.clean(text, settings)
-        for number, (texts, _) in enumerate(corpus.read_unit(unit))
+        for number, (texts, _) in enumerate(islice(corpus.read_unit(unit), max(wanted, default=-1) + 1))
         if number in wanted and isinstance(texts, tuple)
         for text in texts
         if text is not None
     ]
 
 
-def encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings, fast: bool, work: Work) -> None:
-    """Tokenize a unit's kept rows, unless that is done. `start`: the number of its first row among all."""
-    path = work.encoded(number)
-    if cleaning.is_whole(path):
+def encode_parts(
+    number: int, unit: Unit, parts: Sequence[Part], start: int, settings: PrepareSettings, fast: bool, work: Work
+) -> None:
+    """Tokenize the kept rows of some neighbouring parts of a unit, where that is not done. `start`: the number of the
+    unit's first row among all."""
+    missing = [part for part in parts if not cleaning.is_whole(work.encoded(number, part.number))]
+    if not missing:
         return
     scan = Scan.read(work.scan(number))
     cleaning.mark_rows(scan, start, np.load(work.duplicates, mmap_mode="r"))
     encoder = _tokenizer(work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast)
-    columns = TOKEN_COLUMNS[: len(unit.columns)]
+    ends, as_text = [part.end for part in parts], settings.content == "text"
+    rows = kept_rows(unit, scan, settings, missing[0].first, missing[-1].end)
+    for place, mine in groupby(rows, lambda row: bisect_right(ends, row[0])):
+        if parts[place] in missing:
+            path = work.encoded(number, parts[place].number)
+            cleaning.write_arrays(path, **_encode(mine, scan, encoder, len(unit.columns), as_text))
+
+
+def _encode(
+    rows: Iterator[tuple[int, tuple[str, ...]]], scan: Scan, encoder: Tokenizer, num_columns: int, as_text: bool
+) -> dict[str, np.ndarray]:
+    columns = TOKEN_COLUMNS[:num_columns]
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
     lengths: dict[str, list[int]] = {name: [] for name in stored}
     sizes: dict[str, list[int]] = {name: [] for name in stored}
-    as_text = settings.content == "text"
     validation_text = []
-    kept = kept_rows(unit, scan, settings)
-    while rows := list(islice(kept, ENCODED_TOGETHER)):
-        encoded = iter(encoder.encode_documents([text for _, texts in rows for text in texts]))
-        for row, texts in rows:
+    while together := list(islice(rows, ENCODED_TOGETHER)):
+        encoded = iter(encoder.encode_documents([text for _, texts in together for text in texts]))
+        for row, texts in together:
             split = SPLITS[int(scan.validation[row])]
             for column, text in zip(columns, texts, strict=True):
                 name, tokens, content = f"{split}_{column}", next(encoded), text.encode()
@@ -125,26 +142,33 @@ def encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings, 
     arrays |= {f"{name}_bytes": np.array(sum(numbers)) for name, numbers in sizes.items()}
     if as_text:
         arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
-    arrays["validation_text"] = np.frombuffer(b"".join(validation_text), np.uint8)
-    cleaning.write_arrays(path, **arrays)
+    return arrays | {"validation_text": np.frombuffer(b"".join(validation_text), np.uint8)}
 
 
-def kept_rows(unit: Unit, scan: Scan, settings: PrepareSettings) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The rows that the scan kept, cleaned. Raises `UserError` if the unit is not what was scanned."""
-    number = -1
+def kept_rows(
+    unit: Unit, scan: Scan, settings: PrepareSettings, first: int = 0, end: int | None = None
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The rows in [first, end), by default all, that the scan kept, cleaned. Raises `UserError` if the unit is not what
+    was scanned."""
+    end = len(scan.status) if end is None else end
+    read = 0
     for number, (row, _) in enumerate(corpus.read_unit(unit)):
-        if number >= len(scan.status) or scan.status[number] != cleaning.KEPT:
+        if number >= end and end < len(scan.status):
+            return
+        read = number + 1
+        if not first <= number < end or scan.status[number] != cleaning.KEPT:
             continue
-        texts = () if isinstance(row, corpus.Malformed) else cleaning.judge(row, settings)[1]
+        texts = () if isinstance(row, Malformed) else cleaning.judge(row, settings)[1]
         if hashlib.sha256(cleaning.joined(texts)).digest()[:16] != scan.digests[number].tobytes():
             raise _changed(unit)
         yield number, texts
-    if number + 1 != len(scan.status):
+    if read != len(scan.status):
         raise _changed(unit)
 
 
 def _changed(unit: Unit) -> UserError:
-    return UserError(f"{unit.files[0]}: {corpus.CHANGED}")
+    names = list(dict.fromkeys(piece.file for piece in unit.pieces))
+    return UserError(f"{names[0]}{f' or one of {len(names) - 1} after it' if names[1:] else ''}: {corpus.CHANGED}")
 
 
 @lru_cache(maxsize=1)
@@ -161,6 +185,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, content.getvalue())
 
 
-def read_array(work: Work, unit: int, name: str) -> np.ndarray:
-    with np.load(work.encoded(unit)) as arrays:
+def read_array(path: Path, name: str) -> np.ndarray:
+    with np.load(path) as arrays:
         return arrays[name]

@@ -1,9 +1,13 @@
 """Files: on this machine, or in a store that is named by a URL.
 
 Takes paths and URLs. s3://, gs://, abfs:// and hdfs:// go through pyarrow, any other scheme through fsspec where it
-has a driver for it. Credentials come from the environment, as each store's own tools expect them.
+has a driver for it. Credentials come from the environment, as each store's own tools expect them; pyarrow's settings of
+a store go behind the question mark of a URL.
 
 Guarantees: whatever stops a file from being found or read is a `UserError` that names it.
+
+Tried: s3:// against moto's server in the tests, gs:// against fake-gcs-server where it is installed (else that test is
+skipped), fsspec's memory://. Of abfs:// and hdfs:// only the errors without credentials and without a JVM.
 """
 
 import glob
@@ -22,6 +26,7 @@ from pyarrow import fs
 from bigmodel.config import UserError
 
 PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+GS_RETRY_SECONDS = 30  # its client's own is 15 minutes, in which nothing is said
 CHUNK_BYTES = 4 << 20  # read at once: a store answers each read separately
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
@@ -33,6 +38,11 @@ CREDENTIALS = {
 
 def is_remote(location: str) -> bool:
     return "://" in location
+
+
+def without_settings(location: str) -> str:
+    """A URL without what follows its question mark; a path as it is."""
+    return location.partition("?")[0] if is_remote(location) else location
 
 
 def absolute(location: str) -> str:
@@ -50,9 +60,9 @@ def find(pattern: str) -> list[str]:
             return [] if store.get_file_info(path).type == fs.FileType.NotFound else [pattern]
         found = _matching(store, path)
     parts = urlsplit(pattern)
-    start = path.removesuffix(parts.path)  # the bucket or container, which the URL has in its own way
+    start = path.removesuffix(parts.path.lstrip("/"))  # the bucket or container, which the URL has in its own way
     query = f"?{parts.query}" if parts.query else ""
-    return [f"{parts.scheme}://{parts.netloc}{name.removeprefix(start)}{query}" for name in found]
+    return [f"{parts.scheme}://{parts.netloc}/{name.removeprefix(start)}{query}" for name in found]
 
 
 def _matching(store: fs.FileSystem, path: str) -> list[str]:
@@ -168,10 +178,14 @@ def _store(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), parts.path
     if parts.scheme not in PYARROW_SCHEMES:
         return _fsspec_store(location)
-    root = f"{parts.scheme}://{parts.netloc}" + (f"?{parts.query}" if parts.query else "")
+    query = parts.query
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        query = "&".join([*([query] if query else []), f"retry_limit_seconds={GS_RETRY_SECONDS}"])
+    root = f"{parts.scheme}://{parts.netloc}" + (f"?{query}" if query else "")
     with readable(location):
         store, base = _connect(root)
-    return store, base.rstrip("/") + parts.path
+    path = base.rstrip("/") + parts.path
+    return store, path if parts.scheme == "hdfs" else path.lstrip("/")  # only hdfs has a root folder
 
 
 @lru_cache(maxsize=16)

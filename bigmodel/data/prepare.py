@@ -3,8 +3,9 @@
 Takes the run file's `prepare` and `data.directory`. Gives the folder that `bigmodel.data.shards` describes.
 
     <directory>.partial/<fingerprint of text, settings and versions>/
-      scan/00000.npz ...      a unit's rows, judged          duplicates.npy   over all units
-      encoded/00000.npz ...   a unit's tokens, by split      result/          what becomes <directory>
+      scan/00000.npz ...           a unit's rows, judged      duplicates.npy   over all units
+      encoded/00000-0000.npz ...   its tokens, 16 MB of       result/          what becomes <directory>
+                                   text a part, by split
 
 Guarantees: the same text, settings and versions give the same bytes, whatever the number of processes, machines and
 interruptions: every file of a unit and every shard is a pure function of those, and is written whole by whoever does
@@ -23,38 +24,38 @@ import json
 import os
 import platform
 import shutil
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError
+from bigmodel.config import PrepareSettings, Settings, SourceSettings, UserError, without_secrets
 from bigmodel.data import assembly, cleaning, corpus, embedded, encoding, files, mds, units
-from bigmodel.data.cleaning import Scan
+from bigmodel.data.cleaning import Part, Scan
 from bigmodel.data.corpus import Source, Unit
 from bigmodel.data.encoding import Work, read_array, save_array
+from bigmodel.data.formats import Malformed
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
-from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, writable
-from bigmodel.data.shards import length_statistics, measure_shards
+from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, stoppable, writable
+from bigmodel.data.shards import all_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import read_json, write_atomically, write_json
 
-UNIT_FORMAT = 2  # raise it when the files of a unit change, so that older ones are not taken
+UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
 GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
 GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
 GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
+TASKS_A_PROCESS = 4  # at least, where a unit's parts allow: the last ones end together
+READS_OF_A_UNIT = 8  # while its parts are tokenized, at most: half of each is spent on finding the place
 NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
@@ -98,7 +99,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
         if made:
             _say(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
         if not made or (job.partial.exists() and not foreign(job.partial)):
-            with claimed(job.partial), _stoppable():
+            with claimed(job.partial), stoppable():
                 if not _is_made(job):  # another run may have finished between
                     _build_whole(job, progress)
                 if job.partial.exists():
@@ -157,6 +158,7 @@ def _settle(settings: Settings) -> _Job:
     identities = corpus.identities(read)
     if wanted.decontaminate:
         recipe["evaluation_sha256"] = corpus.corpus_hash(read[-1:])
+    recipe = json.loads(without_secrets(json.dumps(recipe)))
     corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
     return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities)
 
@@ -194,23 +196,6 @@ def _is_made(job: _Job) -> bool:
 
 
 # ---- the folder under way -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does. Signals belong to the main thread: elsewhere nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _work_folder(job: _Job, progress: Progress) -> Work:
@@ -266,11 +251,15 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         if not tokenizer.is_fast:
             _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
         _check_unchanged(job)
-        _check_space(job, work, scans, tokenizer.dtype)
-        _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
+        parts = [cleaning.cut(scan, corpus.UNIT_BYTES) for scan in scans]
+        _check_space(job, work, scans, parts, tokenizer.dtype)
+        _encode(team, all_units, scans, parts, job.settings, tokenizer.is_fast, work)
+        encoded: dict[str, list[Path]] = {source.name: [] for source in sources}
+        for number, unit in enumerate(all_units):
+            encoded[unit.source] += [work.encoded(number, part.number) for part in parts[number]]
         dtype = None if job.settings.content == "text" else tokenizer.dtype
-        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, dtype, work)
-    _write_lists(all_units, scans, work)
+        counts, lengths = assembly.assemble(team, sources, encoded, job.settings.shard_tokens, dtype, work.result)
+    _write_lists(all_units, scans, encoded, work)
     for name, splits in counts.items():
         for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
             stored = sum(stored_amount(split, what) for split in splits.values())
@@ -285,16 +274,14 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
         rows=rows,
         row_bytes=row_bytes,
-        statistics=length_statistics(
-            lengths, sum(split["text_bytes"] for of in counts.values() for split in of.values())
-        ),
+        statistics=all_statistics(lengths, counts),
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
         encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
         python=platform.python_version(),
     ).write(work.result)
-    draw_lengths(lengths, work.result / PICTURE)
+    draw_lengths(lengths["tokens"], work.result / PICTURE)
 
 
 def _collect_embedded(
@@ -323,9 +310,10 @@ def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work
     if settings.decontaminate:
         save_array(work.contaminated, cleaning.evaluation_hashes(settings.decontaminate))
 
-    def look(malformed: dict[str, str] | None) -> None:
+    def look(malformed: Malformed | None) -> None:
         if malformed and not settings.malformed_share:
-            raise UserError(_in_one_line(malformed) + "; mend or drop it, or set prepare.malformed_share above 0")
+            (named,) = corpus.with_line_numbers([malformed])
+            raise UserError(f"{_in_one_line(named)}; mend or drop it, or set prepare.malformed_share above 0")
 
     tasks = [(number, unit, settings, work) for number, unit in enumerate(all_units)]
     team.run("reading", encoding.scan_unit, tasks, [unit.num_bytes for unit in all_units], look)
@@ -335,8 +323,8 @@ def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work
     return scans
 
 
-def _in_one_line(malformed: dict[str, str]) -> str:
-    return f"{malformed['file']}: {malformed['place']}: {malformed['reason']}"
+def _in_one_line(malformed: Malformed) -> str:
+    return f"{malformed.file}: {malformed.place}: {malformed.reason}"
 
 
 def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
@@ -346,7 +334,7 @@ def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: 
         malformed = sum(int((scan.status == cleaning.MALFORMED).sum()) for scan in mine)
         read = sum(len(scan.status) for scan in mine)
         if malformed > allowed * read:
-            first = next(cleaning.list_malformed([source] * len(mine), mine))
+            (first,) = corpus.with_line_numbers([record for scan in mine for record in scan.malformed][:1])
             listed = work.folder / "malformed.jsonl"
             _write_malformed(listed, cleaning.list_malformed([unit.source for unit in all_units], scans))
             raise UserError(
@@ -432,18 +420,16 @@ def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], s
     return [text for part in texts for text in part]
 
 
-def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) -> None:
-    """Refuse before writing what would not fit: the tokens are written twice, once by unit and once by shard. Units
+def _check_space(job: _Job, work: Work, scans: Sequence[Scan], parts: Sequence[list[Part]], dtype: np.dtype) -> None:
+    """Refuse before writing what would not fit: the tokens are written twice, once by part and once by shard. Parts
     that are encoded already say how large the others become; without any, two bytes of text a token do."""
-    expected = np.array(
-        [
-            scan.kept_bytes.sum() * (2 if job.settings.content == "text" else dtype.itemsize) // 2
-            + scan.kept_bytes[scan.validation].sum()
-            + 32 * np.count_nonzero(scan.status == cleaning.KEPT)
-            for scan in scans
-        ]
-    )
-    encoded = np.array([_written(work.encoded(number)) for number in range(len(scans))])
+    a_byte = 1.0 if job.settings.content == "text" else dtype.itemsize / 2
+    amounts = []
+    for number, (scan, of_unit) in enumerate(zip(scans, parts, strict=True)):
+        rows = scan.kept_bytes * (a_byte + scan.validation) + 32 * (scan.status == cleaning.KEPT)
+        for part in of_unit:
+            amounts.append((int(rows[part.first : part.end].sum()), _written(work.encoded(number, part.number))))
+    expected, encoded = np.array(amounts, np.int64).reshape(-1, 2).T
     done = encoded > 0
     rate = encoded.sum() / max(1, expected[done].sum()) if done.any() else 1.0
     to_encode = int(expected[~done].sum() * rate)
@@ -465,28 +451,35 @@ def _encode(
     team: Team,
     all_units: Sequence[Unit],
     scans: Sequence[Scan],
+    parts: Sequence[list[Part]],
     settings: PrepareSettings,
     fast: bool,
     work: Work,
 ) -> None:
+    """A task is a unit; where there are few units for the processes, some parts of a large one: each task reads the
+    file from its begin."""
+
     def look(_: None) -> None:
         if shutil.disk_usage(work.folder).free < SPARE_BYTES:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    starts = cleaning.first_rows(scans)
-    tasks = [
-        (number, unit, start, settings, fast, work)
-        for number, (unit, start) in enumerate(zip(all_units, starts, strict=True))
-    ]
-    team.run("tokenizing", encoding.encode_unit, tasks, [unit.num_bytes for unit in all_units], look)
+    most = max(1, min(READS_OF_A_UNIT, TASKS_A_PROCESS * team.size // max(1, len(all_units))))
+    tasks, weights = [], []
+    for number, (unit, start) in enumerate(zip(all_units, cleaning.first_rows(scans), strict=True)):
+        step = -(-len(parts[number]) // most) or 1
+        for first in range(0, len(parts[number]), step):
+            mine = parts[number][first : first + step]
+            tasks.append((number, unit, mine, start, settings, fast, work))
+            weights.append(unit.num_bytes * len(mine) // len(parts[number]))
+    team.run("tokenizing", encoding.encode_parts, tasks, weights, look)
 
 
-def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> None:
+def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], encoded: dict[str, list[Path]], work: Work) -> None:
     """The validation text end to end, and the malformed records if there are any."""
     (work.result / "text").mkdir(exist_ok=True)
     with open(work.result / "text" / "validation.txt", "wb") as file:
-        for number in range(len(all_units)):
-            file.write(read_array(work, number, "validation_text").tobytes())
+        for path in (path for of_source in encoded.values() for path in of_source):
+            file.write(read_array(path, "validation_text").tobytes())
     malformed = cleaning.list_malformed([unit.source for unit in all_units], scans)
     records = (record | {"file": corpus.base_name(record["file"])} for record in malformed)
     _write_malformed(work.result / "malformed.jsonl", records)

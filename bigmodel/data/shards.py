@@ -32,7 +32,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,18 @@ def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[st
         "bytes_per_token": text_bytes / max(1, int(all_lengths.sum()) - 2 * len(all_lengths)),
         "histogram": {str(2**exponent): int(count) for exponent, count in enumerate(bins) if count},
     }
+
+
+def all_statistics(
+    lengths: Mapping[str, Sequence[np.ndarray]], counts: Mapping[str, Mapping[str, Mapping[str, int]]]
+) -> dict[str, Any]:
+    """`length_statistics` of the stored texts, and of pairs' target texts under "target". `lengths`: by column."""
+    found = {}
+    for prefix in ("", "target_"):
+        if any(map(len, lengths.get(f"{prefix}tokens", ()))):
+            text_bytes = sum(split.get(f"{prefix}text_bytes", 0) for of in counts.values() for split in of.values())
+            found[prefix] = length_statistics(lengths[f"{prefix}tokens"], text_bytes)
+    return found[""] | ({"target": found["target_"]} if "target_" in found else {})
 
 
 # ---- the import -----------------------------------------------------------------------------------------------

@@ -50,9 +50,10 @@ class Interrupted(UserError):
 class Team:
     """Runs functions over tasks; without an executor in this process."""
 
-    def __init__(self, executor: Executor | None, progress: Progress, elsewhere: bool = False) -> None:
-        """`elsewhere`: the executor's processes may be of other installations."""
+    def __init__(self, executor: Executor | None, progress: Progress, size: int = 1, elsewhere: bool = False) -> None:
+        """`size`: about how many tasks run at once. `elsewhere`: the processes may be of other installations."""
         self._executor, self._progress, self._elsewhere = executor, progress, elsewhere
+        self.size = size
 
     def run(
         self,
@@ -126,7 +127,7 @@ def processes(number: int, progress: Progress) -> Iterator[Team]:
     theirs, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(number, mp_context=context, initializer=_start_process, initargs=(theirs,))
     try:
-        yield Team(pool, progress)
+        yield Team(pool, progress, number)
     except BaseException:
         ours.close()  # ends the processes at once: what they have not finished is not there
         raise
@@ -163,7 +164,7 @@ def cluster(scheduler: str, progress: Progress) -> Iterator[Team]:
         raise Interrupted(f"prepare.scheduler = {scheduler!r}: cannot be reached: {error}; see that it runs") from None
     try:
         _wait_for_worker(client, scheduler)
-        yield Team(client.get_executor(pure=False), progress, elsewhere=True)
+        yield Team(client.get_executor(pure=False), progress, sum(client.nthreads().values()), elsewhere=True)
     except distributed.KilledWorker as error:
         raise Interrupted(f"a unit killed every worker that took it: {error}; give the workers more memory") from None
     except CancelledError:

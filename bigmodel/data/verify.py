@@ -36,7 +36,7 @@ from bigmodel.data.manifest import (
     stored_amount,
 )
 from bigmodel.data.remote import FETCHED, read_manifest, without_manifest
-from bigmodel.data.shards import length_statistics, measure_shard
+from bigmodel.data.shards import all_statistics, measure_shard
 from bigmodel.data.tokenizer import Tokenizer
 
 INLINE_BYTES = 64 << 20  # below this, starting processes costs more than it saves
@@ -238,9 +238,8 @@ def _compare_counts(location: str, manifest: Manifest, shards: list[_Shard], che
     said = sum(stored_amount(counts["validation"], "text_bytes") for counts in manifest.counts.values())
     if text != said:
         found.append(f"validation text of {said} bytes, the file has {text}")
-    lengths = [one.lengths["tokens"] for one in checked]
-    text_bytes = sum(manifest.total(split, "text_bytes") for split in SPLITS)
-    if length_statistics(lengths, text_bytes) != manifest.statistics:
+    lengths = {column: [one.lengths[column] for one in checked if column in one.lengths] for column in TOKEN_COLUMNS}
+    if all_statistics(lengths, manifest.counts) != manifest.statistics:
         found.append("the statistics are not those of the documents' lengths")
     found += _compare_tokenizer(location, manifest)
     return [f"{name}: {problem}" for problem in found]
