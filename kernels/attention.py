@@ -37,17 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import INTERPRETED, tl, triton
-from kernels.visibility import (
-    FULL,
-    Schedule,
-    Visibility,
-    dense,
-    document_lengths,
-    load_tile,
-    make_schedule,
-    part_bounds,
-    sees,
-)
+from kernels.schedule import Schedule, document_lengths, make_schedule
+from kernels.visibility import FULL, Visibility, dense, load_tile, part_bounds, sees
 
 # Part 2: the reference.
 

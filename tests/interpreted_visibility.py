@@ -1,10 +1,12 @@
 """The tile form of the attention rule draws the same picture as the dense form. Run by test_visibility.py."""
 
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
 
-from kernels import tl, triton
+from kernels import schedule, tl, triton
+from kernels.schedule import make_schedule, tile_tables_reference
 from kernels.visibility import (
     FULL,
     Visibility,
@@ -93,3 +95,47 @@ def test_tiles_inside_a_document_are_full() -> None:
 def test_a_window_leaves_tiles_on_both_sides_unvisited_and_has_full_tiles_between() -> None:
     drawing = drawn(causal(offsets_of([64]), left=24), 64, 64, 8, 4)
     assert (drawing[32] == torch.tensor([0] * 8 + [1] * 8 + [16] * 16 + [1] + [0] * 31)).all()
+
+
+# The schedule.
+
+
+def assert_the_kernels_make_the_tables_of_torch(visibility: Visibility, num_queries: int, num_keys: int) -> None:
+    made = make_schedule(visibility, num_queries, num_keys, block=16)
+    for ours, exact in zip(
+        (made.query_tiles_NF, made.key_tiles_NF),
+        tile_tables_reference(visibility, num_queries, num_keys, 16),
+        strict=True,
+    ):
+        assert torch.equal(ours, exact)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(visibilities(longest=70, most=9), some.sampled_from([2, 4, 1024]), some.sampled_from([2, 32]))
+def test_the_kernels_make_the_tables_of_torch(case: tuple[Visibility, int, int], at_once: int, slots: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "AT_ONCE", at_once)
+        patch.setattr(schedule, "SLOTS", slots)
+        assert_the_kernels_make_the_tables_of_torch(*case)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 4096, [0] * 1500 + [3000] + [40, 0] * 20])
+def test_the_tables_of_thousands_of_documents(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "SLOTS", 1024)  # a program costs the interpreter the same whatever its size
+    assert_the_kernels_make_the_tables_of_torch(causal(offsets_of(lengths)), sum(lengths) + 3, sum(lengths) + 3)
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2, 4], [0, 7]])
+def test_offsets_that_do_not_fit_end_the_kernels(offsets: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_check_offsets", lambda *_inputs: None)  # as on a GPU
+    good, bad = offsets_of([2] * (len(offsets) - 1)), int32(offsets)
+    make_schedule(Visibility(good, good, left=None, right=0), 6, 6)
+    for visibility in (Visibility(good, bad, left=None, right=0), Visibility(bad, good, left=None, right=0)):
+        with pytest.raises(RuntimeError, match=r"do not start at 0, never decrease, and end at most .* 6 and 6"):
+            make_schedule(visibility, 6, 6)
+
+
+def test_torch_knows_all_about_the_operator() -> None:
+    offsets = offsets_of([5, 20])
+    for prefix in (None, int32([1, 4])):
+        torch.library.opcheck(schedule._tile_tables, (offsets, offsets, None, prefix, 9, 0, 30, 30, 16))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from kernels import visibility as rule
+from kernels.schedule import make_schedule
 from kernels.visibility import (
     Visibility,
     bidirectional,
@@ -16,7 +17,6 @@ from kernels.visibility import (
     cross,
     dense,
     intervals,
-    make_schedule,
     picture,
     prefix_lm,
     tile_table,

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention import attention
-from kernels.visibility import Visibility, causal, cross, dense, make_schedule
+from kernels.schedule import make_schedule
+from kernels.visibility import Visibility, causal, cross, dense
 from tools.measure import (
     INPUT_SETS,
     REPEATS,
