@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kernels import INTERPRETED, tl, triton
 from kernels.schedule import Schedule, document_lengths, make_schedule
-from kernels.visibility import FULL, Visibility, dense, load_tile, part_bounds, sees
+from kernels.visibility import FULL, Visibility, count_in_part, dense, load_tile, sees, tile_in_part
 
 # Part 2: the reference.
 
@@ -245,10 +245,9 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
     total_M = tl.zeros([ROWS], tl.float32)
     PLAIN: tl.constexpr = REACH < 0 and not CAPPED
     unit = scale2 if PLAIN else 1.0  # a plain product is scaled inside the exponent, which costs nothing
-    for part in tl.static_range(3):
-        tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-        for tile in range(tile_from, tile_to):
-            first = begin + tile * COLUMNS
+    for part in tl.static_range(2):
+        for number in range(count_in_part(part, full_from, full_to, visited)):
+            first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
             column = first + tl.arange(0, COLUMNS)
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
             score_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
@@ -314,10 +313,9 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, tiles, q_stride,
     k += (head // GROUP) * k_head_stride
     v += (head // GROUP) * v_head_stride
     dq_MH = tl.zeros([ROWS, HEAD], tl.float32)
-    for part in tl.static_range(3):
-        tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-        for tile in range(tile_from, tile_to):
-            first = begin + tile * COLUMNS
+    for part in tl.static_range(2):
+        for number in range(count_in_part(part, full_from, full_to, visited)):
+            first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
             column = first + tl.arange(0, COLUMNS)
             distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
@@ -359,10 +357,9 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_strid
     for member in range(GROUP):
         head = key_head * GROUP + member
         q_head, d_out_head = q + head * q_head_stride, d_out + head * d_out_head_stride
-        for part in tl.static_range(3):
-            tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-            for tile in range(tile_from, tile_to):
-                first = begin + tile * COLUMNS
+        for part in tl.static_range(2):
+            for number in range(count_in_part(part, full_from, full_to, visited)):
+                first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
                 column = first + tl.arange(0, COLUMNS)
                 distance_MC = (beside + tl.arange(0, ROWS))[:, None] - column[None, :]
                 q_CH = load_rows(q_head, first, column_end, q_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
@@ -468,7 +465,7 @@ TILE_SHAPES_IN_99_KB = TILE_SHAPES | {
 # With a cap or a bias, on every architecture. The bias gradient takes square tiles.
 TILE_SHAPES_OF_CHANGED_SCORES = {
     ("forward", 64): (128, 64, 8, 2),
-    ("forward", 128): (128, 32, 8, 2),
+    ("forward", 128): (64, 64, 8, 2),
     ("forward", 256): (64, 32, 8, 2),
     ("query_gradient", 64): (128, 64, 8, 2),
     ("query_gradient", 128): (128, 32, 8, 2),

@@ -10,8 +10,9 @@ place #{j: width_j > width_i} + #{j < i: width_j = width_i}.
 
 Takes the offsets on the device. Gives a Schedule. Guarantees: nothing waits for the device; shapes depend on the
 numbers of rows and documents only; equal to `tile_table`, row by row. Costs on a GPU: two launches of ours and one
-assertion (`tile_table` is about 20 small operations for each side); N * D + N^2 comparisons for N tiles, 40 million a
-side at 64k tokens in 4,096 documents, 0.6 million in 256. On CPU, where the reference runs, a schedule is the lengths of the documents.
+assertion (`tile_table` is about 20 small operations for each side); N * D + N^2 comparisons a side for N tiles, 40
+million at 64k tokens in 4,096 documents, 0.8 million in 256. On CPU, where the reference runs, it is the lengths of the
+documents.
 
 Shape suffixes: D documents of a block, N tiles of a block, O other tiles, F fields of a tile.
 """
@@ -39,7 +40,7 @@ def tile_tables_reference(visibility: Visibility, num_queries: int, num_keys: in
 # Part 3: Triton kernels. Both have a second axis: 0 makes the table of queries, 1 that of keys.
 
 SLOTS = 32  # tiles that one program makes or places
-AT_ONCE = 1024  # documents or other tiles that it looks at together
+AT_ONCE = 512  # documents or other tiles that it looks at together
 NUM_WARPS = 8
 PLAN_FIELDS = tl.constexpr(8)  # the seven of a tile, and how many columns it visits
 

@@ -283,15 +283,22 @@ def tile_bounds(lo_first, hi_first, lo_last, hi_last, COLUMNS: tl.constexpr):
     return lo_first, full_from, full_to, visited
 
 
-LEFT, FULL, RIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the three parts of what a tile visits
+FULL, PARTIAL = tl.constexpr(0), tl.constexpr(1)  # the two parts of what a tile visits
 
 
 @triton.jit
-def part_bounds(part: tl.constexpr, full_from, full_to, visited):
-    """The column tiles of the left part (partial), the full part (needs no mask) and the right part: (from, to)."""
-    if part == LEFT:
-        return 0, full_from
-    elif part == FULL:
-        return full_from, full_to
+def count_in_part(part: tl.constexpr, full_from, full_to, visited):
+    """How many column tiles a part has."""
+    if part == FULL:
+        return full_to - full_from
     else:
-        return full_to, visited
+        return visited - (full_to - full_from)
+
+
+@triton.jit
+def tile_in_part(part: tl.constexpr, number, full_from, full_to):
+    """The column tile `number` of a part. The partial ones are those left and right of the full ones."""
+    if part == FULL:
+        return full_from + number
+    else:
+        return tl.where(number < full_from, number, number + full_to - full_from)

@@ -12,11 +12,12 @@ from kernels.visibility import (
     Visibility,
     bidirectional,
     causal,
+    count_in_part,
     dense,
     load_tile,
-    part_bounds,
     prefix_lm,
     sees,
+    tile_in_part,
     tile_table,
 )
 from tests.test_visibility import int32, offsets_of, visibilities
@@ -35,10 +36,9 @@ def draw_kernel(
     if first_row >= row_end:
         return
     row = first_row + tl.arange(0, ROWS)
-    for part in tl.static_range(3):
-        tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-        for tile in range(tile_from, tile_to):
-            column = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
+    for part in tl.static_range(2):
+        for number in range(count_in_part(part, full_from, full_to, visited)):
+            column = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS + tl.arange(0, COLUMNS)
             drawn = (row < row_end)[:, None] & (column < num_columns)[None, :]
             pair = drawing + row[:, None] * num_columns + column[None, :]
             if part == FULL:
