@@ -234,11 +234,11 @@ def make_schedule(visibility: Visibility, num_queries: int, num_keys: int, block
     if not _runs_kernels(query_offsets.device):
         return Schedule(visibility, num_queries, num_keys, None, None, block, document_lengths(visibility))
     make = _tile_tables if compiling else tile_tables  # an operator for the compiler; a direct call is faster
-    tables = make(
+    query_tiles_NF, key_tiles_NF = make(
         query_offsets, key_offsets, visibility.query_prefix, visibility.key_prefix, *visibility.window,
         num_queries, num_keys, block,
     )  # fmt: skip
-    return Schedule(visibility, num_queries, num_keys, *tables, block, lengths=None)
+    return Schedule(visibility, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
 
 
 def document_lengths(visibility: Visibility) -> tuple[tuple[int, int], ...]:

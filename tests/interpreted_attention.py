@@ -131,6 +131,13 @@ def test_a_document_of_nan_does_not_reach_another_one_bitwise() -> None:
         assert after[name][20:43].isnan().any()
 
 
+def test_hundreds_of_documents_of_one_token_give_their_values() -> None:
+    rows = torch.randn(305, 1, 16, generator=torch.Generator().manual_seed(2))
+    out = attend(rows, rows, rows, causal(offsets_of([1] * 300)))
+    assert torch.equal(out[:300], rows[:300])
+    assert not out[300:].any()
+
+
 def test_two_runs_agree_bitwise() -> None:
     inputs = make_inputs(causal(offsets_of([40])), 40, 40, (2, 1), 16, FP32, reach=20)
     first, second = out_and_gradients(attend, inputs), out_and_gradients(attend, inputs)

@@ -103,7 +103,7 @@ def test_tiles_with_most_to_do_come_first() -> None:
 
 
 def test_the_tile_form_equals_the_dense_form() -> None:
-    assert run_interpreted("tests/interpreted_visibility.py") == 5
+    assert run_interpreted("tests/interpreted_visibility.py") == 12
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -44,7 +44,7 @@ class Part:
 
 # Verbose, so that the log of a run that was stopped says how far it came; compiling is most of its time.
 CORRECTNESS: tuple[str, ...] = (
-    *("-m", "pytest", "-v", "-x", "--no-header", "-p", "no:cacheprovider", "--durations", "10"),
+    *("-m", "pytest", "-v", "--maxfail", "10", "--no-header", "-p", "no:cacheprovider", "--durations", "10"),
     *("tests/gpu/test_linear_cross_entropy_on_gpu.py", "tests/gpu/test_attention_on_gpu.py"),
 )
 

@@ -11,6 +11,7 @@ compiles without spilling (`python -m tests.compile_kernels`); what was tried st
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -55,15 +56,17 @@ class Work:
     def __init__(self, case: Case, device: str) -> None:
         dtype = torch.float16 if INTERPRETED else torch.bfloat16
         visibility = case.visibility(device)
-        self.batch = visibility, make_schedule(visibility, sum(case.lengths), sum(case.keys))
+        schedule = make_schedule(visibility, sum(case.lengths), sum(case.keys))
+        self.attend = partial(attention, visibility=visibility, schedule=schedule)
         self.sets = [packed_inputs(case, dtype, device, seed) for seed in range(3)]
         for one in self.sets:
             one[:3] = [rows.requires_grad_() for rows in one[:3]]
-        self.outs = [attention(*one[:3], *self.batch) for one in self.sets]
+        self.outs = [self.attend(q, k, v) for q, k, v, _ in self.sets]
 
     def forward(self, number: int) -> list[Tensor]:
+        q, k, v, _ = self.sets[number]
         with torch.no_grad():
-            return [attention(*self.sets[number][:3], *self.batch)]
+            return [self.attend(q, k, v)]
 
     def backward(self, number: int) -> list[Tensor]:
         q, k, v, d_out = self.sets[number]
