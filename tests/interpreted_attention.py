@@ -22,7 +22,7 @@ from tests.dense_attention import (
     make_inputs,
     out_and_gradients,
 )
-from tests.test_visibility import int32, offsets_of, random_visibilities
+from tests.test_visibility import int32, offsets_of, visibilities
 
 BLOCK = 32
 FP32, FP16 = torch.float32, torch.float16
@@ -75,7 +75,7 @@ def test_the_kernels_are_as_exact_as_plain_torch(case) -> None:
 # Shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    random_visibilities(longest=24, most=3),
+    visibilities(longest=24, most=3),
     some.sampled_from([(1, 1), (2, 1), (2, 2)]),
     some.sampled_from([FP32, FP16]),
     some.sampled_from([None, 0.5, 20.0]),
