@@ -13,6 +13,9 @@ the product alone, without a cap score is raw. With p the softmax and dp_s = dou
     dk[s, g] = scale * sum_th draw_s * q[t, h]   dq[t, h] = scale * sum_s draw_s * k[s, g]
     dbias[h, r] = sum of draw over all pairs at that distance
 
+With lse[t, h] = log(sum_s exp(score_s)), -inf where t sees no key, its gradient dlse is one more term of draw: delta
+becomes dout[t, h] . out[t, h] - dlse[t, h].
+
 Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a Visibility.
 Gives out (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last offset are written
 (zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
@@ -34,17 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import INTERPRETED, tl, triton
-from kernels.visibility import (
-    FULL,
-    Schedule,
-    Visibility,
-    dense,
-    document_lengths,
-    load_tile,
-    make_schedule,
-    part_bounds,
-    sees,
-)
+from kernels.schedule import Schedule, document_lengths, make_schedule
+from kernels.visibility import FULL, Visibility, count_in_part, dense, load_tile, sees, tile_in_part
 
 # Part 2: the reference.
 
@@ -68,6 +62,14 @@ def attention_reference(
     4 heads, 29 against 35 to 40 with 8 on 4 and K = 64.
     """
     lengths = lengths or document_lengths(visibility)
+    return _reference(q_THK, k_SGK, v_SGK, visibility, lengths, scale, softcap, bias_HR, with_lse=False)[0]
+
+
+def _reference(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, lengths: tuple[tuple[int, int], ...],
+    scale: float | None, softcap: float | None, bias_HR: Tensor | None, with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """out (T, H, K) and, if wanted, lse (T, H) in fp32 at least."""
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     dtype = q_THK.dtype
     if q_THK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
@@ -84,16 +86,20 @@ def attention_reference(
         v_SGK.split([*key_split, beyond_S])[:-1],
         strict=True,
     )
-    outs = []
+    outs, lses = [], []
     for number, (q, k, v) in enumerate(documents):
         if q.shape[0] == 0 or k.shape[0] == 0:
             outs.append(torch.zeros_like(q))
-        elif softcap is None and bias_HR is None:
+            lses.append(q.new_full(q.shape[:2], -torch.inf))
+        elif softcap is None and bias_HR is None and not with_lse:
             outs.append(_attend_document(q, k, v, visibility, number, scale))
         else:
-            outs.append(_attend_document_by_formula(q, k, v, visibility, number, scale, softcap, bias_HR))
+            out, lse = _attend_document_by_formula(q, k, v, visibility, number, scale, softcap, bias_HR)
+            outs.append(out)
+            lses.append(lse)
     outs.append(q_THK.new_zeros(beyond_T, *q_THK.shape[1:]))
-    return torch.cat(outs).to(dtype)
+    lses.append(q_THK.new_full((beyond_T, q_THK.shape[1]), -torch.inf))
+    return torch.cat(outs).to(dtype), torch.cat(lses) if with_lse else None
 
 
 def _attend_document(
@@ -116,7 +122,8 @@ def _attend_document(
 def _attend_document_by_formula(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, number: int, scale: float,
     softcap: float | None, bias_HR: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (T, H, K) and lse (T, H)."""
     group = q_THK.shape[1] // k_SGK.shape[1]
     k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
     score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * scale
@@ -128,8 +135,9 @@ def _attend_document_by_formula(
     if softcap is not None:
         score_HTS = softcap * torch.tanh(score_HTS / softcap)
     hidden_TS = ~_visible_in_document(q_THK, k_SGK, visibility, number)
-    p_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf).softmax(-1).masked_fill(hidden_TS, 0.0)
-    return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
+    score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
+    p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
+    return torch.einsum("hts,shk->thk", p_HTS, v_SHK), score_HTS.logsumexp(-1).T
 
 
 def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, visibility: Visibility, number: int) -> Tensor:
@@ -222,7 +230,7 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
                    GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
                    HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: a tile, or part of one, of queries of one head. Writes out, and lse = log2 of the sum of
-    exp2 of the scores."""
+    exp2 of the scores, -inf where a row sees nothing."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
         tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
@@ -237,10 +245,9 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
     total_M = tl.zeros([ROWS], tl.float32)
     PLAIN: tl.constexpr = REACH < 0 and not CAPPED
     unit = scale2 if PLAIN else 1.0  # a plain product is scaled inside the exponent, which costs nothing
-    for part in tl.static_range(3):
-        tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-        for tile in range(tile_from, tile_to):
-            first = begin + tile * COLUMNS
+    for part in tl.static_range(2):
+        for number in range(count_in_part(part, full_from, full_to, visited)):
+            first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
             column = first + tl.arange(0, COLUMNS)
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
             score_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
@@ -261,21 +268,27 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
     out_MH = tl.where(sees_any_M[:, None], acc_MH / total_M[:, None], 0.0)
     store_rows(out + head * CHANNELS, out_MH, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
     row = first_row + tl.arange(0, ROWS)
-    lse_M = tl.where(sees_any_M, top_M + tl.log2(total_M), 0.0)
+    lse_M = tl.where(sees_any_M, top_M + tl.log2(total_M), float("-inf"))
     tl.store(lse + head * num_rows + row, lse_M, mask=row < row_end)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def delta_kernel(out, d_out, delta, d_out_stride, d_out_head_stride, num_heads, num_rows,
+def delta_kernel(out, d_out, lse, d_lse, delta, d_out_stride, d_out_head_stride, num_heads, num_rows,
                  CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """delta[head, row] = d_out . out, in fp32."""
+    """delta[head, row] = d_out . out, in fp32; d_lse, of the lse in base 2, may be None. Whatever d_lse is where a row
+    sees nothing, it does not count: 0 * NaN would reach the keys."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first = (tl.program_id(0) // num_heads) * ROWS
     out_MH = load_rows(out + head * CHANNELS, first, num_rows, num_heads * CHANNELS, ROWS, CHANNELS, HEAD, True)
     d_out_MH = load_rows(d_out + head * d_out_head_stride, first, num_rows, d_out_stride, ROWS, CHANNELS, HEAD, True)
     row = first + tl.arange(0, ROWS)
     delta_M = tl.sum(out_MH.to(tl.float32) * d_out_MH.to(tl.float32), 1)
-    tl.store(delta + head * num_rows + row, delta_M, mask=row < num_rows)
+    place = head * num_rows + row
+    if d_lse is not None:
+        d_lse_M = 1.4426950408889634 * tl.load(d_lse + place, mask=row < num_rows, other=0.0)
+        lse_M = tl.load(lse + place, mask=row < num_rows, other=0.0)
+        delta_M -= tl.where(lse_M == float("-inf"), 0.0, d_lse_M)
+    tl.store(delta + place, delta_M, mask=row < num_rows)
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows"])
@@ -300,10 +313,9 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, tiles, q_stride,
     k += (head // GROUP) * k_head_stride
     v += (head // GROUP) * v_head_stride
     dq_MH = tl.zeros([ROWS, HEAD], tl.float32)
-    for part in tl.static_range(3):
-        tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-        for tile in range(tile_from, tile_to):
-            first = begin + tile * COLUMNS
+    for part in tl.static_range(2):
+        for number in range(count_in_part(part, full_from, full_to, visited)):
+            first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
             column = first + tl.arange(0, COLUMNS)
             distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
@@ -345,10 +357,9 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_strid
     for member in range(GROUP):
         head = key_head * GROUP + member
         q_head, d_out_head = q + head * q_head_stride, d_out + head * d_out_head_stride
-        for part in tl.static_range(3):
-            tile_from, tile_to = part_bounds(part, full_from, full_to, visited)
-            for tile in range(tile_from, tile_to):
-                first = begin + tile * COLUMNS
+        for part in tl.static_range(2):
+            for number in range(count_in_part(part, full_from, full_to, visited)):
+                first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
                 column = first + tl.arange(0, COLUMNS)
                 distance_MC = (beside + tl.arange(0, ROWS))[:, None] - column[None, :]
                 q_CH = load_rows(q_head, first, column_end, q_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
@@ -454,7 +465,7 @@ TILE_SHAPES_IN_99_KB = TILE_SHAPES | {
 # With a cap or a bias, on every architecture. The bias gradient takes square tiles.
 TILE_SHAPES_OF_CHANGED_SCORES = {
     ("forward", 64): (128, 64, 8, 2),
-    ("forward", 128): (128, 32, 8, 2),
+    ("forward", 128): (64, 64, 8, 2),
     ("forward", 256): (64, 32, 8, 2),
     ("query_gradient", 64): (128, 64, 8, 2),
     ("query_gradient", 128): (128, 32, 8, 2),
@@ -533,8 +544,8 @@ def _attention(
 
 @torch.library.custom_op("bigmodel::attention_backward", mutates_args=())
 def _attention_backward(
-    d_out_THK: Tensor, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor, k_SGK: Tensor,
-    v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    d_out_THK: Tensor, d_lse_HT: Tensor | None, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor,
+    k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
     left: int, right: int, scale: float, softcap: float | None, block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dbias); dbias is empty where it is not wanted."""
@@ -543,11 +554,12 @@ def _attention_backward(
     # loss.sum() sends a d_out whose strides are all 0.
     d_out_THK, q_THK, k_SGK, v_SGK = _with_dense_channels(d_out_THK, q_THK, k_SGK, v_SGK)
     dq_THK, dk_SGK, dv_SGK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_SGK, v_SGK))
+    d_lse_HT = None if d_lse_HT is None else d_lse_HT.contiguous()
     delta_HT = torch.empty_like(lse_HT)
     plain = bias_HR is None and softcap is None
     of_queries, of_keys = (_options(kernel, q_THK, block, plain) for kernel in ("query_gradient", "key_gradient"))
     delta_kernel[(triton.cdiv(num_rows, of_queries["ROWS"]) * num_heads,)](
-        out_THK, d_out_THK, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
+        out_THK, d_out_THK, lse_HT, d_lse_HT, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
         CHANNELS=channels, HEAD=of_queries["HEAD"], ROWS=of_queries["ROWS"],
     )  # fmt: skip
     strides = _strides(q_THK, k_SGK, v_SGK, d_out_THK)
@@ -602,8 +614,8 @@ def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor]:
 
 @_attention_backward.register_fake
 def _(
-    _d_out_THK: Tensor, bias_is_wanted: bool, _out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor, k_SGK: Tensor,
-    v_SGK: Tensor, bias_HR: Tensor | None, *_inputs: Any,
+    _d_out_THK: Tensor, _d_lse_HT: Tensor | None, bias_is_wanted: bool, _out_THK: Tensor, lse_HT: Tensor,
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, *_inputs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d_bias_HR = bias_HR.new_empty(bias_HR.shape) if bias_is_wanted and bias_HR is not None else lse_HT.new_empty(0)
     return (*(rows.new_empty(rows.shape) for rows in (q_THK, k_SGK, v_SGK)), d_bias_HR)
@@ -611,23 +623,23 @@ def _(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *inputs[:6])
     ctx.settings = inputs[6:]
 
 
-def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: None) -> tuple[Tensor | None, ...]:
-    if d_out_THK is None:
+def _differentiate(ctx: Any, d_out_THK: Tensor | None, d_lse_HT: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out_THK is None and d_lse_HT is None:
         return (None,) * 11
+    d_out_THK = torch.zeros_like(ctx.saved_tensors[0]) if d_out_THK is None else d_out_THK
     bias_is_wanted = ctx.needs_input_grad[3]
-    *d_rows, d_bias_HR = _attention_backward(d_out_THK, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
+    *d_rows, d_bias_HR = _attention_backward(d_out_THK, d_lse_HT, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
     return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 7)
 
 
 _attention.register_autograd(_differentiate, setup_context=_remember)
 
 
-# Part 5: the public function.
+# Part 5: the public functions.
 
 
 def attention(
@@ -650,6 +662,36 @@ def attention(
     channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes that do not fit.
     The method is that of FlashAttention-2 (Dao 2023).
     """
+    return _attend(q_THK, k_SGK, v_SGK, visibility, schedule, scale, softcap, bias_HR, with_lse=False)[0]
+
+
+def attention_with_lse(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
+    visibility: Visibility,
+    schedule: Schedule | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias_HR: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and lse (T, H) in fp32 at least: log(sum_s exp(score_s)), -inf where a query sees no key.
+
+    Both are differentiable, so the softmax over two sets of keys can be put together of the attention over each:
+
+        lse = logaddexp(lse_a, lse_b)        out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
+
+    where at least one of the two is finite.
+    """
+    out_THK, lse_TH = _attend(q_THK, k_SGK, v_SGK, visibility, schedule, scale, softcap, bias_HR, with_lse=True)
+    assert lse_TH is not None, "lse was asked for"
+    return out_THK, lse_TH
+
+
+def _attend(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, schedule: Schedule | None,
+    scale: float | None, softcap: float | None, bias_HR: Tensor | None, with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     schedule = schedule or make_schedule(visibility, q_THK.shape[0], k_SGK.shape[0])
     _check_shapes(q_THK, k_SGK, v_SGK, schedule)
@@ -657,11 +699,13 @@ def attention(
         raise ValueError("attention got a schedule made for another rule; give both the same Visibility")
     _check_scores(q_THK, scale, softcap, bias_HR)
     if schedule.query_tiles_NF is None or schedule.key_tiles_NF is None:
-        return attention_reference(q_THK, k_SGK, v_SGK, visibility, schedule.lengths, scale, softcap, bias_HR)
+        lengths = schedule.lengths or document_lengths(visibility)
+        return _reference(q_THK, k_SGK, v_SGK, visibility, lengths, scale, softcap, bias_HR, with_lse)
     _check_kernel_can(q_THK)
     tables = schedule.query_tiles_NF, schedule.key_tiles_NF
     settings = *visibility.window, scale, softcap, schedule.block
-    return _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)[0]
+    out_THK, lse_HT = _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)
+    return out_THK, lse_HT.T / LOG2_E if with_lse else None
 
 
 def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, schedule: Schedule) -> None:

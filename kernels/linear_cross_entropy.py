@@ -215,7 +215,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the type of the total."""
+    """total += left @ right, in the type of the total (fp32 for 16-bit products: from torch 2.10 on, PR 167931)."""
     if left.dtype in HALF_TYPES:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:

@@ -29,9 +29,8 @@ the first `query_prefix` queries of a document have no limit on the left.
 
 Takes document offsets. Gives the rule in three forms that a test holds equal: `picture` (the definition, in plain
 Python), `dense` (a bool matrix, for tests and small cases) and the tile form (`tile_table`, read inside Triton
-kernels by `load_tile`); and the Schedule of a batch made from it. Guarantees that no form mixes documents. Costs of
-the tile form: a dozen small device operations per batch, no waiting for the device, and about one tile more per
-document than its area.
+kernels by `load_tile`; `kernels/schedule.py` makes the same table in two launches). Guarantees that no form mixes
+documents. Cost of the tile form: about one tile more per document than its area.
 
 Shape suffixes: Q queries, K keys, R rows of either, D documents, N tiles, F fields of a tile or document.
 """
@@ -43,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import HAS_TRITON, INTERPRETED, tl, triton
+from kernels import tl, triton
 
 # "No limit" as a number: beyond every position, and position + UNBOUNDED still fits into int32.
 UNBOUNDED = 2**30
@@ -284,75 +283,22 @@ def tile_bounds(lo_first, hi_first, lo_last, hi_last, COLUMNS: tl.constexpr):
     return lo_first, full_from, full_to, visited
 
 
-LEFT, FULL, RIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the three parts of what a tile visits
+FULL, PARTIAL = tl.constexpr(0), tl.constexpr(1)  # the two parts of what a tile visits
 
 
 @triton.jit
-def part_bounds(part: tl.constexpr, full_from, full_to, visited):
-    """The column tiles of the left part (partial), the full part (needs no mask) and the right part: (from, to)."""
-    if part == LEFT:
-        return 0, full_from
-    elif part == FULL:
-        return full_from, full_to
+def count_in_part(part: tl.constexpr, full_from, full_to, visited):
+    """How many column tiles a part has."""
+    if part == FULL:
+        return full_to - full_from
     else:
-        return full_to, visited
+        return visited - (full_to - full_from)
 
 
-# The schedule: what attention needs to know of a batch, made once and shared by all layers.
-
-TILE_ROWS = 128
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What attention needs to know of a batch: tiles for the kernels, or lengths on the host for the reference."""
-
-    visibility: Visibility
-    num_queries: int
-    num_keys: int
-    query_tiles_NF: Tensor | None
-    key_tiles_NF: Tensor | None
-    block: int
-    lengths: tuple[tuple[int, int], ...] | None
-
-
-def make_schedule(visibility: Visibility, num_queries: int, num_keys: int, block: int = TILE_ROWS) -> Schedule:
-    """The schedule of a batch of `num_queries` query rows and `num_keys` key rows, on the device of the offsets.
-
-    On a GPU it is two tables of tiles of `block` rows, for heads of any width; on CPU the lengths of the documents.
-    On a GPU nothing waits for the device, and shapes depend on the numbers of rows and documents only, so it may be
-    captured in a CUDA graph together with the attention that uses it.
-
-    Raises ValueError for offsets that do not start at 0, decrease, or pass the end of the rows. On a GPU the same is
-    asserted on the device by a kernel among the others: it costs seven small ones for each side and no waiting, works
-    inside a graph, and ends the process where the attention kernels would read and write what is not theirs.
-    """
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"block is {block}; tiles need a power of two of rows, at least 16")
-    _check_offsets("query_offsets", visibility.query_offsets, num_queries)
-    _check_offsets("key_offsets", visibility.key_offsets, num_keys)
-    if _runs_kernels(visibility.query_offsets.device):
-        query_tiles_NF = tile_table(visibility, num_queries, block)
-        key_tiles_NF = tile_table(visibility.transposed, num_keys, block)
-        return Schedule(visibility, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
-    return Schedule(visibility, num_queries, num_keys, None, None, block, document_lengths(visibility))
-
-
-def document_lengths(visibility: Visibility) -> tuple[tuple[int, int], ...]:
-    """(queries, keys) of each document, on the host: waits for the device if the offsets are on one."""
-    query_lengths, key_lengths = visibility.query_offsets.diff().tolist(), visibility.key_offsets.diff().tolist()
-    return tuple(zip(query_lengths, key_lengths, strict=True))
-
-
-def _check_offsets(name: str, offsets: Tensor, num_rows: int) -> None:
-    good = (F.pad(offsets, (0, 1), value=num_rows).diff() >= 0).all() & (offsets[0] == 0)
-    need = f"start at 0, never decrease, and end at most at the number of rows, {num_rows}"
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not good:
-            raise ValueError(f"{name} is {offsets.tolist()}; offsets need to {need}")
+@triton.jit
+def tile_in_part(part: tl.constexpr, number, full_from, full_to):
+    """The column tile `number` of a part. The partial ones are those left and right of the full ones."""
+    if part == FULL:
+        return full_from + number
     else:
-        torch._assert_async(good, f"{name} does not {need}")
-
-
-def _runs_kernels(device: torch.device) -> bool:
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+        return tl.where(number < full_from, number, number + full_to - full_from)

@@ -1,4 +1,5 @@
-"""Compiles every attention kernel, as shipped, for Ampere, Hopper and Blackwell without a GPU; prints what it takes.
+"""Compiles the kernels of attention and its schedule, as shipped, for Ampere, Hopper and Blackwell without a GPU.
+Prints what they take.
 
     kernel  architecture  type  channels  score | registers  stack bytes  shared bytes
 
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import product
 from multiprocessing import get_context
 from typing import Any
@@ -22,37 +24,54 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from kernels import attention
-from kernels.visibility import causal, prefix_lm, tile_table
+from kernels import attention, schedule
+from kernels.schedule import tile_tables_reference
+from kernels.visibility import causal, prefix_lm
 from tests.test_visibility import int32, offsets_of
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
-POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
+POINTERS = {"lse": "*fp32", "d_lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
 # A bias that reaches 128 places, as T5's. Each alone takes fewer registers than both.
 SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
 PLAIN = ("forward", "query_gradient", "key_gradient")
+SCHEDULE = ("plan", "order")
 KERNELS = ("forward", "delta", "query_gradient", "key_gradient", "bias_gradient")
-# Every shape of 16-bit kernels, those of plain ones on every architecture: two minutes of one core. The argument `all`
-# adds the other architectures and types, another five.
+ARCHITECTURES = (80, 90, 100)
+# Every kernel in every shape of bf16; of the other types some. The argument `all` adds the rest of those.
 CONFIGURATIONS = [
-    *product((80, 90, 100), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
-    *product((90,), ("fp16",), (128,), ("plain",), PLAIN),
-    *product((90,), ("bf16",), (64, 128, 256), ("plain",), ("delta",)),
-    *product((80,), ("bf16",), (64, 256), ("both",), (*PLAIN, "bias_gradient")),
-    *product((90,), ("bf16",), (128,), ("both",), (*PLAIN, "bias_gradient")),
-    *product((80,), ("fp32",), (64, 256), ("plain",), ("key_gradient",)),
+    *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
+    *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+    *product(ARCHITECTURES, ("bf16",), (64, 128, 256), ("plain",), ("delta",)),
+    *product(ARCHITECTURES, ("int32",), (0,), ("prefixes",), SCHEDULE),
+    *product((80,), ("fp16",), (128,), ("plain",), PLAIN),
+    *product((80,), ("fp32",), (64,), ("plain",), ("key_gradient",)),
 ]
 OTHERS = [
-    *product((80, 100), ("fp16",), (64, 128, 256), ("plain",), PLAIN),
-    *product((80, 90, 100), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+    *product(ARCHITECTURES, ("fp16",), (64, 128, 256), ("plain",), PLAIN),
+    *product(ARCHITECTURES, ("int32",), (0,), ("plain",), SCHEDULE),
     *product((80, 90), ("fp32",), (64, 128, 256), ("plain",), PLAIN),
     *product((90,), ("fp32",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
 ]
 
 
+def compiled_schedule(name: str, architecture: int, score: str):
+    """The kernel of the schedule, with prefixes or without."""
+    kernel = getattr(schedule, f"{name}_kernel")
+    constants: dict[str, Any] = {"BLOCK": schedule.TILE_ROWS, "SLOTS": schedule.SLOTS, "AT_ONCE": schedule.AT_ONCE}
+    if score == "plain":
+        constants |= {"query_prefix": None, "key_prefix": None}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    numbers = ("left", "right", "num_queries", "num_keys", "num_documents", "query_tiles", "key_tiles")
+    signature = {argument: "i32" if argument in numbers else "*i32" for argument in kernel.arg_names}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, {})
+    return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": schedule.NUM_WARPS})
+
+
 def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
     """The kernel for a group of 2 query heads, compiled as a launch with aligned tensors would."""
+    if name in SCHEDULE:
+        return compiled_schedule(name, architecture, score)
     kernel = getattr(attention, f"{name}_kernel")
     shape = attention.launch_options(
         name.replace("delta", "query_gradient"), channels, TYPES[dtype], 128, architecture, score == "plain"
@@ -92,12 +111,12 @@ def usage(cubin: bytes) -> tuple[int, int]:
 def row(architecture: int, dtype: str, channels: int, score: str, name: str) -> str:
     kernel = compiled(name, architecture, dtype, channels, score)
     registers, stack = usage(kernel.asm["cubin"])
-    configuration = f"{name:15} sm_{architecture:<4} {dtype} {channels:4} {score:6}"
+    configuration = f"{name:15} sm_{architecture:<4} {dtype:5} {channels:4} {score:8}"
     return f"{configuration} | {registers:4} {stack:4} {kernel.metadata.shared:7}"
 
 
 def print_usage(configurations: list[tuple]) -> None:
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("fork")) as pool:  # nothing has a thread yet
         for line in pool.map(row, *zip(*configurations, strict=True)):
             print(line, flush=True)
 
@@ -118,16 +137,23 @@ class Launches:
 def print_variants() -> None:
     kernels = {f"{name}_kernel": Launches(getattr(attention, f"{name}_kernel")) for name in KERNELS}
     vars(attention).update(kernels)
+    of_schedule = {f"{name}_kernel": Launches(getattr(schedule, f"{name}_kernel")) for name in SCHEDULE}
+    vars(schedule).update(of_schedule)
     one_long, many_short, windowed = offsets_of([64]), offsets_of([1] * 63), offsets_of([5, 1, 30])
     for visibility, num_rows in ((causal(one_long), 64), (causal(many_short), 63), (causal(windowed, left=1), 37),
                                  (prefix_lm(windowed, int32([1, 0, 9]), left=16), 36)):  # fmt: skip
-        tables = tile_table(visibility, num_rows, 128), tile_table(visibility.transposed, num_rows, 128)
+        tables = tile_tables_reference(visibility, num_rows, num_rows, 128)
+        no_prefix = torch.zeros(visibility.num_documents, dtype=torch.int32)
+        prefixes = no_prefix, no_prefix if visibility.key_prefix is None else visibility.key_prefix
+        with suppress(RuntimeError):  # nobody wrote whether the offsets fit
+            schedule.tile_tables(visibility.query_offsets, visibility.key_offsets, *prefixes, *visibility.window,
+                                 num_rows, num_rows, 128)  # fmt: skip
         fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)
         rows = [part.requires_grad_() for part in fused.split([2, 1, 1], dim=1)]
         bias_HR = torch.zeros(2, 9, requires_grad=True)
         out_THK, _ = attention._attention(*rows, bias_HR, *tables, *visibility.window, 0.125, None, 128)
         out_THK.sum().backward()
-    for name, launches in kernels.items():
+    for name, launches in (kernels | of_schedule).items():
         print(name, len(launches.keys))
 
 

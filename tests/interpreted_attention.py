@@ -12,9 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as kernels
-from kernels.attention import _attention, attention, make_schedule
+from kernels.attention import _attention, attention, attention_with_lse, make_schedule
 from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
-from tests.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
+from tests.dense_attention import (
+    Inputs,
+    assert_as_exact_as_plain_torch,
+    assert_lse_and_its_gradient_are_exact,
+    assert_two_parts_make_one_softmax,
+    make_inputs,
+    out_and_gradients,
+)
 from tests.test_visibility import int32, offsets_of, visibilities
 
 BLOCK = 32
@@ -37,6 +44,10 @@ def attend(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, 
 
 SHORT_AND_LONG = offsets_of([0, 1, 66, 0, 7, 0])
 
+LATE_QUERIES_SEE_NOTHING = (
+    Visibility(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (2, 1), 16, FP32,
+)  # fmt: skip
+
 CASES = {
     "causal, 2 query heads on 1, rows beyond": (causal(SHORT_AND_LONG), 85, 85, (2, 1), 16, FP32),
     "window with full tiles, 24 channels": (causal(offsets_of([5, 100]), left=66), 105, 105, (1, 1), 24, FP32),
@@ -49,9 +60,7 @@ CASES = {
     "cross, empty on either side, capped": (
         cross(offsets_of([40, 0, 3, 1]), offsets_of([5, 9, 0, 70])), 50, 90, (2, 1), 16, FP32, 1.5,
     ),
-    "causal cross: late queries see nothing": (
-        Visibility(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (1, 1), 16, FP32, None, 40,
-    ),
+    "causal cross: late queries see nothing": (*LATE_QUERIES_SEE_NOTHING, None, 40),
     "bidirectional, a bias": (bidirectional(offsets_of([2, 69])), 71, 71, (1, 1), 16, FP32, None, 40),
     "causal, a bias of one number, capped, fp16": (causal(offsets_of([40])), 40, 40, (2, 1), 16, FP16, 2.0, 0),
     "a head of 136 channels": (causal(offsets_of([9, 20])), 30, 30, (1, 1), 136, FP32),
@@ -76,6 +85,19 @@ def test_any_batch_is_as_exact_as_plain_torch(case, heads, dtype, softcap, reach
     if case[1] and case[2]:
         inputs = make_inputs(*case, heads, 16, dtype, softcap, reach)
         assert_as_exact_as_plain_torch(partial(attend, block=16), inputs)
+
+
+def attend_with_lse(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, **score):
+    schedule = make_schedule(visibility, len(q_THK), len(k_SGK), block=BLOCK)
+    return attention_with_lse(q_THK, k_SGK, v_SGK, visibility, schedule, **score)
+
+
+def test_lse_and_its_gradient_are_exact() -> None:
+    assert_lse_and_its_gradient_are_exact(attend_with_lse, make_inputs(*LATE_QUERIES_SEE_NOTHING, softcap=2.0))
+
+
+def test_two_parts_make_one_softmax() -> None:
+    assert_two_parts_make_one_softmax(attend_with_lse)
 
 
 def test_a_kernel_may_take_the_tiles_of_a_schedule_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, make_schedule
+from kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, attention_with_lse, make_schedule
 from kernels.relative_bias import t5_bias, t5_buckets
 from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
-from tests.dense_attention import assert_as_exact_as_plain_torch, dense_attention, make_inputs, out_and_gradients
+from tests.dense_attention import (
+    assert_as_exact_as_plain_torch,
+    assert_lse_and_its_gradient_are_exact,
+    assert_two_parts_make_one_softmax,
+    dense_attention,
+    make_inputs,
+    out_and_gradients,
+)
 from tests.interpreted import run_interpreted, run_python
 from tests.test_visibility import int32, offsets_of
 
@@ -37,6 +44,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_reference_is_as_exact_as_plain_torch(case) -> None:
     assert_as_exact_as_plain_torch(attention_reference, make_inputs(*case))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_lse_and_its_gradient_are_exact(softcap: float | None) -> None:
+    case = CASES["causal cross: late queries see nothing"][:6]
+    assert_lse_and_its_gradient_are_exact(attention_with_lse, make_inputs(*case, softcap))
+
+
+def test_two_parts_make_one_softmax() -> None:
+    assert_two_parts_make_one_softmax(attention_with_lse)
 
 
 @pytest.mark.parametrize("score", [(None, None), (1.5, None), (None, 20), (1.5, 20)], ids=str)
@@ -84,7 +101,7 @@ def test_a_schedule_made_before_gives_the_same() -> None:
 
 
 def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
-    assert run_interpreted("tests/interpreted_attention.py") == 24
+    assert run_interpreted("tests/interpreted_attention.py") == 26
 
 
 @pytest.mark.timeout(600)
@@ -92,7 +109,7 @@ def test_the_kernels_compile_for_all_architectures_without_spilling_registers() 
     printed = run_python(["-m", "tests.compile_kernels"], interpret=False)
     print(printed)
     rows = [line.split() for line in printed.splitlines() if "|" in line]
-    assert len(rows) == 47
+    assert len(rows) == 82
     assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     spilled = [row for row in rows if row[-2] != "0"]
     assert not spilled, f"kernel, architecture, type, channels, score | registers, stack, shared bytes: {spilled}"
@@ -106,7 +123,7 @@ def test_other_documents_windows_and_lengths_of_a_batch_compile_no_kernel_again(
     print(printed)
     assert printed.split() == [
         *("forward_kernel", "1", "delta_kernel", "1", "query_gradient_kernel", "1", "key_gradient_kernel", "1"),
-        *("bias_gradient_kernel", "1"),
+        *("bias_gradient_kernel", "1", "plan_kernel", "1", "order_kernel", "1"),
     ]
 
 

@@ -10,9 +10,10 @@ import torch
 import typer
 
 from kernels.visibility import Visibility, bidirectional, causal, cross, dense
+from tests.interpreted import run_python
 from tests.test_visibility import offsets_of
-from tools import bench_attention, bench_block, bench_linear_cross_entropy, gpu_suite, show_visibility
-from tools.bench_attention import CONTENDERS, Case, cases, errors, lognormal_lengths
+from tools import bench_attention, bench_block, bench_linear_cross_entropy, gpu_suite, show_visibility, tune_attention
+from tools.bench_attention import CONTENDERS, Case, cases, errors, lognormal_lengths, order_of
 from tools.bench_linear_cross_entropy import contenders, gradient_error
 from tools.gpu_suite import PARTS, Part, markdown_of, run_part
 from tools.measure import Record, milliseconds
@@ -155,7 +156,7 @@ def test_a_record_keeps_its_rows_whenever_it_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tool", "options", "rows"),
     [
-        (bench_attention, {"only": "one of 128"}, 8),
+        (bench_attention, {"only": "one of 128"}, 9),
         (bench_linear_cross_entropy, {"compiler": "aot_eager"}, 10),
         (bench_block, {"compiler": "aot_eager"}, 8),
     ],
@@ -171,6 +172,25 @@ def test_a_benchmark_runs_on_a_cpu(tool, options: dict, rows: int, tmp_path: Pat
     assert len(ran) >= 3
     assert all(row["both_ms"] > 0 and math.isfinite(row["both_ms"]) for row in ran)
     assert (tmp_path / f"{name}.png").exists()
+
+
+def test_every_tile_shape_computes_the_same_and_the_shipped_ones_stay(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--quick", "--only", "key_gradient", "--out", str(tmp_path)]
+    run_python(["-m", "tools.tune_attention", *options], interpret=True)
+    rows = json.loads((tmp_path / "tune_attention_cpu.json").read_text())["rows"]
+    assert len(rows) == 3
+    assert rows[0]["contender"] == "128 x 32, 8 warps, 2 stages (shipped)"
+    assert rows[0]["difference"] == 0.0
+    assert all(row["difference"] < 2e-3 and row["ms"] > 0 for row in rows)
+    assert rows[1]["difference"] > 0.0  # another shape ran
+    with pytest.raises(SystemExit, match="on a CPU the kernels run under TRITON_INTERPRET=1 only"):
+        tune_attention.main(device="cpu", out=tmp_path)
+
+
+def test_the_autotuned_contender_comes_after_all_others() -> None:
+    order = [contender.name for _, contender in order_of(cases("gpu"))]
+    assert order.count("FlexAttention, autotuned") == 3
+    assert set(order[-3:]) == {"FlexAttention, autotuned"}
 
 
 def test_a_benchmark_out_of_time_says_so_in_each_row(tmp_path: Path, capsys) -> None:
@@ -199,7 +219,7 @@ def test_the_suite_ends_within_nine_minutes_and_checks_first() -> None:
     assert PARTS[0].name == "correctness"
     about_data = {"bench_prepare", "bench_stream"}  # these need no GPU
     benchmarks = {path.stem for path in (ROOT / "tools").glob("bench_*.py")}
-    assert {part.name for part in PARTS[1:]} == benchmarks - about_data
+    assert {part.name for part in PARTS[1:]} == benchmarks - about_data | {"tune_attention"}
 
 
 def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path) -> None:

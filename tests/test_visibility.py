@@ -2,6 +2,7 @@
 
 import re
 from itertools import accumulate, pairwise
+from random import Random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from kernels import visibility as rule
+from kernels.schedule import make_schedule
 from kernels.visibility import (
     Visibility,
     bidirectional,
@@ -16,7 +18,6 @@ from kernels.visibility import (
     cross,
     dense,
     intervals,
-    make_schedule,
     picture,
     prefix_lm,
     tile_table,
@@ -45,6 +46,21 @@ def visibilities(draw, longest: int = 9, most: int = 5) -> tuple[Visibility, int
     visibility = Visibility(query_offsets, key_offsets, draw(window), draw(window), draw(prefix), draw(prefix))
     beyond = some.integers(0, 5)
     return visibility, int(query_offsets[-1]) + draw(beyond), int(key_offsets[-1]) + draw(beyond)
+
+
+def random_visibilities(longest: int, most: int) -> some.SearchStrategy[tuple[Visibility, int, int]]:
+    """The same, drawn evenly: of a few dozen that hypothesis draws by itself most are empty or without a window."""
+    return some.integers(0, 2**32).map(lambda seed: _random_visibility(Random(seed), longest, most))
+
+
+def _random_visibility(random: Random, longest: int, most: int) -> tuple[Visibility, int, int]:
+    count = random.randint(1, most)
+    queries, others = ([random.choice([0, *[random.randint(1, longest)] * 4]) for _ in range(count)] for _ in range(2))
+    keys = random.choice([queries, queries, others])
+    left, right = (random.choice([None, 0, random.randint(0, longest)]) for _ in range(2))
+    prefixes = [random.choice([None, int32([random.randint(0, longest) for _ in keys])]) for _ in range(2)]
+    visibility = Visibility(offsets_of(queries), offsets_of(keys), left, right, *prefixes)
+    return visibility, sum(queries) + random.randint(0, 5), sum(keys) + random.randint(0, 5)
 
 
 def pictured(visibility: Visibility, num_queries: int, num_keys: int) -> torch.Tensor:
@@ -103,7 +119,7 @@ def test_tiles_with_most_to_do_come_first() -> None:
 
 
 def test_the_tile_form_equals_the_dense_form() -> None:
-    assert run_interpreted("tests/interpreted_visibility.py") == 5
+    assert run_interpreted("tests/interpreted_visibility.py") == 12
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -11,9 +11,15 @@ from itertools import product
 import pytest
 import torch
 
-from kernels.attention import attention, make_schedule
+from kernels.attention import attention, attention_with_lse, make_schedule
+from kernels.schedule import tile_tables_reference
 from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
-from tests.dense_attention import assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
+from tests.dense_attention import (
+    assert_as_exact_as_plain_torch,
+    assert_lse_and_its_gradient_are_exact,
+    make_inputs,
+    out_and_gradients,
+)
 from tests.test_visibility import int32, offsets_of
 
 pytestmark = pytest.mark.skipif(
@@ -147,6 +153,26 @@ def test_compiled_it_gives_the_same_and_other_documents_compile_nothing(mode: st
             ours = {name: rows.clone() for name, rows in out_and_gradients(compiled, inputs).items()}
         for name, rows in out_and_gradients(attention, inputs).items():
             torch.testing.assert_close(ours[name], rows)
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_the_schedule_is_that_of_plain_torch(rule: str) -> None:
+    made = make_schedule(*rules()[rule])
+    exact = tile_tables_reference(*rules()[rule], made.block)
+    assert torch.equal(made.query_tiles_NF, exact[0])
+    assert torch.equal(made.key_tiles_NF, exact[1])
+
+
+def test_the_schedule_of_thousands_of_documents_is_that_of_plain_torch() -> None:
+    visibility = causal(offsets_of([1] * 4096).cuda())
+    made = make_schedule(visibility, 5000, 5000)
+    assert torch.equal(made.query_tiles_NF, tile_tables_reference(visibility, 5000, 5000, made.block)[0])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_lse_and_its_gradient_are_exact(dtype: torch.dtype) -> None:
+    inputs = make_inputs(*rules()["causal cross"], (4, 2), 64, dtype)
+    assert_lse_and_its_gradient_are_exact(attention_with_lse, inputs)
 
 
 def test_a_schedule_shared_by_layers_serves_heads_of_any_width() -> None:

@@ -1,0 +1,127 @@
+"""Tile shapes for the attention kernels, tried on a GPU: which are faster than those that ship.
+
+    python -m tools.tune_attention                                                  # on the GPU
+    TRITON_INTERPRET=1 python -m tools.tune_attention --device cpu --quick          # to see that it runs: says nothing
+
+A row is one shape (rows x columns, warps, stages) of one kernel: milliseconds of the whole forward or backward with
+the other kernels as they ship, TFLOP/s on visible pairs, and the relative difference of its output from that of the
+shipped shape. The case is that of the pass marks: packed lognormal documents, 32 heads on 8. Shapes are tried for 128
+channels, then 64, then 256. What wins here is written by hand into TILE_SHAPES of kernels/attention.py, if it also
+compiles without spilling (`python -m tests.compile_kernels`); what was tried stays in the record.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from kernels import INTERPRETED
+from kernels import attention as kernels
+from kernels.attention import attention, make_schedule
+from tools.bench_attention import Case, lognormal_lengths, packed_inputs
+from tools.measure import REPEATS, Record, Row, check_device, milliseconds, relative_error, sizes
+
+Shape = tuple[int, int, int, int]
+# The shipped shape comes first in each list; the largest that cannot fit or spill are left in: a GPU decides.
+CANDIDATES: dict[str, list[Shape]] = {
+    "forward": [
+        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3),
+        (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (64, 32, 8, 2),
+    ],
+    "query_gradient": [
+        (128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2),
+        (64, 32, 4, 3), (64, 128, 8, 1), (32, 64, 4, 2),
+    ],
+    "key_gradient": [
+        (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2),
+        (64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 4, 2),
+    ],
+}  # fmt: skip
+WIDTHS = {"gpu": (128, 64, 256), "cpu": (64,), "quick": (64,)}
+
+
+def shapes_of(kernel: str, width: int) -> list[Shape]:
+    """The shipped shape, then the candidates."""
+    shipped = kernels.TILE_SHAPES[kernel, width]
+    return [shipped, *(shape for shape in CANDIDATES[kernel] if shape != shipped)]
+
+
+class Work:
+    """One case, forward and backward."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        dtype = torch.float16 if INTERPRETED else torch.bfloat16
+        visibility = case.visibility(device)
+        schedule = make_schedule(visibility, sum(case.lengths), sum(case.keys))
+        self.attend = partial(attention, visibility=visibility, schedule=schedule)
+        self.sets = [packed_inputs(case, dtype, device, seed) for seed in range(3)]
+        for one in self.sets:
+            one[:3] = [rows.requires_grad_() for rows in one[:3]]
+        self.outs = [self.attend(q, k, v) for q, k, v, _ in self.sets]
+
+    def forward(self, number: int) -> list[Tensor]:
+        q, k, v, _ = self.sets[number]
+        with torch.no_grad():
+            return [self.attend(q, k, v)]
+
+    def backward(self, number: int) -> list[Tensor]:
+        q, k, v, d_out = self.sets[number]
+        return list(torch.autograd.grad(self.outs[number], (q, k, v), d_out, retain_graph=True))
+
+
+def measure(work: Work, case: Case, kernel: str, shape: Shape, exact: list[Tensor], device: str, repeats: int) -> Row:
+    """The row of one shape, which stands in the tables while it is measured."""
+    call, factor = (work.forward, 1.0) if kernel == "forward" else (work.backward, 2.5)
+    for table in (kernels.TILE_SHAPES, kernels.TILE_SHAPES_IN_99_KB):
+        table[kernel, case.channels] = shape
+    try:
+        difference = relative_error(call(0), exact)
+        took = milliseconds(call, device, repeats)
+        return {"ms": took, "tflops": factor * case.flops / took / 1e9, "difference": difference}
+    except Exception as error:  # too much shared memory, or too few rows for the warps: its row says so
+        return {"not_run": f"refuses: {str(error).strip().splitlines()[0][:90]}"}
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cuda, or cpu under TRITON_INTERPRET=1")] = "cuda",
+    quick: Annotated[bool, typer.Option(help="a tiny case and few repeats, to see that it runs")] = False,
+    only: Annotated[str, typer.Option(help="kernels whose name has this")] = "",
+    seconds: Annotated[float, typer.Option(help="start no new row after so long")] = 1e9,
+    out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks"),
+) -> None:
+    """Try every shape of every kernel; rows are written as they come."""
+    check_device(device)
+    if device == "cpu" and not INTERPRETED:
+        raise SystemExit("--device cpu: on a CPU the kernels run under TRITON_INTERPRET=1 only")
+    started = time.monotonic()
+    size = sizes(device, quick)
+    record = Record(out, "tune_attention" if device == "cuda" else "tune_attention_cpu", device)
+    total, heads = (16_384, (32, 8)) if size == "gpu" else (100, (1, 1))
+    for width in WIDTHS[size]:
+        case = Case(f"{width} channels", lognormal_lengths(total, min(1_000, total // 2), 1), heads, width)
+        work = Work(case, device)
+        for kernel in CANDIDATES:
+            if only not in kernel:
+                continue
+            shipped, *others = shapes_of(kernel, width)[: 3 if quick else None]
+            shipped_tables = dict(kernels.TILE_SHAPES), dict(kernels.TILE_SHAPES_IN_99_KB)
+            exact = work.forward(0) if kernel == "forward" else work.backward(0)
+            for shape in (shipped, *others):
+                label = "{} x {}, {} warps, {} stages".format(*shape) + (" (shipped)" if shape == shipped else "")
+                row: Row = {"case": f"{kernel}, {case.name}", "contender": label}
+                if time.monotonic() - started > seconds:
+                    record.add(row | {"not_run": f"out of time ({seconds:.0f} s)"})
+                else:
+                    record.add(row | measure(work, case, kernel, shape, exact, device, REPEATS[size]))
+            for table, before in zip((kernels.TILE_SHAPES, kernels.TILE_SHAPES_IN_99_KB), shipped_tables, strict=True):
+                table.update(before)
+    record.show(["case", "contender", "ms", "tflops", "difference"])
+    print(record.path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
