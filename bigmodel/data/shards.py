@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import UserError
+from bigmodel.data.examples import Pair
 from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.remote import Remote
@@ -52,7 +53,9 @@ class ShardStore:
         if self.remote:
             self.remote.fetch_manifest()
         self.manifest = Manifest.read(self.directory)
-        self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
+        counts = self.manifest.counts
+        self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
+        self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
         self._checked: set[str] = set()
         self._indexes: dict[str, list[dict[str, Any]]] = {}
         self._readers: dict[tuple[str, int], Any] = {}
@@ -94,12 +97,24 @@ class ShardStore:
         """
         return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
 
+    def target_lengths(self, source: str, shard: int) -> np.ndarray:
+        """Of a source of pairs: the stored tokens of each target, as `lengths`."""
+        return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
+
     def document(self, source: str, shard: int, row: int) -> np.ndarray:
-        """(n,) stored tokens of a document, uint16 or uint32, read-only."""
+        """(n,) stored tokens of a document, uint16 or uint32, read-only. Of a pair, the source text."""
+        return self._sample(source, shard, row)["tokens"]
+
+    def pair(self, source: str, shard: int, row: int) -> Pair:
+        """Both texts of a pair."""
+        sample = self._sample(source, shard, row)
+        return Pair(sample["tokens"], sample["target_tokens"])
+
+    def _sample(self, source: str, shard: int, row: int) -> Any:
         key = (source, shard)
         if key not in self._readers:
             self._readers[key] = self._open_shard(source, shard)
-        return self._readers[key][row]["tokens"]
+        return self._readers[key][row]
 
     def _open_shard(self, source: str, shard: int) -> Any:
         _import_streaming()
