@@ -38,6 +38,7 @@ from bigmodel.data.shards import ShardStore
 from bigmodel.data.sharing import Place
 from bigmodel.data.shuffle import Fragment, Pack, neighbour_distance
 from bigmodel.data.stream import Builder, take_share
+from bigmodel.deepspeed_config import agree
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.rundir import read_json_lines
@@ -76,8 +77,8 @@ def run_checks(run_file: Path, overrides: Sequence[str], promises: Sequence[str]
 
 def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Take a pack of the user's data with at least two documents and edit one of them."""
-    settings = load_settings(run_file, overrides)
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    settings = agree(load_settings(run_file, overrides))
+    store = ShardStore.of_run(settings.data, "train")
     pack = _pack_of_several(settings, store)
     model = Transformer(settings.model, store.manifest.vocabulary + num_marks(settings.data))
     init_weights(model, settings.run.seed)
@@ -241,8 +242,8 @@ def _alone(batch: Batch, place: _Place) -> Batch:
 
 def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Walk the plan of the user's data at several world sizes, from a saved cursor, and over an epoch."""
-    settings = load_settings(run_file, overrides)
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    settings = agree(load_settings(run_file, overrides))
+    store = ShardStore.of_run(settings.data, "train")
     steps = min(ORDER_STEPS, settings.training.steps)
     reference = _step_fingerprints(settings, store, steps, 1, 1)
     findings = [
@@ -366,7 +367,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
-    settings = load_settings(run_file, overrides)
+    settings = agree(load_settings(run_file, overrides))
     world_size = min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"

@@ -65,6 +65,9 @@ class PrepareSettings(Section):
     )
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
     shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
+    content: Literal["tokens", "text"] = Field(
+        "tokens", description="what shards hold: token ids, or text that is tokenized as it streams"
+    )
     unicode_nfc: bool = Field(False, description="bring text into Unicode's composed normal form")
     remove_control_characters: bool = Field(False, description="remove them all but tab, line feed, carriage return")
     min_characters: int = Field(0, ge=0, description="shorter documents are dropped")
@@ -128,7 +131,9 @@ class DataSettings(Section):
         0, ge=0, description="positions in a pack's source side, for an encoder; 0: one side"
     )
     source_context_tokens: int = Field(0, ge=0, description="longest source; 0: source_pack_tokens")
-    pack_documents: int = Field(256, ge=1, description="documents in a pack, at most")
+    pack_documents: int = Field(
+        0, ge=0, description="documents in a pack, at most; 0: one for 16 of pack_tokens, 256 at least"
+    )
     lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
     window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
     mix: dict[str, float] = Field({}, description="share of tokens per source; empty: as much as each source holds")
@@ -151,6 +156,13 @@ class DataSettings(Section):
     )
     dropped_decoder_share: float = Field(
         0.0, ge=0, lt=1, description="of decoder positions left out, inputs and targets: long targets cost less"
+    )
+    workers: int = Field(2, ge=1, description="threads per rank that fetch, compare and tokenize ahead of the steps")
+    cache_bytes: int = Field(
+        0, ge=0, description="with data.remote: shards kept in data.directory, the others are fetched again; 0: all"
+    )
+    stall_seconds: float = Field(
+        900.0, gt=0, description="a run whose next batch is not ready after so long ends with an error"
     )
 
     @property
@@ -182,6 +194,12 @@ class DataSettings(Section):
                 'data.objectives: kind = "masked" is for an encoder alone; it goes with no other kind and without '
                 "data.source_pack_tokens"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pack_documents_are_known(self) -> "DataSettings":
+        if not self.pack_documents:
+            object.__setattr__(self, "pack_documents", max(256, self.pack_tokens // 16))
         return self
 
     @model_validator(mode="after")

@@ -44,6 +44,10 @@ class StepRecord:
     documents: int  # documents or fragments of one
     step_seconds: float  # wall time from the step before, waiting for data included
     data_wait_seconds: float  # of that, waiting for the next batch
+    fetched_bytes: int = 0  # by rank 0 from data.remote since this process began
+    fetch_failures: int = 0  # of these, transfers that were tried again
+    imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
+    imbalance_undealt: float = 1.0  # what it would be in canonical order
     skipped: bool = False  # the update was left out: loss or gradient was not finite
 
 
@@ -67,6 +71,12 @@ METRICS = (
     Metric("padding_positions", "counter", "Positions computed that held no token"),
     Metric("documents", "counter", "Documents, or pieces of long ones, trained on"),
     Metric("data_wait_seconds", "counter", "Time in which rank 0 waited for its next batch"),
+    Metric("data_fetched_bytes", "gauge", "Bytes that rank 0 fetched from data.remote since it started"),
+    Metric("data_fetch_failures", "gauge", "Transfers that failed and were tried again, by rank 0 since it started"),
+    Metric(
+        "attention_imbalance_ratio", "gauge", "Attention time of rank 0's node in the last step over an even deal's"
+    ),
+    Metric("attention_imbalance_undealt_ratio", "gauge", "The same, were packs left in their canonical order"),
     Metric("step_duration_seconds", "histogram", "Wall time of an optimizer step, waiting for data included"),
     Metric("last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended; old means stalled"),
     Metric("training_loss_nats", "gauge", "Mean training loss of the last step, nats per target token"),
@@ -182,6 +192,13 @@ def _count_step(table: Table, line: Mapping[str, Any]) -> None:
     table["padding_positions"].inc(line["padding"])
     table["documents"].inc(line["documents"])
     table["data_wait_seconds"].inc(line["data_wait_seconds"])
+    for name, entry in (
+        ("data_fetched_bytes", "fetched_bytes"),
+        ("data_fetch_failures", "fetch_failures"),
+        ("attention_imbalance_ratio", "imbalance"),
+        ("attention_imbalance_undealt_ratio", "imbalance_undealt"),
+    ):
+        table[name].set(line.get(entry, 0))  # lines of older versions have none
     table["step_duration_seconds"].observe(line["step_seconds"])
     table["last_step_timestamp_seconds"].set(line["time"])
     table["training_loss_nats"].set(line["loss"])

@@ -90,6 +90,11 @@ class Batch:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors_of(self).items()}
         return replace(self, **moved, source=self.source.to(device) if self.source else None)
 
+    def pinned(self) -> "Batch":
+        """This batch in page-locked memory: `to` a GPU then returns at once and copies while others compute."""
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors_of(self).items()}
+        return replace(self, **pinned, source=self.source.pinned() if self.source else None)
+
     def fingerprint(self) -> str:
         """sha256 over the tensors' names, types, shapes and bytes."""
         digest = hashlib.sha256()
@@ -115,6 +120,9 @@ class SourceSide:
         return replace(
             self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors_of(self).items()}
         )
+
+    def pinned(self) -> "SourceSide":
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors_of(self).items()})
 
 
 def tensors_of(side: Batch | SourceSide) -> dict[str, Tensor]:
@@ -276,65 +284,72 @@ def real_documents(batch: Batch) -> list[bool]:
 
 
 def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
-    """A text picture, a line per pack: a letter per document, dots for padding; a table too where a pack is short.
+    """A text picture, a line per pack and side: a letter per document, dots for padding; a table too where it is short.
 
-    A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52.
+    A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52; a
+    document has the same one on both sides.
     """
-    letters_T = _letters(batch, num_packs)
-    pack_tokens = len(letters_T) // num_packs
-    lines = []
+    sides = [("pack", batch, ("tokens", "targets", "positions"))]
+    if batch.source:
+        sides.insert(0, ("source", batch.source, ("tokens", "positions")))
+    lines, padding = [], 0
     for number in range(num_packs):
-        first = number * pack_tokens
-        cells = min(width, pack_tokens)
-        picture = "".join(letters_T[first + cell * pack_tokens // cells] for cell in range(cells))
-        lines.append(f"pack {number:>4}|{picture}|")
-        if pack_tokens * 5 <= width:
-            for name in ("tokens", "targets", "positions"):
-                row = getattr(batch, name)[first : first + pack_tokens].tolist()
-                lines.append(f"{name:>9}" + "".join(f"{value:5}" for value in row))
-    padding = len(letters_T) - batch.num_positions
-    lines.append(f"{batch.num_documents} documents, {batch.num_positions} positions, {padding} of padding (.)")
+        for name, side, columns in sides:
+            letters = _letters(batch, side, num_packs)
+            size = len(letters) // num_packs
+            first, cells = number * size, min(width, size)
+            picture = "".join(letters[first + cell * size // cells] for cell in range(cells))
+            lines.append(f"{name} {number:>{8 - len(name)}}|{picture}|")
+            padding += letters[first : first + size].count(".")
+            for column in columns if size * 5 <= width else ():
+                row = getattr(side, column)[first : first + size].tolist()
+                lines.append(f"{column:>9}" + "".join(f"{value:5}" for value in row))
+    positions = batch.num_positions + (batch.source.num_positions if batch.source else 0)
+    lines.append(f"{batch.num_documents} documents, {positions} positions, {padding} of padding (.)")
     return lines
 
 
-def draw_png(batch: Batch, visible_TT: np.ndarray, path: Path, num_packs: int = 1) -> None:
-    """Write a picture: the documents as coloured stretches above who sees whom.
+def draw_png(batch: Batch, visible_TK: np.ndarray, path: Path, num_packs: int = 1) -> None:
+    """Write a picture: the documents as coloured stretches above who sees whom; with a source side, its documents.
 
-    `visible_TT`: (T, T) bool, row = query, column = key; from `kernels.visibility`, where the attention rule lives.
+    `visible_TK`: (T, T) bool, or (T, S) with a source side: row = query, column = key; from `kernels.visibility`, where
+    the attention rule lives.
     """
     from matplotlib.figure import Figure
 
-    documents_T, num_tokens = _documents(batch), len(batch.tokens)
-    assert visible_TT.shape == (num_tokens, num_tokens), f"visible is {visible_TT.shape} for {num_tokens} positions"
-    shown_T = np.ma.masked_where(~np.array(real_documents(batch))[documents_T], documents_T % 10)
-    shown_TT = np.ma.masked_where(~np.asarray(visible_TT, dtype=bool), np.tile(shown_T[:, None], num_tokens))
+    keys = batch.source or batch
+    num_tokens, num_keys = len(batch.tokens), len(keys.tokens)
+    assert visible_TK.shape == (num_tokens, num_keys), f"visible is {visible_TK.shape} for {num_tokens} x {num_keys}"
+    documents_K, is_real = _documents(keys), np.array(real_documents(batch))
+    shown_K = np.ma.masked_where(~is_real[documents_K], documents_K % 10)
+    shown_TK = np.ma.masked_where(~np.asarray(visible_TK, dtype=bool), np.tile(shown_K[:, None], num_tokens).T)
     figure = Figure(figsize=(7, 8), layout="constrained")
     strip, square = figure.subplots(2, 1, height_ratios=(1, 12), sharex=True)
     look = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
-    strip.imshow(shown_T[None, :], **look)
-    strip.set(yticks=[], title=f"{batch.num_documents} documents, {batch.num_positions} of {num_tokens} positions")
-    square.imshow(shown_TT, **look)
-    square.set(xlabel="key position", ylabel="query position")
-    for edge in range(0, num_tokens + 1, num_tokens // num_packs):
-        square.axvline(edge - 0.5, color="grey", linewidth=0.5)
-        square.axhline(edge - 0.5, color="grey", linewidth=0.5)
+    strip.imshow(shown_K[None, :], **look)
+    strip.set(yticks=[], title=f"{batch.num_documents} documents, {keys.num_positions} of {num_keys} positions")
+    square.imshow(shown_TK, **look)
+    square.set(xlabel="source position" if batch.source else "key position", ylabel="query position")
+    for number in range(num_packs + 1):
+        square.axvline(number * (num_keys // num_packs) - 0.5, color="grey", linewidth=0.5)
+        square.axhline(number * (num_tokens // num_packs) - 0.5, color="grey", linewidth=0.5)
     figure.savefig(path, dpi=150)
 
 
-def _documents(batch: Batch) -> np.ndarray:
+def _documents(side: Batch | SourceSide) -> np.ndarray:
     """The number of the document, padding's included, at every position: (T,)."""
-    lengths = np.diff(batch.offsets.cpu().numpy())
+    lengths = np.diff(side.offsets.cpu().numpy())
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _letters(batch: Batch, num_packs: int) -> list[str]:
-    """A letter for the document at every position, from A in every pack; a dot at padding."""
+def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str]:
+    """A letter for the document at every position of a side, from A in every pack; a dot at padding."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    documents_T = _documents(batch)
-    real_T = np.array(real_documents(batch))[documents_T]
-    pack_tokens = len(documents_T) // num_packs
-    first_T = np.repeat(documents_T[::pack_tokens], pack_tokens)  # a pack starts with a document of its own
+    documents = _documents(side)
+    is_real = np.array(real_documents(batch))[documents]
+    size = len(documents) // num_packs
+    firsts = np.searchsorted(batch.offsets.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))
     return [
-        alphabet[number % len(alphabet)] if real else "."
-        for number, real in zip((documents_T - first_T).tolist(), real_T.tolist(), strict=True)
+        alphabet[(number - firsts[place // size]) % len(alphabet)] if real else "."
+        for place, (number, real) in enumerate(zip(documents.tolist(), is_real.tolist(), strict=True))
     ]

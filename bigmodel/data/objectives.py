@@ -64,10 +64,11 @@ class Marks(NamedTuple):
     def sentinel(self, number: np.ndarray | int) -> np.ndarray:
         return np.asarray(self.vocabulary + NUM_MARKS + self.sentinels - 1 - np.asarray(number))
 
-    @property
-    def end(self) -> int:
-        """One more than the highest id."""
-        return self.vocabulary + NUM_MARKS + self.sentinels
+    def name(self, token: int) -> str:
+        """How a mark is shown; sentinels as T5's are."""
+        names = ["mask", "R", "S", "X", "fim_prefix", "fim_suffix", "fim_middle"]
+        number = token - self.vocabulary
+        return f"<{names[number]}>" if number < NUM_MARKS else f"<extra_id_{int(self.sentinel(0)) - token}>"
 
 
 class Piece(NamedTuple):

@@ -82,7 +82,7 @@ def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Sugg
     context = suggest_context(positions, data)
     settings = data.model_copy(update={"context_tokens": context.suggested})
     pack = _suggest_pack(store, settings)
-    settings = settings.model_copy(update={"pack_tokens": pack.suggested})
+    settings = _with_packs_of(settings, pack.suggested)
     return [context, pack, _suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
 
 
@@ -99,12 +99,19 @@ def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
 def _suggest_pack(store: Lengths, data: DataSettings) -> Suggestion:
     """`data` has the suggested context; its pack is what is set now."""
     filled = {
-        size: measure_packing(store, data.model_copy(update={"pack_tokens": size})).filled
+        size: measure_packing(store, _with_packs_of(data, size)).filled
         for size in (data.context_tokens * number for number in PACK_CONTEXTS)
     }
     suggested = _first(filled, FILLED_SHARE)
     reason = f"{filled[suggested]:.2%} of the positions filled, with that context"
     return Suggestion("data.pack_tokens", data.pack_tokens, suggested, reason)
+
+
+def _with_packs_of(data: DataSettings, pack_tokens: int) -> DataSettings:
+    """The same with other packs, and with the documents that these may hold by default where that is more."""
+    automatic = DataSettings(context_tokens=data.context_tokens, pack_tokens=pack_tokens).pack_documents
+    changes = {"pack_tokens": pack_tokens, "pack_documents": max(data.pack_documents, automatic)}
+    return data.model_copy(update=changes)
 
 
 def _suggest_window(store: Lengths, data: DataSettings) -> Suggestion:

@@ -268,7 +268,8 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         _check_unchanged(job)
         _check_space(job, work, scans, tokenizer.dtype)
         _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
-        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, tokenizer.dtype, work)
+        dtype = None if job.settings.content == "text" else tokenizer.dtype
+        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, dtype, work)
     _write_lists(all_units, scans, work)
     for name, splits in counts.items():
         for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
@@ -434,7 +435,7 @@ def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) 
     that are encoded already say how large the others become; without any, two bytes of text a token do."""
     expected = np.array(
         [
-            scan.kept_bytes.sum() * dtype.itemsize // 2
+            scan.kept_bytes.sum() * (2 if job.settings.content == "text" else dtype.itemsize) // 2
             + scan.kept_bytes[scan.validation].sum()
             + 32 * np.count_nonzero(scan.status == cleaning.KEPT)
             for scan in scans

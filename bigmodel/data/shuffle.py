@@ -81,7 +81,7 @@ class Lengths(Protocol):
 
 
 def has_pairs(store: Lengths, source: str) -> bool:
-    """Whether a source has pairs: then `store.target_lengths` and `store.pair` know more of it."""
+    """Whether a source has pairs: then `store.target_lengths` has their targets' lengths."""
     return source in getattr(store, "pair_sources", ())
 
 

@@ -4,13 +4,16 @@ Takes an order of this node's lanes, a store and this rank's place in the world;
 position that continues after it. Guarantees: every rank has the same number of micro-batches of the same shape; the
 counts of a step are those of all ranks: from the plan alone where one node plans all lanes, else added up over the
 nodes by the thread, ahead of the step that needs them; an error of the thread is raised where the steps are taken,
-never swallowed as an early end. Also deals out validation documents, each exactly once.
-Costs: one thread, `ahead` + 1 steps of this rank's batches in memory.
+never swallowed as an early end; a step that does not come in data.stall_seconds is an error that names what is being
+read. Also deals out validation documents, each exactly once.
+Costs: a thread, and data.workers that read ahead; `ahead` + 1 steps of this rank's batches in memory; the plan of a
+window, by which steps are planned ahead of the one that is built.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
@@ -19,10 +22,11 @@ import numpy as np
 
 from bigmodel.config import DataSettings, UserError, num_micro_batches
 from bigmodel.data.batch import Batch, Reader, build_batch, make_keys
-from bigmodel.data.examples import Examples
+from bigmodel.data.examples import Document, Examples
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Order, Position
 from bigmodel.data.packing import best_fit_decreasing, pack_two_sides
+from bigmodel.data.readahead import ReadAhead
 from bigmodel.data.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
 from bigmodel.data.shuffle import PLAIN, Block, Fragment, Lengths, Pack, has_pairs, make_block, sizes
 
@@ -34,7 +38,7 @@ CLOSE_SECONDS = 5.0  # how long close() waits for a read that is under way; the 
 class Documents(Lengths, Protocol):
     """What reading needs of a store: see `ShardStore`."""
 
-    def document(self, source: str, shard: int, row: int) -> np.ndarray: ...
+    def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class Nodes(Protocol):
@@ -65,23 +69,24 @@ class Step:
 
 def reader(store: Documents) -> Reader:
     """Reads the document, or pair, that a fragment is of."""
-    read = [getattr(store, "pair") if has_pairs(store, name) else store.document for name in store.sources]  # noqa: B009
-    return lambda fragment: read[fragment.source](store.sources[fragment.source], fragment.shard, fragment.row)
+    return lambda fragment: store.document(store.sources[fragment.source], fragment.shard, fragment.row)
 
 
 class Builder:
     """Makes the batches of a run from planned packs."""
 
-    def __init__(self, store: Documents, data: DataSettings, seed: int) -> None:
+    def __init__(self, store: Documents, data: DataSettings, seed: int, read: Reader | None = None) -> None:
+        """`read`: None reads from the store."""
         vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
-        self._examples, self._read = Examples(data, seed, vocabulary), reader(store)
-        self._data, self._seed, self._num_sources = data, seed, len(store.sources)
-        plain = [source for source, name in enumerate(store.sources) if not has_pairs(store, name)]
-        self._places = {(PLAIN, source): len(plain) and plain.index(source) for source in plain}
-        names = [(number, source) for number in range(self._examples.pairs) for source in plain]
-        names += [(self._examples.pairs, source) for source in range(self._num_sources) if source not in plain]
-        self._places |= {name: place for place, name in enumerate(names)}
-        self.parts = [(self._examples.names[number], store.sources[source]) for number, source in names]
+        self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
+        self._data, self._seed, examples = data, seed, self._examples
+        numbered = []  # the parts of the loss, by number of the objective and of the source
+        for source, name in enumerate(store.sources):
+            numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
+            numbered += [(number, source, (examples.names[number], name)) for number in numbers]
+        self.parts = list(dict.fromkeys(part for _, _, part in numbered))  # (objective, source)
+        self._places = {(number, source): self.parts.index(part) for number, source, part in numbered}
+        self._places |= {(PLAIN, source): place for (number, source), place in self._places.items() if number == 0}
 
     def build(self, packs: Sequence[Pack], step: int, numbers: Sequence[int]) -> Batch:
         """The micro-batch of these packs, whose numbers in the data step are given; an empty one is all padding."""
@@ -127,17 +132,25 @@ class Stream:
         seed: int,
         nodes: Nodes | None = None,
         ahead: int = 2,
+        pin: bool = False,
     ) -> None:
         """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
 
-        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more.
+        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more. `pin`:
+        batches lie in memory from which a GPU copies while it computes.
         """
         assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
         assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
         self.wait_seconds = 0.0  # how long the last step was waited for
-        self._order, self._data, self._builder = order, data, Builder(store, data, seed)
+        self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
         self.parts = self._builder.parts  # (objective, source), in the order of a step's parts
+        self._sources = store.sources
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
+        self._pin = pin
+        self._planned: deque[_Planned | BaseException] = deque()
+        self._read_ahead = ReadAhead(store, data.workers)
+        self._making = order.step
+        self._reading: tuple[str, int, int] | None = None  # what the thread is at, for the message of a stall
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -148,7 +161,10 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        """The next step. Raises what the thread raised, again on every further call; the stream has no end."""
+        """The next step. Raises what the thread raised, again on every further call; the stream has no end.
+
+        Raises `UserError` where no step comes in data.stall_seconds.
+        """
         began = time.perf_counter()
         while self._failure is None:
             if self._closed.is_set():
@@ -156,6 +172,10 @@ class Stream:
             try:
                 item = self._ready.get(timeout=0.1)
             except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("the data thread ended without a word; a bug: please report it") from None
+                if time.perf_counter() - began > self._data.stall_seconds:
+                    raise UserError(self._describe_stall()) from None
                 continue
             if isinstance(item, Step):
                 self.wait_seconds = time.perf_counter() - began
@@ -166,21 +186,31 @@ class Stream:
     def close(self) -> None:
         """Stop the thread. Returns within `CLOSE_SECONDS`, also while a read hangs; harmless when called twice."""
         self._closed.set()
+        self._read_ahead.close()
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
+    def _describe_stall(self) -> str:
+        what = "planning, or waiting for what other nodes plan"
+        if self._reading:
+            what = "reading document {2} of shard {1} of source {0!r}".format(*self._reading)
+        return (
+            f"data.stall_seconds = {self._data.stall_seconds:g}: the next batch was not ready after so long; the data "
+            f"thread is {what}; see that the disk of data.directory and data.remote answer, or wait longer"
+        )
+
     def _work(self) -> None:
         while not self._closed.is_set():
-            number = self._order.step
             try:
                 item: Step | BaseException = self._make_step()
             except BaseException as error:  # the thread's boundary: raised again by __next__
                 item = error
                 if self._nodes and not self._closed.is_set():
-                    self._nodes.fail(number, str(error))
+                    self._nodes.fail(self._making, str(error))
             self._hand_over(item)
             if not isinstance(item, Step):
                 return
+            self._making += 1
 
     def _hand_over(self, item: "Step | BaseException") -> None:
         while not self._closed.is_set():
@@ -189,9 +219,34 @@ class Stream:
             except queue.Full:
                 continue
 
+    def _plan_step(self) -> None:
+        """Plan one more step and have what this rank reads for it read ahead. An error keeps its turn."""
+        number = self._order.step
+        try:
+            node = take_share(self._order, self._data.lanes, self._place, self._packs_per_micro_batch)
+        except BaseException as error:  # raised when the steps before are made
+            self._planned.append(error)
+            return
+        self._planned.append(_Planned(number, node, self._order.position()))
+        mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
+        self._read_ahead.expect(
+            (self._sources[piece.source], piece.shard, piece.row) for pack in mine for piece in pack
+        )
+
+    def _plan_ahead(self) -> None:
+        """Two steps for one that is made, until a window lies ahead: the first step waits for no more than itself."""
+        for _ in range(2):
+            packs = self._order.packs_at(self._order.step)
+            ended = self._planned and isinstance(self._planned[-1], BaseException)
+            if not ended and len(self._planned) <= self._data.window_packs * self._data.lanes // packs:
+                self._plan_step()
+
     def _make_step(self) -> Step:
-        number, data, place = self._order.step, self._data, self._place
-        node = take_share(self._order, data.lanes, place, self._packs_per_micro_batch)
+        self._plan_ahead()
+        planned = self._planned.popleft()
+        if isinstance(planned, BaseException):
+            raise planned
+        number, node, data, place = planned.number, planned.node, self._data, self._place
         work, num_rounds = node.work, len(node.slots[0])
         num_packs = place.world_size * num_rounds * self._packs_per_micro_batch
         num_places = num_packs * (data.pack_tokens + data.source_pack_tokens)
@@ -209,7 +264,7 @@ class Stream:
             num_document_limited=limited,
             imbalance=imbalance(work, node.slots),
             imbalance_undealt=imbalance(work, undealt),
-            position=self._order.position(),
+            position=planned.position,
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
@@ -228,7 +283,14 @@ class Stream:
         empty = self._packs_per_micro_batch - len(slot)
         numbers = [node.numbers[place] for place in slot] + [NO_PACK] * empty
         packs = [node.packs[place] for place in slot]
-        return self._builder.build([*packs, *[()] * empty], step, numbers)
+        batch = self._builder.build([*packs, *[()] * empty], step, numbers)
+        return batch.pinned() if self._pin else batch
+
+    def _read(self, piece: Fragment) -> Document:
+        self._reading = self._sources[piece.source], piece.shard, piece.row
+        document = self._read_ahead.document(*self._reading)
+        self._reading = None
+        return document
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,6 +302,15 @@ class NodeShare:
     packs: list[Pack]
     work: list[int]  # of attention, per pack
     slots: Slots  # who computes which of them
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A step to make: its node's share, and where the order stands after it."""
+
+    number: int
+    node: NodeShare
+    position: Position
 
 
 def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:

@@ -186,7 +186,7 @@ class CrossAttention(nn.Module):
         rows = self.query_norm(q_TQK), self.key_norm(k_SGK), v_SGK
         out_TQK = attention(*rows, source.view.visibility, source.view.schedule, self.scale)
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
-            # No target of this micro-batch has a source: gradients are zero, not absent, for ranks reduce them together.
+            # No target here has a source: gradients are zero, not absent, for ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
         return self.output(out_TQK.flatten(1))
 

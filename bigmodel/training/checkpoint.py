@@ -16,6 +16,7 @@ Takes an engine and a small plain state; gives folders on a file system that all
 Costs: one collective per tensor, the rank's share twice in memory, and a read of all bytes at every resume.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -364,6 +365,14 @@ def _looks_whole(path: Path) -> bool:
         (path / name).exists() and (path / name).stat().st_size == facts["bytes"]
         for name, facts in manifest["files"].items()
     )
+
+
+def newest_state(directory: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint, its weights left unread; None where there is none that can be read."""
+    for step in reversed(_steps(directory)):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return _open(_path(directory, step)).state
+    return None
 
 
 def _open(path: Path) -> Checkpoint:
