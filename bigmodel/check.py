@@ -171,10 +171,10 @@ def _losses_and_gradients(model: Transformer, batch: Batch, place: _Place) -> _T
     embedded = [one for one in model.embed(batch) if one is not None]
     for one in embedded:
         one.retain_grad()
-    sides = [*embedded, None][:2]
+    x_TH, x_SE = [*embedded, None][:2]
     with torch.no_grad():
-        losses_T = model.read_out(*sides, batch, "loss_per_position")
-    model.read_out(*sides, replace(batch, targets=targets), "loss_sum").sum().backward()
+        losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
+    model.read_out(x_TH, x_SE, replace(batch, targets=targets), "loss_sum").sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return _Traced(losses_T, [one.grad for one in embedded], gradients)
 

@@ -282,7 +282,7 @@ class ModelSettings(Section):
                         f'"encoder_decoder", not {self.kind!r}; leave it out or change the kind'
                     )
         else:
-            self.encoder._heads_divide()
+            _check_heads(self.encoder)
             if self.encoder.width != self.width and not self.separate_embeddings:
                 raise ValueError(
                     f"model.encoder_width = {self.encoder_width} differs from model.width = {self.width}, so the sides "
@@ -292,11 +292,6 @@ class ModelSettings(Section):
                 raise ValueError(
                     'model.source_attention = "mixed" has no distance between a target and a source token that a bias '
                     'could be learned for; set model.positions = "rotary"'
-                )
-            if self.source_attention == "mixed" and self.encoder.head_width != self.head_width:
-                raise ValueError(
-                    f'model.source_attention = "mixed" needs heads of one size on both sides, not '
-                    f"{self.encoder.head_width} and {self.head_width}; set model.head_size"
                 )
         if self.extra_heads and self.kind == "encoder":
             raise ValueError("model.extra_heads predict further tokens, which an encoder does not; leave it out")
@@ -310,21 +305,25 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
-        if not self.head_size and self.width % self.heads:
-            raise ValueError(
-                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}; "
-                f"width {self.width // self.heads * self.heads or self.heads} is the nearest below that divides"
-            )
-        if self.head_width % 2 and self.positions == "rotary":
-            raise ValueError(
-                f"model.width / model.heads = {self.head_width} is odd; rotary positions need an even head width"
-            )
-        if self.heads % self.key_value_heads:
-            raise ValueError(
-                f"model.heads = {self.heads} is not a multiple of model.key_value_heads = {self.key_value_heads}; "
-                "choose a divisor of the heads"
-            )
+        _check_heads(self)
         return self
+
+
+def _check_heads(model: ModelSettings) -> None:
+    if not model.head_size and model.width % model.heads:
+        raise ValueError(
+            f"model.width = {model.width} is not a multiple of model.heads = {model.heads}; "
+            f"width {model.width // model.heads * model.heads or model.heads} is the nearest below that divides"
+        )
+    if model.head_width % 2 and model.positions == "rotary":
+        raise ValueError(
+            f"model.width / model.heads = {model.head_width} is odd; rotary positions need an even head width"
+        )
+    if model.heads % model.key_value_heads:
+        raise ValueError(
+            f"model.heads = {model.heads} is not a multiple of model.key_value_heads = {model.key_value_heads}; "
+            "choose a divisor of the heads"
+        )
 
 
 class OptimizerSettings(Section):

@@ -74,7 +74,8 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Text of the ids; the objectives' own marks by their numbers, as <61>."""
     parts = []
     for is_mark, group in groupby(ids, key=lambda token: token >= tokenizer.vocabulary):
-        parts.append("".join(f"<{token}>" for token in group) if is_mark else tokenizer.decode(group))
+        run = list(group)
+        parts.append("".join(f"<{token}>" for token in run) if is_mark else tokenizer.decode(run))
     return "".join(parts)
 
 

@@ -309,13 +309,12 @@ class LossSums(NamedTuple):
     """Sums over the positions that have a target, and how many have one.
 
     The backward of `loss_sum` gives the gradient of loss_sum + z_loss * z_sum, so that a reported loss stays
-    comparable whatever z_loss is. z_sum, count and losses_T, the loss of each position, have no gradient.
+    comparable whatever z_loss is. z_sum and count have no gradient.
     """
 
     loss_sum: Tensor
     z_sum: Tensor
     count: Tensor
-    losses_T: Tensor
 
 
 def linear_cross_entropy(
@@ -330,11 +329,23 @@ def linear_cross_entropy(
     `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for shapes, types, targets or
     options that do not fit; on a GPU targets are checked by an assertion on the device.
     """
+    return linear_cross_entropy_and_losses(hidden_TH, weight_VH, targets_T, options, chunk_positions)[0]
+
+
+def linear_cross_entropy_and_losses(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    options: Options = PLAIN,
+    chunk_positions: int = 0,
+) -> tuple[LossSums, Tensor]:
+    """The same, and the loss of each position, which was computed anyway; it has no gradient."""
     _check(hidden_TH, weight_VH, targets_T, options)
     # Inside an operator gradients look disabled: ask here.
     needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
-    *sums, _, _, losses_T = _linear_cross_entropy(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
-    return LossSums(*sums, losses_T)
+    found = _linear_cross_entropy(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
+    loss_sum, z_sum, count, _, _, losses_T = found
+    return LossSums(loss_sum, z_sum, count), losses_T
 
 
 @torch.no_grad()

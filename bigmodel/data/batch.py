@@ -289,7 +289,7 @@ def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
     A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52; a
     document has the same one on both sides.
     """
-    sides = [("pack", batch, ("tokens", "targets", "positions"))]
+    sides: list[tuple[str, Batch | SourceSide, tuple[str, ...]]] = [("pack", batch, ("tokens", "targets", "positions"))]
     if batch.source:
         sides.insert(0, ("source", batch.source, ("tokens", "positions")))
     lines, padding = [], 0

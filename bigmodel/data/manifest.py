@@ -37,12 +37,12 @@ class Manifest:
         shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]
         lengths.00000.npy         (samples,) uint32 stored tokens of the source text
         target_lengths.00000.npy  (samples,) uint32 stored tokens of the target text
-        counts[source][split]     target_tokens, target_text_bytes beside tokens, text_bytes, which are the source text's
+        counts[source][split]     target_tokens, target_text_bytes; tokens, text_bytes are the source text's
         shards[source][split]     of the source text alone
         statistics["target"]      of all target texts; absent where no source has any
         rows, row_bytes           a pair is one row; its bytes are both texts'; a pair with one empty text is `empty`
 
-    A shard closes by the sum of both texts' tokens. Whether a source has pairs is whether its counts have target_tokens.
+    A shard closes by the sum of both texts' tokens. A source has pairs where its counts have target_tokens.
     """
 
     tokenizer_sha256: str

@@ -25,7 +25,12 @@ from torch.nn import functional as F
 from bigmodel.config import ModelSettings
 from bigmodel.data.batch import Batch
 from kernels.attention import Schedule, attention, make_schedule
-from kernels.linear_cross_entropy import IGNORED, Options, linear_cross_entropy, linear_cross_entropy_per_token
+from kernels.linear_cross_entropy import (
+    IGNORED,
+    Options,
+    linear_cross_entropy_and_losses,
+    linear_cross_entropy_per_token,
+)
 from kernels.relative_bias import t5_bias
 from kernels.visibility import Visibility, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
 
@@ -254,8 +259,8 @@ class Head(nn.Module):
     ) -> Tensor:
         softcap = self.options.logit_softcap
         if output == "loss_sum":
-            sums = linear_cross_entropy(x_TH, self.weight, targets_T, self.options)
-            return sums.loss_sum if parts_T is None else _by_part(sums.loss_sum, sums.losses_T, parts_T, num_parts)
+            sums, losses_T = linear_cross_entropy_and_losses(x_TH, self.weight, targets_T, self.options)
+            return sums.loss_sum if parts_T is None else _by_part(sums.loss_sum, losses_T, parts_T, num_parts)
         if output == "loss_per_position":
             return linear_cross_entropy_per_token(x_TH, self.weight, targets_T, softcap)
         logits_TV = x_TH.float() @ self.weight.float().T

@@ -119,8 +119,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
-        *parts, stop_votes = world.sum_([*nats.tolist(), float(stop.requested)])
-        loss = math.fsum(parts) / step.num_targets
+        *nats_by_part, stop_votes = world.sum_([*nats.tolist(), float(stop.requested)])
+        loss = math.fsum(nats_by_part) / step.num_targets
         gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
@@ -157,7 +157,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                     skipped=bad,
                     parts=tuple(
                         LossPart(*names, nats=part, targets=targets)
-                        for names, part, targets in zip(stream.parts, parts, step.targets_by_part, strict=True)
+                        for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
                         if targets
                     ),
                 )
