@@ -57,6 +57,9 @@ class PrepareSettings(Section):
     """How raw text becomes shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
+    embedded: Literal["text", "pairs"] = Field(
+        "text", description="of the embedded corpus: code and documentation, or pairs of a function and what it does"
+    )
     vocabulary: int = Field(
         32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included"
     )

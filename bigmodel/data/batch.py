@@ -189,7 +189,8 @@ def build_batch(
     assert len(source_side.ends) == len(target_side.ends), "the sides hold other documents"
     source = None
     if source_side.size:
-        assert source_keys is not None and source_keys.shape == source_side.tokens.shape, "no keys for the source side"
+        assert source_keys is not None, "no keys for the source side"
+        assert source_keys.shape == source_side.tokens.shape, f"{len(source_keys)} keys for the source side"
         source = SourceSide(
             tokens=torch.from_numpy(source_side.tokens),
             positions=torch.from_numpy(source_side.positions),

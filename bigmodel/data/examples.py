@@ -98,7 +98,7 @@ class Examples:
     """The examples of a run. `vocabulary` is the tokenizer's; the plan alone needs none."""
 
     def __init__(self, data: DataSettings, seed: int, vocabulary: int = 0) -> None:
-        """Raises `UserError` where the sentinels are too few for the longest piece."""
+        """Raises `UserError` where a pack holds no example of an objective."""
         self.data, self._seed, self._vocabulary = data, seed, vocabulary
         self.objectives = objectives_of(data)
         self._bounds = np.cumsum([objective.share for objective in self.objectives])[:-1]
@@ -127,7 +127,11 @@ class Examples:
     # ---- planned ----
 
     def choose(self, source: int, epoch: int, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The number of the objective of each document, by shares, drawn anew in every epoch: (n,)."""
+        """The number of the objective of each document, by shares, drawn anew in every epoch: (n,).
+
+        Raises `UserError` where the sentinels are too few for the longest piece.
+        """
+        self._check_sentinels()
         if len(self.objectives) == 1:
             return np.zeros(len(rows), dtype=np.int64)
         chosen = np.empty(len(rows), dtype=np.int64)
@@ -153,11 +157,6 @@ class Examples:
         data = self.data
         read, said = objectives.pair_lengths(sources, targets, data.longest_source, data.context_tokens)
         return self._columns(self.pairs, read, said, said)
-
-    def is_cut(self, columns: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """(n,) bool of `measure_pairs`' columns: whether a pair was too long for a pack."""
-        read, said = objectives.pair_lengths(sources, targets, self.data.longest_source, self.data.context_tokens)
-        return (read < sources) | (said < targets)
 
     def _lengths(
         self, number: int, lengths: np.ndarray, remaining: np.ndarray
@@ -202,16 +201,19 @@ class Examples:
                 f"data.context_tokens = {data.context_tokens} and data.source_context_tokens = {data.longest_source} "
                 f"hold no example of {objective.name}; raise them"
             )
-        longest = int(lengths[fits].max())
-        if objective.settings.kind == "span_corruption":
-            settings = objective.settings
-            _, spans = objectives.noise_counts(np.array(longest), settings.density, settings.mean_span)
-            if spans + 1 > data.sentinels:
-                raise UserError(
-                    f"data.sentinels = {data.sentinels} is too few for {objective.name}: a piece of {longest} tokens "
-                    f"has {spans} hidden spans; set data.sentinels = {spans + 1} or a shorter data.context_tokens"
-                )
-        return longest
+        return int(lengths[fits].max())
+
+    def _check_sentinels(self) -> None:
+        for objective, longest in zip(self.objectives, self.longest.tolist(), strict=True):
+            if objective.settings.kind == "span_corruption":
+                settings = objective.settings
+                _, spans = objectives.noise_counts(np.array(longest), settings.density, settings.mean_span)
+                if spans + 1 > self.data.sentinels:
+                    raise UserError(
+                        f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a piece of {longest} "
+                        f"tokens has {spans} hidden spans; set data.sentinels = {spans + 1} or a shorter "
+                        "data.context_tokens"
+                    )
 
     # ---- made ----
 

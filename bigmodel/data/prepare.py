@@ -55,7 +55,8 @@ GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
 GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
-NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
+EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
+NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _settle(settings: Settings) -> _Job:
     read = list(sources)
     modules = [] if sources else embedded.standard_library()
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
-        "sources": [source.model_dump() for source in wanted.sources] or "embedded",
+        "sources": [source.model_dump() for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
         "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
     }
@@ -257,7 +258,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     sources = job.sources
     left_out: dict[str, dict[str, dict[str, int]]] = {}
     if not sources:
-        sources, left_out = _collect_embedded(job.modules, work, progress)
+        sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
         scans = _scan(team, all_units, job.settings, work)
@@ -296,15 +297,17 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
 
 
 def _collect_embedded(
-    modules: list[tuple[str, bytes]], work: Work, progress: Progress
+    modules: list[tuple[str, bytes]], pairs: bool, work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
-    """The embedded corpus as two files of the result, and what was left out of them."""
+    """The embedded corpus as files of the result, and what was left out of them."""
+    write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
     folder, record = work.result / "corpus", work.folder / "left_out.json"
     if not record.exists():  # written last
         task = progress.add_task("collecting Python's own text", total=None)
-        write_json(record, embedded.write_embedded_corpus(folder, modules))
+        write_json(record, write(folder, modules))
         progress.update(task, total=1, completed=1)
-    return embedded.embedded_sources(folder), read_json(record)
+    sources = embedded.pair_sources(folder) if pairs else embedded.embedded_sources(folder)
+    return sources, read_json(record)
 
 
 def _team(

@@ -28,7 +28,7 @@ from bigmodel.data.order import Order, Position
 from bigmodel.data.packing import best_fit_decreasing, pack_two_sides
 from bigmodel.data.readahead import ReadAhead
 from bigmodel.data.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
-from bigmodel.data.shuffle import PLAIN, Block, Fragment, Lengths, Pack, has_pairs, make_block, sizes
+from bigmodel.data.shuffle import PLAIN, Block, Fragment, Lengths, Pack, fragment_table, has_pairs, make_block, sizes
 
 VALIDATION_SEED = 0  # validation is the same whatever run.seed
 NO_PACK = -1  # the number of an empty pack
@@ -367,14 +367,7 @@ def validation_batches(
     > 0 takes that many packs at even distances in the plan, so of all lengths. Raises `UserError` if no document has 2
     tokens.
     """
-    examples = Examples(data, VALIDATION_SEED)
-    wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
-    tables = [
-        _all_fragments(store, source, shard, data.context_tokens, examples if wide else None)
-        for source in store.sources
-        for shard in range(len(store.shard_sizes(source)))
-    ]
-    table = np.concatenate(tables or [np.empty((0, 1), dtype=np.int64)])
+    table = all_fragments(store, data, VALIDATION_SEED)
     if not len(table):
         raise UserError(
             f"{data.directory}: the validation split holds no document of at least 2 tokens; "
@@ -391,11 +384,19 @@ def validation_batches(
     return ValidationBatches(packs, Builder(store, data, VALIDATION_SEED), packs_per_micro_batch)
 
 
-def _all_fragments(
-    store: Documents, source: str, shard: int, context_tokens: int, examples: Examples | None
-) -> np.ndarray:
-    positions = num_positions(store.lengths(source, shard))
-    rows = np.flatnonzero(positions)
-    documents = np.full(len(rows), shard), rows, positions[rows]
-    block = make_block(store, source, 0, *documents, examples) if examples else Block(*documents, context_tokens)
-    return block.table(0, block.num_fragments, store.sources.index(source), 0)
+def all_fragments(store: Lengths, data: DataSettings, seed: int) -> np.ndarray:
+    """A table of every fragment of a store, source by source and shard by shard, as in epoch 0."""
+    examples = Examples(data, seed)
+    wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
+    tables = [fragment_table([], wide)]
+    for number, source in enumerate(store.sources):
+        for shard in range(len(store.shard_sizes(source))):
+            positions = num_positions(store.lengths(source, shard))
+            rows = np.flatnonzero(positions)
+            documents = np.full(len(rows), shard), rows, positions[rows]
+            if wide:
+                block = make_block(store, source, 0, *documents, examples)
+            else:
+                block = Block(*documents, data.context_tokens)
+            tables.append(block.table(0, block.num_fragments, number, 0))
+    return np.concatenate(tables)

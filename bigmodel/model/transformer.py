@@ -161,7 +161,7 @@ class MixedAttention(Attention):
         self.source_key_value = Linear(settings.encoder.width, 2 * self.groups * self.head_width)
 
     def forward(self, x_TH: Tensor, view: View, states_SE: Tensor) -> Tensor:  # type: ignore[override]
-        assert view.rows is not None and view.source_table is not None, "a view for mixed attention"
+        assert view.source_table is not None, "a view for mixed attention"
         q_TQK, k_TGK, v_TGK = self.project(x_TH, view)
         source_SNK = self.source_key_value(states_SE).unflatten(-1, (2 * self.groups, self.head_width))
         source_k_SGK, source_v_SGK = source_SNK.split(self.groups, dim=1)
