@@ -1,15 +1,22 @@
 """Initial weights: one function, one table, every value fixed by (seed, parameter name)."""
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from bigmodel.config import ModelSettings
+
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter in place, in fp32.
+def init_weights(
+    model: nn.Module, seed: int, whole: Callable[[nn.Parameter], AbstractContextManager] | None = None
+) -> None:
+    """Fill every parameter in place, in fp32. `whole` makes a partitioned one whole while it is filled.
 
     | parameter                            | distribution                        | source                        |
     |--------------------------------------|-------------------------------------|-------------------------------|
@@ -25,27 +32,29 @@ def init_weights(model: nn.Module, seed: int) -> None:
     Each parameter has its own random stream, keyed by seed and name, so that a value depends on neither the
     order of creation nor the number of ranks.
     """
-    settings = model.settings
-    crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
     for name, parameter in model.named_parameters():
-        of_encoder = name.startswith("encoder.")
-        additions = 2 * settings.encoder.layers if of_encoder else (3 if crosses else 2) * settings.layers
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-            continue
-        if name.removeprefix("encoder.").startswith(("embedding.", "head.", "relative_bias.")):
-            deviation = 0.02
-        elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
-            deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
-        else:
-            deviation = math.sqrt(1.0 / parameter.shape[1])
-        parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
-        if settings.attention_scale and name.endswith(
-            ("attention.query_key_value.weight", "cross_attention.query.weight")
-        ):
-            part = settings.encoder if of_encoder else settings
-            queries = parameter[: part.heads * part.head_width]
-            queries /= settings.attention_scale * math.sqrt(part.head_width)
+        with whole(parameter) if whole else contextlib.nullcontext():
+            _fill(name, parameter, seed, model.settings)
+
+
+def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
+    if parameter.dim() == 1:
+        parameter.fill_(1.0)
+        return
+    crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
+    side, additions = settings, (3 if crosses else 2) * settings.layers
+    if name.startswith("encoder."):
+        side = settings.encoder
+        additions = 2 * side.layers
+    if name.removeprefix("encoder.").startswith(("embedding.", "head.", "relative_bias.")):
+        deviation = 0.02
+    elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+        deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
+    else:
+        deviation = math.sqrt(1.0 / parameter.shape[1])
+    parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
+    if settings.attention_scale and name.endswith(("attention.query_key_value.weight", "cross_attention.query.weight")):
+        parameter[: side.heads * side.head_width] /= settings.attention_scale * math.sqrt(side.head_width)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
