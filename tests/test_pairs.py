@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmodel.config import DataSettings
+from bigmodel.data import packing
 from bigmodel.data.examples import Pair
 from bigmodel.data.order import Order
 from bigmodel.data.packing import pack_two_sides
 from bigmodel.data.planned import measure_packing
-from bigmodel.data.randomness import words
 from bigmodel.data.sharing import Place
 from bigmodel.data.sides import count_cut, suggest_sides
 from bigmodel.data.stream import Builder, Stream, validation_batches
 from tests.memory_store import MemoryStore
+from tools.bench_seq2seq import instructions, lognormal, summaries, translations
 
 DATA = DataSettings(context_tokens=24, pack_tokens=48, source_pack_tokens=64, pack_documents=6, lanes=2, window_packs=6)
 OBJECTIVES = [{"kind": "span_corruption"}, {"kind": "prefix"}, {"kind": "causal"}]
@@ -184,44 +184,24 @@ def test_two_sides_are_packed_within_all_limits(lengths: list, num_first: int, d
         assert source <= 30
 
 
-def test_each_rule_is_taken_where_it_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Summaries: few documents a pack. Instructions: many."""
-    from bigmodel.data import packing
-
-    for table, budgets in ((summaries(600), (256, 2048)), (instructions(600), (4096, 4096))):
-        both = len(pack_two_sides(table, budgets, 256).packs)
-        alone = []
-        for name in ("_first_fit", "_fill_one_by_one"):
-            with monkeypatch.context() as patch:
-                other = {"_first_fit", "_fill_one_by_one"} - {name}
-                patch.setattr(packing, other.pop(), lambda lengths, *_: [[index] for index in range(len(lengths))])
-                alone.append(len(pack_two_sides(table, budgets, 256).packs))
-        assert both == min(alone)
-        assert alone[0] != alone[1]
-
-
-def lognormal(seed: int, count: int, mean: float, deviation: float, least: int, most: int) -> np.ndarray:
-    """Lengths of this mean, by inverse transform of words."""
-    normal = NormalDist(np.log(mean) - deviation**2 / 2, deviation)
-    uniform = (words(seed, count) >> np.uint64(11)).astype(float) / 2**53
-    drawn = [np.exp(normal.inv_cdf(min(max(value, 1e-9), 1 - 1e-9))) for value in uniform.tolist()]
-    return np.clip(np.array(drawn).astype(np.int64), least, most)
-
-
-def translations(count: int) -> np.ndarray:
-    """Sentences and their translations, about as long."""
-    source = lognormal(1, count, 30, 0.7, 2, 256)
-    return np.stack([np.clip(source * lognormal(2, count, 100, 0.2, 50, 200) // 95, 2, 256), source], axis=1)
-
-
-def summaries(count: int) -> np.ndarray:
-    """Articles of 780 tokens and their summaries of 60."""
-    return np.stack([lognormal(3, count, 60, 0.5, 2, 256), lognormal(4, count, 780, 0.5, 2, 2048)], axis=1)
-
-
-def instructions(count: int) -> np.ndarray:
-    """Instructions and answers, of any length."""
-    return np.stack([lognormal(5, count, 200, 1.0, 2, 2048), lognormal(6, count, 120, 1.2, 2, 2048)], axis=1)
+@pytest.mark.parametrize(
+    ("table", "budgets", "better"),
+    [
+        (summaries(600), (512, 2048), "_first_fit"),  # few documents a pack
+        (instructions(1500), (3456, 2048), "_fill_one_by_one"),  # many
+    ],
+)
+def test_the_rule_that_needs_fewer_packs_is_taken(
+    table: np.ndarray, budgets: tuple[int, int], better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = len(pack_two_sides(table, budgets, 256).packs)
+    alone = {}
+    for name, other in (("_first_fit", "_fill_one_by_one"), ("_fill_one_by_one", "_first_fit")):
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, other, lambda lengths, *_: [[index] for index in range(len(lengths))])
+            alone[name] = len(pack_two_sides(table, budgets, 256).packs)
+    assert both == alone[better] == min(alone.values())
+    assert alone["_first_fit"] != alone["_fill_one_by_one"]
 
 
 def store_of(table: np.ndarray, num_shards: int = 4) -> PairStore:
