@@ -121,15 +121,15 @@ def test_a_killed_run_retraces_the_uninterrupted_one_also_on_another_number_of_r
         assert other["loss"] == pytest.approx(one["loss"], rel=tolerance)
 
     # What is said of the parts of the loss, and at the end.
-    parts = steps(alone)[0]["parts"]
-    assert {(part["objective"], part["source"]) for part in parts} == {
+    assert {(part["objective"], part["source"]) for step in steps(alone) for part in step["parts"]} == {
         ("pairs", "pairs"),
         ("span_corruption", "news"),
         ("prefix", "news"),
     }
-    assert sum(part["targets"] for part in parts) == steps(alone)[0]["targets"]
-    nats = sum(part["nats"] for part in parts)
-    assert nats / steps(alone)[0]["targets"] == pytest.approx(steps(alone)[0]["loss"], rel=1e-6)
+    for step in steps(alone):
+        assert sum(part["targets"] for part in step["parts"]) == step["targets"]
+        nats = sum(part["nats"] for part in step["parts"])
+        assert nats / step["targets"] == pytest.approx(step["loss"], rel=1e-6)
     summary = json.loads((tmp_path / "alone" / "summary.json").read_text())
     assert summary["nats_per_token_with_wrong_sources"] != summary["nats_per_token"]
     assert (tmp_path / "alone" / "sample.txt").read_text().count("[model]") == 3
