@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Annotated
@@ -120,8 +121,12 @@ def packed(pairs: list[list[Pair]], data: DataSettings) -> list[Batch]:
             Fragment(0, 0, row, 0, len(pack[row].source) - 1, 0, *columns) for row, columns in enumerate(table)
         )
         keys, source_keys = (make_keys(1, 0, [0], size) for size in (data.pack_tokens, data.source_pack_tokens))
-        batches.append(build_batch([plan], lambda piece, pack=pack: pack[piece.row], data, keys, examples, source_keys))
+        batches.append(build_batch([plan], partial(_read, pack), data, keys, examples, source_keys))
     return batches
+
+
+def _read(pack: list[Pair], piece: Fragment) -> Pair:
+    return pack[piece.row]
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ def padded(pairs: Sequence[Pair], size: int, longest: tuple[int, int] | None = N
             tokens[row, : len(target) - 1], targets[row, : len(target) - 1] = target[:-1], target[1:]
             sources[row, : len(source) - 1] = source[1:]
         source_lengths = torch.tensor([len(pair.source) - 1 for pair in some])
-        batches.append(PaddedBatch(*map(torch.from_numpy, (tokens, targets, sources)), source_lengths))
+        tokens_BT, targets_BT, sources_BS = map(torch.from_numpy, (tokens, targets, sources))
+        batches.append(PaddedBatch(tokens_BT, targets_BT, sources_BS, source_lengths))
     return batches
 
 
