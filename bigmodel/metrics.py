@@ -30,6 +30,16 @@ from bigmodel.config import UserError
 from bigmodel.rundir import append_json_line, read_json_lines, write_atomically, write_json
 
 
+@dataclass(frozen=True, slots=True)
+class LossPart:
+    """What one objective on one source contributed to a step, over all ranks."""
+
+    objective: str  # as in the run file: "causal", "span_corruption", ...
+    source: str  # of the data
+    nats: float  # loss summed over the targets
+    targets: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One optimizer step, over all ranks. Counts are those of this step alone."""
@@ -49,6 +59,9 @@ class StepRecord:
     imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
     imbalance_undealt: float = 1.0  # what it would be in canonical order
     skipped: bool = False  # the update was left out: loss or gradient was not finite
+    parts: tuple[LossPart, ...] = ()  # the loss by objective and source; their targets add up to `targets`
+    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, where the head gives it
+    loss_scale: float | None = None  # of fp16
 
 
 class Metric(NamedTuple):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config import DataSettings, Settings
-from bigmodel.data.batch import build_batch, draw, draw_png, make_keys
+from bigmodel.data.batch import draw, draw_png
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import SPLITS, Manifest
 from bigmodel.data.mixing import mix_lag_tokens
@@ -16,10 +16,11 @@ from bigmodel.data.order import Order
 from bigmodel.data.planned import Packed, Suggestion, all_positions, measure_packing, mix_shares, suggest, whole_share
 from bigmodel.data.segments import order_of_segment
 from bigmodel.data.shards import ShardStore
-from bigmodel.data.stream import reader
+from bigmodel.data.sides import CutPairs, count_cut, suggest_sides
+from bigmodel.data.stream import Builder
 from bigmodel.deepspeed_config import agree
 from bigmodel.training.checkpoint import newest_state
-from kernels.visibility import causal, dense
+from kernels.visibility import bidirectional, causal, cross, dense, prefix_lm
 
 
 def show_batch(settings: Settings, step: int, png: Path) -> None:
@@ -30,13 +31,20 @@ def show_batch(settings: Settings, step: int, png: Path) -> None:
     settings = agree(settings)
     store = ShardStore.of_run(settings.data, "train")
     order, data = order_before(store, settings, step, newest_state(settings.run.directory / "checkpoints"))
-    keys = make_keys(settings.run.seed, step, [0], data.pack_tokens)
-    batch = build_batch([order.next_step()[0]], reader(store), data, keys)
+    batch = Builder(store, data, settings.run.seed).build([order.next_step()[0]], step, [0])
     console = Console(highlight=False)
     for line in draw(batch):
         console.print(line, soft_wrap=True)
-    visibility = causal(batch.offsets)
-    draw_png(batch, dense(visibility, len(batch.tokens), len(batch.tokens)).numpy(), png)
+    num_targets = len(batch.tokens)
+    if batch.source:
+        visible = dense(cross(batch.offsets, batch.source.offsets), num_targets, len(batch.source.tokens))
+    elif settings.model.kind == "encoder":
+        visible = dense(bidirectional(batch.offsets), num_targets, num_targets)
+    elif batch.prefixes is not None:
+        visible = dense(prefix_lm(batch.offsets, batch.prefixes), num_targets, num_targets)
+    else:
+        visible = dense(causal(batch.offsets), num_targets, num_targets)
+    draw_png(batch, visible.numpy(), png)
     console.print(f"picture: {png}")
 
 
@@ -73,7 +81,10 @@ def show_data(settings: Settings, png: Path) -> None:
     console.print(sources_table(settings, store.manifest))
     console.print(lengths_text(store.manifest), markup=False)
     console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
-    console.print(suggestions_table(suggest(store, store.manifest, data)))
+    if store.pair_sources:
+        console.print(cut_text(count_cut(store, data)), markup=False)
+    suggestions = suggest_sides(store, data) if data.source_pack_tokens else suggest(store, store.manifest, data)
+    console.print(suggestions_table(suggestions))
     if data.curriculum:
         lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
         console.print(lag, markup=False)
@@ -132,11 +143,23 @@ def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
 
 def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     data = settings.data
+    sides = f"{packed.filled:.2%} of the positions filled"
+    size, split = f"{data.pack_tokens:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split by "
+    if data.source_pack_tokens:
+        sides = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
+        size = f"{data.pack_tokens:,} target and {data.source_pack_tokens:,} source tokens"
     return (
-        f"packing, as planned for {packed.num_packs:,} packs of {data.pack_tokens:,} tokens:\n"
-        f"  {packed.filled:.2%} of the positions filled, {packed.documents:.1f} documents a pack\n"
-        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}\n"
-        f"  {whole:.1%} of the tokens in documents not split by data.context_tokens = {data.context_tokens:,}"
+        f"packing, as planned for {packed.num_packs:,} packs of {size}:\n"
+        f"  {sides}, {packed.documents:.1f} documents a pack\n"
+        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}"
+        + ("" if data.source_pack_tokens else f"{split}data.context_tokens = {data.context_tokens:,}")
+    )
+
+
+def cut_text(cut: CutPairs) -> str:
+    return (
+        f"  of {cut.num_pairs:,} pairs, {cut.sources:,} have their source cut ({cut.sources / cut.num_pairs:.2%}) and "
+        f"{cut.targets:,} their target ({cut.targets / cut.num_pairs:.2%}): the end of the text is left out"
     )
 
 

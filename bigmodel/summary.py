@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bigmodel.baselines import Bigram, Pair, token_pairs, xz_bits_per_byte
 from bigmodel.config import Settings, UserError, packs_at
+from bigmodel.data.examples import Examples
 from bigmodel.data.objectives import causal
 from bigmodel.data.order import Order
 from bigmodel.data.segments import Segment, order_of_segment
@@ -26,8 +28,17 @@ XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
 BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
 
 
-def summarize(settings: Settings, evaluation: Evaluation, sample: str, segments: Sequence[Segment]) -> dict[str, Any]:
-    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text."""
+def summarize(
+    settings: Settings,
+    evaluation: Evaluation,
+    sample: str,
+    segments: Sequence[Segment],
+    wrong_sources: Evaluation | None = None,
+) -> dict[str, Any]:
+    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text.
+
+    `wrong_sources`: of an encoder-decoder, how well it does when sources are exchanged between documents.
+    """
     directory = settings.run.directory
     summary = {
         "steps": settings.training.steps,
@@ -37,6 +48,9 @@ def summarize(settings: Settings, evaluation: Evaluation, sample: str, segments:
         "bigram_bits_per_byte": bigram_bits_per_byte(settings, segments),
         "xz_bits_per_byte": _xz_of_validation_text(settings),
     }
+    if wrong_sources:
+        summary["nats_per_token_with_wrong_sources"] = wrong_sources.nats_per_token
+        summary["bits_per_byte_with_wrong_sources"] = wrong_sources.bits_per_byte
     write_json(directory / "summary.json", summary)
     write_atomically(directory / "sample.txt", sample + "\n")
     loss_curve(directory)
@@ -45,12 +59,14 @@ def summarize(settings: Settings, evaluation: Evaluation, sample: str, segments:
 
 def _xz_of_validation_text(settings: Settings) -> float | None:
     store = ShardStore.of_run(settings.data, "validation")
+    if store.pair_sources:  # the file has both texts of a pair
+        return None
     return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
 
 
 def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> float | None:
-    """The bigram on the validation split, after the tokens that the run trained on; None for very long runs, and where
-    an earlier segment had data that is no longer there."""
+    """The bigram on the validation split, after the tokens that the run trained on, of pairs on their targets; None for
+    very long runs, where an earlier segment had data that is no longer there, and for other objectives than causal."""
     training = settings.training
     packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
     if packs * settings.data.pack_tokens > BIGRAM_TOKENS:
@@ -60,6 +76,8 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
     try:
         orders = [order_of_segment(train, settings.data, segments, number)[1] for number in range(len(segments))]
     except UserError:
+        return None
+    if len(train.pair_sources) < len(train.sources) and not Examples(settings.data, 0).is_plain:
         return None
     bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(orders, training.steps, train))
     nats, count = bigram.score(token_pairs(validation))
@@ -74,6 +92,8 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     console.print(terminal_curve(directory), markup=False)
     table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
     names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
+    if "bits_per_byte_with_wrong_sources" in summary:
+        names["bits_per_byte_with_wrong_sources"] = "this model, each target with another one's source"
     for name, words in names.items():
         table.add_row(words, "not counted" if summary[name] is None else f"{summary[name]:.3f}")
     console.print(table)
@@ -96,4 +116,7 @@ def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Itera
         while order.step < end:
             for piece in chain.from_iterable(order.next_step()):
                 document = store.document(store.sources[piece.source], piece.shard, piece.row)
-                yield causal(document, piece.start, piece.length)
+                if isinstance(document, np.ndarray):
+                    yield causal(document, piece.start, piece.length)
+                else:
+                    yield causal(document.target, 0, piece.targets)

@@ -37,6 +37,7 @@ class Packed:
     filled: float  # share of their positions
     documents: float  # a pack, pieces of long ones counted each
     document_limited: float  # share of the packs that data.pack_documents closed
+    source_filled: float  # share of the positions on the source side; 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
     order = Order(store, data.model_copy(update={"max_epochs": {}}), data.lanes, SEED)
     wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.window_packs)
     packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
-    positions = sum(fragment.length for pack in packs for fragment in pack)
+    positions = sum(fragment.positions for pack in packs for fragment in pack)
+    of_sources = sum(fragment.source_positions for pack in packs for fragment in pack)
     return Packed(
         len(packs),
         positions / (len(packs) * data.pack_tokens),
         sum(map(len, packs)) / len(packs),
         sum(is_document_limited(pack, data) for pack in packs) / len(packs),
+        of_sources / (len(packs) * data.source_pack_tokens) if data.source_pack_tokens else 0.0,
     )
 
 
@@ -83,7 +86,7 @@ def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Sugg
     settings = data.model_copy(update={"context_tokens": context.suggested})
     pack = _suggest_pack(store, settings)
     settings = _with_packs_of(settings, pack.suggested)
-    return [context, pack, _suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
+    return [context, pack, suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
 
 
 def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
@@ -114,10 +117,11 @@ def _with_packs_of(data: DataSettings, pack_tokens: int) -> DataSettings:
     return data.model_copy(update=changes)
 
 
-def _suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
-    filled = {
-        number: measure_packing(store, data.model_copy(update={"window_packs": number})).filled for number in WINDOWS
-    }
+def suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
+    filled = {}
+    for number in WINDOWS:
+        packed = measure_packing(store, data.model_copy(update={"window_packs": number}))
+        filled[number] = min(packed.filled, packed.source_filled) if data.source_pack_tokens else packed.filled
     suggested = _first(filled, max(filled.values()) - SPARE_SHARE)
     reason = f"{filled[suggested]:.2%} filled, {WINDOWS[-1]:,} packs fill {filled[WINDOWS[-1]]:.2%}"
     return Suggestion("data.window_packs", data.window_packs, suggested, reason)

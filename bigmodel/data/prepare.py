@@ -56,7 +56,8 @@ INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it save
 SPARE_BYTES = 16 << 20  # left free on the disk
 TASKS_A_PROCESS = 4  # at least, where a unit's parts allow: the last ones end together
 READS_OF_A_UNIT = 8  # while its parts are tokenized, at most: half of each is spent on finding the place
-NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
+EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
+NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _settle(settings: Settings) -> _Job:
     read = list(sources)
     modules = [] if sources else embedded.standard_library()
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
-        "sources": [source.model_dump() for source in wanted.sources] or "embedded",
+        "sources": [source.model_dump() for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
         "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
     }
@@ -242,7 +243,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     sources = job.sources
     left_out: dict[str, dict[str, dict[str, int]]] = {}
     if not sources:
-        sources, left_out = _collect_embedded(job.modules, work, progress)
+        sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
         scans = _scan(team, all_units, job.settings, work)
@@ -285,15 +286,17 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
 
 
 def _collect_embedded(
-    modules: list[tuple[str, bytes]], work: Work, progress: Progress
+    modules: list[tuple[str, bytes]], pairs: bool, work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
-    """The embedded corpus as two files of the result, and what was left out of them."""
+    """The embedded corpus as files of the result, and what was left out of them."""
+    write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
     folder, record = work.result / "corpus", work.folder / "left_out.json"
     if not record.exists():  # written last
         task = progress.add_task("collecting Python's own text", total=None)
-        write_json(record, embedded.write_embedded_corpus(folder, modules))
+        write_json(record, write(folder, modules))
         progress.update(task, total=1, completed=1)
-    return embedded.embedded_sources(folder), read_json(record)
+    sources = embedded.pair_sources(folder) if pairs else embedded.embedded_sources(folder)
+    return sources, read_json(record)
 
 
 def _team(

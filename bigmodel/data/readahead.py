@@ -15,19 +15,18 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import numpy as np
-
 from bigmodel.config import UserError
+from bigmodel.data.examples import Document
 
 REOPEN_SECONDS = 5.0  # how often a shard in use is marked as such, and fetched again where it was deleted for room
 
-Document = tuple[str, int, int]  # source, shard, row
+Place = tuple[str, int, int]  # source, shard, row
 
 
 class Store(Protocol):
     """What reading needs of a store: see `ShardStore`. One without `open_shard`, in memory, is not read ahead."""
 
-    def document(self, source: str, shard: int, row: int) -> np.ndarray: ...
+    def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class _Awaited:
@@ -37,7 +36,7 @@ class _Awaited:
         self.pieces = 0
         self.begun = threading.Lock()  # held by whoever tokenizes it, for ever
         self.done = threading.Event()
-        self.tokens: np.ndarray | None = None
+        self.tokens: Document | None = None
         self.error: BaseException | None = None
 
 
@@ -51,7 +50,7 @@ class ReadAhead:
         self._closed = False
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._opened: dict[tuple[str, int], float] = {}  # when
-        self._awaited: dict[Document, _Awaited] = {}  # used by the reader's thread alone
+        self._awaited: dict[Place, _Awaited] = {}  # used by the reader's thread alone
         self._threads = [
             threading.Thread(target=self._work, name=f"bigmodel-read-{number}", daemon=True)
             for number in range(workers)
@@ -59,7 +58,7 @@ class ReadAhead:
         for thread in self._threads:
             thread.start()
 
-    def expect(self, pieces: Iterable[Document]) -> None:
+    def expect(self, pieces: Iterable[Place]) -> None:
         """These will be read, one `document` call each, in about this order."""
         if self._open is None:
             return
@@ -81,7 +80,7 @@ class ReadAhead:
             return False
         return self._text_sources[source]
 
-    def document(self, source: str, shard: int, row: int) -> np.ndarray:
+    def document(self, source: str, shard: int, row: int) -> Document:
         """The document's stored tokens. Raises what reading it raised."""
         awaited = self._awaited.get((source, shard, row))
         if awaited is None:
@@ -112,7 +111,7 @@ class ReadAhead:
             except BaseException:  # met again, and raised, by whoever reads from the shard
                 self._opened.pop(task, None)
 
-    def _read(self, document: Document, awaited: _Awaited) -> None:
+    def _read(self, document: Place, awaited: _Awaited) -> None:
         if not awaited.begun.acquire(blocking=False):
             return
         try:

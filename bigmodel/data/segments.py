@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bigmodel.config import DataSettings, Settings, UserError
-from bigmodel.data.order import Order, describe_difference
+from bigmodel.data.order import EXAMPLES, Order, describe_difference
 from bigmodel.data.shuffle import Lengths
 
+OPTIONAL = ("max_epochs", "curriculum", *sorted(EXAMPLES))  # what a plan's identity has only where it is not default
 Segment = dict[str, Any]  # first_step, and the identity of its plan
 
 
@@ -57,7 +58,8 @@ def order_of_segment(
     """
     identity = segments[number]["identity"]
     planned = {name: identity[f"data.{name}"] for name in DataSettings.model_fields if f"data.{name}" in identity}
-    absent = {name: DataSettings.model_fields[name].get_default() for name in ("max_epochs", "curriculum")}
+    fields = DataSettings.model_fields
+    absent = {name: fields[name].get_default(call_default_factory=True) for name in OPTIONAL}
     settings = DataSettings.model_validate(data.model_dump() | absent | planned)
     order = Order(
         store,

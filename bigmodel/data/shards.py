@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import DataSettings, UserError
+from bigmodel.data.examples import Document, Pair
 from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.remote import Remote
@@ -68,11 +69,13 @@ class ShardStore:
         self.manifest = Manifest.read(self.directory)
         if self.remote:
             self.remote.begin(self.manifest)
-        self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
+        counts = self.manifest.counts
+        self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
+        self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
         self._checked: set[str] = set()
         self._indexes: dict[str, list[dict[str, Any]]] = {}
         self._readers: dict[tuple[str, int], Any] = {}
-        self._recent: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
+        self._recent: OrderedDict[tuple[str, int, int, str], np.ndarray] = OrderedDict()
         self._recent_tokens, self._recent_lock = 0, threading.Lock()
         self._check_tokenizer()
 
@@ -91,8 +94,8 @@ class ShardStore:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the split's documents, without begin and end."""
-        return self.manifest.total(self.split, "text_bytes")
+        """UTF-8 bytes of what a model is asked for: the split's documents, of pairs the target texts."""
+        return sum(self._asked_for(source, "text_bytes") for source in self.sources)
 
     @property
     def num_documents(self) -> int:
@@ -100,8 +103,12 @@ class ShardStore:
 
     @property
     def num_targets(self) -> int:
-        """Tokens a model is asked for in one epoch: a stored document of n tokens has n - 1."""
-        return self.manifest.total(self.split, "tokens") - self.num_documents
+        """Tokens a causal model is asked for in one epoch: a stored text of n tokens has n - 1."""
+        return sum(self._asked_for(source, "tokens") for source in self.sources) - self.num_documents
+
+    def _asked_for(self, source: str, what: str) -> int:
+        side = "target_" if source in self.pair_sources else ""
+        return self.manifest.counts[source][self.split][side + what]
 
     def num_shards(self, source: str) -> int:
         return len(self._index(source))
@@ -117,10 +124,20 @@ class ShardStore:
         """
         return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
 
-    def document(self, source: str, shard: int, row: int) -> np.ndarray:
-        """(n,) stored tokens of a document, uint16 or uint32, read-only."""
+    def target_lengths(self, source: str, shard: int) -> np.ndarray:
+        """Of a source of pairs: the stored tokens of each target, as `lengths`."""
+        return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
+
+    def document(self, source: str, shard: int, row: int) -> Document:
+        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, both texts'."""
         sample = self._sample(source, shard, row)
-        return sample["tokens"] if "tokens" in sample else self._tokenized(source, shard, row, sample["text"])
+        if source not in self.pair_sources:
+            return self._tokens_of(sample, source, shard, row, "")
+        return Pair(*(self._tokens_of(sample, source, shard, row, side) for side in ("", "target_")))
+
+    def _tokens_of(self, sample: Mapping[str, Any], source: str, shard: int, row: int, side: str) -> np.ndarray:
+        name = f"{side}tokens"
+        return sample[name] if name in sample else self._tokenized(source, shard, row, sample[f"{side}text"], side)
 
     def is_text(self, source: str) -> bool:
         """Whether the source's documents are tokenized when they are read."""
@@ -154,12 +171,12 @@ class ShardStore:
                     raise UserError(f"{self.directory / name}: vanished after its first use; {PREPARE_AGAIN}") from None
                 self.open_shard(source, shard)
 
-    def _tokenized(self, source: str, shard: int, row: int, text: str) -> np.ndarray:
-        document = (source, shard, row)
+    def _tokenized(self, source: str, shard: int, row: int, text: str, side: str) -> np.ndarray:
+        document = (source, shard, row, side)
         with self._recent_lock:
             if document in self._recent:
                 return self._recent[document]
-        tokens, expected = self._tokenizer.encode_document(text), int(self._text_lengths(source, shard)[row])
+        tokens, expected = self._tokenizer.encode_document(text), int(self._text_lengths(source, shard, side)[row])
         if len(tokens) != expected:
             raise UserError(
                 f"{self.directory / self._shard_name(source, shard)}: document {row} is {len(tokens)} tokens, its "
@@ -179,7 +196,8 @@ class ShardStore:
 
     @cached_property
     def _text_lengths(self) -> Any:
-        return lru_cache(maxsize=64)(lambda source, shard: np.array(self.lengths(source, shard)))
+        of_side = {"": self.lengths, "target_": self.target_lengths}
+        return lru_cache(maxsize=64)(lambda source, shard, side: np.array(of_side[side](source, shard)))
 
     def _shard_name(self, source: str, shard: int) -> str:
         return f"{self.split}/{source}/{self._index(source)[shard]['raw_data']['basename']}"

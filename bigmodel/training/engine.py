@@ -53,7 +53,7 @@ class Engine:
         self._make_moments()
 
     def micro_batch(self, batch: Any, num_targets: int, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; gives its loss sum, detached.
+        """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
 
         num_targets: of the whole step, over all ranks and micro-batches. last: of this rank's in this step.
         DeepSpeed averages over ranks, hence the factor of the world size; its own division by the number of
@@ -62,7 +62,7 @@ class Engine:
         assert num_targets > 0, "a step has at least one target"
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum = self._engine(batch)
-        self._engine.backward(loss_sum * (self.world.size / num_targets), scale_wrt_gas=False)
+        self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 

@@ -14,7 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from bigmodel.config import Settings, UserError, to_toml_table
+from bigmodel.data.examples import num_marks
 from bigmodel.data.order import Position, merge_cursors, total_progress
 from bigmodel.data.segments import resume_order
 from bigmodel.data.shards import ShardStore
@@ -23,8 +26,8 @@ from bigmodel.data.stream import Step, Stream
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.evaluate import Validation
-from bigmodel.generate import generate
-from bigmodel.metrics import Metrics, StepRecord
+from bigmodel.generate import examples, generate
+from bigmodel.metrics import LossPart, Metrics, StepRecord
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.progress import LiveLine
@@ -37,6 +40,7 @@ from bigmodel.training.optim import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
+NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
 
 Value = TypeVar("Value")
@@ -72,9 +76,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     ranks_per_node = world.ranks_per_node()
     place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
-    model = Transformer(
-        settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
-    )
+    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
+    model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
     init_weights(model, settings.run.seed)
     engine = Engine(model, settings, effective, world)
 
@@ -112,12 +115,12 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         clock = time.perf_counter()
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
-        nats = 0.0
+        nats = torch.zeros(len(stream.parts), device=world.device)  # by objective and source
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
-        nats, stop_votes = world.sum_([float(nats), float(stop.requested)])
-        loss = nats / step.num_targets
+        *nats_by_part, stop_votes = world.sum_([*nats.tolist(), float(stop.requested)])
+        loss = math.fsum(nats_by_part) / step.num_targets
         gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
@@ -152,6 +155,11 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                     imbalance=step.imbalance,
                     imbalance_undealt=step.imbalance_undealt,
                     skipped=bad,
+                    parts=tuple(
+                        LossPart(*names, nats=part, targets=targets)
+                        for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
+                        if targets
+                    ),
                 )
             )
         line.update(done, loss, step.num_positions / seconds)
@@ -196,12 +204,17 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     if settings.evaluation.at_end:
         evaluation = validation.run(engine.forward, world)
         tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
-        sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
+        sample, wrong_sources = "", None
+        if settings.model.kind == "encoder_decoder":
+            wrong_sources = validation.run(engine.forward, world, wrong_sources=True)
+            sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
+        elif settings.model.kind == "decoder":
+            sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
         if metrics:
             metrics.record_evaluation(
                 settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
             )
-            show_summary(settings, summarize(settings, evaluation, sample, segments))
+            show_summary(settings, summarize(settings, evaluation, sample, segments, wrong_sources))
     if metrics:
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
