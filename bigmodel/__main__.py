@@ -234,6 +234,14 @@ def show_batch(
     run(load_settings(run_file, override), step, png)
 
 
+@show.command("metrics")
+def show_metrics() -> None:
+    """Print the reference of all metrics, as Markdown."""
+    from bigmodel.metric_table import reference
+
+    print(reference(), end="")
+
+
 def main() -> None:
     """Run a command; a `UserError` becomes one message and exit code 2. Typer does the same for a wrong option."""
     try:

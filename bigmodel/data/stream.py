@@ -55,6 +55,7 @@ class Step:
     num_documents: int  # a piece of a long document counts as one
     num_padding: int  # positions without a document, those of empty packs included
     num_document_limited: int  # packs with room left that are full by data.pack_documents
+    num_pairs: int  # (query, key) pairs of causal attention: n (n + 1) / 2 for a document of n positions
     imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
     imbalance_undealt: float  # what it would be in canonical order
     position: Position  # after this step: its cursor, of all nodes, belongs into the checkpoint of this step
@@ -145,7 +146,7 @@ class Stream:
         work, num_rounds = node.work, len(node.slots[0])
         num_places = place.world_size * num_rounds * self._packs_per_micro_batch * data.pack_tokens
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
-        filled, documents, limited = self._count(number, node)
+        filled, documents, limited, pairs = self._count(number, node)
         return Step(
             number=number,
             packs=node.packs,
@@ -155,18 +156,20 @@ class Stream:
             num_documents=documents,
             num_padding=num_places - filled,
             num_document_limited=limited,
+            num_pairs=pairs,
             imbalance=imbalance(work, node.slots),
             imbalance_undealt=imbalance(work, undealt),
             position=self._order.position(),
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
-        """Positions filled, documents, and packs limited by documents, over all nodes."""
+        """Positions filled, documents, packs limited by documents, and pairs of attention, over all nodes."""
         packs = node.packs if self._nodes else node.planned
         counts = [
             sum(fragment.length for pack in packs for fragment in pack),
             sum(len(pack) for pack in packs),
             sum(is_document_limited(pack, self._data) for pack in packs),
+            sum(fragment.length * (fragment.length + 1) // 2 for pack in packs for fragment in pack),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
 

@@ -30,9 +30,14 @@ from torch import Tensor, nn
 from bigmodel.config import Settings, UserError
 from bigmodel.training.distributed import World
 from bigmodel.training.optim import build_optimizer
+from bigmodel.training.phases import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("weight", *MOMENTS)  # what `read_state` gives of each parameter
+COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "wait",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
+)  # fmt: skip
 
 
 class Engine:
@@ -41,13 +46,22 @@ class Engine:
     updates: how many updates were applied since the weights were new; skipped ones do not count.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, effective: dict[str, Any], world: World) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        effective: dict[str, Any],
+        world: World,
+        phases: Phases | None = None,
+    ) -> None:
         self.world = world
+        self.phases = phases or Phases(world.device)
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._adamw = build_optimizer(model, settings.optimizer)
         self._engine = _initialize(model, self._adamw, effective, settings)
+        _time_communication(self.phases)
         self._stage = _stage_of(self._engine, self._adamw)
         self._norm: float | None = None
         self._make_moments()
@@ -61,8 +75,10 @@ class Engine:
         """
         assert num_targets > 0, "a step has at least one target"
         self._engine.set_gradient_accumulation_boundary(last)
-        loss_sum = self._engine(batch)
-        self._engine.backward(loss_sum * (self.world.size / num_targets), scale_wrt_gas=False)
+        with self.phases("forward"):
+            loss_sum = self._engine(batch)
+        with self.phases("backward"):
+            self._engine.backward(loss_sum * (self.world.size / num_targets), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 
@@ -325,6 +341,32 @@ def _initialize(model: nn.Module, adamw: torch.optim.AdamW, effective: dict[str,
                 lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
             raise UserError(f"{source}: DeepSpeed refuses {'; '.join(lines)}") from None
     return engine
+
+
+class _Timed:
+    """DeepSpeed's backend, or a handle of its: time inside a collective, or waiting for one, is communication."""
+
+    def __init__(self, inner: Any, phases: Phases) -> None:
+        self._inner, self._phases = inner, phases
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if name not in COLLECTIVES:
+            return value
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self._phases("communication"):
+                result = value(*arguments, **named)
+            return _Timed(result, self._phases) if hasattr(result, "wait") else result
+
+        return timed
+
+
+def _time_communication(phases: Phases) -> None:
+    """DeepSpeed speaks to torch.distributed through one object, looked up at each call."""
+    from deepspeed.comm import comm
+
+    comm.cdb = _Timed(comm.cdb._inner if isinstance(comm.cdb, _Timed) else comm.cdb, phases)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ skipped by all ranks together, before the update, and recorded.
 """
 
 import math
-import time
+import secrets
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bigmodel.accounting import device_peak_flops, num_parameters, step_flops
 from bigmodel.config import Settings, UserError, to_toml_table
 from bigmodel.data.order import Position, merge_cursors, total_progress
 from bigmodel.data.segments import resume_order
@@ -24,7 +25,7 @@ from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.evaluate import Validation
 from bigmodel.generate import generate
-from bigmodel.metrics import Metrics, StepRecord
+from bigmodel.metrics import Metrics, Seat, StepRecord
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.progress import LiveLine
@@ -34,6 +35,7 @@ from bigmodel.training import checkpoint
 from bigmodel.training.distributed import NodeSums, World, end_world, start_world
 from bigmodel.training.engine import Engine
 from bigmodel.training.optim import learning_rate
+from bigmodel.training.phases import CompileTime, Phases, slowest
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
@@ -76,7 +78,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
     )
     init_weights(model, settings.run.seed)
-    engine = Engine(model, settings, effective, world)
+    phases, compile_time = Phases(world.device), CompileTime()
+    engine = Engine(model, settings, effective, world, phases)
 
     # Where to go on.
     if fresh:
@@ -88,11 +91,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-    metrics = Metrics(directory, settings.metrics.port, settings.metrics.host, first_step) if world.rank == 0 else None
+    seat = Seat(world.rank, world.size, place.node, place.rank_in_node, place.node_size)
+    start = world.broadcast_object(secrets.token_hex(4))
+    metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(settings, store, world))
+    closing.callback(metrics.close)
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
-    if metrics:
-        closing.callback(metrics.close)
+    if world.rank == 0:
         write_json(directory / "settings.json", to_toml_table(settings))
         write_json(directory / "deepspeed.json", effective)
         write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
@@ -108,47 +113,57 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
     for step in stream if first_step < settings.training.steps else ():
-        clock = time.perf_counter()
+        phases.add("data", stream.wait_seconds)
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
         nats = 0.0
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
-        nats, stop_votes = world.sum_([float(nats), float(stop.requested)])
+        with phases("communication"):
+            nats, stop_votes, *busy = world.sum_([float(nats), float(stop.requested), *phases.busy_row(seat)])
         loss = nats / step.num_targets
-        gradient_norm = engine.gradient_norm()
+        with phases("optimizer"):
+            gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
         bad = not math.isfinite(loss + gradient_norm)
         rate = learning_rate(step.number, settings)
-        engine.update(rate, skip=bad)
+        with phases("optimizer"):
+            engine.update(rate, skip=bad)
         bad_steps = bad_steps + 1 if bad else 0
         done = step.number + 1
 
         # Tell.
-        seconds = time.perf_counter() - clock + stream.wait_seconds
         if bad:
             parts = _of_all_nodes(_documents(store, step), place, world)
-            if metrics:
+            if world.rank == 0:
                 documents = [document for part in parts for document in part]
                 record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
-        if metrics:
-            metrics.record_step(
-                StepRecord(
-                    step=done,
-                    loss=loss,
-                    gradient_norm=gradient_norm,
-                    learning_rate=rate,
-                    targets=step.num_targets,
-                    positions=step.num_positions,
-                    padding=step.num_padding,
-                    documents=step.num_documents,
-                    step_seconds=seconds,
-                    data_wait_seconds=stream.wait_seconds,
-                    skipped=bad,
-                )
-            )
+        seconds = metrics.lap()
+        slowest_rank, lag = slowest(busy)
+        metrics.record_step(
+            StepRecord(
+                step=done,
+                loss=loss,
+                gradient_norm=gradient_norm,
+                learning_rate=rate,
+                targets=step.num_targets,
+                positions=step.num_positions,
+                padding=step.num_padding,
+                documents=step.num_documents,
+                step_seconds=seconds,
+                data_wait_seconds=stream.wait_seconds,
+                compile_seconds=compile_time.take(),
+                packs_document_limited=step.num_document_limited,
+                attention_imbalance=step.imbalance,
+                flops=step_flops(settings, store.manifest.vocabulary, step),
+                skipped=bad,
+                slowest_rank=slowest_rank,
+                slowest_rank_lag_seconds=lag,
+            ),
+            phases.take(),
+        )
         line.update(done, loss, step.num_positions / seconds)
         if bad_steps == MAX_BAD_STEPS:
             raise UserError(
@@ -164,23 +179,24 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             and done % settings.evaluation.every_steps == 0
             and not (finished or stopping)
         ):
-            evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
-            if metrics:
-                metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
+            with phases("evaluation"):
+                evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
+            metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
         if finished or stopping or done % settings.checkpoint.every_steps == 0:
             if stopping:
                 stop.save_begins()
             state = {"step": done, "segments": segments, **_where(step.position, place, world)}
-            saved = checkpoint.save(checkpoints, engine, state, settings, world)
-            if metrics:
-                metrics.record_checkpoint(done, saved.bytes, saved.seconds)
+            with phases("checkpoint"):
+                saved = checkpoint.save(checkpoints, engine, state, settings, world)
+            metrics.record_checkpoint(done, saved.bytes, saved.seconds)
         if finished or stopping:
             break
     stop.save_begins()
     line.close()
 
     if stopping:
+        metrics.close("stopped")
         if world.rank == 0:
             record_event(directory, "stopped", step=done)
             print(f"bigmodel: stopped at step {done}, saved in {checkpoints}; run the same command to go on")
@@ -192,15 +208,24 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         evaluation = validation.run(engine.forward, world)
         tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
         sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
-        if metrics:
-            metrics.record_evaluation(
-                settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
-            )
+        metrics.record_evaluation(
+            settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
+        )
+        if world.rank == 0:
             show_summary(settings, summarize(settings, evaluation, sample, len(segments)))
-    if metrics:
+    metrics.close("finished")
+    if world.rank == 0:
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
     return EXIT_DONE
+
+
+def _facts(settings: Settings, store: ShardStore, world: World) -> dict[str, Any]:
+    """What the page says of the run as a whole; measured on rank 0, which tells it."""
+    if world.rank > 0:
+        return {}
+    parameters = num_parameters(settings.model, store.manifest.vocabulary)
+    return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
 
 
 def _where(position: Position, place: Place, world: World) -> dict[str, Any]:
