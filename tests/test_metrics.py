@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -460,13 +461,30 @@ def test_the_reference_is_current() -> None:
     assert len(NODE) + len(CAUSES) > 10
 
 
-def test_the_scrape_configuration_finds_the_run_directories() -> None:
+def test_the_configuration_the_rules_and_the_alerts_do_what_they_say() -> None:
     import yaml
 
-    file = REPOSITORY / "configs" / "prometheus" / "prometheus.yml"
-    (scrape,) = yaml.safe_load(file.read_text())["scrape_configs"]
+    folder = REPOSITORY / "configs" / "prometheus"
+    (scrape,) = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
     (discovery,) = scrape["file_sd_configs"]
     assert discovery["files"] == ["../../runs/*.prometheus.json"]
+    rules = (folder / "rules.yml").read_text()
+    names = set(re.findall(r"(?<![\w:])bigmodel_[a-z0-9_]+", rules))
+    known = {full_name(metric) for metric in METRICS}
+    known |= {full_name(m) + end for m in METRICS if m.kind == "histogram" for end in ("_bucket", "_sum", "_count")}
+    assert len(names) > 15
+    assert names <= known, f"{names - known} stand in rules.yml but are not exported"
+    alerts = [rule["alert"] for group in yaml.safe_load(rules)["groups"] for rule in group["rules"] if "alert" in rule]
+    tested = yaml.safe_load((folder / "rules_test.yml").read_text())["tests"]
+    fired = {c["alertname"] for test in tested for c in test.get("alert_rule_test", ()) if c["exp_alerts"]}
+    assert fired == set(alerts)
     promtool = shutil.which("promtool")
-    if promtool:
-        subprocess.run([promtool, "check", "config", str(file)], check=True, capture_output=True)
+    if not promtool:
+        pytest.skip("promtool is not installed (Debian: prometheus): the rules were not run")
+    for command in (
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "rules.yml"],
+        ["test", "rules", "rules_test.yml"],
+    ):
+        done = subprocess.run([promtool, *command], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -62,7 +62,7 @@ class Phases:
             name, began, ended = self._pending.pop(0)
             self._seconds[name] += began.elapsed_time(ended) / 1000
         taken, self._seconds = self._seconds, defaultdict(float)
-        self.busy_seconds = sum(taken[name] for name in BUSY_PHASES)
+        self.busy_seconds = sum(taken.get(name, 0.0) for name in BUSY_PHASES)
         return taken
 
     def busy_row(self, seat: Seat) -> list[float]:
