@@ -4,8 +4,8 @@ prometheus_client.
 Takes the folder of rank records (bigmodel/rank_record.py) and a listening socket that local rank 0 opened; gives
 http://host:port/metrics. Guarantees: it answers as long as one rank of its node lives, whichever died; it ends within
 a second of the last one, withdraws the published address and deletes the folder: nothing is left of a run that was
-killed. It starts no rank and stops none. Imports no torch: half a second and 40 MB. A page is made at most ten times
-a second, however often it is asked for.
+killed. It starts no rank and stops none; it passes requests for profiles on (bigmodel/profiling.py). Imports no
+torch: half a second and 30 MB. A page is made at most ten times a second, however often it is asked for.
 
     python -m bigmodel.exporter FOLDER SOCKET_NUMBER      started by bigmodel/metrics.py
 """
@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from bigmodel.health import Health
 from bigmodel.metric_table import METRICS, PREFIX, STEP_BUCKETS_SECONDS
+from bigmodel.profiling import Relay
 from bigmodel.rank_record import is_alive, read_record
 
 POLL_SECONDS = 0.25
@@ -157,10 +158,12 @@ def main(folder: Path, descriptor: int) -> None:
     ranks = Ranks(folder, Path(page["run_directory"]))
     server = Server(socket.socket(fileno=descriptor), ranks)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    relay = Relay(folder, Path(page["run_directory"]))
     while not stop.wait(POLL_SECONDS):
         ranks.read()
-        if not ranks.alive():
+        if not (alive := ranks.alive()):
             break
+        relay.look([ranks.records[rank] for rank in alive])
     withdraw(page)
     server.shutdown()
     server.server_close()  # before the folder goes: the next start takes that for "the port is free"

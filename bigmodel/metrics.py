@@ -115,11 +115,11 @@ class Metrics:
         self._lines = self._directory / "metrics.jsonl"
         self._lap_began = time.perf_counter()
         self._rank = _RankCounts()
-        self._folder = folder_of(self._directory, seat.node, start)
-        self._exporter = _Exporter(self._directory, self._folder, seat, settings) if seat.local_rank == 0 else None
+        self.folder = folder_of(self._directory, seat.node, start)
+        self._exporter = _Exporter(self._directory, self.folder, seat, settings) if seat.local_rank == 0 else None
         self.endpoint = self._exporter.endpoint if self._exporter else ""
         self._ledger = self._open_ledger(first_step, fresh, facts) if seat.rank == 0 else None
-        self._record = RankRecord(self._folder, seat.rank)
+        self._record = RankRecord(self.folder, seat.rank)
         self._tell_exporter({})
         if self._exporter:
             self._exporter.start()

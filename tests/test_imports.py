@@ -23,7 +23,13 @@ ALLOWED = {
     "bigmodel.rank_record": (),
     "bigmodel.ledger": (),
     "bigmodel.health": (),
-    "bigmodel.exporter": ("bigmodel.health", "bigmodel.metric_table", "bigmodel.rank_record"),
+    "bigmodel.profiling": (),
+    "bigmodel.exporter": (
+        "bigmodel.health",
+        "bigmodel.metric_table",
+        "bigmodel.profiling",
+        "bigmodel.rank_record",
+    ),
     "bigmodel.metrics": (
         "bigmodel.config",
         "bigmodel.ledger",

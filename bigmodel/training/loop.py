@@ -28,6 +28,7 @@ from bigmodel.generate import generate
 from bigmodel.metrics import Metrics, Seat, StepRecord
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
+from bigmodel.profiling import Profiler
 from bigmodel.progress import LiveLine
 from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
 from bigmodel.summary import show_summary, summarize
@@ -95,6 +96,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     start = world.broadcast_object(secrets.token_hex(4))
     metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(settings, store, world))
     closing.callback(metrics.close)
+    profiler = Profiler(metrics.folder, world.rank)
+    closing.callback(profiler.close)
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
     if world.rank == 0:
@@ -113,6 +116,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
     for step in stream if first_step < settings.training.steps else ():
+        profiler.step()
         phases.add("data", stream.wait_seconds)
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
