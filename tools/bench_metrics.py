@@ -71,7 +71,7 @@ def a_step(metrics: Metrics, phases: Phases, profiler: Profiler, compile_time: C
     return step
 
 
-def milliseconds_a_call(call: Callable[[int], None], calls: int) -> float:
+def milliseconds_a_call(call: Callable[[int], object], calls: int) -> float:
     began = time.process_time()
     for number in range(1, calls + 1):
         call(number)
