@@ -28,12 +28,22 @@ from bigmodel.metrics import Metrics, StepRecord
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.progress import LiveLine
-from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
+from bigmodel.rundir import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    claim,
+    describe_environment,
+    record_event,
+    refuse_to_start_over,
+    take_over,
+    write_json,
+)
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
 from bigmodel.training.distributed import NodeSums, World, end_world, start_world
-from bigmodel.training.engine import Engine
-from bigmodel.training.optim import learning_rate
+from bigmodel.training.engine import Engine, creation
+from bigmodel.training.saving import Saved, Saver
+from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
@@ -64,6 +74,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     directory = settings.run.directory
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
+    incarnation = world.on_rank_zero(lambda: take_over(directory))
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
@@ -72,16 +83,20 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     ranks_per_node = world.ranks_per_node()
     place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
-    model = Transformer(
-        settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
-    )
-    init_weights(model, settings.run.seed)
+    with creation(effective) as whole:
+        model = Transformer(
+            settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
+        )
+    init_weights(model, settings.run.seed, whole)
     engine = Engine(model, settings, effective, world)
 
     # Where to go on.
+    remote = settings.checkpoint.remote
     if fresh:
-        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints))
-    resumed = checkpoint.newest(checkpoints, world)
+        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
+    resumed = checkpoint.newest(checkpoints, world, remote=remote)
+    if not resumed and not fresh:
+        world.on_rank_zero(lambda: refuse_to_start_over(directory))
     first_step = resumed.state["step"] if resumed else 0
     lanes = place.lanes(settings.data.lanes)
     order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
@@ -107,6 +122,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
+    saver = Saver(checkpoints, settings, world, incarnation)
+    closing.callback(saver.close)
     for step in stream if first_step < settings.training.steps else ():
         clock = time.perf_counter()
 
@@ -115,7 +132,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
-        nats, stop_votes = world.sum_([float(nats), float(stop.requested)])
+        nats, stop_votes, written = world.sum_([float(nats), float(stop.requested), float(saver.written)])
         loss = nats / step.num_targets
         gradient_norm = engine.gradient_norm()
 
@@ -168,14 +185,16 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             if metrics:
                 metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
-        if finished or stopping or done % settings.checkpoint.every_steps == 0:
-            if stopping:
+        last, due = finished or stopping, saver.due(done)
+        if last or due or written == world.size:  # one save at a time: what is in flight is published first
+            if last:
                 stop.save_begins()
-            state = {"step": done, "segments": segments, **_where(step.position, place, world)}
-            saved = checkpoint.save(checkpoints, engine, state, settings, world)
-            if metrics:
-                metrics.record_checkpoint(done, saved.bytes, saved.seconds)
-        if finished or stopping:
+            _tell_saved(saver.finish(must=False), directory, metrics)
+        if last or due:
+            saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
+        if last or not settings.checkpoint.asynchronous:
+            _tell_saved(saver.finish(must=last), directory, metrics)
+        if last:
             break
     stop.save_begins()
     line.close()
@@ -201,6 +220,14 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
     return EXIT_DONE
+
+
+def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics | None) -> None:
+    if saved and metrics:
+        if saved.error:
+            record_event(directory, "checkpoint_failed", step=saved.step, error=saved.error)
+        else:
+            metrics.record_checkpoint(saved.step, saved.bytes, saved.seconds)
 
 
 def _where(position: Position, place: Place, world: World) -> dict[str, Any]:
