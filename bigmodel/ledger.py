@@ -85,6 +85,8 @@ class Ledger:
         else:
             self.counted[kind] = line["step"]
             {"step": self._add_step, "evaluation": self._add_evaluation, "checkpoint": self._add_checkpoint}[kind](line)
+        for cause, seconds in line.get("spent", {}).items():
+            self.seconds[cause] += seconds
         self.time = line["time"]
         self.last[kind] = line
         if kind == "step" and line["norms"]:

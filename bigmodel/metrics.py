@@ -114,6 +114,7 @@ class Metrics:
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
         self._lap_began = time.perf_counter()
+        self._spent: dict[str, float] = {}
         self._rank = _RankCounts()
         self.folder = folder_of(self._directory, seat.node, start)
         self._exporter = _Exporter(self._directory, self.folder, seat, settings) if seat.local_rank == 0 else None
@@ -128,6 +129,15 @@ class Metrics:
         """Wall seconds since the last call, by which every event is timed: no time falls between two events."""
         before, self._lap_began = self._lap_began, time.perf_counter()
         return self._lap_began - before
+
+    def spent(self, cause: str) -> None:
+        """The time since the last event was lost to one of `ledger.CAUSES`; told with the next event."""
+        self._spent[cause] = self._spent.get(cause, 0.0) + self.lap()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: it is rank 0."""
+        return self._seat.rank == 0
 
     def record_step(self, record: StepRecord, phases: Mapping[str, float] = {}) -> None:
         """`phases`: this rank's own seconds by phase since the last call, also of evaluations and saves."""
@@ -189,7 +199,8 @@ class Metrics:
 
     def _tell(self, kind: str, values: dict[str, Any]) -> None:
         if self._ledger:
-            line = {"kind": kind, "time": time.time(), **values}
+            line = {"kind": kind, "time": time.time(), **values, "spent": self._spent}
+            self._spent = {}
             append_json_line(self._lines, line)
             self._ledger.add(line)
         if kind != "end":

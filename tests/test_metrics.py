@@ -261,6 +261,7 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert line.pop("kind") == "step"
     assert abs(line.pop("time") - time.time()) < 60
     assert line.pop("lap") == STEPS[0].step_seconds
+    assert line.pop("spent") == {}
     line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossPart(**part) for part in line["parts"])
     assert StepRecord(**line) == STEPS[0]
 
@@ -274,12 +275,16 @@ def test_laps_leave_no_gap(tmp_path: Path) -> None:
             time.sleep(0.1)
             metrics.record_checkpoint(number, written_bytes=1, seconds=0.01)
         time.sleep(0.1)
+        metrics.spent("checkpoint")
+        time.sleep(0.1)
     lines = list(read_json_lines(tmp_path / "metrics.jsonl"))
     assert [line["kind"] for line in lines] == ["start", "step", "checkpoint", "step", "checkpoint", "end"]
     assert lines[0]["began"] == pytest.approx(psutil.Process().create_time(), abs=1.5)  # psutil rounds to a second
     assert lines[0]["lap"] == pytest.approx(began - lines[0]["began"], abs=0.5)
     assert all(0.1 <= line["lap"] < 1.0 for line in lines[1:])
-    assert sum(line["lap"] for line in lines) == pytest.approx(lines[-1]["time"] - lines[0]["began"], abs=0.02)
+    assert 0.1 <= lines[-1]["spent"]["checkpoint"] < 1.0
+    total = sum(line["lap"] for line in lines) + lines[-1]["spent"]["checkpoint"]
+    assert total == pytest.approx(lines[-1]["time"] - lines[0]["began"], abs=0.02)
 
 
 def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
 """Initial weights: one function, one table, every value fixed by (seed, parameter name)."""
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter in place, in fp32.
+def init_weights(
+    model: nn.Module, seed: int, whole: Callable[[nn.Parameter], AbstractContextManager] | None = None
+) -> None:
+    """Fill every parameter in place, in fp32. `whole` makes a partitioned one whole while it is filled.
 
     | parameter                            | distribution                        | source                        |
     |--------------------------------------|-------------------------------------|-------------------------------|
@@ -22,18 +27,22 @@ def init_weights(model: nn.Module, seed: int) -> None:
     Each parameter has its own random stream, keyed by seed and name, so that a value depends on neither the
     order of creation nor the number of ranks.
     """
-    additions = 2 * model.settings.layers
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-            continue
-        if name.startswith(("embedding.", "head.")):
-            deviation = 0.02
-        elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
-            deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
-        else:
-            deviation = math.sqrt(1.0 / parameter.shape[1])
-        parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
+        with whole(parameter) if whole else contextlib.nullcontext():
+            _fill(name, parameter, seed, additions=2 * model.settings.layers)
+
+
+def _fill(name: str, parameter: nn.Parameter, seed: int, additions: int) -> None:
+    if parameter.dim() == 1:
+        parameter.fill_(1.0)
+        return
+    if name.startswith(("embedding.", "head.")):
+        deviation = 0.02
+    elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+        deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
+    else:
+        deviation = math.sqrt(1.0 / parameter.shape[1])
+    parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

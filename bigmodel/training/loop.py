@@ -30,13 +30,23 @@ from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.profiling import Profiler
 from bigmodel.progress import LiveLine
-from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
+from bigmodel.rundir import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    claim,
+    describe_environment,
+    record_event,
+    refuse_to_start_over,
+    take_over,
+    write_json,
+)
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
 from bigmodel.training.distributed import NodeSums, World, end_world, start_world
-from bigmodel.training.engine import Engine
-from bigmodel.training.optim import learning_rate
+from bigmodel.training.engine import Engine, creation
 from bigmodel.training.phases import CompileTime, Phases, slowest
+from bigmodel.training.saving import Saved, Saver
+from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
@@ -67,6 +77,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     directory = settings.run.directory
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
+    incarnation = world.on_rank_zero(lambda: take_over(directory))
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
@@ -75,17 +86,21 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     ranks_per_node = world.ranks_per_node()
     place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
-    model = Transformer(
-        settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
-    )
-    init_weights(model, settings.run.seed)
+    with creation(effective) as whole:
+        model = Transformer(
+            settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
+        )
+    init_weights(model, settings.run.seed, whole)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
 
     # Where to go on.
+    remote = settings.checkpoint.remote
     if fresh:
-        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints))
-    resumed = checkpoint.newest(checkpoints, world)
+        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
+    resumed = checkpoint.newest(checkpoints, world, remote=remote)
+    if not resumed and not fresh:
+        world.on_rank_zero(lambda: refuse_to_start_over(directory))
     first_step = resumed.state["step"] if resumed else 0
     lanes = place.lanes(settings.data.lanes)
     order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
@@ -115,6 +130,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
+    saver = Saver(checkpoints, settings, world, incarnation)
+    closing.callback(saver.close)
     for step in stream if first_step < settings.training.steps else ():
         profiler.step()
         phases.add("data", stream.wait_seconds)
@@ -125,7 +142,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
         with phases("communication"):
-            nats, stop_votes, *busy = world.sum_([float(nats), float(stop.requested), *phases.busy_row(seat)])
+            told = [float(nats), float(stop.requested), float(saver.written), *phases.busy_row(seat)]
+            nats, stop_votes, written, *busy = world.sum_(told)
         loss = nats / step.num_targets
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
@@ -187,14 +205,20 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
             metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
-        if finished or stopping or done % settings.checkpoint.every_steps == 0:
-            if stopping:
+        last, due = finished or stopping, saver.due(done)
+        if last or due or written == world.size:  # one save at a time: what is in flight is published first
+            if last:
                 stop.save_begins()
-            state = {"step": done, "segments": segments, **_where(step.position, place, world)}
             with phases("checkpoint"):
-                saved = checkpoint.save(checkpoints, engine, state, settings, world)
-            metrics.record_checkpoint(done, saved.bytes, saved.seconds)
-        if finished or stopping:
+                _tell_saved(saver.finish(must=False), directory, metrics)
+        if last or due:
+            with phases("checkpoint"):
+                saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
+        if last or not settings.checkpoint.asynchronous:
+            with phases("checkpoint"):
+                _tell_saved(saver.finish(must=last), directory, metrics)
+        metrics.spent("checkpoint")
+        if last:
             break
     stop.save_begins()
     line.close()
@@ -230,6 +254,13 @@ def _facts(settings: Settings, store: ShardStore, world: World) -> dict[str, Any
         return {}
     parameters = num_parameters(settings.model, store.manifest.vocabulary)
     return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
+
+
+def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics) -> None:
+    if saved and saved.error and metrics.writes:
+        record_event(directory, "checkpoint_failed", step=saved.step, error=saved.error)
+    elif saved and not saved.error:
+        metrics.record_checkpoint(saved.step, saved.bytes, saved.seconds)
 
 
 def _where(position: Position, place: Place, world: World) -> dict[str, Any]:
