@@ -292,10 +292,14 @@ class CheckpointSettings(Section):
 
 class MetricsSettings(Section):
     port: int = Field(
-        0, ge=0, le=65535, description="Prometheus endpoint of rank 0; 0: any free port, noted in the run directory"
+        0, ge=0, le=65535, description="Prometheus endpoint of each node; 0: any free port, noted in the run directory"
     )
     host: str = Field(
         "127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it"
+    )
+    norms_every_steps: int = Field(100, ge=0, description="steps from one measured weight norm to the next; 0: never")
+    writers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="also write for these, into the run directory; wandb stays offline. Their packages are optional"
     )
 
 

@@ -33,6 +33,7 @@ from bigmodel.ledger import Ledger, Samples
 from bigmodel.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.rank_record import RankRecord, folder_of, process_start_time, remove_stale, start_ticks
 from bigmodel.rundir import append_json_line, read_json_lines, write_atomically, write_json
+from bigmodel.writers import open_writers, scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class Metrics:
         """`facts`: parameters and device_peak_flops, for the start's line."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
+        self._writers = open_writers(settings.writers, self._directory, first_step) if seat.rank == 0 else []
         self._lap_began = time.perf_counter()
         self._spent: dict[str, float] = {}
         self._rank = _RankCounts()
@@ -161,6 +163,8 @@ class Metrics:
             self._exporter.close()
         if not self._closed:
             self._record.close()
+            for writer in self._writers:
+                writer.close()
         self._closed = True
 
     _closed = False
@@ -203,6 +207,8 @@ class Metrics:
             self._spent = {}
             append_json_line(self._lines, line)
             self._ledger.add(line)
+            for writer in self._writers if kind != "end" else ():
+                writer.write(line["step"], dict(scalars(line)))
         if kind != "end":
             self._tell_exporter(values)
         if self._exporter:
@@ -218,7 +224,8 @@ class Metrics:
 def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> str | None:
     """How the last start in these lines ended: its own word, a supervisor's in events.jsonl, or "died"; None: no start.
 
-    A supervisor (our launcher, a watchdog) that ends a run says so: {"event": "restart", "cause": "hang"}.
+    A supervisor (our launcher, a watchdog) says in events.jsonl when it ended a run that hung: an event `launch_ended`
+    with cause "hang".
     """
     marks = [line for line in lines if line["kind"] in ("start", "end")]
     if not marks:
@@ -226,8 +233,8 @@ def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> str | None
     if marks[-1]["kind"] == "end":
         return marks[-1]["ending"]
     events = read_json_lines(Path(run_directory) / "events.jsonl")
-    causes = [e.get("cause") for e in events if e.get("event") == "restart" and e["time"] > marks[-1]["time"]]
-    return causes[-1] if causes and causes[-1] else "died"
+    causes = [e.get("cause") for e in events if e.get("event") == "launch_ended" and e["time"] > marks[-1]["time"]]
+    return "hang" if "hang" in causes else "died"
 
 
 class _RankCounts:

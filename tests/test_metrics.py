@@ -451,9 +451,47 @@ def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_pat
     start, end = {"kind": "start", "time": 1.0}, {"kind": "end", "ending": "stopped"}
     assert how_it_ended(tmp_path, []) is None
     assert how_it_ended(tmp_path, [start, end]) == "stopped"
-    record_event(tmp_path, "restart", cause="hang")
+    record_event(tmp_path, "launch_ended", cause="failed")
+    assert how_it_ended(tmp_path, [start, end, start]) == "died"
+    record_event(tmp_path, "launch_ended", cause="hang")
     assert how_it_ended(tmp_path, [start, end, start]) == "hang"
     assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == "died"  # the event is older
+
+
+# ---- other writers ------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_same_numbers_and_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = MetricsSettings(writers=["tensorboard"])
+    with Metrics(tmp_path, settings) as metrics:
+        record_all(metrics)
+    with Metrics(tmp_path, settings, first_step=2, start="again") as metrics:
+        metrics.record_step(replace(STEPS[2], loss=9.0))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in found.Scalars("training/loss")] == [(1, 5.0), (2, 2.5), (3, 9.0)]
+    assert [point.value for point in found.Scalars("training_loss/causal/news")][:2] == [2.5, 1.25]
+    assert found.Scalars("weight_norm/attention")[0].value == 3.0
+    assert [(point.step, point.value) for point in found.Scalars("validation/bits_per_byte")] == [(2, 1.75)]
+
+
+def test_wandb_writes_offline_into_the_run_directory(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed (optional, not in the development set)")
+    with Metrics(tmp_path, MetricsSettings(writers=["wandb"])) as metrics:
+        record_all(metrics)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for word in (b"training/loss", b"validation/bits_per_byte", b"training_loss/causal/news"):
+        assert word in written
+
+
+def test_a_writer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'metrics.writers: "wandb" needs .* pip install .bigmodel\[wandb\]'):
+        Metrics(tmp_path, MetricsSettings(writers=["wandb"]))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what a team copies -----------------------------------------------------------------------------------------

@@ -93,8 +93,10 @@ class Watched:
 
     @property
     def endpoint(self) -> str:
-        file = self.run / "metrics_endpoint"
-        return file.read_text().strip() if file.exists() else ""
+        try:
+            return (self.run / "metrics_endpoint").read_text().strip()
+        except FileNotFoundError:
+            return ""
 
     @property
     def step(self) -> int:
@@ -171,6 +173,7 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
     second = watched.launch(f"training.steps={killed_at + 15}")
     try:
         until(lambda: watched.endpoint or second.poll() is not None, "the page of the second start", 200)
+        assert second.poll() is None, second.communicate()[0]
         resumed = samples(watched.endpoint)
         assert resumed["steps_total"] >= before["steps_total"]  # no step back, so no reset for Prometheus
         assert resumed["restarts_total|died"] == 1

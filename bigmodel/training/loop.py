@@ -44,6 +44,7 @@ from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
 from bigmodel.training.distributed import NodeSums, World, end_world, start_world
 from bigmodel.training.engine import Engine, creation
+from bigmodel.training.norms import Norms
 from bigmodel.training.phases import CompileTime, Phases, slowest
 from bigmodel.training.saving import Saved, Saver
 from bigmodel.training.schedule import learning_rate
@@ -130,6 +131,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
     closing.callback(stream.close)
+    norms = Norms(engine, world, settings.metrics.norms_every_steps)
     saver = Saver(checkpoints, settings, world, incarnation)
     closing.callback(saver.close)
     for step in stream if first_step < settings.training.steps else ():
@@ -151,10 +153,11 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
         bad = not math.isfinite(loss + gradient_norm)
         rate = learning_rate(step.number, settings)
+        done = step.number + 1
+        norms.before_update(done)
         with phases("optimizer"):
             engine.update(rate, skip=bad)
         bad_steps = bad_steps + 1 if bad else 0
-        done = step.number + 1
 
         # Tell.
         if bad:
@@ -162,8 +165,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             if world.rank == 0:
                 documents = [document for part in parts for document in part]
                 record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
-        seconds = metrics.lap()
         slowest_rank, lag = slowest(busy)
+        seconds = metrics.lap()
         metrics.record_step(
             StepRecord(
                 step=done,
@@ -181,6 +184,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 attention_imbalance=step.imbalance,
                 flops=step_flops(settings, store.manifest.vocabulary, step),
                 skipped=bad,
+                loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
+                norms=norms.after_update(),
                 slowest_rank=slowest_rank,
                 slowest_rank_lag_seconds=lag,
             ),
