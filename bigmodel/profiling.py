@@ -12,12 +12,14 @@ What goes wrong in a profile is written beside it and never ends the run. torch 
     RUN_DIR/profile/ID/rank-N.stacks.txt           all Python threads
 """
 
+import contextlib
 import faulthandler
 import json
 import os
 import secrets
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -135,6 +137,7 @@ class Profiler:
     def _begin(self) -> None:
         import torch
 
+        self._asked = {"folder": str(self._request.parent)}
         self._asked = json.loads(self._request.read_text())
         if self._rank not in self._asked["ranks"]:
             return
@@ -171,8 +174,12 @@ class Profiler:
             action()
         except Exception as error:  # a boundary: no profile is worth a run
             self._left, self._recorder = 0, None
-            folder = Path(self._asked.get("folder", self._request.parent))
-            (folder / f"rank-{self._rank}.error.txt").write_text(f"{type(error).__name__}: {error}\n")
+            text = f"{type(error).__name__}: {error}"
+            print(f"bigmodel: rank {self._rank}: the profile failed: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                (Path(self._asked.get("folder", self._request.parent)) / f"rank-{self._rank}.error.txt").write_text(
+                    text + "\n"
+                )
 
 
 def _changed_at(path: Path) -> int:
