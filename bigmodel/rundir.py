@@ -7,7 +7,8 @@
       metrics_endpoint  host:port while it runs             lock              held by the live run
       incarnation.json  which start may publish
       loss.png  sample.txt  summary.json                    at the end
-    runs/tiny.prometheus.json                               for Prometheus, while it runs
+      profile/                        asked for             tensorboard/ wandb/  if metrics.writers names them
+    runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
 Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
 Imports no torch.
