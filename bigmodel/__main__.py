@@ -173,11 +173,20 @@ def generate(
     top: Annotated[int, typer.Option(min=1, help="draw among the likeliest so many")] = 40,
     seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
 ) -> None:
-    """Continue a text with the newest checkpoint of a run."""
+    """Continue a text with the newest checkpoint of a run; an encoder-decoder answers it."""
+    from bigmodel.generate import answer, readable
     from bigmodel.generate import generate as run
     from bigmodel.trained import load_trained
 
     trained = load_trained(run_directory)
+    kind = trained.settings.model.kind
+    if kind == "encoder":
+        raise UserError(f"{run_directory}: model.kind = {kind!r} fills gaps and does not write texts")
+    if kind == "encoder_decoder":
+        source = trained.tokenizer.encode(prompt).tolist()
+        said = answer(trained.forward, trained.tokenizer, source, tokens, temperature, top, seed)
+        print(readable(trained.tokenizer, said))
+        return
     print(prompt + run(trained.forward, trained.tokenizer, prompt, tokens, temperature, top, seed))
 
 

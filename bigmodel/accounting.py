@@ -1,22 +1,24 @@
-"""Accounting: parameters and floating-point operations of a step, and what a device could do at most.
+"""Accounting: floating-point operations of a step, and what a device could do at most.
 
 Pure functions of settings and counts, but for the peak of a CPU, which is measured. Formulas (Chowdhery et al. 2022,
 appendix B): a position passes each matrix once forward and twice backward, 2 operations a weight each time; attention
 takes 4 * visible pairs * head width forward for each head, twice that backward. Two conventions of the pairs:
 
-    causal   what the mask lets through: n (n + 1) / 2 for a document of n positions
+    causal   what the mask lets through: n (n + 1) / 2 for a causal document of n positions, a prefix counted whole
     full     as published figures count: every position sees as many as a pack has, whatever the documents
 
-HFU counts what is computed: positions of padding too, attention's backward that makes its scores again (2.5 times the
-forward, Dao et al. 2022), and whole blocks run again where activations are recomputed.
+HFU counts what is computed: positions of padding too, and attention's backward, which makes its scores again (2.5
+times the forward, Dao et al. 2022). Activations that are computed again (activation checkpointing) are not in it.
 """
 
 import time
+from typing import NamedTuple
 
 import torch
 
 from bigmodel.config import ModelSettings, Settings
 from bigmodel.data.stream import Step
+from bigmodel.data.work import Work
 from bigmodel.metrics import Flops
 
 # FLOPs per second without sparsity, bf16 with fp32 sums, as published; the longest name that fits counts.
@@ -51,51 +53,68 @@ DEVICE_PEAK_FLOPS = {
 }
 
 
-def matrix_weights(settings: ModelSettings, vocabulary: int) -> int:
-    """Weights that every position is multiplied with: the layers' matrices and the output head, not the embedding."""
-    head_width = settings.head_width
-    attention = settings.width * head_width * (2 * settings.heads + 2 * settings.key_value_heads)
-    return (
-        settings.layers * (attention + 3 * settings.width * settings.feed_forward_width) + vocabulary * settings.width
-    )
+class Weights(NamedTuple):
+    """Weights of the matrices that one position is multiplied with: layers and output heads, not the embedding."""
+
+    of_position: int  # on the decoder's side, or the only one
+    of_source: int  # on the encoder's side; there too what a decoder makes keys and values of it with
 
 
-def num_parameters(settings: ModelSettings, vocabulary: int) -> int:
-    """Trained parameters: matrices, embedding (once if tied) and norms."""
-    norms = (2 * settings.layers + 1) * settings.width + 2 * settings.layers * settings.head_width * settings.qk_norm
-    embedding = 0 if settings.tied_embeddings else vocabulary * settings.width
-    return matrix_weights(settings, vocabulary) + embedding + norms
+def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
+    """Extra heads pass their own blocks and the output head again."""
+    layers, width, head_width = settings.layers + settings.extra_heads, settings.width, settings.head_width
+    of_position = layers * _block_weights(settings) + (1 + settings.extra_heads) * vocabulary * width
+    if settings.kind != "encoder_decoder":
+        return Weights(of_position, 0)
+    encoder = settings.encoder
+    if settings.source_attention == "cross":  # its query and output
+        of_position += layers * 2 * width * settings.heads * head_width
+    keys_and_values = layers * 2 * encoder.width * settings.key_value_heads * head_width
+    return Weights(of_position, encoder.layers * _block_weights(encoder) + keys_and_values)
+
+
+def _block_weights(settings: ModelSettings) -> int:
+    attention = settings.width * settings.head_width * (2 * settings.heads + 2 * settings.key_value_heads)
+    return attention + 3 * settings.width * settings.feed_forward_width
 
 
 def flops(
-    settings: ModelSettings,
-    vocabulary: int,
-    pack_tokens: int,
-    positions: int,
-    padding: int,
-    pairs: int,
-    blocks_recomputed: float = 0.0,
+    settings: ModelSettings, vocabulary: int, work: Work, sizes: tuple[int, int], padding: tuple[int, int] = (0, 0)
 ) -> Flops:
     """Operations of forward and backward.
 
-    positions: that held a token; padding: that held none. pairs: (query, key) pairs that the mask lets through.
-    blocks_recomputed: share of the layers whose forward is run again in the backward.
+    sizes: positions of a pack, on the decoder's and on the source's side; padding: positions computed that held
+    nothing, on each.
     """
-    weights = matrix_weights(settings, vocabulary)
-    pair = 4 * settings.layers * settings.heads * settings.head_width  # forward
-    in_blocks = 2 * (weights - vocabulary * settings.width) * (positions + padding) + pair * pairs
+    weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
+    linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
+    empty = 2 * (weights.of_position * padding[0] + weights.of_source * padding[1])
+    pairs = work.squares if settings.kind == "encoder" else work.pairs
+    visible = _attention(settings, pairs, work.source_pairs, work.cross_pairs)
+    positions, sources = work.positions, work.source_positions
+    every = _attention(settings, positions * pack, sources * source_pack, positions * source_pack)
     return Flops(
-        causal=3 * (2 * weights * positions + pair * pairs),
-        full=3 * (2 * weights * positions + pair * positions * pack_tokens),
-        hardware=6 * weights * (positions + padding) + 3.5 * pair * pairs + blocks_recomputed * in_blocks,
+        causal=3 * (linear + visible), full=3 * (linear + every), hardware=3 * (linear + empty) + 3.5 * visible
     )
+
+
+def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
+    """Forward: scores and their products with the values, 4 operations for a pair and channel."""
+    layers = settings.layers + settings.extra_heads
+    forward = 4 * layers * settings.heads * settings.head_width * pairs
+    if settings.kind == "encoder_decoder":
+        encoder = settings.encoder
+        forward += 4 * encoder.layers * encoder.heads * encoder.head_width * source_pairs
+        forward += 4 * layers * settings.heads * settings.head_width * cross_pairs
+    return forward
 
 
 def step_flops(settings: Settings, vocabulary: int, step: Step) -> Flops:
     """Operations of one step over all ranks."""
-    return flops(
-        settings.model, vocabulary, settings.data.pack_tokens, step.num_positions, step.num_padding, step.num_pairs
-    )
+    sizes = (settings.data.pack_tokens, settings.data.source_pack_tokens)
+    packs = (step.num_positions + step.num_padding) // sum(sizes)
+    padding = (packs * sizes[0] - step.work.positions, packs * sizes[1] - step.work.source_positions)
+    return flops(settings.model, vocabulary, step.work, sizes, padding)
 
 
 def device_peak_flops(device: torch.device) -> float | None:

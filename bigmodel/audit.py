@@ -4,7 +4,6 @@ Takes a run directory, gives findings. What is counted is counted again from the
 wall clock, FLOPs with those that torch counts while a batch of the run is computed.
 """
 
-import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigmodel.accounting import flops
 from bigmodel.config import Settings, UserError, settings_from_table
-from bigmodel.data.batch import build_batch, make_keys
+from bigmodel.data.batch import Batch
+from bigmodel.data.examples import num_marks
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.shuffle import Pack
-from bigmodel.data.stream import reader
+from bigmodel.data.stream import Builder
+from bigmodel.data.work import Work, count_work
 from bigmodel.ledger import Ledger
-from bigmodel.metrics import Flops
 from bigmodel.model.transformer import Transformer
 from bigmodel.rundir import read_json, read_json_lines
 
@@ -50,7 +50,10 @@ def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> l
     ledger = Ledger()
     for line in lines:
         ledger.add(line)
-    return [_seconds(ledger, observed), _once(lines), _counts(lines, settings)]
+    findings = [_seconds(ledger, observed), _once(lines)]
+    if not any(event["event"] == "new_plan" for event in read_json_lines(run_directory / "events.jsonl")):
+        findings.append(_counts(lines, settings))  # else the settings no longer say what the earlier steps read
+    return findings
 
 
 def _seconds(ledger: Ledger, observed: tuple[float, float] | None) -> Finding:
@@ -71,16 +74,15 @@ def _once(lines: list[dict[str, Any]]) -> Finding:
 
 
 def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
-    """Tokens, padding, documents and pairs of every step, from the plan of the data alone."""
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    """Tokens, documents and operations of every step, from the plan of the data alone."""
+    store = ShardStore.of_run(settings.data, "train")
+    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
     order = Order.of_run(store, settings)
     steps = [line for line in lines if line["kind"] == "step"][:MAX_STEPS]
     differing = []
     for line in steps:
-        packs = order.next_step()
-        positions, documents, needed = count(packs, settings, store.manifest.vocabulary)
         told = (line["positions"], line["targets"], line["documents"], line["flops"]["causal"])
-        if told != (positions, positions, documents, needed.causal):
+        if told != count(order.next_step(), settings, vocabulary):
             differing.append(line["step"])
     return Finding(
         "tokens, documents and model FLOPs of each step are those of the data",
@@ -89,30 +91,41 @@ def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
     )
 
 
-def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, Flops]:
-    """Positions, documents and operations of packs, from the lengths of their pieces."""
-    lengths = [piece.length for piece in itertools.chain.from_iterable(packs)]
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    needed = flops(settings.model, vocabulary, settings.data.pack_tokens, sum(lengths), 0, pairs)
-    return sum(lengths), len(lengths), needed
+def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, int, float]:
+    """Positions, targets, documents and the model's operations of packs, from their plan."""
+    pieces = [piece for pack in packs for piece in pack]
+    work = count_work(packs, settings.data)
+    sizes = (settings.data.pack_tokens, settings.data.source_pack_tokens)
+    return (
+        sum(piece.positions + piece.source_positions for piece in pieces),
+        sum(piece.targets for piece in pieces),
+        len(pieces),
+        flops(settings.model, vocabulary, work, sizes).causal,
+    )
 
 
 def torch_agrees(settings: Settings) -> Finding:
     """Compute a pack of the data under torch's counter, which takes all pairs of a document for attention."""
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    store = ShardStore.of_run(settings.data, "train")
+    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
     pack = Order.of_run(store, settings).next_step()[0]
-    tokens = settings.data.pack_tokens
-    batch = build_batch([pack], reader(store), settings.data, make_keys(settings.run.seed, 0, [0], tokens))
-    vocabulary = store.manifest.vocabulary
-    model = Transformer(settings.model.model_copy(update={"dropout": 0.0}), vocabulary)
-    lengths = [piece.length for piece in pack]
-    lengths.append(tokens - sum(lengths))  # padding is a document of its own
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        F.cross_entropy(model(batch, "logits"), batch.targets).backward()
-    counted = counter.get_total_flops()
-    expected = flops(settings.model, vocabulary, tokens, tokens, 0, sum(length**2 for length in lengths)).causal
+    batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
+    model = Transformer(settings.model.model_copy(update={"dropout": 0.0, "extra_heads": 0}), vocabulary)
+    counted, expected = count_by_torch(model, batch)
     return Finding(
         "the formula's FLOPs are those that torch counts while a pack is computed",
         counted == expected,
         f"{counted:,} counted, {expected:,.0f} by formula; torch takes attention over whole documents",
     )
+
+
+def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
+    """Operations of forward and backward of a batch: counted, and by formula for the pairs that torch counts."""
+    vocabulary, settings = model.embedding.num_embeddings, model.settings
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        F.cross_entropy(model(batch, "logits"), batch.targets).backward()
+    lengths = batch.offsets.diff().tolist()  # padding is a document of its own
+    sources = batch.source.offsets.diff().tolist() if batch.source else [0] * len(lengths)
+    squares, crossing = sum(n * n for n in lengths), sum(n * s for n, s in zip(lengths, sources, strict=True))
+    seen = Work(sum(lengths), sum(sources), squares, squares, sum(s * s for s in sources), crossing)
+    return counter.get_total_flops(), flops(settings, vocabulary, seen, (0, 0)).causal

@@ -120,12 +120,13 @@ def _add_counts(keys: np.ndarray, counts: np.ndarray, more: np.ndarray, more_cou
 
 
 def token_pairs(store: "ShardStore") -> Iterator[Pair]:
-    """(inputs, targets) of every document of a split, whole: what one epoch asks a model for."""
+    """(inputs, targets) of every document of a split, of pairs every target, whole: what one epoch asks a model for."""
     for source in store.sources:
         for shard in range(store.num_shards(source)):
             for row in range(len(store.lengths(source, shard))):
                 document = store.document(source, shard, row)
-                yield document[:-1], document[1:]
+                text = document if isinstance(document, np.ndarray) else document.target
+                yield text[:-1], text[1:]
 
 
 def xz_bits_per_byte(path: Path) -> float:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -31,13 +32,15 @@ from torch import Tensor
 
 from bigmodel.audit import Finding, audit, torch_agrees
 from bigmodel.config import Settings, UserError, load_settings
-from bigmodel.data.batch import IGNORED, Batch, build_batch, make_keys
+from bigmodel.data.batch import IGNORED, Batch, real_documents, tensors_of
+from bigmodel.data.examples import num_marks
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.sharing import Place
 from bigmodel.data.shuffle import Fragment, Pack, neighbour_distance
-from bigmodel.data.stream import reader, take_share
+from bigmodel.data.stream import Builder, take_share
+from bigmodel.deepspeed_config import agree
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.rundir import read_json_lines
@@ -67,13 +70,12 @@ def run_checks(run_file: Path, overrides: Sequence[str], promises: Sequence[str]
 
 def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Take a pack of the user's data with at least two documents and edit one of them."""
-    settings = load_settings(run_file, overrides)
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    settings = agree(load_settings(run_file, overrides))
+    store = ShardStore.of_run(settings.data, "train")
     pack = _pack_of_several(settings, store)
-    model = Transformer(settings.model, store.manifest.vocabulary)
+    model = Transformer(settings.model, store.manifest.vocabulary + num_marks(settings.data))
     init_weights(model, settings.run.seed)
-    keys = make_keys(settings.run.seed, 0, [0], settings.data.pack_tokens)
-    batch = build_batch([pack], reader(store), settings.data, keys)
+    batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     return [
@@ -95,17 +97,19 @@ def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
 
 
 def isolation(model: Transformer, batch: Batch) -> list[Finding]:
-    """Edit the first document; look at the second one's losses and gradients, and for a gradient at the first."""
+    """Edit the first document; look at the second one's losses and gradients, and for a gradient at the first.
+
+    With a source side, the source is edited too.
+    """
     first, second = _documents(batch)[:2]
-    edited_tokens = batch.tokens.clone()
-    edited_tokens[first] = (edited_tokens[first] + 1) % model.embedding.num_embeddings
-    edited = replace(batch, tokens=edited_tokens)
-    before, after = _losses_and_gradients(model, batch, second), _losses_and_gradients(model, edited, second)
+    before, after = (_losses_and_gradients(model, one, second) for one in (batch, _edited(model, batch, first)))
     same_gradients = all(torch.equal(a, b) for a, b in zip(before.parameters, after.parameters, strict=True))
     others = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
-    others[first] = False
-    reached = float(before.inputs[first].abs().max())
-    moved = float((before.losses[first] - after.losses[first]).abs().max())
+    others[first.targets] = False
+    sides = list(zip(before.inputs, first, second, strict=False))
+    reached = max(float(gradient[edited].abs().sum()) for gradient, edited, _ in sides)
+    looked_at = all(bool(gradient[own].any()) for gradient, _, own in sides)
+    moved = float((before.losses[first.targets] - after.losses[first.targets]).abs().max())
     return [
         Finding("the edit changes the edited document's own losses", moved > 0, f"by up to {moved:.3g} nats"),
         Finding(
@@ -120,33 +124,52 @@ def isolation(model: Transformer, batch: Batch) -> list[Finding]:
         ),
         Finding(
             "the gradient of one document's loss at another document's embeddings is zero",
-            reached == 0.0 and bool(before.inputs[second].any()),
-            f"largest {reached:.3g}",
+            reached == 0.0 and looked_at,
+            f"summed {reached:.3g}",
         ),
     ]
+
+
+class _Place(NamedTuple):
+    """Where a document lies on both sides."""
+
+    targets: slice
+    source: slice
+
+
+def _edited(model: Transformer, batch: Batch, place: _Place) -> Batch:
+    """The batch with every token of a document changed; targets stay."""
+    tokens = batch.tokens.clone()
+    tokens[place.targets] = (tokens[place.targets] + 1) % model.embedding.num_embeddings
+    if batch.source is None:
+        return replace(batch, tokens=tokens)
+    source = batch.source.tokens.clone()
+    source[place.source] = (source[place.source] + 1) % model.embedding.num_embeddings
+    return replace(batch, tokens=tokens, source=replace(batch.source, tokens=source))
 
 
 @dataclass(frozen=True)
 class _Traced:
     losses: Tensor  # (T,)
-    inputs: Tensor  # (T, H): gradient at the embedded tokens
+    inputs: list[Tensor]  # (T, H), and (S, E) with a source side: gradients at the embedded tokens
     parameters: list[Tensor]
 
 
-def _losses_and_gradients(model: Transformer, batch: Batch, document: slice) -> _Traced:
+def _losses_and_gradients(model: Transformer, batch: Batch, place: _Place) -> _Traced:
     """Losses of all positions; gradients of the loss of one document only."""
     model.train()
     model.zero_grad(set_to_none=True)
     targets = torch.full_like(batch.targets, IGNORED)
-    targets[document] = batch.targets[document]
-    embedded_TH = model.embedding(batch.tokens)
-    embedded_TH.retain_grad()
-    hidden_TH = model.hidden(embedded_TH, batch)
+    targets[place.targets] = batch.targets[place.targets]
+    embedded = [one for one in model.embed(batch) if one is not None]
+    for one in embedded:
+        one.retain_grad()
+    x_TH, x_SE = [*embedded, None][:2]
     with torch.no_grad():
-        losses_T = model.head(hidden_TH, batch.targets, "loss_per_position")
-    model.head(hidden_TH, targets, "loss_sum").backward()
+        losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
+    model.read_out(x_TH, x_SE, replace(batch, targets=targets), "loss_sum").sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return _Traced(losses_T, embedded_TH.grad, gradients)
+    return _Traced(losses_T, [one.grad for one in embedded], gradients)
 
 
 def packed_equals_single(model: Transformer, batch: Batch) -> Finding:
@@ -154,8 +177,8 @@ def packed_equals_single(model: Transformer, batch: Batch) -> Finding:
     model.eval()
     packed = _total_gradient(model, [batch])
     documents = _documents(batch)
-    assert len(documents) == batch.num_documents, f"{len(documents)} documents found, {batch.num_documents} packed"
-    single = _total_gradient(model, [_alone(batch, document) for document in documents])
+    assert 0 < len(documents) <= batch.num_documents, f"{len(documents)} documents found, {batch.num_documents} packed"
+    single = _total_gradient(model, [_alone(batch, place) for place in documents])
     difference = max(
         float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(packed, single, strict=True)
     )
@@ -169,8 +192,9 @@ def packed_equals_single(model: Transformer, batch: Batch) -> Finding:
 def _total_gradient(model: Transformer, batches: Sequence[Batch]) -> list[Tensor]:
     """[loss sum, then every parameter's gradient], summed over the batches."""
     model.zero_grad(set_to_none=True)
-    total = sum(_backward(model(batch)) for batch in batches)
-    return [torch.tensor(total), *(p.grad.clone() for p in model.parameters())]
+    total = sum(_backward(model(batch).sum()) for batch in batches)
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())
+    return [torch.tensor(total), *gradients]
 
 
 def _backward(loss: Tensor) -> float:
@@ -178,24 +202,31 @@ def _backward(loss: Tensor) -> float:
     return loss.item()
 
 
-def _documents(batch: Batch) -> list[slice]:
+def _documents(batch: Batch) -> list[_Place]:
     """Where the documents are; padding, which lies in documents of its own, is left out."""
     edges = batch.offsets.tolist()
-    return [slice(a, b) for a, b in pairwise(edges) if a < b and batch.targets[a] != IGNORED]
+    source_edges = batch.source.offsets.tolist() if batch.source else [0] * len(edges)
+    places = [_Place(slice(*a), slice(*b)) for a, b in zip(pairwise(edges), pairwise(source_edges), strict=True)]
+    return [place for place, is_real in zip(places, real_documents(batch), strict=True) if is_real]
 
 
-def _alone(batch: Batch, document: slice) -> Batch:
+def _alone(batch: Batch, place: _Place) -> Batch:
     """One document of a batch as a batch of its own."""
-    length = document.stop - document.start
-    return Batch(
-        tokens=batch.tokens[document],
-        targets=batch.targets[document],
-        positions=batch.positions[document],
-        offsets=torch.tensor([0, length], dtype=torch.int32),
-        keys=batch.keys[document],
-        num_positions=length,
-        num_targets=length,
-        num_documents=1,
+    target, source = place
+    edges = batch.offsets.tolist()[:-1]
+    number = max(number for number, edge in enumerate(edges) if edge == target.start)
+    moved = {name: tensor[target] for name, tensor in tensors_of(batch).items() if name not in ("offsets", "prefixes")}
+    side = batch.source and replace(
+        batch.source,
+        **{name: tensor[source] for name, tensor in tensors_of(batch.source).items() if name != "offsets"},
+        offsets=torch.tensor([0, source.stop - source.start], dtype=torch.int32),
+    )
+    return replace(
+        batch,
+        **moved,
+        offsets=torch.tensor([0, target.stop - target.start], dtype=torch.int32),
+        prefixes=None if batch.prefixes is None else batch.prefixes[number : number + 1],
+        source=side,
     )
 
 
@@ -204,8 +235,8 @@ def _alone(batch: Batch, document: slice) -> Batch:
 
 def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Walk the plan of the user's data at several world sizes, from a saved cursor, and over an epoch."""
-    settings = load_settings(run_file, overrides)
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    settings = agree(load_settings(run_file, overrides))
+    store = ShardStore.of_run(settings.data, "train")
     steps = min(ORDER_STEPS, settings.training.steps)
     reference = _step_fingerprints(settings, store, steps, 1, 1)
     findings = [
@@ -231,20 +262,16 @@ def _step_fingerprints(
     Each node has an order of its own lanes, as in training.
     """
     merged: list[list[tuple[int, str]]] = [[] for _ in range(steps)]
+    builder = Builder(store, settings.data, settings.run.seed)
     for first_rank in range(0, world_size, node_size):
         place = Place(first_rank, world_size, node_size)
         order = Order.of_run(store, settings, lanes=place.lanes(settings.data.lanes))
         for number in range(steps):
             node = take_share(order, settings.data.lanes, place, 1)
             for at in (at for rank in node.slots for slot in rank for at in slot):
-                batch = _build(settings, store, node.packs[at], number, node.numbers[at])
+                batch = builder.build([node.packs[at]], number, [node.numbers[at]])
                 merged[number].append((node.numbers[at], batch.fingerprint()))
     return [sorted(step) for step in merged]
-
-
-def _build(settings: Settings, store: ShardStore, pack: Pack, step: int, number: int) -> Batch:
-    keys = make_keys(settings.run.seed, step, [number], settings.data.pack_tokens)
-    return build_batch([pack], reader(store), settings.data, keys)
 
 
 def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Finding:
@@ -333,7 +360,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
-    settings = load_settings(run_file, overrides)
+    settings = agree(load_settings(run_file, overrides))
     world_size = min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"

@@ -57,6 +57,9 @@ class PrepareSettings(Section):
     """How raw text becomes shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
+    embedded: Literal["text", "pairs"] = Field(
+        "text", description="of the embedded corpus: code and documentation, or pairs of a function and what it does"
+    )
     vocabulary: int = Field(
         32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included"
     )
@@ -65,6 +68,9 @@ class PrepareSettings(Section):
     )
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
     shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
+    content: Literal["tokens", "text"] = Field(
+        "tokens", description="what shards hold: token ids, or text that is tokenized as it streams"
+    )
     unicode_nfc: bool = Field(False, description="bring text into Unicode's composed normal form")
     remove_control_characters: bool = Field(False, description="remove them all but tab, line feed, carriage return")
     min_characters: int = Field(0, ge=0, description="shorter documents are dropped")
@@ -101,6 +107,20 @@ class CurriculumStage(Section):
     mix: dict[str, float] = Field(min_length=1, description="share of tokens per source, as in data.mix")
 
 
+class ObjectiveSettings(Section):
+    """What is asked of a document (`bigmodel.data.objectives` has each with its source)."""
+
+    kind: Literal["causal", "prefix", "fill_in_the_middle", "span_corruption", "ul2", "masked"] = Field(
+        description="masked is for encoders, fill_in_the_middle for decoders; ul2 stands for its seven denoisers"
+    )
+    share: float = Field(1.0, gt=0, description="of the documents' tokens, relative to the other objectives' shares")
+    ahead: int = Field(1, ge=1, description="causal: predict the token so many ahead")
+    prefix_share: float = Field(0.5, gt=0, lt=1, description="prefix: of a document that is read, not predicted")
+    spm_share: float = Field(0.5, ge=0, le=1, description="fill_in_the_middle: documents in the order suffix first")
+    density: float = Field(0.15, gt=0, lt=1, description="span_corruption, masked: share of the tokens that is hidden")
+    mean_span: float = Field(3.0, ge=1, description="span_corruption: mean length of a hidden span")
+
+
 class DataSettings(Section):
     """Which shards to read and how they are packed."""
 
@@ -110,7 +130,13 @@ class DataSettings(Section):
     )
     context_tokens: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
     pack_tokens: int = Field(2048, ge=2, description="positions in a pack")
-    pack_documents: int = Field(256, ge=1, description="documents in a pack, at most")
+    source_pack_tokens: int = Field(
+        0, ge=0, description="positions in a pack's source side, for an encoder; 0: one side"
+    )
+    source_context_tokens: int = Field(0, ge=0, description="longest source; 0: source_pack_tokens")
+    pack_documents: int = Field(
+        0, ge=0, description="documents in a pack, at most; 0: one for 16 of pack_tokens, 256 at least"
+    )
     lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
     window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
     mix: dict[str, float] = Field({}, description="share of tokens per source; empty: as much as each source holds")
@@ -118,6 +144,66 @@ class DataSettings(Section):
         {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
     )
     curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
+    objectives: list[ObjectiveSettings] = Field(
+        [], description="for sources of plain text; empty: causal, or span_corruption where there is a source side"
+    )
+    sentinels: int = Field(100, ge=1, description="ids for hidden spans, where an objective needs them")
+    bidirectional_prefix: bool = Field(
+        True, description="one side only: what is read but not predicted sees all of itself (prefix-LM)"
+    )
+    fixed_target_tokens: int = Field(
+        0, ge=0, description="every target cut or padded to this length; 0: targets keep their length (packed)"
+    )
+    masked_decoder_share: float = Field(
+        0.0, ge=0, lt=1, description="of decoder inputs replaced by the mask token: the decoder leans on the source"
+    )
+    dropped_decoder_share: float = Field(
+        0.0, ge=0, lt=1, description="of decoder positions left out, inputs and targets: long targets cost less"
+    )
+    workers: int = Field(2, ge=1, description="threads per rank that fetch, compare and tokenize ahead of the steps")
+    cache_bytes: int = Field(
+        0, ge=0, description="with data.remote: shards kept in data.directory, the others are fetched again; 0: all"
+    )
+    stall_seconds: float = Field(
+        900.0, gt=0, description="a run whose next batch is not ready after so long ends with an error"
+    )
+
+    @property
+    def longest_source(self) -> int:
+        return self.source_context_tokens or self.source_pack_tokens
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> "DataSettings":
+        if self.source_context_tokens > self.source_pack_tokens:
+            raise ValueError(
+                f"data.source_context_tokens = {self.source_context_tokens} does not fit data.source_pack_tokens = "
+                f"{self.source_pack_tokens}; lower the first or raise the second"
+            )
+        if self.fixed_target_tokens > self.context_tokens:
+            raise ValueError(
+                f"data.fixed_target_tokens = {self.fixed_target_tokens} is above data.context_tokens = "
+                f"{self.context_tokens}; lower it or raise the context"
+            )
+        decoder_inputs = ("fixed_target_tokens", "masked_decoder_share", "dropped_decoder_share")
+        for name in decoder_inputs:
+            if getattr(self, name) and not self.source_pack_tokens:
+                raise ValueError(
+                    f"data.{name} = {getattr(self, name)} is about the decoder of an encoder-decoder; leave it out, or "
+                    "set data.source_pack_tokens"
+                )
+        kinds = {objective.kind for objective in self.objectives}
+        if "masked" in kinds and (len(kinds) > 1 or self.source_pack_tokens):
+            raise ValueError(
+                'data.objectives: kind = "masked" is for an encoder alone; it goes with no other kind and without '
+                "data.source_pack_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pack_documents_are_known(self) -> "DataSettings":
+        if not self.pack_documents:
+            object.__setattr__(self, "pack_documents", max(256, self.pack_tokens // 16))
+        return self
 
     @model_validator(mode="after")
     def _context_fits(self) -> "DataSettings":
@@ -139,13 +225,36 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """A decoder-only transformer. The vocabulary comes from the data's manifest."""
+    """A transformer: decoder, encoder-decoder or encoder. The vocabulary comes from the data's manifest.
 
+    Where `encoder_...` is 0, the encoder of an encoder-decoder is like the decoder.
+    """
+
+    kind: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
     layers: int = Field(12, ge=1)
     width: int = Field(768, ge=2, description="size of the hidden state")
     heads: int = Field(12, ge=1, description="query heads")
     key_value_heads: int = Field(4, ge=1, description="key and value heads; divides heads (grouped-query attention)")
-    feed_forward_width: int = Field(2048, ge=1, description="size of the SwiGLU inner layer")
+    head_size: int = Field(0, ge=0, description="channels of a head; 0: width / heads")
+    feed_forward_width: int = Field(2048, ge=1, description="size of the gated inner layer")
+    encoder_layers: int = Field(0, ge=0)
+    encoder_width: int = Field(0, ge=0)
+    encoder_heads: int = Field(0, ge=0)
+    encoder_key_value_heads: int = Field(0, ge=0)
+    encoder_feed_forward_width: int = Field(0, ge=0)
+    source_attention: Literal["cross", "mixed"] = Field(
+        "cross", description="how a decoder sees the source: a second attention, or in one softmax with its own past"
+    )
+    separate_embeddings: bool = Field(False, description="the encoder has an embedding matrix of its own")
+    positions: Literal["rotary", "relative_bias"] = Field(
+        "rotary", description="rotary (Su et al. 2021), or T5's bias by distance, shared by the layers of a side"
+    )
+    relative_buckets: int = Field(32, ge=4, description="relative_bias: learned distances per head")
+    relative_distance: int = Field(128, ge=4, description="relative_bias: farther is all the same")
+    attention_scale: float = Field(0.0, ge=0, description="factor of the scores; 0: 1 / sqrt(head size). T5: 1")
+    gate: Literal["silu", "gelu"] = Field("silu", description="of the feed-forward: SwiGLU, or T5 v1.1's GEGLU")
+    extra_heads: int = Field(0, ge=0, description="multi-token prediction: so many tokens more, each by its own block")
+    extra_head_weight: float = Field(0.3, gt=0, description="of the mean of the extra heads' losses in the gradient")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies (Su et al. 2021)")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
@@ -157,25 +266,67 @@ class ModelSettings(Section):
 
     @property
     def head_width(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
+
+    @property
+    def encoder(self) -> "ModelSettings":
+        """The settings of the encoder's blocks."""
+        names = ("layers", "width", "heads", "key_value_heads", "feed_forward_width")
+        own = {name: getattr(self, f"encoder_{name}") or getattr(self, name) for name in names}
+        return self.model_copy(update={**own, "kind": "encoder"})
+
+    @model_validator(mode="after")
+    def _sides_make_sense(self) -> "ModelSettings":
+        if self.kind != "encoder_decoder":
+            for name in ("layers", "width", "heads", "key_value_heads", "feed_forward_width"):
+                if getattr(self, f"encoder_{name}"):
+                    raise ValueError(
+                        f"model.encoder_{name} = {getattr(self, f'encoder_{name}')} needs model.kind = "
+                        f'"encoder_decoder", not {self.kind!r}; leave it out or change the kind'
+                    )
+        else:
+            _check_heads(self.encoder)
+            if self.encoder.width != self.width and not self.separate_embeddings:
+                raise ValueError(
+                    f"model.encoder_width = {self.encoder_width} differs from model.width = {self.width}, so the sides "
+                    "cannot share an embedding matrix; set model.separate_embeddings = true"
+                )
+            if self.source_attention == "mixed" and self.positions != "rotary":
+                raise ValueError(
+                    'model.source_attention = "mixed" has no distance between a target and a source token that a bias '
+                    'could be learned for; set model.positions = "rotary"'
+                )
+        if self.extra_heads and self.kind == "encoder":
+            raise ValueError("model.extra_heads predict further tokens, which an encoder does not; leave it out")
+        buckets = self.relative_buckets
+        if buckets % 4 or buckets // 2 >= self.relative_distance:
+            raise ValueError(
+                f"model.relative_buckets = {buckets} needs to be a multiple of 4 and below twice "
+                f"model.relative_distance = {self.relative_distance}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
-        if self.width % self.heads:
-            raise ValueError(
-                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}; "
-                f"width {self.width // self.heads * self.heads or self.heads} is the nearest below that divides"
-            )
-        if self.head_width % 2:
-            raise ValueError(
-                f"model.width / model.heads = {self.head_width} is odd; rotary positions need an even head width"
-            )
-        if self.heads % self.key_value_heads:
-            raise ValueError(
-                f"model.heads = {self.heads} is not a multiple of model.key_value_heads = {self.key_value_heads}; "
-                "choose a divisor of the heads"
-            )
+        _check_heads(self)
         return self
+
+
+def _check_heads(model: ModelSettings) -> None:
+    if not model.head_size and model.width % model.heads:
+        raise ValueError(
+            f"model.width = {model.width} is not a multiple of model.heads = {model.heads}; "
+            f"width {model.width // model.heads * model.heads or model.heads} is the nearest below that divides"
+        )
+    if model.head_width % 2 and model.positions == "rotary":
+        raise ValueError(
+            f"model.width / model.heads = {model.head_width} is odd; rotary positions need an even head width"
+        )
+    if model.heads % model.key_value_heads:
+        raise ValueError(
+            f"model.heads = {model.heads} is not a multiple of model.key_value_heads = {model.key_value_heads}; "
+            "choose a divisor of the heads"
+        )
 
 
 class ParameterGroupSettings(Section):
@@ -316,6 +467,26 @@ class Settings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _data_suit_the_model(self) -> "Settings":
+        kind, sides = self.model.kind, self.data.source_pack_tokens
+        if (kind == "encoder_decoder") != (sides > 0):
+            raise ValueError(
+                f"model.kind = {kind!r} and data.source_pack_tokens = {sides} do not fit: an encoder-decoder needs a "
+                "source side in every pack, other models have none"
+            )
+        masked = any(objective.kind == "masked" for objective in self.data.objectives)
+        if (kind == "encoder") != masked:
+            raise ValueError(
+                f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by "
+                'kind = "masked", and no other model is'
+            )
+        if self.data.dropped_decoder_share and self.model.positions == "relative_bias":
+            raise ValueError(
+                'data.dropped_decoder_share needs positions that know of the gaps; set model.positions = "rotary"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _lanes_divide_the_step(self) -> "Settings":

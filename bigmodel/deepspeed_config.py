@@ -151,6 +151,17 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     return config, settings
 
 
+def agree(settings: Settings) -> Settings:
+    """What the run file and its DeepSpeed JSON say together, for commands that know no number of ranks.
+
+    Raises `UserError` as `resolve_deepspeed` does, but for what depends on that number.
+    """
+    source = _Source(settings.training.deepspeed)
+    config = source.read()
+    source.refuse_unusable(config)
+    return _settle(config, settings, source)
+
+
 def packs_per_micro_batch(effective: dict[str, Any]) -> int:
     """How many packs a rank runs forward and backward at once."""
     return effective["train_micro_batch_size_per_gpu"]

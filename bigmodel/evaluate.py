@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bigmodel.config import DataSettings
-from bigmodel.data.batch import Batch
+from bigmodel.data.batch import Batch, exchange_sources
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.stream import validation_batches
 from bigmodel.training.distributed import World
@@ -45,12 +45,17 @@ class Validation:
     """The validation split in canonical groups of packs. `packs` bounds how many are used; 0: all."""
 
     def __init__(self, data: DataSettings, packs_per_micro_batch: int) -> None:
-        self._store = ShardStore(data.directory, "validation", data.remote)
+        self._store = ShardStore.of_run(data, "validation")
         self._data = data
         self._packs_per_micro_batch = packs_per_micro_batch
 
-    def run(self, forward: Callable[[Batch, str], Tensor], world: World, packs: int = 0) -> Evaluation:
-        """Score the split; collective over all world. `forward(batch, "loss_per_position")` must not train."""
+    def run(
+        self, forward: Callable[[Batch, str], Tensor], world: World, packs: int = 0, wrong_sources: bool = False
+    ) -> Evaluation:
+        """Score the split; collective over all world. `forward(batch, "loss_per_position")` must not train.
+
+        `wrong_sources`: each document of a micro-batch with the source of another one (`exchange_sources`).
+        """
         started = time.perf_counter()
         mine: dict[int, tuple[float, int]] = {}
         groups = validation_batches(self._store, self._data, self._packs_per_micro_batch, packs)
@@ -58,6 +63,7 @@ class Validation:
             # Under ZeRO-3 a forward is collective: a rank without a group runs the last one again, uncounted.
             number = first + world.rank
             batch = groups[min(number, len(groups) - 1)]
+            batch = exchange_sources(batch) if wrong_sources else batch
             nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
             if number < len(groups):
                 mine[number] = (nats, batch.num_targets)
@@ -66,6 +72,10 @@ class Validation:
         num_targets = sum(count for _, count in sums)
         nats = math.fsum(nats for nats, _ in sums)
         return Evaluation(nats, num_targets, num_targets * self.bytes_per_target, time.perf_counter() - started)
+
+    def first_batch(self) -> Batch:
+        """Its first micro-batch, for examples."""
+        return validation_batches(self._store, self._data, self._packs_per_micro_batch)[0]
 
     @property
     def bytes_per_target(self) -> float:

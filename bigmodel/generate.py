@@ -6,14 +6,17 @@ there is no cache of keys and values, which is right for samples of a few hundre
 """
 
 from collections.abc import Callable
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
-from bigmodel.data.batch import IGNORED, Batch
+from bigmodel.data.batch import IGNORED, Batch, SourceSide, real_documents
 from bigmodel.data.tokenizer import Tokenizer
 
 Forward = Callable[[Batch, str], Tensor]
+ANSWER_TOKENS = 48  # of an example
+SHOWN_CHARACTERS = 400  # of each text of an example
 
 
 def generate(
@@ -31,15 +34,69 @@ def generate(
     temperature: 0 takes the likeliest token. top: draw among the likeliest so many.
     The text depends on the weights, the prompt and `seed` only.
     """
-    generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+    drawing = temperature, top, torch.Generator().manual_seed(seed)
+    return tokenizer.decode(_continue(forward, ids, None, tokenizer.eos, tokens, *drawing, device)[1:])
+
+
+def answer(
+    forward: Forward,
+    tokenizer: Tokenizer,
+    source: list[int],
+    tokens: int = 100,
+    temperature: float = 0.0,
+    top: int = 40,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[int]:
+    """What an encoder-decoder says to the ids of a source text: ids, without begin and end."""
+    drawing = temperature, top, torch.Generator().manual_seed(seed)
+    return _continue(forward, [tokenizer.bos], [*source, tokenizer.eos], tokenizer.eos, tokens, *drawing, device)[1:]
+
+
+def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, device: torch.device | str) -> str:
+    """Of the first documents of a batch with a source side: source, target, and what the model says."""
+    assert batch.source, "the batch has no source side"
+    edges = zip(pairwise(batch.source.offsets.tolist()), pairwise(batch.offsets.tolist()), strict=True)
+    real = [edge for edge, is_real in zip(edges, real_documents(batch), strict=True) if is_real]
+    shown = []
+    for (source_start, source_end), (start, end) in real[:number]:
+        source = batch.source.tokens[source_start:source_end].tolist()
+        said = answer(forward, tokenizer, source[:-1], ANSWER_TOKENS, device=device)
+        wanted = [token for token in batch.targets[start:end].tolist() if token != IGNORED]
+        for name, ids in (("source", source), ("target", wanted), ("model", said)):
+            words = readable(tokenizer, ids).strip()
+            shown.append(f"[{name}]\n{words[:SHOWN_CHARACTERS]}{' ...' if len(words) > SHOWN_CHARACTERS else ''}")
+    return "\n".join(shown)
+
+
+def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Text of the ids; the objectives' own marks by their numbers, as <61>."""
+    parts = []
+    for is_mark, group in groupby(ids, key=lambda token: token >= tokenizer.vocabulary):
+        run = list(group)
+        parts.append("".join(f"<{token}>" for token in run) if is_mark else tokenizer.decode(run))
+    return "".join(parts)
+
+
+def _continue(
+    forward: Forward,
+    ids: list[int],
+    source: list[int] | None,
+    eos: int,
+    tokens: int,
+    temperature: float,
+    top: int,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> list[int]:
     for _ in range(tokens):
-        logits_V = forward(_one_document(ids).to(device), "logits")[-1].float().cpu()
+        logits_V = forward(_one_document(ids, source).to(device), "logits")[-1].float().cpu()
         chosen = _draw(logits_V, temperature, top, generator)
-        if chosen == tokenizer.eos:
+        if chosen == eos:
             break
-        ids.append(chosen)
-    return tokenizer.decode(ids[1:])
+        ids = [*ids, chosen]
+    return ids
 
 
 def _draw(logits_V: Tensor, temperature: float, top: int, generator: torch.Generator) -> int:
@@ -50,7 +107,7 @@ def _draw(logits_V: Tensor, temperature: float, top: int, generator: torch.Gener
     return int(ids[torch.multinomial(chances, 1, generator=generator)])
 
 
-def _one_document(ids: list[int]) -> Batch:
+def _one_document(ids: list[int], source: list[int] | None = None) -> Batch:
     """A batch of one document without targets."""
     count = len(ids)
     return Batch(
@@ -62,4 +119,16 @@ def _one_document(ids: list[int]) -> Batch:
         num_positions=count,
         num_targets=0,
         num_documents=1,
+        source=None if source is None else _source_side(source),
+    )
+
+
+def _source_side(ids: list[int]) -> SourceSide:
+    count = len(ids)
+    return SourceSide(
+        tokens=torch.tensor(ids),
+        positions=torch.arange(count),
+        offsets=torch.tensor([0, count], dtype=torch.int32),
+        keys=torch.zeros(count, dtype=torch.int64),
+        num_positions=count,
     )

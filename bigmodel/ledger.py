@@ -203,7 +203,10 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
         "last_step_timestamp_seconds": line["time"],
         "tokens_per_second": line["positions"] / line["step_seconds"] if line["step_seconds"] else None,
         "packing_efficiency_ratio": line["positions"] / (line["positions"] + line["padding"]),
-        "attention_imbalance_ratio": line["attention_imbalance"],
+        "attention_imbalance_ratio": line["imbalance"],
+        "attention_imbalance_undealt_ratio": line["imbalance_undealt"],
+        "data_fetched_bytes": line["fetched_bytes"],
+        "data_fetch_failures": line["fetch_failures"],
     }
     samples: Samples = {name: [[[], value]] for name, value in gauges.items() if value is not None}
     if line["parts"]:

@@ -70,7 +70,10 @@ class StepRecord:
     data_wait_seconds: float  # of that, waiting for the next batch
     compile_seconds: float = 0.0  # of that, compiling
     packs_document_limited: int = 0
-    attention_imbalance: float | None = None  # 1 is even
+    fetched_bytes: int = 0  # by rank 0 from data.remote since this process began
+    fetch_failures: int = 0  # of these, transfers that were tried again
+    imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
+    imbalance_undealt: float = 1.0  # what it would be in canonical order
     flops: Flops | None = None
     skipped: bool = False  # the update was left out
     skip_reason: str = "not_finite"  # why, if it was: one of a few words

@@ -1,48 +1,89 @@
 """What enters the model: prepared data in numbers and as planned, a packed batch as a picture."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel.config import Settings
-from bigmodel.data.batch import build_batch, draw, draw_png, make_keys
+from bigmodel.config import DataSettings, Settings
+from bigmodel.data.batch import draw, draw_png
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import SPLITS, Manifest
 from bigmodel.data.mixing import mix_lag_tokens
 from bigmodel.data.order import Order
 from bigmodel.data.planned import Packed, Suggestion, all_positions, measure_packing, mix_shares, suggest, whole_share
+from bigmodel.data.segments import order_of_segment
 from bigmodel.data.shards import ShardStore
-from bigmodel.data.stream import reader
-from kernels.visibility import causal, dense
+from bigmodel.data.sides import CutPairs, count_cut, suggest_sides
+from bigmodel.data.stream import Builder
+from bigmodel.deepspeed_config import agree
+from bigmodel.training.checkpoint import newest_state
+from kernels.visibility import bidirectional, causal, cross, dense, prefix_lm
 
 
 def show_batch(settings: Settings, step: int, png: Path) -> None:
-    """Draw the first pack of data step `step`. Walks the plan from step 0: at a late step this takes a while."""
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
-    order = Order.of_run(store, settings)
-    for _ in range(step):
-        order.next_step()
-    keys = make_keys(settings.run.seed, step, [0], settings.data.pack_tokens)
-    batch = build_batch([order.next_step()[0]], reader(store), settings.data, keys)
+    """Draw the first pack of data step `step`, of a run that has checkpoints in the plan that it had at that step.
+
+    Walks the plan from the beginning of its segment, or from the newest checkpoint where that is before the step.
+    """
+    settings = agree(settings)
+    store = ShardStore.of_run(settings.data, "train")
+    order, data = order_before(store, settings, step, newest_state(settings.run.directory / "checkpoints"))
+    batch = Builder(store, data, settings.run.seed).build([order.next_step()[0]], step, [0])
     console = Console(highlight=False)
     for line in draw(batch):
         console.print(line, soft_wrap=True)
-    visibility = causal(batch.offsets)
-    draw_png(batch, dense(visibility, len(batch.tokens), len(batch.tokens)).numpy(), png)
+    num_targets = len(batch.tokens)
+    if batch.source:
+        visible = dense(cross(batch.offsets, batch.source.offsets), num_targets, len(batch.source.tokens))
+    elif settings.model.kind == "encoder":
+        visible = dense(bidirectional(batch.offsets), num_targets, num_targets)
+    elif batch.prefixes is not None:
+        visible = dense(prefix_lm(batch.offsets, batch.prefixes), num_targets, num_targets)
+    else:
+        visible = dense(causal(batch.offsets), num_targets, num_targets)
+    draw_png(batch, visible.numpy(), png)
     console.print(f"picture: {png}")
+
+
+def order_before(
+    store: ShardStore, settings: Settings, step: int, state: Mapping[str, Any] | None
+) -> tuple[Order, DataSettings]:
+    """The order that gives data step `step` next, and its settings. `state`: of the run's newest checkpoint.
+
+    Settings that are not those of the run's last plan are planned as for a new run.
+    """
+    data, order = settings.data, Order.of_run(store, settings)
+    segments = state["segments"] if state else []
+    if segments:
+        last = len(segments) - 1
+        first_step = segments[last]["first_step"]
+        planned = Order.of_run(store, settings, segment=last, first_step=first_step)
+        if planned.plan.identity == segments[last]["identity"]:
+            number = sum(segment["first_step"] <= step for segment in segments) - 1
+            data, order = order_of_segment(store, settings.data, segments, number)
+            if number == last and state and state["cursor"]["step"] <= step:
+                order.restore(state["cursor"])
+    while order.step < step:
+        order.next_step()
+    return order, data
 
 
 def show_data(settings: Settings, png: Path) -> None:
     """Print sources, lengths, mix, packing and suggestions; draw the lengths."""
     data = settings.data
-    store = ShardStore(data.directory, "train", data.remote)
+    store = ShardStore.of_run(data, "train")
     packed = measure_packing(store, data)  # first: it complains of a wrong mix
     console = Console(highlight=False)
     console.print(sources_table(settings, store.manifest))
     console.print(lengths_text(store.manifest), markup=False)
     console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
-    console.print(suggestions_table(suggest(store, store.manifest, data)))
+    if store.pair_sources:
+        console.print(cut_text(count_cut(store, data)), markup=False)
+    suggestions = suggest_sides(store, data) if data.source_pack_tokens else suggest(store, store.manifest, data)
+    console.print(suggestions_table(suggestions))
     if data.curriculum:
         lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
         console.print(lag, markup=False)
@@ -79,13 +120,19 @@ def sources_table(settings: Settings, manifest: Manifest) -> Table:
 
 
 def lengths_text(manifest: Manifest) -> str:
-    """Length statistics in a line, then a line per power of two: up to so many tokens, a bar, how many documents."""
-    statistics = manifest.statistics
+    """Of documents, and of pairs' targets: length statistics in a line, then a line per power of two: up to so many
+    tokens, a bar, how many."""
+    of_all = _lengths_text("document", manifest.statistics)
+    targets = manifest.statistics.get("target")
+    return "\n".join([of_all, _lengths_text("target of a pair", targets)]) if targets else of_all
+
+
+def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
     bins = sorted((int(top), count) for top, count in statistics["histogram"].items())
     most = max(count for _, count in bins)
     return "\n".join(
         [
-            f"tokens per document: mean {statistics['mean_tokens']:,.0f}, median {statistics['median_tokens']:,.0f}, "
+            f"tokens per {what}: mean {statistics['mean_tokens']:,.0f}, median {statistics['median_tokens']:,.0f}, "
             f"90% below {statistics['p90_tokens']:,.0f}, longest {statistics['max_tokens']:,}; "
             f"{statistics['bytes_per_token']:.2f} bytes per token",
             *(f"up to {top:>9,} {'█' * max(1, round(count / most * 30)):<30} {count:,}" for top, count in bins),
@@ -95,11 +142,23 @@ def lengths_text(manifest: Manifest) -> str:
 
 def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     data = settings.data
+    sides = f"{packed.filled:.2%} of the positions filled"
+    size, split = f"{data.pack_tokens:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split by "
+    if data.source_pack_tokens:
+        sides = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
+        size = f"{data.pack_tokens:,} target and {data.source_pack_tokens:,} source tokens"
     return (
-        f"packing, as planned for {packed.num_packs:,} packs of {data.pack_tokens:,} tokens:\n"
-        f"  {packed.filled:.2%} of the positions filled, {packed.documents:.1f} documents a pack\n"
-        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}\n"
-        f"  {whole:.1%} of the tokens in documents not split by data.context_tokens = {data.context_tokens:,}"
+        f"packing, as planned for {packed.num_packs:,} packs of {size}:\n"
+        f"  {sides}, {packed.documents:.1f} documents a pack\n"
+        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}"
+        + ("" if data.source_pack_tokens else f"{split}data.context_tokens = {data.context_tokens:,}")
+    )
+
+
+def cut_text(cut: CutPairs) -> str:
+    return (
+        f"  of {cut.num_pairs:,} pairs, {cut.sources:,} have their source cut ({cut.sources / cut.num_pairs:.2%}) and "
+        f"{cut.targets:,} their target ({cut.targets / cut.num_pairs:.2%}): the end of the text is left out"
     )
 
 

@@ -5,16 +5,20 @@ bigram model counted on the very tokens this run trained on, and `xz -9` of the 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bigmodel.baselines import Bigram, Pair, token_pairs, xz_bits_per_byte
-from bigmodel.config import Settings, packs_at
+from bigmodel.config import Settings, UserError, packs_at
+from bigmodel.data.examples import Examples
 from bigmodel.data.objectives import causal
 from bigmodel.data.order import Order
+from bigmodel.data.segments import Segment, order_of_segment
 from bigmodel.data.shards import ShardStore
 from bigmodel.evaluate import Evaluation
 from bigmodel.report import loss_curve, terminal_curve
@@ -24,10 +28,16 @@ XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
 BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
 
 
-def summarize(settings: Settings, evaluation: Evaluation, sample: str, num_segments: int = 1) -> dict[str, Any]:
+def summarize(
+    settings: Settings,
+    evaluation: Evaluation,
+    sample: str,
+    segments: Sequence[Segment],
+    wrong_sources: Evaluation | None = None,
+) -> dict[str, Any]:
     """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text.
 
-    A run of several segments has no bigram: `settings` no longer say what the earlier ones trained on.
+    `wrong_sources`: of an encoder-decoder, how well it does when sources are exchanged between documents.
     """
     directory = settings.run.directory
     summary = {
@@ -35,9 +45,12 @@ def summarize(settings: Settings, evaluation: Evaluation, sample: str, num_segme
         "nats_per_token": evaluation.nats_per_token,
         "validation_targets": evaluation.num_targets,
         "bits_per_byte": evaluation.bits_per_byte,
-        "bigram_bits_per_byte": bigram_bits_per_byte(settings) if num_segments == 1 else None,
+        "bigram_bits_per_byte": bigram_bits_per_byte(settings, segments),
         "xz_bits_per_byte": _xz_of_validation_text(settings),
     }
+    if wrong_sources:
+        summary["nats_per_token_with_wrong_sources"] = wrong_sources.nats_per_token
+        summary["bits_per_byte_with_wrong_sources"] = wrong_sources.bits_per_byte
     write_json(directory / "summary.json", summary)
     write_atomically(directory / "sample.txt", sample + "\n")
     loss_curve(directory)
@@ -45,19 +58,28 @@ def summarize(settings: Settings, evaluation: Evaluation, sample: str, num_segme
 
 
 def _xz_of_validation_text(settings: Settings) -> float | None:
-    store = ShardStore(settings.data.directory, "validation", settings.data.remote)
+    store = ShardStore.of_run(settings.data, "validation")
+    if store.pair_sources:  # the file has both texts of a pair
+        return None
     return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
 
 
-def bigram_bits_per_byte(settings: Settings) -> float | None:
-    """The bigram on the validation split, after the tokens that `settings` trains on; None for very long runs."""
+def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> float | None:
+    """The bigram on the validation split, after the tokens that the run trained on, of pairs on their targets; None for
+    very long runs, where an earlier segment had data that is no longer there, and for other objectives than causal."""
     training = settings.training
     packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
     if packs * settings.data.pack_tokens > BIGRAM_TOKENS:
         return None
-    train = ShardStore(settings.data.directory, "train", settings.data.remote)
-    validation = ShardStore(settings.data.directory, "validation", settings.data.remote)
-    bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(settings, train))
+    train = ShardStore.of_run(settings.data, "train")
+    validation = ShardStore.of_run(settings.data, "validation")
+    try:
+        orders = [order_of_segment(train, settings.data, segments, number)[1] for number in range(len(segments))]
+    except UserError:
+        return None
+    if len(train.pair_sources) < len(train.sources) and not Examples(settings.data, 0).is_plain:
+        return None
+    bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(orders, training.steps, train))
     nats, count = bigram.score(token_pairs(validation))
     assert count == validation.num_targets, f"{count} pairs scored, {validation.num_targets} in the manifest"
     return nats / math.log(2) / validation.text_bytes
@@ -70,8 +92,10 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     console.print(terminal_curve(directory), markup=False)
     table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
     names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
+    if "bits_per_byte_with_wrong_sources" in summary:
+        names["bits_per_byte_with_wrong_sources"] = "this model, each target with another one's source"
     for name, words in names.items():
-        table.add_row(words, "not counted: a long run" if summary[name] is None else f"{summary[name]:.3f}")
+        table.add_row(words, "not counted" if summary[name] is None else f"{summary[name]:.3f}")
     console.print(table)
     console.print("[bold]a sample[/]")
     console.print((directory / "sample.txt").read_text(), markup=False)
@@ -85,11 +109,14 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
         console.print(f"{directory / name}  [dim]{what}[/]")
 
 
-def _trained_on(settings: Settings, store: ShardStore) -> Iterator[Pair]:
-    """(inputs, targets) of every piece of every step, replayed from the plan."""
-    order = Order.of_run(store, settings)
-    for _ in range(settings.training.steps):
-        for pack in order.next_step():
-            for piece in pack:
+def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Iterator[Pair]:
+    """(inputs, targets) of every piece of every step, replayed from the plans of the run's segments."""
+    ends = [*(order.first_step for order in orders[1:]), steps]
+    for order, end in zip(orders, ends, strict=True):
+        while order.step < end:
+            for piece in chain.from_iterable(order.next_step()):
                 document = store.document(store.sources[piece.source], piece.shard, piece.row)
-                yield causal(document, piece.start, piece.length)
+                if isinstance(document, np.ndarray):
+                    yield causal(document, piece.start, piece.length)
+                else:
+                    yield causal(document.target, 0, piece.targets)

@@ -47,6 +47,6 @@ def load_trained(run_directory: Path) -> Trained:
     for name, parameter in model.named_parameters():  # a tied head is the embedding: stored once
         parameter.data.copy_(weights[name])
     model.eval().to(device)
-    store = ShardStore(settings.data.directory, "validation", settings.data.remote)
+    store = ShardStore.of_run(settings.data, "validation")
     tokenizer = Tokenizer.load(store.file("tokenizer.json"))
     return Trained(settings, found.state["step"], model, tokenizer, device)

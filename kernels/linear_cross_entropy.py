@@ -226,8 +226,9 @@ def sums_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor,
     z_loss: float, label_smoothing: float, logit_softcap: float,
     need_hidden: bool, need_weight: bool, chunk_positions: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss sum, z sum, count, and the gradients in hidden and, in fp32 at least, in the weight (empty: not needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss sum, z sum, count, the gradients in hidden and, in fp32 at least, in the weight (empty: not needed), and the
+    loss of each position."""
     _check_targets(targets_T, len(weight_VH))
     options = Options(z_loss, label_smoothing, logit_softcap)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
@@ -246,7 +247,7 @@ def sums_and_gradients(
             _add_product(grad_weight_VH, slope_CV.T, hidden_CH)
         del logits_CV, slope_CV  # else two chunks of logits would be alive while the next one is made
     loss_sum, z_sum = (rows_T.sum(dtype=torch.float64).to(wide) for rows_T in (losses_T, z_T))
-    return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH
+    return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH, losses_T
 
 
 def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
@@ -265,18 +266,19 @@ _linear_cross_entropy = torch.library.custom_op("bigmodel::linear_cross_entropy"
 def _(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, _z: float, _smoothing: float, _softcap: float,
     need_hidden: bool, need_weight: bool, _positions: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     loss_sum, z_sum = (hidden_TH.new_empty((), dtype=wide) for _ in range(2))
     grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else hidden_TH.new_empty(0)
     grad_weight_VH = torch.empty_like(weight_VH, dtype=wide) if need_weight else weight_VH.new_empty(0, dtype=wide)
-    return loss_sum, z_sum, targets_T.new_empty((), dtype=torch.int64), grad_hidden_TH, grad_weight_VH
+    count, losses_T = targets_T.new_empty((), dtype=torch.int64), hidden_TH.new_empty(len(hidden_TH), dtype=wide)
+    return loss_sum, z_sum, count, grad_hidden_TH, grad_weight_VH, losses_T
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[3:5])
     ctx.type, ctx.needed = inputs[0].dtype, inputs[6:8]
 
 
@@ -327,10 +329,23 @@ def linear_cross_entropy(
     `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for shapes, types, targets or
     options that do not fit; on a GPU targets are checked by an assertion on the device.
     """
+    return linear_cross_entropy_and_losses(hidden_TH, weight_VH, targets_T, options, chunk_positions)[0]
+
+
+def linear_cross_entropy_and_losses(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    options: Options = PLAIN,
+    chunk_positions: int = 0,
+) -> tuple[LossSums, Tensor]:
+    """The same, and the loss of each position, which was computed anyway; it has no gradient."""
     _check(hidden_TH, weight_VH, targets_T, options)
     # Inside an operator gradients look disabled: ask here.
     needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
-    return LossSums(*_linear_cross_entropy(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)[:3])
+    found = _linear_cross_entropy(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
+    loss_sum, z_sum, count, _, _, losses_T = found
+    return LossSums(loss_sum, z_sum, count), losses_T
 
 
 @torch.no_grad()

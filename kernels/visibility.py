@@ -131,6 +131,32 @@ def cross(query_offsets: Tensor, key_offsets: Tensor) -> Visibility:
     return Visibility(query_offsets, key_offsets, left=None, right=None)
 
 
+def mixed(target_offsets: Tensor, source_offsets: Tensor) -> Visibility:
+    """A decoder that sees its own past and its source in one softmax: rows and keys are read backwards.
+
+    Forwards, the keys of a document are its source, then its own positions (`mixed_rows`), and the n-th query sees the
+    source and its own first n + 1: an interval whose end stands beside no key of its own number. Backwards, the n-th
+    query stands beside its own n-th key and sees it and everything to its right: its past, then the source.
+    """
+    offsets = target_offsets + source_offsets
+    queries, keys = (edges[-1] - edges.flip(0) for edges in (target_offsets, offsets))
+    return Visibility(queries, keys, left=0, right=None)
+
+
+def mixed_rows(target_offsets: Tensor, source_offsets: Tensor, num_targets: int, num_sources: int) -> Tensor:
+    """(S + T,) int64: the keys of `mixed`, last first, as rows of the S source rows with the T target rows below.
+
+    Both offsets end at the number of their rows.
+    """
+    device = target_offsets.device
+    source_S, target_T = (torch.arange(rows, device=device, dtype=torch.int32) for rows in (num_sources, num_targets))
+    source_place_S = source_S + target_offsets[torch.searchsorted(source_offsets, source_S, right=True) - 1]
+    target_place_T = target_T + source_offsets[torch.searchsorted(target_offsets, target_T, right=True)]
+    rows = torch.empty(num_sources + num_targets, dtype=torch.int64, device=device)
+    rows[torch.cat([source_place_S, target_place_T]).long()] = torch.arange(len(rows), device=device)
+    return rows.flip(0)
+
+
 # First form: the picture. It is the definition: slow, and plain enough to be believed.
 
 

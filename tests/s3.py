@@ -1,9 +1,13 @@
 """S3 servers on loopback, found through the environment alone: a real one, and one that refuses."""
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -46,6 +50,46 @@ def refusing_server() -> Iterator[None]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with _environment(f"http://127.0.0.1:{server.server_port}"):
         yield
+    server.shutdown()
+
+
+@contextmanager
+def faulty_server(seconds: float, failures: int, of: str) -> Iterator[list[str]]:
+    """The store that the environment names, behind a door that takes `seconds` for every answer.
+
+    It answers the first `failures` requests of files whose name ends with `of` with 403, which no client tries again.
+    Gives the paths asked for, as they come.
+    """
+    store = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+    asked: list[str] = []
+
+    class Door(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            asked.append(self.path)
+            time.sleep(seconds)
+            if sum(path.endswith(of) for path in asked) <= failures and self.path.endswith(of):
+                status, headers, body = 403, [], b""
+            else:
+                behind = HTTPConnection(store)
+                behind.request(self.command, self.path, headers=dict(self.headers))
+                response = behind.getresponse()
+                status, headers, body = response.status, response.getheaders(), response.read()
+            self.send_response(status)
+            for name, value in headers or [("Content-Length", "0")]:
+                if name.lower() not in ("transfer-encoding", "connection", "server", "date"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with _environment(f"http://127.0.0.1:{server.server_port}"):
+        yield asked
     server.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs by formula equal what torch counts; peaks and phases are what they say."""
+"""FLOPs by formula equal what torch counts, for every kind of model; peaks and phases are what they say."""
 
 import threading
 import time
@@ -6,76 +6,98 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from bigmodel.accounting import flops, known_peak_flops, matrix_weights, measure_peak_flops, num_parameters
-from bigmodel.config import ModelSettings
-from bigmodel.data.batch import Batch
-from bigmodel.model.transformer import Transformer
+from bigmodel.accounting import flops, known_peak_flops, matrix_weights, measure_peak_flops
+from bigmodel.audit import count_by_torch
+from bigmodel.config import DataSettings, ModelSettings
+from bigmodel.data.examples import Examples
+from bigmodel.data.work import Work, count_work
 from bigmodel.training.phases import CompileTime, Phases, slowest
-from kernels.visibility import causal, dense
+from kernels.visibility import causal, cross, dense, prefix_lm
+from tests.example_batches import VOCABULARY, batch_of, fragment_of, model_of, text
+from tests.test_encoder_decoder import ENCODER_DECODERS, ONE_SIDE, PAIRS, TEXTS, TWO_SIDES
 
-VOCABULARY = 40
-SETTINGS = [
-    ModelSettings(layers=2, width=32, heads=4, key_value_heads=2, feed_forward_width=48, qk_norm=True),
-    ModelSettings(layers=3, width=24, heads=3, key_value_heads=3, feed_forward_width=20, tied_embeddings=True),
-]
-LENGTHS = [9, 1, 17, 5]  # and 4 positions of padding
+MODELS = {  # of example_batches: 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 40 hidden
+    "decoder": {"qk_norm": True},
+    "decoder, tied": {"tied_embeddings": True, "layers": 3, "heads": 2, "key_value_heads": 1},
+    "encoder": {"kind": "encoder"},
+    **{f"both, {name}": {"kind": "encoder_decoder", **more} for name, more in ENCODER_DECODERS.items()},
+}
 
 
-def batch(lengths: list[int], padding: int) -> Batch:
-    edges = torch.tensor([0, *lengths, padding]).cumsum(0)
-    count = int(edges[-1])
-    targets = torch.arange(count) % VOCABULARY
-    targets[count - padding :] = -100
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(edges.tolist())])
-    return Batch(
-        tokens=torch.arange(count) % VOCABULARY,
-        targets=targets,
-        positions=positions,
-        offsets=edges.to(torch.int32),
-        keys=torch.zeros(count, dtype=torch.int64),
-        num_positions=count - padding,
-        num_targets=count - padding,
-        num_documents=len(lengths),
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_model_flops_are_those_that_torch_counts(changes: dict) -> None:
+    """torch's counter takes attention over all pairs of a document, so the formula is given those."""
+    both = changes.get("kind") == "encoder_decoder"
+    batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
+    counted, expected = count_by_torch(model_of(**{**changes, "dropout": 0.0, "extra_heads": 0}), batch)
+    assert counted > 1e6
+    assert counted == expected
+
+
+def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
+    plain, more = (ModelSettings(layers=2, width=32, heads=4, feed_forward_width=40, extra_heads=n) for n in (0, 2))
+    deeper = ModelSettings(layers=4, width=32, heads=4, feed_forward_width=40)
+    assert matrix_weights(more, 100).of_position == matrix_weights(deeper, 100).of_position + 2 * 100 * 32
+    assert matrix_weights(plain, 100).of_position == 2 * (32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 40) + 100 * 32
+
+
+@pytest.mark.parametrize("kind", ["causal", "prefix", "span_corruption", "fill_in_the_middle"])
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_pairs_on_one_side_are_those_that_the_mask_lets_through(kind: str, both_ways: bool) -> None:
+    data = DataSettings(**ONE_SIDE, objectives=[{"kind": kind}], bidirectional_prefix=both_ways)
+    batch, work = batch_of(TEXTS, data), planned(TEXTS, data)
+    masks = causal(batch.offsets) if batch.prefixes is None else prefix_lm(batch.offsets, batch.prefixes)
+    assert (batch.prefixes is not None) == (both_ways and kind in ("prefix", "span_corruption"))
+    visible = dense(masks, len(batch.tokens), len(batch.tokens))
+    assert work.pairs == visible[real_rows(batch)].sum()
+    assert work.positions == batch.num_positions == real_rows(batch).sum()
+    assert work.source_positions == work.source_pairs == work.cross_pairs == 0
+
+
+def test_pairs_on_two_sides_are_those_that_the_masks_let_through() -> None:
+    data = DataSettings(**TWO_SIDES)
+    batch, work = batch_of(PAIRS, data), planned(PAIRS, data)
+    assert batch.source is not None
+    rows = real_rows(batch)
+    visible = dense(cross(batch.offsets, batch.source.offsets), len(batch.tokens), len(batch.source.tokens))
+    assert work.cross_pairs == visible[rows].sum()
+    assert work.pairs == dense(causal(batch.offsets), len(batch.tokens), len(batch.tokens))[rows].sum()
+    lengths = [n for n in batch.source.offsets.diff().tolist() if n]
+    assert work.source_positions == batch.source.num_positions
+    assert 0 < work.source_pairs <= sum(n * n for n in lengths)
+
+
+def planned(documents: list, data: DataSettings) -> Work:
+    examples = Examples(data, 1, VOCABULARY)
+    rows = iter(range(100))
+    return count_work(
+        [
+            tuple(fragment_of(row := next(rows), one, examples, row % examples.pairs) for one in pack)
+            for pack in documents
+        ],
+        data,
     )
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["untied", "tied"])
-def test_parameters_are_those_of_the_model(settings: ModelSettings) -> None:
-    model = Transformer(settings, VOCABULARY)
-    assert num_parameters(settings, VOCABULARY) == sum(p.numel() for p in model.parameters())
+def real_rows(batch) -> torch.Tensor:
+    """(T,) positions of documents: padding has token 0 and position 0 alone."""
+    real = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    edges = batch.offsets.tolist()
+    for first, end in pairwise(edges):
+        real[first:end] = bool(batch.tokens[first:end].any())
+    return real
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["untied", "tied"])
-def test_model_flops_are_those_that_torch_counts(settings: ModelSettings) -> None:
-    """torch's counter takes attention over all pairs of a document, so the formula is given those."""
-    model = Transformer(settings, VOCABULARY)
-    packed = batch(LENGTHS, padding=0)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        F.cross_entropy(model(packed, "logits"), packed.targets).backward()
-    counted = counter.get_total_flops()
-    pairs = sum(length**2 for length in LENGTHS)
-    assert counted > 1e6
-    assert counted == flops(settings, VOCABULARY, pack_tokens=0, positions=32, padding=0, pairs=pairs).causal
-
-
-def test_the_two_conventions_differ_in_the_pairs_only() -> None:
-    settings = SETTINGS[0]
-    pairs = sum(length * (length + 1) // 2 for length in LENGTHS)
-    visible = dense(causal(batch(LENGTHS, padding=0).offsets), 32, 32)
-    assert int(visible.sum()) == pairs == 214  # 45 + 1 + 153 + 15
-    found = flops(settings, VOCABULARY, pack_tokens=36, positions=32, padding=4, pairs=pairs)
-    weights = matrix_weights(settings, VOCABULARY)
-    assert weights == 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32  # q, k, v, output; SwiGLU; head
-    assert found.causal == 6 * weights * 32 + 12 * 2 * 4 * 8 * pairs
+def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
+    settings = ModelSettings(layers=2, width=32, heads=4, key_value_heads=2, feed_forward_width=48)
+    work = Work(positions=32, pairs=214, squares=396)  # documents of 9, 1, 17 and 5
+    found = flops(settings, 40, work, (36, 0), padding=(4, 0))
+    weights = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
+    assert found.causal == 6 * weights * 32 + 12 * 2 * 4 * 8 * 214
     assert found.full == 6 * weights * 32 + 12 * 2 * 4 * 8 * 32 * 36
-    assert found.hardware == 6 * weights * 36 + 14 * 2 * 4 * 8 * pairs
-    again = flops(settings, VOCABULARY, 36, positions=32, padding=4, pairs=pairs, blocks_recomputed=1.0)
-    assert again.hardware - found.hardware == 2 * (weights - 40 * 32) * 36 + 4 * 2 * 4 * 8 * pairs
-    assert again[:2] == found[:2]
+    assert found.hardware == 6 * weights * 36 + 14 * 2 * 4 * 8 * 214
+    assert text(9).tolist()[0] == 1
 
 
 @pytest.mark.parametrize(

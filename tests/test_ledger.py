@@ -15,7 +15,8 @@ def step(number: int, lap: float = 1.0, **changes: Any) -> Line:
     line = {
         "kind": "step", "step": number, "lap": lap, "loss": 2.0, "gradient_norm": 1.0, "learning_rate": 0.1,
         "targets": 100, "positions": 100, "padding": 28, "documents": 5, "step_seconds": lap, "data_wait_seconds": 0.0,
-        "compile_seconds": 0.0, "packs_document_limited": 0, "attention_imbalance": 1.0, "flops": None,
+        "compile_seconds": 0.0, "packs_document_limited": 0, "imbalance": 1.0,
+        "imbalance_undealt": 1.5, "fetched_bytes": 7, "fetch_failures": 0, "flops": None,
         "skipped": False, "skip_reason": "not_finite", "parts": [], "z_loss": None, "loss_scale": None,
         "slowest_rank": None, "slowest_rank_lag_seconds": None, "norms": None,
     }  # fmt: skip

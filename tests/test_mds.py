@@ -10,6 +10,7 @@ from bigmodel.data import mds
 from bigmodel.data.shards import define_missing_torchvision_operators
 
 COLUMNS = {"one": ["tokens"], "two": ["tokens", "target_tokens"]}
+TEXTS = ["a", "", "été <|eos|>\n", "漢字" * 40_000]
 LENGTHS = [1, 2, 255, 256, 700, 65_535, 65_536, 70_000, 3]
 
 
@@ -26,6 +27,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for length in LENGTHS:
                 writer.write({column: np.arange(length + place).astype(dtype) for place, column in enumerate(columns)})
             writer.finish()
+    writer = MDSWriter(columns={"target_text": "str", "text": "str"}, out=str(folder / "text"), size_limit=None)
+    for text in TEXTS:
+        writer.write({"text": text, "target_text": text.upper()})
+    writer.finish()
     return folder
 
 
@@ -42,6 +47,15 @@ def test_a_shard_and_its_index_are_the_bytes_that_mdswriter_writes(reference: Pa
     entry = mds.shard_entry(0, {name: np.array([len(a) for a in arrays]) for name, arrays in documents.items()}, dtype)
     assert entry["raw_data"]["bytes"] == len(content)
     assert mds.encode_index([entry]) == (folder / "index.json").read_bytes()
+
+
+def test_a_shard_of_text_and_its_index_are_the_bytes_that_mdswriter_writes(reference: Path) -> None:
+    documents = {"text": [text.encode() for text in TEXTS], "target_text": [text.upper().encode() for text in TEXTS]}
+    content = mds.encode_shard(documents)
+    assert content == (reference / "text" / "shard.00000.mds").read_bytes()
+    entry = mds.shard_entry(0, {name: np.array([len(t) for t in texts]) for name, texts in documents.items()}, None)
+    assert entry["raw_data"]["bytes"] == len(content)
+    assert mds.encode_index([entry]) == (reference / "text" / "index.json").read_bytes()
 
 
 def test_a_shard_of_the_most_tokens_and_the_shortest_documents_fits_its_offsets() -> None:

@@ -42,7 +42,10 @@ STEPS = [
         data_wait_seconds=0.01 * number,
         compile_seconds=0.02,
         packs_document_limited=number,
-        attention_imbalance=1.25,
+        imbalance=1.25,
+        imbalance_undealt=1.5,
+        fetched_bytes=10 * number,
+        fetch_failures=1,
         flops=Flops(causal=3e6 * number, full=4e6 * number, hardware=5e6 * number),
         skipped=number == 2,
         parts=(LossPart("causal", "news", 5.0, 2 * number), LossPart("causal", "letters", 3.0, 1)),
@@ -113,6 +116,9 @@ EXPECTED = {
     "hardware_flops_utilization_ratio": 15e6 / 1.92e9,
     "packing_efficiency_ratio": 1013 / 1024,
     "attention_imbalance_ratio": 1.25,
+    "attention_imbalance_undealt_ratio": 1.5,
+    "data_fetched_bytes_total": 30,
+    "data_fetch_failures_total": 1,
     "productive_seconds_total": 0.12 + 1.92 - 0.04 - 0.04,
     "lost_seconds_total|data": 0.06,
     "lost_seconds_total|compile": 0.06,
@@ -229,7 +235,7 @@ def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: 
         metrics.record_step(replace(STEPS[2], step=4))
         further = samples(metrics.endpoint)
     counters = [name for name in whole if "_total" in name and not name.startswith(("lost", "restarts", "network"))]
-    counters = [name for name in counters if not name.startswith(("phase", "rank_busy"))]  # the rank's own
+    counters = [name for name in counters if not name.startswith(("phase", "rank_busy", "data_fetch"))]
     assert len(counters) > 20
     for name in counters:
         assert whole[name] == resumed[name] == again[name], name

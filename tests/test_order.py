@@ -489,7 +489,7 @@ def shuffled_rows(pieces: list[Fragment], key: int) -> list[Fragment]:
 
 def golden_fingerprint() -> str:
     order = small_order()
-    steps = [[[list(fragment) for fragment in pack] for pack in order.next_step()] for _ in range(25)]
+    steps = [[[list(fragment[:6]) for fragment in pack] for pack in order.next_step()] for _ in range(25)]
     return hashlib.sha256(json.dumps([steps, order.state()], sort_keys=True).encode()).hexdigest()
 
 

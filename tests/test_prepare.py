@@ -201,7 +201,7 @@ def test_any_other_error_keeps_them_too(home: Path, tmp_path: Path, monkeypatch:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "length_statistics", fail)
+        patch.setattr(preparing, "all_statistics", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     assert len(partial_files(tmp_path)) == 8
@@ -724,6 +724,10 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
     both = manifest.counts["pairs"].values()
     tokens = sum(counts["tokens"] - 2 * counts["documents"] for counts in both)
     assert manifest.statistics["bytes_per_token"] == sum(len(pair["de"].encode()) for pair in pairs) / tokens
+    of_targets = manifest.statistics["target"]
+    assert sum(of_targets["histogram"].values()) == sum(manifest.statistics["histogram"].values()) == 60
+    assert of_targets["mean_tokens"] == sum(counts["target_tokens"] for counts in both) / 60
+    assert of_targets["max_tokens"] < manifest.statistics["median_tokens"]  # "house 7" against nine times "Haus 7"
     assert found == [pair for pair in pairs if pair in found]
     assert 30 < len(found) < 60
     assert verify(str(directory), quiet()) == []

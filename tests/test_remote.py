@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ from bigmodel.data import files, remote
 from bigmodel.data.prepare import quiet
 from bigmodel.data.remote import upload
 from bigmodel.data.shards import ShardStore
-from tests.s3 import delete, get, put, refusing_server, s3_server
+from tests.s3 import delete, faulty_server, get, put, refusing_server, s3_server
 from tests.tiny_corpus import prepared
 
 SHARD = "train/news/shard.00001.mds"
@@ -144,6 +145,8 @@ def test_a_node_fetches_what_it_reads_and_no_shard_more(whole: Path, url: str, t
     assert lengths.tolist() == local.lengths("news", 1).tolist()
     assert np.array_equal(document, local.document("news", 1, 2))
     fetched = files.sizes(str(tmp_path / "data"))
+    assert (tmp_path / "data" / ".fetched").read_text() == f"{SHARD}\n"
+    del fetched[".fetched"]
     expected = ["manifest.json", "tokenizer.json", "train/news/index.json", "train/news/lengths.00001.npy", SHARD]
     assert sorted(fetched) == expected
     for name in fetched:
@@ -207,6 +210,124 @@ def test_a_file_that_vanished_is_named(url: str, tmp_path: Path) -> None:
     delete(f"{url}/{SHARD}")
     with pytest.raises(UserError, match=rf"{SHARD}: cannot be read: .*credentials"):
         ShardStore(tmp_path / "data", "train", url).document("news", 1, 0)
+    assert not (tmp_path / "data" / SHARD).exists()
+
+
+# ---- a node's cache -------------------------------------------------------------------------------------------
+
+
+def shards_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.mds")}
+
+
+def shard_bytes(whole: Path, source: str = "news") -> dict[str, int]:
+    return {
+        f"train/{source}/{path.name}": path.stat().st_size for path in sorted((whole / f"train/{source}").glob("*.mds"))
+    }
+
+
+def age(folder: Path) -> None:
+    """As if what is there had been used an hour ago."""
+    for path in folder.rglob("*.mds"):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3600))
+
+
+def test_the_cache_keeps_to_its_limit_by_deleting_what_was_used_longest_ago(
+    whole: Path, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = shard_bytes(whole)
+    names = list(sizes)
+    assert len(names) == 3
+    limit = sum(sizes.values()) - min(sizes.values())
+    store = ShardStore(tmp_path / "data", "train", url, cache_bytes=limit)
+    for number in (0, 1):
+        store.document("news", number, 0)
+        age(tmp_path / "data")
+    store.open_shard("news", 0)  # used again
+    store.document("news", 2, 0)
+    assert shards_in(tmp_path / "data") == {names[0], names[2]}
+    assert store.remote
+    assert store.remote.num_deleted == 1
+    assert not [record for record in caplog.records if record.name == "bigmodel.data.remote"]
+    local = ShardStore(whole, "train")
+    for number in (1, 0, 2, 1, 1, 0):  # what was deleted comes again, and is the same
+        assert np.array_equal(store.document("news", number, 1), local.document("news", number, 1))
+        assert sum(sizes[name] for name in shards_in(tmp_path / "data")) <= limit
+    assert any("is deleted for room while it is in use" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("case", ["prepared here", "gone from the store", "cut in the store", "the store is silent"])
+def test_the_only_copy_of_a_shard_is_never_deleted(
+    case: str, whole: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = shard_bytes(whole)
+    first, second = list(sizes)[:2]
+    store = ShardStore(tmp_path / "data", "train", url, cache_bytes=max(sizes.values()) + 1)
+    if case == "prepared here":
+        (tmp_path / "data" / first).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(whole / first, tmp_path / "data" / first)
+    store.document("news", 0, 0)
+    if case == "gone from the store":
+        delete(f"{url}/{first}")
+    if case == "cut in the store":
+        put(f"{url}/{first}", get(f"{url}/{first}")[:-1])
+    if case == "the store is silent":
+        size = files.size
+
+        def silent(location: str) -> int:
+            if location.startswith("s3:"):
+                raise UserError("no answer")
+            return size(location)
+
+        monkeypatch.setattr(files, "size", silent)
+    store.document("news", 1, 0)
+    assert shards_in(tmp_path / "data") == {first, second}
+    assert store.remote
+    assert store.remote.num_deleted == 0
+
+
+def test_a_limit_below_one_shard_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.cache_bytes = 100: train/\S+ alone has \d+ bytes; raise it"):
+        ShardStore(tmp_path / "data", "train", url, cache_bytes=100)
+
+
+def test_what_killed_fetches_left_is_deleted_and_what_a_live_one_holds_is_not(url: str, tmp_path: Path) -> None:
+    ShardStore(tmp_path / "data", "train", url).document("news", 0, 0)
+    folder = tmp_path / "data/train/news"
+    stale, live, other = (folder / f".{name}.part" for name in ("shard.00001.mds", "shard.00002.mds", "notes.txt"))
+    for part in (stale, live, other):
+        part.write_bytes(b"half")
+    with open(live, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ShardStore(tmp_path / "data", "train", url)
+    assert not stale.exists()
+    assert live.read_bytes() == b"half"
+    assert other.exists()  # not ours
+
+
+# ---- a store that is slow or fails ----------------------------------------------------------------------------
+
+
+def test_a_store_that_is_slow_and_fails_for_a_while_gives_the_right_bytes_and_failures_are_counted(
+    whole: Path, bucket: str, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with faulty_server(seconds=0.3, failures=3, of=SHARD) as asked:
+        store = ShardStore(tmp_path / "data", "train", url)
+        with caplog.at_level(logging.WARNING):
+            document = store.document("news", 1, 2)
+    assert np.array_equal(document, ShardStore(whole, "train").document("news", 1, 2))
+    assert (tmp_path / "data" / SHARD).read_bytes() == (whole / SHARD).read_bytes()
+    assert store.remote
+    assert store.remote.num_failures == 3
+    assert len([r for r in caplog.records if "of 5 failed" in r.getMessage()]) == 3
+    assert len(asked) > 6  # the others were only slow
+
+
+def test_a_store_that_stays_broken_is_an_error_that_names_the_file(url: str, tmp_path: Path) -> None:
+    with faulty_server(seconds=0, failures=10_000, of=SHARD):
+        store = ShardStore(tmp_path / "data", "train", url)
+        with pytest.raises(UserError, match=rf"{url}/{SHARD}: cannot be read"):
+            store.document("news", 1, 2)
     assert not (tmp_path / "data" / SHARD).exists()
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from bigmodel.__main__ import train as train_command
+from bigmodel.baselines import Bigram, token_pairs
 from bigmodel.config import Settings, UserError, load_settings
-from bigmodel.data.segments import resume_order
+from bigmodel.data.order import Order
+from bigmodel.data.segments import order_of_segment, resume_order
 from bigmodel.data.shards import ShardStore
 from bigmodel.rundir import read_json_lines
+from bigmodel.show import order_before
 from bigmodel.training import checkpoint
 from launcher.__main__ import application
 from tests.memory_store import MemoryStore, given_positions
@@ -107,6 +110,50 @@ def train(run_file: Path, overrides: list[str], new_plan: bool) -> int:
     return run_(load_settings(run_file, overrides), new_plan=new_plan)
 
 
+def bigram_of_both(shards: Path, run_file: Path, overrides: list[str]) -> float:
+    """Bits per byte of a bigram that has read the trunk's 4 steps and the branch's 4, from plans made here."""
+    store, validation = ShardStore(shards, "train"), ShardStore(shards, "validation")
+    bigram = Bigram(store.manifest.vocabulary)
+    for segment, first_step, changes in ((0, 0, []), (1, 4, overrides)):
+        order = Order.of_run(store, load_settings(run_file, changes), segment=segment, first_step=first_step)
+        pieces = [piece for _ in range(4) for pack in order.next_step() for piece in pack]
+        texts = [(store.document(store.sources[p.source], p.shard, p.row), p) for p in pieces]
+        bigram.fit((t[p.start : p.start + p.length], t[p.start + 1 : p.start + p.length + 1]) for t, p in texts)
+    return bigram.bits(token_pairs(validation)) / validation.text_bytes
+
+
+def test_an_earlier_segment_is_replayed_by_what_the_checkpoint_says_of_it() -> None:
+    store, first = (
+        MemoryStore(TWO_SOURCES),
+        run(max_epochs={"web": 30}, curriculum=[{"from_tokens": 90, "mix": {"web": 1}}]),
+    )
+    given, state = walked(first, store, 9)
+    later, state = walked(run(pack_tokens=32, window_packs=2), store, 5, state, new_plan=True)
+    for number, packs, steps in ((0, given, 9), (1, later, 5)):
+        data, order = order_of_segment(store, run(context_tokens=4).data, state["segments"], number)
+        assert data.pack_tokens == (16, 32)[number]
+        assert order.first_step == order.step == (0, 9)[number]
+        assert [pack for _ in range(steps) for pack in order.next_step()] == packs
+    with pytest.raises(UserError, match=r"segment 0: [^\n]*\n.*prepared data: '"):
+        order_of_segment(MemoryStore({"web": [[9, 9, 9], [9]]}), first.data, state["segments"], 0)
+
+
+@pytest.mark.parametrize("step", [0, 3, 8, 9, 11, 13, 14, 16])
+def test_a_step_is_shown_in_the_plan_that_the_run_had_then(step: int) -> None:
+    store, now = MemoryStore(TWO_SOURCES), run(mix={"web": 1.0})
+    first, state = walked(run(), store, 9)
+    later, state = walked(now, store, 5, state, new_plan=True)
+    more, _ = walked(now, store, 3, state)
+    order, data = order_before(store, now, step, state)
+    assert order.step == step
+    assert order.next_step() == [*first, *later, *more][4 * step : 4 * step + 4]
+    assert data.mix == ({} if step < 9 else {"web": 1.0})
+    tried = run(mix={"books": 1.0})  # settings that the run never had: as in a new run
+    order, data = order_before(store, tried, step, state)
+    fresh = Order.of_run(store, tried)
+    assert order.next_step() == [fresh.next_step() for _ in range(step + 1)][-1]
+
+
 def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path: Path) -> None:
     """The branch trains on one source from step 4 on, in a directory of its own; the trunk stays as it is."""
     run_file = write_run(tmp_path, shards, name="trunk")
@@ -122,7 +169,8 @@ def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path:
     assert set(newest.state["cursor"]["lanes"][0]["sources"]) == {"news"}
     events = [event for event in read_json_lines(branch / "events.jsonl") if event["event"] == "new_plan"]
     assert [(event["segment"], event["first_step"]) for event in events] == [(1, 4)]
-    assert json.loads((branch / "summary.json").read_text())["bigram_bits_per_byte"] is None  # of which tokens?
+    marks = json.loads((branch / "summary.json").read_text())
+    assert marks["bigram_bits_per_byte"] == pytest.approx(bigram_of_both(shards, run_file, overrides), rel=1e-12)
     kept = checkpoint.newest(trunk / "checkpoints")
     assert kept
     assert kept.state["step"] == 4

@@ -122,7 +122,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[
 def planned(run_file: Path, steps: int) -> dict[str, int]:
     """Counts of the first steps, from the data alone."""
     settings = load_settings(run_file)
-    order = Order.of_run(ShardStore(settings.data.directory, "train", ""), settings)
+    order = Order.of_run(ShardStore.of_run(settings.data, "train"), settings)
     packs = [pack for _ in range(steps) for pack in order.next_step()]
     positions = sum(piece.length for pack in packs for piece in pack)
     pairs = sum(piece.length * (piece.length + 1) // 2 for pack in packs for piece in pack)

@@ -41,7 +41,7 @@ def step_record(step: int, seconds: float) -> StepRecord:
         documents=9_000,
         step_seconds=seconds,
         data_wait_seconds=0.001,
-        attention_imbalance=1.01,
+        imbalance=1.01,
         flops=Flops(4e17, 5e17, 4.5e17),
         parts=tuple(LossPart("causal", f"source-{n}", 1e6, 400_000) for n in range(SOURCES)),
         slowest_rank=3,

@@ -19,7 +19,7 @@ import numpy as np
 from bigmodel.config import UserError
 from bigmodel.data import mds
 from bigmodel.data.corpus import Source, Unit
-from bigmodel.data.encoding import TOKEN_COLUMNS, Work, read_array, save_array
+from bigmodel.data.encoding import TEXT_COLUMNS, TOKEN_COLUMNS, Work, read_array, save_array
 from bigmodel.data.manifest import SPLITS
 from bigmodel.data.units import Team
 from bigmodel.rundir import write_atomically
@@ -36,6 +36,7 @@ class _Shard:
     columns: tuple[str, ...]
     parts: tuple[tuple[int, int, int], ...]
     entry: dict[str, Any]
+    as_text: bool = False
 
 
 def assemble(
@@ -43,13 +44,16 @@ def assemble(
     sources: Sequence[Source],
     all_units: Sequence[Unit],
     shard_tokens: int,
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     work: Work,
-) -> tuple[dict[str, dict[str, dict[str, int]]], list[np.ndarray]]:
-    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths."""
+) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, list[np.ndarray]]]:
+    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths by column.
+
+    `dtype`: of the tokens; None: the shards hold text, cut where shards of tokens would be.
+    """
     counts: dict[str, dict[str, dict[str, int]]] = {source.name: {} for source in sources}
     shards: list[_Shard] = []
-    all_lengths: list[np.ndarray] = []
+    all_lengths: dict[str, list[np.ndarray]] = {column: [] for column in TOKEN_COLUMNS}
     for source in sources:
         mine = [number for number, unit in enumerate(all_units) if unit.source == source.name]
         columns = TOKEN_COLUMNS[: len(source.columns)]
@@ -57,10 +61,16 @@ def assemble(
             lengths = {
                 column: [read_array(work, unit, f"{split}_{column}_lengths") for unit in mine] for column in columns
             }
-            shards += _plan_shards(source.name, split, mine, lengths, shard_tokens, dtype)
-            all_lengths.append(np.concatenate(lengths["tokens"]))
+            sizes = lengths
+            if dtype is None:
+                sizes = {
+                    column: [read_array(work, unit, f"{split}_{column}_sizes") for unit in mine] for column in columns
+                }
+            shards += _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
+            for column, parts in lengths.items():
+                all_lengths[column].append(np.concatenate(parts))
             counts[source.name][split] = {
-                "documents": len(all_lengths[-1]),
+                "documents": len(all_lengths["tokens"][-1]),
                 **{
                     column.replace("tokens", "text_bytes"): sum(
                         int(read_array(work, unit, f"{split}_{column}_bytes")) for unit in mine
@@ -82,12 +92,14 @@ def _plan_shards(
     split: str,
     unit_numbers: Sequence[int],
     lengths: dict[str, list[np.ndarray]],
+    sizes: dict[str, list[np.ndarray]],
     shard_tokens: int,
-    dtype: np.dtype,
+    dtype: np.dtype | None,
 ) -> list[_Shard]:
     """Cut the documents of all units, end to end, into shards: each closes before the document that would bring it
-    above `shard_tokens`."""
+    above `shard_tokens`. `sizes`: of what is stored of each document, in its values."""
     joined = {column: np.concatenate(parts) for column, parts in lengths.items()}
+    stored = {column: np.concatenate(parts) for column, parts in sizes.items()}
     tokens = sum(part.astype(np.int64) for part in joined.values())
     if len(tokens) and tokens.max() > mds.LARGEST_SHARD_TOKENS:
         raise UserError(
@@ -106,8 +118,10 @@ def _plan_shards(
             start, end = bounds[place], bounds[place + 1]
             if end > start:
                 parts.append((unit_numbers[place], max(first, start) - start, min(last, end) - start))
-        entry = mds.shard_entry(len(shards), {name: part[first:last] for name, part in joined.items()}, dtype)
-        shards.append(_Shard(f"{split}/{source}", split, len(shards), tuple(joined), tuple(parts), entry))
+        as_text = dtype is None
+        mine = {TEXT_COLUMNS[name] if as_text else name: part[first:last] for name, part in stored.items()}
+        entry = mds.shard_entry(len(shards), mine, dtype)
+        shards.append(_Shard(f"{split}/{source}", split, len(shards), tuple(joined), tuple(parts), entry, as_text))
         first = last
     return shards
 
@@ -118,15 +132,20 @@ def _write_shard(shard: _Shard, work: Work) -> None:
     path = folder / shard.entry["raw_data"]["basename"]
     if path.exists() and path.stat().st_size == shard.entry["raw_data"]["bytes"]:
         return
-    documents: dict[str, list[np.ndarray]] = {column: [] for column in shard.columns}
+    documents: dict[str, list[mds.Value]] = {column: [] for column in shard.columns}
+    lengths: dict[str, list[np.ndarray]] = {column: [] for column in shard.columns}
     for unit, first, last in shard.parts:
         with np.load(work.encoded(unit)) as arrays:
             for column in shard.columns:
-                bounds = np.cumsum([0, *arrays[f"{shard.split}_{column}_lengths"]])[first : last + 1].tolist()
-                tokens = arrays[f"{shard.split}_{column}"]
-                documents[column] += [tokens[start:end] for start, end in pairwise(bounds)]
+                name = f"{shard.split}_{column}"
+                lengths[column].append(arrays[f"{name}_lengths"][first:last])
+                sizes = arrays[f"{name}_sizes" if shard.as_text else f"{name}_lengths"]
+                values, bounds = arrays[name], np.cumsum([0, *sizes])[first : last + 1].tolist()
+                parts = [values[start:end] for start, end in pairwise(bounds)]
+                documents[column] += [part.tobytes() for part in parts] if shard.as_text else parts
     folder.mkdir(parents=True, exist_ok=True)
-    for column, arrays_ in documents.items():
+    for column, mine in lengths.items():
         name = f"{column.removesuffix('tokens')}lengths.{shard.number:05}.npy"
-        save_array(folder / name, np.array([len(array) for array in arrays_], np.uint32))
-    write_atomically(path, mds.encode_shard(documents))
+        save_array(folder / name, np.concatenate(mine).astype(np.uint32))
+    columns = {TEXT_COLUMNS[column] if shard.as_text else column: values for column, values in documents.items()}
+    write_atomically(path, mds.encode_shard(columns))

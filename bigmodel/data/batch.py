@@ -6,11 +6,13 @@ Costs about 10 ns a token on one core. Also draws a batch, as text and as a pict
 
 Shapes: k packs of T0 = pack_tokens positions and at most D0 = pack_documents documents make T = k * T0 positions
 and D = k * (D0 + 1) documents: one more per pack, because a pack's padding is laid out as a document of its own.
+Packs with a source side have S = k * source_pack_tokens positions more, in the same D documents.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,12 @@ import torch
 from torch import Tensor
 
 from bigmodel.config import DataSettings
-from bigmodel.data.objectives import causal
+from bigmodel.data.examples import Document, Examples
+from bigmodel.data.objectives import IGNORED, NO_TOKENS, Example, causal
 from bigmodel.data.randomness import make_key, words
-from bigmodel.data.shuffle import Fragment, Pack
+from bigmodel.data.shuffle import PLAIN, Fragment, Pack
 
-IGNORED = -100  # the target of padding: torch's default ignore_index
-Reader = Callable[[Fragment], np.ndarray]  # the stored tokens of the whole document that a fragment is of
+Reader = Callable[[Fragment], Document]  # the stored tokens of the whole document, or pair, that a fragment is of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,141 +52,305 @@ class Batch:
     [0, 4, 7, 8, 13, 16, 16]
     >>> batch.num_positions, batch.num_targets, batch.num_documents
     (12, 12, 3)
+
+    A pack with a source side, of 8 target and 6 source positions. Two pairs: source texts 11 12 13 and 21, target
+    texts 31 32 and 41 42 43. Each source is read with its end, each target begins with the start token:
+
+    >>> from bigmodel.data.examples import Examples, Pair
+    >>> pairs = [([1, 11, 12, 13, 2], [1, 31, 32, 2]), ([1, 21, 2], [1, 41, 42, 43, 2])]
+    >>> def read(fragment):
+    ...     return Pair(*map(np.array, pairs[fragment.row]))
+    >>> settings = DataSettings(context_tokens=8, pack_tokens=8, pack_documents=2, source_pack_tokens=6)
+    >>> first, second = Fragment(0, 0, 0, 0, 4, 0, 1, 3, 3, 4), Fragment(0, 0, 1, 0, 2, 0, 1, 4, 4, 2)
+    >>> keys, source_keys = make_keys(1, 0, [0], 8), make_keys(1, 0, [0], 6, "source positions")
+    >>> batch = build_batch([(first, second)], read, settings, keys, Examples(settings, seed=1), source_keys)
+    >>> batch.tokens.tolist(), batch.targets.tolist()
+    ([1, 31, 32, 1, 41, 42, 43, 0], [31, 32, 2, 41, 42, 43, 2, -100])
+    >>> batch.offsets.tolist()  # 3, 4, 1 of padding
+    [0, 3, 7, 8]
+    >>> batch.source.tokens.tolist(), batch.source.offsets.tolist()  # 4, 2, no padding
+    ([11, 12, 13, 2, 21, 2], [0, 4, 6, 6])
     """
 
     tokens: Tensor  # (T,) int64
-    targets: Tensor  # (T,) int64: the token after this one in the same document; IGNORED exactly at padding
+    targets: Tensor  # (T,) int64: what is asked for at this position; IGNORED at padding and where nothing is
     positions: Tensor  # (T,) int64: from 0 in every document
     offsets: Tensor  # (D+1,) int32: document i is [offsets[i], offsets[i+1]); the first is 0, the last T
     keys: Tensor  # (T,) int64: a random word for each position, the same at every world size
     num_positions: int  # without padding
     num_targets: int
     num_documents: int  # without padding; a piece of a long document counts as one
+    prefixes: Tensor | None = None  # (D,) int32: so many first positions of a document are seen by all of it
+    source: "SourceSide | None" = None  # what the encoder reads
+    parts: Tensor | None = None  # (T,) int64: the part of the loss, 0 to num_parts - 1, that a position counts in
+    num_parts: int = 1
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch with its tensors on a device."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors_of(self).items()}
+        return replace(self, **moved, source=self.source.to(device) if self.source else None)
+
+    def pinned(self) -> "Batch":
+        """This batch in page-locked memory: `to` a GPU then returns at once and copies while others compute."""
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors_of(self).items()}
+        return replace(self, **pinned, source=self.source.pinned() if self.source else None)
 
     def fingerprint(self) -> str:
         """sha256 over the tensors' names, types, shapes and bytes."""
         digest = hashlib.sha256()
-        for name, tensor in self._tensors().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for side in (self, self.source) if self.source else (self,):
+            for name, tensor in tensors_of(side).items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+
+@dataclass(frozen=True, eq=False)
+class SourceSide:
+    """The source side of a micro-batch: the same documents in the same order. Padding has token 0, position 0."""
+
+    tokens: Tensor  # (S,) int64
+    positions: Tensor  # (S,) int64: from 0 in every document
+    offsets: Tensor  # (D+1,) int32
+    keys: Tensor  # (S,) int64
+    num_positions: int  # without padding
+
+    def to(self, device: torch.device | str) -> "SourceSide":
+        """This side with its tensors on a device."""
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors_of(self).items()}
+        )
+
+    def pinned(self) -> "SourceSide":
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors_of(self).items()})
 
 
-def make_keys(seed: int, step: int, numbers: Sequence[int], pack_tokens: int) -> np.ndarray:
-    """Random words for the positions of the packs of these numbers in a data step: (T,) int64.
+def tensors_of(side: Batch | SourceSide) -> dict[str, Tensor]:
+    return {field.name: value for field in fields(side) if isinstance(value := getattr(side, field.name), Tensor)}
 
-    The number is the pack's own, whatever rank and micro-batch it is computed in.
+
+def make_keys(seed: int, step: int, numbers: Sequence[int], tokens: int, side: str = "positions") -> np.ndarray:
+    """Random words for the positions of the packs of these numbers, `tokens` each, in a data step: (T,) int64.
+
+    The number is the pack's own, whatever rank and micro-batch it is computed in. Sides have words of their own.
     """
-    keys = [words(make_key("positions", seed, step, number), pack_tokens) for number in numbers]
+    keys = [words(make_key(side, seed, step, number), tokens) for number in numbers]
     return np.concatenate(keys).view(np.int64)
 
 
-def build_batch(packs: Sequence[Pack], read: Reader, settings: DataSettings, keys: np.ndarray) -> Batch:
+def build_batch(
+    packs: Sequence[Pack],
+    read: Reader,
+    settings: DataSettings,
+    keys: np.ndarray,
+    examples: Examples | None = None,
+    source_keys: np.ndarray | None = None,
+    part_of: Callable[[Fragment], int] | None = None,
+    num_parts: int = 1,
+) -> Batch:
     """Lay packs end to end, each at its multiple of pack_tokens. An empty pack is all padding.
 
-    `keys`: (T,) int64, from `make_keys`. Raises what `read` raises.
+    `keys`: (T,) int64, from `make_keys`; `source_keys`: (S,) where there is a source side. `examples` is needed where
+    documents are more than plain text in causal order. `part_of`: the part of the loss that a fragment counts in.
+    Raises what `read` raises.
     """
-    pack_tokens, pack_documents = settings.pack_tokens, settings.pack_documents
-    num_tokens = len(packs) * pack_tokens
-    tokens_T, targets_T = np.zeros(num_tokens, dtype=np.int64), np.full(num_tokens, IGNORED, dtype=np.int64)
-    positions_T, count = np.zeros(num_tokens, dtype=np.int64), np.arange(settings.context_tokens)
-    ends: list[int] = []
+    target_side = _Side(len(packs), settings.pack_tokens)
+    source_side = _Side(len(packs), settings.source_pack_tokens)
+    targets_T = np.full(len(target_side.tokens), IGNORED, dtype=np.int64)
+    parts_T = np.zeros(len(target_side.tokens) if part_of else 0, dtype=np.int64)
+    prefixes: list[int] = []
     for number, pack in enumerate(packs):
-        assert len(pack) <= pack_documents, f"a pack of {len(pack)} documents; pack_documents = {pack_documents}"
-        place, pack_end = number * pack_tokens, (number + 1) * pack_tokens
+        assert len(pack) <= settings.pack_documents, (
+            f"a pack of {len(pack)} documents; pack_documents = {settings.pack_documents}"
+        )
+        for what, size in (("positions", settings.pack_tokens), ("source_positions", settings.source_pack_tokens)):
+            filled = sum(getattr(fragment, what) for fragment in pack)
+            assert filled <= size, f"a pack of more than pack_tokens = {size} {what}: {pack}"
         for fragment in pack:
-            end = place + fragment.length
-            assert end <= pack_end, f"a pack of more than pack_tokens = {pack_tokens} positions: {pack}"
-            tokens_T[place:end], targets_T[place:end] = causal(read(fragment), fragment.start, fragment.length)
-            positions_T[place:end] = count[: fragment.length]
-            ends.append(end)
-            place = end
-        if place < pack_end:
-            ends.append(pack_end)
-    num_positions = sum(fragment.length for pack in packs for fragment in pack)
-    offsets = np.full(len(packs) * (pack_documents + 1) + 1, num_tokens, dtype=np.int32)
-    offsets[0], offsets[1 : len(ends) + 1] = 0, ends
-    assert keys.shape == (num_tokens,), f"{keys.shape[0]} keys for {num_tokens} positions"
-    assert int(np.count_nonzero(targets_T != IGNORED)) == num_positions, "a target is ignored outside the padding"
+            example = _example(fragment, read, examples)
+            place = target_side.add(example.tokens, example.places)
+            targets_T[place] = example.targets
+            source_side.add(example.source)
+            prefixes.append(_prefix(example) if settings.bidirectional_prefix and not source_side.size else 0)
+            if part_of:
+                parts_T[place] = part_of(fragment)
+            assert (len(example.tokens), len(example.source)) == (fragment.positions, fragment.source_positions), (
+                f"{fragment} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
+            )
+        has_padding = [side.pad(number) for side in (target_side, source_side)]
+        for side in (target_side, source_side) if any(has_padding) else ():
+            side.ends.append(side.place)
+            prefixes += [0] if side is target_side else []
+    num_documents = len(packs) * (settings.pack_documents + 1)
+    num_targets = sum(fragment.targets for pack in packs for fragment in pack)
+    found = int(np.count_nonzero(targets_T != IGNORED))
+    assert keys.shape == target_side.tokens.shape, f"{keys.shape[0]} keys for {len(target_side.tokens)} positions"
+    assert found == num_targets, f"{found} targets where {num_targets} were planned: one is ignored outside the padding"
+    assert len(source_side.ends) == len(target_side.ends), "the sides hold other documents"
+    source = None
+    if source_side.size:
+        assert source_keys is not None, "no keys for the source side"
+        assert source_keys.shape == source_side.tokens.shape, f"{len(source_keys)} keys for the source side"
+        source = SourceSide(
+            tokens=torch.from_numpy(source_side.tokens),
+            positions=torch.from_numpy(source_side.positions),
+            offsets=torch.from_numpy(source_side.offsets(num_documents)),
+            keys=torch.from_numpy(source_keys),
+            num_positions=sum(fragment.source_positions for pack in packs for fragment in pack),
+        )
     return Batch(
-        tokens=torch.from_numpy(tokens_T),
+        tokens=torch.from_numpy(target_side.tokens),
         targets=torch.from_numpy(targets_T),
-        positions=torch.from_numpy(positions_T),
-        offsets=torch.from_numpy(offsets),
+        positions=torch.from_numpy(target_side.positions),
+        offsets=torch.from_numpy(target_side.offsets(num_documents)),
         keys=torch.from_numpy(keys),
-        num_positions=num_positions,
-        num_targets=num_positions,
+        num_positions=sum(fragment.positions for pack in packs for fragment in pack),
+        num_targets=num_targets,
         num_documents=sum(len(pack) for pack in packs),
+        prefixes=_padded(prefixes, num_documents) if any(prefixes) else None,
+        source=source,
+        parts=torch.from_numpy(parts_T) if part_of else None,
+        num_parts=num_parts,
     )
 
 
-def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
-    """A text picture, a line per pack: a letter per document, dots for padding; a table too where a pack is short.
+class _Side:
+    """One side of a micro-batch while it is laid out."""
 
-    A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52.
+    def __init__(self, num_packs: int, size: int) -> None:
+        self.size, self.place, self.ends = size, 0, [0]
+        self.tokens = np.zeros(num_packs * size, dtype=np.int64)
+        self.positions = np.zeros_like(self.tokens)
+        self._count = np.arange(size)
+
+    def add(self, tokens: np.ndarray, places: np.ndarray | None = None) -> slice:
+        """Lay a document behind the others of its pack."""
+        taken = slice(self.place, self.place + len(tokens))
+        self.tokens[taken] = tokens
+        self.positions[taken] = self._count[: len(tokens)] if places is None else places
+        self.place = taken.stop
+        self.ends.append(taken.stop)
+        return taken
+
+    def pad(self, pack: int) -> bool:
+        """Go to the end of this pack; whether there was room left."""
+        begun, self.place = self.place, (pack + 1) * self.size
+        return begun < self.place
+
+    def offsets(self, num_documents: int) -> np.ndarray:
+        """(D+1,) int32; documents that are not there are empty and last."""
+        offsets = np.full(num_documents + 1, len(self.tokens), dtype=np.int32)
+        offsets[: len(self.ends)] = self.ends
+        return offsets
+
+
+def _example(fragment: Fragment, read: Reader, examples: Examples | None) -> Example:
+    document = read(fragment)
+    if fragment.objective == PLAIN:
+        assert isinstance(document, np.ndarray), f"{fragment} is planned as plain text, and is a pair"
+        return Example(NO_TOKENS, *causal(document, fragment.start, fragment.length))
+    assert examples, f"{fragment} has an objective; give build_batch the run's examples"
+    return examples.make(fragment, document)
+
+
+def _prefix(example: Example) -> int:
+    """Positions that are read before the first that is asked for, and that one's own: a source laid before targets."""
+    if len(example.targets) and example.targets[0] != IGNORED:
+        return 0
+    return int((example.targets != IGNORED).argmax()) + 1
+
+
+def _padded(values: list[int], count: int) -> Tensor:
+    return torch.tensor([*values, *[0] * (count - len(values))], dtype=torch.int32)
+
+
+def exchange_sources(batch: Batch) -> Batch:
+    """Each document with the source of the next one, the last with the first's: what a model makes of wrong sources."""
+    assert batch.source, "the batch has no source side"
+    edges = list(pairwise(batch.source.offsets.tolist()))
+    real = [number for number, is_real in enumerate(real_documents(batch)) if is_real]
+    sources = dict(zip(real, [*real[1:], *real[:1]], strict=True))
+    order = [sources.get(number, number) for number in range(len(edges))]
+    rows = torch.cat([torch.arange(*edges[number]) for number in order])
+    lengths = torch.tensor([edges[number][1] - edges[number][0] for number in order])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    moved = {name: tensor[rows] for name, tensor in tensors_of(batch.source).items() if name != "offsets"}
+    return replace(batch, source=replace(batch.source, **moved, offsets=offsets))
+
+
+def real_documents(batch: Batch) -> list[bool]:
+    """Of each document whether something is asked for in it: padding is a document in which nothing is."""
+    asked = torch.nn.functional.pad((batch.targets != IGNORED).cumsum(0), (1, 0))
+    return (asked[batch.offsets.long()].diff() > 0).tolist()
+
+
+def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
+    """A text picture, a line per pack and side: a letter per document, dots for padding; a table too where it is short.
+
+    A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52; a
+    document has the same one on both sides.
     """
-    letters_T = _letters(batch, num_packs)
-    pack_tokens = len(letters_T) // num_packs
-    lines = []
+    sides: list[tuple[str, Batch | SourceSide, tuple[str, ...]]] = [("pack", batch, ("tokens", "targets", "positions"))]
+    if batch.source:
+        sides.insert(0, ("source", batch.source, ("tokens", "positions")))
+    lines, padding = [], 0
     for number in range(num_packs):
-        first = number * pack_tokens
-        cells = min(width, pack_tokens)
-        picture = "".join(letters_T[first + cell * pack_tokens // cells] for cell in range(cells))
-        lines.append(f"pack {number:>4}|{picture}|")
-        if pack_tokens * 5 <= width:
-            for name in ("tokens", "targets", "positions"):
-                row = getattr(batch, name)[first : first + pack_tokens].tolist()
-                lines.append(f"{name:>9}" + "".join(f"{value:5}" for value in row))
-    padding = len(letters_T) - batch.num_positions
-    lines.append(f"{batch.num_documents} documents, {batch.num_positions} positions, {padding} of padding (.)")
+        for name, side, columns in sides:
+            letters = _letters(batch, side, num_packs)
+            size = len(letters) // num_packs
+            first, cells = number * size, min(width, size)
+            picture = "".join(letters[first + cell * size // cells] for cell in range(cells))
+            lines.append(f"{name} {number:>{8 - len(name)}}|{picture}|")
+            padding += letters[first : first + size].count(".")
+            for column in columns if size * 5 <= width else ():
+                row = getattr(side, column)[first : first + size].tolist()
+                lines.append(f"{column:>9}" + "".join(f"{value:5}" for value in row))
+    positions = batch.num_positions + (batch.source.num_positions if batch.source else 0)
+    lines.append(f"{batch.num_documents} documents, {positions} positions, {padding} of padding (.)")
     return lines
 
 
-def draw_png(batch: Batch, visible_TT: np.ndarray, path: Path, num_packs: int = 1) -> None:
-    """Write a picture: the documents as coloured stretches above who sees whom.
+def draw_png(batch: Batch, visible_TK: np.ndarray, path: Path, num_packs: int = 1) -> None:
+    """Write a picture: the documents as coloured stretches above who sees whom; with a source side, its documents.
 
-    `visible_TT`: (T, T) bool, row = query, column = key; from `kernels.visibility`, where the attention rule lives.
+    `visible_TK`: (T, T) bool, or (T, S) with a source side: row = query, column = key; from `kernels.visibility`, where
+    the attention rule lives.
     """
     from matplotlib.figure import Figure
 
-    documents_T, num_tokens = _documents(batch), len(batch.tokens)
-    assert visible_TT.shape == (num_tokens, num_tokens), f"visible is {visible_TT.shape} for {num_tokens} positions"
-    shown_T = np.ma.masked_where((batch.targets == IGNORED).cpu().numpy(), documents_T % 10)
-    shown_TT = np.ma.masked_where(~np.asarray(visible_TT, dtype=bool), np.tile(shown_T[:, None], num_tokens))
+    keys = batch.source or batch
+    num_tokens, num_keys = len(batch.tokens), len(keys.tokens)
+    assert visible_TK.shape == (num_tokens, num_keys), f"visible is {visible_TK.shape} for {num_tokens} x {num_keys}"
+    documents_K, is_real = _documents(keys), np.array(real_documents(batch))
+    shown_K = np.ma.masked_where(~is_real[documents_K], documents_K % 10)
+    shown_TK = np.ma.masked_where(~np.asarray(visible_TK, dtype=bool), np.tile(shown_K[:, None], num_tokens).T)
     figure = Figure(figsize=(7, 8), layout="constrained")
     strip, square = figure.subplots(2, 1, height_ratios=(1, 12), sharex=True)
     look = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
-    strip.imshow(shown_T[None, :], **look)
-    strip.set(yticks=[], title=f"{batch.num_documents} documents, {batch.num_positions} of {num_tokens} positions")
-    square.imshow(shown_TT, **look)
-    square.set(xlabel="key position", ylabel="query position")
-    for edge in range(0, num_tokens + 1, num_tokens // num_packs):
-        square.axvline(edge - 0.5, color="grey", linewidth=0.5)
-        square.axhline(edge - 0.5, color="grey", linewidth=0.5)
+    strip.imshow(shown_K[None, :], **look)
+    strip.set(yticks=[], title=f"{batch.num_documents} documents, {keys.num_positions} of {num_keys} positions")
+    square.imshow(shown_TK, **look)
+    square.set(xlabel="source position" if batch.source else "key position", ylabel="query position")
+    for number in range(num_packs + 1):
+        square.axvline(number * (num_keys // num_packs) - 0.5, color="grey", linewidth=0.5)
+        square.axhline(number * (num_tokens // num_packs) - 0.5, color="grey", linewidth=0.5)
     figure.savefig(path, dpi=150)
 
 
-def _documents(batch: Batch) -> np.ndarray:
+def _documents(side: Batch | SourceSide) -> np.ndarray:
     """The number of the document, padding's included, at every position: (T,)."""
-    lengths = np.diff(batch.offsets.cpu().numpy())
+    lengths = np.diff(side.offsets.cpu().numpy())
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _letters(batch: Batch, num_packs: int) -> list[str]:
-    """A letter for the document at every position, from A in every pack; a dot at padding."""
+def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str]:
+    """A letter for the document at every position of a side, from A in every pack; a dot at padding."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    documents_T = _documents(batch)
-    real_T = (batch.targets != IGNORED).cpu().numpy()
-    pack_tokens = len(documents_T) // num_packs
-    first_T = np.repeat(documents_T[::pack_tokens], pack_tokens)  # a pack starts with a document of its own
+    documents = _documents(side)
+    is_real = np.array(real_documents(batch))[documents]
+    size = len(documents) // num_packs
+    firsts = np.searchsorted(batch.offsets.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))
     return [
-        alphabet[number % len(alphabet)] if real else "."
-        for number, real in zip((documents_T - first_T).tolist(), real_T.tolist(), strict=True)
+        alphabet[(number - firsts[place // size]) % len(alphabet)] if real else "."
+        for place, (number, real) in enumerate(zip(documents.tolist(), is_real.tolist(), strict=True))
     ]

@@ -1,13 +1,15 @@
 """The embedded corpus: real text that every machine with Python has, the standard library's own.
 
 Takes the library's folder. Gives two sources: `code`, a module's program without its documentation strings, and
-`docs`, those strings and the topics of the language reference; both under the module's path as key, so that a module
+`docs`, those strings and the topics of the language reference; or one source of pairs, `summaries`: a function without
+its documentation string, and the first paragraph of that. All are under the module's path as key, so that a module
 falls to one side of the validation split as a whole.
 """
 
 import ast
 import hashlib
 import sysconfig
+import textwrap
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +58,43 @@ def embedded_sources(directory: Path) -> list[Source]:
     return [Source(name, (str(directory / f"{name}.parquet"),), ("text",), "key") for name in ("code", "docs")]
 
 
+def pair_sources(directory: Path) -> list[Source]:
+    """The source of pairs in a folder that `write_embedded_pairs` filled."""
+    return [Source("summaries", (str(directory / "summaries.parquet"),), ("text", "target"), "key")]
+
+
+def write_embedded_pairs(directory: Path, modules: Sequence[tuple[str, bytes]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Write summaries.parquet (columns text, target, key = module path); returns what was left out, as
+    `write_embedded_corpus`."""
+    left_out = {"not_parsed": {"documents": 0, "bytes": 0}}
+    rows = []
+    for path, content in modules:
+        try:
+            pairs = function_pairs(decode_module(content))
+        except (SyntaxError, ValueError):
+            left_out["not_parsed"]["documents"] += 1
+            left_out["not_parsed"]["bytes"] += len(content)
+            continue
+        rows += [{"text": source, "target": target, "key": path} for source, target in pairs]
+    directory.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "summaries.parquet", row_group_size=1024)
+    return {"summaries": left_out}
+
+
+def function_pairs(text: str) -> list[tuple[str, str]]:
+    """(source without its documentation string, first paragraph of that as one line) of every documented function."""
+    lines = text.encode("utf-8").split(b"\n")
+    pairs = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        paragraph = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
+        source = textwrap.dedent(b"\n".join(lines[node.lineno - 1 : node.end_lineno]).decode("utf-8"))
+        if paragraph and len(node.body) > 1:
+            pairs.append((strip_docstrings(source) + "\n", " ".join(paragraph.split())))
+    return pairs
+
+
 def write_embedded_corpus(
     directory: Path, modules: Sequence[tuple[str, bytes]]
 ) -> dict[str, dict[str, dict[str, int]]]:
@@ -95,9 +134,7 @@ def write_embedded_corpus(
 def _documents_of(path: str, content: bytes) -> list[tuple[str, str, str]] | None:
     """(source, key, text) of a module's documents; None if it is not valid Python."""
     try:
-        lines = iter(content.splitlines(keepends=True))
-        encoding, _ = tokenize.detect_encoding(lambda: next(lines, b""))
-        text = content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        text = decode_module(content)
         tree = ast.parse(text)
         if path == TOPICS:
             return [("docs", f"{path}#{topic}", prose) for topic, prose in _topics(tree).items()]
@@ -106,6 +143,15 @@ def _documents_of(path: str, content: bytes) -> list[tuple[str, str, str]] | Non
         return [("code", path, strip_docstrings(text, tree)), ("docs", path, documentation)]
     except (SyntaxError, ValueError):  # UnicodeError and null bytes are ValueErrors
         return None
+
+
+def decode_module(content: bytes) -> str:
+    """A module's text, with "\\n" line ends."""
+    lines = iter(content.splitlines(keepends=True))
+    encoding, _ = tokenize.detect_encoding(lambda: next(lines, b""))
+    text = content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    text.encode("utf-8")
+    return text
 
 
 def _topics(tree: ast.Module) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Takes a unit and the folder of the preparation. Gives the files `scan/00000.npz` (the rows, judged) and
 `encoded/00000.npz`: by split and column the tokens end to end, the documents' lengths and their texts' bytes in all,
-and the validation text.
+and the validation text. Where shards are to hold text: the texts end to end and their sizes instead of the tokens.
 
 Guarantees: a file is a pure function of the unit, the settings and, for the second, of the duplicates and the
 tokenizer; it is there whole or not at all; one that is there and whole is not made again.
@@ -28,6 +28,7 @@ from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.rundir import write_atomically
 
 TOKEN_COLUMNS = ("tokens", "target_tokens")  # in the shards: of a source's column, of its target column
+TEXT_COLUMNS = {"tokens": "text", "target_tokens": "target_text"}  # what stands for them in shards of text
 ENCODED_TOGETHER = 64  # documents
 
 
@@ -102,7 +103,9 @@ def encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings, 
     encoder = _tokenizer(work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast)
     columns = TOKEN_COLUMNS[: len(unit.columns)]
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
-    text_bytes = dict.fromkeys(stored, 0)
+    lengths: dict[str, list[int]] = {name: [] for name in stored}
+    sizes: dict[str, list[int]] = {name: [] for name in stored}
+    as_text = settings.content == "text"
     validation_text = []
     kept = kept_rows(unit, scan, settings)
     while rows := list(islice(kept, ENCODED_TOGETHER)):
@@ -110,13 +113,18 @@ def encode_unit(number: int, unit: Unit, start: int, settings: PrepareSettings, 
         for row, texts in rows:
             split = SPLITS[int(scan.validation[row])]
             for column, text in zip(columns, texts, strict=True):
-                stored[f"{split}_{column}"].append(next(encoded))
-                text_bytes[f"{split}_{column}"] += len(text.encode())
+                name, tokens, content = f"{split}_{column}", next(encoded), text.encode()
+                stored[name].append(np.frombuffer(content, np.uint8) if as_text else tokens)
+                lengths[name].append(len(tokens))
+                sizes[name].append(len(content))
             if split == "validation":
                 validation_text += [text.encode() for text in texts]
-    arrays = {name: np.concatenate([*parts, np.zeros(0, encoder.dtype)]) for name, parts in stored.items()}
-    arrays |= {f"{name}_lengths": np.array([len(p) for p in parts], np.uint32) for name, parts in stored.items()}
-    arrays |= {f"{name}_bytes": np.array(number) for name, number in text_bytes.items()}
+    dtype = np.dtype(np.uint8) if as_text else encoder.dtype
+    arrays = {name: np.concatenate([*parts, np.zeros(0, dtype)]) for name, parts in stored.items()}
+    arrays |= {f"{name}_lengths": np.array(numbers, np.uint32) for name, numbers in lengths.items()}
+    arrays |= {f"{name}_bytes": np.array(sum(numbers)) for name, numbers in sizes.items()}
+    if as_text:
+        arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
     arrays["validation_text"] = np.frombuffer(b"".join(validation_text), np.uint8)
     cleaning.write_arrays(path, **arrays)
 

@@ -27,11 +27,23 @@ PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes,
-    and of pairs target_tokens and target_text_bytes beside them;
+    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
     `shards[source][split]` has what `shards.measure_shard` says of each, in their order: the plan deals shards to lanes
     by it, so that no rank opens the lengths of shards that others read; `files[path]` has bytes and sha256, path
-    relative to the folder; `recipe` is what the user asked for."""
+    relative to the folder; `recipe` is what the user asked for; `statistics` is of all splits and sources.
+
+    A source of pairs (`target_column`) has both texts of a pair in one sample, so that they cannot part:
+
+        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]
+        lengths.00000.npy         (samples,) uint32 stored tokens of the source text
+        target_lengths.00000.npy  (samples,) uint32 stored tokens of the target text
+        counts[source][split]     target_tokens, target_text_bytes; tokens, text_bytes are the source text's
+        shards[source][split]     of the source text alone
+        statistics["target"]      of all target texts; absent where no source has any
+        rows, row_bytes           a pair is one row; its bytes are both texts'; a pair with one empty text is `empty`
+
+    A shard closes by the sum of both texts' tokens. A source has pairs where its counts have target_tokens.
+    """
 
     tokenizer_sha256: str
     vocabulary: int

@@ -3,6 +3,7 @@
     number of samples n: uint32 | offsets of the samples and of the end: (n + 1) uint32 | columns: JSON | samples
     a sample: size of each column: uint32 | each column
     a column, `ndarray:<dtype>` of one axis: 4 + code: 1 byte | length: 1, 2 or 4 bytes by the code 0, 1, 2 | values
+    a column, `str`: UTF-8
 
 Takes the documents of a whole shard, gives its file's content and its entry in index.json. The bytes are those that
 MDSWriter writes (a test compares them). Written here because a shard is then a pure function of its documents that
@@ -18,17 +19,20 @@ from typing import IO, Any
 
 import numpy as np
 
+Value = np.ndarray | bytes  # an array of one axis, or a text as UTF-8
+
 LARGEST_SHARD_BYTES = 2**32 - 1  # samples are addressed by uint32 byte offsets
 LARGEST_SHARD_TOKENS = 500_000_000  # of 4 bytes; with the overhead of the shortest documents below the bound above
 COLUMN_FACTS = ("names", "encodings", "sizes")
 SETTINGS: dict[str, Any] = {"compression": None, "format": "mds", "hashes": [], "size_limit": None, "version": 2}
 
 
-def encode_shard(columns: Mapping[str, Sequence[np.ndarray]]) -> bytes:
-    """A shard's content. Each column has one non-empty array of one axis for every sample, all of one dtype."""
+def encode_shard(columns: Mapping[str, Sequence[Value]]) -> bytes:
+    """A shard's content. Each column has one value for every sample: non-empty arrays of one axis, all of one dtype, or
+    texts as UTF-8."""
     names = sorted(columns)
-    samples = [_encode_sample(arrays) for arrays in zip(*(columns[name] for name in names), strict=True)]
-    config = json.dumps(_configuration({name: columns[name][0].dtype for name in names}), sort_keys=True).encode()
+    samples = [_encode_sample(values) for values in zip(*(columns[name] for name in names), strict=True)]
+    config = json.dumps(_configuration({name: _encoding(columns[name][0]) for name in names}), sort_keys=True).encode()
     start = 4 + 4 * (len(samples) + 1) + len(config)
     offsets = list(accumulate(map(len, samples), initial=start))
     assert offsets[-1] <= LARGEST_SHARD_BYTES, f"a shard of {offsets[-1]} bytes"
@@ -36,16 +40,17 @@ def encode_shard(columns: Mapping[str, Sequence[np.ndarray]]) -> bytes:
     return b"".join([head, config, *samples])
 
 
-def shard_entry(number: int, columns: Mapping[str, np.ndarray], dtype: np.dtype) -> dict[str, Any]:
-    """What index.json says of shard `number`; `columns` has the lengths of each column's arrays."""
-    configuration = _configuration(dict.fromkeys(sorted(columns), dtype))
+def shard_entry(number: int, columns: Mapping[str, np.ndarray], dtype: np.dtype | None) -> dict[str, Any]:
+    """What index.json says of shard `number`; `columns` has the lengths of each column's arrays. `dtype` None: of
+    texts, in bytes."""
+    configuration = _configuration(dict.fromkeys(sorted(columns), f"ndarray:{dtype.name}" if dtype else "str"))
     samples = len(next(iter(columns.values())))
     size = 4 + 4 * (samples + 1) + len(json.dumps(configuration, sort_keys=True).encode())
     for lengths in columns.values():
         counts = lengths.astype(np.int64)
-        size += int(
-            (5 + np.where(counts < 1 << 8, 1, np.where(counts < 1 << 16, 2, 4)) + counts * dtype.itemsize).sum()
-        )
+        size += 4 * len(counts) + int(counts.sum()) * (dtype.itemsize if dtype else 1)
+        if dtype:
+            size += int((1 + np.where(counts < 1 << 8, 1, np.where(counts < 1 << 16, 2, 4))).sum())
     raw = {"basename": shard_name(number), "bytes": size, "hashes": {}}
     return {**configuration, "samples": samples, "raw_data": raw, "zip_data": None}
 
@@ -58,18 +63,21 @@ def shard_name(number: int) -> str:
     return f"shard.{number:05}.mds"
 
 
-def _configuration(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
-    encodings = [f"ndarray:{dtype.name}" for dtype in dtypes.values()]
+def _configuration(encodings: dict[str, str]) -> dict[str, Any]:
     return {
         **SETTINGS,
-        "column_names": list(dtypes),
-        "column_encodings": encodings,
-        "column_sizes": [None] * len(dtypes),
+        "column_names": list(encodings),
+        "column_encodings": list(encodings.values()),
+        "column_sizes": [None] * len(encodings),
     }
 
 
-def _encode_sample(arrays: tuple[np.ndarray, ...]) -> bytes:
-    encoded = [_encode_array(array) for array in arrays]
+def _encoding(value: Value) -> str:
+    return "str" if isinstance(value, bytes) else f"ndarray:{value.dtype.name}"
+
+
+def _encode_sample(values: tuple[Value, ...]) -> bytes:
+    encoded = [value if isinstance(value, bytes) else _encode_array(value) for value in values]
     return b"".join([*(len(part).to_bytes(4, "little") for part in encoded), *encoded])
 
 

@@ -60,7 +60,7 @@ def mix(
     had between s * N - s * k * C and s * N + C of the first N positions of a lane, for every N.
     """
     if wanted <= 0:
-        return fragment_table([]), tuple(cursors)
+        return fragment_table([], streams[0].wide), tuple(cursors)
     taken = [cursor.positions - start for cursor, start in zip(cursors, since or [0] * len(cursors), strict=True)]
     found = _look_ahead(streams, shares, cursors, taken, wanted)
     clocks = [

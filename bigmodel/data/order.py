@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import DataSettings, Settings, UserError, packs_at
+from bigmodel.data.examples import Examples
 from bigmodel.data.lanes import deal, mixed_shards, packs_in_smallest_lane
 from bigmodel.data.mixing import mix, stages
-from bigmodel.data.packing import best_fit_decreasing
+from bigmodel.data.packing import best_fit_decreasing, fullest, pack_two_sides
 from bigmodel.data.randomness import make_key, permutation
 from bigmodel.data.shuffle import (
     BLOCK_DOCUMENTS,
@@ -37,10 +38,22 @@ from bigmodel.data.shuffle import (
     SourceCursor,
     SourceStream,
     fragment_table,
+    has_pairs,
+    sizes,
 )
 
 ORDER_VERSION = 1  # raised by every change that gives another order from the same input
 NO_EPOCH = 2**62  # later than any
+EXAMPLES = {  # settings that decide what documents become; in a plan's identity where they are not as they used to be
+    "source_pack_tokens",
+    "source_context_tokens",
+    "objectives",
+    "sentinels",
+    "bidirectional_prefix",
+    "fixed_target_tokens",
+    "masked_decoder_share",
+    "dropped_decoder_share",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +196,11 @@ class Order:
         self.step = self.first_step = first_step  # data steps given, by this segment and those before
         key = make_key("segment", seed, segment) if segment else seed
         dealt = deal(shards, settings.lanes)
-        self._packs_in_lane = packs_in_smallest_lane(settings, dealt)
+        examples = Examples(settings, seed)
+        wide = not examples.is_plain or any(has_pairs(store, name) for name in dealt)
+        self._packs_in_lane = None if wide else packs_in_smallest_lane(settings, dealt)
         self._lanes = {
-            number: _make_lane(number, store, dealt, settings, key)
+            number: _make_lane(number, store, dealt, settings, key, examples if wide else None)
             for number in (range(settings.lanes) if lanes is None else sorted(lanes))
         }
         self._at: dict[int, LanePosition] = {}  # filled when first needed: a restored order plans one window, not two
@@ -238,7 +253,7 @@ class Order:
             saved = state["lanes"][number]
             cursors = tuple(SourceCursor(**saved["sources"][name]) for name in self.plan.source_positions)
             stage, since = saved.get("stage", 0), tuple(saved.get("since", ()))
-            start = LaneCursor(saved["window"], cursors, fragment_table(saved["carried"]), stage, since)
+            start = LaneCursor(saved["window"], cursors, fragment_table(saved["carried"], lane.wide), stage, since)
             self._at[number] = replace(lane.enter(start), packs_given=saved["packs_given"])
         self.step = state["step"]
 
@@ -283,12 +298,12 @@ class Lane:
     """One endless stream of windows: the lane's part of every mixed source."""
 
     def __init__(self, number: int, streams: list[SourceStream], settings: DataSettings, seed: int) -> None:
-        self.streams = streams
+        self.streams, self.wide = streams, streams[0].wide
         self._number, self._settings, self._seed = number, settings, seed
         self._stages = stages(settings, [stream.name for stream in streams], [s.positions for s in streams])
 
     def beginning(self) -> LaneCursor:
-        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), fragment_table([]))
+        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), fragment_table([], self.wide))
 
     def enter(self, start: LaneCursor) -> LanePosition:
         """The beginning of the window that starts there."""
@@ -299,23 +314,26 @@ class Lane:
 
         Given are the fullest packs, as many as the fragments could fill at best, and every pack with a
         fragment that was carried in: so nothing is carried twice. The fragments of the others are carried on.
-        Where the sources end, all packs are given.
+        Where the sources end, all packs are given. Of packs with two sides, the window is as many positions of
+        documents as both sides of its packs hold.
         """
         settings = self._settings
         stage, since = self._stage(start)
         num_carried, carried_positions = len(start.carried), int(start.carried[:, 4].sum())
-        wanted = settings.window_packs * settings.pack_tokens - carried_positions
+        wanted = settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens) - carried_positions
         fresh, cursors = mix(self.streams, self._stages[stage].shares, start.sources, wanted, since)
         table = np.concatenate([start.carried, fresh])
-        packing = best_fit_decreasing(table[:, 4], settings.pack_tokens, settings.pack_documents, num_first=num_carried)
-        at_best = max(
-            int(table[:, 4].sum()) // settings.pack_tokens,  # at least 1: a window holds a pack's positions
-            len(table) // settings.pack_documents,
-        )
-        fill = np.maximum(packing.num_positions * settings.pack_documents, packing.num_documents * settings.pack_tokens)
-        given = np.full(len(fill), int(fresh[:, 4].sum()) < wanted)
-        given[np.argsort(-fill, kind="stable")[:at_best]] = True
-        given |= np.fromiter(map(min, packing.packs), dtype=np.int64, count=len(fill)) < num_carried
+        lengths = sizes(table)
+        if settings.source_pack_tokens:
+            budgets = settings.pack_tokens, settings.source_pack_tokens
+            packing = pack_two_sides(lengths, budgets, settings.pack_documents, num_first=num_carried)
+        else:
+            packing = best_fit_decreasing(
+                lengths[:, 0], settings.pack_tokens, settings.pack_documents, num_first=num_carried
+            )
+        given = np.full(len(packing.packs), int(fresh[:, 4].sum()) < wanted)
+        given[fullest(packing, lengths, settings)] = True
+        given |= np.fromiter(map(min, packing.packs), dtype=np.int64, count=len(given)) < num_carried
         chosen = np.flatnonzero(given)
         chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.window), len(chosen))]
         members = [sorted(packing.packs[number]) for number in chosen.tolist()]
@@ -373,7 +391,12 @@ def total_progress(plan: Plan, lanes: Mapping[int, LaneProgress]) -> dict[str, S
 
 
 def _make_lane(
-    number: int, store: Lengths, dealt: Mapping[str, list[list[Shard]]], settings: DataSettings, seed: int
+    number: int,
+    store: Lengths,
+    dealt: Mapping[str, list[list[Shard]]],
+    settings: DataSettings,
+    seed: int,
+    examples: Examples | None,
 ) -> Lane:
     streams = [
         SourceStream(
@@ -383,6 +406,7 @@ def _make_lane(
             settings.context_tokens,
             make_key(seed, name, number),
             settings.max_epochs.get(name, 0),
+            examples,
         )
         for name in dealt
     ]
@@ -398,12 +422,14 @@ def _identity(
     segment: int,
 ) -> dict[str, Any]:
     """What the order follows from, by the names under which the user knows it."""
+    examples = settings.model_dump(include=EXAMPLES, exclude_defaults=True)
     names = ("context_tokens", "pack_tokens", "pack_documents", "lanes", "window_packs", "mix")
     optional = {
         "training.batch_ramp": [list(entry) for entry in batch_ramp],
         "data.max_epochs": {name: epochs for name, epochs in settings.max_epochs.items() if epochs},
         "data.curriculum": [stage.model_dump() for stage in settings.curriculum],
         "segment": segment,
+        **{f"data.{name}": value for name, value in examples.items()},
     }
     return {
         "version of the order": ORDER_VERSION,

@@ -37,6 +37,7 @@ class Packed:
     filled: float  # share of their positions
     documents: float  # a pack, pieces of long ones counted each
     document_limited: float  # share of the packs that data.pack_documents closed
+    source_filled: float  # share of the positions on the source side; 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
     order = Order(store, data.model_copy(update={"max_epochs": {}}), data.lanes, SEED)
     wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.window_packs)
     packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
-    positions = sum(fragment.length for pack in packs for fragment in pack)
+    positions = sum(fragment.positions for pack in packs for fragment in pack)
+    of_sources = sum(fragment.source_positions for pack in packs for fragment in pack)
     return Packed(
         len(packs),
         positions / (len(packs) * data.pack_tokens),
         sum(map(len, packs)) / len(packs),
         sum(is_document_limited(pack, data) for pack in packs) / len(packs),
+        of_sources / (len(packs) * data.source_pack_tokens) if data.source_pack_tokens else 0.0,
     )
 
 
@@ -82,8 +85,8 @@ def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Sugg
     context = suggest_context(positions, data)
     settings = data.model_copy(update={"context_tokens": context.suggested})
     pack = _suggest_pack(store, settings)
-    settings = settings.model_copy(update={"pack_tokens": pack.suggested})
-    return [context, pack, _suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
+    settings = _with_packs_of(settings, pack.suggested)
+    return [context, pack, suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
 
 
 def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
@@ -99,7 +102,7 @@ def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
 def _suggest_pack(store: Lengths, data: DataSettings) -> Suggestion:
     """`data` has the suggested context; its pack is what is set now."""
     filled = {
-        size: measure_packing(store, data.model_copy(update={"pack_tokens": size})).filled
+        size: measure_packing(store, _with_packs_of(data, size)).filled
         for size in (data.context_tokens * number for number in PACK_CONTEXTS)
     }
     suggested = _first(filled, FILLED_SHARE)
@@ -107,10 +110,18 @@ def _suggest_pack(store: Lengths, data: DataSettings) -> Suggestion:
     return Suggestion("data.pack_tokens", data.pack_tokens, suggested, reason)
 
 
-def _suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
-    filled = {
-        number: measure_packing(store, data.model_copy(update={"window_packs": number})).filled for number in WINDOWS
-    }
+def _with_packs_of(data: DataSettings, pack_tokens: int) -> DataSettings:
+    """The same with other packs, and with the documents that these may hold by default where that is more."""
+    automatic = DataSettings(context_tokens=data.context_tokens, pack_tokens=pack_tokens).pack_documents
+    changes = {"pack_tokens": pack_tokens, "pack_documents": max(data.pack_documents, automatic)}
+    return data.model_copy(update=changes)
+
+
+def suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
+    filled = {}
+    for number in WINDOWS:
+        packed = measure_packing(store, data.model_copy(update={"window_packs": number}))
+        filled[number] = min(packed.filled, packed.source_filled) if data.source_pack_tokens else packed.filled
     suggested = _first(filled, max(filled.values()) - SPARE_SHARE)
     reason = f"{filled[suggested]:.2%} filled, {WINDOWS[-1]:,} packs fill {filled[WINDOWS[-1]]:.2%}"
     return Suggestion("data.window_packs", data.window_packs, suggested, reason)

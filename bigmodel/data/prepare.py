@@ -43,7 +43,7 @@ from bigmodel.data.encoding import Work, read_array, save_array
 from bigmodel.data.lengths import draw_lengths
 from bigmodel.data.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
 from bigmodel.data.partial import DISK_FULL, claimed, folders_in, foreign, partial_of, put_in_place, writable
-from bigmodel.data.shards import length_statistics, measure_shards
+from bigmodel.data.shards import all_statistics, measure_shards
 from bigmodel.data.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
 from bigmodel.data.units import Team
 from bigmodel.rundir import read_json, write_atomically, write_json
@@ -55,7 +55,8 @@ GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
 GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
-NOT_IN_RECIPE = {"sources", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
+EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
+NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _settle(settings: Settings) -> _Job:
     read = list(sources)
     modules = [] if sources else embedded.standard_library()
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
-        "sources": [source.model_dump() for source in wanted.sources] or "embedded",
+        "sources": [source.model_dump() for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
         "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
     }
@@ -257,7 +258,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     sources = job.sources
     left_out: dict[str, dict[str, dict[str, int]]] = {}
     if not sources:
-        sources, left_out = _collect_embedded(job.modules, work, progress)
+        sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
         scans = _scan(team, all_units, job.settings, work)
@@ -268,7 +269,8 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         _check_unchanged(job)
         _check_space(job, work, scans, tokenizer.dtype)
         _encode(team, all_units, scans, job.settings, tokenizer.is_fast, work)
-        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, tokenizer.dtype, work)
+        dtype = None if job.settings.content == "text" else tokenizer.dtype
+        counts, lengths = assembly.assemble(team, sources, all_units, job.settings.shard_tokens, dtype, work)
     _write_lists(all_units, scans, work)
     for name, splits in counts.items():
         for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
@@ -284,28 +286,28 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
         rows=rows,
         row_bytes=row_bytes,
-        statistics=length_statistics(
-            lengths, sum(split["text_bytes"] for of in counts.values() for split in of.values())
-        ),
+        statistics=all_statistics(lengths, counts),
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
         encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
         python=platform.python_version(),
     ).write(work.result)
-    draw_lengths(lengths, work.result / PICTURE)
+    draw_lengths(lengths["tokens"], work.result / PICTURE)
 
 
 def _collect_embedded(
-    modules: list[tuple[str, bytes]], work: Work, progress: Progress
+    modules: list[tuple[str, bytes]], pairs: bool, work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
-    """The embedded corpus as two files of the result, and what was left out of them."""
+    """The embedded corpus as files of the result, and what was left out of them."""
+    write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
     folder, record = work.result / "corpus", work.folder / "left_out.json"
     if not record.exists():  # written last
         task = progress.add_task("collecting Python's own text", total=None)
-        write_json(record, embedded.write_embedded_corpus(folder, modules))
+        write_json(record, write(folder, modules))
         progress.update(task, total=1, completed=1)
-    return embedded.embedded_sources(folder), read_json(record)
+    sources = embedded.pair_sources(folder) if pairs else embedded.embedded_sources(folder)
+    return sources, read_json(record)
 
 
 def _team(
@@ -436,7 +438,7 @@ def _check_space(job: _Job, work: Work, scans: Sequence[Scan], dtype: np.dtype) 
     that are encoded already say how large the others become; without any, two bytes of text a token do."""
     expected = np.array(
         [
-            scan.kept_bytes.sum() * dtype.itemsize // 2
+            scan.kept_bytes.sum() * (2 if job.settings.content == "text" else dtype.itemsize) // 2
             + scan.kept_bytes[scan.validation].sum()
             + 32 * np.count_nonzero(scan.status == cleaning.KEPT)
             for scan in scans

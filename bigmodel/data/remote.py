@@ -4,17 +4,22 @@ Takes the URL of the folder in the store (`data.remote`) and the folder of this 
 
 Guarantees: a file appears in the node's folder by one rename, after its size and SHA-256 were compared with the
 manifest; of all processes of a node that want it one fetches it and the others wait; a process killed on the way
-leaves only a hidden `.NAME.part`, which the next fetch of that file overwrites. In the store the manifest is written
-last, so a folder that has one is whole.
+leaves only a hidden `.NAME.part`, which the next run deletes, but not while a live process holds it. In the store the
+manifest is written last, so a folder that has one is whole.
+
+With a limit (`data.cache_bytes`) the shards used longest ago are deleted before another is fetched: those alone that
+were fetched from the store (`.fetched` lists them), and that the store has in the right size when it is asked.
 
 Costs: a transfer that fails is tried 5 times, each failure logged and counted; the waits between are 10 seconds in
 all, and a client that retries by itself, as that of S3 does at a host that does not answer, adds its own.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,17 +36,35 @@ from bigmodel.rundir import lock, write_atomically
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
 UPLOADS_AT_ONCE = 8
+FETCHED = ".fetched"  # names of shards that came from the store, a line each
+BUSY_SECONDS = 30.0  # a shard used within is missed soon after it is deleted: the limit is too low, which is said
 
 log = logging.getLogger(__name__)
 
 
 class Remote:
-    """Fetches files of one prepared folder. `num_files`, `num_bytes` and `num_failures` count what it did."""
+    """Fetches files of one prepared folder. `num_files`, `num_bytes`, `num_failures` and `num_deleted` count what it
+    did. `cache_bytes`: see above; 0: no limit."""
 
-    def __init__(self, url: str, directory: Path) -> None:
-        self.url, self.directory = url, directory
-        self.num_files = self.num_bytes = self.num_failures = 0
-        self._is_same_data = False
+    def __init__(self, url: str, directory: Path, cache_bytes: int = 0) -> None:
+        self.url, self.directory, self.cache_bytes = url, directory, cache_bytes
+        self.num_files = self.num_bytes = self.num_failures = self.num_deleted = 0
+        self._is_same_data = self._said_busy = False
+        self._shards: dict[str, int] = {}
+
+    def begin(self, manifest: Manifest) -> None:
+        """Delete what killed processes left of fetches. Raises `UserError` where a shard alone is above the limit."""
+        self._shards = {name: file["bytes"] for name, file in manifest.files.items() if name.endswith(".mds")}
+        largest = max(self._shards, key=lambda name: self._shards[name], default="")
+        if largest and 0 < self.cache_bytes < self._shards[largest]:
+            raise UserError(
+                f"data.cache_bytes = {self.cache_bytes}: {largest} alone has {self._shards[largest]} bytes; raise it "
+                "to what a few shards for every lane take, or prepare again with smaller prepare.shard_tokens"
+            )
+        for part in self.directory.glob("**/.*.part"):
+            name = part.relative_to(self.directory).with_name(part.name[1 : -len(".part")])
+            if name.as_posix() in manifest.files:
+                _delete_unless_held(part)
 
     def fetch_manifest(self) -> None:
         """Put the store's manifest into the folder, unless there is one already: where all files are there too, the
@@ -62,10 +85,47 @@ class Remote:
             with _held(path) as part:
                 if find_damage(self.directory, name, recorded):  # none: another process was first
                     self._compare_manifests()
+                    if name in self._shards and self.cache_bytes:
+                        self._make_room(self._shards[name])
                     self._retrying(self._download, name, recorded, part)
+                    if name in self._shards:
+                        with open(self.directory / FETCHED, "a") as noted:
+                            noted.write(f"{name}\n")
                     os.replace(part.name, path)
                     self.num_files += 1
                     self.num_bytes += recorded["bytes"]
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete shards, those used longest ago first, until `num_bytes` more are within the limit."""
+        noted = self.directory / FETCHED
+        fetched = set(noted.read_text().split("\n")) if noted.exists() else set()
+        here = []
+        for name in self._shards:
+            with contextlib.suppress(FileNotFoundError):
+                here.append(((self.directory / name).stat().st_mtime, name))
+        excess = sum(self._shards[name] for _, name in here) + num_bytes - self.cache_bytes
+        for used, name in sorted(here):
+            if excess <= 0:
+                break
+            if name in fetched and self._has(name):
+                if time.time() - used < BUSY_SECONDS and not self._said_busy:
+                    self._said_busy = True
+                    log.warning(
+                        "data.cache_bytes = %d is less than what is read at the same time: %s is deleted for room "
+                        "while it is in use, and will be fetched again; raise it",
+                        self.cache_bytes,
+                        name,
+                    )
+                (self.directory / name).unlink(missing_ok=True)
+                self.num_deleted += 1
+                excess -= self._shards[name]
+
+    def _has(self, name: str) -> bool:
+        """Whether the store has a shard, in its size. False also where it does not answer."""
+        try:
+            return files.size(files.join(self.url, name)) == self._shards[name]
+        except UserError:
+            return False
 
     def _compare_manifests(self) -> None:
         """Once, before the first file. Raises `UserError` where the store holds other data than the folder."""
@@ -144,6 +204,14 @@ def _held(path: Path) -> Iterator[BinaryIO]:
         finally:
             if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
                 name.unlink()
+
+
+def _delete_unless_held(part: Path) -> None:
+    """Delete the rest of a fetch, unless a live process is at it."""
+    with contextlib.suppress(OSError), open(part, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            part.unlink()
 
 
 @contextlib.contextmanager

@@ -5,13 +5,14 @@ repeat and skip documents, so it is refused; `--new-plan` begins a segment inste
 with random draws of its own. Exactly once holds within a segment; the checkpoint lists all of them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bigmodel.config import Settings, UserError
-from bigmodel.data.order import Order
+from bigmodel.config import DataSettings, Settings, UserError
+from bigmodel.data.order import EXAMPLES, Order, describe_difference
 from bigmodel.data.shuffle import Lengths
 
+OPTIONAL = ("max_epochs", "curriculum", *sorted(EXAMPLES))  # what a plan's identity has only where it is not default
 Segment = dict[str, Any]  # first_step, and the identity of its plan
 
 
@@ -45,6 +46,33 @@ def resume_order(
             "nothing; leave it out to go on"
         )
     return order, segments
+
+
+def order_of_segment(
+    store: Lengths, data: DataSettings, segments: Sequence[Segment], number: int
+) -> tuple[DataSettings, Order]:
+    """One of a run's segments, its settings and its plan from its first step on, by what the checkpoint says of it:
+    settings that were changed since do not matter, data that was does.
+
+    Raises `UserError` saying what differs.
+    """
+    identity = segments[number]["identity"]
+    planned = {name: identity[f"data.{name}"] for name in DataSettings.model_fields if f"data.{name}" in identity}
+    fields = DataSettings.model_fields
+    absent = {name: fields[name].get_default(call_default_factory=True) for name in OPTIONAL}
+    settings = DataSettings.model_validate(data.model_dump() | absent | planned)
+    order = Order(
+        store,
+        settings,
+        identity["training.packs_per_step"],
+        identity["run.seed"],
+        identity.get("training.batch_ramp", ()),
+        segment=number,
+        first_step=segments[number]["first_step"],
+    )
+    if order.plan.identity != identity:
+        raise UserError(f"segment {number}: {describe_difference(identity, order.plan.identity)}")
+    return settings, order
 
 
 def _segment(order: Order) -> Segment:

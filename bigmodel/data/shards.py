@@ -8,11 +8,19 @@ Takes stored documents (`[bos] + text + [eos]`), gives them back by (source, sha
 `tokens`; beside each shard lies a uint32 array of its documents' lengths, which is all that planning reads. A
 source of pairs has a second column, `target_tokens`, and target_lengths.00000.npy ...
 
+Shards may hold text instead (`prepare.content = "text"`, columns `text` and `target_text`), which is tokenized when it
+is read. The lengths are those in tokens all the same: `prepare` counts them once. So the plan of text shards is exact
+before any of it is tokenized, equal to that of token shards of the same documents (same cuts, lanes, windows and
+packs), and going on from a cursor tokenizes nothing again but the documents of the steps to come. Were lengths found
+while streaming, neither the dealing of shards to lanes nor the share of a source would be known at the start. Each
+document's tokens are counted when it is read: another tokenizer, or another version of its library, is an error.
+
 Guarantees: a file is compared with the manifest, size and SHA-256, before its first use in a process, so a cut,
 altered or missing file is an error and never other data; a folder without a manifest is not prepared data. With a
 remote, a file that the folder lacks or has damaged is fetched instead, so a node holds the shards it reads.
 
-Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads.
+Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads, and where
+it is text its tokenization (3 M tokens/s in a thread). A document read again soon after is not tokenized again.
 Importing streaming takes seconds, so it happens at the first shard read. Its StreamingDataset is not
 used here: its iteration ends silently where a shard is missing (version 0.13.0).
 """
@@ -20,19 +28,24 @@ used here: its iteration ends silently where a shard is missing (version 0.13.0)
 import hashlib
 import importlib.util
 import json
+import os
 import threading
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bigmodel.config import UserError
+from bigmodel.config import DataSettings, UserError
+from bigmodel.data.examples import Document, Pair
 from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.remote import Remote
+from bigmodel.data.tokenizer import Tokenizer
 
+RECENT_TOKENS = 1 << 22  # of documents tokenized last, kept for the next piece of a long one
 _torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
 
 
@@ -43,20 +56,32 @@ class ShardStore:
     Construction reads the manifest and tokenizer.json and raises `UserError` where they do not belong together.
     """
 
-    def __init__(self, directory: Path, split: str, remote: str = "") -> None:
+    def __init__(self, directory: Path, split: str, remote: str = "", cache_bytes: int = 0) -> None:
+        """`cache_bytes`: of shards that were fetched, kept in the folder; 0: all."""
         self.directory = Path(directory)
         self.split = split
         if split not in SPLITS:
             raise UserError(f"no split {split!r}; a prepared folder has {' and '.join(SPLITS)}")
-        self.remote = Remote(remote, self.directory) if remote else None
+        self.remote = Remote(remote, self.directory, cache_bytes) if remote else None
         if self.remote:
             self.remote.fetch_manifest()
         self.manifest = Manifest.read(self.directory)
-        self.sources = [name for name in self.manifest.sources if self.manifest.counts[name][split]["documents"]]
+        if self.remote:
+            self.remote.begin(self.manifest)
+        counts = self.manifest.counts
+        self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
+        self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
         self._checked: set[str] = set()
         self._indexes: dict[str, list[dict[str, Any]]] = {}
         self._readers: dict[tuple[str, int], Any] = {}
+        self._recent: OrderedDict[tuple[str, int, int, str], np.ndarray] = OrderedDict()
+        self._recent_tokens, self._recent_lock = 0, threading.Lock()
         self._check_tokenizer()
+
+    @classmethod
+    def of_run(cls, data: DataSettings, split: str) -> "ShardStore":
+        """What a run file's [data] names."""
+        return cls(data.directory, split, data.remote, data.cache_bytes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,8 +93,8 @@ class ShardStore:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the split's documents, without begin and end."""
-        return self.manifest.total(self.split, "text_bytes")
+        """UTF-8 bytes of what a model is asked for: the split's documents, of pairs the target texts."""
+        return sum(self._asked_for(source, "text_bytes") for source in self.sources)
 
     @property
     def num_documents(self) -> int:
@@ -77,8 +102,12 @@ class ShardStore:
 
     @property
     def num_targets(self) -> int:
-        """Tokens a model is asked for in one epoch: a stored document of n tokens has n - 1."""
-        return self.manifest.total(self.split, "tokens") - self.num_documents
+        """Tokens a causal model is asked for in one epoch: a stored text of n tokens has n - 1."""
+        return sum(self._asked_for(source, "tokens") for source in self.sources) - self.num_documents
+
+    def _asked_for(self, source: str, what: str) -> int:
+        side = "target_" if source in self.pair_sources else ""
+        return self.manifest.counts[source][self.split][side + what]
 
     def num_shards(self, source: str) -> int:
         return len(self._index(source))
@@ -94,20 +123,83 @@ class ShardStore:
         """
         return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
 
-    def document(self, source: str, shard: int, row: int) -> np.ndarray:
-        """(n,) stored tokens of a document, uint16 or uint32, read-only."""
-        key = (source, shard)
-        if key not in self._readers:
-            self._readers[key] = self._open_shard(source, shard)
-        return self._readers[key][row]["tokens"]
+    def target_lengths(self, source: str, shard: int) -> np.ndarray:
+        """Of a source of pairs: the stored tokens of each target, as `lengths`."""
+        return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
 
-    def _open_shard(self, source: str, shard: int) -> Any:
-        _import_streaming()
-        from streaming.base.format import reader_from_json
+    def document(self, source: str, shard: int, row: int) -> Document:
+        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, both texts'."""
+        sample = self._sample(source, shard, row)
+        if source not in self.pair_sources:
+            return self._tokens_of(sample, source, shard, row, "")
+        return Pair(*(self._tokens_of(sample, source, shard, row, side) for side in ("", "target_")))
 
-        entry = self._index(source)[shard]
-        name = f"{self.split}/{source}/{entry['raw_data']['basename']}"
-        return reader_from_json(str(self.file(name).parent), None, entry)
+    def _tokens_of(self, sample: Mapping[str, Any], source: str, shard: int, row: int, side: str) -> np.ndarray:
+        name = f"{side}tokens"
+        return sample[name] if name in sample else self._tokenized(source, shard, row, sample[f"{side}text"], side)
+
+    def is_text(self, source: str) -> bool:
+        """Whether the source's documents are tokenized when they are read."""
+        return "tokens" not in self._index(source)[0]["column_names"]
+
+    def open_shard(self, source: str, shard: int) -> None:
+        """Have a shard here, compared and open, before it is read; mark it as used now."""
+        name = self._shard_name(source, shard)
+        if (source, shard) not in self._readers:
+            _import_streaming()
+            from streaming.base.format import reader_from_json
+
+            entry = self._index(source)[shard]
+            self._readers[source, shard] = reader_from_json(str(self.file(name).parent), None, entry)
+        if self.remote:
+            try:
+                os.utime(self.directory / name)
+            except FileNotFoundError:  # deleted for room since
+                self._checked.discard(name)
+                self.file(name)
+
+    def _sample(self, source: str, shard: int, row: int) -> dict[str, Any]:
+        if (source, shard) not in self._readers:
+            self.open_shard(source, shard)
+        while True:
+            try:
+                return self._readers[source, shard][row]
+            except FileNotFoundError:
+                if not self.remote:
+                    name = self._shard_name(source, shard)
+                    raise UserError(f"{self.directory / name}: vanished after its first use; {PREPARE_AGAIN}") from None
+                self.open_shard(source, shard)
+
+    def _tokenized(self, source: str, shard: int, row: int, text: str, side: str) -> np.ndarray:
+        document = (source, shard, row, side)
+        with self._recent_lock:
+            if document in self._recent:
+                return self._recent[document]
+        tokens, expected = self._tokenizer.encode_document(text), int(self._text_lengths(source, shard, side)[row])
+        if len(tokens) != expected:
+            raise UserError(
+                f"{self.directory / self._shard_name(source, shard)}: document {row} is {len(tokens)} tokens, its "
+                f"length file says {expected}: this version of the tokenizer library makes other tokens than the one "
+                f"that prepared the data; install that one, or {PREPARE_AGAIN}"
+            )
+        with self._recent_lock:
+            self._recent_tokens += len(tokens) if document not in self._recent else 0
+            self._recent[document] = tokens
+            while self._recent_tokens > RECENT_TOKENS:
+                self._recent_tokens -= len(self._recent.popitem(last=False)[1])
+        return tokens
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.directory / "tokenizer.json", fast=self.manifest.encoder == "tiktoken")
+
+    @cached_property
+    def _text_lengths(self) -> Any:
+        of_side = {"": self.lengths, "target_": self.target_lengths}
+        return lru_cache(maxsize=64)(lambda source, shard, side: np.array(of_side[side](source, shard)))
+
+    def _shard_name(self, source: str, shard: int) -> str:
+        return f"{self.split}/{source}/{self._index(source)[shard]['raw_data']['basename']}"
 
     def _index(self, source: str) -> list[dict[str, Any]]:
         if source not in self._indexes:
@@ -171,6 +263,18 @@ def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[st
         "bytes_per_token": text_bytes / max(1, int(all_lengths.sum()) - 2 * len(all_lengths)),
         "histogram": {str(2**exponent): int(count) for exponent, count in enumerate(bins) if count},
     }
+
+
+def all_statistics(
+    lengths: Mapping[str, Sequence[np.ndarray]], counts: Mapping[str, Mapping[str, Mapping[str, int]]]
+) -> dict[str, Any]:
+    """`length_statistics` of the stored texts, and of pairs' target texts under "target". `lengths`: by column."""
+    found = {}
+    for prefix in ("", "target_"):
+        if any(map(len, lengths.get(f"{prefix}tokens", ()))):
+            text_bytes = sum(split.get(f"{prefix}text_bytes", 0) for of in counts.values() for split in of.values())
+            found[prefix] = length_statistics(lengths[f"{prefix}tokens"], text_bytes)
+    return found[""] | ({"target": found["target_"]} if "target_" in found else {})
 
 
 # ---- the import -----------------------------------------------------------------------------------------------

@@ -53,8 +53,13 @@ class Place:
 
 
 def attention_work(pack: Pack) -> int:
-    """What attention costs, but for a constant: the sum over documents of length squared."""
-    return sum(fragment.length**2 for fragment in pack)
+    """What attention costs, but for a constant: the sum over documents of length squared.
+
+    Of a source and its targets: each with itself, and the targets with the source.
+    """
+    return sum(
+        piece.positions**2 + piece.source_positions * (piece.source_positions + piece.positions) for piece in pack
+    )
 
 
 def deal_contiguously(num_packs: int, num_ranks: int, num_rounds: int, size: int) -> Slots:

@@ -7,26 +7,35 @@ split into fragments of at most `context_tokens` positions.
 Guarantees: a pure function of (key, lengths, context_tokens); a cursor, five small numbers, is all that is needed to
 go on. Costs: the lengths of a block are read when the stream comes to it; two blocks are in memory (2 MB each).
 
-A table of fragments is an int64 array of shape (n, 6) whose columns are the fields of `Fragment`.
+A table of fragments is an int64 array of shape (n, 10) whose columns are the fields of `Fragment`; where all
+documents are plain text in causal order the last four follow from the others and are left out: (n, 6).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from bigmodel.data.examples import Examples
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.randomness import make_key, permutation
 
+PLAIN = -1  # the objective of a fragment that is its own example
+NARROW, WIDE = 6, 10  # columns of a table
 BLOCK_DOCUMENTS = 65_536  # documents shuffled together: about one or two shards, so that reading stays local
 
 
 class Fragment(NamedTuple):
     """Consecutive positions of one document: [start, start + length) of its positions.
 
-    `source` counts in `store.sources`, `shard` in the source, `row` in the shard; `epoch` is the source's.
+    `source` counts in `store.sources`, `shard` in the source, `row` in the shard; `epoch` is the source's. Of a pair,
+    the positions are those of its source text, and it is one fragment.
+
+    What it becomes in a batch (`bigmodel.data.examples`): `objective` by number, so many `positions` and `targets`
+    where the decoder reads, and `source_positions` where an encoder does. PLAIN: causal, a position and a target for
+    each position of the document.
     """
 
     source: int
@@ -35,9 +44,26 @@ class Fragment(NamedTuple):
     start: int
     length: int
     epoch: int
+    objective: int = PLAIN
+    planned_positions: int = 0
+    planned_targets: int = 0
+    source_positions: int = 0
+
+    @property
+    def positions(self) -> int:
+        return self.length if self.objective == PLAIN else self.planned_positions
+
+    @property
+    def targets(self) -> int:
+        return self.length if self.objective == PLAIN else self.planned_targets
 
 
 Pack = tuple[Fragment, ...]
+
+
+def sizes(table: np.ndarray) -> np.ndarray:
+    """(n, 2): the positions and source positions of a table of fragments; (n, 1) where it has no source side."""
+    return table[:, [7, 9]] if table.shape[1] == WIDE else table[:, 4:5]
 
 
 class Lengths(Protocol):
@@ -52,6 +78,11 @@ class Lengths(Protocol):
     def shard_sizes(self, source: str) -> np.ndarray: ...
 
     def lengths(self, source: str, shard: int) -> np.ndarray: ...
+
+
+def has_pairs(store: Lengths, source: str) -> bool:
+    """Whether a source has pairs: then `store.target_lengths` has their targets' lengths."""
+    return source in getattr(store, "pair_sources", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +103,70 @@ class SourceCursor:
     positions: int = 0
 
 
+# Documents of a block, positions of each one's fragment and those left after it, (n,) each -> (n, 4).
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def make_block(
+    store: Lengths,
+    source: str,
+    epoch: int,
+    shards: np.ndarray,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    examples: Examples,
+) -> "Block":
+    """The block of these documents of a source, (n,) each, under the objectives."""
+    if has_pairs(store, source):
+        targets = np.empty(len(rows), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            targets[mine] = num_positions(store.target_lengths(source, shard)[rows[mine]])  # type: ignore[attr-defined]
+        return Block(
+            shards,
+            rows,
+            positions,
+            positions,
+            lambda documents, lengths, _remaining: examples.measure_pairs(lengths, targets[documents]),
+        )
+    chosen = examples.choose(store.sources.index(source), epoch, shards, rows)
+    return Block(
+        shards,
+        rows,
+        positions,
+        examples.longest[chosen],
+        lambda documents, lengths, remaining: examples.measure(chosen[documents], lengths, remaining),
+    )
+
+
 class Block:
     """Documents of one source that are shuffled together, in shuffled order; split into fragments on demand."""
 
-    def __init__(self, shards: np.ndarray, rows: np.ndarray, positions: np.ndarray, context_tokens: int) -> None:
-        """Arrays of shape (documents,): where each document is, and its positions (at least 1)."""
+    def __init__(
+        self,
+        shards: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        context_tokens: np.ndarray | int,
+        measure: Measure | None = None,
+    ) -> None:
+        """Arrays of shape (documents,): where each document is, its positions (at least 1), its longest fragment.
+
+        `measure` gives the last four columns of a wide table.
+        """
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
-        self._context_tokens = context_tokens
+        self._context_tokens = np.broadcast_to(np.asarray(context_tokens), positions.shape)
+        self._measure = measure
         self._first_fragments = starts_of(-(-positions // context_tokens))
         self._first_positions = starts_of(positions)
         self.num_fragments = int(self._first_fragments[-1])
 
     def fragments_covering(self, first: int, positions: int) -> int:
         """The end of a range of fragments from `first` on that holds `positions` positions, or the block's end."""
+        if first == self.num_fragments:
+            return first
         document = np.searchsorted(self._first_fragments, first, side="right") - 1
-        offset = (first - self._first_fragments[document]) * self._context_tokens
+        offset = (first - self._first_fragments[document]) * self._context_tokens[document]
         target = self._first_positions[document] + offset + positions
         end = min(int(np.searchsorted(self._first_positions, target)), len(self._positions))
         return int(self._first_fragments[end])
@@ -95,13 +175,16 @@ class Block:
         """Fragments [first, end) as a table."""
         fragments = np.arange(first, end)
         documents = np.searchsorted(self._first_fragments, fragments, side="right") - 1
-        starts = (fragments - self._first_fragments[documents]) * self._context_tokens
-        lengths = np.minimum(self._positions[documents] - starts, self._context_tokens)
-        table = np.empty((end - first, len(Fragment._fields)), dtype=np.int64)
+        longest = self._context_tokens[documents]
+        starts = (fragments - self._first_fragments[documents]) * longest
+        lengths = np.minimum(self._positions[documents] - starts, longest)
+        table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
         for column, values in enumerate(
             (source, self._shards[documents], self._rows[documents], starts, lengths, epoch)
         ):
             table[:, column] = values
+        if self._measure:
+            table[:, NARROW:] = self._measure(documents, lengths, self._positions[documents] - starts - lengths)
         return table
 
 
@@ -116,11 +199,13 @@ class SourceStream:
         context_tokens: int,
         key: int,
         max_epochs: int = 0,
+        examples: Examples | None = None,
     ) -> None:
-        """`max_epochs`: the stream ends after so many; 0: never."""
+        """`max_epochs`: the stream ends after so many; 0: never. `examples` None: plain text in causal order."""
         self.name, self.source = name, store.sources.index(name)
         self.positions = sum(shard.positions for shard in shards)
         self._store, self._shards, self._context_tokens, self._key = store, shards, context_tokens, key
+        self._examples, self.wide = examples, examples is not None
         self._max_epochs = max_epochs
         self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
         self._block = lru_cache(maxsize=2)(self._read_block)  # a window may end before the block that it looked into
@@ -142,7 +227,9 @@ class SourceStream:
             first = end
             if first == block.num_fragments:
                 epoch, number, first = self._after(epoch, number)
-        return np.concatenate(tables or [fragment_table([])]), np.concatenate(places or [np.empty((0, 3), np.int64)])
+        if not tables:
+            return fragment_table([], self.wide), np.empty((0, 3), np.int64)
+        return np.concatenate(tables), np.concatenate(places)
 
     def advance(self, cursor: SourceCursor, taken: np.ndarray, places: np.ndarray) -> SourceCursor:
         """The cursor after the fragments `taken`, a table whose rows stand at `places`."""
@@ -177,7 +264,10 @@ class SourceStream:
         shard_D, row_D, position_D = np.concatenate(shards), np.concatenate(rows), np.concatenate(positions)
         shuffled = permutation(make_key("documents", self._key, epoch, number), len(row_D))
         shuffled = shuffled[position_D[shuffled] > 0]
-        return Block(shard_D[shuffled], row_D[shuffled], position_D[shuffled], self._context_tokens)
+        documents = shard_D[shuffled], row_D[shuffled], position_D[shuffled]
+        if self._examples is None:
+            return Block(*documents, self._context_tokens)
+        return make_block(self._store, self.name, epoch, *documents, self._examples)
 
 
 def read_shards(store: Lengths, source: str) -> list[Shard]:
@@ -207,5 +297,5 @@ def starts_of(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def fragment_table(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.array(rows, dtype=np.int64).reshape(-1, len(Fragment._fields))
+def fragment_table(rows: Sequence[Sequence[int]], wide: bool = False) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, WIDE if wide else NARROW)

@@ -4,13 +4,16 @@ Takes an order of this node's lanes, a store and this rank's place in the world;
 position that continues after it. Guarantees: every rank has the same number of micro-batches of the same shape; the
 counts of a step are those of all ranks: from the plan alone where one node plans all lanes, else added up over the
 nodes by the thread, ahead of the step that needs them; an error of the thread is raised where the steps are taken,
-never swallowed as an early end. Also deals out validation documents, each exactly once.
-Costs: one thread, `ahead` + 1 steps of this rank's batches in memory.
+never swallowed as an early end; a step that does not come in data.stall_seconds is an error that names what is being
+read. Also deals out validation documents, each exactly once.
+Costs: a thread, and data.workers that read ahead; `ahead` + 1 steps of this rank's batches in memory; the plan of a
+window, by which steps are planned ahead of the one that is built.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
@@ -19,12 +22,16 @@ import numpy as np
 
 from bigmodel.config import DataSettings, UserError, num_micro_batches
 from bigmodel.data.batch import Batch, Reader, build_batch, make_keys
+from bigmodel.data.examples import Document, Examples
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Order, Position
-from bigmodel.data.packing import best_fit_decreasing
+from bigmodel.data.packing import best_fit_decreasing, pack_two_sides
+from bigmodel.data.readahead import ReadAhead
 from bigmodel.data.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
-from bigmodel.data.shuffle import Block, Fragment, Lengths, Pack
+from bigmodel.data.shuffle import PLAIN, Block, Fragment, Lengths, Pack, fragment_table, has_pairs, make_block, sizes
+from bigmodel.data.work import Work, count_work
 
+VALIDATION_SEED = 0  # validation is the same whatever run.seed
 NO_PACK = -1  # the number of an empty pack
 CLOSE_SECONDS = 5.0  # how long close() waits for a read that is under way; the thread is a daemon
 
@@ -32,7 +39,7 @@ CLOSE_SECONDS = 5.0  # how long close() waits for a read that is under way; the 
 class Documents(Lengths, Protocol):
     """What reading needs of a store: see `ShardStore`."""
 
-    def document(self, source: str, shard: int, row: int) -> np.ndarray: ...
+    def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class Nodes(Protocol):
@@ -51,19 +58,67 @@ class Step:
     packs: list[Pack]  # of this rank's node, in canonical order
     micro_batches: list[Batch]  # this rank's
     num_targets: int  # the divisor of the loss
+    targets_by_part: list[int]  # the same by objective and source: see `Stream.parts`
     num_positions: int
     num_documents: int  # a piece of a long document counts as one
     num_padding: int  # positions without a document, those of empty packs included
     num_document_limited: int  # packs with room left that are full by data.pack_documents
-    num_pairs: int  # (query, key) pairs of causal attention: n (n + 1) / 2 for a document of n positions
+    work: Work  # what attention has to look at
     imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
     imbalance_undealt: float  # what it would be in canonical order
     position: Position  # after this step: its cursor, of all nodes, belongs into the checkpoint of this step
 
 
 def reader(store: Documents) -> Reader:
-    """Reads the document that a fragment is of."""
+    """Reads the document, or pair, that a fragment is of."""
     return lambda fragment: store.document(store.sources[fragment.source], fragment.shard, fragment.row)
+
+
+class Builder:
+    """Makes the batches of a run from planned packs."""
+
+    def __init__(self, store: Documents, data: DataSettings, seed: int, read: Reader | None = None) -> None:
+        """`read`: None reads from the store."""
+        vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
+        self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
+        self._data, self._seed, examples = data, seed, self._examples
+        numbered = []  # the parts of the loss, by number of the objective and of the source
+        for source, name in enumerate(store.sources):
+            numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
+            numbered += [(number, source, (examples.names[number], name)) for number in numbers]
+        self.parts = list(dict.fromkeys(part for _, _, part in numbered))  # (objective, source)
+        self._places = {(number, source): self.parts.index(part) for number, source, part in numbered}
+        self._places |= {(PLAIN, source): place for (number, source), place in self._places.items() if number == 0}
+
+    def build(self, packs: Sequence[Pack], step: int, numbers: Sequence[int]) -> Batch:
+        """The micro-batch of these packs, whose numbers in the data step are given; an empty one is all padding."""
+        data = self._data
+        source_keys = None
+        if data.source_pack_tokens:
+            source_keys = make_keys(self._seed, step, numbers, data.source_pack_tokens, "source positions")
+        keys = make_keys(self._seed, step, numbers, data.pack_tokens)
+        several = len(self.parts) > 1
+        return build_batch(
+            packs,
+            self._read,
+            data,
+            keys,
+            self._examples,
+            source_keys,
+            self.part_of if several else None,
+            len(self.parts),
+        )
+
+    def part_of(self, fragment: Fragment) -> int:
+        """The part of the loss, by its place in `parts`: (objective, source)."""
+        return self._places[fragment.objective, fragment.source]
+
+    def targets_by_part(self, packs: Sequence[Pack]) -> list[int]:
+        counts = [0] * len(self.parts)
+        for pack in packs:
+            for fragment in pack:
+                counts[self.part_of(fragment)] += fragment.targets
+        return counts
 
 
 class Stream:
@@ -79,16 +134,25 @@ class Stream:
         seed: int,
         nodes: Nodes | None = None,
         ahead: int = 2,
+        pin: bool = False,
     ) -> None:
         """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
 
-        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more.
+        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more. `pin`:
+        batches lie in memory from which a GPU copies while it computes.
         """
         assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
         assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
         self.wait_seconds = 0.0  # how long the last step was waited for
-        self._read, self._order, self._data, self._seed = reader(store), order, data, seed
+        self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
+        self.parts = self._builder.parts  # (objective, source), in the order of a step's parts
+        self._sources = store.sources
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
+        self._pin = pin
+        self._planned: deque[_Planned | BaseException] = deque()
+        self._read_ahead = ReadAhead(store, data.workers)
+        self._making = order.step
+        self._reading: tuple[str, int, int] | None = None  # what the thread is at, for the message of a stall
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -99,7 +163,10 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        """The next step. Raises what the thread raised, again on every further call; the stream has no end."""
+        """The next step. Raises what the thread raised, again on every further call; the stream has no end.
+
+        Raises `UserError` where no step comes in data.stall_seconds.
+        """
         began = time.perf_counter()
         while self._failure is None:
             if self._closed.is_set():
@@ -107,6 +174,10 @@ class Stream:
             try:
                 item = self._ready.get(timeout=0.1)
             except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("the data thread ended without a word; a bug: please report it") from None
+                if time.perf_counter() - began > self._data.stall_seconds:
+                    raise UserError(self._describe_stall()) from None
                 continue
             if isinstance(item, Step):
                 self.wait_seconds = time.perf_counter() - began
@@ -117,21 +188,31 @@ class Stream:
     def close(self) -> None:
         """Stop the thread. Returns within `CLOSE_SECONDS`, also while a read hangs; harmless when called twice."""
         self._closed.set()
+        self._read_ahead.close()
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
+    def _describe_stall(self) -> str:
+        what = "planning, or waiting for what other nodes plan"
+        if self._reading:
+            what = "reading document {2} of shard {1} of source {0!r}".format(*self._reading)
+        return (
+            f"data.stall_seconds = {self._data.stall_seconds:g}: the next batch was not ready after so long; the data "
+            f"thread is {what}; see that the disk of data.directory and data.remote answer, or wait longer"
+        )
+
     def _work(self) -> None:
         while not self._closed.is_set():
-            number = self._order.step
             try:
                 item: Step | BaseException = self._make_step()
             except BaseException as error:  # the thread's boundary: raised again by __next__
                 item = error
                 if self._nodes and not self._closed.is_set():
-                    self._nodes.fail(number, str(error))
+                    self._nodes.fail(self._making, str(error))
             self._hand_over(item)
             if not isinstance(item, Step):
                 return
+            self._making += 1
 
     def _hand_over(self, item: "Step | BaseException") -> None:
         while not self._closed.is_set():
@@ -140,36 +221,65 @@ class Stream:
             except queue.Full:
                 continue
 
+    def _plan_step(self) -> None:
+        """Plan one more step and have what this rank reads for it read ahead. An error keeps its turn."""
+        number = self._order.step
+        try:
+            node = take_share(self._order, self._data.lanes, self._place, self._packs_per_micro_batch)
+        except BaseException as error:  # raised when the steps before are made
+            self._planned.append(error)
+            return
+        self._planned.append(_Planned(number, node, self._order.position()))
+        mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
+        self._read_ahead.expect(
+            (self._sources[piece.source], piece.shard, piece.row) for pack in mine for piece in pack
+        )
+
+    def _plan_ahead(self) -> None:
+        """Two steps for one that is made, until a window lies ahead: the first step waits for no more than itself."""
+        for _ in range(2):
+            packs = self._order.packs_at(self._order.step)
+            ended = self._planned and isinstance(self._planned[-1], BaseException)
+            if not ended and len(self._planned) <= self._data.window_packs * self._data.lanes // packs:
+                self._plan_step()
+
     def _make_step(self) -> Step:
-        number, data, place = self._order.step, self._data, self._place
-        node = take_share(self._order, data.lanes, place, self._packs_per_micro_batch)
+        self._plan_ahead()
+        planned = self._planned.popleft()
+        if isinstance(planned, BaseException):
+            raise planned
+        number, node, data, place = planned.number, planned.node, self._data, self._place
         work, num_rounds = node.work, len(node.slots[0])
-        num_places = place.world_size * num_rounds * self._packs_per_micro_batch * data.pack_tokens
+        num_packs = place.world_size * num_rounds * self._packs_per_micro_batch
+        num_places = num_packs * (data.pack_tokens + data.source_pack_tokens)
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
-        filled, documents, limited, pairs = self._count(number, node)
+        filled, documents, limited, *counts = self._count(number, node)
+        work_of_step, targets = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
         return Step(
             number=number,
             packs=node.packs,
             micro_batches=[self._build(number, node, slot) for slot in node.slots[place.rank_in_node]],
-            num_targets=filled,  # causal: every position has a target
+            num_targets=sum(targets),
+            targets_by_part=targets,
             num_positions=filled,
             num_documents=documents,
             num_padding=num_places - filled,
             num_document_limited=limited,
-            num_pairs=pairs,
+            work=work_of_step,
             imbalance=imbalance(work, node.slots),
             imbalance_undealt=imbalance(work, undealt),
-            position=self._order.position(),
+            position=planned.position,
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
-        """Positions filled, documents, packs limited by documents, and pairs of attention, over all nodes."""
+        """Positions, documents, packs limited by documents, `Work`, and targets by part, over all nodes."""
         packs = node.packs if self._nodes else node.planned
         counts = [
-            sum(fragment.length for pack in packs for fragment in pack),
+            sum(fragment.positions + fragment.source_positions for pack in packs for fragment in pack),
             sum(len(pack) for pack in packs),
             sum(is_document_limited(pack, self._data) for pack in packs),
-            sum(fragment.length * (fragment.length + 1) // 2 for pack in packs for fragment in pack),
+            *count_work(packs, self._data),
+            *self._builder.targets_by_part(packs),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
 
@@ -177,9 +287,15 @@ class Stream:
         """A micro-batch of the packs at these places of the node's share, filled up with empty ones."""
         empty = self._packs_per_micro_batch - len(slot)
         numbers = [node.numbers[place] for place in slot] + [NO_PACK] * empty
-        keys = make_keys(self._seed, step, numbers, self._data.pack_tokens)
         packs = [node.packs[place] for place in slot]
-        return build_batch([*packs, *[()] * empty], self._read, self._data, keys)
+        batch = self._builder.build([*packs, *[()] * empty], step, numbers)
+        return batch.pinned() if self._pin else batch
+
+    def _read(self, piece: Fragment) -> Document:
+        self._reading = self._sources[piece.source], piece.shard, piece.row
+        document = self._read_ahead.document(*self._reading)
+        self._reading = None
+        return document
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +307,15 @@ class NodeShare:
     packs: list[Pack]
     work: list[int]  # of attention, per pack
     slots: Slots  # who computes which of them
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A step to make: its node's share, and where the order stands after it."""
+
+    number: int
+    node: NodeShare
+    position: Position
 
 
 def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:
@@ -210,14 +335,16 @@ def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch
 
 def is_document_limited(pack: Pack, data: DataSettings) -> bool:
     """Whether the pack has room left but is full by data.pack_documents."""
-    return len(pack) == data.pack_documents and sum(fragment.length for fragment in pack) < data.pack_tokens
+    if len(pack) < data.pack_documents or sum(fragment.positions for fragment in pack) == data.pack_tokens:
+        return False
+    return not data.source_pack_tokens or sum(piece.source_positions for piece in pack) < data.source_pack_tokens
 
 
 class ValidationBatches(Sequence[Batch]):
     """Validation packs in groups of one micro-batch each, built when asked for: deal the numbers to ranks."""
 
-    def __init__(self, packs: list[Pack], read: Reader, data: DataSettings, packs_per_micro_batch: int) -> None:
-        self._packs, self._read, self._data, self._size = packs, read, data, packs_per_micro_batch
+    def __init__(self, packs: list[Pack], builder: Builder, packs_per_micro_batch: int) -> None:
+        self._packs, self._builder, self._size = packs, builder, packs_per_micro_batch
 
     def __len__(self) -> int:
         return -(-len(self._packs) // self._size)
@@ -232,8 +359,7 @@ class ValidationBatches(Sequence[Batch]):
         first = range(len(self))[number] * self._size
         packs = self._packs[first : first + self._size]
         packs += [()] * (self._size - len(packs))
-        keys = make_keys(0, 0, range(first, first + self._size), self._data.pack_tokens)
-        return build_batch(packs, self._read, self._data, keys)
+        return self._builder.build(packs, 0, range(first, first + self._size))
 
 
 def validation_batches(
@@ -241,32 +367,41 @@ def validation_batches(
 ) -> ValidationBatches:
     """Every document of the store exactly once, in packs that follow from lengths and pack settings alone.
 
-    One best-fit-decreasing plan over all sources (data.mix does not apply), in groups of `packs_per_micro_batch`
-    packs, the same at every world size; empty packs fill the last group. `max_packs` > 0 takes that many packs at
-    even distances in the plan, so of all lengths. Raises `UserError` if no document has 2 tokens.
+    One plan over all sources (data.mix does not apply), in groups of `packs_per_micro_batch` packs, the same at every
+    world size; empty packs fill the last group. Objectives are drawn as in training, but always the same. `max_packs`
+    > 0 takes that many packs at even distances in the plan, so of all lengths. Raises `UserError` if no document has 2
+    tokens.
     """
-    table = np.concatenate(
-        [
-            _all_fragments(store, number, shard, data.context_tokens)
-            for number, source in enumerate(store.sources)
-            for shard in range(len(store.shard_sizes(source)))
-        ]
-        or [np.empty((0, len(Fragment._fields)), dtype=np.int64)]
-    )
+    table = all_fragments(store, data, VALIDATION_SEED)
     if not len(table):
         raise UserError(
             f"{data.directory}: the validation split holds no document of at least 2 tokens; "
             "prepare again with a higher prepare.validation_share"
         )
-    plan = best_fit_decreasing(table[:, 4], data.pack_tokens, data.pack_documents).packs
+    if data.source_pack_tokens:
+        budgets = data.pack_tokens, data.source_pack_tokens
+        plan = pack_two_sides(sizes(table), budgets, data.pack_documents).packs
+    else:
+        plan = best_fit_decreasing(sizes(table)[:, 0], data.pack_tokens, data.pack_documents).packs
     if 0 < max_packs < len(plan):
         plan = [plan[number * len(plan) // max_packs] for number in range(max_packs)]
-    packs = [tuple(Fragment._make(row) for row in table[sorted(pack)].tolist()) for pack in plan]
-    return ValidationBatches(packs, reader(store), data, packs_per_micro_batch)
+    packs = [tuple(Fragment(*row) for row in table[sorted(pack)].tolist()) for pack in plan]
+    return ValidationBatches(packs, Builder(store, data, VALIDATION_SEED), packs_per_micro_batch)
 
 
-def _all_fragments(store: Documents, number: int, shard: int, context_tokens: int) -> np.ndarray:
-    positions = num_positions(store.lengths(store.sources[number], shard))
-    rows = np.flatnonzero(positions)
-    block = Block(np.full(len(rows), shard), rows, positions[rows], context_tokens)
-    return block.table(0, block.num_fragments, number, 0)
+def all_fragments(store: Lengths, data: DataSettings, seed: int) -> np.ndarray:
+    """A table of every fragment of a store, source by source and shard by shard, as in epoch 0."""
+    examples = Examples(data, seed)
+    wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
+    tables = [fragment_table([], wide)]
+    for number, source in enumerate(store.sources):
+        for shard in range(len(store.shard_sizes(source))):
+            positions = num_positions(store.lengths(source, shard))
+            rows = np.flatnonzero(positions)
+            documents = np.full(len(rows), shard), rows, positions[rows]
+            if wide:
+                block = make_block(store, source, 0, *documents, examples)
+            else:
+                block = Block(*documents, data.context_tokens)
+            tables.append(block.table(0, block.num_fragments, number, 0))
+    return np.concatenate(tables)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.progress import Progress
 
 from bigmodel.config import UserError
 from bigmodel.data import files, mds, units
-from bigmodel.data.encoding import TOKEN_COLUMNS
+from bigmodel.data.encoding import TEXT_COLUMNS, TOKEN_COLUMNS
 from bigmodel.data.manifest import (
     MANIFEST,
     OTHER_CONTENT,
@@ -34,8 +35,8 @@ from bigmodel.data.manifest import (
     find_wrong_size,
     stored_amount,
 )
-from bigmodel.data.remote import read_manifest, without_manifest
-from bigmodel.data.shards import length_statistics, measure_shard
+from bigmodel.data.remote import FETCHED, read_manifest, without_manifest
+from bigmodel.data.shards import all_statistics, measure_shard
 from bigmodel.data.tokenizer import Tokenizer
 
 INLINE_BYTES = 64 << 20  # below this, starting processes costs more than it saves
@@ -103,7 +104,7 @@ def _compare_names(
     problems = [
         f"{files.join(location, name)}: not in the manifest"
         for name in there
-        if name not in manifest.files and name not in (MANIFEST, PICTURE)
+        if name not in manifest.files and name not in (MANIFEST, PICTURE, FETCHED)
     ]
     whole = set()
     for name, recorded in manifest.files.items():
@@ -183,6 +184,9 @@ def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, 
     if samples != shard.entry["samples"] or len(content.content) != shard.entry["raw_data"]["bytes"]:
         yield f"index.json says {shard.entry['samples']} documents in {shard.entry['raw_data']['bytes']} bytes"
     for column in shard.columns:
+        if TEXT_COLUMNS[column] in content.description["column_names"]:
+            yield from _check_texts(shard, content, column, lengths[column])
+            continue
         if column not in content.description["column_names"]:
             yield f"has no column {column!r}"
             continue
@@ -194,6 +198,19 @@ def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, 
         if not np.array_equal(found, lengths[column]):
             yield f"the documents' lengths are not those of {lengths_name(column, shard.number)}"
         yield from _check_tokens(np.concatenate(documents), found, manifest)
+
+
+def _check_texts(shard: _Shard, content: mds.ShardContent, column: str, lengths: np.ndarray) -> Iterator[str]:
+    """Texts of a shard are UTF-8 and as many tokens as their lengths say."""
+    try:
+        texts = [value.decode() for value in content.values(TEXT_COLUMNS[column])]
+    except UnicodeDecodeError as error:
+        yield f"{TEXT_COLUMNS[column]!r} is not UTF-8: {error}"
+        return
+    tokenizer = _same_tokenizer(shard.location, shard.manifest.tokenizer_sha256, shard.manifest.encoder == "tiktoken")
+    found = np.array([len(document) for document in tokenizer.encode_documents(texts)], np.int64)
+    if not np.array_equal(found, lengths):
+        yield f"the documents' lengths in tokens are not those of {lengths_name(column, shard.number)}"
 
 
 def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest) -> Iterator[str]:
@@ -221,9 +238,8 @@ def _compare_counts(location: str, manifest: Manifest, shards: list[_Shard], che
     said = sum(stored_amount(counts["validation"], "text_bytes") for counts in manifest.counts.values())
     if text != said:
         found.append(f"validation text of {said} bytes, the file has {text}")
-    lengths = [one.lengths["tokens"] for one in checked]
-    text_bytes = sum(manifest.total(split, "text_bytes") for split in SPLITS)
-    if length_statistics(lengths, text_bytes) != manifest.statistics:
+    lengths = {column: [one.lengths[column] for one in checked if column in one.lengths] for column in TOKEN_COLUMNS}
+    if all_statistics(lengths, manifest.counts) != manifest.statistics:
         found.append("the statistics are not those of the documents' lengths")
     found += _compare_tokenizer(location, manifest)
     return [f"{name}: {problem}" for problem in found]
@@ -256,13 +272,24 @@ def _count_rows(manifest: Manifest) -> Iterator[str]:
                 yield f"{source}: kept {rows['kept']} {what}, stored {stored}"
 
 
+@lru_cache(maxsize=1)
+def _same_tokenizer(location: str, sha256: str, fast: bool) -> Tokenizer:
+    return _tokenizer(location, fast)
+
+
+def _tokenizer(location: str, fast: bool) -> Tokenizer:
+    """Of a folder; `fast`: which path, without a comparison of the two."""
+    there = files.sizes(location)
+    named = json.loads(_read(location, "tokenizer_config.json")) if "tokenizer_config.json" in there else None
+    boundaries = (named["bos_token"], named["eos_token"]) if named else None
+    return Tokenizer(_read(location, "tokenizer.json").decode(), boundaries=boundaries, fast=fast)
+
+
 def _compare_tokenizer(location: str, manifest: Manifest) -> Iterator[str]:
     if manifest.files["tokenizer.json"]["sha256"] != manifest.tokenizer_sha256:
         yield "tokenizer_sha256 is not that of tokenizer.json"
         return
-    named = "tokenizer_config.json" in manifest.files and json.loads(_read(location, "tokenizer_config.json"))
-    boundaries = (named["bos_token"], named["eos_token"]) if named else None
-    tokenizer = Tokenizer(_read(location, "tokenizer.json").decode(), boundaries=boundaries, fast=False)
+    tokenizer = _tokenizer(location, fast=False)
     for what in ("vocabulary", "bos", "eos"):
         if getattr(tokenizer, what) != getattr(manifest, what):
             yield f"{what} = {getattr(manifest, what)}, tokenizer.json has {getattr(tokenizer, what)}"

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from bigmodel.config import ModelSettings
+
 
 @torch.no_grad()
 def init_weights(
@@ -18,31 +20,41 @@ def init_weights(
 
     | parameter                            | distribution                        | source                        |
     |--------------------------------------|-------------------------------------|-------------------------------|
-    | embedding, head                      | normal, deviation 0.02              | GPT-2                         |
-    | attention.output, feed_forward.down  | normal, deviation sqrt(1/inputs/2L) | GPT-2: the residual stream of |
-    |                                      | with L layers                       | 2L additions keeps its size   |
+    | embeddings, head, relative bias      | normal, deviation 0.02              | GPT-2                         |
+    | attention.output, feed_forward.down, | normal, deviation sqrt(1/inputs/A)  | GPT-2: the residual stream of |
+    | cross_attention.output               |                                     | A additions keeps its size    |
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
     | norms                                | 1                                   |                               |
+
+    A is 2 a layer, 3 in a decoder with cross-attention; the encoder counts its own. With model.attention_scale set,
+    queries come scaled by it times sqrt(head size) less, as T5's do, so that scores begin as they would without.
 
     Each parameter has its own random stream, keyed by seed and name, so that a value depends on neither the
     order of creation nor the number of ranks.
     """
     for name, parameter in model.named_parameters():
         with whole(parameter) if whole else contextlib.nullcontext():
-            _fill(name, parameter, seed, additions=2 * model.settings.layers)
+            _fill(name, parameter, seed, model.settings)
 
 
-def _fill(name: str, parameter: nn.Parameter, seed: int, additions: int) -> None:
+def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
+    crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
+    of_encoder = name.startswith("encoder.")
+    additions = 2 * settings.encoder.layers if of_encoder else (3 if crosses else 2) * settings.layers
     if parameter.dim() == 1:
         parameter.fill_(1.0)
         return
-    if name.startswith(("embedding.", "head.")):
+    if name.removeprefix("encoder.").startswith(("embedding.", "head.", "relative_bias.")):
         deviation = 0.02
     elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
         deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
     else:
         deviation = math.sqrt(1.0 / parameter.shape[1])
     parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
+    if settings.attention_scale and name.endswith(("attention.query_key_value.weight", "cross_attention.query.weight")):
+        part = settings.encoder if of_encoder else settings
+        queries = parameter[: part.heads * part.head_width]
+        queries /= settings.attention_scale * math.sqrt(part.head_width)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -1,17 +1,22 @@
-"""The decoder-only transformer: a flat run of packed documents in, the loss of every document out.
+"""The transformer: a flat run of packed documents in, the loss of every document out.
 
-Takes a `Batch` (one flat run of T positions), gives the summed loss, the loss of each position, or logits.
-Guarantees: documents cannot influence one another (attention, positions and loss restart at each boundary)
-and dropout depends on the batch's keys only, never on rank or call order. The model does not know how
-many machines there are: ZeRO is applied from outside.
+Takes a `Batch` (one flat run of T positions; for an encoder-decoder another of S source positions), gives the summed
+loss, the loss of each position, or logits. Guarantees: documents cannot influence one another (attention, positions
+and loss restart at each boundary) and dropout depends on the batch's keys only, never on rank or call order. The
+model does not know how many machines there are: ZeRO is applied from outside.
 
-    tokens -> embedding -> [ norm -> attention -> + -> norm -> SwiGLU -> + ] x layers -> norm -> head -> loss
+    tokens -> embedding -> [ norm -> attention -> + -> norm -> feed-forward -> + ] x layers -> norm -> head -> loss
 
-Letters in tensor names: T positions of the micro-batch, H hidden width, Q query heads, G key/value heads,
-K head width, F feed-forward width, V vocabulary. `x_TH` is a tensor of shape (T, H).
+A decoder is causal (what `batch.prefixes` counts is seen by its whole document), an encoder sees both ways. An
+encoder-decoder is an encoder of the source and a decoder whose blocks see the encoder's states: by a second attention
+(`cross`), or in one softmax with their own past (`mixed`).
+
+Letters in tensor names: T positions of the micro-batch, S of its source side, H hidden width, E the encoder's, Q query
+heads, G key/value heads, K head width, F feed-forward width, V vocabulary. `x_TH` is a tensor of shape (T, H).
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +25,17 @@ from torch.nn import functional as F
 from bigmodel.config import ModelSettings
 from bigmodel.data.batch import Batch
 from kernels.attention import Schedule, attention, make_schedule
-from kernels.linear_cross_entropy import Options, linear_cross_entropy, linear_cross_entropy_per_token
-from kernels.visibility import Visibility, causal
+from kernels.linear_cross_entropy import (
+    IGNORED,
+    Options,
+    linear_cross_entropy_and_losses,
+    linear_cross_entropy_per_token,
+)
+from kernels.relative_bias import t5_bias
+from kernels.visibility import Visibility, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
+CROSS_SALT = 1 << 20  # of dropout: above those of any layer's other two
 
 
 class Linear(nn.Linear):
@@ -85,56 +97,147 @@ def dropout(x_TH: Tensor, rate: float, keys_T: Tensor, salt: int) -> Tensor:
     return x_TH * keep * (1.0 / (1.0 - rate))
 
 
+@dataclass(frozen=True)
+class View:
+    """How an attention looks at a batch: made once, used by all layers of a side."""
+
+    visibility: Visibility
+    schedule: Schedule
+    table: tuple[Tensor, Tensor] | None = None  # rotary, of the queries and of the keys beside them
+    bias_HR: Tensor | None = None
+    source_table: tuple[Tensor, Tensor] | None = None  # mixed: rotary, of the source's keys
+    rows: Tensor | None = None  # mixed: where the keys are in the source's and the decoder's rows, last first
+
+
+class Source(NamedTuple):
+    """What a decoder sees of an encoder: its states (S, E) and, for cross-attention, how it looks at them."""
+
+    states_SE: Tensor
+    view: View | None
+
+
+class RelativeBias(nn.Embedding):
+    """T5's learned bias by distance, (H, R), for all layers of a side."""
+
+    def __init__(self, settings: ModelSettings, sees_both_ways: bool) -> None:
+        super().__init__(settings.relative_buckets, settings.heads)
+        self.sees_both_ways, self.distance = sees_both_ways, settings.relative_distance
+
+    def forward(self) -> Tensor:
+        return t5_bias(self.weight, self.sees_both_ways, self.distance)
+
+
 class Attention(nn.Module):
-    """Causal attention inside each document, with grouped-query heads (Ainslie et al. 2023)."""
+    """Attention inside each document, with grouped-query heads (Ainslie et al. 2023)."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.heads, self.groups, self.head_width = settings.heads, settings.key_value_heads, settings.head_width
+        self.scale = settings.attention_scale or None
         self.query_key_value = Linear(settings.width, (self.heads + 2 * self.groups) * self.head_width)
         self.output = Linear(self.heads * self.head_width, settings.width)
         self.query_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
 
-    def forward(self, x_TH: Tensor, visibility: Visibility, schedule: Schedule, table: tuple[Tensor, Tensor]) -> Tensor:
+    def project(self, x_TH: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
         heads_TNK = self.query_key_value(x_TH).unflatten(-1, (self.heads + 2 * self.groups, self.head_width))
         q_TQK, k_TGK, v_TGK = heads_TNK.split((self.heads, self.groups, self.groups), dim=1)
-        q_TQK = rotate(self.query_norm(q_TQK), table)
-        k_TGK = rotate(self.key_norm(k_TGK), table)
-        out_TQK = attention(q_TQK, k_TGK, v_TGK, visibility, schedule)
+        q_TQK, k_TGK = self.query_norm(q_TQK), self.key_norm(k_TGK)
+        if view.table:
+            q_TQK, k_TGK = rotate(q_TQK, view.table), rotate(k_TGK, view.table)
+        return q_TQK, k_TGK, v_TGK
+
+    def forward(self, x_TH: Tensor, view: View) -> Tensor:
+        rows = self.project(x_TH, view)
+        out_TQK = attention(*rows, view.visibility, view.schedule, self.scale, bias_HR=view.bias_HR)
+        return self.output(out_TQK.flatten(1))
+
+
+class MixedAttention(Attention):
+    """A decoder's own past and its source in one softmax. A source stands before its targets, as in a prefix-LM."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__(settings)
+        self.source_key_value = Linear(settings.encoder.width, 2 * self.groups * self.head_width)
+
+    def forward(self, x_TH: Tensor, view: View, states_SE: Tensor) -> Tensor:  # type: ignore[override]
+        assert view.source_table is not None, "a view for mixed attention"
+        q_TQK, k_TGK, v_TGK = self.project(x_TH, view)
+        source_SNK = self.source_key_value(states_SE).unflatten(-1, (2 * self.groups, self.head_width))
+        source_k_SGK, source_v_SGK = source_SNK.split(self.groups, dim=1)
+        source_k_SGK = rotate(self.key_norm(source_k_SGK), view.source_table)
+        k, v = (torch.cat(sides)[view.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
+        out_TQK = attention(q_TQK.flip(0), k, v, view.visibility, view.schedule, self.scale).flip(0)
+        return self.output(out_TQK.flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Every position of a target sees the whole of its own source; no positions, as in T5."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_width = settings.heads, settings.key_value_heads, settings.head_width
+        self.scale = settings.attention_scale or None
+        self.query = Linear(settings.width, self.heads * self.head_width)
+        self.key_value = Linear(settings.encoder.width, 2 * self.groups * self.head_width)
+        self.output = Linear(self.heads * self.head_width, settings.width)
+        self.query_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+
+    def forward(self, x_TH: Tensor, source: Source) -> Tensor:
+        assert source.view is not None, "a view for cross-attention"
+        q_TQK = self.query(x_TH).unflatten(-1, (self.heads, self.head_width))
+        k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.groups, self.head_width)).unbind(1)
+        rows = self.query_norm(q_TQK), self.key_norm(k_SGK), v_SGK
+        out_TQK = attention(*rows, source.view.visibility, source.view.schedule, self.scale)
+        if torch.is_grad_enabled() and not out_TQK.requires_grad:
+            # No target here has a source: gradients are zero, not absent, for ranks reduce them together.
+            out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
         return self.output(out_TQK.flatten(1))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): (silu(x W_gate) * (x W_up)) W_down, the first two as one product."""
+    """A gated layer (Shazeer 2020): (silu(x W_gate) * (x W_up)) W_down, or gelu; the first two as one product."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.gate_up = Linear(settings.width, 2 * settings.feed_forward_width)
         self.down = Linear(settings.feed_forward_width, settings.width)
+        self.gate = settings.gate
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TF, up_TF = self.gate_up(x_TH).chunk(2, dim=-1)
-        return self.down(F.silu(gate_TF) * up_TF)
+        opened_TF = F.silu(gate_TF) if self.gate == "silu" else F.gelu(gate_TF, approximate="tanh")
+        return self.down(opened_TF * up_TF)
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each on a normalised input and added to the residual stream."""
+    """One layer: attention and feed-forward, each on a normalised input and added to the residual stream.
+
+    A decoder of an encoder-decoder sees the source in its attention (mixed) or in a second one (cross).
+    """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, settings.dropout
+        self.is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
+        self.is_cross = settings.kind == "encoder_decoder" and not self.is_mixed
         self.attention_norm = RMSNorm(settings.width, settings.norm_epsilon)
-        self.attention = Attention(settings)
+        self.attention = MixedAttention(settings) if self.is_mixed else Attention(settings)
+        if self.is_cross:
+            self.cross_attention_norm = RMSNorm(settings.width, settings.norm_epsilon)
+            self.cross_attention = CrossAttention(settings)
         self.feed_forward_norm = RMSNorm(settings.width, settings.norm_epsilon)
         self.feed_forward = FeedForward(settings)
 
-    def forward(
-        self, x_TH: Tensor, visibility: Visibility, schedule: Schedule, table: tuple[Tensor, Tensor], keys_T: Tensor
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, view: View, keys_T: Tensor, source: Source | None = None) -> Tensor:
         rate = self.dropout if self.training else 0.0
-        mixed_TH = self.attention(self.attention_norm(x_TH), visibility, schedule, table)
+        seen = (source.states_SE,) if self.is_mixed and source else ()
+        mixed_TH = self.attention(self.attention_norm(x_TH), view, *seen)
         x_TH = x_TH + dropout(mixed_TH, rate, keys_T, salt=2 * self.layer)
+        if self.is_cross:
+            found_TH = self.cross_attention(self.cross_attention_norm(x_TH), source)
+            x_TH = x_TH + dropout(found_TH, rate, keys_T, salt=CROSS_SALT + self.layer)
         thought_TH = self.feed_forward(self.feed_forward_norm(x_TH))
         return x_TH + dropout(thought_TH, rate, keys_T, salt=2 * self.layer + 1)
 
@@ -151,20 +254,69 @@ class Head(nn.Module):
         self.weight = weight_VH
         self.options = options
 
-    def forward(self, x_TH: Tensor, targets_T: Tensor, output: Output) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, targets_T: Tensor, output: Output, parts_T: Tensor | None = None, num_parts: int = 1
+    ) -> Tensor:
         softcap = self.options.logit_softcap
         if output == "loss_sum":
-            return linear_cross_entropy(x_TH, self.weight, targets_T, self.options).loss_sum
+            sums, losses_T = linear_cross_entropy_and_losses(x_TH, self.weight, targets_T, self.options)
+            return sums.loss_sum if parts_T is None else _by_part(sums.loss_sum, losses_T, parts_T, num_parts)
         if output == "loss_per_position":
             return linear_cross_entropy_per_token(x_TH, self.weight, targets_T, softcap)
         logits_TV = x_TH.float() @ self.weight.float().T
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
 
-class Transformer(nn.Module):
-    """The model. `forward(batch)` gives the loss summed over the batch's targets, a scalar in fp32, in nats.
+def _by_part(loss_sum: Tensor, losses_T: Tensor, parts_T: Tensor, num_parts: int) -> Tensor:
+    """(parts,) sums of the positions' losses; the gradient of their sum is that of `loss_sum`."""
+    is_of_PT = parts_T == torch.arange(num_parts, device=parts_T.device)[:, None]
+    sums_P = (losses_T.double() * is_of_PT).sum(1).to(losses_T.dtype)  # no atomics: the same bits every time
+    return sums_P + (loss_sum - loss_sum.detach()) / num_parts
 
-    z_loss and label_smoothing are settings of the training: they shape the gradient of that sum (Options).
+
+def ahead(targets_T: Tensor, offsets: Tensor, steps: int) -> Tensor:
+    """(T,) the target `steps` positions on in the same document; IGNORED where that is none."""
+    row_T = _rows(targets_T)
+    document_T = torch.searchsorted(offsets, row_T, right=True)
+    later_T = (row_T + steps).clamp(max=len(row_T) - 1)
+    inside_T = (row_T + steps < len(row_T)) & (document_T[later_T] == document_T)
+    return torch.where(inside_T, targets_T[later_T], IGNORED)
+
+
+class Encoder(nn.Module):
+    """The source side of an encoder-decoder: embedded sources (S, E) to the normalised states that decoders see."""
+
+    def __init__(self, settings: ModelSettings, vocabulary: int) -> None:
+        super().__init__()
+        self.settings = settings
+        if settings.separate_embeddings:
+            self.embedding = nn.Embedding(vocabulary, settings.width)
+        if settings.positions == "relative_bias":
+            self.relative_bias = RelativeBias(settings, sees_both_ways=True)
+        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        self.norm = RMSNorm(settings.width, settings.norm_epsilon)
+
+    def forward(self, x_SE: Tensor, offsets: Tensor, positions_S: Tensor, keys_S: Tensor) -> Tensor:
+        view = make_view(self, bidirectional(offsets), positions_S)
+        for block in self.blocks:
+            x_SE = block(x_SE, view, keys_S)
+        return self.norm(x_SE)
+
+
+def make_view(stack: nn.Module, visibility: Visibility, positions_T: Tensor) -> View:
+    """How the self-attention of an encoder's or decoder's blocks looks at a batch."""
+    settings, rows = stack.settings, len(positions_T)
+    schedule = make_schedule(visibility, rows, rows)
+    if settings.positions == "relative_bias":
+        return View(visibility, schedule, bias_HR=stack.relative_bias())
+    return View(visibility, schedule, rotary_table(positions_T, settings.head_width, settings.rope_theta))
+
+
+class Transformer(nn.Module):
+    """The model. `forward(batch)` gives the loss summed over the batch's targets, in fp32, in nats: a scalar, or
+    one sum for each part of the batch (`batch.parts`), which add up to it.
+
+    z_loss, label_smoothing and extra heads shape the gradient of that sum, not its value (Options).
     """
 
     def __init__(
@@ -173,21 +325,85 @@ class Transformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.embedding = nn.Embedding(vocabulary, settings.width)
+        if settings.kind == "encoder_decoder":
+            self.encoder = Encoder(settings.encoder, vocabulary)
+        if settings.positions == "relative_bias":
+            self.relative_bias = RelativeBias(settings, sees_both_ways=settings.kind == "encoder")
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        extra = range(settings.layers, settings.layers + settings.extra_heads)
+        self.extra_blocks = nn.ModuleList(Block(settings, layer) for layer in extra)
         self.norm = RMSNorm(settings.width, settings.norm_epsilon)
         untied = not settings.tied_embeddings
         weight_VH = nn.Parameter(torch.empty(vocabulary, settings.width)) if untied else self.embedding.weight
         self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
-        """loss_sum: (); loss_per_position: (T,), 0 at padding; logits: (T, V). All fp32."""
-        return self.head(self.hidden(self.embedding(batch.tokens), batch), batch.targets, output)
+        """loss_sum: () or (parts,); loss_per_position: (T,), 0 where nothing is asked; logits: (T, V). All fp32."""
+        return self.read_out(*self.embed(batch), batch, output)
 
-    def hidden(self, x_TH: Tensor, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens (T, H), and sources (S, E) where there are any."""
+        if batch.source is None:
+            return self.embedding(batch.tokens), None
+        of_source = self.encoder.embedding if self.settings.separate_embeddings else self.embedding
+        return self.embedding(batch.tokens), of_source(batch.source.tokens)
+
+    def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
+        """`forward` from embedded tokens on."""
+        x_TH, view, source = self.trunk(x_TH, x_SE, batch)
+        result = self.head(self.norm(x_TH), batch.targets, output, batch.parts, batch.num_parts)
+        if output == "loss_sum" and self.training and len(self.extra_blocks):
+            extra = sum(
+                self.head(self.norm(block(x_TH, view, batch.keys, source)), targets_T, output)
+                for block, targets_T in (
+                    (block, ahead(batch.targets, batch.offsets, steps))
+                    for steps, block in enumerate(self.extra_blocks, 1)
+                )
+            )
+            weight = self.settings.extra_head_weight / len(self.extra_blocks) / max(1, result.numel())
+            result = result + weight * (extra - extra.detach())
+        return result
+
+    def hidden(self, x_TH: Tensor, batch: Batch, x_SE: Tensor | None = None) -> Tensor:
         """Embedded tokens (T, H) to the normalised states (T, H) that the head reads."""
-        visibility = causal(batch.offsets)
-        schedule = make_schedule(visibility, len(batch.tokens), len(batch.tokens))
-        table = rotary_table(batch.positions, self.settings.head_width, self.settings.rope_theta)
+        return self.norm(self.trunk(x_TH, x_SE, batch)[0])
+
+    def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, View, Source | None]:
+        """Through all blocks: the states (T, H) before the last norm, and what the blocks looked at."""
+        view, source = self.look(x_SE, batch)
         for block in self.blocks:
-            x_TH = block(x_TH, visibility, schedule, table, batch.keys)
-        return self.norm(x_TH)
+            x_TH = block(x_TH, view, batch.keys, source)
+        return x_TH, view, source
+
+    def look(self, x_SE: Tensor | None, batch: Batch) -> tuple[View, Source | None]:
+        """How the blocks look at the batch, and what they see of its source, encoded here."""
+        settings, side = self.settings, batch.source
+        if side is None or x_SE is None:
+            assert settings.kind != "encoder_decoder", "an encoder-decoder needs a batch with a source side"
+            if settings.kind == "encoder":
+                visibility = bidirectional(batch.offsets)
+            elif batch.prefixes is None:
+                visibility = causal(batch.offsets)
+            else:
+                visibility = prefix_lm(batch.offsets, batch.prefixes)
+            return make_view(self, visibility, batch.positions), None
+        states_SE = self.encoder(x_SE, side.offsets, side.positions, side.keys)
+        num_targets, num_sources = len(batch.tokens), len(side.tokens)
+        if settings.source_attention == "cross":
+            visibility = cross(batch.offsets, side.offsets)
+            seen = View(visibility, make_schedule(visibility, num_targets, num_sources))
+            return make_view(self, causal(batch.offsets), batch.positions), Source(states_SE, seen)
+        visibility = mixed(batch.offsets, side.offsets)
+        behind_T = side.offsets.diff()[torch.searchsorted(batch.offsets, _rows(batch.tokens), right=True) - 1]
+        tables = (
+            rotary_table(positions, settings.head_width, settings.rope_theta)
+            for positions in (batch.positions + behind_T, side.positions)
+        )
+        own_table, source_table = tables
+        rows = mixed_rows(batch.offsets, side.offsets, num_targets, num_sources)
+        schedule = make_schedule(visibility, num_targets, num_targets + num_sources)
+        return View(visibility, schedule, own_table, None, source_table, rows), Source(states_SE, None)
+
+
+def _rows(tokens_T: Tensor) -> Tensor:
+    return torch.arange(len(tokens_T), device=tokens_T.device, dtype=torch.int32)

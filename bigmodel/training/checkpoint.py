@@ -15,6 +15,7 @@ Takes folders on a file system that all ranks see, gives a verified checkpoint a
 Costs: a read of all bytes at every resume, shared by the ranks; then each rank reads what it holds and no more.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -226,6 +227,14 @@ def looks_whole(path: Path) -> bool:
         (path / name).exists() and (path / name).stat().st_size == facts["bytes"]
         for name, facts in manifest["files"].items()
     )
+
+
+def newest_state(directory: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint, its weights left unread; None where there is none that can be read."""
+    for step in reversed(steps(directory)):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return _open(path_of(directory, step)).state
+    return None
 
 
 def hash_file(path: Path) -> str:

@@ -82,7 +82,7 @@ class Engine:
             self._optimizer.whole_matrices = self._whole_matrices
 
     def micro_batch(self, batch: Any, num_targets: int, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; gives its loss sum, detached.
+        """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
 
         num_targets: of the whole step, over all ranks and micro-batches. last: of this rank's in this step.
         DeepSpeed averages over ranks, hence the factor of the world size; its own division by the number of
@@ -93,7 +93,7 @@ class Engine:
         with self.phases("forward"):
             loss_sum = self._engine(batch)
         with self.phases("backward"):
-            self._engine.backward(loss_sum * (self.world.size / num_targets), scale_wrt_gas=False)
+            self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 

@@ -14,8 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bigmodel.accounting import device_peak_flops, num_parameters, step_flops
+import torch
+
+from bigmodel.accounting import device_peak_flops, step_flops
 from bigmodel.config import Settings, UserError, to_toml_table
+from bigmodel.data.examples import num_marks
 from bigmodel.data.order import Position, merge_cursors, total_progress
 from bigmodel.data.segments import resume_order
 from bigmodel.data.shards import ShardStore
@@ -24,8 +27,8 @@ from bigmodel.data.stream import Step, Stream
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.evaluate import Validation
-from bigmodel.generate import generate
-from bigmodel.metrics import Metrics, Seat, StepRecord
+from bigmodel.generate import examples, generate
+from bigmodel.metrics import LossPart, Metrics, Seat, StepRecord
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.profiling import Profiler
@@ -51,6 +54,7 @@ from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
+NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
 
 Value = TypeVar("Value")
@@ -83,14 +87,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
-    store = ShardStore(settings.data.directory, "train", settings.data.remote)
+    store = ShardStore.of_run(settings.data, "train")
     ranks_per_node = world.ranks_per_node()
     place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
+    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
     with creation(effective) as whole:
-        model = Transformer(
-            settings.model, store.manifest.vocabulary, settings.training.z_loss, settings.training.label_smoothing
-        )
+        model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
     init_weights(model, settings.run.seed, whole)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
@@ -110,7 +113,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         checkpoint.load(resumed, engine, settings, world)
     seat = Seat(world.rank, world.size, place.node, place.rank_in_node, place.node_size)
     start = world.broadcast_object(secrets.token_hex(4))
-    metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(settings, store, world))
+    metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
     closing.callback(metrics.close)
     profiler = Profiler(metrics.folder, world.rank)
     closing.callback(profiler.close)
@@ -129,7 +132,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stopping = False
     spread = place.num_nodes > 1 and settings.data.lanes > 1  # no node plans all lanes
     nodes = NodeSums(world, place.node, place.num_nodes, speaks=place.rank_in_node == 0) if spread else None
-    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes)
+    pin = world.device.type == "cuda"
+    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
     closing.callback(stream.close)
     norms = Norms(engine, world, settings.metrics.norms_every_steps)
     saver = Saver(checkpoints, settings, world, incarnation)
@@ -139,14 +143,15 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         phases.add("data", stream.wait_seconds)
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
-        nats = 0.0
+        nats = torch.zeros(len(stream.parts), device=world.device)  # by objective and source
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
         with phases("communication"):
-            told = [float(nats), float(stop.requested), float(saver.written), *phases.busy_row(seat)]
-            nats, stop_votes, written, *busy = world.sum_(told)
-        loss = nats / step.num_targets
+            told = [*nats.tolist(), float(stop.requested), float(saver.written), *phases.busy_row(seat)]
+            told = world.sum_(told)
+        nats_by_part, (stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
+        loss = math.fsum(nats_by_part) / step.num_targets
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
 
@@ -181,9 +186,17 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 data_wait_seconds=stream.wait_seconds,
                 compile_seconds=compile_time.take(),
                 packs_document_limited=step.num_document_limited,
-                attention_imbalance=step.imbalance,
-                flops=step_flops(settings, store.manifest.vocabulary, step),
+                fetched_bytes=store.remote.num_bytes if store.remote else 0,
+                fetch_failures=store.remote.num_failures if store.remote else 0,
+                imbalance=step.imbalance,
+                imbalance_undealt=step.imbalance_undealt,
+                flops=step_flops(settings, vocabulary, step),
                 skipped=bad,
+                parts=tuple(
+                    LossPart(*names, nats=part, targets=targets)
+                    for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
+                    if targets
+                ),
                 loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
                 norms=norms.after_update(),
                 slowest_rank=slowest_rank,
@@ -240,12 +253,17 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     if settings.evaluation.at_end:
         evaluation = validation.run(engine.forward, world)
         tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
-        sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
+        sample, wrong_sources = "", None
+        if settings.model.kind == "encoder_decoder":
+            wrong_sources = validation.run(engine.forward, world, wrong_sources=True)
+            sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
+        elif settings.model.kind == "decoder":
+            sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
         metrics.record_evaluation(
             settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
         )
         if world.rank == 0:
-            show_summary(settings, summarize(settings, evaluation, sample, len(segments)))
+            show_summary(settings, summarize(settings, evaluation, sample, segments, wrong_sources))
     metrics.close("finished")
     if world.rank == 0:
         record_event(directory, "finished", step=settings.training.steps)
@@ -253,11 +271,11 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     return EXIT_DONE
 
 
-def _facts(settings: Settings, store: ShardStore, world: World) -> dict[str, Any]:
+def _facts(engine: Engine, world: World) -> dict[str, Any]:
     """What the page says of the run as a whole; measured on rank 0, which tells it."""
     if world.rank > 0:
         return {}
-    parameters = num_parameters(settings.model, store.manifest.vocabulary)
+    parameters = sum(math.prod(engine.shape(name)) for name in engine.names())
     return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
 
 

@@ -1,0 +1,227 @@
+"""Encoder-decoder and all objectives: packed equals one document at a time, and no document reaches another one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bigmodel.check import isolation, packed_equals_single
+from bigmodel.config import DataSettings
+from bigmodel.data.batch import IGNORED, Batch, exchange_sources
+from bigmodel.data.examples import Pair
+from kernels.visibility import bidirectional, causal, cross
+from tests.example_batches import batch_of, model_of, text
+
+ONE_SIDE = {"context_tokens": 64, "pack_tokens": 64, "pack_documents": 5}
+TWO_SIDES = ONE_SIDE | {"source_pack_tokens": 64}
+PAIRS = [[Pair(text(9), text(20)), Pair(text(1), text(1)), Pair(text(30), text(5))], [Pair(text(12), text(40))]]
+TEXTS = [[text(19), text(1), text(14)], [text(30)]]
+SOURCES = {  # on two sides: (documents, objectives)
+    "pairs": (PAIRS, []),
+    "span_corruption": (TEXTS, [{"kind": "span_corruption"}]),
+    "ul2": (TEXTS, [{"kind": "ul2"}]),
+    "prefix": (TEXTS, [{"kind": "prefix"}]),
+    "causal_without_source": (TEXTS, [{"kind": "causal"}]),
+    "mixture": (TEXTS, [{"kind": "causal"}, {"kind": "span_corruption"}, {"kind": "prefix"}]),
+}
+ENCODER_DECODERS = {
+    "cross": {},
+    "mixed": {"source_attention": "mixed"},
+    "relative_bias": {"positions": "relative_bias", "attention_scale": 1.0, "gate": "gelu"},
+    "other_widths": {
+        "encoder_layers": 1,
+        "encoder_width": 24,
+        "encoder_heads": 2,
+        "encoder_key_value_heads": 1,
+        "encoder_feed_forward_width": 30,
+        "separate_embeddings": True,
+        "qk_norm": True,
+    },
+    "mixed_other_widths": {
+        "source_attention": "mixed",
+        "encoder_layers": 3,
+        "encoder_width": 24,
+        "encoder_heads": 3,
+        "encoder_key_value_heads": 3,
+        "separate_embeddings": True,
+    },
+    "tied_extra_heads_dropout": {"tied_embeddings": True, "extra_heads": 2, "dropout": 0.2},
+}
+DECODERS = {
+    "causal": [{"kind": "causal"}],
+    "ahead": [{"kind": "causal", "ahead": 3}],
+    "prefix": [{"kind": "prefix"}],
+    "fill_in_the_middle": [{"kind": "fill_in_the_middle"}],
+    "span_corruption": [{"kind": "span_corruption"}],
+    "ul2": [{"kind": "ul2"}],
+}
+
+
+def holds(model: torch.nn.Module, batch: Batch) -> None:
+    findings = isolation(model, batch)
+    assert [f"{finding.claim}: {finding.evidence}" for finding in findings if not finding.holds] == []
+    assert len(findings) == 4
+    model.zero_grad(set_to_none=True)
+    finding = packed_equals_single(model.double(), batch)
+    assert finding.holds, finding.evidence
+
+
+@pytest.mark.parametrize("changes", ENCODER_DECODERS.values(), ids=ENCODER_DECODERS.keys())
+def test_pairs_are_apart_and_packed_equals_one_at_a_time(changes: dict) -> None:
+    holds(model_of(kind="encoder_decoder", **changes), batch_of(PAIRS, DataSettings(**TWO_SIDES)))
+
+
+@pytest.mark.parametrize("source_attention", ["cross", "mixed"])
+@pytest.mark.parametrize(("documents", "objectives"), SOURCES.values(), ids=SOURCES.keys())
+def test_every_objective_of_an_encoder_decoder(documents: list, objectives: list, source_attention: str) -> None:
+    data = DataSettings(**TWO_SIDES, objectives=objectives)
+    batch = batch_of(documents, data)
+    assert (batch.source.num_positions == 0) == (objectives == [{"kind": "causal"}])
+    model = model_of(kind="encoder_decoder", source_attention=source_attention)
+    if batch.source.num_positions and source_attention == "cross":
+        holds(model, batch)
+    else:
+        assert packed_equals_single(model.double(), batch).holds
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{"fixed_target_tokens": 16}, {"masked_decoder_share": 0.3}, {"dropped_decoder_share": 0.4}],
+    ids=["fixed", "masked", "sparse"],
+)
+@pytest.mark.parametrize("source_attention", ["cross", "mixed"])
+def test_every_kind_of_decoder_input(inputs: dict, source_attention: str) -> None:
+    data = DataSettings(**TWO_SIDES, **inputs)
+    holds(model_of(kind="encoder_decoder", source_attention=source_attention), batch_of(PAIRS, data))
+
+
+@pytest.mark.parametrize("extra", [{}, {"extra_heads": 2}, {"positions": "relative_bias"}], ids=["", "heads", "bias"])
+@pytest.mark.parametrize("objectives", DECODERS.values(), ids=DECODERS.keys())
+def test_every_objective_of_a_decoder(objectives: list, extra: dict) -> None:
+    holds(model_of(**extra), batch_of(TEXTS, DataSettings(**ONE_SIDE, objectives=objectives)))
+
+
+def test_pairs_of_a_decoder() -> None:
+    holds(model_of(), batch_of([PAIRS[0][:2], [PAIRS[0][2]]], DataSettings(**ONE_SIDE)))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative_bias"])
+def test_masked_tokens_of_an_encoder(positions: str) -> None:
+    data = DataSettings(**ONE_SIDE, objectives=[{"kind": "masked"}])
+    holds(model_of(kind="encoder", positions=positions), batch_of(TEXTS, data))
+
+
+def test_a_whole_source_is_seen_by_its_target_alone() -> None:
+    """Cut pairs, a source side that is full, and padding on one side only."""
+    data = DataSettings(**(TWO_SIDES | {"source_pack_tokens": 16, "pack_tokens": 24, "context_tokens": 24}))
+    batch = batch_of([[Pair(text(30), text(40))], [Pair(text(5), text(4)), Pair(text(3), text(7))]], data)
+    assert batch.source.offsets.tolist() == [0, 16, 22, 26, 32] + [32] * (len(batch.offsets) - 5)
+    assert batch.offsets.tolist() == [0, 24, 29, 37, 48] + [48] * (len(batch.offsets) - 5)
+    for source_attention in ("cross", "mixed"):
+        holds(model_of(kind="encoder_decoder", source_attention=source_attention), batch)
+
+
+def test_the_checks_see_a_leak_between_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
+
+    def over_everything(rule):
+        return lambda *offsets: rule(*(one[[0, -1]] for one in offsets))
+
+    for name, rule in (("cross", cross), ("bidirectional", bidirectional), ("causal", causal)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bigmodel.model.transformer.{name}", over_everything(rule))
+            model = model_of(kind="encoder_decoder")
+            broken = [finding.claim for finding in isolation(model, batch) if not finding.holds]
+            assert len(broken) == 3, f"{name} over all documents was not seen"
+            assert not packed_equals_single(model.double(), batch).holds
+
+
+def test_later_sources_do_not_move_a_prefix_that_stays() -> None:
+    """A target position sees the whole of its source, also what comes after its own number."""
+    data = DataSettings(**TWO_SIDES)
+    batch = batch_of([[Pair(text(9), text(20))]], data)
+    edited = batch.source.tokens.clone()
+    edited[8] = 7
+    changed = replace(batch, source=replace(batch.source, tokens=edited))
+    for source_attention in ("cross", "mixed"):
+        model = model_of(kind="encoder_decoder", source_attention=source_attention).eval()
+        difference = (model(batch, "logits") - model(changed, "logits")).abs().amax(1)
+        assert difference[:21].min() > 0
+        assert difference[21:].max() == 0
+
+
+def test_targets_do_not_see_their_own_future() -> None:
+    batch = batch_of([[Pair(text(9), text(20))]], DataSettings(**TWO_SIDES))
+    edited = batch.tokens.clone()
+    edited[10] = 7
+    for source_attention in ("cross", "mixed"):
+        model = model_of(kind="encoder_decoder", source_attention=source_attention).eval()
+        difference = (model(batch, "logits") - model(replace(batch, tokens=edited), "logits")).abs().amax(1)
+        assert difference[:10].max() == 0
+        assert difference[10:21].min() > 0
+
+
+def test_extra_heads_shape_the_gradient_and_not_the_loss() -> None:
+    batch = batch_of(TEXTS, DataSettings(**ONE_SIDE))
+    plain, extra = model_of(), model_of(extra_heads=2)
+    assert float(plain(batch)) == float(extra(batch))
+    for model in (plain, extra):
+        model(batch).backward()
+    assert not torch.equal(plain.blocks[0].attention.output.weight.grad, extra.blocks[0].attention.output.weight.grad)
+    assert all(bool(p.grad.any()) for p in extra.extra_blocks.parameters())
+
+
+def test_extra_heads_are_the_formula() -> None:
+    """The gradient is that of loss + weight * mean over heads of the loss of the token further on."""
+    from bigmodel.model.transformer import ahead
+
+    batch = batch_of(TEXTS, DataSettings(**ONE_SIDE))
+    model = model_of(extra_heads=2, extra_head_weight=0.5).double()
+    model(batch).backward()
+    found = model.embedding.weight.grad.clone()
+    model.zero_grad()
+    trunk_TH, view, _ = model.trunk(*model.embed(batch), batch)
+    loss = model.head(model.norm(trunk_TH), batch.targets, "loss_sum")
+    for steps, block in enumerate(model.extra_blocks, 1):
+        later = ahead(batch.targets, batch.offsets, steps)
+        loss = loss + 0.5 / 2 * model.head(model.norm(block(trunk_TH, view, batch.keys)), later, "loss_sum")
+    loss.backward()
+    assert torch.allclose(found, model.embedding.weight.grad, rtol=1e-12)
+
+
+def test_labels_further_on_stay_inside_their_document() -> None:
+    from bigmodel.model.transformer import ahead
+
+    targets = torch.tensor([11, 12, 13, 21, 22, IGNORED])
+    offsets = torch.tensor([0, 3, 5, 6], dtype=torch.int32)
+    assert ahead(targets, offsets, 1).tolist() == [12, 13, IGNORED, 22, IGNORED, IGNORED]
+    assert ahead(targets, offsets, 2).tolist() == [13, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]
+
+
+def test_parts_add_up_to_the_loss_and_keep_its_gradient() -> None:
+    data = DataSettings(**TWO_SIDES, objectives=[{"kind": "prefix"}, {"kind": "span_corruption"}])
+    whole = batch_of(TEXTS, data)
+    parted = batch_of(TEXTS, data, part_of=lambda piece: piece.objective, num_parts=3)
+    model = model_of(kind="encoder_decoder", extra_heads=1)
+    loss, parts = model(whole), model(parted)
+    assert parts.shape == (3,)
+    assert float(parts.sum()) == pytest.approx(float(loss), rel=1e-6)
+    of_first = model(parted, "loss_per_position")[parted.parts == 0].sum()
+    assert float(parts[0]) == pytest.approx(float(of_first), rel=1e-6)
+    assert float(parts[2]) == 0 < float(parts[1])
+    gradients = []
+    for value in (loss, parts.sum()):
+        model.zero_grad()
+        value.backward()
+        gradients.append(model.embedding.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-6)
+
+
+def test_exchanged_sources_are_those_of_the_next_document() -> None:
+    batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
+    changed = exchange_sources(batch)
+    assert batch.source.offsets.tolist()[:7] == [0, 10, 12, 43, 64, 77, 128]
+    assert changed.source.offsets.tolist()[:7] == [0, 2, 33, 46, 67, 77, 128]
+    assert changed.source.tokens[:2].tolist() == batch.source.tokens[10:12].tolist()
+    assert changed.source.tokens[67:77].tolist() == batch.source.tokens[:10].tolist()
+    assert changed.source.positions[2:33].tolist() == list(range(31))
