@@ -78,7 +78,7 @@ class StepRecord:
     skipped: bool = False  # the update was left out
     skip_reason: str = "not_finite"  # why, if it was: one of a few words
     parts: tuple[LossPart, ...] = ()  # the loss by objective and source; their targets add up to `targets`
-    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, where the head gives it
+    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, also where training.z_loss is 0
     loss_scale: float | None = None  # of fp16
     slowest_rank: int | None = None  # of the step before, for it is told together with this step's loss
     slowest_rank_lag_seconds: float | None = None

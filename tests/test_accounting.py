@@ -100,6 +100,19 @@ def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
     assert text(9).tolist()[0] == 1
 
 
+def test_the_model_adds_up_z_over_micro_batches_without_its_extra_heads() -> None:
+    model, data = model_of(extra_heads=1), DataSettings(**ONE_SIDE)
+    expected = 0.0
+    for batch in (batch_of(TEXTS, data), batch_of(TEXTS[1:], data)):
+        model(batch).backward()
+        squares = torch.logsumexp(model(batch, "logits"), -1).square()
+        expected += float(squares[batch.targets != -100].sum())
+    assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
+    model.eval()
+    model(batch)
+    assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

@@ -145,6 +145,17 @@ def test_spikes_are_told_from_noise_and_from_the_fall_of_the_loss() -> None:
     assert run.ledger.counts["spikes|gradient_norm"] == 1
 
 
+def test_time_told_with_a_later_line_is_spent_on_its_cause() -> None:
+    run = Run()
+    run.start(0, None)
+    run.now += 3.0
+    run.add(step(1, 2.0, spent={"checkpoint": 3.0}))
+    run.now += 4.0
+    run.add(step(1, 2.0, spent={"checkpoint": 4.0}))  # done again: only its own lap is
+    assert run.lost == {"start": 5.0, "checkpoint": 7.0, "productive": 2.0, "replay": 2.0}
+    assert run.ledger.wall_seconds == sum(run.lost.values())
+
+
 def test_an_unknown_line_and_an_unknown_ending_do_no_harm() -> None:
     run = Run()
     run.start(0, None)

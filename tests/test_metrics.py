@@ -365,6 +365,7 @@ def start_rank(directory: Path, rank: int, port: int = 0, word: str = "word") ->
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # as the launcher does, which ends a rank with all of its process group
     )
     assert process.stdout
     process.endpoint = process.stdout.readline().strip()  # type: ignore[attr-defined]
@@ -390,7 +391,7 @@ def test_the_page_outlives_any_rank_and_nothing_outlives_the_last(tmp_path: Path
     endpoint = ranks[0].endpoint
     try:
         until(lambda: samples(endpoint).get("rank_up|1") == 1, "both ranks on the page")
-        ranks[first].kill()
+        os.killpg(ranks[first].pid, signal.SIGKILL)
         ranks[first].wait()
         found = samples(endpoint)
         assert (found[f"rank_up|{first}"], found[f"rank_up|{1 - first}"]) == (0, 1)

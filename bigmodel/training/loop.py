@@ -144,13 +144,14 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
         nats = torch.zeros(len(stream.parts), device=world.device)  # by objective and source
+        model.z_sum = 0.0
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
         with phases("communication"):
-            told = [*nats.tolist(), float(stop.requested), float(saver.written), *phases.busy_row(seat)]
-            told = world.sum_(told)
-        nats_by_part, (stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
+            votes = [float(stop.requested), float(saver.written)]
+            told = world.sum_([*nats.tolist(), float(model.z_sum), *votes, *phases.busy_row(seat)])
+        nats_by_part, (z_sum, stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
         loss = math.fsum(nats_by_part) / step.num_targets
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
@@ -197,6 +198,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                     for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
                     if targets
                 ),
+                z_loss=z_sum / step.num_targets,
                 loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
                 norms=norms.after_update(),
                 slowest_rank=slowest_rank,
