@@ -2,6 +2,7 @@
 
 import json
 import math
+from random import Random
 from typing import Any
 
 import pytest
@@ -143,6 +144,16 @@ def test_spikes_are_told_from_noise_and_from_the_fall_of_the_loss() -> None:
         run.add(step(number, loss=loss, gradient_norm=900.0 if number == 100 else 1.0 + 0.1 * (number % 3)))
     assert run.ledger.counts["spikes|loss"] == 1
     assert run.ledger.counts["spikes|gradient_norm"] == 1
+
+
+def test_noise_of_three_deviations_is_no_spike() -> None:
+    random, run = Random(1), Run()
+    run.start(0, None)
+    for number in range(1, 400):
+        run.add(step(number, loss=random.gauss(2.0, 0.1), gradient_norm=random.gauss(1.0, 0.2)))
+    assert run.ledger.counts["spikes|loss"] == run.ledger.counts["spikes|gradient_norm"] == 0
+    run.add(step(400, loss=2.0 + 0.1 * 8, gradient_norm=1.0))
+    assert run.ledger.counts["spikes|loss"] == 1
 
 
 def test_time_told_with_a_later_line_is_spent_on_its_cause() -> None:

@@ -69,7 +69,9 @@ def test_a_rank_records_what_is_asked_for_and_nothing_else(tmp_path: Path) -> No
             torch.ones(4, 4) @ torch.ones(4, 4)
         assert [path.name for path in folder.iterdir()] == ["rank-0.trace.json.gz"]
         elsewhere = request(run, "trace", [1], 1)
-        relay.look(records)
+        relay.look([*records, {"rank": 1, "pid": os.getpid()}])  # another rank of this node
+        profiler.step()
+        profiler.step()
         memory = request(run, "memory", [0], 1)
         relay.look(records)
         for _ in range(2):
