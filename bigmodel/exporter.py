@@ -162,12 +162,13 @@ def main(folder: Path, descriptor: int) -> None:
     while not stop.wait(POLL_SECONDS):
         ranks.read()
         if not (alive := ranks.alive()):
+            withdraw(page)
             break
         relay.look([ranks.records[rank] for rank in alive])
-    withdraw(page)
     server.shutdown()
     server.server_close()  # before the folder goes: the next start takes that for "the port is free"
-    shutil.rmtree(folder, ignore_errors=True)
+    if not stop.is_set():  # else who ended us may start us again
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

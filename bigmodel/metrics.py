@@ -14,8 +14,10 @@ also when all its ranks were killed. Costs: benchmarks/README.md, "Metrics".
 Every line has `lap`, the wall seconds since the line before it, or since the process began: they leave no gap.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from bigmodel import __version__
 from bigmodel.config import MetricsSettings, UserError
 from bigmodel.ledger import Ledger, Samples
 from bigmodel.metric_table import STEP_BUCKETS_SECONDS
-from bigmodel.rank_record import RankRecord, folder_of, process_start_time, remove_stale, start_ticks
+from bigmodel.rank_record import RankRecord, folder_of, folders_of, process_start_time, remove_stale, start_ticks
 from bigmodel.rundir import append_json_line, read_json_lines, write_atomically, write_json
 from bigmodel.writers import open_writers, scalars
 
@@ -122,7 +124,7 @@ class Metrics:
         self._spent: dict[str, float] = {}
         self._rank = _RankCounts()
         self.folder = folder_of(self._directory, seat.node, start)
-        self._exporter = _Exporter(self._directory, self.folder, seat, settings) if seat.local_rank == 0 else None
+        self._exporter = self._open_exporter(settings) if seat.local_rank == 0 else None
         self.endpoint = self._exporter.endpoint if self._exporter else ""
         self._ledger = self._open_ledger(first_step, fresh, facts) if seat.rank == 0 else None
         self._record = RankRecord(self.folder, seat.rank)
@@ -180,6 +182,13 @@ class Metrics:
     ) -> None:
         self.close("failed" if kind else "finished")
 
+    def _open_exporter(self, settings: MetricsSettings) -> "_Exporter":
+        try:
+            return _Exporter(self._directory, self.folder, self._seat, settings)
+        except UserError:
+            self.folder.rmdir()
+            raise
+
     def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> Ledger:
         """Fold the lines that are there, open a new start in them, and drop those of steps that are done again."""
         lines = [] if fresh else list(read_json_lines(self._lines))
@@ -221,7 +230,8 @@ class Metrics:
         samples = self._rank.samples(str(self._seat.rank))
         if self._ledger:
             samples |= self._ledger.samples() | {"build_info": [[[__version__], 1]]}
-        self._record.write({"samples": samples, **self._rank.device()})
+        with contextlib.suppress(OSError):  # memory for files is full: no page is worth a run
+            self._record.write({"samples": samples, **self._rank.device()})
 
 
 def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> str | None:
@@ -294,9 +304,8 @@ class _Exporter:
     def __init__(self, directory: Path, folder: Path, seat: Seat, settings: MetricsSettings) -> None:
         self._folder, self._looked = folder, 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._end_earlier(directory)
+        self._end_earlier(directory, seat.node)
         self._socket = _listen(settings.host, settings.port, port_may_differ=seat.node > 0)
-        self._started = False
         self.endpoint = f"{_advertised(settings.host)}:{self._socket.getsockname()[1]}"
         name = f"{directory.name}.node-{seat.node}.prometheus.json"
         self._published = [directory.with_name(name), *([directory / "metrics_endpoint"] if seat.node == 0 else [])]
@@ -322,7 +331,10 @@ class _Exporter:
         """Start it again if somebody ended it; looks every five seconds."""
         if time.monotonic() - self._looked > 5.0:
             self._looked = time.monotonic()
-            if self._process is not None and self._process.poll() is not None:
+            if self._process is not None and self._process.poll() is not None and self._folder.exists():
+                said = (self._folder / "exporter.log").read_text(errors="replace").splitlines()[-1:] or ["nothing"]
+                how = f"ended with {self._process.returncode}, its last words: {said[0]}"
+                print(f"bigmodel: the metrics exporter {how}; it is started again", file=sys.stderr, flush=True)
                 self._spawn()
 
     def close(self) -> None:
@@ -337,6 +349,7 @@ class _Exporter:
         self._socket.close()
         for path in self._published:
             path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _spawn(self) -> None:
         command = [sys.executable, "-m", "bigmodel.exporter", str(self._folder), str(self._socket.fileno())]
@@ -354,17 +367,21 @@ class _Exporter:
             )
         write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
 
-    def _end_earlier(self, directory: Path) -> None:
+    def _end_earlier(self, directory: Path, node: int) -> None:
         """End the exporter of an earlier start that was just killed, so that its port is free."""
-        for file in self._folder.parent.glob(self._folder.name.rpartition("-")[0] + "-*/exporter.pid"):
-            if file.parent != self._folder:
-                pid, began = file.read_text().split()
+        for folder in folders_of(directory, node):
+            file = folder / "exporter.pid"
+            if folder != self._folder:
+                try:
+                    pid, began = file.read_text().split()
+                except FileNotFoundError:  # it has just ended by itself
+                    continue
                 if str(start_ticks(int(pid))) == began:
                     os.kill(int(pid), 15)
                 deadline = time.monotonic() + 5.0
                 while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
                     time.sleep(0.02)
-        remove_stale(directory, self._folder)
+        remove_stale(directory, node, keep=self._folder)
 
 
 def _listen(host: str, port: int, port_may_differ: bool) -> socket.socket:

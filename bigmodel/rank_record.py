@@ -30,12 +30,16 @@ def folder_of(run_directory: Path, node: int, start: str) -> Path:
     return folder
 
 
-def remove_stale(run_directory: Path, keep: Path) -> None:
+def remove_stale(run_directory: Path, node: int, keep: Path) -> None:
     """Delete what earlier starts of this run left on this node when all of their processes were killed."""
-    node = keep.name.split("-")[-2]
-    for name in glob.glob(glob.escape(_prefix(run_directory, int(node))) + "*"):
-        if name != str(keep):
-            shutil.rmtree(name, ignore_errors=True)
+    for folder in folders_of(run_directory, node):
+        if folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def folders_of(run_directory: Path, node: int) -> list[Path]:
+    """Of all starts of a run on this node that left one."""
+    return [Path(name) for name in glob.glob(glob.escape(_prefix(run_directory, node)) + "*")]
 
 
 def _prefix(run_directory: Path, node: int) -> str:

@@ -24,7 +24,7 @@ from bigmodel.config import MetricsSettings, UserError
 from bigmodel.ledger import CAUSES, ENDINGS
 from bigmodel.metric_table import METRICS, NODE, full_name, reference
 from bigmodel.metrics import Flops, LossPart, Metrics, Seat, StepRecord, how_it_ended
-from bigmodel.rank_record import RankRecord, read_record
+from bigmodel.rank_record import RankRecord, folders_of, read_record
 from bigmodel.rundir import read_json, read_json_lines, record_event
 
 REPOSITORY = Path(__file__).parents[1]
@@ -310,11 +310,12 @@ def test_the_address_is_published_while_the_run_lives(tmp_path: Path, monkeypatc
         ((target,),) = (read_json(tmp_path / "tiny.node-1.prometheus.json"),)
         labels = {"job": "bigmodel", "run": "tiny", "node": "1", "host": socket.gethostname(), "ranks": "4-7"}
         assert target["labels"] == {**labels, "slurm_job_id": "77"}
-    with Metrics(run) as metrics:
+    with Metrics(run, start="leaves-nothing") as metrics:
         assert (run / "metrics_endpoint").read_text() == metrics.endpoint + "\n"
         ((target,),) = (read_json(tmp_path / "tiny.node-0.prometheus.json"),)
         assert target["targets"] == [metrics.endpoint]
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["tiny", "tiny/metrics.jsonl"]
+    assert not folders_of(run, node=0)
     with pytest.raises(urllib.error.URLError, match="refused"):
         page(metrics.endpoint)
 
@@ -332,6 +333,7 @@ def test_a_taken_port_is_named_with_the_remedy_and_nothing_is_lost(tmp_path: Pat
         with Metrics(tmp_path, MetricsSettings(port=port), seat=Seat(1, 2, node=1)) as elsewhere:
             assert elsewhere.endpoint != f"127.0.0.1:{port}"  # several nodes on one machine: the next free one
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert not folders_of(tmp_path, node=0) + folders_of(tmp_path, node=1)
     with pytest.raises(UserError, match=r"metrics.host = 'no-such-host.invalid'"):
         Metrics(tmp_path, MetricsSettings(host="no-such-host.invalid"))
 
@@ -408,10 +410,13 @@ def test_the_page_outlives_any_rank_and_nothing_outlives_the_last(tmp_path: Path
             rank.wait()
     until(lambda: not exporters(endpoint), "the exporter to end", 3.0)
     assert not list(tmp_path.rglob("*.prometheus.json")) + list(tmp_path.rglob("metrics_endpoint"))
-    assert not [path for path in Path("/dev/shm").glob("bigmodel-*-word") if read_record(path / "rank-1")]
+    assert not folders_of(run, node=0)
 
 
-def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_again(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     with socket.socket() as probe:
@@ -426,7 +431,7 @@ def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_agai
         assert again.endpoint == f"127.0.0.1:{port}"
         assert samples(again.endpoint)["restarts_total|died"] == 1
         (exporter,) = exporters(again.endpoint)
-        os.kill(exporter, signal.SIGKILL)
+        os.kill(exporter, ending)
         assert samples(again.endpoint)["restarts_total|died"] == 1  # asked while there is none: answered by the next
         assert exporters(again.endpoint) != [exporter]
         assert again.poll() is None
