@@ -160,7 +160,7 @@ def train(
 @app.command()
 def check(
     run_file: RunFile,
-    promise: Annotated[str, typer.Argument(help="leak, order, loss, resume or all")] = "all",
+    promise: Annotated[str, typer.Argument(help="leak, order, loss, resume, accounting or all")] = "all",
     override: Overrides = [],  # noqa: B006
 ) -> None:
     """Prove a promise on your own settings and data."""
@@ -220,6 +220,20 @@ def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")
 
 
 @app.command()
+def profile(
+    run_directory: Annotated[Path, typer.Argument(help="the directory of a run that goes on")],
+    kind: Annotated[str, typer.Argument(help="trace, memory or stacks")],
+    ranks: Annotated[str, typer.Option(help="ranks, as 0,3-5; all")] = "0",
+    steps: Annotated[int, typer.Option(min=1, help="recorded steps (trace and memory)")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.0, help="how long to wait for the files")] = 120.0,
+) -> None:
+    """Make ranks of a live run record profiler steps, their memory or their stacks, while it goes on."""
+    from bigmodel.profile_command import profile as run
+
+    run(run_directory, kind, ranks, steps, seconds)
+
+
+@app.command()
 def probe() -> None:
     """Print what this machine offers, as JSON: devices, memory, versions."""
     from bigmodel.probe import probe as run
@@ -250,6 +264,14 @@ def show_batch(
     from bigmodel.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)
+
+
+@show.command("metrics")
+def show_metrics() -> None:
+    """Print the reference of all metrics, as Markdown."""
+    from bigmodel.metric_table import reference
+
+    print(reference(), end="")
 
 
 def main() -> None:

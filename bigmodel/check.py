@@ -7,6 +7,7 @@ tests run the same functions, with the guarded code broken, to see them fail.
     order   the batches of each step are the same bytes at any world size; each position of an epoch occurs once
     loss    loss and gradient norm of the same steps agree over ranks
     resume  killed and resumed, a run retraces the uninterrupted one, to the last bit
+    accounting  every token, second and FLOP of a run that was killed and resumed is accounted for
 """
 
 import hashlib
@@ -29,6 +30,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bigmodel.audit import Finding, audit, torch_agrees
 from bigmodel.config import Settings, UserError, load_settings
 from bigmodel.data.batch import IGNORED, Batch, real_documents, tensors_of
 from bigmodel.data.examples import num_marks
@@ -49,15 +51,6 @@ ORDER_STEPS = 20  # compared byte for byte
 EPOCH_POSITIONS = 200_000_000  # `order` walks a whole epoch up to this size, a part of it above
 SHUFFLED = 0.01  # of the distance by chance, below which `order` calls data not shuffled
 PROCESS_SECONDS = 600  # bound on a training process started by a check
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One claim, whether it held, and the evidence."""
-
-    claim: str
-    holds: bool
-    evidence: str
 
 
 def run_checks(run_file: Path, overrides: Sequence[str], promises: Sequence[str]) -> int:
@@ -388,6 +381,21 @@ def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     ]
 
 
+def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """The books of the run directory, if a run is there, and those of a short run that is killed and resumed."""
+    settings = load_settings(run_file, overrides)
+    findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
+    world_size = min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "run"
+        command = [*overrides, *_short(directory, 20, 4)]
+        began = time.time()
+        _kill_within(_start(run_file, command, world_size, directory), directory, random.randint(9, 12))
+        _finish(_start(run_file, command, world_size, directory), directory)
+        findings += audit(directory, (began, (directory / "metrics.jsonl").stat().st_mtime))
+    return [*findings, torch_agrees(settings)]
+
+
 def _short(directory: Path, steps: int, every: int) -> list[str]:
     """Overrides that make a short run of a run file, in a directory of its own."""
     return [
@@ -495,4 +503,5 @@ PROMISES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
     "order": check_order,
     "loss": check_loss,
     "resume": check_resume,
+    "accounting": check_accounting,
 }

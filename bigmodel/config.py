@@ -339,32 +339,58 @@ def _check_heads(model: ModelSettings) -> None:
         )
 
 
-class OptimizerSettings(Section):
-    """AdamW (Loshchilov & Hutter 2019). Weight decay falls on matrices only, not on norms or embeddings."""
+class ParameterGroupSettings(Section):
+    """Parameters that are treated in their own way."""
 
+    parameters: str = Field(description='names, as a pattern: "head.weight", "blocks.*.attention.*"; a later one wins')
+    learning_rate_factor: float = Field(1.0, ge=0, description="times the schedule's rate; 0: frozen but for momentum")
+    weight_decay: float | None = Field(None, ge=0, description="in place of optimizer.weight_decay and its rule")
+
+
+class OptimizerSettings(Section):
+    """How weights move. Weight decay falls on matrices only, not on norms or embeddings."""
+
+    kind: Literal["adamw", "lion", "muon"] = Field(
+        "adamw",
+        description="AdamW (Loshchilov & Hutter 2019); Lion (Chen et al. 2023), one moment; Muon (Jordan et al. 2024) "
+        "on hidden matrices, AdamW on the rest",
+    )
     learning_rate: float = Field(3e-4, gt=0, description="the highest the schedule reaches")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="muon: of the hidden matrices")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    groups: list[ParameterGroupSettings] = Field([], description="parameters with another rate or decay")
 
 
 class ScheduleSettings(Section):
-    """Learning rate by step: a linear warm-up, then a cosine or a stable stretch and a linear decay (WSD)."""
+    """Learning rate: a linear warm-up, then what `kind` says; wsd is a stable stretch and a linear decay."""
 
-    kind: Literal["cosine", "wsd"] = "cosine"
+    kind: Literal["cosine", "wsd", "linear", "inverse_square_root", "constant"] = "cosine"
+    unit: Literal["steps", "tokens"] = Field("steps", description="tokens: positions, as the plan gives them to steps")
     warmup_steps: int = Field(100, ge=0)
     decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay")
-    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the highest")
+    warmup_tokens: int = Field(0, ge=0, description='with unit = "tokens", in place of warmup_steps')
+    decay_tokens: int = Field(0, ge=0, description='with unit = "tokens", in place of decay_steps')
+    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the highest, or the lowest")
 
     @model_validator(mode="after")
-    def _decay_belongs_to_wsd(self) -> "ScheduleSettings":
-        if self.kind == "cosine" and self.decay_steps:
-            raise ValueError(
-                f'schedule.decay_steps = {self.decay_steps} means nothing with schedule.kind = "cosine", which decays '
-                'from the warm-up to the end; leave it out or set kind = "wsd"'
-            )
+    def _each_is_used(self) -> "ScheduleSettings":
+        for name in ("decay_steps", "decay_tokens"):
+            if self.kind != "wsd" and getattr(self, name):
+                raise ValueError(
+                    f'schedule.{name} = {getattr(self, name)} means nothing with schedule.kind = "{self.kind}", '
+                    'which has no final decay of its own; leave it out or set kind = "wsd"'
+                )
+        other = "tokens" if self.unit == "steps" else "steps"
+        for name in (f"warmup_{other}", f"decay_{other}"):
+            if name in self.model_fields_set and getattr(self, name):
+                raise ValueError(
+                    f'schedule.{name} = {getattr(self, name)} is not read with schedule.unit = "{self.unit}"; '
+                    f'set unit = "{other}" or use {name.replace(other, self.unit)}'
+                )
         return self
 
 
@@ -374,9 +400,14 @@ class TrainingSettings(Section):
     batch_ramp: list[tuple[int, int]] = Field(
         [], description="[step, packs] pairs: packs_per_step holds until the first, then each from its step on"
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of weights in the forward pass; sums and masters stay fp32"
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="of weights in the forward pass; sums and masters stay fp32; fp16 scales the loss"
     )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what the backward pass computes again: nothing; all but products and attention; all"
+    )
+    compile: bool = Field(False, description="torch.compile each block")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights over updates, in checkpoints; 0: off")
     z_loss: float = Field(
         0.0, ge=0, description="weight of logsumexp(logits)^2 in the gradient, 1e-4 is usual; 0: off; not in the loss"
     )
@@ -407,15 +438,29 @@ class EvaluationSettings(Section):
 
 class CheckpointSettings(Section):
     every_steps: int = Field(100, ge=1)
+    hours_between_failures: float = Field(
+        0.0, ge=0, description="mean of the whole job; above 0 the interval follows from it and what a save costs"
+    )
+    asynchronous: bool = Field(True, description="write while training goes on; a copy of the rank's share in memory")
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop", description="when a save fails (full disk, I/O error); the older ones stay either way"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every_steps: int = Field(0, ge=0, description="those of multiples of this stay for good; 0: none")
+    keep_hours: float = Field(0.0, ge=0, description="younger ones stay as well")
+    remote: str = Field("", description="URL of a folder in a store: each is copied there once it is saved")
 
 
 class MetricsSettings(Section):
     port: int = Field(
-        0, ge=0, le=65535, description="Prometheus endpoint of rank 0; 0: any free port, noted in the run directory"
+        0, ge=0, le=65535, description="Prometheus endpoint of each node; 0: any free port, noted in the run directory"
     )
     host: str = Field(
         "127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it"
+    )
+    norms_every_steps: int = Field(100, ge=0, description="steps from one measured weight norm to the next; 0: never")
+    writers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="also write for these, into the run directory; wandb stays offline. Their packages are optional"
     )
 
 
@@ -464,7 +509,7 @@ class Settings(Section):
                     f"data.lanes = {self.data.lanes}; a step takes the same number of packs from every lane"
                 )
         ramp = self.schedule.warmup_steps + self.schedule.decay_steps
-        if ramp > self.training.steps:
+        if self.schedule.unit == "steps" and ramp > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds "
                 f"training.steps = {self.training.steps}; shorten them or train longer"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bigmodel.config import Settings, UserError, num_micro_batches
 
@@ -67,20 +67,29 @@ REMOVED = {
     "zero_optimization.zeropp_loco_param": "remove the key",
 }
 
+NVME = "remove it or use cpu; moments on NVMe could not be read by name, so there would be no checkpoint"
+
+
+def _device(section: Any) -> Any:
+    """Where an offload section puts things."""
+    return section.get("device", "none") if isinstance(section, dict) else section
+
+
 # Known to DeepSpeed but not to this system: silently ignoring or half honouring them would be a silent mistake.
 # (path, is it in use?, remedy)
 NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("scheduler", bool, "describe the learning rate in [schedule] of the run file (kind, warmup_steps, decay_steps)"),
-    ("fp16.enabled", lambda value: value is True, 'use bf16 (training.precision = "bf16"); fp16 is not offered yet'),
+    ("fp16.auto_cast", bool, "remove the key; batches hold no floating-point numbers"),
+    ("fp16.fp16_master_weights_and_grads", bool, "remove the key; master weights are fp32"),
     ("torch_autocast.enabled", bool, "use bf16 or fp32; autocast is not offered"),
-    ("activation_checkpointing", bool, "remove the section; activation checkpointing is not offered yet"),
+    ("activation_checkpointing", bool, "remove the section; set training.activation_checkpointing in the run file"),
     ("checkpoint", bool, "remove the section; checkpoints are bigmodel's own, see [checkpoint] of the run file"),
     ("datastates", bool, "remove the section; checkpoints are bigmodel's own"),
     ("data_efficiency", bool, "remove the section; data is read and ordered by [data] of the run file"),
     ("pipeline", bool, "remove the section; pipeline parallelism is not offered"),
     ("tensor_parallel", bool, "remove the section; tensor parallelism is not offered"),
     ("expert_parallel", bool, "remove the section; mixture of experts is not offered"),
-    ("sequence_parallel_size", lambda value: value != 1, "remove the key; sequence parallelism is not offered yet"),
+    ("sequence_parallel_size", lambda value: value != 1, "remove the key; sequence parallelism is not offered"),
     ("hybrid_engine", bool, "remove the section; it serves reinforcement learning"),
     ("compile", bool, "remove the section; DeepCompile is not offered"),
     ("autotuning", bool, "remove the section; autotuning is not offered"),
@@ -91,15 +100,12 @@ NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("bf16.bf16_optimizer_states", bool, "remove the key; moments are fp32"),
     ("bf16.immediate_grad_update", bool, "remove the key; it is not offered yet"),
     ("zero_optimization.compute_grad_norm", lambda value: value is not True, "remove the key; the norm is always used"),
-    ("zero_optimization.offload_optimizer", bool, "remove it; CPU and NVMe offload are not offered yet"),
-    ("zero_optimization.offload_param", bool, "remove it; CPU and NVMe offload are not offered yet"),
-    ("zero_optimization.cpu_offload", bool, "remove it; CPU and NVMe offload are not offered yet"),
-    ("zero_optimization.cpu_offload_param", bool, "remove it; CPU and NVMe offload are not offered yet"),
+    ("zero_optimization.offload_optimizer", lambda value: _device(value) == "nvme", NVME),
+    ("zero_optimization.offload_param", lambda value: _device(value) == "nvme", NVME),
+    ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "remove it; all or nothing is offloaded"),
+    ("zero_optimization.cpu_offload", bool, 'write "offload_optimizer": {"device": "cpu"} instead'),
+    ("zero_optimization.cpu_offload_param", bool, 'write "offload_param": {"device": "cpu"} instead'),
     ("zero_optimization.zenflow", bool, "remove it; ZenFlow is not offered"),
-    ("zero_optimization.zero_hpz_partition_size", lambda value: value != 1, "remove it; hpZ is not offered yet"),
-    ("zero_optimization.zero_quantized_weights", bool, "remove it; quantized ZeRO++ is not offered yet"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", bool, "remove it; it is not offered yet"),
-    ("zero_optimization.zero_quantized_gradients", bool, "remove it; quantized ZeRO++ is not offered yet"),
 )
 
 # What an absent or "auto" key becomes, and why.
@@ -114,8 +120,8 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("gradient_clipping", lambda s: s.optimizer.gradient_clipping, "0.19.8 turned its own default from off to 1.0"),
 )
 
-# The user's optimizer section is compared with [optimizer]; torch's AdamW is always the one that runs.
-OPTIMIZERS = ("adam", "adamw")
+# The user's optimizer section is compared with [optimizer]; the optimizers are torch's and ours, whatever its flags.
+OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
 OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}  # they change no result
 
 
@@ -132,6 +138,12 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     settings = _settle(config, settings, source)
     for path, default, _reason in DEFAULTS:
         _fill(config, path, default(settings))
+    if settings.training.precision == "fp16":
+        _fill(config, "fp16.enabled", True)
+    if settings.optimizer.kind != "adamw":
+        _fill(config, "zero_allow_untested_optimizer", True)  # tests compare it with plain torch
+    if _device(_get(config, "zero_optimization.offload_optimizer")) == "cpu":
+        _fill(config, "zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own needs a C++ compiler
     _settle_batch(config, settings, world_size, source)
     _fill_optimizer(config, settings)
     _drop_auto(config)
@@ -232,12 +244,7 @@ class _Source:
 
 def _settle(config: dict[str, Any], settings: Settings, source: _Source) -> Settings:
     """Compare each matter that both files may decide. An unset setting follows the JSON."""
-    enabled = _get(config, "bf16.enabled")
-    if enabled is not None and enabled != AUTO:
-        if not isinstance(enabled, bool):
-            raise source.error(f'bf16.enabled = {json.dumps(enabled)} must be true, false or "auto"')
-        precision: Literal["bf16", "fp32"] = "bf16" if enabled else "fp32"
-        settings = _agree(settings, "training.precision", precision, "bf16.enabled", enabled, source)
+    settings = _settle_precision(config, settings, source)
     clipping = source.number(config, "gradient_clipping", float, 0)
     if clipping is not None:
         path = "optimizer.gradient_clipping"
@@ -253,11 +260,33 @@ def _settle(config: dict[str, Any], settings: Settings, source: _Source) -> Sett
     return _settle_optimizer(config, settings, source)
 
 
+def _settle_precision(config: dict[str, Any], settings: Settings, source: _Source) -> Settings:
+    """bf16.enabled and fp16.enabled against training.precision; both false means fp32."""
+    enabled: dict[str, bool] = {}
+    for kind in ("bf16", "fp16"):
+        value = _get(config, f"{kind}.enabled")
+        if value is not None and value != AUTO:
+            if not isinstance(value, bool):
+                raise source.error(f'{kind}.enabled = {json.dumps(value)} must be true, false or "auto"')
+            enabled[kind] = value
+    on = [kind for kind, value in enabled.items() if value]
+    if len(on) == 2:
+        raise source.error("bf16.enabled and fp16.enabled are both true; choose one")
+    if on:
+        return _agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True, source)
+    for kind in enabled:
+        if settings.training.precision == kind or (kind == "bf16" and settings.training.precision != "fp16"):
+            settings = _agree(settings, "training.precision", "fp32", f"{kind}.enabled", False, source)
+    return settings
+
+
 def _settle_optimizer(config: dict[str, Any], settings: Settings, source: _Source) -> Settings:
     section = config.get("optimizer", {})
-    kind = section.get("type", "AdamW")
-    if kind != AUTO and str(kind).lower() not in OPTIMIZERS:
-        raise source.error(f"optimizer.type = {json.dumps(kind)}; AdamW is the one that is offered now")
+    kind = section.get("type", AUTO)
+    if kind != AUTO:
+        if str(kind).lower() not in OPTIMIZERS:
+            raise source.error(f"optimizer.type = {json.dumps(kind)}; AdamW, Lion and Muon are offered")
+        settings = _agree(settings, "optimizer.kind", OPTIMIZERS[str(kind).lower()], "optimizer.type", kind, source)
     parameters = section.get("params", {})
     if parameters == AUTO:
         return settings
@@ -265,9 +294,9 @@ def _settle_optimizer(config: dict[str, Any], settings: Settings, source: _Sourc
         raise source.error(f"optimizer.params = {json.dumps(parameters)} must be an object {{...}}")
     if parameters.get("adam_w_mode") is False:
         raise source.error("optimizer.params.adam_w_mode = false means L2 instead of decoupled decay; remove the key")
-    known = {"lr", "betas", "eps", "weight_decay"} | OPTIMIZER_FLAGS
-    source._refuse_unknown(parameters, known, "optimizer.params.")
-    for key, setting in (("lr", "learning_rate"), ("eps", "epsilon"), ("weight_decay", "weight_decay")):
+    names = {"lr": "learning_rate", "eps": "epsilon", "weight_decay": "weight_decay", "momentum": "momentum"}
+    source._refuse_unknown(parameters, {"betas", *names} | OPTIMIZER_FLAGS, "optimizer.params.")
+    for key, setting in names.items():
         value = source.number(config, f"optimizer.params.{key}", float, 0)
         if value is not None:
             path = f"optimizer.params.{key}"
@@ -335,7 +364,7 @@ def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
         "weight_decay": optimizer.weight_decay,
     }
     if section.get("type") == AUTO:
-        section["type"] = "AdamW"
+        section["type"] = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}[optimizer.kind]
     if section.get("params") == AUTO:
         section["params"] = values
     for key, value in values.items():
@@ -350,11 +379,23 @@ def _refuse_impossible_sums(config: dict[str, Any], source: _Source) -> None:
     sums = config["data_types"]["grad_accum_dtype"]
     if sums not in ("fp32", "bf16"):
         raise source.error(f'data_types.grad_accum_dtype = {json.dumps(sums)} must be "fp32" (right) or "bf16" (less)')
-    if not config["bf16"]["enabled"] and sums != "fp32":
-        raise source.error(f'data_types.grad_accum_dtype = {json.dumps(sums)} with fp32 weights; write "fp32"')
-    if stage == 0 and config["bf16"]["enabled"]:
+    low = next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), None)
+    if low != "bf16" and sums != "fp32":
         raise source.error(
-            f"zero_optimization.stage = 0 with bf16: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "
+            f'data_types.grad_accum_dtype = {json.dumps(sums)} with {low or "fp32"} weights; write "fp32"'
+        )
+    zero = config["zero_optimization"]
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3), ("zero_hpz_partition_size", 3)):
+        if zero.get(name) and _device(zero[name]) not in ("none", 1) and stage < least:
+            raise source.error(f"zero_optimization.{name} needs zero_optimization.stage >= {least}, and it is {stage}")
+    if low and stage in (1, 2) and _device(zero.get("offload_optimizer")) == "cpu":
+        raise source.error(
+            f"zero_optimization.offload_optimizer with {low} at stage {stage}: DeepSpeed {VERSION} adds gradients up "
+            f"in {low} there; use stage 3, which adds them up in fp32, or no offload"
+        )
+    if stage == 0 and low:
+        raise source.error(
+            f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "
             'use stage 1 (the same on one rank), or training.precision = "fp32"'
         )
 

@@ -1,33 +1,41 @@
 """Metrics: what a run did, as one JSON line per event and as a page that Prometheus scrapes.
 
-Takes one record per step, evaluation and checkpoint (rank 0 only), gives `RUN_DIR/metrics.jsonl` and an HTTP page.
-Guarantees: every number on the page follows from the lines of metrics.jsonl, so after a restart the totals go on
-where the resumed checkpoint left them; steps that are replayed are counted once. Costs about 50 microseconds a step
-and, at a restart, one read of the file. This is the only file that imports prometheus_client.
-
-Counters may therefore step back at a restart, from the killed run's last step to its last checkpoint; Prometheus
-takes that as the reset it is.
+Takes one record per step, evaluation and checkpoint on every rank. Rank 0 writes the lines; each rank keeps a small
+record in its node's memory; a process of its own on each node, the exporter, serves the records of the node's ranks,
+so that a page outlives any rank. Guarantees: everything the page says of the run follows from metrics.jsonl by the
+fold in `bigmodel.ledger`; totals go on over restarts and never step back; the address is withdrawn when the run ends,
+also when all its ranks were killed. Costs: benchmarks/README.md, "Metrics".
 
     RUN_DIR/metrics.jsonl            {"kind": "step", "time": ..., "step": 1, "loss": ..., ...} one line per event
-    RUN_DIR/metrics_endpoint         host:port of the page, while the run is alive
-    RUN_DIR.prometheus.json          the same for Prometheus' file_sd, with the labels of this run; beside the run
-                                     directory, for file_sd takes a wildcard in a file's name only, not in a folder's
+    RUN_DIR/metrics_endpoint         host:port of node 0's page, while the run is alive
+    RUN_DIR.node-N.prometheus.json   the same of each node for Prometheus' file_sd, with the labels of this run; beside
+                                     the run directory, for file_sd takes a wildcard in a file's name only
+
+Every line has `lap`, the wall seconds since the line before it, or since the process began: they leave no gap.
 """
 
+import contextlib
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from typing import Any, NamedTuple
 
 from bigmodel import __version__
-from bigmodel.config import UserError
+from bigmodel.config import MetricsSettings, UserError
+from bigmodel.ledger import Ledger, Samples
+from bigmodel.metric_table import STEP_BUCKETS_SECONDS
+from bigmodel.rank_record import RankRecord, folder_of, folders_of, process_start_time, remove_stale, start_ticks
 from bigmodel.rundir import append_json_line, read_json_lines, write_atomically, write_json
+from bigmodel.writers import open_writers, scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,14 @@ class LossPart:
     source: str  # of the data
     nats: float  # loss summed over the targets
     targets: int
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a step over all ranks: see `bigmodel.accounting`."""
+
+    causal: float  # the model's, attention over visible pairs
+    full: float  # the model's, as if each pack were one sequence without a mask
+    hardware: float  # what was computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,111 +68,111 @@ class StepRecord:
     positions: int  # positions that held a token
     padding: int  # positions that held none
     documents: int  # documents or fragments of one
-    step_seconds: float  # wall time from the step before, waiting for data included
+    step_seconds: float  # wall time from the event before, waiting for data included: `Metrics.lap`
     data_wait_seconds: float  # of that, waiting for the next batch
+    compile_seconds: float = 0.0  # of that, compiling
+    packs_document_limited: int = 0
     fetched_bytes: int = 0  # by rank 0 from data.remote since this process began
     fetch_failures: int = 0  # of these, transfers that were tried again
     imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
     imbalance_undealt: float = 1.0  # what it would be in canonical order
-    skipped: bool = False  # the update was left out: loss or gradient was not finite
+    flops: Flops | None = None
+    skipped: bool = False  # the update was left out
+    skip_reason: str = "not_finite"  # why, if it was: one of a few words
     parts: tuple[LossPart, ...] = ()  # the loss by objective and source; their targets add up to `targets`
-    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, where the head gives it
+    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, also where training.z_loss is 0
     loss_scale: float | None = None  # of fp16
+    slowest_rank: int | None = None  # of the step before, for it is told together with this step's loss
+    slowest_rank_lag_seconds: float | None = None
+    norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm and update_norm, at measured steps
 
 
-class Metric(NamedTuple):
-    """A line of the table: its name on the page is `bigmodel_` + `name`, for counters with `_total` after it."""
+class Seat(NamedTuple):
+    """Where this process sits: `local_rank` among the `local_size` consecutive ranks of `node`."""
 
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-# Every metric there is. Base units (seconds, bytes, nats), no unbounded labels: run, job and rank are labels of the
-# scraped target (RUN_DIR.prometheus.json), never of a metric.
-METRICS = (
-    Metric("build_info", "gauge", "Always 1; the label is the version of bigmodel that runs", ("version",)),
-    Metric("steps", "counter", "Steps done by this run, restarts and skipped updates included"),
-    Metric("steps_skipped", "counter", "Steps whose update was left out: loss or gradient not finite"),
-    Metric("target_tokens", "counter", "Tokens predicted in training"),
-    Metric("positions", "counter", "Positions trained on that held a token"),
-    Metric("padding_positions", "counter", "Positions computed that held no token"),
-    Metric("documents", "counter", "Documents, or pieces of long ones, trained on"),
-    Metric("data_wait_seconds", "counter", "Time in which rank 0 waited for its next batch"),
-    Metric("data_fetched_bytes", "gauge", "Bytes that rank 0 fetched from data.remote since it started"),
-    Metric("data_fetch_failures", "gauge", "Transfers that failed and were tried again, by rank 0 since it started"),
-    Metric(
-        "attention_imbalance_ratio", "gauge", "Attention time of rank 0's node in the last step over an even deal's"
-    ),
-    Metric("attention_imbalance_undealt_ratio", "gauge", "The same, were packs left in their canonical order"),
-    Metric("step_duration_seconds", "histogram", "Wall time of an optimizer step, waiting for data included"),
-    Metric("last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended; old means stalled"),
-    Metric("training_loss_nats", "gauge", "Mean training loss of the last step, nats per target token"),
-    Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
-    Metric("learning_rate", "gauge", "Learning rate of the last step"),
-    Metric("evaluations", "counter", "Evaluations on the validation split"),
-    Metric("evaluation_seconds", "counter", "Time spent in evaluations"),
-    Metric("validation_loss_nats", "gauge", "Validation loss, nats per target token"),
-    Metric("validation_compression_ratio", "gauge", "Validation loss as coded bytes per byte of text; times 8: bits"),
-    Metric("checkpoints", "counter", "Checkpoints saved"),
-    Metric("checkpoint_written_bytes", "counter", "Bytes written in checkpoints"),
-    Metric("checkpoint_seconds", "counter", "Time spent saving checkpoints"),
-    Metric("last_checkpoint_timestamp_seconds", "gauge", "Unix time at which the last checkpoint was complete"),
-    Metric("last_checkpoint_step", "gauge", "Step of the last checkpoint"),
-)
-PREFIX = "bigmodel_"
-STEP_BUCKETS_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-SCRAPED_JOB = "bigmodel"
+    rank: int = 0
+    world_size: int = 1
+    node: int = 0
+    local_rank: int = 0
+    local_size: int = 1
 
 
 class Metrics:
-    """Records a run's events and serves them on http://host:port/metrics until `close`. Use it on rank 0 only.
+    """Records a run's events until `close`; make one on every rank. Rank 0 writes metrics.jsonl.
 
-    `first_step` is how many steps the run goes on from (0: a new run). What metrics.jsonl says of later steps is
-    dropped, for they are done again; the page starts with the totals of what is kept. `port` 0 takes any free one;
-    `endpoint` and RUN_DIR/metrics_endpoint say which. Raises `UserError`, before anything is written, if the
-    address cannot be opened.
+    `first_step` is how many steps the run goes on from, `start` a word that all ranks of this start share and no
+    other start has. Lines of later steps are dropped, for they are done again; what they counted stays counted.
+    `fresh` forgets everything. `endpoint` says where the page is. Raises `UserError` on node 0,
+    before anything is written, if the address cannot be opened; other nodes then take a free port.
     """
 
-    def __init__(self, run_directory: Path, port: int = 0, host: str = "127.0.0.1", first_step: int = 0):
-        self._directory = Path(run_directory).resolve()
+    def __init__(
+        self,
+        run_directory: Path,
+        settings: MetricsSettings = MetricsSettings(),  # noqa: B008 - immutable
+        first_step: int = 0,
+        seat: Seat = Seat(),  # noqa: B008 - immutable
+        start: str = "alone",
+        fresh: bool = False,
+        facts: Mapping[str, Any] = {},
+    ):
+        """`facts`: parameters and device_peak_flops, for the start's line."""
+        self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
-        kept = [line for line in read_json_lines(self._lines) if line["step"] <= first_step]
-        registry, self._table = _make_table()
-        for line in kept:
-            _count(self._table, line)
-        try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            raise UserError(_address_problem(port, host, error)) from None
-        write_atomically(self._lines, "".join(json.dumps(line) + "\n" for line in kept))
-        self.endpoint = f"{_advertised(host)}:{self._server.server_port}"
-        self._published = (
-            self._directory / "metrics_endpoint",
-            self._directory.with_name(self._directory.name + ".prometheus.json"),
-        )
-        target = {"targets": [self.endpoint], "labels": {"job": SCRAPED_JOB, "run": self._directory.name, "rank": "0"}}
-        write_atomically(self._published[0], self.endpoint + "\n")
-        write_json(self._published[1], [target])
+        self._writers = open_writers(settings.writers, self._directory, first_step) if seat.rank == 0 else []
+        self._lap_began = time.perf_counter()
+        self._spent: dict[str, float] = {}
+        self._rank = _RankCounts()
+        self.folder = folder_of(self._directory, seat.node, start)
+        self._exporter = self._open_exporter(settings) if seat.local_rank == 0 else None
+        self.endpoint = self._exporter.endpoint if self._exporter else ""
+        self._ledger = self._open_ledger(first_step, fresh, facts) if seat.rank == 0 else None
+        self._record = RankRecord(self.folder, seat.rank)
+        self._tell_exporter({})
+        if self._exporter:
+            self._exporter.start()
 
-    def record_step(self, record: StepRecord) -> None:
-        self._record("step", asdict(record))
+    def lap(self) -> float:
+        """Wall seconds since the last call, by which every event is timed: no time falls between two events."""
+        before, self._lap_began = self._lap_began, time.perf_counter()
+        return self._lap_began - before
+
+    def spent(self, cause: str) -> None:
+        """The time since the last event was lost to one of `ledger.CAUSES`; told with the next event."""
+        self._spent[cause] = self._spent.get(cause, 0.0) + self.lap()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: it is rank 0."""
+        return self._seat.rank == 0
+
+    def record_step(self, record: StepRecord, phases: Mapping[str, float] = {}) -> None:
+        """`phases`: this rank's own seconds by phase since the last call, also of evaluations and saves."""
+        self._rank.add_step(record, phases)
+        line = {**asdict(record), "lap": record.step_seconds}
+        line["flops"] = record.flops._asdict() if record.flops else None
+        self._tell("step", line)
 
     def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float, seconds: float) -> None:
         values = {"step": step, "nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "seconds": seconds}
-        self._record("evaluation", values)
+        self._tell("evaluation", {**values, "lap": self.lap()})
 
     def record_checkpoint(self, step: int, written_bytes: int, seconds: float) -> None:
-        self._record("checkpoint", {"step": step, "bytes": written_bytes, "seconds": seconds})
+        self._tell("checkpoint", {"step": step, "bytes": written_bytes, "seconds": seconds, "lap": self.lap()})
 
-    def close(self) -> None:
-        """Stop serving and withdraw the address. A run that is killed leaves it; the next start replaces it."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-        for path in self._published:
-            path.unlink(missing_ok=True)
+    def close(self, ending: str = "failed") -> None:
+        """Stop serving and withdraw the address. `ending`: "finished", "stopped" or "failed". May be repeated."""
+        if self._ledger and not self._closed:
+            self._tell("end", {"ending": ending, "lap": self.lap()})
+        if self._exporter:
+            self._exporter.close()
+        if not self._closed:
+            self._record.close()
+            for writer in self._writers:
+                writer.close()
+        self._closed = True
+
+    _closed = False
 
     def __enter__(self) -> "Metrics":
         return self
@@ -164,77 +180,226 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close("failed" if kind else "finished")
 
-    def _record(self, kind: str, values: Mapping[str, Any]) -> None:
-        line = {"kind": kind, "time": time.time(), **values}
-        append_json_line(self._lines, line)
-        _count(self._table, line)
+    def _open_exporter(self, settings: MetricsSettings) -> "_Exporter":
+        try:
+            return _Exporter(self._directory, self.folder, self._seat, settings)
+        except UserError:
+            self.folder.rmdir()
+            raise
+
+    def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> Ledger:
+        """Fold the lines that are there, open a new start in them, and drop those of steps that are done again."""
+        lines = [] if fresh else list(read_json_lines(self._lines))
+        before, ledger, began = Ledger(), Ledger(), process_start_time()
+        for line in lines:
+            before.add(line)
+        kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
+        start = {
+            "kind": "start",
+            "time": time.time(),
+            "step": first_step,
+            "began": began,
+            "lap": time.time() - began,
+            "world_size": self._seat.world_size,
+            "parameters": facts.get("parameters"),
+            "device_peak_flops": facts.get("device_peak_flops"),
+            "carried": before.carry(began, how_it_ended(self._directory, lines)),
+        }
+        self._lap_began = time.perf_counter()
+        write_atomically(self._lines, "".join(json.dumps(line) + "\n" for line in (*kept, start)))
+        for line in (*kept, start):
+            ledger.add(line)
+        return ledger
+
+    def _tell(self, kind: str, values: dict[str, Any]) -> None:
+        if self._ledger:
+            line = {"kind": kind, "time": time.time(), **values, "spent": self._spent}
+            self._spent = {}
+            append_json_line(self._lines, line)
+            self._ledger.add(line)
+            for writer in self._writers if kind != "end" else ():
+                writer.write(line["step"], dict(scalars(line)))
+        if kind != "end":
+            self._tell_exporter(values)
+        if self._exporter:
+            self._exporter.revive()
+
+    def _tell_exporter(self, values: Mapping[str, Any]) -> None:
+        samples = self._rank.samples(str(self._seat.rank))
+        if self._ledger:
+            samples |= self._ledger.samples() | {"build_info": [[[__version__], 1]]}
+        with contextlib.suppress(OSError):  # memory for files is full: no page is worth a run
+            self._record.write({"samples": samples, **self._rank.device()})
 
 
-Table = dict[str, Any]  # metric name without prefix -> Counter, Gauge or Histogram
+def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> str | None:
+    """How the last start in these lines ended: its own word, a supervisor's in events.jsonl, or "died"; None: no start.
+
+    A supervisor (our launcher, a watchdog) says in events.jsonl when it ended a run that hung: an event `launch_ended`
+    with cause "hang".
+    """
+    marks = [line for line in lines if line["kind"] in ("start", "end")]
+    if not marks:
+        return None
+    if marks[-1]["kind"] == "end":
+        return marks[-1]["ending"]
+    events = read_json_lines(Path(run_directory) / "events.jsonl")
+    causes = [e.get("cause") for e in events if e.get("event") == "launch_ended" and e["time"] > marks[-1]["time"]]
+    return "hang" if "hang" in causes else "died"
 
 
-def _make_table() -> tuple[CollectorRegistry, Table]:
-    registry = CollectorRegistry()
-    table: Table = {}
-    for metric in METRICS:
-        name = PREFIX + metric.name
-        if metric.kind == "histogram":
-            table[metric.name] = Histogram(
-                name, metric.help, metric.labels, registry=registry, buckets=STEP_BUCKETS_SECONDS
+class _RankCounts:
+    """This rank's own counters, since its start."""
+
+    def __init__(self) -> None:
+        self._buckets = [0] * (len(STEP_BUCKETS_SECONDS) + 1)
+        self._seconds, self._step = 0.0, 0
+        self._phases: dict[str, float] = {}
+        self._cuda: Any = None
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+            self._cuda = sys.modules["torch"].cuda
+
+    def add_step(self, record: StepRecord, phases: Mapping[str, float]) -> None:
+        self._buckets[bisect_left(STEP_BUCKETS_SECONDS, record.step_seconds)] += 1
+        self._seconds += record.step_seconds
+        self._step = record.step
+        for phase, seconds in phases.items():
+            self._phases[phase] = self._phases.get(phase, 0.0) + seconds
+
+    def samples(self, rank: str) -> Samples:
+        busy = sum(self._phases.get(phase, 0.0) for phase in ("forward", "backward", "optimizer"))
+        samples: Samples = {
+            "rank_heartbeat_timestamp_seconds": [[[rank], time.time()]],
+            "rank_step": [[[rank], self._step]],
+            "step_duration_seconds": [[[rank], [self._buckets, self._seconds]]],
+            "phase_seconds": [[[rank, phase], seconds] for phase, seconds in self._phases.items()],
+            "rank_busy_seconds": [[[rank], busy]],
+        }
+        if self._cuda:
+            counts = self._cuda.memory_stats()
+            for name, key in (
+                ("allocated_bytes", "allocated_bytes.all.current"),
+                ("reserved_bytes", "reserved_bytes.all.current"),
+                ("peak_bytes", "allocated_bytes.all.peak"),
+                ("retries", "num_alloc_retries"),
+            ):
+                samples[f"device_memory_{name}"] = [[[rank], counts.get(key, 0)]]
+        return samples
+
+    def device(self) -> dict[str, str]:
+        """The GPU's own name, by which the exporter asks the driver about it."""
+        if not self._cuda:
+            return {}
+        return {"gpu": f"GPU-{self._cuda.get_device_properties(self._cuda.current_device()).uuid}"}
+
+
+class _Exporter:
+    """The node's exporter process: started by local rank 0, which opened its socket, so that no start is missed.
+
+    It ends by itself when the last rank of its node has (bigmodel/exporter.py), also when all were killed.
+    """
+
+    def __init__(self, directory: Path, folder: Path, seat: Seat, settings: MetricsSettings) -> None:
+        self._folder, self._looked = folder, 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end_earlier(directory, seat.node)
+        self._socket = _listen(settings.host, settings.port, port_may_differ=seat.node > 0)
+        self.endpoint = f"{_advertised(settings.host)}:{self._socket.getsockname()[1]}"
+        name = f"{directory.name}.node-{seat.node}.prometheus.json"
+        self._published = [directory.with_name(name), *([directory / "metrics_endpoint"] if seat.node == 0 else [])]
+        labels = {"job": "bigmodel", "run": directory.name, "node": str(seat.node), "host": socket.gethostname()}
+        labels["ranks"] = f"{seat.rank}-{seat.rank + seat.local_size - 1}" if seat.local_size > 1 else str(seat.rank)
+        if "SLURM_JOB_ID" in os.environ:
+            labels["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
+        self._target = {"targets": [self.endpoint], "labels": labels}
+        self._page = {
+            "run_directory": str(directory),
+            "endpoint": self.endpoint,
+            "published": [str(path) for path in self._published],
+        }
+
+    def start(self) -> None:
+        write_json(self._folder / "page.json", self._page)
+        self._spawn()
+        write_json(self._published[0], [self._target])
+        for path in self._published[1:]:
+            write_atomically(path, self.endpoint + "\n")
+
+    def revive(self) -> None:
+        """Start it again if somebody ended it; looks every five seconds."""
+        if time.monotonic() - self._looked > 5.0:
+            self._looked = time.monotonic()
+            if self._process is not None and self._process.poll() is not None and self._folder.exists():
+                said = (self._folder / "exporter.log").read_text(errors="replace").splitlines()[-1:] or ["nothing"]
+                how = f"ended with {self._process.returncode}, its last words: {said[0]}"
+                print(f"bigmodel: the metrics exporter {how}; it is started again", file=sys.stderr, flush=True)
+                self._spawn()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        self._socket.close()
+        for path in self._published:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _spawn(self) -> None:
+        command = [sys.executable, "-m", "bigmodel.exporter", str(self._folder), str(self._socket.fileno())]
+        root = str(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        with open(self._folder / "exporter.log", "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[self._socket.fileno()],
+                start_new_session=True,  # what ends a rank's process group must not end the page of the others
             )
-        else:
-            make = Counter if metric.kind == "counter" else Gauge
-            table[metric.name] = make(name, metric.help, metric.labels, registry=registry)
-    table["build_info"].labels(version=__version__).set(1)
-    return registry, table
+        write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
+
+    def _end_earlier(self, directory: Path, node: int) -> None:
+        """End the exporter of an earlier start that was just killed, so that its port is free."""
+        for folder in folders_of(directory, node):
+            file = folder / "exporter.pid"
+            if folder != self._folder:
+                try:
+                    pid, began = file.read_text().split()
+                except FileNotFoundError:  # it has just ended by itself
+                    continue
+                if str(start_ticks(int(pid))) == began:
+                    os.kill(int(pid), 15)
+                deadline = time.monotonic() + 5.0
+                while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
+                    time.sleep(0.02)
+        remove_stale(directory, node, keep=self._folder)
 
 
-def _count(table: Table, line: Mapping[str, Any]) -> None:
-    """Enter one line of metrics.jsonl into the table; a kind we do not know is left to those who do."""
-    if line["kind"] in _COUNTERS:
-        _COUNTERS[line["kind"]](table, line)
-
-
-def _count_step(table: Table, line: Mapping[str, Any]) -> None:
-    table["steps"].inc()
-    table["steps_skipped"].inc(bool(line["skipped"]))
-    table["target_tokens"].inc(line["targets"])
-    table["positions"].inc(line["positions"])
-    table["padding_positions"].inc(line["padding"])
-    table["documents"].inc(line["documents"])
-    table["data_wait_seconds"].inc(line["data_wait_seconds"])
-    for name, entry in (
-        ("data_fetched_bytes", "fetched_bytes"),
-        ("data_fetch_failures", "fetch_failures"),
-        ("attention_imbalance_ratio", "imbalance"),
-        ("attention_imbalance_undealt_ratio", "imbalance_undealt"),
-    ):
-        table[name].set(line.get(entry, 0))  # lines of older versions have none
-    table["step_duration_seconds"].observe(line["step_seconds"])
-    table["last_step_timestamp_seconds"].set(line["time"])
-    table["training_loss_nats"].set(line["loss"])
-    table["gradient_norm"].set(line["gradient_norm"])
-    table["learning_rate"].set(line["learning_rate"])
-
-
-def _count_evaluation(table: Table, line: Mapping[str, Any]) -> None:
-    table["evaluations"].inc()
-    table["evaluation_seconds"].inc(line["seconds"])
-    table["validation_loss_nats"].set(line["nats_per_token"])
-    table["validation_compression_ratio"].set(line["bits_per_byte"] / 8)  # bytes are Prometheus' unit, not bits
-
-
-def _count_checkpoint(table: Table, line: Mapping[str, Any]) -> None:
-    table["checkpoints"].inc()
-    table["checkpoint_written_bytes"].inc(line["bytes"])
-    table["checkpoint_seconds"].inc(line["seconds"])
-    table["last_checkpoint_timestamp_seconds"].set(line["time"])
-    table["last_checkpoint_step"].set(line["step"])
-
-
-_COUNTERS = {"step": _count_step, "evaluation": _count_evaluation, "checkpoint": _count_checkpoint}
+def _listen(host: str, port: int, port_may_differ: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        try:
+            listener.bind((host, port))
+        except OSError:
+            if not port_may_differ:
+                raise
+            listener.bind((host, 0))
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        raise UserError(_address_problem(port, host, error)) from None
+    return listener
 
 
 def _advertised(host: str) -> str:

@@ -5,8 +5,10 @@
       checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
       events.jsonl   starts, stops, skipped steps           logs/             what ranks 1 and up printed
       metrics_endpoint  host:port while it runs             lock              held by the live run
+      incarnation.json  which start may publish
       loss.png  sample.txt  summary.json                    at the end
-    runs/tiny.prometheus.json                               for Prometheus, while it runs
+      profile/                        asked for             tensorboard/ wandb/  if metrics.writers names them
+    runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
 Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
 Imports no torch.
@@ -31,6 +33,8 @@ EXIT_USER = 2  # a UserError: the text says what to mend
 EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
 
 
+INCARNATION = "incarnation.json"
+
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
 
 
@@ -47,6 +51,29 @@ def claim(directory: Path) -> None:
         raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
     lock(file, f"run.directory = {directory}", "another run is using it now; stop that one or choose another directory")
     _claims.append(file)
+
+
+def take_over(directory: Path) -> str:
+    """Say in the run directory that this start is the one that counts now; gives its token.
+
+    An older process that still lives, on a machine that lost its network or its lock, will find another token.
+    """
+    token = secrets.token_hex(8)
+    found = {"token": token, "host": os.uname().nodename, "process": os.getpid(), "time": time.time()}
+    write_json(Path(directory) / INCARNATION, found)
+    return token
+
+
+def require_incarnation(directory: Path, token: str) -> None:
+    """Raises `UserError` where another start has taken the run over. An empty token asks for nothing."""
+    if not token:
+        return
+    now = read_json(Path(directory) / INCARNATION)
+    if now["token"] != token:
+        raise UserError(
+            f"{directory}: a later start, process {now['process']} on {now['host']}, has taken this run over; "
+            "this one saves nothing any more: stop it"
+        )
 
 
 def lock(file: IO[Any], name: str, busy: str = "") -> None:
@@ -128,6 +155,16 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def record_event(directory: Path, kind: str, **details: Any) -> None:
     """Append to events.jsonl: what happened to this run, and when (Unix seconds)."""
     append_json_line(Path(directory) / "events.jsonl", {"time": time.time(), "event": kind, **details})
+
+
+def refuse_to_start_over(directory: Path) -> None:
+    """For a start that found no checkpoint. Raises `UserError` where the run has saved one: it is lost, not new."""
+    lines = read_json_lines(Path(directory) / "metrics.jsonl")
+    if saved := [line["step"] for line in lines if line["kind"] == "checkpoint"]:
+        raise UserError(
+            f"{directory}: this run saved a checkpoint at step {saved[-1]}, and there is none now; put it back into "
+            f"{directory}/checkpoints, or start over from step 0 with --fresh"
+        )
 
 
 def package_versions() -> dict[str, str]:

@@ -19,10 +19,11 @@ from bigmodel.data.shuffle import Fragment
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
-from bigmodel.training import checkpoint
+from bigmodel.training import checkpoint, saving
 from bigmodel.training.distributed import World, end_world, start_world
-from bigmodel.training.engine import Engine
-from bigmodel.training.optim import build_optimizer, learning_rate
+from bigmodel.training.engine import Engine, creation
+from bigmodel.training.optim import build_optimizer
+from bigmodel.training.schedule import learning_rate
 from tests.ranks import run_ranks
 
 VOCABULARY = 67
@@ -79,9 +80,11 @@ def num_targets_of(step: int) -> int:
     return sum(len(document) - 1 for pack in range(PACKS) for document in documents_of(step, pack))
 
 
-def new_model(settings: Settings) -> Transformer:
-    model = Transformer(settings.model, VOCABULARY)
-    init_weights(model, seed=5)
+def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Transformer:
+    """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
+    with creation(effective or {"zero_optimization": {"stage": 0}}) as whole:
+        model = Transformer(settings.model, VOCABULARY)
+    init_weights(model, 5, whole)
     return model
 
 
@@ -130,16 +133,15 @@ def plain_evaluation(settings: Settings) -> float:
 def state_digest(engine: Engine) -> str:
     digest = hashlib.sha256(str(engine.updates).encode())
     for name in engine.names():
-        for key, tensor in engine.read_state(name).items():
-            digest.update(f"{key}.{name}".encode() + tensor.contiguous().cpu().numpy().tobytes())
+        for key in engine.keys(name):
+            digest.update(f"{key}.{name}".encode() + engine.whole(name, key).contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def keeps_signed_zeros(engine: Engine) -> bool:
     """Whether -0.0 comes back as -0.0 from every tensor. Ruins the state: do it last."""
-    zeros = {name: torch.full(engine.shape(name), -0.0) for name in engine.names()}
-    engine.write_states(lambda name: dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), zeros[name]), updates=0)
-    states = [tensor for name in engine.names() for tensor in engine.read_state(name).values()]
+    engine.write(lambda name, key, start, numel: torch.full((numel,), -0.0), 0, {})
+    states = [engine.whole(name, key) for name in engine.names() for key in engine.keys(name)]
     return all(bool(torch.signbit(tensor).all()) for tensor in states)
 
 
@@ -151,7 +153,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
     effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
-    engine = Engine(new_model(settings), settings, effective, world)
+    engine = Engine(new_model(settings, effective), settings, effective, world)
     result: dict[str, Any] = {"losses": [], "norms": [], "gradient_errors": [], "first": 0}
     expected = load_file(job["oracle"]) if "oracle" in job else {}
     checkpoints = Path(job.get("checkpoints", "."))
@@ -167,11 +169,11 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
             run_step(step, job, engine, settings, packs_per_micro_batch, expected, result)
         if job.get("save_at") == step + 1:
             result["saved"] = state_digest(engine)
-            checkpoint.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
+            saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
     result |= {"digest": state_digest(engine), "updates": engine.updates}
     result["micro_batches"] = effective["gradient_accumulation_steps"]
     for key in ("weight", "exp_avg") if expected else ():
-        state = {name: engine.read_state(name)[key] for name in engine.names()}
+        state = {name: engine.whole(name, key) for name in engine.names()}
         result[f"{key}_error"] = max(relative_error(state[name], expected[f"{key}.{name}"]) for name in state)
     if expected:
         result["keeps_signed_zeros"] = keeps_signed_zeros(engine)

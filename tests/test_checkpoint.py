@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.config import Settings, UserError
-from bigmodel.training import checkpoint
+from bigmodel.training import checkpoint, saving
 from bigmodel.training.distributed import ALONE, start_world
 from tests.engine_worker import launch, settings_table
 from tests.ranks import finish, run_ranks, start_ranks
@@ -93,10 +92,10 @@ SHAPES = {"embedding.weight": (40, 8), "block.weight": (8, 8), "norm.weight": (8
 
 
 class Weights:
-    """Stands for an engine: whole tensors that depend on the step."""
+    """Stands for an engine: tensors that depend on the step, of which each rank owns a share."""
 
-    def __init__(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
-        self.updates = step
+    def __init__(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, world: Any = ALONE) -> None:
+        self.updates, self.rank, self.size = step, world.rank, world.size
         self.shapes = shapes
         self.state = {
             name: {
@@ -112,12 +111,23 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
 
-    def read_state(self, name: str) -> dict[str, Tensor]:
-        return self.state[name]
+    def keys(self, name: str) -> list[str]:
+        return list(self.state[name])
 
-    def write_states(self, state_of: Callable[[str], Mapping[str, Tensor]], updates: int) -> None:
-        self.state = {name: dict(state_of(name)) for name in self.shapes}
+    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
+        """This rank's equal share."""
+        numel = torch.Size(self.shapes[name]).numel()
+        first, end = numel * self.rank // self.size, numel * (self.rank + 1) // self.size
+        return (first, {key: tensor.flatten()[first:end] for key, tensor in self.state[name].items()})
+
+    def write(self, read: checkpoint.Read, updates: int, scaler: dict[str, float]) -> None:
+        for name, shape in self.shapes.items():
+            numel = torch.Size(shape).numel()
+            self.state[name] = {key: read(name, key, 0, numel).view(shape) for key in self.state[name]}
         self.updates = updates
+
+    def scaler_state(self) -> dict[str, float]:
+        return {}
 
     def same_as(self, other: "Weights") -> bool:
         pairs = [(self.state[name][key], other.state[name][key]) for name in self.shapes for key in self.state[name]]
@@ -127,8 +137,8 @@ class Weights:
 SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
 
 
-def save(folder: Path, step: int, world: Any = ALONE) -> checkpoint.Saved:
-    return checkpoint.save(folder, Weights(step), {"step": step, "cursor": {}}, SETTINGS, world)
+def save(folder: Path, step: int, world: Any = ALONE) -> saving.Saved:
+    return saving.save(folder, Weights(step, world=world), {"step": step, "cursor": {}}, SETTINGS, world)
 
 
 def load(folder: Path, step: int) -> None:
@@ -146,11 +156,12 @@ def names(folder: Path) -> list[str]:
 
 
 def save_as_rank(folder: Path, step: int, fault: str) -> None:
-    os.environ[checkpoint.FAULT_VARIABLE] = fault
+    os.environ[saving.FAULT_VARIABLE] = fault
     save(folder, step, start_world(timeout_seconds=20))
 
 
-FAULTS = ["rank-0-starts", "rank-1-starts", "rank-0-wrote", "rank-1-wrote", "before-manifest", "before-rename"]
+FAULTS = [f"rank-{rank}-{point}" for rank in (0, 1) for point in ("starts", "half", "wrote")]
+FAULTS += ["before-manifest", "before-rename-of-manifest", "before-rename"]
 
 
 @pytest.mark.parametrize("point", FAULTS)
@@ -210,7 +221,7 @@ def test_a_write_that_fails_names_the_file_and_the_remedy(
     def fail(_descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(saving.os, "fsync", fail)
     with pytest.raises(UserError, match=r"rank-00000\.safetensors") as caught:
         save(tmp_path, 8)
     assert all(part in str(caught.value) for part in [os.strerror(code), "untouched", *parts])
@@ -356,12 +367,6 @@ def test_the_format_is_plain_and_by_parameter_name(two_good: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["world_size"] == 2
     assert manifest["files"]["state.json"]["bytes"] == (path / "state.json").stat().st_size
-
-
-def test_parameters_are_dealt_by_size() -> None:
-    dealt = checkpoint.shares({"a": 8, "b": 4, "c": 4}, 2)
-    assert dealt == [["a"], ["b", "c"]]
-    assert checkpoint.shares({"a": 1}, 3) == [["a"], [], []]
 
 
 def test_starting_fresh_sets_the_old_ones_aside(tmp_path: Path) -> None:

@@ -109,6 +109,24 @@ def test_a_step_that_does_not_divide_is_filled_with_empty_packs(tmp_path: Path) 
     assert effective["train_batch_size"] == 12
 
 
+def test_fp16_lion_and_offload_bring_the_keys_that_deepspeed_wants(tmp_path: Path) -> None:
+    mine = {"optimizer": {"type": "Lion"}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    effective, settings = resolve(tmp_path, mine, training={"precision": "fp16"})
+    assert settings.optimizer.kind == "lion"
+    assert effective["fp16"] == {"enabled": True}
+    assert effective["bf16"]["enabled"] is False
+    assert effective["zero_allow_untested_optimizer"] is True
+    assert effective["zero_force_ds_cpu_optimizer"] is False
+    assert resolve(tmp_path, {"fp16": {"enabled": True}})[1].training.precision == "fp16"
+    assert resolve(tmp_path, {"bf16": {"enabled": False}, "fp16": {"enabled": False}})[1].training.precision == "fp32"
+
+
+def test_what_could_not_be_run_here_passes_through(tmp_path: Path) -> None:
+    zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
+    effective, _ = resolve(tmp_path, {"zero_optimization": zero})
+    assert effective["zero_optimization"] == zero | {"overlap_comm": False}
+
+
 def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:
     mine = {"train_batch_size": 12, "bf16": {"enabled": False}, "gradient_clipping": 0}
     effective, settings = resolve(tmp_path, mine, 3)
@@ -125,6 +143,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         ["bf16.enabled = true", "training.precision", "fp32"],
     ),
     ({"bf16": {"enabled": False}}, {"training": {"precision": "bf16"}}, ["bf16.enabled = false", "training.precision"]),
+    ({"fp16": {"enabled": False}}, {"training": {"precision": "fp16"}}, ["fp16.enabled = false", "training.precision"]),
+    ({"optimizer": {"type": "Adam"}}, {"optimizer": {"kind": "muon"}}, ['type = "Adam"', "optimizer.kind"]),
     ({"gradient_clipping": 1}, {"optimizer": {"gradient_clipping": 0.5}}, ["gradient_clipping = 1", "= 0.5"]),
     ({"train_batch_size": 16}, {"training": {"packs_per_step": 8}}, ["train_batch_size = 16", "packs_per_step = 8"]),
     ({"train_batch_size": 9}, {"data": {"lanes": 4}, "training": {"packs_per_step": 9 - 1}}, ["train_batch_size = 9"]),
@@ -170,7 +190,11 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"bf16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}}, ["with fp32 weights"]),
     ({"bfloat16": {"enabled": True}}, ['old name of "bf16"']),
     ({"bf16": {"enabled": 1}}, ["bf16.enabled = 1", "true, false"]),
-    ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "bf16"]),
+    ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["bf16.enabled and fp16.enabled", "choose one"]),
+    ({"fp16": {"enabled": "yes"}}, ['fp16.enabled = "yes"', "true, false"]),
+    ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, ["stage = 0 with fp16", "stage 1"]),
+    ({"fp16": {"enabled": True, "auto_cast": True}}, ["fp16.auto_cast"]),
+    ({"activation_checkpointing": {"partition_activations": True}}, ["training.activation_checkpointing"]),
     ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "[schedule]", "warmup_steps"]),
     ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "AdamW"]),
     ({"optimizer": {"params": {"adam_w_mode": False}}}, ["adam_w_mode"]),
@@ -182,7 +206,14 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"elasticity": {"enabled": True}}, ["elasticity was removed", "0.19.8", "any world size"]),
     ({"nebula": {"enabled": True}}, ["nebula was removed"]),
     ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size was removed"]),
-    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "not offered yet"]),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        ["offload_optimizer with bf16 at stage 1", "stage 3"],
+    ),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer", "cpu"]),
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage >= 3", "is 2"]),
+    ({"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size", "is 1"]),
+    ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
     ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation = false"]),
     ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op", "mean"]),
 ]

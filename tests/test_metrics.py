@@ -1,22 +1,33 @@
-"""metrics.jsonl and the scraped page tell the same, true story, also after a restart."""
+"""metrics.jsonl and the scraped page tell the same, true story, also after a restart and after the death of ranks."""
 
 import json
 import math
+import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bigmodel.config import UserError
-from bigmodel.metrics import METRICS, Metrics, StepRecord
-from bigmodel.rundir import read_json, read_json_lines
+from bigmodel.config import MetricsSettings, UserError
+from bigmodel.ledger import CAUSES, ENDINGS
+from bigmodel.metric_table import METRICS, NODE, full_name, reference
+from bigmodel.metrics import Flops, LossPart, Metrics, Seat, StepRecord, how_it_ended
+from bigmodel.rank_record import RankRecord, folders_of, read_record
+from bigmodel.rundir import read_json, read_json_lines, record_event
 
+REPOSITORY = Path(__file__).parents[1]
 STEPS = [
     StepRecord(
         step=number,
@@ -28,192 +39,506 @@ STEPS = [
         padding=14 - number,
         documents=7 * number,
         step_seconds=0.03 * 4**number,
-        data_wait_seconds=0.25 * number,
+        data_wait_seconds=0.01 * number,
+        compile_seconds=0.02,
+        packs_document_limited=number,
+        imbalance=1.25,
+        imbalance_undealt=1.5,
+        fetched_bytes=10 * number,
+        fetch_failures=1,
+        flops=Flops(causal=3e6 * number, full=4e6 * number, hardware=5e6 * number),
         skipped=number == 2,
+        parts=(LossPart("causal", "news", 5.0, 2 * number), LossPart("causal", "letters", 3.0, 1)),
+        z_loss=6.5,
+        loss_scale=1024.0,
+        slowest_rank=1,
+        slowest_rank_lag_seconds=0.125,
+        norms={"attention": {"weight_norm": 3.0, "update_norm": 0.25}},
     )
     for number in (1, 2, 3)
 ]
 
 
-def page(metrics: Metrics) -> str:
-    with urllib.request.urlopen(f"http://{metrics.endpoint}/metrics", timeout=10) as answer:
+def until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def page(endpoint: str) -> str:
+    with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=30) as answer:
         return answer.read().decode()
 
 
-def samples(metrics: Metrics) -> dict[str, float]:
-    """Sample name (with the bucket's bound where there is one) -> value, without the `_created` times."""
+def samples(endpoint: str) -> dict[str, float]:
+    """Sample name with its label values in the order of their names -> value. A page may be a tenth of a second old."""
+    time.sleep(0.11)
     return {
-        sample.name + sample.labels.get("le", ""): sample.value
-        for family in text_string_to_metric_families(page(metrics))
+        "|".join((sample.name.removeprefix("bigmodel_"), *(value for _, value in sorted(sample.labels.items())))): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(page(endpoint))
         for sample in family.samples
-        if not sample.name.endswith("_created")
     }
 
 
 def record_all(metrics: Metrics) -> None:
     for step in STEPS:
-        metrics.record_step(step)
+        metrics.record_step(step, {"forward": 0.5, "backward": 1.0, "optimizer": 0.25, "data": 0.125})
     metrics.record_evaluation(2, nats_per_token=3.5, bits_per_byte=1.75, seconds=4.0)
     metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0)
     metrics.record_checkpoint(2, written_bytes=2_000, seconds=0.5)
     metrics.record_checkpoint(3, written_bytes=3_000, seconds=0.75)
 
 
+FACTS = {"parameters": 123, "device_peak_flops": 1e9}
+EXPECTED = {
+    "build_info|0.1.0": 1,
+    "world_size": 1,
+    "parameters": 123,
+    "device_peak_flops": 1e9,
+    "steps_total": 3,
+    "steps_skipped_total|not_finite": 1,
+    "target_tokens_total": 3006,
+    "source_target_tokens_total|causal|news": 12,
+    "source_target_tokens_total|causal|letters": 3,
+    "positions_total": 3036,
+    "padding_positions_total": 36,
+    "documents_total": 42,
+    "packs_document_limited_total": 6,
+    "model_flops_total|causal": 18e6,
+    "model_flops_total|full": 24e6,
+    "hardware_flops_total": 30e6,
+    "tokens_per_second": 1013 / 1.92,
+    "model_flops_utilization_ratio|causal": 9e6 / 1.92e9,
+    "model_flops_utilization_ratio|full": 12e6 / 1.92e9,
+    "hardware_flops_utilization_ratio": 15e6 / 1.92e9,
+    "packing_efficiency_ratio": 1013 / 1024,
+    "attention_imbalance_ratio": 1.25,
+    "attention_imbalance_undealt_ratio": 1.5,
+    "data_fetched_bytes_total": 30,
+    "data_fetch_failures_total": 1,
+    "productive_seconds_total": 0.12 + 1.92 - 0.04 - 0.04,
+    "lost_seconds_total|data": 0.06,
+    "lost_seconds_total|compile": 0.06,
+    "lost_seconds_total|skipped": 0.48 - 0.02 - 0.02,
+    **{f"lost_seconds_total|{cause}": 0 for cause in ("replay", "hang", "stopped", "down", "finish")},
+    **{f"restarts_total|{ending}": 0 for ending in ENDINGS},
+    "data_wait_seconds_total": 0.06,
+    "training_loss_nats": 5 / 3,
+    "source_training_loss_nats|causal|news": 5 / 6,
+    "source_training_loss_nats|causal|letters": 3,
+    "z_loss": 6.5,
+    "gradient_norm": 3.5,
+    "learning_rate": 3e-3,
+    "loss_scale": 1024,
+    "weight_norm|attention": 3,
+    "update_norm|attention": 0.25,
+    "spikes_total|loss": 0,
+    "spikes_total|gradient_norm": 0,
+    "evaluations_total": 2,
+    "evaluation_seconds_total": 10,
+    "validation_loss_nats": 3.25,
+    "validation_compression_ratio": 0.1875,
+    "checkpoints_total": 2,
+    "checkpoint_written_bytes_total": 5_000,
+    "checkpoint_seconds_total": 1.25,
+    "last_checkpoint_step": 3,
+    "last_checkpoint_bytes": 3_000,
+    "last_checkpoint_duration_seconds": 0.75,
+    "slowest_rank": 1,
+    "slowest_rank_lag_seconds": 0.125,
+    "rank_up|0": 1,
+    "rank_step|0": 3,
+    "step_duration_seconds_count|0": 3,
+    "step_duration_seconds_sum|0": 2.52,
+    **{f"step_duration_seconds_bucket|{bound}|0": 0 for bound in ("0.01", "0.02", "0.05", "0.1")},
+    "step_duration_seconds_bucket|0.2|0": 1,  # steps of 0.12, 0.48 and 1.92 s
+    "step_duration_seconds_bucket|0.5|0": 2,
+    "step_duration_seconds_bucket|1.0|0": 2,
+    **{
+        f"step_duration_seconds_bucket|{bound}|0": 3
+        for bound in ("2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "+Inf")
+    },
+    "phase_seconds_total|forward|0": 1.5,
+    "phase_seconds_total|backward|0": 3,
+    "phase_seconds_total|optimizer|0": 0.75,
+    "phase_seconds_total|data|0": 0.375,
+    "rank_busy_seconds_total|0": 5.25,
+}
+MOMENTS = ("last_step_timestamp_seconds", "last_checkpoint_timestamp_seconds", "rank_heartbeat_timestamp_seconds|0")
+
+
 def test_every_value_on_the_page_is_the_independent_count(tmp_path: Path) -> None:
     before = time.time()
-    with Metrics(tmp_path) as metrics:
+    with Metrics(tmp_path, facts=FACTS) as metrics:
         record_all(metrics)
-        found = samples(metrics)
-    moments = {
-        name: found.pop(f"bigmodel_{name}")
-        for name in ("last_step_timestamp_seconds", "last_checkpoint_timestamp_seconds")
+        found = samples(metrics.endpoint)
+    assert all(before <= found.pop(moment) <= time.time() for moment in MOMENTS)
+    for cause in ("start", "evaluation", "checkpoint"):  # laps of this process: tests/test_ledger.py has literals
+        assert 0 <= found.pop(f"lost_seconds_total|{cause}") < time.time() - psutil.Process().create_time() + 1
+    assert found.pop("process_resident_bytes|0") == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+    assert found.pop("node_memory_total_bytes") == psutil.virtual_memory().total
+    assert found.pop("node_memory_available_bytes") == pytest.approx(psutil.virtual_memory().available, rel=0.5)
+    assert found.pop("disk_total_bytes") == shutil.disk_usage(tmp_path).total
+    assert found.pop("disk_free_bytes") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+    for device, count in psutil.net_io_counters(pernic=True).items():
+        if device != "lo":
+            assert 0 <= found.pop(f"network_received_bytes_total|{device}") <= count.bytes_recv
+            assert 0 <= found.pop(f"network_transmitted_bytes_total|{device}") <= count.bytes_sent
+    assert found == pytest.approx(EXPECTED)
+
+
+def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_path: Path) -> None:
+    with Metrics(tmp_path, facts=FACTS) as metrics:
+        record_all(metrics)
+        text = page(metrics.endpoint)
+    families = {family.name: family.type for family in text_string_to_metric_families(text)}
+    assert {metric.name for metric in METRICS} - {name.removeprefix("bigmodel_") for name in families} == {
+        *(f"device_memory_{name}" for name in ("allocated_bytes", "reserved_bytes", "peak_bytes", "retries")),
+        *(f"device_{name}" for name in ("temperature_celsius", "power_watts", "throttled", "ecc_errors", "xid_errors")),
     }
-    assert all(before <= moment <= time.time() for moment in moments.values())
-    buckets = {"0.01": 0, "0.02": 0, "0.05": 0, "0.1": 0, "0.2": 1, "0.5": 2, "1.0": 2, "2.0": 3, "5.0": 3, "10.0": 3}
-    buckets |= {"20.0": 3, "50.0": 3, "100.0": 3, "+Inf": 3}  # durations 0.12, 0.48 and 1.92 s
-    assert found == pytest.approx(
-        {
-            "bigmodel_build_info": 1,
-            "bigmodel_steps_total": 3,
-            "bigmodel_steps_skipped_total": 1,
-            "bigmodel_target_tokens_total": 3006,
-            "bigmodel_positions_total": 3036,
-            "bigmodel_padding_positions_total": 36,
-            "bigmodel_documents_total": 42,
-            "bigmodel_data_wait_seconds_total": 1.5,
-            "bigmodel_data_fetched_bytes": 0,
-            "bigmodel_data_fetch_failures": 0,
-            "bigmodel_attention_imbalance_ratio": 1,
-            "bigmodel_attention_imbalance_undealt_ratio": 1,
-            "bigmodel_step_duration_seconds_count": 3,
-            "bigmodel_step_duration_seconds_sum": 2.52,
-            **{f"bigmodel_step_duration_seconds_bucket{bound}": count for bound, count in buckets.items()},
-            "bigmodel_training_loss_nats": 5 / 3,
-            "bigmodel_gradient_norm": 3.5,
-            "bigmodel_learning_rate": 3e-3,
-            "bigmodel_evaluations_total": 2,
-            "bigmodel_evaluation_seconds_total": 10.0,
-            "bigmodel_validation_loss_nats": 3.25,
-            "bigmodel_validation_compression_ratio": 0.1875,
-            "bigmodel_checkpoints_total": 2,
-            "bigmodel_checkpoint_written_bytes_total": 5_000,
-            "bigmodel_checkpoint_seconds_total": 1.25,
-            "bigmodel_last_checkpoint_step": 3,
-        }
-    )
-
-
-def test_a_resumed_run_counts_replayed_steps_once(tmp_path: Path) -> None:
-    with Metrics(tmp_path) as metrics:
-        record_all(metrics)
-        whole = samples(metrics)
-    with Metrics(tmp_path, first_step=2) as metrics:
-        resumed = samples(metrics)
-        assert resumed["bigmodel_steps_total"] == 2
-        assert resumed["bigmodel_target_tokens_total"] == 1001 + 1002
-        assert resumed["bigmodel_evaluations_total"] == 1
-        assert resumed["bigmodel_checkpoint_written_bytes_total"] == 2_000
-        assert [(line["kind"], line["step"]) for line in read_json_lines(tmp_path / "metrics.jsonl")] == [
-            ("step", 1),
-            ("step", 2),
-            ("evaluation", 2),
-            ("checkpoint", 2),
-        ]
-        metrics.record_step(STEPS[2])
-        metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0)
-        metrics.record_checkpoint(3, written_bytes=3_000, seconds=0.75)
-        again = samples(metrics)
-    timeless = [name for name in whole if "timestamp" not in name]
-    assert {name: again[name] for name in timeless} == pytest.approx({name: whole[name] for name in timeless})
-
-
-def test_a_new_run_starts_from_nothing_and_a_torn_line_is_mended(tmp_path: Path) -> None:
-    with Metrics(tmp_path) as metrics:
-        record_all(metrics)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "st')  # what kill -9 in the middle of a write leaves
-    with Metrics(tmp_path, first_step=3) as metrics:
-        metrics.record_step(StepRecord(**{**{n: getattr(STEPS[0], n) for n in StepRecord.__slots__}, "step": 4}))
-        assert samples(metrics)["bigmodel_steps_total"] == 4
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1] == 4
-    with Metrics(tmp_path) as metrics:
-        assert samples(metrics)["bigmodel_steps_total"] == 0
-        assert (tmp_path / "metrics.jsonl").read_text() == ""
-
-
-def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
-    with Metrics(tmp_path) as metrics:
-        metrics.record_step(STEPS[0])
-    (line,) = read_json_lines(tmp_path / "metrics.jsonl")
-    assert line.pop("kind") == "step"
-    assert abs(line.pop("time") - time.time()) < 60
-    assert StepRecord(**{**line, "parts": tuple(line["parts"])}) == STEPS[0]
-
-
-def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path: Path) -> None:
-    with Metrics(tmp_path) as metrics:
-        broken = {n: getattr(STEPS[0], n) for n in StepRecord.__slots__} | {"loss": math.nan, "skipped": True}
-        metrics.record_step(StepRecord(**broken))
-        assert math.isnan(samples(metrics)["bigmodel_training_loss_nats"])
-        assert samples(metrics)["bigmodel_steps_skipped_total"] == 1
-
-
-def test_the_address_is_published_while_the_run_lives(tmp_path: Path) -> None:
-    run = tmp_path / "tiny"
-    run.mkdir()
-    with Metrics(run) as metrics:
-        assert (run / "metrics_endpoint").read_text() == metrics.endpoint + "\n"
-        assert read_json(tmp_path / "tiny.prometheus.json") == [
-            {"targets": [metrics.endpoint], "labels": {"job": "bigmodel", "run": "tiny", "rank": "0"}}
-        ]
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["tiny", "tiny/metrics.jsonl"]
-    with pytest.raises(urllib.error.URLError, match="refused"):
-        page(metrics)
-
-
-def test_a_taken_port_is_named_with_the_remedy_and_nothing_is_lost(tmp_path: Path) -> None:
-    with Metrics(tmp_path) as metrics:
-        record_all(metrics)
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"metrics.port = {port}.*in use.*--set metrics.port=0"):
-            Metrics(tmp_path, port=port)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
-    with pytest.raises(UserError, match=r"metrics.host = 'no-such-host.invalid'"):
-        Metrics(tmp_path, host="no-such-host.invalid")
-
-
-def test_an_endpoint_on_every_address_is_advertised_by_host_name(tmp_path: Path) -> None:
-    with Metrics(tmp_path, host="0.0.0.0") as metrics:
-        assert metrics.endpoint.rpartition(":")[0] == socket.gethostname()
-
-
-def test_names_follow_the_conventions_of_prometheus(tmp_path: Path) -> None:
+    bounded = {
+        "version", "reason", "objective", "source", "convention", "cause", "layers", "signal", "rank", "phase", "kind",
+        "device",
+    }  # fmt: skip
     for metric in METRICS:
         assert not metric.name.endswith("_total"), f"{metric.name}: the library adds _total to counters"
-        assert metric.help.strip(), metric.name
-        assert set(metric.labels) <= {"version"}, f"{metric.name}: labels must be bounded"
-    with Metrics(tmp_path) as metrics:
-        record_all(metrics)
-        text = page(metrics)
-    families = {family.name: family.type for family in text_string_to_metric_families(text)}
-    for metric in METRICS:
-        assert families[f"bigmodel_{metric.name}"] == metric.kind
+        assert set(metric.labels) <= bounded, f"{metric.name}: labels must be bounded"
+        assert families.get(f"bigmodel_{metric.name}", metric.kind) == metric.kind
     promtool = shutil.which("promtool")
     if promtool:  # the parser above has read the page in any case; promtool also lints the names
         lint = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
         assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")
 
 
-def test_the_scrape_configuration_finds_the_run_directories() -> None:
+def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        record_all(metrics)
+        whole = samples(metrics.endpoint)
+    with Metrics(tmp_path, first_step=2, start="again") as metrics:
+        resumed = samples(metrics.endpoint)
+        assert [(line["kind"], line.get("step")) for line in read_json_lines(tmp_path / "metrics.jsonl")] == [
+            ("start", 0),
+            ("step", 1),
+            ("step", 2),
+            ("evaluation", 2),
+            ("checkpoint", 2),
+            ("end", None),
+            ("start", 2),
+        ]
+        metrics.record_step(STEPS[2])
+        metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0)
+        metrics.record_checkpoint(3, written_bytes=3_000, seconds=0.75)
+        again = samples(metrics.endpoint)
+        metrics.record_step(replace(STEPS[2], step=4))
+        further = samples(metrics.endpoint)
+    counters = [name for name in whole if "_total" in name and not name.startswith(("lost", "restarts", "network"))]
+    counters = [name for name in counters if not name.startswith(("phase", "rank_busy", "data_fetch"))]
+    assert len(counters) > 20
+    for name in counters:
+        assert whole[name] == resumed[name] == again[name], name
+    assert 1.92 <= again["lost_seconds_total|replay"] < 1.92 + 1.0  # and the laps of evaluation and checkpoint
+    assert again["restarts_total|finished"] == 1
+    assert further["steps_total"] == 4
+    assert further["target_tokens_total"] == 3006 + 1003
+
+
+def test_fresh_starts_from_nothing_and_a_torn_line_is_mended(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        record_all(metrics)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "st')  # what kill -9 in the middle of a write leaves
+    with Metrics(tmp_path, first_step=3, start="second") as metrics:
+        metrics.record_step(replace(STEPS[0], step=4))
+        assert samples(metrics.endpoint)["steps_total"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
+    with Metrics(tmp_path, start="third", fresh=True) as metrics:
+        assert samples(metrics.endpoint)["steps_total"] == 0
+        assert [line["kind"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == ["start"]
+
+
+def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        metrics.record_step(STEPS[0])
+    line = next(line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "step")
+    assert line.pop("kind") == "step"
+    assert abs(line.pop("time") - time.time()) < 60
+    assert line.pop("lap") == STEPS[0].step_seconds
+    assert line.pop("spent") == {}
+    line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossPart(**part) for part in line["parts"])
+    assert StepRecord(**line) == STEPS[0]
+
+
+def test_laps_leave_no_gap(tmp_path: Path) -> None:
+    began = time.time()
+    with Metrics(tmp_path) as metrics:
+        for number in (1, 2):
+            time.sleep(0.1)
+            metrics.record_step(replace(STEPS[0], step=number, step_seconds=metrics.lap()))
+            time.sleep(0.1)
+            metrics.record_checkpoint(number, written_bytes=1, seconds=0.01)
+        time.sleep(0.1)
+        metrics.spent("checkpoint")
+        time.sleep(0.1)
+    lines = list(read_json_lines(tmp_path / "metrics.jsonl"))
+    assert [line["kind"] for line in lines] == ["start", "step", "checkpoint", "step", "checkpoint", "end"]
+    assert lines[0]["began"] == pytest.approx(psutil.Process().create_time(), abs=1.5)  # psutil rounds to a second
+    assert lines[0]["lap"] == pytest.approx(began - lines[0]["began"], abs=0.5)
+    assert all(0.1 <= line["lap"] < 1.0 for line in lines[1:])
+    assert 0.1 <= lines[-1]["spent"]["checkpoint"] < 1.0
+    total = sum(line["lap"] for line in lines) + lines[-1]["spent"]["checkpoint"]
+    assert total == pytest.approx(lines[-1]["time"] - lines[0]["began"], abs=0.02)
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        metrics.record_step(replace(STEPS[0], loss=math.nan, skipped=True))
+        found = samples(metrics.endpoint)
+        assert math.isnan(found["training_loss_nats"])
+        assert found["steps_skipped_total|not_finite"] == 1
+
+
+def test_the_address_is_published_while_the_run_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = tmp_path / "tiny"
+    run.mkdir()
+    with Metrics(run, seat=Seat(rank=4, world_size=8, node=1, local_rank=0, local_size=4)):
+        assert not (run / "metrics_endpoint").exists()  # that is node 0's
+        ((target,),) = (read_json(tmp_path / "tiny.node-1.prometheus.json"),)
+        labels = {"job": "bigmodel", "run": "tiny", "node": "1", "host": socket.gethostname(), "ranks": "4-7"}
+        assert target["labels"] == {**labels, "slurm_job_id": "77"}
+    with Metrics(run, start="leaves-nothing") as metrics:
+        assert (run / "metrics_endpoint").read_text() == metrics.endpoint + "\n"
+        ((target,),) = (read_json(tmp_path / "tiny.node-0.prometheus.json"),)
+        assert target["targets"] == [metrics.endpoint]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["tiny", "tiny/metrics.jsonl"]
+    assert not folders_of(run, node=0)
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        page(metrics.endpoint)
+
+
+def test_a_taken_port_is_named_with_the_remedy_and_nothing_is_lost(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        record_all(metrics)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"metrics.port = {port}.*in use.*--set metrics.port=0"):
+            Metrics(tmp_path, MetricsSettings(port=port))
+        with Metrics(tmp_path, MetricsSettings(port=port), seat=Seat(1, 2, node=1)) as elsewhere:
+            assert elsewhere.endpoint != f"127.0.0.1:{port}"  # several nodes on one machine: the next free one
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert not folders_of(tmp_path, node=0) + folders_of(tmp_path, node=1)
+    with pytest.raises(UserError, match=r"metrics.host = 'no-such-host.invalid'"):
+        Metrics(tmp_path, MetricsSettings(host="no-such-host.invalid"))
+
+
+def test_an_endpoint_on_every_address_is_advertised_by_host_name(tmp_path: Path) -> None:
+    with Metrics(tmp_path, MetricsSettings(host="0.0.0.0")) as metrics:
+        assert metrics.endpoint.rpartition(":")[0] == socket.gethostname()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{metrics.endpoint.rpartition(':')[2]}/", timeout=30)
+
+
+# ---- the exporter's life: real processes that die ---------------------------------------------------------------
+
+RANK = """
+import sys, time
+from pathlib import Path
+from bigmodel.config import MetricsSettings
+from bigmodel.metrics import Metrics, Seat
+directory, rank, port, word = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+metrics = Metrics(directory, MetricsSettings(port=port), seat=Seat(rank, 2, 0, rank, 2), start=word)
+print(metrics.endpoint, flush=True)
+while True:
+    metrics.record_checkpoint(1, written_bytes=0, seconds=0.0)
+    time.sleep(0.05)
+"""
+
+
+def start_rank(directory: Path, rank: int, port: int = 0, word: str = "word") -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RANK, str(directory), str(rank), str(port), word],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as the launcher does, which ends a rank with all of its process group
+    )
+    assert process.stdout
+    process.endpoint = process.stdout.readline().strip()  # type: ignore[attr-defined]
+    return process
+
+
+def exporters(endpoint: str) -> list[int]:
+    port = int(endpoint.rpartition(":")[2])
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "status"])
+        if "bigmodel.exporter" in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    ]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_page_outlives_any_rank_and_nothing_outlives_the_last(tmp_path: Path, first: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    ranks = [start_rank(run, rank) for rank in (0, 1)]
+    endpoint = ranks[0].endpoint
+    try:
+        until(lambda: samples(endpoint).get("rank_up|1") == 1, "both ranks on the page")
+        os.killpg(ranks[first].pid, signal.SIGKILL)
+        ranks[first].wait()
+        found = samples(endpoint)
+        assert (found[f"rank_up|{first}"], found[f"rank_up|{1 - first}"]) == (0, 1)
+        assert found["steps_total"] == 0  # what rank 0 said last stays
+        time.sleep(0.6)  # more than two of the exporter's looks
+        later = samples(endpoint)
+        dead, living = (f"rank_heartbeat_timestamp_seconds|{rank}" for rank in (first, 1 - first))
+        assert later[dead] == found[dead]
+        assert later[living] > found[living]
+        assert len(exporters(endpoint)) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    until(lambda: not exporters(endpoint), "the exporter to end", 3.0)
+    assert not list(tmp_path.rglob("*.prometheus.json")) + list(tmp_path.rglob("metrics_endpoint"))
+    assert not folders_of(run, node=0)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_again(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    killed = start_rank(run, 0, port, "one")
+    until(lambda: samples(killed.endpoint), "the page")
+    killed.kill()  # its exporter has the port for a moment longer
+    killed.wait()
+    again = start_rank(run, 0, port, "two")
+    try:
+        assert again.endpoint == f"127.0.0.1:{port}"
+        assert samples(again.endpoint)["restarts_total|died"] == 1
+        (exporter,) = exporters(again.endpoint)
+        os.kill(exporter, ending)
+        assert samples(again.endpoint)["restarts_total|died"] == 1  # asked while there is none: answered by the next
+        assert exporters(again.endpoint) != [exporter]
+        assert again.poll() is None
+    finally:
+        again.kill()
+        again.wait()
+    until(lambda: not exporters(again.endpoint), "the exporter to end", 3.0)
+
+
+def test_a_record_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "rank-3"
+    assert read_record(path) is None
+    record = RankRecord(tmp_path, 3)
+    record.write({"samples": {"a": [[["x"], 1]]}})
+    read = read_record(path)
+    assert read is not None
+    assert (read["rank"], read["pid"], read["samples"]) == (3, os.getpid(), {"a": [[["x"], 1]]})
+    record.write({"samples": {}})  # shorter: what is left behind it is not read
+    assert (read_record(path) or {})["samples"] == {}
+    whole = path.read_bytes()
+    for place in range(8, len(whole) // 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert read_record(path) is None
+    path.write_bytes(whole[:5])
+    assert read_record(path) is None
+
+
+def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_path: Path) -> None:
+    start, end = {"kind": "start", "time": 1.0}, {"kind": "end", "ending": "stopped"}
+    assert how_it_ended(tmp_path, []) is None
+    assert how_it_ended(tmp_path, [start, end]) == "stopped"
+    record_event(tmp_path, "launch_ended", cause="failed")
+    assert how_it_ended(tmp_path, [start, end, start]) == "died"
+    record_event(tmp_path, "launch_ended", cause="hang")
+    assert how_it_ended(tmp_path, [start, end, start]) == "hang"
+    assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == "died"  # the event is older
+
+
+# ---- other writers ------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_same_numbers_and_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = MetricsSettings(writers=["tensorboard"])
+    with Metrics(tmp_path, settings) as metrics:
+        record_all(metrics)
+    with Metrics(tmp_path, settings, first_step=2, start="again") as metrics:
+        metrics.record_step(replace(STEPS[2], loss=9.0))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in found.Scalars("training/loss")] == [(1, 5.0), (2, 2.5), (3, 9.0)]
+    assert [point.value for point in found.Scalars("training_loss/causal/news")][:2] == [2.5, 1.25]
+    assert found.Scalars("weight_norm/attention")[0].value == 3.0
+    assert [(point.step, point.value) for point in found.Scalars("validation/bits_per_byte")] == [(2, 1.75)]
+
+
+def test_wandb_writes_offline_into_the_run_directory(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed (optional, not in the development set)")
+    with Metrics(tmp_path, MetricsSettings(writers=["wandb"])) as metrics:
+        record_all(metrics)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    words = (b"training/loss", b"validation/bits_per_byte", b"training_loss/causal/news")
+    until(lambda: all(word in file.read_bytes() for word in words), "wandb's own process to write")
+
+
+def test_a_writer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'metrics.writers: "wandb" needs .* pip install .bigmodel\[wandb\]'):
+        Metrics(tmp_path, MetricsSettings(writers=["wandb"]))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what a team copies -----------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_current() -> None:
+    file = REPOSITORY / "configs" / "prometheus" / "METRICS.md"
+    assert file.read_text() == reference(), "run: python -m bigmodel show metrics > configs/prometheus/METRICS.md"
+    assert all(f"| `{full_name(metric)}` |" in reference() for metric in METRICS)
+    assert len(NODE) + len(CAUSES) > 10
+
+
+def test_the_configuration_the_rules_and_the_alerts_do_what_they_say() -> None:
     import yaml
 
-    file = Path(__file__).parents[1] / "configs" / "prometheus" / "prometheus.yml"
-    (scrape,) = yaml.safe_load(file.read_text())["scrape_configs"]
+    folder = REPOSITORY / "configs" / "prometheus"
+    (scrape,) = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
     (discovery,) = scrape["file_sd_configs"]
     assert discovery["files"] == ["../../runs/*.prometheus.json"]
+    rules = (folder / "rules.yml").read_text()
+    names = set(re.findall(r"(?<![\w:])bigmodel_[a-z0-9_]+", rules))
+    known = {full_name(metric) for metric in METRICS}
+    known |= {full_name(m) + end for m in METRICS if m.kind == "histogram" for end in ("_bucket", "_sum", "_count")}
+    assert len(names) > 15
+    assert names <= known, f"{names - known} stand in rules.yml but are not exported"
+    alerts = [rule["alert"] for group in yaml.safe_load(rules)["groups"] for rule in group["rules"] if "alert" in rule]
+    tested = yaml.safe_load((folder / "rules_test.yml").read_text())["tests"]
+    fired = {c["alertname"] for test in tested for c in test.get("alert_rule_test", ()) if c["exp_alerts"]}
+    assert fired == set(alerts)
     promtool = shutil.which("promtool")
-    if promtool:
-        subprocess.run([promtool, "check", "config", str(file)], check=True, capture_output=True)
+    if not promtool:
+        pytest.skip("promtool is not installed (Debian: prometheus): the rules were not run")
+    for command in (
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "rules.yml"],
+        ["test", "rules", "rules_test.yml"],
+    ):
+        done = subprocess.run([promtool, *command], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr

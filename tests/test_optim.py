@@ -7,7 +7,8 @@ import torch
 
 from bigmodel.config import OptimizerSettings, Settings
 from bigmodel.model.transformer import Transformer
-from bigmodel.training.optim import SCHEDULES, build_optimizer, learning_rate, parameter_groups
+from bigmodel.training.optim import build_optimizer, parameter_groups
+from bigmodel.training.schedule import SCHEDULES, learning_rate
 
 
 def model(tied: bool) -> Transformer:
@@ -18,7 +19,7 @@ def model(tied: bool) -> Transformer:
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_decay_and_norms_and_embeddings_do_not(tied: bool) -> None:
     net = model(tied)
-    decayed, free = parameter_groups(net, 0.1)
+    decayed, free = parameter_groups(net, OptimizerSettings(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     assert decayed["weight_decay"] == 0.1
     assert free["weight_decay"] == 0.0

@@ -29,6 +29,7 @@ from bigmodel.data.packing import best_fit_decreasing, pack_two_sides
 from bigmodel.data.readahead import ReadAhead
 from bigmodel.data.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
 from bigmodel.data.shuffle import PLAIN, Block, Fragment, Lengths, Pack, fragment_table, has_pairs, make_block, sizes
+from bigmodel.data.work import Work, count_work
 
 VALIDATION_SEED = 0  # validation is the same whatever run.seed
 NO_PACK = -1  # the number of an empty pack
@@ -62,6 +63,7 @@ class Step:
     num_documents: int  # a piece of a long document counts as one
     num_padding: int  # positions without a document, those of empty packs included
     num_document_limited: int  # packs with room left that are full by data.pack_documents
+    work: Work  # what attention has to look at
     imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
     imbalance_undealt: float  # what it would be in canonical order
     position: Position  # after this step: its cursor, of all nodes, belongs into the checkpoint of this step
@@ -251,7 +253,8 @@ class Stream:
         num_packs = place.world_size * num_rounds * self._packs_per_micro_batch
         num_places = num_packs * (data.pack_tokens + data.source_pack_tokens)
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
-        filled, documents, limited, *targets = self._count(number, node)
+        filled, documents, limited, *counts = self._count(number, node)
+        work_of_step, targets = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
         return Step(
             number=number,
             packs=node.packs,
@@ -262,18 +265,20 @@ class Stream:
             num_documents=documents,
             num_padding=num_places - filled,
             num_document_limited=limited,
+            work=work_of_step,
             imbalance=imbalance(work, node.slots),
             imbalance_undealt=imbalance(work, undealt),
             position=planned.position,
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
-        """Positions filled, documents, packs limited by documents, and targets by part, over all nodes."""
+        """Positions, documents, packs limited by documents, `Work`, and targets by part, over all nodes."""
         packs = node.packs if self._nodes else node.planned
         counts = [
             sum(fragment.positions + fragment.source_positions for pack in packs for fragment in pack),
             sum(len(pack) for pack in packs),
             sum(is_document_limited(pack, self._data) for pack in packs),
+            *count_work(packs, self._data),
             *self._builder.targets_by_part(packs),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts

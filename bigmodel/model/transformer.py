@@ -253,6 +253,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = weight_VH
         self.options = options
+        self.z_sum: Tensor | float = 0.0  # of the last loss_sum: logsumexp(logits)^2 over its targets
 
     def forward(
         self, x_TH: Tensor, targets_T: Tensor, output: Output, parts_T: Tensor | None = None, num_parts: int = 1
@@ -260,6 +261,7 @@ class Head(nn.Module):
         softcap = self.options.logit_softcap
         if output == "loss_sum":
             sums, losses_T = linear_cross_entropy_and_losses(x_TH, self.weight, targets_T, self.options)
+            self.z_sum = sums.z_sum.detach()
             return sums.loss_sum if parts_T is None else _by_part(sums.loss_sum, losses_T, parts_T, num_parts)
         if output == "loss_per_position":
             return linear_cross_entropy_per_token(x_TH, self.weight, targets_T, softcap)
@@ -336,6 +338,7 @@ class Transformer(nn.Module):
         untied = not settings.tied_embeddings
         weight_VH = nn.Parameter(torch.empty(vocabulary, settings.width)) if untied else self.embedding.weight
         self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
+        self.z_sum: Tensor | float = 0.0  # since somebody set it to 0: of the micro-batches of a step
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
         """loss_sum: () or (parts,); loss_per_position: (T,), 0 where nothing is asked; logits: (T, V). All fp32."""
@@ -352,6 +355,8 @@ class Transformer(nn.Module):
         """`forward` from embedded tokens on."""
         x_TH, view, source = self.trunk(x_TH, x_SE, batch)
         result = self.head(self.norm(x_TH), batch.targets, output, batch.parts, batch.num_parts)
+        if output == "loss_sum" and self.training:
+            self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):
             extra = sum(
                 self.head(self.norm(block(x_TH, view, batch.keys, source)), targets_T, output)

@@ -1,50 +1,46 @@
-"""Checkpoints: the whole state of a run, by parameter name, visible only when it is complete.
+"""Checkpoints: the whole state of a run, by parameter name, visible only when it is complete. Reading is here,
+writing in bigmodel/training/saving.py, the copy in an object store in bigmodel/training/store.py.
 
     checkpoints/step-00000100/
-      rank-00000.safetensors ...   weight.NAME, exp_avg.NAME, exp_avg_sq.NAME, whole and in fp32;
-                                   parameters are dealt to the ranks by bytes, each rank writes its share
-      state.json                   step, updates, the caller's state (cursor, counters), model, shapes
+      rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the fragments that the rank owns, flat and
+                                   in fp32; START is the first element's place in the flattened parameter
+      state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
       manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
 
-Takes an engine and a small plain state; gives folders on a file system that all ranks see. Guarantees:
-- a folder is named step-... only after every rank has written and synced its file and reported its hash; until
-  then it is step-....partial-TOKEN. A kill at any instant leaves the older checkpoints as they were;
-- a failure on one rank is the same error on all ranks, removes the partial folder and touches nothing else;
+Takes folders on a file system that all ranks see, gives a verified checkpoint and puts it into an engine. Guarantees:
 - nothing is loaded whose bytes are not those that were written; a damaged checkpoint is named and the next older
   good one is used; where none is good there is an error, never a silent start from step 0;
-- world size, ZeRO stage and accumulation do not occur in the format: load at any of them. No pickle.
-Costs: one collective per tensor, the rank's share twice in memory, and a read of all bytes at every resume.
+- world size, ZeRO stage and accumulation do not occur in the format: load at any of them. No pickle, which is why
+  torch.distributed.checkpoint does not serve: its metadata is a pickle, and it knows neither hashes nor publication.
+Costs: a read of all bytes at every resume, shared by the ranks; then each rank reads what it holds and no more.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from bigmodel.config import ModelSettings, Settings, UserError
-from bigmodel.rundir import fsync_directory, package_versions, write_atomically
+from bigmodel.rundir import fsync_directory
+from bigmodel.training import store
 from bigmodel.training.distributed import ALONE, World
 
-FORMAT = 1
-FAULT_VARIABLE = "BIGMODEL_FAULT"  # tests: "POINT@STEP" kills the process at that point of the save of that step
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMAT = 2
 CHUNK_BYTES = 1 << 22
+
+Read = Callable[[str, str, int, int], Tensor]  # (name, key, start, numel) -> those elements, flat, fp32
+Piece = tuple[str, int, int, str]  # "key.name", start, numel, file name
 
 
 class States(Protocol):
@@ -54,69 +50,44 @@ class States(Protocol):
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read_state(self, name: str) -> dict[str, Tensor]: ...
-    def write_states(self, state_of: Callable[[str], Mapping[str, Tensor]], updates: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint just written: its size in bytes over all ranks, and how long it took."""
-
-    path: Path
-    bytes: int
-    seconds: float
+    def keys(self, name: str) -> list[str]: ...
+    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None: ...
+    def write(self, read: Read, updates: int, scaler: dict[str, float]) -> None: ...
+    def scaler_state(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is what was given to `save`."""
+    """A verified checkpoint. `state` is what was given when it was saved."""
 
     path: Path
     state: dict[str, Any]
-    description: dict[str, Any]  # updates, model, shapes
-
-
-def save(directory: Path, engine: States, state: dict[str, Any], settings: Settings, world: World) -> Saved:
-    """Write the checkpoint of step `state["step"]` and remove the oldest beyond `checkpoint.keep`. Collective.
-
-    A good checkpoint of that step that is there already is left alone; a damaged one is replaced.
-    Raises `UserError` on every rank where a rank cannot write: full disk, missing permission, a broken disk.
-    """
-    started = time.perf_counter()
-    step = state["step"]
-    final = _path(directory, step)
-    if world.broadcast_object(final.exists()) and not verify(final, world):
-        return Saved(final, world.broadcast_object(_size(final)), time.perf_counter() - started)
-    part = world.on_rank_zero(lambda: _make_partial(directory, final))
-    _fault(f"rank-{world.rank}-starts", step)
-    report = _write_share(part, engine, world)
-    _fault(f"rank-{world.rank}-wrote", step)
-    reports = world.gather_objects(report)
-    if any(one.error for one in reports):
-        world.on_rank_zero(lambda: _abandon(part, reports))
-    total = world.on_rank_zero(lambda: _publish(part, final, reports, _describe(engine, state, settings), world.size))
-    world.on_rank_zero(lambda: _retain(directory, step, settings.checkpoint.keep))
-    return Saved(final, total, time.perf_counter() - started)
+    description: dict[str, Any]  # updates, model, optimizer, shapes, keys, scaler
 
 
 def newest(
-    directory: Path, world: World | None = None, report: Callable[[str], None] | None = None
+    directory: Path, world: World | None = None, report: Callable[[str], None] | None = None, remote: str = ""
 ) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written; None where there is none at all. Collective.
 
     world: of the run that owns the folder; it also removes the partial folders that a kill left. None: one process
     that only looks, perhaps while the run goes on. report: told (on rank 0) of each damaged checkpoint that is
-    passed over; by default it goes to stderr.
-    Raises `UserError` where there are checkpoints and all are damaged.
+    passed over; by default it goes to stderr. remote: a folder in a store; what is missing or damaged here is
+    fetched from there.
+    Raises `UserError` where there are checkpoints and all are damaged, and where the store cannot be read.
     """
     report = report or (lambda text: print(f"bigmodel: {text}", file=sys.stderr, flush=True))
     if world:
-        world.on_rank_zero(lambda: _remove_partials(directory))
+        world.on_rank_zero(lambda: remove_partials(directory))
     world = world or ALONE
-    paths = world.on_rank_zero(lambda: [_path(directory, step) for step in reversed(_steps(directory))])
+    here, there = world.on_rank_zero(lambda: (set(steps(directory)), set(store.steps(remote)) if remote else set()))
     damage: list[str] = []
-    for path in paths:
-        problems = verify(path, world)
+    for step in sorted(here | there, reverse=True):
+        path = path_of(directory, step)
+        problems = verify(path, world) if step in here else []
+        if step in there and (problems or step not in here):
+            store.fetch(remote, path, world)
+            problems = verify(path, world)
         if not problems:
             if world.rank == 0 and damage:
                 report(f"using the older checkpoint {path} instead")
@@ -137,7 +108,7 @@ def verify(path: Path, world: World) -> list[str]:
 
     The files are dealt to the ranks, so the reading is shared.
     """
-    manifest, problem = world.on_rank_zero(lambda: _read_manifest(path))
+    manifest, problem = world.on_rank_zero(lambda: read_manifest(path))
     if problem:
         return [problem]
     problems = []
@@ -150,30 +121,44 @@ def verify(path: Path, world: World) -> list[str]:
 def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: World) -> None:
     """Put a verified checkpoint into the engine. Collective; works from any world size and stage to any other.
 
-    Raises `UserError` naming the first model setting or parameter that differs; nothing is changed then.
+    Raises `UserError` naming the first model setting, optimizer or parameter that differs; nothing is changed then.
     """
     _compare_model(checkpoint, settings)
-    places = _places(checkpoint.path)
-    _compare_shapes(checkpoint, engine, places)
-    with _Reader(places) as read:
-        engine.write_states(
-            lambda name: {key: read(f"{key}.{name}") for key in ("weight", "exp_avg", "exp_avg_sq")},
-            checkpoint.description["updates"],
-        )
+    _compare_shapes(checkpoint, engine)
+    files = sorted(checkpoint.path.glob("rank-*.safetensors"))
+    mine = [piece for file in files[world.rank :: world.size] for piece in _pieces(file)]
+    pieces = [piece for part in world.gather_objects(mine) for piece in part]
+    with Reader(checkpoint.path, pieces) as read:
+        then = checkpoint.description
+        engine.write(partial(_read_or_begin, then["keys"], read), then["updates"], then["scaler"])
 
 
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint by parameter name, for use without an engine. No collective."""
-    places = _places(checkpoint.path)
-    with _Reader(places) as read:
-        return {name.removeprefix("weight."): read(name) for name in places if name.startswith("weight.")}
+def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint by parameter name, for use without an engine. No collective.
+
+    key: "ema" gives their average over the updates, where the run kept it.
+    """
+    description = checkpoint.description
+    pieces = [piece for file in checkpoint.path.glob("rank-*.safetensors") for piece in _pieces(file)]
+    with Reader(checkpoint.path, pieces) as read:
+        return {
+            name: read(name, key, 0, torch.Size(shape).numel()).view(shape)
+            for name, shape in description["shapes"].items()
+            if key in description["keys"][name]
+        }
 
 
-def set_aside(directory: Path) -> Path | None:
+def set_aside(directory: Path, remote: str = "") -> Path | None:
     """Rename the folder of checkpoints (for --fresh), so that nothing resumes from it; gives the new name.
 
     One process only. The old checkpoints stay readable under the new name until the user removes them.
+    Raises `UserError` where a store still has some: the next start would go on from those.
     """
+    if remote and (there := store.steps(remote)):
+        raise UserError(
+            f"--fresh: checkpoint.remote = {remote} has the checkpoint of step {max(there)}, from which the next start "
+            "would go on; give the new run another checkpoint.remote"
+        )
     if not directory.exists():
         return None
     number = 1
@@ -184,152 +169,45 @@ def set_aside(directory: Path) -> Path | None:
     return aside
 
 
-# --- writing
+# --- the folder
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What a rank has to say of its file: size and hash, or what went wrong."""
-
-    name: str
-    bytes: int
-    sha256: str = ""
-    error: str = ""
-    code: int = 0  # errno, 0 for what is not the operating system's
+def path_of(directory: Path, step: int) -> Path:
+    return Path(directory) / f"step-{step:08d}"
 
 
-def _make_partial(directory: Path, final: Path) -> Path:
-    part = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"run.directory: cannot make {part}: {error.strerror}; free space or permission, or another directory"
-        ) from None
-    return part
+def steps(directory: Path) -> list[int]:
+    """Steps of the published checkpoints, ascending."""
+    found = Path(directory).glob("step-*") if Path(directory).is_dir() else iter(())
+    return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdecimal())
 
 
-def _write_share(part: Path, engine: States, world: World) -> _Report:
-    """Read every parameter (collective), keep this rank's, write and sync them. Never raises for the disk."""
-    name = f"rank-{world.rank:05d}.safetensors"
-    mine = set(shares({n: _numel(engine.shape(n)) for n in engine.names()}, world.size)[world.rank])
-    tensors: dict[str, Tensor] = {}
-    for parameter in engine.names():
-        state = engine.read_state(parameter)
-        if parameter in mine:
-            tensors |= {f"{key}.{parameter}": tensor.cpu().contiguous() for key, tensor in state.items()}
-    content = to_safetensors(tensors)
-    try:
-        with open(part / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        reason = f"rank {world.rank} could not write {part / name}: {error.strerror}"
-        return _Report(name, len(content), error=reason, code=error.errno or errno.EIO)
-    return _Report(name, len(content), hashlib.sha256(content).hexdigest())
+def remove_partials(directory: Path) -> None:
+    """Take away what a killed save left. Each is renamed first: a stale rank 0 that still lives cannot publish it."""
+    partials = Path(directory).glob("step-*.partial-*") if Path(directory).is_dir() else iter(())
+    for path in partials:
+        doomed = path if path.name.endswith(".doomed") else path.with_name(f"{path.name}.doomed")
+        if doomed != path:
+            os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
-def shares(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
-    """Deal names to ranks so that the largest share is small: the largest first, each to the lightest rank."""
-    dealt: list[list[str]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        lightest = loads.index(min(loads))
-        dealt[lightest].append(name)
-        loads[lightest] += sizes[name]
-    return dealt
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _publish(part: Path, final: Path, reports: list[_Report], description: dict[str, Any], world_size: int) -> int:
-    """State, manifest, sync, rename: the one place where a checkpoint becomes visible. Rank 0 only."""
-    step = description["state"]["step"]
-    _fault("before-manifest", step)
-    try:
-        state = _plain(description)
-        files = {one.name: {"bytes": one.bytes, "sha256": one.sha256} for one in reports}
-        files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
-        write_atomically(part / "state.json", state)
-        write_atomically(part / "manifest.json", _manifest(files, world_size))
-        fsync_directory(part)
-        _fault("before-rename", step)
-        damaged = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
-        if final.exists():  # seen to be damaged at the start of the save
-            os.rename(final, damaged)
-        os.rename(part, final)
-        fsync_directory(final.parent)
-        shutil.rmtree(damaged, ignore_errors=True)
-    except OSError as error:
-        code = error.errno or errno.EIO
-        _abandon(part, [*reports, _Report("manifest.json", 0, error=f"rank 0: {error}", code=code)])
-    _fault("after-rename", step)
-    return _size(final)
-
-
-def _abandon(part: Path, reports: list[_Report]) -> NoReturn:
-    """Remove the partial folder and say what failed first, how much room is needed and how much there is."""
-    directory = part.parent
-    first = next(one for one in reports if one.error)
-    needed = sum(one.bytes for one in reports)
-    free = shutil.disk_usage(directory).free
-    shutil.rmtree(part, ignore_errors=True)
-    kept = "the older checkpoints are untouched"
-    if first.code not in DISK_FULL:
-        raise UserError(f"checkpoint not saved: {first.error}; {kept}; see to {directory} and resume")
-    raise UserError(
-        f"checkpoint not saved: {first.error}; {directory} needs {needed:,} bytes and has {free:,} free (a quota or "
-        f"file size limit may be lower); {kept}; free some, lower checkpoint.keep, or move run.directory, and resume"
-    )
-
-
-def _describe(engine: States, state: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    return {
-        "state": state,
-        "updates": engine.updates,
-        "model": settings.model.model_dump(mode="json"),
-        "shapes": {name: list(engine.shape(name)) for name in engine.names()},
-    }
-
-
-def _manifest(files: dict[str, Any], world_size: int) -> bytes:
-    content: dict[str, Any] = {"format": FORMAT, "files": files, "world_size": world_size}
-    content["versions"] = package_versions()
-    content["sha256"] = hashlib.sha256(_plain(content)).hexdigest()
-    return _plain(content)
-
-
-def _plain(value: Any) -> bytes:
+def plain(value: Any) -> bytes:
     """JSON of one form only, so that equal content is equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _retain(directory: Path, step: int, keep: int) -> None:
-    """Remove the oldest beyond `keep`, counting from the one just saved; only what looks whole counts.
-
-    Later steps than the saved one were passed over as damaged: they neither count nor are removed.
-    """
-    kept = 1
-    for older in reversed([other for other in _steps(directory) if other < step]):
-        path = _path(directory, older)
-        if kept < keep:
-            kept += _looks_whole(path)
-            continue
-        doomed = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-# --- reading
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """The manifest, and what is wrong with it or nothing. Its bytes must be the ones that its content gives."""
     try:
         raw = (path / "manifest.json").read_bytes()
         manifest = json.loads(raw)
         content = {key: value for key, value in manifest.items() if key != "sha256"}
-        if raw != _plain(manifest) or manifest["sha256"] != hashlib.sha256(_plain(content)).hexdigest():
+        if raw != plain(manifest) or manifest["sha256"] != hashlib.sha256(plain(content)).hexdigest():
             return {}, "manifest.json does not have the content that it was written with"
         if manifest["format"] != FORMAT:
             return {}, f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
@@ -340,25 +218,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         return {}, "manifest.json is not a manifest"
 
 
-def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
-    try:
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            return [f"{path.name} has {size:,} bytes instead of {facts['bytes']:,}"]
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        if digest.hexdigest() != facts["sha256"]:
-            return [f"{path.name} has other content than was written (its sha256 differs)"]
-    except OSError as error:
-        return [f"{path.name} cannot be read: {error.strerror}"]
-    return []
-
-
-def _looks_whole(path: Path) -> bool:
+def looks_whole(path: Path) -> bool:
     """Manifest right and every file of its size: cheap, for retention; loading checks every byte."""
-    manifest, problem = _read_manifest(path)
+    manifest, problem = read_manifest(path)
     if problem:
         return False
     return all(
@@ -369,10 +231,30 @@ def _looks_whole(path: Path) -> bool:
 
 def newest_state(directory: Path) -> dict[str, Any] | None:
     """The state of the newest checkpoint, its weights left unread; None where there is none that can be read."""
-    for step in reversed(_steps(directory)):
+    for step in reversed(steps(directory)):
         with contextlib.suppress(OSError, ValueError, LookupError):
-            return _open(_path(directory, step)).state
+            return _open(path_of(directory, step)).state
     return None
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            return [f"{path.name} has {size:,} bytes instead of {facts['bytes']:,}"]
+        if hash_file(path) != facts["sha256"]:
+            return [f"{path.name} has other content than was written (its sha256 differs)"]
+    except OSError as error:
+        return [f"{path.name} cannot be read: {error.strerror}"]
+    return []
 
 
 def _open(path: Path) -> Checkpoint:
@@ -380,19 +262,24 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path, description["state"], description)
 
 
+# --- the content
+
+
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
     """Model settings must be those of the checkpoint, but for dropout, which changes no weight."""
     now = settings.model.model_dump(mode="json")
     then = ModelSettings().model_dump(mode="json") | checkpoint.description["model"]  # newer settings had their default
-    for name in sorted(now.keys() | then.keys()):
-        if name != "dropout" and now.get(name) != then.get(name):
+    pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
+    pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
+    for name, (mine, its) in pairs.items():
+        if name != "model.dropout" and mine != its:
             raise UserError(
-                f"model.{name} = {now.get(name)}, but checkpoint {checkpoint.path} was made with {then.get(name)}; "
+                f"{name} = {mine}, but checkpoint {checkpoint.path} was made with {its}; "
                 "set it back, choose another run.directory, or start over with --fresh"
             )
 
 
-def _compare_shapes(checkpoint: Checkpoint, engine: States, places: Mapping[str, Path]) -> None:
+def _compare_shapes(checkpoint: Checkpoint, engine: States) -> None:
     then = {name: tuple(shape) for name, shape in checkpoint.description["shapes"].items()}
     now = {name: engine.shape(name) for name in engine.names()}
     for name in [*now, *then]:
@@ -402,70 +289,55 @@ def _compare_shapes(checkpoint: Checkpoint, engine: States, places: Mapping[str,
                 f"checkpoint {checkpoint.path}; another vocabulary or model: use the data and settings that it was "
                 "made with, or start over with --fresh"
             )
-    missing = [f"{key}.{name}" for name in now for key in ("weight", "exp_avg", "exp_avg_sq")]
-    assert all(name in places for name in missing), f"{checkpoint.path} verified but lacks a tensor"
+    for name in now:
+        lacking = set(engine.keys(name)) - set(checkpoint.description["keys"][name]) - {"ema"}
+        if lacking:
+            raise UserError(
+                f"optimizer.groups: {name} needs {', '.join(sorted(lacking))}, which checkpoint {checkpoint.path} does "
+                "not have; set the groups back, or start over with --fresh"
+            )
 
 
-def _places(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    places: dict[str, Path] = {}
-    for file in sorted(path.glob("rank-*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                places |= dict.fromkeys(tensors.keys(), file)
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a safetensors file: {error}; restore it from a copy") from None
-    return places
+def _read_or_begin(
+    keys: Mapping[str, Sequence[str]], read: Read, name: str, key: str, start: int, numel: int
+) -> Tensor:
+    """An average that begins now begins with the weights."""
+    return read(name, key if key in keys[name] else "weight", start, numel)
 
 
-class _Reader:
-    """Reads tensors by name; each file is opened once and mapped into memory."""
+def _pieces(file: Path) -> list[Piece]:
+    """What lies in a file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = [(name, tensors.get_slice(name).get_shape()[0]) for name in tensors.keys()]  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a safetensors file: {error}; restore it from a copy") from None
+    return [(name.rpartition("@")[0], int(name.rpartition("@")[2]), numel, file.name) for name, numel in found]
 
-    def __init__(self, places: Mapping[str, Path]) -> None:
-        self._places = places
-        self._files: dict[Path, Any] = {}
 
-    def __enter__(self) -> "Callable[[str], Tensor]":
-        self._files = {file: safe_open(file, framework="pt") for file in set(self._places.values())}
-        for file in self._files.values():
-            file.__enter__()
-        return lambda name: self._files[self._places[name]].get_tensor(name)
+class Reader:
+    """Reads runs of elements, from whichever files hold them; few files are open at a time."""
+
+    def __init__(self, path: Path, pieces: Sequence[Piece]) -> None:
+        self._path = path
+        self._pieces: dict[str, list[Piece]] = {}
+        for piece in sorted(pieces):
+            self._pieces.setdefault(piece[0], []).append(piece)
+        self._file = lru_cache(maxsize=64)(lambda name: safe_open(path / name, framework="pt"))
+
+    def __enter__(self) -> Read:
+        return self._read
 
     def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.__exit__(None, None, None)
+        self._file.cache_clear()
 
+    def _read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        parts = list(self._overlaps(f"{key}.{name}", start, start + numel))
+        assert sum(part.numel() for part in parts) == numel, f"{self._path}: {key}.{name} is not all there"
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-# --- the folder
-
-
-def _path(directory: Path, step: int) -> Path:
-    return Path(directory) / f"step-{step:08d}"
-
-
-def _steps(directory: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending."""
-    found = Path(directory).glob("step-*") if Path(directory).is_dir() else iter(())
-    return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdecimal())
-
-
-def _partials(directory: Path) -> Iterator[Path]:
-    return Path(directory).glob("step-*.partial-*") if Path(directory).is_dir() else iter(())
-
-
-def _remove_partials(directory: Path) -> None:
-    for path in _partials(directory):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _fault(point: str, step: int) -> None:
-    if os.environ.get(FAULT_VARIABLE) == f"{point}@{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
+    def _overlaps(self, tensor: str, start: int, end: int) -> Iterator[Tensor]:
+        for _, first, numel, file in self._pieces.get(tensor, []):
+            low, high = max(start, first), min(end, first + numel)
+            if low < high:
+                yield self._file(file).get_slice(f"{tensor}@{first}")[low - first : high - first]

@@ -4,15 +4,12 @@ Takes a model whose forward gives a summed loss, and batches; gives loss sums, t
 weights. Guarantees, for ZeRO 0 to 3:
 - the gradient is that of (sum of all losses of the step) / (number of all targets of the step), whatever the
   number of ranks and micro-batches: the loss is a sum, divided once by a count that the plan knows;
-- gradients are added up in fp32, also under bf16;
+- gradients are added up in fp32, also under bf16 and fp16;
 - the norm is known before the update and equal on all ranks; a skipped update leaves weights and moments bitwise
   as they were;
 - the state is read and written by parameter name, in fp32 and to the last bit, so that a checkpoint knows
-  nothing of ranks and stages.
-Costs: DeepSpeed's own; reading the state is one collective per tensor.
-
-How each stage keeps its fp32 state differs; the four `_Stage...` classes below are all that knows of it. They rest
-on internals of DeepSpeed 0.19.8, which is why that version is pinned and tests compare every stage with plain torch.
+  nothing of ranks and stages. A rank gives what lies on it, without asking the others.
+Costs: DeepSpeed's own. How each stage keeps its state is in bigmodel/training/fragments.py.
 """
 
 import contextlib
@@ -20,37 +17,69 @@ import copy
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigmodel.config import Settings, UserError
+from bigmodel.training.blocks import wrap_blocks
 from bigmodel.training.distributed import World
-from bigmodel.training.optim import build_optimizer
+from bigmodel.training.fragments import Fragment, layout_of
+from bigmodel.training.optim import Muon, build_optimizer, state_keys
+from bigmodel.training.phases import Phases
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE = ("weight", *MOMENTS)  # what `read_state` gives of each parameter
+WEIGHT, AVERAGE = "weight", "ema"  # keys of the state beside the optimizer's own
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's keeps
+COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "wait",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
+)  # fmt: skip
+
+Piece = tuple[int, Tensor]  # the first element in the flattened parameter, and the elements: fp32, one-dimensional
 
 
 class Engine:
-    """One model in training. Make it on every rank at the same place; every method is collective.
+    """One model in training. Make it on every rank at the same place; its methods are collective, but for `owned`
+    and what needs no tensor.
 
     updates: how many updates were applied since the weights were new; skipped ones do not count.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, effective: dict[str, Any], world: World) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        effective: dict[str, Any],
+        world: World,
+        phases: Phases | None = None,
+    ) -> None:
         self.world = world
+        self.phases = phases or Phases(world.device)
         self.updates = 0
         self._parameters = dict(model.named_parameters())
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        self._adamw = build_optimizer(model, settings.optimizer)
-        self._engine = _initialize(model, self._adamw, effective, settings)
-        self._stage = _stage_of(self._engine, self._adamw)
+        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        wrap_blocks(model, settings, effective["zero_optimization"]["stage"])
+        self._optimizer = build_optimizer(model, settings.optimizer)
+        keys = {
+            id(parameter): state_keys(settings.optimizer, group)
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self._keys = {name: keys[id(parameter)] for name, parameter in self._parameters.items()}
+        self._engine = _initialize(model, self._optimizer, effective, settings)
+        _time_communication(self.phases)
+        self._layout = layout_of(self._engine, self._optimizer)
+        self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._norm: float | None = None
-        self._make_moments()
+        self._ema_decay = settings.training.ema_decay
+        self._averages: list[Tensor] = []
+        self._make_states()
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.whole_matrices = self._whole_matrices
 
     def micro_batch(self, batch: Any, num_targets: int, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
@@ -61,37 +90,51 @@ class Engine:
         """
         assert num_targets > 0, "a step has at least one target"
         self._engine.set_gradient_accumulation_boundary(last)
-        loss_sum = self._engine(batch)
-        self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
+        with self.phases("forward"):
+            loss_sum = self._engine(batch)
+        with self.phases("backward"):
+            self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 
     def gradient_norm(self) -> float:
         """The L2 norm of the whole gradient, before clipping, after the last micro-batch; may be inf or nan."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for gradient in self._stage.gradients():
-            for piece in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
-                total += piece.double().square().sum()
+        for gradient in [piece for pieces in self._layout.gradients() for piece in pieces]:
+            for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
+                total += part.double().square().sum().to(total.device)
         squares = float(total)
-        if self._stage.partitioned:
+        if self._layout.partitioned:
             (squares,) = self.world.sum_([squares])
-        self._norm = math.sqrt(squares)
+        self._norm = math.sqrt(squares) / self.loss_scale
         return self._norm
 
     def gradient(self, name: str) -> Tensor:
         """The whole gradient of a parameter, in fp32, after the last micro-batch and before the update."""
-        return self._stage.gradient(self._parameters[name]).detach().float().clone()
+        fragment, pieces = self._fragments[name], self._layout.gradients()
+        flat = None if fragment is None else torch.cat([piece.flatten() for piece in pieces[fragment.master]])
+        piece = None if fragment is None or flat is None else fragment.of(flat).detach().float()
+        return self._assemble(self._shapes[name], fragment, piece) / self.loss_scale
 
     def update(self, learning_rate: float, skip: bool = False) -> None:
-        """Clip as configured and take one AdamW step; `skip` drops the gradient and changes nothing else."""
+        """Clip as configured and take one step; `skip` drops the gradient, and in fp16 lowers the loss scale.
+
+        Raises `UserError` where the loss scale of fp16 cannot be lowered any further.
+        """
         assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
         assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        with _frozen(self._adamw) if skip else contextlib.nullcontext():
+        if skip:
+            self._refuse_to_sink()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate_factor"]
+        with _frozen(self._optimizer) if skip else contextlib.nullcontext():
             self._engine.step()
+        assert skip or not getattr(self._engine.optimizer, "overflow", False), "DeepSpeed skipped a finite step"
         self.updates += 0 if skip else 1
         self._norm = None
+        if not skip and self._averages:
+            masters = [master.detach() for master in self._layout.masters()]
+            torch._foreach_lerp_(self._averages, masters, 1.0 - self._ema_decay)
 
     @torch.no_grad()
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
@@ -104,6 +147,13 @@ class Engine:
         finally:
             module.train(training)
 
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss by; 1 in bf16 and fp32."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    # --- the state, by parameter name
+
     def names(self) -> list[str]:
         """Parameter names, in the model's order; tied weights appear once."""
         return list(self._parameters)
@@ -112,211 +162,169 @@ class Engine:
         """The whole parameter's shape, also where only a part of it is here."""
         return self._shapes[name]
 
-    @torch.no_grad()
-    def read_state(self, name: str) -> dict[str, Tensor]:
-        """weight, exp_avg and exp_avg_sq of a parameter: whole, fp32, copies, on every rank."""
-        parameter = self._parameters[name]
-        whole = {key: self._stage.read(parameter, None if key == "weight" else key) for key in STATE}
-        return {key: tensor.view(self._shapes[name]) for key, tensor in whole.items()}
+    def keys(self, name: str) -> list[str]:
+        """What there is of a parameter: "weight", the optimizer's states, "ema" where it is kept."""
+        return [WEIGHT, *self._keys[name], *([AVERAGE] if self._averages else [])]
 
     @torch.no_grad()
-    def write_states(self, state_of: Callable[[str], Mapping[str, Tensor]], updates: int) -> None:
-        """Replace the whole state: `state_of(name)` gives what `read_state(name)` gave, on every rank."""
-        for name, parameter in self._parameters.items():
-            state = state_of(name)
-            for key in STATE:
-                value = state[key].to(device=self.world.device, dtype=torch.float32)
-                assert tuple(value.shape) == self._shapes[name], f"{key}.{name}: {tuple(value.shape)}"
-                self._stage.write(parameter, None if key == "weight" else key, value.flatten())
-        for master in self._stage.masters():
-            self._adamw.state[master]["step"].fill_(float(updates))
-        self._stage.publish()
+    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
+        """The elements that this rank answers for: the first one's place, and views by key. None: others do.
+
+        Each element is owned by exactly one rank.
+        """
+        fragment = self._fragments[name]
+        if fragment is None:
+            return None
+        first, count = 0, fragment.numel
+        if not self._layout.partitioned:  # all have all: each answers for an equal share
+            edges = [fragment.numel * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
+            first, count = edges[0], edges[1] - edges[0]
+        if not count:
+            return None
+        return fragment.start + first, {
+            key: fragment.of(self._flat(fragment, key)).narrow(0, first, count) for key in self.keys(name)
+        }
+
+    @torch.no_grad()
+    def write(self, read: Callable[[str, str, int, int], Tensor], updates: int, scaler: dict[str, float]) -> None:
+        """Replace the whole state. Collective.
+
+        read(name, key, start, numel): those elements of the flattened tensor in fp32; asked for what lies here.
+        """
+        for name, fragment in self._fragments.items():
+            for key in self.keys(name) if fragment else ():
+                assert fragment is not None
+                fragment.of(self._flat(fragment, key)).copy_(read(name, key, fragment.start, fragment.numel))
+        for master in self._layout.masters():
+            if "step" in self._optimizer.state[master]:
+                self._optimizer.state[master]["step"].fill_(float(updates))
+        self._layout.publish()
         self.updates = updates
+        for name, value in scaler.items():
+            setattr(self._engine.optimizer.loss_scaler, name, value)
 
-    def _make_moments(self) -> None:
-        """AdamW makes its moments at the first update; here they exist from the start, so they can be read."""
-        for master in self._stage.masters():
-            state = self._adamw.state[master]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
-        self._stage.link_moments()
+    def scaler_state(self) -> dict[str, float]:
+        """What fp16's loss scaling must remember; empty where there is none."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is None or not scaler.dynamic:
+            return {}
+        return {name: getattr(scaler, name) for name in LOSS_SCALER}
 
+    @torch.no_grad()
+    def whole(self, name: str, key: str) -> Tensor:
+        """One tensor of a parameter's state, whole, in fp32, a copy, on every rank. Collective."""
+        fragment = self._fragments[name]
+        piece = None if fragment is None else fragment.of(self._flat(fragment, key))
+        return self._assemble(self._shapes[name], fragment, piece)
 
-class _Stage(Protocol):
-    """How one ZeRO stage keeps the fp32 state. `key` None means the master weight."""
+    def _flat(self, fragment: Fragment, key: str) -> Tensor:
+        master = self._layout.masters()[fragment.master]
+        if key == WEIGHT:
+            return master.detach()
+        return self._averages[fragment.master] if key == AVERAGE else self._optimizer.state[master][key]
 
-    partitioned: bool  # whether gradients() differ from rank to rank
-
-    def masters(self) -> list[Tensor]: ...
-    def gradients(self) -> list[Tensor]: ...
-    def gradient(self, parameter: nn.Parameter) -> Tensor: ...
-    def read(self, parameter: nn.Parameter, key: str | None) -> Tensor: ...
-    def write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None: ...
-    def link_moments(self) -> None: ...
-    def publish(self) -> None: ...
-
-
-class _Stage0:
-    """fp32, nothing partitioned: parameters are their own masters."""
-
-    partitioned = False
-
-    def __init__(self, engine: Any, adamw: torch.optim.AdamW) -> None:
-        self._adamw = adamw
-
-    def masters(self) -> list[Tensor]:
-        return [parameter for group in self._adamw.param_groups for parameter in group["params"]]
-
-    def gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.masters() if parameter.grad is not None]
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-
-    def read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        return self._tensor(parameter, key).detach().clone()
-
-    def write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        self._tensor(parameter, key).copy_(value.view_as(parameter))
-
-    def link_moments(self) -> None:
-        """Nothing to link: the moments are whole."""
-
-    def publish(self) -> None:
-        """Nothing to publish: the masters are what the forward pass reads."""
-
-    def _tensor(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        return parameter if key is None else self._adamw.state[parameter][key]
-
-
-class _Fragments:
-    """Stages 1 and 2: each rank owns one run of a flat master; a parameter may lie on several ranks."""
-
-    partitioned = True
-
-    def __init__(self, engine: Any, adamw: torch.optim.AdamW) -> None:
-        self._zero = engine.optimizer
-
-    def masters(self) -> list[Tensor]:
-        return list(self._zero.single_partition_of_fp32_groups)
-
-    def gradients(self) -> list[Tensor]:
-        return [piece for group in self._zero.averaged_gradients.values() for piece in group]
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-
-    def read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """Assembled by adding the bits: each element is on one rank, and 0 is added to it as an integer.
+    def _assemble(self, shape: tuple[int, ...], fragment: Fragment | None, piece: Tensor | None) -> Tensor:
+        """Put the ranks' pieces together by adding their bits: each element is on one rank, 0 on the others.
 
         Adding floats, as DeepSpeed's own reading does, turns -0.0 into 0.0.
         """
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if parameter._hp_mapping is not None:
-            place = parameter._hp_mapping.lp_fragment_address
-            whole.narrow(0, place.start, place.numel).copy_(parameter._hp_mapping.get_hp_fragment(key))
-        dist.all_reduce(whole.view(torch.int32))
-        return whole
+        flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.world.device)
+        if fragment is not None and piece is not None:
+            fragment_of_whole = flat.narrow(0, fragment.start, fragment.numel)
+            fragment_of_whole.copy_(piece)
+        if self._layout.partitioned:
+            dist.all_reduce(flat.view(torch.int32))
+        return flat.view(shape)
 
-    def write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        if parameter._hp_mapping is not None:
-            place = parameter._hp_mapping.lp_fragment_address
-            parameter._hp_mapping.get_hp_fragment(key).copy_(value.narrow(0, place.start, place.numel))
+    def _whole_matrices(self, master: Tensor, flat: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """`change` applied to each matrix of which `flat`, of the master's shape, holds a part. Collective.
 
-    def link_moments(self) -> None:
-        self._zero._lazy_init_hp_params_optimizer_state()
+        Matrices are taken in rounds of as many as there are ranks; each rank changes one and hands it to all.
+        """
+        masters = self._layout.masters()
+        number = next(place for place, one in enumerate(masters) if one is master)
+        names = [self._names[id(parameter)] for parameter in self._layout.members()[number]]
+        changed = torch.zeros_like(flat)
+        size, rank = (self.world.size, self.world.rank) if self._layout.partitioned else (1, 0)
+        for first in range(0, len(names), size):
+            turn = names[first : first + size]
+            matrices = []
+            for name in turn:
+                fragment = self._fragments[name]
+                piece = fragment.of(flat) if fragment else None
+                matrices.append(self._assemble(self._shapes[name], fragment, piece))
+            if rank < len(turn):
+                matrices[rank] = change(matrices[rank])
+            for owner, name in enumerate(turn):
+                if self._layout.partitioned:
+                    dist.broadcast(matrices[owner], owner)
+                if fragment := self._fragments[name]:
+                    fragment.of(changed).copy_(matrices[owner].flatten().narrow(0, fragment.start, fragment.numel))
+        return changed
 
-    def publish(self) -> None:
-        self._zero.update_lp_params()
+    def _make_states(self) -> None:
+        """Optimizers make their states at the first update; here they exist from the start, so they can be read."""
+        for master, members in zip(self._layout.masters(), self._layout.members(), strict=True):
+            keys, state = self._keys[self._names[id(members[0])]], self._optimizer.state[master]
+            if "exp_avg_sq" in keys:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            for key in keys:
+                state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+            if self._ema_decay:
+                self._averages.append(master.detach().clone())
 
-
-class _FragmentsInBf16(_Fragments):
-    """Stage 1 in bf16 with fp32 sums, which DeepSpeed gives to its BF16_Optimizer: gradients are whole there."""
-
-    def masters(self) -> list[Tensor]:
-        return list(self._zero.fp32_groups_flat_partition)
-
-    def gradients(self) -> list[Tensor]:
-        return list(self._zero.fp32_groups_gradient_flat_partition)
-
-
-class _Stage3:
-    """Weights partitioned too: each rank owns the same share of every parameter, padded at the end."""
-
-    partitioned = True
-
-    def __init__(self, engine: Any, adamw: torch.optim.AdamW) -> None:
-        self._zero = engine.optimizer
-
-    def masters(self) -> list[Tensor]:
-        return list(self._zero.fp32_partitioned_groups_flat)
-
-    def gradients(self) -> list[Tensor]:
-        return [piece for group in self._zero.averaged_gradients.values() for piece in group]
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-
-    def read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        return self._zero.get_full_hp_param(parameter, key).detach().clone()
-
-    def write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        share = parameter.ds_tensor.numel()
-        start = min(share * self._zero._get_param_partition_rank(parameter), value.numel())
-        mine = value.new_zeros(share)
-        count = min(share, value.numel() - start)
-        mine[:count] = value[start : start + count]
-        self._zero.set_local_hp_param(mine, parameter, key)
-
-    def link_moments(self) -> None:
-        """Nothing to link: moments are looked up by master."""
-
-    def publish(self) -> None:
-        """Round the masters into the forward weights, the partitioned ones and those kept whole."""
-        for number in range(len(self._zero.fp16_groups)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(number)
-        kept_whole = self._zero.persistent_parameters
-        if kept_whole:
-            kept_whole[0].partition(kept_whole)
-            kept_whole[0].all_gather(kept_whole)
+    def _refuse_to_sink(self) -> None:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if (
+            scaler is not None
+            and scaler.dynamic
+            and scaler.cur_scale <= scaler.min_scale
+            and scaler.cur_hysteresis <= 1
+        ):
+            raise UserError(
+                f"fp16: the gradient is not finite at the least loss scale, {scaler.cur_scale:g}: the run diverged; "
+                'lower optimizer.learning_rate, or use training.precision = "bf16"'
+            )
 
 
-def _stage_of(engine: Any, adamw: torch.optim.AdamW) -> _Stage:
-    stages: dict[str, Callable[[Any, torch.optim.AdamW], _Stage]] = {
-        "AdamW": _Stage0,
-        "DeepSpeedZeroOptimizer": _Fragments,
-        "BF16_Optimizer": _FragmentsInBf16,
-        "DeepSpeedZeroOptimizer_Stage3": _Stage3,
-    }
-    kind = type(engine.optimizer).__name__
-    assert kind in stages, f"DeepSpeed chose {kind}, which the engine does not know"
-    return stages[kind](engine, adamw)
-
-
-def _initialize(model: nn.Module, adamw: torch.optim.AdamW, effective: dict[str, Any], settings: Settings) -> Any:
-    """deepspeed.initialize, quiet; what it refuses in the configuration becomes a `UserError`."""
-    # torch 2.13 renames collectives that DeepSpeed 0.19.8 calls; nothing that a user could change.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+@contextlib.contextmanager
+def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any]]:
+    """Make a model inside; under ZeRO-3 each parameter is partitioned as soon as its module is made, so that no rank
+    ever holds the whole. Gives what makes one parameter whole while it is filled, with equal values on every rank.
+    """
+    if effective["zero_optimization"]["stage"] != 3:
+        yield lambda parameter: contextlib.nullcontext()
+        return
     with _quiet():
-        import deepspeed
+        deepspeed = _import_deepspeed()
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+        context = deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(effective))
+    with context:
+        yield _made_whole
+
+
+@contextlib.contextmanager
+def _made_whole(parameter: Any) -> Iterator[None]:
+    """A partitioned parameter, whole inside; afterwards each rank keeps its share of what was put there."""
+    parameter.all_gather()
+    try:
+        yield
+    finally:
+        parameter.partition(has_been_updated=True)
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, effective: dict[str, Any], settings: Settings
+) -> Any:
+    """deepspeed.initialize, quiet; what it refuses in the configuration becomes a `UserError`."""
+    with _quiet():
+        deepspeed = _import_deepspeed()
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
-        # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference calls.
-        # Declared unbuildable, it is left alone, and a kill during that build cannot leave a lock behind.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # torch 2.13 renames collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
-        warnings.filterwarnings(
-            "ignore", message=".*is deprecated.*Please use .torch.distributed", category=FutureWarning
-        )
         try:
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=adamw, config=copy.deepcopy(effective), dist_init_required=False
+                model=model, optimizer=optimizer, config=copy.deepcopy(effective), dist_init_required=False
             )
         except (DeepSpeedConfigError, ValidationError) as error:
             source = settings.training.deepspeed or "the default DeepSpeed configuration"
@@ -327,6 +335,44 @@ def _initialize(model: nn.Module, adamw: torch.optim.AdamW, effective: dict[str,
     return engine
 
 
+class _Timed:
+    """DeepSpeed's backend, or a handle of its: time inside a collective, or waiting for one, is communication."""
+
+    def __init__(self, inner: Any, phases: Phases) -> None:
+        self._inner, self._phases = inner, phases
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if name not in COLLECTIVES:
+            return value
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self._phases("communication"):
+                result = value(*arguments, **named)
+            return _Timed(result, self._phases) if hasattr(result, "wait") else result
+
+        return timed
+
+
+def _time_communication(phases: Phases) -> None:
+    """DeepSpeed speaks to torch.distributed through one object, looked up at each call."""
+    from deepspeed.comm import comm
+
+    comm.cdb = _Timed(comm.cdb._inner if isinstance(comm.cdb, _Timed) else comm.cdb, phases)
+
+
+def _import_deepspeed() -> Any:
+    # torch 2.13 renames collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
+    for words in (r"`torch\.distributed\.\w+` is deprecated", ".*is deprecated.*Please use .torch.distributed"):
+        warnings.filterwarnings("ignore", words, FutureWarning)
+    import deepspeed
+
+    # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference calls.
+    # Declared unbuildable, it is left alone, and a kill during that build cannot leave a lock behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """DeepSpeed prints progress of its own; errors still come as exceptions, warnings through logging."""
@@ -335,10 +381,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(adamw: torch.optim.AdamW) -> Iterator[None]:
+def _frozen(optimizer: Any) -> Iterator[None]:
     """DeepSpeed's step with an optimizer that does nothing. A learning rate of 0 would still move the moments."""
-    adamw.step = lambda *arguments, **named: None
+    optimizer.step = lambda *arguments, **named: None
     try:
         yield
     finally:
-        del adamw.step
+        del optimizer.step

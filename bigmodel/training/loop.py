@@ -8,7 +8,7 @@ skipped by all ranks together, before the update, and recorded.
 """
 
 import math
-import time
+import secrets
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bigmodel.accounting import device_peak_flops, step_flops
 from bigmodel.config import Settings, UserError, to_toml_table
 from bigmodel.data.examples import num_marks
 from bigmodel.data.order import Position, merge_cursors, total_progress
@@ -27,16 +28,29 @@ from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.evaluate import Validation
 from bigmodel.generate import examples, generate
-from bigmodel.metrics import LossPart, Metrics, StepRecord
+from bigmodel.metrics import LossPart, Metrics, Seat, StepRecord
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
+from bigmodel.profiling import Profiler
 from bigmodel.progress import LiveLine
-from bigmodel.rundir import EXIT_DONE, EXIT_STOPPED, claim, describe_environment, record_event, write_json
+from bigmodel.rundir import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    claim,
+    describe_environment,
+    record_event,
+    refuse_to_start_over,
+    take_over,
+    write_json,
+)
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
 from bigmodel.training.distributed import NodeSums, World, end_world, start_world
-from bigmodel.training.engine import Engine
-from bigmodel.training.optim import learning_rate
+from bigmodel.training.engine import Engine, creation
+from bigmodel.training.norms import Norms
+from bigmodel.training.phases import CompileTime, Phases, slowest
+from bigmodel.training.saving import Saved, Saver
+from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
@@ -68,6 +82,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     directory = settings.run.directory
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
+    incarnation = world.on_rank_zero(lambda: take_over(directory))
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
@@ -77,25 +92,34 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     place = Place(world.rank, world.size, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
     vocabulary = store.manifest.vocabulary + num_marks(settings.data)
-    model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
-    init_weights(model, settings.run.seed)
-    engine = Engine(model, settings, effective, world)
+    with creation(effective) as whole:
+        model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
+    init_weights(model, settings.run.seed, whole)
+    phases, compile_time = Phases(world.device), CompileTime()
+    engine = Engine(model, settings, effective, world, phases)
 
     # Where to go on.
+    remote = settings.checkpoint.remote
     if fresh:
-        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints))
-    resumed = checkpoint.newest(checkpoints, world)
+        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
+    resumed = checkpoint.newest(checkpoints, world, remote=remote)
+    if not resumed and not fresh:
+        world.on_rank_zero(lambda: refuse_to_start_over(directory))
     first_step = resumed.state["step"] if resumed else 0
     lanes = place.lanes(settings.data.lanes)
     order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
     order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-    metrics = Metrics(directory, settings.metrics.port, settings.metrics.host, first_step) if world.rank == 0 else None
+    seat = Seat(world.rank, world.size, place.node, place.rank_in_node, place.node_size)
+    start = world.broadcast_object(secrets.token_hex(4))
+    metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
+    closing.callback(metrics.close)
+    profiler = Profiler(metrics.folder, world.rank)
+    closing.callback(profiler.close)
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
-    if metrics:
-        closing.callback(metrics.close)
+    if world.rank == 0:
         write_json(directory / "settings.json", to_toml_table(settings))
         write_json(directory / "deepspeed.json", effective)
         write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
@@ -111,57 +135,77 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     pin = world.device.type == "cuda"
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
     closing.callback(stream.close)
+    norms = Norms(engine, world, settings.metrics.norms_every_steps)
+    saver = Saver(checkpoints, settings, world, incarnation)
+    closing.callback(saver.close)
     for step in stream if first_step < settings.training.steps else ():
-        clock = time.perf_counter()
+        profiler.step()
+        phases.add("data", stream.wait_seconds)
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
         nats = torch.zeros(len(stream.parts), device=world.device)  # by objective and source
+        model.z_sum = 0.0
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
             nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
-        *nats_by_part, stop_votes = world.sum_([*nats.tolist(), float(stop.requested)])
+        with phases("communication"):
+            votes = [float(stop.requested), float(saver.written)]
+            told = world.sum_([*nats.tolist(), float(model.z_sum), *votes, *phases.busy_row(seat)])
+        nats_by_part, (z_sum, stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
         loss = math.fsum(nats_by_part) / step.num_targets
-        gradient_norm = engine.gradient_norm()
+        with phases("optimizer"):
+            gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
         bad = not math.isfinite(loss + gradient_norm)
         rate = learning_rate(step.number, settings)
-        engine.update(rate, skip=bad)
-        bad_steps = bad_steps + 1 if bad else 0
         done = step.number + 1
+        norms.before_update(done)
+        with phases("optimizer"):
+            engine.update(rate, skip=bad)
+        bad_steps = bad_steps + 1 if bad else 0
 
         # Tell.
-        seconds = time.perf_counter() - clock + stream.wait_seconds
         if bad:
             parts = _of_all_nodes(_documents(store, step), place, world)
-            if metrics:
+            if world.rank == 0:
                 documents = [document for part in parts for document in part]
                 record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
-        if metrics:
-            metrics.record_step(
-                StepRecord(
-                    step=done,
-                    loss=loss,
-                    gradient_norm=gradient_norm,
-                    learning_rate=rate,
-                    targets=step.num_targets,
-                    positions=step.num_positions,
-                    padding=step.num_padding,
-                    documents=step.num_documents,
-                    step_seconds=seconds,
-                    data_wait_seconds=stream.wait_seconds,
-                    fetched_bytes=store.remote.num_bytes if store.remote else 0,
-                    fetch_failures=store.remote.num_failures if store.remote else 0,
-                    imbalance=step.imbalance,
-                    imbalance_undealt=step.imbalance_undealt,
-                    skipped=bad,
-                    parts=tuple(
-                        LossPart(*names, nats=part, targets=targets)
-                        for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
-                        if targets
-                    ),
-                )
-            )
+        slowest_rank, lag = slowest(busy)
+        seconds = metrics.lap()
+        metrics.record_step(
+            StepRecord(
+                step=done,
+                loss=loss,
+                gradient_norm=gradient_norm,
+                learning_rate=rate,
+                targets=step.num_targets,
+                positions=step.num_positions,
+                padding=step.num_padding,
+                documents=step.num_documents,
+                step_seconds=seconds,
+                data_wait_seconds=stream.wait_seconds,
+                compile_seconds=compile_time.take(),
+                packs_document_limited=step.num_document_limited,
+                fetched_bytes=store.remote.num_bytes if store.remote else 0,
+                fetch_failures=store.remote.num_failures if store.remote else 0,
+                imbalance=step.imbalance,
+                imbalance_undealt=step.imbalance_undealt,
+                flops=step_flops(settings, vocabulary, step),
+                skipped=bad,
+                parts=tuple(
+                    LossPart(*names, nats=part, targets=targets)
+                    for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
+                    if targets
+                ),
+                z_loss=z_sum / step.num_targets,
+                loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
+                norms=norms.after_update(),
+                slowest_rank=slowest_rank,
+                slowest_rank_lag_seconds=lag,
+            ),
+            phases.take(),
+        )
         line.update(done, loss, step.num_positions / seconds)
         if bad_steps == MAX_BAD_STEPS:
             raise UserError(
@@ -177,23 +221,30 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             and done % settings.evaluation.every_steps == 0
             and not (finished or stopping)
         ):
-            evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
-            if metrics:
-                metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
+            with phases("evaluation"):
+                evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
+            metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
-        if finished or stopping or done % settings.checkpoint.every_steps == 0:
-            if stopping:
+        last, due = finished or stopping, saver.due(done)
+        if last or due or written == world.size:  # one save at a time: what is in flight is published first
+            if last:
                 stop.save_begins()
-            state = {"step": done, "segments": segments, **_where(step.position, place, world)}
-            saved = checkpoint.save(checkpoints, engine, state, settings, world)
-            if metrics:
-                metrics.record_checkpoint(done, saved.bytes, saved.seconds)
-        if finished or stopping:
+            with phases("checkpoint"):
+                _tell_saved(saver.finish(must=False), directory, metrics)
+        if last or due:
+            with phases("checkpoint"):
+                saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
+        if last or not settings.checkpoint.asynchronous:
+            with phases("checkpoint"):
+                _tell_saved(saver.finish(must=last), directory, metrics)
+        metrics.spent("checkpoint")
+        if last:
             break
     stop.save_begins()
     line.close()
 
     if stopping:
+        metrics.close("stopped")
         if world.rank == 0:
             record_event(directory, "stopped", step=done)
             print(f"bigmodel: stopped at step {done}, saved in {checkpoints}; run the same command to go on")
@@ -210,15 +261,31 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
         elif settings.model.kind == "decoder":
             sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
-        if metrics:
-            metrics.record_evaluation(
-                settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
-            )
+        metrics.record_evaluation(
+            settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
+        )
+        if world.rank == 0:
             show_summary(settings, summarize(settings, evaluation, sample, segments, wrong_sources))
-    if metrics:
+    metrics.close("finished")
+    if world.rank == 0:
         record_event(directory, "finished", step=settings.training.steps)
     end_world()
     return EXIT_DONE
+
+
+def _facts(engine: Engine, world: World) -> dict[str, Any]:
+    """What the page says of the run as a whole; measured on rank 0, which tells it."""
+    if world.rank > 0:
+        return {}
+    parameters = sum(math.prod(engine.shape(name)) for name in engine.names())
+    return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
+
+
+def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics) -> None:
+    if saved and saved.error and metrics.writes:
+        record_event(directory, "checkpoint_failed", step=saved.step, error=saved.error)
+    elif saved and not saved.error:
+        metrics.record_checkpoint(saved.step, saved.bytes, saved.seconds)
 
 
 def _where(position: Position, place: Place, world: World) -> dict[str, Any]:

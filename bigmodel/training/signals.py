@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, say how to go on.
+"""SIGTERM, SIGUSR1 (which SLURM sends ahead of a time limit) and SIGINT: finish the step, save, say how to go on.
 
 A Python handler runs only between two lines of Python, so never while the main thread waits in a collective for a
 rank that hangs. A thread is therefore woken by the C handler itself: it gives the run a bounded time to end its step
@@ -14,6 +14,7 @@ from types import FrameType
 
 from bigmodel.rundir import EXIT_FAILED
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 120.0  # from the signal to the begin of the save; a step is far shorter
 
 
@@ -26,7 +27,7 @@ class StopFlag:
         woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, args=(woken, grace_seconds), daemon=True).start()
 
@@ -53,8 +54,8 @@ class StopFlag:
 
 
 def _wait_for_signal(woken: int, seconds: float | None) -> bool:
-    """Whether SIGTERM or SIGINT came within the time; the C handler writes each signal's number into the pipe."""
+    """Whether one of SIGNALS came within the time; the C handler writes each signal's number into the pipe."""
     while select.select([woken], [], [], seconds)[0]:
-        if any(number in (signal.SIGTERM, signal.SIGINT) for number in os.read(woken, 64)):
+        if any(number in SIGNALS for number in os.read(woken, 64)):
             return True
     return False

@@ -1,0 +1,156 @@
+"""Health: the node's memory, disk and network, and what the driver says of the ranks' GPUs.
+
+Takes rank records, gives samples for the page. Runs in the exporter, so a reading costs a training step nothing; it is
+taken at most once a second. Whatever cannot be read is left out: no GPU, no driver library, no InfiniBand.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+READING_SECONDS = 1.0
+INFINIBAND = Path("/sys/class/infiniband")
+Samples = dict[str, list[list[Any]]]
+
+
+class Health:
+    def __init__(self, run_directory: Path) -> None:
+        self._directory, self._read_at, self._samples = run_directory, 0.0, Samples()
+        self._gpus = Gpus()
+
+    def samples(self, records: Iterable[dict[str, Any]], alive: list[int]) -> Samples:
+        if time.monotonic() - self._read_at > READING_SECONDS:
+            self._read_at = time.monotonic()
+            records = list(records)
+            self._samples = {**node(self._directory), **processes(records, alive), **self._gpus.samples(records)}
+        return self._samples
+
+
+def node(run_directory: Path) -> Samples:
+    memory = psutil.virtual_memory()
+    found = {"node_memory_total_bytes": memory.total, "node_memory_available_bytes": memory.available}
+    try:
+        disk = psutil.disk_usage(str(run_directory))
+        found |= {"disk_total_bytes": disk.total, "disk_free_bytes": disk.free}
+    except OSError:
+        pass  # the run directory was moved or its file system is away
+    return {name: [[[], value]] for name, value in found.items()} | network()
+
+
+def network() -> Samples:
+    """Bytes by device: of every network card but the loopback, and of InfiniBand, which counts words of 4."""
+    received, transmitted = [], []
+    for name, count in psutil.net_io_counters(pernic=True).items():
+        if name != "lo":
+            received.append([[name], count.bytes_recv])
+            transmitted.append([[name], count.bytes_sent])
+    for port in sorted(INFINIBAND.glob("*/ports/*/counters")):
+        name = f"{port.parts[-4]}:{port.parts[-2]}"
+        for found, file in ((received, "port_rcv_data"), (transmitted, "port_xmit_data")):
+            try:
+                found.append([[name], 4 * int((port / file).read_text())])
+            except (OSError, ValueError):
+                continue
+    return {"network_received_bytes": received, "network_transmitted_bytes": transmitted}
+
+
+def processes(records: list[dict[str, Any]], alive: list[int]) -> Samples:
+    found = []
+    for record in records:
+        if record["rank"] in alive:
+            try:
+                found.append([[str(record["rank"])], psutil.Process(record["pid"]).memory_info().rss])
+            except psutil.Error:
+                continue
+    return {"process_resident_bytes": found}
+
+
+# NVML's nvmlClocksEventReason bits (nvml.h); reasons that only say "idle" or "as asked for" are left out.
+THROTTLE_REASONS = {
+    "power_cap": 0x4,
+    "hardware": 0x8,
+    "sync_boost": 0x10,
+    "software_thermal": 0x20,
+    "hardware_thermal": 0x40,
+    "power_brake": 0x80,
+}
+
+
+class Gpus:
+    """The ranks' GPUs through NVML; silent where there is none."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self._handles: dict[str, Any] = {}
+        self._events: Any = None
+        self._xid_errors: dict[str, int] = {}
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+        except Exception:  # no library, no driver, no permission: all mean that there is nothing to read
+            return
+
+    def samples(self, records: Iterable[dict[str, Any]]) -> Samples:
+        found: Samples = {}
+        if self._nvml is None:
+            return found
+        for record in records:
+            if gpu := record.get("gpu"):
+                self._read(gpu, str(record["rank"]), found)
+        self._count_xid_errors()
+        return found
+
+    def _read(self, gpu: str, rank: str, found: Samples) -> None:
+        nvml = self._nvml
+        handle = self._handle(gpu)
+        if handle is None:
+            return
+        readings = (
+            ("device_temperature_celsius", [rank], lambda: nvml.nvmlDeviceGetTemperature(handle, 0)),
+            ("device_power_watts", [rank], lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+            ("device_ecc_errors", [rank, "corrected"], lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, 0, 0)),
+            ("device_ecc_errors", [rank, "uncorrected"], lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, 1, 0)),
+            ("device_xid_errors", [rank], lambda: self._xid_errors[gpu]),
+        )
+        for name, labels, read in readings:
+            try:
+                found.setdefault(name, []).append([labels, read()])
+            except (nvml.NVMLError, KeyError):
+                continue  # consumer cards have no ECC counters, some none of the rest
+        try:
+            bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        except nvml.NVMLError:
+            return
+        rows = [[[rank, reason], int(bool(bits & bit))] for reason, bit in THROTTLE_REASONS.items()]
+        found.setdefault("device_throttled", []).extend(rows)
+
+    def _handle(self, gpu: str) -> Any:
+        nvml = self._nvml
+        if gpu not in self._handles:
+            try:
+                self._handles[gpu] = nvml.nvmlDeviceGetHandleByUUID(gpu)
+            except nvml.NVMLError:
+                self._handles[gpu] = None
+                return None
+            try:
+                self._events = self._events or nvml.nvmlEventSetCreate()
+                nvml.nvmlDeviceRegisterEvents(self._handles[gpu], nvml.nvmlEventTypeXidCriticalError, self._events)
+                self._xid_errors[gpu] = 0
+            except nvml.NVMLError:
+                pass
+        return self._handles[gpu]
+
+    def _count_xid_errors(self) -> None:
+        nvml = self._nvml
+        while self._events is not None:
+            try:
+                event = nvml.nvmlEventSetWait_v2(self._events, 0)
+            except nvml.NVMLError:
+                return  # a time-out: nothing has happened
+            gpu = nvml.nvmlDeviceGetUUID(event.device)
+            self._xid_errors[gpu] = self._xid_errors.get(gpu, 0) + 1

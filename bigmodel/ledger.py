@@ -1,0 +1,261 @@
+"""The ledger: what a run did and where its time went, over all its starts.
+
+Takes the lines of metrics.jsonl in their order, gives counts, seconds by cause and the samples of the page. Guarantees:
+a pure fold, so that anyone can audit it; counts never step back; what is done again after a restart (its step is not
+above the highest one counted) is counted once, its time is lost to "replay"; productive and lost seconds add up to
+the wall time from the first start to the last line, because each line holds the time since the line before.
+
+    start       from the beginning of the process to its first step: imports, data, model, reading a checkpoint
+    compile     in torch.compile and Triton
+    data        waiting for the next batch
+    checkpoint  saving, as far as training waits
+    evaluation  on the validation split
+    replay      steps, evaluations and checkpoints that had been done before the restart
+    hang        the part of a step above ten times the median of the last 64; after a hang that ended the run: down time
+    skipped     steps whose update was left out
+    stopped     between an orderly end and the next start
+    down        between the last line before a death and the next start
+    finish      after the last step, its evaluation and save
+"""
+
+import copy
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+CAUSES = (
+    "start", "compile", "data", "checkpoint", "evaluation", "replay", "hang", "skipped", "stopped", "down", "finish",
+)  # fmt: skip
+HANG_FACTOR = 10  # times the median step
+RECENT_STEPS = 64
+MIN_RECENT = 8
+SPIKE_DEVIATIONS = 6.0
+SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
+ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # how a start ended: causes of the next one
+FROM_ZERO = (
+    "steps",
+    "target_tokens",
+    "positions",
+    "padding_positions",
+    "documents",
+    "packs_document_limited",
+    "data_wait_seconds",
+    "evaluations",
+    "evaluation_seconds",
+    "checkpoints",
+    "checkpoint_written_bytes",
+    "checkpoint_seconds",
+    "steps_skipped|not_finite",
+    "spikes|loss",
+    "spikes|gradient_norm",
+    *(f"restarts|{ending}" for ending in ENDINGS),
+)  # fmt: skip  - a counter that appears with its first event hides that event from rate()
+COUNTED = ("step", "evaluation", "checkpoint")
+Samples = dict[str, list[list[Any]]]  # metric name -> [[label values, value], ...]
+
+
+class Ledger:
+    """Add the lines in their order; read `counts`, `seconds` and `samples()` at any time."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, float] = dict.fromkeys(FROM_ZERO, 0)  # metric name, "|" and each label -> total
+        self.seconds = dict.fromkeys(("productive", *CAUSES), 0.0)
+        self.counted = dict.fromkeys(COUNTED, 0)  # the highest step of each kind that is in the counts
+        self.began: float | None = None  # Unix time of the first process
+        self.time = 0.0  # of the last line
+        self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of it
+        self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._signals = {name: deque[float](maxlen=SPIKE_STEPS) for name in ("loss", "gradient_norm")}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Enter one line; a kind we do not know is left to those who do."""
+        kind = line["kind"]
+        if kind not in (*COUNTED, "start", "end"):
+            return
+        again = kind in COUNTED and line["step"] <= self.counted[kind]
+        if kind == "start":
+            self._restore(line["carried"])
+            self.seconds["start"] += line["lap"]
+        elif kind == "end":
+            self.seconds["finish"] += line["lap"]
+        elif again:
+            self.seconds["replay"] += line["lap"]
+        else:
+            self.counted[kind] = line["step"]
+            {"step": self._add_step, "evaluation": self._add_evaluation, "checkpoint": self._add_checkpoint}[kind](line)
+        for cause, seconds in line.get("spent", {}).items():
+            self.seconds[cause] += seconds
+        self.time = line["time"]
+        self.last[kind] = line
+        if kind == "step" and line["norms"]:
+            self.last["norms"] = line
+
+    def carry(self, began: float, ending: str | None) -> dict[str, Any]:
+        """The state to open a new start with: the pause since the last line is entered under how that start ended.
+
+        `began`: Unix time at which the new process began. `ending`: one of ENDINGS; None for the first start.
+        """
+        if ending is not None:
+            cause = {"stopped": "stopped", "finished": "stopped", "hang": "hang"}.get(ending, "down")
+            self.seconds[cause] += max(0.0, began - self.time)
+            self._count("restarts", 1, ending if ending in ENDINGS else "failed")
+        if self.began is None:
+            self.began = began
+        keys = ("counts", "seconds", "counted", "began")
+        return copy.deepcopy({key: getattr(self, key) for key in keys})
+
+    @property
+    def wall_seconds(self) -> float:
+        """From the beginning of the first process to the last line."""
+        return self.time - self.began if self.began is not None else 0.0
+
+    def samples(self) -> Samples:
+        """Everything the page says of the run, as [label values, value] under the name of each metric."""
+        found: Samples = {"productive_seconds": [[[], self.seconds["productive"]]]}
+        found["lost_seconds"] = [[[cause], self.seconds[cause]] for cause in CAUSES]
+        for key, value in self.counts.items():
+            name, *labels = key.split("|")
+            found.setdefault(name, []).append([labels, value])
+        for kind, gauges in GAUGES.items():
+            if kind in self.last:
+                found |= gauges(self.last[kind])
+        if "step" in self.last and "start" in self.last:
+            found |= _utilization(self.last["step"], self.last["start"])
+        return found
+
+    def _restore(self, carried: Mapping[str, Any]) -> None:
+        self.counts, self.seconds = dict(carried["counts"]), dict(carried["seconds"])
+        self.counted, self.began = dict(carried["counted"]), carried["began"]
+
+    def _count(self, name: str, amount: float, *labels: str) -> None:
+        key = "|".join((name, *(label.replace("|", "/") for label in labels)))
+        self.counts[key] = self.counts.get(key, 0) + amount
+
+    def _add_step(self, line: Mapping[str, Any]) -> None:
+        self._count("steps", 1)
+        for name, key in (
+            ("target_tokens", "targets"),
+            ("positions", "positions"),
+            ("padding_positions", "padding"),
+            ("documents", "documents"),
+            ("packs_document_limited", "packs_document_limited"),
+            ("data_wait_seconds", "data_wait_seconds"),
+        ):
+            self._count(name, line[key])
+        for part in line["parts"]:
+            self._count("source_target_tokens", part["targets"], part["objective"], part["source"])
+        if line["flops"]:
+            for convention in ("causal", "full"):
+                self._count("model_flops", line["flops"][convention], convention)
+            self._count("hardware_flops", line["flops"]["hardware"])
+        if line["skipped"]:
+            self._count("steps_skipped", 1, line["skip_reason"])
+        self._spend(line)
+        for name, recent in self._signals.items():
+            if is_spike(line[name], recent):
+                self._count("spikes", 1, name)
+            if math.isfinite(line[name]):
+                recent.append(line[name])
+
+    def _spend(self, line: Mapping[str, Any]) -> None:
+        left = line["lap"]
+        for cause, wanted in (("data", line["data_wait_seconds"]), ("compile", line["compile_seconds"])):
+            taken = min(left, wanted)
+            self.seconds[cause] += taken
+            left -= taken
+        usual = statistics.median(self._durations) if len(self._durations) >= MIN_RECENT else math.inf
+        hang = max(0.0, left - HANG_FACTOR * usual)
+        self._durations.append(left)
+        self.seconds["hang"] += hang
+        self.seconds["skipped" if line["skipped"] else "productive"] += left - hang
+
+    def _add_evaluation(self, line: Mapping[str, Any]) -> None:
+        self._count("evaluations", 1)
+        self._count("evaluation_seconds", line["seconds"])
+        self.seconds["evaluation"] += line["lap"]
+
+    def _add_checkpoint(self, line: Mapping[str, Any]) -> None:
+        self._count("checkpoints", 1)
+        self._count("checkpoint_written_bytes", line["bytes"])
+        self._count("checkpoint_seconds", line["seconds"])
+        self.seconds["checkpoint"] += line["lap"]
+
+
+def is_spike(value: float, recent: deque[float]) -> bool:
+    """Whether a value is 6 standard deviations above the mean of those before it, of which there are at least 32."""
+    if len(recent) < MIN_SPIKE_STEPS or not math.isfinite(value):
+        return False
+    mean = statistics.fmean(recent)
+    deviation = math.sqrt(statistics.fmean((one - mean) ** 2 for one in recent))
+    return value > mean + SPIKE_DEVIATIONS * deviation
+
+
+def _of_start(line: Mapping[str, Any]) -> Samples:
+    return {name: [[[], line[name]]] for name in ("world_size", "parameters", "device_peak_flops") if line[name]}
+
+
+def _of_step(line: Mapping[str, Any]) -> Samples:
+    named = ("gradient_norm", "learning_rate", "z_loss", "loss_scale", "slowest_rank", "slowest_rank_lag_seconds")
+    gauges = {name: line[name] for name in named} | {
+        "training_loss_nats": line["loss"],
+        "last_step_timestamp_seconds": line["time"],
+        "tokens_per_second": line["positions"] / line["step_seconds"] if line["step_seconds"] else None,
+        "packing_efficiency_ratio": line["positions"] / (line["positions"] + line["padding"]),
+        "attention_imbalance_ratio": line["imbalance"],
+        "attention_imbalance_undealt_ratio": line["imbalance_undealt"],
+        "data_fetched_bytes": line["fetched_bytes"],
+        "data_fetch_failures": line["fetch_failures"],
+    }
+    samples: Samples = {name: [[[], value]] for name, value in gauges.items() if value is not None}
+    if line["parts"]:
+        samples["source_training_loss_nats"] = [
+            [[part["objective"], part["source"]], part["nats"] / part["targets"]]
+            for part in line["parts"]
+            if part["targets"]
+        ]
+    return samples
+
+
+def _of_norms(line: Mapping[str, Any]) -> Samples:
+    return {
+        name: [[[layers], norms[name]] for layers, norms in line["norms"].items()]
+        for name in ("weight_norm", "update_norm")
+    }
+
+
+def _utilization(step: Mapping[str, Any], start: Mapping[str, Any]) -> Samples:
+    """FLOPs per second of wall time over the peak of all devices."""
+    if not (step["flops"] and start["device_peak_flops"] and step["step_seconds"]):
+        return {}
+    most = start["device_peak_flops"] * start["world_size"] * step["step_seconds"]
+    return {
+        "model_flops_utilization_ratio": [[[name], step["flops"][name] / most] for name in ("causal", "full")],
+        "hardware_flops_utilization_ratio": [[[], step["flops"]["hardware"] / most]],
+    }
+
+
+def _of_evaluation(line: Mapping[str, Any]) -> Samples:
+    return {
+        "validation_loss_nats": [[[], line["nats_per_token"]]],
+        "validation_compression_ratio": [[[], line["bits_per_byte"] / 8]],  # bytes are Prometheus' unit, not bits
+    }
+
+
+def _of_checkpoint(line: Mapping[str, Any]) -> Samples:
+    return {
+        "last_checkpoint_timestamp_seconds": [[[], line["time"]]],
+        "last_checkpoint_step": [[[], line["step"]]],
+        "last_checkpoint_bytes": [[[], line["bytes"]]],
+        "last_checkpoint_duration_seconds": [[[], line["seconds"]]],
+    }
+
+
+GAUGES = {
+    "start": _of_start,
+    "step": _of_step,
+    "norms": _of_norms,
+    "evaluation": _of_evaluation,
+    "checkpoint": _of_checkpoint,
+}

@@ -1,0 +1,189 @@
+"""Profiles on demand: `python -m bigmodel profile RUN_DIR trace|memory|stacks` while the run goes on.
+
+A request is a file in the run directory. The exporter of each node sees it and passes it to its own ranks: for stacks
+by SIGUSR2, which faulthandler answers in C, so also in a rank that hangs in a collective or holds the GIL; for trace
+and memory by a file in the node's memory, at which each rank looks once a step. Costs a step one `stat`, a microsecond.
+What goes wrong in a profile is written beside it and never ends the run. torch is imported by ranks only.
+
+    RUN_DIR/profile/request.json                   the last request
+    RUN_DIR/profile/ID/rank-N.trace.json.gz        kernels and operators of a few steps, for Perfetto (ui.perfetto.dev)
+    RUN_DIR/profile/ID/rank-N.memory.pickle        GPU: each allocation with its stack (pytorch.org/memory_viz)
+    RUN_DIR/profile/ID/rank-N.memory.txt           CPU: memory by operator
+    RUN_DIR/profile/ID/rank-N.stacks.txt           all Python threads
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+STACKS_SIGNAL = signal.SIGUSR2
+KINDS = ("trace", "memory", "stacks")
+DUMP_SECONDS = 0.3  # from the signal to the whole dump
+
+
+def request(run_directory: Path, kind: str, ranks: Sequence[int], steps: int) -> Path:
+    """Ask for a profile; gives the folder in which the files of the ranks will appear."""
+    number = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    folder = Path(run_directory) / "profile" / number
+    folder.mkdir(parents=True)
+    asked = {"id": number, "kind": kind, "ranks": list(ranks), "steps": steps}
+    part = folder.parent / f".{number}.part"
+    part.write_text(json.dumps(asked))
+    os.replace(part, folder.parent / "request.json")
+    return folder
+
+
+def wait(folder: Path, ranks: Sequence[int], seconds: float) -> dict[int, Path]:
+    """The file of each rank that came within the time."""
+    found: dict[int, Path] = {}
+    deadline = time.monotonic() + seconds
+    while len(found) < len(ranks) and time.monotonic() < deadline:
+        found = {rank: path for rank in ranks for path in folder.glob(f"rank-{rank}.*")}
+        time.sleep(0.1)
+    return found
+
+
+def group_stacks(texts: dict[int, str]) -> list[tuple[list[int], str]]:
+    """Ranks with the same main thread, the largest group first: the odd one out is usually the culprit."""
+    groups: dict[str, list[int]] = {}
+    for rank, text in sorted(texts.items()):
+        _, _, main = text.rpartition("Current thread")
+        groups.setdefault("\n".join(line for line in main.splitlines()[1:] if line.strip()), []).append(rank)
+    return sorted(((ranks, stack) for stack, ranks in groups.items()), key=lambda group: (-len(group[0]), group[0]))
+
+
+class Relay:
+    """The exporter's part: hand new requests to the ranks of this node."""
+
+    def __init__(self, folder: Path, run_directory: Path) -> None:
+        self._folder, self._requests = folder, run_directory / "profile"
+        self._seen = _changed_at(self._requests / "request.json")
+
+    def look(self, records: Iterable[dict[str, Any]]) -> None:
+        """`records`: of the ranks that live."""
+        changed = _changed_at(self._requests / "request.json")
+        if changed == self._seen:
+            return
+        self._seen = changed
+        try:
+            asked = json.loads((self._requests / "request.json").read_text())
+        except (OSError, ValueError):
+            return
+        mine = [record for record in records if record["rank"] in asked["ranks"]]
+        if asked["kind"] == "stacks":
+            self._dump_stacks(mine, self._requests / asked["id"])
+        elif mine:
+            part = self._folder / ".profile.json"
+            part.write_text(json.dumps({**asked, "folder": str(self._requests / asked["id"])}))
+            os.replace(part, self._folder / "profile.json")
+
+    def _dump_stacks(self, records: list[dict[str, Any]], into: Path) -> None:
+        files = {record["rank"]: self._folder / f"stacks-{record['rank']}" for record in records}
+        for record in records:
+            if files[record["rank"]].exists():  # else the rank has no handler, and the signal would kill it
+                os.truncate(files[record["rank"]], 0)
+                os.kill(record["pid"], STACKS_SIGNAL)
+        time.sleep(DUMP_SECONDS)
+        for rank, file in files.items():
+            if file.exists() and file.stat().st_size:
+                shutil.copy(file, into / f".rank-{rank}.part")
+                os.replace(into / f".rank-{rank}.part", into / f"rank-{rank}.stacks.txt")
+
+
+class Profiler:
+    """A rank's part. Call `step` once a step, `close` at the end."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._rank, self._request = rank, folder / "profile.json"
+        self._seen = _changed_at(self._request)
+        self._left = 0  # steps of the profile under way
+        self._asked: dict[str, Any] = {}
+        self._recorder: Any = None
+        self._stacks_file = folder / f"stacks-{rank}"  # while it exists, the exporter may send the signal
+        part = folder / f".stacks-{rank}"
+        self._stacks = open(part, "a")  # noqa: SIM115 - for as long as a signal may come
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+        os.replace(part, self._stacks_file)
+
+    def step(self) -> None:
+        """Between two steps: begin what is asked for, end what is done."""
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                self._safely(self._end)
+        changed = _changed_at(self._request)
+        if changed != self._seen and not self._left:
+            self._seen = changed
+            self._safely(self._begin)
+
+    def close(self) -> None:
+        if self._left:
+            self._left = 0
+            self._safely(self._end)
+        self._stacks_file.unlink(missing_ok=True)
+        faulthandler.unregister(STACKS_SIGNAL)
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # one that is on its way must not kill
+        self._stacks.close()
+
+    def _begin(self) -> None:
+        import torch
+
+        self._asked = {"folder": str(self._request.parent)}
+        self._asked = json.loads(self._request.read_text())
+        if self._rank not in self._asked["ranks"]:
+            return
+        if self._asked["kind"] == "memory" and torch.cuda.is_available():
+            torch.cuda.memory._record_memory_history(max_entries=200_000)
+        else:
+            self._recorder = torch.profiler.profile(profile_memory=self._asked["kind"] == "memory")
+            self._recorder.start()
+        self._left = self._asked["steps"]
+
+    def _end(self) -> None:
+        import torch
+
+        part = Path(self._asked["folder"]) / f".rank-{self._rank}.part.gz"
+        if self._recorder is None:
+            torch.cuda.memory._dump_snapshot(str(part))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            self._publish(part, "memory.pickle")
+            return
+        recorder, self._recorder = self._recorder, None
+        recorder.stop()
+        if self._asked["kind"] == "trace":
+            recorder.export_chrome_trace(str(part))
+            self._publish(part, "trace.json.gz")
+        else:
+            part.write_text(recorder.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=40))
+            self._publish(part, "memory.txt")
+
+    def _publish(self, part: Path, ending: str) -> None:
+        os.replace(part, part.with_name(f"rank-{self._rank}.{ending}"))
+
+    def _safely(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # a boundary: no profile is worth a run
+            self._left, self._recorder = 0, None
+            text = f"{type(error).__name__}: {error}"
+            print(f"bigmodel: rank {self._rank}: the profile failed: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                (Path(self._asked.get("folder", self._request.parent)) / f"rank-{self._rank}.error.txt").write_text(
+                    text + "\n"
+                )
+
+
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,175 @@
+"""Fragments: what this rank holds of the fp32 state under each ZeRO stage, in one form.
+
+Takes the optimizer that DeepSpeed wrapped around ours. Gives, for every parameter, the run of its elements that lies
+here and where: a flat fp32 *master* tensor that the base optimizer updates. Moments have the masters' shape, so one
+place serves weight, moments and gradient alike. All that knows how a stage keeps its state is in this file; it rests
+on internals of DeepSpeed 0.19.8, which is why that version is pinned and tests compare every stage with plain torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements start ... start + numel of a flattened parameter lie in a master from `offset` on."""
+
+    start: int
+    numel: int
+    master: int  # its number
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The fragment's elements in the master itself, a moment or a gradient of its shape: a view."""
+        return flat.view(-1).narrow(0, self.offset, self.numel)
+
+
+class Layout(Protocol):
+    """One stage's masters and what lies in them."""
+
+    partitioned: bool  # whether the ranks' masters differ; else each has all
+    offloaded: bool  # whether masters and gradients lie on the CPU
+
+    def masters(self) -> list[Tensor]: ...
+
+    def members(self) -> list[list[nn.Parameter]]:
+        """For each master, the parameters that lie in it on some rank, in the same order on all."""
+        ...
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        """None where no element is here."""
+        ...
+
+    def gradients(self) -> list[list[Tensor]]:
+        """For each master, its gradient in pieces, end to end; after the last micro-batch, before the update."""
+        ...
+
+    def publish(self) -> None:
+        """Round the masters into the weights that the forward pass reads, on every rank."""
+        ...
+
+
+class Whole:
+    """Stage 0, fp32, nothing partitioned: parameters are their own masters."""
+
+    partitioned = offloaded = False
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._number = {id(parameter): number for number, parameter in enumerate(self._parameters)}
+
+    def masters(self) -> list[Tensor]:
+        return list(self._parameters)
+
+    def members(self) -> list[list[nn.Parameter]]:
+        return [[parameter] for parameter in self._parameters]
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        return Fragment(0, parameter.numel(), self._number[id(parameter)], 0)
+
+    def gradients(self) -> list[list[Tensor]]:
+        return [[torch.zeros_like(p) if p.grad is None else p.grad] for p in self._parameters]
+
+    def publish(self) -> None:
+        """Nothing to do: the masters are what the forward pass reads."""
+
+
+class Runs:
+    """Stages 1 and 2: each rank owns one run of a flat master; a parameter may lie on several ranks."""
+
+    partitioned = True
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._zero = engine.optimizer
+        self.offloaded = bool(getattr(self._zero, "cpu_offload", False))
+
+    def masters(self) -> list[Tensor]:
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def members(self) -> list[list[nn.Parameter]]:
+        return [list(group) for group in self._zero.bit16_groups]
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        return Fragment(here.start, here.numel, mapping.param_group_index, there.start)
+
+    def gradients(self) -> list[list[Tensor]]:
+        if self.offloaded:
+            return [[master.grad] for master in self.masters()]
+        return [list(self._zero.averaged_gradients[number]) for number in range(len(self.masters()))]
+
+    def publish(self) -> None:
+        self._zero.update_lp_params()
+
+
+class RunsInBf16(Runs):
+    """Stage 1 in bf16 with fp32 sums, which DeepSpeed gives to its BF16_Optimizer: gradients are whole there."""
+
+    def masters(self) -> list[Tensor]:
+        return list(self._zero.fp32_groups_flat_partition)
+
+    def members(self) -> list[list[nn.Parameter]]:
+        return [list(group) for group in self._zero.bf16_groups]
+
+    def gradients(self) -> list[list[Tensor]]:
+        return [[gradient] for gradient in self._zero.fp32_groups_gradient_flat_partition]
+
+
+class Shares:
+    """Stage 3: each rank owns the same share of every parameter, padded at the end."""
+
+    partitioned = True
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._zero = engine.optimizer
+        self.offloaded = bool(self._zero.offload_optimizer)
+
+    def masters(self) -> list[Tensor]:
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def members(self) -> list[list[nn.Parameter]]:
+        return [list(group) for group in self._zero.fp16_groups]
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        number, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        share = parameter.ds_tensor.numel()
+        start = share * self._zero._get_param_partition_rank(parameter)
+        numel = min(share, parameter.ds_numel - start)
+        return Fragment(start, numel, number, offset) if numel > 0 else None
+
+    def gradients(self) -> list[list[Tensor]]:
+        if self.offloaded:
+            return [[master.grad] for master in self.masters()]
+        return [list(self._zero.averaged_gradients[number]) for number in range(len(self.masters()))]
+
+    def publish(self) -> None:
+        """The partitioned weights, those kept whole, and hpZ's second copies."""
+        for number in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+        kept_whole = self._zero.persistent_parameters
+        if kept_whole:
+            kept_whole[0].partition(kept_whole)
+            kept_whole[0].all_gather(kept_whole)
+        self._zero.invalidate_secondary_tensor()
+
+
+LAYOUTS: dict[str, Any] = {
+    "DeepSpeedZeroOptimizer": Runs,
+    "BF16_Optimizer": RunsInBf16,
+    "DeepSpeedZeroOptimizer_Stage3": Shares,
+}
+
+
+def layout_of(engine: Any, optimizer: torch.optim.Optimizer) -> Layout:
+    """The layout of what DeepSpeed chose; `engine` is its engine, `optimizer` the base optimizer that it wraps."""
+    if engine.optimizer is optimizer:
+        return Whole(engine, optimizer)
+    kind = type(engine.optimizer).__name__
+    assert kind in LAYOUTS, f"DeepSpeed chose {kind}, which the engine does not know"
+    return LAYOUTS[kind](engine, optimizer)

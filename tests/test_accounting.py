@@ -1,0 +1,207 @@
+"""FLOPs by formula equal what torch counts, for every kind of model; peaks and phases are what they say."""
+
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+from bigmodel.accounting import flops, known_peak_flops, matrix_weights, measure_peak_flops
+from bigmodel.audit import count_by_torch
+from bigmodel.config import DataSettings, ModelSettings
+from bigmodel.data.examples import Examples
+from bigmodel.data.work import Work, count_work
+from bigmodel.training.phases import CompileTime, Phases, slowest
+from kernels.visibility import causal, cross, dense, prefix_lm
+from tests.example_batches import VOCABULARY, batch_of, fragment_of, model_of, text
+from tests.test_encoder_decoder import ENCODER_DECODERS, ONE_SIDE, PAIRS, TEXTS, TWO_SIDES
+
+MODELS = {  # of example_batches: 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 40 hidden
+    "decoder": {"qk_norm": True},
+    "decoder, tied": {"tied_embeddings": True, "layers": 3, "heads": 2, "key_value_heads": 1},
+    "encoder": {"kind": "encoder"},
+    **{f"both, {name}": {"kind": "encoder_decoder", **more} for name, more in ENCODER_DECODERS.items()},
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_model_flops_are_those_that_torch_counts(changes: dict) -> None:
+    """torch's counter takes attention over all pairs of a document, so the formula is given those."""
+    both = changes.get("kind") == "encoder_decoder"
+    batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
+    counted, expected = count_by_torch(model_of(**{**changes, "dropout": 0.0, "extra_heads": 0}), batch)
+    assert counted > 1e6
+    assert counted == expected
+
+
+def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
+    plain, more = (ModelSettings(layers=2, width=32, heads=4, feed_forward_width=40, extra_heads=n) for n in (0, 2))
+    deeper = ModelSettings(layers=4, width=32, heads=4, feed_forward_width=40)
+    assert matrix_weights(more, 100).of_position == matrix_weights(deeper, 100).of_position + 2 * 100 * 32
+    assert matrix_weights(plain, 100).of_position == 2 * (32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 40) + 100 * 32
+
+
+@pytest.mark.parametrize("kind", ["causal", "prefix", "span_corruption", "fill_in_the_middle"])
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_pairs_on_one_side_are_those_that_the_mask_lets_through(kind: str, both_ways: bool) -> None:
+    data = DataSettings(**ONE_SIDE, objectives=[{"kind": kind}], bidirectional_prefix=both_ways)
+    batch, work = batch_of(TEXTS, data), planned(TEXTS, data)
+    masks = causal(batch.offsets) if batch.prefixes is None else prefix_lm(batch.offsets, batch.prefixes)
+    assert (batch.prefixes is not None) == (both_ways and kind in ("prefix", "span_corruption"))
+    visible = dense(masks, len(batch.tokens), len(batch.tokens))
+    assert work.pairs == visible[real_rows(batch)].sum()
+    assert work.positions == batch.num_positions == real_rows(batch).sum()
+    assert work.source_positions == work.source_pairs == work.cross_pairs == 0
+
+
+def test_pairs_on_two_sides_are_those_that_the_masks_let_through() -> None:
+    data = DataSettings(**TWO_SIDES)
+    batch, work = batch_of(PAIRS, data), planned(PAIRS, data)
+    assert batch.source is not None
+    rows = real_rows(batch)
+    visible = dense(cross(batch.offsets, batch.source.offsets), len(batch.tokens), len(batch.source.tokens))
+    assert work.cross_pairs == visible[rows].sum()
+    assert work.pairs == dense(causal(batch.offsets), len(batch.tokens), len(batch.tokens))[rows].sum()
+    lengths = [n for n in batch.source.offsets.diff().tolist() if n]
+    assert work.source_positions == batch.source.num_positions
+    assert 0 < work.source_pairs <= sum(n * n for n in lengths)
+
+
+def planned(documents: list, data: DataSettings) -> Work:
+    examples = Examples(data, 1, VOCABULARY)
+    rows = iter(range(100))
+    return count_work(
+        [
+            tuple(fragment_of(row := next(rows), one, examples, row % examples.pairs) for one in pack)
+            for pack in documents
+        ],
+        data,
+    )
+
+
+def real_rows(batch) -> torch.Tensor:
+    """(T,) positions of documents: padding has token 0 and position 0 alone."""
+    real = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    edges = batch.offsets.tolist()
+    for first, end in pairwise(edges):
+        real[first:end] = bool(batch.tokens[first:end].any())
+    return real
+
+
+def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
+    settings = ModelSettings(layers=2, width=32, heads=4, key_value_heads=2, feed_forward_width=48)
+    work = Work(positions=32, pairs=214, squares=396)  # documents of 9, 1, 17 and 5
+    found = flops(settings, 40, work, (36, 0), padding=(4, 0))
+    weights = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
+    assert found.causal == 6 * weights * 32 + 12 * 2 * 4 * 8 * 214
+    assert found.full == 6 * weights * 32 + 12 * 2 * 4 * 8 * 32 * 36
+    assert found.hardware == 6 * weights * 36 + 14 * 2 * 4 * 8 * 214
+    assert text(9).tolist()[0] == 1
+
+
+def test_the_model_adds_up_z_over_micro_batches_without_its_extra_heads() -> None:
+    model, data = model_of(extra_heads=1), DataSettings(**ONE_SIDE)
+    expected = 0.0
+    for batch in (batch_of(TEXTS, data), batch_of(TEXTS[1:], data)):
+        model(batch).backward()
+        squares = torch.logsumexp(model(batch, "logits"), -1).square()
+        expected += float(squares[batch.targets != -100].sum())
+    assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
+    model.eval()
+    model(batch)
+    assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L400", None),
+        ("Imaginary 9000", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(name: str, peak: float | None) -> None:
+    assert known_peak_flops(name) == peak
+
+
+def test_the_peak_of_a_cpu_is_measured() -> None:
+    peak = measure_peak_flops()
+    began = time.perf_counter()
+    a = torch.rand(256, 256)
+    torch.mm(a, a)
+    assert 2 * 256**3 / (time.perf_counter() - began) < 3 * peak
+    assert 1e8 < peak < 1e14
+
+
+# ---- phases -----------------------------------------------------------------------------------------------------
+
+
+def test_phases_nest_without_counting_a_second_twice() -> None:
+    phases = Phases(torch.device("cpu"))
+    began = time.perf_counter()
+    with phases("forward"):
+        time.sleep(0.05)
+    with phases("backward"):
+        time.sleep(0.02)
+        with phases("communication"):
+            time.sleep(0.1)
+        time.sleep(0.02)
+    with phases("checkpoint"):
+        time.sleep(0.03)
+    phases.add("data", 0.25)
+    wall = time.perf_counter() - began
+    taken = dict(phases.take())
+    assert set(taken) == {"forward", "backward", "communication", "checkpoint", "data"}
+    assert taken.pop("data") == 0.25
+    for name, least in (("forward", 0.05), ("backward", 0.04), ("communication", 0.1), ("checkpoint", 0.03)):
+        assert least <= taken[name] <= wall - (0.22 - least), name
+    assert sum(taken.values()) <= wall
+    assert phases.busy_seconds == taken["forward"] + taken["backward"]
+    assert not phases.take()
+
+
+def test_a_phase_ends_with_an_error_too() -> None:
+    phases = Phases(torch.device("cpu"))
+    with pytest.raises(ValueError, match="boo"), phases("forward"):
+        raise ValueError("boo")
+    with phases("backward"):
+        pass
+    assert set(phases.take()) == {"forward", "backward"}
+
+
+def test_a_phase_may_be_entered_by_the_thread_that_runs_the_backward() -> None:
+    phases = Phases(torch.device("cpu"))
+
+    def reduce() -> None:
+        with phases("communication"):
+            time.sleep(0.05)
+
+    with phases("backward"):
+        thread = threading.Thread(target=reduce)
+        thread.start()
+        thread.join()
+    taken = phases.take()
+    assert taken["communication"] >= 0.05 > taken["backward"]
+
+
+@pytest.mark.parametrize(
+    ("busy", "answer"), [([1.0], (None, None)), ([1.0, 3.0], (1, 2.0)), ([5.0, 1.0, 2.0, 2.5], (0, 3.0))]
+)
+def test_the_slowest_rank_and_its_lag(busy: list[float], answer: tuple) -> None:
+    assert slowest(busy) == answer
+
+
+def test_time_in_the_compiler_is_counted() -> None:
+    compile_time = CompileTime()
+    compile_time.take()
+    began = time.perf_counter()
+    torch.compile(lambda x: x.sin() * 2, backend="eager")(torch.ones(3))
+    spent = compile_time.take()
+    assert 0 < spent <= time.perf_counter() - began
+    assert compile_time.take() == 0
