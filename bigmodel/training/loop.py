@@ -35,6 +35,7 @@ from bigmodel.training.distributed import NodeSums, World, end_world, start_worl
 from bigmodel.training.engine import Engine
 from bigmodel.training.optim import learning_rate
 from bigmodel.training.signals import StopFlag
+from bigmodel.training.world_check import check_world
 
 SAMPLE_TOKENS = 200  # of generated text at the end
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
@@ -64,6 +65,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     directory = settings.run.directory
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
+    check_world(world, settings)
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
