@@ -15,14 +15,22 @@ from typing import Annotated
 import typer
 
 from bigmodel.config import UserError, load_settings
-from bigmodel.rundir import EXIT_USER, record_event
-from launcher import hosts, local, slurm, torchrun
+from bigmodel.rundir import EXIT_USER
+from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
 from launcher.cluster import Cluster, hosts_and_slots, load_cluster
 from launcher.execute import describe_rank, execute, rank_map
+from launcher.hostlist import expand_hosts
 from launcher.local import trainer_command
 from launcher.network import free_port
-from launcher.placement import port_of
-from launcher.record import make_logs, record_end, record_launch, refuse_second_run, run_directory
+from launcher.placement import job_hosts, port_of
+from launcher.record import (
+    make_logs,
+    read_launch,
+    record_end,
+    record_launch,
+    refuse_second_run,
+    run_directory,
+)
 from launcher.topology import Topology, count_devices, even_topology, ranks_per_node
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -34,9 +42,7 @@ ClusterFile = Annotated[
 ]
 HostFile = Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", help="lines of the form: host slots=8")]
 Ranks = Annotated[int, typer.Option(help="processes in all; 0: one per GPU, or one per node where there is none")]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")
-]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="set checkpoints aside and start from step 0")]
 NewPlan = Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print everything that would run, and run nothing")]
@@ -69,6 +75,9 @@ def local_command(
     directory = settings.run.directory
     logs = make_logs(directory)
     refuse_second_run(directory)
+    if cluster.check.before_start:
+        words = preflight.look_words(run_file, cluster_file, overrides)
+        _require_good_nodes(preflight.on_this_machine(words, Path.cwd()), directory, cluster)
     record_launch(directory, topology, "local", launcher=True)
     ending = local.run(command, topology, logs, variables=cluster.variables(), binding=cluster.binding)
     record_end(directory, ending.cause, ending.code, ending.detail)
@@ -151,9 +160,8 @@ def ssh_command(
     refuse_second_run(directory)
     hosts.reach(cluster, topology.hosts, Path.cwd())
     if cluster.check.before_start:
-        from launcher import preflight
-
-        preflight.require(run_file, overrides, cluster, topology)
+        words = preflight.look_words(run_file, cluster_file, overrides)
+        _require_good_nodes(preflight.on_hosts(topology, cluster, words, Path.cwd()), directory, cluster)
     words = [sys.executable, "-m", "launcher", "node", *_words(run_file, cluster_file, overrides), *options]
     record_launch(directory, topology, "ssh", launcher=True)
     ending = hosts.run_on_hosts(cluster, words, topology, Path.cwd())
@@ -186,7 +194,7 @@ def node_command(
 ) -> None:
     """One node of `ssh`."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
-    topology = Topology(**{name: _frozen(value) for name, value in json.loads(world).items()})
+    topology = _read_world(world)
     devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
     each = len(topology.ranks_of(node))
     ranks_per_node(each, 1, devices)
@@ -208,9 +216,106 @@ def ended_command(
 ) -> None:
     """The last line of an sbatch script: record why the job ended, and requeue it if the cluster file says so."""
     settings = load_settings(run_file, overrides)
-    raise typer.Exit(
-        slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ)
-    )
+    raise typer.Exit(slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ))
+
+
+@application.command("check")
+def check_command(
+    run_file: RunFile,
+    cluster_file: ClusterFile = None,
+    hostfile: HostFile = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="print what preflight.json holds")] = False,
+) -> None:
+    """Look at every node: devices, memory, disk, clock, data, versions, speed, links; name those to exclude.
+
+    Inside a SLURM job its nodes; with a host file or `hosts` those, over ssh, or through srun where the cluster file
+    has a partition; with any other cluster file the idle nodes of SLURM; else this machine. Exit code 1 if any is bad.
+    """
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    directory = settings.run.directory
+    words = preflight.look_words(run_file, cluster_file, overrides)
+    inside = job_hosts(os.environ)
+    if inside:
+        runner = preflight.on_slurm(inside, cluster, words, Path.cwd())
+    elif hostfile or cluster.ssh.hostfile or (cluster.hosts and not cluster.slurm.partition):
+        topology = _topology_of_hosts(cluster, hostfile, 0, directory)
+        runner = preflight.on_hosts(topology, cluster, words, Path.cwd())
+    elif cluster_file:
+        asked = expand_hosts(cluster.hosts) if cluster.hosts else slurm.idle_hosts(cluster.slurm.partition)
+        runner = preflight.on_slurm(asked, cluster, words, Path.cwd())
+    else:
+        runner = preflight.on_this_machine(words, Path.cwd())
+    findings = preflight.check(directory, cluster, runner)
+    if as_json:
+        print((directory / "preflight.json").read_text(), end="")
+    else:
+        preflight.print_findings(runner.hosts, findings)
+    raise typer.Exit(preflight.exit_code(findings))
+
+
+@application.command("look", hidden=True)
+def look_command(
+    run_file: RunFile,
+    world: Annotated[str, typer.Option(help="the nodes, as a topology of one rank each, as JSON")] = "",
+    node: Annotated[int, typer.Option(help="which of them this is")] = 0,
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """One node of `check`."""
+    preflight.become_probe(run_file, overrides, load_cluster(cluster_file), _read_world(world) if world else None, node)
+
+
+@application.command("status")
+def status_command(run: Run, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """State, step, loss, tokens per second, and restarts with their causes."""
+    found = watch.status(run_directory(run))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        watch.print_status(found)
+
+
+@application.command("logs")
+def logs_command(
+    run: Run,
+    lines: Annotated[int, typer.Option(min=0, help="last lines of each rank")] = 20,
+    rank: Annotated[list[int], typer.Option(help="only this rank; may be repeated")] = [],  # noqa: B006
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl-C")] = False,
+) -> None:
+    """What the ranks print, each line with its node and rank."""
+    watch.print_logs(run_directory(run), lines, rank, follow)
+
+
+@application.command("stop")
+def stop_command(run: Run, now: Annotated[bool, typer.Option("--now", help="without saving")] = False) -> None:
+    """Let a run save and stop, wherever it was started; a SLURM job is not requeued then."""
+    print(watch.stop(run_directory(run), now))
+
+
+@application.command("show")
+def show_command(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a started run; absent: --cluster")] = None,
+    cluster_file: ClusterFile = None,
+    hostfile: HostFile = None,
+    ranks: Ranks = 0,
+    png: Annotated[Path | None, typer.Option(help="draw it there too")] = None,
+) -> None:
+    """Draw the topology: which ranks share a node or a switch."""
+    cluster = load_cluster(cluster_file)
+    if run is None:
+        topology = _topology_of_hosts(cluster, hostfile, ranks, Path("run"))
+    else:
+        launch = read_launch(run_directory(run))
+        if not launch.get("hosts"):
+            raise UserError(f"{run}: nothing is known of its ranks: the launcher has not started it yet")
+        names, nodes = launch["hosts"], launch["node_of_rank"]
+        place = (launch["main_address"], launch["main_port"], tuple(cluster.switches_of(names)))
+        topology = Topology(tuple(names), tuple(nodes), *place)
+    drawing.print_topology(topology)
+    if png:
+        drawing.draw_topology(topology, png)
+        print(png)
 
 
 def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, directory: Path) -> Topology:
@@ -232,8 +337,17 @@ def _options(fresh: bool, new_plan: bool) -> list[str]:
     return [name for name, given in (("--fresh", fresh), ("--new-plan", new_plan)) if given]
 
 
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _read_world(text: str) -> Topology:
+    """A topology that another launcher wrote as JSON."""
+    table = json.loads(text)
+    return Topology(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+
+
+def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Cluster) -> None:
+    findings = preflight.check(directory, cluster, runner)
+    if preflight.exit_code(findings):
+        preflight.print_findings(runner.hosts, findings)
+        raise UserError("nothing was started: check.before_start found bad nodes; leave them out or mend them")
 
 
 def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster) -> None:

@@ -32,7 +32,9 @@ def divide(
             return None
         node = node_of_device[local_rank]
         mates = [rank for rank in range(local_size) if node_of_device[rank] == node]
-        return _share([c for c in processors_of_node.get(node, ()) if c in allowed], mates.index(local_rank), len(mates))
+        return _share(
+            [c for c in processors_of_node.get(node, ()) if c in allowed], mates.index(local_rank), len(mates)
+        )
     ordered = [c for node in sorted(processors_of_node) for c in processors_of_node[node] if c in allowed]
     return _share(ordered or sorted(allowed), local_rank, local_size)
 

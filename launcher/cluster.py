@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from bigmodel.config import Section, UserError, explain
-from launcher.fabric import complain_of_unknown, fabric_environment
+from launcher.fabric import complain_of_unknown, fabric_environment, profiles
 from launcher.hostlist import expand_hosts
 
 
@@ -51,11 +51,15 @@ class RequeueSettings(Section):
     """Whether a SLURM job that ended before the last step goes into the queue again."""
 
     limit: int = Field(10, ge=0, description="requeue at most so often; 0: never")
-    no_progress_limit: int = Field(2, ge=0, description="... and after so many failures in a row without a new step, not")
+    no_progress_limit: int = Field(
+        2, ge=0, description="... and after so many failures in a row without a new step, not"
+    )
 
 
 class SshSettings(Section):
-    command: list[str] = Field(["ssh"], min_length=1, description="the remote shell; gets host and command line")
+    command: list[str] = Field(
+        ["ssh", "-o", "BatchMode=yes"], min_length=1, description="the remote shell; gets options, host, command line"
+    )
     options: list[str] = Field([], description='its options, as ["-p", "2222"]')
     hostfile: Path | None = Field(None, description="DeepSpeed's form, a line per node: host slots=8")
 
@@ -82,7 +86,9 @@ class Cluster(Section):
     gpus_per_node: int = Field(0, ge=0)
     ranks_per_node: int = Field(0, ge=0, description="0: one per GPU, or one where there is none")
     hosts: str = Field("", description="for ssh and torchrun, without a host file: n[1-4], or addresses with commas")
-    switches: dict[str, str] = Field({}, description="hosts of each switch: { rack1 = 'n[1-4]' }; for drawing and naming")
+    switches: dict[str, str] = Field(
+        {}, description="hosts of each switch: { rack1 = 'n[1-4]' }; for drawing and naming"
+    )
     main_address: str = Field("", description="of rank 0; empty: its host name")
     main_port: int = Field(0, ge=0, le=65535, description="0: derived from the job's number")
     interface: str = Field("", description="network interface for gloo and NCCL's start, as ib0")
@@ -136,8 +142,9 @@ def load_cluster(path: Path | None) -> Cluster:
         raise UserError(f"{path}: no such cluster file; configs/clusters/ has examples") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
-    for name, section in (("hostfile", table.get("ssh")), ("fabric", table)):
-        _resolve(section, name, path.parent)
+    _resolve(table.get("ssh"), "hostfile", path.parent)
+    if table.get("fabric") not in profiles():
+        _resolve(table, "fabric", path.parent)
     try:
         cluster = Cluster.model_validate(table)
     except ValidationError as error:
@@ -148,8 +155,8 @@ def load_cluster(path: Path | None) -> Cluster:
 
 def _resolve(section: Any, name: str, folder: Path) -> None:
     """A path in a cluster file is relative to it."""
-    if isinstance(section, dict) and str(section.get(name, "")).count("/") + str(section.get(name, "")).count("."):
-        section[name] = str((folder / str(section[name])).resolve())
+    if isinstance(section, dict) and isinstance(section.get(name), str) and section[name]:
+        section[name] = str((folder / section[name]).resolve())
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Execute: what every rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
+"""Execute: what each rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
 
 Takes a run file and the environment of whoever started it. Rank 0 keeps its output, the others write to
 `logs/HOST-rank-N.log` in the run directory. The process that srun or torchrun knows becomes the trainer (execve), so
@@ -85,8 +85,8 @@ def _check_devices(local_size: int, environment: Mapping[str, str]) -> None:
     devices = count_devices(os.listdir("/dev"), environment.get("CUDA_VISIBLE_DEVICES"))
     if 0 < devices < local_size:
         raise UserError(
-            f"{local_size} ranks on {os.uname().nodename}, which shows {devices} GPU(s) to each: a rank needs one of its "
-            "own; start fewer per node, or let each see all of the node's (srun without --gpus-per-task or --gpu-bind)"
+            f"{local_size} ranks on {os.uname().nodename}, which shows {devices} GPU(s) to each: a rank needs one of "
+            "its own; start fewer per node, or let each see all (srun without --gpus-per-task or --gpu-bind)"
         )
 
 

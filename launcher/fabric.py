@@ -19,10 +19,9 @@ CHECKED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_")  # what begins otherwise is n
 
 def fabric_environment(fabric: str) -> dict[str, str]:
     """The variables of a profile. Raises `UserError` for an unknown profile or variable."""
-    built_in = {path.stem: path for path in FOLDER.glob("*.toml")}
-    path = built_in.get(fabric) or Path(fabric)
+    path = profiles().get(fabric) or Path(fabric)
     if not path.is_file():
-        raise UserError(f"fabric = {fabric}: neither a profile ({', '.join(sorted(built_in))}) nor a TOML file")
+        raise UserError(f"fabric = {fabric}: neither a profile ({', '.join(profiles())}) nor a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -34,6 +33,10 @@ def fabric_environment(fabric: str) -> dict[str, str]:
         if not isinstance(value, str):
             raise UserError(f'{path}: {name} = {value!r} must be a text: {name} = "{value}"')
     return dict(table)
+
+
+def profiles() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 
 
 def complain_of_unknown(names: Iterable[str]) -> str:

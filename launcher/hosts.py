@@ -56,8 +56,12 @@ def reach(cluster: Cluster, hosts: Sequence[str], folder: Path) -> None:
     test = ["test", "-x", sys.executable]
     asked = {
         host: subprocess.Popen(
-            remote_command(cluster, host, test, folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True
+            remote_command(cluster, host, test, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         for host in hosts
     }

@@ -11,7 +11,8 @@ thread that looks at the ranks 20 times a second. Never imports torch.
 Rank 0 writes straight to the terminal, so its progress line lives; the others write to `HOST-rank-N.log`.
 
 The same runs one node of several, started over ssh: then `leash` is true, and standard input brings the orders of the
-launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed, means "end".
+launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed, means
+"end" too.
 """
 
 import ctypes

@@ -34,8 +34,8 @@ def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
         if names[0] in environment:
             return _from_mpi(environment, names)
     raise UserError(
-        "exec: none of RANK, SLURM_PROCID (inside srun) or an MPI's rank is in the environment; start it once per rank: "
-        "srun python -m launcher exec RUN.toml, or torchrun ... -m launcher exec RUN.toml; "
+        "exec: none of RANK, SLURM_PROCID (inside srun) or an MPI's rank is in the environment; start it once per "
+        "rank: srun python -m launcher exec RUN.toml, or torchrun ... -m launcher exec RUN.toml; "
         "or, on this machine alone: python -m launcher local RUN.toml"
     )
 
@@ -52,6 +52,13 @@ def started_by(environment: Mapping[str, str]) -> str:
 def job_of(environment: Mapping[str, str]) -> str:
     """The number of the scheduler's job around this process, or ""; of a het job the leader's."""
     return environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+
+
+def job_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The hosts of the SLURM job around this process, all groups of a het job; none where there is no job."""
+    groups = [environment.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in range(64)]
+    texts = [text for text in groups if text] or [environment.get("SLURM_JOB_NODELIST", "")]
+    return [host for text in texts if text for host in expand_hosts(text)]
 
 
 def port_of(job: str, step: str = "0") -> int:

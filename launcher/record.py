@@ -106,9 +106,7 @@ def record_launch(
         },
     )
     hosts = list(topology.hosts)
-    record_event(
-        directory, "launch", by=by, job=job, restart=restart, world_size=topology.world_size, hosts=hosts
-    )
+    record_event(directory, "launch", by=by, job=job, restart=restart, world_size=topology.world_size, hosts=hosts)
 
 
 def record_end(directory: Path, cause: str, code: int, detail: str = "") -> None:

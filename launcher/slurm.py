@@ -11,12 +11,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bigmodel.config import UserError
-from bigmodel.rundir import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, read_json_lines, record_event, write_atomically, write_json
+from bigmodel.rundir import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    read_json_lines,
+    record_event,
+    write_atomically,
+    write_json,
+)
 from launcher.cluster import Cluster, RequeueSettings, near
 from launcher.record import Launch, launches, make_logs, read_launch, record_end, refuse_second_run
 
@@ -53,7 +62,11 @@ def render(job: Job) -> str:
         failed = f"{{ {job.launcher('ended')} --code 1 --preflight; exit 1; }}"
         lines += ["", "# Look at the nodes first.", f"{job.launcher('check')} || {failed}"]
     lines += ["", "# One task per rank; the first to fail takes the others with it.", _srun(job), "code=$?"]
-    lines += ["", "# Record why it ended; requeue if the cluster file says so.", f"{job.launcher('ended')} --code $code"]
+    lines += [
+        "",
+        "# Record why it ended; requeue if the cluster file says so.",
+        f"{job.launcher('ended')} --code $code",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -61,7 +74,7 @@ def submit(job: Job) -> str:
     """Give the job to SLURM; returns its number. Raises `UserError` for what SLURM would refuse or never start."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found on this machine; run this on a login node of the cluster")
-    _know_partition(job.cluster.slurm.partition)
+    _know_partition(job.cluster.slurm.partition, job.cluster.nodes)
     _refuse_queued(job.directory)
     refuse_second_run(job.directory)
     make_logs(job.directory)
@@ -97,8 +110,9 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
         return Decision(cause, False, f"requeue.limit = {policy.limit} is reached")
     if cause == "failed" and _failures_without_progress(history) > policy.no_progress_limit:
         return Decision(
-            cause, False, f"more than requeue.no_progress_limit = {policy.no_progress_limit} failures in a row at step "
-            f"{last.step}"
+            cause,
+            False,
+            f"more than requeue.no_progress_limit = {policy.no_progress_limit} failures in a row at step {last.step}",
         )
     return Decision(cause, True, "it goes on from its last checkpoint")
 
@@ -124,8 +138,20 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
     return {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}.get(decision.cause, EXIT_FAILED)
 
 
+def idle_hosts(partition: str) -> list[str]:
+    """Hosts of a partition (empty: any) that a job could have now. Raises `UserError` if there is none."""
+    command = ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N", *(["-p", partition] if partition else [])]
+    if shutil.which("sinfo") is None:
+        raise UserError("sinfo: not found on this machine; name hosts in the cluster file, or use a login node")
+    _know_partition(partition)
+    hosts = sorted(set(_run(command, Path.cwd()).stdout.split()))
+    if not hosts:
+        raise UserError(f"slurm.partition = {partition!r}: no node of it is idle; see sinfo")
+    return hosts
+
+
 def queue_state(job: str) -> str:
-    """What squeue says of a job, as "RUNNING" or "PENDING (Resources)"; "" if it is not in the queue or nobody knows."""
+    """What squeue says of a job, as "RUNNING" or "PENDING (Resources)"; "" if it is not queued or nobody knows."""
     if not job or shutil.which("squeue") is None:
         return ""
     answer = _run(["squeue", "-h", "-j", job, "-o", "%T (%r)"], Path.cwd())
@@ -188,13 +214,22 @@ def _failures_without_progress(history: Sequence[Launch]) -> int:
     return count
 
 
-def _know_partition(partition: str) -> None:
-    answer = _run(["sinfo", "-h", "-o", "%R"], Path.cwd())
+def _know_partition(partition: str, nodes: int = 1) -> None:
+    """Raises `UserError` for a partition that is not there or has fewer nodes: a job for it would wait for ever."""
+    answer = _run(["sinfo", "-h", "-o", "%P %D"], Path.cwd())
     if answer.returncode:
         raise UserError(f"sinfo: SLURM does not answer: {answer.stderr.strip()}")
-    known = sorted(set(answer.stdout.split()))
-    if partition and partition not in known:
-        raise UserError(f"slurm.partition = {partition!r}: no such partition; {near(partition, known)}")
+    sizes: Counter[str] = Counter()
+    default = ""
+    for line in answer.stdout.splitlines():
+        name, count = line.split()
+        default = name[:-1] if name.endswith("*") else default
+        sizes[name.removesuffix("*")] += int(count)
+    if partition and partition not in sizes:
+        raise UserError(f"slurm.partition = {partition!r}: no such partition; {near(partition, sorted(sizes))}")
+    name = partition or default
+    if name and nodes > sizes[name]:
+        raise UserError(f"nodes = {nodes}: partition {name!r} has {sizes[name]} nodes")
 
 
 def _refuse_queued(directory: Path) -> None:

@@ -1,8 +1,8 @@
 """A real SLURM cluster for tests: slurmctld and some slurmd on this one machine, as this user, in a folder.
 
-Needs Debian's `slurmctld slurmd slurm-client` and, for root, `munge`. No systemd, no cgroups: every node pretends to have
-16 processors and any number of GPUs (character devices that every Linux has). Nodes are named n1, n2 ...; as root they
-resolve, each to an address of its own in 127.0.1.0/24, through an /etc/hosts that only the cluster's processes see.
+Needs Debian's `slurmctld slurmd slurm-client munge`, and root. No systemd, no cgroups: every node pretends to have 16
+processors and up to 8 GPUs (character devices that every Linux has). Nodes are named n1, n2 ... and resolve, each to an
+address of its own in 127.0.1.0/24, through an /etc/hosts that only the cluster's processes see.
 """
 
 import os
@@ -18,7 +18,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "mun
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "kmsg")
 ENVIRONMENT = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
 
-CONFIGURATION = """
+CONFIGURATION = r"""
 ClusterName=tests{port}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
@@ -56,8 +56,9 @@ InactiveLimit=0
 MinJobAge=600
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=16 Boards=1 SocketsPerBoard=2 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=train Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
+ CPUs=16 Boards=1 SocketsPerBoard=2 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=train Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=10
 """
 
@@ -146,6 +147,12 @@ class Cluster:
             assert time.monotonic() < deadline, text
             time.sleep(0.2)
 
+    def start_now(self, job: str) -> None:
+        """Do not let a requeued job wait the two minutes that SLURM gives it."""
+        while "JobState=PENDING" not in self.call("scontrol", "show", "job", job):
+            time.sleep(0.1)
+        self.call("scontrol", "update", f"job={job}", "StartTime=now")
+
     def _inside(self, command: Sequence[str]) -> list[str]:
         return ["unshare", "--mount", "sh", "-c", f'mount --bind {self._hosts} /etc/hosts && exec "$@"', "sh", *command]
 
@@ -173,7 +180,9 @@ class Cluster:
         command = ["munged", "--foreground", "--force", f"--socket={home}/socket", f"--key-file={home}/key"]
         command += [f"--log-file={home}/log", f"--pid-file={home}/pid", f"--seed-file={home}/seed"]
         self._daemons.append(
-            subprocess.Popen(["runuser", "-u", "munge", "--", *command], env=self.environment, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                ["runuser", "-u", "munge", "--", *command], env=self.environment, stderr=subprocess.DEVNULL
+            )
         )
 
 
