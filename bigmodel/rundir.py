@@ -3,10 +3,25 @@
     runs/tiny/
       settings.json  deepspeed.json   what is in force      environment.json  commit, versions, host
       checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
-      events.jsonl   starts, stops, skipped steps           logs/             what ranks 1 and up printed
+      events.jsonl   starts, stops, skipped steps           logs/             what the ranks printed, see below
       metrics_endpoint  host:port while it runs             lock              held by the live run
       loss.png  sample.txt  summary.json                    at the end
+      world.json     host and device of each rank, and what all share: commit, sources, settings, data, versions
+      launch.json    how the launcher started it last       preflight.json    what `launcher check` found
     runs/tiny.prometheus.json                               for Prometheus, while it runs
+
+logs/HOST-rank-N.log has what rank N printed on HOST. Rank 0 prints where the run was started, under SLURM that is
+logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh, torchrun, mpi,
+environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank (indices into
+hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher stop` may signal.
+
+In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
+  launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
+  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit
+  stop_requested                               by `launcher stop`
+A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own
+sbatch script or torchrun nobody writes launch_ended; the trainer's `finished` or `stopped` tells as much
+(`launcher.record.launches` reads all of this).
 
 Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
 Imports no torch.

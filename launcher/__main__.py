@@ -6,6 +6,7 @@ costs milliseconds, not the start of every rank. Imports no torch.
 
 import json
 import os
+import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
@@ -73,6 +74,7 @@ def local_command(
         _print_ranks(topology, command, cluster)
         return
     directory = settings.run.directory
+    _require_fit(run_file, overrides, size)
     logs = make_logs(directory)
     refuse_second_run(directory)
     if cluster.check.before_start:
@@ -106,6 +108,7 @@ def slurm_command(
         print("# Hosts, MASTER_ADDR and MASTER_PORT follow from the allocation and the job's number; as an example:")
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
+    _require_fit(run_file, overrides, cluster.nodes * cluster.ranks_on_node)
     number = slurm.submit(job)
     print(f"job {number} is in the queue; see python -m launcher status|logs|stop {settings.run.directory}")
 
@@ -129,6 +132,7 @@ def torchrun_command(
         raise UserError(f"--node-rank {node_rank}: there are {len(topology.hosts)} nodes, counted from 0")
     words = ["exec", *_words(run_file, cluster_file, overrides), *_options(fresh, new_plan)]
     commands = [torchrun.node_command(topology, node, words) for node in range(len(topology.hosts))]
+    _require_fit(run_file, overrides, topology.world_size)
     if node_rank >= 0 and not dry_run:
         torchrun.become(commands[node_rank])
     for host, command in zip(topology.hosts, commands, strict=True):
@@ -156,6 +160,7 @@ def ssh_command(
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
     directory = settings.run.directory
+    _require_fit(run_file, overrides, topology.world_size)
     make_logs(directory)
     refuse_second_run(directory)
     hosts.reach(cluster, topology.hosts, Path.cwd())
@@ -340,7 +345,17 @@ def _options(fresh: bool, new_plan: bool) -> list[str]:
 def _read_world(text: str) -> Topology:
     """A topology that another launcher wrote as JSON."""
     table = json.loads(text)
-    return Topology(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+    names, nodes, switches = (tuple(table[name]) for name in ("hosts", "nodes", "switches"))
+    return Topology(names, nodes, table["main_address"], table["main_port"], switches)
+
+
+def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
+    """See that the run's DeepSpeed JSON and batch fit so many ranks, before any starts. Raises `UserError`."""
+    words = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{ranks} ranks: {done.stderr.strip().removeprefix('bigmodel: ')}")
 
 
 def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Cluster) -> None:

@@ -29,7 +29,8 @@ def execute(
     """Become this rank's trainer; returns only after a dry run. Raises `UserError` before anything has started."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology, rank = find_place(preset(os.environ, cluster))
-    command = [*trainer_command(run_file, overrides), *options]
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    command = [*trainer_command(run_file, overrides), *([] if restart else options)]  # --fresh: not at each requeue
     variables = launch_environment(topology, rank, cluster.variables())
     if dry_run:
         print(describe_rank(command, variables))
@@ -43,8 +44,7 @@ def execute(
     if rank == 0:
         _check_address(topology, by)
         refuse_second_run(directory)
-        restart = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
-        record_launch(directory, topology, by, job=job_of(os.environ), restart=int(restart))
+        record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
     else:
         host = topology.host(rank) if by == "slurm" else os.uname().nodename
         _write_to(logs / log_name(host, rank))

@@ -169,8 +169,8 @@ def _start(
 
 def _listen(signals: list[int]) -> None:
     """Turn the orders on standard input into signals; its end is the order to end."""
-    for line in sys.stdin.buffer:
-        signals.append(signal.SIGTERM if line.strip() == b"stop" else END)
+    while orders := os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin, whose lock would outlive this thread
+        signals += [signal.SIGTERM if order == b"stop" else END for order in orders.split()]
     signals.append(END)
 
 

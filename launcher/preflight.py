@@ -29,6 +29,7 @@ from launcher.local import launch_environment
 from launcher.network import interface_towards
 from launcher.placement import find_place
 from launcher.record import make_logs
+from launcher.slurm import container_options
 from launcher.topology import Topology, even_topology
 
 TOKEN = "preflight.token"  # bigmodel/probe.py reads it
@@ -129,13 +130,13 @@ def _alone(
         yield "health", good, f"uncorrected ECC errors {errors}, pages to retire {pending}"
     room = report["shared_memory_free_bytes"] / GIGABYTE
     least = limits.free_shared_memory_gigabytes
-    yield "memory", room >= least, f"{room:.1f} GB free in /dev/shm, {least} are needed"
+    yield "memory", room >= least, f"{room:.1f} GB free in /dev/shm, {least:g} GB needed"
     run = report["run"]
     if "error" in run:
         yield "disk", False, run["error"]
     else:
-        room = run["free_bytes"] / GIGABYTE
-        yield "disk", room >= limits.free_disk_gigabytes, f"{room:.1f} GB free, {limits.free_disk_gigabytes} are needed"
+        room, least = run["free_bytes"] / GIGABYTE, limits.free_disk_gigabytes
+        yield "disk", room >= least, f"{room:.1f} GB free, {least:g} GB needed"
         yield "disk", run["token"] == token, "the run directory is not the one that the other nodes see"
     network = report.get("network", {})
     if "error" in network:
@@ -290,7 +291,9 @@ def on_slurm(hosts: Sequence[str], cluster: Cluster, words: Sequence[str], folde
         command += [f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
     else:
         command += ["--overlap"]
-    return Runner(hosts, [[*command, *words]], folder)
+    command += container_options(cluster.container, folder)
+    python = [cluster.container.python] if cluster.container.image else words[:1]
+    return Runner(hosts, [[*command, *python, *words[1:]]], folder)
 
 
 def become_probe(

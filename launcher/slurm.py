@@ -26,7 +26,7 @@ from bigmodel.rundir import (
     write_atomically,
     write_json,
 )
-from launcher.cluster import Cluster, RequeueSettings, near
+from launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
 from launcher.record import Launch, launches, make_logs, read_launch, record_end, refuse_second_run
 
 
@@ -59,8 +59,8 @@ def render(job: Job) -> str:
     lines += [f"module load {shlex.quote(module)}" for module in job.cluster.slurm.modules]
     lines += list(job.cluster.slurm.setup)
     if job.cluster.check.before_start:
-        failed = f"{{ {job.launcher('ended')} --code 1 --preflight; exit 1; }}"
-        lines += ["", "# Look at the nodes first.", f"{job.launcher('check')} || {failed}"]
+        failed = [f"    {job.launcher('ended')} --code 1 --preflight", "    exit"]
+        lines += ["", "# Look at the nodes first.", f"if ! {job.launcher('check')}; then", *failed, "fi"]
     lines += ["", "# One task per rank; the first to fail takes the others with it.", _srun(job), "code=$?"]
     lines += [
         "",
@@ -194,13 +194,19 @@ def _srun(job: Job) -> str:
     container, slurm = job.cluster.container, job.cluster.slurm
     words = ["srun", "--kill-on-bad-exit=1"]
     words += [f"--cpus-per-task={slurm.cpus_per_rank}"] if slurm.cpus_per_rank else []  # sbatch's is not inherited
-    if container.image:
-        words += [f"--container-image={container.image}", "--no-container-mount-home"]
-        words += [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-        words += [f"--container-workdir={container.workdir or job.workdir}"]
+    words += container_options(container, job.workdir)
     words += slurm.srun_options
     python = container.python if container.image else ""
     return f"{shlex.join(words)} \\\n    {job.launcher('exec', python)}{''.join(' ' + o for o in job.options)}"
+
+
+def container_options(container: ContainerSettings, workdir: Path) -> list[str]:
+    """What makes srun run its tasks in the image, with the Pyxis plugin; nothing without an image."""
+    if not container.image:
+        return []
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    place = f"--container-workdir={container.workdir or workdir}"
+    return [f"--container-image={container.image}", "--no-container-mount-home", *mounts, place]
 
 
 def _failures_without_progress(history: Sequence[Launch]) -> int:

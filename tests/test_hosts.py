@@ -28,6 +28,7 @@ from tests.launched import (
 from tests.netns import Machines, Sshd, missing_namespaces, missing_ssh
 from tests.tiny_run import write_run
 
+REPOSITORY = Path(__file__).parents[1]
 NO_SSH, NO_NAMESPACES = missing_ssh(), missing_namespaces()
 needs_ssh = pytest.mark.skipif(bool(NO_SSH), reason=NO_SSH)
 needs_namespaces = pytest.mark.skipif(bool(NO_NAMESPACES), reason=NO_NAMESPACES)
@@ -67,7 +68,10 @@ def write_files(folder: Path, hosts: list[str], options: list[str], more: str = 
 
 
 def launch(*words: str, prefix: list[str] | None = None) -> "subprocess.Popen[str]":
-    command = [*(prefix or []), *LAUNCHER, *words]
+    return start_process([*(prefix or []), *LAUNCHER, *words])
+
+
+def start_process(command: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -182,16 +186,13 @@ def test_torchrun_between_machines_with_addresses_of_their_own(
 ) -> None:
     """This machine's name is a loopback address, as on Debian: gloo finds the right interface all the same.
 
-    First torchrun of node 1 is killed with -9, which by itself leaves its rank running; then the run goes on.
+    torchrun of node 1 is killed with -9, which by itself would leave its rank running; then the run goes on.
     """
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     cluster = write_files(tmp_path, machines.addresses[:2], [])
     words = ["torchrun", str(run_file), "--cluster", str(cluster), *steps()]
 
-    def start() -> "list[subprocess.Popen[str]]":
-        return [launch(*words, "--node-rank", str(node), prefix=machines.inside(node)) for node in range(2)]
-
-    nodes = start()
+    nodes = [launch(*words, "--node-rank", str(node), prefix=machines.inside(node)) for node in range(2)]
     wait_for_step(run, 5)
     assert {rank.environ()["MASTER_ADDR"] for rank in ranks_of(run).values()} == {machines.addresses[0]}
     nodes[1].kill()
@@ -199,8 +200,16 @@ def test_torchrun_between_machines_with_addresses_of_their_own(
         node.communicate(timeout=120)
     assert nodes[0].returncode != 0
     assert_no_orphans(run)
-    nodes = start()
-    printed = [output_of(node, 0) for node in nodes]
+    script = tmp_path / "torchrun.sh"  # the ready one, adapted: it does the same
+    text = (REPOSITORY / "configs" / "clusters" / "torchrun.sh").read_text()
+    changes = [("python -m", f"{sys.executable} -m"), ("--nproc-per-node=8", "--nproc-per-node=1")]
+    changes += [("=worker-1", f"={machines.addresses[0]}"), ("exec my.toml", f"exec {run_file} {' '.join(steps())}")]
+    for before, after in changes:
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    script.write_text(text)
+    again = [machines.inside(node, "bash", str(script), str(node)) for node in range(2)]
+    printed = [output_of(node, 0) for node in [start_process(command) for command in again]]
     assert "resuming at step" in printed[0]
     assert_same_training(run, reference)
     launch_record = read_json(run / "launch.json")

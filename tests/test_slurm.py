@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ REASON = missing()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 REPOSITORY = Path(__file__).parents[1]
+CLUSTERS = REPOSITORY / "configs" / "clusters"
 NODES = 32
 
 
@@ -190,26 +192,52 @@ def test_a_submitted_run_survives_a_killed_rank_and_equals_the_local_run(
     assert_no_orphans(run)
 
 
-def test_a_user_s_own_sbatch_script_needs_one_line(
-    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
-) -> None:
-    """The script of configs/clusters/ as it stands, with this machine's names in its first lines."""
-    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
-    text = (REPOSITORY / "configs" / "clusters" / "own.sbatch").read_text()
-    for before, after in (
-        ("--nodes=2", "--nodes=2"),
-        ("--ntasks-per-node=8", "--ntasks-per-node=1"),
-        ("--gpus-per-node=8", "--gpus-per-node=2"),
-        ("python -m launcher exec my.toml", f"{' '.join(LAUNCHER)} exec {run_file} {' '.join(steps())}"),
-    ):
-        assert text.count(before) == 1, before
+def adapt(folder: Path, name: str, run_file: Path) -> Path:
+    """A script of configs/clusters/ as it stands, but for this machine's interpreter, the run file and the counts."""
+    text = (CLUSTERS / name).read_text()
+    changes = [("python -m ", f"{sys.executable} -m "), ("exec my.toml", f"exec {run_file} {' '.join(steps())}")]
+    changes += [("--ntasks-per-node=8", "--ntasks-per-node=1"), ("--nproc-per-node=8", "--nproc-per-node=1")]
+    changes += [("--gpus-per-node=8", "--gpus-per-node=2")]
+    for before, after in changes:
         text = text.replace(before, after)
-    script = tmp_path / "own.sbatch"
+    assert text.count(sys.executable) == text.count(str(run_file)) == 1
+    script = folder / name
     script.write_text(text)
-    job = cluster.call("sbatch", "--parsable", f"--output={tmp_path}/output", str(script)).strip()
-    assert cluster.wait(job) == "COMPLETED", (tmp_path / "output").read_text()
+    return script
+
+
+@pytest.mark.parametrize(("script", "by"), [("own.sbatch", "slurm"), ("torchrun.sbatch", "torchrun")])
+def test_the_ready_scripts_train(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict], script: str, by: str
+) -> None:
+    run_file, run, output = write_run(tmp_path, shards), tmp_path / "run", tmp_path / "output"
+    submit = ["sbatch", "--parsable", f"--output={output}", str(adapt(tmp_path, script, run_file))]
+    job = cluster.call(*submit).strip()
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
     assert_same_training(run, reference)
-    assert "resuming" not in (tmp_path / "output").read_text()
+    launch = read_json(run / "launch.json")
+    assert (launch["by"], launch["job"], len(launch["hosts"])) == (by, job, 2)
+    [history] = launches(read_json_lines(run / "events.jsonl"))
+    assert (history.by, history.cause) == (by, "finished")  # the trainer's own word: no launcher saw the end
+    assert_no_orphans(run)
+
+
+def test_nodes_are_checked_inside_the_job_before_it_starts(cluster: Cluster, tmp_path: Path, shards: Path) -> None:
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    limits = "[check]\nbefore_start = true\n[check.expect]\nmatmul_tflops = 1e6\n[requeue]\nlimit = 0\n"
+    machines = write_cluster(tmp_path, f"nodes = 2\n{limits}")
+    job = re.search(r"job (\d+)", cluster.call(*LAUNCHER, "slurm", str(run_file), "--cluster", str(machines)))[1]
+    assert cluster.wait(job) == "FAILED"
+    output = (run / "logs" / f"slurm-{job}.out").read_text()
+    hosts = read_json(run / "preflight.json")["exclude"]
+    assert len(hosts) == 2
+    assert f"exclude: {','.join(hosts)}\n" in output
+    assert "failed; not requeued: requeue.limit = 0 is reached" in output
+    [history] = launches(read_json_lines(run / "events.jsonl"))
+    assert (history.cause, history.detail) == ("failed", "preflight")
+    assert not (run / "metrics.jsonl").exists()
+    network = read_json(run / "preflight.json")["reports"][hosts[0]]["network"]
+    assert network["all_reduce_bytes_per_second"] > 0
     assert_no_orphans(run)
 
 

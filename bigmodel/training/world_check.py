@@ -67,7 +67,7 @@ def disagreement(identities: Sequence[dict[str, Any]]) -> str:
         found = [identity[matter] for identity in identities]
         if len(set(found)) > 1:
             return _tell(matter, found, remedy)
-    for library in identities[0]["versions"]:
+    for library in dict.fromkeys(name for identity in identities for name in identity["versions"]):
         found = [identity["versions"].get(library, "not installed") for identity in identities]
         if len(set(found)) > 1:
             return _tell(f"the version of {library}", found, "give every node the same environment")
