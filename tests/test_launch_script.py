@@ -5,6 +5,7 @@ Containers (Pyxis/enroot), EFA and InfiniBand are rendering only: nothing here o
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,46 @@ def test_the_environment_of_a_rank_is_the_fabric_s_and_its_place(monkeypatch: py
         "NCCL_NET": "IB", "NCCL_IB_HCA": "mlx5", "NCCL_IB_TIMEOUT": "22", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0", **place,
     }  # fmt: skip
+
+
+# ---- exec, with what srun would have set
+
+STEP = {
+    "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_JOB_ID": "12", "MASTER_ADDR": "127.0.0.1",
+}  # fmt: skip
+
+
+def execute(folder: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    run_file = folder / "run.toml"
+    run_file.write_text(f"[run]\ndirectory = '{folder / 'run'}'\n")
+    command, variables = [*LAUNCHER, "exec", str(run_file), *words], {**os.environ, **STEP, **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_checkpoints_are_set_aside_once_not_at_every_requeue(tmp_path: Path) -> None:
+    first = execute(tmp_path, "--fresh", "--dry-run").stdout.splitlines()[0]
+    again = execute(tmp_path, "--fresh", "--dry-run", SLURM_RESTART_COUNT="1").stdout.splitlines()[0]
+    assert first.endswith(f"train {tmp_path}/run.toml --fresh")
+    assert again.endswith(f"train {tmp_path}/run.toml")
+
+
+def test_a_port_in_use_is_named_before_the_start(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        answer = execute(tmp_path, MASTER_PORT=str(port))
+    assert answer.returncode == 2
+    assert f"port {port} of 127.0.0.1, derived from the job's number, is in use; set main_port" in answer.stderr
+    assert not (tmp_path / "run" / "launch.json").exists()
+
+
+def test_a_run_directory_in_use_is_refused_by_rank_zero(tmp_path: Path) -> None:
+    claim(tmp_path / "run")
+    answer = execute(tmp_path)
+    assert answer.returncode == 2
+    assert f"run.directory = {tmp_path / 'run'}: another run is using it now" in answer.stderr
 
 
 # ---- the record

@@ -14,7 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bigmodel.rundir import read_json_lines
+from launcher.record import launches
 from launcher.topology import Topology, count_devices, even_topology, rank_environment
+from tests.launched import LAUNCHER as COMMAND
+from tests.launched import left_of, steps, wait_for_step
+from tests.tiny_run import write_run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -375,6 +380,36 @@ def test_mistakes_are_told_before_anything_starts(
     assert message in answer.stderr
     assert "Traceback" not in answer.stderr
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_world_that_the_deepspeed_json_excludes_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 2}')
+    file = write_run_file(tmp_path, "[training]\npacks_per_step = 8\ndeepspeed = 'ds.json'\n")
+    answer = launch_command("local", str(file), "--ranks", "3")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("launcher: 3 ranks: ")
+    assert "gradient_accumulation_steps" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_stopped_from_its_directory_and_refuses_a_second_one(tmp_path: Path, shards: Path) -> None:
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    command = [*COMMAND, "local", str(run_file), *steps(1_000_000)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(run, 3)
+    second = launch_command("local", str(run_file))
+    assert second.returncode == 2
+    assert f"another run is using it now (local, rank 0 on {os.uname().nodename}); stop it" in second.stderr
+    assert "state       running" in launch_command("status", str(run)).stdout
+    stopped = launch_command("stop", str(run_file))
+    assert f"asked process {first.pid} on {os.uname().nodename} to save and stop" in stopped.stdout
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 3
+    assert "stopped at step" in output
+    [history] = launches(read_json_lines(run / "events.jsonl"))
+    assert (history.by, history.cause, history.stop_requested) == ("local", "stopped", True)
+    assert left_of(run) == []
 
 
 def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_a_het_job_is_one_world_of_all_its_groups(cluster: Cluster, tmp_path: Pa
     assert all(f"MASTER_ADDR={homes[0][1]} " in line for line in environments)
 
 
+def test_a_het_job_trains(cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]) -> None:
+    run_file, run, output = write_run(tmp_path, shards), tmp_path / "run", tmp_path / "output"
+    script = tmp_path / "het.sbatch"
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH -N1 -n1 --output={output}\n#SBATCH hetjob\n#SBATCH -N1 -n1 --gpus-per-node=1\n"
+        f"srun --het-group=0,1 {' '.join(LAUNCHER)} exec {run_file} {' '.join(steps())}\n"
+    )
+    job = cluster.call("sbatch", "--parsable", str(script)).strip()
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
+    assert_same_training(run, reference)
+    assert_no_orphans(run)
+
+
 def test_node_lists_mean_what_scontrol_says(cluster: Cluster) -> None:
     """Over lists that a generator makes; the grammar's errors are in test_topology.py."""
     from hypothesis import HealthCheck, given, settings
