@@ -25,7 +25,7 @@ STALE_SECONDS = 60.0  # younger files in shared memory may belong to a process t
 STALE_NAMES = re.compile(r"nccl-.+|torch_\d+_\d+_\d+|\d{6}_(?:barrier|locals|cache_filelock|shard_.+|next_epoch)")
 MEASURE_SECONDS = 0.3
 FIRST_BYTES, MOST_BYTES = 1 << 20, 1 << 28
-MEET_SECONDS = 120.0
+MEET_SECONDS = 60.0
 ALL_PAIRS = 16  # nodes; of more only a hypercube of links is measured
 TOKEN = "preflight.token"
 
@@ -82,19 +82,25 @@ def remove_stale_shared_memory(folder: Path) -> list[str]:
 
 
 def matmul_tflops() -> float:
-    """Speed of a matrix product on the first device, 10^12 operations per second: bf16 on a GPU, fp32 on a CPU."""
+    """Speed of a matrix product on the slowest device, 10^12 operations per second: bf16 on a GPU, fp32 on a CPU."""
     import torch
 
-    cuda = torch.cuda.is_available()
+    return min(map(_matmul_tflops, [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]))
+
+
+def _matmul_tflops(device: str) -> float:
+    import torch
+
+    cuda = device != "cpu"
     size = 8192 if cuda else 512
-    a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     best = float("inf")
     deadline = time.perf_counter() + MEASURE_SECONDS
     while time.perf_counter() < deadline or best == float("inf"):
         start = time.perf_counter()
         a @ a
         if cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
 

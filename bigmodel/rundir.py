@@ -45,7 +45,7 @@ EXIT_FAILED = 1  # a bug or the machine
 EXIT_USER = 2  # a UserError: the text says what to mend
 EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
 
-
+CLAIM_ATTEMPTS = 5
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
 
 
@@ -60,7 +60,15 @@ def claim(directory: Path) -> None:
         file = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
     except OSError as error:
         raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
-    lock(file, f"run.directory = {directory}", "another run is using it now; stop that one or choose another directory")
+    busy = "another run is using it now; stop that one or choose another directory"
+    for attempt in range(CLAIM_ATTEMPTS):  # who looks whether the run lives (launcher status) holds it for an instant
+        try:
+            lock(file, f"run.directory = {directory}", busy)
+            break
+        except UserError:
+            if attempt == CLAIM_ATTEMPTS - 1:
+                raise
+            time.sleep(0.05)
     _claims.append(file)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from bigmodel.probe import STALE_SECONDS, network, probe, remove_stale_shared_memory, rounds
 from launcher.cluster import CheckSettings, Expectations
-from launcher.preflight import exclude, judge
+from launcher.preflight import Runner, exclude, judge
 from tests.launched import LAUNCHER
 from tests.tiny_run import write_run
 
@@ -98,7 +98,10 @@ def test_each_fault_names_its_node(path: list[Any], value: object, matter: str, 
 def test_a_node_without_a_report_is_named() -> None:
     found = reports()
     del found["n3"]
-    assert [(host, matter) for host, matter, _ in bad(found)] == [("n3", "answer")]
+    for host in ("n1", "n2"):  # they waited for it
+        found[host]["network"] = {"error": "rank 2 on n3 did not come"}
+    assert [(host, matter) for host, matter, _ in bad(found)] == [("", "network")] * 2 + [("n3", "answer")]
+    assert exclude(judge(HOSTS, found, "t", 8, CheckSettings())) == ["n3"]
 
 
 @pytest.mark.parametrize("sends", [True, False])
@@ -168,6 +171,15 @@ def test_a_node_that_never_comes_is_named_by_those_that_did(monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("bigmodel.probe.MEET_SECONDS", 0.5)
     assert network() == {"error": "rank 1 on n7 did not come"}
+
+
+def test_reports_are_told_by_name_whatever_order_the_nodes_have(tmp_path: Path) -> None:
+    """SLURM counts n1, n2, n10 where we asked for n10, n2, n1."""
+    nodes = ["n1", "n2", "n10"]
+    answers = [f"PROBE {json.dumps({'node': name, 'nodes': nodes, 'speed': name})}" for name in ("n10", "n1")]
+    runner = Runner(["n10", "n2", "n1"], [["printf", r"%s\n", "a word", *answers]], tmp_path)
+    assert runner.reports() == {"n10": {"speed": "n10"}, "n1": {"speed": "n1"}}
+    assert runner.hosts == nodes
 
 
 def test_this_machine_is_checked_with_the_run_s_own_needs(tmp_path: Path, shards: Path) -> None:
