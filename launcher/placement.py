@@ -22,17 +22,19 @@ MPI_VARIABLES = (
 
 
 def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
-    """The world around this process, and its rank. RANK, as torchrun sets it, comes before SLURM's and MPI's numbers.
+    """The world around this process, and its rank.
 
+    RANK, as torchrun sets it, comes first, then MPI's numbers, then SLURM's: mpirun inside of a job starts one SLURM
+    task per node, whose numbers all ranks of the node inherit.
     Raises `UserError` if nobody set anything, or not enough, or contradictions.
     """
-    if "RANK" in environment:
+    by = started_by(environment)
+    if by in ("torchrun", "environment"):
         return _from_torchrun(environment)
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
+    if by == "mpi":
+        return _from_mpi(environment, next(names for names in MPI_VARIABLES if names[0] in environment))
+    if by == "slurm":
         return _from_slurm(environment)
-    for names in MPI_VARIABLES:
-        if names[0] in environment:
-            return _from_mpi(environment, names)
     raise UserError(
         "exec: none of RANK, SLURM_PROCID (inside srun) or an MPI's rank is in the environment; start it once per "
         "rank: srun python -m launcher exec RUN.toml, or torchrun ... -m launcher exec RUN.toml; "
@@ -41,12 +43,14 @@ def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
 
 
 def started_by(environment: Mapping[str, str]) -> str:
-    """Who started this process: "slurm", "torchrun", "mpi" or "environment"."""
-    if "TORCHELASTIC_RUN_ID" in environment:
-        return "torchrun"
-    if "RANK" not in environment and "SLURM_STEP_NODELIST" in environment:
-        return "slurm"
-    return "environment" if "RANK" in environment else "mpi"
+    """Who started this process: "torchrun", "environment" (somebody else set RANK), "mpi", "slurm", or "" nobody."""
+    if "RANK" in environment:
+        return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
+    in_step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment
+    for rank, _, local_rank, _ in MPI_VARIABLES:
+        if rank in environment and (local_rank in environment or not in_step):  # srun --mpi=pmi2 sets PMI_RANK alone
+            return "mpi"
+    return "slurm" if in_step else ""
 
 
 def job_of(environment: Mapping[str, str]) -> str:

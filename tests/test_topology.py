@@ -152,6 +152,10 @@ def test_mpi_needs_an_address_when_it_spans_machines(rank: str, size: str, local
         find_place(given)
     topology, number = find_place({**given, "MASTER_ADDR": "head"})
     assert (number, topology.nodes, topology.main_address) == (5, (0, 0, 0, 1, 1, 1), "head")
+    inside, number = find_place({**SLURM, **given, "MASTER_ADDR": "head"})  # mpirun in a job: one SLURM task per node
+    assert (number, inside.world_size) == (5, 6)
+    assert started_by({**SLURM, **given}) == "mpi"
+    assert started_by({**SLURM, rank: "3", size: "4"}) == "slurm"  # srun --mpi=pmi2
     alone, _ = find_place({rank: "1", size: "3", local_rank: "1", local_size: "3"})
     assert alone.main_address == "127.0.0.1"
     with pytest.raises(UserError, match=f"{local_size} is not"):
