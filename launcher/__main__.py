@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -309,7 +310,7 @@ def show_command(
     """Draw the topology: which ranks share a node or a switch."""
     cluster = load_cluster(cluster_file)
     if run is None:
-        topology = _topology_of_hosts(cluster, hostfile, ranks, Path("run"))
+        topology = replace(_topology_of_hosts(cluster, hostfile, ranks, Path()), main_port=cluster.main_port)
     else:
         launch = read_launch(run_directory(run))
         if not launch.get("hosts"):

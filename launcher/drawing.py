@@ -15,10 +15,7 @@ COLUMNS = 8  # ranks in a row of a node
 def print_topology(topology: Topology) -> None:
     """A panel per switch with a line per node; nodes under no known switch come in one panel."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"{topology.world_size} ranks on {len(topology.hosts)} nodes; rank 0 at "
-        f"{topology.main_address}:{topology.main_port}"
-    )
+    console.print(_headline(topology))
     width = max(len(host) for host in topology.hosts)
     for switch, nodes in _by_switch(topology).items():
         text = Text()
@@ -55,7 +52,7 @@ def draw_topology(topology: Topology, file: Path) -> None:
             x, y = left + index % COLUMNS, top - 1 - index // COLUMNS
             axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, color=colour, alpha=0.25))
             axes.text(x + 0.5, y + 0.5, str(rank), fontsize=7, ha="center", va="center")
-    axes.set_title(f"{topology.world_size} ranks, rank 0 at {topology.main_address}:{topology.main_port}", fontsize=9)
+    axes.set_title(_headline(topology), fontsize=9)
     axes.set_xlim(-0.6, across * (columns + 1))
     axes.set_ylim(-down * (rows + 1.6) + 1, 1.2)
     axes.set_aspect("equal")
@@ -73,6 +70,13 @@ def shorten(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def _headline(topology: Topology) -> str:
+    """The port is 0 where the run has not started yet."""
+    port = f":{topology.main_port}" if topology.main_port else ""
+    nodes = "1 node" if len(topology.hosts) == 1 else f"{len(topology.hosts)} nodes"
+    return f"{topology.world_size} ranks on {nodes}; rank 0 at {topology.main_address}{port}"
 
 
 def _by_switch(topology: Topology) -> dict[str, list[int]]:

@@ -49,7 +49,7 @@ from launcher.topology import even_topology
 here = Path(sys.argv[1])
 topology = even_topology(["here"], {ranks}, "127.0.0.1", free_port())
 command = [sys.executable, "-c", {trainee!r}, str(here)]
-ending = run(command, topology, here / "logs", grace_seconds={grace_seconds}, save_seconds={bound})
+ending = run(command, topology, here / "logs", leash={leash}, grace_seconds={grace_seconds}, save_seconds={bound})
 (here / "ending").write_text(f"{{ending.cause}} {{ending.detail}}")
 sys.exit(ending.code)
 """
@@ -68,13 +68,15 @@ class Launch:
         save_seconds: float = 0.0,
         grace_seconds: float = 1.0,
         bound: float = 60.0,
+        leash: bool = False,
     ):
         self.here, self.ranks = here, ranks
         trainee = TRAINEE.format(then=then, save_seconds=save_seconds)
-        program = LAUNCHER.format(ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound)
+        program = LAUNCHER.format(ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound, leash=leash)
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, str(here)],
             cwd=REPOSITORY,
+            stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -85,6 +87,11 @@ class Launch:
         file = self.here / f"pid-{rank}"
         until(file.exists, f"rank {rank} to start")
         return int(file.read_text())
+
+    def order(self, words: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(words)
+        self.process.stdin.flush()
 
     def wait_until_started(self) -> None:
         for rank in range(self.ranks):
@@ -335,6 +342,35 @@ def test_a_program_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+# ---- at the end of a leash, as one node of several
+
+
+def test_the_order_to_stop_lets_every_rank_save(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, save_seconds=1.0, grace_seconds=0.1, leash=True)
+    launch.wait_until_started()
+    launch.order("stop\n")
+    until((tmp_path / "saved-1").exists, "rank 1 to save")
+    code, _, _ = launch.end()
+    assert (code, (tmp_path / "ending").read_text()) == (3, "stopped ")
+
+
+@pytest.mark.parametrize("order", ["end\n", ""], ids=["told", "leash cut"])
+def test_when_a_peer_or_the_far_launcher_is_gone_the_ranks_are_ended(tmp_path: Path, order: str) -> None:
+    then = (
+        "if rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(here / f'set-{rank}').touch()\n" + WAIT_FOR_EVER
+    )
+    launch = Launch(tmp_path, then, grace_seconds=0.5, leash=True)
+    for rank in range(2):
+        until((tmp_path / f"set-{rank}").exists, f"rank {rank}")
+    if order:
+        launch.order(order)
+        until(lambda: not left_running(tmp_path), "the end")
+    code, _, errors = launch.end()  # closes the pipe
+    assert (code, (tmp_path / "ending").read_text()) == (1, "failed another node failed")
+    assert errors == ""
+    assert (tmp_path / "saved-0").exists()
+
+
 # ---- the command line
 
 
@@ -423,7 +459,7 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_rank_zero_writes_to_the_terminal_itself(tmp_path: Path) -> None:
     """On a pseudo-terminal: rank 0 sees a terminal (its progress line lives), the others do not."""
     trainee = "import os, sys; print('terminal', os.environ['RANK'], sys.stdout.isatty(), flush=True)"
-    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60)
+    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60, leash=False)
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=theirs) as process:
         os.close(theirs)
