@@ -134,7 +134,10 @@ class Launch:
 
 
 def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
-    """Every start of a run, oldest first. One that another start followed without a word is "lost"."""
+    """Every start of a run, oldest first. One that another start followed without a word is "lost".
+
+    `by` is "" of a start that something else than this launcher made: the trainer tells of that one alone.
+    """
     found: list[Launch] = []
     for event in events:
         kind = event.get("event")
@@ -142,6 +145,8 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             if found and not found[-1].cause:
                 found[-1] = replace(found[-1], cause="lost")
             found.append(Launch(event["time"], event["by"], event["job"], event["restart"]))
+        elif kind == "start" and (not found or found[-1].cause):
+            found.append(Launch(event["time"], "", "", 0))
         elif not found:
             continue
         elif kind in ("finished", "stopped"):

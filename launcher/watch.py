@@ -37,7 +37,7 @@ def status(directory: Path) -> dict[str, Any]:
     seconds = metrics.get("step_seconds", 0.0)
     return {
         "state": _state(directory, launch, history[-1].cause if history else ""),
-        "by": launch.get("by", ""),
+        "by": launch.get("by", "") if not history or history[-1].by else "",
         "job": launch.get("job", ""),
         "hosts": launch.get("hosts", []),
         "ranks": len(launch.get("node_of_rank", [])),

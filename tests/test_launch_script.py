@@ -179,6 +179,7 @@ def test_starts_and_their_causes_are_read_from_the_events() -> None:
     events = [
         {"event": "start", "time": 0.5, "step": 0},  # by another launcher, before
         start,
+        {"event": "start", "time": 1.5, "step": 0},
         {"event": "launch_ended", "cause": "failed", "code": 137, "detail": "rank 1", "step": 6},
         {**start, "restart": 1},
         {"event": "stopped", "step": 9},
@@ -191,10 +192,11 @@ def test_starts_and_their_causes_are_read_from_the_events() -> None:
     ]
     found = launches(events)
     assert [(one.restart, one.cause, one.step) for one in found] == [
-        (0, "failed", 6), (1, "stopped", 9), (2, "lost", 0), (3, "finished", 20), (4, "", 0)
+        (0, "lost", 0), (0, "failed", 6), (1, "stopped", 9), (2, "lost", 0), (3, "finished", 20), (4, "", 0)
     ]  # fmt: skip
-    assert found[0].detail == "rank 1"
-    assert [one.stop_requested for one in found] == [False, False, False, True, False]
+    assert [one.by for one in found] == ["", *["slurm"] * 5]
+    assert found[1].detail == "rank 1"
+    assert [one.stop_requested for one in found] == [False, False, False, False, True, False]
 
 
 def history(*ends: tuple[str, int], stop: bool = False) -> list[Launch]:
