@@ -234,11 +234,25 @@ def profile(
 
 
 @app.command()
-def probe() -> None:
-    """Print what this machine offers, as JSON: devices, memory, versions."""
+def probe(
+    run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", metavar="[RUN.toml]")] = None,
+    override: Overrides = [],  # noqa: B006
+    world_size: Annotated[int, typer.Option(help="only see whether the settings fit so many ranks")] = 0,
+    line: Annotated[bool, typer.Option("--line", help="on one line, after the word PROBE")] = False,
+) -> None:
+    """Print what this machine offers, as JSON: devices, memory, versions; with a run file also data, disk and speed.
+
+    `python -m launcher check` runs it on every node and judges.
+    """
+    settings = load_settings(run_file, override) if run_file else None
+    if settings and world_size:
+        from bigmodel.deepspeed_config import resolve_deepspeed
+
+        resolve_deepspeed(settings, world_size)
+        return
     from bigmodel.probe import probe as run
 
-    print(json.dumps(run(), indent=1))
+    print(f"PROBE {json.dumps(run(settings))}" if line else json.dumps(run(settings), indent=1), flush=True)
 
 
 @show.command("data")

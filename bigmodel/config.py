@@ -541,7 +541,7 @@ def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
     try:
         return Settings.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "\n".join(_explain(line) for line in error.errors())) from None
+        raise UserError(f"{origin}: {explain(error, Settings)}") from None
 
 
 def packs_at(step: int, packs_per_step: int, batch_ramp: Sequence[tuple[int, int]]) -> int:
@@ -584,20 +584,24 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[names[-1]] = value
 
 
-def _explain(line: Mapping[str, Any]) -> str:
-    """One pydantic complaint as a sentence with the setting's name, its value and the remedy."""
+def explain(error: ValidationError, root: type[Section]) -> str:
+    """What pydantic complains of in a file that should be a `root`, a line each with setting, value and remedy."""
+    return "\n".join(_explain(line, root) for line in error.errors())
+
+
+def _explain(line: Mapping[str, Any], root: type[Section]) -> str:
     where = ".".join(str(part) for part in line["loc"])
     if line["type"] == "extra_forbidden":
-        return f"{where}: unknown setting{_suggestion(line['loc'])}"
+        return f"{where}: unknown setting{_suggestion(line['loc'], root)}"
     message = line["msg"].removeprefix("Value error, ")
     if line["type"] == "value_error":
         return message
     return f"{where} = {line['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _suggestion(location: tuple[Any, ...]) -> str:
+def _suggestion(location: tuple[Any, ...], root: type[Section]) -> str:
     """The nearest known name in the section where the unknown one stands; else the section that knows it."""
-    model: Any = Settings
+    model: Any = root
     for part in location[:-1]:
         if isinstance(part, int):
             continue
@@ -609,7 +613,7 @@ def _suggestion(location: tuple[Any, ...]) -> str:
         return f"; did you mean {near[0]!r}?"
     homes = [
         f"{name}.{location[-1]}"
-        for name, field in Settings.model_fields.items()
+        for name, field in root.model_fields.items()
         if _is_section(field.annotation) and location[-1] in getattr(field.annotation, "model_fields", {})
     ]
     return f"; did you mean {homes[0]!r}?" if homes else f"; known here: {', '.join(known)}"

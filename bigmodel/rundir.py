@@ -3,12 +3,27 @@
     runs/tiny/
       settings.json  deepspeed.json   what is in force      environment.json  commit, versions, host
       checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
-      events.jsonl   starts, stops, skipped steps           logs/             what ranks 1 and up printed
+      events.jsonl   starts, stops, skipped steps           logs/             what the ranks printed, see below
       metrics_endpoint  host:port while it runs             lock              held by the live run
       incarnation.json  which start may publish
       loss.png  sample.txt  summary.json                    at the end
       profile/                        asked for             tensorboard/ wandb/  if metrics.writers names them
+      world.json     host and device of each rank, and what all share: commit, sources, settings, data, versions
+      launch.json    how the launcher started it last       preflight.json    what `launcher check` found
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
+
+logs/HOST-rank-N.log has what rank N printed on HOST. Rank 0 prints where the run was started, under SLURM that is
+logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh, torchrun, mpi,
+environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank (indices into
+hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher stop` may signal.
+
+In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
+  launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
+  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit
+  stop_requested                               by `launcher stop`
+A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own
+sbatch script or torchrun nobody writes launch_ended; the trainer's `finished` or `stopped` tells as much
+(`launcher.record.launches` reads all of this).
 
 Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
 Imports no torch.
@@ -32,9 +47,8 @@ EXIT_FAILED = 1  # a bug or the machine
 EXIT_USER = 2  # a UserError: the text says what to mend
 EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
 
-
 INCARNATION = "incarnation.json"
-
+CLAIM_ATTEMPTS = 5
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
 
 
@@ -49,7 +63,15 @@ def claim(directory: Path) -> None:
         file = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
     except OSError as error:
         raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
-    lock(file, f"run.directory = {directory}", "another run is using it now; stop that one or choose another directory")
+    busy = "another run is using it now; stop that one or choose another directory"
+    for attempt in range(CLAIM_ATTEMPTS):  # who looks whether the run lives (launcher status) holds it for an instant
+        try:
+            lock(file, f"run.directory = {directory}", busy)
+            break
+        except UserError:
+            if attempt == CLAIM_ATTEMPTS - 1:
+                raise
+            time.sleep(0.05)
     _claims.append(file)
 
 

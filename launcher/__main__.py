@@ -1,101 +1,385 @@
-"""The launcher's command line: `python -m launcher local RUN.toml --ranks 2`.
+"""The launcher's command line: `python -m launcher local|slurm|torchrun|ssh|exec RUN.toml`, and what looks after a run.
 
-Takes a run file, gives the exit code of the run. The run file is read here first, so that a mistake in it costs
-milliseconds, not the start of every rank. Imports no torch.
+Takes a run file and a cluster file, gives the exit code of the run. Both are read here first, so that a mistake in them
+costs milliseconds, not the start of every rank. Imports no torch.
 """
 
+import json
 import os
-import shlex
+import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bigmodel.config import Settings, UserError, load_settings
+from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import EXIT_USER
-from launcher import local
-from launcher.topology import Topology, count_devices
+from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
+from launcher.cluster import Cluster, hosts_and_slots, load_cluster
+from launcher.execute import describe_rank, execute, rank_map
+from launcher.hostlist import expand_hosts
+from launcher.local import trainer_command
+from launcher.network import free_port
+from launcher.placement import job_hosts, port_of
+from launcher.record import (
+    make_logs,
+    read_launch,
+    record_end,
+    record_launch,
+    refuse_second_run,
+    run_directory,
+)
+from launcher.topology import Topology, count_devices, even_topology, ranks_per_node
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or its run file")]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", metavar="CLUSTER.toml", help="the machines: see configs/clusters/")
+]
+HostFile = Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", help="lines of the form: host slots=8")]
+Ranks = Annotated[int, typer.Option(help="processes in all; 0: one per GPU, or one per node where there is none")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="set checkpoints aside and start from step 0")]
+NewPlan = Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print everything that would run, and run nothing")]
 
 
 @application.callback()
 def launcher() -> None:
-    """Start the ranks of a training run and end them together."""
+    """Start the ranks of a training run anywhere, look after them, and end them together."""
 
 
 @application.command("local")
 def local_command(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")],
+    run_file: RunFile,
     ranks: Annotated[int, typer.Option(help="processes; 0: one per GPU, or one where there is none")] = 0,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="set checkpoints aside and start from step 0")] = False,
-    new_plan: Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print each rank's environment and command")] = False,
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default
+    fresh: Fresh = False,
+    new_plan: NewPlan = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train on this machine. Ctrl-C saves and stops; the same command goes on from there."""
-    try:
-        options = [name for name, given in (("--fresh", fresh), ("--new-plan", new_plan)) if given]
-        code = start_locally(run_file, ranks, overrides or [], dry_run, options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        code = EXIT_USER
-    raise typer.Exit(code)
-
-
-def start_locally(run_file: Path, ranks: int, overrides: list[str], dry_run: bool, options: Sequence[str] = ()) -> int:
-    """Read the run file, then run or (dry run) print one trainer per rank. Returns the exit code.
-
-    `options` are the trainer's, passed on.
-
-    Raises `UserError` for a run file or a number of ranks that cannot be used.
-    """
-    settings = load_settings(run_file, overrides)
-    topology = Topology(1, _num_ranks(ranks), "127.0.0.1", local.free_port())
-    command = [*trainer_command(run_file, overrides), *options]
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    size = ranks_per_node(ranks or cluster.ranks_per_node, 1, devices)
+    topology = even_topology([os.uname().nodename], size, "127.0.0.1", cluster.main_port or free_port())
+    command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     if dry_run:
-        print("\n".join(describe(command, topology)))
-        return 0
-    return local.run(command, topology, _make_logs(settings))
+        _print_ranks(topology, command, cluster)
+        return
+    directory = settings.run.directory
+    _require_fit(run_file, overrides, size)
+    logs = make_logs(directory)
+    refuse_second_run(directory)
+    if cluster.check.before_start:
+        words = preflight.look_words(run_file, cluster_file, overrides)
+        _require_good_nodes(preflight.on_this_machine(words, Path.cwd()), directory, cluster)
+    record_launch(directory, topology, "local", launcher=True)
+    ending = local.run(command, topology, logs, variables=cluster.variables(), binding=cluster.binding)
+    record_end(directory, ending.cause, ending.code, ending.detail)
+    raise typer.Exit(ending.code)
 
 
-def trainer_command(run_file: Path, overrides: list[str]) -> list[str]:
-    """What every rank runs: the same interpreter as the launcher's."""
-    settings = [word for override in overrides for word in ("--set", override)]
-    return [sys.executable, "-m", "bigmodel", "train", str(run_file), *settings]
+@application.command("slurm")
+def slurm_command(
+    run_file: RunFile,
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    new_plan: NewPlan = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit the run to SLURM: one task per rank. Prints the job's number."""
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    directory = settings.run.directory.absolute()
+    options = _options(fresh, new_plan)
+    job = slurm.Job(run_file, directory, Path.cwd(), cluster, cluster_file, overrides, options)
+    if dry_run:
+        print(slurm.render(job))
+        names = [f"node{number}" for number in range(cluster.nodes)]
+        address, port = cluster.main_address or names[0], cluster.main_port or port_of("0")
+        topology = even_topology(names, cluster.ranks_on_node, address, port, cluster.switches_of(names))
+        print("# Hosts, MASTER_ADDR and MASTER_PORT follow from the allocation and the job's number; as an example:")
+        _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
+        return
+    _require_fit(run_file, overrides, cluster.nodes * cluster.ranks_on_node)
+    number = slurm.submit(job)
+    print(f"job {number} is in the queue; see python -m launcher status|logs|stop {settings.run.directory}")
 
 
-def describe(command: list[str], topology: Topology) -> list[str]:
-    """One line per rank that a shell could run: the variables, then the command."""
-    lines = []
+@application.command("torchrun")
+def torchrun_command(
+    run_file: RunFile,
+    cluster_file: ClusterFile = None,
+    hostfile: HostFile = None,
+    ranks: Ranks = 0,
+    node_rank: Annotated[int, typer.Option(help="run that node's command here; absent: print all of them")] = -1,
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    new_plan: NewPlan = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Start with torchrun, static rendezvous: prints the command of each node, or runs this node's."""
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
+    if not -1 <= node_rank < len(topology.hosts):
+        raise UserError(f"--node-rank {node_rank}: there are {len(topology.hosts)} nodes, counted from 0")
+    words = ["exec", *_words(run_file, cluster_file, overrides), *_options(fresh, new_plan)]
+    commands = [torchrun.node_command(topology, node, words) for node in range(len(topology.hosts))]
+    _require_fit(run_file, overrides, topology.world_size)
+    if node_rank >= 0 and not dry_run:
+        torchrun.become(commands[node_rank])
+    for host, command in zip(topology.hosts, commands, strict=True):
+        print(f"# on {host}:\n{describe_rank(command, {})}")
+    if dry_run:
+        _print_ranks(topology, trainer_command(run_file, overrides), cluster)
+
+
+@application.command("ssh")
+def ssh_command(
+    run_file: RunFile,
+    cluster_file: ClusterFile = None,
+    hostfile: HostFile = None,
+    ranks: Ranks = 0,
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    new_plan: NewPlan = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train on the hosts of a host file, over ssh. Ctrl-C saves and stops everywhere."""
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
+    options = _options(fresh, new_plan)
+    if dry_run:
+        _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
+        return
+    directory = settings.run.directory
+    _require_fit(run_file, overrides, topology.world_size)
+    make_logs(directory)
+    refuse_second_run(directory)
+    hosts.reach(cluster, topology.hosts, Path.cwd())
+    if cluster.check.before_start:
+        words = preflight.look_words(run_file, cluster_file, overrides)
+        _require_good_nodes(preflight.on_hosts(topology, cluster, words, Path.cwd()), directory, cluster)
+    words = [sys.executable, "-m", "launcher", "node", *_words(run_file, cluster_file, overrides), *options]
+    record_launch(directory, topology, "ssh", launcher=True)
+    ending = hosts.run_on_hosts(cluster, words, topology, Path.cwd())
+    record_end(directory, ending.cause, ending.code, ending.detail)
+    raise typer.Exit(ending.code)
+
+
+@application.command("exec")
+def exec_command(
+    run_file: RunFile,
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    new_plan: NewPlan = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Be one rank, started by srun, torchrun or mpirun: `srun python -m launcher exec RUN.toml`."""
+    raise typer.Exit(execute(run_file, overrides, _options(fresh, new_plan), cluster_file, dry_run))
+
+
+@application.command("node", hidden=True)
+def node_command(
+    run_file: RunFile,
+    world: Annotated[str, typer.Option(help="the topology, as JSON")],
+    node: Annotated[int, typer.Option(help="which of its nodes this is")],
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006
+    fresh: Fresh = False,
+    new_plan: NewPlan = False,
+) -> None:
+    """One node of `ssh`."""
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    topology = _read_world(world)
+    devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    each = len(topology.ranks_of(node))
+    ranks_per_node(each, 1, devices)
+    command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
+    logs = make_logs(settings.run.directory)
+    ending = local.run(
+        command, topology, logs, node=node, variables=cluster.variables(), binding=cluster.binding, leash=True
+    )
+    raise typer.Exit(ending.code)
+
+
+@application.command("ended", hidden=True)
+def ended_command(
+    run_file: RunFile,
+    code: Annotated[int, typer.Option(help="what srun ended with")],
+    preflight: Annotated[bool, typer.Option(help="it was the check of the nodes that failed")] = False,
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """The last line of an sbatch script: record why the job ended, and requeue it if the cluster file says so."""
+    settings = load_settings(run_file, overrides)
+    raise typer.Exit(slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ))
+
+
+@application.command("check")
+def check_command(
+    run_file: RunFile,
+    cluster_file: ClusterFile = None,
+    hostfile: HostFile = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="print what preflight.json holds")] = False,
+) -> None:
+    """Look at every node: devices, memory, disk, clock, data, versions, speed, links; name those to exclude.
+
+    Inside a SLURM job its nodes; with a host file or `hosts` those, over ssh, or through srun where the cluster file
+    has a partition; with any other cluster file the idle nodes of SLURM; else this machine. Exit code 1 if any is bad.
+    """
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    directory = settings.run.directory
+    words = preflight.look_words(run_file, cluster_file, overrides)
+    inside = job_hosts(os.environ)
+    if inside:
+        runner = preflight.on_slurm(inside, cluster, words, Path.cwd())
+    elif hostfile or cluster.ssh.hostfile or (cluster.hosts and not cluster.slurm.partition):
+        topology = _topology_of_hosts(cluster, hostfile, 0, directory)
+        runner = preflight.on_hosts(topology, cluster, words, Path.cwd())
+    elif cluster_file:
+        asked = expand_hosts(cluster.hosts) if cluster.hosts else slurm.idle_hosts(cluster.slurm.partition)
+        runner = preflight.on_slurm(asked, cluster, words, Path.cwd())
+    else:
+        runner = preflight.on_this_machine(words, Path.cwd())
+    findings = preflight.check(directory, cluster, runner)
+    if as_json:
+        print((directory / "preflight.json").read_text(), end="")
+    else:
+        preflight.print_findings(runner.hosts, findings)
+    raise typer.Exit(preflight.exit_code(findings))
+
+
+@application.command("look", hidden=True)
+def look_command(
+    run_file: RunFile,
+    world: Annotated[str, typer.Option(help="the nodes, as a topology of one rank each, as JSON")] = "",
+    node: Annotated[int, typer.Option(help="which of them this is")] = 0,
+    cluster_file: ClusterFile = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """One node of `check`."""
+    preflight.become_probe(run_file, overrides, load_cluster(cluster_file), _read_world(world) if world else None, node)
+
+
+@application.command("status")
+def status_command(run: Run, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """State, step, loss, tokens per second, and restarts with their causes."""
+    found = watch.status(run_directory(run))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        watch.print_status(found)
+
+
+@application.command("logs")
+def logs_command(
+    run: Run,
+    lines: Annotated[int, typer.Option(min=0, help="last lines of each rank")] = 20,
+    rank: Annotated[list[int], typer.Option(help="only this rank; may be repeated")] = [],  # noqa: B006
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl-C")] = False,
+) -> None:
+    """What the ranks print, each line with its node and rank."""
+    watch.print_logs(run_directory(run), lines, rank, follow)
+
+
+@application.command("stop")
+def stop_command(run: Run, now: Annotated[bool, typer.Option("--now", help="without saving")] = False) -> None:
+    """Let a run save and stop, wherever it was started; a SLURM job is not requeued then."""
+    print(watch.stop(run_directory(run), now))
+
+
+@application.command("show")
+def show_command(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a started run; absent: --cluster")] = None,
+    cluster_file: ClusterFile = None,
+    hostfile: HostFile = None,
+    ranks: Ranks = 0,
+    png: Annotated[Path | None, typer.Option(help="draw it there too")] = None,
+) -> None:
+    """Draw the topology: which ranks share a node or a switch."""
+    cluster = load_cluster(cluster_file)
+    if run is None:
+        topology = replace(_topology_of_hosts(cluster, hostfile, ranks, Path()), main_port=cluster.main_port)
+    else:
+        launch = read_launch(run_directory(run))
+        if not launch.get("hosts"):
+            raise UserError(f"{run}: nothing is known of its ranks: the launcher has not started it yet")
+        names, nodes = launch["hosts"], launch["node_of_rank"]
+        place = (launch["main_address"], launch["main_port"], tuple(cluster.switches_of(names)))
+        topology = Topology(tuple(names), tuple(nodes), *place)
+    drawing.print_topology(topology)
+    if png:
+        drawing.draw_topology(topology, png)
+        print(png)
+
+
+def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, directory: Path) -> Topology:
+    """Every node computes the same: without a job's number the port follows from the run directory's name."""
+    names, slots = hosts_and_slots(cluster, hostfile)
+    each = ranks_per_node(ranks, len(names), slots) if ranks else slots
+    port = cluster.main_port or port_of(str(zlib.crc32(str(directory).encode())))
+    return even_topology(names, each, cluster.main_address or names[0], port, cluster.switches_of(names))
+
+
+def _words(run_file: Path, cluster_file: Path | None, overrides: Sequence[str]) -> list[str]:
+    """A command's arguments, for another process."""
+    words = [str(run_file), *(["--cluster", str(cluster_file)] if cluster_file else [])]
+    return words + [word for override in overrides for word in ("--set", override)]
+
+
+def _options(fresh: bool, new_plan: bool) -> list[str]:
+    """The trainer's own options, passed on."""
+    return [name for name, given in (("--fresh", fresh), ("--new-plan", new_plan)) if given]
+
+
+def _read_world(text: str) -> Topology:
+    """A topology that another launcher wrote as JSON."""
+    table = json.loads(text)
+    names, nodes, switches = (tuple(table[name]) for name in ("hosts", "nodes", "switches"))
+    return Topology(names, nodes, table["main_address"], table["main_port"], switches)
+
+
+def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
+    """See that the run's DeepSpeed JSON and batch fit so many ranks, before any starts. Raises `UserError`."""
+    words = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{ranks} ranks: {done.stderr.strip().removeprefix('bigmodel: ')}")
+
+
+def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Cluster) -> None:
+    findings = preflight.check(directory, cluster, runner)
+    if preflight.exit_code(findings):
+        preflight.print_findings(runner.hosts, findings)
+        raise UserError("nothing was started: check.before_start found bad nodes; leave them out or mend them")
+
+
+def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster) -> None:
     for rank in range(topology.world_size):
-        variables = local.launch_environment(topology, rank)
-        words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-        lines.append(" ".join([*words, shlex.join(command)]))
-    return lines
+        print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
+    print("\n".join(f"# {line}" for line in rank_map(topology)))
 
 
-def _num_ranks(asked: int) -> int:
-    if asked < 0:
-        raise UserError(f"--ranks {asked}: at least 1 rank is needed; 0 means one per GPU")
-    return asked or max(1, count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES")))
-
-
-def _make_logs(settings: Settings) -> Path:
-    logs = settings.run.directory / "logs"
+def main() -> None:
+    """Run a command; a `UserError` becomes one message and exit code 2."""
     try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.directory = {settings.run.directory}: cannot make {logs}: {error.strerror}; "
-            "name a folder you may write to, for example --set run.directory=/tmp/run"
-        ) from None
-    return logs
+        application()
+    except UserError as error:
+        print(f"launcher: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
 
 
 if __name__ == "__main__":
-    application()
+    main()

@@ -8,24 +8,30 @@ thread that looks at the ranks 20 times a second. Never imports torch.
     running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
        \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
 
-Rank 0 writes straight to the terminal, so its progress line lives; the others write to `rank-N.log`.
+Rank 0 writes straight to the terminal, so its progress line lives; the others write to `HOST-rank-N.log`.
+
+The same runs one node of several, started over ssh: then `leash` is true, and standard input brings the orders of the
+launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed, means
+"end" too.
 """
 
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from bigmodel.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from launcher.binding import processors_to_bind
+from launcher.record import log_name
 from launcher.topology import Topology, rank_environment
 
 GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and have nothing to save
@@ -34,6 +40,15 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+END = 0  # among the signals received: the order to end, from the other end of the leash
+
+
+class Ending(NamedTuple):
+    """How a launch ended: the exit code for the whole, a cause (`launcher.record.CAUSES`), the culprit if any."""
+
+    code: int
+    cause: str
+    detail: str = ""
 
 
 @dataclass
@@ -62,6 +77,8 @@ class Supervision:
     culprit: Rank | None = None  # the first rank that died
     died_stopping: bool = False  # ... and it did so after the signal
     killed_early: bool = False  # nobody died, but a second signal or the clock cut the saving short
+    abandoned: bool = False  # the order to end came: something happened on another node
+    world_size: int = 0
     deadline: float = float("inf")  # then SIGKILL
 
     @property
@@ -74,61 +91,87 @@ def run(
     topology: Topology,
     logs: Path,
     *,
+    node: int = 0,
+    variables: Mapping[str, str] | None = None,
+    binding: str = "none",
+    leash: bool = False,
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
-) -> int:
-    """Run `command` once per rank until all have ended; return the exit code for the whole.
+) -> Ending:
+    """Run `command` once per rank of a node until all have ended; return how that went.
 
-    0: every rank returned 0. 2 (user error) and 3 (stopped and saved): a rank's own, passed through. 1: a rank died;
-    standard error says which, how, and shows the last lines of its log. Call it from the main thread: it handles
-    signals. `logs` is made if need be; a rank's log is appended to.
+    Code 0: every rank returned 0. 2 (user error) and 3 (stopped and saved): a rank's own, passed through. 1: a rank
+    died; standard error says which, how, and shows the last lines of its log. Call it from the main thread: it
+    handles signals. `logs` is made if need be; a rank's log is appended to. `variables` are set for every rank,
+    `binding` is that of `launcher.binding.divide`.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    supervision = Supervision([])
-    with _collect_signals(supervision.signals):
+    supervision = Supervision([], world_size=topology.world_size)
+    with collect_signals(supervision.signals):
+        if leash:
+            threading.Thread(target=_listen, args=(supervision.signals,), daemon=True).start()
         try:
-            for number in range(topology.world_size):
-                supervision.ranks.append(_start(command, topology, number, logs))
+            for number in topology.ranks_of(node):
+                environment = launch_environment(topology, number, variables or {})
+                supervision.ranks.append(_start(command, topology, number, logs, environment, binding))
             _supervise(supervision, grace_seconds, save_seconds)
         finally:
             _kill_all(supervision.running)
     return _verdict(supervision)
 
 
-def free_port() -> int:
-    """A TCP port that was free on this machine a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def trainer_command(run_file: Path, overrides: Sequence[str]) -> list[str]:
+    """What every rank runs: the same interpreter as the launcher's."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    return [sys.executable, "-m", "bigmodel", "train", str(run_file), *settings]
 
 
-def launch_environment(topology: Topology, rank: int) -> dict[str, str]:
-    """What `run` sets for a rank: its place in the world, and PATH beginning with this interpreter's own programs.
+def launch_environment(topology: Topology, rank: int, variables: Mapping[str, str]) -> dict[str, str]:
+    """What is set for a rank: `variables`, its place in the world, PATH beginning with this interpreter's own programs.
 
     The PATH is for ninja, which DeepSpeed calls by name and which lies beside the interpreter of a virtual
     environment that nobody activated.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    variables = rank_environment(topology, rank, cores, os.environ)
+    found = {**variables, **rank_environment(topology, rank, cores, {**os.environ, **variables})}
     programs = os.path.dirname(sys.executable)
     path = os.environ.get("PATH", os.defpath)
-    return variables if programs in path.split(os.pathsep) else {**variables, "PATH": programs + os.pathsep + path}
+    return found if programs in path.split(os.pathsep) else {**found, "PATH": programs + os.pathsep + path}
 
 
-def _start(command: Sequence[str], topology: Topology, number: int, logs: Path) -> Rank:
-    log = None if number == 0 else logs / f"rank-{number}.log"
+def _start(
+    command: Sequence[str],
+    topology: Topology,
+    number: int,
+    logs: Path,
+    environment: Mapping[str, str],
+    binding: str,
+) -> Rank:
+    log = None if number == 0 else logs / log_name(topology.host(number), number)
     log_start = log.stat().st_size if log and log.exists() else 0
+    processors = processors_to_bind(
+        binding, topology.local_rank(number), topology.local_size(number), {**os.environ, **environment}
+    )
     with _open_log(log) as output:
         process = subprocess.Popen(
             list(command),
-            env={**os.environ, **launch_environment(topology, number)},
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher only, which forwards it once
             preexec_fn=_die_with_launcher(os.getpid()),
         )
+    if processors:
+        os.sched_setaffinity(process.pid, processors)  # it has no thread yet but the first: all later ones inherit
     return Rank(number, process, log, log_start)
+
+
+def _listen(signals: list[int]) -> None:
+    """Turn the orders on standard input into signals; its end is the order to end."""
+    while orders := os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin, whose lock would outlive this thread
+        signals += [signal.SIGTERM if order == b"stop" else END for order in orders.split()]
+    signals.append(END)
 
 
 @contextmanager
@@ -159,7 +202,7 @@ def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
 
 
 @contextmanager
-def _collect_signals(received: list[int]) -> Iterator[None]:
+def collect_signals(received: list[int]) -> Iterator[None]:
     """Turn stop signals into entries of a list while the ranks run; put the old handlers back afterwards.
 
     A signal that we were started to ignore (SIGHUP under nohup) stays ignored.
@@ -182,7 +225,7 @@ def _supervise(supervision: Supervision, grace_seconds: float, save_seconds: flo
     while supervision.running:
         _collect_the_ended(supervision, grace_seconds, save_seconds)
         while handled < len(supervision.signals):
-            _on_signal(supervision, supervision.signals[handled], save_seconds)
+            _on_signal(supervision, supervision.signals[handled], grace_seconds, save_seconds)
             handled += 1
         if time.monotonic() > supervision.deadline:
             _end_early(supervision)
@@ -205,8 +248,13 @@ def _collect_the_ended(supervision: Supervision, grace_seconds: float, save_seco
             _signal_all(supervision.running, signal.SIGTERM)
 
 
-def _on_signal(supervision: Supervision, number: int, save_seconds: float) -> None:
-    if not supervision.running:
+def _on_signal(supervision: Supervision, number: int, grace_seconds: float, save_seconds: float) -> None:
+    if not supervision.running or supervision.abandoned:
+        return
+    if number == END:
+        supervision.abandoned = True
+        supervision.deadline = min(supervision.deadline, time.monotonic() + grace_seconds)
+        _signal_all(supervision.running, signal.SIGTERM)
         return
     if supervision.stopping:
         _end_early(supervision)
@@ -243,32 +291,37 @@ def _kill_all(ranks: list[Rank]) -> None:
         rank.ended = rank.process.wait()
 
 
-def _verdict(supervision: Supervision) -> int:
+def _verdict(supervision: Supervision) -> Ending:
     culprit = supervision.culprit
+    if supervision.abandoned:
+        saved = all(_status(rank) in (EXIT_DONE, EXIT_STOPPED) for rank in supervision.ranks)
+        return Ending(EXIT_STOPPED, "stopped") if saved else Ending(EXIT_FAILED, "failed", "another node failed")
     if supervision.killed_early:
         _say("killed before every rank had saved; the run goes on from its last checkpoint")
-        return EXIT_FAILED
+        return Ending(EXIT_FAILED, "failed", "killed before every rank had saved")
     if culprit is None:
-        return max(_status(rank) for rank in supervision.ranks)  # EXIT_DONE or EXIT_STOPPED
+        code = max(_status(rank) for rank in supervision.ranks)  # EXIT_DONE or EXIT_STOPPED
+        return Ending(code, "finished" if code == EXIT_DONE else "stopped")
     if supervision.died_stopping and _status(culprit) == -signal.SIGTERM:
         _say("stopped before every rank could save; the run goes on from its last checkpoint, if it had one")
-        return EXIT_STOPPED
+        return Ending(EXIT_STOPPED, "stopped", "before every rank could save")
     return _blame(culprit, supervision)
 
 
-def _blame(culprit: Rank, supervision: Supervision) -> int:
-    """Say what is known of the first rank that died; return the exit code."""
+def _blame(culprit: Rank, supervision: Supervision) -> Ending:
+    """Say what is known of the first rank that died."""
     user_error = _status(culprit) == EXIT_USER
-    if user_error and _status(supervision.ranks[0]) == EXIT_USER:
-        return EXIT_USER  # rank 0 has printed the same message on the terminal
-    world = len(supervision.ranks)
-    others = ["", "; the other rank was ended", "; the other ranks were ended"][min(world - 1, 2)]
-    _say(f"rank {culprit.number} of {world} {_how(_status(culprit))}{others}")
+    world = supervision.world_size
+    death = f"rank {culprit.number} of {world} {_how(_status(culprit))}"
+    if user_error and _status(supervision.ranks[0]) == EXIT_USER and supervision.ranks[0].log is None:
+        return Ending(EXIT_USER, "user_error", death)  # rank 0 has printed the same message on the terminal
+    others = ["", "; the other rank was ended", "; the other ranks were ended"][min(len(supervision.ranks) - 1, 2)]
+    _say(death + others)
     if culprit.log:
         _say(f"last lines of {culprit.log}:")
         for line in _tail(culprit.log, culprit.log_start):
             _say(f"  | {line}")
-    return EXIT_USER if user_error else EXIT_FAILED
+    return Ending(EXIT_USER, "user_error", death) if user_error else Ending(EXIT_FAILED, "failed", death)
 
 
 def _status(rank: Rank) -> int:

@@ -1,50 +1,124 @@
-"""Topology: which process gets which number, and how they find each other.
+"""Topology: which process gets which number and runs where, and how they find each other.
 
-Takes how many nodes and ranks there are and where rank 0 listens, gives each rank's environment: the variables
-that torchrun, srun and the deepspeed launcher set too, so the trainer cannot tell who started it. Pure functions,
-no I/O; imports nothing of the project.
+A `Topology` is computed from a SLURM step, torchrun, mpirun, a host file or settings (`launcher/placement.py`) and
+gives each rank's environment: the variables that torchrun, srun and the deepspeed launcher set too, so the trainer
+cannot tell who started it. Pure functions, no I/O.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from bigmodel.config import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """`nodes` machines with `ranks_per_node` processes each; rank 0 listens at `main_address:main_port`."""
+    """Ranks on hosts; rank 0 listens at `main_address:main_port`.
 
-    nodes: int
-    ranks_per_node: int
+    `nodes[r]` is the node of rank r, an index into `hosts`; ranks of one node are usually neighbours, but need not be
+    (SLURM's cyclic distribution). `switches` names each host's switch, or is empty where nobody knows.
+
+    >>> topology = Topology(("a", "b"), (0, 0, 1, 1), "a", 15000)
+    >>> topology.local_rank(3), topology.local_size(3), topology.ranks_of(1)
+    (1, 2, [2, 3])
+    """
+
+    hosts: tuple[str, ...]
+    nodes: tuple[int, ...]
     main_address: str
     main_port: int
+    switches: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
+        return len(self.nodes)
+
+    def host(self, rank: int) -> str:
+        return self.hosts[self.nodes[rank]]
+
+    def ranks_of(self, node: int) -> list[int]:
+        return [rank for rank, home in enumerate(self.nodes) if home == node]
+
+    def local_rank(self, rank: int) -> int:
+        """How many lower ranks its node has."""
+        return self.nodes[:rank].count(self.nodes[rank])
+
+    def local_size(self, rank: int) -> int:
+        return self.nodes.count(self.nodes[rank])
+
+    def share_node(self, one: int, other: int) -> bool:
+        return self.nodes[one] == self.nodes[other]
+
+    def share_switch(self, one: int, other: int) -> bool:
+        """Whether both nodes hang on one known switch; a node shares its own."""
+        if self.share_node(one, other):
+            return True
+        switch = self.switches[self.nodes[one]] if self.switches else ""
+        return bool(switch) and switch == self.switches[self.nodes[other]]
+
+
+def even_topology(
+    hosts: Sequence[str], ranks_per_node: int, main_address: str, main_port: int, switches: Sequence[str] = ()
+) -> Topology:
+    """As many ranks on each host, counted through a host before the next: neighbours share the fast links."""
+    nodes = tuple(node for node in range(len(hosts)) for _ in range(ranks_per_node))
+    return Topology(tuple(hosts), nodes, main_address, main_port, tuple(switches))
+
+
+def ranks_per_node(ranks: int, nodes: int, devices: int, default: int = 1) -> int:
+    """How many ranks each node gets, of `ranks` in all (0: one per device, or `default`).
+
+    Raises `UserError` if they do not divide, or exceed the devices of a node.
+    """
+    if ranks < 0:
+        raise UserError(f"--ranks {ranks}: at least 1 rank is needed; 0 means one per GPU")
+    if ranks % nodes:
+        low, high = ranks // nodes * nodes, (ranks // nodes + 1) * nodes
+        near = f"{low} or {high}" if low else str(high)
+        raise UserError(f"{ranks} ranks do not divide over {nodes} nodes; ask for {near} ranks, or for other nodes")
+    each = ranks // nodes or devices or default
+    if devices and each > devices:
+        raise UserError(
+            f"{each} ranks on a node, but it has {devices} GPU(s); a rank needs one of its own: at most "
+            f"{devices * nodes} ranks on {nodes} node(s)"
+        )
+    return each
 
 
 def rank_environment(topology: Topology, rank: int, cores: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables to set for one rank, on top of those it inherits.
 
-    Ranks count through a node before they go on to the next, so that neighbours share the fast links. `cores` is
-    what the node offers to all its ranks; each gets an equal share of threads, unless the user set OMP_NUM_THREADS:
-    torch would otherwise start one thread per core in every rank. Device visibility is left alone: every rank sees
-    all devices of its node and picks one by LOCAL_RANK.
+    `cores` is what the node offers to all its ranks; each gets an equal share of threads, unless the user set
+    OMP_NUM_THREADS: torch would otherwise start one thread per core in every rank. Device visibility is left alone:
+    every rank sees all devices of its node and picks one by LOCAL_RANK. LAUNCH_HOSTS lets the trainer name the
+    node of a rank that never came.
     """
     assert 0 <= rank < topology.world_size, f"rank {rank} is not in a world of {topology.world_size}"
-    node, local_rank = divmod(rank, topology.ranks_per_node)
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(topology.world_size),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(topology.ranks_per_node),
-        "NODE_RANK": str(node),
+        "LOCAL_RANK": str(topology.local_rank(rank)),
+        "LOCAL_WORLD_SIZE": str(topology.local_size(rank)),
+        "NODE_RANK": str(topology.nodes[rank]),
         "MASTER_ADDR": topology.main_address,
         "MASTER_PORT": str(topology.main_port),
+        "LAUNCH_HOSTS": host_runs(topology),
     }
     if "OMP_NUM_THREADS" not in inherited:
-        variables["OMP_NUM_THREADS"] = str(max(1, cores // topology.ranks_per_node))
+        variables["OMP_NUM_THREADS"] = str(max(1, cores // topology.local_size(rank)))
     return variables
+
+
+def host_runs(topology: Topology) -> str:
+    """The host of each rank, runs of one host shortened: "a*8,b*8"."""
+    runs: list[tuple[str, int]] = []
+    for rank in range(topology.world_size):
+        host = topology.host(rank)
+        if runs and runs[-1][0] == host:
+            runs[-1] = (host, runs[-1][1] + 1)
+        else:
+            runs.append((host, 1))
+    return ",".join(f"{host}*{count}" for host, count in runs)
 
 
 def count_devices(device_files: list[str], visible: str | None) -> int:

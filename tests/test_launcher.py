@@ -14,7 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.topology import Topology, count_devices, rank_environment
+from bigmodel.rundir import read_json_lines
+from launcher.record import launches
+from launcher.topology import Topology, count_devices, even_topology, rank_environment
+from tests.launched import LAUNCHER as COMMAND
+from tests.launched import left_of, steps, wait_for_step
+from tests.tiny_run import write_run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -38,12 +43,15 @@ part.rename(here / f"pid-{{rank}}")
 LAUNCHER = """
 import sys
 from pathlib import Path
-from launcher.local import free_port, run
-from launcher.topology import Topology
+from launcher.local import run
+from launcher.network import free_port
+from launcher.topology import even_topology
 here = Path(sys.argv[1])
-topology = Topology(1, {ranks}, "127.0.0.1", free_port())
+topology = even_topology(["here"], {ranks}, "127.0.0.1", free_port())
 command = [sys.executable, "-c", {trainee!r}, str(here)]
-sys.exit(run(command, topology, here / "logs", grace_seconds={grace_seconds}, save_seconds={bound}))
+ending = run(command, topology, here / "logs", leash={leash}, grace_seconds={grace_seconds}, save_seconds={bound})
+(here / "ending").write_text(f"{{ending.cause}} {{ending.detail}}")
+sys.exit(ending.code)
 """
 WAIT_FOR_EVER = "while True: time.sleep(0.05)"
 
@@ -60,13 +68,15 @@ class Launch:
         save_seconds: float = 0.0,
         grace_seconds: float = 1.0,
         bound: float = 60.0,
+        leash: bool = False,
     ):
         self.here, self.ranks = here, ranks
         trainee = TRAINEE.format(then=then, save_seconds=save_seconds)
-        program = LAUNCHER.format(ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound)
+        program = LAUNCHER.format(ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound, leash=leash)
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, str(here)],
             cwd=REPOSITORY,
+            stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,6 +87,11 @@ class Launch:
         file = self.here / f"pid-{rank}"
         until(file.exists, f"rank {rank} to start")
         return int(file.read_text())
+
+    def order(self, words: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(words)
+        self.process.stdin.flush()
 
     def wait_until_started(self) -> None:
         for rank in range(self.ranks):
@@ -119,7 +134,8 @@ def _clean_up(tmp_path: Path) -> Iterator[None]:
 
 
 def test_each_rank_gets_the_variables_that_torchrun_sets() -> None:
-    topology = Topology(nodes=2, ranks_per_node=3, main_address="n1", main_port=4321)
+    topology = even_topology(["n1", "n2"], 3, "n1", 4321)
+    assert topology == Topology(("n1", "n2"), (0, 0, 0, 1, 1, 1), "n1", 4321)
     assert topology.world_size == 6
     assert rank_environment(topology, 4, cores=7, inherited={}) == {
         "RANK": "4",
@@ -129,12 +145,13 @@ def test_each_rank_gets_the_variables_that_torchrun_sets() -> None:
         "NODE_RANK": "1",
         "MASTER_ADDR": "n1",
         "MASTER_PORT": "4321",
+        "LAUNCH_HOSTS": "n1*3,n2*3",
         "OMP_NUM_THREADS": "2",
     }
 
 
 def test_threads_are_shared_out_but_a_user_s_choice_and_device_visibility_stay() -> None:
-    topology = Topology(1, 8, "127.0.0.1", 1)
+    topology = even_topology(["here"], 8, "127.0.0.1", 1)
     assert rank_environment(topology, 0, cores=2, inherited={})["OMP_NUM_THREADS"] == "1"
     chosen = rank_environment(topology, 0, cores=64, inherited={"OMP_NUM_THREADS": "5", "CUDA_VISIBLE_DEVICES": "3"})
     assert not {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(chosen)
@@ -142,7 +159,7 @@ def test_threads_are_shared_out_but_a_user_s_choice_and_device_visibility_stay()
 
 def test_a_rank_outside_the_world_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="rank 2 is not in a world of 2"):
-        rank_environment(Topology(1, 2, "127.0.0.1", 1), 2, 1, {})
+        rank_environment(even_topology(["here"], 2, "127.0.0.1", 1), 2, 1, {})
 
 
 @pytest.mark.parametrize(
@@ -170,8 +187,8 @@ def test_all_ranks_done_is_success_and_each_saw_its_own_number(tmp_path: Path) -
     assert (code, errors) == (0, "")
     assert output == "rank 0 begins\n"  # rank 0 writes to the launcher's own output, the others to their logs
     assert [(tmp_path / f"env-{rank}").read_text() for rank in range(3)] == ["0 0 3", "1 1 3", "2 2 3"]
-    assert (tmp_path / "logs" / "rank-2.log").read_text() == "rank 2 begins\n"
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank-1.log", "rank-2.log"]
+    assert (tmp_path / "logs" / "here-rank-2.log").read_text() == "rank 2 begins\n"
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["here-rank-1.log", "here-rank-2.log"]
 
 
 def test_a_killed_rank_is_named_and_the_rest_is_ended(tmp_path: Path) -> None:
@@ -182,7 +199,7 @@ def test_a_killed_rank_is_named_and_the_rest_is_ended(tmp_path: Path) -> None:
     assert code == 1
     assert "rank 1 of 3 was killed by SIGKILL" in errors
     assert "out: see dmesg" in errors
-    assert f"last lines of {tmp_path}/logs/rank-1.log:\n  | rank 1 begins\n" in errors
+    assert f"last lines of {tmp_path}/logs/here-rank-1.log:\n  | rank 1 begins\n" in errors
     assert (tmp_path / "saved-0").exists()  # they got SIGTERM, not only SIGKILL
 
 
@@ -206,11 +223,11 @@ def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(tmp_path: Path) ->
 
 def test_only_this_launch_s_lines_of_a_log_are_shown(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "rank-1.log").write_text("an older run\n")
+    (tmp_path / "logs" / "here-rank-1.log").write_text("an older run\n")
     code, _, errors = Launch(tmp_path, "if rank == 1: sys.exit(4)\n" + WAIT_FOR_EVER).end()
     assert code == 1
     assert "older" not in errors
-    assert (tmp_path / "logs" / "rank-1.log").read_text() == "an older run\nrank 1 begins\n"
+    assert (tmp_path / "logs" / "here-rank-1.log").read_text() == "an older run\nrank 1 begins\n"
 
 
 @pytest.mark.parametrize("status", [2, 3])
@@ -320,9 +337,38 @@ def test_a_program_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
     from launcher import local
 
     with pytest.raises(FileNotFoundError):
-        local.run([str(tmp_path / "missing")], Topology(1, 2, "127.0.0.1", 1), tmp_path / "logs")
+        local.run([str(tmp_path / "missing")], even_topology(["here"], 2, "127.0.0.1", 1), tmp_path / "logs")
     assert left_running(tmp_path) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- at the end of a leash, as one node of several
+
+
+def test_the_order_to_stop_lets_every_rank_save(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, save_seconds=1.0, grace_seconds=0.1, leash=True)
+    launch.wait_until_started()
+    launch.order("stop\n")
+    until((tmp_path / "saved-1").exists, "rank 1 to save")
+    code, _, _ = launch.end()
+    assert (code, (tmp_path / "ending").read_text()) == (3, "stopped ")
+
+
+@pytest.mark.parametrize("order", ["end\n", ""], ids=["told", "leash cut"])
+def test_when_a_peer_or_the_far_launcher_is_gone_the_ranks_are_ended(tmp_path: Path, order: str) -> None:
+    then = (
+        "if rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(here / f'set-{rank}').touch()\n" + WAIT_FOR_EVER
+    )
+    launch = Launch(tmp_path, then, grace_seconds=0.5, leash=True)
+    for rank in range(2):
+        until((tmp_path / f"set-{rank}").exists, f"rank {rank}")
+    if order:
+        launch.order(order)
+        until(lambda: not left_running(tmp_path), "the end")
+    code, _, errors = launch.end()  # closes the pipe
+    assert (code, (tmp_path / "ending").read_text()) == (1, "failed another node failed")
+    assert errors == ""
+    assert (tmp_path / "saved-0").exists()
 
 
 # ---- the command line
@@ -343,7 +389,10 @@ def test_a_dry_run_prints_a_line_per_rank_that_a_shell_could_run(tmp_path: Path)
     file = write_run_file(tmp_path)
     answer = launch_command("local", str(file), "--ranks", "2", "--set", "training.steps=120", "--dry-run")
     assert answer.returncode == 0, answer.stderr
-    lines = [shlex.split(line) for line in answer.stdout.splitlines()]
+    *commands, first, second = answer.stdout.splitlines()
+    here = os.uname().nodename
+    assert (first, second) == (f"# rank 0 host {here} node 0 local 0", f"# rank 1 host {here} node 0 local 1")
+    lines = [shlex.split(line) for line in commands]
     assert [line[0] for line in lines] == ["RANK=0", "RANK=1"]
     expected = [sys.executable, "-m", "bigmodel", "train", str(file), "--set", "training.steps=120"]
     assert all(line[-len(expected) :] == expected for line in lines)
@@ -369,6 +418,36 @@ def test_mistakes_are_told_before_anything_starts(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_world_that_the_deepspeed_json_excludes_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 2}')
+    file = write_run_file(tmp_path, "[training]\npacks_per_step = 8\ndeepspeed = 'ds.json'\n")
+    answer = launch_command("local", str(file), "--ranks", "3")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("launcher: 3 ranks: ")
+    assert "gradient_accumulation_steps" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_stopped_from_its_directory_and_refuses_a_second_one(tmp_path: Path, shards: Path) -> None:
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    command = [*COMMAND, "local", str(run_file), *steps(1_000_000)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(run, 3)
+    second = launch_command("local", str(run_file))
+    assert second.returncode == 2
+    assert f"another run is using it now (local, rank 0 on {os.uname().nodename}); stop it" in second.stderr
+    assert "state       running" in launch_command("status", str(run)).stdout
+    stopped = launch_command("stop", str(run_file))
+    assert f"asked process {first.pid} on {os.uname().nodename} to save and stop" in stopped.stdout
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 3
+    assert "stopped at step" in output
+    [history] = launches(read_json_lines(run / "events.jsonl"))
+    assert (history.by, history.cause, history.stop_requested) == ("local", "stopped", True)
+    assert left_of(run) == []
+
+
 def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     file = write_run_file(tmp_path)
     (tmp_path / "run").write_text("a file where the folder should be")
@@ -380,14 +459,14 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_rank_zero_writes_to_the_terminal_itself(tmp_path: Path) -> None:
     """On a pseudo-terminal: rank 0 sees a terminal (its progress line lives), the others do not."""
     trainee = "import os, sys; print('terminal', os.environ['RANK'], sys.stdout.isatty(), flush=True)"
-    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60)
+    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60, leash=False)
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=theirs) as process:
         os.close(theirs)
         assert process.wait(timeout=60) == 0
     assert os.read(ours, 1000).decode().strip() == "terminal 0 True"
     os.close(ours)
-    assert (tmp_path / "logs" / "rank-1.log").read_text() == "terminal 1 False\n"
+    assert (tmp_path / "logs" / "here-rank-1.log").read_text() == "terminal 1 False\n"
 
 
 def test_the_launcher_never_imports_torch() -> None:

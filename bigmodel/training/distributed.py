@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from bigmodel.config import UserError
+from bigmodel.training.rendezvous import meet
 
 STEPS_KEPT = 64  # of NodeSums: more than a rank's data thread can be ahead of another's
 TIMEOUT_SECONDS = 600.0  # of any collective; also how long a rank waits for its peers at the start
@@ -162,6 +163,9 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=meet(place, timeout_seconds),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )

@@ -52,6 +52,7 @@ from bigmodel.training.phases import CompileTime, Phases, slowest
 from bigmodel.training.saving import Saved, Saver
 from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
+from bigmodel.training.world_check import check_world
 
 SAMPLE_TOKENS = 200  # of generated text at the end
 NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
@@ -83,6 +84,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
     incarnation = world.on_rank_zero(lambda: take_over(directory))
+    check_world(world, settings)
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)

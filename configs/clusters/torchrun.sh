@@ -1,0 +1,7 @@
+#!/bin/bash
+# torchrun on machines without a scheduler: run it on each with its number, 0 on the one whose address stands below.
+#   bash configs/clusters/torchrun.sh 0        on worker-1
+#   bash configs/clusters/torchrun.sh 1        on worker-2
+exec python -m torch.distributed.run --nnodes=2 --node-rank="$1" --nproc-per-node=8 \
+    --rdzv-backend=static --master-addr=worker-1 --master-port=15000 \
+    --module launcher exec my.toml

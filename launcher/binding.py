@@ -1,0 +1,81 @@
+"""Binding: which processors a rank may run on, so that it stays beside its GPU and out of its neighbours' way.
+
+Takes what Linux says of the node, gives a set of processors or None (leave it). `divide` is pure. A binding that is
+there already (srun --cpu-bind, taskset) is kept, and no rank gets fewer than two: one trains, one reads data.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LEAST = 2  # processors of a rank; below that nothing is bound
+
+
+def divide(
+    kind: str,
+    local_rank: int,
+    local_size: int,
+    allowed: Sequence[int],
+    node_of_device: Sequence[int],
+    processors_of_node: Mapping[int, Sequence[int]],
+) -> set[int] | None:
+    """The processors of one rank; None: no binding.
+
+    `kind` "device": those of the NUMA node of its GPU (`node_of_device[local_rank]`), shared evenly with the ranks
+    whose GPU hangs there too. "cores": an even share of all, NUMA node by NUMA node.
+    """
+    if kind == "none":
+        return None
+    if kind == "device":
+        if len(node_of_device) < local_size or min(node_of_device[:local_size], default=-1) < 0:
+            return None
+        node = node_of_device[local_rank]
+        mates = [rank for rank in range(local_size) if node_of_device[rank] == node]
+        return _share(
+            [c for c in processors_of_node.get(node, ()) if c in allowed], mates.index(local_rank), len(mates)
+        )
+    ordered = [c for node in sorted(processors_of_node) for c in processors_of_node[node] if c in allowed]
+    return _share(ordered or sorted(allowed), local_rank, local_size)
+
+
+def processors_to_bind(kind: str, local_rank: int, local_size: int, environment: Mapping[str, str]) -> set[int] | None:
+    """The same for this process on this machine."""
+    if not hasattr(os, "sched_getaffinity") or environment.get("SLURM_CPU_BIND_TYPE", "none") not in ("none", "quiet"):
+        return None
+    allowed = sorted(os.sched_getaffinity(0))
+    return divide(kind, local_rank, local_size, allowed, _nodes_of_devices(environment), _processors_of_nodes())
+
+
+def parse_list(text: str) -> list[int]:
+    """Linux's form of a set: `0-3,8` is [0, 1, 2, 3, 8]."""
+    found: list[int] = []
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _share(processors: Sequence[int], index: int, parts: int) -> set[int] | None:
+    if len(processors) < LEAST * parts:
+        return None
+    return set(processors[index * len(processors) // parts : (index + 1) * len(processors) // parts])
+
+
+def _processors_of_nodes() -> dict[int, list[int]]:
+    folder = Path("/sys/devices/system/node")
+    lists = {int(path.parent.name[4:]): path for path in folder.glob("node[0-9]*/cpulist")}
+    return {node: parse_list(path.read_text()) for node, path in lists.items()}
+
+
+def _nodes_of_devices(environment: Mapping[str, str]) -> list[int]:
+    """The NUMA node of each visible NVIDIA GPU, by index; -1 where Linux does not know. Empty where there is none."""
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"), key=lambda card: card.name)
+    files = [Path("/sys/bus/pci/devices") / card.name / "numa_node" for card in cards]
+    nodes = [int(file.read_text()) if file.exists() else -1 for file in files]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return nodes
+    chosen = visible.split(",")
+    if not all(name.strip().isdecimal() and int(name) < len(nodes) for name in chosen):
+        return []  # by UUID, or none: leave it
+    return [nodes[int(name)] for name in chosen]

@@ -1,0 +1,119 @@
+"""Execute: what each rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
+
+Takes a run file and the environment of whoever started it. Rank 0 keeps its output, the others write to
+`logs/HOST-rank-N.log` in the run directory. The process that srun or torchrun knows becomes the trainer (execve), so
+signals, exit codes and deaths are the trainer's own and nothing stands between. Imports no torch.
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bigmodel.config import UserError, load_settings
+from launcher.binding import processors_to_bind
+from launcher.cluster import Cluster, load_cluster
+from launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
+from launcher.network import interface_towards, port_is_free, resolves
+from launcher.placement import find_place, job_of, started_by
+from launcher.record import log_name, make_logs, record_launch, refuse_second_run
+from launcher.topology import Topology, count_devices
+
+
+def execute(
+    run_file: Path, overrides: list[str], options: Sequence[str], cluster_file: Path | None, dry_run: bool
+) -> int:
+    """Become this rank's trainer; returns only after a dry run. Raises `UserError` before anything has started."""
+    settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
+    topology, rank = find_place(preset(os.environ, cluster))
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    command = [*trainer_command(run_file, overrides), *([] if restart else options)]  # --fresh: not at each requeue
+    variables = launch_environment(topology, rank, cluster.variables())
+    if dry_run:
+        print(describe_rank(command, variables))
+        if rank == 0:
+            print("\n".join(rank_map(topology)))
+        return 0
+    _check_devices(topology.local_size(rank), os.environ)
+    by = started_by(os.environ)
+    directory = settings.run.directory
+    logs = make_logs(directory)
+    if rank == 0:
+        _check_address(topology, by)
+        refuse_second_run(directory)
+        record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
+    else:
+        host = topology.host(rank) if by == "slurm" else os.uname().nodename
+        _write_to(logs / log_name(host, rank))
+    if len(topology.hosts) > 1 and "GLOO_SOCKET_IFNAME" not in {**os.environ, **variables}:
+        interface = interface_towards(topology.main_address)
+        variables |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    processors = processors_to_bind(cluster.binding, topology.local_rank(rank), topology.local_size(rank), os.environ)
+    if processors:
+        os.sched_setaffinity(0, processors)
+    if by == "torchrun":
+        _die_with_parent()
+    os.execvpe(command[0], command, {**os.environ, **variables})
+
+
+def preset(environment: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
+    """The environment with the cluster file's address and port, which come before what the starter would give."""
+    given = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port or "")}
+    if "TORCHELASTIC_RUN_ID" in environment:
+        given = {}  # torchrun's own listen already
+    return {**environment, **{name: value for name, value in given.items() if value}}
+
+
+def describe_rank(command: Sequence[str], variables: Mapping[str, str]) -> str:
+    """A line that a shell could run: the variables, then the command."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join([*words, shlex.join(command)])
+
+
+def rank_map(topology: Topology) -> list[str]:
+    """A line per rank: its number, host, node and local rank."""
+    return [
+        f"rank {rank} host {topology.host(rank)} node {topology.nodes[rank]} local {topology.local_rank(rank)}"
+        for rank in range(topology.world_size)
+    ]
+
+
+def _check_devices(local_size: int, environment: Mapping[str, str]) -> None:
+    devices = count_devices(os.listdir("/dev"), environment.get("CUDA_VISIBLE_DEVICES"))
+    if 0 < devices < local_size:
+        raise UserError(
+            f"{local_size} ranks on {os.uname().nodename}, which shows {devices} GPU(s) to each: a rank needs one of "
+            "its own; start fewer per node, or let each see all (srun without --gpus-per-task or --gpu-bind)"
+        )
+
+
+def _check_address(topology: Topology, by: str) -> None:
+    if not resolves(topology.main_address):
+        raise UserError(
+            f"rank 0 runs on {topology.main_address}, a name that has no address here; set main_address in the cluster "
+            "file, or MASTER_ADDR, to an address that all nodes reach"
+        )
+    if by != "torchrun" and not port_is_free(topology.main_port):
+        raise UserError(
+            f"port {topology.main_port} of {topology.main_address}, derived from the job's number, is in use; set "
+            "main_port in the cluster file, or MASTER_PORT, to a free one"
+        )
+
+
+def _write_to(log: Path) -> None:
+    sys.stdout.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when torchrun dies, kill -9 included: it would leave the ranks running."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == 1:
+            sys.exit(1)

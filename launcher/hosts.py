@@ -1,0 +1,167 @@
+"""Hosts: a run over machines that have no scheduler, started with ssh from one of them or from elsewhere.
+
+Takes hosts (a host file in DeepSpeed's form, or a list), starts `launcher node` on each, which runs that node's ranks
+as `launcher local` does. Guarantees: a host that does not answer is named before anything starts; no rank outlives the
+launcher: standard input of each ssh is a leash (see `launcher.local`), which the kernel cuts when the launcher dies.
+The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh per host;
+pdsh is not used, for it passes no standard input on.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bigmodel.config import UserError
+from bigmodel.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from launcher.cluster import Cluster
+from launcher.local import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, Ending, collect_signals
+from launcher.topology import Topology
+
+ANSWER_SECONDS = 20.0  # for a host to say that it is there
+PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TZ", "LANG")
+SSH_FAILED = 255  # ssh's own exit code: the connection, not the program
+
+
+@dataclass
+class Node:
+    host: str
+    process: subprocess.Popen[bytes]
+    ended: int | None = None
+
+    def order(self, word: str) -> None:
+        """Send an order down the leash."""
+        with suppress(BrokenPipeError, ValueError):
+            assert self.process.stdin is not None
+            self.process.stdin.write(word.encode() + b"\n")
+            self.process.stdin.flush()
+
+
+def remote_command(cluster: Cluster, host: str, words: Sequence[str], folder: Path) -> list[str]:
+    """What runs `words` on a host, in a folder of it."""
+    variables = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
+    line = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *words])}"
+    return [*cluster.ssh.command, *cluster.ssh.options, host, line]
+
+
+def reach(cluster: Cluster, hosts: Sequence[str], folder: Path) -> None:
+    """See that every host answers and has this interpreter and folder. Raises `UserError` naming those that do not."""
+    test = ["test", "-x", sys.executable]
+    asked = {
+        host: subprocess.Popen(
+            remote_command(cluster, host, test, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for host in hosts
+    }
+    deadline = time.monotonic() + ANSWER_SECONDS
+    complaints = []
+    for host, process in asked.items():
+        try:
+            said, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            reason = said.strip() or f"no {sys.executable} there"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            reason = f"no answer in {ANSWER_SECONDS:.0f} s"
+        if process.returncode:
+            complaints.append(f"{host}: {reason}")
+    if complaints:
+        raise UserError("nothing was started: " + "; ".join(complaints) + "\nleave them out or mend them")
+
+
+def run_on_hosts(
+    cluster: Cluster,
+    words: Sequence[str],
+    topology: Topology,
+    folder: Path,
+    grace_seconds: float = GRACE_SECONDS,
+    save_seconds: float = SAVE_SECONDS,
+) -> Ending:
+    """Run `launcher node RUN.toml ...` (`words`) on every host until all have ended.
+
+    Output of all hosts comes to this terminal; rank 0's is the trainer's, the others' only what their launchers say.
+    """
+    nodes: list[Node] = []
+    signals: list[int] = []
+    world = json.dumps(asdict(topology))
+    with collect_signals(signals):
+        try:
+            for number, host in enumerate(topology.hosts):
+                command = [*words, "--world", world, "--node", str(number)]
+                process = subprocess.Popen(
+                    remote_command(cluster, host, command, folder), stdin=subprocess.PIPE, start_new_session=True
+                )
+                nodes.append(Node(host, process))
+            return _supervise(nodes, signals, grace_seconds, save_seconds)
+        finally:
+            _cut(nodes)
+
+
+def _supervise(nodes: list[Node], signals: list[int], grace_seconds: float, save_seconds: float) -> Ending:
+    culprit: Node | None = None
+    deadline, handled = float("inf"), 0
+    while any(node.ended is None for node in nodes):
+        running = [node for node in nodes if node.ended is None]
+        for node in running:
+            node.ended = node.process.poll()
+            if node.ended not in (None, EXIT_DONE, EXIT_STOPPED) and culprit is None:
+                culprit = node
+                deadline = min(deadline, time.monotonic() + 2 * grace_seconds)
+                _order(nodes, "end")
+        while handled < len(signals):
+            handled += 1
+            if handled == 1:
+                _say(f"\n{signal.Signals(signals[0]).name}: asked {len(running)} node(s) to save and stop")
+                deadline = min(deadline, time.monotonic() + save_seconds + grace_seconds)
+            _order(nodes, "stop")  # a second one kills, as on one machine
+        if time.monotonic() > deadline:
+            _cut(nodes)
+        time.sleep(POLL_SECONDS)
+    return _verdict(nodes, culprit)
+
+
+def _verdict(nodes: list[Node], culprit: Node | None) -> Ending:
+    if culprit is None:
+        code = max(node.ended or 0 for node in nodes)
+        return Ending(code, "finished" if code == EXIT_DONE else "stopped")
+    if culprit.ended == EXIT_USER:
+        return Ending(EXIT_USER, "user_error", f"node {culprit.host}")
+    how = "lost its connection" if culprit.ended == SSH_FAILED else f"ended with exit code {culprit.ended}"
+    _say(f"node {culprit.host} {how}; the other nodes were ended")
+    return Ending(EXIT_FAILED, "failed", f"node {culprit.host} {how}")
+
+
+def _order(nodes: Sequence[Node], word: str) -> None:
+    for node in nodes:
+        if node.ended is None:
+            node.order(word)
+
+
+def _cut(nodes: Sequence[Node]) -> None:
+    """Let go of every leash and wait until the nodes have ended their ranks; then of the connection itself."""
+    for node in nodes:
+        with suppress(BrokenPipeError):
+            assert node.process.stdin is not None
+            node.process.stdin.close()
+    for node in nodes:
+        try:
+            node.ended = node.process.wait(2 * GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            node.process.kill()
+            node.ended = node.process.wait()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,182 @@
+"""Placement: what a process that somebody else started can learn of its world.
+
+Takes environment variables of srun, torchrun or mpirun, gives the `Topology` and this process's rank in it. Guarantees:
+the main address is never a silent localhost, and what is computed for all ranks agrees with what the starter says of
+this one; where it does not, that is an error. No scontrol is needed. Costs one small read at most (SLURM_HOSTFILE).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bigmodel.config import UserError
+from launcher.hostlist import expand_counts, expand_hosts
+from launcher.topology import Topology, even_topology
+
+FIRST_PORT, NUM_PORTS = 15_000, 16_000  # below the ports that Linux hands out to clients (32768 and up)
+
+# Of each MPI: rank, ranks, rank on the node, ranks on the node.
+MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
+
+def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
+    """The world around this process, and its rank.
+
+    RANK, as torchrun sets it, comes first, then MPI's numbers, then SLURM's: mpirun inside of a job starts one SLURM
+    task per node, whose numbers all ranks of the node inherit.
+    Raises `UserError` if nobody set anything, or not enough, or contradictions.
+    """
+    by = started_by(environment)
+    if by in ("torchrun", "environment"):
+        return _from_torchrun(environment)
+    if by == "mpi":
+        return _from_mpi(environment, next(names for names in MPI_VARIABLES if names[0] in environment))
+    if by == "slurm":
+        return _from_slurm(environment)
+    raise UserError(
+        "exec: none of RANK, SLURM_PROCID (inside srun) or an MPI's rank is in the environment; start it once per "
+        "rank: srun python -m launcher exec RUN.toml, or torchrun ... -m launcher exec RUN.toml; "
+        "or, on this machine alone: python -m launcher local RUN.toml"
+    )
+
+
+def started_by(environment: Mapping[str, str]) -> str:
+    """Who started this process: "torchrun", "environment" (somebody else set RANK), "mpi", "slurm", or "" nobody."""
+    if "RANK" in environment:
+        return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
+    in_step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment
+    for rank, _, local_rank, _ in MPI_VARIABLES:
+        if rank in environment and (local_rank in environment or not in_step):  # srun --mpi=pmi2 sets PMI_RANK alone
+            return "mpi"
+    return "slurm" if in_step else ""
+
+
+def job_of(environment: Mapping[str, str]) -> str:
+    """The number of the scheduler's job around this process, or ""; of a het job the leader's."""
+    return environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+
+
+def job_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The hosts of the SLURM job around this process, all groups of a het job; none where there is no job."""
+    groups = [environment.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in range(64)]
+    texts = [text for text in groups if text] or [environment.get("SLURM_JOB_NODELIST", "")]
+    return [host for text in texts if text for host in expand_hosts(text)]
+
+
+def port_of(job: str, step: str = "0") -> int:
+    """A port that every rank derives alike; jobs that follow each other, and steps of one job, get different ones."""
+    digits = int("".join(character for character in job if character.isdigit()) or "0")
+    return FIRST_PORT + (8 * digits + int(step if step.isdigit() else 0) % 8) % NUM_PORTS
+
+
+def distribute(kind: str, counts: Sequence[int], plane: int = 1) -> tuple[int, ...]:
+    """The node of each rank, for `counts` ranks per node: SLURM's block, cyclic and plane task distributions.
+
+    >>> distribute("block", [2, 1]), distribute("cyclic", [2, 1]), distribute("plane", [3, 2], plane=2)
+    ((0, 0, 1), (0, 1, 0), (0, 0, 1, 1, 0))
+    """
+    if kind == "block":
+        return tuple(node for node, count in enumerate(counts) for _ in range(count))
+    left, nodes = list(counts), []
+    while any(left):
+        for node in range(len(left)):
+            taken = min(left[node], plane)
+            nodes += [node] * taken
+            left[node] -= taken
+    return tuple(nodes)
+
+
+def _from_slurm(environment: Mapping[str, str]) -> tuple[Topology, int]:
+    hosts = expand_hosts(environment["SLURM_STEP_NODELIST"])
+    counts = expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"])
+    kind = (environment.get("SLURM_DISTRIBUTION") or "block").lower().split(":")[0].split(",")[0]
+    rank = int(environment["SLURM_PROCID"])
+    if kind == "arbitrary":
+        nodes = _arbitrary(environment, hosts, sum(counts))
+    else:
+        plane = int(environment.get("SLURM_DIST_PLANESIZE", "1")) if kind == "plane" else 1
+        nodes = distribute(kind if kind in ("cyclic", "plane") else "block", counts, plane)
+    address = environment.get("MASTER_ADDR") or hosts[nodes[0]]
+    port = environment.get("MASTER_PORT") or port_of(job_of(environment), environment.get("SLURM_STEP_ID", "0"))
+    topology = Topology(tuple(hosts), nodes, address, int(port), _switches(environment, hosts))
+    _agree_with_slurm(topology, rank, environment, kind)
+    return topology, rank
+
+
+def _arbitrary(environment: Mapping[str, str], hosts: Sequence[str], tasks: int) -> tuple[int, ...]:
+    """One host per line of SLURM_HOSTFILE, in the order of ranks."""
+    file = environment.get("SLURM_HOSTFILE", "")
+    try:
+        lines = expand_hosts(",".join(Path(file).read_text().split()))[:tasks]
+        return tuple(hosts.index(line) for line in lines)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"SLURM_HOSTFILE={file}: the task distribution is arbitrary, and this file, which says what it is, cannot "
+            f"be read on this node: {error}; use block, cyclic or plane, or mount the file"
+        ) from None
+
+
+def _switches(environment: Mapping[str, str], hosts: Sequence[str]) -> tuple[str, ...]:
+    """This node's own switch is all that SLURM tells a task (SLURM_TOPOLOGY_ADDR, with topology/tree)."""
+    path = environment.get("SLURM_TOPOLOGY_ADDR", "").split(".")
+    name = environment.get("SLURMD_NODENAME", "")
+    if len(path) < 2 or name not in hosts:
+        return ()
+    return tuple(path[-2] if host == name else "" for host in hosts)
+
+
+def _agree_with_slurm(topology: Topology, rank: int, environment: Mapping[str, str], kind: str) -> None:
+    computed = {"SLURM_NTASKS": str(topology.world_size)}
+    if rank < topology.world_size:
+        computed["SLURM_NODEID"] = str(topology.nodes[rank])
+        computed["SLURM_LOCALID"] = str(topology.local_rank(rank))
+        computed["SLURMD_NODENAME"] = topology.host(rank)
+    for name, value in computed.items():
+        if environment.get(name, value) != value:
+            raise UserError(
+                f"SLURM says {name}={environment[name]} of rank {rank}, but from its node list "
+                f"{environment['SLURM_STEP_NODELIST']} and the task distribution {kind!r} it is {value!r}; "
+                "use srun --distribution=block"
+            )
+
+
+def _from_torchrun(environment: Mapping[str, str]) -> tuple[Topology, int]:
+    """Whoever sets RANK also sets the rest; the names of other nodes stay unknown."""
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK={environment['RANK']} is set in the environment, but {', '.join(missing)} is not; unset RANK, or "
+            "set them all"
+        )
+    rank, size, local_rank, local_size = (int(environment[name]) for name in needed[:4])
+    return _regular(environment, rank, size, local_rank, local_size)
+
+
+def _from_mpi(environment: Mapping[str, str], names: Sequence[str]) -> tuple[Topology, int]:
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise UserError(f"{names[0]} is set in the environment, but {', '.join(missing)} is not")
+    rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+    if size > local_size and not environment.get("MASTER_ADDR"):
+        raise UserError(
+            f"{names[1]}={size} ranks on several machines, and MASTER_ADDR is not set; set it to the address of the "
+            "machine of rank 0: mpirun -x MASTER_ADDR=HOST ..."
+        )
+    return _regular({"MASTER_ADDR": "127.0.0.1", **environment}, rank, size, local_rank, local_size)
+
+
+def _regular(
+    environment: Mapping[str, str], rank: int, size: int, local_rank: int, local_size: int
+) -> tuple[Topology, int]:
+    """A world of which only the counts are known: as many ranks on every node, one node after the other."""
+    if size % local_size or rank % local_size != local_rank:
+        raise UserError(
+            f"rank {rank} of {size} is number {local_rank} of {local_size} on its node: ranks must be consecutive on a "
+            "node, and as many on each"
+        )
+    port = int(environment.get("MASTER_PORT") or port_of(job_of(environment)))
+    hosts = [f"node{node}" for node in range(size // local_size)]
+    return even_topology(hosts, local_size, environment["MASTER_ADDR"], port), rank

@@ -1,0 +1,184 @@
+"""Record: what the launcher leaves in the run directory, so that everyone else can find the run.
+
+`launch.json` says how the run was started last, where its ranks are and who can be asked about it; `events.jsonl` gets
+`launch` at each start and `launch_ended` with its cause at each end (bigmodel/rundir.py lists the files). `status`,
+`logs`, `stop` and the requeue policy read nothing else.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bigmodel.config import UserError, load_settings
+from bigmodel.rundir import lock, read_json, record_event, write_json
+from launcher.topology import Topology
+
+# Causes of `launch_ended`. "lost": nobody saw the end, as after kill -9 of everything or the loss of a node.
+CAUSES = ("finished", "stopped", "user_error", "failed", "lost")
+
+
+def run_directory(run: Path) -> Path:
+    """The run directory that a run file names, or the directory itself."""
+    if run.is_dir():
+        return run
+    if run.suffix == ".toml":
+        return load_settings(run).run.directory
+    raise UserError(f"{run}: neither a run directory nor a run file")
+
+
+def make_logs(directory: Path) -> Path:
+    """The folder of the ranks' logs. Raises `UserError` if it cannot be made."""
+    logs = directory / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.directory = {directory}: cannot make {logs}: {error.strerror}; "
+            "name a folder you may write to, for example --set run.directory=/tmp/run"
+        ) from None
+    return logs
+
+
+def log_name(host: str, rank: int) -> str:
+    return f"{host}-rank-{rank}.log"
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a live run holds the directory."""
+    try:
+        with open(directory / "lock", "a") as file:
+            lock(file, str(directory), "held")
+    except UserError:
+        return True
+    except OSError:
+        return False  # not made yet
+    return False
+
+
+def refuse_second_run(directory: Path) -> None:
+    """Raises `UserError` if a live run holds the directory: before anything starts."""
+    if is_held(directory):
+        where = describe_launch(read_launch(directory))
+        raise UserError(
+            f"run.directory = {directory}: another run is using it now{where}; stop it (python -m launcher stop "
+            f"{directory}) or choose another directory"
+        )
+
+
+def read_launch(directory: Path) -> dict[str, Any]:
+    """launch.json, or nothing where the launcher did not start the run."""
+    file = directory / "launch.json"
+    return read_json(file) if file.exists() else {}
+
+
+def describe_launch(launch: dict[str, Any]) -> str:
+    if not launch:
+        return ""
+    job = f", job {launch['job']}" if launch.get("job") else ""
+    return f" ({launch['by']}{job}, rank 0 on {launch['host']})"
+
+
+def record_launch(
+    directory: Path, topology: Topology, by: str, *, job: str = "", restart: int = 0, launcher: bool = False
+) -> None:
+    """Write launch.json and a `launch` event. Call it once per start, on rank 0's machine.
+
+    `launcher`: this process waits for the ranks and may be signalled; otherwise it becomes rank 0 itself.
+    """
+    write_json(
+        directory / "launch.json",
+        {
+            "by": by,
+            "job": job,
+            "restart": restart,
+            "hosts": list(topology.hosts),
+            "node_of_rank": list(topology.nodes),
+            "main_address": topology.main_address,
+            "main_port": topology.main_port,
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            "pid_started": process_start(os.getpid()),
+            "pid_is": "launcher" if launcher else "rank 0",
+        },
+    )
+    hosts = list(topology.hosts)
+    record_event(directory, "launch", by=by, job=job, restart=restart, world_size=topology.world_size, hosts=hosts)
+
+
+def record_end(directory: Path, cause: str, code: int, detail: str = "") -> None:
+    """A `launch_ended` event. `detail` names the culprit where there is one."""
+    assert cause in CAUSES, cause
+    step = last_metrics(directory).get("step", 0)
+    record_event(directory, "launch_ended", cause=cause, code=code, detail=detail, step=step)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a run, as events.jsonl tells it. `cause` is "" while it runs, as far as the events know.
+
+    `step` is the last one of metrics.jsonl at its end, where somebody saw the end.
+    """
+
+    time: float
+    by: str
+    job: str
+    restart: int
+    cause: str = ""
+    detail: str = ""
+    step: int = 0
+    stop_requested: bool = False
+
+
+def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
+    """Every start of a run, oldest first. One that another start followed without a word is "lost".
+
+    `by` is "" of a start that something else than this launcher made: the trainer tells of that one alone.
+    """
+    found: list[Launch] = []
+    for event in events:
+        kind = event.get("event")
+        if kind == "launch":
+            if found and not found[-1].cause:
+                found[-1] = replace(found[-1], cause="lost")
+            found.append(Launch(event["time"], event["by"], event["job"], event["restart"]))
+        elif kind == "start" and (not found or found[-1].cause):
+            found.append(Launch(event["time"], "", "", 0))
+        elif not found:
+            continue
+        elif kind in ("finished", "stopped"):
+            found[-1] = replace(found[-1], cause=kind, step=event.get("step", 0))
+        elif kind == "stop_requested":
+            found[-1] = replace(found[-1], stop_requested=True)
+        elif kind == "launch_ended":
+            known = found[-1].cause if found[-1].cause in ("finished", "stopped") else event["cause"]
+            found[-1] = replace(found[-1], cause=known, detail=event["detail"], step=event["step"])
+    return found
+
+
+def last_metrics(directory: Path) -> dict[str, Any]:
+    """The newest step line of metrics.jsonl, or nothing. Reads its last 64 kB."""
+    try:
+        with open(directory / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        with suppress(ValueError):
+            value = json.loads(line)
+            if value.get("kind") == "step":
+                return dict(value)
+    return {}
+
+
+def process_start(pid: int) -> int:
+    """When a process of this machine began, in ticks since boot: with its number, this names it for ever. 0: gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[19])

@@ -1,0 +1,252 @@
+"""SLURM: the sbatch script of a run, its submission, and what happens when the job ends.
+
+`render` and `decide` are pure: text from settings, a decision from events. The script starts one srun task per rank,
+each of which becomes `launcher exec`; when they have ended, `launcher ended` records why and may put the job into the
+queue again. It asks the run directory what happened, not srun: with --kill-on-bad-exit the first rank to leave decides
+srun's exit code, and that is a race.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigmodel.config import UserError
+from bigmodel.rundir import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    read_json_lines,
+    record_event,
+    write_atomically,
+    write_json,
+)
+from launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
+from launcher.record import Launch, launches, make_logs, read_launch, record_end, refuse_second_run
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run: words of the command lines, and where."""
+
+    run_file: Path
+    directory: Path  # the run directory, absolute
+    workdir: Path
+    cluster: Cluster
+    cluster_file: Path | None
+    overrides: Sequence[str] = ()
+    options: Sequence[str] = ()
+    python: str = sys.executable
+
+    def launcher(self, command: str, python: str = "") -> str:
+        """A `python -m launcher COMMAND RUN.toml ...` line for a shell."""
+        words = [python or self.python, "-m", "launcher", command, str(self.run_file)]
+        words += ["--cluster", str(self.cluster_file)] if self.cluster_file else []
+        words += [word for override in self.overrides for word in ("--set", override)]
+        return shlex.join(words)
+
+
+def render(job: Job) -> str:
+    """The sbatch script."""
+    lines = ["#!/bin/bash", "# Written by `python -m launcher slurm`. `sbatch` of this file does the same again."]
+    lines += [f"#SBATCH {option}" for option in _options(job)]
+    lines += ["", f"cd {shlex.quote(str(job.workdir))} || exit 1"]
+    lines += [f"module load {shlex.quote(module)}" for module in job.cluster.slurm.modules]
+    lines += list(job.cluster.slurm.setup)
+    if job.cluster.check.before_start:
+        failed = [f"    {job.launcher('ended')} --code 1 --preflight", "    exit"]
+        lines += ["", "# Look at the nodes first.", f"if ! {job.launcher('check')}; then", *failed, "fi"]
+    lines += ["", "# One task per rank; the first to fail takes the others with it.", _srun(job), "code=$?"]
+    lines += [
+        "",
+        "# Record why it ended; requeue if the cluster file says so.",
+        f"{job.launcher('ended')} --code $code",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def submit(job: Job) -> str:
+    """Give the job to SLURM; returns its number. Raises `UserError` for what SLURM would refuse or never start."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch: not found on this machine; run this on a login node of the cluster")
+    _know_partition(job.cluster.slurm.partition, job.cluster.nodes)
+    _refuse_queued(job.directory)
+    refuse_second_run(job.directory)
+    make_logs(job.directory)
+    script = job.directory / "launch.sbatch"
+    write_atomically(script, render(job))
+    answer = _run(["sbatch", "--parsable", str(script)], job.workdir)
+    if answer.returncode:
+        raise UserError(f"sbatch refused {script}: {answer.stderr.strip()}")
+    number = answer.stdout.strip().partition(";")[0]
+    write_json(job.directory / "launch.json", {"by": "slurm", "job": number, "hosts": [], "host": "the queue"})
+    return number
+
+
+@dataclass(frozen=True)
+class Decision:
+    cause: str
+    requeue: bool
+    reason: str
+
+
+def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Decision:
+    """What to do at the end of the last of `history`, whose srun gave `code`. Pure.
+
+    A failure counts against `no_progress_limit` unless the run got to a step that no earlier launch had reached.
+    """
+    last = history[-1] if history else Launch(0, "slurm", "", 0)
+    cause = last.cause or ("user_error" if code == EXIT_USER else "failed")
+    if cause in ("finished", "user_error"):
+        return Decision(cause, False, "the run is complete" if cause == "finished" else "the message says what to mend")
+    if last.stop_requested:
+        return Decision(cause, False, "it was told to stop")
+    if last.restart >= policy.limit:
+        return Decision(cause, False, f"requeue.limit = {policy.limit} is reached")
+    if cause == "failed" and _failures_without_progress(history) > policy.no_progress_limit:
+        return Decision(
+            cause,
+            False,
+            f"more than requeue.no_progress_limit = {policy.no_progress_limit} failures in a row at step {last.step}",
+        )
+    return Decision(cause, True, "it goes on from its last checkpoint")
+
+
+def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environment: Mapping[str, str]) -> int:
+    """Record the end of a job from inside of it, requeue it if that is the policy; returns the job's exit code."""
+    make_logs(directory)
+    job, restart = environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT", "0"))
+    history = launches(read_json_lines(directory / "events.jsonl"))
+    if not history or (history[-1].job, history[-1].restart) != (job, restart):  # rank 0 never came to write its own
+        record_event(directory, "launch", by="slurm", job=job, restart=restart, world_size=0, hosts=[])
+    cause = decide(launches(read_json_lines(directory / "events.jsonl")), code, cluster.requeue).cause
+    detail = "preflight" if preflight else "" if cause in ("finished", "stopped") else f"srun ended with {code}"
+    record_end(directory, cause, code, detail)
+    history = launches(read_json_lines(directory / "events.jsonl"))
+    decision = decide(history, code, cluster.requeue)
+    again = "requeued" if decision.requeue else "not requeued"
+    print(f"launcher: {decision.cause}; {again}: {decision.reason}", flush=True)
+    if decision.requeue:
+        answer = _run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], Path.cwd())
+        if answer.returncode:
+            print(f"launcher: scontrol requeue: {answer.stderr.strip()}", flush=True)
+    return {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}.get(decision.cause, EXIT_FAILED)
+
+
+def idle_hosts(partition: str) -> list[str]:
+    """Hosts of a partition (empty: any) that a job could have now. Raises `UserError` if there is none."""
+    command = ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N", *(["-p", partition] if partition else [])]
+    if shutil.which("sinfo") is None:
+        raise UserError("sinfo: not found on this machine; name hosts in the cluster file, or use a login node")
+    _know_partition(partition)
+    hosts = sorted(set(_run(command, Path.cwd()).stdout.split()))
+    if not hosts:
+        raise UserError(f"slurm.partition = {partition!r}: no node of it is idle; see sinfo")
+    return hosts
+
+
+def queue_state(job: str) -> str:
+    """What squeue says of a job, as "RUNNING" or "PENDING (Resources)"; "" if it is not queued or nobody knows."""
+    if not job or shutil.which("squeue") is None:
+        return ""
+    answer = _run(["squeue", "-h", "-j", job, "-o", "%T (%r)"], Path.cwd())
+    return answer.stdout.strip().removesuffix("(None)").strip() if answer.returncode == 0 else ""
+
+
+def _options(job: Job) -> list[str]:
+    slurm, cluster = job.cluster.slurm, job.cluster
+    given = [
+        ("job-name", job.directory.name),
+        ("nodes", cluster.nodes),
+        ("ntasks-per-node", cluster.ranks_on_node),
+        (slurm.gpu_option, _gpus(cluster)),
+        ("cpus-per-task", slurm.cpus_per_rank),
+        ("mem", slurm.memory),
+        ("partition", slurm.partition),
+        ("account", slurm.account),
+        ("qos", slurm.qos),
+        ("reservation", slurm.reservation),
+        ("constraint", slurm.constraint),
+        ("exclude", slurm.exclude),
+        ("time", slurm.time_limit),
+        ("output", job.directory / "logs" / "slurm-%j.out"),
+        ("open-mode", "append"),
+        ("signal", f"TERM@{slurm.signal_seconds}" if slurm.signal_seconds else ""),
+    ]
+    options = [f"--{name}={value}" for name, value in given if value]
+    options += ["--exclusive"] if slurm.exclusive else []
+    options += ["--requeue" if cluster.requeue.limit else "--no-requeue"]
+    return options + list(slurm.options)
+
+
+def _gpus(cluster: Cluster) -> str:
+    if not cluster.gpus_per_node:
+        return ""
+    return f"{'gpu:' if cluster.slurm.gpu_option == 'gres' else ''}{cluster.gpus_per_node}"
+
+
+def _srun(job: Job) -> str:
+    container, slurm = job.cluster.container, job.cluster.slurm
+    words = ["srun", "--kill-on-bad-exit=1"]
+    words += [f"--cpus-per-task={slurm.cpus_per_rank}"] if slurm.cpus_per_rank else []  # sbatch's is not inherited
+    words += container_options(container, job.workdir)
+    words += slurm.srun_options
+    python = container.python if container.image else ""
+    return f"{shlex.join(words)} \\\n    {job.launcher('exec', python)}{''.join(' ' + o for o in job.options)}"
+
+
+def container_options(container: ContainerSettings, workdir: Path) -> list[str]:
+    """What makes srun run its tasks in the image, with the Pyxis plugin; nothing without an image."""
+    if not container.image:
+        return []
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    place = f"--container-workdir={container.workdir or workdir}"
+    return [f"--container-image={container.image}", "--no-container-mount-home", *mounts, place]
+
+
+def _failures_without_progress(history: Sequence[Launch]) -> int:
+    """How many launches at the end failed without passing the furthest step before them."""
+    count = 0
+    for number in range(len(history) - 1, -1, -1):
+        furthest = max((launch.step for launch in history[:number]), default=0)
+        if history[number].cause not in ("failed", "lost") or history[number].step > furthest:
+            break
+        count += 1
+    return count
+
+
+def _know_partition(partition: str, nodes: int = 1) -> None:
+    """Raises `UserError` for a partition that is not there or has fewer nodes: a job for it would wait for ever."""
+    answer = _run(["sinfo", "-h", "-o", "%P %D"], Path.cwd())
+    if answer.returncode:
+        raise UserError(f"sinfo: SLURM does not answer: {answer.stderr.strip()}")
+    sizes: Counter[str] = Counter()
+    default = ""
+    for line in answer.stdout.splitlines():
+        name, count = line.split()
+        default = name[:-1] if name.endswith("*") else default
+        sizes[name.removesuffix("*")] += int(count)
+    if partition and partition not in sizes:
+        raise UserError(f"slurm.partition = {partition!r}: no such partition; {near(partition, sorted(sizes))}")
+    name = partition or default
+    if name and nodes > sizes[name]:
+        raise UserError(f"nodes = {nodes}: partition {name!r} has {sizes[name]} nodes")
+
+
+def _refuse_queued(directory: Path) -> None:
+    job = read_launch(directory).get("job", "")
+    state = queue_state(job)
+    if state and not state.startswith("COMPLET"):
+        raise UserError(
+            f"run.directory = {directory}: job {job} of this run is in the queue already ({state}); stop it (python -m "
+            f"launcher stop {directory}) or choose another directory"
+        )
+
+
+def _run(command: Sequence[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(list(command), cwd=folder, env=os.environ, capture_output=True, text=True, check=False)

@@ -1,0 +1,192 @@
+"""Watch: what a run is doing, what its ranks say, and stopping it, all from its run directory.
+
+Takes a run directory, reads what trainer and launcher left there (`launcher.record`) and asks SLURM's queue where the
+run is SLURM's. Works on any machine that sees the directory; only `stop` of a run without SLURM must be on its machine.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bigmodel.config import UserError
+from bigmodel.rundir import read_json, read_json_lines, record_event
+from launcher.record import is_held, last_metrics, launches, process_start, read_launch
+from launcher.slurm import queue_state
+
+RANK_LOG = re.compile(r"(?P<host>.+)-rank-(?P<rank>\d+)\.log")
+FOLLOW_SECONDS = 0.5
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """What is known of a run, as plain values. `state`: queued, starting, running, or the cause of its last end."""
+    _require(directory)
+    launch, history = read_launch(directory), launches(read_json_lines(directory / "events.jsonl"))
+    metrics = last_metrics(directory)
+    settings = directory / "settings.json"
+    seconds = metrics.get("step_seconds", 0.0)
+    return {
+        "state": _state(directory, launch, history[-1].cause if history else ""),
+        "by": launch.get("by", "") if not history or history[-1].by else "",
+        "job": launch.get("job", ""),
+        "hosts": launch.get("hosts", []),
+        "ranks": len(launch.get("node_of_rank", [])),
+        "step": metrics.get("step", 0),
+        "steps": read_json(settings)["training"]["steps"] if settings.exists() else 0,
+        "loss": metrics.get("loss"),
+        "tokens_per_second": metrics["positions"] / seconds if seconds else 0.0,
+        "last_step_time": metrics.get("time", 0.0),
+        "restarts": [
+            {"time": start.time, "after": end.cause, "detail": end.detail, "step": end.step}
+            for end, start in pairwise(history)
+        ],
+        "last_end": {"cause": history[-1].cause, "detail": history[-1].detail} if history and history[-1].cause else {},
+    }
+
+
+def print_status(found: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    job = f" job {found['job']}" if found["job"] else ""
+    nodes = f"{found['ranks']} ranks on {', '.join(found['hosts'][:8])}{' ...' * (len(found['hosts']) > 8)}"
+    rows = [
+        ("state", f"{found['state']}{_told(found)}"),
+        ("started by", f"{found['by']}{job}" if found["by"] else "something else than the launcher"),
+        ("world", nodes if found["hosts"] else "not known yet"),
+        ("step", f"{found['step']} of {found['steps']}"),
+        ("loss", f"{found['loss']:.4f}" if found["loss"] is not None else "none yet"),
+        ("speed", f"{found['tokens_per_second']:,.0f} tokens/s"),
+        ("last step", _ago(found["last_step_time"])),
+        ("restarts", str(len(found["restarts"]))),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    for restart in found["restarts"][-5:]:
+        when = datetime.fromtimestamp(restart["time"]).strftime("%d %b %H:%M:%S")
+        detail = f" ({restart['detail']})" if restart["detail"] else ""
+        table.add_row("", f"{when}  after {restart['after']}{detail} at step {restart['step']}")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def print_logs(directory: Path, lines: int, ranks: Sequence[int], follow: bool) -> None:
+    """The last lines of every rank's log, each labelled with its node and rank; then what comes, until Ctrl-C."""
+    _require(directory)
+    offsets: dict[Path, int] = {}
+    first = True
+    try:
+        while first or follow:
+            for log in _logs(directory, ranks):
+                text, offsets[log.path] = _read_from(log.path, offsets.get(log.path, 0))
+                shown = text.splitlines()[-lines:] if first else text.splitlines()
+                for line in shown:
+                    print(f"{log.label} {line}", flush=follow)
+            first = False
+            if follow:
+                time.sleep(FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        pass
+    if not offsets:
+        print("no logs yet: rank 0 prints where the run was started, other ranks into logs/")
+
+
+def stop(directory: Path, now: bool) -> str:
+    """Ask a run to save and stop (`now`: kill it); says what was done. Raises `UserError` if it does not run here."""
+    _require(directory)
+    launch = read_launch(directory)
+    job = launch.get("job", "")
+    state = queue_state(job)
+    if state:
+        record_event(directory, "stop_requested")
+        return _stop_job(job, state, now)
+    if not is_held(directory):
+        raise UserError(f"{directory}: no run is using it now")
+    if job:
+        raise UserError(f"{directory}: belongs to job {job}, but squeue does not know it here; use a login node")
+    pid, host = launch.get("pid", 0), launch.get("host", "")
+    if host != os.uname().nodename:
+        raise UserError(f"{directory}: was started on {host}; run this there")
+    if not pid or process_start(pid) != launch["pid_started"]:
+        raise UserError(f"{directory}: is in use, but not by what launch.json says (process {pid}); see ps")
+    record_event(directory, "stop_requested")
+    os.kill(pid, signal.SIGTERM)
+    if now:  # the launcher kills at the second signal; so does the trainer
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGTERM)
+    return f"asked process {pid} on {host} to {'end at once' if now else 'save and stop'}"
+
+
+def _stop_job(job: str, state: str, now: bool) -> str:
+    waiting = not state.startswith("RUNNING")
+    command = ["scancel", job] if now or waiting else ["scancel", "--signal=TERM", job]  # steps only, not the script
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise UserError(f"{' '.join(command)}: {answer.stderr.strip()}")
+    if now or waiting:
+        return f"job {job} ({state}) is cancelled"
+    return f"asked job {job} to save and stop; it will not be requeued"
+
+
+def _require(directory: Path) -> None:
+    if not (directory / "events.jsonl").exists() and not (directory / "launch.json").exists():
+        raise UserError(f"{directory}: is no run directory: it has neither launch.json nor events.jsonl")
+
+
+def _state(directory: Path, launch: dict[str, Any], cause: str) -> str:
+    if is_held(directory):
+        return "running" if not cause else "ending"
+    queued = queue_state(launch.get("job", ""))
+    if queued.startswith("PENDING"):
+        return f"queued: {queued}"
+    if queued.startswith(("RUNNING", "CONFIGURING", "COMPLETING")):
+        return "ending" if cause else "starting"
+    if cause:
+        return cause
+    alive = launch.get("host") == os.uname().nodename and process_start(launch.get("pid", 0)) == launch["pid_started"]
+    return "starting" if alive else "lost"
+
+
+def _told(found: dict[str, Any]) -> str:
+    detail = found["last_end"].get("detail", "")
+    return f": {detail}" if detail and found["state"] == found["last_end"]["cause"] else ""
+
+
+def _ago(moment: float) -> str:
+    return f"{max(0.0, time.time() - moment):,.0f} s ago" if moment else "none yet"
+
+
+@dataclass(frozen=True)
+class _Log:
+    path: Path
+    label: str
+    rank: int
+
+
+def _logs(directory: Path, ranks: Sequence[int]) -> Iterator[_Log]:
+    """Rank 0's first: under SLURM it is in the job's output."""
+    folder = directory / "logs"
+    for path in sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime):
+        if not ranks or 0 in ranks:
+            yield _Log(path, "[rank 0]", 0)
+    found = [(match, path) for path in folder.glob("*.log") if (match := RANK_LOG.fullmatch(path.name))]
+    for match, path in sorted(found, key=lambda pair: int(pair[0]["rank"])):
+        rank = int(match["rank"])
+        if not ranks or rank in ranks:
+            yield _Log(path, f"[{match['host']} rank {rank}]", rank)
+
+
+def _read_from(path: Path, offset: int) -> tuple[str, int]:
+    """Whole lines from `offset` on, and where they end; progress lines that overwrite themselves become lines."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    return data[:end].decode("utf-8", errors="replace").replace("\r", "\n"), offset + end

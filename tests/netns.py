@@ -1,0 +1,121 @@
+"""Machines for tests: network namespaces of this machine, each with an address of its own, joined by a bridge.
+
+Needs root and Debian's `iproute2`; `Sshd` also `openssh-server`. Processes in different namespaces share files and
+process numbers, but reach each other only through the bridge, whose links can be slowed down.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+SSHD = """
+Port {port}
+{addresses}
+HostKey {folder}/key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+PidFile none
+UsePAM no
+PermitRootLogin yes
+"""
+
+
+def missing_namespaces() -> str:
+    """Why there can be none here; empty if there can."""
+    if shutil.which("ip", path=PATH) is None or shutil.which("tc", path=PATH) is None:
+        return "no ip and tc: apt-get install iproute2"
+    if os.geteuid():
+        return "network namespaces need root"
+    name = f"try{os.getpid()}"
+    tried = subprocess.run(
+        ["ip", "netns", "add", name], env={"PATH": PATH}, capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        return f"ip netns add: {tried.stderr.strip()}"
+    subprocess.run(["ip", "netns", "delete", name], env={"PATH": PATH}, check=True)
+    return ""
+
+
+def missing_ssh() -> str:
+    absent = [name for name in ("ssh", "sshd", "ssh-keygen") if shutil.which(name, path=PATH) is None]
+    if absent:
+        return f"no {', '.join(absent)}: apt-get install openssh-server openssh-client"
+    return "sshd for tests needs root" if os.geteuid() else ""
+
+
+class Machines:
+    """Namespaces with addresses 10.S.0.1, 10.S.0.2 ...; this machine itself has 10.S.0.254."""
+
+    def __init__(self, count: int) -> None:
+        self.subnet = 64 + os.getpid() % 128
+        self.names = [f"bm{os.getpid()}x{number}" for number in range(1, count + 1)]
+        self.addresses = [f"10.{self.subnet}.0.{number}" for number in range(1, count + 1)]
+        self._bridge = f"bm{os.getpid()}"
+
+    def start(self) -> None:
+        _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("address", "add", f"10.{self.subnet}.0.254/24", "dev", self._bridge)
+        _ip("link", "set", self._bridge, "up")
+        for name, address in zip(self.names, self.addresses, strict=True):
+            _ip("netns", "add", name)
+            _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("link", "set", name, "master", self._bridge, "up")
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+
+    def slow_down(self, number: int, rate: str) -> None:
+        """Limit what machine `number` (from 0) sends, as "20mbit"."""
+        limit = ["rate", rate, "burst", "32kbit", "latency", "50ms"]
+        self.call(number, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
+
+    def inside(self, number: int, *command: str) -> list[str]:
+        return ["ip", "netns", "exec", self.names[number], *command]
+
+    def call(self, number: int, *command: str) -> None:
+        subprocess.run(self.inside(number, *command), env={"PATH": PATH}, check=True)
+
+    def stop(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], env={"PATH": PATH}, check=False)
+        subprocess.run(["ip", "link", "delete", self._bridge], env={"PATH": PATH}, check=False)
+
+
+class Sshd:
+    """An sshd with a key of its own, which `options` let a client use."""
+
+    def __init__(self, folder: Path, port: int, addresses: Sequence[str], prefix: Sequence[str] = ()) -> None:
+        os.makedirs("/run/sshd", exist_ok=True)
+        key = folder / "key"
+        if not key.exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+        listen = "\n".join(f"ListenAddress {address}" for address in addresses)
+        configuration = folder / f"sshd-{addresses[0]}"
+        configuration.write_text(SSHD.format(port=port, addresses=listen, folder=folder))
+        program = shutil.which("sshd", path=PATH)
+        self.process = subprocess.Popen([*prefix, program, "-D", "-e", "-f", str(configuration)], env={"PATH": PATH})
+        self.options = ["-i", str(key), "-p", str(port), "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR"]
+        self.options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=5", "-F", "none"]
+        self._wait(addresses[0])
+
+    def _wait(self, address: str) -> None:
+        for _ in range(100):
+            if (
+                subprocess.run(["ssh", *self.options, address, "true"], capture_output=True, check=False).returncode
+                == 0
+            ):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"sshd at {address} does not answer")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], env={"PATH": PATH}, check=True)
