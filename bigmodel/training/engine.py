@@ -316,6 +316,13 @@ def _initialize(
             if isinstance(error, ValidationError):
                 lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
             raise UserError(f"{source}: DeepSpeed refuses {'; '.join(lines)}") from None
+        except ValueError as error:
+            if "not supported on your device" not in str(error):
+                raise
+            raise UserError(
+                f"training.precision = {settings.training.precision}: this device does not compute in it; use fp32, or "
+                "bf16 where that works"
+            ) from None
     return engine
 
 

@@ -32,11 +32,10 @@ from bigmodel.rundir import (
     EXIT_DONE,
     EXIT_STOPPED,
     claim,
-    describe_environment,
     record_event,
+    record_start,
     refuse_to_start_over,
     take_over,
-    write_json,
 )
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
@@ -108,9 +107,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     closing.callback(line.close)
     if metrics:
         closing.callback(metrics.close)
-        write_json(directory / "settings.json", to_toml_table(settings))
-        write_json(directory / "deepspeed.json", effective)
-        write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
+        record_start(directory, to_toml_table(settings), effective, settings.data.directory)
         record_event(directory, "start", step=first_step, world_size=world.size)
         if len(segments) > 1 and segments[-1]["first_step"] == first_step:
             record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
