@@ -235,7 +235,8 @@ def run_step(
 ) -> None:
     """One step as the loop does it. A step in `skip_at` gets an infinite gradient and is skipped."""
     world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
-    batches = micro_batches_of(step, world.rank, world.size, packs_per_micro_batch)
+    sharing = settings.training.sequence_parallel_ranks
+    batches = micro_batches_of(step, world.rank // sharing, world.size // sharing, packs_per_micro_batch)
     if step in job.get("evaluate_at", []):
         outputs = [engine.forward(batches[0], kind) for kind in ("loss_sum", "loss_per_position", "logits")]
         result["shapes"] = [list(output.shape) for output in outputs]

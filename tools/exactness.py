@@ -38,6 +38,7 @@ TITLES = {
     "tied": "tied embeddings",
     "persistence": "small weights kept whole",
     "hpz": "hpZ partition size",
+    "sharing": "Ulysses: ranks that share a pack",
 }
 NOT_RUN = {
     "NCCL, any GPU": "no GPU was at hand; the same code, gloo on CPUs was run",
@@ -47,7 +48,7 @@ NOT_RUN = {
 }
 REFUSED = {
     "NVMe offload": "moments there could not be read by name, so there would be no checkpoint",
-    "Ulysses and other sequence parallelism": "not offered",
+    "Ulysses with encoder-decoders": "not offered",
     "SuperOffload, ZenFlow, DeepCompile": "not offered",
     "CPU offload in bf16 or fp16 at stages 1 and 2": f"DeepSpeed {VERSION} adds gradients up in that precision there",
     "bf16 or fp16 at stage 0": f"DeepSpeed {VERSION} cannot add gradients up in fp32 there; use stage 1",
@@ -56,7 +57,7 @@ REFUSED = {
 
 
 def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
-    """The cases of one world size; hpZ needs four ranks."""
+    """The cases of one world size; four ranks are for hpZ and for sharing packs."""
     from tests.exactness import everything, pairwise
 
     if quick:
@@ -66,20 +67,25 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
         for case in sorted(everything(), key=lambda one: hashlib.sha256(json.dumps(one).encode()).hexdigest()):
             first.setdefault(json.dumps([case[name] for name in MAIN]), case)
         cases = list(first.values())
+    plain = [case for case in cases if case["offload"] == "none"]
+    shared = [case | {"sharing": ranks} for ranks in (2, 4) if ranks <= world_size for case in plain]
     if world_size == 4:
-        return [case | {"hpz": 2} for case in cases if case["stage"] == 3 and case["offload"] == "none"]
-    return cases
+        return [*shared, *(case | {"hpz": 2} for case in plain if case["stage"] == 3)]
+    return [*cases, *shared]
 
 
 def run_batch(cases: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """Rows: the case, how far it was from the oracle, how far it may be, and what failed."""
     from tests.engine_worker import launch
-    from tests.exactness import differences, failures, job_of
+    from tests.exactness import differences, failures, job_of, with_sequence
 
     folder = Path(tempfile.mkdtemp(prefix="exactness-"))
     try:
         jobs = [
-            job_of(case, folder, **({"zero_hpz_partition_size": case["hpz"]} if "hpz" in case else {}))
+            with_sequence(
+                job_of(case, folder, **({"zero_hpz_partition_size": case["hpz"]} if "hpz" in case else {})),
+                case.get("sharing", 1),
+            )
             for case in cases
         ]
         outcome = launch(jobs, world_size, folder)

@@ -29,6 +29,7 @@ from bigmodel.training.blocks import wrap_blocks
 from bigmodel.training.distributed import World
 from bigmodel.training.fragments import Fragment, layout_of
 from bigmodel.training.optim import Muon, build_optimizer, state_keys
+from bigmodel.training.ulysses import Sequence
 
 WEIGHT, AVERAGE = "weight", "ema"  # keys of the state beside the optimizer's own
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's keeps
@@ -60,6 +61,7 @@ class Engine:
         self._layout = layout_of(self._engine, self._optimizer)
         self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._sequence = Sequence(settings, world) if settings.training.sequence_parallel_ranks > 1 else None
         self._norm: float | None = None
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
@@ -76,8 +78,9 @@ class Engine:
         """
         assert num_targets > 0, "a step has at least one target"
         self._engine.set_gradient_accumulation_boundary(last)
-        loss_sum = self._engine(batch)
-        self._engine.backward(loss_sum * (self.world.size / num_targets), scale_wrt_gas=False)
+        with self._sequence.shared() if self._sequence else contextlib.nullcontext():
+            loss_sum = self._engine(self._sequence.share(batch) if self._sequence else batch)
+            self._engine.backward(loss_sum * (self.world.size / num_targets), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 

@@ -79,8 +79,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     store = ShardStore(settings.data.directory, "train", settings.data.remote)
-    ranks_per_node = world.ranks_per_node()
-    place = Place(world.rank, world.size, ranks_per_node)
+    sharing = settings.training.sequence_parallel_ranks  # of each pack
+    ranks_per_node = max(1, world.ranks_per_node() // sharing)
+    place = Place(world.rank // sharing, world.size // sharing, ranks_per_node)
     validation = Validation(settings.data, packs_per_micro_batch)
     with creation(effective) as whole:
         model = Transformer(
@@ -240,7 +241,7 @@ def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
     if place.num_nodes == 1:
         return [value]
     told: list[Any] = world.gather_objects(value if place.rank_in_node == 0 else None)
-    return told[:: place.node_size]
+    return told[:: world.size // place.num_nodes]
 
 
 def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
