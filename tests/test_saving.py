@@ -199,6 +199,16 @@ def test_a_start_replaced_between_its_look_and_its_rename_publishes_nothing(tmp_
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
 
 
+def test_a_partial_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch) -> None:
+    """Or a stale rank 0 could publish it half removed."""
+    (tmp_path / "step-00000004.partial-0a1b").mkdir()
+    removed: list[Path] = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **named: removed.append(path))
+    checkpoint.remove_partials(tmp_path)
+    assert removed == [tmp_path / "step-00000004.partial-0a1b.doomed"]
+    assert removed[0].is_dir()
+
+
 def test_lost_checkpoints_are_not_a_new_run(tmp_path: Path) -> None:
     refuse_to_start_over(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "checkpoint", "step": 8}\n')

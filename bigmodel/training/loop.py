@@ -46,7 +46,7 @@ from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
-MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
+MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: diverged; fp16 first lowers its scale to the end
 
 Value = TypeVar("Value")
 
@@ -138,7 +138,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         bad = not math.isfinite(loss + gradient_norm)
         rate = learning_rate(step.number, settings)
         engine.update(rate, skip=bad)
-        bad_steps = bad_steps + 1 if bad else 0
+        bad_steps = bad_steps + 1 if bad and not engine.scales_loss else 0
         done = step.number + 1
 
         # Tell.
@@ -183,16 +183,16 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             if metrics:
                 metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
-        last, due = finished or stopping, saver.due(done)
-        if last or due or written == world.size:  # one save at a time: what is in flight is published first
-            if last:
+        ending, due = finished or stopping, saver.due(done)
+        if ending or due or written == world.size:  # one save at a time: what is in flight is published first
+            if ending:
                 stop.save_begins()
             _tell_saved(saver.finish(must=False), directory, metrics)
-        if last or due:
+        if ending or due:
             saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
-        if last or not settings.checkpoint.asynchronous:
-            _tell_saved(saver.finish(must=last), directory, metrics)
-        if last:
+        if ending or not settings.checkpoint.asynchronous:
+            _tell_saved(saver.finish(must=ending), directory, metrics)
+        if ending:
             break
     stop.save_begins()
     line.close()
