@@ -17,6 +17,7 @@ from tests.engine_worker import batch_of, launch, new_model, settings_table
 from tests.exactness import failures, job_of, with_sequence
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
 Jobs = dict[str, dict[str, Any]]
 STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
 MOVING = {"optimizer": {"kind": "muon"}, "training": {"ema_decay": 0.8}}

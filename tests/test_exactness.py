@@ -9,6 +9,7 @@ from tests.engine_worker import launch
 from tests.exactness import FACTORS, everything, failures, job_of, name_of, pairwise
 
 CASES = pairwise()
+pytestmark = pytest.mark.timeout(600)  # all cases run in the first test's set-up
 
 
 @pytest.fixture(scope="module")

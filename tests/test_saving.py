@@ -244,6 +244,16 @@ def test_a_run_resumes_where_only_the_copy_in_a_store_is_left(tmp_path: Path) ->
             checkpoint.set_aside(tmp_path / "here/checkpoints", remote)
 
 
+def test_the_manifest_goes_last_into_the_store(tmp_path: Path, monkeypatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(saving.store, "_put", lambda path, location: sent.append(location))
+    saver = saver_of(tmp_path, remote="s3://bucket/run")
+    saver.save(Weights(4), {"step": 4})
+    saver.close()
+    names = ["rank-00000.safetensors", "state.json", "manifest.json"]
+    assert sent == [f"s3://bucket/run/step-00000004/{name}" for name in names]
+
+
 def test_a_store_that_refuses_leaves_the_local_checkpoint(tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(saving.store, "ATTEMPTS", 1)
     monkeypatch.setattr(saving.store.files, "write", lambda *arguments: (_ for _ in ()).throw(UserError("refused")))

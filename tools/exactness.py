@@ -68,7 +68,8 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
             first.setdefault(json.dumps([case[name] for name in MAIN]), case)
         cases = list(first.values())
     plain = [case for case in cases if case["offload"] == "none"]
-    shared = [case | {"sharing": ranks} for ranks in (2, 4) if ranks <= world_size for case in plain]
+    few = plain[:4] if quick else plain
+    shared = [case | {"sharing": ranks} for ranks in (2, 4) if ranks <= world_size for case in few]
     if world_size == 4:
         return [*shared, *(case | {"hpz": 2} for case in plain if case["stage"] == 3)]
     return [*cases, *shared]
