@@ -318,8 +318,7 @@ def _publish(
         files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
         write_atomically(part / "state.json", state)
         fault("before-rename-of-manifest", step)
-        write_atomically(part / "manifest.json", _manifest(files, world_size))
-        fsync_directory(part)
+        write_atomically(part / "manifest.json", _manifest(files, world_size))  # syncs the folder, all names in it
         fault("before-rename", step)
         require_incarnation(final.parent.parent, incarnation)
         if final.exists():  # seen to be damaged at the start of the save
