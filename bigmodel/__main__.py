@@ -220,6 +220,19 @@ def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")
 
 
 @app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="a run directory")],
+    two: Annotated[Path, typer.Argument(help="another one")],
+    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("compare.png"),
+) -> None:
+    """Tell the first step at which two runs differ, and draw both curves. Exit code 1 where they differ."""
+    from bigmodel.compare import compare as run
+
+    if run(one, two, png):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def profile(
     run_directory: Annotated[Path, typer.Argument(help="the directory of a run that goes on")],
     kind: Annotated[str, typer.Argument(help="trace, memory or stacks")],
