@@ -131,6 +131,25 @@ def test_counts_of_a_step_are_those_of_its_batches() -> None:
     assert step.num_positions + step.num_padding == 4 * (48 + 64)
 
 
+def test_a_decoder_takes_pairs_beside_plain_text() -> None:
+    """Plain text alone is planned without examples; pairs among it must not be."""
+    store = a_store()
+    data = DataSettings(context_tokens=48, pack_tokens=96, pack_documents=6, lanes=2, window_packs=6)
+    stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
+    step = next(stream)
+    stream.close()
+    (batch,) = step.micro_batches
+    pairs = [piece for pack in step.packs for piece in pack if store.sources[piece.source] == "pairs"]
+    assert 0 < len(pairs) < step.num_documents
+    assert stream.parts == [("pairs", "pairs"), ("causal", "text")]
+    assert step.targets_by_part == [
+        sum(piece.targets for piece in pairs),
+        step.num_targets - sum(piece.targets for piece in pairs),
+    ]
+    assert int((batch.prefixes > 0).sum()) == len(pairs)
+    assert batch.num_targets < batch.num_positions
+
+
 def test_validation_holds_every_document_once_and_always_the_same() -> None:
     store = a_store()
     data = DataSettings(**(DATA.model_dump() | {"objectives": OBJECTIVES}))
