@@ -56,18 +56,25 @@ def steps_of(store: PairStore, data: DataSettings, count: int) -> list:
     return [order.next_step() for _ in range(count)]
 
 
-@given(seed=st.integers(0, 50), objectives=st.sampled_from([[], OBJECTIVES, [{"kind": "ul2"}]]))
-@settings(max_examples=12, deadline=None)
-def test_every_position_of_pairs_and_text_is_given_once_an_epoch(seed: int, objectives: list) -> None:
+@given(
+    seed=st.integers(0, 50),
+    objectives=st.sampled_from([[], OBJECTIVES, [{"kind": "ul2"}]]),
+    source_pack_tokens=st.sampled_from([0, 64]),
+)
+@settings(max_examples=16, deadline=None)
+def test_every_position_of_pairs_and_text_is_given_once_an_epoch(
+    seed: int, objectives: list, source_pack_tokens: int
+) -> None:
     store = a_store(seed)
-    data = DataSettings(**(DATA.model_dump() | {"objectives": objectives}))
+    changes = {"objectives": objectives, "source_pack_tokens": source_pack_tokens}
+    data = DataSettings(**(DATA.model_dump() | changes))
     order = Order(store, data, 4, seed=seed)
     seen: Counter = Counter()
     while min(source.epochs_complete for source in order.progress().values()) < 1:
         for pack in order.next_step():
             assert len(pack) <= 6
             assert sum(piece.positions for piece in pack) <= 48
-            assert sum(piece.source_positions for piece in pack) <= 64
+            assert sum(piece.source_positions for piece in pack) <= source_pack_tokens
             seen.update(
                 (piece.source, piece.shard, piece.row, position)
                 for piece in pack
@@ -129,6 +136,29 @@ def test_counts_of_a_step_are_those_of_its_batches() -> None:
     positions = sum(batch.num_positions + batch.source.num_positions for batch in step.micro_batches)
     assert step.num_positions == positions
     assert step.num_positions + step.num_padding == 4 * (48 + 64)
+
+
+@pytest.mark.parametrize("objective", ["causal", "prefix", "fill_in_the_middle"])
+def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -> None:
+    """Causal text alone is planned without examples; pairs among it must not be."""
+    store = a_store()
+    data = DataSettings(
+        context_tokens=48, pack_tokens=96, pack_documents=6, lanes=2, window_packs=6, objectives=[{"kind": objective}]
+    )
+    stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
+    step = next(stream)
+    stream.close()
+    (batch,) = step.micro_batches
+    pairs = [piece for pack in step.packs for piece in pack if store.sources[piece.source] == "pairs"]
+    assert 0 < len(pairs) < step.num_documents
+    assert stream.parts == [("pairs", "pairs"), (objective, "text")]
+    assert step.targets_by_part == [
+        sum(piece.targets for piece in pairs),
+        step.num_targets - sum(piece.targets for piece in pairs),
+    ]
+    with_prefix = step.num_documents if objective == "prefix" else len(pairs)
+    assert int((batch.prefixes > 0).sum()) == with_prefix
+    assert batch.num_targets < batch.num_positions
 
 
 def test_validation_holds_every_document_once_and_always_the_same() -> None:

@@ -14,6 +14,7 @@ from bigmodel.rundir import read_json_lines
 from tests.ranks import kill, run_ranks, start_ranks
 from tests.test_promise_resume import final_state, learned, started_at, steps, train
 from tests.tiny_corpus import text
+from tests.tiny_run import write_run as write_tiny_run
 
 RUN = """
 [run]
@@ -63,7 +64,7 @@ every_steps = 4
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source of 120 pairs and one of 60 texts."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"question": text(number), "answer": " ".join(text(number).split()[:5])} for number in range(120)]
@@ -85,18 +86,32 @@ def write_run(folder: Path, shards: Path, name: str, stage: int = 1, precision: 
 
 
 @pytest.mark.parametrize("model", ["", 'source_attention = "mixed"', 'positions = "relative_bias"'])
-def test_check_leak_and_order_hold_on_pairs(shards: Path, tmp_path: Path, model: str) -> None:
-    run_file = write_run(tmp_path, shards, "run", model=model)
+def test_check_leak_and_order_hold_on_pairs(pair_shards: Path, tmp_path: Path, model: str) -> None:
+    run_file = write_run(tmp_path, pair_shards, "run", model=model)
     findings = [*check_leak(run_file, []), *(check_order(run_file, []) if not model else [])]
     assert [finding.claim for finding in findings if not finding.holds] == []
     assert len(findings) >= 5
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.objectives=[{kind='prefix'}, {kind='fill_in_the_middle'}, {kind='causal'}]", "model.extra_heads=1"],
+        ["data.objectives=[{kind='masked'}]", "model.kind=encoder"],
+    ],
+    ids=["decoder", "encoder"],
+)
+def test_check_leak_and_order_hold_under_other_objectives(shards: Path, tmp_path: Path, overrides: list[str]) -> None:
+    run_file = write_tiny_run(tmp_path, shards)
+    findings = [*check_leak(run_file, overrides), *check_order(run_file, overrides)]
+    assert [finding.claim for finding in findings if not finding.holds] == []
+
+
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
 def test_a_killed_run_retraces_the_uninterrupted_one_also_on_another_number_of_ranks(
-    shards: Path, tmp_path: Path, stage: int, precision: str
+    pair_shards: Path, tmp_path: Path, stage: int, precision: str
 ) -> None:
-    whole, broken = (write_run(tmp_path, shards, name, stage, precision) for name in ("whole", "broken"))
+    whole, broken = (write_run(tmp_path, pair_shards, name, stage, precision) for name in ("whole", "broken"))
     run_ranks(2, train, whole)
     ranks = start_ranks(2, train, broken)
     last = random.randint(5, 8)
@@ -111,7 +126,7 @@ def test_a_killed_run_retraces_the_uninterrupted_one_also_on_another_number_of_r
     assert [step["parts"] for step in steps(broken)] == [step["parts"] for step in steps(whole)]
     assert final_state(broken) == final_state(whole) != {}
 
-    alone = write_run(tmp_path, shards, "alone", stage, precision, at_end="true")
+    alone = write_run(tmp_path, pair_shards, "alone", stage, precision, at_end="true")
     run_ranks(1, train, alone)
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     for one, other in zip(steps(whole), steps(alone), strict=True):
