@@ -218,6 +218,14 @@ def test_torchrun_between_machines_with_addresses_of_their_own(
     assert_no_orphans(run)
 
 
+@needs_namespaces
+def test_gloo_gets_the_interface_that_leads_to_the_main_address(machines: Machines) -> None:
+    program = "import sys; from launcher.network import *; print(*map(interface_towards, sys.argv[1:]), sep=',')"
+    addresses = [machines.addresses[0], machines.addresses[2], "127.0.0.1", "192.0.2.1"]
+    command = machines.inside(0, sys.executable, "-c", program, *addresses)
+    assert output_of(start_process(command), 0) == "eth0,eth0,,\n"  # itself, another, loopback, no route
+
+
 # ---- preflight
 
 
