@@ -1,5 +1,6 @@
 """The ways to start a run without a scheduler, on real parts: ssh to real sshd, torchrun between network namespaces."""
 
+import contextlib
 import json
 import os
 import signal
@@ -55,6 +56,15 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         yield machines
     finally:
         machines.stop()
+
+
+@pytest.fixture(autouse=True)
+def _clean_up(tmp_path: Path) -> Iterator[None]:
+    """A test that fails must not leave processes to the ones after it."""
+    yield
+    for line in left_of(tmp_path / "run"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(line.partition(":")[0]), signal.SIGKILL)
 
 
 def write_files(folder: Path, hosts: list[str], options: list[str], more: str = "") -> Path:
