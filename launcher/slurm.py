@@ -84,7 +84,8 @@ def submit(job: Job) -> str:
     if answer.returncode:
         raise UserError(f"sbatch refused {script}: {answer.stderr.strip()}")
     number = answer.stdout.strip().partition(";")[0]
-    write_json(job.directory / "launch.json", {"by": "slurm", "job": number, "hosts": [], "host": "the queue"})
+    if read_launch(job.directory).get("job") != number:  # else rank 0 was quicker
+        write_json(job.directory / "launch.json", {"by": "slurm", "job": number, "hosts": [], "host": "the queue"})
     return number
 
 

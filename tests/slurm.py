@@ -109,7 +109,11 @@ class Cluster:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        self.call("scancel", "--full", "-u", "root", check=False)
+        for words in (["--signal=KILL", "--full"], []):  # a test that failed may have left a job: all its processes end
+            self.call("scancel", *words, "-u", "root", check=False)
+        deadline = time.monotonic() + 20
+        while self.call("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:

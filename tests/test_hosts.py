@@ -1,5 +1,6 @@
 """The ways to start a run without a scheduler, on real parts: ssh to real sshd, torchrun between network namespaces."""
 
+import contextlib
 import json
 import os
 import signal
@@ -55,6 +56,15 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         yield machines
     finally:
         machines.stop()
+
+
+@pytest.fixture(autouse=True)
+def _clean_up(tmp_path: Path) -> Iterator[None]:
+    """A test that fails must not leave processes to the ones after it."""
+    yield
+    for line in left_of(tmp_path / "run"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(line.partition(":")[0]), signal.SIGKILL)
 
 
 def write_files(folder: Path, hosts: list[str], options: list[str], more: str = "") -> Path:
@@ -216,6 +226,14 @@ def test_torchrun_between_machines_with_addresses_of_their_own(
     assert (launch_record["by"], launch_record["main_address"]) == ("torchrun", machines.addresses[0])
     assert [path.name for path in (run / "logs").glob("*-rank-1.log")] == [f"{os.uname().nodename}-rank-1.log"]
     assert_no_orphans(run)
+
+
+@needs_namespaces
+def test_gloo_gets_the_interface_that_leads_to_the_main_address(machines: Machines) -> None:
+    program = "import sys; from launcher.network import *; print(*map(interface_towards, sys.argv[1:]), sep=',')"
+    addresses = [machines.addresses[0], machines.addresses[2], "127.0.0.1", "192.0.2.1"]
+    command = machines.inside(0, sys.executable, "-c", program, *addresses)
+    assert output_of(start_process(command), 0) == "eth0,eth0,,\n"  # itself, another, loopback, no route
 
 
 # ---- preflight

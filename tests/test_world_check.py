@@ -29,8 +29,8 @@ def identities(size: int = 4) -> list[dict[str, Any]]:
     return [{**copy.deepcopy(IDENTITY), "device_id": f"H100 GPU-{rank}"} for rank in range(size)]
 
 
-@pytest.fixture(autouse=True)
-def _hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCH_HOSTS", "n1*2,n2*2")
 
 
@@ -39,6 +39,7 @@ def test_ranks_that_agree_may_train() -> None:
 
 
 @pytest.mark.parametrize("matter", ["commit", "source code", "settings", "data", "device"])
+@pytest.mark.usefixtures("two_hosts")
 def test_each_matter_names_the_odd_ranks_and_their_node(matter: str) -> None:
     found = identities()
     found[3][matter] = "odd"
@@ -46,6 +47,7 @@ def test_each_matter_names_the_odd_ranks_and_their_node(matter: str) -> None:
     assert f"nodes differ in {matter}: {IDENTITY[matter]} of most ranks, but odd of rank 3 on n2; " in said
 
 
+@pytest.mark.usefixtures("two_hosts")
 def test_another_version_or_a_missing_library_is_named() -> None:
     found = identities()
     found[2]["versions"]["torch"] = "2.11.0"
@@ -55,13 +57,14 @@ def test_another_version_or_a_missing_library_is_named() -> None:
     assert "the version of NCCL" in disagreement(found)
 
 
+@pytest.mark.usefixtures("two_hosts")
 def test_two_ranks_on_one_device_are_named() -> None:
     found = identities()
     found[1]["device_id"] = found[0]["device_id"]
     assert disagreement(found) == "rank 0 on n1 and rank 1 on n1 use one device, H100 GPU-0; start one rank per GPU"
 
 
-def test_a_rank_is_named_by_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_is_named_by_what_is_known(two_hosts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name_rank(2) == "rank 2 on n2"
     monkeypatch.delenv("LAUNCH_HOSTS")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -73,11 +76,13 @@ def test_a_rank_is_named_by_what_is_known(monkeypatch: pytest.MonkeyPatch) -> No
 
 def train_in_folder(run_file: str, folders: list[str], output: Path) -> int:
     """Every rank in a folder of its own, where the same relative path has other data: as a stale copy on a node."""
+    os.environ["LAUNCH_HOSTS"] = "n1*1,n7*1"
     os.chdir(folders[int(os.environ["RANK"])])
     return command(["train", run_file, "--set", "data.directory=data"], output)
 
 
 def train_with_other_settings(run_file: str, output: Path) -> int:
+    os.environ["LAUNCH_HOSTS"] = "n1*1,n7*1"
     more = ["--set", "training.z_loss=0.1"] if os.environ["RANK"] == "1" else []
     return command(["train", run_file, *more], output)
 
@@ -114,7 +119,7 @@ def assert_refused(folder: Path, matter: str) -> None:
         printed = Path(f"{folder}/printed.{rank}").read_text()
         assert f"nodes differ in {matter}: " in printed
         assert "of most ranks, but " in printed
-        assert "of rank 1 on n1; " in printed
+        assert "of rank 1 on n7; " in printed
         assert "Traceback" not in printed
     assert not (folder / "run" / "metrics.jsonl").exists()
 
