@@ -52,19 +52,19 @@ def test_one_update_is_that_of_the_paper() -> None:
 
 
 def test_one_update_of_lion_is_that_of_the_paper() -> None:
-    """weight 1, moment 0.5, gradient -2, betas 0.9 and 0.99, decay 0.5, rate 0.1:
+    """weight 1, moment 0.1, gradient -2, betas 0.9 and 0.99, decay 0.5, rate 0.1:
 
-    sign(0.9 * 0.5 + 0.1 * -2) = 1; 1 * (1 - 0.05) - 0.1 = 0.85; moment 0.99 * 0.5 + 0.01 * -2 = 0.475.
+    sign(0.9 * 0.1 + 0.1 * -2) = -1; 1 * (1 - 0.05) + 0.1 = 1.05; moment 0.99 * 0.1 + 0.01 * -2 = 0.079.
     """
     linear = torch.nn.Linear(1, 1, bias=False)
     linear.weight.data.fill_(1.0)
     values = {"kind": "lion", "learning_rate": 0.1, "weight_decay": 0.5, "beta1": 0.9, "beta2": 0.99}
     lion = build_optimizer(linear, OptimizerSettings(**values))
-    lion.state[linear.weight]["exp_avg"] = torch.full((1, 1), 0.5)
+    lion.state[linear.weight]["exp_avg"] = torch.full((1, 1), 0.1)
     linear.weight.grad = torch.full((1, 1), -2.0)
     lion.step()
-    assert linear.weight.item() == pytest.approx(0.85, abs=1e-6)
-    assert lion.state[linear.weight]["exp_avg"].item() == pytest.approx(0.475, abs=1e-6)
+    assert linear.weight.item() == pytest.approx(1.05, abs=1e-6)
+    assert lion.state[linear.weight]["exp_avg"].item() == pytest.approx(0.079, abs=1e-6)
 
 
 def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest() -> None:

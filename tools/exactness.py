@@ -119,7 +119,13 @@ def support_table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     ]
     for name, title in TITLES.items():
         values = sorted({row["case"][name] for row in rows if name in row["case"]}, key=str)
-        lines += [_row(f"{title} {v}", [r for r in rows if r["case"].get(name) == v]) for v in values]
+        lines += [
+            _row(
+                f"{title} {v if (name, v) != ('offload', 'none') else 'nothing'}",
+                [r for r in rows if r["case"].get(name) == v],
+            )
+            for v in values
+        ]
     lines += ["", "| not run | why |", "|---|---|", *(f"| {what} | {why} |" for what, why in NOT_RUN.items())]
     lines += ["", "| refused | why |", "|---|---|", *(f"| {what} | {why} |" for what, why in REFUSED.items())]
     wrong = [row for row in rows if row["failures"]]
