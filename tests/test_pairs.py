@@ -158,7 +158,7 @@ def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -
     ]
     with_prefix = step.num_documents if objective == "prefix" else len(pairs)
     assert int((batch.prefixes > 0).sum()) == with_prefix
-    assert batch.num_targets < batch.num_positions
+    assert batch.num_targets == step.num_targets < batch.num_positions
 
 
 def test_validation_holds_every_document_once_and_always_the_same() -> None:
