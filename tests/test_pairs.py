@@ -15,7 +15,7 @@ from bigmodel.data.order import Order
 from bigmodel.data.packing import pack_two_sides
 from bigmodel.data.planned import measure_packing
 from bigmodel.data.sharing import Place
-from bigmodel.data.sides import count_cut, suggest_sides
+from bigmodel.data.sides import count_cut, suggest_budgets
 from bigmodel.data.stream import Builder, Stream, validation_batches
 from tests.memory_store import MemoryStore
 from tools.bench_seq2seq import instructions, lognormal, summaries, translations
@@ -158,7 +158,7 @@ def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -
     ]
     with_prefix = step.num_documents if objective == "prefix" else len(pairs)
     assert int((batch.prefixes > 0).sum()) == with_prefix
-    assert batch.num_targets < batch.num_positions
+    assert batch.num_targets == step.num_targets < batch.num_positions
 
 
 def test_validation_holds_every_document_once_and_always_the_same() -> None:
@@ -250,21 +250,18 @@ def test_with_the_suggested_budgets_both_sides_are_full(table: np.ndarray, conte
     data = DataSettings(
         context_tokens=contexts[0], pack_tokens=contexts[0], source_pack_tokens=contexts[1], window_packs=200
     )
-    found = {one.setting: one.suggested for one in suggest_sides(store, data)}
-    suggested = {name: found[f"data.{name}"] for name in ("pack_tokens", "source_pack_tokens", "window_packs")}
-    source_context = {"source_context_tokens": contexts[1], "pack_documents": 0}
-    packed = measure_packing(store, DataSettings(**(data.model_dump() | suggested | source_context)))
+    suggested, _ = suggest_budgets(store, data)
+    packed = measure_packing(store, suggested)
     assert packed.filled >= 0.99
     assert packed.source_filled >= 0.99
+    assert (suggested.context_tokens, suggested.longest_source) == contexts
 
 
 def test_with_the_suggested_budgets_corrupted_spans_fill_both_sides() -> None:
     lengths = np.clip(lognormal(7, 12_000, 740, 1.1, 4, 20_000), 4, 20_000)
     store = MemoryStore({"web": [part.tolist() for part in np.array_split(lengths, 4)]})
-    data = DataSettings(context_tokens=114, pack_tokens=456, source_pack_tokens=456, source_context_tokens=456)
-    found = {one.setting: one.suggested for one in suggest_sides(store, data)}
-    suggested = {name: found[f"data.{name}"] for name in ("pack_tokens", "source_pack_tokens", "window_packs")}
-    packed = measure_packing(store, DataSettings(**(data.model_dump() | suggested | {"pack_documents": 0})))
+    data = DataSettings(context_tokens=114, pack_tokens=456, source_pack_tokens=456, window_packs=200)
+    packed = measure_packing(store, suggest_budgets(store, data)[0])
     assert packed.filled >= 0.99
     assert packed.source_filled >= 0.99
 

@@ -67,7 +67,7 @@ def count_cut(store: Lengths, data: DataSettings) -> CutPairs:
 def suggest_sides(store: Lengths, data: DataSettings) -> list[Suggestion]:
     """Budgets and window for the contexts as they are set; and, of pairs, contexts that cut few of them."""
     sources, targets = pair_positions(store)
-    settings, suggestions = _suggest_budgets(store, data)
+    settings, suggestions = suggest_budgets(store, data)
     suggestions.append(suggest_window(store, settings))
     if len(sources):
         suggestions += [
@@ -84,7 +84,7 @@ def _suggest_context(setting: str, positions: np.ndarray, now: int) -> Suggestio
     return Suggestion(setting, now, suggested, reason)
 
 
-def _suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, list[Suggestion]]:
+def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, list[Suggestion]]:
     """The smallest packs that fill on both sides, with one budget in proportion to the other."""
     target_positions, source_positions = sizes(all_fragments(store, data, SEED)).sum(axis=0).tolist()
     ratio = source_positions / target_positions
