@@ -16,10 +16,11 @@ QUICK_TESTS := tests/test_imports.py $(wildcard tests/test_config.py tests/test_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test check format clean
+.PHONY: help setup train train-seq2seq test check format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
+	@echo 'make train-seq2seq  the same with an encoder-decoder on pairs: configs/seq2seq.toml'
 	@echo 'make test     set up, run every test (TESTS=... picks some)'
 	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
 	@echo 'make setup    only create .venv'
@@ -49,6 +50,9 @@ setup: .venv/installed
 train: .venv/installed
 	@$(PY) -m bigmodel prepare "$(RUN)"
 	@$(PY) -m launcher local "$(RUN)" --ranks $(RANKS)
+
+train-seq2seq:
+	@$(MAKE) --no-print-directory train RUN=configs/seq2seq.toml
 
 test: .venv/installed
 	@$(PY) -m pytest $(TESTS)

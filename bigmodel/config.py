@@ -165,7 +165,7 @@ class DataSettings(Section):
         0, ge=0, description="with data.remote: shards kept in data.directory, the others are fetched again; 0: all"
     )
     stall_seconds: float = Field(
-        900.0, gt=0, description="a run whose next batch is not ready after so long ends with an error"
+        480.0, gt=0, description="a run whose next batch takes longer ends with an error; ranks wait 600 s for others"
     )
 
     @property

@@ -73,6 +73,7 @@ def order_before(
 
 def show_data(settings: Settings, png: Path) -> None:
     """Print sources, lengths, mix, packing and suggestions; draw the lengths."""
+    settings = agree(settings)
     data = settings.data
     store = ShardStore.of_run(data, "train")
     packed = measure_packing(store, data)  # first: it complains of a wrong mix

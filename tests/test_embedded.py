@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pyarrow.parquet
+
 from bigmodel.data import corpus, embedded
 
 MODULE = '''\
@@ -83,3 +85,53 @@ def test_the_standard_library_is_there_without_tests_and_build_settings() -> Non
     assert not any("/test/" in f"/{path}" or "site-packages" in path or "_sysconfigdata" in path for path in paths)
     assert paths == sorted(paths)
     assert len(paths) > 400
+
+
+FUNCTIONS = b'''"""About the module."""
+
+def area(width, height):
+    """Give the area of a rectangle.
+
+    Both sides in metres.
+    """
+    return width * height
+
+
+class Box:
+    """Not a function."""
+
+    def open(self):
+        \'\'\'Open
+        the lid.\'\'\'
+        self.lid = None
+
+    def only_documented(self):
+        """Nothing else."""
+
+    def undocumented(self):
+        return 1
+'''
+
+
+def test_pairs_are_functions_without_their_documentation_and_its_first_paragraph() -> None:
+    assert embedded.function_pairs(FUNCTIONS.decode()) == [
+        ("def area(width, height):\n    return width * height\n", "Give the area of a rectangle."),
+        ("def open(self):\n    self.lid = None\n", "Open the lid."),
+    ]
+
+
+def test_pairs_are_written_with_their_module_as_key(tmp_path: Path) -> None:
+    left_out = embedded.write_embedded_pairs(tmp_path, [("a/boxes.py", FUNCTIONS), ("broken.py", b"def (")])
+    assert left_out == {"summaries": {"not_parsed": {"documents": 1, "bytes": 5}}}
+    (source,) = embedded.pair_sources(tmp_path)
+    rows = pyarrow.parquet.read_table(source.files[0]).to_pylist()
+    assert source.columns == ("text", "target")
+    assert [row["key"] for row in rows] == ["a/boxes.py"] * 2
+    assert rows[1]["target"] == "Open the lid."
+
+
+def test_the_standard_library_gives_pairs_enough_to_train_on() -> None:
+    modules = [one for one in embedded.standard_library() if one[0].startswith(("asyncio/", "email/", "json/"))]
+    pairs = [pair for _, content in modules for pair in embedded.function_pairs(embedded.decode_module(content))]
+    assert len(pairs) > 300
+    assert not any('"""' in source.split("\n")[1] for source, _ in pairs)

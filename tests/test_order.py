@@ -429,6 +429,74 @@ def test_with_caps_and_a_curriculum_resume_is_exact_and_nothing_is_given_twice(c
             assert [again.next_step() for _ in steps[number:]] == steps[number:]
 
 
+@st.composite
+def extremes(draw):
+    """Settings at their edges: as many lanes as shards, packs of one context of 2, shares of 1e-12, documents of sixty
+    contexts beside empty ones, windows of one pack, stages that begin at a window's edge, caps, a ramp both ways."""
+    lanes, context = draw(st.integers(1, 5)), draw(st.sampled_from([2, 2, 3, 7]))
+    length = st.sampled_from([0, 1, 2, 3, context, context + 1, context + 2, 60 * context + 1])
+    filled = st.lists(length, max_size=4).map(lambda rest: [*rest[:1], 2, *rest[1:]])
+    names = ["a", "b", "c", "d"][: draw(st.integers(1, 4))]
+    corpus = {name: draw(st.lists(filled, min_size=lanes, max_size=lanes + draw(st.integers(0, 1)))) for name in names}
+    shares = st.fixed_dictionaries(dict.fromkeys(names, st.sampled_from([1e-12, 1e-3, 1.0, 1e6])))
+    data = {
+        "context_tokens": context,
+        "pack_tokens": context + draw(st.sampled_from([0, 0, 1])),
+        "pack_documents": draw(st.sampled_from([1, 2, 100])),
+        "lanes": lanes,
+        "window_packs": draw(st.sampled_from([1, 2, 9])),
+        "mix": draw(st.one_of(st.just({}), shares)),
+        "max_epochs": draw(st.fixed_dictionaries(dict.fromkeys(names, st.integers(0, 2)))),
+    }
+    edge = lanes * data["window_packs"] * data["pack_tokens"]
+    starts = sorted(draw(st.sets(st.integers(1, 6), max_size=2)))
+    data["curriculum"] = [{"from_tokens": edge * start, "mix": {draw(st.sampled_from(names)): 1.0}} for start in starts]
+    packs_per_step = lanes * draw(st.integers(1, 3))
+    ramp = [(2, lanes * draw(st.integers(1, 4))), (4, lanes)]
+    block = draw(st.sampled_from([1, 2, 65_536]))
+    return MemoryStore(corpus), DataSettings.model_validate(data), packs_per_step, ramp, block
+
+
+@given(extremes(), st.sampled_from(WORLDS), st.integers(0, 2**63 - 1))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_at_the_edges_of_settings_nothing_is_given_twice_lost_or_other_on_other_ranks(case, world, seed):
+    from bigmodel.data.stream import take_share
+
+    store, data, packs_per_step, ramp, block_documents = case
+    places = [Place(rank, world[0], world[1]) for rank in range(0, world[0], world[1])]
+    given_packs, state, ended = [], None, False
+    with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
+        whole = Order(store, data, packs_per_step, seed, ramp)
+        for _ in range(14):
+            try:
+                packs = whole.next_step()
+            except UserError:
+                ended = True
+                break
+            given_packs += packs
+            nodes = [Order(store, data, packs_per_step, seed, ramp, place.lanes(data.lanes)) for place in places]
+            computed = []
+            for node, place in zip(nodes, places, strict=True):
+                if state:
+                    node.restore(state)
+                share = take_share(node, data.lanes, place, 2)
+                computed += [
+                    (share.numbers[at], share.packs[at]) for rank in share.slots for slot in rank for at in slot
+                ]
+            assert sorted(computed) == list(enumerate(packs))
+            state = merge_cursors(json.loads(json.dumps(node.state())) for node in nodes)
+            assert json.dumps(state) == json.dumps(whole.state())
+    counts = given_positions(given_packs)
+    assert set(counts.values()) <= {1}
+    for name, part in whole.progress().items():
+        number, corpus = store.sources.index(name), corpus_positions(store, name)
+        for epoch in range(part.epochs_complete):
+            assert {key[:4] for key in counts if (key[0], key[4]) == (number, epoch)} == corpus
+        cap = data.max_epochs[name]
+        assert not cap or all(key[4] < cap for key in counts if key[0] == number)
+    assert not ended or any(data.max_epochs.values())  # without caps there is no end
+
+
 def test_a_curriculum_changes_the_mix_at_the_next_window_of_each_lane_and_counts_shares_from_there():
     lengths = {name: [lognormal_lengths(seed + lane, 100) for lane in (0, 9)] for seed, name in enumerate(("a", "b"))}
     data = DataSettings.model_validate(

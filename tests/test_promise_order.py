@@ -14,6 +14,7 @@ from bigmodel.data import stream
 from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.sharing import Place, deal_evenly
+from bigmodel.show import show_batch
 from bigmodel.training import checkpoint
 from tests.ranks import run_ranks
 from tests.tiny_run import write_run
@@ -147,3 +148,21 @@ def test_the_check_sees_random_words_that_depend_on_the_call(shards: Path, tmp_p
 
 def broken_claims(run_file: Path) -> list[str]:
     return [finding.claim for finding in check.check_order(run_file, ["training.steps=3"]) if not finding.holds]
+
+
+def test_show_and_check_follow_a_batch_size_that_only_the_deepspeed_json_gives(
+    shards: Path, tmp_path: Path, capsys
+) -> None:
+    run_file = write_run(tmp_path, shards)
+    run_file.write_text(run_file.read_text().replace("packs_per_step = 4\n", ""))
+    given = {"train_batch_size": 6, "gradient_accumulation_steps": 3}  # of two ranks: show and check have one
+    (tmp_path / "run-deepspeed.json").write_text(json.dumps(given))
+    findings = check.check_order(run_file, ["training.steps=2", "schedule.warmup_steps=0"])
+    assert all(finding.holds for finding in findings)
+    assert findings[0].evidence == "12 packs"
+    settings = load_settings(run_file)
+    show_batch(settings, 1, tmp_path / "batch.png")
+    shown = capsys.readouterr().out
+    order = Order(ShardStore(shards, "train"), settings.data, 6, settings.run.seed)
+    pack = [order.next_step(), order.next_step()][1][0]
+    assert f"{len(pack)} documents, {sum(piece.length for piece in pack)} positions" in shown

@@ -1,5 +1,6 @@
 """Shards and texts are ready before they are read: texts give the bytes of tokens, faults keep their place."""
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -200,6 +201,42 @@ def test_an_error_met_ahead_is_raised_at_the_step_that_needs_the_document(
     for _ in range(2):
         with pytest.raises(UserError, match="broken"):
             next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("name", ["shard.00001.mds", "lengths.00001.npy", "index.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("kind", ["tokens", "texts"])
+def test_a_damaged_file_ends_the_stream_with_its_name_and_never_early(
+    kind: str, damage: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "data"))
+    path = folder / "train" / "news" / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(bytes(content) if damage == "flipped" else bytes(content[:-7]))
+    expected, _ = take(make(request.getfixturevalue(kind)), STEPS)
+    stream, taken = make(folder), []
+    with pytest.raises(UserError, match=rf"train/news/{name}: .*(copy the file anew|prepare)"):
+        taken.extend(stream)
+    stream.close()
+    assert len(taken) < STEPS
+    assert [[batch.fingerprint() for batch in step.micro_batches] for step in taken] == expected[: len(taken)]
+
+
+def test_the_end_of_the_data_is_an_error_at_its_step_and_every_step_before_it_is_given(tokens: Path) -> None:
+    data = DATA.model_copy(update={"max_epochs": {"news": 1, "letters": 1}})
+    order = Order(ShardStore(tokens, "train"), data, PACKS_PER_STEP, 5)
+    with pytest.raises(UserError, match="has no pack left"):
+        list(iter(order.next_step, []))
+    steps = order.step
+    assert steps > 12
+    stream, taken = make(tokens, data=data), []
+    with pytest.raises(UserError, match=f"has no pack left for step {steps + 1}"):
+        taken.extend(stream)
+    assert len(taken) == steps
     stream.close()
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 
 from bigmodel.__main__ import main
-from bigmodel.config import UserError
+from bigmodel.config import DataSettings, UserError
 from bigmodel.data import files, remote
+from bigmodel.data.lanes import deal, mixed_shards
+from bigmodel.data.order import Order
 from bigmodel.data.prepare import quiet
 from bigmodel.data.remote import upload
 from bigmodel.data.shards import ShardStore
+from bigmodel.data.sharing import Place
+from bigmodel.data.stream import Stream
 from tests.s3 import delete, faulty_server, get, put, refusing_server, s3_server
 from tests.tiny_corpus import prepared
 
@@ -342,6 +346,103 @@ def test_where_every_file_is_there_the_store_is_not_asked(whole: Path) -> None:
     with refusing_server():
         store = ShardStore(whole, "train", "s3://closed/data")
         assert len(store.document("news", 1, 0)) > 2
+
+
+# ---- what a node's stream fetches -----------------------------------------------------------------------------
+
+DATA = DataSettings(context_tokens=40, pack_tokens=64, pack_documents=8, lanes=2, window_packs=12)
+
+
+def test_each_node_fetches_the_shards_of_its_lanes_ahead_and_no_other(whole: Path, url: str, tmp_path: Path) -> None:
+    """Two nodes with folders of their own, one lane each; the batches are those of one node with all files."""
+    expected: list[list[str]] = []
+    for rank, place in ((0, Place(0, 1)), (0, Place(0, 2)), (1, Place(1, 2))):
+        alone = place.num_nodes == 1
+        folder = whole if alone else tmp_path / f"node-{rank}"
+        store = ShardStore(folder, "train", "" if alone else url)
+        lanes = place.lanes(DATA.lanes)
+        nodes = None if alone else _Silent()
+        stream = Stream(store, Order(store, DATA, 8, 5, lanes=lanes), DATA, 1, place, 5, nodes)
+        steps = [[b.fingerprint() for b in next(stream).micro_batches] for _ in range(8)]
+        stream.close()
+        expected = expected or steps
+        if not alone:
+            shards = mixed_shards(store, DATA)
+            mine = {(name, shard.number) for name, dealt in deal(shards, 2).items() for shard in dealt[rank]}
+            names = {f"train/{name}/shard.{number:05}.mds" for name, number in mine}
+            assert shards_in(folder) == names
+            assert store.remote
+            lengths = {name.replace("shard", "lengths").replace(".mds", ".npy") for name in names}
+            others = {"tokenizer.json", *(f"train/{name}/index.json" for name in store.sources)}
+            assert store.remote.num_files == len(names | lengths | others)
+            assert [set(step) <= set(all_) for step, all_ in zip(steps, expected, strict=True)] == [True] * 8
+            assert {print_ for step in steps for print_ in step}
+
+
+class _Silent:
+    """`NodeSums` of a node that hears nothing of the others."""
+
+    def add_up(self, step: int, values: Sequence[int], abandoned: object) -> list[int]:
+        return list(values)
+
+    def fail(self, step: int, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+def test_a_stream_over_a_store_that_vanishes_ends_with_an_error_that_names_the_file(url: str, tmp_path: Path) -> None:
+    store = ShardStore(tmp_path / "data", "train", url)
+    data = DATA.model_copy(update={"window_packs": 4})
+    stream = Stream(store, Order(store, data, 8, 5), data, 1, Place(0, 1), 5)
+    next(stream)
+    for name in store.manifest.files:
+        delete(f"{url}/{name}")
+    for path in (tmp_path / "data").rglob("*.mds"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"shard\.0000\d\.mds: cannot be read"):
+        list(stream)
+    stream.close()
+
+
+def fetch_and_hang(url: str, directory: Path, started: object) -> None:
+    """In a process of its own: a stream whose shards come, but never to their end."""
+    chunks = files.chunks
+
+    def hang(location: str) -> Iterator[bytes]:
+        for content in chunks(location):
+            if location.endswith(".mds"):
+                yield content[:100]
+                started.set()  # type: ignore[attr-defined]
+                time.sleep(600)
+            yield content
+
+    store = ShardStore(directory, "train", url)
+    files.chunks = hang
+    next(Stream(store, Order(store, DATA, 8, 5), DATA, 1, Place(0, 1), 5))
+
+
+def test_a_killed_run_leaves_no_shared_memory_and_the_next_one_cleans_up_and_goes_on(
+    whole: Path, url: str, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    process = context.Process(target=fetch_and_hang, args=(url, tmp_path / "data", started))
+    process.start()
+    assert started.wait(120)
+    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    assert [line for line in maps if "/dev/shm/" in line and "/sem.mp-" not in line] == []  # semaphores are the test's
+    process.kill()
+    process.join(30)
+    assert list((tmp_path / "data").rglob(".*.part"))
+    store = ShardStore(tmp_path / "data", "train", url)
+    assert not list((tmp_path / "data").rglob(".*.part"))
+    stream = Stream(store, Order(store, DATA, 8, 5), DATA, 1, Place(0, 1), 5)
+    local = ShardStore(whole, "train")
+    other = Stream(local, Order(local, DATA, 8, 5), DATA, 1, Place(0, 1), 5)
+    for _ in range(8):
+        mine, theirs = next(stream), next(other)
+        assert [b.fingerprint() for b in mine.micro_batches] == [b.fingerprint() for b in theirs.micro_batches]
+    stream.close()
+    other.close()
 
 
 # ---- two at once ----------------------------------------------------------------------------------------------

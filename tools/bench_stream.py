@@ -3,6 +3,7 @@
     python -m tools.bench_stream packing            efficiency at contexts of 2k, 8k and 32k, and balance over ranks
     python -m tools.bench_stream speed              tokens/s on one core from shards to batches, against others
     python -m tools.bench_stream scale              start, resume, memory and step cost with a billion documents
+    python -m tools.bench_stream text               tokens/s where shards hold text, tokenized while they stream
 
 Each writes benchmarks/stream_<name>.json (packing also a plot) and prints the table for benchmarks/README.md.
 Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
@@ -12,8 +13,10 @@ Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
 - speed: each way is a process of its own; they take turns; the median counts. Tokens over processor seconds of the
   whole process, imports left out. `iterate, concatenate` and `iterate, bin-pack` are StreamingDataset.__iter__ with a
   collator that joins and cuts, and one that packs each 256 documents first-fit decreasing and drops nothing.
+- text: the embedded corpus, prepared as text and as tokens with a vocabulary of 8,192, through the same stream.
 - scale: a manifest with 1e9 documents in 23,256 shards, whose lengths are made on demand; 64 lanes, 8 nodes of 8
-  ranks. One rank of node 3 is measured; its memory above the imports is counted eight times for the node. The deep
+  ranks. One rank of node 3 is measured, the steps of a window kept; its anonymous memory is counted eight times for
+  the node, the libraries' pages once. The deep
   position is a cursor written by hand, half-way through the second epoch.
 """
 
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +115,7 @@ def scale() -> dict[str, Any]:
         first = take_share(order, data.lanes, place, 1)
         started = time.perf_counter() - clock
         early = step_seconds(order, data, place)
+        node_bytes = node_resident_bytes()
 
         state = order.state()
         blocks = sum(size[0] for size in shards) // SCALE_LANES // 65_536
@@ -124,6 +129,7 @@ def scale() -> dict[str, Any]:
         take_share(order, data.lanes, place, 1)
         resumed = time.perf_counter() - clock
         late = step_seconds(order, data, place)
+        node_bytes = max(node_bytes, node_resident_bytes())
         return {
             "documents": sum(size[0] for size in shards),
             "shards": len(shards),
@@ -134,7 +140,7 @@ def scale() -> dict[str, Any]:
             "rank_bytes_after_imports": before,
             "rank_bytes_added_at_peak": peak_bytes() - before,
             "node_bytes_added": RANKS * (peak_bytes() - before),
-            "node_bytes": RANKS * peak_bytes(),
+            "node_resident_bytes": node_bytes,
             "step_milliseconds_at_0": early,
             "step_milliseconds_deep": late,
         }
@@ -144,16 +150,23 @@ def step_seconds(order: Order, data: DataSettings, place: Place, steps: int = 30
     from bigmodel.data.stream import take_share
 
     seconds = []
+    ahead: deque[Any] = deque(maxlen=data.window_packs * data.lanes // order.packs_at(0) + 1)  # as `Stream` keeps them
     for _ in range(steps):
         clock = time.process_time()
-        take_share(order, data.lanes, place, 1)
-        order.position()
+        ahead.append((take_share(order, data.lanes, place, 1), order.position()))
         seconds.append(1000 * (time.process_time() - clock))
     return {"mean": statistics.mean(seconds), "median": statistics.median(seconds), "max": max(seconds)}
 
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def node_resident_bytes() -> int:
+    """Of RANKS processes like this one: each has its own anonymous memory, libraries' pages are shared by all."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return 1024 * (RANKS * kilobytes["Anonymous"] + kilobytes["Rss"] - kilobytes["Anonymous"])
 
 
 def peak_bytes() -> int:
@@ -285,6 +298,36 @@ def make_rows(tokens: Any, owners: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "labels": labels, "sequence_id": owners}
 
 
+def text(seconds: float) -> dict[str, Any]:
+    """Rates of the stream over shards of tokens and of text, by wall clock and by processor, with 1 and 2 workers."""
+    from bigmodel.config import Settings
+    from bigmodel.data import shards
+    from bigmodel.data.prepare import prepare, quiet
+    from bigmodel.data.stream import Stream
+
+    shards.RECENT_TOKENS = 0  # the corpus is small: its next epoch would be remembered
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for content in ("tokens", "text"):
+            section = {"vocabulary": 8192, "content": content, "shard_tokens": 1_000_000}
+            made = {"prepare": section, "data": {"directory": f"{folder}/{content}"}}
+            prepare(Settings.model_validate(made), quiet())
+            for workers in (1, 2):
+                data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT, workers=workers)
+                store = ShardStore(Path(folder) / content, "train")
+                stream = Stream(store, Order(store, data, 64, 1), data, 8, Place(0, 1), seed=1)
+                next(stream)
+                wall, processor, tokens = time.perf_counter(), time.process_time(), 0
+                while time.perf_counter() - wall < seconds:
+                    tokens += next(stream).num_positions
+                rates[f"{content}, {workers} worker(s)"] = {
+                    "tokens_per_second": tokens / (time.perf_counter() - wall),
+                    "tokens_per_core_second": tokens / (time.process_time() - processor),
+                }
+                stream.close()
+    return rates
+
+
 WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
     "ours": ours,
     "our reader, next-fit": next_fit_of_our_reader,
@@ -364,8 +407,8 @@ def packing(documents: int) -> dict[str, Any]:
         pieces = store.pieces(context)
         efficiency["pad each"][context] = float(pieces.mean()) / context
         efficiency["next-fit"][context] = next_fit(pieces, context)
-        documents_limit = max(256, context // 32)  # the default, 256, is too few for 32k of these documents
-        data = DataSettings(context_tokens=context, pack_tokens=context, pack_documents=documents_limit)
+        data = DataSettings(context_tokens=context, pack_tokens=context)
+        documents_limit = data.pack_documents
         order = Order(store, data, 100, 1)
         steps, clock = max(5, int(pieces.sum()) // context // 100), time.process_time()
         taken = [order.next_step() for _ in range(steps)]
@@ -422,7 +465,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "speed", "scale", "way"))
+    parser.add_argument("what", choices=("packing", "speed", "scale", "text", "way"))
     parser.add_argument("--documents", type=int, default=300_000, help="packing: documents")
     parser.add_argument("--tokens", type=int, default=24_000_000, help="speed: tokens in the shards")
     parser.add_argument("--seconds", type=float, default=4.0, help="speed: length of one run")
@@ -438,17 +481,18 @@ def main() -> None:
         "packing": lambda: packing(arguments.documents),
         "speed": lambda: speed(arguments.tokens, arguments.seconds, arguments.repeats),
         "scale": scale,
+        "text": lambda: text(arguments.seconds),
     }
     result = runs[arguments.what]()
     result |= {"load_before": load, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     result["commit"] = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    text = json.dumps(result, indent=1)
-    (ROOT / "benchmarks" / f"stream_{arguments.what}.json").write_text(text + "\n")
+    written = json.dumps(result, indent=1)
+    (ROOT / "benchmarks" / f"stream_{arguments.what}.json").write_text(written + "\n")
     if arguments.what == "packing":
         draw(result, ROOT / "benchmarks" / "stream_packing.png")
-    print(text)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bigmodel.config import DataSettings
 from bigmodel.data.examples import Document, Examples
-from bigmodel.data.objectives import IGNORED, NO_TOKENS, Example, causal
+from bigmodel.data.objectives import IGNORED, Example, causal
 from bigmodel.data.randomness import make_key, words
 from bigmodel.data.shuffle import PLAIN, Fragment, Pack
 
@@ -159,36 +159,48 @@ def build_batch(
     targets_T = np.full(len(target_side.tokens), IGNORED, dtype=np.int64)
     parts_T = np.zeros(len(target_side.tokens) if part_of else 0, dtype=np.int64)
     prefixes: list[int] = []
+    is_one_sided = not source_side.size
+    num_positions = num_targets = 0
     for number, pack in enumerate(packs):
         assert len(pack) <= settings.pack_documents, (
             f"a pack of {len(pack)} documents; pack_documents = {settings.pack_documents}"
         )
-        for what, size in (("positions", settings.pack_tokens), ("source_positions", settings.source_pack_tokens)):
-            filled = sum(getattr(fragment, what) for fragment in pack)
-            assert filled <= size, f"a pack of more than pack_tokens = {size} {what}: {pack}"
         for fragment in pack:
-            example = _example(fragment, read, examples)
-            place = target_side.add(example.tokens, example.places)
-            targets_T[place] = example.targets
-            source_side.add(example.source)
-            prefixes.append(_prefix(example) if settings.bidirectional_prefix and not source_side.size else 0)
+            if fragment.objective == PLAIN:
+                document = read(fragment)
+                assert isinstance(document, np.ndarray), f"{fragment} is planned as plain text, and is a pair"
+                tokens, targets = causal(document, fragment.start, fragment.length)
+                place = target_side.add(tokens, number)
+                targets_T[place] = targets
+                num_positions += fragment.length
+                num_targets += fragment.length
+                prefix = 0
+            else:
+                example = _example(fragment, read, examples)
+                place = target_side.add(example.tokens, number, example.places)
+                targets_T[place] = example.targets
+                num_positions += fragment.planned_positions
+                num_targets += fragment.planned_targets
+                prefix = _prefix(example) if is_one_sided and settings.bidirectional_prefix else 0
+                if not is_one_sided:
+                    source_side.add(example.source, number)
+            prefixes.append(prefix)
             if part_of:
                 parts_T[place] = part_of(fragment)
-            assert (len(example.tokens), len(example.source)) == (fragment.positions, fragment.source_positions), (
-                f"{fragment} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
-            )
         has_padding = [side.pad(number) for side in (target_side, source_side)]
-        for side in (target_side, source_side) if any(has_padding) else ():
-            side.ends.append(side.place)
-            prefixes += [0] if side is target_side else []
+        if any(has_padding):
+            target_side.ends.append(target_side.place)
+            source_side.ends.append(source_side.place)
+            prefixes.append(0)
+    if is_one_sided:
+        source_side.ends = target_side.ends
     num_documents = len(packs) * (settings.pack_documents + 1)
-    num_targets = sum(fragment.targets for pack in packs for fragment in pack)
     found = int(np.count_nonzero(targets_T != IGNORED))
     assert keys.shape == target_side.tokens.shape, f"{keys.shape[0]} keys for {len(target_side.tokens)} positions"
     assert found == num_targets, f"{found} targets where {num_targets} were planned: one is ignored outside the padding"
     assert len(source_side.ends) == len(target_side.ends), "the sides hold other documents"
     source = None
-    if source_side.size:
+    if not is_one_sided:
         assert source_keys is not None, "no keys for the source side"
         assert source_keys.shape == source_side.tokens.shape, f"{len(source_keys)} keys for the source side"
         source = SourceSide(
@@ -204,7 +216,7 @@ def build_batch(
         positions=torch.from_numpy(target_side.positions),
         offsets=torch.from_numpy(target_side.offsets(num_documents)),
         keys=torch.from_numpy(keys),
-        num_positions=sum(fragment.positions for pack in packs for fragment in pack),
+        num_positions=num_positions,
         num_targets=num_targets,
         num_documents=sum(len(pack) for pack in packs),
         prefixes=_padded(prefixes, num_documents) if any(prefixes) else None,
@@ -223,13 +235,16 @@ class _Side:
         self.positions = np.zeros_like(self.tokens)
         self._count = np.arange(size)
 
-    def add(self, tokens: np.ndarray, places: np.ndarray | None = None) -> slice:
+    def add(self, tokens: np.ndarray, pack: int, places: np.ndarray | None = None) -> slice:
         """Lay a document behind the others of its pack."""
-        taken = slice(self.place, self.place + len(tokens))
+        length = len(tokens)
+        end = self.place + length
+        assert end <= (pack + 1) * self.size, f"a pack of more than pack_tokens = {self.size} positions on a side"
+        taken = slice(self.place, end)
         self.tokens[taken] = tokens
-        self.positions[taken] = self._count[: len(tokens)] if places is None else places
-        self.place = taken.stop
-        self.ends.append(taken.stop)
+        self.positions[taken] = self._count[:length] if places is None else places
+        self.place = end
+        self.ends.append(end)
         return taken
 
     def pad(self, pack: int) -> bool:
@@ -245,12 +260,12 @@ class _Side:
 
 
 def _example(fragment: Fragment, read: Reader, examples: Examples | None) -> Example:
-    document = read(fragment)
-    if fragment.objective == PLAIN:
-        assert isinstance(document, np.ndarray), f"{fragment} is planned as plain text, and is a pair"
-        return Example(NO_TOKENS, *causal(document, fragment.start, fragment.length))
     assert examples, f"{fragment} has an objective; give build_batch the run's examples"
-    return examples.make(fragment, document)
+    example = examples.make(fragment, read(fragment))
+    assert (len(example.tokens), len(example.source)) == (fragment.positions, fragment.source_positions), (
+        f"{fragment} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
+    )
+    return example
 
 
 def _prefix(example: Example) -> int:

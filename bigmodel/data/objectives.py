@@ -97,13 +97,19 @@ class Example(NamedTuple):
 
 
 def piece_of(document: np.ndarray, start: int, length: int) -> Piece:
+    end = check_piece(document, start, length)
+    return Piece(int(document[start]), document[start + 1 : end + 1], document[end + 1 :])
+
+
+def check_piece(document: np.ndarray, start: int, length: int) -> int:
+    """The end of a piece, which its document must have."""
     end = start + length
     assert 0 <= start < end, f"positions [{start}, {end}) are none of a document's"
     assert end < len(document), (
         f"the plan wants positions [{start}, {end}) of a document of {len(document)} stored tokens: "
         "the length index does not belong to these shards"
     )
-    return Piece(int(document[start]), document[start + 1 : end + 1], document[end + 1 :])
+    return end
 
 
 def teacher_forced(source: np.ndarray, start: int, targets: np.ndarray) -> Example:
@@ -123,8 +129,8 @@ def causal(document: np.ndarray, start: int, length: int) -> tuple[np.ndarray, n
     >>> causal(np.array([1, 11, 12, 13, 2]), 0, 4)
     (array([ 1, 11, 12, 13]), array([11, 12, 13,  2]))
     """
-    piece_of(document, start, length)
-    return document[start : start + length], document[start + 1 : start + length + 1]
+    end = check_piece(document, start, length)
+    return document[start:end], document[start + 1 : end + 1]
 
 
 def ahead_targets(lengths: np.ndarray, remaining: np.ndarray, ahead: int) -> np.ndarray:

@@ -323,7 +323,7 @@ class Lane:
         wanted = settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens) - carried_positions
         fresh, cursors = mix(self.streams, self._stages[stage].shares, start.sources, wanted, since)
         table = np.concatenate([start.carried, fresh])
-        lengths = sizes(table)
+        lengths = sizes(table)[:, : 2 if settings.source_pack_tokens else 1]
         if settings.source_pack_tokens:
             budgets = settings.pack_tokens, settings.source_pack_tokens
             packing = pack_two_sides(lengths, budgets, settings.pack_documents, num_first=num_carried)

@@ -17,7 +17,7 @@ import numpy as np
 
 from bigmodel.config import DataSettings
 
-POOL = 2048  # documents among which the greedy rule looks for the next of a pack
+POOL = 4096  # documents among which the greedy rule looks for the next of a pack
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ Importing streaming takes seconds, so it happens at the first shard read. Its St
 used here: its iteration ends silently where a shard is missing (version 0.13.0).
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -151,12 +152,12 @@ class ShardStore:
 
             entry = self._index(source)[shard]
             self._readers[source, shard] = reader_from_json(str(self.file(name).parent), None, entry)
-        if self.remote:
-            try:
+        if self.remote and not (self.directory / name).exists():  # deleted for room since
+            self._checked.discard(name)
+            self.file(name)
+        if self.remote and self.remote.cache_bytes:
+            with contextlib.suppress(OSError):  # another user's file, or deleted just now
                 os.utime(self.directory / name)
-            except FileNotFoundError:  # deleted for room since
-                self._checked.discard(name)
-                self.file(name)
 
     def _sample(self, source: str, shard: int, row: int) -> dict[str, Any]:
         if (source, shard) not in self._readers:

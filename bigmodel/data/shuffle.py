@@ -62,7 +62,7 @@ Pack = tuple[Fragment, ...]
 
 
 def sizes(table: np.ndarray) -> np.ndarray:
-    """(n, 2): the positions and source positions of a table of fragments; (n, 1) where it has no source side."""
+    """(n, 2): the positions and source positions of a table of fragments; (n, 1) of a narrow one."""
     return table[:, [7, 9]] if table.shape[1] == WIDE else table[:, 4:5]
 
 

@@ -174,7 +174,7 @@ class Stream:
             try:
                 item = self._ready.get(timeout=0.1)
             except queue.Empty:
-                if not self._thread.is_alive() and self._ready.empty():
+                if not (self._closed.is_set() or self._thread.is_alive()) and self._ready.empty():
                     raise RuntimeError("the data thread ended without a word; a bug: please report it") from None
                 if time.perf_counter() - began > self._data.stall_seconds:
                     raise UserError(self._describe_stall()) from None

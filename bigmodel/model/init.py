@@ -38,12 +38,14 @@ def init_weights(
 
 
 def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
-    crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
-    of_encoder = name.startswith("encoder.")
-    additions = 2 * settings.encoder.layers if of_encoder else (3 if crosses else 2) * settings.layers
     if parameter.dim() == 1:
         parameter.fill_(1.0)
         return
+    crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
+    side, additions = settings, (3 if crosses else 2) * settings.layers
+    if name.startswith("encoder."):
+        side = settings.encoder
+        additions = 2 * side.layers
     if name.removeprefix("encoder.").startswith(("embedding.", "head.", "relative_bias.")):
         deviation = 0.02
     elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
@@ -52,9 +54,7 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         deviation = math.sqrt(1.0 / parameter.shape[1])
     parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
     if settings.attention_scale and name.endswith(("attention.query_key_value.weight", "cross_attention.query.weight")):
-        part = settings.encoder if of_encoder else settings
-        queries = parameter[: part.heads * part.head_width]
-        queries /= settings.attention_scale * math.sqrt(part.head_width)
+        parameter[: side.heads * side.head_width] /= settings.attention_scale * math.sqrt(side.head_width)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

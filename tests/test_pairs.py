@@ -1,0 +1,275 @@
+"""Pairs and objectives through plan, packs and stream: exactly once, the same at any world size, both sides full."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigmodel.config import DataSettings
+from bigmodel.data import packing
+from bigmodel.data.examples import Pair
+from bigmodel.data.order import Order
+from bigmodel.data.packing import pack_two_sides
+from bigmodel.data.planned import measure_packing
+from bigmodel.data.sharing import Place
+from bigmodel.data.sides import count_cut, suggest_sides
+from bigmodel.data.stream import Builder, Stream, validation_batches
+from tests.memory_store import MemoryStore
+from tools.bench_seq2seq import instructions, lognormal, summaries, translations
+
+DATA = DataSettings(context_tokens=24, pack_tokens=48, source_pack_tokens=64, pack_documents=6, lanes=2, window_packs=6)
+OBJECTIVES = [{"kind": "span_corruption"}, {"kind": "prefix"}, {"kind": "causal"}]
+
+
+class PairStore(MemoryStore):
+    """A memory store one of whose sources, `pairs`, has targets too."""
+
+    def __init__(self, lengths: dict[str, list[list[int]]], targets: list[list[int]]) -> None:
+        super().__init__(lengths)
+        self.pair_sources = frozenset(["pairs"])
+        self._targets = targets
+
+    def target_lengths(self, source: str, shard: int) -> np.ndarray:
+        return np.array(self._targets[shard], dtype=np.uint32)
+
+    def document(self, source: str, shard: int, row: int) -> np.ndarray | Pair:
+        tokens = super().document(source, shard, row) % 50
+        if source != "pairs":
+            return tokens
+        return Pair(tokens, np.arange(self._targets[shard][row]) % 40)
+
+
+def a_store(seed: int = 0, num_shards: int = 4, rows: int = 12) -> PairStore:
+    random = np.random.default_rng(seed)
+
+    def lengths(most: int) -> list[list[int]]:
+        return [random.integers(3, most, rows).tolist() for _ in range(num_shards)]
+
+    return PairStore({"pairs": lengths(40), "text": lengths(90)}, lengths(30))
+
+
+def steps_of(store: PairStore, data: DataSettings, count: int) -> list:
+    order = Order(store, data, 4, seed=5)
+    return [order.next_step() for _ in range(count)]
+
+
+@given(
+    seed=st.integers(0, 50),
+    objectives=st.sampled_from([[], OBJECTIVES, [{"kind": "ul2"}]]),
+    source_pack_tokens=st.sampled_from([0, 64]),
+)
+@settings(max_examples=16, deadline=None)
+def test_every_position_of_pairs_and_text_is_given_once_an_epoch(
+    seed: int, objectives: list, source_pack_tokens: int
+) -> None:
+    store = a_store(seed)
+    changes = {"objectives": objectives, "source_pack_tokens": source_pack_tokens}
+    data = DataSettings(**(DATA.model_dump() | changes))
+    order = Order(store, data, 4, seed=seed)
+    seen: Counter = Counter()
+    while min(source.epochs_complete for source in order.progress().values()) < 1:
+        for pack in order.next_step():
+            assert len(pack) <= 6
+            assert sum(piece.positions for piece in pack) <= 48
+            assert sum(piece.source_positions for piece in pack) <= source_pack_tokens
+            seen.update(
+                (piece.source, piece.shard, piece.row, position)
+                for piece in pack
+                if piece.epoch == 0
+                for position in range(piece.start, piece.start + piece.length)
+            )
+    expected = {
+        (source, shard, row, position)
+        for source, name in enumerate(store.sources)
+        for shard in range(4)
+        for row, length in enumerate(store.lengths(name, shard).tolist())
+        for position in range(length - 1)
+    }
+    assert set(seen) == expected
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("objectives", [[], OBJECTIVES])
+def test_steps_are_the_same_bytes_at_any_world_size_and_after_any_restart(objectives: list) -> None:
+    store = a_store()
+    data = DataSettings(**(DATA.model_dump() | {"objectives": objectives}))
+    seen = {}
+    for size, node_size in ((1, 1), (2, 1), (3, 1), (4, 2), (4, 4)):
+        found: dict = {}
+        for rank in range(size):
+            stream = Stream(store, Order(store, data, 4, seed=5), data, 1, Place(rank, size, node_size), seed=5)
+            for step in (next(stream) for _ in range(5)):
+                for batch in step.micro_batches:
+                    if batch.num_documents:
+                        found.setdefault(step.number, []).append(batch.fingerprint())
+                assert step.num_targets == sum(step.targets_by_part)
+            stream.close()
+        seen[size, node_size] = {number: sorted(prints) for number, prints in found.items()}
+    assert len(set(map(json.dumps, seen.values()))) == 1
+    order, again = (Order(store, data, 4, seed=5) for _ in range(2))
+    for _ in range(4):
+        order.next_step()
+    again.restore(json.loads(json.dumps(order.state())))
+    assert order.next_step() == again.next_step()
+
+
+def test_counts_of_a_step_are_those_of_its_batches() -> None:
+    store, data = a_store(), DataSettings(**(DATA.model_dump() | {"objectives": OBJECTIVES}))
+    stream = Stream(store, Order(store, data, 4, seed=5), data, 2, Place(0, 1), seed=5)
+    step = next(stream)
+    stream.close()
+    assert stream.parts == [
+        ("pairs", "pairs"),
+        ("span_corruption", "text"),
+        ("prefix", "text"),
+        ("causal", "text"),
+    ]
+    counts = [0] * 4
+    for batch in step.micro_batches:
+        asked = batch.parts[batch.targets != -100].tolist()
+        counts = [count + asked.count(part) for part, count in enumerate(counts)]
+    assert step.targets_by_part == counts
+    assert min(counts) > 0
+    positions = sum(batch.num_positions + batch.source.num_positions for batch in step.micro_batches)
+    assert step.num_positions == positions
+    assert step.num_positions + step.num_padding == 4 * (48 + 64)
+
+
+@pytest.mark.parametrize("objective", ["causal", "prefix", "fill_in_the_middle"])
+def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -> None:
+    """Causal text alone is planned without examples; pairs among it must not be."""
+    store = a_store()
+    data = DataSettings(
+        context_tokens=48, pack_tokens=96, pack_documents=6, lanes=2, window_packs=6, objectives=[{"kind": objective}]
+    )
+    stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
+    step = next(stream)
+    stream.close()
+    (batch,) = step.micro_batches
+    pairs = [piece for pack in step.packs for piece in pack if store.sources[piece.source] == "pairs"]
+    assert 0 < len(pairs) < step.num_documents
+    assert stream.parts == [("pairs", "pairs"), (objective, "text")]
+    assert step.targets_by_part == [
+        sum(piece.targets for piece in pairs),
+        step.num_targets - sum(piece.targets for piece in pairs),
+    ]
+    with_prefix = step.num_documents if objective == "prefix" else len(pairs)
+    assert int((batch.prefixes > 0).sum()) == with_prefix
+    assert batch.num_targets < batch.num_positions
+
+
+def test_validation_holds_every_document_once_and_always_the_same() -> None:
+    store = a_store()
+    data = DataSettings(**(DATA.model_dump() | {"objectives": OBJECTIVES}))
+    first, second = (validation_batches(store, data, size) for size in (1, 3))
+    one, other = (sum(batch.num_documents for batch in batches) for batches in (first, second))
+    assert one == other >= 96
+    assert {name: batch.fingerprint() for name, batch in enumerate(first)} == {
+        name: batch.fingerprint() for name, batch in enumerate(validation_batches(store, data, 1))
+    }
+
+
+def test_the_identity_of_a_plan_names_what_decides_its_examples() -> None:
+    store = a_store()
+    plain, other = (
+        Order(store, DataSettings(**(DATA.model_dump() | {"objectives": objectives})), 4, seed=5)
+        for objectives in ([], OBJECTIVES)
+    )
+    assert plain.plan.identity["data.source_pack_tokens"] == 64
+    assert "data.objectives" not in plain.plan.identity
+    assert [one["kind"] for one in other.plan.identity["data.objectives"]] == ["span_corruption", "prefix", "causal"]
+
+
+def test_a_builder_makes_the_same_example_in_every_pack_and_step() -> None:
+    store, data = a_store(), DataSettings(**(DATA.model_dump() | {"objectives": OBJECTIVES}))
+    pack = next(pack for step in steps_of(store, data, 5) for pack in step if len(pack) > 2)
+    builder = Builder(store, data, 5)
+    alone, together = builder.build([(pack[1],)], 0, [0]), builder.build([pack], 9, [3])
+    start, end = together.offsets[1:3].tolist()
+    assert together.tokens[start:end].tolist() == alone.tokens[: end - start].tolist()
+    assert together.targets[start:end].tolist() == alone.targets[: end - start].tolist()
+
+
+# ---- packing two sides ----------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30)), max_size=60),
+    num_first=st.integers(0, 10),
+    documents=st.integers(1, 8),
+)
+@settings(max_examples=100, deadline=None)
+def test_two_sides_are_packed_within_all_limits(lengths: list, num_first: int, documents: int) -> None:
+    table = np.array(lengths, dtype=np.int64).reshape(-1, 2)
+    packing = pack_two_sides(table, (20, 30), documents, num_first)
+    assert sorted(index for pack in packing.packs for index in pack) == list(range(len(table)))
+    for number, pack in enumerate(packing.packs):
+        assert 1 <= len(pack) <= documents
+        target, source = table[pack].sum(axis=0)
+        assert (target, source) == (packing.num_positions[number], packing.num_sources[number])
+        assert target <= 20
+        assert source <= 30
+
+
+@pytest.mark.parametrize(
+    ("table", "budgets", "better"),
+    [
+        (summaries(600), (512, 2048), "_first_fit"),  # few documents a pack
+        (instructions(1500), (3456, 2048), "_fill_one_by_one"),  # many
+    ],
+)
+def test_the_rule_that_needs_fewer_packs_is_taken(
+    table: np.ndarray, budgets: tuple[int, int], better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = len(pack_two_sides(table, budgets, 256).packs)
+    alone = {}
+    for name, other in (("_first_fit", "_fill_one_by_one"), ("_fill_one_by_one", "_first_fit")):
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, other, lambda lengths, *_: [[index] for index in range(len(lengths))])
+            alone[name] = len(pack_two_sides(table, budgets, 256).packs)
+    assert both == alone[better] == min(alone.values())
+    assert alone["_first_fit"] != alone["_fill_one_by_one"]
+
+
+def store_of(table: np.ndarray, num_shards: int = 4) -> PairStore:
+    """The pairs whose texts have these positions, (n, 2): target, source."""
+    parts = np.array_split(table + 1, num_shards)
+    return PairStore({"pairs": [part[:, 1].tolist() for part in parts]}, [part[:, 0].tolist() for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("table", "contexts"),
+    [(translations(16_000), (256, 256)), (summaries(12_000), (256, 2048)), (instructions(12_000), (2048, 2048))],
+    ids=["translations", "summaries", "instructions"],
+)
+def test_with_the_suggested_budgets_both_sides_are_full(table: np.ndarray, contexts: tuple[int, int]) -> None:
+    store = store_of(table)
+    data = DataSettings(
+        context_tokens=contexts[0], pack_tokens=contexts[0], source_pack_tokens=contexts[1], window_packs=200
+    )
+    found = {one.setting: one.suggested for one in suggest_sides(store, data)}
+    suggested = {name: found[f"data.{name}"] for name in ("pack_tokens", "source_pack_tokens", "window_packs")}
+    source_context = {"source_context_tokens": contexts[1], "pack_documents": 0}
+    packed = measure_packing(store, DataSettings(**(data.model_dump() | suggested | source_context)))
+    assert packed.filled >= 0.99
+    assert packed.source_filled >= 0.99
+
+
+def test_with_the_suggested_budgets_corrupted_spans_fill_both_sides() -> None:
+    lengths = np.clip(lognormal(7, 12_000, 740, 1.1, 4, 20_000), 4, 20_000)
+    store = MemoryStore({"web": [part.tolist() for part in np.array_split(lengths, 4)]})
+    data = DataSettings(context_tokens=114, pack_tokens=456, source_pack_tokens=456, source_context_tokens=456)
+    found = {one.setting: one.suggested for one in suggest_sides(store, data)}
+    suggested = {name: found[f"data.{name}"] for name in ("pack_tokens", "source_pack_tokens", "window_packs")}
+    packed = measure_packing(store, DataSettings(**(data.model_dump() | suggested | {"pack_documents": 0})))
+    assert packed.filled >= 0.99
+    assert packed.source_filled >= 0.99
+
+
+def test_pairs_that_are_cut_are_counted_by_side() -> None:
+    store = store_of(np.array([[10, 5], [30, 5], [10, 70], [24, 64], [25, 65]]))
+    cut = count_cut(store, DATA)
+    assert (cut.num_pairs, cut.sources, cut.targets) == (5, 2, 2)
