@@ -12,17 +12,19 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := configs/constraints.txt
 # Claims that need neither data nor a process group: seconds, so `make check` stays quick.
 QUICK_TESTS := tests/test_imports.py $(wildcard tests/test_config.py tests/test_rundir.py tests/test_topology.py) \
-	tests/test_metrics.py
+	tests/test_metrics.py tests/test_compare.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq test check format clean
+.PHONY: help setup train train-seq2seq test check torture exactness format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
 	@echo 'make train-seq2seq  the same with an encoder-decoder on pairs: configs/seq2seq.toml'
 	@echo 'make test     set up, run every test (TESTS=... picks some)'
 	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
+	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
+	@echo 'make exactness  every engine setting against plain torch (an hour), writes benchmarks/support.md'
 	@echo 'make setup    only create .venv'
 	@echo 'make format   rewrite the code in the house format'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
@@ -62,6 +64,12 @@ check: .venv/installed
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m pytest --quiet $(QUICK_TESTS)
+
+torture: .venv/installed
+	@$(PY) -m tools.torture
+
+exactness: .venv/installed
+	@$(PY) -m tools.exactness
 
 format: .venv/installed
 	@$(PY) -m ruff format .

@@ -225,6 +225,19 @@ def profile(
 
 
 @app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="a run directory")],
+    two: Annotated[Path, typer.Argument(help="another one")],
+    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("compare.png"),
+) -> None:
+    """Tell the first step at which two runs differ, and draw both curves. Exit code 1 where they differ."""
+    from bigmodel.compare import compare as run
+
+    if run(one, two, png):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def probe() -> None:
     """Print what this machine offers, as JSON: devices, memory, versions."""
     from bigmodel.probe import probe as run

@@ -396,6 +396,9 @@ class TrainingSettings(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="what the backward pass computes again: nothing; all but products and attention; all"
     )
+    sequence_parallel_ranks: int = Field(
+        1, ge=1, description="consecutive ranks that share each pack (Ulysses), for very long documents"
+    )
     compile: bool = Field(False, description="torch.compile each block")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights over updates, in checkpoints; 0: off")
     z_loss: float = Field(

@@ -89,7 +89,11 @@ NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("pipeline", bool, "remove the section; pipeline parallelism is not offered"),
     ("tensor_parallel", bool, "remove the section; tensor parallelism is not offered"),
     ("expert_parallel", bool, "remove the section; mixture of experts is not offered"),
-    ("sequence_parallel_size", lambda value: value != 1, "remove the key; sequence parallelism is not offered"),
+    (
+        "sequence_parallel_size",
+        lambda value: value != 1,
+        "remove the key; set training.sequence_parallel_ranks in the run file",
+    ),
     ("hybrid_engine", bool, "remove the section; it serves reinforcement learning"),
     ("compile", bool, "remove the section; DeepCompile is not offered"),
     ("autotuning", bool, "remove the section; autotuning is not offered"),
@@ -333,7 +337,12 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     packs = settings.training.packs_per_step
     per_micro_batch = source.number(config, "train_micro_batch_size_per_gpu", int, 1)
     assert isinstance(per_micro_batch, int), "filled before"
-    micro_batches = num_micro_batches(packs, world_size, per_micro_batch)
+    sharing = settings.training.sequence_parallel_ranks
+    if world_size % sharing:
+        raise UserError(
+            f"training.sequence_parallel_ranks = {sharing} does not divide the {world_size} rank(s); choose a divisor"
+        )
+    micro_batches = num_micro_batches(packs, world_size // sharing, per_micro_batch)
     derived = f"packs_per_step = {packs} over {world_size} rank(s) with {per_micro_batch} pack(s) each time"
     written = source.number(config, "gradient_accumulation_steps", int, 1)
     if written is not None and written != micro_batches:
@@ -343,6 +352,11 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
         )
     multiplied = per_micro_batch * micro_batches * world_size
     batch = source.number(config, "train_batch_size", int, 1)
+    if batch is not None and sharing > 1:
+        raise source.error(
+            f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed counts each rank "
+            'as one that has packs of its own; write "auto"'
+        )
     if batch is not None and batch != multiplied:
         raise source.error(
             f"train_batch_size = {batch} does not divide: training.{derived} makes {micro_batches} micro-batch(es), "

@@ -1,7 +1,8 @@
 """The run directory: the one place where launcher, trainer and tools meet.
 
     runs/tiny/
-      settings.json  deepspeed.json   what is in force      environment.json  commit, versions, host
+      settings.json  deepspeed.json   what is in force      environment.json  commit, diff, versions, variables
+      data_manifest.json  of the prepared data              starts/0001.json  all of that, of each start
       checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
       events.jsonl   starts, stops, skipped steps           logs/             what ranks 1 and up printed
       metrics_endpoint  host:port while it runs             lock              held by the live run
@@ -17,10 +18,11 @@ Imports no torch.
 import fcntl
 import json
 import os
+import re
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +36,14 @@ EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go o
 
 
 INCARNATION = "incarnation.json"
+SHOWN_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "NODE_", "GROUP_", "MASTER_", "SLURM_", "PBS_", "LSB_", "KUBERNETES_"),
+    *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "NCCL_", "GLOO_", "UCX_", "FI_", "OMPI_", "OMP_", "MKL_", "CUBLAS_"),
+    *("TORCH", "PYTORCH_", "TRITON_", "DS_", "DEEPSPEED_", "BIGMODEL_", "TOKENIZERS_", "AWS_", "PYTHONHASHSEED"),
+)
+SECRET = re.compile("KEY|TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+CREDENTIALS_IN_URL = re.compile(r"(://)[^/@\s]*@")
+REDACTED = "(redacted)"
 
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
 
@@ -179,7 +189,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """Commit, uncommitted changes and versions: what is needed to repeat a run. Never fails."""
+    """Commit, uncommitted changes, versions and variables: what is needed to repeat a run. Never fails."""
 
     def git(*arguments: str) -> str:
         try:
@@ -194,4 +204,31 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "uncommitted_diff": git("diff", "HEAD"),
         "host": os.uname().nodename,
         "versions": package_versions(),
+        "variables": shown_variables(os.environ),
     }
+
+
+def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that can change a run, by allow-list; what may be a secret is not among the values."""
+    return {
+        name: REDACTED if SECRET.search(name) else CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", value)
+        for name, value in sorted(environment.items())
+        if name.startswith(SHOWN_VARIABLES)
+    }
+
+
+def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> None:
+    """Write what is in force from this start on, and keep it for every start: RUN_DIR/starts/0001.json ...
+
+    data: the prepared folder, whose manifest is copied.
+    """
+    directory, repository = Path(directory), Path(__file__).parents[1]
+    environment = describe_environment(repository)
+    write_json(directory / "settings.json", settings)
+    write_json(directory / "deepspeed.json", deepspeed)
+    write_json(directory / "environment.json", environment)
+    write_atomically(directory / "data_manifest.json", (Path(data) / "manifest.json").read_bytes())
+    (directory / "starts").mkdir(exist_ok=True)
+    number = 1 + sum(1 for _ in (directory / "starts").glob("*.json"))
+    whole = {"time": time.time(), "settings": settings, "deepspeed": deepspeed, "environment": environment}
+    write_json(directory / "starts" / f"{number:04d}.json", whole)

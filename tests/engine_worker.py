@@ -7,6 +7,7 @@ Starting processes is what costs, so tests put all the jobs of a world size into
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,30 @@ from tests.ranks import run_ranks
 VOCABULARY = 67
 PACKS = 6  # per step; over 2 ranks and 2 packs a time, one micro-batch of each step is half empty
 DATA = {"context_tokens": 24, "pack_tokens": 24, "pack_documents": 4}
-LAUNCH_SECONDS = 200.0
+LAUNCH_SECONDS = 400.0
 
 
 def settings_table(
     folder: Path, stage: int, precision: str, packs_per_micro_batch: int, **other: Any
 ) -> dict[str, Any]:
     """A run file's table and, beside it, the DeepSpeed JSON it names."""
-    zero = {"stage": stage, "stage3_param_persistence_threshold": other.pop("persistence", 0)}
-    name = f"zero{stage}-{precision}-{packs_per_micro_batch}-{zero['stage3_param_persistence_threshold']}.json"
-    text = {"train_micro_batch_size_per_gpu": packs_per_micro_batch, "zero_optimization": zero}
-    (folder / name).write_text(json.dumps(text))
+    zero = {"stage": stage, "stage3_param_persistence_threshold": other.pop("persistence", 0)} | other.pop("zero", {})
+    text = json.dumps(
+        {
+            "train_micro_batch_size_per_gpu": packs_per_micro_batch,
+            "zero_optimization": zero,
+            "fp16": FP16 | other.pop("fp16", {}),
+        }
+    )
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    (folder / name).write_text(text)
     model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40, "qk_norm": True}
     model |= {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
     training = {"steps": 20, "packs_per_step": PACKS, "precision": precision, "deepspeed": str(folder / name)}
+    training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
     optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0), "epsilon": 1e-4}
+    optimizer |= other.pop("optimizer", {})
     assert not other, f"unused: {other}"
     schedule = {"warmup_steps": 2}
     return {"model": model, "training": training, "optimizer": optimizer, "schedule": schedule, "data": DATA}
@@ -88,38 +97,61 @@ def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Tr
     return model
 
 
-def oracle(settings: Settings, steps: int, path: Path, packs_at_once: int = PACKS) -> list[dict[str, float]]:
-    """Plain torch in one process: losses and norms; gradients, weights and first moments go into `path`.
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_SCALE = 2.0**10
+FP16 = {"initial_scale_power": 10, "hysteresis": 1}
+KEPT_STEPS = 2  # of which the oracle keeps the gradients
 
-    In bf16, gradients of micro-batches of `packs_at_once` packs are added up in fp32 and the masters are fp32.
+
+def oracle(
+    settings: Settings, steps: int, path: Path, packs_at_once: int = PACKS, wide: bool = False
+) -> list[dict[str, float]]:
+    """Plain torch in one process: losses and norms; gradients, weights and states go into `path`.
+
+    In bf16 and fp16, gradients of micro-batches of `packs_at_once` packs are added up in fp32 and the masters are
+    fp32. wide: all in float64, from the weights that the precision begins with.
     """
+    low = LOW.get(settings.training.precision)
     model, masters = new_model(settings), new_model(settings)
-    if settings.training.precision == "bf16":
-        model.to(torch.bfloat16)
+    if low:
+        model.to(low)
         masters.load_state_dict(model.state_dict())
-    adamw = build_optimizer(masters, settings.optimizer)
+    if wide:
+        model.load_state_dict(masters.state_dict())
+        model.double(), masters.double()
+    scale = FP16_SCALE if low is torch.float16 and not wide else 1.0
+    optimizer = build_optimizer(masters, settings.optimizer)
+    optimizer.whole_matrices = lambda master, flat, change: change(flat)
+    for group in optimizer.param_groups if settings.optimizer.kind != "adamw" else ():
+        for master in group["params"] if group["orthogonal"] or settings.optimizer.kind == "lion" else ():
+            optimizer.state[master]["exp_avg"] = torch.zeros_like(master)
+    averages = {name: master.detach().clone() for name, master in masters.named_parameters()}
     pairs = [(name, master, model.get_parameter(name)) for name, master in masters.named_parameters()]
     tensors, seen = {}, []
     for step in range(steps):
         nats = 0.0
         for first in range(0, PACKS, packs_at_once):
             loss = model(batch_of(step, range(first, first + packs_at_once)))
-            (loss * (1 / num_targets_of(step))).backward()
+            (loss * (scale / num_targets_of(step))).backward()
             nats += loss.item()
             for _, master, parameter in pairs:
-                gradient = parameter.grad.float()
+                gradient = parameter.grad.to(master.dtype) / scale
                 master.grad = gradient.clone() if first == 0 else master.grad + gradient
                 parameter.grad = None
-        tensors |= {f"{step}.{name}": master.grad.clone() for name, master, _ in pairs}
+        if step < KEPT_STEPS:
+            tensors |= {f"{step}.{name}": master.grad.clone() for name, master, _ in pairs}
         limit = settings.optimizer.gradient_clipping or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        adamw.step()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings) * group["rate_factor"]
+        optimizer.step()
         model.load_state_dict(masters.state_dict())
+        for name, master, _ in pairs:
+            averages[name].lerp_(master.detach(), 1.0 - settings.training.ema_decay)
         seen.append({"loss": nats / num_targets_of(step), "norm": norm.item()})
     tensors |= {f"weight.{name}": master.detach().clone() for name, master, _ in pairs}
-    tensors |= {f"exp_avg.{name}": adamw.state[master]["exp_avg"].clone() for name, master, _ in pairs}
+    tensors |= {f"ema.{name}": average for name, average in averages.items()}
+    tensors |= {f"exp_avg.{name}": optimizer.state[master]["exp_avg"].clone() for name, master, _ in pairs}
     save_file(tensors, path)
     return seen
 
@@ -149,12 +181,21 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """|found - wanted| / |wanted| over all tensors together."""
+    squares = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in found)
+    return float((squares / sum(float(wanted[name].double().square().sum()) for name in found)) ** 0.5)
+
+
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of hpZ: a process has it once, and here many engines
     effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     engine = Engine(new_model(settings, effective), settings, effective, world)
-    result: dict[str, Any] = {"losses": [], "norms": [], "gradient_errors": [], "first": 0}
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradient_errors": [], "gradient_distances": [], "first": 0}
     expected = load_file(job["oracle"]) if "oracle" in job else {}
     checkpoints = Path(job.get("checkpoints", "."))
     if job.get("resume"):
@@ -170,11 +211,14 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
         if job.get("save_at") == step + 1:
             result["saved"] = state_digest(engine)
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
-    result |= {"digest": state_digest(engine), "updates": engine.updates}
+    result |= {"digest": state_digest(engine), "updates": engine.updates, "loss_scale": engine.loss_scale}
     result["micro_batches"] = effective["gradient_accumulation_steps"]
-    for key in ("weight", "exp_avg") if expected else ():
-        state = {name: engine.whole(name, key) for name in engine.names()}
-        result[f"{key}_error"] = max(relative_error(state[name], expected[f"{key}.{name}"]) for name in state)
+    for key in ("weight", "exp_avg", "ema") if expected else ():
+        state = {name: engine.whole(name, key) for name in engine.names() if key in engine.keys(name)}
+        wanted = {name: expected[f"{key}.{name}"] for name in state}
+        if state:
+            result[f"{key}_error"] = max(relative_error(state[name], wanted[name]) for name in state)
+            result[f"{key}_distance"] = distance(state, wanted)
     if expected:
         result["keeps_signed_zeros"] = keeps_signed_zeros(engine)
     return result
@@ -191,7 +235,8 @@ def run_step(
 ) -> None:
     """One step as the loop does it. A step in `skip_at` gets an infinite gradient and is skipped."""
     world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
-    batches = micro_batches_of(step, world.rank, world.size, packs_per_micro_batch)
+    sharing = settings.training.sequence_parallel_ranks
+    batches = micro_batches_of(step, world.rank // sharing, world.size // sharing, packs_per_micro_batch)
     if step in job.get("evaluate_at", []):
         outputs = [engine.forward(batches[0], kind) for kind in ("loss_sum", "loss_per_position", "logits")]
         result["shapes"] = [list(output.shape) for output in outputs]
@@ -200,9 +245,14 @@ def run_step(
     divisor = 1e-300 if skip else targets
     nats = sum(float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches)
     norm = engine.gradient_norm()
-    if expected:
-        errors = {name: relative_error(engine.gradient(name), expected[f"{step}.{name}"]) for name in engine.names()}
-        result["gradient_errors"].append(max(errors.values()))
+    if not math.isfinite(norm):
+        result.setdefault("skipped", []).append(step)
+        skip = True
+    if expected and step < KEPT_STEPS:
+        gradients = {name: engine.gradient(name) for name in engine.names()}
+        wanted = {name: expected[f"{step}.{name}"] for name in gradients}
+        result["gradient_errors"].append(max(relative_error(gradients[name], wanted[name]) for name in gradients))
+        result["gradient_distances"].append(distance(gradients, wanted))
     engine.update(learning_rate(step, settings), skip=skip)
     if skip:
         result["skipped_norm"] = norm
@@ -219,7 +269,10 @@ def launch(jobs: list[dict[str, Any]], world_size: int, folder: Path) -> list[di
 
 
 def run_jobs(folder: Path) -> None:
-    """One rank."""
+    """One rank. DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes in it on all, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
     world = start_world(timeout_seconds=60)
     results = [run_job(job, world) for job in json.loads((folder / "jobs.json").read_text())]
     agreed = world.gather_objects([(result["losses"], result["norms"], result["digest"]) for result in results])

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bigmodel.config import Settings, UserError
 from bigmodel.training import checkpoint, saving
 from bigmodel.training.distributed import ALONE, start_world
 from tests.engine_worker import launch, settings_table
 from tests.ranks import finish, run_ranks, start_ranks
+from tools.torture import SHAPES, Weights
 
 # --- real engines, real ranks
 
@@ -88,52 +88,6 @@ def test_a_checkpoint_moves_to_any_stage_and_world_size_exactly(
 
 # --- real files, stub weights
 
-SHAPES = {"embedding.weight": (40, 8), "block.weight": (8, 8), "norm.weight": (8,), "odd": (3, 5)}
-
-
-class Weights:
-    """Stands for an engine: tensors that depend on the step, of which each rank owns a share."""
-
-    def __init__(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, world: Any = ALONE) -> None:
-        self.updates, self.rank, self.size = step, world.rank, world.size
-        self.shapes = shapes
-        self.state = {
-            name: {
-                key: torch.randn(shape, generator=torch.Generator().manual_seed(step * 100 + len(name) + number))
-                for number, key in enumerate(("weight", "exp_avg", "exp_avg_sq"))
-            }
-            for name, shape in shapes.items()
-        }
-
-    def names(self) -> list[str]:
-        return list(self.shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[name]
-
-    def keys(self, name: str) -> list[str]:
-        return list(self.state[name])
-
-    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
-        """This rank's equal share."""
-        numel = torch.Size(self.shapes[name]).numel()
-        first, end = numel * self.rank // self.size, numel * (self.rank + 1) // self.size
-        return (first, {key: tensor.flatten()[first:end] for key, tensor in self.state[name].items()})
-
-    def write(self, read: checkpoint.Read, updates: int, scaler: dict[str, float]) -> None:
-        for name, shape in self.shapes.items():
-            numel = torch.Size(shape).numel()
-            self.state[name] = {key: read(name, key, 0, numel).view(shape) for key in self.state[name]}
-        self.updates = updates
-
-    def scaler_state(self) -> dict[str, float]:
-        return {}
-
-    def same_as(self, other: "Weights") -> bool:
-        pairs = [(self.state[name][key], other.state[name][key]) for name in self.shapes for key in self.state[name]]
-        return self.updates == other.updates and all(torch.equal(one, two) for one, two in pairs)
-
-
 SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
 
 
@@ -160,11 +114,7 @@ def save_as_rank(folder: Path, step: int, fault: str) -> None:
     save(folder, step, start_world(timeout_seconds=20))
 
 
-FAULTS = [f"rank-{rank}-{point}" for rank in (0, 1) for point in ("starts", "half", "wrote")]
-FAULTS += ["before-manifest", "before-rename-of-manifest", "before-rename"]
-
-
-@pytest.mark.parametrize("point", FAULTS)
+@pytest.mark.parametrize("point", ["rank-1-half", "before-rename"])  # the rest: tests/test_torture.py
 def test_a_kill_inside_the_save_leaves_the_previous_checkpoint(tmp_path: Path, point: str) -> None:
     folder = tmp_path / "checkpoints"
     save(folder, 4)

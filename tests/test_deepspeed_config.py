@@ -127,6 +127,16 @@ def test_what_could_not_be_run_here_passes_through(tmp_path: Path) -> None:
     assert effective["zero_optimization"] == zero | {"overlap_comm": False}
 
 
+def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
+    training = {"packs_per_step": 8, "sequence_parallel_ranks": 2}
+    effective, _ = resolve(tmp_path, {}, 4, training=training)
+    assert effective["gradient_accumulation_steps"] == 4
+    assert effective["train_batch_size"] == 16, "DeepSpeed asserts that it is the product over all ranks"
+    with pytest.raises(UserError, match=r"sequence_parallel_ranks = 2 does not divide the 3 rank"):
+        resolve(tmp_path, {}, 3, training=training)
+    assert 'write "auto"' in refusal(tmp_path, {"train_batch_size": 8}, 4, training=training)
+
+
 def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:
     mine = {"train_batch_size": 12, "bf16": {"enabled": False}, "gradient_clipping": 0}
     effective, settings = resolve(tmp_path, mine, 3)
@@ -232,7 +242,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         resolve_deepspeed(settings, 1)
 
 
-@pytest.mark.parametrize(("name", "stage"), [("zero0-fp32", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("zero0-fp32", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3-offload", 3), ("zero3-hpz", 3)],
+)
 def test_the_files_in_configs_resolve(name: str, stage: int) -> None:
     path = REPOSITORY / "configs" / "deepspeed" / f"{name}.json"
     effective, settings = resolve_deepspeed(Settings.model_validate({"training": {"deepspeed": str(path)}}), 2)

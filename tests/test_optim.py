@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from bigmodel.config import OptimizerSettings, Settings
+from bigmodel.config import OptimizerSettings, Settings, UserError
 from bigmodel.model.transformer import Transformer
-from bigmodel.training.optim import build_optimizer, parameter_groups
-from bigmodel.training.schedule import SCHEDULES, learning_rate
+from bigmodel.training.optim import build_optimizer, orthogonalize, parameter_groups
+from bigmodel.training.schedule import SCHEDULES, learning_rate, positions_before
 
 
 def model(tied: bool) -> Transformer:
@@ -51,6 +51,104 @@ def test_one_update_is_that_of_the_paper() -> None:
     assert linear.weight.item() == pytest.approx(0.85, abs=1e-6)
 
 
+def test_one_update_of_lion_is_that_of_the_paper() -> None:
+    """weight 1, moment 0.5, gradient -2, betas 0.9 and 0.99, decay 0.5, rate 0.1:
+
+    sign(0.9 * 0.5 + 0.1 * -2) = 1; 1 * (1 - 0.05) - 0.1 = 0.85; moment 0.99 * 0.5 + 0.01 * -2 = 0.475.
+    """
+    linear = torch.nn.Linear(1, 1, bias=False)
+    linear.weight.data.fill_(1.0)
+    values = {"kind": "lion", "learning_rate": 0.1, "weight_decay": 0.5, "beta1": 0.9, "beta2": 0.99}
+    lion = build_optimizer(linear, OptimizerSettings(**values))
+    lion.state[linear.weight]["exp_avg"] = torch.full((1, 1), 0.5)
+    linear.weight.grad = torch.full((1, 1), -2.0)
+    lion.step()
+    assert linear.weight.item() == pytest.approx(0.85, abs=1e-6)
+    assert lion.state[linear.weight]["exp_avg"].item() == pytest.approx(0.475, abs=1e-6)
+
+
+def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest() -> None:
+    """torch's computes in bf16, which is good to a few parts in a hundred of an update."""
+    settings = OptimizerSettings(kind="muon", learning_rate=0.1, weight_decay=0.2, momentum=0.9)
+    ours, theirs = model(tied=False), model(tied=False)
+    theirs.load_state_dict(ours.state_dict())
+    groups = {group["orthogonal"]: group for group in parameter_groups(ours, settings)}
+    names = {id(parameter): name for name, parameter in ours.named_parameters()}
+    matrices = [names[id(parameter)] for parameter in groups[True]["params"]]
+    assert matrices == [
+        "blocks.0.attention.query_key_value.weight",
+        "blocks.0.attention.output.weight",
+        "blocks.0.feed_forward.gate_up.weight",
+        "blocks.0.feed_forward.down.weight",
+    ]
+    muon = build_optimizer(ours, settings)
+    muon.whole_matrices = lambda master, flat, change: change(flat)
+    for name in matrices:
+        muon.state[ours.get_parameter(name)]["exp_avg"] = torch.zeros(ours.get_parameter(name).shape)
+    oracle = torch.optim.Muon(
+        [theirs.get_parameter(name) for name in matrices],
+        lr=0.1,
+        weight_decay=0.2,
+        momentum=0.9,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = {"lr": 0.1, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    decays = {"head.weight": 0.2}
+    others = [name for name, _ in theirs.named_parameters() if name not in matrices]
+    adamw = torch.optim.AdamW(
+        [{"params": [theirs.get_parameter(name)], "weight_decay": decays.get(name, 0.0)} for name in others],
+        lr=rest["lr"],
+        betas=rest["betas"],
+        eps=rest["eps"],
+    )
+    before = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = two.grad = torch.randn(one.shape, generator=generator)
+        muon.step(), oracle.step(), adamw.step()
+    for name, parameter in ours.named_parameters():
+        moved = (theirs.get_parameter(name) - before[name]).norm()
+        tolerance = 0.05 if name in matrices else 1e-5
+        assert (parameter - theirs.get_parameter(name)).norm() < tolerance * moved, name
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (16, 16)])
+def test_orthogonalizing_brings_every_singular_value_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonalize(matrix)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    assert (found * (left @ right)).sum() / found.norm() / (left @ right).norm() > 0.97
+
+
+def test_a_group_has_its_own_rate_and_decay_and_the_last_pattern_wins() -> None:
+    groups = [
+        {"parameters": "blocks.*", "learning_rate_factor": 0.5},
+        {"parameters": "*.down.weight", "learning_rate_factor": 0.25, "weight_decay": 0.3},
+    ]
+    net = model(tied=False)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["rate_factor"], group["weight_decay"])
+        for group in parameter_groups(net, OptimizerSettings(weight_decay=0.1, groups=groups))
+        for parameter in group["params"]
+    }
+    assert found["head.weight"] == (1.0, 0.1)
+    assert found["embedding.weight"] == (1.0, 0.0)
+    assert found["blocks.0.attention.output.weight"] == (0.5, 0.1)
+    assert found["blocks.0.feed_forward.down.weight"] == (0.25, 0.3)
+    assert found["blocks.0.attention_norm.weight"] == (0.5, 0.0)
+
+
+def test_a_pattern_that_fits_nothing_is_an_error() -> None:
+    settings = OptimizerSettings(groups=[{"parameters": "layers.*"}])
+    with pytest.raises(UserError, match=r'parameters = "layers\.\*" fits no parameter; names are .*embedding\.weight'):
+        parameter_groups(model(tied=True), settings)
+
+
 def rates(steps: int, **schedule: object) -> list[float]:
     table = {"training": {"steps": steps}, "optimizer": {"learning_rate": 1.0}, "schedule": schedule}
     settings = Settings.model_validate(table)
@@ -71,6 +169,42 @@ def test_wsd_warms_up_stays_and_decays() -> None:
 
 def test_wsd_without_decay_stays() -> None:
     assert rates(4, kind="wsd", warmup_steps=0, decay_steps=0) == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_linear_falls_in_equal_parts_and_constant_does_not() -> None:
+    assert rates(6, kind="linear", warmup_steps=2, final_ratio=0.2) == pytest.approx([0.5, 1, 0.8, 0.6, 0.4, 0.2])
+    assert rates(4, kind="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_inverse_square_root_falls_from_the_warm_up_to_the_final_ratio() -> None:
+    found = rates(40, kind="inverse_square_root", warmup_steps=4, final_ratio=0.4)
+    assert found[3] == 1.0
+    assert found[15] == pytest.approx(math.sqrt(4 / 16))
+    assert found[39] == 0.4
+
+
+def test_a_schedule_in_tokens_follows_the_positions_of_a_ramping_batch() -> None:
+    """2, 2, 4, 4 packs of 100: 200, 400, 800, 1,200 positions done; warm-up 400, the rest falls over 800."""
+    schedule = {"kind": "linear", "unit": "tokens", "warmup_tokens": 400, "final_ratio": 0.0}
+    training = {"steps": 4, "packs_per_step": 2, "batch_ramp": [[2, 4]]}
+    data = {"pack_tokens": 100, "context_tokens": 100}
+    table = {"training": training, "data": data, "optimizer": {"learning_rate": 1.0}, "schedule": schedule}
+    settings = Settings.model_validate(table)
+    assert [positions_before(step, settings) for step in range(5)] == [0, 200, 400, 800, 1200]
+    assert [learning_rate(step, settings) for step in range(4)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"kind": "linear", "decay_steps": 5}, 'schedule.decay_steps = 5 means nothing with schedule.kind = "linear"'),
+        ({"unit": "tokens", "warmup_steps": 5}, 'warmup_steps = 5 is not read with schedule.unit = "tokens"'),
+        ({"warmup_tokens": 5}, 'warmup_tokens = 5 is not read with schedule.unit = "steps"; set unit = "tokens"'),
+    ],
+)
+def test_a_schedule_setting_that_would_be_ignored_is_an_error(schedule: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Settings.model_validate({"schedule": schedule})
 
 
 @pytest.mark.parametrize("kind", list(SCHEDULES))

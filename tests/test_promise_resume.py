@@ -97,6 +97,18 @@ def test_a_run_killed_inside_a_save_resumes_from_the_one_before(
     assert final_state(broken) == final_state(whole) != {}
 
 
+def test_ranks_that_share_their_packs_train_the_same_run(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole, shared = undisturbed(), write_run(tmp_path, shards, name="shared")
+    text = shared.read_text().replace("steps = 10", "steps = 10\nsequence_parallel_ranks = 2")
+    shared.write_text(text.replace("at_end = false", "at_end = true\nevery_steps = 5"))
+    run_ranks(2, train, shared)
+    for one, two in zip(learned(whole), learned(shared), strict=True):
+        assert one[3:] == two[3:]
+        assert two[1:3] == pytest.approx(one[1:3], rel=1e-4)
+
+
 def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(
     shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:

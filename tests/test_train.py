@@ -102,7 +102,7 @@ def trained_step(run: Path) -> int:
     return steps[-1] if steps else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, shards: Path, number: signal.Signals) -> None:
     run_file, output = write_run(tmp_path, shards), tmp_path / "printed"
     arguments = ["train", str(run_file), "--set", "training.steps=100000", "--set", "checkpoint.every_steps=100000"]
@@ -182,7 +182,10 @@ def test_the_fresh_option_sets_checkpoints_aside(tmp_path: Path, shards: Path) -
         assert finish(start_ranks(1, command, arguments + more, output), 60) == [0]
     assert "starting" in Path(f"{output}.0").read_text()
     assert (tmp_path / "run" / "checkpoints-set-aside-1" / "step-00000002").is_dir()
-    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert finish(start_ranks(1, command, arguments, output), 60) == [2], "lost checkpoints are not a new run"
+    assert "saved a checkpoint at step 2, and there is none now" in Path(f"{output}.0").read_text()
+    assert [path.name for path in sorted((tmp_path / "run" / "starts").iterdir())] == ["0001.json", "0002.json"]
 
 
 def wait_in_a_collective(folder: Path) -> int:
@@ -197,6 +200,29 @@ def wait_in_a_collective(folder: Path) -> int:
         time.sleep(60)
     world.sum_([1.0])
     return 0
+
+
+def save_without_end(folder: Path) -> int:
+    """On a rank: the step ends, and the disk hangs."""
+    from bigmodel.training.signals import StopFlag
+
+    stop = StopFlag(grace_seconds=0.5, save_seconds=0.5)
+    (folder / "ready").touch()
+    while not stop.requested:
+        time.sleep(0.01)
+    stop.save_begins()
+    time.sleep(60)
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_save_that_never_ends_does_not_keep_a_rank_that_was_told_to_stop(tmp_path: Path, number: int) -> None:
+    ranks = start_ranks(1, save_without_end, tmp_path)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    os.kill(ranks[0].pid, number)
+    ranks[0].join(20)
+    assert ranks[0].exitcode == 1
 
 
 def test_a_signal_ends_a_rank_that_is_stuck_in_a_collective(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ Costs: DeepSpeed's own. How each stage keeps its state is in bigmodel/training/f
 import contextlib
 import copy
 import io
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from bigmodel.training.distributed import World
 from bigmodel.training.fragments import Fragment, layout_of
 from bigmodel.training.optim import Muon, build_optimizer, state_keys
 from bigmodel.training.phases import Phases
+from bigmodel.training.ulysses import Sequence
 
 WEIGHT, AVERAGE = "weight", "ema"  # keys of the state beside the optimizer's own
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's keeps
@@ -74,6 +76,7 @@ class Engine:
         self._layout = layout_of(self._engine, self._optimizer)
         self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._sequence = Sequence(settings, world) if settings.training.sequence_parallel_ranks > 1 else None
         self._norm: float | None = None
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
@@ -90,10 +93,11 @@ class Engine:
         """
         assert num_targets > 0, "a step has at least one target"
         self._engine.set_gradient_accumulation_boundary(last)
-        with self.phases("forward"):
-            loss_sum = self._engine(batch)
-        with self.phases("backward"):
-            self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
+        with self._sequence.shared() if self._sequence else contextlib.nullcontext():
+            with self.phases("forward"):
+                loss_sum = self._engine(self._sequence.share(batch) if self._sequence else batch)
+            with self.phases("backward"):
+                self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 
@@ -151,6 +155,11 @@ class Engine:
     def loss_scale(self) -> float:
         """What fp16 multiplies the loss by; 1 in bf16 and fp32."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a gradient that is not finite may be the loss scale's fault: then `update` lowers it."""
+        return bool(self.scaler_state())
 
     # --- the state, by parameter name
 
@@ -332,6 +341,13 @@ def _initialize(
             if isinstance(error, ValidationError):
                 lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
             raise UserError(f"{source}: DeepSpeed refuses {'; '.join(lines)}") from None
+        except ValueError as error:
+            if "not supported on your device" not in str(error):
+                raise
+            raise UserError(
+                f"training.precision = {settings.training.precision}: this device does not compute in it; use fp32, or "
+                "bf16 where that works"
+            ) from None
     return engine
 
 
@@ -370,7 +386,12 @@ def _import_deepspeed() -> Any:
     # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference calls.
     # Declared unbuildable, it is left alone, and a kill during that build cannot leave a lock behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # ours are compared with plain torch at every stage
 
 
 @contextlib.contextmanager

@@ -37,11 +37,10 @@ from bigmodel.rundir import (
     EXIT_DONE,
     EXIT_STOPPED,
     claim,
-    describe_environment,
     record_event,
+    record_start,
     refuse_to_start_over,
     take_over,
-    write_json,
 )
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
@@ -55,7 +54,7 @@ from bigmodel.training.signals import StopFlag
 
 SAMPLE_TOKENS = 200  # of generated text at the end
 NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
-MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: the run has diverged
+MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: diverged; fp16 first lowers its scale to the end
 
 Value = TypeVar("Value")
 
@@ -88,8 +87,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     effective, settings = resolve_deepspeed(settings, world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     store = ShardStore.of_run(settings.data, "train")
+    sharing = settings.training.sequence_parallel_ranks  # of each pack
     ranks_per_node = world.ranks_per_node()
-    place = Place(world.rank, world.size, ranks_per_node)
+    place = Place(world.rank // sharing, world.size // sharing, max(1, ranks_per_node // sharing))
     validation = Validation(settings.data, packs_per_micro_batch)
     vocabulary = store.manifest.vocabulary + num_marks(settings.data)
     with creation(effective) as whole:
@@ -111,7 +111,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-    seat = Seat(world.rank, world.size, place.node, place.rank_in_node, place.node_size)
+    node, local_rank = divmod(world.rank, ranks_per_node)
+    seat = Seat(world.rank, world.size, node, local_rank, ranks_per_node)
     start = world.broadcast_object(secrets.token_hex(4))
     metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
     closing.callback(metrics.close)
@@ -120,9 +121,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
     if world.rank == 0:
-        write_json(directory / "settings.json", to_toml_table(settings))
-        write_json(directory / "deepspeed.json", effective)
-        write_json(directory / "environment.json", describe_environment(Path(__file__).parents[2]))
+        record_start(directory, to_toml_table(settings), effective, settings.data.directory)
         record_event(directory, "start", step=first_step, world_size=world.size)
         if len(segments) > 1 and segments[-1]["first_step"] == first_step:
             record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
@@ -163,7 +162,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         norms.before_update(done)
         with phases("optimizer"):
             engine.update(rate, skip=bad)
-        bad_steps = bad_steps + 1 if bad else 0
+        bad_steps = bad_steps + 1 if bad and not engine.scales_loss else 0
 
         # Tell.
         if bad:
@@ -225,20 +224,20 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
             metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
-        last, due = finished or stopping, saver.due(done)
-        if last or due or written == world.size:  # one save at a time: what is in flight is published first
-            if last:
+        ending, due = finished or stopping, saver.due(done)
+        if ending or due or written == world.size:  # one save at a time: what is in flight is published first
+            if ending:
                 stop.save_begins()
             with phases("checkpoint"):
                 _tell_saved(saver.finish(must=False), directory, metrics)
-        if last or due:
+        if ending or due:
             with phases("checkpoint"):
                 saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
-        if last or not settings.checkpoint.asynchronous:
+        if ending or not settings.checkpoint.asynchronous:
             with phases("checkpoint"):
-                _tell_saved(saver.finish(must=last), directory, metrics)
+                _tell_saved(saver.finish(must=ending), directory, metrics)
         metrics.spent("checkpoint")
-        if last:
+        if ending:
             break
     stop.save_begins()
     line.close()
@@ -301,7 +300,7 @@ def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
     if place.num_nodes == 1:
         return [value]
     told: list[Any] = world.gather_objects(value if place.rank_in_node == 0 else None)
-    return told[:: place.node_size]
+    return told[:: world.size // place.num_nodes]
 
 
 def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:

@@ -222,7 +222,7 @@ class _Flight:
             self._report = _write_share(path, tensors, rank, self.step)
             tensors.clear()
 
-        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
         self.held_seconds = time.perf_counter() - self._started
 
@@ -241,7 +241,7 @@ class _Upload(threading.Thread):
     """Copies one published checkpoint to the store. What fails is said, never raised: the local one is good."""
 
     def __init__(self, path: Path, url: str, run_directory: Path, incarnation: str) -> None:
-        super().__init__(name="checkpoint upload")
+        super().__init__(name="checkpoint upload", daemon=True)
         self.path, self._url, self._run, self._incarnation = path, url, run_directory, incarnation
 
     def run(self) -> None:
@@ -318,8 +318,7 @@ def _publish(
         files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
         write_atomically(part / "state.json", state)
         fault("before-rename-of-manifest", step)
-        write_atomically(part / "manifest.json", _manifest(files, world_size))
-        fsync_directory(part)
+        write_atomically(part / "manifest.json", _manifest(files, world_size))  # syncs the folder, all names in it
         fault("before-rename", step)
         require_incarnation(final.parent.parent, incarnation)
         if final.exists():  # seen to be damaged at the start of the save

@@ -16,12 +16,13 @@ from bigmodel.rundir import EXIT_FAILED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 120.0  # from the signal to the begin of the save; a step is far shorter
+SAVE_SECONDS = 900.0  # for the save after that, at most
 
 
 class StopFlag:
     """`requested` turns true at the first signal. Make one in the main thread, before the first step."""
 
-    def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(self, grace_seconds: float = GRACE_SECONDS, save_seconds: float = SAVE_SECONDS) -> None:
         self.requested = False
         self._saving = threading.Event()
         woken, self._wake = os.pipe()
@@ -29,21 +30,22 @@ class StopFlag:
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        threading.Thread(target=self._watch, args=(woken, grace_seconds), daemon=True).start()
+        threading.Thread(target=self._watch, args=(woken, grace_seconds, save_seconds), daemon=True).start()
 
     def save_begins(self) -> None:
-        """The step has ended: from here on the save takes the time that it takes. Only a second signal ends it."""
+        """The step has ended: from here on the save has its own, longer time; a second signal ends it at once."""
         self._saving.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
-    def _watch(self, woken: int, grace_seconds: float) -> None:
+    def _watch(self, woken: int, grace_seconds: float, save_seconds: float) -> None:
         _wait_for_signal(woken, None)
         if not _wait_for_signal(woken, grace_seconds):
             if not self._saving.is_set():
                 self._leave(f"no step ended within {grace_seconds:.0f} s of the signal")
-            _wait_for_signal(woken, None)
+            if not _wait_for_signal(woken, save_seconds):
+                self._leave(f"the save took more than {save_seconds:.0f} s after the signal")
         self._leave("a second signal")
 
     def _leave(self, reason: str) -> None:

@@ -1,0 +1,247 @@
+"""The engine beyond plain updates: initial weights, recomputation, loss scaling, states that move, hpZ, 70 billion."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigmodel.config import ModelSettings, Settings, UserError
+from bigmodel.model.transformer import Block, Transformer
+from bigmodel.training.blocks import wrap_blocks
+from bigmodel.training.distributed import ALONE
+from bigmodel.training.ulysses import Sequence
+from tests.engine_worker import batch_of, launch, new_model, settings_table
+from tests.exactness import failures, job_of, with_sequence
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
+Jobs = dict[str, dict[str, Any]]
+STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
+MOVING = {"optimizer": {"kind": "muon"}, "training": {"ema_decay": 0.8}}
+HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
+HPZ |= {"precision": "fp32", "persistence": 0, "ema": 0.0, "groups": False, "tied": True}
+
+
+def run(jobs: Jobs, world_size: int, folder: Path) -> Jobs:
+    outcome = launch(list(jobs.values()), world_size, folder)
+    return {name: jobs[name] | one for name, one in zip(jobs, outcome, strict=True)}
+
+
+def initial(folder: Path) -> Jobs:
+    return {
+        f"initial {stage} {precision}": {"settings": settings_table(folder, stage, precision, 1), "steps": 0}
+        for stage, precision in STAGES
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
+    """One launch on two ranks, one on one, one on four."""
+    folder = tmp_path_factory.mktemp("engine")
+    jobs = initial(folder)
+    for stage in (1, 3):
+        for kind in ("none", "selective", "full"):
+            table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind})
+            jobs[f"{kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
+    for stage in (1, 2, 3):
+        table = settings_table(folder, stage, "fp16", 3, fp16={"initial_scale_power": 28})
+        where = str(folder / f"fp16-{stage}")
+        jobs[f"scaled {stage}"] = {"settings": table, "steps": 20, "save_at": 14, "checkpoints": where}
+        jobs[f"scaled again {stage}"] = {"settings": table, "steps": 20, "resume": True, "checkpoints": where}
+    for stage in (1, 3):
+        table, where = settings_table(folder, stage, "fp32", 3, **MOVING), str(folder / f"muon-{stage}")
+        jobs[f"saved {stage}"] = {"settings": table, "steps": 6, "save_at": 3, "checkpoints": where}
+        jobs[f"again {stage}"] = {"settings": table, "steps": 6, "resume": True, "checkpoints": where}
+    for source, target in ((1, 3), (3, 2)):
+        table = settings_table(folder, target, "fp32", 3, **MOVING)
+        where = {"resume": True, "checkpoints": str(folder / f"muon-{source}")}
+        jobs[f"moved {source} to {target}"] = {"settings": table, "steps": 6, **where}
+    found = {2: run(jobs, 2, folder)}
+    table = settings_table(folder, 0, "fp32", 6, **MOVING)
+    where = {"resume": True, "checkpoints": str(folder / "muon-3")}
+    found[1] = run(initial(folder) | {"moved 3 to 0": {"settings": table, "steps": 6, **where}}, 1, folder)
+    hpz = job_of(HPZ, folder, zero_hpz_partition_size=2)
+    where = {"checkpoints": str(folder / "muon-1"), "resume": True}
+    table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING)
+    shared = {
+        f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder), ranks)
+        for ranks, case in ((2, HPZ), (4, HPZ | {"stage": 1, "precision": "bf16"}), (2, HPZ | {"stage": 2}))
+    }
+    found[4] = run(shared | {"hpz": hpz, "moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_initial_weights_are_the_same_at_any_stage_and_world_size(results, precision: str) -> None:
+    digests = {
+        results[size][f"initial {stage} {kind}"]["digest"]
+        for size in (1, 2)
+        for stage, kind in STAGES
+        if kind == precision
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputing_activations_changes_no_bit(results, stage: int) -> None:
+    """With dropout on, and an evaluation in between."""
+    plain = results[2][f"none {stage}"]
+    for kind in ("selective", "full"):
+        one = results[2][f"{kind} {stage}"]
+        assert (one["losses"], one["norms"], one["digest"]) == (plain["losses"], plain["norms"], plain["digest"])
+        assert one["evaluated"] == plain["evaluated"]
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputing_keeps_less_for_the_backward_pass(kind: str) -> None:
+    def kept_bytes(kind: str) -> int:
+        table = {"model": {"layers": 3, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 96}}
+        settings = Settings.model_validate(table | {"training": {"activation_checkpointing": kind}})
+        model = Transformer(settings.model, 67)
+        wrap_blocks(model, settings, stage=1)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(batch_of(0, range(6)))
+        return sum(kept.values())
+
+    assert kept_bytes(kind) < 0.8 * kept_bytes("none")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_lowers_its_loss_scale_until_gradients_are_finite_and_resumes_there(results, stage: int) -> None:
+    one, again = results[2][f"scaled {stage}"], results[2][f"scaled again {stage}"]
+    skipped = one["skipped"]
+    before = [step for step in skipped if step < 14]
+    assert before == list(range(len(before))) != [], "the scale begins too high, and comes down"
+    assert len(before) < 14, "before the save"
+    assert one["loss_scale"] == 2.0 ** (28 - len(skipped))
+    assert one["updates"] == 20 - len(skipped)
+    assert (again["digest"], again["loss_scale"]) == (one["digest"], one["loss_scale"])
+    assert one["losses"][-len(again["losses"]) :] == again["losses"] != []
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_momentum_and_average_resume_bitwise(results, stage: int) -> None:
+    one, again = results[2][f"saved {stage}"], results[2][f"again {stage}"]
+    assert again["loaded"] == one["saved"]
+    assert again["losses"] == one["losses"][3:]
+    assert again["digest"] == one["digest"]
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "source"),
+    [(2, "moved 1 to 3", 1), (2, "moved 3 to 2", 3), (1, "moved 3 to 0", 3), (4, "moved 1 to hpz", 1)],
+)
+def test_momentum_and_average_move_to_any_stage_exactly(results, size: int, name: str, source: int) -> None:
+    moved, whole = results[size][name], results[2][f"saved {source}"]
+    assert moved["loaded"] == whole["saved"]
+    assert moved["losses"] == pytest.approx(whole["losses"][3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["2 share at 3", "2 share at 2", "4 share at 1"])
+def test_ranks_that_share_a_pack_have_the_loss_and_gradient_of_one(results, name: str) -> None:
+    """Four ranks as two pairs or as one group; key-value heads are 2, so four ranks repeat them."""
+    assert failures(results[4][name]) == []
+
+
+def test_hpz_on_four_ranks_is_plain_torch(results) -> None:
+    assert failures(results[4]["hpz"]) == []
+
+
+# --- too large for one rank
+
+
+def build_in_shares(folder: Path) -> None:
+    """On a rank: what is whole while a model is made under ZeRO-3, and while it is filled."""
+    from bigmodel.model.init import init_weights
+    from bigmodel.training.distributed import start_world
+    from bigmodel.training.engine import creation
+
+    world, whole_sizes, blocks = start_world(timeout_seconds=60), [], []
+    settings = Settings.model_validate({"model": {"layers": 6, "width": 64, "heads": 4, "key_value_heads": 2}})
+    make = Block.__init__
+
+    def made(block: Block, *arguments: Any) -> None:
+        blocks.append(block)
+        whole_sizes.append(sum(p.numel() for one in blocks[:-1] for p in one.parameters()))
+        make(block, *arguments)
+
+    Block.__init__ = made
+    with creation({"zero_optimization": {"stage": 3}, "train_batch_size": world.size}) as whole:
+        model = Transformer(settings.model, 1000)
+    counts = []
+
+    def counting(parameter: torch.nn.Parameter) -> Any:
+        counts.append(sum(p.numel() for p in model.parameters()))
+        return whole(parameter)
+
+    init_weights(model, 1, counting)
+    facts = {
+        "earlier blocks while one is made": max(whole_sizes),
+        "others while one is filled": max(counts),
+        "shares": sum(p.ds_tensor.numel() for p in model.parameters()),
+        "model": sum(p.ds_numel for p in model.parameters()),
+    }
+    (folder / f"{world.rank}.json").write_text(json.dumps(facts))
+
+
+def test_no_rank_ever_holds_the_whole_model_under_zero_3(tmp_path: Path) -> None:
+    run_ranks(2, build_in_shares, tmp_path)
+    for rank in (0, 1):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert facts["model"] > 1_000_000
+        assert facts["earlier blocks while one is made"] == 0
+        assert facts["others while one is filled"] == 0
+        assert facts["shares"] == pytest.approx(facts["model"] / 2, rel=1e-3)
+
+
+def test_70_billion_parameters_counted_on_meta_tensors() -> None:
+    """On 64 ranks: 2 bytes of weight, 4 of master, 8 of moments and 4 of gradient a parameter, and one block whole."""
+    sizes = {"layers": 80, "width": 8192, "heads": 64, "key_value_heads": 8, "feed_forward_width": 28_672}
+    with torch.device("meta"):
+        model = Transformer(ModelSettings(**sizes), 128_256)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == pytest.approx(70.55e9, rel=1e-3)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    largest = max(block, model.head.weight.numel())
+    per_rank = (2 + 4 + 8 + 4) * parameters / 64 + 2 * largest
+    assert per_rank < 24e9
+    assert parameters * 2 > 140e9, "which no rank could hold whole"
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"model": {"heads": 6, "key_value_heads": 6}}, r"= 4 does not fit model\.heads = 6"),
+        ({"data": {"pack_tokens": 2050}}, r"= 4 does not divide data\.pack_tokens = 2050"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> None:
+    settings = Settings.model_validate(table | {"training": {"sequence_parallel_ranks": 4}})
+    with pytest.raises(UserError, match=words):
+        Sequence(settings, ALONE)
+
+
+def test_compile_is_refused_under_zero_3_and_changes_nothing_else(monkeypatch) -> None:
+    settings = Settings.model_validate({"training": {"compile": True}, "model": {"layers": 2, "width": 32, "heads": 4}})
+    with pytest.raises(UserError, match=r"training\.compile = true with ZeRO stage 3"):
+        wrap_blocks(new_model(settings), settings, stage=3)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, backend="aot_eager", **named))
+    plain, compiled = new_model(settings), new_model(settings)
+    wrap_blocks(compiled, settings, stage=1)
+    losses = [model(batch_of(0, range(6))) for model in (plain, compiled)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+    assert math.isfinite(losses[1].item())

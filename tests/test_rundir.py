@@ -1,0 +1,64 @@
+"""The run directory: what it says of every start, and what it does not say of secrets."""
+
+import json
+from pathlib import Path
+
+from bigmodel.rundir import describe_environment, record_start, shown_variables
+
+
+def test_variables_are_shown_by_allow_list_and_secrets_are_not() -> None:
+    environment = {
+        "RANK": "3",
+        "SLURM_JOB_ID": "17",
+        "NCCL_DEBUG": "WARN",
+        "AWS_ENDPOINT_URL": "https://me:hunter2@store:9000",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "aws_session_token": "hunter2",
+        "AWS_SESSION_TOKEN": "hunter2",
+        "SLURM_JWT_TOKEN": "hunter2",
+        "BIGMODEL_PASSWORD": "hunter2",
+        "TORCH_API_KEY": "hunter2",
+        "NCCL_SECRET": "hunter2",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HOME": "/home/hunter2",
+        "DATABASE_URL": "hunter2",
+    }
+    shown = shown_variables(environment)
+    assert "hunter2" not in json.dumps(shown)
+    assert shown == {
+        "RANK": "3",
+        "SLURM_JOB_ID": "17",
+        "NCCL_DEBUG": "WARN",
+        "AWS_ENDPOINT_URL": "https://(redacted)@store:9000",
+        "AWS_SECRET_ACCESS_KEY": "(redacted)",
+        "AWS_SESSION_TOKEN": "(redacted)",
+        "SLURM_JWT_TOKEN": "(redacted)",
+        "BIGMODEL_PASSWORD": "(redacted)",
+        "TORCH_API_KEY": "(redacted)",
+        "NCCL_SECRET": "(redacted)",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def test_every_start_leaves_all_that_was_in_force(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("NCCL_API_KEY", "hunter2")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text('{"schema": 2}')
+    run = tmp_path / "run"
+    run.mkdir()
+    for seed in (1, 2):
+        record_start(run, {"run": {"seed": seed}}, {"stage": seed}, tmp_path / "data")
+    first, second = (json.loads((run / f"starts/000{number}.json").read_text()) for number in (1, 2))
+    assert (first["settings"], second["settings"]) == ({"run": {"seed": 1}}, {"run": {"seed": 2}})
+    assert json.loads((run / "settings.json").read_text()) == second["settings"]
+    assert json.loads((run / "deepspeed.json").read_text()) == second["deepspeed"] == {"stage": 2}
+    assert json.loads((run / "environment.json").read_text()) == second["environment"]
+    assert (run / "data_manifest.json").read_text() == '{"schema": 2}'
+    assert not any(b"hunter2" in path.read_bytes() for path in run.rglob("*.json"))
+
+
+def test_the_environment_names_commit_change_and_versions(tmp_path: Path) -> None:
+    found = describe_environment(Path(__file__).parents[1])
+    assert set(found) == {"commit", "uncommitted_diff", "host", "versions", "variables"}
+    assert found["versions"]["torch"][0].isdigit()
+    assert describe_environment(tmp_path)["commit"] == ""

@@ -1,0 +1,264 @@
+"""Saving: the interval, retention, the fence, the copy in a store, and a run that goes on after a failed save."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigmodel.config import Settings, UserError
+from bigmodel.rundir import refuse_to_start_over, take_over
+from bigmodel.training import checkpoint, saving
+from bigmodel.training.distributed import ALONE
+from bigmodel.training.saving import Saver, best_interval_seconds
+from tests.s3 import delete, put, s3_server
+from tools.torture import Weights
+
+
+def settings(**values: Any) -> Settings:
+    return Settings.model_validate({"checkpoint": values})
+
+
+def saver_of(run: Path, incarnation: str = "", **values: Any) -> Saver:
+    return Saver(run / "checkpoints", settings(**values), ALONE, incarnation)
+
+
+def kept(run: Path) -> list[int]:
+    return checkpoint.steps(run / "checkpoints")
+
+
+def loaded(run: Path, remote: str = "") -> int:
+    """The step of the newest good checkpoint, which gives back the very tensors that were saved."""
+    found = checkpoint.newest(run / "checkpoints", ALONE, remote=remote)
+    assert found is not None
+    weights = Weights(0)
+    checkpoint.load(found, weights, settings(), ALONE)
+    assert weights.same_as(Weights(found.state["step"]))
+    return found.state["step"]
+
+
+# --- when
+
+
+def test_the_interval_is_daly_s() -> None:
+    """C = 60 s, M = 8 h: Young gives sqrt(2 * 60 * 28,800) = 1,859.03 s; Daly's next terms add 19.97 and subtract C."""
+    assert best_interval_seconds(60, 28_800) == pytest.approx(
+        1859.03 * (1 + 0.032275 / 3 + 0.0010417 / 9) - 60, rel=1e-4
+    )
+    assert best_interval_seconds(100, 40) == 40
+    assert best_interval_seconds(0.0, 3600) == 0.0
+
+
+def test_the_interval_loses_less_than_any_other() -> None:
+    """Lost per second of work, to first order: cost / interval + (interval / 2 + cost) / mean time between failures."""
+
+    def lost(interval: float) -> float:
+        return 60 / interval + (interval / 2 + 60) / 28_800
+
+    best = best_interval_seconds(60, 28_800)
+    assert lost(best) < lost(best * 0.7)
+    assert lost(best) < lost(best * 1.4)
+
+
+def test_a_fixed_interval_is_kept_and_a_measured_one_follows_the_cost(tmp_path: Path, monkeypatch) -> None:
+    fixed = saver_of(tmp_path / "fixed", every_steps=4)
+    assert [step for step in range(1, 13) if fixed.due(step)] == [4, 8, 12]
+    measured = saver_of(tmp_path / "measured", every_steps=4, hours_between_failures=1.0)
+    measured._last = (0, time.perf_counter() - 4 * 10.0)  # 10 seconds a step
+    monkeypatch.setattr(saving, "best_interval_seconds", lambda cost, mean: 70.0 if mean == 3600 else 0.0)
+    assert measured.due(4)
+    measured.save(Weights(4), {"step": 4})
+    assert [step for step in range(5, 16) if measured.due(step)] == [11, 12, 13, 14, 15]
+
+
+# --- meanwhile
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch) -> None:
+    real, go_on = saving._write_share, threading.Event()
+    monkeypatch.setattr(saving, "_write_share", lambda *arguments: (go_on.wait(10), real(*arguments))[1])
+    saver, weights = saver_of(tmp_path), Weights(4)
+    saver.begin(weights, {"step": 4})
+    for state in weights.state.values():  # the next steps
+        for tensor in state.values():
+            tensor.zero_()
+    assert not saver.written
+    assert kept(tmp_path) == []
+    with pytest.raises(AssertionError, match="one save at a time"):
+        saver.begin(weights, {"step": 8})
+    go_on.set()
+    saved = saver.finish()
+    assert saved is not None
+    assert (saved.step, saver.finish()) == (4, None)
+    assert loaded(tmp_path) == 4
+
+
+def test_a_failed_save_stops_the_run_or_lets_it_go_on(tmp_path: Path, monkeypatch) -> None:
+    saver = saver_of(tmp_path, on_failure="continue")
+    saver.save(Weights(4), {"step": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        saver.begin(Weights(8), {"step": 8})
+        saved = saver.finish(must=False)
+        assert saved is not None
+        assert "rank 0 could not write" in saved.error
+        saver.begin(Weights(8), {"step": 8})
+        with pytest.raises(UserError, match="Input/output error"):  # the last save of a run
+            saver.finish(must=True)
+        stopping = saver_of(tmp_path, on_failure="stop")
+        stopping.begin(Weights(8), {"step": 8})
+        with pytest.raises(UserError, match="older checkpoints are untouched"):
+            stopping.finish(must=False)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
+    saver.save(Weights(12), {"step": 12})
+    assert loaded(tmp_path) == 12
+
+
+def test_a_file_that_reads_back_wrong_is_not_published(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
+    with pytest.raises(UserError, match="what was read back is not what was written"):
+        saver_of(tmp_path).save(Weights(4), {"step": 4})
+    assert kept(tmp_path) == []
+
+
+# --- what stays
+
+
+def test_permanent_and_young_ones_stay_beside_the_newest(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path / "steps", keep=2, keep_every_steps=6)
+    for step in (2, 4, 6, 8, 10, 12, 14):
+        saver.save(Weights(step), {"step": step})
+    assert kept(tmp_path / "steps") == [6, 10, 12, 14]
+    saver = saver_of(tmp_path / "hours", keep=1, keep_hours=1.0)
+    for step in (2, 4):
+        saver.save(Weights(step), {"step": step})
+    assert kept(tmp_path / "hours") == [2, 4]
+    age(tmp_path / "hours", 2, hours=2)
+    saver.save(Weights(6), {"step": 6})
+    assert kept(tmp_path / "hours") == [4, 6]
+
+
+def age(run: Path, step: int, hours: float) -> None:
+    """As if the checkpoint had been saved earlier."""
+    path = checkpoint.path_of(run / "checkpoints", step) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    content["saved_at"] -= hours * 3600
+    content["sha256"] = saving.hashlib.sha256(checkpoint.plain(content)).hexdigest()
+    path.write_bytes(checkpoint.plain(content))
+
+
+def test_keeping_one_never_removes_the_only_good_one(tmp_path: Path, monkeypatch) -> None:
+    saver = saver_of(tmp_path, keep=1, on_failure="continue")
+    saver.save(Weights(4), {"step": 4})
+    monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
+    saver.begin(Weights(8), {"step": 8})
+    assert saver.finish(must=False).error
+    assert kept(tmp_path) == [4]
+    monkeypatch.undo()
+    saver.save(Weights(8), {"step": 8})
+    assert kept(tmp_path) == [8]
+
+
+# --- who may
+
+
+def test_a_start_that_was_replaced_publishes_nothing(tmp_path: Path, monkeypatch) -> None:
+    stale = saver_of(tmp_path, take_over(tmp_path))
+    stale.save(Weights(4), {"step": 4})
+    stale.begin(Weights(8), {"step": 8})  # then its machine is cut off, and another start takes over
+    fresh = saver_of(tmp_path, take_over(tmp_path))
+    assert loaded(tmp_path) == 4
+    with pytest.raises(UserError, match=r"not saved|has taken this run over"):
+        stale.finish()
+    with pytest.raises(UserError, match="has taken this run over; this one saves nothing any more"):
+        stale.begin(Weights(8), {"step": 8})
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
+    fresh.save(Weights(6), {"step": 6})
+    assert loaded(tmp_path) == 6
+
+
+def test_a_start_replaced_between_its_look_and_its_rename_publishes_nothing(tmp_path: Path, monkeypatch) -> None:
+    """The new start renames partial folders before it reads what there is: the rename of the stale one fails."""
+    stale = saver_of(tmp_path, take_over(tmp_path))
+    stale.save(Weights(4), {"step": 4})
+    real = saving.require_incarnation
+
+    def look_then_be_replaced(directory: Path, token: str) -> None:
+        real(directory, token)
+        if (found := list((tmp_path / "checkpoints").glob("*.partial-*"))) and (found[0] / "manifest.json").exists():
+            take_over(tmp_path)
+            checkpoint.newest(tmp_path / "checkpoints", ALONE)
+
+    monkeypatch.setattr(saving, "require_incarnation", look_then_be_replaced)
+    with pytest.raises(UserError, match="checkpoint not saved"):
+        stale.save(Weights(8), {"step": 8})
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
+
+
+def test_a_partial_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch) -> None:
+    """Or a stale rank 0 could publish it half removed."""
+    (tmp_path / "step-00000004.partial-0a1b").mkdir()
+    removed: list[Path] = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **named: removed.append(path))
+    checkpoint.remove_partials(tmp_path)
+    assert removed == [tmp_path / "step-00000004.partial-0a1b.doomed"]
+    assert removed[0].is_dir()
+
+
+def test_lost_checkpoints_are_not_a_new_run(tmp_path: Path) -> None:
+    refuse_to_start_over(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "checkpoint", "step": 8}\n')
+    with pytest.raises(UserError, match=r"saved a checkpoint at step 8, and there is none now.*--fresh"):
+        refuse_to_start_over(tmp_path)
+
+
+# --- a copy elsewhere
+
+
+def test_a_run_resumes_where_only_the_copy_in_a_store_is_left(tmp_path: Path) -> None:
+    with s3_server() as bucket:
+        remote = f"{bucket}/run"
+        saver = saver_of(tmp_path / "here", remote=remote, keep=1)
+        for step in (4, 8):
+            saver.save(Weights(step), {"step": step})
+            saver.close()
+        assert kept(tmp_path / "here") == [8]
+        assert loaded(tmp_path / "elsewhere", remote) == 8
+        assert kept(tmp_path / "elsewhere") == [8]
+
+        damaged = checkpoint.path_of(tmp_path / "here/checkpoints", 8) / "rank-00000.safetensors"
+        damaged.write_bytes(b"")
+        assert loaded(tmp_path / "here", remote) == 8, "a damaged one is fetched anew"
+
+        delete(f"{remote}/step-00000008/manifest.json")  # as if the upload had been cut off
+        assert loaded(tmp_path / "third", remote) == 4
+        put(f"{remote}/step-00000004/rank-00000.safetensors", b"other bytes")
+        with pytest.raises(UserError, match=r"rank-00000\.safetensors there is not the file of its manifest"):
+            checkpoint.newest(tmp_path / "fourth/checkpoints", ALONE, remote=remote)
+        assert list((tmp_path / "fourth/checkpoints").iterdir()) == []
+        with pytest.raises(UserError, match=r"--fresh: checkpoint\.remote = .* has the checkpoint of step 4"):
+            checkpoint.set_aside(tmp_path / "here/checkpoints", remote)
+
+
+def test_the_manifest_goes_last_into_the_store(tmp_path: Path, monkeypatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(saving.store, "_put", lambda path, location: sent.append(location))
+    saver = saver_of(tmp_path, remote="s3://bucket/run")
+    saver.save(Weights(4), {"step": 4})
+    saver.close()
+    names = ["rank-00000.safetensors", "state.json", "manifest.json"]
+    assert sent == [f"s3://bucket/run/step-00000004/{name}" for name in names]
+
+
+def test_a_store_that_refuses_leaves_the_local_checkpoint(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(saving.store, "ATTEMPTS", 1)
+    monkeypatch.setattr(saving.store.files, "write", lambda *arguments: (_ for _ in ()).throw(UserError("refused")))
+    saver = saver_of(tmp_path, remote="s3://nowhere/run")
+    saver.save(Weights(4), {"step": 4})
+    saver.close()
+    assert "not copied to checkpoint.remote: refused" in caplog.text
+    assert loaded(tmp_path) == 4

@@ -1,0 +1,349 @@
+"""Torture for checkpoints: kills, power cuts and flipped bits, by the thousand, on real files.
+
+    make torture        (python -m tools.torture --kills 200 --flips 1000 --processes 5)
+
+- kills: two processes save a small checkpoint as two ranks; one is killed with SIGKILL at a named point of the save, or
+  both at a random instant. For every second kill the power goes too: what was not synced by then is lost.
+- flips: one random bit of a checkpoint is flipped, and it is loaded.
+- processes: a real run on two ranks is killed at a random instant and resumed (`bigmodel check resume`).
+
+After each: every published checkpoint verifies, the newest is not older than the last that was reported saved, and it
+gives back the very tensors that were saved. `--defect` plants a defect, and then this must fail: a torture that finds
+nothing is worth what it would find. Exit code 0 where everything held, else 1.
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from bigmodel.config import Settings, UserError
+from bigmodel.training import checkpoint, saving
+from bigmodel.training.distributed import World
+
+SHAPES = {"embedding.weight": (40, 8), "block.weight": (8, 8), "norm.weight": (8,), "odd": (3, 5)}
+SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
+POINTS = [f"rank-{rank}-{point}" for rank in (0, 1) for point in ("starts", "half", "wrote")]
+POINTS += ["before-manifest", "before-rename-of-manifest", "before-rename", "after-rename"]
+POINTS += ["before-removal", "in-removal", "at random"]
+RANDOM_SECONDS = 0.02  # about what a save takes here
+
+
+class Weights:
+    """Stands for an engine: tensors that depend on the step, of which each rank owns a share."""
+
+    def __init__(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, world: World = checkpoint.ALONE) -> None:
+        self.updates, self._shapes, self._world = step, shapes, world
+        self.state = {
+            name: {
+                key: torch.randn(shape, generator=torch.Generator().manual_seed(step * 100 + len(name) + number))
+                for number, key in enumerate(("weight", "exp_avg", "exp_avg_sq"))
+            }
+            for name, shape in shapes.items()
+        }
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def keys(self, name: str) -> list[str]:
+        return list(self.state[name])
+
+    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
+        numel = torch.Size(self._shapes[name]).numel()
+        first, end = (numel * rank // self._world.size for rank in (self._world.rank, self._world.rank + 1))
+        return first, {key: tensor.flatten()[first:end] for key, tensor in self.state[name].items()}
+
+    def write(self, read: checkpoint.Read, updates: int, scaler: dict[str, float]) -> None:
+        for name, shape in self._shapes.items():
+            numel = torch.Size(shape).numel()
+            self.state[name] = {key: read(name, key, 0, numel).view(shape) for key in self.state[name]}
+        self.updates = updates
+
+    def scaler_state(self) -> dict[str, float]:
+        return {}
+
+    def same_as(self, other: "Weights") -> bool:
+        pairs = [(self.state[name][key], other.state[name][key]) for name in self._shapes for key in self.state[name]]
+        return self.updates == other.updates and all(torch.equal(one, two) for one, two in pairs)
+
+
+@dataclass(frozen=True)
+class Pair(World):
+    """Two ranks that speak through a socket: a world starts in milliseconds. A dead peer ends this process too."""
+
+    link: socket.socket
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        content = pickle.dumps(value)
+        try:
+            self.link.sendall(struct.pack("<q", len(content)) + content)
+            (size,) = struct.unpack("<q", self._receive(8))
+            other = pickle.loads(self._receive(size))
+        except OSError:
+            os._exit(1)
+        return [value, other] if self.rank == 0 else [other, value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.gather_objects(value)[0]
+
+    def _receive(self, size: int) -> bytes:
+        content = b""
+        while len(content) < size:
+            part = self.link.recv(size - len(content))
+            if not part:
+                os._exit(1)
+            content += part
+        return content
+
+
+@dataclass
+class Bench:
+    """A folder of checkpoints under torture; what is wrong with it is a list of sentences."""
+
+    folder: Path
+    defect: str = ""
+    saved_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = self.folder / "checkpoints"
+        self.journal = self.folder / "journal"
+        self.step = 0
+        defect, self.defect = self.defect, ""
+        for _ in range(2):  # something to fall back on
+            self.kill("", lose_power=False)
+        self.defect = defect
+
+    def kill(self, point: str, lose_power: bool) -> list[str]:
+        """One save of the next step, killed at a point ("": not at all); gives what broke."""
+        self.step += 1
+        ends = socket.socketpair()
+        ranks = [self._fork(rank, ends, point) for rank in (0, 1)]
+        for end in ends:
+            end.close()
+        if point == "at random":
+            time.sleep(random.uniform(0, RANDOM_SECONDS))
+            for rank in ranks:
+                os.kill(rank, signal.SIGKILL)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+        if codes == [0, 0]:
+            self.saved_step = self.step
+        if lose_power:
+            self._lose_power()
+        wrong = self.wrong()
+        checkpoint.remove_partials(self.checkpoints)
+        if not point and codes != [0, 0]:
+            wrong.append(f"an undisturbed save ended with {codes}")
+        if point and point != "at random" and -signal.SIGKILL not in codes:
+            wrong.append(f"nobody was killed at {point}: {codes}")
+        return [f"step {self.step}, killed {point or 'never'}: {line}" for line in wrong]
+
+    def wrong(self) -> list[str]:
+        """What does not hold of the folder now."""
+        alone = checkpoint.ALONE
+        found = [
+            f"{path.name} is published and broken: {problems[0]}"
+            for step in checkpoint.steps(self.checkpoints)
+            if (problems := checkpoint.verify(path := checkpoint.path_of(self.checkpoints, step), alone))
+        ]
+        try:
+            newest = checkpoint.newest(self.checkpoints, report=lambda text: None)
+        except UserError as error:
+            return [*found, str(error)]
+        if newest is None or newest.state["step"] < self.saved_step:
+            return [*found, f"step {self.saved_step} was saved and is not found"]
+        weights = Weights(0)
+        checkpoint.load(newest, weights, SETTINGS, alone)
+        if not weights.same_as(Weights(newest.state["step"])):
+            found.append(f"step {newest.state['step']} is loaded with other content than was saved")
+        return found
+
+    def flip(self) -> list[str]:
+        """Flip one random bit of the newest checkpoint, load, flip it back."""
+        path = checkpoint.path_of(self.checkpoints, checkpoint.steps(self.checkpoints)[-1])
+        files = [file for file in sorted(path.iterdir()) if file.stat().st_size]
+        if not files:
+            return [f"{path.name} is published and empty"]
+        file = random.choices(files, [file.stat().st_size for file in files])[0]
+        content = file.read_bytes()
+        bit = random.randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(flipped)
+        told: list[str] = []
+        try:
+            found = checkpoint.newest(self.checkpoints, report=told.append)
+            silent = found is None or found.path == path or not any(file.name in line for line in told)
+        except Exception:  # whatever it says: it is not silent
+            silent = False
+        finally:
+            file.write_bytes(content)
+        return [f"bit {bit} of {file.name} was flipped and nobody noticed"] if silent else []
+
+    def _fork(self, rank: int, ends: tuple[socket.socket, socket.socket], point: str) -> int:
+        sys.stdout.flush()
+        if child := os.fork():
+            return child
+        try:
+            ends[1 - rank].close()  # or the death of the other would never be seen
+            os.environ[saving.FAULT_VARIABLE] = f"{point}@{self.step}"
+            _journal_syncs(self.journal)
+            DEFECTS[self.defect](rank)
+            world = Pair(rank, 2, rank, 2, torch.device("cpu"), ends[rank])
+            saver = saving.Saver(self.checkpoints, SETTINGS, world)
+            saver.save(Weights(self.step, world=world), {"step": self.step})
+            os._exit(0)
+        except BaseException as error:
+            print(f"rank {rank}: {error!r}", file=sys.stderr)
+        os._exit(3)
+
+    def _lose_power(self) -> None:
+        """Files that were not synced are empty; names that were not in their folder when it was synced are gone."""
+        entries = [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
+        synced = {entry["inode"] for entry in entries}
+        names = {(entry["inode"], name) for entry in entries for name in entry["names"]}
+        for folder in [path for path in self.checkpoints.iterdir() if path.is_dir()]:
+            for file in list(folder.iterdir()):
+                if (folder.stat().st_ino, file.name) not in names:
+                    file.unlink()
+                elif file.stat().st_ino not in synced:
+                    os.truncate(file, 0)
+
+
+def _journal_syncs(journal: Path) -> None:
+    """Make every fsync of this process leave a line: the inode, and the names where it is a folder."""
+    real = os.fsync
+
+    def fsync(descriptor: Any) -> None:
+        real(descriptor)
+        status = os.fstat(descriptor)
+        names = os.listdir(descriptor) if os.path.isdir(f"/proc/self/fd/{descriptor}") else []
+        with open(journal, "ab") as file:
+            file.write(json.dumps({"inode": status.st_ino, "names": names}).encode() + b"\n")
+
+    os.fsync = fsync  # type: ignore[assignment]
+
+
+def _publish_before_the_last_rank(rank: int) -> None:
+    """Rank 1 reports what it is going to write."""
+    if rank == 1:
+        real = saving._write_share
+
+        def early(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> Any:
+            content = to_safetensors(tensors)
+            later = dict(tensors)
+
+            def write() -> None:
+                time.sleep(0.05)
+                real(path, later, rank, step)
+
+            threading.Thread(target=write, daemon=True).start()
+            return saving._Report(path.name, len(content), saving.hashlib.sha256(content).hexdigest())
+
+        saving._write_share = early
+
+
+def _no_sync(rank: int) -> None:
+    os.fsync = lambda fd: None
+
+
+def _hash_unchecked(rank: int) -> None:
+    """Takes effect in the process that loads: see `planted`."""
+
+
+DEFECTS: dict[str, Callable[[int], None]] = {
+    "": lambda rank: None,
+    "publish before the last rank": _publish_before_the_last_rank,
+    "no sync": _no_sync,
+    "hash unchecked": _hash_unchecked,
+}
+
+
+@contextmanager
+def planted(defect: str) -> Any:
+    """In the process that loads."""
+    real = checkpoint._check_file
+    if defect == "hash unchecked":
+        checkpoint._check_file = lambda path, facts: []
+    try:
+        yield
+    finally:
+        checkpoint._check_file = real
+
+
+def torture(folder: Path, kills: int, flips: int, defect: str = "", progress: Progress | None = None) -> list[str]:
+    """`kills` at each point of a save and `flips` flipped bits; gives what broke, none where everything held."""
+    bench, wrong = Bench(folder / "bench", defect), []
+    bar = progress.add_task("kills and flips", total=kills * len(POINTS) + flips) if progress else None
+    with planted(defect):
+        for number in range(kills):
+            for point in POINTS:
+                wrong += bench.kill(point, lose_power=number % 2 == 1)
+                if progress and bar is not None:
+                    progress.advance(bar)
+            wrong += bench.kill("", lose_power=number % 2 == 1)
+        for _ in range(flips):
+            wrong += bench.flip()
+            if progress and bar is not None:
+                progress.advance(bar)
+    return wrong
+
+
+def process_kills(folder: Path, count: int) -> list[str]:
+    """Kill and resume real runs of two ranks on the tests' tiny corpus."""
+    from bigmodel.check import check_resume
+    from tests.tiny_corpus import prepared
+    from tests.tiny_run import write_run
+
+    shards = prepared(folder / "corpus", shard_tokens=1500)
+    wrong = []
+    for number in range(count):
+        run_file = write_run(folder, shards, stage=(1, 3)[number % 2], name=f"run{number}")
+        findings = check_resume(run_file, [])
+        wrong += [f"{finding.claim}: {finding.evidence}" for finding in findings if not finding.holds]
+    return wrong
+
+
+def main(
+    kills: Annotated[int, typer.Option(help="at each point of a save")] = 200,
+    flips: Annotated[int, typer.Option(help="flipped bits")] = 1000,
+    processes: Annotated[int, typer.Option(help="real runs killed and resumed")] = 5,
+    defect: Annotated[str, typer.Option(help=f"plant one of: {', '.join(list(DEFECTS)[1:])}")] = "",
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    try:
+        with Progress() as progress:
+            wrong = torture(folder, kills, flips, defect, progress)
+        wrong += process_kills(folder, processes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    done = f"{kills} kills at each of {len(POINTS)} points, {flips} flipped bits, {processes} runs killed and resumed"
+    print("\n".join(wrong[:20]))
+    print(f"{done}: {f'{len(wrong)} broken promises' if wrong else 'every promise held'}")
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
