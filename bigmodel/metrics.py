@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -196,18 +197,19 @@ class Metrics:
         for line in lines:
             before.add(line)
         kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
+        carried = before.carry(began, how_it_ended(self._directory, lines))
+        now, self._lap_began = time.time(), time.perf_counter()
         start = {
             "kind": "start",
-            "time": time.time(),
+            "time": now,
             "step": first_step,
             "began": began,
-            "lap": time.time() - began,
+            "lap": now - began,
             "world_size": self._seat.world_size,
             "parameters": facts.get("parameters"),
             "device_peak_flops": facts.get("device_peak_flops"),
-            "carried": before.carry(began, how_it_ended(self._directory, lines)),
+            "carried": carried,
         }
-        self._lap_began = time.perf_counter()
         write_atomically(self._lines, "".join(json.dumps(line) + "\n" for line in (*kept, start)))
         for line in (*kept, start):
             ledger.add(line)
@@ -377,7 +379,7 @@ class _Exporter:
                 except FileNotFoundError:  # it has just ended by itself
                     continue
                 if str(start_ticks(int(pid))) == began:
-                    os.kill(int(pid), 15)
+                    os.kill(int(pid), signal.SIGKILL)  # it has nothing to lose, and may hang
                 deadline = time.monotonic() + 5.0
                 while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
                     time.sleep(0.02)

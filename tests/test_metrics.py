@@ -1,5 +1,6 @@
 """metrics.jsonl and the scraped page tell the same, true story, also after a restart and after the death of ranks."""
 
+import contextlib
 import json
 import math
 import os
@@ -272,7 +273,11 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert StepRecord(**line) == STEPS[0]
 
 
-def test_laps_leave_no_gap(tmp_path: Path) -> None:
+def test_laps_leave_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object) -> None:
+        time.sleep(0.2)  # a long file is read at the start: that is the start's time, and only once
+
+    monkeypatch.setattr("bigmodel.metrics.how_it_ended", slow)
     began = time.time()
     with Metrics(tmp_path) as metrics:
         for number in (1, 2):
@@ -424,10 +429,13 @@ def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_agai
         port = probe.getsockname()[1]
     killed = start_rank(run, 0, port, "one")
     until(lambda: samples(killed.endpoint), "the page")
-    killed.kill()  # its exporter has the port for a moment longer
+    (stuck,) = exporters(killed.endpoint)
+    os.kill(stuck, signal.SIGSTOP)  # it keeps the port for as long as it is let
+    killed.kill()
     killed.wait()
     again = start_rank(run, 0, port, "two")
     try:
+        assert psutil.pid_exists(stuck) is False or psutil.Process(stuck).status() == psutil.STATUS_ZOMBIE
         assert again.endpoint == f"127.0.0.1:{port}"
         assert samples(again.endpoint)["restarts_total|died"] == 1
         (exporter,) = exporters(again.endpoint)
@@ -438,6 +446,8 @@ def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_agai
     finally:
         again.kill()
         again.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stuck, signal.SIGKILL)
     until(lambda: not exporters(again.endpoint), "the exporter to end", 3.0)
 
 

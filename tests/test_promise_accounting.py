@@ -72,18 +72,17 @@ COUNTS = "tokens"
     ("change", "claims"),
     [
         (lambda lines: lines, []),
-        (without(20), [SECONDS]),
         (without(12), ["every step stands in the books once", COUNTS]),
         (altered("step", "positions", 2), [COUNTS]),
         (altered("step", "documents", 3), [COUNTS]),
         (altered("start", "lap", 1.5), [SECONDS]),
         (altered("start", "lap", 0.5), [SECONDS]),
     ],
-    ids=["whole", "last step lost", "a step lost", "tokens", "documents", "seconds added", "seconds lost"],
+    ids=["whole", "a step lost", "tokens", "documents", "seconds added", "seconds lost"],
 )
 def test_an_error_in_the_books_is_found(run: Path, tmp_path: Path, change, claims: list[str]) -> None:
     found = broken(run, tmp_path, change)
-    assert set(claims) <= set(found) or (claims == [SECONDS] and found == [SECONDS])
+    assert set(claims) <= set(found)
     assert bool(found) == bool(claims)
 
 
