@@ -20,7 +20,8 @@ hosts), main_address, main_port, and host, pid, pid_started of the process that 
 
 In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
   launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
-  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit
+  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit;
+                                               a watchdog of yours may write one of cause hang alone
   stop_requested                               by `launcher stop`
 A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own
 sbatch script or torchrun nobody writes launch_ended; the trainer's `finished` or `stopped` tells as much
