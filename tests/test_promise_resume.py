@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bigmodel.check import _num_ranks, _short
 from bigmodel.config import load_settings
 from bigmodel.rundir import read_json_lines
 from tests.ranks import finish, kill, run_ranks, start_ranks
@@ -123,3 +124,17 @@ def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(
     for one, two in zip(learned(whole), learned(moved), strict=True):
         assert one[3:7] == two[3:7]  # learning rate, targets, positions, documents
         assert two[1] == pytest.approx(one[1], rel=1e-4)
+
+
+def test_a_check_keeps_away_from_the_run_and_its_store(tmp_path: Path) -> None:
+    """Its short runs would else go on from the run's own checkpoints, and leave theirs for the run to go on from."""
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        "[checkpoint]\nremote = 's3://bucket/run'\nhours_between_failures = 8.0\n"
+        "[metrics]\nport = 9000\nwriters = ['wandb']\n[training]\nsequence_parallel_ranks = 4\n"
+    )
+    settings = load_settings(run_file, _short(tmp_path / "check", 10, 4))
+    assert settings.run.directory == tmp_path / "check"
+    assert (settings.checkpoint.remote, settings.checkpoint.hours_between_failures) == ("", 0.0)
+    assert (settings.metrics.port, settings.metrics.writers) == (0, [])
+    assert _num_ranks(settings) == 4

@@ -199,7 +199,7 @@ class Saver:
         return part, ""
 
     def _begin_upload(self, path: Path) -> None:
-        """One copy at a time; where the last one is still under way this checkpoint waits, or a newer one in its place."""
+        """One copy at a time: where the last is under way this checkpoint waits, or a newer one in its place."""
         self._not_copied = None
         if self._upload and self._upload.is_alive():
             self._not_copied = path
