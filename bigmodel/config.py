@@ -26,7 +26,7 @@ class UserError(ValueError):
 def without_secrets(text: str) -> str:
     """A text with URLs, as it may be shown or stored: passwords and keys inside them become ***."""
     text = re.sub(r"(://[^/@?\s]*:)[^/@?\s]*@", r"\1***@", text)
-    return re.sub(r"([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
 class Section(BaseModel):
