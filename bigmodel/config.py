@@ -26,7 +26,7 @@ class UserError(ValueError):
 def without_secrets(text: str) -> str:
     """A text with URLs, as it may be shown or stored: passwords and keys inside them become ***."""
     text = re.sub(r"(://[^/@?\s]*:)[^/@?\s]*@", r"\1***@", text)
-    return re.sub(r"([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
 class Section(BaseModel):
@@ -451,7 +451,7 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="those of multiples of this stay for good; 0: none")
     keep_hours: float = Field(0.0, ge=0, description="younger ones stay as well")
-    remote: str = Field("", description="URL of a folder in a store: each is copied there once it is saved")
+    remote: str = Field("", description="URL of a folder in a store: copied there, the newest first and one at a time")
 
 
 class MetricsSettings(Section):
