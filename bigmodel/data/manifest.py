@@ -22,6 +22,7 @@ PICTURE = "lengths.png"
 SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second where a given one named begin and end
 PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
 
 
