@@ -14,12 +14,14 @@ from bigmodel.data.manifest import TOKENIZER_FILES, Manifest
 from bigmodel.data.order import Order
 from bigmodel.data.planned import measure_packing
 from bigmodel.data.prepare import prepare, quiet
+from bigmodel.data.remote import Remote
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.sharing import Place
 from bigmodel.data.sides import suggest_budgets
 from bigmodel.data.stream import Step, Stream, validation_batches
 from bigmodel.data.verify import verify
 from bigmodel.show import sources_table
+from bigmodel.summary import _xz_of_validation_text
 from tests.test_verify import flip_a_bit
 from tests.tiny_corpus import text
 
@@ -98,7 +100,7 @@ def test_steps_of_text_pairs_are_those_of_token_pairs_at_any_world_size_past_an_
     assert len(set(seen.values())) == 1
     given: Counter = Counter()
     for step in steps_of(store, data, Place(0, 1)):
-        given.update(piece[:4] + (piece.epoch,) for pack in step.packs for piece in pack)
+        given.update((*piece[:4], piece.epoch) for pack in step.packs for piece in pack)
     assert set(given.values()) == {1}
     whole = [
         name
@@ -138,7 +140,7 @@ def test_what_begins_a_document_cannot_be_lost_or_changed_unseen(home: Path, tmp
     assert document[0] == document[-1] == 1
     path = folder / TOKENIZER_FILES[1]
     path.write_text(path.read_text().replace('"bos_token": "<|eos|>"', '"bos_token": "<|bos|>"'))
-    with pytest.raises(UserError, match="tokenizer_config.json: its content differs from the manifest"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: its content differs from the manifest"):
         ShardStore(folder, "train")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][path.name]["sha256"] = "0" * 64
@@ -147,8 +149,42 @@ def test_what_begins_a_document_cannot_be_lost_or_changed_unseen(home: Path, tmp
     other.manifest = changed
     assert one.fingerprint != other.fingerprint
     path.unlink()
-    with pytest.raises(UserError, match="tokenizer_config.json: missing"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: missing"):
         ShardStore(folder, "train")
+
+
+# ---- a node that fetches them ----------------------------------------------------------------------------------
+
+
+def test_a_node_with_a_small_cache_fetches_pairs_with_both_lengths_and_gives_the_same_steps(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = DataSettings(**TWO_SIDES)
+    url, sizes = f"file://{home / 'texts'}", [path.stat().st_size for path in (home / "texts").rglob("*.mds")]
+    node = ShardStore(tmp_path / "node", "train", url, cache_bytes=2 * max(sizes))
+    here = ShardStore(home / "texts", "train")
+    expected, found = (
+        [[batch.fingerprint() for batch in step.micro_batches] for step in steps_of(store, data, Place(0, 1))]
+        for store in (here, node)
+    )
+    assert found == expected
+    assert node.remote
+    assert 0 < node.remote.num_deleted < node.remote.num_files
+    assert (tmp_path / "node" / "train" / "pairs" / "target_lengths.00000.npy").exists()
+    assert "raise it" in caplog.text
+
+
+def test_a_shard_that_another_thread_deleted_first_is_not_counted(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, sizes = f"file://{home / 'texts'}", [path.stat().st_size for path in (home / "texts").rglob("*.mds")]
+    store = ShardStore(tmp_path / "node", "train", url, cache_bytes=max(sizes))
+    monkeypatch.setattr(Remote, "_has", lambda self, name: (self.directory / name).unlink() is None)
+    store.open_shard("pairs", 0)
+    store.open_shard("pairs", 1)
+    assert not (tmp_path / "node" / "train" / "pairs" / "shard.00000.mds").exists()
+    assert store.remote
+    assert store.remote.num_deleted == 0
 
 
 # ---- what is told of pairs ------------------------------------------------------------------------------------
@@ -182,3 +218,27 @@ def test_an_encoder_that_would_read_nothing_is_said(home: Path) -> None:
     data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}])
     with pytest.raises(UserError, match=r"data\.objectives = causal: none gives an encoder anything to read"):
         suggest_budgets(ShardStore(home / "named", "train"), data)
+
+
+def test_xz_is_a_mark_of_models_that_are_asked_for_the_whole_text(home: Path) -> None:
+    def mark(name: str, **data: Any) -> float | None:
+        return _xz_of_validation_text(Settings.model_validate({"data": {"directory": str(home / name)} | data}))
+
+    assert 0.1 < (mark("named") or 0) < 8
+    assert mark("named", objectives=[{"kind": "span_corruption"}]) is None
+    assert mark("tokens") is None  # pairs
+
+
+def test_shards_of_a_version_that_knew_no_shards_of_text_are_still_what_is_asked_for(
+    home: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(home / "tokens", tmp_path / "tokens"))
+    manifest = Manifest.read(folder)
+    assert manifest.recipe.pop("content") == "tokens"
+    manifest.write(folder)
+    sources = manifest.recipe["sources"]
+    made = (folder / "manifest.json").read_bytes()
+    make(folder, sources=sources, vocabulary=300)
+    assert (folder / "manifest.json").read_bytes() == made
+    with pytest.raises(UserError, match=r"already prepared otherwise \(prepare.content was 'tokens', is 'text'\)"):
+        make(folder, sources=sources, vocabulary=300, content="text")

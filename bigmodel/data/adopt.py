@@ -118,8 +118,8 @@ def find_column(adoption: Adoption) -> tuple[str, str]:
     column = likely[0] if likely else names[0]
     if not adoption.column and f"target_{column}" in names:
         raise UserError(
-            f"{adoption.folder}: holds pairs, {column!r} with 'target_{column}', and one column is taken; prepare pairs "
-            f"from their texts by prepare.sources with a target_column, or take one side by --column {column}"
+            f"{adoption.folder}: holds pairs, {column!r} with 'target_{column}', and one column is taken; prepare "
+            f"pairs from their texts by prepare.sources with a target_column, or take one side by --column {column}"
         )
     if (adoption.column and column != adoption.column) or (len(names) > 1 and not likely):
         raise UserError(
