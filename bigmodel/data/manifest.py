@@ -35,7 +35,8 @@ class Manifest:
 
     A source of pairs (`target_column`) has both texts of a pair in one sample, so that they cannot part:
 
-        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]
+        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]; of
+                                  shards of text `text` and `target_text`
         lengths.00000.npy         (samples,) uint32 stored tokens of the source text
         target_lengths.00000.npy  (samples,) uint32 stored tokens of the target text
         counts[source][split]     target_tokens, target_text_bytes; tokens and text_bytes are the source text's
