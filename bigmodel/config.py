@@ -149,7 +149,9 @@ class DataSettings(Section):
     )
     lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
     window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
-    mix: dict[str, float] = Field({}, description="share of tokens per source; empty: as much as each source holds")
+    mix: dict[str, float] = Field(
+        {}, description="share of tokens per source, of pairs of their source texts'; empty: as much as each holds"
+    )
     max_epochs: dict[str, int] = Field(
         {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
     )
