@@ -26,7 +26,7 @@ class UserError(ValueError):
 def without_secrets(text: str) -> str:
     """A text with URLs, as it may be shown or stored: passwords and keys inside them become ***."""
     text = re.sub(r"(://[^/@?\s]*:)[^/@?\s]*@", r"\1***@", text)
-    return re.sub(r"([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
 class Section(BaseModel):
@@ -149,7 +149,9 @@ class DataSettings(Section):
     )
     lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
     window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
-    mix: dict[str, float] = Field({}, description="share of tokens per source; empty: as much as each source holds")
+    mix: dict[str, float] = Field(
+        {}, description="share of tokens per source, of pairs of their source texts'; empty: as much as each holds"
+    )
     max_epochs: dict[str, int] = Field(
         {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
     )
@@ -451,7 +453,7 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="those of multiples of this stay for good; 0: none")
     keep_hours: float = Field(0.0, ge=0, description="younger ones stay as well")
-    remote: str = Field("", description="URL of a folder in a store: each is copied there once it is saved")
+    remote: str = Field("", description="URL of a folder in a store: copied there, the newest first and one at a time")
 
 
 class MetricsSettings(Section):

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from bigmodel.check import isolation, packed_equals_single
-from bigmodel.config import DataSettings
+from bigmodel.config import DataSettings, Settings
 from bigmodel.data.batch import IGNORED, Batch, exchange_sources
 from bigmodel.data.examples import Pair
 from bigmodel.model.transformer import Attention, View, rotary_table
+from bigmodel.training.blocks import wrap_blocks
 from kernels.attention import make_schedule
 from kernels.visibility import bidirectional, causal, cross, prefix_lm
 from tests.example_batches import batch_of, model_of, text
@@ -74,17 +75,31 @@ def test_pairs_are_apart_and_packed_equals_one_at_a_time(changes: dict) -> None:
     holds(model_of(kind="encoder_decoder", **changes), batch_of(PAIRS, DataSettings(**TWO_SIDES)))
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("changes", ENCODER_DECODERS.values(), ids=ENCODER_DECODERS.keys())
+def test_activation_checkpointing_of_both_sides_changes_no_bit(changes: dict, kind: str) -> None:
+    """Encoder, decoder and extra heads, each block once more in the backward pass."""
+    found = []
+    for checkpointing in ("none", kind):
+        model, calls = model_of(kind="encoder_decoder", **changes), []
+        blocks = [*model.encoder.blocks, *model.blocks, *model.extra_blocks]
+        for number, block in enumerate(blocks):
+            block.attention_norm.register_forward_hook(lambda *_, number=number, calls=calls: calls.append(number))
+        wrap_blocks(model, Settings.model_validate({"training": {"activation_checkpointing": checkpointing}}), stage=1)
+        loss = model(batch_of(PAIRS, DataSettings(**TWO_SIDES)))
+        loss.backward()
+        assert sorted(calls) == sorted([*range(len(blocks))] * (1 if checkpointing == "none" else 2))
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("source_attention", ["cross", "mixed"])
 @pytest.mark.parametrize(("documents", "objectives"), SOURCES.values(), ids=SOURCES.keys())
 def test_every_objective_of_an_encoder_decoder(documents: list, objectives: list, source_attention: str) -> None:
     data = DataSettings(**TWO_SIDES, objectives=objectives)
     batch = batch_of(documents, data)
     assert (batch.source.num_positions == 0) == (objectives == [{"kind": "causal"}])
-    model = model_of(kind="encoder_decoder", source_attention=source_attention)
-    if batch.source.num_positions and source_attention == "cross":
-        holds(model, batch)
-    else:
-        assert packed_equals_single(model.double(), batch).holds
+    holds(model_of(kind="encoder_decoder", source_attention=source_attention), batch)
 
 
 @pytest.mark.parametrize(
@@ -249,3 +264,29 @@ def test_exchanged_sources_are_those_of_the_next_document() -> None:
     assert changed.source.tokens[:2].tolist() == batch.source.tokens[10:12].tolist()
     assert changed.source.tokens[67:77].tolist() == batch.source.tokens[:10].tolist()
     assert changed.source.positions[2:33].tolist() == list(range(31))
+
+
+def test_examples_ask_the_model_about_the_sources_that_it_was_trained_on() -> None:
+    """A prefix has no end token, and a document under causal no source at all."""
+    from bigmodel.generate import examples
+
+    class Words:
+        bos, eos, vocabulary = 1, 2, 60
+
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+    batch = batch_of(TEXTS[:1], DataSettings(**TWO_SIDES, objectives=[{"kind": "prefix"}, {"kind": "causal"}]))
+    model, asked = model_of(kind="encoder_decoder").eval(), []
+
+    def forward(one: Batch, output: str) -> torch.Tensor:
+        asked.append(one.source.tokens.tolist())
+        return model(one, output)
+
+    printed = examples(forward, Words(), batch, 2, "cpu")
+    first, end = batch.source.offsets[:2].tolist()
+    assert (first, end) == (0, 10)
+    assert batch.source.tokens[:10].tolist() in asked
+    assert [] in asked
+    assert len({tuple(source) for source in asked}) == 2
+    assert printed.count("[model]") == 2
