@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigmodel.config import ModelSettings, Settings, UserError
 from bigmodel.model.transformer import Block, Transformer
+from bigmodel.training import ulysses
 from bigmodel.training.blocks import wrap_blocks
 from bigmodel.training.distributed import ALONE
+from bigmodel.training.phases import Phases
 from bigmodel.training.ulysses import Sequence
 from tests.engine_worker import batch_of, launch, new_model, settings_table
 from tests.exactness import failures, job_of, with_sequence
@@ -248,6 +251,27 @@ def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> No
     settings = Settings.model_validate(table | {"training": {"sequence_parallel_ranks": 4}})
     with pytest.raises(UserError, match=words):
         Sequence(settings, ALONE)
+
+
+def test_time_in_ulysses_exchanges_is_communication(monkeypatch) -> None:
+    """Also in the backward pass: else a rank that waits for its peers would count as busy, and hide the slow one."""
+
+    def wait(received: torch.Tensor, sent: torch.Tensor, group: Any) -> None:
+        time.sleep(0.05)
+        received.copy_(sent)
+
+    monkeypatch.setattr(ulysses.dist, "all_to_all_single", wait)
+    phases = Phases(torch.device("cpu"))
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    for name in ("forward", "backward"):
+        with phases(name):
+            if name == "forward":
+                y = ulysses._Exchange.apply(x, ulysses._Ranks(None, 2, phases), True)
+            else:
+                y.sum().backward()
+        seconds = phases.take()
+        assert seconds["communication"] >= 0.05 > seconds[name]
+    assert (x.grad == 1).all()
 
 
 def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch) -> None:
