@@ -108,7 +108,7 @@ def isolation(model: Transformer, batch: Batch) -> list[Finding]:
     others[first.targets] = False
     sides = list(zip(before.inputs, first, second, strict=False))
     reached = max(float(gradient[edited].abs().sum()) for gradient, edited, _ in sides)
-    looked_at = all(bool(gradient[own].any()) for gradient, _, own in sides)
+    looked_at = all(bool(gradient[own].any()) for gradient, _, own in sides if own.start < own.stop)  # or no source
     moved = float((before.losses[first.targets] - after.losses[first.targets]).abs().max())
     return [
         Finding("the edit changes the edited document's own losses", moved > 0, f"by up to {moved:.3g} nats"),

@@ -7,6 +7,7 @@ there is no cache of keys and values, which is right for samples of a few hundre
 
 from collections.abc import Callable
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,13 @@ def answer(
     device: torch.device | str = "cpu",
 ) -> list[int]:
     """What an encoder-decoder says to the ids of a source text: ids, without begin and end."""
-    drawing = temperature, top, torch.Generator().manual_seed(seed)
-    return _continue(forward, [tokenizer.bos], [*source, tokenizer.eos], tokenizer.eos, tokens, *drawing, device)[1:]
+    generator = torch.Generator().manual_seed(seed)
+    return _answer(forward, tokenizer, [*source, tokenizer.eos], tokens, temperature, top, generator, device)
+
+
+def _answer(forward: Forward, tokenizer: Tokenizer, source: list[int], *how: Any) -> list[int]:
+    """`answer` to what the encoder reads, as it is: the source of a prefix has no end."""
+    return _continue(forward, [tokenizer.bos], source, tokenizer.eos, *how)[1:]
 
 
 def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, device: torch.device | str) -> str:
@@ -62,7 +68,7 @@ def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, 
     shown = []
     for (source_start, source_end), (start, end) in real[:number]:
         source = batch.source.tokens[source_start:source_end].tolist()
-        said = answer(forward, tokenizer, source[:-1], ANSWER_TOKENS, device=device)
+        said = _answer(forward, tokenizer, source, ANSWER_TOKENS, 0.0, 1, torch.Generator(), device)
         wanted = [token for token in batch.targets[start:end].tolist() if token != IGNORED]
         for name, ids in (("source", source), ("target", wanted), ("model", said)):
             words = readable(tokenizer, ids).strip()
@@ -126,7 +132,7 @@ def _one_document(ids: list[int], source: list[int] | None = None) -> Batch:
 def _source_side(ids: list[int]) -> SourceSide:
     count = len(ids)
     return SourceSide(
-        tokens=torch.tensor(ids),
+        tokens=torch.tensor(ids, dtype=torch.int64),
         positions=torch.arange(count),
         offsets=torch.tensor([0, count], dtype=torch.int32),
         keys=torch.zeros(count, dtype=torch.int64),

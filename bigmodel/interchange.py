@@ -35,16 +35,18 @@ def from_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 
 def _decoder_settings(config: Mapping[str, Any]) -> ModelSettings:
     _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu", use_sliding_window=False)
-    if config.get("rope_scaling"):
-        raise UserError(f"rope_scaling = {config['rope_scaling']}: rotary positions are not scaled here")
+    rotary = {"rope_theta": config.get("rope_theta", 10_000.0)} | (config.get("rope_parameters") or {})  # from 5 on
+    if config.get("rope_scaling") or rotary.get("rope_type", "default") != "default":
+        said = config.get("rope_scaling") or rotary
+        raise UserError(f"rope_scaling = {said}: rotary positions are not scaled here")
     return ModelSettings(
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
         heads=config["num_attention_heads"],
-        key_value_heads=config["num_key_value_heads"],
+        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_size=config.get("head_dim") or 0,
         feed_forward_width=config["intermediate_size"],
-        rope_theta=config["rope_theta"],
+        rope_theta=rotary["rope_theta"],
         norm_epsilon=config["rms_norm_eps"],
         tied_embeddings=config["tie_word_embeddings"],
         qk_norm=config["model_type"] == "qwen3",

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel.config import DataSettings, Settings
+from bigmodel.config import DataSettings, Settings, packs_at
 from bigmodel.data.batch import draw, draw_png
 from bigmodel.data.lengths import draw_lengths
-from bigmodel.data.manifest import SPLITS, Manifest
+from bigmodel.data.manifest import SPLITS, Manifest, stored_amount
 from bigmodel.data.mixing import mix_lag_tokens
 from bigmodel.data.order import Order
 from bigmodel.data.planned import Packed, Suggestion, all_positions, measure_packing, mix_shares, suggest, whole_share
@@ -78,7 +78,7 @@ def show_data(settings: Settings, png: Path) -> None:
     store = ShardStore.of_run(data, "train")
     packed = measure_packing(store, data)  # first: it complains of a wrong mix
     console = Console(highlight=False)
-    console.print(sources_table(settings, store.manifest))
+    console.print(sources_table(settings, store.manifest, packed))
     console.print(lengths_text(store.manifest), markup=False)
     console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
     if store.pair_sources:
@@ -93,24 +93,27 @@ def show_data(settings: Settings, png: Path) -> None:
     console.print(f"picture: {png}", soft_wrap=True)
 
 
-def sources_table(settings: Settings, manifest: Manifest) -> Table:
-    """Sources and splits with their documents, tokens and text; of the train split the share in training, how often
-    this run passes over it, and the rows that were dropped."""
+def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Table:
+    """Sources and splits with their documents, tokens and text, of pairs both sides'; of the train split the share in
+    training, how often this run passes over it if all its packs are like `packed`, and the rows that were dropped."""
     title = f"{settings.data.directory}: vocabulary {manifest.vocabulary:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("source")
     table.add_column("split")
     for name in ("documents", "tokens", "text MB", "of the mix", "passes", "rows dropped"):
         table.add_column(name, justify="right")
-    positions = settings.training.steps * settings.training.packs_per_step * settings.data.pack_tokens
+    training = settings.training
+    num_packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
     mixed = mix_shares({name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}, settings.data.mix)
     for source in manifest.sources:
         rows = manifest.rows[source]
         for split in SPLITS:
             counts = manifest.counts[source][split]
-            line = [f"{counts['documents']:,}", f"{counts['tokens']:,}", f"{counts['text_bytes'] / 1e6:,.2f}"]
+            tokens, text_bytes = (stored_amount(counts, what) for what in ("tokens", "text_bytes"))
+            line = [f"{counts['documents']:,}", f"{tokens:,}", f"{text_bytes / 1e6:,.2f}"]
             if split == SPLITS[0]:
-                passes = positions * mixed[source] / max(1, counts["tokens"])
+                in_epoch = sum(positions for _, positions, _ in manifest.shards[source][split])
+                passes = num_packs * packed.positions.get(source, 0.0) / max(1, in_epoch)
                 line += [
                     f"{mixed[source]:.1%}",
                     f"{passes:,.2f}",

@@ -59,7 +59,7 @@ def summarize(
 
 def _xz_of_validation_text(settings: Settings) -> float | None:
     store = ShardStore.of_run(settings.data, "validation")
-    if store.pair_sources:  # the file has both texts of a pair
+    if store.pair_sources or not Examples(settings.data, 0).is_plain:  # other text
         return None
     return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
 

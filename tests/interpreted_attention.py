@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as kernels
 from kernels.attention import _attention, attention, attention_with_lse, make_schedule
-from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
+from kernels.visibility import Visibility, bidirectional, causal, cross, mixed, prefix_lm
 from tests.dense_attention import (
     Inputs,
     assert_as_exact_as_plain_torch,
@@ -22,7 +22,7 @@ from tests.dense_attention import (
     make_inputs,
     out_and_gradients,
 )
-from tests.test_visibility import int32, offsets_of, visibilities
+from tests.test_visibility import int32, offsets_of, random_visibilities
 
 BLOCK = 32
 FP32, FP16 = torch.float32, torch.float16
@@ -60,6 +60,9 @@ CASES = {
     "cross, empty on either side, capped": (
         cross(offsets_of([40, 0, 3, 1]), offsets_of([5, 9, 0, 70])), 50, 90, (2, 1), 16, FP32, 1.5,
     ),
+    "mixed: own past and source": (
+        mixed(offsets_of([9, 0, 40]), offsets_of([20, 3, 35])), 49, 107, (2, 1), 16, FP32,
+    ),
     "causal cross: late queries see nothing": (*LATE_QUERIES_SEE_NOTHING, None, 40),
     "bidirectional, a bias": (bidirectional(offsets_of([2, 69])), 71, 71, (1, 1), 16, FP32, None, 40),
     "causal, a bias of one number, capped, fp16": (causal(offsets_of([40])), 40, 40, (2, 1), 16, FP16, 2.0, 0),
@@ -75,7 +78,7 @@ def test_the_kernels_are_as_exact_as_plain_torch(case) -> None:
 # Shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    visibilities(longest=24, most=3),
+    random_visibilities(longest=24, most=3),
     some.sampled_from([(1, 1), (2, 1), (2, 2)]),
     some.sampled_from([FP32, FP16]),
     some.sampled_from([None, 0.5, 20.0]),

@@ -106,8 +106,18 @@ def test_an_encoder_decoder_is_transformers_t5() -> None:
         ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
         ({"model_type": "t5", "feed_forward_proj": "relu"}, "feed_forward_proj = 'relu'"),
         ({"model_type": "qwen3", "rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = .*llama3"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(config: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         from_transformers(config, {})
+
+
+def test_the_base_of_the_rotary_frequencies_is_found_where_newer_versions_write_it() -> None:
+    model = decoder("llama")
+    config, state = model.config.to_dict(), model.state_dict()
+    newer = {name: value for name, value in config.items() if not name.startswith("rope_")}
+    newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+    assert from_transformers(newer, state)[0] == from_transformers(config, state)[0]
+    assert from_transformers(config, state)[0].rope_theta == 5000.0

@@ -47,6 +47,13 @@ def test_training_is_deterministic_and_starts_with_begin_end_and_bytes() -> None
     assert sorted(json.loads(TRAINED)["model"]["vocab"].values()) == list(range(320))
 
 
+def test_two_tokens_of_one_id_leave_the_fast_path_without_a_panic() -> None:
+    description = json.loads(TRAINED)
+    vocabulary = description["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 318  # that of another one
+    assert Tokenizer(json.dumps(description)).slow_reason == "two of its tokens have one id"
+
+
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused_with_the_size_it_reaches() -> None:
     with pytest.raises(UserError, match=r"prepare.vocabulary = 5000: .*set prepare.vocabulary to \d+ or less"):
         train(TEXTS[:5], 5000)

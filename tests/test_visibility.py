@@ -18,6 +18,8 @@ from kernels.visibility import (
     cross,
     dense,
     intervals,
+    mixed,
+    mixed_rows,
     picture,
     prefix_lm,
     tile_table,
@@ -65,7 +67,8 @@ def _random_visibility(random: Random, longest: int, most: int) -> tuple[Visibil
 
 def pictured(visibility: Visibility, num_queries: int, num_keys: int) -> torch.Tensor:
     lines = picture(visibility, num_queries, num_keys)
-    return torch.tensor([[mark == "#" for mark in line] for line in lines]).reshape(num_queries, num_keys)
+    marks = [[mark == "#" for mark in line] for line in lines]
+    return torch.tensor(marks, dtype=torch.bool).reshape(num_queries, num_keys)
 
 
 def test_the_picture_in_the_docstring_is_what_the_rule_draws() -> None:
@@ -144,6 +147,32 @@ def test_a_prefix_lm_is_this_picture() -> None:
         ".....###",
         ".....###",
     ]
+
+
+def test_a_mixed_decoder_is_this_picture() -> None:
+    # Targets 2, 0, 3 and sources 1, 2, 0: rows and keys last first; a document's keys are its past, then its source.
+    assert picture(mixed(offsets_of([2, 0, 3]), offsets_of([1, 2, 0])), 5, 8) == [
+        "###.....",
+        ".##.....",
+        "..#.....",
+        ".....###",
+        "......##",
+    ]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(some.lists(some.tuples(some.integers(0, 6), some.integers(0, 6)), min_size=1, max_size=5))
+def test_a_mixed_decoder_sees_its_own_past_and_the_whole_of_its_source(lengths: list[tuple[int, int]]) -> None:
+    targets, sources = (offsets_of([document[side] for document in lengths]) for side in (0, 1))
+    num_targets, num_sources = int(targets[-1]), int(sources[-1])
+    rule_of_both = mixed(targets, sources)
+    rows = mixed_rows(targets, sources, num_targets, num_sources)
+    assert sorted(rows.tolist()) == list(range(num_sources + num_targets))
+    seen = torch.zeros(num_targets, num_sources + num_targets, dtype=torch.bool)
+    seen[:, rows] = pictured(rule_of_both, num_targets, num_sources + num_targets).flip(0)
+    assert torch.equal(seen[:, :num_sources], pictured(cross(targets, sources), num_targets, num_sources))
+    assert torch.equal(seen[:, num_sources:], pictured(causal(targets), num_targets, num_targets))
+    assert torch.equal(dense(rule_of_both, *seen.shape), seen[:, rows].flip(0))
 
 
 @pytest.mark.parametrize(

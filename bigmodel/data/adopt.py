@@ -116,6 +116,11 @@ def find_column(adoption: Adoption) -> tuple[str, str]:
     names, encodings = (shard.description[f"column_{what}"] for what in ("names", "encodings"))
     likely = [name for name in (adoption.column, *TOKEN_COLUMNS, "text") if name in names]
     column = likely[0] if likely else names[0]
+    if not adoption.column and f"target_{column}" in names:
+        raise UserError(
+            f"{adoption.folder}: holds pairs, {column!r} with 'target_{column}', and one column is taken; prepare "
+            f"pairs from their texts by prepare.sources with a target_column, or take one side by --column {column}"
+        )
     if (adoption.column and column != adoption.column) or (len(names) > 1 and not likely):
         raise UserError(
             f"{adoption.folder}: no column {adoption.column or ' or '.join(TOKEN_COLUMNS)!r}; it has "

@@ -22,6 +22,7 @@ PICTURE = "lengths.png"
 SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second where a given one named begin and end
 PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
 
 
@@ -34,7 +35,8 @@ class Manifest:
 
     A source of pairs (`target_column`) has both texts of a pair in one sample, so that they cannot part:
 
-        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]
+        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]; of
+                                  shards of text `text` and `target_text`
         lengths.00000.npy         (samples,) uint32 stored tokens of the source text
         target_lengths.00000.npy  (samples,) uint32 stored tokens of the target text
         counts[source][split]     target_tokens, target_text_bytes; tokens and text_bytes are the source text's

@@ -64,12 +64,6 @@ class Marks(NamedTuple):
     def sentinel(self, number: np.ndarray | int) -> np.ndarray:
         return np.asarray(self.vocabulary + NUM_MARKS + self.sentinels - 1 - np.asarray(number))
 
-    def name(self, token: int) -> str:
-        """How a mark is shown; sentinels as T5's are."""
-        names = ["mask", "R", "S", "X", "fim_prefix", "fim_suffix", "fim_middle"]
-        number = token - self.vocabulary
-        return f"<{names[number]}>" if number < NUM_MARKS else f"<extra_id_{int(self.sentinel(0)) - token}>"
-
 
 class Piece(NamedTuple):
     """Positions [start, start + length) of a stored document: the tokens asked for, and what stands around them."""

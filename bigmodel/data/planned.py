@@ -38,6 +38,7 @@ class Packed:
     documents: float  # a pack, pieces of long ones counted each
     document_limited: float  # share of the packs that data.pack_documents closed
     source_filled: float  # share of the positions on the source side; 0 where there is none
+    positions: dict[str, float]  # of the documents of each source, a pack
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
         sum(map(len, packs)) / len(packs),
         sum(is_document_limited(pack, data) for pack in packs) / len(packs),
         of_sources / (len(packs) * data.source_pack_tokens) if data.source_pack_tokens else 0.0,
+        {name: given.positions / len(packs) for name, given in order.progress().items()},
     )
 
 

@@ -107,9 +107,9 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
                     shutil.rmtree(job.partial)
         if not made:
             manifest = Manifest.read(job.target)
-            documents, tokens = (
-                sum(manifest.total(split, what) for split in SPLITS) for what in ("documents", "tokens")
-            )
+            counts = [counts for of_source in manifest.counts.values() for counts in of_source.values()]
+            documents = sum(of_split["documents"] for of_split in counts)
+            tokens = sum(stored_amount(of_split, "tokens") for of_split in counts)
             _say(progress, f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
     return settings.data.directory
 
@@ -180,10 +180,12 @@ def _is_made(job: _Job) -> bool:
     if not job.target.exists() or (job.target.is_dir() and not any(job.target.iterdir())):
         return False
     manifest = Manifest.read(job.target)
+    unsaid = {"content": PrepareSettings().content}  # by the versions before it: what they did
+    made = manifest.recipe if "adopted" in manifest.recipe else unsaid | manifest.recipe
     differences = [
-        f"prepare.{name} was {manifest.recipe.get(name)!r}, is {value!r}"
+        f"prepare.{name} was {made.get(name)!r}, is {value!r}"
         for name, value in job.recipe.items()
-        if manifest.recipe.get(name) != value
+        if made.get(name) != value
     ]
     if not differences and manifest.corpus_sha256 != job.corpus_sha256:
         what = "the source files have" if job.sources else "Python's standard library has"

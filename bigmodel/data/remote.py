@@ -116,8 +116,9 @@ class Remote:
                         self.cache_bytes,
                         name,
                     )
-                (self.directory / name).unlink(missing_ok=True)
-                self.num_deleted += 1
+                with contextlib.suppress(FileNotFoundError):  # another thread or process was first
+                    (self.directory / name).unlink()
+                    self.num_deleted += 1
                 excess -= self._shards[name]
 
     def _has(self, name: str) -> bool:

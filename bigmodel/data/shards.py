@@ -41,7 +41,7 @@ import numpy as np
 
 from bigmodel.config import DataSettings, UserError
 from bigmodel.data.examples import Document, Pair
-from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, Manifest, find_damage, sha256_of
+from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES, Manifest, find_damage, sha256_of
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.remote import Remote
 from bigmodel.data.tokenizer import Tokenizer
@@ -89,6 +89,8 @@ class ShardStore:
         """SHA-256 over the hashes of the split's files and the tokenizer: equal if and only if the data is."""
         files = self.manifest.files
         fixing = {name: files[name] for name in sorted(files) if name.startswith(f"{self.split}/")}
+        if self.manifest.recipe.get("content") == "text" and TOKENIZER_FILES[1] in files:
+            fixing[TOKENIZER_FILES[1]] = files[TOKENIZER_FILES[1]]  # says how each text begins and ends
         text = json.dumps([self.manifest.tokenizer_sha256, fixing], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -224,9 +226,9 @@ class ShardStore:
     def _check_tokenizer(self) -> None:
         path = self.directory / "tokenizer.json"
         if self.remote:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                if name in self.manifest.files:
-                    self.file(name)
+            self.file("tokenizer.json")
+        if TOKENIZER_FILES[1] in self.manifest.files:  # it says which tokens begin and end a text
+            self.file(TOKENIZER_FILES[1])
         if not path.exists():
             raise UserError(f"{path}: missing; {PREPARE_AGAIN}")
         if sha256_of(str(path)) != self.manifest.tokenizer_sha256:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bigmodel.config import DataSettings
-from bigmodel.data.examples import Examples
+from bigmodel.config import DataSettings, UserError
+from bigmodel.data.examples import Examples, objectives_of
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.planned import (
     CONTEXTS,
@@ -85,8 +85,18 @@ def _suggest_context(setting: str, positions: np.ndarray, now: int) -> Suggestio
 
 
 def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, list[Suggestion]]:
-    """The smallest packs that fill on both sides, with one budget in proportion to the other."""
+    """The smallest packs that fill on both sides, with one budget in proportion to the other.
+
+    Raises `UserError` where no document has a source side.
+    """
     target_positions, source_positions = sizes(all_fragments(store, data, SEED)).sum(axis=0).tolist()
+    if not source_positions:
+        kinds = ", ".join(objective.settings.kind for objective in objectives_of(data))
+        raise UserError(
+            f"data.objectives = {kinds}: none gives an encoder anything to read, and no source has pairs; add an "
+            'objective such as span_corruption, prefix or ul2, or set model.kind = "decoder" and '
+            "data.source_pack_tokens = 0"
+        )
     ratio = source_positions / target_positions
     smallest = max(data.context_tokens, int(data.longest_source / ratio))
     tried: list[tuple[float, Suggestion, Suggestion, DataSettings]] = []

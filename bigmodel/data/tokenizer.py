@@ -316,6 +316,8 @@ def _build_fast(description: dict[str, Any]) -> tiktoken.Encoding:
         raise _NotFast(f"a token holds {error}, which stands for no byte") from None
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise _NotFast("it lacks tokens for single bytes")
+    if len(set(ranks.values())) < len(ranks):  # tiktoken panics, which is no Exception
+        raise _NotFast("two of its tokens have one id")
     try:
         return tiktoken.Encoding("bigmodel", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
