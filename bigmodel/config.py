@@ -203,6 +203,11 @@ class DataSettings(Section):
                     f"data.{name} = {getattr(self, name)} is about the decoder of an encoder-decoder; leave it out, or "
                     "set data.source_pack_tokens"
                 )
+        if self.dropped_decoder_share and any(objective.ahead > 1 for objective in self.objectives):
+            raise ValueError(
+                f"data.dropped_decoder_share = {self.dropped_decoder_share}: with ahead above 1 in data.objectives it is "
+                "not known beforehand how many targets are left; set ahead = 1, or leave the share out"
+            )
         kinds = {objective.kind for objective in self.objectives}
         if "masked" in kinds and (len(kinds) > 1 or self.source_pack_tokens):
             raise ValueError(
