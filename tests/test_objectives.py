@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bigmodel.config import DataSettings, UserError
+from bigmodel.config import DataSettings, Settings, UserError
 from bigmodel.data import objectives
 from bigmodel.data.examples import Examples, Pair, num_marks, objectives_of
 from bigmodel.data.objectives import IGNORED, Marks, piece_of, restore, span_corruption
@@ -77,8 +77,11 @@ def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
 
 
 def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further_on() -> None:
+    sparse = TWO_SIDES | {"dropped_decoder_share": 0.4}
     with pytest.raises(ValidationError, match=r"data.dropped_decoder_share = 0.4: with ahead above 1"):
-        DataSettings(**TWO_SIDES, dropped_decoder_share=0.4, objectives=[{"kind": "causal", "ahead": 2}])
+        DataSettings(**sparse, objectives=[{"kind": "causal", "ahead": 2}])
+    with pytest.raises(ValidationError, match=r"gaps in the targets, in which model.extra_heads would predict others"):
+        Settings.model_validate({"data": sparse, "model": {"kind": "encoder_decoder", "extra_heads": 1}})
 
 
 @given(length=st.integers(0, 300), density=st.floats(0.01, 0.99), mean_span=st.floats(1, 70), key=st.integers(0, 99))
