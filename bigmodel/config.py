@@ -504,8 +504,8 @@ class Settings(Section):
             )
         if self.data.dropped_decoder_share and self.model.extra_heads:
             raise ValueError(
-                "data.dropped_decoder_share leaves gaps in the targets, in which model.extra_heads would predict others "
-                "than the next ones; leave one of them out"
+                "data.dropped_decoder_share leaves gaps in the targets, in which model.extra_heads would predict "
+                "others than the next ones; leave one of them out"
             )
         if self.data.dropped_decoder_share and self.model.positions == "relative_bias":
             raise ValueError(
