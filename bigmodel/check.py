@@ -5,7 +5,7 @@ tests run the same functions, with the guarded code broken, to see them fail.
 
     leak    a document cannot influence another one in its pack: outputs, loss, gradients
     order   the batches of each step are the same bytes at any world size; each position of an epoch occurs once
-    loss    loss and gradient norm of the same steps agree over ranks
+    loss    loss and gradient norm of the same steps agree over ranks, also where these share packs
     resume  killed and resumed, a run retraces the uninterrupted one, to the last bit
     accounting  every token, second and FLOP of a run that was killed and resumed is accounted for
 """
@@ -336,23 +336,27 @@ def _epoch_complete(order: Order) -> bool:
 
 
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Train two steps on one rank and on two; the ranks add the same numbers in another order."""
-    load_settings(run_file, overrides)
-    on_cpu = torch.cuda.device_count() < 2  # two ranks need two GPUs, and one must not be compared with a CPU
+    """Train two steps on one rank and on several, which share packs if the run's do; these add in another order."""
+    sharing = load_settings(run_file, overrides).training.sequence_parallel_ranks
+    several = max(2, sharing)
+    on_cpu = torch.cuda.device_count() < several  # each needs a GPU, and one must not be compared with a CPU
     with tempfile.TemporaryDirectory() as scratch:
         traces = {}
-        for world_size in (1, 2):
+        for world_size in (1, several):
             directory = Path(scratch) / f"ranks-{world_size}"
-            command = [*overrides, *_short(directory, 2, 2)]
+            shared = f"training.sequence_parallel_ranks={1 if world_size == 1 else sharing}"
+            command = [*overrides, *_short(directory, 2, 2), shared]
             _finish(_start(run_file, command, world_size, directory, on_cpu), directory)
             traces[world_size] = _trace(directory)
     findings = []
     for name, bound in (("loss", 1e-6), ("gradient_norm", 1e-5)):
-        one, two = traces[1][0][name], traces[2][0][name]
+        one, two = traces[1][0][name], traces[several][0][name]
         difference = abs(one - two) / abs(one)
         findings.append(
             Finding(
-                f"the first step's {name} agrees on 1 and 2 ranks", difference < bound, f"{difference:.1e} relative"
+                f"the first step's {name} agrees on 1 and {several} ranks",
+                difference < bound,
+                f"{difference:.1e} relative",
             )
         )
     return findings
@@ -360,8 +364,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
-    settings = agree(load_settings(run_file, overrides))
-    world_size = min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
+    world_size = _num_ranks(agree(load_settings(run_file, overrides)))
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         _finish(_start(run_file, [*overrides, *_short(whole, 10, 4)], world_size, whole), whole)
@@ -371,11 +374,12 @@ def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
         expected, found = _trace(whole), _trace(broken)
         differing = [a["step"] for a, b in zip(expected, found, strict=False) if _learned(a) != _learned(b)]
         same_weights = _file_hashes(whole) == _file_hashes(broken)
+        starts = [event["step"] for event in read_json_lines(broken / "events.jsonl") if event["event"] == "start"]
     return [
         Finding(
             "loss and gradient norm of every step equal the uninterrupted run's, to the last bit",
-            len(expected) == len(found) == 10 and not differing,
-            f"10 steps on {world_size} ranks, killed in step {at + 1}",
+            len(expected) == len(found) == 10 and not differing and starts[-1] > 0,
+            f"10 steps on {world_size} ranks, killed in step {at + 1}, resumed at step {starts[-1]}",
         ),
         Finding("weights and optimizer state at the end are the same bytes", same_weights, "sha256 of every file"),
     ]
@@ -385,7 +389,7 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """The books of the run directory, if a run is there, and those of a short run that is killed and resumed."""
     settings = load_settings(run_file, overrides)
     findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
-    world_size = min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
+    world_size = _num_ranks(settings)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "run"
         command = [*overrides, *_short(directory, 20, 4)]
@@ -396,17 +400,26 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     return [*findings, torch_agrees(settings)]
 
 
+def _num_ranks(settings: Settings) -> int:
+    """Two where they have work and devices, or as many as share a pack."""
+    sharing = settings.training.sequence_parallel_ranks
+    return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
+
+
 def _short(directory: Path, steps: int, every: int) -> list[str]:
-    """Overrides that make a short run of a run file, in a directory of its own."""
+    """Overrides that make a short run of a run file, in a directory of its own. It keeps away from the run's store."""
     return [
         f"run.directory={directory}",
         f"training.steps={steps}",
         f"checkpoint.every_steps={every}",
+        "checkpoint.remote=",
+        "checkpoint.hours_between_failures=0",
         "schedule.warmup_steps=0",
         "schedule.decay_steps=0",
         "evaluation.every_steps=0",
         "evaluation.at_end=false",
         "metrics.port=0",
+        "metrics.writers=[]",
     ]
 
 
@@ -454,10 +467,10 @@ def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
 
 
 def _kill_within(ranks: Sequence[subprocess.Popen], directory: Path, step: int) -> int:
-    """SIGKILL all ranks at a random instant after `step` steps were recorded; gives the last step recorded."""
+    """SIGKILL all ranks at a random instant after `step` steps and a checkpoint; gives the last step recorded."""
     deadline = time.monotonic() + PROCESS_SECONDS
     try:
-        while not (trace := _trace(directory)) or trace[-1]["step"] < step:
+        while not (trace := _trace(directory)) or trace[-1]["step"] < step or not _has_saved(directory):
             if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
                 _finish(ranks, directory)
                 raise UserError(f"a check's training run ended before step {step}")
@@ -477,6 +490,10 @@ def _kill(ranks: Sequence[subprocess.Popen]) -> None:
 
 def _trace(directory: Path) -> list[dict]:
     return [line for line in read_json_lines(directory / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def _has_saved(directory: Path) -> bool:
+    return any(line["kind"] == "checkpoint" for line in read_json_lines(directory / "metrics.jsonl"))
 
 
 def _learned(line: dict) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ class UserError(ValueError):
 def without_secrets(text: str) -> str:
     """A text with URLs, as it may be shown or stored: passwords and keys inside them become ***."""
     text = re.sub(r"(://[^/@?\s]*:)[^/@?\s]*@", r"\1***@", text)
-    return re.sub(r"([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
 class Section(BaseModel):
@@ -123,7 +123,7 @@ class ObjectiveSettings(Section):
     kind: Literal["causal", "prefix", "fill_in_the_middle", "span_corruption", "ul2", "masked"] = Field(
         description="masked is for encoders, fill_in_the_middle for decoders; ul2 stands for its seven denoisers"
     )
-    share: float = Field(1.0, gt=0, description="of the documents' tokens, relative to the other objectives' shares")
+    share: float = Field(1.0, gt=0, description="of the texts' tokens, read or asked for, relative to the other shares")
     ahead: int = Field(1, ge=1, description="causal: predict the token so many ahead")
     prefix_share: float = Field(0.5, gt=0, lt=1, description="prefix: of a document that is read, not predicted")
     spm_share: float = Field(0.5, ge=0, le=1, description="fill_in_the_middle: documents in the order suffix first")
@@ -458,7 +458,7 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="those of multiples of this stay for good; 0: none")
     keep_hours: float = Field(0.0, ge=0, description="younger ones stay as well")
-    remote: str = Field("", description="URL of a folder in a store: each is copied there once it is saved")
+    remote: str = Field("", description="URL of a folder in a store: copied there, the newest first and one at a time")
 
 
 class MetricsSettings(Section):

@@ -342,13 +342,15 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
         raise UserError(
             f"training.sequence_parallel_ranks = {sharing} does not divide the {world_size} rank(s); choose a divisor"
         )
-    micro_batches = num_micro_batches(packs, world_size // sharing, per_micro_batch)
-    derived = f"packs_per_step = {packs} over {world_size} rank(s) with {per_micro_batch} pack(s) each time"
+    places = world_size // sharing
+    micro_batches = num_micro_batches(packs, places, per_micro_batch)
+    ranks = f"{world_size} rank(s)" if sharing == 1 else f"{places} group(s) of {sharing} ranks"
+    derived = f"packs_per_step = {packs} over {ranks} with {per_micro_batch} pack(s) each time"
     written = source.number(config, "gradient_accumulation_steps", int, 1)
     if written is not None and written != micro_batches:
         raise source.error(
             f"gradient_accumulation_steps = {written}, but the run file's training.{derived} makes {micro_batches}; "
-            f'write "auto" in the JSON, or training.packs_per_step = {written * per_micro_batch * world_size}'
+            f'write "auto" in the JSON, or training.packs_per_step = {written * per_micro_batch * places}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
     batch = source.number(config, "train_batch_size", int, 1)

@@ -154,6 +154,8 @@ def main(folder: Path, descriptor: int) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    for number in (signal.SIGUSR1, signal.SIGHUP):  # SLURM warns every process of a job; ranks save, the page goes on
+        signal.signal(number, signal.SIG_IGN)
     page = json.loads((folder / "page.json").read_text())
     ranks = Ranks(folder, Path(page["run_directory"]))
     server = Server(socket.socket(fileno=descriptor), ranks)

@@ -11,10 +11,11 @@ the wall time from the first start to the last line, because each line holds the
     checkpoint  saving, as far as training waits
     evaluation  on the validation split
     replay      steps, evaluations and checkpoints that had been done before the restart
-    hang        the part of a step above ten times the median of the last 64; after a hang that ended the run: down time
+    hang        the part of a step, also of one that failed, above ten times the median of the last 64; after a hang
+                that a watchdog ended: down time
     skipped     steps whose update was left out
     stopped     between an orderly end and the next start
-    down        between the last line before a death and the next start
+    down        between the last step, evaluation or save before a death or failure and the next start
     finish      after the last step, its evaluation and save
 """
 
@@ -79,7 +80,7 @@ class Ledger:
             self._restore(line["carried"])
             self.seconds["start"] += line["lap"]
         elif kind == "end":
-            self.seconds["finish"] += line["lap"]
+            self._end(line)
         elif again:
             self.seconds["replay"] += line["lap"]
         else:
@@ -165,11 +166,22 @@ class Ledger:
             taken = min(left, wanted)
             self.seconds[cause] += taken
             left -= taken
-        usual = statistics.median(self._durations) if len(self._durations) >= MIN_RECENT else math.inf
-        hang = max(0.0, left - HANG_FACTOR * usual)
+        hang = self._part_of_hang(left)
         self._durations.append(left)
         self.seconds["hang"] += hang
         self.seconds["skipped" if line["skipped"] else "productive"] += left - hang
+
+    def _end(self, line: Mapping[str, Any]) -> None:
+        if line["ending"] in ("stopped", "finished"):
+            self.seconds["finish"] += line["lap"]
+            return
+        hang = self._part_of_hang(line["lap"])
+        self.seconds["hang"] += hang
+        self.seconds["down"] += line["lap"] - hang
+
+    def _part_of_hang(self, seconds: float) -> float:
+        usual = statistics.median(self._durations) if len(self._durations) >= MIN_RECENT else math.inf
+        return max(0.0, seconds - HANG_FACTOR * usual)
 
     def _add_evaluation(self, line: Mapping[str, Any]) -> None:
         self._count("evaluations", 1)

@@ -38,6 +38,8 @@ from bigmodel.rank_record import RankRecord, folder_of, folders_of, process_star
 from bigmodel.rundir import append_json_line, read_json_lines, write_atomically, write_json
 from bigmodel.writers import open_writers, scalars
 
+CLOSING_SECONDS = 5.0  # for the kernel to take everything from a process that was killed
+
 
 @dataclass(frozen=True, slots=True)
 class LossPart:
@@ -164,7 +166,8 @@ class Metrics:
     def close(self, ending: str = "failed") -> None:
         """Stop serving and withdraw the address. `ending`: "finished", "stopped" or "failed". May be repeated."""
         if self._ledger and not self._closed:
-            self._tell("end", {"ending": ending, "lap": self.lap()})
+            with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # what ended the run is to be heard
+                self._tell("end", {"ending": ending, "lap": self.lap()})
         if self._exporter:
             self._exporter.close()
         if not self._closed:
@@ -239,8 +242,8 @@ class Metrics:
 def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> str | None:
     """How the last start in these lines ended: its own word, a supervisor's in events.jsonl, or "died"; None: no start.
 
-    A supervisor (our launcher, a watchdog) says in events.jsonl when it ended a run that hung: an event `launch_ended`
-    with cause "hang".
+    A watchdog of the user's says in events.jsonl when it ended a run that hung: an event `launch_ended` with cause
+    "hang". Our launcher has none: ranks that wait for a dead one fail by themselves (distributed.TIMEOUT_SECONDS).
     """
     marks = [line for line in lines if line["kind"] in ("start", "end")]
     if not marks:
@@ -306,8 +309,8 @@ class _Exporter:
     def __init__(self, directory: Path, folder: Path, seat: Seat, settings: MetricsSettings) -> None:
         self._folder, self._looked = folder, 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._end_earlier(directory, seat.node)
-        self._socket = _listen(settings.host, settings.port, port_may_differ=seat.node > 0)
+        ended = self._end_earlier(directory, seat.node)
+        self._socket = _listen(settings.host, settings.port, seat.node > 0, CLOSING_SECONDS if ended else 0.0)
         self.endpoint = f"{_advertised(settings.host)}:{self._socket.getsockname()[1]}"
         name = f"{directory.name}.node-{seat.node}.prometheus.json"
         self._published = [directory.with_name(name), *([directory / "metrics_endpoint"] if seat.node == 0 else [])]
@@ -369,8 +372,9 @@ class _Exporter:
             )
         write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
 
-    def _end_earlier(self, directory: Path, node: int) -> None:
-        """End the exporter of an earlier start that was just killed, so that its port is free."""
+    def _end_earlier(self, directory: Path, node: int) -> bool:
+        """End the exporter of an earlier start that was just killed: its port is wanted. Whether there was one."""
+        ended = False
         for folder in folders_of(directory, node):
             file = folder / "exporter.pid"
             if folder != self._folder:
@@ -378,15 +382,29 @@ class _Exporter:
                     pid, began = file.read_text().split()
                 except FileNotFoundError:  # it has just ended by itself
                     continue
+                ended = True
                 if str(start_ticks(int(pid))) == began:
                     os.kill(int(pid), signal.SIGKILL)  # it has nothing to lose, and may hang
                 deadline = time.monotonic() + 5.0
                 while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
                     time.sleep(0.02)
         remove_stale(directory, node, keep=self._folder)
+        return ended
 
 
-def _listen(host: str, port: int, port_may_differ: bool) -> socket.socket:
+def _listen(host: str, port: int, port_may_differ: bool, patience_seconds: float) -> socket.socket:
+    """`patience_seconds`: for a process that is ending, whose last thread closes the port after its first is gone."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return _try_to_listen(host, port, port_may_differ)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _try_to_listen(host: str, port: int, port_may_differ: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -20,7 +20,8 @@ hosts), main_address, main_port, and host, pid, pid_started of the process that 
 
 In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
   launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
-  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit
+  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit;
+                                               a watchdog of yours may write one of cause hang alone
   stop_requested                               by `launcher stop`
 A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own
 sbatch script or torchrun nobody writes launch_ended; the trainer's `finished` or `stopped` tells as much
@@ -42,7 +43,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from bigmodel.config import UserError
+from bigmodel.config import UserError, without_secrets
 
 EXIT_DONE = 0  # the run reached its last step
 EXIT_FAILED = 1  # a bug or the machine
@@ -58,6 +59,11 @@ SHOWN_VARIABLES = (
 )
 SECRET = re.compile("KEY|TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 CREDENTIALS_IN_URL = re.compile(r"(://)[^/@\s]*@")
+SECRET_TEXT = re.compile(  # API_KEY=..., "api_key": "...", of 12 characters or more: shorter ones are code
+    r"""(\w*(?:key|token|secret|password|passwd|credential)\w*["']?\s*[:=]\s*["'])[^\s"']{12,}"""
+    r"""|(\b(?-i:[A-Z_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)[A-Z_]*)=)[^\s"']{12,}""",
+    re.IGNORECASE,
+)
 REDACTED = "(redacted)"
 
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
@@ -212,7 +218,10 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """Commit, uncommitted changes, versions and variables: what is needed to repeat a run. Never fails."""
+    """Commit, uncommitted changes, versions and variables: what is needed to repeat a run. Never fails.
+
+    In the changes, what is assigned to a name like that of a secret is left out.
+    """
 
     def git(*arguments: str) -> str:
         try:
@@ -224,7 +233,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_diff": git("diff", "HEAD"),
+        "uncommitted_diff": without_secret_texts(git("diff", "HEAD")),
         "host": os.uname().nodename,
         "versions": package_versions(),
         "variables": shown_variables(os.environ),
@@ -234,18 +243,33 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that can change a run, by allow-list; what may be a secret is not among the values."""
     return {
-        name: REDACTED if SECRET.search(name) else CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", value)
+        name: REDACTED if SECRET.search(name) else CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", without_secrets(value))
         for name, value in sorted(environment.items())
         if name.startswith(SHOWN_VARIABLES)
     }
 
 
+def without_secret_texts(text: str) -> str:
+    """Program text without passwords in URLs and without long texts that are given a name like that of a secret."""
+    return SECRET_TEXT.sub(lambda found: f"{found[1] or found[2]}{REDACTED}", without_secrets(text))
+
+
+def _without_secrets_inside(value: Any) -> Any:
+    """Plain values, with the passwords and keys inside of URLs masked."""
+    if isinstance(value, dict):
+        return {name: _without_secrets_inside(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets_inside(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
 def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> None:
     """Write what is in force from this start on, and keep it for every start: RUN_DIR/starts/0001.json ...
 
-    data: the prepared folder, whose manifest is copied.
+    data: the prepared folder, whose manifest is copied. Passwords and keys inside of URLs are masked.
     """
     directory, repository = Path(directory), Path(__file__).parents[1]
+    settings, deepspeed = _without_secrets_inside(settings), _without_secrets_inside(deepspeed)
     environment = describe_environment(repository)
     write_json(directory / "settings.json", settings)
     write_json(directory / "deepspeed.json", deepspeed)

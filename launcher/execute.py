@@ -30,7 +30,8 @@ def execute(
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology, rank = find_place(preset(os.environ, cluster))
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-    command = [*trainer_command(run_file, overrides), *([] if restart else options)]  # --fresh: not at each requeue
+    again = [option for option in options if option != "--fresh" or not restart]  # checkpoints are set aside once
+    command = [*trainer_command(run_file, overrides), *again]
     variables = launch_environment(topology, rank, cluster.variables())
     if dry_run:
         print(describe_rank(command, variables))

@@ -17,8 +17,9 @@ from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import lock, read_json, record_event, write_json
 from launcher.topology import Topology
 
-# Causes of `launch_ended`. "lost": nobody saw the end, as after kill -9 of everything or the loss of a node.
-CAUSES = ("finished", "stopped", "user_error", "failed", "lost")
+# Causes of `launch_ended`. "lost": nobody saw the end, as after kill -9 of everything or the loss of a node. "hang":
+# a watchdog of the user's said so.
+CAUSES = ("finished", "stopped", "user_error", "failed", "lost", "hang")
 
 
 def run_directory(run: Path) -> Path:
@@ -154,8 +155,9 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
         elif kind == "stop_requested":
             found[-1] = replace(found[-1], stop_requested=True)
         elif kind == "launch_ended":
-            known = found[-1].cause if found[-1].cause in ("finished", "stopped") else event["cause"]
-            found[-1] = replace(found[-1], cause=known, detail=event["detail"], step=event["step"])
+            known = found[-1].cause if found[-1].cause in ("finished", "stopped", "hang") else event["cause"]
+            step = event.get("step", found[-1].step)
+            found[-1] = replace(found[-1], cause=known, detail=event.get("detail", ""), step=step)
     return found
 
 

@@ -109,7 +109,7 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
         return Decision(cause, False, "it was told to stop")
     if last.restart >= policy.limit:
         return Decision(cause, False, f"requeue.limit = {policy.limit} is reached")
-    if cause == "failed" and _failures_without_progress(history) > policy.no_progress_limit:
+    if cause in ("failed", "hang") and _failures_without_progress(history) > policy.no_progress_limit:
         return Decision(
             cause,
             False,
@@ -215,7 +215,7 @@ def _failures_without_progress(history: Sequence[Launch]) -> int:
     count = 0
     for number in range(len(history) - 1, -1, -1):
         furthest = max((launch.step for launch in history[:number]), default=0)
-        if history[number].cause not in ("failed", "lost") or history[number].step > furthest:
+        if history[number].cause not in ("failed", "lost", "hang") or history[number].step > furthest:
             break
         count += 1
     return count

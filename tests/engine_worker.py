@@ -48,7 +48,7 @@ def settings_table(
     name = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     (folder / name).write_text(text)
     model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40, "qk_norm": True}
-    model |= {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
+    model = model | {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
     training = {"steps": 20, "packs_per_step": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
@@ -127,7 +127,8 @@ def oracle(
             optimizer.state[master]["exp_avg"] = torch.zeros_like(master)
     averages = {name: master.detach().clone() for name, master in masters.named_parameters()}
     pairs = [(name, master, model.get_parameter(name)) for name, master in masters.named_parameters()]
-    tensors, seen = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    seen: list[Any] = []
     for step in range(steps):
         nats = 0.0
         for first in range(0, PACKS, packs_at_once):
@@ -201,7 +202,9 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     if job.get("resume"):
         found = checkpoint.newest(checkpoints, world)
         assert found is not None, f"no checkpoint in {checkpoints}"
-        used = {key: [] for key in ("losses", "norms")}  # stage 3 keeps small weights whole after a first update
+        used: dict[str, list[float]] = {
+            key: [] for key in ("losses", "norms")
+        }  # stage 3 keeps small weights whole after a first update
         run_step(0, {}, engine, settings, packs_per_micro_batch, {}, used)
         checkpoint.load(found, engine, settings, world)
         result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}
@@ -242,8 +245,8 @@ def run_step(
         result["shapes"] = [list(output.shape) for output in outputs]
         result["evaluated"] = [float(outputs[0]), float(outputs[1].sum())]
         result["training"] = engine._engine.module.training
-    divisor = 1e-300 if skip else targets
-    nats = sum(float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches)
+    divisor: Any = 1e-300 if skip else targets
+    nats = sum((float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches), 0.0)
     norm = engine.gradient_norm()
     if not math.isfinite(norm):
         result.setdefault("skipped", []).append(step)

@@ -29,7 +29,7 @@ def start_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = []
+    ranks: list[BaseProcess] = []
     for rank in range(world_size):
         environment = {
             "RANK": str(rank),
@@ -53,7 +53,7 @@ def finish(ranks: list[BaseProcess], timeout_seconds: float = 120.0) -> list[int
             break
         time.sleep(0.01)
     kill(ranks)
-    return [rank.exitcode for rank in ranks]
+    return [rank.exitcode or 0 for rank in ranks]
 
 
 def run_ranks(

@@ -135,6 +135,9 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sequence_parallel_ranks = 2 does not divide the 3 rank"):
         resolve(tmp_path, {}, 3, training=training)
     assert 'write "auto"' in refusal(tmp_path, {"train_batch_size": 8}, 4, training=training)
+    words = refusal(tmp_path, {"gradient_accumulation_steps": 8}, 4, training=training)
+    assert "packs_per_step = 8 over 2 group(s) of 2 ranks" in words
+    assert words.endswith("training.packs_per_step = 16")
 
 
 def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigmodel.config import UserError
+from bigmodel.training import distributed
 from bigmodel.training.distributed import NodeSums, end_world, read_environment, start_world
 from tests.ranks import run_ranks
 
@@ -126,3 +128,20 @@ def count_ranks_per_node(folder: Path) -> None:
 def test_ranks_that_are_not_consecutive_are_nodes_of_their_own(tmp_path: Path) -> None:
     run_ranks(4, count_ranks_per_node, tmp_path, ranks_per_node=2)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (2, 2, None)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int | None
+) -> None:
+    """No GPU here: torch's answers about them are given by hand."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    if index is None:
+        with pytest.raises(UserError, match="LOCAL_RANK=2, but this machine shows 2"):
+            distributed._claim_device(local_rank)
+    else:
+        assert distributed._claim_device(local_rank) == torch.device("cuda", index)
+        assert current == [index]

@@ -113,11 +113,26 @@ class Box:
 '''
 
 
-def test_pairs_are_functions_without_their_documentation_and_its_first_paragraph() -> None:
+def test_pairs_are_functions_without_their_documentation_and_their_entries_in_a_reference() -> None:
     assert embedded.function_pairs(FUNCTIONS.decode()) == [
-        ("def area(width, height):\n    return width * height\n", "Give the area of a rectangle."),
-        ("def open(self):\n    self.lid = None\n", "Open the lid."),
+        ("def area(width, height):\n    return width * height\n", "area(width, height): Give the area of a rectangle."),
+        ("def open(self):\n    self.lid = None\n", "open(): Open the lid."),
     ]
+
+
+def test_an_entry_has_all_arguments_in_their_order_and_nothing_else_of_the_signature() -> None:
+    text = 'def f(a, /, b: int = 1, *rest, key=lambda inner: inner, **more) -> int:\n    "Do\\n\\nit."\n    return 1\n'
+    assert [entry for _, entry in embedded.function_pairs(text)] == ["f(a, b, rest, key, more): Do"]
+
+
+def test_a_method_with_text_at_the_margin_is_dedented_too() -> None:
+    text = 'class A:\n    def f(self):\n        """Say it."""\n        return """\nit\n"""\n'
+    assert embedded.function_pairs(text) == [('def f(self):\n    return """\nit\n"""\n', "f(): Say it.")]
+
+
+def test_documentation_that_shares_its_line_with_code_gives_no_pair() -> None:
+    """It cannot be taken out of the source, which would then hold its own target."""
+    assert embedded.function_pairs('def f(): "Say it."; return 1\n') == []
 
 
 def test_pairs_are_written_with_their_module_as_key(tmp_path: Path) -> None:
@@ -127,11 +142,12 @@ def test_pairs_are_written_with_their_module_as_key(tmp_path: Path) -> None:
     rows = pyarrow.parquet.read_table(source.files[0]).to_pylist()
     assert source.columns == ("text", "target")
     assert [row["key"] for row in rows] == ["a/boxes.py"] * 2
-    assert rows[1]["target"] == "Open the lid."
+    assert rows[1]["target"] == "open(): Open the lid."
 
 
 def test_the_standard_library_gives_pairs_enough_to_train_on() -> None:
     modules = [one for one in embedded.standard_library() if one[0].startswith(("asyncio/", "email/", "json/"))]
     pairs = [pair for _, content in modules for pair in embedded.function_pairs(embedded.decode_module(content))]
     assert len(pairs) > 300
+    assert all(source.removeprefix("async ").startswith(f"def {entry.split('(')[0]}") for source, entry in pairs)
     assert not any('"""' in source.split("\n")[1] for source, _ in pairs)

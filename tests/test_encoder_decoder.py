@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bigmodel.check import isolation, packed_equals_single
-from bigmodel.config import DataSettings
+from bigmodel.config import DataSettings, Settings
 from bigmodel.data.batch import IGNORED, Batch, exchange_sources
 from bigmodel.data.examples import Pair
+from bigmodel.training.blocks import wrap_blocks
 from kernels.visibility import bidirectional, causal, cross
 from tests.example_batches import batch_of, model_of, text
 
@@ -69,6 +70,24 @@ def holds(model: torch.nn.Module, batch: Batch) -> None:
 @pytest.mark.parametrize("changes", ENCODER_DECODERS.values(), ids=ENCODER_DECODERS.keys())
 def test_pairs_are_apart_and_packed_equals_one_at_a_time(changes: dict) -> None:
     holds(model_of(kind="encoder_decoder", **changes), batch_of(PAIRS, DataSettings(**TWO_SIDES)))
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("changes", ENCODER_DECODERS.values(), ids=ENCODER_DECODERS.keys())
+def test_activation_checkpointing_of_both_sides_changes_no_bit(changes: dict, kind: str) -> None:
+    """Encoder, decoder and extra heads, each block once more in the backward pass."""
+    found = []
+    for checkpointing in ("none", kind):
+        model, calls = model_of(kind="encoder_decoder", **changes), []
+        blocks = [*model.encoder.blocks, *model.blocks, *model.extra_blocks]
+        for number, block in enumerate(blocks):
+            block.attention_norm.register_forward_hook(lambda *_, number=number, calls=calls: calls.append(number))
+        wrap_blocks(model, Settings.model_validate({"training": {"activation_checkpointing": checkpointing}}), stage=1)
+        loss = model(batch_of(PAIRS, DataSettings(**TWO_SIDES)))
+        loss.backward()
+        assert sorted(calls) == sorted([*range(len(blocks))] * (1 if checkpointing == "none" else 2))
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("source_attention", ["cross", "mixed"])

@@ -250,6 +250,31 @@ def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> No
         Sequence(settings, ALONE)
 
 
+def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch) -> None:
+    """Without dropout all layers share a graph; with it each has its own, of which torch allows 8 by default."""
+    graphs, real = [], torch.compile
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, backend=count, **named))
+    for dropout, expected in ((0.0, 1), (0.1, 9)):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = {"layers": 9, "width": 16, "heads": 2, "key_value_heads": 2, "dropout": dropout}
+        settings = Settings.model_validate({"training": {"compile": True}, "model": model})
+        compiled = new_model(settings)
+        wrap_blocks(compiled, settings, stage=1)
+        compiled(batch_of(0, range(6)))
+        assert len(graphs) == expected
+    shared = settings.model_copy(
+        update={"training": settings.training.model_copy(update={"sequence_parallel_ranks": 2})}
+    )
+    with pytest.raises(UserError, match="is not compiled"):
+        wrap_blocks(new_model(settings), shared, stage=1)
+
+
 def test_compile_is_refused_under_zero_3_and_changes_nothing_else(monkeypatch) -> None:
     settings = Settings.model_validate({"training": {"compile": True}, "model": {"layers": 2, "width": 32, "heads": 4}})
     with pytest.raises(UserError, match=r"training\.compile = true with ZeRO stage 3"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bigmodel.rundir import claim, record_event
+from bigmodel.rundir import claim, read_json_lines, record_event
 from launcher.cluster import Cluster, RequeueSettings, load_cluster
 from launcher.local import launch_environment
 from launcher.record import Launch, launches, process_start, record_end, record_launch
@@ -153,6 +153,13 @@ def test_checkpoints_are_set_aside_once_not_at_every_requeue(tmp_path: Path) -> 
     assert again.endswith(f"train {tmp_path}/run.toml")
 
 
+def test_a_requeued_job_still_asks_for_its_new_plan(tmp_path: Path) -> None:
+    """It may have been killed before the first checkpoint of the new plan; later, asking again changes nothing."""
+    for environment in ({"SLURM_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}):
+        again = execute(tmp_path, "--new-plan", "--dry-run", **environment).stdout.splitlines()[0]
+        assert again.endswith(f"train {tmp_path}/run.toml --new-plan")
+
+
 def test_a_port_in_use_is_named_before_the_start(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -199,6 +206,16 @@ def test_starts_and_their_causes_are_read_from_the_events() -> None:
     assert [one.stop_requested for one in found] == [False, False, False, False, True, False]
 
 
+def test_a_watchdog_s_word_for_a_hang_is_kept(tmp_path: Path) -> None:
+    """It says no more than the cause; the launcher's own word comes after it."""
+    record_event(tmp_path, "launch", by="slurm", job="31", restart=0, world_size=2, hosts=["a"])
+    record_event(tmp_path, "launch_ended", cause="hang")
+    cluster = Cluster(requeue=RequeueSettings(limit=0))
+    assert ended(tmp_path, cluster, 137, False, {"SLURM_JOB_ID": "31"}) == 1
+    (found,) = launches(read_json_lines(tmp_path / "events.jsonl"))
+    assert (found.cause, found.detail) == ("hang", "srun ended with 137")
+
+
 def history(*ends: tuple[str, int], stop: bool = False) -> list[Launch]:
     return [Launch(0, "slurm", "7", n, cause, "", step, stop) for n, (cause, step) in enumerate(ends)]
 
@@ -225,6 +242,8 @@ def history(*ends: tuple[str, int], stop: bool = False) -> list[Launch]:
             False,
             "requeue.no_progress_limit = 2 failures in a row at step 0",
         ),
+        ([("hang", 5)], 1, True, "it goes on"),
+        ([("failed", 5), *[("hang", 5)] * 3], 1, False, "more than requeue.no_progress_limit = 2"),
         ([("stopped", 5)] * 4, 3, True, "it goes on"),
         ([("stopped", 5)] * 6, 3, False, "requeue.limit = 5 is reached"),
     ],

@@ -134,6 +134,18 @@ def test_the_part_of_a_step_above_ten_usual_ones_is_a_hang() -> None:
     assert run.ledger.counts["restarts|hang"] == 1
 
 
+def test_a_collective_that_waits_for_its_time_limit_is_a_hang_and_then_down_time() -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 10):
+        run.add(step(number))
+    run.add({"kind": "end", "ending": "failed", "lap": 600.0})
+    run.start(8, "failed", after=5.0)
+    run.add(step(9))
+    assert run.lost == {"start": 10.0, "productive": 9.0, "hang": 590.0, "down": 15.0, "replay": 1.0}
+    assert run.ledger.wall_seconds == sum(run.lost.values())
+
+
 def test_spikes_are_told_from_noise_and_from_the_fall_of_the_loss() -> None:
     run = Run()
     run.start(0, None)

@@ -480,6 +480,24 @@ def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_pat
     assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == "died"  # the event is older
 
 
+def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path: Path, monkeypatch) -> None:
+    def full(path: Path, value: dict) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    for ending in ("failed", "finished"):
+        (tmp_path / ending).mkdir()
+        metrics = Metrics(tmp_path / ending)
+        with monkeypatch.context() as patch:
+            patch.setattr("bigmodel.metrics.append_json_line", full)
+            if ending == "failed":
+                metrics.close(ending)
+            else:
+                with pytest.raises(OSError, match="No space left"):
+                    metrics.close(ending)
+        metrics.close()
+        assert not (tmp_path / ending / "metrics_endpoint").exists()
+
+
 # ---- other writers ------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,24 @@ def test_a_builder_makes_the_same_example_in_every_pack_and_step() -> None:
     assert together.targets[start:end].tolist() == alone.targets[: end - start].tolist()
 
 
+def test_shares_of_objectives_are_shares_of_the_texts_tokens_whatever_is_asked_of_them() -> None:
+    """Documents are drawn, not tokens; the draw knows no length, so the tokens of an epoch follow the shares too."""
+    lengths = lognormal(8, 12_000, 100, 1.0, 3, 4_000) + 1
+    store = MemoryStore({"web": [part.tolist() for part in np.array_split(lengths, 4)]})
+    shares = {"causal": 0.2, "prefix": 0.3, "span_corruption": 0.5}
+    wanted = [{"kind": kind, "share": 7 * share} for kind, share in shares.items()]
+    changes = {"objectives": wanted, "context_tokens": 64, "pack_tokens": 512, "source_pack_tokens": 512}
+    data = DataSettings(**(DATA.model_dump() | changes | {"pack_documents": 64, "window_packs": 200}))
+    order, tokens, targets = Order(store, data, 4, seed=5), np.zeros(3), np.zeros(3)
+    while order.progress()["web"].epochs_complete < 1:
+        for piece in (piece for pack in order.next_step() for piece in pack if piece.epoch == 0):
+            tokens[piece.objective] += piece.length
+            targets[piece.objective] += piece.targets
+    assert tokens.sum() == (lengths - 1).sum()
+    assert tokens / tokens.sum() == pytest.approx(list(shares.values()), abs=0.02)
+    assert targets[2] / targets.sum() < 0.3  # span corruption asks for a part of what it reads
+
+
 # ---- packing two sides ----------------------------------------------------------------------------------------
 
 

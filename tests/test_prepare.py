@@ -17,7 +17,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -719,17 +718,18 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
     found, tokens = [], 0
     assert store.num_shards("pairs") >= 2
     for shard in range(store.num_shards("pairs")):
-        targets = np.load(directory / "train" / "pairs" / f"target_lengths.{shard:05}.npy")
+        targets = store.target_lengths("pairs", shard)
         assert len(targets) == len(store.lengths("pairs", shard))
-        store.document("pairs", shard, 0)
-        for row, length in enumerate(targets):
-            sample = store._readers["pairs", shard][row]
-            assert len(sample["target_tokens"]) == length
-            found.append({"de": tokenizer.decode(sample["tokens"]), "en": tokenizer.decode(sample["target_tokens"])})
-            tokens += int(length)
+        for row, lengths in enumerate(zip(store.lengths("pairs", shard), targets, strict=True)):
+            pair = store.document("pairs", shard, row)
+            assert (len(pair.source), len(pair.target)) == lengths
+            found.append({"de": tokenizer.decode(pair.source), "en": tokenizer.decode(pair.target)})
+            tokens += len(pair.target)
     assert manifest.counts["pairs"]["train"]["target_tokens"] == tokens
-    assert store.text_bytes == sum(len(pair["de"].encode()) for pair in found)
-    assert manifest.counts["pairs"]["train"]["target_text_bytes"] == sum(len(pair["en"].encode()) for pair in found)
+    assert store.num_targets == tokens - len(found)
+    assert manifest.counts["pairs"]["train"]["text_bytes"] == sum(len(pair["de"].encode()) for pair in found)
+    assert store.text_bytes == sum(len(pair["en"].encode()) for pair in found)
+    assert manifest.counts["pairs"]["train"]["target_text_bytes"] == store.text_bytes
     assert manifest.row_bytes["pairs"]["kept"] == sum(len(text.encode()) for pair in pairs for text in pair.values())
     both = manifest.counts["pairs"].values()
     tokens = sum(counts["tokens"] - 2 * counts["documents"] for counts in both)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bigmodel.check import _num_ranks, _short
 from bigmodel.config import load_settings
 from bigmodel.rundir import read_json_lines
+from bigmodel.training import checkpoint
 from tests.ranks import finish, kill, run_ranks, start_ranks
 from tests.tiny_run import write_run
 
@@ -77,9 +79,7 @@ def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
         time.sleep(0.001)
     time.sleep(random.uniform(0, done[-1]["step_seconds"]))
     kill(ranks)
-    published = max(
-        [0, *(int(path.name[-8:]) for path in (broken.with_suffix("") / "checkpoints").glob("step-*[0-9]"))]
-    )
+    published = max([0, *checkpoint.steps(broken.with_suffix("") / "checkpoints")])
     run_ranks(2, train, broken)
     assert started_at(broken) == [0, published]  # saves are asynchronous: on a slow disk step 4 may not be there yet
     assert published in (0, 4, 8)
@@ -123,3 +123,17 @@ def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(
     for one, two in zip(learned(whole), learned(moved), strict=True):
         assert one[3:7] == two[3:7]  # learning rate, targets, positions, documents
         assert two[1] == pytest.approx(one[1], rel=1e-4)
+
+
+def test_a_check_keeps_away_from_the_run_and_its_store(tmp_path: Path) -> None:
+    """Its short runs would else go on from the run's own checkpoints, and leave theirs for the run to go on from."""
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        "[checkpoint]\nremote = 's3://bucket/run'\nhours_between_failures = 8.0\n"
+        "[metrics]\nport = 9000\nwriters = ['wandb']\n[training]\nsequence_parallel_ranks = 4\n"
+    )
+    settings = load_settings(run_file, _short(tmp_path / "check", 10, 4))
+    assert settings.run.directory == tmp_path / "check"
+    assert (settings.checkpoint.remote, settings.checkpoint.hours_between_failures) == ("", 0.0)
+    assert (settings.metrics.port, settings.metrics.writers) == (0, [])
+    assert _num_ranks(settings) == 4

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bigmodel.rundir import describe_environment, record_start, shown_variables
+from bigmodel.rundir import describe_environment, record_start, shown_variables, without_secret_texts
 
 
 def test_variables_are_shown_by_allow_list_and_secrets_are_not() -> None:
@@ -55,6 +55,45 @@ def test_every_start_leaves_all_that_was_in_force(tmp_path: Path, monkeypatch) -
     assert json.loads((run / "environment.json").read_text()) == second["environment"]
     assert (run / "data_manifest.json").read_text() == '{"schema": 2}'
     assert not any(b"hunter2" in path.read_bytes() for path in run.rglob("*.json"))
+
+
+def test_urls_in_settings_keep_their_place_and_lose_their_secrets(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    settings = {
+        "data": {"remote": "s3://bucket/run?access_key=me&Secret_Key=hunter2", "mix": {}, "lanes": 2},
+        "prepare": {"sources": [{"files": ["https://me:hunter2@store/a.parquet"]}]},
+        "checkpoint": {"remote": "abfs://container@account.dfs.core.windows.net/run"},
+    }
+    record_start(tmp_path, settings, {"wandb": {"team": "https://me:hunter2@host"}}, tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text()) == {
+        "data": {"remote": "s3://bucket/run?access_key=***&Secret_Key=***", "mix": {}, "lanes": 2},
+        "prepare": {"sources": [{"files": ["https://me:***@store/a.parquet"]}]},
+        "checkpoint": {"remote": "abfs://container@account.dfs.core.windows.net/run"},
+    }
+    start = json.loads((tmp_path / "starts/0001.json").read_text())
+    assert "hunter2" not in json.dumps([start["settings"], start["deepspeed"]])
+
+
+def test_a_change_that_is_kept_holds_no_secret_and_all_else() -> None:
+    change = """
++API_KEY = "sk-hunter2hunter2"
++settings = {'auth_token': 'hunter2hunter2', "tokens": 5}
++export AWS_SECRET_ACCESS_KEY=hunter2hunter2
++remote = "https://me:hunter2@host/a"
++key = "weight"
++num_tokens = self.count_all_the_tokens(batch)
+"""
+    assert (
+        without_secret_texts(change)
+        == """
++API_KEY = "(redacted)"
++settings = {'auth_token': '(redacted)', "tokens": 5}
++export AWS_SECRET_ACCESS_KEY=(redacted)
++remote = "https://me:***@host/a"
++key = "weight"
++num_tokens = self.count_all_the_tokens(batch)
+"""
+    )
 
 
 def test_the_environment_names_commit_change_and_versions(tmp_path: Path) -> None:

@@ -74,6 +74,26 @@ def test_a_fixed_interval_is_kept_and_a_measured_one_follows_the_cost(tmp_path: 
     assert [step for step in range(5, 16) if measured.due(step)] == [11, 12, 13, 14, 15]
 
 
+def test_a_measured_interval_counts_the_steps_of_this_start_and_waits_for_the_save_in_flight(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Resumed at step 1,000 at 10 seconds a step; 70 seconds are 7 steps. Each save takes until the step after next."""
+    clock = [0.0]
+    monkeypatch.setattr(saving.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(saving, "best_interval_seconds", lambda cost, mean: 70.0)
+    saver, begun = saver_of(tmp_path, every_steps=4, hours_between_failures=1.0), []
+    for step in range(1001, 1025):
+        clock[0] += 10.0
+        due = saver.due(step)
+        if due or (begun and step == begun[-1] + 2):
+            saver.finish()
+        if due:
+            saver.begin(Weights(step), {"step": step})
+            begun.append(step)
+    saver.finish()
+    assert begun == [1004, 1011, 1018]
+
+
 # --- meanwhile
 
 
@@ -112,6 +132,17 @@ def test_a_failed_save_stops_the_run_or_lets_it_go_on(tmp_path: Path, monkeypatc
         stopping.begin(Weights(8), {"step": 8})
         with pytest.raises(UserError, match="older checkpoints are untouched"):
             stopping.finish(must=False)
+        patch.setattr(saving.Path, "mkdir", lambda *arguments, **named: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        saver.begin(Weights(8), {"step": 8})
+        assert saver.written
+        saved = saver.finish(must=False)
+        assert saved is not None
+        assert "cannot make" in saved.error
+        with pytest.raises(UserError, match="cannot make"):
+            stopping.begin(Weights(8), {"step": 8})
+        saver.begin(Weights(8), {"step": 8})
+        with pytest.raises(UserError, match="cannot make"):
+            saver.finish(must=True)
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
     saver.save(Weights(12), {"step": 12})
     assert loaded(tmp_path) == 12
@@ -252,6 +283,18 @@ def test_the_manifest_goes_last_into_the_store(tmp_path: Path, monkeypatch) -> N
     saver.close()
     names = ["rank-00000.safetensors", "state.json", "manifest.json"]
     assert sent == [f"s3://bucket/run/step-00000004/{name}" for name in names]
+
+
+def test_the_last_checkpoint_is_copied_though_it_came_while_another_one_was(tmp_path: Path, monkeypatch) -> None:
+    sent: list[str] = []
+    go_on = threading.Event()
+    monkeypatch.setattr(saving.store, "upload", lambda path, url: (go_on.wait(10), sent.append(path.name)))
+    saver = saver_of(tmp_path, remote="s3://bucket/run")
+    for step in (4, 8, 12):
+        saver.save(Weights(step), {"step": step})
+    go_on.set()
+    saver.close()
+    assert sent == ["step-00000004", "step-00000012"]
 
 
 def test_a_store_that_refuses_leaves_the_local_checkpoint(tmp_path: Path, monkeypatch, caplog) -> None:

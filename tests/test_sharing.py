@@ -19,6 +19,20 @@ def test_a_node_plans_its_own_lanes() -> None:
     assert [Place(node, 4).lanes(1) for node in range(4)] == [range(1)] * 4
 
 
+@pytest.mark.parametrize(
+    ("world_size", "ranks_per_node", "sharing", "nodes", "node_size"),
+    [(16, 8, 1, 2, 8), (16, 8, 4, 2, 2), (16, 8, 16, 1, 1), (12, 6, 4, 3, 1), (20, 10, 4, 5, 1), (8, 1, 2, 4, 1)],
+)
+def test_ranks_that_share_packs_have_one_place(
+    world_size: int, ranks_per_node: int, sharing: int, nodes: int, node_size: int
+) -> None:
+    places = [Place.of_rank(rank, world_size, ranks_per_node, sharing) for rank in range(world_size)]
+    assert [place.rank for place in places] == [rank // sharing for rank in range(world_size)]
+    assert {(place.num_nodes, place.node_size) for place in places} == {(nodes, node_size)}
+    speakers = [place.node for rank, place in enumerate(places) if place.rank_in_node == 0 and rank % sharing == 0]
+    assert speakers == list(range(nodes))
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5))
 def test_every_pack_is_one_nodes_and_comes_from_its_lanes(
     num_nodes: int, lanes: int, each: int, node_size: int

@@ -44,7 +44,8 @@ NOT_RUN = {
     "NCCL, any GPU": "no GPU was at hand; the same code, gloo on CPUs was run",
     "zero_quantized_weights, zero_quantized_gradients (ZeRO++)": "passed through; needs a GPU",
     "overlap_comm = true": "passed through; its race is open upstream (DeepSpeed issue 5545)",
-    "training.compile on a GPU": "runs on a CPU (stages 0 to 2); refused at stage 3",
+    "training.compile with its own compiler, on any device": "its graphs were taken in one process, without ZeRO and "
+    "without its code generation (a test); refused at stage 3 and with Ulysses",
 }
 REFUSED = {
     "NVMe offload": "moments there could not be read by name, so there would be no checkpoint",

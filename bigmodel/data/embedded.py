@@ -2,14 +2,13 @@
 
 Takes the library's folder. Gives two sources: `code`, a module's program without its documentation strings, and
 `docs`, those strings and the topics of the language reference; or one source of pairs, `summaries`: a function without
-its documentation string, and the first paragraph of that. All are under the module's path as key, so that a module
-falls to one side of the validation split as a whole.
+its documentation strings, and its entry in a reference: name, arguments, and the first paragraph of its documentation.
+All are under the module's path as key, so that a module falls to one side of the validation split as a whole.
 """
 
 import ast
 import hashlib
 import sysconfig
-import textwrap
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,17 +81,38 @@ def write_embedded_pairs(directory: Path, modules: Sequence[tuple[str, bytes]]) 
 
 
 def function_pairs(text: str) -> list[tuple[str, str]]:
-    """(source without its documentation string, first paragraph of that as one line) of every documented function."""
-    lines = text.encode("utf-8").split(b"\n")
+    """(source without documentation strings, `reference_entry`) of every documented function."""
+    tree = ast.parse(text)
+    code = strip_docstrings(text, tree)
+    lines = code.encode("utf-8").split(b"\n")
     pairs = []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        paragraph = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
-        source = textwrap.dedent(b"\n".join(lines[node.lineno - 1 : node.end_lineno]).decode("utf-8"))
-        if paragraph and len(node.body) > 1:
-            pairs.append((strip_docstrings(source) + "\n", " ".join(paragraph.split())))
+    for node, bare in zip(_functions(tree), _functions(ast.parse(code)), strict=True):
+        entry = reference_entry(node)
+        if entry and len(node.body) > 1 and ast.get_docstring(bare) is None:
+            indent = lines[bare.lineno - 1][: bare.col_offset]
+            source = b"\n".join(line.removeprefix(indent) for line in lines[bare.lineno - 1 : bare.end_lineno])
+            pairs.append((source.decode("utf-8") + "\n", entry))
     return pairs
+
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _functions(tree: ast.Module) -> list[_Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, _Function)]
+
+
+def reference_entry(node: _Function) -> str:
+    """`name(arguments): first paragraph of the documentation`, on one line; empty where nothing is documented.
+
+    Defaults, annotations, self and cls are left out.
+    """
+    paragraph = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
+    if not paragraph:
+        return ""
+    given = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+    names = [one.arg for one in given if one and one.arg not in ("self", "cls")]
+    return f"{node.name}({', '.join(names)}): {' '.join(paragraph.split())}"
 
 
 def write_embedded_corpus(

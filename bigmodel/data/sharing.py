@@ -30,6 +30,13 @@ class Place:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} is not one of {self.world_size} ranks"
         assert self.world_size % self.node_size == 0, f"{self.world_size} ranks do not make nodes of {self.node_size}"
 
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, ranks_per_node: int, sharing: int) -> "Place":
+        """Where `sharing` consecutive ranks have the same packs, and so one place. Where these do not lie within one
+        machine, each is a node."""
+        whole = ranks_per_node % sharing == 0
+        return cls(rank // sharing, world_size // sharing, ranks_per_node // sharing if whole else 1)
+
     @property
     def node(self) -> int:
         return self.rank // self.node_size

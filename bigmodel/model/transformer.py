@@ -231,15 +231,21 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(settings)
 
     def forward(self, x_TH: Tensor, view: View, keys_T: Tensor, source: Source | None = None) -> Tensor:
-        rate = self.dropout if self.training else 0.0
         seen = (source.states_SE,) if self.is_mixed and source else ()
         mixed_TH = self.attention(self.attention_norm(x_TH), view, *seen)
-        x_TH = x_TH + dropout(mixed_TH, rate, keys_T, salt=2 * self.layer)
+        x_TH = x_TH + self.drop(mixed_TH, keys_T, 2)
         if self.is_cross:
             found_TH = self.cross_attention(self.cross_attention_norm(x_TH), source)
-            x_TH = x_TH + dropout(found_TH, rate, keys_T, salt=CROSS_SALT + self.layer)
+            x_TH = x_TH + self.drop(found_TH, keys_T, 1, CROSS_SALT)
         thought_TH = self.feed_forward(self.feed_forward_norm(x_TH))
-        return x_TH + dropout(thought_TH, rate, keys_T, salt=2 * self.layer + 1)
+        return x_TH + self.drop(thought_TH, keys_T, 2, 1)
+
+    def drop(self, x_TH: Tensor, keys_T: Tensor, times: int, plus: int = 0) -> Tensor:
+        """Dropout of salt times * layer + plus. Without dropout the layer's number is not looked at: torch.compile then
+        has one graph for all layers."""
+        if not (self.training and self.dropout):
+            return x_TH
+        return dropout(x_TH, self.dropout, keys_T, salt=times * self.layer + plus)
 
 
 class Head(nn.Module):

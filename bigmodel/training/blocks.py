@@ -32,11 +32,13 @@ KEPT = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 
+GRAPHS_PER_BLOCK = 4  # training and evaluation, each with and without prefixes
+
 
 def wrap_blocks(model: nn.Module, settings: Settings, stage: int) -> None:
     """Wrap every block's forward as `training.compile` and `training.activation_checkpointing` say.
 
-    Raises `UserError` for torch.compile under ZeRO-3.
+    Raises `UserError` for torch.compile under ZeRO-3 and with packs that ranks share.
     """
     training = settings.training
     if training.compile and stage == 3:
@@ -44,7 +46,18 @@ def wrap_blocks(model: nn.Module, settings: Settings, stage: int) -> None:
             "training.compile = true with ZeRO stage 3: DeepSpeed gathers weights in hooks that torch.compile cannot "
             "look through; use stage 1 or 2, or compile = false"
         )
-    for block in [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]:
+    blocks = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
+    if training.compile:
+        if training.sequence_parallel_ranks > 1:
+            raise UserError(
+                f"training.compile = true with training.sequence_parallel_ranks = {training.sequence_parallel_ranks}: "
+                "the exchange between ranks is not compiled; leave one of them out"
+            )
+        # With dropout each layer has a graph of its own, in training and in evaluation. Above its limit torch.compile
+        # leaves a layer uncompiled, and 8, its default, is less than a model has.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(blocks))
+    for block in blocks:
         if training.compile:
             block.forward = torch.compile(block.forward, dynamic=False)
         if training.activation_checkpointing != "none":

@@ -220,10 +220,16 @@ def _check_numbers(place: dict[str, str]) -> None:
 
 
 def _claim_device(local_rank: int) -> torch.device:
-    """The GPU of this local rank, made current; the CPU where there is no GPU."""
+    """The GPU of this local rank, made current; the CPU where there is no GPU.
+
+    A single visible GPU is this rank's own, as under SLURM's --gpus-per-task; that no two ranks use one device is for
+    the world check to see.
+    """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1:
+        local_rank = 0
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"LOCAL_RANK={local_rank}, but this machine shows {torch.cuda.device_count()} GPU(s) to this process; "

@@ -77,6 +77,7 @@ class Engine:
         self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._sequence = Sequence(settings, world) if settings.training.sequence_parallel_ranks > 1 else None
+        self._compiles = settings.training.compile
         self._norm: float | None = None
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
@@ -146,8 +147,11 @@ class Engine:
         module = self._engine.module
         training = module.training
         module.eval()
+        # Text is generated from batches of all lengths, each of which would be compiled anew.
+        eager = torch.compiler.set_stance("force_eager") if self._compiles and output == "logits" else None
         try:
-            return self._engine(batch, output)
+            with eager or contextlib.nullcontext():
+                return self._engine(batch, output)
         finally:
             module.train(training)
 

@@ -91,7 +91,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     store = ShardStore.of_run(settings.data, "train")
     sharing = settings.training.sequence_parallel_ranks  # of each pack
     ranks_per_node = world.ranks_per_node()
-    place = Place(world.rank // sharing, world.size // sharing, max(1, ranks_per_node // sharing))
+    place = Place.of_rank(world.rank, world.size, ranks_per_node, sharing)
     validation = Validation(settings.data, packs_per_micro_batch)
     vocabulary = store.manifest.vocabulary + num_marks(settings.data)
     with creation(effective) as whole:
@@ -132,7 +132,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     bad_steps = 0
     stopping = False
     spread = place.num_nodes > 1 and settings.data.lanes > 1  # no node plans all lanes
-    nodes = NodeSums(world, place.node, place.num_nodes, speaks=world.rank % ranks_per_node == 0) if spread else None
+    speaks = place.rank_in_node == 0 and world.rank % sharing == 0
+    nodes = NodeSums(world, place.node, place.num_nodes, speaks) if spread else None
     pin = world.device.type == "cuda"
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
     closing.callback(stream.close)

@@ -92,13 +92,15 @@ class Saver:
         self._incarnation = incarnation
         self._flight: _Flight | None = None
         self._upload: _Upload | None = None
+        self._not_copied: Path | None = None  # the newest, where the copy of the one before was still under way
         self._next_step = 0  # with a measured interval; 0: not measured yet
-        self._last = (0, time.perf_counter())
+        self._last: tuple[int, float] | None = None  # a step of this start and when it ended: steps are timed from it
 
     def due(self, step: int) -> bool:
-        """Whether the interval ends at this step. Equal on all ranks."""
+        """Whether the interval ends at this step; asked at the end of each. Equal on all ranks."""
+        self._last = self._last or (step, time.perf_counter())
         if self._next_step:
-            return step >= self._next_step
+            return step >= self._next_step and self._flight is None  # the one in flight sets the next
         return step % self._settings.checkpoint.every_steps == 0
 
     @property
@@ -110,7 +112,8 @@ class Saver:
         """Start the save of step `state["step"]`. One in flight must be finished first.
 
         A good checkpoint of that step that is there already is left alone; a damaged one will be replaced.
-        Raises `UserError` on every rank where the folder cannot be made or another start has taken over.
+        Raises `UserError` on every rank where another start has taken over, and where the folder cannot be made unless
+        `checkpoint.on_failure` lets the run go on: then `finish` tells.
         """
         assert self._flight is None, "one save at a time"
         world, started = self._world, time.perf_counter()
@@ -118,7 +121,12 @@ class Saver:
         if world.broadcast_object(final.exists()) and not verify(final, world):
             self._flight = _Flight(final, None, {}, started)
             return
-        part = world.on_rank_zero(lambda: self._make_partial(final))
+        part, error = world.on_rank_zero(lambda: self._make_partial(final))
+        if error:
+            if self._settings.checkpoint.on_failure == "stop":
+                raise UserError(error)
+            self._flight = _Flight(final, None, {}, started, error)
+            return
         description = _describe(engine, state, self._settings)
         self._flight = _Flight(final, part, description, started)
         self._flight.start(_copy(engine), world.rank)
@@ -136,8 +144,9 @@ class Saver:
         except UserError as error:
             if must or self._settings.checkpoint.on_failure == "stop":
                 raise
+            self._plan_next(flight, flight.held_seconds)
             return Saved(flight.final, flight.step, 0, flight.held_seconds, str(error))
-        self._plan_next(flight.step, saved.seconds)
+        self._plan_next(flight, saved.seconds)
         return saved
 
     def save(self, engine: States, state: dict[str, Any]) -> Saved:
@@ -149,13 +158,18 @@ class Saver:
         return saved
 
     def close(self) -> None:
-        """Wait for the copy to the store. Not collective."""
-        if self._upload:
+        """Wait until the newest checkpoint is in the store. Not collective."""
+        while self._upload:
             self._upload.join()
+            self._upload = None
+            if self._not_copied:
+                self._begin_upload(self._not_copied)
 
     def _publish(self, flight: "_Flight") -> Saved:
         world, settings = self._world, self._settings.checkpoint
         waiting = time.perf_counter()
+        if flight.error:
+            raise UserError(flight.error)
         if flight.part is None:
             return Saved(flight.final, flight.step, world.broadcast_object(size_of(flight.final)), flight.held_seconds)
         part, reports = flight.part, world.gather_objects(flight.wait())
@@ -171,30 +185,34 @@ class Saver:
         held = flight.held_seconds + time.perf_counter() - waiting
         return Saved(flight.final, flight.step, total, held)
 
-    def _make_partial(self, final: Path) -> Path:
+    def _make_partial(self, final: Path) -> tuple[Path, str]:
+        """The partial folder, and why it could not be made or nothing."""
         require_incarnation(self._directory.parent, self._incarnation)
         part = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             part.mkdir()
         except OSError as error:
-            raise UserError(
+            return part, (
                 f"run.directory: cannot make {part}: {error.strerror}; free space or permission, or another directory"
-            ) from None
-        return part
+            )
+        return part, ""
 
     def _begin_upload(self, path: Path) -> None:
-        """One copy at a time; where the last one is still under way this checkpoint stays local."""
+        """One copy at a time: where the last is under way this checkpoint waits, or a newer one in its place."""
+        self._not_copied = None
         if self._upload and self._upload.is_alive():
-            log.warning("%s: not copied to checkpoint.remote: the one before is still on its way", path)
+            self._not_copied = path
+            log.warning("%s: not copied to checkpoint.remote yet: the one before is still on its way", path)
             return
         self._upload = _Upload(path, self._settings.checkpoint.remote, self._directory.parent, self._incarnation)
         self._upload.start()
 
-    def _plan_next(self, step: int, held_seconds: float) -> None:
+    def _plan_next(self, flight: "_Flight", held_seconds: float) -> None:
         """With `hours_between_failures`: the interval that loses least, from what this save cost. Rank 0 decides."""
         mean = self._settings.checkpoint.hours_between_failures * 3600
-        (before, then), now = self._last, time.perf_counter()
+        step, now = flight.step, flight.started
+        before, then = self._last or (step, now)
         self._last = (step, now)
         if mean and step > before:
             seconds_per_step = max((now - then) / (step - before), 1e-6)
@@ -205,11 +223,13 @@ class Saver:
 class _Flight:
     """One save under way on this rank."""
 
-    def __init__(self, final: Path, part: Path | None, description: dict[str, Any], started: float) -> None:
-        """part None: the checkpoint is there already, nothing is written."""
-        self.final, self.part, self.description = final, part, description
+    def __init__(
+        self, final: Path, part: Path | None, description: dict[str, Any], started: float, error: str = ""
+    ) -> None:
+        """part None: nothing is written, for the checkpoint is there already or its folder could not be made."""
+        self.final, self.part, self.description, self.error = final, part, description, error
         self.step = int(final.name[5:])
-        self._started = started
+        self.started = started
         self._report: _Report | None = None
         self._thread: threading.Thread | None = None
         self.held_seconds = time.perf_counter() - started
@@ -224,7 +244,7 @@ class _Flight:
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
-        self.held_seconds = time.perf_counter() - self._started
+        self.held_seconds = time.perf_counter() - self.started
 
     @property
     def is_written(self) -> bool:
