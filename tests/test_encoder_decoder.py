@@ -1,6 +1,7 @@
 """Encoder-decoder and all objectives: packed equals one document at a time, and no document reaches another one."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from bigmodel.check import isolation, packed_equals_single
 from bigmodel.config import DataSettings, Settings
 from bigmodel.data.batch import IGNORED, Batch, exchange_sources
 from bigmodel.data.examples import Pair
+from bigmodel.model.transformer import Attention, View, rotary_table
 from bigmodel.training.blocks import wrap_blocks
-from kernels.visibility import bidirectional, causal, cross
+from kernels.attention import make_schedule
+from kernels.visibility import bidirectional, causal, cross, prefix_lm
 from tests.example_batches import batch_of, model_of, text
 
 ONE_SIDE = {"context_tokens": 64, "pack_tokens": 64, "pack_documents": 5}
@@ -168,6 +171,27 @@ def test_later_sources_do_not_move_a_prefix_that_stays() -> None:
         difference = (model(batch, "logits") - model(changed, "logits")).abs().amax(1)
         assert difference[:21].min() > 0
         assert difference[21:].max() == 0
+
+
+def test_mixed_attention_is_that_of_a_prefix_lm_whose_prefix_is_the_source() -> None:
+    """With the source's keys and values made by the decoder's own weights: one text, positions from its begin on."""
+    batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
+    model = model_of(kind="encoder_decoder", source_attention="mixed", qk_norm=True).double()
+    attention = model.blocks[0].attention
+    attention.source_key_value.weight.data.copy_(attention.query_key_value.weight[32:])  # behind the queries
+    random = torch.Generator().manual_seed(3)
+    x_TH, x_SE = (torch.randn(len(side.tokens), 32, generator=random).double() for side in (batch, batch.source))
+    found_TH = attention(x_TH, model.look(x_SE, batch)[0], x_SE)
+
+    edges = zip(pairwise(batch.source.offsets.tolist()), pairwise(batch.offsets.tolist()), strict=True)
+    texts = [torch.cat([x_SE[slice(*source)], x_TH[slice(*target)]]) for source, target in edges]
+    places = torch.cat([torch.arange(len(text)) for text in texts])
+    rule = prefix_lm(batch.offsets + batch.source.offsets, batch.source.offsets.diff())
+    view = View(rule, make_schedule(rule, len(places), len(places)), rotary_table(places, 8, 10_000.0))
+    expected_NH = Attention.forward(attention, torch.cat(texts), view)
+    is_target = places >= torch.repeat_interleave(batch.source.offsets.diff(), torch.tensor(list(map(len, texts))))
+    asked_T = batch.targets != IGNORED  # padding has positions of its own
+    assert torch.allclose(found_TH[asked_T], expected_NH[is_target][asked_T], rtol=1e-9, atol=1e-9)
 
 
 def test_targets_do_not_see_their_own_future() -> None:
