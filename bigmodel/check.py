@@ -337,8 +337,11 @@ def _epoch_complete(order: Order) -> bool:
 
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Train two steps on one rank and on several, which share packs if the run's do; these add in another order."""
-    sharing = load_settings(run_file, overrides).training.sequence_parallel_ranks
+    training = agree(load_settings(run_file, overrides)).training
+    sharing = training.sequence_parallel_ranks
     several = max(2, sharing)
+    # Ranks that share a pack multiply fewer rows at once; the products may be rounded otherwise where they are rounded.
+    slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
     on_cpu = torch.cuda.device_count() < several  # each needs a GPU, and one must not be compared with a CPU
     with tempfile.TemporaryDirectory() as scratch:
         traces = {}
@@ -355,7 +358,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
         findings.append(
             Finding(
                 f"the first step's {name} agrees on 1 and {several} ranks",
-                difference < bound,
+                difference < bound * slack,
                 f"{difference:.1e} relative",
             )
         )

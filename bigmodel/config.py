@@ -203,6 +203,11 @@ class DataSettings(Section):
                     f"data.{name} = {getattr(self, name)} is about the decoder of an encoder-decoder; leave it out, or "
                     "set data.source_pack_tokens"
                 )
+        if self.dropped_decoder_share and any(objective.ahead > 1 for objective in self.objectives):
+            raise ValueError(
+                f"data.dropped_decoder_share = {self.dropped_decoder_share}: with ahead above 1 in data.objectives "
+                "nobody knows beforehand how many targets are left; set ahead = 1, or leave the share out"
+            )
         kinds = {objective.kind for objective in self.objectives}
         if "masked" in kinds and (len(kinds) > 1 or self.source_pack_tokens):
             raise ValueError(
@@ -496,6 +501,11 @@ class Settings(Section):
             raise ValueError(
                 f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by "
                 'kind = "masked", and no other model is'
+            )
+        if self.data.dropped_decoder_share and self.model.extra_heads:
+            raise ValueError(
+                "data.dropped_decoder_share leaves gaps in the targets, in which model.extra_heads would predict "
+                "others than the next ones; leave one of them out"
             )
         if self.data.dropped_decoder_share and self.model.positions == "relative_bias":
             raise ValueError(

@@ -4,7 +4,8 @@ Takes one record per step, evaluation and checkpoint on every rank. Rank 0 write
 record in its node's memory; a process of its own on each node, the exporter, serves the records of the node's ranks,
 so that a page outlives any rank. Guarantees: everything the page says of the run follows from metrics.jsonl by the
 fold in `bigmodel.ledger`; totals go on over restarts and never step back; the address is withdrawn when the run ends,
-also when all its ranks were killed. Costs: benchmarks/README.md, "Metrics".
+also when all its ranks were killed; where the exporters were killed too (scancel, a node's end), by the next start.
+Costs: benchmarks/README.md, "Metrics".
 
     RUN_DIR/metrics.jsonl            {"kind": "step", "time": ..., "step": 1, "loss": ..., ...} one line per event
     RUN_DIR/metrics_endpoint         host:port of node 0's page, while the run is alive
@@ -15,8 +16,10 @@ Every line has `lap`, the wall seconds since the line before it, or since the pr
 """
 
 import contextlib
+import glob
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -100,11 +103,23 @@ class Seat(NamedTuple):
     local_size: int = 1
 
 
+def new_start(run_directory: Path) -> str:
+    """A word for the start of a run. Withdraws what earlier starts published, also on nodes that are no longer its own.
+
+    On one rank, before any has its `Metrics`.
+    """
+    directory = Path(run_directory).resolve()
+    published = directory.parent.glob(f"{glob.escape(directory.name)}.node-*.prometheus.json")
+    for path in (directory / "metrics_endpoint", *published):
+        path.unlink(missing_ok=True)
+    return secrets.token_hex(4)
+
+
 class Metrics:
     """Records a run's events until `close`; make one on every rank. Rank 0 writes metrics.jsonl.
 
     `first_step` is how many steps the run goes on from, `start` a word that all ranks of this start share and no
-    other start has. Lines of later steps are dropped, for they are done again; what they counted stays counted.
+    other start has (`new_start`). Lines of later steps are dropped, for they are done again; what they counted stays.
     `fresh` forgets everything. `endpoint` says where the page is. Raises `UserError` on node 0,
     before anything is written, if the address cannot be opened; other nodes then take a free port.
     """

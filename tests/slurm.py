@@ -155,6 +155,7 @@ class Cluster:
         """Do not let a requeued job wait the two minutes that SLURM gives it."""
         while "JobState=PENDING" not in self.call("scontrol", "show", "job", job):
             time.sleep(0.1)
+        time.sleep(2.0)  # a credential is revoked by the second: one of the requeue's own second could not start
         self.call("scontrol", "update", f"job={job}", "StartTime=now")
 
     def _inside(self, command: Sequence[str]) -> list[str]:

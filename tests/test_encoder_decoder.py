@@ -104,8 +104,13 @@ def test_every_objective_of_an_encoder_decoder(documents: list, objectives: list
 
 @pytest.mark.parametrize(
     "inputs",
-    [{"fixed_target_tokens": 16}, {"masked_decoder_share": 0.3}, {"dropped_decoder_share": 0.4}],
-    ids=["fixed", "masked", "sparse"],
+    [
+        {"fixed_target_tokens": 16},
+        {"masked_decoder_share": 0.3},
+        {"dropped_decoder_share": 0.4},
+        {"fixed_target_tokens": 16, "masked_decoder_share": 0.3, "dropped_decoder_share": 0.4},
+    ],
+    ids=["fixed", "masked", "sparse", "all_three"],
 )
 @pytest.mark.parametrize("source_attention", ["cross", "mixed"])
 def test_every_kind_of_decoder_input(inputs: dict, source_attention: str) -> None:

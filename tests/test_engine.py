@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigmodel.config import ModelSettings, Settings, UserError
+from bigmodel.generate import _one_document as text_of_ids
 from bigmodel.model.transformer import Block, Transformer
+from bigmodel.training import ulysses
 from bigmodel.training.blocks import wrap_blocks
 from bigmodel.training.distributed import ALONE
+from bigmodel.training.engine import Engine
+from bigmodel.training.phases import Phases
 from bigmodel.training.ulysses import Sequence
 from tests.engine_worker import batch_of, launch, new_model, settings_table
 from tests.exactness import failures, job_of, with_sequence
@@ -250,6 +255,37 @@ def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> No
         Sequence(settings, ALONE)
 
 
+def test_time_in_ulysses_exchanges_is_communication(monkeypatch) -> None:
+    """Also in the backward pass: else a rank that waits for its peers would count as busy, and hide the slow one."""
+
+    def wait(received: torch.Tensor, sent: torch.Tensor, group: Any) -> None:
+        time.sleep(0.05)
+        received.copy_(sent)
+
+    monkeypatch.setattr(ulysses.dist, "all_to_all_single", wait)
+    phases = Phases(torch.device("cpu"))
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    for name in ("forward", "backward"):
+        with phases(name):
+            if name == "forward":
+                y = ulysses._Exchange.apply(x, ulysses._Ranks(None, 2, phases), True)
+            else:
+                y.sum().backward()
+        seconds = phases.take()
+        assert seconds["communication"] >= 0.05 > seconds[name]
+    assert (x.grad == 1).all()
+
+
+class SimpleCall:
+    """As much of DeepSpeed's engine as a forward takes."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> torch.Tensor:
+        return self.module(*inputs)
+
+
 def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch) -> None:
     """Without dropout all layers share a graph; with it each has its own, of which torch allows 8 by default."""
     graphs, real = [], torch.compile
@@ -268,6 +304,13 @@ def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch
         wrap_blocks(compiled, settings, stage=1)
         compiled(batch_of(0, range(6)))
         assert len(graphs) == expected
+    engine, graphs[:] = Engine.__new__(Engine), []
+    engine._engine, engine._compiles = SimpleCall(compiled), True
+    for length in (5, 6):  # a text that grows
+        engine.forward(text_of_ids([1] * length), "logits")
+    assert graphs == []
+    engine.forward(batch_of(0, range(6)))
+    assert len(graphs) == 1  # in evaluation nothing is dropped
     shared = settings.model_copy(
         update={"training": settings.training.model_copy(update={"sequence_parallel_ranks": 2})}
     )

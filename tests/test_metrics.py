@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bigmodel.config import MetricsSettings, UserError
 from bigmodel.ledger import CAUSES, ENDINGS
 from bigmodel.metric_table import METRICS, NODE, full_name, reference
-from bigmodel.metrics import Flops, LossPart, Metrics, Seat, StepRecord, how_it_ended
+from bigmodel.metrics import Flops, LossPart, Metrics, Seat, StepRecord, how_it_ended, new_start
 from bigmodel.rank_record import RankRecord, folders_of, read_record
 from bigmodel.rundir import read_json, read_json_lines, record_event
 
@@ -478,6 +478,18 @@ def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_pat
     record_event(tmp_path, "launch_ended", cause="hang")
     assert how_it_ended(tmp_path, [start, end, start]) == "hang"
     assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == "died"  # the event is older
+
+
+def test_a_start_withdraws_what_killed_exporters_left_also_of_nodes_it_has_no_more(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    left = [run / "metrics_endpoint", *(tmp_path / f"run.node-{node}.prometheus.json" for node in (0, 7))]
+    others = [tmp_path / "run2.node-0.prometheus.json", tmp_path / "run.toml"]
+    for path in (*left, *others):
+        path.write_text("127.0.0.1:1")
+    assert new_start(run) != new_start(run)
+    assert [path.exists() for path in left] == [False] * 3
+    assert all(path.exists() for path in others)
 
 
 def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path: Path, monkeypatch) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from bigmodel.config import DataSettings, UserError
+from bigmodel.config import DataSettings, Settings, UserError
 from bigmodel.data import objectives
 from bigmodel.data.examples import Examples, Pair, num_marks, objectives_of
 from bigmodel.data.objectives import IGNORED, Marks, piece_of, restore, span_corruption
@@ -49,6 +50,38 @@ def test_every_example_has_the_planned_lengths(sides: dict, length: int, start: 
         found = len(example.tokens), int((example.targets != IGNORED).sum()), len(example.source)
         assert found == (piece.positions, piece.targets, piece.source_positions)
         assert len(example.targets) == len(example.tokens)
+
+
+@given(
+    length=st.integers(1, 90),
+    kind=st.sampled_from([one for one in KINDS if "ahead" not in one]),
+    fixed=st.sampled_from([0, 20, 150]),
+    masked=st.sampled_from([0.0, 0.3]),
+    dropped=st.sampled_from([0.0, 0.4]),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
+    length: int, kind: dict, fixed: int, masked: float, dropped: float
+) -> None:
+    inputs = {"fixed_target_tokens": fixed, "masked_decoder_share": masked, "dropped_decoder_share": dropped}
+    examples = Examples(DataSettings(**TWO_SIDES, **inputs, objectives=[kind]), 1, VOCABULARY)
+    for number in range(examples.pairs):
+        columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - length]))[0]
+        piece = Fragment(0, 0, 0, 0, length, 0, *columns.tolist())
+        example = examples.make(piece, text(89))
+        found = len(example.tokens), int((example.targets != IGNORED).sum()), len(example.source)
+        assert found == (piece.positions, piece.targets, piece.source_positions)
+        places = np.arange(len(example.tokens)) if example.places is None else example.places
+        assert places.shape == example.targets.shape
+        assert (np.diff(places) > 0).all()
+
+
+def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further_on() -> None:
+    sparse = TWO_SIDES | {"dropped_decoder_share": 0.4}
+    with pytest.raises(ValidationError, match=r"data.dropped_decoder_share = 0.4: with ahead above 1"):
+        DataSettings(**sparse, objectives=[{"kind": "causal", "ahead": 2}])
+    with pytest.raises(ValidationError, match=r"gaps in the targets, in which model.extra_heads would predict others"):
+        Settings.model_validate({"data": sparse, "model": {"kind": "encoder_decoder", "extra_heads": 1}})
 
 
 @given(length=st.integers(0, 300), density=st.floats(0.01, 0.99), mean_span=st.floats(1, 70), key=st.integers(0, 99))

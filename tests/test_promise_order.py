@@ -141,8 +141,8 @@ def test_the_check_sees_a_share_that_is_off_by_one(shards: Path, tmp_path: Path,
 
 
 def test_the_check_sees_random_words_that_depend_on_the_call(shards: Path, tmp_path: Path, monkeypatch) -> None:
-    real, calls = check.make_keys, iter(range(10**9))
-    monkeypatch.setattr(check, "make_keys", lambda seed, *rest: real(seed + next(calls), *rest))
+    real, calls = stream.make_keys, iter(range(10**9))
+    monkeypatch.setattr(stream, "make_keys", lambda seed, *rest: real(seed + next(calls), *rest))
     assert broken_claims(write_run(tmp_path, shards))
 
 

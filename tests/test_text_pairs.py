@@ -215,9 +215,10 @@ def test_the_table_of_sources_counts_both_sides_of_pairs_and_the_passes_of_the_p
 
 
 def test_an_encoder_that_would_read_nothing_is_said(home: Path) -> None:
-    data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}])
-    with pytest.raises(UserError, match=r"data\.objectives = causal: none gives an encoder anything to read"):
-        suggest_budgets(ShardStore(home / "named", "train"), data)
+    for name, mix in (("named", {}), ("texts", {"web": 1.0})):
+        data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}], mix=mix)
+        with pytest.raises(UserError, match=r"data\.objectives = causal: none gives an encoder anything to read"):
+            suggest_budgets(ShardStore(home / name, "train"), data)
 
 
 def test_xz_is_a_mark_of_models_that_are_asked_for_the_whole_text(home: Path) -> None:

@@ -49,11 +49,12 @@ CORRECTNESS: tuple[str, ...] = (
 )
 
 PARTS = (
-    Part("correctness", CORRECTNESS, 155, False),
-    Part("bench_attention", ("-m", "tools.bench_attention"), 120),
-    Part("tune_attention", ("-m", "tools.tune_attention"), 55),
-    Part("bench_linear_cross_entropy", ("-m", "tools.bench_linear_cross_entropy"), 40),
-    Part("bench_block", ("-m", "tools.bench_block"), 25),
+    Part("correctness", CORRECTNESS, 150, False),
+    Part("bench_attention", ("-m", "tools.bench_attention"), 105),
+    Part("tune_attention", ("-m", "tools.tune_attention"), 40),
+    Part("bench_linear_cross_entropy", ("-m", "tools.bench_linear_cross_entropy"), 30),
+    Part("bench_block", ("-m", "tools.bench_block"), 15),
+    Part("bench_seq2seq", ("-m", "tools.bench_seq2seq"), 20),
 )
 
 

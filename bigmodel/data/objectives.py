@@ -325,7 +325,10 @@ def fixed(example: Example, length: int) -> Example:
         np.concatenate([side[:length], np.full(missing, filling)])
         for side, filling in ((example.tokens, 0), (example.targets, IGNORED))
     )
-    return example._replace(tokens=tokens, targets=targets)
+    places = example.places
+    if places is not None:
+        places = np.concatenate([places[:length], places[-1] + 1 + np.arange(missing)])
+    return example._replace(tokens=tokens, targets=targets, places=places)
 
 
 def mask_inputs(example: Example, share: float, key: int, mask: int) -> Example:

@@ -89,12 +89,12 @@ def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, l
 
     Raises `UserError` where no document has a source side.
     """
-    target_positions, source_positions = sizes(all_fragments(store, data, SEED)).sum(axis=0).tolist()
+    target_positions, source_positions = sizes(all_fragments(store, data, SEED, data.mix)).sum(axis=0).tolist()
     if not source_positions:
         kinds = ", ".join(objective.settings.kind for objective in objectives_of(data))
         raise UserError(
-            f"data.objectives = {kinds}: none gives an encoder anything to read, and no source has pairs; add an "
-            'objective such as span_corruption, prefix or ul2, or set model.kind = "decoder" and '
+            f"data.objectives = {kinds}: none gives an encoder anything to read, and no source of the mix has pairs; "
+            'add an objective such as span_corruption, prefix or ul2, or set model.kind = "decoder" and '
             "data.source_pack_tokens = 0"
         )
     ratio = source_positions / target_positions

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
@@ -389,13 +389,14 @@ def validation_batches(
     return ValidationBatches(packs, Builder(store, data, VALIDATION_SEED), packs_per_micro_batch)
 
 
-def all_fragments(store: Lengths, data: DataSettings, seed: int) -> np.ndarray:
-    """A table of every fragment of a store, source by source and shard by shard, as in epoch 0."""
+def all_fragments(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
+    """A table of every fragment of a store, source by source and shard by shard, as in epoch 0; `only`: of these
+    sources, if there are any."""
     examples = Examples(data, seed)
     wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
     tables = [fragment_table([], wide)]
     for number, source in enumerate(store.sources):
-        for shard in range(len(store.shard_sizes(source))):
+        for shard in range(len(store.shard_sizes(source)) if not only or source in only else 0):
             positions = num_positions(store.lengths(source, shard))
             rows = np.flatnonzero(positions)
             documents = np.full(len(rows), shard), rows, positions[rows]

@@ -76,7 +76,9 @@ class Engine:
         self._layout = layout_of(self._engine, self._optimizer)
         self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self._sequence = Sequence(settings, world) if settings.training.sequence_parallel_ranks > 1 else None
+        self._sequence = (
+            Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
+        )
         self._compiles = settings.training.compile
         self._norm: float | None = None
         self._ema_decay = settings.training.ema_decay

@@ -8,7 +8,6 @@ skipped by all ranks together, before the update, and recorded.
 """
 
 import math
-import secrets
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.deepspeed_config import resolve_deepspeed
 from bigmodel.evaluate import Validation
 from bigmodel.generate import examples, generate
-from bigmodel.metrics import LossPart, Metrics, Seat, StepRecord
+from bigmodel.metrics import LossPart, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.profiling import Profiler
@@ -115,7 +114,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         checkpoint.load(resumed, engine, settings, world)
     node, local_rank = divmod(world.rank, ranks_per_node)
     seat = Seat(world.rank, world.size, node, local_rank, ranks_per_node)
-    start = world.broadcast_object(secrets.token_hex(4))
+    start = world.on_rank_zero(lambda: new_start(directory))
     metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
     closing.callback(metrics.close)
     profiler = Profiler(metrics.folder, world.rank)

@@ -14,7 +14,7 @@ DeepSpeed's own DistributedAttention is for (batch, sequence, heads) and wants a
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from bigmodel.config import Settings, UserError
 from bigmodel.data.batch import Batch
 from bigmodel.model import transformer
 from bigmodel.training.distributed import World
+from bigmodel.training.phases import Phases
 from kernels.attention import attention, make_schedule
 
 OF_DOCUMENTS = ("offsets", "prefixes")  # fields of a batch that are not one value a position
@@ -32,13 +33,14 @@ OF_DOCUMENTS = ("offsets", "prefixes")  # fields of a batch that are not one val
 class Sequence:
     """The ranks that share this rank's packs."""
 
-    def __init__(self, settings: Settings, world: World) -> None:
-        """Collective. Raises `UserError` where heads or positions cannot be shared."""
+    def __init__(self, settings: Settings, world: World, phases: Phases | None = None) -> None:
+        """Collective. `phases` counts the exchanges as communication. Raises `UserError` where heads or positions
+        cannot be shared."""
         self.size = settings.training.sequence_parallel_ranks
         _require_shareable(settings, self.size)
         self.rank = world.rank % self.size
         groups = [dist.new_group(list(range(first, first + self.size))) for first in range(0, world.size, self.size)]
-        self._group = groups[world.rank // self.size]
+        self._ranks = _Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
 
     def share(self, batch: Batch) -> Batch:
         """The batch with this rank's positions only; documents are described whole."""
@@ -70,28 +72,38 @@ class Sequence:
         """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
         if k.shape[1] < self.size:
             k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
-        q, k, v = (_Exchange.apply(side, self._group, self.size, True) for side in (q, k, v))
-        return _Exchange.apply(attention(q, k, v, *rest, **named), self._group, self.size, False)
+        q, k, v = (_Exchange.apply(side, self._ranks, True) for side in (q, k, v))
+        return _Exchange.apply(attention(q, k, v, *rest, **named), self._ranks, False)
+
+
+class _Ranks(NamedTuple):
+    """Who exchanges, and where the time for it is counted."""
+
+    group: Any
+    size: int
+    phases: Phases
 
 
 class _Exchange(torch.autograd.Function):
     """(T/s, H, K) to (T, H/s, K) where `gather`, and back where not; each is the other's gradient."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, group: Any, size: int, gather: bool) -> Tensor:
-        context.exchange = (group, size, gather)
-        return _exchange(x, group, size, gather)
+    def forward(context: Any, x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
+        context.exchange = (ranks, gather)
+        return _exchange(x, ranks, gather)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
-        group, size, gather = context.exchange
-        return _exchange(gradients[0], group, size, not gather), None, None, None
+        ranks, gather = context.exchange
+        return _exchange(gradients[0], ranks, not gather), None, None
 
 
-def _exchange(x: Tensor, group: Any, size: int, gather: bool) -> Tensor:
+def _exchange(x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
+    size = ranks.size
     sent = (x.unflatten(1, (size, -1)).transpose(0, 1) if gather else x.unflatten(0, (size, -1))).contiguous()
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with ranks.phases("communication"):
+        dist.all_to_all_single(received, sent, group=ranks.group)
     return received.flatten(0, 1) if gather else received.transpose(0, 1).flatten(1, 2)
 
 
