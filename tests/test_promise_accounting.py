@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bigmodel.audit import audit, torch_agrees
-from bigmodel.check import check_accounting
+from bigmodel.checks.runs import check_accounting
 from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import read_json_lines
 from tests.tiny_run import write_run
@@ -18,7 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     folder = tmp_path_factory.mktemp("books")
     run_file = write_run(folder, shards)
     kept = folder / "kept"
-    import bigmodel.check as check
+    import bigmodel.checks.runs as check
 
     def keep(directory: Path, observed: tuple[float, float] | None = None) -> list:
         kept.mkdir()

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bigmodel import check
+from bigmodel.checks import order as check
 from bigmodel.config import load_settings, num_micro_batches, packs_at
 from bigmodel.data import shards as shards_module
 from bigmodel.data import stream

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bigmodel.check import _num_ranks, _short
+from bigmodel.checks.runs import _num_ranks, _short
 from bigmodel.config import load_settings
 from bigmodel.rundir import read_json_lines
 from bigmodel.training import checkpoint

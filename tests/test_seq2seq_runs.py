@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigmodel.check import check_leak, check_order
+from bigmodel.checks.leak import check_leak
+from bigmodel.checks.order import check_order
 from bigmodel.config import Settings
 from bigmodel.data.prepare import prepare, quiet
 from bigmodel.rundir import read_json_lines

@@ -313,7 +313,7 @@ def torture(folder: Path, kills: int, flips: int, defect: str = "", progress: Pr
 
 def process_kills(folder: Path, count: int) -> list[str]:
     """Kill and resume real runs of two ranks on the tests' tiny corpus."""
-    from bigmodel.check import check_resume
+    from bigmodel.checks.runs import check_resume
     from tests.tiny_corpus import prepared
     from tests.tiny_run import write_run
 

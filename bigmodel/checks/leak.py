@@ -1,0 +1,250 @@
+"""Leak: a document cannot influence another one in its pack: not in outputs, loss or gradients.
+
+Takes a pack of the user's own data. Costs: a few steps of the model on one pack, and its documents once more, one at a
+time, in float64 on the CPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bigmodel.audit import Finding
+from bigmodel.config import Settings, UserError, load_settings
+from bigmodel.data.batch import IGNORED, Batch, real_documents, tensors_of
+from bigmodel.data.examples import num_marks
+from bigmodel.data.order import Order
+from bigmodel.data.shards import ShardStore
+from bigmodel.data.shuffle import Pack
+from bigmodel.data.stream import Builder
+from bigmodel.deepspeed_config import agree
+from bigmodel.model.init import init_weights
+from bigmodel.model.transformer import Transformer
+
+SAME = 1e-9  # relative, in float64: orders of summing differ
+
+
+def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Take a pack of the user's data with at least two documents and edit each of them."""
+    settings = agree(load_settings(run_file, overrides))
+    store = ShardStore.of_run(settings.data, "train")
+    pack = _pack_of_several(settings, store)
+    model = Transformer(settings.model, store.manifest.vocabulary + num_marks(settings.data))
+    init_weights(model, settings.run.seed)
+    batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [
+        *isolation(model.to(device, precision), batch.to(device)),
+        *packed_equals_single(model.cpu().double(), batch),
+    ]
+
+
+def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
+    """A pack in which something is asked of two documents."""
+    order = Order.of_run(store, settings)
+    for _ in range(10):
+        for pack in order.next_step():
+            if sum(piece.targets > 0 for piece in pack) > 1:
+                return pack
+    raise UserError(
+        f"no pack of the first 10 steps holds two documents: data.pack_tokens = {settings.data.pack_tokens} is about "
+        "the length of one; nothing can leak, and nothing can be checked"
+    )
+
+
+class Place(NamedTuple):
+    """Where a document lies: its number among the batch's, and its positions on both sides."""
+
+    number: int
+    targets: slice
+    source: slice
+
+
+def documents(batch: Batch) -> list[Place]:
+    """Where the documents are in which something is asked; padding, which lies in documents of its own, is left out."""
+    edges = batch.offsets.tolist()
+    source_edges = batch.source.offsets.tolist() if batch.source else [0] * len(edges)
+    sides = zip(pairwise(edges), pairwise(source_edges), real_documents(batch), strict=True)
+    return [Place(number, slice(*a), slice(*b)) for number, (a, b, is_real) in enumerate(sides) if is_real]
+
+
+# ---- edited documents -----------------------------------------------------------------------------------------
+
+
+def isolation(model: Transformer, batch: Batch) -> list[Finding]:
+    """Edit the first of two documents; look at the second one's losses and gradients, and for a gradient at the first.
+    Then the other way round. With a source side, the source is edited too.
+    """
+    first, second = documents(batch)[:2]
+    ways = [_edit(model, batch, *way) for way in ((first, second), (second, first))]
+    moved = min(way.moved for way in ways)
+    reached = sum(way.reached for way in ways)
+    return [
+        Finding("the edit changes the edited document's own losses", moved > 0, f"by up to {moved:.3g} nats"),
+        Finding(
+            "editing one document leaves every other document's losses bitwise equal",
+            all(way.same_losses for way in ways),
+            f"{sum(way.num_others for way in ways)} positions",
+        ),
+        Finding(
+            "editing one document leaves all parameter gradients of another one's loss bitwise equal",
+            all(way.same_gradients for way in ways),
+            f"{sum(1 for _ in model.parameters())} tensors",
+        ),
+        Finding(
+            "the gradient of one document's loss at another document's embeddings is zero",
+            reached == 0.0 and all(way.reached_itself for way in ways),
+            f"summed {reached:.3g}",
+        ),
+    ]
+
+
+class _Edit(NamedTuple):
+    """What editing one document did to another one, and to the edited one itself."""
+
+    moved: float  # nats, of a loss of the edited document
+    num_others: int  # positions outside the edited document
+    same_losses: bool  # of these
+    same_gradients: bool  # of the parameters, from the other document's loss
+    reached: float  # gradient from the other document's loss at the edited one's embeddings, summed
+    reached_itself: bool  # and at its own
+
+
+def _edit(model: Transformer, batch: Batch, edited: Place, other: Place) -> _Edit:
+    before, after = (_losses_and_gradients(model, one, other) for one in (batch, _edited(model, batch, edited)))
+    others_T = torch.ones(len(batch.tokens), dtype=torch.bool, device=batch.tokens.device)
+    others_T[edited.targets] = False
+    same_gradients = all(torch.equal(a, b) for a, b in zip(before.parameters, after.parameters, strict=True))
+    sides = list(zip(before.inputs, edited[1:], other[1:], strict=False))
+    own = [gradient[its] for gradient, _, its in sides if its.start < its.stop]  # or it has no source
+    return _Edit(
+        moved=float((before.losses[edited.targets] - after.losses[edited.targets]).abs().max()),
+        num_others=int(others_T.sum()),
+        same_losses=torch.equal(before.losses[others_T], after.losses[others_T]),
+        same_gradients=same_gradients and any(bool(gradient.any()) for gradient in before.parameters),
+        reached=sum(float(gradient[its].abs().sum()) for gradient, its, _ in sides),
+        reached_itself=all(bool(gradient.any()) for gradient in own),
+    )
+
+
+def _edited(model: Transformer, batch: Batch, place: Place) -> Batch:
+    """The batch with every token of a document changed; targets stay."""
+    tokens = batch.tokens.clone()
+    tokens[place.targets] = (tokens[place.targets] + 1) % model.embedding.num_embeddings
+    if batch.source is None:
+        return replace(batch, tokens=tokens)
+    source = batch.source.tokens.clone()
+    source[place.source] = (source[place.source] + 1) % model.embedding.num_embeddings
+    return replace(batch, tokens=tokens, source=replace(batch.source, tokens=source))
+
+
+@dataclass(frozen=True)
+class _Traced:
+    losses: Tensor  # (T,)
+    inputs: list[Tensor]  # (T, H), and (S, E) with a source side: gradients at the embedded tokens
+    parameters: list[Tensor]
+
+
+def _losses_and_gradients(model: Transformer, batch: Batch, place: Place) -> _Traced:
+    """Losses of all positions; gradients of the loss of one document only."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    targets = torch.full_like(batch.targets, IGNORED)
+    targets[place.targets] = batch.targets[place.targets]
+    embedded = [one for one in model.embed(batch) if one is not None]
+    for one in embedded:
+        one.retain_grad()
+    x_TH, x_SE = [*embedded, None][:2]
+    with torch.no_grad():
+        losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
+    model.read_out(x_TH, x_SE, replace(batch, targets=targets), "loss_sum").sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return _Traced(losses_T, [one.grad for one in embedded], gradients)
+
+
+# ---- one document at a time -----------------------------------------------------------------------------------
+
+
+def packed_equals_single(model: Transformer, batch: Batch) -> list[Finding]:
+    """In float64, a pack gives the outputs, the loss and the gradients of its documents run one at a time.
+
+    As in training: extra heads have their losses, and dropout, which is drawn by position, is the same alone.
+    """
+    model.train()
+    places = documents(batch)
+    assert 0 < len(places) <= batch.num_documents, f"{len(places)} documents found, {batch.num_documents} packed"
+    single = [_alone(batch, place) for place in places]
+    packed_outputs = _outputs(model, batch)
+    outputs = _difference(
+        [rows[place[1 + side]] for place in places for side, rows in packed_outputs],
+        [rows for one in single for _, rows in _outputs(model, one)],
+    )
+    gradients = _difference(_total_gradient(model, [batch]), _total_gradient(model, single))
+    return [
+        Finding(
+            f"packed equals one document at a time, in float64: {what}",
+            difference < SAME,
+            f"relative difference {difference:.1e} over {len(places)} documents",
+        )
+        for what, difference in (("outputs of every head", outputs), ("loss and every gradient", gradients))
+    ]
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest of the tensors' differences, each relative to what is expected of it, which counts as a millionth of
+    the largest at least: where a gradient is zero (queries that see one key), both have the rounding only.
+
+    Not a number stays so.
+    """
+    sizes = torch.stack([tensor.norm() for tensor in expected])
+    differences = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)])
+    return float((differences / sizes.clamp_min(1e-6 * float(sizes.max()))).max())
+
+
+@torch.no_grad()
+def _outputs(model: Transformer, batch: Batch) -> list[tuple[int, Tensor]]:
+    """What a model makes of each position, with the side (0: targets, 1: source): the losses (T,), the states that each
+    head turns into logits (T, H), and those of the encoder (S, E). Logits themselves would be too large.
+    """
+    x_TH, x_SE = model.embed(batch)
+    states_TH, view, source = model.trunk(x_TH, x_SE, batch)
+    heads = [states_TH, *(block(states_TH, view, batch.keys, source) for block in model.extra_blocks)]
+    losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
+    outputs = [(0, losses_T), *((0, model.norm(one)) for one in heads)]
+    return [*outputs, (1, source.states_SE)] if source else outputs
+
+
+def _total_gradient(model: Transformer, batches: Sequence[Batch]) -> list[Tensor]:
+    """[loss sum, then every parameter's gradient], summed over the batches."""
+    model.zero_grad(set_to_none=True)
+    total = sum(_backward(model(batch).sum()) for batch in batches)
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())
+    return [torch.tensor(total, dtype=torch.float64), *gradients]
+
+
+def _backward(loss: Tensor) -> float:
+    loss.backward()
+    return loss.item()
+
+
+def _alone(batch: Batch, place: Place) -> Batch:
+    """One document of a batch as a batch of its own."""
+    number, target, source = place
+    moved = {name: tensor[target] for name, tensor in tensors_of(batch).items() if name not in ("offsets", "prefixes")}
+    side = batch.source and replace(
+        batch.source,
+        **{name: tensor[source] for name, tensor in tensors_of(batch.source).items() if name != "offsets"},
+        offsets=torch.tensor([0, source.stop - source.start], dtype=torch.int32),
+    )
+    return replace(
+        batch,
+        **moved,
+        offsets=torch.tensor([0, target.stop - target.start], dtype=torch.int32),
+        prefixes=None if batch.prefixes is None else batch.prefixes[number : number + 1],
+        source=side,
+    )

@@ -1,0 +1,123 @@
+"""Order: the batches of each step are the same bytes at any world size; each position of an epoch occurs once.
+
+Takes the plan of the user's settings and data; simulates worlds and nodes in one process, trains nothing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigmodel.audit import Finding
+from bigmodel.config import Settings, UserError, load_settings
+from bigmodel.data.objectives import num_positions
+from bigmodel.data.order import Order
+from bigmodel.data.shards import ShardStore
+from bigmodel.data.sharing import Place
+from bigmodel.data.shuffle import Fragment, neighbour_distance
+from bigmodel.data.stream import Builder, take_share
+from bigmodel.deepspeed_config import agree
+
+WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
+ORDER_STEPS = 20  # compared byte for byte
+EPOCH_POSITIONS = 200_000_000  # a whole epoch is walked up to this size, a part of it above
+SHUFFLED = 0.01  # of the distance by chance, below which data is called not shuffled
+
+
+def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Walk the plan of the user's data at several world sizes, from a saved cursor, and over an epoch."""
+    settings = agree(load_settings(run_file, overrides))
+    store = ShardStore.of_run(settings.data, "train")
+    steps = min(ORDER_STEPS, settings.training.steps)
+    reference = _step_fingerprints(settings, store, steps, 1, 1)
+    findings = [
+        Finding(
+            f"{steps} steps are the same bytes, each pack once, on {size} ranks in nodes of {node_size} as on one",
+            _step_fingerprints(settings, store, steps, size, node_size) == reference,
+            f"{sum(map(len, reference))} packs",
+        )
+        for size, node_size in WORLDS
+    ]
+    return [*findings, _cursor_continues(settings, store, steps), *_each_position_once(settings, store)]
+
+
+def _order(settings: Settings, store: ShardStore) -> Order:
+    return Order.of_run(store, settings)
+
+
+def _step_fingerprints(
+    settings: Settings, store: ShardStore, steps: int, world_size: int, node_size: int
+) -> list[list[tuple[int, str]]]:
+    """Per step, (number, fingerprint) of its packs as the ranks would build them, sorted.
+
+    Each node has an order of its own lanes, as in training.
+    """
+    merged: list[list[tuple[int, str]]] = [[] for _ in range(steps)]
+    builder = Builder(store, settings.data, settings.run.seed)
+    for first_rank in range(0, world_size, node_size):
+        place = Place(first_rank, world_size, node_size)
+        order = Order.of_run(store, settings, lanes=place.lanes(settings.data.lanes))
+        for number in range(steps):
+            node = take_share(order, settings.data.lanes, place, 1)
+            for at in (at for rank in node.slots for slot in rank for at in slot):
+                batch = builder.build([node.packs[at]], number, [node.numbers[at]])
+                merged[number].append((node.numbers[at], batch.fingerprint()))
+    return [sorted(step) for step in merged]
+
+
+def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Finding:
+    order, differing = _order(settings, store), 0
+    for _ in range(steps):
+        state = json.loads(json.dumps(order.state()))
+        again = _order(settings, store)
+        again.restore(state)
+        differing += again.next_step() != order.next_step()
+    return Finding("a saved cursor continues with the same packs, at every step", differing == 0, f"{steps} cursors")
+
+
+def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
+    """Count how often each (source, document, position, epoch) occurs until an epoch of every source is complete.
+
+    Also says how well that stretch is shuffled.
+    """
+    order = _order(settings, store)
+    seen: Counter[tuple[int, int, int, int, int]] = Counter()
+    lengths: Counter[tuple[int, int]] = Counter()
+    given: list[Fragment] = []
+    positions = 0
+    while positions < EPOCH_POSITIONS and not _epoch_complete(order):
+        try:
+            packs = order.next_step()
+        except UserError:  # data.max_epochs leaves no more
+            break
+        for piece in (piece for pack in packs for piece in pack):
+            seen[piece.source, piece.shard, piece.row, piece.start, piece.epoch] += 1
+            positions += piece.length
+            given.append(piece)
+            if piece.epoch == 0:
+                lengths[piece.source, piece.shard] += piece.length
+    whole = [
+        lengths[source, shard] == int(num_positions(store.lengths(name, shard)).sum())
+        for source, name in enumerate(store.sources)
+        if name in order.plan.source_positions
+        for shard in range(store.num_shards(name))
+    ]
+    finished = _epoch_complete(order)
+    return [
+        Finding(
+            "each position of each document occurs exactly once in an epoch"
+            if finished
+            else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
+            max(seen.values()) == 1 and (all(whole) or not finished),
+            f"{positions:,} positions, {len(seen):,} pieces of documents",
+        ),
+        Finding(
+            "documents that lie side by side in a shard land far apart",
+            (distance := neighbour_distance(given)) > SHUFFLED,
+            f"{distance:.2f} of the distance that chance would give",
+        ),
+    ]
+
+
+def _epoch_complete(order: Order) -> bool:
+    return all(source.epochs_complete >= 1 for source in order.progress().values())

@@ -1,0 +1,208 @@
+"""Loss, resume and accounting: real training processes, compared, killed and resumed, and audited.
+
+Takes the user's run file, shortened to a few steps in a directory of its own. Costs: minutes for a large model.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bigmodel.audit import Finding, audit, torch_agrees
+from bigmodel.config import Settings, UserError, load_settings
+from bigmodel.deepspeed_config import agree
+from bigmodel.rundir import read_json_lines
+from bigmodel.training import checkpoint
+
+PROCESS_SECONDS = 600  # bound on a training process started by a check
+
+
+def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Train two steps on one rank and on several, which share packs if the run's do; these add in another order."""
+    training = agree(load_settings(run_file, overrides)).training
+    sharing = training.sequence_parallel_ranks
+    several = max(2, sharing)
+    # Ranks that share a pack multiply fewer rows at once; the products may be rounded otherwise where they are rounded.
+    slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
+    on_cpu = torch.cuda.device_count() < several  # each needs a GPU, and one must not be compared with a CPU
+    with tempfile.TemporaryDirectory() as scratch:
+        traces = {}
+        for world_size in (1, several):
+            directory = Path(scratch) / f"ranks-{world_size}"
+            shared = f"training.sequence_parallel_ranks={1 if world_size == 1 else sharing}"
+            command = [*overrides, *_short(directory, 2, 2), shared]
+            _finish(_start(run_file, command, world_size, directory, on_cpu), directory)
+            traces[world_size] = _trace(directory)
+    findings = []
+    for name, bound in (("loss", 1e-6), ("gradient_norm", 1e-5)):
+        one, two = traces[1][0][name], traces[several][0][name]
+        difference = abs(one - two) / abs(one)
+        findings.append(
+            Finding(
+                f"the first step's {name} agrees on 1 and {several} ranks",
+                difference < bound * slack,
+                f"{difference:.1e} relative",
+            )
+        )
+    return findings
+
+
+def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
+    world_size = _num_ranks(agree(load_settings(run_file, overrides)))
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
+        _finish(_start(run_file, [*overrides, *_short(whole, 10, 4)], world_size, whole), whole)
+        command = [*overrides, *_short(broken, 10, 4)]
+        at = _kill_within(_start(run_file, command, world_size, broken), broken, random.randint(5, 8))
+        _finish(_start(run_file, command, world_size, broken), broken)
+        expected, found = _trace(whole), _trace(broken)
+        differing = [a["step"] for a, b in zip(expected, found, strict=False) if _learned(a) != _learned(b)]
+        same_weights = _file_hashes(whole) == _file_hashes(broken)
+        starts = [event["step"] for event in read_json_lines(broken / "events.jsonl") if event["event"] == "start"]
+    return [
+        Finding(
+            "loss and gradient norm of every step equal the uninterrupted run's, to the last bit",
+            len(expected) == len(found) == 10 and not differing and starts[-1] > 0,
+            f"10 steps on {world_size} ranks, killed in step {at + 1}, resumed at step {starts[-1]}",
+        ),
+        Finding("weights and optimizer state at the end are the same bytes", same_weights, "sha256 of every file"),
+    ]
+
+
+def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
+    """The books of the run directory, if a run is there, and those of a short run that is killed and resumed."""
+    settings = load_settings(run_file, overrides)
+    findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
+    world_size = _num_ranks(settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "run"
+        command = [*overrides, *_short(directory, 20, 4)]
+        began = time.time()
+        _kill_within(_start(run_file, command, world_size, directory), directory, random.randint(9, 12))
+        _finish(_start(run_file, command, world_size, directory), directory)
+        findings += audit(directory, (began, (directory / "metrics.jsonl").stat().st_mtime))
+    return [*findings, torch_agrees(settings)]
+
+
+def _num_ranks(settings: Settings) -> int:
+    """Two where they have work and devices, or as many as share a pack."""
+    sharing = settings.training.sequence_parallel_ranks
+    return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
+
+
+def _short(directory: Path, steps: int, every: int) -> list[str]:
+    """Overrides that make a short run of a run file, in a directory of its own. It keeps away from the run's store."""
+    return [
+        f"run.directory={directory}",
+        f"training.steps={steps}",
+        f"checkpoint.every_steps={every}",
+        "checkpoint.remote=",
+        "checkpoint.hours_between_failures=0",
+        "schedule.warmup_steps=0",
+        "schedule.decay_steps=0",
+        "evaluation.every_steps=0",
+        "evaluation.at_end=false",
+        "metrics.port=0",
+        "metrics.writers=[]",
+    ]
+
+
+def _start(
+    run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
+) -> list[subprocess.Popen]:
+    """One process per rank, in one process group, printing into the run directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
+    for override in overrides:
+        command += ["--set", override]
+    port = _free_port()
+    ranks: list[subprocess.Popen] = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        if on_cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child's own
+        group = ranks[0].pid if ranks else 0
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=group)
+        )
+    return ranks
+
+
+def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
+    """Wait for all ranks. Raises `UserError` with the failing rank's last words."""
+    try:
+        for number, rank in enumerate(ranks):
+            if rank.wait(timeout=PROCESS_SECONDS):
+                words = (directory / f"rank-{number}.txt").read_text(errors="replace").splitlines()[-15:]
+                raise UserError(
+                    f"rank {number} of a check's training run failed with code {rank.returncode}:\n" + "\n".join(words)
+                )
+    finally:
+        _kill(ranks)
+
+
+def _kill_within(ranks: Sequence[subprocess.Popen], directory: Path, step: int) -> int:
+    """SIGKILL all ranks at a random instant after `step` steps and a checkpoint; gives the last step recorded."""
+    deadline = time.monotonic() + PROCESS_SECONDS
+    try:
+        while not (trace := _trace(directory)) or trace[-1]["step"] < step or not _has_saved(directory):
+            if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
+                _finish(ranks, directory)
+                raise UserError(f"a check's training run ended before step {step}")
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, trace[-1]["step_seconds"]))
+    finally:
+        _kill(ranks)
+    return _trace(directory)[-1]["step"]
+
+
+def _kill(ranks: Sequence[subprocess.Popen]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGKILL)
+        rank.wait()
+
+
+def _trace(directory: Path) -> list[dict]:
+    return [line for line in read_json_lines(directory / "metrics.jsonl") if line["kind"] == "step"]
+
+
+def _has_saved(directory: Path) -> bool:
+    return any(line["kind"] == "checkpoint" for line in read_json_lines(directory / "metrics.jsonl"))
+
+
+def _learned(line: dict) -> tuple[float, ...]:
+    """What must not differ: not the seconds."""
+    return tuple(line[name] for name in ("step", "loss", "gradient_norm", "learning_rate", "targets", "positions"))
+
+
+def _file_hashes(directory: Path) -> dict[str, str]:
+    newest = checkpoint.newest(directory / "checkpoints")
+    assert newest, f"{directory} has no checkpoint"
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in newest.path.glob("*.safetensors")}
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
