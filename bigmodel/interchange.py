@@ -79,6 +79,8 @@ def _decoder_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
 
 
 def _t5_settings(config: Mapping[str, Any]) -> ModelSettings:
+    if config["model_type"] == "t5":  # what a config.json leaves out is as in version 1.0; mT5's own are as needed
+        config = {"feed_forward_proj": "relu", "tie_word_embeddings": True} | dict(config)
     _refuse(config, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     return ModelSettings(
         kind="encoder_decoder",

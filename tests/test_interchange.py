@@ -59,9 +59,9 @@ def ours_of(theirs: torch.nn.Module) -> Transformer:
 
 
 def documents_of(batch: Batch) -> list[tuple[slice, slice]]:
-    from bigmodel.check import _documents
+    from bigmodel.checks.leak import documents
 
-    return [tuple(place) for place in _documents(batch)]
+    return [(place.targets, place.source) for place in documents(batch)]
 
 
 def compare(theirs: torch.nn.Module, batch: Batch) -> None:
@@ -105,6 +105,11 @@ def test_an_encoder_decoder_is_transformers_t5() -> None:
         ({"model_type": "gpt2"}, "model_type = 'gpt2': cannot be read"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
         ({"model_type": "t5", "feed_forward_proj": "relu"}, "feed_forward_proj = 'relu'"),
+        (
+            {"model_type": "t5", "feed_forward_proj": "gated-gelu"},
+            "tie_word_embeddings = True",
+        ),  # the default is left out
+        ({"model_type": "mt5", "tie_word_embeddings": True}, "tie_word_embeddings = True"),
         ({"model_type": "qwen3", "rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = .*llama3"),
     ],
