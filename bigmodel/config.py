@@ -123,7 +123,9 @@ class ObjectiveSettings(Section):
     kind: Literal["causal", "prefix", "fill_in_the_middle", "span_corruption", "ul2", "masked"] = Field(
         description="masked is for encoders, fill_in_the_middle for decoders; ul2 stands for its seven denoisers"
     )
-    share: float = Field(1.0, gt=0, description="of the texts' tokens, read or asked for, relative to the other shares")
+    share: float = Field(
+        1.0, gt=0, description="of the texts' tokens, read or asked for, on the average; relative to others"
+    )
     ahead: int = Field(1, ge=1, description="causal: predict the token so many ahead")
     prefix_share: float = Field(0.5, gt=0, lt=1, description="prefix: of a document that is read, not predicted")
     spm_share: float = Field(0.5, ge=0, le=1, description="fill_in_the_middle: documents in the order suffix first")
@@ -148,9 +150,13 @@ class DataSettings(Section):
         0, ge=0, description="documents in a pack, at most; 0: one for 16 of pack_tokens, 256 at least"
     )
     lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
-    window_packs: int = Field(500, ge=1, description="packs planned together; more packs tighter and mixes later")
+    window_packs: int = Field(
+        500, ge=1, description="packs planned together (of pairs more, see mix); more packs tighter and mixes later"
+    )
     mix: dict[str, float] = Field(
-        {}, description="share of tokens per source, of pairs of their source texts'; empty: as much as each holds"
+        {},
+        description="share of tokens per source; empty: as much as each holds. Of pairs the tokens of the source text "
+        "are counted here, in curriculum and in window_packs",
     )
     max_epochs: dict[str, int] = Field(
         {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"

@@ -8,15 +8,19 @@ fp64 and the groups are added in their order, so sum and count are equal to the 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from bigmodel.config import DataSettings
-from bigmodel.data.batch import Batch, exchange_sources
+from bigmodel.config import DataSettings, UserError
+from bigmodel.data.batch import IGNORED, Batch, exchange_sources, real_documents
+from bigmodel.data.examples import nothing_asked
 from bigmodel.data.shards import ShardStore
 from bigmodel.data.stream import validation_batches
 from bigmodel.training.distributed import World
+
+Forward = Callable[[Batch, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,32 @@ class Validation:
         self._data = data
         self._packs_per_micro_batch = packs_per_micro_batch
 
-    def run(
-        self, forward: Callable[[Batch, str], Tensor], world: World, packs: int = 0, wrong_sources: bool = False
-    ) -> Evaluation:
+    def run(self, forward: Forward, world: World, packs: int = 0) -> Evaluation:
         """Score the split; collective over all world. `forward(batch, "loss_per_position")` must not train.
 
-        `wrong_sources`: each document of a micro-batch with the source of another one (`exchange_sources`).
+        Raises `UserError` where nothing is asked in it.
         """
+        found = self._score(forward, world, packs, lambda batch: batch)
+        if not found.num_targets:
+            raise UserError(nothing_asked("the validation split", self._data))
+        return found
+
+    def run_with_wrong_sources(self, forward: Forward, world: World) -> Evaluation | None:
+        """The same, each document of a micro-batch with the source of another one (`exchange_sources`).
+
+        A document alone in its micro-batch has none to exchange with, and is left out; None: all are alone.
+        """
+        found = self._score(forward, world, 0, _exchanged)
+        return found if found.num_targets else None
+
+    def _score(self, forward: Forward, world: World, packs: int, change: Callable[[Batch], Batch]) -> Evaluation:
         started = time.perf_counter()
         mine: dict[int, tuple[float, int]] = {}
         groups = validation_batches(self._store, self._data, self._packs_per_micro_batch, packs)
         for first in range(0, len(groups), world.size):
             # Under ZeRO-3 a forward is collective: a rank without a group runs the last one again, uncounted.
             number = first + world.rank
-            batch = groups[min(number, len(groups) - 1)]
-            batch = exchange_sources(batch) if wrong_sources else batch
+            batch = change(groups[min(number, len(groups) - 1)])
             nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
             if number < len(groups):
                 mine[number] = (nats, batch.num_targets)
@@ -81,3 +96,9 @@ class Validation:
     def bytes_per_target(self) -> float:
         """Bytes of text behind one predicted token, over the whole split."""
         return self._store.text_bytes / self._store.num_targets
+
+
+def _exchanged(batch: Batch) -> Batch:
+    if sum(real_documents(batch)) < 2:
+        return replace(batch, targets=torch.full_like(batch.targets, IGNORED), num_targets=0)
+    return exchange_sources(batch)

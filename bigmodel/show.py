@@ -83,6 +83,7 @@ def show_data(settings: Settings, png: Path) -> None:
     console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
     if store.pair_sources:
         console.print(cut_text(count_cut(store, data)), markup=False)
+        console.print(window_text(data, packed), markup=False)
     suggestions = suggest_sides(store, data) if data.source_pack_tokens else suggest(store, store.manifest, data)
     console.print(suggestions_table(suggestions))
     if data.curriculum:
@@ -147,7 +148,7 @@ def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
 def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     data = settings.data
     sides = f"{packed.filled:.2%} of the positions filled"
-    size, split = f"{data.pack_tokens:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split by "
+    size, split = f"{data.pack_tokens:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split or cut by "
     if data.source_pack_tokens:
         sides = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
         size = f"{data.pack_tokens:,} target and {data.source_pack_tokens:,} source tokens"
@@ -163,6 +164,16 @@ def cut_text(cut: CutPairs) -> str:
     return (
         f"  of {cut.num_pairs:,} pairs, {cut.sources:,} have their source cut ({cut.sources / cut.num_pairs:.2%}) and "
         f"{cut.targets:,} their target ({cut.targets / cut.num_pairs:.2%}): the end of the text is left out"
+    )
+
+
+def window_text(data: DataSettings, packed: Packed) -> str:
+    """What settings that count tokens make of pairs."""
+    planned = data.window_packs * (data.pack_tokens + data.source_pack_tokens)
+    together = planned / sum(packed.positions.values())
+    return (
+        "  of pairs, data.mix, data.curriculum and data.window_packs count the tokens of the source text alone: with "
+        f"data.window_packs = {data.window_packs:,}\n  about {together:,.0f} packs are planned together"
     )
 
 

@@ -5,18 +5,24 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmodel.config import DataSettings
-from bigmodel.data import packing
-from bigmodel.data.examples import Pair
+from bigmodel import evaluate
+from bigmodel.config import DataSettings, UserError
+from bigmodel.data import packing, planned
+from bigmodel.data.batch import IGNORED, Batch
+from bigmodel.data.examples import Pair, objectives_of
+from bigmodel.data.mixing import mix_lag_tokens
 from bigmodel.data.order import Order
 from bigmodel.data.packing import pack_two_sides
 from bigmodel.data.planned import measure_packing
 from bigmodel.data.sharing import Place
 from bigmodel.data.sides import count_cut, suggest_budgets
 from bigmodel.data.stream import Builder, Stream, validation_batches
+from bigmodel.show import window_text
+from bigmodel.training.distributed import ALONE
 from tests.memory_store import MemoryStore
 from tools.bench_seq2seq import instructions, lognormal, summaries, translations
 
@@ -161,6 +167,61 @@ def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -
     assert batch.num_targets == step.num_targets < batch.num_positions
 
 
+@pytest.mark.parametrize("source_pack_tokens", [0, 24])
+def test_texts_of_no_to_three_tokens_have_examples_under_every_objective(source_pack_tokens: int) -> None:
+    """What is planned is what is built, which building asserts; nothing is lost on the way."""
+    lengths = np.random.default_rng(2).integers(2, 6, (2, 30)).tolist()
+    store = PairStore({"pairs": lengths, "text": lengths[::-1]}, lengths)
+    kinds = ["causal", "prefix", "span_corruption", "ul2", *([] if source_pack_tokens else ["fill_in_the_middle"])]
+    for objectives in ([{"kind": kind} for kind in kinds], [{"kind": "causal", "ahead": 5}]):
+        data = DataSettings(
+            context_tokens=12, pack_tokens=24, source_pack_tokens=source_pack_tokens, pack_documents=6, window_packs=6,
+            objectives=objectives,
+        )  # fmt: skip
+        stream = Stream(store, Order(store, data, 8, seed=5), data, 2, Place(0, 1), seed=5)
+        steps = [next(stream) for _ in range(8)]
+        stream.close()
+        found = {piece.objective for step in steps for pack in step.packs for piece in pack}
+        assert found == set(range(len(objectives_of(data)) + 1))  # and pairs
+        assert sum(batch.num_targets for step in steps for batch in step.micro_batches) > 0
+
+
+@pytest.mark.parametrize("objective", [{"kind": "causal", "ahead": 90}, {"kind": "masked"}])
+def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_zero(
+    objective: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore({"web": [[2] * 400]})  # begin and end
+    data = DataSettings(context_tokens=48, pack_tokens=48, objectives=[objective])
+    stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
+    with pytest.raises(UserError, match=r"data\.objectives = .*: nothing is asked in step 1, whose documents"):
+        next(stream)
+    stream.close()
+    store.num_targets, store.text_bytes = 400, 400
+    monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
+    with pytest.raises(UserError, match="nothing is asked in the validation split"):
+        evaluate.Validation(data, 1).run(lambda batch, _output: torch.zeros(len(batch.tokens)), ALONE)
+
+
+def test_a_document_that_is_alone_in_its_micro_batch_has_no_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own would be taken for one that makes no difference."""
+    store, asked = a_store(), []
+    store.num_targets, store.text_bytes = 100, 300
+    monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
+
+    def forward(batch: Batch, _output: str) -> torch.Tensor:
+        asked.append(batch)
+        return (batch.targets != IGNORED).float()
+
+    several = DataSettings(**(DATA.model_dump() | {"mix": {"pairs": 1.0}}))
+    alone = several.model_copy(update={"pack_documents": 1})
+    for data, packs, scored in ((several, 1, True), (alone, 2, True), (alone, 1, False)):
+        validation = evaluate.Validation(data, packs)
+        whole, wrong = validation.run(forward, ALONE), validation.run_with_wrong_sources(forward, ALONE)
+        assert whole.nats == whole.num_targets > 0
+        assert (wrong is not None) == scored
+        assert not scored or 0.8 * whole.num_targets < wrong.num_targets == wrong.nats <= whole.num_targets
+
+
 def test_validation_holds_every_document_once_and_always_the_same() -> None:
     store = a_store()
     data = DataSettings(**(DATA.model_dump() | {"objectives": OBJECTIVES}))
@@ -282,6 +343,74 @@ def test_with_the_suggested_budgets_corrupted_spans_fill_both_sides() -> None:
     packed = measure_packing(store, suggest_budgets(store, data)[0])
     assert packed.filled >= 0.99
     assert packed.source_filled >= 0.99
+
+
+def test_what_is_told_of_a_window_of_pairs_is_what_is_planned() -> None:
+    """The window counts source texts; that of long targets holds many packs more than data.window_packs."""
+    table = np.stack([lognormal(1, 12_000, 60, 0.5, 2, 200), lognormal(2, 12_000, 20, 0.5, 2, 60)], axis=1)
+    data = DataSettings(
+        context_tokens=200, pack_tokens=600, source_pack_tokens=200, source_context_tokens=60, window_packs=50
+    )
+    store = store_of(table)
+    told = window_text(data, measure_packing(store, data))
+    order = Order(store, data, 1, 1)
+    order.next_step()
+    while (at := order.position().lanes[0]).start.window < 2:
+        order.next_step()
+    assert 190 < len(at.window.packs) < 210
+    assert abs(int(told.split()[-5]) - len(at.window.packs)) <= 5
+    assert "data.window_packs = 50" in told
+
+
+def test_the_suggested_window_of_pairs_is_the_smallest_that_fills_both_sides_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planned, "WINDOWS", (5, 20, 140, 160))
+    monkeypatch.setattr(planned, "MEASURED_PACKS", 300)
+    store = store_of(translations(12_000))
+    data = DataSettings(
+        context_tokens=256, pack_tokens=526, source_pack_tokens=512, source_context_tokens=256, window_packs=5
+    )
+    window = planned.suggest_window(store, data)
+    filled = {}
+    for number in planned.WINDOWS:
+        packed = measure_packing(store, data.model_copy(update={"window_packs": number}))
+        filled[number] = min(packed.filled, packed.source_filled)
+    assert filled[window.suggested] >= max(filled.values()) - 0.001
+    assert window.suggested == min(n for n in filled if filled[n] >= max(filled.values()) - 0.001) == 140
+    assert min(filled[5], filled[20]) < 0.99 < filled[140]
+
+
+def test_a_decoder_is_suggested_a_context_that_holds_both_texts_of_its_pairs() -> None:
+    store = store_of(np.full((400, 2), 100))
+    assert set(planned.all_positions(store).tolist()) == {200}
+    data = DataSettings(context_tokens=128, pack_tokens=256)
+    assert planned.suggest_context(planned.all_positions(store), data).suggested == 256
+    for context, cut in ((128, 400), (256, 0)):
+        assert count_cut(store, data.model_copy(update={"context_tokens": context})).sources == cut
+
+
+def test_a_stage_of_the_curriculum_comes_within_the_lag_that_is_told_on_two_sides() -> None:
+    store = store_of(np.stack([np.full(4_000, 10), np.full(4_000, 90)], axis=1))
+    random = np.random.default_rng(1)
+    store = PairStore(
+        {
+            "pairs": [store.lengths("pairs", n).tolist() for n in range(4)],
+            "web": random.integers(20, 90, (4, 500)).tolist(),
+        },
+        [store.target_lengths("pairs", n).tolist() for n in range(4)],
+    )
+    stage = {"from_tokens": 20_000, "mix": {"web": 1.0}}
+    changes = {"mix": {"pairs": 1.0}, "curriculum": [stage], "context_tokens": 64, "pack_tokens": 64}
+    data = DataSettings(**(DATA.model_dump() | changes | {"source_pack_tokens": 640, "window_packs": 10, "lanes": 1}))
+    order, given, first = Order(store, data, 1, seed=3), 0, 0
+    while not first:
+        (pack,) = order.next_step()
+        given += sum(piece.length for piece in pack)
+        if any(store.sources[piece.source] == "web" for piece in pack):
+            first = given
+    assert 20_000 + 10 * 64 < first <= 20_000 + mix_lag_tokens(data)
+    assert mix_lag_tokens(data) == 10 * (64 + 640)
 
 
 def test_pairs_that_are_cut_are_counted_by_side() -> None:

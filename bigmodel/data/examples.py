@@ -60,11 +60,11 @@ class Planned(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """An objective as the plan numbers them, with its share of the documents."""
+    """An objective as the plan numbers them."""
 
     name: str  # in metrics; UL2's are ul2_r, ul2_s and ul2_x
     settings: ObjectiveSettings
-    share: float
+    share: float  # of all documents, and on the average of their tokens
     mode: str = ""
 
 
@@ -92,6 +92,17 @@ def num_marks(data: DataSettings) -> int:
     modes = any(objective.mode for objective in objectives_of(data))
     needed = modes or data.masked_decoder_share or kinds & set(WITH_MARKS)
     return NUM_MARKS + data.sentinels if needed else 0
+
+
+def nothing_asked(where: str, data: DataSettings) -> str:
+    """An error for the user: documents too short for what is asked of them."""
+    asked = ", ".join(
+        f"{one.kind} with ahead = {one.ahead}" if one.kind == "causal" else one.kind for one in data.objectives
+    )
+    return (
+        f"data.objectives = {asked}: nothing is asked in {where}, whose documents have no token so far ahead, or none "
+        "to hide; set a smaller ahead, add another objective, or drop short documents (prepare.min_characters)"
+    )
 
 
 class Examples:
@@ -128,6 +139,10 @@ class Examples:
 
     def choose(self, source: int, epoch: int, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The number of the objective of each document, by shares, drawn anew in every epoch: (n,).
+
+        A document's draw knows neither its length nor other draws, so that it is the same in any lane and order. The
+        share s of an objective is then one of documents, and of tokens on the average: of n documents whose lengths
+        deviate by c times their mean, the share of tokens deviates by sqrt(s (1 - s) (1 + c^2) / n).
 
         Raises `UserError` where the sentinels are too few for the longest piece.
         """

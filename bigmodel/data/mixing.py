@@ -1,7 +1,8 @@
 """Mixing: which source the next fragment of a lane comes from.
 
 Takes the lane's streams and the mix in force; gives the next fragments of the lane, always from the source that is
-furthest behind its share of tokens. Guarantees: a pure function of the cursors. A source that has given
+furthest behind its share of tokens (of a pair: the tokens of its source text). Guarantees: a pure function of the
+cursors. A source that has given
 `data.max_epochs` is left out, and the others share what it would have had in their own proportions. The curriculum
 (`data.curriculum`) changes the mix at window edges: the first window of a lane that starts at or after a stage's
 share of `from_tokens` is mixed by that stage, and shares are kept from there on.
@@ -36,11 +37,11 @@ def stages(settings: DataSettings, names: Sequence[str], positions: Sequence[int
 
 
 def mix_lag_tokens(settings: DataSettings) -> int:
-    """How many tokens at most are trained on between `from_tokens` and the first pack of a curriculum's stage.
+    """Tokens, as `from_tokens` counts them, that come at most between it and the first pack of a curriculum's stage.
 
     Each lane finishes the window under way; what that window carries on may come later still, at most a few packs.
     """
-    return settings.lanes * settings.window_packs * settings.pack_tokens
+    return settings.lanes * settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens)
 
 
 def mix(

@@ -319,7 +319,7 @@ class Lane:
         Given are the fullest packs, as many as the fragments could fill at best, and every pack with a
         fragment that was carried in: so nothing is carried twice. The fragments of the others are carried on.
         Where the sources end, all packs are given. Of packs with two sides, the window is as many positions of
-        documents as both sides of its packs hold.
+        documents as both sides of its packs hold; of pairs the source text's are counted, so it holds more packs.
         """
         settings = self._settings
         stage, since = self._stage(start)

@@ -14,7 +14,7 @@ from bigmodel.config import DataSettings
 from bigmodel.data.manifest import Manifest
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Order
-from bigmodel.data.shuffle import Lengths
+from bigmodel.data.shuffle import Lengths, has_pairs
 from bigmodel.data.stream import is_document_limited
 
 MEASURED_WINDOWS, MEASURED_PACKS = 3, 1000  # the more of the two
@@ -38,7 +38,7 @@ class Packed:
     documents: float  # a pack, pieces of long ones counted each
     document_limited: float  # share of the packs that data.pack_documents closed
     source_filled: float  # share of the positions on the source side; 0 where there is none
-    positions: dict[str, float]  # of the documents of each source, a pack
+    positions: dict[str, float]  # of the documents of each source, a pack; of pairs, those of their source texts
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ def whole_share(positions: np.ndarray, context_tokens: int) -> float:
 
 
 def all_positions(store: Lengths) -> np.ndarray:
-    return np.concatenate(
-        [
-            num_positions(store.lengths(source, shard))
-            for source in store.sources
-            for shard in range(len(store.shard_sizes(source)))
-        ]
-    )
+    """Of every document, as it lies in packs of one side: of a pair, those of both texts."""
+    positions = []
+    for source in store.sources:
+        for shard in range(len(store.shard_sizes(source))):
+            positions.append(num_positions(store.lengths(source, shard)))
+            if has_pairs(store, source):
+                positions[-1] += num_positions(store.target_lengths(source, shard))  # type: ignore[attr-defined]
+    return np.concatenate(positions)
 
 
 def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Suggestion]:

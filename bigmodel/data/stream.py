@@ -22,7 +22,7 @@ import numpy as np
 
 from bigmodel.config import DataSettings, UserError, num_micro_batches
 from bigmodel.data.batch import Batch, Reader, build_batch, make_keys
-from bigmodel.data.examples import Document, Examples
+from bigmodel.data.examples import Document, Examples, nothing_asked
 from bigmodel.data.objectives import num_positions
 from bigmodel.data.order import Order, Position
 from bigmodel.data.packing import best_fit_decreasing, pack_two_sides
@@ -255,6 +255,8 @@ class Stream:
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
         filled, documents, limited, *counts = self._count(number, node)
         work_of_step, targets = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
+        if not sum(targets):
+            raise UserError(nothing_asked(f"step {number + 1}", data))
         return Step(
             number=number,
             packs=node.packs,

@@ -258,7 +258,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
         sample, wrong_sources = "", None
         if settings.model.kind == "encoder_decoder":
-            wrong_sources = validation.run(engine.forward, world, wrong_sources=True)
+            wrong_sources = validation.run_with_wrong_sources(engine.forward, world)
             sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
         elif settings.model.kind == "decoder":
             sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
