@@ -9,7 +9,13 @@ one way to batch the same pairs: forward and backward of all of them, and how ma
 without padding) go through in a second. `loss_error` says how far the summed loss is from the packed one's, relative:
 all contenders compute the same. Padded batches hold as many pairs as a pack does on average, are right-padded and use
 torch's scaled_dot_product_attention with a mask where it needs one; sorted ones hold pairs of like length, as bucketing
-does, which also means that batches are no longer random. On the CPU seconds are CPU seconds of one thread.
+does, which also means that batches are no longer random. A quarter of the pairs a batch leaves less to pad, and less to
+multiply at once. On the CPU seconds are CPU seconds of one thread.
+
+`real_share` is the share of a row's positions that holds a token: where time goes with positions, packing wins its own
+share over another's, and more where attention, which grows with their square, weighs. `real_share_of_many` is that of
+the same way on all POOL pairs of the case, of which the sorted ones find far more neighbours of like length than in the
+few that are timed.
 """
 
 import statistics
@@ -44,6 +50,9 @@ MODELS = {  # layers of each side, width, vocabulary
 }
 PACKS = {"gpu": 8, "cpu": 2, "quick": 1}
 REPEATS = {"gpu": 10, "cpu": 3, "quick": 1}
+POOL = 4_000  # pairs that packs are planned of
+LONGEST, SORTED = "padded to the longest in the batch", "the same, sorted by length"
+QUARTER, ALLOWED = "sorted by length, a quarter of the pairs a batch", "padded to the longest allowed"
 
 
 # ---- lengths ----------------------------------------------------------------------------------------------------
@@ -99,7 +108,7 @@ def make_pairs(case: Case, num_packs: int, vocabulary: int) -> tuple[list[list[P
         source_pack_tokens=max(case.budgets[1], case.longest[1]),
         source_context_tokens=case.longest[1],
     )
-    lengths = case.lengths(4_000)
+    lengths = case.lengths(POOL)
     packing = pack_two_sides(lengths, (data.pack_tokens, data.source_pack_tokens), data.pack_documents)
     random = np.random.default_rng(1)
     chosen = random.permutation(fullest(packing, lengths, data))[:num_packs]
@@ -242,10 +251,40 @@ def contenders(case: Case, pairs: list[list[Pair]], data: DataSettings) -> dict[
     by_length = sorted(flat, key=lambda pair: (len(pair.source), len(pair.target)))
     return {
         "packed": packed(pairs, data),
-        "padded to the longest in the batch": list(padded(flat, size)),
-        "the same, sorted by length": list(padded(by_length, size)),
-        "padded to the longest allowed": list(padded(flat, size, case.longest)),
+        LONGEST: padded(flat, size),
+        SORTED: padded(by_length, size),
+        QUARTER: padded(by_length, max(1, size // 4)),
+        ALLOWED: padded(flat, size, case.longest),
     }
+
+
+# ---- how much is padding ----------------------------------------------------------------------------------------
+
+
+def positions_of(batches: Sequence[Batch | PaddedBatch]) -> int:
+    """On both sides, padding included."""
+    sides = ((b.tokens, b.source.tokens) if isinstance(b, Batch) else (b.tokens_BT, b.sources_BS) for b in batches)
+    return sum(target.numel() + source.numel() for target, source in sides)
+
+
+def real_shares(case: Case, size: int, data: DataSettings) -> dict[str, float]:
+    """Of each contender the share of positions that hold a token, when it takes POOL pairs, `size` a batch."""
+    lengths = case.lengths(POOL)
+    packs = len(pack_two_sides(lengths, (data.pack_tokens, data.source_pack_tokens), data.pack_documents).packs)
+    by_length = lengths[np.lexsort((lengths[:, 0], lengths[:, 1]))]
+
+    def padded_to_longest(rows: np.ndarray, size: int) -> int:
+        batches = (rows[first : first + size] for first in range(0, len(rows), size))
+        return sum(len(batch) * int(batch.max(axis=0).sum()) for batch in batches)
+
+    positions = {
+        "packed": packs * (data.pack_tokens + data.source_pack_tokens),
+        LONGEST: padded_to_longest(lengths, size),
+        SORTED: padded_to_longest(by_length, size),
+        QUARTER: padded_to_longest(by_length, max(1, size // 4)),
+        ALLOWED: POOL * sum(case.longest),
+    }
+    return {name: int(lengths.sum()) / count for name, count in positions.items()}
 
 
 def main(
@@ -273,9 +312,10 @@ def main(
     for case in CASES:
         pairs, data = make_pairs(case, PACKS[size], vocabulary)
         tokens = sum(len(source) + len(target) - 2 for pack in pairs for source, target in pack)
-        expected = 0.0
+        expected, shares = 0.0, real_shares(case, max(1, round(sum(map(len, pairs)) / len(pairs))), data)
         for name, batches in contenders(case, pairs, data).items():
             row: Row = {"case": case.name, "contender": name, "pairs": sum(map(len, pairs)), "tokens": tokens}
+            row |= {"real_share": tokens / positions_of(batches), "real_share_of_many": shares[name]}
             if time.monotonic() - started > seconds:
                 record.add(row | {"not_run": f"out of time ({seconds:.0f} s)"})
                 continue
@@ -284,7 +324,7 @@ def main(
             expected = expected or row["loss"]
             row |= {"tokens_per_s": tokens / row["both_ms"] * 1e3, "loss_error": abs(row["loss"] / expected - 1)}
             record.add(row)
-    record.show(["case", "contender", "pairs", "both_ms", "tokens_per_s", "loss_error", "peak_bytes"])
+    record.show(["case", "contender", "pairs", "real_share", "both_ms", "tokens_per_s", "loss_error", "peak_bytes"])
     print(f"{record.path} and {record.plot({'tokens_per_s': 'forward and backward'}, 'tokens of pairs a second')}")
 
 
