@@ -1,6 +1,8 @@
 """Objectives: pure functions whose lengths are planned, whose targets are the document's, and which lose nothing."""
 
 import doctest
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +232,19 @@ def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:
     assert (len(sparse.tokens), sparse.places[0]) == (11, 0)
     assert sparse.tokens.tolist() == plain.tokens[sparse.places].tolist()
     assert sparse.targets.tolist() == plain.targets[sparse.places].tolist()
+
+
+def test_the_run_file_of_the_readme_is_one_that_runs() -> None:
+    """Budgets, contexts and sentinels fit one another, without a setting that is not shown."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    tables = [tomllib.loads(part.partition("```")[0]) for part in readme.split("```toml")[1:]]
+    (table,) = [table for table in tables if "objectives" in table.get("data", {})]
+    for one in tables:
+        Settings.model_validate(one)
+    data = Settings.model_validate(table).data
+    nothing = np.zeros(1, int)
+    Examples(data, 1).choose(0, 0, nothing, nothing)
+    assert {one.name for one in objectives_of(data)} == {"span_corruption", "ul2_r", "ul2_s", "ul2_x"}
 
 
 @pytest.mark.parametrize(
