@@ -263,8 +263,14 @@ def contenders(case: Case, pairs: list[list[Pair]], data: DataSettings) -> dict[
 
 def positions_of(batches: Sequence[Batch | PaddedBatch]) -> int:
     """On both sides, padding included."""
-    sides = ((b.tokens, b.source.tokens) if isinstance(b, Batch) else (b.tokens_BT, b.sources_BS) for b in batches)
-    return sum(target.numel() + source.numel() for target, source in sides)
+    count = 0
+    for batch in batches:
+        if isinstance(batch, PaddedBatch):
+            count += batch.tokens_BT.numel() + batch.sources_BS.numel()
+        else:
+            assert batch.source, "pairs have a source side"
+            count += batch.tokens.numel() + batch.source.tokens.numel()
+    return count
 
 
 def real_shares(case: Case, size: int, data: DataSettings) -> dict[str, float]:
