@@ -19,12 +19,14 @@ import typer
 from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import EXIT_USER
 from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
+from launcher.binding import processors_to_bind
 from launcher.cluster import Cluster, hosts_and_slots, load_cluster
+from launcher.devices import given_devices
 from launcher.execute import describe_rank, execute, rank_map
 from launcher.hostlist import expand_hosts
 from launcher.local import trainer_command
 from launcher.network import free_port
-from launcher.placement import job_hosts, port_of
+from launcher.placement import job_groups, port_of
 from launcher.record import (
     make_logs,
     read_launch,
@@ -33,7 +35,7 @@ from launcher.record import (
     refuse_second_run,
     run_directory,
 )
-from launcher.topology import Topology, count_devices, even_topology, ranks_per_node
+from launcher.topology import Topology, even_topology, ranks_per_node
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -67,12 +69,13 @@ def local_command(
 ) -> None:
     """Train on this machine. Ctrl-C saves and stops; the same command goes on from there."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
-    devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    visible = {**os.environ, **cluster.variables()}.get("CUDA_VISIBLE_DEVICES")
+    devices = len(given_devices(os.listdir("/dev"), visible))
     size = ranks_per_node(ranks or cluster.ranks_per_node, 1, devices)
     topology = even_topology([os.uname().nodename], size, "127.0.0.1", cluster.main_port or free_port())
     command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     if dry_run:
-        _print_ranks(topology, command, cluster)
+        _print_ranks(topology, command, cluster, here=True)
         return
     directory = settings.run.directory
     _require_fit(run_file, overrides, size)
@@ -201,9 +204,6 @@ def node_command(
     """One node of `ssh`."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology = _read_world(world)
-    devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    each = len(topology.ranks_of(node))
-    ranks_per_node(each, 1, devices)
     command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     logs = make_logs(settings.run.directory)
     ending = local.run(
@@ -235,13 +235,14 @@ def check_command(
 ) -> None:
     """Look at every node: devices, memory, disk, clock, data, versions, speed, links; name those to exclude.
 
-    Inside a SLURM job its nodes; with a host file or `hosts` those, over ssh, or through srun where the cluster file
-    has a partition; with any other cluster file the idle nodes of SLURM; else this machine. Exit code 1 if any is bad.
+    Inside a SLURM job its nodes, those of every group of a het job; with a host file or `hosts` those, over ssh, or
+    through srun where the cluster file has a partition; with any other cluster file the idle nodes of SLURM; else this
+    machine. Exit code 1 if any is bad.
     """
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     directory = settings.run.directory
     words = preflight.look_words(run_file, cluster_file, overrides)
-    inside = job_hosts(os.environ)
+    inside = job_groups(os.environ)
     if inside:
         runner = preflight.on_slurm(inside, cluster, words, Path.cwd())
     elif hostfile or cluster.ssh.hostfile or (cluster.hosts and not cluster.slurm.partition):
@@ -249,7 +250,7 @@ def check_command(
         runner = preflight.on_hosts(topology, cluster, words, Path.cwd())
     elif cluster_file:
         asked = expand_hosts(cluster.hosts) if cluster.hosts else slurm.idle_hosts(cluster.slurm.partition)
-        runner = preflight.on_slurm(asked, cluster, words, Path.cwd())
+        runner = preflight.on_slurm([asked], cluster, words, Path.cwd())
     else:
         runner = preflight.on_this_machine(words, Path.cwd())
     findings = preflight.check(directory, cluster, runner)
@@ -366,9 +367,19 @@ def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Clus
         raise UserError("nothing was started: check.before_start found bad nodes; leave them out or mend them")
 
 
-def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster) -> None:
+def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, here: bool = False) -> None:
+    """Every rank's command and the rank map. GPUs and processors are known of this machine only."""
     for rank in range(topology.world_size):
-        print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
+        if here:
+            variables = local.local_environment(topology, rank, cluster.variables())
+            place = topology.local_rank(rank), topology.local_size(rank)
+            processors = processors_to_bind(cluster.binding, *place, {**os.environ, **variables})
+            print(describe_rank(command, variables, processors))
+        else:
+            print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
+    if not here:
+        print("# CUDA_VISIBLE_DEVICES: on each node all GPUs that it gives; a rank takes the one numbered LOCAL_RANK")
+        print(f"# binding: {cluster.binding}, among the processors of each node")
     print("\n".join(f"# {line}" for line in rank_map(topology)))
 
 

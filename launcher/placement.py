@@ -58,11 +58,10 @@ def job_of(environment: Mapping[str, str]) -> str:
     return environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
 
 
-def job_hosts(environment: Mapping[str, str]) -> list[str]:
-    """The hosts of the SLURM job around this process, all groups of a het job; none where there is no job."""
-    groups = [environment.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in range(64)]
-    texts = [text for text in groups if text] or [environment.get("SLURM_JOB_NODELIST", "")]
-    return [host for text in texts if text for host in expand_hosts(text)]
+def job_groups(environment: Mapping[str, str]) -> list[list[str]]:
+    """The hosts of the SLURM job around this process: a list per group of a het job, else one; none without a job."""
+    names = [f"SLURM_JOB_NODELIST_HET_GROUP_{number}" for number in range(int(environment.get("SLURM_HET_SIZE", "0")))]
+    return [expand_hosts(environment[name]) for name in names or ["SLURM_JOB_NODELIST"] if environment.get(name)]
 
 
 def port_of(job: str, step: str = "0") -> int:

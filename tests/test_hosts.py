@@ -17,10 +17,12 @@ from launcher.network import free_port
 from launcher.record import launches
 from tests.launched import (
     LAUNCHER,
+    assert_logged,
     assert_no_orphans,
     assert_same_training,
     left_of,
     ranks_of,
+    recording,
     steps,
     steps_of,
     train_reference,
@@ -83,7 +85,12 @@ def launch(*words: str, prefix: list[str] | None = None) -> "subprocess.Popen[st
 
 def start_process(command: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env={**os.environ, **recording(dict(os.environ))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -129,7 +136,7 @@ def test_a_run_over_ssh_saves_survives_kill_dash_nine_and_equals_the_local_run(
     assert [start.cause for start in history][::2] == ["stopped", "finished"]
     assert history[1].cause in ("lost", "stopped")  # its ranks may have saved while they were being ended
     assert read_json(run / "launch.json")["hosts"] == ["127.0.0.1", "127.0.0.2"]
-    assert (run / "logs" / "127.0.0.2-rank-1.log").exists()
+    assert_logged(run, ["127.0.0.1", "127.0.0.2"])
     assert_no_orphans(run)
 
 
@@ -224,7 +231,7 @@ def test_torchrun_between_machines_with_addresses_of_their_own(
     assert_same_training(run, reference)
     launch_record = read_json(run / "launch.json")
     assert (launch_record["by"], launch_record["main_address"]) == ("torchrun", machines.addresses[0])
-    assert [path.name for path in (run / "logs").glob("*-rank-1.log")] == [f"{os.uname().nodename}-rank-1.log"]
+    assert_logged(run, [os.uname().nodename] * 2)
     assert_no_orphans(run)
 
 

@@ -325,11 +325,15 @@ def test_logs_are_merged_with_their_nodes_and_ranks(tmp_path: Path) -> None:
     record_launch(tmp_path, even_topology(["a", "b"], 1, "a", 1), "slurm")
     logs = tmp_path / "logs"
     logs.mkdir()
-    (logs / "slurm-7.out").write_text("step 1\rstep 2\nend\n")
+    (logs / "slurm-7.out").write_text("step 1\n")  # rank 0's lines again, and SLURM's
+    assert f"no rank has started; see {logs}/slurm-7.out" in call("logs", str(tmp_path), code=0)
+    (logs / "a-rank-0.log").write_text("step 1\rstep 2\nend\n")
     (logs / "n-1-rank-10.log").write_text("ten\n")
     (logs / "n-1-rank-2.log").write_text("two\nlast line without its end")
     shown = call("logs", str(tmp_path), code=0).splitlines()
-    assert shown == ["[rank 0] step 1", "[rank 0] step 2", "[rank 0] end", "[n-1 rank 2] two", "[n-1 rank 10] ten"]
+    assert shown == [
+        "[a rank 0] step 1", "[a rank 0] step 2", "[a rank 0] end", "[n-1 rank 2] two", "[n-1 rank 10] ten"
+    ]  # fmt: skip
     assert call("logs", str(tmp_path), "--rank", "10", "--lines", "1", code=0) == "[n-1 rank 10] ten\n"
     follow = subprocess.Popen([*LAUNCHER, "logs", str(tmp_path), "--follow"], stdout=subprocess.PIPE, text=True)
     assert [follow.stdout.readline() for _ in range(5)][-1] == "[n-1 rank 10] ten\n"
