@@ -22,7 +22,7 @@ from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
 from launcher.binding import processors_to_bind
 from launcher.cluster import Cluster, hosts_and_slots, load_cluster
 from launcher.devices import given_devices
-from launcher.execute import describe_rank, execute, rank_map
+from launcher.execute import check_address, describe_rank, execute, rank_map
 from launcher.hostlist import expand_hosts
 from launcher.local import trainer_command
 from launcher.network import free_port
@@ -81,6 +81,7 @@ def local_command(
     _require_fit(run_file, overrides, size)
     logs = make_logs(directory)
     refuse_second_run(directory)
+    check_address(topology)
     if cluster.check.before_start:
         words = preflight.look_words(run_file, cluster_file, overrides)
         _require_good_nodes(preflight.on_this_machine(words, Path.cwd()), directory, cluster)
@@ -206,13 +207,15 @@ def node_command(
     topology = _read_world(world)
     command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     logs = make_logs(settings.run.directory)
+    if node == 0:
+        check_address(topology)
     ending = local.run(
         command, topology, logs, node=node, variables=cluster.variables(), binding=cluster.binding, leash=True
     )
     raise typer.Exit(ending.code)
 
 
-@application.command("ended", hidden=True)
+@application.command("ended")
 def ended_command(
     run_file: RunFile,
     code: Annotated[int, typer.Option(help="what srun ended with")],
@@ -220,7 +223,7 @@ def ended_command(
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """The last line of an sbatch script: record why the job ended, and requeue it if the cluster file says so."""
+    """The last line of an sbatch script: record why the job ended; requeue it unless it is complete or was stopped."""
     settings = load_settings(run_file, overrides)
     raise typer.Exit(slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ))
 

@@ -48,7 +48,8 @@ def execute(
     directory = settings.run.directory
     logs = make_logs(directory)
     if rank == 0:
-        _check_address(topology, by)
+        if by != "torchrun":  # which listens there already
+            check_address(topology)
         refuse_second_run(directory)
         record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
         variables |= terminal_variables(os.environ)
@@ -87,16 +88,18 @@ def rank_map(topology: Topology) -> list[str]:
     ]
 
 
-def _check_address(topology: Topology, by: str) -> None:
+def check_address(topology: Topology) -> None:
+    """On the machine of rank 0, before it starts: raises `UserError` where its address or port cannot be its own."""
     if not resolves(topology.main_address):
         raise UserError(
             f"rank 0 runs on {topology.main_address}, a name that has no address here; set main_address in the cluster "
             "file, or MASTER_ADDR, to an address that all nodes reach"
         )
-    if by != "torchrun" and not port_is_free(topology.main_port):
+    if not port_is_free(topology.main_port):
         raise UserError(
-            f"port {topology.main_port} of {topology.main_address}, derived from the job's number, is in use; set "
-            "main_port in the cluster file, or MASTER_PORT, to a free one"
+            f"port {topology.main_port} of {topology.main_address}, derived from the job's number or the run "
+            "directory's name if nobody chose it, is in use; set main_port in the cluster file, or MASTER_PORT, to a "
+            "free one"
         )
 
 

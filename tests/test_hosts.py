@@ -175,6 +175,8 @@ def test_a_dry_run_prints_every_rank_and_starts_nothing(tmp_path: Path, shards: 
     output = output_of(launch("ssh", str(run_file), "--cluster", str(cluster), "--dry-run"), 0)
     assert [line.split(" ")[0] for line in output.splitlines()][:2] == ["NCCL_DEBUG=WARN"] * 2
     assert "RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 NODE_RANK=1 MASTER_ADDR=a" in output
+    assert "# CUDA_VISIBLE_DEVICES: on each node all GPUs that it gives" in output
+    assert "# binding: device, among the processors of each node" in output
     assert "# rank 1 host b node 1 local 0" in output
     assert not (tmp_path / "run").exists()
 

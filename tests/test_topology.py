@@ -47,6 +47,8 @@ def test_a_node_list_is_expanded_in_its_order(text: str, hosts: list[str]) -> No
         ("n[a-b]", "'a-b' in brackets is neither"),
         ("n[3-1]", "the range 3-1 is empty"),
         ("n[0-999999999]", "more than 100000 hosts"),
+        ("n[0-99999]m[0-99999]", "more than 100000 hosts"),
+        ("a,-oProxyCommand=x", "'-oProxyCommand=x' is no host name"),
     ],
 )
 def test_what_is_no_node_list_is_named(text: str, message: str) -> None:
@@ -138,6 +140,36 @@ def test_a_slurm_step_gives_names_and_a_port_of_the_job() -> None:
 def test_a_contradiction_to_slurm_is_an_error(lie: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_place({**SLURM, **lie})
+
+
+@pytest.mark.parametrize("name", sorted(SLURM))
+def test_slurm_without_one_of_its_variables_is_the_same_place_or_an_error(name: str) -> None:
+    given = {key: value for key, value in SLURM.items() if key != name}
+    if name in ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
+        with pytest.raises(UserError, match="start it"):
+            find_place(given)
+        return
+    topology, rank = find_place(given)
+    assert (rank, topology.nodes, topology.main_address) == (3, (0, 0, 1, 1), "n7")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID=x in the environment must be a whole number from 0 to 3"),
+        ({**SLURM, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 in the environment must be a whole number from 0 to 3"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4"}, "has 2 nodes, but SLURM_STEP_TASKS_PER_NODE=4 is of 1"),
+        ({**SLURM, "MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment must be a whole number from 0 to"),
+        ({**TORCHRUN, "RANK": "one"}, "RANK=one in the environment must be a whole number from 0 to 3"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4 in the environment must be a whole number from 0 to 3"),
+        ({**TORCHRUN, "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1 in the environment must be a whole number"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK=1 in the environment must be a whole number"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be a whole number"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_place(given)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +278,21 @@ def test_a_host_file_is_deepspeed_s(tmp_path: Path) -> None:
         ("w1 slots=8\nw2 slots=4", "slots differ between hosts .w1 8, w2 4.: ranks would not divide evenly"),
         ("w1 slot=8", "hosts:1: 'w1 slot=8' is not of the form `host slots=8`"),
         ("w1\nw1", "hosts:2: w1 is listed twice"),
+        ("w1 slots=0", "hosts:1: w1 has no slots; leave its line out"),
+        ("w1 slots=-1", "hosts:1: 'w1 slots=-1' is not of the form"),
+        ("w1 slots=", "hosts:1: 'w1 slots=' is not of the form"),
+        ("-w1", "hosts:1: '-w1' is no host name"),
         ("# none", "lists no host"),
     ],
 )
 def test_a_mistake_in_a_host_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         hosts_and_slots(Cluster(), write(tmp_path, text, "hosts"))
+
+
+def test_a_host_named_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"hosts = 'n\[1-2\],n1': n1 is listed twice; set ranks_per_node"):
+        hosts_and_slots(Cluster(hosts="n[1-2],n1"))
 
 
 def test_without_hosts_it_says_where_they_go() -> None:
