@@ -13,10 +13,11 @@
       launch.json    how the launcher started it last       preflight.json    what `launcher check` found
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
-logs/HOST-rank-N.log has what rank N printed on HOST. Rank 0 prints where the run was started, under SLURM that is
-logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh, torchrun, mpi,
-environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank (indices into
-hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher stop` may signal.
+logs/HOST-rank-N.log has what rank N printed on HOST; rank 0 also prints where the run was started, under `launcher
+slurm` that is logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh,
+torchrun, mpi, environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank
+(indices into hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher
+stop` may signal.
 
 In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
   launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows

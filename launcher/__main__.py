@@ -19,12 +19,14 @@ import typer
 from bigmodel.config import UserError, load_settings
 from bigmodel.rundir import EXIT_USER
 from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
+from launcher.binding import processors_to_bind
 from launcher.cluster import Cluster, hosts_and_slots, load_cluster
-from launcher.execute import describe_rank, execute, rank_map
+from launcher.devices import given_devices
+from launcher.execute import check_address, describe_rank, execute, rank_map
 from launcher.hostlist import expand_hosts
 from launcher.local import trainer_command
 from launcher.network import free_port
-from launcher.placement import job_hosts, port_of
+from launcher.placement import job_groups, port_of
 from launcher.record import (
     make_logs,
     read_launch,
@@ -33,7 +35,7 @@ from launcher.record import (
     refuse_second_run,
     run_directory,
 )
-from launcher.topology import Topology, count_devices, even_topology, ranks_per_node
+from launcher.topology import Topology, even_topology, ranks_per_node
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -67,17 +69,19 @@ def local_command(
 ) -> None:
     """Train on this machine. Ctrl-C saves and stops; the same command goes on from there."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
-    devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    visible = {**os.environ, **cluster.variables()}.get("CUDA_VISIBLE_DEVICES")
+    devices = len(given_devices(os.listdir("/dev"), visible))
     size = ranks_per_node(ranks or cluster.ranks_per_node, 1, devices)
     topology = even_topology([os.uname().nodename], size, "127.0.0.1", cluster.main_port or free_port())
     command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     if dry_run:
-        _print_ranks(topology, command, cluster)
+        _print_ranks(topology, command, cluster, here=True)
         return
     directory = settings.run.directory
     _require_fit(run_file, overrides, size)
     logs = make_logs(directory)
     refuse_second_run(directory)
+    check_address(topology)
     if cluster.check.before_start:
         words = preflight.look_words(run_file, cluster_file, overrides)
         _require_good_nodes(preflight.on_this_machine(words, Path.cwd()), directory, cluster)
@@ -201,18 +205,17 @@ def node_command(
     """One node of `ssh`."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology = _read_world(world)
-    devices = count_devices(os.listdir("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    each = len(topology.ranks_of(node))
-    ranks_per_node(each, 1, devices)
     command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     logs = make_logs(settings.run.directory)
+    if node == 0:
+        check_address(topology)
     ending = local.run(
         command, topology, logs, node=node, variables=cluster.variables(), binding=cluster.binding, leash=True
     )
     raise typer.Exit(ending.code)
 
 
-@application.command("ended", hidden=True)
+@application.command("ended")
 def ended_command(
     run_file: RunFile,
     code: Annotated[int, typer.Option(help="what srun ended with")],
@@ -220,7 +223,7 @@ def ended_command(
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """The last line of an sbatch script: record why the job ended, and requeue it if the cluster file says so."""
+    """The last line of an sbatch script: record why the job ended; requeue it unless it is complete or was stopped."""
     settings = load_settings(run_file, overrides)
     raise typer.Exit(slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ))
 
@@ -235,13 +238,14 @@ def check_command(
 ) -> None:
     """Look at every node: devices, memory, disk, clock, data, versions, speed, links; name those to exclude.
 
-    Inside a SLURM job its nodes; with a host file or `hosts` those, over ssh, or through srun where the cluster file
-    has a partition; with any other cluster file the idle nodes of SLURM; else this machine. Exit code 1 if any is bad.
+    Inside a SLURM job its nodes, those of every group of a het job; with a host file or `hosts` those, over ssh, or
+    through srun where the cluster file has a partition; with any other cluster file the idle nodes of SLURM; else this
+    machine. Exit code 1 if any is bad.
     """
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     directory = settings.run.directory
     words = preflight.look_words(run_file, cluster_file, overrides)
-    inside = job_hosts(os.environ)
+    inside = job_groups(os.environ)
     if inside:
         runner = preflight.on_slurm(inside, cluster, words, Path.cwd())
     elif hostfile or cluster.ssh.hostfile or (cluster.hosts and not cluster.slurm.partition):
@@ -249,7 +253,7 @@ def check_command(
         runner = preflight.on_hosts(topology, cluster, words, Path.cwd())
     elif cluster_file:
         asked = expand_hosts(cluster.hosts) if cluster.hosts else slurm.idle_hosts(cluster.slurm.partition)
-        runner = preflight.on_slurm(asked, cluster, words, Path.cwd())
+        runner = preflight.on_slurm([asked], cluster, words, Path.cwd())
     else:
         runner = preflight.on_this_machine(words, Path.cwd())
     findings = preflight.check(directory, cluster, runner)
@@ -366,9 +370,19 @@ def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Clus
         raise UserError("nothing was started: check.before_start found bad nodes; leave them out or mend them")
 
 
-def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster) -> None:
+def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, here: bool = False) -> None:
+    """Every rank's command and the rank map. GPUs and processors are known of this machine only."""
     for rank in range(topology.world_size):
-        print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
+        if here:
+            variables = local.local_environment(topology, rank, cluster.variables())
+            place = topology.local_rank(rank), topology.local_size(rank)
+            processors = processors_to_bind(cluster.binding, *place, {**os.environ, **variables})
+            print(describe_rank(command, variables, processors))
+        else:
+            print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
+    if not here:
+        print("# CUDA_VISIBLE_DEVICES: on each node all GPUs that it gives; a rank takes the one numbered LOCAL_RANK")
+        print(f"# binding: {cluster.binding}, among the processors of each node")
     print("\n".join(f"# {line}" for line in rank_map(topology)))
 
 

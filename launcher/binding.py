@@ -1,7 +1,8 @@
 """Binding: which processors a rank may run on, so that it stays beside its GPU and out of its neighbours' way.
 
 Takes what Linux says of the node, gives a set of processors or None (leave it). `divide` is pure. A binding that is
-there already (srun --cpu-bind, taskset) is kept, and no rank gets fewer than two: one trains, one reads data.
+there already (srun --cpu-bind, taskset) is kept. By default no rank gets fewer than two, one to train and one to read
+data; who asks for "cores" gets them also where there is one for each.
 """
 
 import os
@@ -9,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-LEAST = 2  # processors of a rank; below that nothing is bound
+LEAST = {"device": 2, "cores": 1}  # processors of a rank; below that nothing is bound
 
 
 def divide(
@@ -32,11 +33,10 @@ def divide(
             return None
         node = node_of_device[local_rank]
         mates = [rank for rank in range(local_size) if node_of_device[rank] == node]
-        return _share(
-            [c for c in processors_of_node.get(node, ()) if c in allowed], mates.index(local_rank), len(mates)
-        )
+        beside = [c for c in processors_of_node.get(node, ()) if c in allowed]
+        return _share(kind, beside, mates.index(local_rank), len(mates))
     ordered = [c for node in sorted(processors_of_node) for c in processors_of_node[node] if c in allowed]
-    return _share(ordered or sorted(allowed), local_rank, local_size)
+    return _share(kind, ordered or sorted(allowed), local_rank, local_size)
 
 
 def processors_to_bind(kind: str, local_rank: int, local_size: int, environment: Mapping[str, str]) -> set[int] | None:
@@ -55,8 +55,8 @@ def parse_list(text: str) -> list[int]:
     return found
 
 
-def _share(processors: Sequence[int], index: int, parts: int) -> set[int] | None:
-    if len(processors) < LEAST * parts:
+def _share(kind: str, processors: Sequence[int], index: int, parts: int) -> set[int] | None:
+    if len(processors) < LEAST[kind] * parts:
         return None
     return set(processors[index * len(processors) // parts : (index + 1) * len(processors) // parts])
 

@@ -173,6 +173,10 @@ def read_hostfile(path: Path) -> dict[str, int]:
         slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
         if len(words) > 2 or (len(words) == 2 and not (words[1].startswith("slots=") and slots.isdecimal())):
             raise UserError(f"{path}:{number}: {line.strip()!r} is not of the form `host slots=8`")
+        if slots and int(slots) == 0:
+            raise UserError(f"{path}:{number}: {words[0]} has no slots; leave its line out")
+        if words[0].startswith("-"):  # ssh would take it for an option
+            raise UserError(f"{path}:{number}: {words[0]!r} is no host name")
         if words[0] in found:
             raise UserError(f"{path}:{number}: {words[0]} is listed twice; give it one line with all its slots")
         found[words[0]] = int(slots or 1)
@@ -198,7 +202,11 @@ def hosts_and_slots(cluster: Cluster, hostfile: Path | None = None) -> tuple[lis
         return list(slots), next(iter(slots.values()))
     if not cluster.hosts:
         raise UserError("no hosts: give --hostfile FILE, or set hosts or ssh.hostfile in the cluster file")
-    return expand_hosts(cluster.hosts), cluster.ranks_on_node
+    hosts = expand_hosts(cluster.hosts)
+    repeated = next((host for host in hosts if hosts.count(host) > 1), "")
+    if repeated:
+        raise UserError(f"hosts = {cluster.hosts!r}: {repeated} is listed twice; set ranks_per_node instead")
+    return hosts, cluster.ranks_on_node
 
 
 def near(name: str, known: Mapping[str, Any] | list[str]) -> str:

@@ -1,8 +1,9 @@
 """Execute: what each rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
 
-Takes a run file and the environment of whoever started it. Rank 0 keeps its output, the others write to
-`logs/HOST-rank-N.log` in the run directory. The process that srun or torchrun knows becomes the trainer (execve), so
-signals, exit codes and deaths are the trainer's own and nothing stands between. Imports no torch.
+Takes a run file and the environment of whoever started it. Every rank writes to `logs/HOST-rank-N.log` in the run
+directory; what rank 0 prints also goes where it went before (`launcher.output`). The process that srun or torchrun
+knows becomes the trainer (execve), so signals, exit codes and deaths are the trainer's own and nothing stands between.
+Imports no torch.
 """
 
 import ctypes
@@ -16,11 +17,13 @@ from pathlib import Path
 from bigmodel.config import UserError, load_settings
 from launcher.binding import processors_to_bind
 from launcher.cluster import Cluster, load_cluster
+from launcher.devices import device_variables
 from launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
 from launcher.network import interface_towards, port_is_free, resolves
+from launcher.output import open_outputs, terminal_variables
 from launcher.placement import find_place, job_of, started_by
 from launcher.record import log_name, make_logs, record_launch, refuse_second_run
-from launcher.topology import Topology, count_devices
+from launcher.topology import Topology
 
 
 def execute(
@@ -33,26 +36,28 @@ def execute(
     again = [option for option in options if option != "--fresh" or not restart]  # checkpoints are set aside once
     command = [*trainer_command(run_file, overrides), *again]
     variables = launch_environment(topology, rank, cluster.variables())
+    local_size = topology.local_size(rank)
+    variables |= device_variables(os.listdir("/dev"), local_size, os.uname().nodename, {**os.environ, **variables})
+    processors = processors_to_bind(cluster.binding, topology.local_rank(rank), local_size, {**os.environ, **variables})
     if dry_run:
-        print(describe_rank(command, variables))
+        print(describe_rank(command, variables, processors))
         if rank == 0:
             print("\n".join(rank_map(topology)))
         return 0
-    _check_devices(topology.local_size(rank), os.environ)
     by = started_by(os.environ)
     directory = settings.run.directory
     logs = make_logs(directory)
     if rank == 0:
-        _check_address(topology, by)
+        if by != "torchrun":  # which listens there already
+            check_address(topology)
         refuse_second_run(directory)
         record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
-    else:
-        host = topology.host(rank) if by == "slurm" else os.uname().nodename
-        _write_to(logs / log_name(host, rank))
+        variables |= terminal_variables(os.environ)
+    host = topology.host(rank) if by == "slurm" else os.uname().nodename
+    _write_to(logs / log_name(host, rank), shown=rank == 0)
     if len(topology.hosts) > 1 and "GLOO_SOCKET_IFNAME" not in {**os.environ, **variables}:
         interface = interface_towards(topology.main_address)
         variables |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-    processors = processors_to_bind(cluster.binding, topology.local_rank(rank), topology.local_size(rank), os.environ)
     if processors:
         os.sched_setaffinity(0, processors)
     if by == "torchrun":
@@ -68,9 +73,10 @@ def preset(environment: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
     return {**environment, **{name: value for name, value in given.items() if value}}
 
 
-def describe_rank(command: Sequence[str], variables: Mapping[str, str]) -> str:
-    """A line that a shell could run: the variables, then the command."""
+def describe_rank(command: Sequence[str], variables: Mapping[str, str], processors: set[int] | None = None) -> str:
+    """A line that a shell could run: the variables, the processors that it is bound to, then the command."""
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    words += ["taskset", "-c", ",".join(map(str, sorted(processors)))] if processors else []
     return " ".join([*words, shlex.join(command)])
 
 
@@ -82,34 +88,26 @@ def rank_map(topology: Topology) -> list[str]:
     ]
 
 
-def _check_devices(local_size: int, environment: Mapping[str, str]) -> None:
-    devices = count_devices(os.listdir("/dev"), environment.get("CUDA_VISIBLE_DEVICES"))
-    if 0 < devices < local_size:
-        raise UserError(
-            f"{local_size} ranks on {os.uname().nodename}, which shows {devices} GPU(s) to each: a rank needs one of "
-            "its own; start fewer per node, or let each see all (srun without --gpus-per-task or --gpu-bind)"
-        )
-
-
-def _check_address(topology: Topology, by: str) -> None:
+def check_address(topology: Topology) -> None:
+    """On the machine of rank 0, before it starts: raises `UserError` where its address or port cannot be its own."""
     if not resolves(topology.main_address):
         raise UserError(
             f"rank 0 runs on {topology.main_address}, a name that has no address here; set main_address in the cluster "
             "file, or MASTER_ADDR, to an address that all nodes reach"
         )
-    if by != "torchrun" and not port_is_free(topology.main_port):
+    if not port_is_free(topology.main_port):
         raise UserError(
-            f"port {topology.main_port} of {topology.main_address}, derived from the job's number, is in use; set "
-            "main_port in the cluster file, or MASTER_PORT, to a free one"
+            f"port {topology.main_port} of {topology.main_address}, derived from the job's number or the run "
+            "directory's name if nobody chose it, is in use; set main_port in the cluster file, or MASTER_PORT, to a "
+            "free one"
         )
 
 
-def _write_to(log: Path) -> None:
+def _write_to(log: Path, shown: bool) -> None:
     sys.stdout.flush()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    for stream, descriptor in zip((1, 2), open_outputs(log, shown)[:2], strict=True):
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
 
 
 def _die_with_parent() -> None:

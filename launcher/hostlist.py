@@ -4,6 +4,7 @@ Parsed here, not by `scontrol show hostnames`, which containers do not have. Pur
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 
@@ -51,7 +52,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _not_empty(word: str, text: str) -> str:
-    if not word or any(character.isspace() for character in word):
+    if not word or word.startswith("-") or any(character.isspace() for character in word):  # -x is ssh's option
         raise UserError(f"node list {text!r}: {word!r} is no host name")
     return word
 
@@ -59,6 +60,8 @@ def _not_empty(word: str, text: str) -> str:
 def _expand_word(word: str, text: str) -> Iterator[str]:
     parts = re.split(r"\[(.*?)\]", word)  # outside, inside, outside, inside, ..., outside
     choices = [[part] if number % 2 == 0 else list(_expand_ranges(part, text)) for number, part in enumerate(parts)]
+    if math.prod(len(chosen) for chosen in choices) > MAX_HOSTS:
+        raise UserError(f"node list {text!r}: {word!r} has more than {MAX_HOSTS} hosts")
     return ("".join(chosen) for chosen in itertools.product(*choices))
 
 

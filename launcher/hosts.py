@@ -3,8 +3,10 @@
 Takes hosts (a host file in DeepSpeed's form, or a list), starts `launcher node` on each, which runs that node's ranks
 as `launcher local` does. Guarantees: a host that does not answer is named before anything starts; no rank outlives the
 launcher: standard input of each ssh is a leash (see `launcher.local`), which the kernel cuts when the launcher dies.
-The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh per host;
-pdsh is not used, for it passes no standard input on.
+The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh per host.
+
+Not pdsh: it passes no standard input on, so there would be no leash, and nothing else tells a rank on another machine
+that the launcher was killed with -9.
 """
 
 import json

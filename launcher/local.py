@@ -8,7 +8,7 @@ thread that looks at the ranks 20 times a second. Never imports torch.
     running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
        \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
 
-Rank 0 writes straight to the terminal, so its progress line lives; the others write to `HOST-rank-N.log`.
+Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`launcher.output`).
 
 The same runs one node of several, started over ssh: then `leash` is true, and standard input brings the orders of the
 launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed, means
@@ -27,10 +27,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from bigmodel.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 from launcher.binding import processors_to_bind
+from launcher.devices import device_variables
+from launcher.output import open_outputs, terminal_variables, wait_for
 from launcher.record import log_name
 from launcher.topology import Topology, rank_environment
 
@@ -57,8 +59,9 @@ class Rank:
 
     number: int
     process: subprocess.Popen[bytes]
-    log: Path | None
+    log: Path
     log_start: int
+    copiers: list[subprocess.Popen[bytes]]  # of its output, where that is shown
     ended: int | None = None
 
     def signal(self, number: int) -> None:
@@ -112,11 +115,13 @@ def run(
             threading.Thread(target=_listen, args=(supervision.signals,), daemon=True).start()
         try:
             for number in topology.ranks_of(node):
-                environment = launch_environment(topology, number, variables or {})
+                environment = local_environment(topology, number, variables or {})
                 supervision.ranks.append(_start(command, topology, number, logs, environment, binding))
             _supervise(supervision, grace_seconds, save_seconds)
         finally:
             _kill_all(supervision.running)
+            for rank in supervision.ranks:
+                wait_for(rank.copiers)
     return _verdict(supervision)
 
 
@@ -139,6 +144,13 @@ def launch_environment(topology: Topology, rank: int, variables: Mapping[str, st
     return found if programs in path.split(os.pathsep) else {**found, "PATH": programs + os.pathsep + path}
 
 
+def local_environment(topology: Topology, rank: int, variables: Mapping[str, str]) -> dict[str, str]:
+    """The same and the devices, for a rank of this machine. Raises `UserError` if it has too few for its ranks."""
+    found = launch_environment(topology, rank, variables)
+    inherited = {**os.environ, **found}
+    return {**found, **device_variables(os.listdir("/dev"), topology.local_size(rank), topology.host(rank), inherited)}
+
+
 def _start(
     command: Sequence[str],
     topology: Topology,
@@ -147,24 +159,28 @@ def _start(
     environment: Mapping[str, str],
     binding: str,
 ) -> Rank:
-    log = None if number == 0 else logs / log_name(topology.host(number), number)
-    log_start = log.stat().st_size if log and log.exists() else 0
+    log, shown = logs / log_name(topology.host(number), number), number == 0
+    log_start = log.stat().st_size if log.exists() else 0
     processors = processors_to_bind(
         binding, topology.local_rank(number), topology.local_size(number), {**os.environ, **environment}
     )
-    with _open_log(log) as output:
+    output, errors, copiers = open_outputs(log, shown)
+    try:
         process = subprocess.Popen(
             list(command),
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **(terminal_variables(os.environ) if shown else {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=output,
+            stderr=errors,
             start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher only, which forwards it once
             preexec_fn=_die_with_launcher(os.getpid()),
         )
+    finally:
+        os.close(output)
+        os.close(errors)
     if processors:
         os.sched_setaffinity(process.pid, processors)  # it has no thread yet but the first: all later ones inherit
-    return Rank(number, process, log, log_start)
+    return Rank(number, process, log, log_start, copiers)
 
 
 def _listen(signals: list[int]) -> None:
@@ -172,15 +188,6 @@ def _listen(signals: list[int]) -> None:
     while orders := os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin, whose lock would outlive this thread
         signals += [signal.SIGTERM if order == b"stop" else END for order in orders.split()]
     signals.append(END)
-
-
-@contextmanager
-def _open_log(log: Path | None) -> Iterator[BinaryIO | None]:
-    if log is None:
-        yield None  # inherit ours
-        return
-    with open(log, "ab") as file:
-        yield file
 
 
 def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
@@ -313,11 +320,12 @@ def _blame(culprit: Rank, supervision: Supervision) -> Ending:
     user_error = _status(culprit) == EXIT_USER
     world = supervision.world_size
     death = f"rank {culprit.number} of {world} {_how(_status(culprit))}"
-    if user_error and _status(supervision.ranks[0]) == EXIT_USER and supervision.ranks[0].log is None:
-        return Ending(EXIT_USER, "user_error", death)  # rank 0 has printed the same message on the terminal
+    first = supervision.ranks[0]
+    if user_error and first.number == 0 and _status(first) == EXIT_USER:
+        return Ending(EXIT_USER, "user_error", death)  # it has printed the same message here
     others = ["", "; the other rank was ended", "; the other ranks were ended"][min(len(supervision.ranks) - 1, 2)]
     _say(death + others)
-    if culprit.log:
+    if culprit.number:  # rank 0's are here already
         _say(f"last lines of {culprit.log}:")
         for line in _tail(culprit.log, culprit.log_start):
             _say(f"  | {line}")

@@ -58,11 +58,10 @@ def job_of(environment: Mapping[str, str]) -> str:
     return environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
 
 
-def job_hosts(environment: Mapping[str, str]) -> list[str]:
-    """The hosts of the SLURM job around this process, all groups of a het job; none where there is no job."""
-    groups = [environment.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in range(64)]
-    texts = [text for text in groups if text] or [environment.get("SLURM_JOB_NODELIST", "")]
-    return [host for text in texts if text for host in expand_hosts(text)]
+def job_groups(environment: Mapping[str, str]) -> list[list[str]]:
+    """The hosts of the SLURM job around this process: a list per group of a het job, else one; none without a job."""
+    names = [f"SLURM_JOB_NODELIST_HET_GROUP_{number}" for number in range(int(environment.get("SLURM_HET_SIZE", "0")))]
+    return [expand_hosts(environment[name]) for name in names or ["SLURM_JOB_NODELIST"] if environment.get(name)]
 
 
 def port_of(job: str, step: str = "0") -> int:
@@ -90,17 +89,23 @@ def distribute(kind: str, counts: Sequence[int], plane: int = 1) -> tuple[int, .
 
 def _from_slurm(environment: Mapping[str, str]) -> tuple[Topology, int]:
     hosts = expand_hosts(environment["SLURM_STEP_NODELIST"])
-    counts = expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"])
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
+    counts = expand_counts(tasks) if tasks else []
+    if len(counts) != len(hosts):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={environment['SLURM_STEP_NODELIST']} has {len(hosts)} nodes, but "
+            f"SLURM_STEP_TASKS_PER_NODE={tasks} is of {len(counts)}; start it with srun, which sets both"
+        )
     kind = (environment.get("SLURM_DISTRIBUTION") or "block").lower().split(":")[0].split(",")[0]
-    rank = int(environment["SLURM_PROCID"])
+    rank = _number(environment, "SLURM_PROCID", sum(counts) - 1)
     if kind == "arbitrary":
         nodes = _arbitrary(environment, hosts, sum(counts))
     else:
-        plane = int(environment.get("SLURM_DIST_PLANESIZE", "1")) if kind == "plane" else 1
+        plane = _number({"SLURM_DIST_PLANESIZE": "1", **environment}, "SLURM_DIST_PLANESIZE") if kind == "plane" else 1
         nodes = distribute(kind if kind in ("cyclic", "plane") else "block", counts, plane)
     address = environment.get("MASTER_ADDR") or hosts[nodes[0]]
-    port = environment.get("MASTER_PORT") or port_of(job_of(environment), environment.get("SLURM_STEP_ID", "0"))
-    topology = Topology(tuple(hosts), nodes, address, int(port), _switches(environment, hosts))
+    port = _port(environment, environment.get("SLURM_STEP_ID", "0"))
+    topology = Topology(tuple(hosts), nodes, address, port, _switches(environment, hosts))
     _agree_with_slurm(topology, rank, environment, kind)
     return topology, rank
 
@@ -129,10 +134,9 @@ def _switches(environment: Mapping[str, str], hosts: Sequence[str]) -> tuple[str
 
 def _agree_with_slurm(topology: Topology, rank: int, environment: Mapping[str, str], kind: str) -> None:
     computed = {"SLURM_NTASKS": str(topology.world_size)}
-    if rank < topology.world_size:
-        computed["SLURM_NODEID"] = str(topology.nodes[rank])
-        computed["SLURM_LOCALID"] = str(topology.local_rank(rank))
-        computed["SLURMD_NODENAME"] = topology.host(rank)
+    computed["SLURM_NODEID"] = str(topology.nodes[rank])
+    computed["SLURM_LOCALID"] = str(topology.local_rank(rank))
+    computed["SLURMD_NODENAME"] = topology.host(rank)
     for name, value in computed.items():
         if environment.get(name, value) != value:
             raise UserError(
@@ -151,32 +155,48 @@ def _from_torchrun(environment: Mapping[str, str]) -> tuple[Topology, int]:
             f"RANK={environment['RANK']} is set in the environment, but {', '.join(missing)} is not; unset RANK, or "
             "set them all"
         )
-    rank, size, local_rank, local_size = (int(environment[name]) for name in needed[:4])
-    return _regular(environment, rank, size, local_rank, local_size)
+    return _regular(environment, needed[:4])
 
 
 def _from_mpi(environment: Mapping[str, str], names: Sequence[str]) -> tuple[Topology, int]:
     missing = [name for name in names if name not in environment]
     if missing:
         raise UserError(f"{names[0]} is set in the environment, but {', '.join(missing)} is not")
-    rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+    size, local_size = _number(environment, names[1]), _number(environment, names[3])
     if size > local_size and not environment.get("MASTER_ADDR"):
         raise UserError(
             f"{names[1]}={size} ranks on several machines, and MASTER_ADDR is not set; set it to the address of the "
             "machine of rank 0: mpirun -x MASTER_ADDR=HOST ..."
         )
-    return _regular({"MASTER_ADDR": "127.0.0.1", **environment}, rank, size, local_rank, local_size)
+    return _regular({"MASTER_ADDR": "127.0.0.1", **environment}, names)
 
 
-def _regular(
-    environment: Mapping[str, str], rank: int, size: int, local_rank: int, local_size: int
-) -> tuple[Topology, int]:
-    """A world of which only the counts are known: as many ranks on every node, one node after the other."""
-    if size % local_size or rank % local_size != local_rank:
+def _regular(environment: Mapping[str, str], names: Sequence[str]) -> tuple[Topology, int]:
+    """A world of which only the counts are known: as many ranks on every node, one node after the other.
+
+    `names`: the variables of rank, ranks, rank on the node, ranks on the node.
+    """
+    size, local_size = _number(environment, names[1]), _number(environment, names[3])
+    rank, local_rank = _number(environment, names[0], size - 1), _number(environment, names[2], local_size - 1)
+    if local_size == 0 or size % local_size or rank % local_size != local_rank:
         raise UserError(
             f"rank {rank} of {size} is number {local_rank} of {local_size} on its node: ranks must be consecutive on a "
             "node, and as many on each"
         )
-    port = int(environment.get("MASTER_PORT") or port_of(job_of(environment)))
     hosts = [f"node{node}" for node in range(size // local_size)]
-    return even_topology(hosts, local_size, environment["MASTER_ADDR"], port), rank
+    return even_topology(hosts, local_size, environment["MASTER_ADDR"], _port(environment)), rank
+
+
+def _port(environment: Mapping[str, str], step: str = "0") -> int:
+    if not environment.get("MASTER_PORT"):
+        return port_of(job_of(environment), step)
+    return _number(environment, "MASTER_PORT", 65535)
+
+
+def _number(environment: Mapping[str, str], name: str, most: int | None = None) -> int:
+    """A whole number from the environment, at most `most`. Raises `UserError` for anything else."""
+    text = environment[name]
+    if not text.isdecimal() or (most is not None and int(text) > most):
+        limit = "" if most is None else f" from 0 to {most}"
+        raise UserError(f"{name}={text} in the environment must be a whole number{limit}; see who sets it")
+    return int(text)

@@ -285,20 +285,29 @@ def on_this_machine(words: Sequence[str], folder: Path) -> Runner:
     return Runner([os.uname().nodename], [[*words, "--world", world, "--node", "0"]], folder)
 
 
-def on_slurm(hosts: Sequence[str], cluster: Cluster, words: Sequence[str], folder: Path) -> Runner:
-    """One srun task per node, inside the allocation that we are in or in one of its own on these hosts."""
+def on_slurm(groups: Sequence[Sequence[str]], cluster: Cluster, words: Sequence[str], folder: Path) -> Runner:
+    """One srun task per node, all in one step: inside the allocation that we are in or in one of its own.
+
+    `groups`: hosts, one list for each group of a het job. Such a step is several commands joined by colons, for srun
+    lays each out over the nodes of its own group.
+    """
     slurm = cluster.slurm
-    command = ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", "--wait=30"]
-    if "SLURM_JOB_ID" not in os.environ:
-        given = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
-        command += [f"--{name}={value}" for name, value in given.items() if value]
-        command += [f"--nodelist={','.join(hosts)}", "--immediate=60", "--job-name=preflight", "--time=10"]
-        command += [f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
+    options = ["--ntasks-per-node=1", "--wait=30"]
+    if "SLURM_JOB_ID" in os.environ:
+        options += ["--overlap"]
     else:
-        command += ["--overlap"]
-    command += container_options(cluster.container, folder)
+        given = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+        options += [f"--{name}={value}" for name, value in given.items() if value]
+        options += [f"--nodelist={','.join(groups[0])}", "--immediate=60", "--job-name=preflight", "--time=10"]
+        options += [f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
+    options += container_options(cluster.container, folder)
     python = [cluster.container.python] if cluster.container.image else words[:1]
-    return Runner(hosts, [[*command, *python, *words[1:]]], folder)
+    command = ["srun"]
+    for number, hosts in enumerate(groups):
+        command += [":"] if number else []
+        command += [f"--het-group={number}"] if len(groups) > 1 else []
+        command += [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", *options, *python, *words[1:]]
+    return Runner([host for hosts in groups for host in hosts], [command], folder)
 
 
 def become_probe(

@@ -119,9 +119,15 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
 
 
 def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environment: Mapping[str, str]) -> int:
-    """Record the end of a job from inside of it, requeue it if that is the policy; returns the job's exit code."""
+    """Record the end of a job from inside of it, requeue it if that is the policy; returns the job's exit code.
+
+    Raises `UserError` outside of a job.
+    """
+    job = environment.get("SLURM_JOB_ID", "")
+    if not job:
+        raise UserError("ended: SLURM_JOB_ID is not set; this is for the end of an sbatch script, after srun")
     make_logs(directory)
-    job, restart = environment.get("SLURM_JOB_ID", ""), int(environment.get("SLURM_RESTART_COUNT", "0"))
+    restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
     history = launches(read_json_lines(directory / "events.jsonl"))
     if not history or (history[-1].job, history[-1].restart) != (job, restart):  # rank 0 never came to write its own
         record_event(directory, "launch", by="slurm", job=job, restart=restart, world_size=0, hosts=[])
@@ -133,7 +139,7 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
     again = "requeued" if decision.requeue else "not requeued"
     print(f"launcher: {decision.cause}; {again}: {decision.reason}", flush=True)
     if decision.requeue:
-        answer = _run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], Path.cwd())
+        answer = _run(["scontrol", "requeue", job], Path.cwd())
         if answer.returncode:
             print(f"launcher: scontrol requeue: {answer.stderr.strip()}", flush=True)
     return {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}.get(decision.cause, EXIT_FAILED)

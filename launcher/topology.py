@@ -89,9 +89,8 @@ def rank_environment(topology: Topology, rank: int, cores: int, inherited: Mappi
     """The variables to set for one rank, on top of those it inherits.
 
     `cores` is what the node offers to all its ranks; each gets an equal share of threads, unless the user set
-    OMP_NUM_THREADS: torch would otherwise start one thread per core in every rank. Device visibility is left alone:
-    every rank sees all devices of its node and picks one by LOCAL_RANK. LAUNCH_HOSTS lets the trainer name the
-    node of a rank that never came.
+    OMP_NUM_THREADS: torch would otherwise start one thread per core in every rank. LAUNCH_HOSTS lets the trainer name
+    the node of a rank that never came. Devices are in `launcher.devices`.
     """
     assert 0 <= rank < topology.world_size, f"rank {rank} is not in a world of {topology.world_size}"
     variables = {
@@ -119,12 +118,3 @@ def host_runs(topology: Topology) -> str:
         else:
             runs.append((host, 1))
     return ",".join(f"{host}*{count}" for host, count in runs)
-
-
-def count_devices(device_files: list[str], visible: str | None) -> int:
-    """GPUs this node offers: its NVIDIA device files, or what CUDA_VISIBLE_DEVICES (`visible`) leaves of them."""
-    cards = [name for name in device_files if name.removeprefix("nvidia").isdigit()]
-    if visible is None:
-        return len(cards)
-    chosen = [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
-    return min(len(cards), len(chosen))

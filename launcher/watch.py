@@ -95,7 +95,8 @@ def print_logs(directory: Path, lines: int, ranks: Sequence[int], follow: bool) 
     except KeyboardInterrupt:
         pass
     if not offsets:
-        print("no logs yet: rank 0 prints where the run was started, other ranks into logs/")
+        jobs = sorted(str(path) for path in (directory / "logs").glob("slurm-*.out"))
+        print(f"no logs yet: no rank has started; see {', '.join(jobs) or 'where it was started'}")
 
 
 def stop(directory: Path, now: bool) -> str:
@@ -167,20 +168,16 @@ def _ago(moment: float) -> str:
 class _Log:
     path: Path
     label: str
-    rank: int
 
 
 def _logs(directory: Path, ranks: Sequence[int]) -> Iterator[_Log]:
-    """Rank 0's first: under SLURM it is in the job's output."""
+    """In the order of ranks. What SLURM itself and its batch script say is in logs/slurm-JOB.out."""
     folder = directory / "logs"
-    for path in sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime):
-        if not ranks or 0 in ranks:
-            yield _Log(path, "[rank 0]", 0)
     found = [(match, path) for path in folder.glob("*.log") if (match := RANK_LOG.fullmatch(path.name))]
     for match, path in sorted(found, key=lambda pair: int(pair[0]["rank"])):
         rank = int(match["rank"])
         if not ranks or rank in ranks:
-            yield _Log(path, f"[{match['host']} rank {rank}]", rank)
+            yield _Log(path, f"[{match['host']} rank {rank}]")
 
 
 def _read_from(path: Path, offset: int) -> tuple[str, int]:

@@ -1,7 +1,11 @@
 """What tests of the ways to start a run share: the run, what it must equal, and that nothing of it is left."""
 
+import json
+import os
+import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,61 @@ LAUNCHER = [sys.executable, "-m", "launcher"]
 
 
 def train_reference(folder: Path, shards: Path) -> dict[int, dict[str, Any]]:
-    """The lines of the same run, by ranks that the test forks: two nodes of one rank each."""
+    """The lines of the same run, by ranks that the test forks: two nodes of one rank each; with its batches."""
     run_file = write_run(folder, shards)
-    run_ranks(2, command, ["train", str(run_file), *steps()], folder / "printed", ranks_per_node=1)
-    return steps_of(folder / "run")
+    run_ranks(2, train_recorded, run_file, folder / "printed", ranks_per_node=1)
+    batches = batches_of(folder / "run")
+    return {step: {**line, "batches": batches[step]} for step, line in steps_of(folder / "run").items()}
+
+
+def train_recorded(run_file: Path, printed: Path) -> int:
+    """On a rank."""
+    record_batches(run_file)
+    return command(["train", str(run_file), *steps()], printed)
+
+
+def record_batches(run_file: Path) -> None:
+    """In a trainer: a line for each batch that enters the model, in RUN.batches beside the run directory."""
+    from bigmodel.data.stream import Stream
+    from bigmodel.model.transformer import Transformer
+
+    folder = run_file.with_suffix(".batches")
+    folder.mkdir(exist_ok=True)
+    forward, following, now = Transformer.forward, Stream.__next__, [-1]
+
+    def recorded_next(self):
+        step = following(self)
+        now[0] = step.number
+        return step
+
+    def recorded_forward(self, batch, *arguments, **more):
+        if batch.num_positions:
+            line = {"process": os.getpid(), "step": now[0] + 1, "fingerprint": batch.fingerprint()}
+            with open(folder / f"rank-{os.environ['RANK']}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return forward(self, batch, *arguments, **more)
+
+    Stream.__next__, Transformer.forward = recorded_next, recorded_forward
+
+
+def recording(environment: dict[str, str]) -> dict[str, str]:
+    """The variable that makes trainers call `record_batches`."""
+    here = Path(__file__).parent
+    return {
+        "PYTHONPATH": os.pathsep.join([str(here / "recording"), str(here.parent), environment.get("PYTHONPATH", "")])
+    }
+
+
+def batches_of(run: Path) -> dict[int, list[str]]:
+    """Per step the hashes of the tensors that entered the model on any rank, sorted; a step done again counts once."""
+    found = defaultdict(list)
+    for file in run.with_suffix(".batches").iterdir():
+        lines = list(read_json_lines(file))
+        last = {line["step"]: line["process"] for line in lines}
+        for line in lines:
+            if line["process"] == last[line["step"]]:
+                found[line["step"]].append(line["fingerprint"])
+    return {step: sorted(fingerprints) for step, fingerprints in found.items()}
 
 
 def steps(number: int = STEPS) -> list[str]:
@@ -34,13 +89,16 @@ def steps_of(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def assert_same_training(run: Path, reference: dict[int, dict[str, Any]], exact: bool = True) -> None:
-    """Every step got the same data, counted; with as many ranks the losses are the same bits, else they agree.
+    """Every step got the same tensors, bit by bit; with as many ranks the losses are the same bits, else they agree.
 
     Not `exact`: more ranks than packs of a step, so that empty packs fill, which count as padding.
     """
     found = steps_of(run)
     assert sorted(found) == sorted(reference) == list(range(1, STEPS + 1))
+    batches = batches_of(run)
     for step, line in reference.items():
+        assert len(line["batches"]) == 4  # a pack each
+        assert batches[step] == line["batches"], step
         for name in ("targets", "documents", *(("positions", "padding") if exact else ())):
             assert found[step][name] == line[name], (step, name)
         if exact:
@@ -49,12 +107,20 @@ def assert_same_training(run: Path, reference: dict[int, dict[str, Any]], exact:
             assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-6 if step == 1 else 1e-3), step
 
 
+def assert_logged(run: Path, hosts: list[str]) -> None:
+    """Every rank has its log, named by its host, and `launcher logs` shows what rank 0 said to whoever started it."""
+    names = {path.name for path in (run / "logs").glob("*.log")}
+    assert names >= {f"{host}-rank-{rank}.log" for rank, host in enumerate(hosts)}, names
+    shown = subprocess.run([*LAUNCHER, "logs", str(run)], capture_output=True, text=True, check=True).stdout
+    assert f"[{hosts[0]} rank 0] starting: " in shown or f"[{hosts[0]} rank 0] resuming at step " in shown
+
+
 def left_of(run: Path) -> list[str]:
-    """Processes that still work for a run: their command line names its run file."""
+    """Processes that still work for a run: their command line names its run file, or a log of it."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = " ".join(process.info["cmdline"] or [])
-        if f"{run}.toml" in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if (f"{run}.toml" in words or f"{run}/logs/" in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(f"{process.pid}: {words}")
     return found
 

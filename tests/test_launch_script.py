@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bigmodel.config import UserError
 from bigmodel.rundir import claim, read_json_lines, record_event
 from launcher.cluster import Cluster, RequeueSettings, load_cluster
 from launcher.local import launch_environment
@@ -153,6 +154,15 @@ def test_checkpoints_are_set_aside_once_not_at_every_requeue(tmp_path: Path) -> 
     assert again.endswith(f"train {tmp_path}/run.toml")
 
 
+def test_a_dry_run_shows_the_processors_of_a_rank(tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text("binding = 'cores'")
+    step = {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    words = ["--cluster", str(tmp_path / "cluster.toml"), "--dry-run"]
+    first = execute(tmp_path, *words, **step).stdout.splitlines()[0]
+    processors = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    assert f" taskset -c {processors} {sys.executable} -m bigmodel train " in first
+
+
 def test_a_requeued_job_still_asks_for_its_new_plan(tmp_path: Path) -> None:
     """It may have been killed before the first checkpoint of the new plan; later, asking again changes nothing."""
     for environment in ({"SLURM_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}):
@@ -166,8 +176,13 @@ def test_a_port_in_use_is_named_before_the_start(tmp_path: Path) -> None:
         listener.listen()
         port = listener.getsockname()[1]
         answer = execute(tmp_path, MASTER_PORT=str(port))
-    assert answer.returncode == 2
-    assert f"port {port} of 127.0.0.1, derived from the job's number, is in use; set main_port" in answer.stderr
+        (tmp_path / "cluster.toml").write_text(f"main_port = {port}\n")
+        local = [*LAUNCHER, "local", str(tmp_path / "run.toml"), "--cluster", str(tmp_path / "cluster.toml")]
+        other = subprocess.run(local, capture_output=True, text=True, timeout=60, check=False)
+    for said in (answer, other):
+        assert said.returncode == 2
+        assert f"port {port} of 127.0.0.1, derived from " in said.stderr
+        assert "is in use; set main_port in the cluster file" in said.stderr
     assert not (tmp_path / "run" / "launch.json").exists()
 
 
@@ -271,6 +286,12 @@ def test_a_job_that_never_came_to_rank_zero_is_recorded_too(tmp_path: Path, code
     ]
 
 
+def test_the_end_of_a_job_is_told_inside_of_it_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="SLURM_JOB_ID is not set"):
+        ended(tmp_path / "run", Cluster(), 1, False, {})
+    assert not (tmp_path / "run").exists()
+
+
 # ---- status and stop of what runs here
 
 
@@ -325,11 +346,15 @@ def test_logs_are_merged_with_their_nodes_and_ranks(tmp_path: Path) -> None:
     record_launch(tmp_path, even_topology(["a", "b"], 1, "a", 1), "slurm")
     logs = tmp_path / "logs"
     logs.mkdir()
-    (logs / "slurm-7.out").write_text("step 1\rstep 2\nend\n")
+    (logs / "slurm-7.out").write_text("step 1\n")  # rank 0's lines again, and SLURM's
+    assert f"no rank has started; see {logs}/slurm-7.out" in call("logs", str(tmp_path), code=0)
+    (logs / "a-rank-0.log").write_text("step 1\rstep 2\nend\n")
     (logs / "n-1-rank-10.log").write_text("ten\n")
     (logs / "n-1-rank-2.log").write_text("two\nlast line without its end")
     shown = call("logs", str(tmp_path), code=0).splitlines()
-    assert shown == ["[rank 0] step 1", "[rank 0] step 2", "[rank 0] end", "[n-1 rank 2] two", "[n-1 rank 10] ten"]
+    assert shown == [
+        "[a rank 0] step 1", "[a rank 0] step 2", "[a rank 0] end", "[n-1 rank 2] two", "[n-1 rank 10] ten"
+    ]  # fmt: skip
     assert call("logs", str(tmp_path), "--rank", "10", "--lines", "1", code=0) == "[n-1 rank 10] ten\n"
     follow = subprocess.Popen([*LAUNCHER, "logs", str(tmp_path), "--follow"], stdout=subprocess.PIPE, text=True)
     assert [follow.stdout.readline() for _ in range(5)][-1] == "[n-1 rank 10] ten\n"

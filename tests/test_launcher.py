@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from bigmodel.rundir import read_json_lines
+from launcher import output
 from launcher.record import launches
-from launcher.topology import Topology, count_devices, even_topology, rank_environment
+from launcher.topology import Topology, even_topology, rank_environment
 from tests.launched import LAUNCHER as COMMAND
 from tests.launched import left_of, steps, wait_for_step
 from tests.tiny_run import write_run
@@ -112,11 +113,11 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> No
 
 
 def left_running(here: Path) -> list[int]:
-    """Processes whose command line names the folder: the launcher, its trainees and their children."""
+    """Processes whose command line names the folder: the launcher, its trainees, their children and copiers."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
-        if str(here) in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if any(word.startswith(str(here)) for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process.pid)
     return found
 
@@ -150,32 +151,15 @@ def test_each_rank_gets_the_variables_that_torchrun_sets() -> None:
     }
 
 
-def test_threads_are_shared_out_but_a_user_s_choice_and_device_visibility_stay() -> None:
+def test_threads_are_shared_out_but_a_user_s_choice_stays() -> None:
     topology = even_topology(["here"], 8, "127.0.0.1", 1)
     assert rank_environment(topology, 0, cores=2, inherited={})["OMP_NUM_THREADS"] == "1"
-    chosen = rank_environment(topology, 0, cores=64, inherited={"OMP_NUM_THREADS": "5", "CUDA_VISIBLE_DEVICES": "3"})
-    assert not {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(chosen)
+    assert "OMP_NUM_THREADS" not in rank_environment(topology, 0, cores=64, inherited={"OMP_NUM_THREADS": "5"})
 
 
 def test_a_rank_outside_the_world_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="rank 2 is not in a world of 2"):
         rank_environment(even_topology(["here"], 2, "127.0.0.1", 1), 2, 1, {})
-
-
-@pytest.mark.parametrize(
-    ("files", "visible", "count"),
-    [
-        ([], None, 0),
-        (["nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "null"], None, 3),
-        (["nvidia0", "nvidia1"], "1", 1),
-        (["nvidia0", "nvidia1"], "", 0),
-        (["nvidia0", "nvidia1"], "-1", 0),
-        (["nvidia0", "nvidia1"], "GPU-ab,GPU-cd", 2),
-        ([], "0,1", 0),
-    ],
-)
-def test_gpus_are_counted_from_device_files_and_visibility(files: list[str], visible: str | None, count: int) -> None:
-    assert count_devices(files, visible) == count
 
 
 # ---- how a run ends
@@ -185,10 +169,10 @@ def test_all_ranks_done_is_success_and_each_saw_its_own_number(tmp_path: Path) -
     then = "(here / f'env-{rank}').write_text(' '.join(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))"
     code, output, errors = Launch(tmp_path, then, ranks=3).end()
     assert (code, errors) == (0, "")
-    assert output == "rank 0 begins\n"  # rank 0 writes to the launcher's own output, the others to their logs
+    assert output == "rank 0 begins\n"  # rank 0's is shown here too
     assert [(tmp_path / f"env-{rank}").read_text() for rank in range(3)] == ["0 0 3", "1 1 3", "2 2 3"]
-    assert (tmp_path / "logs" / "here-rank-2.log").read_text() == "rank 2 begins\n"
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["here-rank-1.log", "here-rank-2.log"]
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert logs == {f"here-rank-{rank}.log": f"rank {rank} begins\n" for rank in range(3)}
 
 
 def test_a_killed_rank_is_named_and_the_rest_is_ended(tmp_path: Path) -> None:
@@ -317,7 +301,7 @@ def test_a_death_while_saving_is_a_failure(tmp_path: Path) -> None:
 def test_kill_dash_nine_of_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     launch = Launch(tmp_path, ranks=3, save_seconds=50.0)
     launch.wait_until_started()
-    assert len(left_running(tmp_path)) == 4
+    assert len(left_running(tmp_path)) == 6  # with the copiers of rank 0's output and errors
     launch.process.kill()
     launch.end()
 
@@ -456,17 +440,81 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert f"run.directory = {tmp_path / 'run'}: cannot make" in answer.stderr
 
 
-def test_rank_zero_writes_to_the_terminal_itself(tmp_path: Path) -> None:
-    """On a pseudo-terminal: rank 0 sees a terminal (its progress line lives), the others do not."""
-    trainee = "import os, sys; print('terminal', os.environ['RANK'], sys.stdout.isatty(), flush=True)"
+def test_on_a_terminal_rank_zero_draws_its_bar_and_its_log_is_plain(tmp_path: Path) -> None:
+    trainee = """
+import os
+from bigmodel.progress import LiveLine
+line = LiveLine(0, 2, enabled=True)
+line.say(f"rank {os.environ['RANK']} begins")
+line.update(1, 4.0, 10.0)
+line.close()
+"""
     program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60, leash=False)
     ours, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, stdout=theirs) as process:
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while data := os.read(ours, 65536):
+                shown += data
         assert process.wait(timeout=60) == 0
-    assert os.read(ours, 1000).decode().strip() == "terminal 0 True"
     os.close(ours)
-    assert (tmp_path / "logs" / "here-rank-1.log").read_text() == "terminal 1 False\n"
+    assert b"\x1b[2K" in shown  # it overwrites itself
+    assert b"\xe2\x94\x81" in shown  # the bar
+    first, second, *_ = (tmp_path / "logs" / "here-rank-0.log").read_text().splitlines()
+    assert first == "rank 0 begins"
+    assert second.startswith("step 1/2 ")
+    assert (tmp_path / "logs" / "here-rank-1.log").read_text().splitlines()[0] == "rank 1 begins"
+
+
+# ---- a copier
+
+
+@pytest.fixture
+def copier(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, output.__file__, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("pieces", "logged"),
+    [
+        ([b"one\ntw", b"o\n"], "one\ntwo\n"),
+        ([b"no end"], "no end\n"),
+        ([b"\r\x1b[2K1 of 2", b"\r\x1b[2K2 of 2", b"\r\x1b[2Ksaid\n2 of 2\n"], "said\n2 of 2\n"),
+        ([b"windows\r", b"\n"], "windows\n"),
+        ([b"\x1b[31mred\x1b[0m \xff\n"], "red \ufffd\n"),
+    ],
+    ids=["lines", "no end", "progress", "carriage returns", "colours"],
+)
+def test_everything_is_shown_and_the_log_is_plain(
+    copier: "subprocess.Popen[bytes]", tmp_path: Path, pieces: list[bytes], logged: str
+) -> None:
+    for piece in pieces:
+        copier.stdin.write(piece)
+        copier.stdin.flush()
+        assert os.read(copier.stdout.fileno(), 1000) == piece
+    copier.stdin.close()
+    assert copier.wait(10) == 0
+    assert (tmp_path / "log").read_text(errors="replace") == logged
+
+
+def test_a_copier_outlives_the_signals_of_a_stop_and_a_lost_terminal(
+    copier: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    copier.stdin.write(b"begin\n")
+    copier.stdin.flush()
+    assert copier.stdout.readline() == b"begin\n"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        copier.send_signal(number)
+    copier.stdout.close()
+    copier.stdin.write(b"end\n")
+    copier.stdin.close()
+    assert copier.wait(10) == 0
+    assert (tmp_path / "log").read_text() == "begin\nend\n"
 
 
 def test_the_launcher_never_imports_torch() -> None:

@@ -17,9 +17,11 @@ from launcher.record import launches
 from tests.launched import (
     LAUNCHER,
     STEPS,
+    assert_logged,
     assert_no_orphans,
     assert_same_training,
     ranks_of,
+    recording,
     steps,
     steps_of,
     train_reference,
@@ -43,6 +45,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for path in (folder, *folder.parents[:2]):
         path.chmod(0o755)  # munged runs as another user
     cluster = Cluster(folder / "cluster", NODES)
+    cluster.environment |= recording(cluster.environment)
     try:
         cluster.start()
         yield cluster
@@ -131,6 +134,24 @@ def test_a_het_job_is_one_world_of_all_its_groups(cluster: Cluster, tmp_path: Pa
     assert all(f"MASTER_ADDR={homes[0][1]} " in line for line in environments)
 
 
+def test_every_group_of_a_het_job_is_checked(cluster: Cluster, tmp_path: Path, shards: Path) -> None:
+    run_file, output = write_run(tmp_path, shards), tmp_path / "output"
+    script = tmp_path / "het.sbatch"
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH -N1 -n1 --output={output}\n#SBATCH hetjob\n#SBATCH -N2 --ntasks-per-node=2\n"
+        f"scontrol show hostnames $SLURM_JOB_NODELIST_HET_GROUP_0,$SLURM_JOB_NODELIST_HET_GROUP_1\n"
+        f"{' '.join(LAUNCHER)} check {run_file} --json\n"
+    )
+    job = cluster.call("sbatch", "--parsable", str(script)).strip()
+    cluster.wait(job)  # COMPLETED, or FAILED where this busy machine makes a link slow
+    hosts, _, answer = output.read_text().partition("{")
+    assert len(hosts.split()) == 3
+    result = json.loads("{" + answer)
+    assert sorted(result["reports"]) == sorted(hosts.split())
+    assert all(set(report["network"]["links"]) and report["data"] for report in result["reports"].values())
+    assert_no_orphans(tmp_path / "run")
+
+
 def test_a_het_job_trains(cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]) -> None:
     run_file, run, output = write_run(tmp_path, shards), tmp_path / "run", tmp_path / "output"
     script = tmp_path / "het.sbatch"
@@ -200,40 +221,88 @@ def test_a_submitted_run_survives_a_killed_rank_and_equals_the_local_run(
     launch = read_json(run / "launch.json")
     assert len(launch["hosts"]) == 2
     assert launch["main_address"] == launch["hosts"][0]
-    logs = sorted(path.name for path in (run / "logs").iterdir())
-    assert logs[-1] == f"slurm-{job}.out"
-    assert all(re.fullmatch(r"n\d+-rank-1\.log", name) for name in logs[:-1])
+    assert_logged(run, launch["hosts"])
     assert "requeued: it goes on from its last checkpoint" in (run / "logs" / f"slurm-{job}.out").read_text()
     assert_no_orphans(run)
 
 
-def adapt(folder: Path, name: str, run_file: Path) -> Path:
+def adapt(folder: Path, name: str, run_file: Path, nodes: int = 2, ranks: int = 1, more: str = "") -> Path:
     """A script of configs/clusters/ as it stands, but for this machine's interpreter, the run file and the counts."""
     text = (CLUSTERS / name).read_text()
-    changes = [("python -m ", f"{sys.executable} -m "), ("exec my.toml", f"exec {run_file} {' '.join(steps())}")]
-    changes += [("--ntasks-per-node=8", "--ntasks-per-node=1"), ("--nproc-per-node=8", "--nproc-per-node=1")]
-    changes += [("--gpus-per-node=8", "--gpus-per-node=2")]
+    changes = [("python -m ", f"{sys.executable} -m "), (" my.toml", f" {run_file} {' '.join(steps())} {more}")]
+    changes += [("--ntasks-per-node=8", f"--ntasks-per-node={ranks}"), ("--nproc-per-node=8", "--nproc-per-node=1")]
+    changes += [("--nodes=2", f"--nodes={nodes}"), ("--gpus-per-node=8", "--gpus-per-node=2")]
     for before, after in changes:
         text = text.replace(before, after)
-    assert text.count(sys.executable) == text.count(str(run_file)) == 1
+    assert text.count(f"exec {run_file}") == 1
     script = folder / name
     script.write_text(text)
     return script
 
 
-@pytest.mark.parametrize(("script", "by"), [("own.sbatch", "slurm"), ("torchrun.sbatch", "torchrun")])
-def test_the_ready_scripts_train(
-    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict], script: str, by: str
+def test_the_ready_script_of_torchrun_trains(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
 ) -> None:
     run_file, run, output = write_run(tmp_path, shards), tmp_path / "run", tmp_path / "output"
-    submit = ["sbatch", "--parsable", f"--output={output}", str(adapt(tmp_path, script, run_file))]
+    submit = ["sbatch", "--parsable", f"--output={output}", str(adapt(tmp_path, "torchrun.sbatch", run_file))]
     job = cluster.call(*submit).strip()
     assert cluster.wait(job) == "COMPLETED", output.read_text()
     assert_same_training(run, reference)
     launch = read_json(run / "launch.json")
-    assert (launch["by"], launch["job"], len(launch["hosts"])) == (by, job, 2)
+    assert (launch["by"], launch["job"], len(launch["hosts"])) == ("torchrun", job, 2)
     [history] = launches(read_json_lines(run / "events.jsonl"))
-    assert (history.by, history.cause) == (by, "finished")  # the trainer's own word: no launcher saw the end
+    assert (history.by, history.cause) == ("torchrun", "finished")  # the trainer's own word: no launcher saw the end
+    assert_logged(run, [os.uname().nodename] * 2)
+    assert_no_orphans(run)
+
+
+def test_the_user_s_own_script_goes_on_after_a_time_limit_s_signal_and_a_preemption(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    """2 nodes of a rank. The signal is sent by hand (a time limit has minutes); scontrol requeue is what preempts."""
+    run_file, run, output = write_run(tmp_path, shards), tmp_path / "run", tmp_path / "output"
+    submit = ["sbatch", "--parsable", f"--output={output}", str(adapt(tmp_path, "own.sbatch", run_file))]
+    job = cluster.call(*submit).strip()
+    wait_for_step(run, 5)
+    cluster.call("scancel", "--signal=USR1", job)
+    until(lambda: "launcher: stopped; requeued" in output.read_text(), output.read_text, 60)
+    saved = [max(int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*"))]
+    cluster.start_now(job)
+    wait_for_step(run, saved[0] + 2)
+    cluster.call("scontrol", "requeue", job)
+    cluster.start_now(job)
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
+    assert_same_training(run, reference)
+    history = launches(read_json_lines(run / "events.jsonl"))
+    assert [(start.by, start.job, start.restart) for start in history] == [("slurm", job, n) for n in range(3)]
+    assert [start.cause for start in history][::2] == ["stopped", "finished"]
+    assert history[1].cause in ("stopped", "lost")  # what a save costs against KillWait
+    resumed = [line["step"] for line in read_json_lines(run / "events.jsonl") if line["event"] == "start"]
+    assert resumed[:2] == [0, saved[0]]
+    assert resumed[2] >= saved[0] == history[0].step
+    assert_logged(run, read_json(run / "launch.json")["hosts"])
+    assert_no_orphans(run)
+
+
+def test_four_nodes_of_two_bound_ranks_train_alike_from_the_user_s_own_script(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    run_file, run, output = write_run(tmp_path, shards), tmp_path / "run", tmp_path / "output"
+    machines = write_cluster(tmp_path, "binding = 'cores'\n")
+    script = adapt(tmp_path, "own.sbatch", run_file, nodes=4, ranks=2, more=f"--cluster {machines}")
+    job = cluster.call("sbatch", "--parsable", f"--output={output}", str(script)).strip()
+    wait_for_step(run, 1)
+    bound = {rank: set(process.cpu_affinity()) for rank, process in ranks_of(run).items()}
+    assert len(bound) == 8
+    for first, second in zip(range(0, 8, 2), range(1, 8, 2), strict=True):
+        assert not bound[first] & bound[second] or len(os.sched_getaffinity(0)) < 2
+        assert bound[first] | bound[second] <= os.sched_getaffinity(0)
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
+    assert_same_training(run, reference, exact=False)
+    assert len(read_json(run / "world.json")["ranks"]) == 8
+    launch = read_json(run / "launch.json")
+    assert launch["node_of_rank"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert_logged(run, [launch["hosts"][node] for node in launch["node_of_rank"]])
     assert_no_orphans(run)
 
 
@@ -256,21 +325,6 @@ def test_nodes_are_checked_inside_the_job_before_it_starts(cluster: Cluster, tmp
     assert_no_orphans(run)
 
 
-def test_four_nodes_of_two_ranks_train_alike(
-    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
-) -> None:
-    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
-    machines = write_cluster(tmp_path, "nodes = 4\nranks_per_node = 2\ngpus_per_node = 2\n")
-    submit = [*LAUNCHER, "slurm", str(run_file), "--cluster", str(machines), *steps()]
-    job = re.search(r"job (\d+)", cluster.call(*submit))[1]
-    assert cluster.wait(job) == "COMPLETED", (run / "logs" / f"slurm-{job}.out").read_text()
-    assert_same_training(run, reference, exact=False)
-    world = read_json(run / "world.json")
-    assert len(world["ranks"]) == 8
-    assert read_json(run / "launch.json")["node_of_rank"] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert_no_orphans(run)
-
-
 def test_status_logs_and_stop_from_the_run_directory(cluster: Cluster, tmp_path: Path, shards: Path) -> None:
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     machines = write_cluster(tmp_path, "nodes = 2\n")
@@ -286,7 +340,9 @@ def test_status_logs_and_stop_from_the_run_directory(cluster: Cluster, tmp_path:
     shown = cluster.call(*LAUNCHER, "status", str(run))
     assert f"slurm job {job}" in shown
     assert "running" in shown
-    assert "[rank 0] starting: " in cluster.call(*LAUNCHER, "logs", str(run))
+    logs = cluster.call(*LAUNCHER, "logs", str(run))
+    assert f"[{status['hosts'][0]} rank 0] starting: " in logs
+    assert "starting: " in (run / "logs" / f"slurm-{job}.out").read_text()
     second = cluster.run(*LAUNCHER, "local", str(run_file))
     assert second.returncode == 2
     assert f"another run is using it now (slurm, job {job}" in second.stdout

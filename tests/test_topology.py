@@ -7,11 +7,12 @@ import pytest
 from bigmodel.config import UserError
 from launcher.binding import divide, parse_list
 from launcher.cluster import Cluster, hosts_and_slots, load_cluster, read_hostfile
+from launcher.devices import device_variables, given_devices
 from launcher.drawing import draw_topology, print_topology, shorten
 from launcher.execute import preset
 from launcher.fabric import fabric_environment
 from launcher.hostlist import expand_counts, expand_hosts
-from launcher.placement import distribute, find_place, job_hosts, port_of, started_by
+from launcher.placement import distribute, find_place, job_groups, port_of, started_by
 from launcher.topology import Topology, even_topology, ranks_per_node
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "clusters"
@@ -46,6 +47,8 @@ def test_a_node_list_is_expanded_in_its_order(text: str, hosts: list[str]) -> No
         ("n[a-b]", "'a-b' in brackets is neither"),
         ("n[3-1]", "the range 3-1 is empty"),
         ("n[0-999999999]", "more than 100000 hosts"),
+        ("n[0-99999]m[0-99999]", "more than 100000 hosts"),
+        ("a,-oProxyCommand=x", "'-oProxyCommand=x' is no host name"),
     ],
 )
 def test_what_is_no_node_list_is_named(text: str, message: str) -> None:
@@ -139,6 +142,36 @@ def test_a_contradiction_to_slurm_is_an_error(lie: dict[str, str], message: str)
         find_place({**SLURM, **lie})
 
 
+@pytest.mark.parametrize("name", sorted(SLURM))
+def test_slurm_without_one_of_its_variables_is_the_same_place_or_an_error(name: str) -> None:
+    given = {key: value for key, value in SLURM.items() if key != name}
+    if name in ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
+        with pytest.raises(UserError, match="start it"):
+            find_place(given)
+        return
+    topology, rank = find_place(given)
+    assert (rank, topology.nodes, topology.main_address) == (3, (0, 0, 1, 1), "n7")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID=x in the environment must be a whole number from 0 to 3"),
+        ({**SLURM, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 in the environment must be a whole number from 0 to 3"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4"}, "has 2 nodes, but SLURM_STEP_TASKS_PER_NODE=4 is of 1"),
+        ({**SLURM, "MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment must be a whole number from 0 to"),
+        ({**TORCHRUN, "RANK": "one"}, "RANK=one in the environment must be a whole number from 0 to 3"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4 in the environment must be a whole number from 0 to 3"),
+        ({**TORCHRUN, "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1 in the environment must be a whole number"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK=1 in the environment must be a whole number"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be a whole number"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_place(given)
+
+
 @pytest.mark.parametrize(
     ("rank", "size", "local_rank", "local_size"),
     [
@@ -173,11 +206,11 @@ def test_jobs_that_follow_each_other_get_different_ports_below_the_clients() -> 
     assert all(15_000 <= port_of(str(job)) < 31_000 for job in (0, 1, 10**9, "4711_3"))
 
 
-def test_a_job_s_hosts_include_every_group_of_a_het_job() -> None:
-    assert job_hosts({}) == []
-    assert job_hosts({"SLURM_JOB_NODELIST": "n[1-2]"}) == ["n1", "n2"]
-    het = {"SLURM_JOB_NODELIST_HET_GROUP_0": "n1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[4-5]"}
-    assert job_hosts({"SLURM_JOB_NODELIST": "n1", **het}) == ["n1", "n4", "n5"]
+def test_a_job_s_hosts_come_by_the_groups_of_a_het_job() -> None:
+    assert job_groups({}) == []
+    assert job_groups({"SLURM_JOB_NODELIST": "n[1-2]"}) == [["n1", "n2"]]
+    het = {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "n1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[4-5]"}
+    assert job_groups({"SLURM_JOB_NODELIST": "n1", **het}) == [["n1"], ["n4", "n5"]]
 
 
 # ---- cluster and host files
@@ -245,12 +278,21 @@ def test_a_host_file_is_deepspeed_s(tmp_path: Path) -> None:
         ("w1 slots=8\nw2 slots=4", "slots differ between hosts .w1 8, w2 4.: ranks would not divide evenly"),
         ("w1 slot=8", "hosts:1: 'w1 slot=8' is not of the form `host slots=8`"),
         ("w1\nw1", "hosts:2: w1 is listed twice"),
+        ("w1 slots=0", "hosts:1: w1 has no slots; leave its line out"),
+        ("w1 slots=-1", "hosts:1: 'w1 slots=-1' is not of the form"),
+        ("w1 slots=", "hosts:1: 'w1 slots=' is not of the form"),
+        ("-w1", "hosts:1: '-w1' is no host name"),
         ("# none", "lists no host"),
     ],
 )
 def test_a_mistake_in_a_host_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         hosts_and_slots(Cluster(), write(tmp_path, text, "hosts"))
+
+
+def test_a_host_named_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"hosts = 'n\[1-2\],n1': n1 is listed twice; set ranks_per_node"):
+        hosts_and_slots(Cluster(hosts="n[1-2],n1"))
 
 
 def test_without_hosts_it_says_where_they_go() -> None:
@@ -262,6 +304,63 @@ def test_the_cluster_s_address_comes_first_but_not_before_torchrun_s() -> None:
     cluster = Cluster(main_address="10.0.0.1", main_port=99)
     assert preset({"MASTER_ADDR": "x"}, cluster) == {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}
     assert preset(TORCHRUN, cluster) == TORCHRUN
+
+
+# ---- devices
+
+CARDS = ["nvidia0", "nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm", "null"]
+PCI = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+@pytest.mark.parametrize(
+    ("files", "visible", "names"),
+    [
+        ([], None, []),
+        (CARDS, None, ["0", "2", "10"]),
+        (CARDS, "2", ["2"]),
+        (CARDS, "", []),
+        (CARDS, "-1", []),
+        (CARDS, "2, 0,-1,10", ["2", "0"]),
+        (CARDS, "GPU-ab,GPU-cd", ["GPU-ab", "GPU-cd"]),
+        ([], "0,1", []),
+    ],
+)
+def test_gpus_are_those_that_the_node_has_and_shows(files: list[str], visible: str | None, names: list[str]) -> None:
+    assert given_devices(files, visible) == names
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "expected"),
+    [
+        (CARDS, {}, {**PCI, "CUDA_VISIBLE_DEVICES": "0,2,10"}),
+        (CARDS, {"CUDA_VISIBLE_DEVICES": "2,0"}, {**PCI, "CUDA_VISIBLE_DEVICES": "2,0"}),
+        (CARDS, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+                                                         "CUDA_VISIBLE_DEVICES": "0,2,10"}),
+        # srun --gpus-per-task=1, as a real task had it
+        (CARDS, {"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_ON_NODE": "2"}, {**PCI, "CUDA_VISIBLE_DEVICES": "2"}),
+        (CARDS, {"CUDA_VISIBLE_DEVICES": ""}, {}),  # for CPUs, on purpose
+        ([], {"CUDA_VISIBLE_DEVICES": "0,1"}, {}),
+    ],
+    ids=["all", "given", "order", "its own", "none", "no GPU"],
+)  # fmt: skip
+def test_two_ranks_see_all_that_their_node_was_given(
+    files: list[str], given: dict[str, str], expected: dict[str, str]
+) -> None:
+    assert device_variables(files, 2, "n1", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "message"),
+    [
+        ({}, 4, r"4 ranks on n1, where each sees 3 GPU\(s\) \(0,2,10\)"),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, 2, r"2 ranks on n1, where each sees 1 GPU\(s\) \(2\)"),
+        ({"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_ON_NODE": "1"}, 2, "a rank needs one of its own"),
+        ({"CUDA_VISIBLE_DEVICES": "0,2", "SLURM_GPUS_ON_NODE": "8"}, 4, "a rank needs one of its own"),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused(given: dict[str, str], size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        device_variables(CARDS, size, "n1", given)
 
 
 # ---- binding
@@ -284,7 +383,9 @@ def test_cores_are_shared_out_node_by_node_and_never_too_few() -> None:
         {4, 5, 8, 9},
         {6, 7, 10, 11},
     ]
-    assert divide("cores", 0, 7, ALL, [], NUMA) is None  # less than two each
+    assert [divide("cores", rank, 2, [0, 1], [], NUMA) for rank in range(2)] == [{0}, {1}]
+    assert divide("cores", 0, 3, [0, 1], [], NUMA) is None  # less than one each
+    assert divide("device", 0, 4, ALL, [0, 0, 0, 0], NUMA) is None  # less than two each
     assert divide("cores", 1, 2, [0, 1, 4, 5], [], NUMA) == {4, 5}  # only what the job may use
     assert divide("none", 0, 1, ALL, [0], NUMA) is None
     assert parse_list("0-3,8\n") == [0, 1, 2, 3, 8]
