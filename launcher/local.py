@@ -61,7 +61,6 @@ class Rank:
     process: subprocess.Popen[bytes]
     log: Path
     log_start: int
-    copiers: list[subprocess.Popen[bytes]]  # of its output, where that is shown
     ended: int | None = None
 
     def signal(self, number: int) -> None:
@@ -75,6 +74,7 @@ class Supervision:
     """What has happened so far to the ranks of one launch."""
 
     ranks: list[Rank]
+    copiers: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of what is shown here
     signals: list[int] = field(default_factory=list)
     stopping: bool = False  # a signal told us to stop
     culprit: Rank | None = None  # the first rank that died
@@ -116,12 +116,13 @@ def run(
         try:
             for number in topology.ranks_of(node):
                 environment = local_environment(topology, number, variables or {})
-                supervision.ranks.append(_start(command, topology, number, logs, environment, binding))
+                supervision.ranks.append(
+                    _start(command, topology, number, logs, environment, binding, supervision.copiers)
+                )
             _supervise(supervision, grace_seconds, save_seconds)
         finally:
             _kill_all(supervision.running)
-            for rank in supervision.ranks:
-                wait_for(rank.copiers)
+            wait_for(supervision.copiers)
     return _verdict(supervision)
 
 
@@ -158,13 +159,16 @@ def _start(
     logs: Path,
     environment: Mapping[str, str],
     binding: str,
+    copiers: list[subprocess.Popen[bytes]],
 ) -> Rank:
+    """`copiers` gets those of its output."""
     log, shown = logs / log_name(topology.host(number), number), number == 0
     log_start = log.stat().st_size if log.exists() else 0
     processors = processors_to_bind(
         binding, topology.local_rank(number), topology.local_size(number), {**os.environ, **environment}
     )
-    output, errors, copiers = open_outputs(log, shown)
+    output, errors, added = open_outputs(log, shown)
+    copiers += added
     try:
         process = subprocess.Popen(
             list(command),
@@ -180,7 +184,7 @@ def _start(
         os.close(errors)
     if processors:
         os.sched_setaffinity(process.pid, processors)  # it has no thread yet but the first: all later ones inherit
-    return Rank(number, process, log, log_start, copiers)
+    return Rank(number, process, log, log_start)
 
 
 def _listen(signals: list[int]) -> None:
