@@ -124,8 +124,12 @@ def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
     vocabulary, settings = model.embedding.num_embeddings, model.settings
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(model(batch, "logits"), batch.targets).backward()
-    lengths = batch.offsets.diff().tolist()  # padding is a document of its own
+    return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch), (0, 0)).causal
+
+
+def work_of(batch: Batch) -> Work:
+    """What torch's counter takes a batch for: every document sees all of itself, and padding is a document."""
+    lengths = batch.offsets.diff().tolist()
     sources = batch.source.offsets.diff().tolist() if batch.source else [0] * len(lengths)
     squares, crossing = sum(n * n for n in lengths), sum(n * s for n, s in zip(lengths, sources, strict=True))
-    seen = Work(sum(lengths), sum(sources), squares, squares, sum(s * s for s in sources), crossing)
-    return counter.get_total_flops(), flops(settings, vocabulary, seen, (0, 0)).causal
+    return Work(sum(lengths), sum(sources), squares, squares, sum(s * s for s in sources), crossing)

@@ -423,6 +423,9 @@ class TrainingSettings(Section):
         1, ge=1, description="consecutive ranks that share each pack (Ulysses), for very long documents"
     )
     compile: bool = Field(False, description="torch.compile each block")
+    collective_timeout_seconds: float = Field(
+        600.0, gt=0, description="a collective that takes longer waits for a rank that hangs: the run fails"
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights over updates, in checkpoints; 0: off")
     z_loss: float = Field(
         0.0, ge=0, description="weight of logsumexp(logits)^2 in the gradient, 1e-4 is usual; 0: off; not in the loss"

@@ -77,7 +77,7 @@ def families(samples: Samples) -> Iterator[Any]:
             continue
         if metric.kind == "histogram":
             family: Any = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=metric.labels)
-            for labels, (counts, total) in samples[metric.name]:
+            for labels, (counts, total) in _over_ranks(samples[metric.name]).items():
                 family.add_metric(labels, list(zip(BUCKET_NAMES, _running_sums(counts), strict=True)), total)
         else:
             make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
@@ -85,6 +85,15 @@ def families(samples: Samples) -> Iterator[Any]:
             for labels, value in samples[metric.name]:
                 family.add_metric(labels, value)
         yield family
+
+
+def _over_ranks(histograms: list[list[Any]]) -> dict[tuple[str, ...], tuple[list[int], float]]:
+    """Label values -> counts and sum; ranks whose histograms have the same labels are added up."""
+    found: dict[tuple[str, ...], tuple[list[int], float]] = {}
+    for labels, (counts, total) in histograms:
+        before, sum_before = found.get(tuple(labels), ([0] * len(counts), 0.0))
+        found[tuple(labels)] = [a + b for a, b in zip(before, counts, strict=True)], sum_before + total
+    return found
 
 
 def _running_sums(counts: list[int]) -> list[int]:

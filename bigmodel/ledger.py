@@ -11,11 +11,12 @@ the wall time from the first start to the last line, because each line holds the
     checkpoint  saving, as far as training waits
     evaluation  on the validation split
     replay      steps, evaluations and checkpoints that had been done before the restart
-    hang        the part of a step, also of one that failed, above ten times the median of the last 64; after a hang
-                that a watchdog ended: down time
+    hang        the part of a step above ten times the median of the last 64; all of the time between the last step and
+                a failure, death or order to stop where that is longer than ten of these (also of a save or evaluation
+                that failed), or where a watchdog says that it ended a hang
     skipped     steps whose update was left out
     stopped     between an orderly end and the next start
-    down        between the last step, evaluation or save before a death or failure and the next start
+    down        else between the last step, evaluation or save before a death or failure and the next start
     finish      after the last step, its evaluation and save
 """
 
@@ -35,6 +36,7 @@ MIN_RECENT = 8
 SPIKE_DEVIATIONS = 6.0
 SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
 ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # how a start ended: causes of the next one
+SAVE_FAILURES = ("disk_full", "permission", "io_error")  # reasons of a save that failed
 FROM_ZERO = (
     "steps",
     "target_tokens",
@@ -48,6 +50,7 @@ FROM_ZERO = (
     "checkpoints",
     "checkpoint_written_bytes",
     "checkpoint_seconds",
+    *(f"checkpoint_failures|{reason}" for reason in SAVE_FAILURES),
     "steps_skipped|not_finite",
     "spikes|loss",
     "spikes|gradient_norm",
@@ -68,19 +71,24 @@ class Ledger:
         self.time = 0.0  # of the last line
         self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of it
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._hung = False  # the start that failed last
         self._signals = {name: deque[float](maxlen=SPIKE_STEPS) for name in ("loss", "gradient_norm")}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Enter one line; a kind we do not know is left to those who do."""
         kind = line["kind"]
-        if kind not in (*COUNTED, "start", "end"):
+        if kind not in (*COUNTED, "failed_checkpoint", "start", "end"):
             return
         again = kind in COUNTED and line["step"] <= self.counted[kind]
         if kind == "start":
+            self._hung = False
             self._restore(line["carried"])
             self.seconds["start"] += line["lap"]
         elif kind == "end":
             self._end(line)
+        elif kind == "failed_checkpoint":  # counted each time: it was tried again
+            self._count("checkpoint_failures", 1, line["reason"])
+            self.seconds["checkpoint"] += line["lap"]
         elif again:
             self.seconds["replay"] += line["lap"]
         else:
@@ -93,15 +101,22 @@ class Ledger:
         if kind == "step" and line["norms"]:
             self.last["norms"] = line
 
-    def carry(self, began: float, ending: str | None) -> dict[str, Any]:
+    def carry(self, began: float, ending: str | None, ended: float | None = None) -> dict[str, Any]:
         """The state to open a new start with: the pause since the last line is entered under how that start ended.
 
         `began`: Unix time at which the new process began. `ending`: one of ENDINGS; None for the first start.
+        `ended`: Unix time of that ending, where somebody saw it and the start did not tell.
         """
         if ending is not None:
-            cause = {"stopped": "stopped", "finished": "stopped", "hang": "hang"}.get(ending, "down")
-            self.seconds[cause] += max(0.0, began - self.time)
-            self._count("restarts", 1, ending if ending in ENDINGS else "failed")
+            pause = max(0.0, began - self.time)
+            stood = min(max(0.0, (ended or self.time) - self.time), pause)
+            if ending == "hang" or self._is_hang(stood):
+                hang = stood if ended else pause
+                self._hung, pause = True, pause - hang
+                self.seconds["hang"] += hang
+            self.seconds["stopped" if ending in ("stopped", "finished") else "down"] += pause
+            cause = "hang" if self._hung else ending if ending in ENDINGS else "failed"
+            self._count("restarts", 1, cause)
         if self.began is None:
             self.began = began
         keys = ("counts", "seconds", "counted", "began")
@@ -166,7 +181,7 @@ class Ledger:
             taken = min(left, wanted)
             self.seconds[cause] += taken
             left -= taken
-        hang = self._part_of_hang(left)
+        hang = max(0.0, left - self._longest_step())
         self._durations.append(left)
         self.seconds["hang"] += hang
         self.seconds["skipped" if line["skipped"] else "productive"] += left - hang
@@ -175,13 +190,15 @@ class Ledger:
         if line["ending"] in ("stopped", "finished"):
             self.seconds["finish"] += line["lap"]
             return
-        hang = self._part_of_hang(line["lap"])
-        self.seconds["hang"] += hang
-        self.seconds["down"] += line["lap"] - hang
+        self._hung = self._is_hang(line["lap"])
+        self.seconds["hang" if self._hung else "down"] += line["lap"]
 
-    def _part_of_hang(self, seconds: float) -> float:
-        usual = statistics.median(self._durations) if len(self._durations) >= MIN_RECENT else math.inf
-        return max(0.0, seconds - HANG_FACTOR * usual)
+    def _is_hang(self, seconds: float) -> bool:
+        return seconds > self._longest_step()
+
+    def _longest_step(self) -> float:
+        """Of those that are not said to hang."""
+        return HANG_FACTOR * statistics.median(self._durations) if len(self._durations) >= MIN_RECENT else math.inf
 
     def _add_evaluation(self, line: Mapping[str, Any]) -> None:
         self._count("evaluations", 1)

@@ -48,7 +48,10 @@ RUN = (
         "devices", ("convention",),
     ),
     Metric("hardware_flops_utilization_ratio", "gauge", "HFU of the last step: FLOPs computed per second over peak"),
-    Metric("device_peak_flops", "gauge", "FLOPs per second of one device at most: from a table; on a CPU measured"),
+    Metric(
+        "device_peak_flops", "gauge", "FLOPs per second of one device at most (bf16): from a table, on a CPU measured; "
+        "absent, and with it MFU and HFU, for a device that the table does not know",
+    ),
     Metric("packing_efficiency_ratio", "gauge", "Share of the last step's positions that held a token"),
     Metric("attention_imbalance_ratio", "gauge", "Attention time of rank 0's node over that of a perfect share"),
     Metric("attention_imbalance_undealt_ratio", "gauge", "The same, were packs left in their canonical order"),
@@ -79,6 +82,10 @@ RUN = (
     Metric("validation_loss_nats", "gauge", "Validation loss, nats per target token"),
     Metric("validation_compression_ratio", "gauge", "Validation loss as coded bytes per byte of text; times 8: bits"),
     Metric("checkpoints", "counter", "Checkpoints saved"),
+    Metric(
+        "checkpoint_failures", "counter", "Checkpoints that could not be saved: disk_full, permission or io_error",
+        ("reason",),
+    ),
     Metric("checkpoint_written_bytes", "counter", "Bytes written in checkpoints"),
     Metric("checkpoint_seconds", "counter", "Time spent saving checkpoints"),
     Metric("last_checkpoint_timestamp_seconds", "gauge", "Unix time at which the last checkpoint was complete"),
@@ -112,8 +119,11 @@ RANK = (
     Metric("device_xid_errors", "counter", "Critical XID errors of the rank's GPU since the start", ("rank",)),
 )  # fmt: skip
 
-# Of each node; on its own page.
+# Of each node; on its own page. Phases are counters per rank, which name the slow one and why; their histogram is over
+# the node's ranks, for a series per rank, phase and bucket would be a hundred more a rank, and quantiles of a phase are
+# asked of the run, not of a rank. Step durations, one phase as it were, have both.
 NODE = (
+    Metric("phase_duration_seconds", "histogram", "A step's time in a phase, over the node's ranks", ("phase",)),
     Metric("node_memory_total_bytes", "gauge", "Memory of the node"),
     Metric("node_memory_available_bytes", "gauge", "Memory of the node that is free or can be freed"),
     Metric("disk_total_bytes", "gauge", "Size of the file system that holds the run directory"),

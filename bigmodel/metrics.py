@@ -178,6 +178,10 @@ class Metrics:
     def record_checkpoint(self, step: int, written_bytes: int, seconds: float) -> None:
         self._tell("checkpoint", {"step": step, "bytes": written_bytes, "seconds": seconds, "lap": self.lap()})
 
+    def record_failed_checkpoint(self, step: int, reason: str) -> None:
+        """`reason`: one of `ledger.SAVE_FAILURES`."""
+        self._tell("failed_checkpoint", {"step": step, "reason": reason, "lap": self.lap()})
+
     def close(self, ending: str = "failed") -> None:
         """Stop serving and withdraw the address. `ending`: "finished", "stopped" or "failed". May be repeated."""
         if self._ledger and not self._closed:
@@ -215,7 +219,7 @@ class Metrics:
         for line in lines:
             before.add(line)
         kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
-        carried = before.carry(began, how_it_ended(self._directory, lines))
+        carried = before.carry(began, *how_it_ended(self._directory, lines))
         now, self._lap_began = time.time(), time.perf_counter()
         start = {
             "kind": "start",
@@ -254,20 +258,22 @@ class Metrics:
             self._record.write({"samples": samples, **self._rank.device()})
 
 
-def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> str | None:
-    """How the last start in these lines ended: its own word, a supervisor's in events.jsonl, or "died"; None: no start.
+def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> tuple[str | None, float | None]:
+    """How the last start in these lines ended, None: there was none; and the Unix time of that, where it was seen.
 
-    A watchdog of the user's says in events.jsonl when it ended a run that hung: an event `launch_ended` with cause
-    "hang". Our launcher has none: ranks that wait for a dead one fail by themselves (distributed.TIMEOUT_SECONDS).
+    Its own word, else "died" at the time that our launcher noted in events.jsonl. A watchdog of the user's says there
+    when it ended a run that hung: an event `launch_ended` with cause "hang".
     """
     marks = [line for line in lines if line["kind"] in ("start", "end")]
     if not marks:
-        return None
+        return None, None
     if marks[-1]["kind"] == "end":
-        return marks[-1]["ending"]
+        return marks[-1]["ending"], None
     events = read_json_lines(Path(run_directory) / "events.jsonl")
-    causes = [e.get("cause") for e in events if e.get("event") == "launch_ended" and e["time"] > marks[-1]["time"]]
-    return "hang" if "hang" in causes else "died"
+    ends = [e for e in events if e.get("event") == "launch_ended" and e["time"] > marks[-1]["time"]]
+    if hangs := [end for end in ends if end.get("cause") == "hang"]:
+        return "hang", hangs[0]["time"]
+    return "died", ends[0].get("since") if ends else None
 
 
 class _RankCounts:
@@ -277,6 +283,7 @@ class _RankCounts:
         self._buckets = [0] * (len(STEP_BUCKETS_SECONDS) + 1)
         self._seconds, self._step = 0.0, 0
         self._phases: dict[str, float] = {}
+        self._phase_buckets: dict[str, list[int]] = {}
         self._cuda: Any = None
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
             self._cuda = sys.modules["torch"].cuda
@@ -287,6 +294,8 @@ class _RankCounts:
         self._step = record.step
         for phase, seconds in phases.items():
             self._phases[phase] = self._phases.get(phase, 0.0) + seconds
+            buckets = self._phase_buckets.setdefault(phase, [0] * len(self._buckets))
+            buckets[bisect_left(STEP_BUCKETS_SECONDS, seconds)] += 1
 
     def samples(self, rank: str) -> Samples:
         busy = sum(self._phases.get(phase, 0.0) for phase in ("forward", "backward", "optimizer"))
@@ -295,6 +304,9 @@ class _RankCounts:
             "rank_step": [[[rank], self._step]],
             "step_duration_seconds": [[[rank], [self._buckets, self._seconds]]],
             "phase_seconds": [[[rank, phase], seconds] for phase, seconds in self._phases.items()],
+            "phase_duration_seconds": [
+                [[phase], [buckets, self._phases[phase]]] for phase, buckets in self._phase_buckets.items()
+            ],
             "rank_busy_seconds": [[[rank], busy]],
         }
         if self._cuda:

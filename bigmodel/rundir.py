@@ -22,6 +22,7 @@ stop` may signal.
 In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
   launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
   launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit;
+                                               since: when a rank first died or was told to stop, where that was seen;
                                                a watchdog of yours may write one of cause hang alone
   stop_requested                               by `launcher stop`
 A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own

@@ -87,7 +87,7 @@ def local_command(
         _require_good_nodes(preflight.on_this_machine(words, Path.cwd()), directory, cluster)
     record_launch(directory, topology, "local", launcher=True)
     ending = local.run(command, topology, logs, variables=cluster.variables(), binding=cluster.binding)
-    record_end(directory, ending.cause, ending.code, ending.detail)
+    record_end(directory, ending.cause, ending.code, ending.detail, ending.since)
     raise typer.Exit(ending.code)
 
 

@@ -46,11 +46,15 @@ END = 0  # among the signals received: the order to end, from the other end of t
 
 
 class Ending(NamedTuple):
-    """How a launch ended: the exit code for the whole, a cause (`launcher.record.CAUSES`), the culprit if any."""
+    """How a launch ended: the exit code for the whole, a cause (`launcher.record.CAUSES`), the culprit if any.
+
+    `since`: Unix time of the first death or of the order to stop; 0: not known.
+    """
 
     code: int
     cause: str
     detail: str = ""
+    since: float = 0.0
 
 
 @dataclass
@@ -83,6 +87,7 @@ class Supervision:
     abandoned: bool = False  # the order to end came: something happened on another node
     world_size: int = 0
     deadline: float = float("inf")  # then SIGKILL
+    since: float = 0.0  # Unix time of the first death or order to stop
 
     @property
     def running(self) -> list[Rank]:
@@ -123,7 +128,7 @@ def run(
         finally:
             _kill_all(supervision.running)
             wait_for(supervision.copiers)
-    return _verdict(supervision)
+    return _verdict(supervision)._replace(since=supervision.since)
 
 
 def trainer_command(run_file: Path, overrides: Sequence[str]) -> list[str]:
@@ -255,6 +260,7 @@ def _collect_the_ended(supervision: Supervision, grace_seconds: float, save_seco
         # Two deaths in one look: a peer's death shows as an error, so the one killed by a signal came first.
         supervision.culprit = min(died, key=lambda rank: (_status(rank) > 0, rank.number))
         supervision.died_stopping = supervision.stopping
+        supervision.since = supervision.since or time.time()
         if not supervision.stopping:
             _signal_all(supervision.running, signal.SIGTERM)
 
@@ -262,6 +268,7 @@ def _collect_the_ended(supervision: Supervision, grace_seconds: float, save_seco
 def _on_signal(supervision: Supervision, number: int, grace_seconds: float, save_seconds: float) -> None:
     if not supervision.running or supervision.abandoned:
         return
+    supervision.since = supervision.since or time.time()
     if number == END:
         supervision.abandoned = True
         supervision.deadline = min(supervision.deadline, time.monotonic() + grace_seconds)

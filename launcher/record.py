@@ -110,11 +110,12 @@ def record_launch(
     record_event(directory, "launch", by=by, job=job, restart=restart, world_size=topology.world_size, hosts=hosts)
 
 
-def record_end(directory: Path, cause: str, code: int, detail: str = "") -> None:
-    """A `launch_ended` event. `detail` names the culprit where there is one."""
+def record_end(directory: Path, cause: str, code: int, detail: str = "", since: float = 0.0) -> None:
+    """A `launch_ended` event. `detail` names the culprit where there is one, `since` is `local.Ending.since`."""
     assert cause in CAUSES, cause
     step = last_metrics(directory).get("step", 0)
-    record_event(directory, "launch_ended", cause=cause, code=code, detail=detail, step=step)
+    known = {"since": since} if since else {}
+    record_event(directory, "launch_ended", cause=cause, code=code, detail=detail, step=step, **known)
 
 
 @dataclass(frozen=True)

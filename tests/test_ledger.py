@@ -36,9 +36,13 @@ class Run:
         self.file.append({**line, "time": self.now})
         self.ledger.add(json.loads(json.dumps(self.file[-1])))
 
-    def start(self, first_step: int, ending: str | None, after: float = 0.0, lap: float = 5.0) -> None:
+    def start(
+        self, first_step: int, ending: str | None, after: float = 0.0, lap: float = 5.0, stood: float | None = None
+    ) -> None:
+        """`stood`: seconds from the last line to the death, where somebody saw that."""
+        ended = None if stood is None else self.now + stood
         self.now += after
-        carried = self.ledger.carry(self.now, ending)
+        carried = self.ledger.carry(self.now, ending, ended)
         self.file = [
             line for line in self.file if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step
         ]
@@ -142,7 +146,44 @@ def test_a_collective_that_waits_for_its_time_limit_is_a_hang_and_then_down_time
     run.add({"kind": "end", "ending": "failed", "lap": 600.0})
     run.start(8, "failed", after=5.0)
     run.add(step(9))
-    assert run.lost == {"start": 10.0, "productive": 9.0, "hang": 590.0, "down": 15.0, "replay": 1.0}
+    assert run.lost == {"start": 10.0, "productive": 9.0, "hang": 600.0, "down": 5.0, "replay": 1.0}
+    assert run.ledger.wall_seconds == sum(run.lost.values())
+    assert (run.ledger.counts["restarts|hang"], run.ledger.counts["restarts|failed"]) == (1, 0)
+    run.add({"kind": "end", "ending": "failed", "lap": 2.0})
+    run.start(9, "failed")  # this time it did not hang
+    assert (run.lost["hang"], run.lost["down"]) == (600.0, 7.0)
+    assert (run.ledger.counts["restarts|hang"], run.ledger.counts["restarts|failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("stood", "hang", "cause"),
+    [(None, 0.0, "died"), (9.0, 0.0, "died"), (60.0, 60.0, "hang"), (1e9, 100.0, "hang"), (-50.0, 0.0, "died")],
+    ids=["nobody saw it", "at once", "after a hang", "a clock ahead", "a clock behind"],
+)
+def test_a_death_long_after_the_last_step_ended_a_hang(stood: float | None, hang: float, cause: str) -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 10):
+        run.add(step(number))
+    run.start(9, "died", after=100.0, stood=stood)
+    assert run.lost.get("hang", 0.0) == hang
+    assert run.lost.get("down", 0.0) == 100.0 - hang
+    assert run.ledger.counts[f"restarts|{cause}"] == 1
+    assert run.ledger.wall_seconds == sum(run.lost.values())
+
+
+def test_failed_saves_are_counted_by_reason_each_time_also_after_a_restart() -> None:
+    run = Run()
+    run.start(0, None)
+    run.add(step(1))
+    run.add({"kind": "failed_checkpoint", "step": 1, "reason": "disk_full", "lap": 2.0})
+    run.start(0, "died")
+    run.add(step(1))
+    run.add({"kind": "failed_checkpoint", "step": 1, "reason": "disk_full", "lap": 2.0})
+    run.add({"kind": "failed_checkpoint", "step": 1, "reason": "io_error", "lap": 2.0})
+    found = {labels[0]: count for labels, count in run.ledger.samples()["checkpoint_failures"]}
+    assert found == {"disk_full": 2, "permission": 0, "io_error": 1}
+    assert run.lost["checkpoint"] == 6.0
     assert run.ledger.wall_seconds == sum(run.lost.values())
 
 

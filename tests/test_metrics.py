@@ -22,7 +22,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bigmodel.config import MetricsSettings, UserError
-from bigmodel.ledger import CAUSES, ENDINGS
+from bigmodel.exporter import BUCKET_NAMES, families
+from bigmodel.ledger import CAUSES, ENDINGS, SAVE_FAILURES
 from bigmodel.metric_table import METRICS, NODE, full_name, reference
 from bigmodel.metrics import Flops, LossPart, Metrics, Seat, StepRecord, how_it_ended, new_start
 from bigmodel.rank_record import RankRecord, folders_of, read_record
@@ -60,6 +61,9 @@ STEPS = [
 ]
 
 
+PHASES = {"forward": 0.5, "backward": 1.0, "optimizer": 0.25, "data": 0.125}
+
+
 def until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -86,10 +90,11 @@ def samples(endpoint: str) -> dict[str, float]:
 
 def record_all(metrics: Metrics) -> None:
     for step in STEPS:
-        metrics.record_step(step, {"forward": 0.5, "backward": 1.0, "optimizer": 0.25, "data": 0.125})
+        metrics.record_step(step, PHASES)
     metrics.record_evaluation(2, nats_per_token=3.5, bits_per_byte=1.75, seconds=4.0)
     metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0)
     metrics.record_checkpoint(2, written_bytes=2_000, seconds=0.5)
+    metrics.record_failed_checkpoint(2, "io_error")
     metrics.record_checkpoint(3, written_bytes=3_000, seconds=0.75)
 
 
@@ -143,6 +148,7 @@ EXPECTED = {
     "validation_loss_nats": 3.25,
     "validation_compression_ratio": 0.1875,
     "checkpoints_total": 2,
+    **{f"checkpoint_failures_total|{reason}": int(reason == "io_error") for reason in SAVE_FAILURES},
     "checkpoint_written_bytes_total": 5_000,
     "checkpoint_seconds_total": 1.25,
     "last_checkpoint_step": 3,
@@ -167,6 +173,13 @@ EXPECTED = {
     "phase_seconds_total|optimizer|0": 0.75,
     "phase_seconds_total|data|0": 0.375,
     "rank_busy_seconds_total|0": 5.25,
+    **{f"phase_duration_seconds_count|{phase}": 3 for phase in PHASES},
+    **{f"phase_duration_seconds_sum|{phase}": 3 * seconds for phase, seconds in PHASES.items()},
+    **{
+        f"phase_duration_seconds_bucket|{bound}|{phase}": 3 * (seconds <= float(bound))
+        for phase, seconds in PHASES.items()
+        for bound in BUCKET_NAMES
+    },
 }
 MOMENTS = ("last_step_timestamp_seconds", "last_checkpoint_timestamp_seconds", "rank_heartbeat_timestamp_seconds|0")
 
@@ -214,6 +227,17 @@ def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_pat
         assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")
 
 
+def test_histograms_of_phases_are_added_up_over_the_node_s_ranks() -> None:
+    one, two = ([1, *[0] * 13], 0.005), ([0, 2, *[0] * 12], 0.03)
+    found = {"phase_duration_seconds": [[["data"], one], [["data"], two], [["forward"], two]]}
+    (family,) = families(found)
+    counts = {(s.labels["phase"], s.labels.get("le", s.name[-3:])): s.value for s in family.samples}
+    assert (counts["data", "0.01"], counts["data", "0.02"], counts["data", "+Inf"], counts["data", "sum"]) == (
+        1, 3, 3, pytest.approx(0.035),
+    )  # fmt: skip
+    assert (counts["forward", "0.01"], counts["forward", "+Inf"]) == (0, 2)
+
+
 def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
         record_all(metrics)
@@ -226,6 +250,7 @@ def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: 
             ("step", 2),
             ("evaluation", 2),
             ("checkpoint", 2),
+            ("failed_checkpoint", 2),
             ("end", None),
             ("start", 2),
         ]
@@ -274,8 +299,9 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
 
 
 def test_laps_leave_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*arguments: object) -> None:
+    def slow(*arguments: object) -> tuple[None, None]:
         time.sleep(0.2)  # a long file is read at the start: that is the start's time, and only once
+        return None, None
 
     monkeypatch.setattr("bigmodel.metrics.how_it_ended", slow)
     began = time.time()
@@ -451,6 +477,35 @@ def test_a_restart_takes_a_fixed_port_over_and_an_ended_exporter_is_started_agai
     until(lambda: not exporters(again.endpoint), "the exporter to end", 3.0)
 
 
+def test_what_a_step_left_that_was_killed_with_its_exporter_goes_with_the_next_start(tmp_path: Path) -> None:
+    """As SLURM does where it kills a step by its cgroup: nobody is left to withdraw the address."""
+    run = tmp_path / "run"
+    run.mkdir()
+    published = [run / "metrics_endpoint", tmp_path / "run.node-0.prometheus.json"]
+    killed = start_rank(run, 0, word="one")
+    until(lambda: samples(killed.endpoint), "the page")
+    step = [killed.pid, *exporters(killed.endpoint)]
+    assert len(step) == 2
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that neither sees the other's end
+        for process in step:
+            os.kill(process, number)
+    killed.wait()
+    assert all(path.exists() for path in published)
+    (folder,) = folders_of(run, node=0)
+    new_start(run)  # before the next start has its own address
+    assert not any(path.exists() for path in published)
+    again = start_rank(run, 0, word="two")
+    try:
+        assert not folder.exists()
+        assert read_json(published[1])[0]["targets"] == [again.endpoint]
+        assert samples(again.endpoint)["restarts_total|died"] == 1
+    finally:
+        again.kill()
+        again.wait()
+    until(lambda: not exporters(again.endpoint), "the exporter to end", 3.0)
+    assert not any(path.exists() for path in published)
+
+
 def test_a_record_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rank-3"
     assert read_record(path) is None
@@ -471,13 +526,16 @@ def test_a_record_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_path: Path) -> None:
     start, end = {"kind": "start", "time": 1.0}, {"kind": "end", "ending": "stopped"}
-    assert how_it_ended(tmp_path, []) is None
-    assert how_it_ended(tmp_path, [start, end]) == "stopped"
-    record_event(tmp_path, "launch_ended", cause="failed")
-    assert how_it_ended(tmp_path, [start, end, start]) == "died"
+    assert how_it_ended(tmp_path, []) == (None, None)
+    assert how_it_ended(tmp_path, [start, end]) == ("stopped", None)
+    assert how_it_ended(tmp_path, [start, end, start]) == ("died", None)
+    record_event(tmp_path, "launch_ended", cause="failed", since=7.0)
+    assert how_it_ended(tmp_path, [start, end, start]) == ("died", 7.0)
     record_event(tmp_path, "launch_ended", cause="hang")
-    assert how_it_ended(tmp_path, [start, end, start]) == "hang"
-    assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == "died"  # the event is older
+    ending, ended = how_it_ended(tmp_path, [start, end, start])
+    assert ending == "hang"
+    assert ended == pytest.approx(time.time(), abs=5)
+    assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == ("died", None)  # the event is older
 
 
 def test_a_start_withdraws_what_killed_exporters_left_also_of_nodes_it_has_no_more(tmp_path: Path) -> None:
@@ -563,11 +621,13 @@ def test_the_configuration_the_rules_and_the_alerts_do_what_they_say() -> None:
     (discovery,) = scrape["file_sd_configs"]
     assert discovery["files"] == ["../../runs/*.prometheus.json"]
     rules = (folder / "rules.yml").read_text()
-    names = set(re.findall(r"(?<![\w:])bigmodel_[a-z0-9_]+", rules))
+    dashboard = (REPOSITORY / "configs/grafana/bigmodel.json").read_text()
+    names = set(re.findall(r"(?<![\w:])bigmodel_[a-z0-9_]+", rules + dashboard))
     known = {full_name(metric) for metric in METRICS}
     known |= {full_name(m) + end for m in METRICS if m.kind == "histogram" for end in ("_bucket", "_sum", "_count")}
     assert len(names) > 15
-    assert names <= known, f"{names - known} stand in rules.yml but are not exported"
+    assert names <= known, f"{names - known} stand in rules.yml or the dashboard but are not exported"
+    assert set(re.findall(r"(?:run|rank):[\w:]+", dashboard)) <= set(re.findall(r"record: (\S+)", rules))
     alerts = [rule["alert"] for group in yaml.safe_load(rules)["groups"] for rule in group["rules"] if "alert" in rule]
     tested = yaml.safe_load((folder / "rules_test.yml").read_text())["tests"]
     fired = {c["alertname"] for test in tested for c in test.get("alert_rule_test", ()) if c["exp_alerts"]}

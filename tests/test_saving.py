@@ -125,6 +125,7 @@ def test_a_failed_save_stops_the_run_or_lets_it_go_on(tmp_path: Path, monkeypatc
         saved = saver.finish(must=False)
         assert saved is not None
         assert "rank 0 could not write" in saved.error
+        assert (saved.step, saved.reason) == (8, "io_error")
         saver.begin(Weights(8), {"step": 8})
         with pytest.raises(UserError, match="Input/output error"):  # the last save of a run
             saver.finish(must=True)
@@ -138,6 +139,7 @@ def test_a_failed_save_stops_the_run_or_lets_it_go_on(tmp_path: Path, monkeypatc
         saved = saver.finish(must=False)
         assert saved is not None
         assert "cannot make" in saved.error
+        assert saved.reason == "permission"
         with pytest.raises(UserError, match="cannot make"):
             stopping.begin(Weights(8), {"step": 8})
         saver.begin(Weights(8), {"step": 8})
@@ -197,8 +199,9 @@ def test_keeping_one_never_removes_the_only_good_one(tmp_path: Path, monkeypatch
 # --- who may
 
 
-def test_a_start_that_was_replaced_publishes_nothing(tmp_path: Path, monkeypatch) -> None:
-    stale = saver_of(tmp_path, take_over(tmp_path))
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+def test_a_start_that_was_replaced_publishes_nothing_and_ends(tmp_path: Path, on_failure: str) -> None:
+    stale = saver_of(tmp_path, take_over(tmp_path), on_failure=on_failure)
     stale.save(Weights(4), {"step": 4})
     stale.begin(Weights(8), {"step": 8})  # then its machine is cut off, and another start takes over
     fresh = saver_of(tmp_path, take_over(tmp_path))

@@ -48,7 +48,8 @@ class Watched:
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder, self.run = folder, folder / "run"
         self.run_file = write_run(folder, shards)
-        self.run_file.write_text(self.run_file.read_text().replace("every_steps = 4", "every_steps = 20"))
+        text = self.run_file.read_text().replace("every_steps = 4", "every_steps = 20")
+        self.run_file.write_text(text.replace("at_end = false", "at_end = false\nevery_steps = 15\npacks = 1"))
         (folder / "prometheus.yml").write_text(
             CONFIGURATION.format(folder=folder, rules=REPOSITORY / "configs/prometheus/rules.yml")
         )
@@ -149,11 +150,12 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
         (series,) = watched.ask('up{job="bigmodel"}')
         for word in ("|bigmodel|", "|0|", "|0-3|", "|run"):
             assert word in series
+        look_at_the_dashboard(watched)
         scrape_hard(watched)
         profile_it(watched, first)
         endpoint = watched.endpoint
         before = samples(endpoint)
-        for phase in ("forward", "backward", "communication", "optimizer", "checkpoint", "data"):
+        for phase in ("forward", "backward", "communication", "optimizer", "checkpoint", "evaluation", "data"):
             assert all(before[f"phase_seconds_total|{phase}|{rank}"] > 0 for rank in range(4)), phase
         victim = next(p for p in psutil.Process(first.pid).children() if p.environ()["RANK"] == "0")
         os.kill(first.pid, signal.SIGSTOP)  # so that the launcher does not end the others at once
@@ -192,6 +194,7 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
         key = name.removeprefix("bigmodel_").partition("{")[0].removesuffix("_total")
         assert found[key] == count, name
     assert ledger.seconds["replay"] > 0
+    assert ledger.seconds["evaluation"] >= ledger.counts["evaluation_seconds"] > 0
     assert ledger.seconds["hang"] > 3  # rank 2 stood still for 6 s at least
     assert sum(ledger.seconds.values()) == pytest.approx(ledger.wall_seconds, rel=0.01)
     assert ledger.wall_seconds <= ended - began
@@ -200,6 +203,25 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(watched.run_file) in (p.info["cmdline"] or ())]
     history = watched.ask("resets(max by (run) (bigmodel_steps_total)[10m:500ms])")
     assert list(history.values()) == [0.0]
+
+
+def look_at_the_dashboard(watched: Watched) -> None:
+    """Every query of every panel gives data, within the time in which rates and recorded rules come to be."""
+    dashboard = json.loads((REPOSITORY / "configs/grafana/bigmodel.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    queries = [target["expr"].replace("$run", ".+") for panel in panels for target in panel["targets"]]
+    assert len(queries) > 20
+    has_network = len(psutil.net_io_counters(pernic=True)) > 1
+    empty = {query for query in queries if has_network or "_network_" not in query}
+
+    def all_answered() -> bool:
+        empty.difference_update([query for query in empty if watched.ask(query)])
+        return not empty
+
+    deadline = time.monotonic() + 30
+    while not all_answered():
+        assert time.monotonic() < deadline, f"no data: {sorted(empty)}"
+        time.sleep(0.5)
 
 
 def scrape_hard(watched: Watched) -> None:

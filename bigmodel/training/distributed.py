@@ -22,7 +22,9 @@ from bigmodel.config import UserError
 from bigmodel.training.rendezvous import meet
 
 STEPS_KEPT = 64  # of NodeSums: more than a rank's data thread can be ahead of another's
-TIMEOUT_SECONDS = 600.0  # of any collective; also how long a rank waits for its peers at the start
+TIMEOUT_SECONDS = (
+    600.0  # of a collective where no setting says it; also how long a rank waits for its peers at the start
+)
 
 Value = TypeVar("Value")
 
@@ -177,6 +179,16 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
             "MASTER_PORT is free on rank 0 and open between the machines"
         ) from error
     return World(rank, size, local_rank, local_size, device)
+
+
+def limit_collectives(seconds: float) -> None:
+    """The time limit of all process groups there are. DeepSpeed makes its own with torch's, half an hour on gloo.
+
+    torch has no public way to it; `_set_pg_timeout` is the documented private one.
+    """
+    if dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def end_world() -> None:

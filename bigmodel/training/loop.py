@@ -8,7 +8,8 @@ skipped by all ranks together, before the update, and recorded.
 """
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,11 +44,11 @@ from bigmodel.rundir import (
 )
 from bigmodel.summary import show_summary, summarize
 from bigmodel.training import checkpoint
-from bigmodel.training.distributed import NodeSums, World, end_world, start_world
+from bigmodel.training.distributed import NodeSums, World, end_world, limit_collectives, start_world
 from bigmodel.training.engine import Engine, creation
 from bigmodel.training.norms import Norms
 from bigmodel.training.phases import CompileTime, Phases, slowest
-from bigmodel.training.saving import Saved, Saver
+from bigmodel.training.saving import Saved, SaveError, Saver
 from bigmodel.training.schedule import learning_rate
 from bigmodel.training.signals import StopFlag
 from bigmodel.training.world_check import check_world
@@ -72,7 +73,7 @@ def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> in
 
 def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) -> int:
     stop = StopFlag()
-    world = start_world()
+    world = start_world(settings.training.collective_timeout_seconds)
     if world.device.type == "cuda" and settings.model.head_width > 256:
         raise UserError(
             f"model.width / model.heads = {settings.model.head_width}: the GPU kernels take heads of at most 256 "
@@ -98,6 +99,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     init_weights(model, settings.run.seed, whole)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
+    limit_collectives(settings.training.collective_timeout_seconds)
 
     # Where to go on.
     remote = settings.checkpoint.remote
@@ -230,13 +232,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         if ending or due or written == world.size:  # one save at a time: what is in flight is published first
             if ending:
                 stop.save_begins()
-            with phases("checkpoint"):
+            with phases("checkpoint"), _failure_told(directory, metrics):
                 _tell_saved(saver.finish(must=False), directory, metrics)
         if ending or due:
-            with phases("checkpoint"):
+            with phases("checkpoint"), _failure_told(directory, metrics):
                 saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
         if ending or not settings.checkpoint.asynchronous:
-            with phases("checkpoint"):
+            with phases("checkpoint"), _failure_told(directory, metrics):
                 _tell_saved(saver.finish(must=ending), directory, metrics)
         metrics.spent("checkpoint")
         if ending:
@@ -283,10 +285,26 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
 
 
 def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics) -> None:
-    if saved and saved.error and metrics.writes:
-        record_event(directory, "checkpoint_failed", step=saved.step, error=saved.error)
-    elif saved and not saved.error:
+    if saved and saved.error:
+        _tell_failed(saved.step, saved.error, saved.reason, directory, metrics)
+    elif saved:
         metrics.record_checkpoint(saved.step, saved.bytes, saved.seconds)
+
+
+def _tell_failed(step: int, error: str, reason: str, directory: Path, metrics: Metrics) -> None:
+    if metrics.writes:
+        record_event(directory, "checkpoint_failed", step=step, error=error, reason=reason)
+    metrics.record_failed_checkpoint(step, reason)
+
+
+@contextmanager
+def _failure_told(directory: Path, metrics: Metrics) -> Iterator[None]:
+    """A failed save is told also where it ends the run."""
+    try:
+        yield
+    except SaveError as error:
+        _tell_failed(error.step, str(error), error.reason, directory, metrics)
+        raise
 
 
 def _where(position: Position, place: Place, world: World) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class CompileTime:
 
     def _on_triton(self, *, times: Any, cache_hit: bool, **others: Any) -> None:
         if torch._guards.CompileContext.current_compile_id() is None:  # else inside of what dynamo times
-            self._triton += times.total / 1e6
+            self._triton += max(0, times.total) / 1e6  # Triton goes by the time of day, which can be set back
 
 
 def _dynamo_seconds() -> float:

@@ -54,15 +54,25 @@ from bigmodel.training.distributed import World
 
 FAULT_VARIABLE = "BIGMODEL_FAULT"  # tests: "POINT@STEP" kills the process at that point of the save of that step
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 log = logging.getLogger(__name__)
+
+
+class SaveError(UserError):
+    """The checkpoint of a step was not saved; `reason` is one of `ledger.SAVE_FAILURES`."""
+
+    def __init__(self, message: str, step: int = 0, code: int = errno.EIO) -> None:
+        super().__init__(message)
+        self.step = step
+        self.reason = "disk_full" if code in DISK_FULL else "permission" if code in FORBIDDEN else "io_error"
 
 
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint just published: its size in bytes over all ranks, and how long training was held for it.
 
-    error: why it was not, where `checkpoint.on_failure` lets the run go on.
+    error: why it was not, where `checkpoint.on_failure` lets the run go on; reason: the same in a word (SaveError).
     """
 
     path: Path
@@ -70,6 +80,7 @@ class Saved:
     bytes: int
     seconds: float
     error: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,10 @@ class Saver:
         if world.broadcast_object(final.exists()) and not verify(final, world):
             self._flight = _Flight(final, None, {}, started)
             return
-        part, error = world.on_rank_zero(lambda: self._make_partial(final))
+        part, error = world.on_rank_zero(lambda: self._make_partial(final, state["step"]))
         if error:
             if self._settings.checkpoint.on_failure == "stop":
-                raise UserError(error)
+                raise error
             self._flight = _Flight(final, None, {}, started, error)
             return
         description = _describe(engine, state, self._settings)
@@ -141,11 +152,11 @@ class Saver:
             return None
         try:
             saved = self._publish(flight)
-        except UserError as error:
+        except SaveError as error:
             if must or self._settings.checkpoint.on_failure == "stop":
                 raise
             self._plan_next(flight, flight.held_seconds)
-            return Saved(flight.final, flight.step, 0, flight.held_seconds, str(error))
+            return Saved(flight.final, flight.step, 0, flight.held_seconds, str(error), error.reason)
         self._plan_next(flight, saved.seconds)
         return saved
 
@@ -169,12 +180,12 @@ class Saver:
         world, settings = self._world, self._settings.checkpoint
         waiting = time.perf_counter()
         if flight.error:
-            raise UserError(flight.error)
+            raise flight.error
         if flight.part is None:
             return Saved(flight.final, flight.step, world.broadcast_object(size_of(flight.final)), flight.held_seconds)
         part, reports = flight.part, world.gather_objects(flight.wait())
         if any(one.error for one in reports):
-            world.on_rank_zero(lambda: _abandon(part, reports))
+            world.on_rank_zero(lambda: _abandon(part, flight.step, reports))
         total = world.on_rank_zero(
             lambda: _publish(part, flight.final, reports, flight.description, world.size, self._incarnation)
         )
@@ -185,7 +196,7 @@ class Saver:
         held = flight.held_seconds + time.perf_counter() - waiting
         return Saved(flight.final, flight.step, total, held)
 
-    def _make_partial(self, final: Path) -> tuple[Path, str]:
+    def _make_partial(self, final: Path, step: int) -> tuple[Path, SaveError | None]:
         """The partial folder, and why it could not be made or nothing."""
         require_incarnation(self._directory.parent, self._incarnation)
         part = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
@@ -193,10 +204,12 @@ class Saver:
             self._directory.mkdir(parents=True, exist_ok=True)
             part.mkdir()
         except OSError as error:
-            return part, (
-                f"run.directory: cannot make {part}: {error.strerror}; free space or permission, or another directory"
+            return part, SaveError(
+                f"run.directory: cannot make {part}: {error.strerror}; free space or permission, or another directory",
+                step,
+                error.errno or errno.EIO,
             )
-        return part, ""
+        return part, None
 
     def _begin_upload(self, path: Path) -> None:
         """One copy at a time: where the last is under way this checkpoint waits, or a newer one in its place."""
@@ -224,7 +237,12 @@ class _Flight:
     """One save under way on this rank."""
 
     def __init__(
-        self, final: Path, part: Path | None, description: dict[str, Any], started: float, error: str = ""
+        self,
+        final: Path,
+        part: Path | None,
+        description: dict[str, Any],
+        started: float,
+        error: SaveError | None = None,
     ) -> None:
         """part None: nothing is written, for the checkpoint is there already or its folder could not be made."""
         self.final, self.part, self.description, self.error = final, part, description, error
@@ -349,14 +367,14 @@ def _publish(
         shutil.rmtree(damaged, ignore_errors=True)
     except OSError as error:
         code = error.errno or errno.EIO
-        _abandon(part, [*reports, _Report("manifest.json", 0, error=f"rank 0: {error}", code=code)])
+        _abandon(part, step, [*reports, _Report("manifest.json", 0, error=f"rank 0: {error}", code=code)])
     except UserError:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return size_of(final)
 
 
-def _abandon(part: Path, reports: list[_Report]) -> NoReturn:
+def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
     """Remove the partial folder and say what failed first, how much room is needed and how much there is."""
     directory = part.parent
     first = next(one for one in reports if one.error)
@@ -365,10 +383,12 @@ def _abandon(part: Path, reports: list[_Report]) -> NoReturn:
     shutil.rmtree(part, ignore_errors=True)
     kept = "the older checkpoints are untouched"
     if first.code not in DISK_FULL:
-        raise UserError(f"checkpoint not saved: {first.error}; {kept}; see to {directory} and resume")
-    raise UserError(
+        raise SaveError(f"checkpoint not saved: {first.error}; {kept}; see to {directory} and resume", step, first.code)
+    raise SaveError(
         f"checkpoint not saved: {first.error}; {directory} needs {needed:,} bytes and has {free:,} free (a quota or "
-        f"file size limit may be lower); {kept}; free some, lower checkpoint.keep, or move run.directory, and resume"
+        f"file size limit may be lower); {kept}; free some, lower checkpoint.keep, or move run.directory, and resume",
+        step,
+        first.code,
     )
 
 
