@@ -125,7 +125,7 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
 )
 
 # The user's optimizer section is compared with [optimizer]; the optimizers are torch's and ours, whatever its flags.
-OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
+OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon", "adafactor": "adafactor"}
 OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}  # they change no result
 
 
@@ -289,7 +289,7 @@ def _settle_optimizer(config: dict[str, Any], settings: Settings, source: _Sourc
     kind = section.get("type", AUTO)
     if kind != AUTO:
         if str(kind).lower() not in OPTIMIZERS:
-            raise source.error(f"optimizer.type = {json.dumps(kind)}; AdamW, Lion and Muon are offered")
+            raise source.error(f"optimizer.type = {json.dumps(kind)}; AdamW, Lion, Muon and Adafactor are offered")
         settings = _agree(settings, "optimizer.kind", OPTIMIZERS[str(kind).lower()], "optimizer.type", kind, source)
     parameters = section.get("params", {})
     if parameters == AUTO:
@@ -380,7 +380,7 @@ def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
         "weight_decay": optimizer.weight_decay,
     }
     if section.get("type") == AUTO:
-        section["type"] = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}[optimizer.kind]
+        section["type"] = {"adamw": "AdamW"}.get(optimizer.kind, optimizer.kind.capitalize())
     if section.get("params") == AUTO:
         section["params"] = values
     for key, value in values.items():

@@ -20,7 +20,7 @@ STEPS = 20
 FACTORS: dict[str, tuple[Any, ...]] = {
     "stage": (0, 1, 2, 3),
     "precision": ("fp32", "bf16", "fp16"),
-    "optimizer": ("adamw", "lion", "muon"),
+    "optimizer": ("adamw", "lion", "muon", "adafactor"),
     "activation_checkpointing": ("none", "selective", "full"),
     "offload": ("none", "optimizer", "optimizer and weights"),
     "packs_at_once": (1, 2, 3),
