@@ -38,7 +38,7 @@ def valid(case: Case) -> bool:
     low, offload, stage = case["precision"] != "fp32", case["offload"], case["stage"]
     return (
         not (low and stage == 0)
-        and not (offload != "none" and (stage == 0 or (low and stage < 3)))
+        and not (offload != "none" and stage == 0)
         and not (offload == "optimizer and weights" and stage < 3)
         and not (case["persistence"] and stage < 3)
     )

@@ -66,6 +66,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
         table = settings_table(folder, target, "fp32", 3, **MOVING[kind])
         where = {"resume": True, "checkpoints": str(folder / f"{kind}-{source}")}
         jobs[f"{kind} moved {source} to {target}"] = {"settings": table, "steps": 6, **where}
+    for stage in (1, 2):
+        case = HPZ | {"stage": stage, "precision": "bf16", "offload": "optimizer", "activation_checkpointing": "none"}
+        jobs[f"offloaded {stage}"] = job_of(case, folder) | {"steps": 1}
     found = {2: run(jobs, 2, folder)}
     alone = initial(folder)
     for kind in MOVING:
@@ -189,6 +192,14 @@ def test_ranks_that_share_a_pack_have_the_loss_and_gradient_of_one(results, name
 
 def test_hpz_on_four_ranks_is_plain_torch(results) -> None:
     assert failures(results[4]["hpz"]) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_are_offloaded_are_added_up_in_fp32(results, stage: int) -> None:
+    """As far from float64 as one process that adds bf16 gradients up in fp32, with three micro-batches a rank."""
+    one = results[2][f"offloaded {stage}"]
+    assert one["micro_batches"] == 3
+    assert one["gradient_distances"][0] == pytest.approx(one["allowed"]["0"], rel=1e-6)
 
 
 # --- too large for one rank
