@@ -45,7 +45,7 @@ NOT_RUN = {
     "zero_quantized_weights, zero_quantized_gradients (ZeRO++)": "passed through; needs a GPU",
     "overlap_comm = true": "passed through; its race is open upstream (DeepSpeed issue 5545)",
     "training.compile, in the cases above and on any GPU": "tests take its graphs in one process, without ZeRO and "
-    "without its code generation; by hand, on CPUs with g++, 5 steps on 2 ranks at stages 1 and 2, fp32, no dropout, had "
+    "without its code generation; by hand, on CPUs with g++, 5 steps on 2 ranks at stages 1, 2, fp32, no dropout, had "
     "the losses of the run without it, and norms within 1e-6; refused at stage 3 and with Ulysses",
 }
 REFUSED = {
