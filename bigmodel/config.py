@@ -363,17 +363,24 @@ class ParameterGroupSettings(Section):
 class OptimizerSettings(Section):
     """How weights move. Weight decay falls on matrices only, not on norms or embeddings."""
 
-    kind: Literal["adamw", "lion", "muon"] = Field(
+    kind: Literal["adamw", "lion", "muon", "adafactor"] = Field(
         "adamw",
         description="AdamW (Loshchilov & Hutter 2019); Lion (Chen et al. 2023), one moment; Muon (Jordan et al. 2024) "
-        "on hidden matrices, AdamW on the rest",
+        "on hidden matrices, AdamW on the rest; Adafactor (Shazeer & Stern 2018), a row and a column for each matrix",
     )
-    learning_rate: float = Field(3e-4, gt=0, description="the highest the schedule reaches")
+    learning_rate: float = Field(
+        3e-4, gt=0, description="the highest the schedule reaches; adafactor: relative to a parameter's scale"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(
+        1e-8, gt=0, description="adamw, muon: added to the root of the second moment; adafactor: the least of that root"
+    )
     weight_decay: float = Field(0.1, ge=0)
     momentum: float = Field(0.95, ge=0, lt=1, description="muon: of the hidden matrices")
+    beta2_decay: float = Field(-0.8, le=0, description="adafactor: beta2 of update t is 1 - t ** beta2_decay")
+    update_clipping: float = Field(1.0, ge=1, description="adafactor: largest root mean square of a parameter's update")
+    least_scale: float = Field(1e-3, ge=0, description="adafactor: least root mean square that a parameter counts with")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     groups: list[ParameterGroupSettings] = Field([], description="parameters with another rate or decay")
 

@@ -68,6 +68,10 @@ SECRET_TEXT = re.compile(  # API_KEY=..., "api_key": "...", of 12 characters or 
 )
 REDACTED = "(redacted)"
 
+# Not .json, .env and the like, which hold credentials.
+SOURCE_SUFFIXES = (".py", ".pyi", ".toml", ".sh", ".c", ".cc", ".cpp", ".h", ".cu", ".cuh")
+SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # a record is kept of every start
+
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
 
 
@@ -222,24 +226,33 @@ def package_versions() -> dict[str, str]:
 def describe_environment(repository: Path) -> dict[str, Any]:
     """Commit, uncommitted changes, versions and variables: what is needed to repeat a run. Never fails.
 
-    In the changes, what is assigned to a name like that of a secret is left out.
+    The changes include small source files that git does not know yet; `untracked` names all files of that kind, but for
+    ignored ones. In the changes, what is assigned to a name like that of a secret is left out.
     """
 
     def git(*arguments: str) -> str:
+        command = ["git", "-C", str(repository), *arguments]
         try:
-            return subprocess.run(
-                ["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
+            found = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
         except (OSError, subprocess.SubprocessError):
             return ""
+        return found.stdout.strip("\n") if found.returncode <= 1 else ""  # 1: files differ
 
+    untracked = [name for name in git("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
+    sources = [name for name in untracked if _is_small_source(Path(repository) / name)][:MAX_UNTRACKED_SOURCES]
+    changes = [git("diff", "HEAD"), *(git("diff", "--no-index", "--", "/dev/null", name) for name in sources)]
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_diff": without_secret_texts(git("diff", "HEAD")),
+        "uncommitted_diff": without_secret_texts("\n".join(filter(None, changes))),
+        "untracked": untracked[:MAX_UNTRACKED_NAMES],
         "host": os.uname().nodename,
         "versions": package_versions(),
         "variables": shown_variables(os.environ),
     }
+
+
+def _is_small_source(path: Path) -> bool:
+    return path.suffix in SOURCE_SUFFIXES and os.path.isfile(path) and os.path.getsize(path) <= SMALL_SOURCE_BYTES
 
 
 def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:

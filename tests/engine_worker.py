@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bigmodel.config import DataSettings, Settings
+from bigmodel.config import DataSettings, OptimizerSettings, Settings
 from bigmodel.data.batch import Batch, build_batch, make_keys
 from bigmodel.data.shuffle import Fragment
 from bigmodel.deepspeed_config import resolve_deepspeed
@@ -23,7 +23,7 @@ from bigmodel.model.transformer import Transformer
 from bigmodel.training import checkpoint, saving
 from bigmodel.training.distributed import World, end_world, start_world
 from bigmodel.training.engine import Engine, creation
-from bigmodel.training.optim import build_optimizer
+from bigmodel.training.optim import build_optimizer, parameter_groups
 from bigmodel.training.schedule import learning_rate
 from tests.ranks import run_ranks
 
@@ -103,6 +103,19 @@ FP16 = {"initial_scale_power": 10, "hysteresis": 1}
 KEPT_STEPS = 2  # of which the oracle keeps the gradients
 
 
+def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """torch's own optimizer where torch has it; Lion and Muon are ours, compared with the papers in test_optim.py."""
+    if settings.kind == "adafactor":
+        groups, epsilons = parameter_groups(model, settings), (settings.epsilon, settings.least_scale)
+        return torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
+    optimizer = build_optimizer(model, settings)
+    optimizer.whole_matrices = lambda master, flat, change: change(flat)
+    for group in optimizer.param_groups if settings.kind != "adamw" else ():
+        for master in group["params"] if group["matrices"] or settings.kind == "lion" else ():
+            optimizer.state[master]["exp_avg"] = torch.zeros_like(master)
+    return optimizer
+
+
 def oracle(
     settings: Settings, steps: int, path: Path, packs_at_once: int = PACKS, wide: bool = False
 ) -> list[dict[str, float]]:
@@ -120,11 +133,7 @@ def oracle(
         model.load_state_dict(masters.state_dict())
         model.double(), masters.double()
     scale = FP16_SCALE if low is torch.float16 and not wide else 1.0
-    optimizer = build_optimizer(masters, settings.optimizer)
-    optimizer.whole_matrices = lambda master, flat, change: change(flat)
-    for group in optimizer.param_groups if settings.optimizer.kind != "adamw" else ():
-        for master in group["params"] if group["orthogonal"] or settings.optimizer.kind == "lion" else ():
-            optimizer.state[master]["exp_avg"] = torch.zeros_like(master)
+    optimizer = oracle_of(masters, settings.optimizer)
     averages = {name: master.detach().clone() for name, master in masters.named_parameters()}
     pairs = [(name, master, model.get_parameter(name)) for name, master in masters.named_parameters()]
     tensors: dict[str, torch.Tensor] = {}
@@ -152,7 +161,8 @@ def oracle(
         seen.append({"loss": nats / num_targets_of(step), "norm": norm.item()})
     tensors |= {f"weight.{name}": master.detach().clone() for name, master, _ in pairs}
     tensors |= {f"ema.{name}": average for name, average in averages.items()}
-    tensors |= {f"exp_avg.{name}": optimizer.state[master]["exp_avg"].clone() for name, master, _ in pairs}
+    for name, master, _ in pairs:
+        tensors |= {f"{key}.{name}": value.flatten() for key, value in optimizer.state[master].items() if key != "step"}
     save_file(tensors, path)
     return seen
 
@@ -218,7 +228,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     result["micro_batches"] = effective["gradient_accumulation_steps"]
     for key in ("weight", "exp_avg", "ema") if expected else ():
         state = {name: engine.whole(name, key) for name in engine.names() if key in engine.keys(name)}
-        wanted = {name: expected[f"{key}.{name}"] for name in state}
+        wanted = {name: expected[f"{key}.{name}"].view(tensor.shape) for name, tensor in state.items()}
         if state:
             result[f"{key}_error"] = max(relative_error(state[name], wanted[name]) for name in state)
             result[f"{key}_distance"] = distance(state, wanted)

@@ -1,5 +1,6 @@
 """The engine beyond plain updates: initial weights, recomputation, loss scaling, states that move, hpZ, 70 billion."""
 
+import itertools
 import json
 import math
 import time
@@ -26,7 +27,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
 Jobs = dict[str, dict[str, Any]]
 STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
-MOVING = {"optimizer": {"kind": "muon"}, "training": {"ema_decay": 0.8}}
+MOVING = {kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor")}
 HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
 HPZ |= {"precision": "fp32", "persistence": 0, "ema": 0.0, "groups": False, "tied": True}
 
@@ -57,26 +58,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
         where = str(folder / f"fp16-{stage}")
         jobs[f"scaled {stage}"] = {"settings": table, "steps": 20, "save_at": 14, "checkpoints": where}
         jobs[f"scaled again {stage}"] = {"settings": table, "steps": 20, "resume": True, "checkpoints": where}
-    for stage in (1, 3):
-        table, where = settings_table(folder, stage, "fp32", 3, **MOVING), str(folder / f"muon-{stage}")
-        jobs[f"saved {stage}"] = {"settings": table, "steps": 6, "save_at": 3, "checkpoints": where}
-        jobs[f"again {stage}"] = {"settings": table, "steps": 6, "resume": True, "checkpoints": where}
-    for source, target in ((1, 3), (3, 2)):
-        table = settings_table(folder, target, "fp32", 3, **MOVING)
-        where = {"resume": True, "checkpoints": str(folder / f"muon-{source}")}
-        jobs[f"moved {source} to {target}"] = {"settings": table, "steps": 6, **where}
+    for kind, stage in itertools.product(MOVING, (1, 3)):
+        table, where = settings_table(folder, stage, "fp32", 3, **MOVING[kind]), str(folder / f"{kind}-{stage}")
+        jobs[f"{kind} saved {stage}"] = {"settings": table, "steps": 6, "save_at": 3, "checkpoints": where}
+        jobs[f"{kind} again {stage}"] = {"settings": table, "steps": 6, "resume": True, "checkpoints": where}
+    for kind, (source, target) in itertools.product(MOVING, ((1, 3), (3, 2))):
+        table = settings_table(folder, target, "fp32", 3, **MOVING[kind])
+        where = {"resume": True, "checkpoints": str(folder / f"{kind}-{source}")}
+        jobs[f"{kind} moved {source} to {target}"] = {"settings": table, "steps": 6, **where}
+    for stage in (1, 2):
+        case = HPZ | {"stage": stage, "precision": "bf16", "offload": "optimizer", "activation_checkpointing": "none"}
+        jobs[f"offloaded {stage}"] = job_of(case, folder) | {"steps": 1}
     found = {2: run(jobs, 2, folder)}
-    table = settings_table(folder, 0, "fp32", 6, **MOVING)
-    where = {"resume": True, "checkpoints": str(folder / "muon-3")}
-    found[1] = run(initial(folder) | {"moved 3 to 0": {"settings": table, "steps": 6, **where}}, 1, folder)
+    alone = initial(folder)
+    for kind in MOVING:
+        table = settings_table(folder, 0, "fp32", 6, **MOVING[kind])
+        where = {"resume": True, "checkpoints": str(folder / f"{kind}-3")}
+        alone[f"{kind} moved 3 to 0"] = {"settings": table, "steps": 6, **where}
+    found[1] = run(alone, 1, folder)
     hpz = job_of(HPZ, folder, zero_hpz_partition_size=2)
     where = {"checkpoints": str(folder / "muon-1"), "resume": True}
-    table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING)
+    table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING["muon"])
     shared = {
         f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder), ranks)
         for ranks, case in ((2, HPZ), (4, HPZ | {"stage": 1, "precision": "bf16"}), (2, HPZ | {"stage": 2}))
     }
-    found[4] = run(shared | {"hpz": hpz, "moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
+    found[4] = run(shared | {"hpz": hpz, "muon moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
     return found
 
 
@@ -154,19 +161,25 @@ def test_fp16_lowers_its_loss_scale_until_gradients_are_finite_and_resumes_there
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_momentum_and_average_resume_bitwise(results, stage: int) -> None:
-    one, again = results[2][f"saved {stage}"], results[2][f"again {stage}"]
+@pytest.mark.parametrize("kind", list(MOVING))
+def test_momentum_and_average_resume_bitwise(results, kind: str, stage: int) -> None:
+    one, again = results[2][f"{kind} saved {stage}"], results[2][f"{kind} again {stage}"]
     assert again["loaded"] == one["saved"]
     assert again["losses"] == one["losses"][3:]
     assert again["digest"] == one["digest"]
 
 
 @pytest.mark.parametrize(
-    ("size", "name", "source"),
-    [(2, "moved 1 to 3", 1), (2, "moved 3 to 2", 3), (1, "moved 3 to 0", 3), (4, "moved 1 to hpz", 1)],
+    ("size", "name"),
+    [
+        *((2, f"{kind} moved {stages}") for kind in MOVING for stages in ("1 to 3", "3 to 2")),
+        *((1, f"{kind} moved 3 to 0") for kind in MOVING),
+        (4, "muon moved 1 to hpz"),
+    ],
 )
-def test_momentum_and_average_move_to_any_stage_exactly(results, size: int, name: str, source: int) -> None:
-    moved, whole = results[size][name], results[2][f"saved {source}"]
+def test_momentum_and_average_move_to_any_stage_exactly(results, size: int, name: str) -> None:
+    kind, _, source, *_ = name.split()
+    moved, whole = results[size][name], results[2][f"{kind} saved {source}"]
     assert moved["loaded"] == whole["saved"]
     assert moved["losses"] == pytest.approx(whole["losses"][3:], rel=1e-5)
 
@@ -179,6 +192,14 @@ def test_ranks_that_share_a_pack_have_the_loss_and_gradient_of_one(results, name
 
 def test_hpz_on_four_ranks_is_plain_torch(results) -> None:
     assert failures(results[4]["hpz"]) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_are_offloaded_are_added_up_in_fp32(results, stage: int) -> None:
+    """As far from float64 as one process that adds bf16 gradients up in fp32, with three micro-batches a rank."""
+    one = results[2][f"offloaded {stage}"]
+    assert one["micro_batches"] == 3
+    assert one["gradient_distances"][0] == pytest.approx(one["allowed"]["0"], rel=1e-6)
 
 
 # --- too large for one rank

@@ -1,14 +1,18 @@
 """Parameter groups, AdamW and the learning rate of each step."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from bigmodel.config import OptimizerSettings, Settings, UserError
+from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
-from bigmodel.training.optim import build_optimizer, orthogonalize, parameter_groups
+from bigmodel.training.fragments import Fragment
+from bigmodel.training.optim import Adafactor, Part, build_optimizer, orthogonalize, parameter_groups
 from bigmodel.training.schedule import SCHEDULES, learning_rate, positions_before
+from tests.engine_worker import oracle_of
 
 
 def model(tied: bool) -> Transformer:
@@ -72,7 +76,7 @@ def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest() -> None:
     settings = OptimizerSettings(kind="muon", learning_rate=0.1, weight_decay=0.2, momentum=0.9)
     ours, theirs = model(tied=False), model(tied=False)
     theirs.load_state_dict(ours.state_dict())
-    groups = {group["orthogonal"]: group for group in parameter_groups(ours, settings)}
+    groups = {group["matrices"]: group for group in parameter_groups(ours, settings)}
     names = {id(parameter): name for name, parameter in ours.named_parameters()}
     matrices = [names[id(parameter)] for parameter in groups[True]["params"]]
     assert matrices == [
@@ -111,6 +115,60 @@ def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest() -> None:
         moved = (theirs.get_parameter(name) - before[name]).norm()
         tolerance = 0.05 if name in matrices else 1e-5
         assert (parameter - theirs.get_parameter(name)).norm() < tolerance * moved, name
+
+
+def adafactor_alone(model: torch.nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """As the engine sets it up where every parameter is its own master."""
+    adafactor = build_optimizer(model, settings)
+    assert isinstance(adafactor, Adafactor)
+    parts: dict[torch.Tensor, list[Part]] = {}
+    for parameter in model.parameters():
+        shape, adafactor.state[parameter]["step"] = tuple(parameter.shape), torch.zeros(())
+        vectors = tuple(torch.zeros(size) for size in shape) if len(shape) == 2 else ()
+        if not vectors:
+            adafactor.state[parameter]["variance"] = torch.zeros(shape)
+        parts[parameter] = [Part(shape, Fragment(0, parameter.numel(), 0, 0), vectors)]
+    adafactor.parts, adafactor.sum_ = parts.__getitem__, lambda sums: sums
+    return adafactor
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0], ids=["gradients near epsilon", "large gradients"])
+def test_adafactor_is_torch_s(scale: float) -> None:
+    """Every setting away from its default; the rate is above 1/sqrt(t) from the fourth update on."""
+    values = {"epsilon": 1e-7, "beta2_decay": -0.6, "update_clipping": 1.2, "least_scale": 0.2, "weight_decay": 0.1}
+    settings = OptimizerSettings(kind="adafactor", learning_rate=0.55, **values)
+    ours, theirs = model(tied=False), model(tied=False)
+    init_weights(ours, 1)
+    theirs.load_state_dict(ours.state_dict())
+    adafactor, oracle = adafactor_alone(ours, settings), oracle_of(theirs, settings)
+    for group in oracle.param_groups:
+        group["lr"] = 0.55
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = scale * (step + 1) * torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        adafactor.step(), oracle.step()
+    for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6), name
+        states = adafactor.parts(one)[0].vectors or (adafactor.state[one]["variance"],)
+        keys = ("row_var", "col_var") if one.dim() == 2 else ("variance",)
+        for state, key in zip(states, keys, strict=True):
+            assert torch.allclose(state, oracle.state[two][key].view(state.shape), rtol=1e-5, atol=0), (name, key)
+
+
+@pytest.mark.parametrize("cuts", [[0, 35], [0, 14, 35], [0, 3, 5, 17, 18, 35]], ids=str)
+def test_parts_of_a_matrix_have_the_sums_and_second_moments_of_the_whole(cuts: list[int]) -> None:
+    """5 rows of 7, cut between rows, inside them, and twice inside one; a rank without any part adds nothing."""
+    weights, gradient = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
+    row_var, col_var = torch.rand(5) + 0.1, torch.rand(7)
+    parts = [Part((5, 7), Fragment(a, b - a, 0, a), (row_var, col_var)) for a, b in itertools.pairwise(cuts)]
+    parts.append(Part((5, 7), None, (row_var, col_var)))
+    sums = sum(part.sums(weights.flatten(), gradient.flatten()) for part in parts)
+    squares = gradient.square()
+    assert torch.allclose(sums, torch.cat([weights.square().sum().view(1), squares.sum(1), squares.sum(0)]))
+    moments = torch.cat([part.estimate(1e-7) for part in parts[:-1]]).view(5, 7)
+    assert torch.allclose(moments, torch.outer(row_var, col_var) / row_var.mean())
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (16, 16)])

@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from bigmodel.rundir import refuse_to_start_over, take_over
 from bigmodel.training import checkpoint, saving
 from bigmodel.training.distributed import ALONE
 from bigmodel.training.saving import Saver, best_interval_seconds
-from tests.s3 import delete, put, s3_server
+from tests.s3 import delete, faulty_server, get, put, s3_server
 from tools.torture import Weights
 
 
@@ -150,6 +152,55 @@ def test_a_failed_save_stops_the_run_or_lets_it_go_on(tmp_path: Path, monkeypatc
     assert loaded(tmp_path) == 12
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("moment", ["before", "before its share is written", "after its share is written"])
+def test_a_disk_that_turns_read_only_costs_the_save_in_flight_alone(disk: Path, monkeypatch, moment: str) -> None:
+    saver, real, go_on = saver_of(disk, on_failure="continue"), saving._write_share, threading.Event()
+    saver.save(Weights(4), {"step": 4})
+    before = content_of(disk / "checkpoints/step-00000004")
+    monkeypatch.setattr(saving, "_write_share", lambda *arguments: (go_on.wait(10), real(*arguments))[1])
+    if moment == "before":
+        remount(disk, "ro")
+    if moment == "after its share is written":
+        go_on.set()
+    saver.begin(Weights(8), {"step": 8})
+    while moment == "after its share is written" and not saver.written:
+        time.sleep(0.01)
+    if moment != "before":
+        remount(disk, "ro")
+    go_on.set()
+    saved = saver.finish(must=False)
+    assert saved is not None
+    assert "Read-only file system" in saved.error
+    assert content_of(disk / "checkpoints/step-00000004") == before
+    remount(disk, "rw")
+    assert loaded(disk) == 4
+    saver.save(Weights(12), {"step": 12})
+    assert loaded(disk) == 12
+    assert kept(disk) == [4, 12]
+
+
 def test_a_file_that_reads_back_wrong_is_not_published(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
     with pytest.raises(UserError, match="what was read back is not what was written"):
@@ -271,11 +322,62 @@ def test_a_run_resumes_where_only_the_copy_in_a_store_is_left(tmp_path: Path) ->
         delete(f"{remote}/step-00000008/manifest.json")  # as if the upload had been cut off
         assert loaded(tmp_path / "third", remote) == 4
         put(f"{remote}/step-00000004/rank-00000.safetensors", b"other bytes")
-        with pytest.raises(UserError, match=r"rank-00000\.safetensors there is not the file of its manifest"):
+        with pytest.raises(UserError, match=r"none of 1 checkpoint\(s\) is whole.*safetensors has 11 bytes instead of"):
             checkpoint.newest(tmp_path / "fourth/checkpoints", ALONE, remote=remote)
         assert list((tmp_path / "fourth/checkpoints").iterdir()) == []
         with pytest.raises(UserError, match=r"--fresh: checkpoint\.remote = .* has the checkpoint of step 4"):
             checkpoint.set_aside(tmp_path / "here/checkpoints", remote)
+
+
+def flip(url: str) -> None:
+    content = bytearray(get(url))
+    content[len(content) // 2] ^= 1
+    put(url, bytes(content))
+
+
+DAMAGE: dict[str, tuple[Callable[[str], None], str]] = {
+    "a flipped bit": (lambda folder: flip(f"{folder}/rank-00000.safetensors"), "has other content than was written"),
+    "a flipped bit of the manifest": (lambda folder: flip(f"{folder}/manifest.json"), "manifest"),
+    "a cut part": (lambda folder: put(url := f"{folder}/rank-00000.safetensors", get(url)[:-7]), "bytes instead of"),
+    "a lost part": (lambda folder: delete(f"{folder}/state.json"), "state.json is not there"),
+}
+
+
+def test_a_damaged_copy_is_passed_over_for_the_newest_good_one_here_or_there(tmp_path: Path, capsys) -> None:
+    with s3_server() as bucket:
+        for number, (damage, words) in enumerate(DAMAGE.values()):
+            run, remote = tmp_path / f"run-{number}", f"{bucket}/run-{number}"
+            saver = saver_of(run, remote=remote)
+            for step in (4, 8):
+                saver.save(Weights(step), {"step": step})
+                saver.close()
+            damage(f"{remote}/step-00000008")
+            assert loaded(tmp_path / f"elsewhere-{number}", remote) == 4, "from the store"
+            told = capsys.readouterr().err
+            assert f"is damaged: in {remote}: " in told
+            assert words in told
+            assert "using the older checkpoint" in told
+            assert kept(tmp_path / f"elsewhere-{number}") == [4]
+            (checkpoint.path_of(run / "checkpoints", 8) / "state.json").write_bytes(b"")
+            assert loaded(run, remote) == 4, "from here"
+            told = capsys.readouterr().err
+            assert "is damaged: state.json has 0 bytes instead of" in told
+            assert f"; in {remote}: " in told
+            assert loaded(run) == 4
+            assert kept(run) == [4, 8], "the damaged one here stays as it was"
+
+
+def test_a_store_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
+    """Else a short outage would throw away what was trained since the checkpoint before."""
+    with s3_server() as bucket:
+        saver = saver_of(tmp_path / "run", remote=f"{bucket}/run")
+        saver.save(Weights(4), {"step": 4}), saver.close()
+        with (
+            faulty_server(0, failures=10**6, of="state.json"),
+            pytest.raises(UserError, match=r"run/step-00000004: cannot be"),
+        ):
+            checkpoint.newest(tmp_path / "elsewhere/checkpoints", ALONE, remote=f"{bucket}/run")
+        assert loaded(tmp_path / "elsewhere", f"{bucket}/run") == 4
 
 
 def test_the_manifest_goes_last_into_the_store(tmp_path: Path, monkeypatch) -> None:

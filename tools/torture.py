@@ -70,10 +70,10 @@ class Weights:
     def keys(self, name: str) -> list[str]:
         return list(self.state[name])
 
-    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
+    def owned(self, name: str) -> dict[str, tuple[int, Tensor]]:
         numel = torch.Size(self._shapes[name]).numel()
         first, end = (numel * rank // self._world.size for rank in (self._world.rank, self._world.rank + 1))
-        return first, {key: tensor.flatten()[first:end] for key, tensor in self.state[name].items()}
+        return {key: (first, tensor.flatten()[first:end]) for key, tensor in self.state[name].items()}
 
     def write(self, read: checkpoint.Read, updates: int, scaler: dict[str, float]) -> None:
         for name, shape in self._shapes.items():

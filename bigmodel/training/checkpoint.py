@@ -3,7 +3,7 @@ writing in bigmodel/training/saving.py, the copy in an object store in bigmodel/
 
     checkpoints/step-00000100/
       rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the fragments that the rank owns, flat and
-                                   in fp32; START is the first element's place in the flattened parameter
+                                   in fp32; START is the first element's place in the flattened tensor
       state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
       manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
 
@@ -51,7 +51,7 @@ class States(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def keys(self, name: str) -> list[str]: ...
-    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None: ...
+    def owned(self, name: str) -> dict[str, tuple[int, Tensor]]: ...
     def write(self, read: Read, updates: int, scaler: dict[str, float]) -> None: ...
     def scaler_state(self) -> dict[str, float]: ...
 
@@ -73,7 +73,7 @@ def newest(
     world: of the run that owns the folder; it also removes the partial folders that a kill left. None: one process
     that only looks, perhaps while the run goes on. report: told (on rank 0) of each damaged checkpoint that is
     passed over; by default it goes to stderr. remote: a folder in a store; what is missing or damaged here is
-    fetched from there.
+    fetched from there, and passed over where it is damaged there too.
     Raises `UserError` where there are checkpoints and all are damaged, and where the store cannot be read.
     """
     report = report or (lambda text: print(f"bigmodel: {text}", file=sys.stderr, flush=True))
@@ -86,13 +86,13 @@ def newest(
         path = path_of(directory, step)
         problems = verify(path, world) if step in here else []
         if step in there and (problems or step not in here):
-            store.fetch(remote, path, world)
-            problems = verify(path, world)
+            copy = store.fetch(remote, path, world, read_manifest)
+            problems = [*problems, *(f"in {remote}: {problem}" for problem in copy)] if copy else verify(path, world)
         if not problems:
             if world.rank == 0 and damage:
                 report(f"using the older checkpoint {path} instead")
             return world.on_rank_zero(partial(_open, path))
-        damage.append(f"checkpoint {path} is damaged: {problems[0]}")
+        damage.append(f"checkpoint {path} is damaged: {'; '.join(problems[:2])}")
         if world.rank == 0:
             report(damage[-1])
     if damage:

@@ -29,7 +29,7 @@ from bigmodel.config import Settings, UserError
 from bigmodel.training.blocks import wrap_blocks
 from bigmodel.training.distributed import World
 from bigmodel.training.fragments import Fragment, layout_of
-from bigmodel.training.optim import Muon, build_optimizer, state_keys
+from bigmodel.training.optim import FACTORED_STATE, Adafactor, Muon, Part, build_optimizer, state_keys
 from bigmodel.training.phases import Phases
 from bigmodel.training.ulysses import Sequence
 
@@ -40,7 +40,7 @@ COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
 )  # fmt: skip
 
-Piece = tuple[int, Tensor]  # the first element in the flattened parameter, and the elements: fp32, one-dimensional
+Piece = tuple[int, Tensor]  # the first element in the flattened tensor, and the elements: fp32, one-dimensional
 
 
 class Engine:
@@ -83,9 +83,12 @@ class Engine:
         self._norm: float | None = None
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
+        self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # whole on every rank
         self._make_states()
         if isinstance(self._optimizer, Muon):
             self._optimizer.whole_matrices = self._whole_matrices
+        if isinstance(self._optimizer, Adafactor):
+            self._optimizer.parts, self._optimizer.sum_ = self._parts, self._sum
 
     def micro_batch(self, batch: Any, num_targets: int, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
@@ -182,23 +185,19 @@ class Engine:
         return [WEIGHT, *self._keys[name], *([AVERAGE] if self._averages else [])]
 
     @torch.no_grad()
-    def owned(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
-        """The elements that this rank answers for: the first one's place, and views by key. None: others do.
+    def owned(self, name: str) -> dict[str, Piece]:
+        """By key, the elements that this rank answers for, as views; a key is absent where others do.
 
         Each element is owned by exactly one rank.
         """
-        fragment = self._fragments[name]
-        if fragment is None:
-            return None
-        first, count = 0, fragment.numel
-        if not self._layout.partitioned:  # all have all: each answers for an equal share
-            edges = [fragment.numel * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
-            first, count = edges[0], edges[1] - edges[0]
-        if not count:
-            return None
-        return fragment.start + first, {
-            key: fragment.of(self._flat(fragment, key)).narrow(0, first, count) for key in self.keys(name)
-        }
+        pieces = {}
+        for key, (first, elements) in self._held(name).items():
+            if key in self._vectors[name] or not self._layout.partitioned:  # all have all: each answers for a share
+                edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
+                first, elements = first + edges[0], elements[edges[0] : edges[1]]
+            if elements.numel():
+                pieces[key] = (first, elements)
+        return pieces
 
     @torch.no_grad()
     def write(self, read: Callable[[str, str, int, int], Tensor], updates: int, scaler: dict[str, float]) -> None:
@@ -206,10 +205,9 @@ class Engine:
 
         read(name, key, start, numel): those elements of the flattened tensor in fp32; asked for what lies here.
         """
-        for name, fragment in self._fragments.items():
-            for key in self.keys(name) if fragment else ():
-                assert fragment is not None
-                fragment.of(self._flat(fragment, key)).copy_(read(name, key, fragment.start, fragment.numel))
+        for name in self.names():
+            for key, (first, elements) in self._held(name).items():
+                elements.copy_(read(name, key, first, elements.numel()))
         for master in self._layout.masters():
             if "step" in self._optimizer.state[master]:
                 self._optimizer.state[master]["step"].fill_(float(updates))
@@ -228,9 +226,19 @@ class Engine:
     @torch.no_grad()
     def whole(self, name: str, key: str) -> Tensor:
         """One tensor of a parameter's state, whole, in fp32, a copy, on every rank. Collective."""
+        if key in self._vectors[name]:
+            return self._vectors[name][key].clone()
         fragment = self._fragments[name]
         piece = None if fragment is None else fragment.of(self._flat(fragment, key))
         return self._assemble(self._shapes[name], fragment, piece)
+
+    def _held(self, name: str) -> dict[str, Piece]:
+        """By key, what of a parameter's state is here, as views."""
+        fragment, held = self._fragments[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
+        if fragment is not None:
+            for key in [key for key in self.keys(name) if key not in held]:
+                held[key] = (fragment.start, fragment.of(self._flat(fragment, key)))
+        return held
 
     def _flat(self, fragment: Fragment, key: str) -> Tensor:
         master = self._layout.masters()[fragment.master]
@@ -256,9 +264,7 @@ class Engine:
 
         Matrices are taken in rounds of as many as there are ranks; each rank changes one and hands it to all.
         """
-        masters = self._layout.masters()
-        number = next(place for place, one in enumerate(masters) if one is master)
-        names = [self._names[id(parameter)] for parameter in self._layout.members()[number]]
+        names = self._names_in(master)
         changed = torch.zeros_like(flat)
         size, rank = (self.world.size, self.world.rank) if self._layout.partitioned else (1, 0)
         for first in range(0, len(names), size):
@@ -277,12 +283,38 @@ class Engine:
                     fragment.of(changed).copy_(matrices[owner].flatten().narrow(0, fragment.start, fragment.numel))
         return changed
 
+    def _names_in(self, master: Tensor) -> list[str]:
+        """The parameters that lie in a master on some rank, in the same order on all."""
+        pairs = zip(self._layout.masters(), self._layout.members(), strict=True)
+        members = next(members for one, members in pairs if one is master)
+        return [self._names[id(parameter)] for parameter in members]
+
+    def _parts(self, master: Tensor) -> list[Part]:
+        return [
+            Part(self._shapes[name], self._fragments[name], tuple(self._vectors[name].values()))
+            for name in self._names_in(master)
+        ]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Added up over the ranks, where these hold different elements."""
+        if not self._layout.partitioned:
+            return values
+        total = values.to(self.world.device)  # masters may lie on the CPU
+        dist.all_reduce(total)
+        return total.to(values.device)
+
     def _make_states(self) -> None:
         """Optimizers make their states at the first update; here they exist from the start, so they can be read."""
         for master, members in zip(self._layout.masters(), self._layout.members(), strict=True):
-            keys, state = self._keys[self._names[id(members[0])]], self._optimizer.state[master]
-            if "exp_avg_sq" in keys:
+            names = [self._names[id(parameter)] for parameter in members]
+            keys, state = self._keys[names[0]], self._optimizer.state[master]
+            if "exp_avg_sq" in keys or isinstance(self._optimizer, Adafactor):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            if keys == FACTORED_STATE:
+                for name in names:
+                    sizes = zip(keys, self._shapes[name], strict=True)
+                    self._vectors[name] = {key: master.new_zeros(size) for key, size in sizes}
+                keys = ()
             for key in keys:
                 state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
             if self._ema_decay:

@@ -49,7 +49,7 @@ class Norms:
     def _weights(self) -> list[tuple[str, Tensor]]:
         """What this rank answers for of each parameter, in fp32."""
         owned = ((name, self._engine.owned(name)) for name in self._engine.names())
-        return [(name, mine[1][WEIGHT]) for name, mine in owned if mine is not None]
+        return [(name, mine[WEIGHT][1]) for name, mine in owned if WEIGHT in mine]
 
 
 def kind_of(name: str) -> str:

@@ -310,12 +310,8 @@ def _copy(engine: States) -> dict[str, Tensor]:
     """What this rank owns, on the CPU, apart from what training will change."""
     tensors: dict[str, Tensor] = {}
     for name in engine.names():
-        if (owned := engine.owned(name)) is not None:
-            start, state = owned
-            tensors |= {
-                f"{key}.{name}@{start}": tensor.detach().to("cpu", torch.float32, copy=True).flatten()
-                for key, tensor in state.items()
-            }
+        for key, (start, tensor) in engine.owned(name).items():
+            tensors[f"{key}.{name}@{start}"] = tensor.detach().to("cpu", torch.float32, copy=True).flatten()
     return tensors
 
 

@@ -2,16 +2,16 @@
 
 Takes the URL of a folder (`checkpoint.remote`; the file systems of bigmodel/data/files.py). Guarantees: the manifest
 is written last, so a checkpoint without one is none; what is fetched appears under its name by one rename, after its
-files' sizes and hashes were compared with the manifest. Nothing is ever deleted there: leave that to the store's own
-rules of expiry.
+files' sizes and hashes were compared with the manifest; a damaged checkpoint is told apart from a store that does not
+answer. Nothing is ever deleted there: leave that to the store's own rules of expiry.
 """
 
 import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from bigmodel.training.distributed import World
 MANIFEST = "manifest.json"
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
+
+ReadManifest = Callable[[Path], tuple[dict[str, Any], str]]  # of a folder: its manifest, and what is wrong with it
 
 
 def steps(url: str) -> list[int]:
@@ -40,34 +42,43 @@ def upload(path: Path, url: str) -> None:
         _retrying(_put, path / name, files.join(url, f"{path.name}/{name}"))
 
 
-def fetch(url: str, path: Path, world: World) -> None:
+def fetch(url: str, path: Path, world: World, read_manifest: ReadManifest) -> list[str]:
     """Bring a checkpoint back to `path`, in place of a damaged one. Collective: the files are dealt to the ranks.
 
-    Raises `UserError` on every rank where one could not be fetched.
+    Gives what is damaged there, one line per file; then nothing was changed here. Raises `UserError` on every rank
+    where the store does not give a file that it has, or there is no room for it.
     """
     source = files.join(url, path.name)
-    part, manifest = world.on_rank_zero(lambda: _begin(source, path))
-    names = sorted(manifest["files"])[world.rank :: world.size]
-    errors = [error for name in names if (error := _try_get(source, part, name, manifest["files"][name]))]
-    told = [error for some in world.gather_objects(errors) for error in some]
-    world.on_rank_zero(lambda: _finish(source, part, path, told))
+    part, manifest, problems = world.on_rank_zero(lambda: _begin(source, path, read_manifest))
+    errors: list[str] = []
+    for name in [] if problems else sorted(manifest["files"])[world.rank :: world.size]:
+        try:
+            problems += _get_file(source, part, name, manifest["files"][name])
+        except (UserError, OSError) as error:
+            errors.append(str(error))
+    told = world.gather_objects((problems, errors))
+    problems, errors = (list(dict.fromkeys(line for some in kind for line in some)) for kind in zip(*told, strict=True))
+    world.on_rank_zero(lambda: _finish(source, part, path, problems, errors))
+    return problems
 
 
-def _begin(source: str, path: Path) -> tuple[Path, dict[str, Any]]:
+def _begin(source: str, path: Path, read_manifest: ReadManifest) -> tuple[Path, dict[str, Any], list[str]]:
     part = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     part.mkdir(parents=True)
-    raw = _retrying(_get, files.join(source, MANIFEST))
-    (part / MANIFEST).write_bytes(raw)
-    try:
-        return part, json.loads(raw)
-    except ValueError:
-        raise UserError(f"{source}: its {MANIFEST} is damaged; delete that folder in the store") from None
+    (part / MANIFEST).write_bytes(_retrying(_get, files.join(source, MANIFEST)))
+    manifest, problem = read_manifest(part)
+    if problem:
+        return part, {}, [problem]
+    there = _retrying(files.sizes, source)
+    return part, manifest, [f"{name} is not there" for name in manifest["files"] if name not in there]
 
 
-def _finish(source: str, part: Path, path: Path, errors: list[str]) -> None:
-    if errors:
+def _finish(source: str, part: Path, path: Path, problems: list[str], errors: list[str]) -> None:
+    if problems or errors:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{source}: cannot be fetched: {errors[0]}; nothing was changed here")
+        if not problems:
+            raise UserError(f"{source}: cannot be fetched: {errors[0]}; nothing was changed here")
+        return
     for file in part.iterdir():
         with open(file, "rb") as written:
             os.fsync(written.fileno())
@@ -80,18 +91,15 @@ def _finish(source: str, part: Path, path: Path, errors: list[str]) -> None:
     shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _try_get(source: str, part: Path, name: str, facts: dict[str, Any]) -> str:
+def _get_file(source: str, part: Path, name: str, facts: dict[str, Any]) -> list[str]:
     """Empty when the file is here and as the manifest says."""
-    try:
-        content = _retrying(_get, files.join(source, name))
-        if (len(content), hashlib.sha256(content).hexdigest()) != (facts["bytes"], facts["sha256"]):
-            return f"{name} there is not the file of its manifest (its size or SHA-256 differs)"
-        (part / name).write_bytes(content)
-    except UserError as error:
-        return str(error)
-    except OSError as error:
-        return f"{part / name}: {error.strerror}"
-    return ""
+    content = _retrying(_get, files.join(source, name))
+    if len(content) != facts["bytes"]:
+        return [f"{name} has {len(content):,} bytes instead of {facts['bytes']:,}"]
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        return [f"{name} has other content than was written (its sha256 differs)"]
+    (part / name).write_bytes(content)
+    return []
 
 
 def _put(path: Path, location: str) -> None:
