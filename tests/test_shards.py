@@ -61,7 +61,7 @@ def test_documents_come_back_by_shard_and_row_with_their_lengths(whole: Path) ->
 def test_streaming_itself_reads_the_shards(whole: Path) -> None:
     program = """
 import json, sys
-from bigmodel.data.shards import define_missing_torchvision_operators
+from tools.torchvision_operators import define_missing_torchvision_operators
 define_missing_torchvision_operators()
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
