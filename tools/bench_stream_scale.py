@@ -6,11 +6,12 @@ A prepared folder of 1e9 documents in 23,256 shards: manifest, index and length 
 mapped as in training; the length files are links to sixteen, and the shards' tokens are left out. 64 lanes, 8 nodes of
 8 ranks; node 3 is run: 8 processes, each of which imports what a training process imports, plans the node's lanes and
 keeps the steps of a window, as `Stream` does. They work at the same time, so the seconds are those of 8 processes on
-the cores there are.
+the cores there are. It is run twice: from the beginning, and from a cursor written by hand, half-way through the
+second epoch, just before a block ends.
 
 Memory is the sum over the processes of PSS (/proc/PID/smaps_rollup), in which a page that n processes share counts 1/n
 in each: what the node has resident. It is looked at all the time; the most counts. `after_imports` is before there is
-a plan. The deep position is a cursor written by hand, half-way through the second epoch, just before a block ends.
+a plan.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from bigmodel.data.order import Order
 from bigmodel.data.randomness import make_key
 from bigmodel.data.shards import ShardStore, measure_shard
 from bigmodel.data.sharing import Place
+from bigmodel.data.shuffle import BLOCK_DOCUMENTS
 from tools.bench_stream import CONTEXT, ROOT, lognormal, record, write_manifest
 
 DOCUMENTS, SHARD_DOCUMENTS, LANES, NODES, RANKS, NODE = 10**9, 43_000, 64, 8, 8, 3
 NUM_LISTS = 16  # of different lengths
 PACKS_PER_STEP = NODES * RANKS * 16
 STEPS = 300
-BLOCK_FRAGMENTS = 65_536  # of a block at least; some 5,000 more
 DATA = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT, lanes=LANES)
 
 
@@ -76,8 +77,8 @@ def write_folder(folder: Path, num_shards: int) -> int:
 # ---- one rank -------------------------------------------------------------------------------------------------
 
 
-def rank(folder: Path, number: int) -> None:
-    """Import, start, take steps, resume, take steps: each when told by a line, and answered with one."""
+def rank(folder: Path, number: int, resumes: bool) -> None:
+    """Import, start or resume, take steps: each answered by a line, the next when told by one."""
     import bigmodel.training.loop  # noqa: F401 - what a training process has in memory
     from bigmodel.data.shards import _import_mds
     from bigmodel.data.stream import take_share
@@ -85,21 +86,16 @@ def rank(folder: Path, number: int) -> None:
     _import_mds()
     place = Place(number, NODES * RANKS, RANKS)
     answer({})
-    state: dict[str, Any] = {}
-    for resumes in (False, True):
-        clock, processor = time.perf_counter(), time.process_time()
-        store = ShardStore(folder, "train")
-        order = Order(store, DATA, PACKS_PER_STEP, 1, lanes=place.lanes(LANES))
-        if resumes:
-            order.restore(deep_cursor(order, state))
-        first = take_share(order, LANES, place, 1)
-        store.file("train/web/index.json")  # compared before the first document is read
-        took = {"seconds": time.perf_counter() - clock, "processor": time.process_time() - processor}
-        answer({**took, "packs": len(first.packs)})
-        state = order.state()
-        answer(step_milliseconds(order, place))
-        del store, order
-    sys.stdin.readline()  # until all were looked at
+    clock, processor = time.perf_counter(), time.process_time()
+    store = ShardStore(folder, "train")
+    order = Order(store, DATA, PACKS_PER_STEP, 1, lanes=place.lanes(LANES))
+    if resumes:
+        order.restore(deep_cursor(order))
+    first = take_share(order, LANES, place, 1)
+    store.file("train/web/index.json")  # compared before the first document is read
+    took = {"seconds": time.perf_counter() - clock, "processor": time.process_time() - processor}
+    answer({**took, "packs": len(first.packs)})
+    answer(step_milliseconds(order, place))
 
 
 def answer(result: dict[str, Any]) -> None:
@@ -108,14 +104,14 @@ def answer(result: dict[str, Any]) -> None:
     sys.stdin.readline()
 
 
-def deep_cursor(order: Order, state: dict[str, Any]) -> dict[str, Any]:
+def deep_cursor(order: Order) -> dict[str, Any]:
     """Half-way through the second epoch, before the end of a block."""
     positions = order.plan.source_positions["web"]
-    blocks = DOCUMENTS // LANES // 65_536
-    deep = {"epoch": 1, "block": blocks // 2, "fragment": BLOCK_FRAGMENTS, "positions": 3 * positions // 2 // LANES}
-    mine = state["lanes"][order.lanes[0]]
-    lanes = [{**mine, "window": 10**5, "sources": {"web": deep}, "packs_given": 0, "carried": []} for _ in range(LANES)]
-    return {**state, "lanes": lanes}
+    block = DOCUMENTS // LANES // BLOCK_DOCUMENTS // 2
+    deep = {"epoch": 1, "block": block, "fragment": BLOCK_DOCUMENTS, "positions": 3 * positions // 2 // LANES}
+    lane = {"window": 10**5, "packs_given": 0, "sources": {"web": deep}, "carried": []}
+    plan = {"fingerprint": order.fingerprint, "identity": order.plan.identity}
+    return {**plan, "step": 10**6, "lanes": [lane] * LANES}
 
 
 def step_milliseconds(order: Order, place: Place) -> dict[str, float]:
@@ -160,48 +156,51 @@ def resident_bytes(processes: list["subprocess.Popen[str]"], what: str = "Pss") 
     return 1024 * total
 
 
+def run_node(folder: str, resumes: bool) -> dict[str, Any]:
+    """Eight ranks, from their imports to the end of their steps."""
+    command = [sys.executable, "-m", "tools.bench_stream_scale", "--folder", folder]
+    command += ["--resumes"] if resumes else []
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([*command, "--rank", str(number)], cwd=ROOT, text=True, **pipes)
+        for number in range(NODE * RANKS, (NODE + 1) * RANKS)
+    ]
+
+    def answers(tell: bool = True) -> list[dict[str, Any]]:
+        for process in processes if tell else []:
+            print(file=process.stdin, flush=True)
+        return [json.loads(process.stdout.readline()) for process in processes if process.stdout]
+
+    try:
+        answers(tell=False)
+        imported = resident_bytes(processes)
+        watch = Watch(processes)
+        began, steps = answers(), answers()
+        most = watch.end()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return {
+        "seconds": max(one["seconds"] for one in began),
+        "processor_seconds_of_a_rank": max(one["processor"] for one in began),
+        "packs_per_node_and_step": began[0]["packs"],
+        "node_resident_bytes": most,
+        "node_resident_bytes_after_imports": imported,
+        "step_milliseconds": steps[0],
+    }
+
+
 def node(documents: int) -> dict[str, Any]:
     num_shards = -(-documents // SHARD_DOCUMENTS)
     with tempfile.TemporaryDirectory() as folder:
-        documents = write_folder(Path(folder), num_shards)
-        command = [sys.executable, "-m", "tools.bench_stream_scale", "--folder", folder, "--rank"]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        numbers = range(NODE * RANKS, (NODE + 1) * RANKS)
-        processes = [subprocess.Popen([*command, str(number)], cwd=ROOT, text=True, **pipes) for number in numbers]
-
-        def answers(tell: bool = True) -> list[dict[str, Any]]:
-            for process in processes if tell else []:
-                print(file=process.stdin, flush=True)
-            return [json.loads(process.stdout.readline()) for process in processes if process.stdout]
-
-        try:
-            answers(tell=False)
-            imported, anonymous = resident_bytes(processes), resident_bytes(processes, "Anonymous")
-            watch = Watch(processes)
-            started, early, resumed, late = (answers() for _ in range(4))
-            most, at_rest = watch.end(), resident_bytes(processes)
-            grown = resident_bytes(processes, "Anonymous") - anonymous
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
         return {
-            "documents": documents,
+            "documents": write_folder(Path(folder), num_shards),
             "shards": num_shards,
             "manifest_bytes": (Path(folder) / "manifest.json").stat().st_size,
-            "index_bytes": (Path(folder) / "train" / "web" / "index.json").stat().st_size,
-            "processes": len(processes),
-            "packs_per_node_and_step": started[0]["packs"],
-            "start_seconds": max(one["seconds"] for one in started),
-            "start_processor_seconds_of_a_rank": max(one["processor"] for one in started),
-            "resume_seconds": max(one["seconds"] for one in resumed),
-            "resume_processor_seconds_of_a_rank": max(one["processor"] for one in resumed),
-            "node_resident_bytes": most,
-            "node_resident_bytes_at_rest": at_rest,
-            "node_resident_bytes_after_imports": imported,
-            "rank_anonymous_bytes_added": grown // len(processes),
-            "step_milliseconds_at_0": early[0],
-            "step_milliseconds_deep": late[0],
+            "processes": RANKS,
+            "start": run_node(folder, resumes=False),
+            "resume": run_node(folder, resumes=True),
         }
 
 
@@ -210,9 +209,10 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--resumes", action="store_true")
     arguments = parser.parse_args()
     if arguments.folder:
-        rank(arguments.folder, arguments.rank)
+        rank(arguments.folder, arguments.rank, arguments.resumes)
         return
     load = os.getloadavg()[0]
     record("scale", node(arguments.documents), load)

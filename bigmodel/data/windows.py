@@ -74,6 +74,14 @@ class Lane:
         """The beginning of the window that starts there."""
         return LanePosition(start, self.plan(start))
 
+    def packs_left(self, at: LanePosition, at_most: int) -> int:
+        """The packs from there to the lane's end, `at_most` where there are more. Plans them, a window at a time."""
+        left = -at.packs_given
+        while at.window.packs and left + len(at.window.packs) < at_most:
+            left += len(at.window.packs)
+            at = self.enter(at.window.following)
+        return min(at_most, left + len(at.window.packs))
+
     def plan(self, start: LaneCursor) -> Window:
         """Pack one window: about window_packs * pack_tokens positions, those carried in among them.
 
