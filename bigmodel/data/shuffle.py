@@ -5,7 +5,7 @@ are laid end to end in a new order, cut into blocks, and the documents of a bloc
 split into fragments of at most `context_tokens` positions.
 
 Guarantees: a pure function of (key, lengths, context_tokens); a cursor, five small numbers, is all that is needed to
-go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (2 MB), two where a
+go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (1 MB), two where a
 window reaches over its end.
 
 A table of fragments is an int64 array of shape (n, 10) whose columns are the fields of `Fragment`; where all
@@ -157,8 +157,7 @@ class Block:
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
         self._context_tokens = np.broadcast_to(np.asarray(context_tokens), positions.shape)
         self._measure = measure
-        self._first_fragments = starts_of(-(-positions // context_tokens))
-        self._first_positions = starts_of(positions)
+        self._first_fragments = starts_of(-(-positions // context_tokens)).astype(np.int32)
         self.num_fragments = int(self._first_fragments[-1])
 
     def fragments_covering(self, first: int, positions: int) -> int:
@@ -167,8 +166,9 @@ class Block:
             return first
         document = np.searchsorted(self._first_fragments, first, side="right") - 1
         offset = (first - self._first_fragments[document]) * self._context_tokens[document]
-        target = self._first_positions[document] + offset + positions
-        end = min(int(np.searchsorted(self._first_positions, target)), len(self._positions))
+        first_positions = starts_of(self._positions)  # made again for each window: kept, it would be a third of a block
+        target = first_positions[document] + offset + positions
+        end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
         return int(self._first_fragments[end])
 
     def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
