@@ -16,12 +16,13 @@ from bigmodel.data import adopt as adopting
 from bigmodel.data.adopt import Adoption, adopt
 from bigmodel.data.manifest import Manifest
 from bigmodel.data.prepare import quiet
-from bigmodel.data.shards import ShardStore, define_missing_torchvision_operators
+from bigmodel.data.shards import ShardStore
 from bigmodel.data.tokenizer import Tokenizer
 from bigmodel.data.verify import verify
 from tests.test_prepare import content
 from tests.test_remote import run
 from tests.tiny_corpus import NEWS, prepared
+from tools.torchvision_operators import define_missing_torchvision_operators
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ print(attention(rows, rows, rows, causal(torch.tensor([0, 4], dtype=torch.int32)
 
 
 def test_t5_buckets_are_those_of_transformers() -> None:
-    from bigmodel.data.shards import define_missing_torchvision_operators
+    from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
     from transformers.models.t5.modeling_t5 import T5Attention

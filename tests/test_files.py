@@ -172,40 +172,74 @@ def test_secrets_in_a_url_are_neither_shown_nor_stored(tmp_path: Path, bucket: s
     ]
 
 
-def test_a_store_of_google_is_prepared_uploaded_and_fetched_from(tmp_path: Path) -> None:
-    program = shutil.which("fake-gcs-server")
-    if not program:
-        pytest.skip("fake-gcs-server is not installed")
+@contextlib.contextmanager
+def server(program: str, *options: str) -> Iterator[str]:
+    """An emulator on a port of its own, if it is installed; `{port}` in its options is replaced. Gives its address."""
+    found = shutil.which(program)
+    if not found:
+        pytest.skip(f"{program} is not installed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = ["-scheme", "http", "-host", "127.0.0.1", "-port", address.rpartition(":")[2], "-backend", "memory"]
-    server = subprocess.Popen([program, *options, "-public-host", address], stderr=subprocess.DEVNULL)
+        port = probe.getsockname()[1]
+    command = [found, *(option.format(port=port) for option in options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        request = urllib.request.Request(f"http://{address}/storage/v1/b", b'{"name": "shards"}')
-        request.add_header("Content-Type", "application/json")
-        for _ in range(50):
+        for _ in range(900):
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(request).close()
+                socket.create_connection(("127.0.0.1", port)).close()
                 break
             time.sleep(0.1)
-        settings = f"?scheme=http&endpoint_override={address}"
-        local = prepared(tmp_path)
-        for name in ("news.jsonl", "letters.parquet"):
-            content = (tmp_path / "text" / name).read_bytes()
-            files.write(f"gs://anonymous@shards/text/{name}{settings}", [content])
-        sources = tiny_settings(tmp_path).prepare.model_dump()["sources"]
-        for source, name in zip(sources, ("news.*", "letters.parquet"), strict=True):
-            source["files"] = [f"gs://anonymous@shards/text/{name}{settings}"]
-        made = prepared(tmp_path / "from-store", sources=sources)
-        for name in ("train/news/shard.00000.mds", "train/letters/index.json", "tokenizer.json"):
-            assert (made / name).read_bytes() == (local / name).read_bytes()
-        url = f"gs://anonymous@shards/made{settings}"
-        upload(made, url, quiet())
-        assert verify(url, quiet()) == []
-        ShardStore(tmp_path / "node", "train", url).document("news", 0, 0)
-        shard = "train/news/shard.00000.mds"
-        assert (tmp_path / "node" / shard).read_bytes() == (made / shard).read_bytes()
+        yield f"127.0.0.1:{port}"
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
+
+
+def check_store(tmp_path: Path, root: str, settings: str) -> None:
+    """Sources in a store become the same shards as local ones; put there, these are whole, and a node fetches them."""
+    local = prepared(tmp_path)
+    for name in ("news.jsonl", "letters.parquet"):
+        files.write(f"{root}/text/{name}{settings}", [(tmp_path / "text" / name).read_bytes()])
+    sources = tiny_settings(tmp_path).prepare.model_dump()["sources"]
+    for source, name in zip(sources, ("news.*", "letters.parquet"), strict=True):
+        source["files"] = [f"{root}/text/{name}{settings}"]
+    made = prepared(tmp_path / "from-store", sources=sources)
+    for name in ("train/news/shard.00000.mds", "train/letters/index.json", "tokenizer.json"):
+        assert (made / name).read_bytes() == (local / name).read_bytes()
+    url = f"{root}/made{settings}"
+    upload(made, url, quiet())
+    assert verify(url, quiet()) == []
+    ShardStore(tmp_path / "node", "train", url).document("news", 0, 0)
+    shard = "train/news/shard.00000.mds"
+    assert (tmp_path / "node" / shard).read_bytes() == (made / shard).read_bytes()
+
+
+def test_a_store_of_google_is_prepared_uploaded_and_fetched_from(tmp_path: Path) -> None:
+    options = ("-scheme", "http", "-host", "127.0.0.1", "-port", "{port}", "-backend", "memory")
+    with server("fake-gcs-server", *options, "-public-host", "127.0.0.1:{port}") as address:
+        request = urllib.request.Request(f"http://{address}/storage/v1/b", b'{"name": "shards"}')
+        request.add_header("Content-Type", "application/json")
+        urllib.request.urlopen(request).close()
+        check_store(tmp_path, "gs://anonymous@shards", f"?scheme=http&endpoint_override={address}")
+
+
+def test_a_store_of_azure_is_prepared_uploaded_and_fetched_from(tmp_path: Path, monkeypatch) -> None:
+    """Azurite's one account and its key are published."""
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    options = (
+        "--inMemoryPersistence",
+        "--silent",
+        "--disableTelemetry",
+        "--skipApiVersionCheck",
+        "--blobPort",
+        "{port}",
+    )
+    with server("azurite-blob", *options) as address:
+        monkeypatch.setenv("AZURE_STORAGE_KEY", key)
+        root, settings = f"abfs://devstoreaccount1@{address}/shards", "?enable_tls=false"
+        files._store(root + settings)[0].create_dir("shards")
+        check_store(tmp_path, root, settings)
+        monkeypatch.setenv("AZURE_STORAGE_KEY", key.replace("E", "F", 1))
+        files._connect.cache_clear()
+        with pytest.raises(UserError, match=r"cannot be read: .*AZURE_STORAGE_KEY"):
+            files.find(f"{root}/text/*{settings}")

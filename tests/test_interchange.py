@@ -8,10 +8,10 @@ import torch
 from bigmodel.config import DataSettings, UserError
 from bigmodel.data.batch import IGNORED, Batch
 from bigmodel.data.examples import Pair
-from bigmodel.data.shards import define_missing_torchvision_operators
 from bigmodel.interchange import from_transformers
 from bigmodel.model.transformer import Transformer
 from tests.example_batches import batch_of, text
+from tools.torchvision_operators import define_missing_torchvision_operators
 
 define_missing_torchvision_operators()
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bigmodel.data import mds
-from bigmodel.data.shards import define_missing_torchvision_operators
+from tools.torchvision_operators import define_missing_torchvision_operators
 
 COLUMNS = {"one": ["tokens"], "two": ["tokens", "target_tokens"]}
 TEXTS = ["a", "", "été <|eos|>\n", "漢字" * 40_000]

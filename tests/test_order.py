@@ -378,7 +378,7 @@ def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_e
     held = sum(len(corpus_positions(store, name)) * times for name, times in data.max_epochs.items())
     order.require(-(-held // 16))
     with pytest.raises(
-        UserError, match=r"data\.max_epochs: training\.steps = 400 needs 400 packs .* smallest holds 26;"
+        UserError, match=r"data\.max_epochs: training\.steps = 400 needs 400 packs from every lane, but lane 0 holds 2"
     ):
         order.require(400)
     with pytest.raises(UserError, match=r"lane 0 has no pack left .* raise data\.max_epochs"):
@@ -387,6 +387,51 @@ def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_e
     assert set(counts.values()) == {1}
     assert len(counts) == held
     assert len(packs) >= 26
+
+
+ENDS = {  # plans that end, of packs that are and are not filled by positions
+    "text": {"context_tokens": 16, "pack_tokens": 16},
+    "few documents a pack": {"context_tokens": 64, "pack_tokens": 64, "pack_documents": 2},
+    "spans": {
+        "context_tokens": 64,
+        "pack_tokens": 64,
+        "sentinels": 40,
+        "objectives": [{"kind": "span_corruption", "share": 0.5}, {"kind": "causal", "share": 0.5}],
+    },
+    "two sides": {
+        "context_tokens": 32,
+        "pack_tokens": 64,
+        "source_context_tokens": 64,
+        "source_pack_tokens": 96,
+        "sentinels": 40,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ENDS.values(), ids=ENDS)
+def test_the_last_step_that_the_data_holds_is_known_before_training_also_after_a_restart(changes):
+    store = MemoryStore(TWO_SOURCES)
+    data = DataSettings(lanes=2, window_packs=4, max_epochs={"books": 2, "web": 3}, **changes)
+    order, states = Order(store, data, packs_per_step=2, seed=7), []
+    with pytest.raises(UserError, match="has no pack left"):
+        give_states(order, states)
+    last = len(states)
+    assert last >= 4
+    for state in (None, states[last // 2], states[-1]):
+        again = Order(store, data, packs_per_step=2, seed=7)
+        if state:
+            again.restore(state)
+        before = again.state()
+        again.require(last)
+        with pytest.raises(UserError, match=rf"training\.steps = {last + 1} needs {last + 1} packs from every lane"):
+            again.require(last + 1)
+        assert again.state() == before
+
+
+def give_states(order: Order, states: list) -> None:
+    while True:
+        order.next_step()
+        states.append(order.state())
 
 
 def give(order: Order, steps: int, packs: list) -> None:

@@ -1,5 +1,6 @@
 """Shards give back what was written, and a damaged folder is an error, never other data."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -61,7 +62,7 @@ def test_documents_come_back_by_shard_and_row_with_their_lengths(whole: Path) ->
 def test_streaming_itself_reads_the_shards(whole: Path) -> None:
     program = """
 import json, sys
-from bigmodel.data.shards import define_missing_torchvision_operators
+from tools.torchvision_operators import define_missing_torchvision_operators
 define_missing_torchvision_operators()
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
@@ -78,6 +79,28 @@ print(json.dumps([dataset[i]["tokens"].tolist() for i in range(len(dataset))]))
         for row in range(len(store.lengths("news", shard)))
     ]
     assert json.loads(done.stdout.splitlines()[-1]) == ours
+
+
+def test_reading_imports_no_more_of_streaming_than_its_reader(whole: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from bigmodel.data.shards import ShardStore
+print(len(ShardStore(Path(sys.argv[1]), "train").document("news", 0, 0)))
+print([name for name in sys.modules if name.partition(".")[0] in ("streaming", "torchvision", "transformers", "boto3")])
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(whole)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    length, imported = done.stdout.splitlines()
+    assert int(length) == len(ShardStore(whole, "train").document("news", 0, 0))
+    assert imported == "[]"
+
+
+def test_the_fingerprint_is_of_the_splits_files_and_the_tokenizer(whole: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    fixing = {name: record for name, record in manifest["files"].items() if name.startswith("train/")}
+    content = json.dumps([manifest["tokenizer_sha256"], fixing], sort_keys=True)
+    assert ShardStore(whole, "train").fingerprint == hashlib.sha256(content.encode()).hexdigest()
 
 
 def truncate(path: Path) -> None:

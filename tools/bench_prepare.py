@@ -121,7 +121,7 @@ def one_process(folder: Path) -> dict[str, float]:
     import pyarrow.parquet
     import tokenizers
 
-    from bigmodel.data.shards import define_missing_torchvision_operators
+    from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
     from streaming import MDSWriter

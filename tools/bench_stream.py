@@ -2,7 +2,6 @@
 
     python -m tools.bench_stream packing            efficiency at contexts of 2k, 8k and 32k, and balance over ranks
     python -m tools.bench_stream speed              tokens/s on one core from shards to batches, against others
-    python -m tools.bench_stream scale              start, resume, memory and step cost with a billion documents
     python -m tools.bench_stream text               tokens/s where shards hold text, tokenized while they stream
 
 Each writes benchmarks/stream_<name>.json (packing also a plot) and prints the table for benchmarks/README.md.
@@ -14,10 +13,6 @@ Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
   whole process, imports left out. `iterate, concatenate` and `iterate, bin-pack` are StreamingDataset.__iter__ with a
   collator that joins and cuts, and one that packs each 256 documents first-fit decreasing and drops nothing.
 - text: the embedded corpus, prepared as text and as tokens with a vocabulary of 8,192, through the same stream.
-- scale: a manifest with 1e9 documents in 23,256 shards, whose lengths are made on demand; 64 lanes, 8 nodes of 8
-  ranks. One rank of node 3 is measured, the steps of a window kept; its anonymous memory is counted eight times for
-  the node, the libraries' pages once. The deep
-  position is a cursor written by hand, half-way through the second epoch.
 """
 
 import argparse
@@ -25,13 +20,11 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +41,6 @@ from bigmodel.data.shards import ShardStore, measure_shard
 from bigmodel.data.sharing import Place, attention_work, deal_contiguously, deal_evenly, imbalance
 
 ROOT = Path(__file__).parents[1]
-SCALE_DOCUMENTS, SHARD_DOCUMENTS, SCALE_LANES, NODES, RANKS = 10**9, 43_000, 64, 8, 8
 CONTEXT = 2048
 
 
@@ -82,95 +74,6 @@ def write_manifest(folder: Path, shards: list[list[int]], files: dict[str, Any])
         encoder="none",
         python=platform.python_version(),
     ).write(folder)
-
-
-# ---- scale ----------------------------------------------------------------------------------------------------
-
-
-class Simulated(ShardStore):
-    """Lengths of shard n: one of sixteen lists, turned by n."""
-
-    lists = [lognormal(make_key("list", number), SHARD_DOCUMENTS) for number in range(16)]
-
-    def lengths(self, source: str, shard: int) -> np.ndarray:
-        return np.roll(self.lists[shard % 16], make_key("turn", shard) % SHARD_DOCUMENTS)
-
-
-def scale() -> dict[str, Any]:
-    from bigmodel.data.stream import take_share  # imports torch: before the memory is looked at
-
-    sizes = [measure_shard(lengths) for lengths in Simulated.lists]
-    shards = [sizes[number % 16] for number in range(-(-SCALE_DOCUMENTS // SHARD_DOCUMENTS))]
-    entry = {"bytes": 10**8, "sha256": "0" * 64}
-    names = [f"train/web/{name}.{number:05}" for number in range(len(shards)) for name in ("shard", "lengths")]
-    data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT, lanes=SCALE_LANES)
-    packs_per_step = NODES * RANKS * 16
-    place = Place(3 * RANKS, NODES * RANKS, RANKS)
-    with tempfile.TemporaryDirectory() as folder:
-        write_manifest(Path(folder), shards, dict.fromkeys(names, entry))
-        before = resident_bytes()
-
-        clock = time.perf_counter()
-        order = Order(Simulated(Path(folder), "train"), data, packs_per_step, 1, lanes=place.lanes(data.lanes))
-        first = take_share(order, data.lanes, place, 1)
-        started = time.perf_counter() - clock
-        early = step_seconds(order, data, place)
-        node_bytes = node_resident_bytes()
-
-        state = order.state()
-        blocks = sum(size[0] for size in shards) // SCALE_LANES // 65_536
-        deep = {"epoch": 1, "block": blocks // 2, "fragment": 100, "positions": 3 * sum(s[1] for s in shards) // 128}
-        mine = state["lanes"][order.lanes[0]]
-        state["lanes"] = [{**mine, "window": 10**5, "sources": {"web": deep}} for _ in range(SCALE_LANES)]
-        del order
-        clock = time.perf_counter()
-        order = Order(Simulated(Path(folder), "train"), data, packs_per_step, 1, lanes=place.lanes(data.lanes))
-        order.restore(state)
-        take_share(order, data.lanes, place, 1)
-        resumed = time.perf_counter() - clock
-        late = step_seconds(order, data, place)
-        node_bytes = max(node_bytes, node_resident_bytes())
-        return {
-            "documents": sum(size[0] for size in shards),
-            "shards": len(shards),
-            "manifest_bytes": (Path(folder) / "manifest.json").stat().st_size,
-            "packs_per_node_and_step": len(first.packs),
-            "start_seconds": started,
-            "resume_seconds": resumed,
-            "rank_bytes_after_imports": before,
-            "rank_bytes_added_at_peak": peak_bytes() - before,
-            "node_bytes_added": RANKS * (peak_bytes() - before),
-            "node_resident_bytes": node_bytes,
-            "step_milliseconds_at_0": early,
-            "step_milliseconds_deep": late,
-        }
-
-
-def step_seconds(order: Order, data: DataSettings, place: Place, steps: int = 300) -> dict[str, float]:
-    from bigmodel.data.stream import take_share
-
-    seconds = []
-    ahead: deque[Any] = deque(maxlen=data.window_packs * data.lanes // order.packs_at(0) + 1)  # as `Stream` keeps them
-    for _ in range(steps):
-        clock = time.process_time()
-        ahead.append((take_share(order, data.lanes, place, 1), order.position()))
-        seconds.append(1000 * (time.process_time() - clock))
-    return {"mean": statistics.mean(seconds), "median": statistics.median(seconds), "max": max(seconds)}
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def node_resident_bytes() -> int:
-    """Of RANKS processes like this one: each has its own anonymous memory, libraries' pages are shared by all."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return 1024 * (RANKS * kilobytes["Anonymous"] + kilobytes["Rss"] - kilobytes["Anonymous"])
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------
@@ -232,7 +135,7 @@ def next_fit_of_our_reader(folder: Path) -> Iterator[int]:
 
 def streamed(folder: Path) -> Iterator[np.ndarray]:
     """Documents as StreamingDataset iterates over them, shuffled by its default."""
-    from bigmodel.data.shards import define_missing_torchvision_operators
+    from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
     from streaming import StreamingDataset
@@ -460,12 +363,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def record(name: str, result: dict[str, Any], load: float) -> None:
+    """Write benchmarks/stream_<name>.json, with where it was measured, and print it. `load`: before the run."""
+    result |= {"load_before": load, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    result["commit"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    written = json.dumps(result, indent=1)
+    (ROOT / "benchmarks" / f"stream_{name}.json").write_text(written + "\n")
+    print(written)
+
+
 # ---- the command line -----------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "speed", "scale", "text", "way"))
+    parser.add_argument("what", choices=("packing", "speed", "text", "way"))
     parser.add_argument("--documents", type=int, default=300_000, help="packing: documents")
     parser.add_argument("--tokens", type=int, default=24_000_000, help="speed: tokens in the shards")
     parser.add_argument("--seconds", type=float, default=4.0, help="speed: length of one run")
@@ -480,19 +394,12 @@ def main() -> None:
     runs = {
         "packing": lambda: packing(arguments.documents),
         "speed": lambda: speed(arguments.tokens, arguments.seconds, arguments.repeats),
-        "scale": scale,
         "text": lambda: text(arguments.seconds),
     }
     result = runs[arguments.what]()
-    result |= {"load_before": load, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-    result["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    written = json.dumps(result, indent=1)
-    (ROOT / "benchmarks" / f"stream_{arguments.what}.json").write_text(written + "\n")
+    record(arguments.what, result, load)
     if arguments.what == "packing":
         draw(result, ROOT / "benchmarks" / "stream_packing.png")
-    print(written)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ a store go behind the question mark of a URL.
 
 Guarantees: whatever stops a file from being found or read is a `UserError` that names it.
 
-Tried: s3:// against moto's server in the tests, gs:// against fake-gcs-server where it is installed (else that test is
-skipped), fsspec's memory://. Of abfs:// and hdfs:// only the errors without credentials and without a JVM.
+Tried: s3:// against moto's server in the tests; gs:// against fake-gcs-server and abfs:// against Azurite where these
+are installed (else their tests are skipped); fsspec's memory://. Of hdfs:// only the error without a JVM.
 """
 
 import glob
@@ -31,7 +31,7 @@ CHUNK_BYTES = 4 << 20  # read at once: a store answers each read separately
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+    "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, or AZURE_STORAGE_KEY",
     "hdfs": "a Kerberos ticket, HADOOP_HOME and CLASSPATH",
 }
 
@@ -191,7 +191,13 @@ def _store(location: str) -> tuple[fs.FileSystem, str]:
 @lru_cache(maxsize=16)
 def _connect(root: str) -> tuple[fs.FileSystem, str]:
     """Connecting may ask the network where a bucket lies: once per process and bucket."""
-    return fs.FileSystem.from_uri(root)
+    key = os.environ.get("AZURE_STORAGE_KEY")
+    if not key or urlsplit(root).scheme not in ("abfs", "abfss") or "credential_kind" in root:
+        return fs.FileSystem.from_uri(root)
+    # pyarrow takes no key from a URL: it asks Azure's identity service instead, which wants TLS.
+    store, base = fs.FileSystem.from_uri(f"{root}{'&' if '?' in root else '?'}credential_kind=anonymous")
+    _, (options,) = store.__reduce__()
+    return fs.AzureFileSystem(**options | {"account_key": key}), base
 
 
 def _fsspec_store(location: str) -> tuple[fs.FileSystem, str]:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -145,6 +146,15 @@ def read_head(stream: IO[bytes]) -> tuple[list[int], dict[str, Any]]:
     if not lists[0] or len({len(one) for one in lists}) > 1:
         raise ValueError("its head names no columns")
     return bounds, description
+
+
+def read_entry(path: Path) -> dict[str, Any]:
+    """What index.json says of a shard that is not compressed, from the shard itself. Raises `ValueError` if it is no
+    shard."""
+    with open(path, "rb") as stream:
+        bounds, description = read_head(stream)
+    raw = {"basename": path.name, "bytes": bounds[-1], "hashes": {}}
+    return {**description, **SETTINGS, "samples": len(bounds) - 1, "raw_data": raw, "zip_data": None}
 
 
 def decode_array(value: bytes, dtype: np.dtype) -> np.ndarray:

@@ -21,29 +21,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from bigmodel.config import DataSettings, Settings, UserError, packs_at
 from bigmodel.data.examples import Examples
 from bigmodel.data.lanes import deal, mixed_shards, packs_in_smallest_lane
-from bigmodel.data.mixing import mix, stages
-from bigmodel.data.packing import best_fit_decreasing, fullest, pack_two_sides
-from bigmodel.data.randomness import make_key, permutation
-from bigmodel.data.shuffle import (
-    BLOCK_DOCUMENTS,
-    Fragment,
-    Lengths,
-    Pack,
-    Shard,
-    SourceCursor,
-    SourceStream,
-    fragment_table,
-    has_pairs,
-    sizes,
-)
+from bigmodel.data.randomness import make_key
+from bigmodel.data.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, fragment_table, has_pairs
+from bigmodel.data.windows import LaneCursor, LanePosition, make_lane
 
 ORDER_VERSION = 1  # raised by every change that gives another order from the same input
-NO_EPOCH = 2**62  # later than any
 EXAMPLES = {  # settings that decide what documents become; in a plan's identity where they are not as they used to be
     "source_pack_tokens",
     "source_context_tokens",
@@ -54,43 +39,6 @@ EXAMPLES = {  # settings that decide what documents become; in a plan's identity
     "masked_decoder_share",
     "dropped_decoder_share",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LaneCursor:
-    """Where a window starts: its number, each mixed source's cursor, the fragments carried in.
-
-    `stage`: the stage of the curriculum that the window before was mixed by; `since`: the positions that each source
-    had given when it began, none for stage 0.
-    """
-
-    window: int
-    sources: tuple[SourceCursor, ...]
-    carried: np.ndarray  # table of fragments
-    stage: int = 0
-    since: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """One planned window of a lane: its P packs in training order, and where the next window starts.
-
-    What is pending once p packs are given, per mixed source, fragments carried on included:
-    """
-
-    packs: list[Pack]
-    following: LaneCursor
-    pending_positions: np.ndarray  # (P + 1, sources) int64
-    pending_epochs: np.ndarray  # (P + 1, sources) int64: the oldest epoch, NO_EPOCH where nothing is pending
-
-
-@dataclass(frozen=True, slots=True)
-class LanePosition:
-    """Where a lane stands: in a window, after so many of its packs."""
-
-    start: LaneCursor
-    window: Window
-    packs_given: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +146,10 @@ class Order:
         dealt = deal(shards, settings.lanes)
         examples = Examples(settings, seed)
         wide = not examples.is_plain or any(has_pairs(store, name) for name in dealt)
-        self._packs_in_lane = None if wide else packs_in_smallest_lane(settings, dealt)
+        self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, of plain text; None: no end
+        self._wide = wide
         self._lanes = {
-            number: _make_lane(number, store, dealt, settings, key, examples if wide else None)
+            number: make_lane(number, store, dealt, settings, key, examples if wide else None)
             for number in (range(settings.lanes) if lanes is None else sorted(lanes))
         }
         self._at: dict[int, LanePosition] = {}  # filled when first needed: a restored order plans one window, not two
@@ -266,15 +215,24 @@ class Order:
         return total_progress(self.plan, self.position().lane_progress())
 
     def require(self, steps: int) -> None:
-        """Raise `UserError` if data.max_epochs leaves too few packs for data steps up to `steps`."""
+        """Raise `UserError` if data.max_epochs leaves too few packs for data steps up to `steps`.
+
+        Where the sizes of shards do not say that there are enough, what the planned lanes have left is planned, as far
+        as it is needed: 2 microseconds a document, 20 to 40 with two sides.
+        """
         if self._packs_in_lane is None:
             return
-        needed = sum(self.packs_at(step) for step in range(self.first_step, steps)) // self.plan.num_lanes
-        if needed > self._packs_in_lane:
-            raise UserError(
-                f"data.max_epochs: training.steps = {steps} needs {needed:,} packs from every lane, but the smallest "
-                f"holds {self._packs_in_lane:,}; train fewer steps, raise data.max_epochs or prepare more data"
-            )
+        in_all = sum(map(self.packs_at, range(self.first_step, steps))) // self.plan.num_lanes
+        if not self._wide and in_all <= self._packs_in_lane:
+            return
+        given = sum(map(self.packs_at, range(self.first_step, self.step))) // self.plan.num_lanes
+        for number, lane in self._lanes.items():
+            left = lane.packs_left(self._lane_at(number), at_most=in_all - given)
+            if left < in_all - given:
+                raise UserError(
+                    f"data.max_epochs: training.steps = {steps} needs {in_all:,} packs from every lane, but lane "
+                    f"{number} holds {given + left:,}; train fewer steps, raise data.max_epochs or prepare more data"
+                )
 
     def _lane_at(self, number: int) -> LanePosition:
         if number not in self._at:
@@ -296,78 +254,6 @@ class Order:
             packs += more
             self._at[number] = replace(at, packs_given=at.packs_given + len(more))
         return packs
-
-
-class Lane:
-    """One endless stream of windows: the lane's part of every mixed source."""
-
-    def __init__(self, number: int, streams: list[SourceStream], settings: DataSettings, seed: int) -> None:
-        self.streams, self.wide = streams, streams[0].wide
-        self._number, self._settings, self._seed = number, settings, seed
-        self._stages = stages(settings, [stream.name for stream in streams], [s.positions for s in streams])
-
-    def beginning(self) -> LaneCursor:
-        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), fragment_table([], self.wide))
-
-    def enter(self, start: LaneCursor) -> LanePosition:
-        """The beginning of the window that starts there."""
-        return LanePosition(start, self.plan(start))
-
-    def plan(self, start: LaneCursor) -> Window:
-        """Pack one window: about window_packs * pack_tokens positions, those carried in among them.
-
-        Given are the fullest packs, as many as the fragments could fill at best, and every pack with a
-        fragment that was carried in: so nothing is carried twice. The fragments of the others are carried on.
-        Where the sources end, all packs are given. Of packs with two sides, the window is as many positions of
-        documents as both sides of its packs hold; of pairs the source text's are counted, so it holds more packs.
-        """
-        settings = self._settings
-        stage, since = self._stage(start)
-        num_carried, carried_positions = len(start.carried), int(start.carried[:, 4].sum())
-        wanted = settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens) - carried_positions
-        fresh, cursors = mix(self.streams, self._stages[stage].shares, start.sources, wanted, since)
-        table = np.concatenate([start.carried, fresh])
-        lengths = sizes(table)[:, : 2 if settings.source_pack_tokens else 1]
-        if settings.source_pack_tokens:
-            budgets = settings.pack_tokens, settings.source_pack_tokens
-            packing = pack_two_sides(lengths, budgets, settings.pack_documents, num_first=num_carried)
-        else:
-            packing = best_fit_decreasing(
-                lengths[:, 0], settings.pack_tokens, settings.pack_documents, num_first=num_carried
-            )
-        given = np.full(len(packing.packs), int(fresh[:, 4].sum()) < wanted)
-        given[fullest(packing, lengths, settings)] = True
-        given |= np.fromiter(map(min, packing.packs), dtype=np.int64, count=len(given)) < num_carried
-        chosen = np.flatnonzero(given)
-        chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.window), len(chosen))]
-        members = [sorted(packing.packs[number]) for number in chosen.tolist()]
-        left = sorted(index for number in np.flatnonzero(~given).tolist() for index in packing.packs[number])
-        fragments = list(map(Fragment, *table.T.tolist())) if len(table) else []
-        return Window(
-            [tuple([fragments[index] for index in pack]) for pack in members],
-            LaneCursor(start.window + 1, cursors, table[left], stage, since),
-            *self._pending(table, members),
-        )
-
-    def _stage(self, start: LaneCursor) -> tuple[int, tuple[int, ...]]:
-        """The stage of the curriculum that a window is mixed by, and what each source had given when it began."""
-        given = sum(cursor.positions for cursor in start.sources) - int(start.carried[:, 4].sum())
-        stage = max(number for number, stage in enumerate(self._stages) if stage.from_positions <= given)
-        if stage == start.stage:
-            return stage, start.since
-        return stage, tuple(cursor.positions for cursor in start.sources)
-
-    def _pending(self, table: np.ndarray, members: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and oldest epochs of `Window`, of packs made of these rows of the table."""
-        turns = np.full(len(table), len(members))  # what is in no pack stays pending after the last
-        for turn, pack in enumerate(members):
-            turns[pack] = turn
-        columns = np.searchsorted([stream.source for stream in self.streams], table[:, 0])
-        positions = np.zeros((len(members) + 1, len(self.streams)), dtype=np.int64)
-        epochs = np.full_like(positions, NO_EPOCH)
-        np.add.at(positions, (turns, columns), table[:, 4])
-        np.minimum.at(epochs, (turns, columns), table[:, 5])
-        return np.cumsum(positions[::-1], axis=0)[::-1], np.minimum.accumulate(epochs[::-1], axis=0)[::-1]
 
 
 def merge_cursors(cursors: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
@@ -392,29 +278,6 @@ def total_progress(plan: Plan, lanes: Mapping[int, LaneProgress]) -> dict[str, S
         epochs = min(lane[name][0] for lane in lanes.values())
         progress[name] = SourceProgress(epochs, given, given / positions)
     return progress
-
-
-def _make_lane(
-    number: int,
-    store: Lengths,
-    dealt: Mapping[str, list[list[Shard]]],
-    settings: DataSettings,
-    seed: int,
-    examples: Examples | None,
-) -> Lane:
-    streams = [
-        SourceStream(
-            store,
-            name,
-            dealt[name][number],
-            settings.context_tokens,
-            make_key(seed, name, number),
-            settings.max_epochs.get(name, 0),
-            examples,
-        )
-        for name in dealt
-    ]
-    return Lane(number, streams, settings, seed)
 
 
 def _identity(

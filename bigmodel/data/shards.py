@@ -21,8 +21,9 @@ remote, a file that the folder lacks or has damaged is fetched instead, so a nod
 
 Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads, and where
 it is text its tokenization (3 M tokens/s in a thread). A document read again soon after is not tokenized again.
-Importing streaming takes seconds, so it happens at the first shard read. Its StreamingDataset is not
-used here: its iteration ends silently where a shard is missing (version 0.13.0).
+What a shard holds is read from its own head: the index.json of a billion documents would take 35 MB in every rank.
+Of streaming only the reader of MDS files is imported. Its StreamingDataset is not used here: its iteration ends
+silently where a shard is missing (version 0.13.0).
 """
 
 import contextlib
@@ -30,16 +31,19 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from bigmodel.config import DataSettings, UserError
+from bigmodel.data import mds
 from bigmodel.data.examples import Document, Pair
 from bigmodel.data.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES, Manifest, find_damage, sha256_of
 from bigmodel.data.objectives import num_positions
@@ -47,7 +51,6 @@ from bigmodel.data.remote import Remote
 from bigmodel.data.tokenizer import Tokenizer
 
 RECENT_TOKENS = 1 << 22  # of documents tokenized last, kept for the next piece of a long one
-_torchvision_library: list[Any] = []  # torch forgets definitions whose Library object is gone
 
 
 class ShardStore:
@@ -73,7 +76,6 @@ class ShardStore:
         self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
         self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
         self._checked: set[str] = set()
-        self._indexes: dict[str, list[dict[str, Any]]] = {}
         self._readers: dict[tuple[str, int], Any] = {}
         self._recent: OrderedDict[tuple[str, int, int, str], np.ndarray] = OrderedDict()
         self._recent_tokens, self._recent_lock = 0, threading.Lock()
@@ -88,11 +90,15 @@ class ShardStore:
     def fingerprint(self) -> str:
         """SHA-256 over the hashes of the split's files and the tokenizer: equal if and only if the data is."""
         files = self.manifest.files
-        fixing = {name: files[name] for name in sorted(files) if name.startswith(f"{self.split}/")}
+        fixing = [name for name in files if name.startswith(f"{self.split}/")]
         if self.manifest.recipe.get("content") == "text" and TOKENIZER_FILES[1] in files:
-            fixing[TOKENIZER_FILES[1]] = files[TOKENIZER_FILES[1]]  # says how each text begins and ends
-        text = json.dumps([self.manifest.tokenizer_sha256, fixing], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+            fixing.append(TOKENIZER_FILES[1])  # says how each text begins and ends
+        digest = hashlib.sha256(f"[{json.dumps(self.manifest.tokenizer_sha256)}, {{".encode())  # JSON, never held whole
+        for number, name in enumerate(sorted(fixing)):
+            entry = f"{json.dumps(name)}: {json.dumps(files[name], sort_keys=True)}"
+            digest.update(f"{', ' if number else ''}{entry}".encode())
+        digest.update(b"}]")
+        return digest.hexdigest()
 
     @property
     def text_bytes(self) -> int:
@@ -113,7 +119,7 @@ class ShardStore:
         return self.manifest.counts[source][self.split][side + what]
 
     def num_shards(self, source: str) -> int:
-        return len(self._index(source))
+        return len(self.manifest.shards[source][self.split])
 
     def shard_sizes(self, source: str) -> np.ndarray:
         """(shards, 3) int64 from the manifest, no other file is opened: what `measure_shard` says of each shard."""
@@ -143,17 +149,17 @@ class ShardStore:
 
     def is_text(self, source: str) -> bool:
         """Whether the source's documents are tokenized when they are read."""
-        return "tokens" not in self._index(source)[0]["column_names"]
+        return source in self.sources and self.manifest.recipe.get("content") == "text"
 
     def open_shard(self, source: str, shard: int) -> None:
         """Have a shard here, compared and open, before it is read; mark it as used now."""
         name = self._shard_name(source, shard)
         if (source, shard) not in self._readers:
-            _import_streaming()
-            from streaming.base.format import reader_from_json
-
-            entry = self._index(source)[shard]
-            self._readers[source, shard] = reader_from_json(str(self.file(name).parent), None, entry)
+            self.file(f"{self.split}/{source}/index.json")
+            with _importing:  # by the threads that read ahead, of which several may come here first
+                reader, _ = _import_mds()
+            path = self.file(name)
+            self._readers[source, shard] = reader.MDSReader.from_json(str(path.parent), None, mds.read_entry(path))
         if self.remote and not (self.directory / name).exists():  # deleted for room since
             self._checked.discard(name)
             self.file(name)
@@ -162,16 +168,17 @@ class ShardStore:
                 os.utime(self.directory / name)
 
     def _sample(self, source: str, shard: int, row: int) -> dict[str, Any]:
-        if (source, shard) not in self._readers:
-            self.open_shard(source, shard)
         while True:
             try:
+                if (source, shard) not in self._readers:
+                    self.open_shard(source, shard)
                 return self._readers[source, shard][row]
-            except FileNotFoundError:
+            except FileNotFoundError:  # deleted for room, or by somebody
+                name = self._shard_name(source, shard)
                 if not self.remote:
-                    name = self._shard_name(source, shard)
                     raise UserError(f"{self.directory / name}: vanished after its first use; {PREPARE_AGAIN}") from None
-                self.open_shard(source, shard)
+                self._checked.discard(name)
+                self._readers.pop((source, shard), None)
 
     def _tokenized(self, source: str, shard: int, row: int, text: str, side: str) -> np.ndarray:
         document = (source, shard, row, side)
@@ -202,13 +209,7 @@ class ShardStore:
         return lru_cache(maxsize=64)(lambda source, shard, side: np.array(of_side[side](source, shard)))
 
     def _shard_name(self, source: str, shard: int) -> str:
-        return f"{self.split}/{source}/{self._index(source)[shard]['raw_data']['basename']}"
-
-    def _index(self, source: str) -> list[dict[str, Any]]:
-        if source not in self._indexes:
-            path = self.file(f"{self.split}/{source}/index.json")
-            self._indexes[source] = json.loads(path.read_bytes())["shards"]
-        return self._indexes[source]
+        return f"{self.split}/{source}/{mds.shard_name(shard)}"
 
     def file(self, name: str) -> Path:
         """A file of the folder, by its relative path, whole and as the manifest says. Raises `UserError` if it is
@@ -282,48 +283,37 @@ def all_statistics(
 
 # ---- the import -----------------------------------------------------------------------------------------------
 
-
-def define_missing_torchvision_operators() -> None:
-    """Let packages that import torchvision load beside a CPU build of torch.
-
-    A torchvision built for CUDA cannot load its compiled part there, and its import then fails on two operators
-    that are never called. Where the compiled part loads, nothing is done. Call before importing streaming or
-    transformers.
-    """
-    import torch
-
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations or hasattr(torch.ops.torchvision, "nms"):
-        return
-    for compiled in _compiled_parts(spec.submodule_search_locations):
-        try:
-            torch.ops.load_library(str(compiled))
-            return
-        except (OSError, ImportError):
-            continue
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _torchvision_library.append(library)
-
-
-def _compiled_parts(folders: Iterable[str]) -> list[Path]:
-    return [path for folder in folders for path in sorted(Path(folder).glob("_C*.so"))]
-
-
 _importing = threading.Lock()
+_PACKAGES = ("streaming", "streaming.base", "streaming.base.format", "streaming.base.format.base")
 
 
-def _import_streaming() -> None:
-    with _importing:  # the data thread and an evaluation may both come here first
-        define_missing_torchvision_operators()
-        import streaming  # noqa: F401 - seconds, once per process
+@lru_cache(maxsize=1)
+def _import_mds() -> tuple[Any, Any]:
+    """streaming's modules that read MDS files: `mds.reader` and `mds.encodings`, without the packages around them.
+
+    Those import torchvision, transformers and the clients of all stores: 4 seconds and 100 MB in every rank. They are
+    left out of `sys.modules` afterwards, where an `import streaming` finds nothing and imports it whole.
+    """
+    found = importlib.util.find_spec("streaming")
+    assert found is not None, "mosaicml-streaming is not installed"
+    assert found.submodule_search_locations, f"{found} is no package"
+    root = Path(found.submodule_search_locations[0]).parent
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "streaming"}
+    if not before:
+        for name in (*_PACKAGES, f"{_PACKAGES[2]}.mds"):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [str(root.joinpath(*name.split(".")))]
+    try:
+        from streaming.base.format.mds import encodings, reader
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "streaming" and name not in before]:
+            del sys.modules[name]
+    return reader, encodings
 
 
 def decode_value(encoding: str, value: bytes) -> Any:
     """A value of any MDS encoding, as streaming decodes it; nothing that would run code."""
-    _import_streaming()
-    from streaming.base.format.mds.encodings import is_mds_encoding_safe, mds_decode
-
-    assert is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"
-    return mds_decode(encoding, value)
+    with _importing:
+        _, encodings = _import_mds()
+    assert encodings.is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"
+    return encodings.mds_decode(encoding, value)

@@ -5,7 +5,8 @@ are laid end to end in a new order, cut into blocks, and the documents of a bloc
 split into fragments of at most `context_tokens` positions.
 
 Guarantees: a pure function of (key, lengths, context_tokens); a cursor, five small numbers, is all that is needed to
-go on. Costs: the lengths of a block are read when the stream comes to it; two blocks are in memory (2 MB each).
+go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (1 MB), two where a
+window reaches over its end.
 
 A table of fragments is an int64 array of shape (n, 10) whose columns are the fields of `Fragment`; where all
 documents are plain text in causal order the last four follow from the others and are left out: (n, 6).
@@ -13,7 +14,6 @@ documents are plain text in causal order the last four follow from the others an
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -157,8 +157,7 @@ class Block:
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
         self._context_tokens = np.broadcast_to(np.asarray(context_tokens), positions.shape)
         self._measure = measure
-        self._first_fragments = starts_of(-(-positions // context_tokens))
-        self._first_positions = starts_of(positions)
+        self._first_fragments = starts_of(-(-positions // context_tokens)).astype(np.int32)
         self.num_fragments = int(self._first_fragments[-1])
 
     def fragments_covering(self, first: int, positions: int) -> int:
@@ -167,8 +166,9 @@ class Block:
             return first
         document = np.searchsorted(self._first_fragments, first, side="right") - 1
         offset = (first - self._first_fragments[document]) * self._context_tokens[document]
-        target = self._first_positions[document] + offset + positions
-        end = min(int(np.searchsorted(self._first_positions, target)), len(self._positions))
+        first_positions = starts_of(self._positions)  # made again for each window: kept, it would be a third of a block
+        target = first_positions[document] + offset + positions
+        end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
         return int(self._first_fragments[end])
 
     def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
@@ -208,7 +208,7 @@ class SourceStream:
         self._examples, self.wide = examples, examples is not None
         self._max_epochs = max_epochs
         self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
-        self._block = lru_cache(maxsize=2)(self._read_block)  # a window may end before the block that it looked into
+        self._blocks: dict[tuple[int, int], Block] = {}  # those that a window may begin in or looked into, two at most
 
     def ahead(self, cursor: SourceCursor, positions: int) -> tuple[np.ndarray, np.ndarray]:
         """At least `positions` positions from the cursor on, fewer only at the stream's end.
@@ -217,6 +217,8 @@ class SourceStream:
         """
         tables, places = [], []
         epoch, number, first = cursor.epoch, cursor.block, cursor.fragment
+        for place in [place for place in self._blocks if place < (epoch, number)]:
+            del self._blocks[place]
         while positions > 0 and not self._ended(epoch):
             block = self._block(epoch, number)
             end = block.fragments_covering(first, positions)
@@ -246,6 +248,13 @@ class SourceStream:
 
     def _after(self, epoch: int, number: int) -> tuple[int, int, int]:
         return (epoch, number + 1, 0) if number + 1 < self._num_blocks else (epoch + 1, 0, 0)
+
+    def _block(self, epoch: int, number: int) -> Block:
+        if (epoch, number) not in self._blocks:
+            while len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[epoch, number] = self._read_block(epoch, number)
+        return self._blocks[epoch, number]
 
     def _read_block(self, epoch: int, number: int) -> Block:
         """The documents [number, number + 1) * BLOCK_DOCUMENTS of the epoch's shards laid end to end, shuffled."""

@@ -1,0 +1,36 @@
+"""torchvision's operators, for packages that import it beside a CPU build of torch: streaming and transformers."""
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_library: list[Any] = []  # torch forgets definitions whose Library object is gone
+
+
+def define_missing_torchvision_operators() -> None:
+    """Let packages that import torchvision load beside a CPU build of torch.
+
+    A torchvision built for CUDA cannot load its compiled part there, and its import then fails on two operators
+    that are never called. Where the compiled part loads, nothing is done. Call before importing streaming or
+    transformers.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for compiled in _compiled_parts(spec.submodule_search_locations):
+        try:
+            torch.ops.load_library(str(compiled))
+            return
+        except (OSError, ImportError):
+            continue
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.append(library)
+
+
+def _compiled_parts(folders: Iterable[str]) -> list[Path]:
+    return [path for folder in folders for path in sorted(Path(folder).glob("_C*.so"))]
