@@ -17,7 +17,9 @@ OURS = (*PACKAGES, "tools", "tests", "benchmarks")
 # allows everything under it. What stands above the levels (`bigmodel`) may import all of bigmodel and the kernels.
 ALLOWED = {
     "kernels": ("kernels",),
-    "bigmodel.config": (),
+    "bigmodel.sections": (),
+    "bigmodel.data_settings": ("bigmodel.sections",),
+    "bigmodel.config": ("bigmodel.data_settings", "bigmodel.sections"),
     "bigmodel.rundir": ("bigmodel.config",),
     "bigmodel.metric_table": (),
     "bigmodel.rank_record": (),
