@@ -24,7 +24,7 @@ help:  ## list these commands
 	@echo 'make test     set up, run every test (TESTS=... picks some)'
 	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
 	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
-	@echo 'make exactness  every engine setting against plain torch (an hour), writes benchmarks/support.md'
+	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped), writes benchmarks/support.md'
 	@echo 'make setup    only create .venv'
 	@echo 'make format   rewrite the code in the house format'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'

@@ -11,7 +11,6 @@ it benchmarks/support.md. Exit code 0 where every case that ran was exact.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +25,7 @@ from tools.measure import ROOT, hardware
 RESULTS = ROOT / "benchmarks" / "exactness.json"
 TABLE = ROOT / "benchmarks" / "support.md"
 MAIN = ("stage", "precision", "optimizer", "activation_checkpointing", "offload", "packs_at_once")
-BATCH = 16  # cases in one process group
+BATCH = 8  # cases in one process group
 TITLES = {
     "precision": "precision",
     "optimizer": "optimizer",
@@ -77,23 +76,19 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
     return [*cases, *shared]
 
 
-def run_batch(cases: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
-    """Rows: the case, how far it was from the oracle, how far it may be, and what failed."""
+def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """Rows: the case, how far it was from the oracle and may be, and what failed. `folder` keeps the oracles."""
     from tests.engine_worker import launch
     from tests.exactness import differences, failures, job_of, with_sequence
 
-    folder = Path(tempfile.mkdtemp(prefix="exactness-"))
-    try:
-        jobs = [
-            with_sequence(
-                job_of(case, folder, **({"zero_hpz_partition_size": case["hpz"]} if "hpz" in case else {})),
-                case.get("sharing", 1),
-            )
-            for case in cases
-        ]
-        outcome = launch(jobs, world_size, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    jobs = [
+        with_sequence(
+            job_of(case, folder, **({"zero_hpz_partition_size": case["hpz"]} if "hpz" in case else {})),
+            case.get("sharing", 1),
+        )
+        for case in cases
+    ]
+    outcome = launch(jobs, world_size, folder)
     results = [job | one for job, one in zip(jobs, outcome, strict=True)]
     return [
         {"world_size": world_size, "case": case, "differences": differences(one), "failures": failures(one)}
@@ -164,17 +159,19 @@ def main(
         for case in matrix(size, quick)
         if json.dumps([size, case]) not in done
     ]
-    with Progress() as progress:
+    batches = []  # a few of every world size in turn, so that a run cut short has seen all
+    for size in {size: None for size, _ in todo}:
+        cases = [case for other, case in todo if other == size]
+        batches += [(first, size, cases[first : first + BATCH]) for first in range(0, len(cases), BATCH)]
+    with Progress() as progress, tempfile.TemporaryDirectory(prefix="exactness-") as folder:
         bar = progress.add_task("cases", total=len(todo))
-        for size in sorted({size for size, _ in todo}):
-            cases = [case for other, case in todo if other == size]
-            for first in range(0, len(cases), BATCH):
-                rows += run_batch(cases[first : first + BATCH], size)
-                progress.advance(bar, len(cases[first : first + BATCH]))
-                part = RESULTS.with_suffix(".part")
-                part.write_text(json.dumps({"about": about, "rows": rows}, indent=0) + "\n")
-                os.replace(part, RESULTS)
-                TABLE.write_text(support_table(rows, about))
+        for _, size, cases in sorted(batches, key=lambda batch: batch[0]):
+            rows += run_batch(cases, size, Path(folder))
+            progress.advance(bar, len(cases))
+            part = RESULTS.with_suffix(".part")
+            part.write_text(json.dumps({"about": about, "rows": rows}, indent=0) + "\n")
+            os.replace(part, RESULTS)
+            TABLE.write_text(support_table(rows, about))
     wrong = [row for row in rows if row["failures"]]
     for row in wrong:
         print(f"{row['world_size']} ranks, {row['case']}: {'; '.join(row['failures'])}")
