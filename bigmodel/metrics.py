@@ -221,6 +221,7 @@ class Metrics:
         kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
         carried = before.carry(began, *how_it_ended(self._directory, lines))
         now, self._lap_began = time.time(), time.perf_counter()
+        self._unix_time = now - self._lap_began  # of perf_counter's zero: a clock that is set later moves no line
         start = {
             "kind": "start",
             "time": now,
@@ -239,7 +240,7 @@ class Metrics:
 
     def _tell(self, kind: str, values: dict[str, Any]) -> None:
         if self._ledger:
-            line = {"kind": kind, "time": time.time(), **values, "spent": self._spent}
+            line = {"kind": kind, "time": self._unix_time + self._lap_began, **values, "spent": self._spent}
             self._spent = {}
             append_json_line(self._lines, line)
             self._ledger.add(line)

@@ -324,6 +324,18 @@ def test_laps_leave_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert total == pytest.approx(lines[-1]["time"] - lines[0]["began"], abs=0.02)
 
 
+def test_a_clock_that_is_set_back_during_a_run_costs_no_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Metrics(tmp_path) as metrics:
+        metrics.record_step(replace(STEPS[0], step=1, step_seconds=metrics.lap()))
+        real = time.time
+        monkeypatch.setattr("time.time", lambda: real() - 3600.0)
+        time.sleep(0.1)
+        metrics.record_step(replace(STEPS[0], step=2, step_seconds=metrics.lap()))
+    lines = list(read_json_lines(tmp_path / "metrics.jsonl"))
+    times = [line["time"] for line in lines]
+    assert times == sorted(times) and times[2] - times[1] == pytest.approx(lines[2]["lap"], abs=1e-3)
+
+
 def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
         metrics.record_step(replace(STEPS[0], loss=math.nan, skipped=True))
