@@ -129,6 +129,26 @@ def test_a_damaged_file_is_named_at_first_use(folder: Path, name: str, damage: C
     assert len(read_all(folder, "validation")) > 10  # the other split is untouched
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("shard.00001.mds", Path.unlink, "missing"),
+        ("shard.00001.mds", lambda path: path.write_bytes(path.read_bytes()[:9]), "has 9 bytes, the manifest says"),
+        ("shard.00001.mds", lambda path: path.write_bytes(bytes(path.stat().st_size)), "differs from the manifest"),
+        ("lengths.00001.npy", Path.unlink, "missing"),
+    ],
+)
+def test_a_file_that_is_lost_after_its_first_use_is_named(
+    folder: Path, name: str, damage: Callable, message: str
+) -> None:
+    store = ShardStore(folder, "train")
+    store.document("news", 1, 0)
+    store.lengths("news", 1)
+    damage(folder / "train" / "news" / name)
+    with pytest.raises(UserError, match=rf"news/{name}: .*{message}.*bigmodel prepare RUN.toml"):
+        (store.document("news", 1, 1), store.lengths("news", 1))
+
+
 def test_shards_of_another_tokenizer_are_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text() + " ")
@@ -195,8 +215,8 @@ def test_two_threads_may_open_the_first_shard_at_the_same_time(tmp_path: Path) -
         "import time\n"
         "from bigmodel.data import shards\n"
         "from bigmodel.data.shards import ShardStore\n"
-        "find = shards._compiled_parts\n"
-        "shards._compiled_parts = lambda folders: (time.sleep(0.5), find(folders))[1]  # time for the other thread\n"
+        "make = shards.ModuleType\n"
+        "shards.ModuleType = lambda name: (time.sleep(0.1), make(name))[1]  # time for the other thread\n"
         "stores = [ShardStore(Path(sys.argv[1]), split) for split in ('train', 'validation')] * 2\n"
         "start = threading.Barrier(len(stores))\n"
         "def first(store):\n"
