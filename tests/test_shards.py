@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,21 @@ def test_the_fingerprint_is_of_the_splits_files_and_the_tokenizer(whole: Path) -
     fixing = {name: record for name, record in manifest["files"].items() if name.startswith("train/")}
     content = json.dumps([manifest["tokenizer_sha256"], fixing], sort_keys=True)
     assert ShardStore(whole, "train").fingerprint == hashlib.sha256(content.encode()).hexdigest()
+
+
+def test_the_fingerprint_of_texts_is_also_of_how_they_begin_and_end(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {}
+    for content, end in product(("text", "tokens"), ("<|end|>", "<|over|>")):
+        config = json.dumps({"eos_token": end}).encode()
+        (folder / "tokenizer_config.json").write_bytes(config)
+        manifest["recipe"]["content"] = content
+        record = {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
+        manifest["files"]["tokenizer_config.json"] = record
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        found[content, end] = ShardStore(folder, "train").fingerprint
+    assert found["text", "<|end|>"] != found["text", "<|over|>"]
+    assert found["tokens", "<|end|>"] == found["tokens", "<|over|>"]  # these are stored with both
 
 
 def truncate(path: Path) -> None:
