@@ -14,6 +14,7 @@ import pytest
 from bigmodel.data import files
 
 BUCKET = "shards"
+STATUS = {"refused": 403, "busy": 503}  # answers by the name of a fault
 
 
 @contextmanager
@@ -54,11 +55,12 @@ def refusing_server() -> Iterator[None]:
 
 
 @contextmanager
-def faulty_server(seconds: float, failures: int, of: str) -> Iterator[list[str]]:
+def faulty_server(seconds: float, failures: int, of: str, fault: str = "refused") -> Iterator[list[str]]:
     """The store that the environment names, behind a door that takes `seconds` for every answer.
 
-    It answers the first `failures` requests of files whose name ends with `of` with 403, which no client tries again.
-    Gives the paths asked for, as they come.
+    It answers the first `failures` requests of files whose name ends with `of` with 403, which no client tries again;
+    or, by `fault`, with 503 ("busy"), or with half the content, the connection broken off ("cut"). Gives the paths
+    asked for, as they come.
     """
     store = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
     asked: list[str] = []
@@ -67,8 +69,9 @@ def faulty_server(seconds: float, failures: int, of: str) -> Iterator[list[str]]
         def answer(self) -> None:
             asked.append(self.path)
             time.sleep(seconds)
-            if sum(path.endswith(of) for path in asked) <= failures and self.path.endswith(of):
-                status, headers, body = 403, [], b""
+            fails = sum(path.endswith(of) for path in asked) <= failures and self.path.endswith(of)
+            if fails and fault in STATUS:
+                status, headers, body = STATUS[fault], [], b""
             else:
                 behind = HTTPConnection(store)
                 behind.request(self.command, self.path, headers=dict(self.headers))
@@ -79,7 +82,7 @@ def faulty_server(seconds: float, failures: int, of: str) -> Iterator[list[str]]
                 if name.lower() not in ("transfer-encoding", "connection", "server", "date"):
                     self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if fails and fault == "cut" else body)
 
         do_GET = do_HEAD = answer
 

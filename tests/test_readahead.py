@@ -126,9 +126,7 @@ def test_documents_are_tokenized_ahead_and_forgotten_after_their_last_piece(text
     ahead = ReadAhead(store, workers=1)
     first, second = ("news", 0, 3), ("news", 1, 4)
     ahead.expect([first, second, first])
-    patience = time.monotonic() + 30
-    while len(tokenized) < 2 and time.monotonic() < patience:
-        time.sleep(0.01)
+    assert all(awaited.done.wait(30) for awaited in ahead._awaited.values())
     assert len(tokenized) == 2
     store._recent.clear()
     documents = [ahead.document(*one) for one in (first, second, first)]

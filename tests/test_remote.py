@@ -260,6 +260,17 @@ def test_the_cache_keeps_to_its_limit_by_deleting_what_was_used_longest_ago(
     assert any("is deleted for room while it is in use" in record.getMessage() for record in caplog.records)
 
 
+def test_what_other_processes_are_fetching_counts_towards_the_limit(whole: Path, url: str, tmp_path: Path) -> None:
+    sizes = shard_bytes(whole)
+    _, second, third = sizes
+    store = ShardStore(tmp_path / "data", "train", url, cache_bytes=sum(sizes.values()) - 1)
+    store.document("news", 0, 0)
+    part = tmp_path / "data" / Path(third).with_name(f".{Path(third).name}.part")
+    part.touch()  # as a process that begins does
+    store.document("news", 1, 0)
+    assert shards_in(tmp_path / "data") == {second}
+
+
 @pytest.mark.parametrize("case", ["prepared here", "gone from the store", "cut in the store", "the store is silent"])
 def test_the_only_copy_of_a_shard_is_never_deleted(
     case: str, whole: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -299,12 +310,14 @@ def test_what_killed_fetches_left_is_deleted_and_what_a_live_one_holds_is_not(ur
     ShardStore(tmp_path / "data", "train", url).document("news", 0, 0)
     folder = tmp_path / "data/train/news"
     stale, live, other = (folder / f".{name}.part" for name in ("shard.00001.mds", "shard.00002.mds", "notes.txt"))
-    for part in (stale, live, other):
+    manifest = tmp_path / "data/.manifest.json.part"
+    for part in (stale, live, other, manifest):
         part.write_bytes(b"half")
     with open(live, "ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         ShardStore(tmp_path / "data", "train", url)
     assert not stale.exists()
+    assert not manifest.exists()
     assert live.read_bytes() == b"half"
     assert other.exists()  # not ours
 
@@ -325,6 +338,17 @@ def test_a_store_that_is_slow_and_fails_for_a_while_gives_the_right_bytes_and_fa
     assert store.remote.num_failures == 3
     assert len([r for r in caplog.records if "of 5 failed" in r.getMessage()]) == 3
     assert len(asked) > 6  # the others were only slow
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_a_store_that_is_busy_or_breaks_off_for_a_while_gives_the_right_bytes(
+    fault: str, whole: Path, url: str, tmp_path: Path
+) -> None:
+    with faulty_server(seconds=0.05, failures=4, of=SHARD, fault=fault) as asked:
+        store = ShardStore(tmp_path / "data", "train", url)
+        store.document("news", 1, 2)
+    assert (tmp_path / "data" / SHARD).read_bytes() == (whole / SHARD).read_bytes()
+    assert sum(path.endswith(SHARD) for path in asked) > 4  # tried again, by the client of S3 or by us
 
 
 def test_a_store_that_stays_broken_is_an_error_that_names_the_file(url: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_the_fingerprint_is_of_the_splits_files_and_the_tokenizer(whole: Path) -
     assert ShardStore(whole, "train").fingerprint == hashlib.sha256(content.encode()).hexdigest()
 
 
+def test_the_fingerprint_of_texts_is_also_of_how_they_begin_and_end(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {}
+    for content, end in product(("text", "tokens"), ("<|end|>", "<|over|>")):
+        config = json.dumps({"eos_token": end}).encode()
+        (folder / "tokenizer_config.json").write_bytes(config)
+        manifest["recipe"]["content"] = content
+        record = {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
+        manifest["files"]["tokenizer_config.json"] = record
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        found[content, end] = ShardStore(folder, "train").fingerprint
+    assert found["text", "<|end|>"] != found["text", "<|over|>"]
+    assert found["tokens", "<|end|>"] == found["tokens", "<|over|>"]  # these are stored with both
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -127,6 +143,26 @@ def test_a_damaged_file_is_named_at_first_use(folder: Path, name: str, damage: C
     assert message in str(error.value)
     assert "bigmodel prepare RUN.toml" in str(error.value)
     assert len(read_all(folder, "validation")) > 10  # the other split is untouched
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("shard.00001.mds", Path.unlink, "missing"),
+        ("shard.00001.mds", lambda path: path.write_bytes(path.read_bytes()[:9]), "has 9 bytes, the manifest says"),
+        ("shard.00001.mds", lambda path: path.write_bytes(bytes(path.stat().st_size)), "differs from the manifest"),
+        ("lengths.00001.npy", Path.unlink, "missing"),
+    ],
+)
+def test_a_file_that_is_lost_after_its_first_use_is_named(
+    folder: Path, name: str, damage: Callable, message: str
+) -> None:
+    store = ShardStore(folder, "train")
+    store.document("news", 1, 0)
+    store.lengths("news", 1)
+    damage(folder / "train" / "news" / name)
+    with pytest.raises(UserError, match=rf"news/{name}: .*{message}.*bigmodel prepare RUN.toml"):
+        (store.document("news", 1, 1), store.lengths("news", 1))
 
 
 def test_shards_of_another_tokenizer_are_refused(folder: Path) -> None:
@@ -195,8 +231,8 @@ def test_two_threads_may_open_the_first_shard_at_the_same_time(tmp_path: Path) -
         "import time\n"
         "from bigmodel.data import shards\n"
         "from bigmodel.data.shards import ShardStore\n"
-        "find = shards._compiled_parts\n"
-        "shards._compiled_parts = lambda folders: (time.sleep(0.5), find(folders))[1]  # time for the other thread\n"
+        "make = shards.ModuleType\n"
+        "shards.ModuleType = lambda name: (time.sleep(0.1), make(name))[1]  # time for the other thread\n"
         "stores = [ShardStore(Path(sys.argv[1]), split) for split in ('train', 'validation')] * 2\n"
         "start = threading.Barrier(len(stores))\n"
         "def first(store):\n"

@@ -143,7 +143,8 @@ class Manifest:
 
 def _shortened(table: dict[str, Any]) -> Any:
     """What is said of a file, as `FileTable` takes it: with a dict each, reading it would take twice the memory."""
-    return (table["bytes"], table["sha256"]) if table.keys() == {"bytes", "sha256"} else table
+    is_file = table.keys() == {"bytes", "sha256"} and isinstance(table["sha256"], str)  # no sources of these names
+    return (table["bytes"], table["sha256"]) if is_file else table
 
 
 def stored_amount(counts: dict[str, int], what: str) -> int:

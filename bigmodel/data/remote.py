@@ -31,7 +31,7 @@ from rich.progress import Progress
 from bigmodel.config import UserError
 from bigmodel.data import files
 from bigmodel.data.manifest import MANIFEST, Manifest, find_damage
-from bigmodel.rundir import lock, write_atomically
+from bigmodel.rundir import lock
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
@@ -63,7 +63,7 @@ class Remote:
             )
         for part in self.directory.glob("**/.*.part"):
             name = part.relative_to(self.directory).with_name(part.name[1 : -len(".part")])
-            if name.as_posix() in manifest.files:
+            if name.as_posix() in manifest.files or name == Path(MANIFEST):
                 _delete_unless_held(part)
 
     def fetch_manifest(self) -> None:
@@ -74,7 +74,10 @@ class Remote:
             content = self._read_manifest()
             with _named(path):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, content)
+                with _held(path) as part:
+                    part.truncate(0)
+                    part.write(content)
+                    _put_in_place(part, path)
 
     def fetch(self, name: str, recorded: dict[str, Any]) -> None:
         """Put one file into the folder, whole, unless another process does so first. `recorded`: its entry in the
@@ -86,24 +89,28 @@ class Remote:
                 if find_damage(self.directory, name, recorded):  # none: another process was first
                     self._compare_manifests()
                     if name in self._shards and self.cache_bytes:
-                        self._make_room(self._shards[name])
+                        self._make_room()
                     self._retrying(self._download, name, recorded, part)
                     if name in self._shards:
                         with open(self.directory / FETCHED, "a") as noted:
                             noted.write(f"{name}\n")
-                    os.replace(part.name, path)
+                    _put_in_place(part, path)
                     self.num_files += 1
                     self.num_bytes += recorded["bytes"]
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Delete shards, those used longest ago first, until `num_bytes` more are within the limit."""
+    def _make_room(self) -> None:
+        """Delete shards, those used longest ago first, until what is here and on its way, to whichever process of this
+        node, is within the limit."""
         noted = self.directory / FETCHED
         fetched = set(noted.read_text().split("\n")) if noted.exists() else set()
-        here = []
-        for name in self._shards:
+        here, excess = [], -self.cache_bytes
+        for name, num_bytes in self._shards.items():
+            path = self.directory / name
             with contextlib.suppress(FileNotFoundError):
-                here.append(((self.directory / name).stat().st_mtime, name))
-        excess = sum(self._shards[name] for _, name in here) + num_bytes - self.cache_bytes
+                here.append((path.stat().st_mtime, name))
+                excess += num_bytes
+            if _part_of(path).exists():
+                excess += num_bytes
         for used, name in sorted(here):
             if excess <= 0:
                 break
@@ -151,8 +158,6 @@ class Remote:
         for chunk in files.chunks(location):
             part.write(chunk)
             digest.update(chunk)
-        part.flush()
-        os.fsync(part.fileno())
         if (part.tell(), digest.hexdigest()) != (recorded["bytes"], recorded["sha256"]):
             raise UserError(
                 f"{location}: what came is not the file of the manifest ({part.tell()} bytes, {recorded['bytes']} "
@@ -188,11 +193,21 @@ def without_manifest(url: str) -> str:
     )
 
 
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _put_in_place(part: BinaryIO, path: Path) -> None:
+    part.flush()
+    os.fsync(part.fileno())
+    os.replace(part.name, path)
+
+
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[BinaryIO]:
     """The file that becomes `path`, held against every other process of this node; it is its own lock, and the lock
     ends with the process."""
-    name = path.with_name(f".{path.name}.part")
+    name = _part_of(path)
     while True:
         part = open(name, "ab")  # noqa: SIM115 - closed below
         lock(part, str(name))

@@ -151,34 +151,41 @@ class ShardStore:
         """Whether the source's documents are tokenized when they are read."""
         return source in self.sources and self.manifest.recipe.get("content") == "text"
 
-    def open_shard(self, source: str, shard: int) -> None:
-        """Have a shard here, compared and open, before it is read; mark it as used now."""
-        name = self._shard_name(source, shard)
-        if (source, shard) not in self._readers:
+    def open_shard(self, source: str, shard: int) -> Any:
+        """Have a shard here, compared and open, before it is read; mark it as used now. Gives its reader."""
+        name, opened = self._shard_name(source, shard), self._readers.get((source, shard))
+        if opened is None:
             self.file(f"{self.split}/{source}/index.json")
             with _importing:  # by the threads that read ahead, of which several may come here first
                 reader, _ = _import_mds()
             path = self.file(name)
-            self._readers[source, shard] = reader.MDSReader.from_json(str(path.parent), None, mds.read_entry(path))
-        if self.remote and not (self.directory / name).exists():  # deleted for room since
-            self._checked.discard(name)
-            self.file(name)
+            opened = reader.MDSReader.from_json(str(path.parent), None, mds.read_entry(path))
+            self._readers[source, shard] = opened
+        self.file(name)
         if self.remote and self.remote.cache_bytes:
             with contextlib.suppress(OSError):  # another user's file, or deleted just now
                 os.utime(self.directory / name)
+        return opened
 
     def _sample(self, source: str, shard: int, row: int) -> dict[str, Any]:
         while True:
             try:
-                if (source, shard) not in self._readers:
-                    self.open_shard(source, shard)
-                return self._readers[source, shard][row]
+                opened = self._readers.get((source, shard))  # another thread may forget it now
+                return (self.open_shard(source, shard) if opened is None else opened)[row]
             except FileNotFoundError:  # deleted for room, or by somebody
+                self._forget(source, shard)
+            except UserError:
+                raise
+            except (LookupError, ValueError):  # cut or overwritten since it was compared?
                 name = self._shard_name(source, shard)
-                if not self.remote:
-                    raise UserError(f"{self.directory / name}: vanished after its first use; {PREPARE_AGAIN}") from None
-                self._checked.discard(name)
-                self._readers.pop((source, shard), None)
+                if not find_damage(self.directory, name, self.manifest.files[name]):
+                    raise
+                self._forget(source, shard)
+
+    def _forget(self, source: str, shard: int) -> None:
+        """Compare, or fetch, and open a shard anew when it is read next."""
+        self._checked.discard(self._shard_name(source, shard))
+        self._readers.pop((source, shard), None)
 
     def _tokenized(self, source: str, shard: int, row: int, text: str, side: str) -> np.ndarray:
         document = (source, shard, row, side)
@@ -215,7 +222,7 @@ class ShardStore:
         """A file of the folder, by its relative path, whole and as the manifest says. Raises `UserError` if it is
         neither here nor in the remote."""
         recorded = self.manifest.files.get(name)
-        if name not in self._checked:
+        if name not in self._checked or not (self.directory / name).exists():  # deleted since, for room or by somebody
             damage = find_damage(self.directory, name, recorded)
             if damage and recorded and self.remote:
                 self.remote.fetch(name, recorded)
