@@ -189,7 +189,7 @@ class ScheduleSettings(Section):
                 )
         other = "tokens" if self.unit == "steps" else "steps"
         for name in (f"warmup_{other}", f"decay_{other}"):
-            if name in self.model_fields_set and getattr(self, name):
+            if getattr(self, name) not in (0, type(self).model_fields[name].default):  # a saved run has the defaults
                 raise ValueError(
                     f'schedule.{name} = {getattr(self, name)} is not read with schedule.unit = "{self.unit}"; '
                     f'set unit = "{other}" or use {name.replace(other, self.unit)}'

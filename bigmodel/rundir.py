@@ -109,6 +109,15 @@ def take_over(directory: Path) -> str:
     return token
 
 
+def rank_zero(directory: Path) -> tuple[int, str]:
+    """Process and host of rank 0 of the start that counts now; (0, "") before the first one has come so far."""
+    file = Path(directory) / INCARNATION
+    if not file.exists():
+        return 0, ""
+    found = read_json(file)
+    return found["process"], found["host"]
+
+
 def require_incarnation(directory: Path, token: str) -> None:
     """Raises `UserError` where another start has taken the run over. An empty token asks for nothing."""
     if not token:

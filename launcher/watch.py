@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config import UserError
-from bigmodel.rundir import read_json, read_json_lines, record_event
+from bigmodel.rundir import rank_zero, read_json, read_json_lines, record_event
 from launcher.record import is_held, last_metrics, launches, process_start, read_launch
 from launcher.slurm import queue_state
 
@@ -112,11 +112,13 @@ def stop(directory: Path, now: bool) -> str:
         raise UserError(f"{directory}: no run is using it now")
     if job:
         raise UserError(f"{directory}: belongs to job {job}, but squeue does not know it here; use a login node")
-    pid, host = launch.get("pid", 0), launch.get("host", "")
-    if host != os.uname().nodename:
+    pid, host, here = launch.get("pid", 0), launch.get("host", ""), os.uname().nodename
+    if not pid or (host == here and process_start(pid) != launch["pid_started"]):
+        pid, host = rank_zero(directory)  # another launcher started it: rank 0 hears of it, and all stop together
+    if not pid:
+        raise UserError(f"{directory}: is only starting; ask again in a moment")
+    if host != here:
         raise UserError(f"{directory}: was started on {host}; run this there")
-    if not pid or process_start(pid) != launch["pid_started"]:
-        raise UserError(f"{directory}: is in use, but not by what launch.json says (process {pid}); see ps")
     record_event(directory, "stop_requested")
     os.kill(pid, signal.SIGTERM)
     if now:  # the launcher kills at the second signal; so does the trainer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bigmodel.config import Settings, UserError
+from bigmodel.config import Settings, UserError, settings_from_table, to_toml_table
 from bigmodel.deepspeed_config import DEFAULTS, num_micro_batches, resolve_deepspeed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -281,3 +281,11 @@ def test_every_key_this_deepspeed_reads_is_known_or_refused() -> None:
     zero, removed, removed_zero = json.loads(line[5:])
     assert set(zero) <= ZERO_KEYS
     assert set(removed) | {f"zero_optimization.{key}" for key in removed_zero} == set(REMOVED)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "inverse_square_root", "constant"])
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_settings_that_a_run_saved_can_be_read_again(kind: str, unit: str) -> None:
+    schedule = {"kind": kind, "unit": unit, f"warmup_{unit}": 7, **({f"decay_{unit}": 9} if kind == "wsd" else {})}
+    settings = Settings.model_validate({"schedule": schedule})
+    assert settings_from_table(to_toml_table(settings), Path("settings.json")) == settings

@@ -334,7 +334,7 @@ def test_what_cannot_be_stopped_or_shown_is_said(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "launch.json").read_text())
     for change, message in (
         ({"host": "elsewhere"}, "was started on elsewhere; run this there"),
-        ({"pid_started": 1}, "is in use, but not by what launch.json says"),
+        ({"pid_started": 1}, "is only starting; ask again in a moment"),
         ({"job": "5"}, "belongs to job 5, but squeue does not know it here"),
     ):
         (tmp_path / "launch.json").write_text(json.dumps({**record, **change}))

@@ -432,6 +432,19 @@ def test_a_run_is_stopped_from_its_directory_and_refuses_a_second_one(tmp_path: 
     assert left_of(run) == []
 
 
+def test_a_run_that_torchrun_started_is_stopped_from_its_directory_too(tmp_path: Path, shards: Path) -> None:
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "bigmodel", "train", str(run_file), *steps(1_000_000)]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for_step(run, 3)
+        stopped = launch_command("stop", str(run))
+        assert "to save and stop" in stopped.stdout, stopped.stderr
+        output, _ = process.communicate(timeout=120)
+    assert "stopped at step" in output
+    assert [*read_json_lines(run / "metrics.jsonl")][-1]["ending"] == "stopped"
+
+
 def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     file = write_run_file(tmp_path)
     (tmp_path / "run").write_text("a file where the folder should be")
