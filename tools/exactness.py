@@ -48,8 +48,8 @@ NOT_RUN = {
     "the losses of the run without it, and norms within 1e-6; refused at stage 3 and with Ulysses",
 }
 REFUSED = {
-    "NVMe offload": "DeepSpeed empties masters and moments between updates; reading them for norms, averages and "
-    "checkpoints was not run anywhere, and a mistake would lose state silently",
+    "NVMe offload": f"weights there were tried on two CPU ranks: in the forward pass DeepSpeed {VERSION}'s prefetch "
+    "fails an assertion, and without prefetch a gather fails; moments there cannot be read by name for checkpoints",
     "Ulysses with encoder-decoders": "not offered",
     "SuperOffload, ZenFlow, DeepCompile": "not offered",
     "bf16 or fp16 at stage 0": f"DeepSpeed {VERSION} cannot add gradients up in fp32 there; use stage 1",
