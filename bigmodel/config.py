@@ -214,7 +214,10 @@ class TrainingSettings(Section):
     )
     compile: bool = Field(False, description="torch.compile each block")
     collective_timeout_seconds: float = Field(
-        600.0, gt=0, description="a collective that takes longer waits for a rank that hangs: the run fails"
+        600.0,
+        gt=0,
+        description="a collective that takes longer waits for a rank that hangs: the run fails; also how long "
+        "ranks wait for each other at the start",
     )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights over updates, in checkpoints; 0: off")
     z_loss: float = Field(

@@ -353,7 +353,7 @@ def test_the_options_of_a_run_file_reach_the_model(
         raise Made(Transformer(*arguments).head.options)
 
     monkeypatch.setattr(loop, "Transformer", make)
-    monkeypatch.setattr(loop, "start_world", lambda: ALONE)
+    monkeypatch.setattr(loop, "start_world", lambda _: ALONE)
     monkeypatch.setattr(loop, "StopFlag", object)
     overrides = ["training.z_loss=1e-4", "training.label_smoothing=0.1", "model.logit_softcap=30"]
     with pytest.raises(Made) as made:

@@ -525,7 +525,7 @@ def test_a_file_system_without_locks_is_named(url: str, tmp_path: Path, monkeypa
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"tokenizer.json.part: its file system has no locks \(No locks available\)"):
+    with pytest.raises(UserError, match=r"manifest.json.part: its file system has no locks \(No locks available\)"):
         ShardStore(tmp_path / "data", "train", url)
 
 

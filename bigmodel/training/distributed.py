@@ -22,9 +22,7 @@ from bigmodel.config import UserError
 from bigmodel.training.rendezvous import meet
 
 STEPS_KEPT = 64  # of NodeSums: more than a rank's data thread can be ahead of another's
-TIMEOUT_SECONDS = (
-    600.0  # of a collective where no setting says it; also how long a rank waits for its peers at the start
-)
+TIMEOUT_SECONDS = 600.0  # where no setting says it
 
 Value = TypeVar("Value")
 
