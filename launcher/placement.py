@@ -97,6 +97,8 @@ def _from_slurm(environment: Mapping[str, str]) -> tuple[Topology, int]:
             f"SLURM_STEP_TASKS_PER_NODE={tasks} is of {len(counts)}; start it with srun, which sets both"
         )
     kind = (environment.get("SLURM_DISTRIBUTION") or "block").lower().split(":")[0].split(",")[0]
+    if "SLURM_HET_SIZE" in environment:  # each group has a distribution of its own, and a task may see another's
+        kind = "block"
     rank = _number(environment, "SLURM_PROCID", sum(counts) - 1)
     if kind == "arbitrary":
         nodes = _arbitrary(environment, hosts, sum(counts))

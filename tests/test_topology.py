@@ -127,6 +127,11 @@ def test_a_slurm_step_gives_names_and_a_port_of_the_job() -> None:
     assert find_place({**SLURM, "SLURM_TOPOLOGY_ADDR": "core.leaf2.n8"})[0].switches == ("", "leaf2")
 
 
+def test_a_group_of_a_het_job_may_say_another_group_s_distribution() -> None:
+    topology, _ = find_place({**SLURM, "SLURM_HET_SIZE": "2", "SLURM_DISTRIBUTION": "cyclic"})
+    assert topology.nodes == (0, 0, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
