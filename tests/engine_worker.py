@@ -30,7 +30,6 @@ from tests.ranks import run_ranks
 VOCABULARY = 67
 PACKS = 6  # per step; over 2 ranks and 2 packs a time, one micro-batch of each step is half empty
 DATA = {"context_tokens": 24, "pack_tokens": 24, "pack_documents": 4}
-LAUNCH_SECONDS = 400.0
 
 
 def settings_table(
@@ -274,10 +273,12 @@ def run_step(
         result["norms"].append(norm)
 
 
-def launch(jobs: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
+def launch(
+    jobs: list[dict[str, Any]], world_size: int, folder: Path, timeout_seconds: float = 400.0
+) -> list[dict[str, Any]]:
     """Run the jobs on `world_size` gloo ranks in new processes; one result per job. A failed rank fails the test."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run_ranks(world_size, run_jobs, folder, timeout_seconds=LAUNCH_SECONDS)
+    run_ranks(world_size, run_jobs, folder, timeout_seconds=timeout_seconds)
     return json.loads((folder / "results.json").read_text())
 
 
