@@ -67,11 +67,11 @@ REMOVED = {
     "zero_optimization.zeropp_loco_param": "remove the key",
 }
 
-# DeepSpeed's swapper empties masters, moments and gradients outside an update, gives them back a sub-group at a time in
-# buffers that it takes away again, and leaves states below its block size in memory: norms, averages of weights and
-# checkpoints would have to go through it. Weights alone on NVMe, masters in memory, were tried on two gloo ranks with
-# the op (async_io) built for CPUs: 0.19.8 stopped in a forward pass, "param 16 already assigned swap buffer id 31".
-NVME = "remove it or use cpu; state on NVMe cannot be read by name here, so there would be no checkpoint"
+# Tried on two gloo ranks with the op (async_io) built for CPUs: 0.19.8 stopped in a forward pass, "param 16 already
+# assigned swap buffer id 31", and without prefetch in a gather.
+WEIGHTS_ON_NVME = (
+    'use "cpu", or offload_optimizer alone; with DeepSpeed\'s ' + VERSION + " the forward pass fails with weights there"
+)
 
 
 def _device(section: Any) -> Any:
@@ -108,8 +108,7 @@ NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("bf16.bf16_optimizer_states", bool, "remove the key; moments are fp32"),
     ("bf16.immediate_grad_update", bool, "remove the key; it is not offered yet"),
     ("zero_optimization.compute_grad_norm", lambda value: value is not True, "remove the key; the norm is always used"),
-    ("zero_optimization.offload_optimizer", lambda value: _device(value) == "nvme", NVME),
-    ("zero_optimization.offload_param", lambda value: _device(value) == "nvme", NVME),
+    ("zero_optimization.offload_param", lambda value: _device(value) == "nvme", WEIGHTS_ON_NVME),
     ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "remove it; all or nothing is offloaded"),
     ("zero_optimization.cpu_offload", bool, 'write "offload_optimizer": {"device": "cpu"} instead'),
     ("zero_optimization.cpu_offload_param", bool, 'write "offload_param": {"device": "cpu"} instead'),
@@ -150,7 +149,7 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
         _fill(config, "fp16.enabled", True)
     if settings.optimizer.kind != "adamw":
         _fill(config, "zero_allow_untested_optimizer", True)  # tests compare it with plain torch
-    if _device(_get(config, "zero_optimization.offload_optimizer")) == "cpu":
+    if _device(_get(config, "zero_optimization.offload_optimizer")) in ("cpu", "nvme"):
         _fill(config, "zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own needs a C++ compiler
     _settle_batch(config, settings, world_size, source)
     _fill_optimizer(config, settings)
@@ -168,6 +167,22 @@ def agree(settings: Settings) -> Settings:
     config = source.read()
     source.refuse_unusable(config)
     return _settle(config, settings, source)
+
+
+def state_folder(effective: dict[str, Any]) -> Path | None:
+    """Where the optimizer's state lies in files (`offload_optimizer.device = "nvme"`); None where it is in memory."""
+    offload = _get(effective, "zero_optimization.offload_optimizer")
+    return Path(offload["nvme_path"]) if _device(offload) == "nvme" else None
+
+
+def for_deepspeed(effective: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed itself is given, a copy: state in files is our own doing (bigmodel/training/mapped.py), and to it
+    an offload to the CPU.
+    """
+    config = copy.deepcopy(effective)
+    if state_folder(effective):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return config
 
 
 def packs_per_micro_batch(effective: dict[str, Any]) -> int:
@@ -408,6 +423,12 @@ def _refuse_impossible_sums(config: dict[str, Any], source: _Source) -> None:
     for name, least in (("offload_optimizer", 1), ("offload_param", 3), ("zero_hpz_partition_size", 3)):
         if zero.get(name) and _device(zero[name]) not in ("none", 1) and stage < least:
             raise source.error(f"zero_optimization.{name} needs zero_optimization.stage >= {least}, and it is {stage}")
+    nvme_path = _get(zero, "offload_optimizer.nvme_path")
+    if _device(zero.get("offload_optimizer")) == "nvme" and not (isinstance(nvme_path, str) and nvme_path[:1] == "/"):
+        raise source.error(
+            f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(nvme_path)} must be the absolute path of a "
+            "folder on a local disk, for the optimizer's state"
+        )
     if stage == 0 and low:
         raise source.error(
             f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "

@@ -22,7 +22,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lion", "muon", "adafactor"),
     "activation_checkpointing": ("none", "selective", "full"),
-    "offload": ("none", "optimizer", "optimizer and weights"),
+    "offload": ("none", "optimizer to cpu", "optimizer and weights to cpu", "optimizer to nvme"),
     "packs_at_once": (1, 2, 3),
     "persistence": (0, 100),  # stage 3: parameters of fewer elements stay whole
     "ema": (0.0, 0.9),
@@ -39,7 +39,7 @@ def valid(case: Case) -> bool:
     return (
         not (low and stage == 0)
         and not (offload != "none" and stage == 0)
-        and not (offload == "optimizer and weights" and stage < 3)
+        and not (offload == "optimizer and weights to cpu" and stage < 3)
         and not (case["persistence"] and stage < 3)
     )
 
@@ -75,8 +75,9 @@ def name_of(case: Case) -> str:
 def table_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
     """The run file's table of a case."""
     if case["offload"] != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if case["offload"] == "optimizer and weights":
+        files = {"device": "nvme", "nvme_path": str(folder)}
+        zero["offload_optimizer"] = files if case["offload"] == "optimizer to nvme" else {"device": "cpu"}
+    if case["offload"] == "optimizer and weights to cpu":
         zero["offload_param"] = {"device": "cpu"}
     optimizer = {"kind": case["optimizer"], "groups": GROUPS if case["groups"] else []}
     training = {"activation_checkpointing": case["activation_checkpointing"], "ema_decay": case["ema"]}

@@ -220,7 +220,18 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"nebula": {"enabled": True}}, ["nebula was removed"]),
     ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size was removed"]),
     ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage >= 1"]),
-    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer", "cpu"]),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        ["nvme_path = null", "absolute path"],
+    ),
+    (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "nvme"}}},
+        ['nvme_path = "nvme"', "absolute path"],
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        ["offload_param", "offload_optimizer alone"],
+    ),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage >= 3", "is 2"]),
     ({"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size", "is 1"]),
     ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),

@@ -67,7 +67,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
         where = {"resume": True, "checkpoints": str(folder / f"{kind}-{source}")}
         jobs[f"{kind} moved {source} to {target}"] = {"settings": table, "steps": 6, **where}
     for stage in (1, 2):
-        case = HPZ | {"stage": stage, "precision": "bf16", "offload": "optimizer", "activation_checkpointing": "none"}
+        case = HPZ | {
+            "stage": stage,
+            "precision": "bf16",
+            "offload": "optimizer to cpu",
+            "activation_checkpointing": "none",
+        }
         jobs[f"offloaded {stage}"] = job_of(case, folder) | {"steps": 1}
     found = {2: run(jobs, 2, folder)}
     alone = initial(folder)

@@ -13,7 +13,6 @@ Costs: DeepSpeed's own. How each stage keeps its state is in bigmodel/training/f
 """
 
 import contextlib
-import copy
 import io
 import logging
 import math
@@ -26,9 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigmodel.config import Settings, UserError
+from bigmodel.deepspeed_config import for_deepspeed, state_folder
 from bigmodel.training.blocks import wrap_blocks
 from bigmodel.training.distributed import World
 from bigmodel.training.fragments import Fragment, layout_of
+from bigmodel.training.mapped import MappedFiles
 from bigmodel.training.optim import FACTORED_STATE, Adafactor, Muon, Part, build_optimizer, state_keys
 from bigmodel.training.phases import Phases
 from bigmodel.training.ulysses import Sequence
@@ -84,7 +85,8 @@ class Engine:
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
         self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # whole on every rank
-        self._make_states()
+        folder = state_folder(effective)
+        self._make_states(MappedFiles(folder).place if folder else lambda tensor: tensor)
         if isinstance(self._optimizer, Muon):
             self._optimizer.whole_matrices = self._whole_matrices
         if isinstance(self._optimizer, Adafactor):
@@ -303,9 +305,14 @@ class Engine:
         dist.all_reduce(total)
         return total.to(values.device)
 
-    def _make_states(self) -> None:
-        """Optimizers make their states at the first update; here they exist from the start, so they can be read."""
+    def _make_states(self, place: Callable[[Tensor], Tensor]) -> None:
+        """Optimizers make their states at the first update; here they exist from the start, so they can be read.
+        `place` puts a tensor where it shall lie.
+        """
         for master, members in zip(self._layout.masters(), self._layout.members(), strict=True):
+            master.data = place(master.data)
+            if self._layout.offloaded:
+                master.grad = place(master.grad)
             names = [self._names[id(parameter)] for parameter in members]
             keys, state = self._keys[names[0]], self._optimizer.state[master]
             if "exp_avg_sq" in keys or isinstance(self._optimizer, Adafactor):
@@ -316,9 +323,9 @@ class Engine:
                     self._vectors[name] = {key: master.new_zeros(size) for key, size in sizes}
                 keys = ()
             for key in keys:
-                state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+                state[key] = place(torch.zeros_like(master, memory_format=torch.preserve_format))
             if self._ema_decay:
-                self._averages.append(master.detach().clone())
+                self._averages.append(place(master.detach().clone()))
 
     def _refuse_to_sink(self) -> None:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
@@ -345,7 +352,7 @@ def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any
     with _quiet():
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
-        context = deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(effective))
+        context = deepspeed.zero.Init(config_dict_or_path=for_deepspeed(effective))
     with context:
         yield _made_whole
 
@@ -371,7 +378,7 @@ def _initialize(
 
         try:
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=copy.deepcopy(effective), dist_init_required=False
+                model=model, optimizer=optimizer, config=for_deepspeed(effective), dist_init_required=False
             )
         except (DeepSpeedConfigError, ValidationError) as error:
             source = settings.training.deepspeed or "the default DeepSpeed configuration"
