@@ -197,6 +197,25 @@ def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
     return float((squares / sum(float(wanted[name].double().square().sum()) for name in found)) ** 0.5)
 
 
+def state_outside_files(tensors: list[torch.Tensor]) -> int:
+    """How many of the tensors do not lie in a file that the state was placed in."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/bigmodel-state-" in line]
+    ranges = [tuple(int(edge, 16) for edge in line[0].split("-")) for line in lines]
+    return sum(not any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in tensors)
+
+
+def state_tensors(engine: Engine) -> list[torch.Tensor]:
+    """All that an offload takes off the device: masters, their gradients, moments and averages."""
+    masters = engine._layout.masters()
+    moments = [engine._optimizer.state[master] for master in masters]
+    return [
+        *masters,
+        *(master.grad for master in masters if master.grad is not None),
+        *(tensor for state in moments for name, tensor in state.items() if name != "step"),
+        *engine._averages,
+    ]
+
+
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
     from deepspeed.utils import groups
@@ -224,6 +243,8 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
             result["saved"] = state_digest(engine)
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
     result |= {"digest": state_digest(engine), "updates": engine.updates, "loss_scale": engine.loss_scale}
+    tensors = state_tensors(engine)
+    result |= {"state_tensors": len(tensors), "state_outside_files": state_outside_files(tensors)}
     result["micro_batches"] = effective["gradient_accumulation_steps"]
     for key in ("weight", "exp_avg", "ema") if expected else ():
         state = {name: engine.whole(name, key) for name in engine.names() if key in engine.keys(name)}

@@ -156,5 +156,8 @@ def differences(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
 def failures(result: dict[str, Any]) -> list[str]:
     found = [f"{what}: {far:.2e} > {may:.2e}" for what, (far, may) in differences(result).items() if not far <= may]
     found += [] if result["updates"] == STEPS else [f"{result['updates']} updates in {STEPS} steps"]
+    nvme = "nvme" in Path(result["settings"]["training"]["deepspeed"]).read_text()
+    outside = 0 if nvme else result["state_tensors"]
+    found += [] if result["state_outside_files"] == outside else ["state lies elsewhere than the offload says"]
     found += [] if result["keeps_signed_zeros"] else ["the state does not come back to the last bit"]
     return found

@@ -255,7 +255,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [("zero0-fp32", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3-offload", 3), ("zero3-hpz", 3)],
+    [
+        ("zero0-fp32", 0),
+        ("zero1", 1),
+        ("zero2", 2),
+        ("zero3", 3),
+        ("zero3-offload", 3),
+        ("zero3-nvme", 3),
+        ("zero3-hpz", 3),
+    ],
 )
 def test_the_files_in_configs_resolve(name: str, stage: int) -> None:
     path = REPOSITORY / "configs" / "deepspeed" / f"{name}.json"
