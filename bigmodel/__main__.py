@@ -213,7 +213,7 @@ def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory
 
 @app.command()
 def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
-    """Draw the loss curve of a run, in the terminal and as loss.png."""
+    """Draw the loss of a run and where its time went, in the terminal and as loss.png and time.png."""
     from bigmodel.report import report as run
 
     run(run_directory)

@@ -169,6 +169,7 @@ class Metrics:
         self._rank.add_step(record, phases)
         line = {**asdict(record), "lap": record.step_seconds}
         line["flops"] = record.flops._asdict() if record.flops else None
+        line["phases"] = {name: round(seconds, 6) for name, seconds in phases.items()}
         self._tell("step", line)
 
     def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float, seconds: float) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from bigmodel.config import UserError
 from bigmodel.rundir import read_json, read_json_lines
+from bigmodel.step_time import draw_times, step_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +41,14 @@ class Curve:
 
 
 def report(run_directory: Path) -> None:
-    """Print the table and the plot of a run and draw its loss.png."""
+    """Print the table of a run, its loss and where its time went; draw its loss.png and time.png."""
     run_directory = Path(run_directory)
     print(table(run_directory))
     print()
     print(terminal_curve(run_directory))
-    print(f"\npicture: {loss_curve(run_directory)}")
+    print()
+    print(step_time(run_directory))
+    print(f"\npictures: {loss_curve(run_directory)}, {draw_times(run_directory)}")
 
 
 def read_curve(run_directory: Path) -> Curve:

@@ -1,7 +1,7 @@
 """The end of a run: how good it is against simple marks, and where everything is.
 
-Takes a finished run, writes summary.json, samples.txt and loss.png into the run directory. The marks: a smoothed
-bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
+Takes a finished run, writes summary.json, sample.txt, loss.png and time.png into the run directory. The marks: a
+smoothed bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
 """
 
 import math
@@ -23,6 +23,7 @@ from bigmodel.data.shards import ShardStore
 from bigmodel.evaluate import Evaluation
 from bigmodel.report import loss_curve, terminal_curve
 from bigmodel.rundir import write_atomically, write_json
+from bigmodel.step_time import draw_times
 
 XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
 BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
@@ -54,6 +55,7 @@ def summarize(
     write_json(directory / "summary.json", summary)
     write_atomically(directory / "sample.txt", sample + "\n")
     loss_curve(directory)
+    draw_times(directory)
     return summary
 
 
@@ -101,6 +103,7 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     console.print((directory / "sample.txt").read_text(), markup=False)
     for name, what in (
         ("loss.png", "loss curve"),
+        ("time.png", "where the time went"),
         ("checkpoints", "weights and optimizer state"),
         ("metrics.jsonl", "every step"),
         ("summary.json", "these numbers"),

@@ -288,9 +288,10 @@ def test_fresh_starts_from_nothing_and_a_torn_line_is_mended(tmp_path: Path) -> 
 
 def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
-        metrics.record_step(STEPS[0])
+        metrics.record_step(STEPS[0], {"forward": 0.25})
     line = next(line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "step")
     assert line.pop("kind") == "step"
+    assert line.pop("phases") == {"forward": 0.25}
     assert abs(line.pop("time") - time.time()) < 60
     assert line.pop("lap") == STEPS[0].step_seconds
     assert line.pop("spent") == {}

@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from bigmodel.config import UserError
 from bigmodel.report import loss_curve, read_curve, report, smooth, table, terminal_curve
+from tests.test_ledger import Run, step
 
 
 def write_run(directory: Path, losses: list[float], evaluations: dict[int, float] | None = None) -> Path:
@@ -27,8 +28,8 @@ def write_run(directory: Path, losses: list[float], evaluations: dict[int, float
         }
         for number, loss in enumerate(losses, start=1)
     ]
-    for step, nats in (evaluations or {}).items():
-        lines.append({"kind": "evaluation", "step": step, "nats_per_token": nats, "bits_per_byte": nats / 2})
+    for number, nats in (evaluations or {}).items():
+        lines.append({"kind": "evaluation", "step": number, "nats_per_token": nats, "bits_per_byte": nats / 2})
     directory.mkdir(exist_ok=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return directory
@@ -113,10 +114,17 @@ def test_a_run_without_a_step_is_named(tmp_path: Path) -> None:
         loss_curve(tmp_path)
 
 
-def test_report_prints_table_plot_and_where_the_picture_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", [4.0, 3.0])
-    report(run)
+def test_report_prints_table_plot_and_where_the_pictures_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run()
+    run.start(0, None)
+    for number in (1, 2):
+        run.add(step(number, phases={"forward": 0.5}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.file))
+    report(tmp_path)
     printed = capsys.readouterr().out
     assert "tokens per second" in printed
     assert "training loss, nats per token" in printed
-    assert f"picture: {run / 'loss.png'}" in printed
+    assert "a step of rank 0" in printed
+    assert f"pictures: {tmp_path / 'loss.png'}, {tmp_path / 'time.png'}" in printed
