@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-show = typer.Typer(no_args_is_help=True, help="Draw things: data, a packed batch.")
+show = typer.Typer(no_args_is_help=True, help="Draw things: data, a packed batch, a memory plan.")
 app.add_typer(show, name="show")
 
 RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", metavar="RUN.toml")]
@@ -291,6 +291,20 @@ def show_batch(
     from bigmodel.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)
+
+
+@show.command("memory")
+def show_memory(
+    run_file: RunFile,
+    override: Overrides = [],  # noqa: B006
+    ranks: Annotated[int, typer.Option(min=1, help="how many ranks share the state")] = 8,
+    gib: Annotated[float, typer.Option(min=0, help="memory of a device in GiB; 0: do not compare")] = 0,
+    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("memory.png"),
+) -> None:
+    """Plan the memory of each rank at each ZeRO stage: needs neither data nor a GPU."""
+    from bigmodel.memory import show_memory as run
+
+    run(load_settings(run_file, override), ranks, gib, png)
 
 
 @show.command("metrics")

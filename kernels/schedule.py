@@ -233,7 +233,8 @@ def make_schedule(visibility: Visibility, num_queries: int, num_keys: int, block
         _check_offsets("key_offsets", key_offsets, num_keys)
     if not _runs_kernels(query_offsets.device):
         return Schedule(visibility, num_queries, num_keys, None, None, block, document_lengths(visibility))
-    make = _tile_tables if compiling else tile_tables  # an operator for the compiler; a direct call is faster
+    # An operator for the compiler and where there is no memory; a direct call is faster.
+    make = _tile_tables if compiling or query_offsets.device.type == "meta" else tile_tables
     query_tiles_NF, key_tiles_NF = make(
         query_offsets, key_offsets, visibility.query_prefix, visibility.key_prefix, *visibility.window,
         num_queries, num_keys, block,
@@ -254,4 +255,5 @@ def _check_offsets(name: str, offsets: Tensor, num_rows: int) -> None:
 
 
 def _runs_kernels(device: torch.device) -> bool:
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED)
+    """Tensors without memory (meta) take the way of a GPU: bigmodel/memory.py counts what it would need."""
+    return HAS_TRITON and (device.type in ("cuda", "meta") or INTERPRETED)

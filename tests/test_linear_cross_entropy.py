@@ -1,6 +1,5 @@
 """Linear cross-entropy: sums and both gradients are those of the formula, whatever the chunks and the options."""
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bigmodel.config import ModelSettings, load_settings
+from bigmodel.memory import LiveBytes
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.training import loop
@@ -196,34 +194,6 @@ def test_it_may_be_recomputed_in_the_backward() -> None:
 # Memory.
 
 BILLION = 10**9
-
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of every storage made inside, while it lives. `peak`: the most at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage._cdata not in self._known | given:
-                self._known.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
-        return out
-
-    def _end(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class NeverLaunched:
