@@ -40,7 +40,9 @@ class ModelSettings(Section):
     layers: int = Field(12, ge=1)
     width: int = Field(768, ge=2, description="size of the hidden state")
     heads: int = Field(12, ge=1, description="query heads")
-    key_value_heads: int = Field(4, ge=1, description="key and value heads; divides heads (grouped-query attention)")
+    key_value_heads: int = Field(
+        12, ge=1, description="key and value heads; divides heads (grouped-query attention); absent: as many as heads"
+    )
     head_size: int = Field(0, ge=0, description="channels of a head; 0: width / heads")
     feed_forward_width: int = Field(2048, ge=1, description="size of the gated inner layer")
     encoder_layers: int = Field(0, ge=0)
@@ -80,6 +82,13 @@ class ModelSettings(Section):
         names = ("layers", "width", "heads", "key_value_heads", "feed_forward_width")
         own = {name: getattr(self, f"encoder_{name}") or getattr(self, name) for name in names}
         return self.model_copy(update={**own, "kind": "encoder"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _key_value_heads_follow_heads(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "heads" in table:
+            return {"key_value_heads": table["heads"]} | table
+        return table
 
     @model_validator(mode="after")
     def _sides_make_sense(self) -> "ModelSettings":
@@ -331,6 +340,13 @@ class Settings(Section):
                 f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds "
                 f"training.steps = {self.training.steps}; shorten them or train longer"
             )
+        tokens = positions_before(self.training.steps, self)
+        ramp = self.schedule.warmup_tokens + self.schedule.decay_tokens
+        if self.schedule.unit == "tokens" and ramp > tokens:
+            raise ValueError(
+                f"schedule.warmup_tokens + schedule.decay_tokens = {ramp:,} exceeds the {tokens:,} positions of "
+                f"training.steps = {self.training.steps}; shorten them or train longer"
+            )
         return self
 
 
@@ -355,6 +371,16 @@ def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
 def packs_at(step: int, packs_per_step: int, batch_ramp: Sequence[tuple[int, int]]) -> int:
     """Packs in a data step (counted from 0), over all ranks: those of the last pair of the ramp that has begun."""
     return next((packs for start, packs in reversed(batch_ramp) if start <= step), packs_per_step)
+
+
+def positions_before(step: int, settings: Settings) -> int:
+    """Positions in the steps before `step`, padding included."""
+    training, steps, packs = settings.training, 0, 0
+    for start, _ in [*training.batch_ramp, (step, 0)]:
+        end = min(start, step)
+        packs += (end - steps) * packs_at(steps, training.packs_per_step, training.batch_ramp)
+        steps = end
+    return packs * settings.data.pack_tokens
 
 
 def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -98,11 +99,11 @@ def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Tab
     """Sources and splits with their documents, tokens and text, of pairs both sides'; of the train split the share in
     training, how often this run passes over it if all its packs are like `packed`, and the rows that were dropped."""
     title = f"{settings.data.directory}: vocabulary {manifest.vocabulary:,}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("source")
-    table.add_column("split")
-    for name in ("documents", "tokens", "text MB", "of the mix", "passes", "rows dropped"):
-        table.add_column(name, justify="right")
+    table.add_column("split", no_wrap=True)
+    for name in ("documents", "tokens", "text MB", "mix", "passes", "rows dropped"):
+        table.add_column(name, justify="right", no_wrap=True)
     training = settings.training
     num_packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
     mixed = mix_shares({name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}, settings.data.mix)

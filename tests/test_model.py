@@ -11,6 +11,12 @@ from bigmodel.model.transformer import Linear, RMSNorm, Transformer, dropout, ro
 from tests.test_promise_leak import make_batch, make_model
 
 
+def test_key_value_heads_are_as_many_as_heads_where_nothing_is_said() -> None:
+    assert ModelSettings(heads=6, width=48).key_value_heads == 6
+    assert ModelSettings(heads=6, width=48, key_value_heads=2).key_value_heads == 2
+    assert ModelSettings().key_value_heads == ModelSettings().heads
+
+
 def test_rms_norm_is_its_formula() -> None:
     norm = RMSNorm(4, epsilon=0.0)
     norm.weight.data = torch.tensor([1.0, 2.0, 1.0, 1.0])

@@ -6,18 +6,20 @@ import math
 import pytest
 import torch
 
-from bigmodel.config import OptimizerSettings, Settings, UserError
+from bigmodel.config import OptimizerSettings, Settings, UserError, positions_before
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.fragments import Fragment
 from bigmodel.training.optim import Adafactor, Part, build_optimizer, orthogonalize, parameter_groups
-from bigmodel.training.schedule import SCHEDULES, learning_rate, positions_before
+from bigmodel.training.schedule import SCHEDULES, learning_rate
 from tests.engine_worker import oracle_of
 
 
 def model(tied: bool) -> Transformer:
     table = {"layers": 1, "width": 8, "heads": 2, "key_value_heads": 1, "feed_forward_width": 12, "qk_norm": True}
-    return Transformer(Settings.model_validate({"model": table | {"tied_embeddings": tied}}).model, vocabulary=11)
+    net = Transformer(Settings.model_validate({"model": table | {"tied_embeddings": tied}}).model, vocabulary=11)
+    init_weights(net, seed=1)  # the head's weight is made without values
+    return net
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -263,6 +265,23 @@ def test_a_schedule_in_tokens_follows_the_positions_of_a_ramping_batch() -> None
 def test_a_schedule_setting_that_would_be_ignored_is_an_error(schedule: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Settings.model_validate({"schedule": schedule})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"warmup_steps": 3, "decay_steps": 2}, r"warmup_steps \+ schedule.decay_steps = 5 exceeds training.steps = 4"),
+        (
+            {"unit": "tokens", "warmup_tokens": 900, "decay_tokens": 301},
+            r"= 1,201 exceeds the 1,200 positions of training.steps = 4; shorten them or train longer",
+        ),
+    ],
+)
+def test_a_schedule_longer_than_the_run_is_refused(schedule: dict, words: str) -> None:
+    training = {"steps": 4, "packs_per_step": 2, "batch_ramp": [[2, 4]]}
+    table = {"training": training, "data": {"pack_tokens": 100, "context_tokens": 100}}
+    with pytest.raises(ValueError, match=words):
+        Settings.model_validate(table | {"schedule": {"kind": "wsd"} | schedule})
 
 
 @pytest.mark.parametrize("kind", list(SCHEDULES))

@@ -43,7 +43,7 @@ def test_the_suggested_context_leaves_nine_tenths_of_the_tokens_whole() -> None:
     positions = np.array([100] * 890 + [1000] * 10)  # 89,000 and 10,000 tokens
     found = suggest_context(positions, settings(context_tokens=64, pack_tokens=64))
     assert (found.now, found.suggested) == (64, 1024)
-    assert found.reason == "100% of the tokens are in documents that are not split, now 0%"
+    assert found.reason == "100.0% of the tokens are in documents that are not split, now 0.0%"
     assert suggest_context(np.array([100] * 910 + [1000] * 9), settings()).suggested == 128
     books = suggest_context(np.array([100_000]), settings())
     assert books.suggested == 8192

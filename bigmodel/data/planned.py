@@ -96,7 +96,7 @@ def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
     shares = {context: whole_share(positions, context) for context in CONTEXTS}
     suggested = next((context for context, share in shares.items() if share >= WHOLE_SHARE), CONTEXTS[-1])
     now = whole_share(positions, data.context_tokens)
-    reason = f"{shares[suggested]:.0%} of the tokens are in documents that are not split, now {now:.0%}"
+    reason = f"{shares[suggested]:.1%} of the tokens are in documents that are not split, now {now:.1%}"
     if shares[suggested] < WHOLE_SHARE:
         reason += f"; {CONTEXTS[-1]:,} is the longest that is suggested"
     return Suggestion("data.context_tokens", data.context_tokens, suggested, reason)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bigmodel.config import Settings, packs_at
+from bigmodel.config import Settings, positions_before
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,6 @@ def learning_rate(step: int, settings: Settings) -> float:
     if clock.done <= clock.warmup:
         return peak * clock.done / clock.warmup
     return peak * SCHEDULES[schedule.kind](clock, schedule.final_ratio)
-
-
-def positions_before(step: int, settings: Settings) -> int:
-    """Positions in the steps before `step`, padding included."""
-    training, steps, packs = settings.training, 0, 0
-    for start, _ in [*training.batch_ramp, (step, 0)]:
-        end = min(start, step)
-        packs += (end - steps) * packs_at(steps, training.packs_per_step, training.batch_ramp)
-        steps = end
-    return packs * settings.data.pack_tokens
 
 
 def _clock(step: int, settings: Settings) -> Clock:
