@@ -22,7 +22,7 @@ from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
 from launcher.binding import processors_to_bind
 from launcher.cluster import Cluster, hosts_and_slots, load_cluster
 from launcher.devices import given_devices
-from launcher.execute import check_address, describe_rank, execute, rank_map
+from launcher.execute import check_address, describe_rank, execute, node_map, rank_map
 from launcher.hostlist import expand_hosts
 from launcher.local import trainer_command
 from launcher.network import free_port
@@ -49,6 +49,8 @@ Ranks = Annotated[int, typer.Option(help="processes in all; 0: one per GPU, or o
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="set checkpoints aside and start from step 0")]
 NewPlan = Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")]
+PLANNED = "hosts, MASTER_ADDR and MASTER_PORT follow from the allocation and the job's number; as an example"
+EACH_RANK = 16  # ranks of which a dry run prints every command; of more it prints one, and the map by node
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print everything that would run, and run nothing")]
 
 
@@ -74,11 +76,11 @@ def local_command(
     size = ranks_per_node(ranks or cluster.ranks_per_node, 1, devices)
     topology = even_topology([os.uname().nodename], size, "127.0.0.1", cluster.main_port or free_port())
     command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
+    _require_fit(run_file, overrides, size)
     if dry_run:
         _print_ranks(topology, command, cluster, here=True)
         return
     directory = settings.run.directory
-    _require_fit(run_file, overrides, size)
     logs = make_logs(directory)
     refuse_second_run(directory)
     check_address(topology)
@@ -105,15 +107,12 @@ def slurm_command(
     directory = settings.run.directory.absolute()
     options = _options(fresh, new_plan)
     job = slurm.Job(run_file, directory, Path.cwd(), cluster, cluster_file, overrides, options)
+    _require_fit(run_file, overrides, cluster.nodes * cluster.ranks_on_node)
     if dry_run:
         print(slurm.render(job))
-        names = [f"node{number}" for number in range(cluster.nodes)]
-        address, port = cluster.main_address or names[0], cluster.main_port or port_of("0")
-        topology = even_topology(names, cluster.ranks_on_node, address, port, cluster.switches_of(names))
-        print("# Hosts, MASTER_ADDR and MASTER_PORT follow from the allocation and the job's number; as an example:")
-        _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
+        print(f"# {PLANNED}:")
+        _print_ranks(_planned_topology(cluster), [*trainer_command(run_file, overrides), *options], cluster)
         return
-    _require_fit(run_file, overrides, cluster.nodes * cluster.ranks_on_node)
     number = slurm.submit(job)
     print(f"job {number} is in the queue; see python -m launcher status|logs|stop {settings.run.directory}")
 
@@ -161,11 +160,11 @@ def ssh_command(
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
     options = _options(fresh, new_plan)
+    _require_fit(run_file, overrides, topology.world_size)
     if dry_run:
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
     directory = settings.run.directory
-    _require_fit(run_file, overrides, topology.world_size)
     make_logs(directory)
     refuse_second_run(directory)
     hosts.reach(cluster, topology.hosts, Path.cwd())
@@ -313,7 +312,10 @@ def show_command(
 ) -> None:
     """Draw the topology: which ranks share a node or a switch."""
     cluster = load_cluster(cluster_file)
-    if run is None:
+    if run is None and cluster.slurm.partition and not (hostfile or cluster.hosts):
+        topology = _planned_topology(cluster)
+        print(PLANNED)
+    elif run is None:
         topology = replace(_topology_of_hosts(cluster, hostfile, ranks, Path()), main_port=cluster.main_port)
     else:
         launch = read_launch(run_directory(run))
@@ -326,6 +328,13 @@ def show_command(
     if png:
         drawing.draw_topology(topology, png)
         print(png)
+
+
+def _planned_topology(cluster: Cluster) -> Topology:
+    """What a SLURM job of this cluster file will have, but for the names."""
+    names = [f"node{number}" for number in range(cluster.nodes)]
+    address, port = cluster.main_address or names[0], cluster.main_port or port_of("0")
+    return even_topology(names, cluster.ranks_on_node, address, port, cluster.switches_of(names))
 
 
 def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, directory: Path) -> Topology:
@@ -371,8 +380,9 @@ def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Clus
 
 
 def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, here: bool = False) -> None:
-    """Every rank's command and the rank map. GPUs and processors are known of this machine only."""
-    for rank in range(topology.world_size):
+    """The ranks' commands and the rank map. GPUs and processors are known of this machine only."""
+    large = topology.world_size > EACH_RANK
+    for rank in range(1 if large else topology.world_size):
         if here:
             variables = local.local_environment(topology, rank, cluster.variables())
             place = topology.local_rank(rank), topology.local_size(rank)
@@ -380,10 +390,12 @@ def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, h
             print(describe_rank(command, variables, processors))
         else:
             print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
+    if large:
+        print(f"# and {topology.world_size - 1} more, which differ in RANK, LOCAL_RANK, LOCAL_WORLD_SIZE and NODE_RANK")
     if not here:
         print("# CUDA_VISIBLE_DEVICES: on each node all GPUs that it gives; a rank takes the one numbered LOCAL_RANK")
         print(f"# binding: {cluster.binding}, among the processors of each node")
-    print("\n".join(f"# {line}" for line in rank_map(topology)))
+    print("\n".join(f"# {line}" for line in (node_map if large else rank_map)(topology)))
 
 
 def main() -> None:

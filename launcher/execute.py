@@ -88,6 +88,25 @@ def rank_map(topology: Topology) -> list[str]:
     ]
 
 
+def node_map(topology: Topology) -> list[str]:
+    """A line per node: its number, host and ranks."""
+    ranks: dict[int, list[int]] = {}
+    for rank, node in enumerate(topology.nodes):
+        ranks.setdefault(node, []).append(rank)
+    return [f"node {node} host {topology.hosts[node]} ranks {_runs(found)}" for node, found in sorted(ranks.items())]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """As 0-3,8: consecutive numbers as one run."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in parts)
+
+
 def check_address(topology: Topology) -> None:
     """On the machine of rank 0, before it starts: raises `UserError` where its address or port cannot be its own."""
     if not resolves(topology.main_address):

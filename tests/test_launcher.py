@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pty
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,13 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bigmodel.rundir import read_json_lines
 from launcher import output
-from launcher.record import launches
 from launcher.topology import Topology, even_topology, rank_environment
-from tests.launched import LAUNCHER as COMMAND
-from tests.launched import left_of, steps, wait_for_step
-from tests.tiny_run import write_run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -355,104 +349,6 @@ def test_when_a_peer_or_the_far_launcher_is_gone_the_ranks_are_ended(tmp_path: P
     assert (tmp_path / "saved-0").exists()
 
 
-# ---- the command line
-
-
-def launch_command(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "launcher", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-
-
-def write_run_file(folder: Path, extra: str = "") -> Path:
-    file = folder / "run file.toml"
-    file.write_text(f"[run]\ndirectory = '{folder / 'run'}'\n{extra}")
-    return file
-
-
-def test_a_dry_run_prints_a_line_per_rank_that_a_shell_could_run(tmp_path: Path) -> None:
-    file = write_run_file(tmp_path)
-    answer = launch_command("local", str(file), "--ranks", "2", "--set", "training.steps=120", "--dry-run")
-    assert answer.returncode == 0, answer.stderr
-    *commands, first, second = answer.stdout.splitlines()
-    here = os.uname().nodename
-    assert (first, second) == (f"# rank 0 host {here} node 0 local 0", f"# rank 1 host {here} node 0 local 1")
-    lines = [shlex.split(line) for line in commands]
-    assert [line[0] for line in lines] == ["RANK=0", "RANK=1"]
-    expected = [sys.executable, "-m", "bigmodel", "train", str(file), "--set", "training.steps=120"]
-    assert all(line[-len(expected) :] == expected for line in lines)
-    assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(
-    ("extra", "arguments", "message"),
-    [
-        ("[training]\nstepz = 5", [], "training.stepz: unknown setting; did you mean 'steps'?"),
-        ("", ["--ranks", "-1"], "--ranks -1: at least 1 rank is needed"),
-        ("", ["--set", "training.steps=0"], "training.steps = 0"),
-    ],
-)
-def test_mistakes_are_told_before_anything_starts(
-    tmp_path: Path, extra: str, arguments: list[str], message: str
-) -> None:
-    file = write_run_file(tmp_path, extra)
-    answer = launch_command("local", str(file), *arguments)
-    assert answer.returncode == 2
-    assert message in answer.stderr
-    assert "Traceback" not in answer.stderr
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_world_that_the_deepspeed_json_excludes_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 2}')
-    file = write_run_file(tmp_path, "[training]\npacks_per_step = 8\ndeepspeed = 'ds.json'\n")
-    answer = launch_command("local", str(file), "--ranks", "3")
-    assert answer.returncode == 2
-    assert answer.stderr.startswith("launcher: 3 ranks: ")
-    assert "gradient_accumulation_steps" in answer.stderr
-    assert "Traceback" not in answer.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_is_stopped_from_its_directory_and_refuses_a_second_one(tmp_path: Path, shards: Path) -> None:
-    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
-    command = [*COMMAND, "local", str(run_file), *steps(1_000_000)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(run, 3)
-    second = launch_command("local", str(run_file))
-    assert second.returncode == 2
-    assert f"another run is using it now (local, rank 0 on {os.uname().nodename}); stop it" in second.stderr
-    assert "state       running" in launch_command("status", str(run)).stdout
-    stopped = launch_command("stop", str(run_file))
-    assert f"asked process {first.pid} on {os.uname().nodename} to save and stop" in stopped.stdout
-    output, _ = first.communicate(timeout=60)
-    assert first.returncode == 3
-    assert "stopped at step" in output
-    [history] = launches(read_json_lines(run / "events.jsonl"))
-    assert (history.by, history.cause, history.stop_requested) == ("local", "stopped", True)
-    assert left_of(run) == []
-
-
-def test_a_run_that_torchrun_started_is_stopped_from_its_directory_too(tmp_path: Path, shards: Path) -> None:
-    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "bigmodel", "train", str(run_file), *steps(1_000_000)]
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        wait_for_step(run, 3)
-        stopped = launch_command("stop", str(run))
-        assert "to save and stop" in stopped.stdout, stopped.stderr
-        output, _ = process.communicate(timeout=120)
-    assert "stopped at step" in output
-    assert [*read_json_lines(run / "metrics.jsonl")][-1]["ending"] == "stopped"
-
-
-def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    file = write_run_file(tmp_path)
-    (tmp_path / "run").write_text("a file where the folder should be")
-    answer = launch_command("local", str(file))
-    assert answer.returncode == 2
-    assert f"run.directory = {tmp_path / 'run'}: cannot make" in answer.stderr
-
-
 def test_on_a_terminal_rank_zero_draws_its_bar_and_its_log_is_plain(tmp_path: Path) -> None:
     trainee = """
 import os
@@ -528,11 +424,3 @@ def test_a_copier_outlives_the_signals_of_a_stop_and_a_lost_terminal(
     copier.stdin.close()
     assert copier.wait(10) == 0
     assert (tmp_path / "log").read_text() == "begin\nend\n"
-
-
-def test_the_launcher_never_imports_torch() -> None:
-    code = "import sys, launcher.__main__; print({'torch', 'deepspeed', 'streaming'} & set(sys.modules))"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert answer.stdout.strip() == "set()"
