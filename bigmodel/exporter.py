@@ -47,7 +47,7 @@ class Ranks(Collector):
 
     def read(self) -> None:
         for path in self._folder.glob("rank-*"):
-            if record := read_record(path):
+            if record := read_record(path) or read_record(path):  # once more: it was being written
                 self.records[record["rank"]] = record
 
     def alive(self) -> list[int]:
@@ -160,26 +160,22 @@ def withdraw(page: dict[str, Any]) -> None:
 
 
 def main(folder: Path, descriptor: int) -> None:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    for number in (signal.SIGUSR1, signal.SIGHUP):  # SLURM warns every process of a job; ranks save, the page goes on
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # SLURM tells every process of a job; while ranks save, the page goes on
     page = json.loads((folder / "page.json").read_text())
     ranks = Ranks(folder, Path(page["run_directory"]))
     server = Server(socket.socket(fileno=descriptor), ranks)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     relay = Relay(folder, Path(page["run_directory"]))
-    while not stop.wait(POLL_SECONDS):
-        ranks.read()
-        if not (alive := ranks.alive()):
-            withdraw(page)
-            break
+    ranks.read()
+    while alive := ranks.alive():
         relay.look([ranks.records[rank] for rank in alive])
+        time.sleep(POLL_SECONDS)
+        ranks.read()
+    withdraw(page)
     server.shutdown()
     server.server_close()  # before the folder goes: the next start takes that for "the port is free"
-    if not stop.is_set():  # else who ended us may start us again
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ the wall time from the first start to the last line, because each line holds the
     evaluation  on the validation split
     replay      steps, evaluations and checkpoints that had been done before the restart
     hang        the part of a step above ten times the median of the last 64; all of the time between the last step and
-                a failure, death or order to stop where that is longer than ten of these (also of a save or evaluation
-                that failed), or where a watchdog says that it ended a hang
+                a failure, death or order to stop where that is longer than ten of these, or where a watchdog says that
+                it ended a hang. A save or evaluation that had begun keeps its own cause, however it ended
     skipped     steps whose update was left out
     stopped     between an orderly end and the next start
     down        else between the last step, evaluation or save before a death or failure and the next start
@@ -72,11 +72,14 @@ class Ledger:
         self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of it
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
         self._hung = False  # the start that failed last
+        self._under_way: str | None = None  # the cause of what the last line says has begun
         self._signals = {name: deque[float](maxlen=SPIKE_STEPS) for name in ("loss", "gradient_norm")}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Enter one line; a kind we do not know is left to those who do."""
         kind = line["kind"]
+        if kind == "begin":
+            self._under_way = line["cause"]
         if kind not in (*COUNTED, "failed_checkpoint", "start", "end"):
             return
         again = kind in COUNTED and line["step"] <= self.counted[kind]
@@ -96,6 +99,7 @@ class Ledger:
             {"step": self._add_step, "evaluation": self._add_evaluation, "checkpoint": self._add_checkpoint}[kind](line)
         for cause, seconds in line.get("spent", {}).items():
             self.seconds[cause] += seconds
+        self._under_way = None
         self.time = line["time"]
         self.last[kind] = line
         if kind == "step" and line["norms"]:
@@ -110,10 +114,13 @@ class Ledger:
         if ending is not None:
             pause = max(0.0, began - self.time)
             stood = min(max(0.0, (ended or self.time) - self.time), pause)
-            if ending == "hang" or self._is_hang(stood):
+            if ending == "hang" or (not self._under_way and self._is_hang(stood)):
                 hang = stood if ended else pause
                 self._hung, pause = True, pause - hang
                 self.seconds["hang"] += hang
+            elif self._under_way:
+                self.seconds[self._under_way] += stood
+                pause -= stood
             self.seconds["stopped" if ending in ("stopped", "finished") else "down"] += pause
             cause = "hang" if self._hung else ending if ending in ENDINGS else "failed"
             self._count("restarts", 1, cause)
@@ -190,8 +197,8 @@ class Ledger:
         if line["ending"] in ("stopped", "finished"):
             self.seconds["finish"] += line["lap"]
             return
-        self._hung = self._is_hang(line["lap"])
-        self.seconds["hang" if self._hung else "down"] += line["lap"]
+        self._hung = not self._under_way and self._is_hang(line["lap"])
+        self.seconds[self._under_way or ("hang" if self._hung else "down")] += line["lap"]
 
     def _is_hang(self, seconds: float) -> bool:
         return seconds > self._longest_step()

@@ -172,6 +172,13 @@ class Metrics:
         line["phases"] = {name: round(seconds, 6) for name, seconds in phases.items()}
         self._tell("step", line)
 
+    def begins(self, cause: str, step: int) -> None:
+        """An evaluation or a save that training waits for: its time has this cause even if it never comes back."""
+        if self._ledger:
+            line = {"kind": "begin", "time": self._unix_time + self._lap_began, "cause": cause, "step": step}
+            append_json_line(self._lines, line)
+            self._ledger.add(line)
+
     def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float, seconds: float) -> None:
         values = {"step": step, "nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "seconds": seconds}
         self._tell("evaluation", {**values, "lap": self.lap()})
@@ -373,12 +380,8 @@ class _Exporter:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(5.0)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._process.kill()  # it heeds no other signal, and has nothing to lose
+            self._process.wait()
             self._process = None
         self._socket.close()
         for path in self._published:

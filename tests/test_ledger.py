@@ -155,6 +155,36 @@ def test_a_collective_that_waits_for_its_time_limit_is_a_hang_and_then_down_time
     assert (run.ledger.counts["restarts|hang"], run.ledger.counts["restarts|failed"]) == (1, 1)
 
 
+@pytest.mark.parametrize("cause", ["evaluation", "checkpoint"])
+@pytest.mark.parametrize("ending", ["failed", "died"])
+def test_a_save_or_evaluation_that_ends_badly_is_no_hang(cause: str, ending: str) -> None:
+    """However long it took: what the last line says has begun keeps its own cause, also where nobody could tell."""
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 21):
+        run.add(step(number))
+    run.add({"kind": "begin", "cause": cause, "step": 20, "lap": 0.0})
+    if ending == "failed":
+        run.add({"kind": "end", "ending": "failed", "lap": 300.0})
+        run.start(20, "failed", after=10.0)
+    else:
+        run.start(20, "died", after=310.0, stood=300.0)
+    assert run.lost == {"start": 10.0, "productive": 20.0, cause: 300.0, "down": 10.0}
+    assert run.ledger.counts["restarts|hang"] == 0
+    assert sum(run.lost.values()) == run.ledger.wall_seconds
+
+
+def test_what_came_back_is_under_way_no_more() -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 21):
+        run.add(step(number))
+    run.add({"kind": "begin", "cause": "checkpoint", "step": 20, "lap": 0.0})
+    run.add({"kind": "checkpoint", "step": 20, "bytes": 1, "seconds": 2.0, "lap": 2.0})
+    run.add({"kind": "end", "ending": "failed", "lap": 300.0})
+    assert (run.lost["checkpoint"], run.lost["hang"]) == (2.0, 300.0)
+
+
 @pytest.mark.parametrize(
     ("stood", "hang", "cause"),
     [(None, 0.0, "died"), (9.0, 0.0, "died"), (60.0, 60.0, "hang"), (1e9, 100.0, "hang"), (-50.0, 0.0, "died")],

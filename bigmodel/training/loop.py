@@ -224,6 +224,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             and done % settings.evaluation.every_steps == 0
             and not (finished or stopping)
         ):
+            metrics.begins("evaluation", done)
             with phases("evaluation"):
                 evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
             metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
@@ -234,10 +235,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 stop.save_begins()
             with phases("checkpoint"), _failure_told(directory, metrics):
                 _tell_saved(saver.finish(must=False), directory, metrics)
+        waits = ending or not settings.checkpoint.asynchronous
+        if waits and (ending or due):
+            metrics.begins("checkpoint", done)
         if ending or due:
             with phases("checkpoint"), _failure_told(directory, metrics):
                 saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
-        if ending or not settings.checkpoint.asynchronous:
+        if waits:
             with phases("checkpoint"), _failure_told(directory, metrics):
                 _tell_saved(saver.finish(must=ending), directory, metrics)
         metrics.spent("checkpoint")
@@ -256,6 +260,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
     # The end: the whole validation split, a sample of text, and where everything is.
     if settings.evaluation.at_end:
+        metrics.begins("evaluation", done)
         evaluation = validation.run(engine.forward, world)
         tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
         sample, wrong_sources = "", None
