@@ -67,7 +67,7 @@ class Ledger:
         self.counts: dict[str, float] = dict.fromkeys(FROM_ZERO, 0)  # metric name, "|" and each label -> total
         self.seconds = dict.fromkeys(("productive", *CAUSES), 0.0)
         self.counted = dict.fromkeys(COUNTED, 0)  # the highest step of each kind that is in the counts
-        self.began: float | None = None  # Unix time of the first process
+        self.began: float | None = None  # Unix time of the first process, earlier where the clock was set back since
         self.time = 0.0  # of the last line
         self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of it
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -112,6 +112,8 @@ class Ledger:
         `ended`: Unix time of that ending, where somebody saw it and the start did not tell.
         """
         if ending is not None:
+            if self.began is not None and began < self.time:  # the clock was set back: a pause of unknown length, none
+                self.began -= self.time - began
             pause = max(0.0, began - self.time)
             stood = min(max(0.0, (ended or self.time) - self.time), pause)
             if ending == "hang" or (not self._under_way and self._is_hang(stood)):

@@ -278,11 +278,22 @@ def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> tuple[str 
         return None, None
     if marks[-1]["kind"] == "end":
         return marks[-1]["ending"], None
-    events = read_json_lines(Path(run_directory) / "events.jsonl")
-    ends = [e for e in events if e.get("event") == "launch_ended" and e["time"] > marks[-1]["time"]]
+    events = _since_last_start(list(read_json_lines(Path(run_directory) / "events.jsonl")))
+    ends = [event for event in events if event.get("event") == "launch_ended"]
     if hangs := [end for end in ends if end.get("cause") == "hang"]:
         return "hang", hangs[0]["time"]
     return "died", ends[0].get("since") if ends else None
+
+
+def _since_last_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was noted after the last start that got so far: by place, for clocks are set back. Without what ended an
+    earlier launch, where the last one did not get so far."""
+    places: dict[str, list[int]] = {"start": [], "launch": []}
+    for place, event in enumerate(events):
+        places.get(event.get("event", ""), []).append(place)
+    first = places["start"][-1] + 1 if places["start"] else 0
+    earlier = [place for place in places["launch"][:-1] if place >= first]
+    return events[earlier[-1] if earlier else first :]
 
 
 class _RankCounts:

@@ -155,6 +155,21 @@ def test_a_collective_that_waits_for_its_time_limit_is_a_hang_and_then_down_time
     assert (run.ledger.counts["restarts|hang"], run.ledger.counts["restarts|failed"]) == (1, 1)
 
 
+@pytest.mark.parametrize("set_by", [-3600.0, -1.0, 3600.0])
+def test_a_clock_that_is_set_between_two_starts_does_not_part_the_books_from_the_wall(set_by: float) -> None:
+    """Set forward, the jump is a pause like any other; set back, there was none."""
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 11):
+        run.add(step(number))
+    run.start(10, "died", after=set_by)
+    run.add(step(11))
+    assert run.lost == {"start": 10.0, "productive": 11.0} | ({"down": set_by} if set_by > 0 else {})
+    assert sum(run.lost.values()) == pytest.approx(run.ledger.wall_seconds)
+    run.start(11, "died", after=2.0)
+    assert sum(run.lost.values()) == pytest.approx(run.ledger.wall_seconds)
+
+
 @pytest.mark.parametrize("cause", ["evaluation", "checkpoint"])
 @pytest.mark.parametrize("ending", ["failed", "died"])
 def test_a_save_or_evaluation_that_ends_badly_is_no_hang(cause: str, ending: str) -> None:

@@ -550,7 +550,15 @@ def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_pat
     ending, ended = how_it_ended(tmp_path, [start, end, start])
     assert ending == "hang"
     assert ended == pytest.approx(time.time(), abs=5)
-    assert how_it_ended(tmp_path, [{"kind": "start", "time": time.time() + 1}]) == ("died", None)  # the event is older
+    clock_was_set_back = [start, end, {"kind": "start", "time": time.time() + 3600}]
+    assert how_it_ended(tmp_path, clock_was_set_back)[0] == "hang"
+    record_event(tmp_path, "launch")
+    assert how_it_ended(tmp_path, [start, end, start])[0] == "hang", "this launch's own start asks"
+    record_event(tmp_path, "launch")
+    assert how_it_ended(tmp_path, [start, end, start]) == ("died", None), "it ended the launch before the last"
+    record_event(tmp_path, "launch_ended", cause="hang")
+    record_event(tmp_path, "start")
+    assert how_it_ended(tmp_path, [start, end, start]) == ("died", None), "that of an earlier start"
 
 
 def test_a_start_withdraws_what_killed_exporters_left_also_of_nodes_it_has_no_more(tmp_path: Path) -> None:
