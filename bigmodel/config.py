@@ -274,7 +274,10 @@ class CheckpointSettings(Section):
 
 class MetricsSettings(Section):
     port: int = Field(
-        0, ge=0, le=65535, description="Prometheus endpoint of each node; 0: any free port, noted in the run directory"
+        0,
+        ge=0,
+        le=65535,
+        description="Prometheus endpoint of each node; 0: one that follows from the run directory, else any free one",
     )
     host: str = Field(
         "127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it"

@@ -18,12 +18,7 @@ Every line has `lap`, the wall seconds since the line before it, or since the pr
 import contextlib
 import glob
 import json
-import os
 import secrets
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 from bisect import bisect_left
@@ -37,11 +32,10 @@ from bigmodel import __version__
 from bigmodel.config import MetricsSettings, UserError
 from bigmodel.ledger import Ledger, Samples
 from bigmodel.metric_table import STEP_BUCKETS_SECONDS
-from bigmodel.rank_record import RankRecord, folder_of, folders_of, process_start_time, remove_stale, start_ticks
-from bigmodel.rundir import append_json_line, read_json_lines, write_atomically, write_json
+from bigmodel.page import Page
+from bigmodel.rank_record import RankRecord, folder_of, process_start_time
+from bigmodel.rundir import append_json_line, read_json_lines, write_atomically
 from bigmodel.writers import open_writers, scalars
-
-CLOSING_SECONDS = 5.0  # for the kernel to take everything from a process that was killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +136,13 @@ class Metrics:
         self._spent: dict[str, float] = {}
         self._rank = _RankCounts()
         self.folder = folder_of(self._directory, seat.node, start)
-        self._exporter = self._open_exporter(settings) if seat.local_rank == 0 else None
-        self.endpoint = self._exporter.endpoint if self._exporter else ""
+        self._page = self._open_page(settings) if seat.local_rank == 0 else None
+        self.endpoint = self._page.endpoint if self._page else ""
         self._ledger = self._open_ledger(first_step, fresh, facts) if seat.rank == 0 else None
         self._record = RankRecord(self.folder, seat.rank)
         self._tell_exporter({})
-        if self._exporter:
-            self._exporter.start()
+        if self._page:
+            self._page.start()
 
     def lap(self) -> float:
         """Wall seconds since the last call, by which every event is timed: no time falls between two events."""
@@ -195,8 +189,8 @@ class Metrics:
         if self._ledger and not self._closed:
             with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # what ended the run is to be heard
                 self._tell("end", {"ending": ending, "lap": self.lap()})
-        if self._exporter:
-            self._exporter.close()
+        if self._page:
+            self._page.close()
         if not self._closed:
             self._record.close()
             for writer in self._writers:
@@ -213,9 +207,12 @@ class Metrics:
     ) -> None:
         self.close("failed" if kind else "finished")
 
-    def _open_exporter(self, settings: MetricsSettings) -> "_Exporter":
+    def _open_page(self, settings: MetricsSettings) -> Page:
+        seat = self._seat
         try:
-            return _Exporter(self._directory, self.folder, self._seat, settings)
+            return Page(
+                self._directory, self.folder, seat.node, range(seat.rank, seat.rank + seat.local_size), settings
+            )
         except UserError:
             self.folder.rmdir()
             raise
@@ -256,8 +253,8 @@ class Metrics:
                 writer.write(line["step"], dict(scalars(line)))
         if kind != "end":
             self._tell_exporter(values)
-        if self._exporter:
-            self._exporter.revive()
+        if self._page:
+            self._page.revive()
 
     def _tell_exporter(self, values: Mapping[str, Any]) -> None:
         samples = self._rank.samples(str(self._seat.rank))
@@ -345,134 +342,3 @@ class _RankCounts:
         if not self._cuda:
             return {}
         return {"gpu": f"GPU-{self._cuda.get_device_properties(self._cuda.current_device()).uuid}"}
-
-
-class _Exporter:
-    """The node's exporter process: started by local rank 0, which opened its socket, so that no start is missed.
-
-    It ends by itself when the last rank of its node has (bigmodel/exporter.py), also when all were killed.
-    """
-
-    def __init__(self, directory: Path, folder: Path, seat: Seat, settings: MetricsSettings) -> None:
-        self._folder, self._looked = folder, 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        ended = self._end_earlier(directory, seat.node)
-        self._socket = _listen(settings.host, settings.port, seat.node > 0, CLOSING_SECONDS if ended else 0.0)
-        self.endpoint = f"{_advertised(settings.host)}:{self._socket.getsockname()[1]}"
-        name = f"{directory.name}.node-{seat.node}.prometheus.json"
-        self._published = [directory.with_name(name), *([directory / "metrics_endpoint"] if seat.node == 0 else [])]
-        labels = {"job": "bigmodel", "run": directory.name, "node": str(seat.node), "host": socket.gethostname()}
-        labels["ranks"] = f"{seat.rank}-{seat.rank + seat.local_size - 1}" if seat.local_size > 1 else str(seat.rank)
-        if "SLURM_JOB_ID" in os.environ:
-            labels["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
-        self._target = {"targets": [self.endpoint], "labels": labels}
-        self._page = {
-            "run_directory": str(directory),
-            "endpoint": self.endpoint,
-            "published": [str(path) for path in self._published],
-        }
-
-    def start(self) -> None:
-        write_json(self._folder / "page.json", self._page)
-        self._spawn()
-        write_json(self._published[0], [self._target])
-        for path in self._published[1:]:
-            write_atomically(path, self.endpoint + "\n")
-
-    def revive(self) -> None:
-        """Start it again if somebody ended it; looks every five seconds."""
-        if time.monotonic() - self._looked > 5.0:
-            self._looked = time.monotonic()
-            if self._process is not None and self._process.poll() is not None and self._folder.exists():
-                said = (self._folder / "exporter.log").read_text(errors="replace").splitlines()[-1:] or ["nothing"]
-                how = f"ended with {self._process.returncode}, its last words: {said[0]}"
-                print(f"bigmodel: the metrics exporter {how}; it is started again", file=sys.stderr, flush=True)
-                self._spawn()
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()  # it heeds no other signal, and has nothing to lose
-            self._process.wait()
-            self._process = None
-        self._socket.close()
-        for path in self._published:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _spawn(self) -> None:
-        command = [sys.executable, "-m", "bigmodel.exporter", str(self._folder), str(self._socket.fileno())]
-        root = str(Path(__file__).parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        with open(self._folder / "exporter.log", "ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[self._socket.fileno()],
-                start_new_session=True,  # what ends a rank's process group must not end the page of the others
-            )
-        write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
-
-    def _end_earlier(self, directory: Path, node: int) -> bool:
-        """End the exporter of an earlier start that was just killed: its port is wanted. Whether there was one."""
-        ended = False
-        for folder in folders_of(directory, node):
-            file = folder / "exporter.pid"
-            if folder != self._folder:
-                try:
-                    pid, began = file.read_text().split()
-                except FileNotFoundError:  # it has just ended by itself
-                    continue
-                ended = True
-                if str(start_ticks(int(pid))) == began:
-                    os.kill(int(pid), signal.SIGKILL)  # it has nothing to lose, and may hang
-                deadline = time.monotonic() + 5.0
-                while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
-                    time.sleep(0.02)
-        remove_stale(directory, node, keep=self._folder)
-        return ended
-
-
-def _listen(host: str, port: int, port_may_differ: bool, patience_seconds: float) -> socket.socket:
-    """`patience_seconds`: for a process that is ending, whose last thread closes the port after its first is gone."""
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            return _try_to_listen(host, port, port_may_differ)
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def _try_to_listen(host: str, port: int, port_may_differ: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        try:
-            listener.bind((host, port))
-        except OSError:
-            if not port_may_differ:
-                raise
-            listener.bind((host, 0))
-        listener.listen(64)
-    except OSError as error:
-        listener.close()
-        raise UserError(_address_problem(port, host, error)) from None
-    return listener
-
-
-def _advertised(host: str) -> str:
-    """The name others reach us by: our own where we listen on every address."""
-    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
-    return f"[{name}]" if ":" in name else name
-
-
-def _address_problem(port: int, host: str, error: OSError) -> str:
-    return (
-        f"metrics.host = {host!r}, metrics.port = {port}: the metrics page cannot listen there: "
-        f"{error.strerror or error}; choose another, or any free port with --set metrics.port=0"
-    )

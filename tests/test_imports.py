@@ -32,10 +32,12 @@ ALLOWED = {
         "bigmodel.profiling",
         "bigmodel.rank_record",
     ),
+    "bigmodel.page": ("bigmodel.config", "bigmodel.rank_record", "bigmodel.rundir"),
     "bigmodel.metrics": (
         "bigmodel.config",
         "bigmodel.ledger",
         "bigmodel.metric_table",
+        "bigmodel.page",
         "bigmodel.rank_record",
         "bigmodel.rundir",
         "bigmodel.writers",

@@ -365,6 +365,23 @@ def test_the_address_is_published_while_the_run_lives(tmp_path: Path, monkeypatc
         page(metrics.endpoint)
 
 
+def test_a_port_that_nobody_chose_is_the_same_at_every_start_where_it_is_free(tmp_path: Path) -> None:
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    with Metrics(tmp_path / "run") as metrics:
+        first = metrics.endpoint
+    with Metrics(tmp_path / "run") as metrics:
+        assert metrics.endpoint == first
+    with Metrics(tmp_path / "other") as metrics:
+        assert metrics.endpoint != first
+    with socket.socket() as taker:
+        taker.bind(("127.0.0.1", int(first.rpartition(":")[2])))
+        taker.listen()
+        with Metrics(tmp_path / "run") as metrics:
+            assert metrics.endpoint != first
+            assert samples(metrics.endpoint)
+
+
 def test_a_taken_port_is_named_with_the_remedy_and_nothing_is_lost(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
         record_all(metrics)
