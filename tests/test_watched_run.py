@@ -27,7 +27,8 @@ from bigmodel.data.order import Order
 from bigmodel.data.shards import ShardStore
 from bigmodel.ledger import Ledger
 from bigmodel.rundir import read_json_lines
-from tests.test_metrics import exporters, samples, until
+from tests.test_metrics import samples, until
+from tests.test_page import exporters
 from tests.tiny_run import write_run
 
 PROMETHEUS = shutil.which("prometheus")
