@@ -19,6 +19,7 @@ import contextlib
 import glob
 import json
 import secrets
+import shutil
 import sys
 import time
 from bisect import bisect_left
@@ -214,7 +215,7 @@ class Metrics:
                 self._directory, self.folder, seat.node, range(seat.rank, seat.rank + seat.local_size), settings
             )
         except UserError:
-            self.folder.rmdir()
+            shutil.rmtree(self.folder, ignore_errors=True)  # other ranks may have put their records there
             raise
 
     def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> Ledger:

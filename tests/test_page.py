@@ -16,7 +16,7 @@ import pytest
 
 from bigmodel.config import MetricsSettings, UserError
 from bigmodel.metrics import Metrics, Seat, new_start
-from bigmodel.rank_record import RankRecord, folders_of, read_record
+from bigmodel.rank_record import RankRecord, folder_of, folders_of, read_record
 from bigmodel.rundir import read_json
 from tests.test_metrics import page, record_all, samples, until
 
@@ -67,6 +67,7 @@ def test_a_taken_port_is_named_with_the_remedy_and_nothing_is_lost(tmp_path: Pat
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
+        RankRecord(folder_of(tmp_path, 0, "alone"), 1).write({})  # another rank of the node was quicker
         with pytest.raises(UserError, match=rf"metrics.port = {port}.*in use.*--set metrics.port=0"):
             Metrics(tmp_path, MetricsSettings(port=port))
         with Metrics(tmp_path, MetricsSettings(port=port), seat=Seat(1, 2, node=1)) as elsewhere:
