@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bigmodel.accounting import flops, known_peak_flops, matrix_weights, measure_peak_flops
+from bigmodel.accounting import flops, known_peak_flops, matrix_weights, measure_peak_flops, step_flops
 from bigmodel.audit import count_by_torch, work_of
 from bigmodel.config import DataSettings, ModelSettings, Settings
 from bigmodel.data.examples import Examples
@@ -131,6 +131,16 @@ def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
     assert again[:2] == found[:2]
     assert again.hardware - found.hardware == 2 * (weights - 40 * 32) * 36 + 4 * 2 * 4 * 8 * 214  # not the head
     assert text(9).tolist()[0] == 1
+
+
+@pytest.mark.parametrize(("checkpointing", "again"), [("none", False), ("selective", False), ("full", True)])
+def test_a_step_counts_the_forward_pass_that_full_checkpointing_does_again(checkpointing: str, again: bool) -> None:
+    model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 48}
+    table = {"model": model, "data": {"context_tokens": 36, "pack_tokens": 36}}
+    settings = Settings.model_validate(table | {"training": {"activation_checkpointing": checkpointing}})
+    work = Work(positions=32, pairs=214, squares=396)
+    step = SimpleNamespace(num_positions=32, num_padding=4, work=work)
+    assert step_flops(settings, 40, step) == flops(settings.model, 40, work, (36, 0), (4, 0), recomputed=again)
 
 
 def test_the_model_adds_up_z_over_micro_batches_without_its_extra_heads() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import output
 from launcher.topology import Topology, even_topology, rank_environment
 
 REPOSITORY = Path(__file__).parents[1]
@@ -349,6 +348,44 @@ def test_when_a_peer_or_the_far_launcher_is_gone_the_ranks_are_ended(tmp_path: P
     assert (tmp_path / "saved-0").exists()
 
 
+# Two nodes as `launcher ssh` runs them; the remote shell is a shell here, so that it costs no sshd.
+FAR_LAUNCHER = """
+import sys
+from pathlib import Path
+from launcher.cluster import Cluster, SshSettings
+from launcher.hosts import run_on_hosts
+from launcher.topology import even_topology
+here = sys.argv[1]
+shell = SshSettings(command=["sh", "-c", 'exec sh -c "$2"', "ssh"])
+words = [sys.executable, "-c", {node!r}, here]
+ending = run_on_hosts(Cluster(ssh=shell), words, even_topology(["one", "two"], 1, "one", 1), Path.cwd(), 1.0, 60.0)
+(Path(here) / "ending").write_text(f"{{ending.cause}} {{ending.detail}}")
+sys.exit(ending.code)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_on_every_host_and_once_more_ends_them_now(tmp_path: Path, times: int) -> None:
+    trainee = TRAINEE.format(then=WAIT_FOR_EVER, save_seconds=1.0 if times == 1 else 50.0)
+    node = LAUNCHER.format(ranks=1, trainee=trainee, grace_seconds=1.0, bound=60.0, leash=True)
+    node = "import os, sys; sys.argv[1] += '/node-' + sys.argv[-1]; os.mkdir(sys.argv[1])\n" + node
+    command = [sys.executable, "-c", FAR_LAUNCHER.format(node=node), str(tmp_path)]
+    places = [tmp_path / f"node-{number}" for number in (0, 1)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True) as far:
+        until(lambda: all((place / "pid-0").exists() for place in places), "a rank on each host")
+        began = time.monotonic()
+        for _ in range(times):
+            far.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, errors = far.communicate(timeout=60)
+    assert "SIGINT: asked 2 node(s) to save and stop" in errors
+    assert [(place / "saved-0").exists() for place in places] == [times == 1] * 2
+    assert time.monotonic() - began < 20
+    assert left_running(tmp_path) == []
+    ending = far.returncode, (tmp_path / "ending").read_text().split()[0]
+    assert ending == ((3, "stopped") if times == 1 else (1, "failed"))
+
+
 def test_on_a_terminal_rank_zero_draws_its_bar_and_its_log_is_plain(tmp_path: Path) -> None:
     trainee = """
 import os
@@ -376,51 +413,3 @@ line.close()
     assert first == "rank 0 begins"
     assert second.startswith("step 1/2 ")
     assert (tmp_path / "logs" / "here-rank-1.log").read_text().splitlines()[0] == "rank 1 begins"
-
-
-# ---- a copier
-
-
-@pytest.fixture
-def copier(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, output.__file__, str(tmp_path / "log")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        yield process
-
-
-@pytest.mark.parametrize(
-    ("pieces", "logged"),
-    [
-        ([b"one\ntw", b"o\n"], "one\ntwo\n"),
-        ([b"no end"], "no end\n"),
-        ([b"\r\x1b[2K1 of 2", b"\r\x1b[2K2 of 2", b"\r\x1b[2Ksaid\n2 of 2\n"], "said\n2 of 2\n"),
-        ([b"windows\r", b"\n"], "windows\n"),
-        ([b"\x1b[31mred\x1b[0m \xff\n"], "red \ufffd\n"),
-    ],
-    ids=["lines", "no end", "progress", "carriage returns", "colours"],
-)
-def test_everything_is_shown_and_the_log_is_plain(
-    copier: "subprocess.Popen[bytes]", tmp_path: Path, pieces: list[bytes], logged: str
-) -> None:
-    for piece in pieces:
-        copier.stdin.write(piece)
-        copier.stdin.flush()
-        assert os.read(copier.stdout.fileno(), 1000) == piece
-    copier.stdin.close()
-    assert copier.wait(10) == 0
-    assert (tmp_path / "log").read_text(errors="replace") == logged
-
-
-def test_a_copier_outlives_the_signals_of_a_stop_and_a_lost_terminal(
-    copier: "subprocess.Popen[bytes]", tmp_path: Path
-) -> None:
-    copier.stdin.write(b"begin\n")
-    copier.stdin.flush()
-    assert copier.stdout.readline() == b"begin\n"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        copier.send_signal(number)
-    copier.stdout.close()
-    copier.stdin.write(b"end\n")
-    copier.stdin.close()
-    assert copier.wait(10) == 0
-    assert (tmp_path / "log").read_text() == "begin\nend\n"
