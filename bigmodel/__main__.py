@@ -299,12 +299,13 @@ def show_memory(
     override: Overrides = [],  # noqa: B006
     ranks: Annotated[int, typer.Option(min=1, help="how many ranks share the state")] = 8,
     gib: Annotated[float, typer.Option(min=0, help="memory of a device in GiB; 0: do not compare")] = 0,
+    vocabulary: Annotated[int, typer.Option(min=0, help="tokens; 0: the prepared data's, or prepare.vocabulary")] = 0,
     png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("memory.png"),
 ) -> None:
     """Plan the memory of each rank at each ZeRO stage: needs neither data nor a GPU."""
     from bigmodel.memory import show_memory as run
 
-    run(load_settings(run_file, override), ranks, gib, png)
+    run(load_settings(run_file, override), ranks, gib, png, vocabulary)
 
 
 @show.command("metrics")

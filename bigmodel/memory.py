@@ -195,13 +195,13 @@ def plans(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks:
     return found
 
 
-def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path) -> None:
+def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vocabulary: int = 0) -> None:
     """Print a table and draw a picture: a column for each stage, the run's own marked.
 
-    The vocabulary is that of the prepared data; before there is any, `prepare.vocabulary`.
+    A vocabulary that is not given is that of the prepared data; before there is any, `prepare.vocabulary`.
     """
     effective, settings = resolve_deepspeed(settings, ranks)
-    vocabulary = _vocabulary(settings)
+    vocabulary = vocabulary or _vocabulary(settings)
     device_bytes = int(device_gib * GIB)
     by_stage = plans(settings, effective, vocabulary, ranks)
     chosen = effective["zero_optimization"]["stage"]

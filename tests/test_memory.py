@@ -11,12 +11,13 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from bigmodel.config import Settings
+from bigmodel.config import Settings, load_settings, positions_before
 from bigmodel.deepspeed_config import resolve_deepspeed
-from bigmodel.memory import PARTS, activation_bytes, model_without_memory, show_memory, state_bytes
+from bigmodel.memory import GIB, PARTS, activation_bytes, model_without_memory, plans, show_memory, state_bytes
 from tests.engine_worker import VOCABULARY, micro_batches_of, new_model, num_targets_of, settings_table
 from tests.ranks import run_ranks
 
+REPOSITORY = Path(__file__).parents[1]
 MODEL = {"layers": 4, "width": 256, "heads": 4, "key_value_heads": 2, "feed_forward_width": 1024}
 BUCKET = 1000  # elements: the state is what is compared
 CASES = [
@@ -149,3 +150,12 @@ def test_a_billion_parameters_are_planned_without_their_memory(tmp_path: Path) -
     assert plan.device["weights"] == 2 * numel
     assert plan.device["masters"] == pytest.approx(4 * numel / 64, rel=1e-6)
     assert plan.device["moments"] == pytest.approx(8 * numel / 64, rel=1e-4)
+
+
+def test_the_run_file_to_copy_is_sound_and_fits_the_gpus_that_it_names() -> None:
+    settings = load_settings(REPOSITORY / "configs" / "8b.toml")
+    effective, settings = resolve_deepspeed(settings, 64)
+    by_stage = plans(settings, effective, 128_256, 64)
+    sizes = {stage: sum(plan.device.values()) / GIB for stage, plan in by_stage.items()}
+    assert sizes[1] > 80 > 60 > sizes[2]
+    assert positions_before(settings.training.steps, settings) == pytest.approx(964e9, rel=1e-3)
