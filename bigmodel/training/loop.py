@@ -260,7 +260,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
     # The end: the whole validation split, a sample of text, and where everything is.
     if settings.evaluation.at_end:
-        metrics.begins("evaluation", done)
+        metrics.begins("evaluation", settings.training.steps)
         evaluation = validation.run(engine.forward, world)
         tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
         sample, wrong_sources = "", None
