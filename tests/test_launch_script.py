@@ -186,6 +186,13 @@ def test_a_port_in_use_is_named_before_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "launch.json").exists()
 
 
+def test_an_address_that_nobody_knows_is_named_before_the_start(tmp_path: Path) -> None:
+    answer = execute(tmp_path, MASTER_ADDR="no-such-host.invalid")
+    assert answer.returncode == 2
+    assert "rank 0 runs on no-such-host.invalid, a name that has no address here; set main_address" in answer.stderr
+    assert not (tmp_path / "run" / "launch.json").exists()
+
+
 def test_a_run_directory_in_use_is_refused_by_rank_zero(tmp_path: Path) -> None:
     claim(tmp_path / "run")
     answer = execute(tmp_path)
