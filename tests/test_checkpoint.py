@@ -226,6 +226,16 @@ def spoil(path: Path, kind: str, place: int) -> None:
         path.write_bytes(content)
 
 
+def test_a_file_that_the_manifest_does_not_name_is_not_read(two_good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_good, tmp_path / "checkpoints")
+    stray = folder / "step-00000008" / "rank-00002.safetensors"
+    shutil.copy(folder / "step-00000004" / "rank-00000.safetensors", stray)
+    load(folder, 8)
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert torch.equal(checkpoint.read_weights(found)["odd"], Weights(8).state["odd"]["weight"])
+
+
 def test_where_no_checkpoint_is_good_the_run_does_not_start_over(two_good: Path, tmp_path: Path) -> None:
     shutil.copytree(two_good, tmp_path / "checkpoints")
     for step in (4, 8):

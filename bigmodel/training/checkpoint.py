@@ -61,6 +61,7 @@ class Checkpoint:
     """A verified checkpoint. `state` is what was given when it was saved."""
 
     path: Path
+    parts: list[str]  # files of tensors, as the manifest names them: what else lies in the folder was not verified
     state: dict[str, Any]
     description: dict[str, Any]  # updates, model, optimizer, shapes, keys, scaler
 
@@ -125,8 +126,7 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
     """
     _compare_model(checkpoint, settings)
     _compare_shapes(checkpoint, engine)
-    files = sorted(checkpoint.path.glob("rank-*.safetensors"))
-    mine = [piece for file in files[world.rank :: world.size] for piece in _pieces(file)]
+    mine = [piece for name in checkpoint.parts[world.rank :: world.size] for piece in _pieces(checkpoint.path / name)]
     pieces = [piece for part in world.gather_objects(mine) for piece in part]
     with Reader(checkpoint.path, pieces) as read:
         then = checkpoint.description
@@ -139,7 +139,7 @@ def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tenso
     key: "ema" gives their average over the updates, where the run kept it.
     """
     description = checkpoint.description
-    pieces = [piece for file in checkpoint.path.glob("rank-*.safetensors") for piece in _pieces(file)]
+    pieces = [piece for name in checkpoint.parts for piece in _pieces(checkpoint.path / name)]
     with Reader(checkpoint.path, pieces) as read:
         return {
             name: read(name, key, 0, torch.Size(shape).numel()).view(shape)
@@ -259,7 +259,8 @@ def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
 
 def _open(path: Path) -> Checkpoint:
     description = json.loads((path / "state.json").read_bytes())
-    return Checkpoint(path, description["state"], description)
+    parts = [name for name in sorted(read_manifest(path)[0]["files"]) if name.endswith(".safetensors")]
+    return Checkpoint(path, parts, description["state"], description)
 
 
 # --- the content
