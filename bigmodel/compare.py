@@ -32,9 +32,9 @@ def compare(one: Path, two: Path, png: Path) -> Difference | None:
     difference, shared = first_difference(one, two)
     print(_sentence(difference, shared))
     for name, mine, its in setting_differences(one, two):
-        print(f"setting {name}: {mine} and {its}")
+        print(f"setting {name}: {mine!r} and {its!r}")
     for run in (one, two):
-        print(f"\n{run}\n{terminal_curve(run, height=8)}")
+        print(f"\n{run}\n{terminal_curve(run, height=8, beside=(one, two))}")
     draw(one, two, difference, png)
     print(f"\npicture: {png}")
     return difference

@@ -98,26 +98,26 @@ def loss_curve(run_directory: Path) -> Path:
     return path
 
 
-def terminal_curve(run_directory: Path, width: int | None = None, height: int = 12) -> str:
+def terminal_curve(run_directory: Path, width: int | None = None, height: int = 12, beside: Sequence[Path] = ()) -> str:
     """The smoothed training loss as text: braille dots, loss upward, steps to the right.
 
-    `width` is in characters, by default the terminal's; `height` in lines of the plot itself.
+    `width` is in characters, by default the terminal's; `height` in lines of the plot itself. The axes have room for
+    the runs `beside` it too, so that curves drawn one under another can be compared.
     """
-    curve = read_curve(run_directory)
     width = width or shutil.get_terminal_size((80, 24)).columns
-    known = [(step, loss) for step, loss in zip(curve.steps, smooth(curve.losses), strict=True) if math.isfinite(loss)]
+    known = _smoothed(run_directory)
     if not known:
         return "no finite loss to draw"
-    steps, losses = [step for step, _ in known], [loss for _, loss in known]
-    low, high = min(losses), max(losses)
+    all_known = [*known, *(point for other in beside for point in _smoothed(other))]
+    steps, losses = zip(*all_known, strict=True)
+    first, last, low, high = min(steps), max(steps), min(losses), max(losses)
     gutter = max(len(f"{low:.2f}"), len(f"{high:.2f}")) + 1
     columns = max(8, width - gutter - 2)
-    rows = _braille(steps, losses, columns, height)
+    rows = _braille(known, (first, last), (low, high), columns, height)
     scale = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
     body = [f"{scale.get(number, ''):>{gutter}} ┤{row}" for number, row in enumerate(rows)]
-    first, last = str(steps[0]), f"step {steps[-1]}"
     axis = " " * (gutter + 1) + "└" + "─" * columns
-    legend = " " * (gutter + 2) + first + last.rjust(columns - len(first))
+    legend = " " * (gutter + 2) + str(first) + f"step {last}".rjust(columns - len(str(first)))
     return "\n".join(["training loss, nats per token (smoothed)", *body, axis, legend])
 
 
@@ -251,16 +251,27 @@ def _loss_range(curve: Curve) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _braille(steps: Sequence[int], values: Sequence[float], columns: int, height: int) -> list[str]:
-    """A curve in a grid of braille cells, 2 dots wide and 4 high; columns between points are joined by lines."""
+def _smoothed(run_directory: Path) -> list[tuple[int, float]]:
+    """(step, smoothed loss), where that is finite."""
+    curve = read_curve(run_directory)
+    points = zip(curve.steps, smooth(curve.losses), strict=True)
+    return [(step, loss) for step, loss in points if math.isfinite(loss)]
+
+
+def _braille(
+    points: Sequence[tuple[int, float]], steps: tuple[int, int], values: tuple[float, float], columns: int, height: int
+) -> list[str]:
+    """A curve in a grid of braille cells, 2 dots wide and 4 high; columns between points are joined by lines.
+
+    steps, values: least and most that the grid has room for.
+    """
     dots_wide, dots_high = 2 * columns, 4 * height
-    low, high = min(values), max(values)
-    span, reach = (high - low) or 1.0, (steps[-1] - steps[0]) or 1
+    span, reach = (values[1] - values[0]) or 1.0, (steps[1] - steps[0]) or 1
     cells = [[0] * columns for _ in range(height)]
     before = None
-    for step, value in zip(steps, values, strict=True):
+    for step, value in points:
         x = round((step - steps[0]) / reach * (dots_wide - 1))
-        y = round((high - value) / span * (dots_high - 1))
+        y = round((values[1] - value) / span * (dots_high - 1))
         for dot_x, dot_y in _line(before or (x, y), (x, y)):
             cells[dot_y // 4][dot_x // 2] |= BRAILLE_DOTS[dot_y % 4][dot_x % 2]
         before = (x, y)

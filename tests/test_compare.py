@@ -43,6 +43,15 @@ def test_the_first_difference_is_told_by_step_name_and_size(tmp_path: Path, caps
     assert setting_differences(one, two) == [("run.seed", 1, 2)]
 
 
+def test_both_curves_in_the_terminal_have_the_same_axes(tmp_path: Path, capsys) -> None:
+    one, two = run(tmp_path, "one", [4.0, 3.0, 2.0, 1.0]), run(tmp_path, "two", [3.0, 2.0])
+    compare(one, two, tmp_path / "both.png")
+    lines = capsys.readouterr().out.splitlines()
+    ends = [[line for line in lines if line.rstrip().endswith("step 4")], [line for line in lines if "4.00 ┤" in line]]
+    assert [len(some) for some in ends] == [2, 2]
+    assert lines[lines.index(str(two)) + 2].strip("4.0 ┤\u2800") == "", "the shorter run starts below the top"
+
+
 def test_other_data_is_told_before_another_loss_and_nan_equals_nan(tmp_path: Path) -> None:
     one = run(tmp_path, "one", [float("nan"), 2.0])
     two = run(tmp_path, "two", [float("nan"), 1.0], documents=4)
