@@ -33,7 +33,7 @@ class LiveLine:
     def say(self, text: str) -> None:
         """A line of its own, above the moving one."""
         if self._enabled:
-            (self._bar.console if self._bar else self._console).print(text, soft_wrap=True)
+            (self._bar.console if self._bar else self._console).print(text, soft_wrap=True, markup=False)
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """After `step` steps: loss in nats per token."""

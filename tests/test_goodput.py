@@ -1,5 +1,6 @@
 """Real runs whose time goes elsewhere: to evaluations, saves that fail, a rank that hangs. The books say so."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -114,7 +115,8 @@ def train_with_little_room(run_file: Path) -> int:
     from bigmodel.training import loop
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM_BYTES, resource.RLIM_INFINITY))
-    return loop.train(load_settings(run_file))
+    with open(run_file.with_suffix(".printed"), "w", buffering=1) as printed, contextlib.redirect_stdout(printed):
+        return loop.train(load_settings(run_file))
 
 
 def test_failed_saves_are_on_the_page_while_the_run_goes_on_and_after_a_restart(tmp_path: Path, shards: Path) -> None:
@@ -147,6 +149,9 @@ def test_failed_saves_are_on_the_page_while_the_run_goes_on_and_after_a_restart(
     events = [event for event in read_json_lines(run / "events.jsonl") if event["event"] == "checkpoint_failed"]
     assert len(events) >= found["checkpoint_failures_total|disk_full"]
     assert (events[0]["step"], events[0]["reason"]) == (4, "disk_full")
+    printed = run_file.with_suffix(".printed").read_text()
+    assert "step 4: checkpoint not saved: rank 0 could not write" in printed
+    assert "training goes on" in printed
     before = ledger_of(run).counts["checkpoint_failures|disk_full"]
     ranks = start_ranks(1, train, run_file)
     try:

@@ -1,5 +1,6 @@
 """The whole path as a user runs it: prepare, launch, evaluate, stop, resume, look; and under other launchers."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -133,7 +134,9 @@ def train_with_infinite_gradient(run_file: Path, bad_steps: list[int]) -> int:
             return loss * float("inf") if bad else loss
 
     loop.Engine = Engine
-    return loop.train(load_settings(run_file))
+    printed = run_file.with_suffix(f".printed.{os.environ['RANK']}")
+    with open(printed, "w") as output, contextlib.redirect_stdout(output):
+        return loop.train(load_settings(run_file))
 
 
 def test_a_bad_step_is_skipped_by_all_ranks_and_recorded_by_document(tmp_path: Path, shards: Path) -> None:
@@ -146,6 +149,8 @@ def test_a_bad_step_is_skipped_by_all_ranks_and_recorded_by_document(tmp_path: P
     assert [line["step"] for line in steps if line["skipped"]] == [3]
     assert sum(document[4] for document in events[0]["documents"]) == steps[2]["positions"]
     assert len(steps) == 10
+    assert "step 3: skipped, loss inf" in run_file.with_suffix(".printed.0").read_text()
+    assert run_file.with_suffix(".printed.1").read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             if world.rank == 0:
                 documents = [document for part in parts for document in part]
                 record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
+            line.say(
+                f"step {done}: skipped, loss {loss:g}, gradient norm {gradient_norm:g}; its documents: events.jsonl"
+            )
         slowest_rank, lag = slowest(busy)
         seconds = metrics.lap()
         metrics.record_step(
@@ -234,7 +237,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             if ending:
                 stop.save_begins()
             with phases("checkpoint"), _failure_told(directory, metrics):
-                _tell_saved(saver.finish(must=False), directory, metrics)
+                _tell_saved(saver.finish(must=False), directory, metrics, line)
         waits = ending or not settings.checkpoint.asynchronous
         if waits and (ending or due):
             metrics.begins("checkpoint", done)
@@ -243,7 +246,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
         if waits:
             with phases("checkpoint"), _failure_told(directory, metrics):
-                _tell_saved(saver.finish(must=ending), directory, metrics)
+                _tell_saved(saver.finish(must=ending), directory, metrics, line)
         metrics.spent("checkpoint")
         if ending:
             break
@@ -289,8 +292,9 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
     return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
 
 
-def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics) -> None:
+def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics, line: LiveLine) -> None:
     if saved and saved.error:
+        line.say(f"step {saved.step}: {saved.error}; training goes on, as checkpoint.on_failure says")
         _tell_failed(saved.step, saved.error, saved.reason, directory, metrics)
     elif saved:
         metrics.record_checkpoint(saved.step, saved.bytes, saved.seconds)

@@ -375,8 +375,8 @@ def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
     directory = part.parent
     first = next(one for one in reports if one.error)
     needed = sum(one.bytes for one in reports)
-    free = shutil.disk_usage(directory).free
     shutil.rmtree(part, ignore_errors=True)
+    free = shutil.disk_usage(directory).free
     kept = "the older checkpoints are untouched"
     if first.code not in DISK_FULL:
         raise SaveError(f"checkpoint not saved: {first.error}; {kept}; see to {directory} and resume", step, first.code)
