@@ -5,14 +5,13 @@ and what it was given are compared to the last bit; seconds are not. Imports no 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigmodel.config import UserError
 from bigmodel.report import BLUE, GREY, INK, ORANGE, read_curve, smooth, terminal_curve
-from bigmodel.rundir import read_json, read_json_lines
+from bigmodel.rundir import Change, changes, read_json, read_json_lines
 
 COMPARED = ("positions", "targets", "documents", "padding", "learning_rate", "loss", "gradient_norm", "skipped")
 
@@ -54,11 +53,9 @@ def first_difference(one: Path, two: Path) -> tuple[Difference | None, int]:
     return None, len(shared)
 
 
-def setting_differences(one: Path, two: Path) -> list[tuple[str, Any, Any]]:
+def setting_differences(one: Path, two: Path) -> list[Change]:
     """(setting, value in one, value in two); the run's own name and directory do not count."""
-    mine, its = (dict(_flat(read_json(Path(run) / "settings.json"))) for run in (one, two))
-    names = sorted((mine.keys() | its.keys()) - {"run.directory"})
-    return [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
+    return changes(*(read_json(Path(run) / "settings.json") for run in (one, two)))
 
 
 def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None:
@@ -117,14 +114,6 @@ def _steps(run: Path) -> dict[int, dict[str, Any]]:
         raise UserError(f"{run}: not a run directory (no metrics.jsonl); give the run.directory of a training run")
     lines = read_json_lines(Path(run) / "metrics.jsonl")
     return {line["step"]: line for line in lines if line["kind"] == "step"}
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _both_nan(one: Any, two: Any) -> bool:

@@ -68,6 +68,8 @@ SECRET_TEXT = re.compile(  # API_KEY=..., "api_key": "...", of 12 characters or 
 )
 REDACTED = "(redacted)"
 
+Change = tuple[str, Any, Any]  # dotted name, value then, value now
+
 # Not .json, .env and the like, which hold credentials.
 SOURCE_SUFFIXES = (".py", ".pyi", ".toml", ".sh", ".c", ".cc", ".cpp", ".h", ".cu", ".cuh")
 SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # a record is kept of every start
@@ -287,14 +289,16 @@ def _without_secrets_inside(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> None:
+def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> list[Change]:
     """Write what is in force from this start on, and keep it for every start: RUN_DIR/starts/0001.json ...
 
     data: the prepared folder, whose manifest is copied. Passwords and keys inside of URLs are masked.
+    Gives what has changed since the start before: settings, the DeepSpeed JSON, commit and versions.
     """
     directory, repository = Path(directory), Path(__file__).parents[1]
     settings, deepspeed = _without_secrets_inside(settings), _without_secrets_inside(deepspeed)
     environment = describe_environment(repository)
+    before = _in_force(directory)
     write_json(directory / "settings.json", settings)
     write_json(directory / "deepspeed.json", deepspeed)
     write_json(directory / "environment.json", environment)
@@ -303,3 +307,29 @@ def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str,
     number = 1 + sum(1 for _ in (directory / "starts").glob("*.json"))
     whole = {"time": time.time(), "settings": settings, "deepspeed": deepspeed, "environment": environment}
     write_json(directory / "starts" / f"{number:04d}.json", whole)
+    return changes(before, _in_force(directory)) if before else []
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """The values that differ in two nested tables, by dotted name; the directory of a run does not count."""
+    mine, its = dict(_flat(then)), dict(_flat(now))
+    names = sorted((mine.keys() | its.keys()) - {"run.directory"})
+    return [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _in_force(directory: Path) -> dict[str, Any]:
+    """What the newest start of a run was given; empty before the first."""
+    try:
+        environment = read_json(directory / "environment.json")
+        parts = {name: environment[name] for name in ("commit", "versions")}
+        return {**read_json(directory / "settings.json"), "deepspeed": read_json(directory / "deepspeed.json"), **parts}
+    except (OSError, ValueError, LookupError, UserError):
+        return {}

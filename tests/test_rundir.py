@@ -49,10 +49,15 @@ def test_every_start_leaves_all_that_was_in_force(tmp_path: Path, monkeypatch) -
     (tmp_path / "data/manifest.json").write_text('{"schema": 2}')
     run = tmp_path / "run"
     run.mkdir()
-    for seed in (1, 2):
-        record_start(run, {"run": {"seed": seed}}, {"stage": seed}, tmp_path / "data")
+    changed = [
+        record_start(run, {"run": {"seed": seed, "directory": f"{seed}"}}, {"stage": seed}, tmp_path / "data")
+        for seed in (1, 2)
+    ]
+    assert changed == [[], [("deepspeed.stage", 1, 2), ("run.seed", 1, 2)]]
     first, second = (json.loads((run / f"starts/000{number}.json").read_text()) for number in (1, 2))
-    assert (first["settings"], second["settings"]) == ({"run": {"seed": 1}}, {"run": {"seed": 2}})
+    assert (first["settings"], second["settings"]) == tuple(
+        {"run": {"seed": seed, "directory": f"{seed}"}} for seed in (1, 2)
+    )
     assert json.loads((run / "settings.json").read_text()) == second["settings"]
     assert json.loads((run / "deepspeed.json").read_text()) == second["deepspeed"] == {"stage": 2}
     assert json.loads((run / "environment.json").read_text()) == second["environment"]

@@ -90,8 +90,9 @@ def test_from_text_to_a_trained_model_by_the_launcher(tmp_path: Path) -> None:
     last = [line for line in lines if line["kind"] == "evaluation"][-1]
     first = next(line for line in lines if line["kind"] == "step")
     assert last["nats_per_token"] == summary["nats_per_token"] < first["loss"] - 1
-    again = on_ranks(2, tmp_path, "train", str(run_file))
+    again = on_ranks(2, tmp_path, "train", str(run_file), "--set", "optimizer.learning_rate=0.02")
     assert "resuming at step 30" in again
+    assert "changed since the last start: optimizer.learning_rate 0.01 -> 0.02\n" in again
     assert json.loads((run / "summary.json").read_text())["bits_per_byte"] == summary["bits_per_byte"]
     scored = on_ranks(1, tmp_path, "evaluate", str(run))
     assert f"step 30: {summary['nats_per_token']:.1f}" in scored  # fp32 here, bf16 there

@@ -124,11 +124,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
     if world.rank == 0:
-        record_start(directory, to_toml_table(settings), effective, settings.data.directory)
+        changed = record_start(directory, to_toml_table(settings), effective, settings.data.directory)
         record_event(directory, "start", step=first_step, world_size=world.size)
         if len(segments) > 1 and segments[-1]["first_step"] == first_step:
             record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
         line.say(_opening(settings, model, world.size, first_step, order.packs_at(first_step), metrics.endpoint))
+        if resumed and changed:
+            line.say("changed since the last start: " + ", ".join(f"{name} {a!r} -> {b!r}" for name, a, b in changed))
 
     bad_steps = 0
     stopping = False
