@@ -11,7 +11,7 @@ import copy
 import difflib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +192,22 @@ def packs_per_micro_batch(effective: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the JSON came from: names it in every message."""
+    """Where the JSON came from, which every message names; what is found wrong is told together where it can be."""
 
     path: Path | None
+    problems: list[str] = field(default_factory=list)
 
     def error(self, text: str) -> UserError:
-        return UserError(f"{self.path or 'the default DeepSpeed configuration'}: {text}")
+        """What to raise for something after which nothing further can be looked at."""
+        self.problems.append(text)
+        name = self.path or "the default DeepSpeed configuration"
+        if len(self.problems) == 1:
+            return UserError(f"{name}: {text}")
+        return UserError(f"{name}:" + "".join(f"\n  {problem}" for problem in self.problems))
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            raise self.error(self.problems.pop())
 
     def read(self) -> dict[str, Any]:
         if self.path is None:
@@ -222,12 +232,7 @@ class _Source:
         return dict(pairs)
 
     def refuse_unusable(self, config: dict[str, Any]) -> None:
-        """Unknown, removed, misplaced and not offered keys."""
-        for path, remedy in REMOVED.items():
-            if _get(config, path) is not None:
-                raise self.error(f"{path} was removed from DeepSpeed (gone in {VERSION}); {remedy}")
-        if "bfloat16" in config:
-            raise self.error('"bfloat16" is the old name of "bf16"; rename it')
+        """Unknown, removed, misplaced and not offered keys, all at once."""
         self._refuse_unknown(config, TOP_LEVEL_KEYS, "")
         for section in SECTIONS:
             if not isinstance(config.get(section, {}), dict):
@@ -236,14 +241,20 @@ class _Source:
         for path, in_use, remedy in NOT_OFFERED:
             value = _get(config, path)
             if value is not None and value != AUTO and in_use(value):
-                raise self.error(f"{path} = {json.dumps(value)}: {remedy}")
+                self.problems.append(f"{path} = {json.dumps(value)}: {remedy}")
+        self.raise_problems()
 
     def _refuse_unknown(self, section: dict[str, Any], known: Iterable[str], prefix: str) -> None:
         for key in section:
-            if key not in known:
+            path = prefix + key
+            if path in REMOVED:
+                self.problems.append(f"{path} was removed from DeepSpeed (gone in {VERSION}); {REMOVED[path]}")
+            elif path == "bfloat16":
+                self.problems.append('"bfloat16" is the old name of "bf16"; rename it')
+            elif key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
                 hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-                raise self.error(f"{prefix}{key} is not a key that DeepSpeed {VERSION} knows{hint}")
+                self.problems.append(f"{path} is not a key that DeepSpeed {VERSION} knows{hint}")
 
     def number(
         self, config: dict[str, Any], path: str, kind: type[int] | type[float], least: float
@@ -258,9 +269,9 @@ class _Source:
             raise self.error(f'{path} = {json.dumps(value)} must be {what} of at least {least} (or "auto")')
         return value
 
-    def contradiction(self, path: str, value: Any, setting: str, other: Any, why: str = "") -> UserError:
-        return self.error(
-            f"{path} = {json.dumps(value)}, but the run file has {setting} = {json.dumps(other)}{why}; "
+    def contradiction(self, path: str, value: Any, setting: str, other: Any) -> None:
+        self.problems.append(
+            f"{path} = {json.dumps(value)}, but the run file has {setting} = {json.dumps(other)}; "
             'make them equal, or write "auto" in the JSON to follow the run file'
         )
 
@@ -280,7 +291,9 @@ def _settle(config: dict[str, Any], settings: Settings, source: _Source) -> Sett
                 f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
                 "a step takes the same number of packs from every lane"
             )
-    return _settle_optimizer(config, settings, source)
+    settings = _settle_optimizer(config, settings, source)
+    source.raise_problems()
+    return settings
 
 
 def _settle_precision(config: dict[str, Any], settings: Settings, source: _Source) -> Settings:
@@ -340,14 +353,15 @@ def _settle_betas(betas: Any, settings: Settings, source: _Source) -> Settings:
 
 
 def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, source: _Source) -> Settings:
-    """Settings in which `setting` is `meant`; an error where the run file explicitly says something else."""
+    """Settings in which `setting` is `meant`; a problem where the run file explicitly says something else."""
     section_name, name = setting.split(".")
     section = getattr(settings, section_name)
     now = getattr(section, name)
     if now == meant:
         return settings
     if name in section.model_fields_set:
-        raise source.contradiction(path, value, setting, now)
+        source.contradiction(path, value, setting, now)
+        return settings
     return settings.model_copy(update={section_name: section.model_copy(update={name: meant})})
 
 

@@ -103,6 +103,22 @@ def test_micro_batches_follow_from_packs_ranks_and_packs_at_once(
     assert num_micro_batches(packs, ranks, at_once) == expected
 
 
+def test_all_that_is_wrong_with_the_keys_is_told_at_once_and_so_are_all_contradictions(tmp_path: Path) -> None:
+    keys = {"zero_optimisation": {"stage": 1}, "amp": {"enabled": True}, "compile": True, "bf16": {"enabled": True}}
+    told = refusal(tmp_path, keys)
+    assert len(told.splitlines()) == 4
+    for words in ("zero_optimisation is not a key", "amp was removed", "compile = true: remove the section"):
+        assert words in told
+    both = {"gradient_clipping": 0.5, "optimizer": {"type": "Lion", "params": {"lr": 0.1, "betas": [0.8, 0.9]}}}
+    optimizer = {"gradient_clipping": 1.0, "kind": "adamw", "learning_rate": 0.2, "beta2": 0.9}
+    told = refusal(tmp_path, both, optimizer=optimizer)
+    assert [line.split(" = ")[0].strip() for line in told.splitlines()[1:]] == [
+        "gradient_clipping",
+        "optimizer.type",
+        "optimizer.params.lr",
+    ]
+
+
 def test_a_step_that_does_not_divide_is_filled_with_empty_packs(tmp_path: Path) -> None:
     effective, _ = resolve(tmp_path, {"train_micro_batch_size_per_gpu": 2}, 3, training={"packs_per_step": 8})
     assert effective["gradient_accumulation_steps"] == 2
