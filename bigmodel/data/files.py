@@ -201,12 +201,12 @@ def _connect(root: str) -> tuple[fs.FileSystem, str]:
 
 
 def _fsspec_store(location: str) -> tuple[fs.FileSystem, str]:
-    try:
-        with readable(location):  # some drivers connect at once
+    with readable(location):  # some drivers connect at once
+        try:
             driver, path = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{location}: no driver for this kind of URL: {_first_line(error)}; name a path, or a URL of "
-            f"{', '.join(PYARROW_SCHEMES)}"
-        ) from None
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{location}: no driver for this kind of URL: {_first_line(error)}; name a path, or a URL of "
+                f"{', '.join(PYARROW_SCHEMES)}"
+            ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(driver)), path
