@@ -301,7 +301,7 @@ def test_resolving_imports_neither_torch_nor_deepspeed() -> None:
 
 def test_every_key_this_deepspeed_reads_is_known_or_refused() -> None:
     """Guards against an upgrade: the sections that DeepSpeed's own classes declare."""
-    from bigmodel.deepspeed_config import REMOVED, ZERO_KEYS
+    from bigmodel.deepspeed_json import REMOVED, ZERO_KEYS
 
     code = (
         "import os; os.environ['DS_ACCELERATOR'] = 'cpu'\n"

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from bigmodel.deepspeed_config import VERSION
+from bigmodel.deepspeed_json import VERSION
 from tools.measure import ROOT, hardware
 
 RESULTS = ROOT / "benchmarks" / "exactness.json"
