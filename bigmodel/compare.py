@@ -32,8 +32,8 @@ def compare(one: Path, two: Path, png: Path) -> Difference | None:
     print(_sentence(difference, shared))
     for name, mine, its in setting_differences(one, two):
         print(f"setting {name}: {mine!r} and {its!r}")
-    for run in (one, two):
-        print(f"\n{run}\n{terminal_curve(run, height=8, beside=(one, two))}")
+    for run, other in ((one, two), (two, one)):
+        print(f"\n{run}\n{terminal_curve(run, height=8, beside=other)}")
     draw(one, two, difference, png)
     print(f"\npicture: {png}")
     return difference

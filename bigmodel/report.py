@@ -98,18 +98,17 @@ def loss_curve(run_directory: Path) -> Path:
     return path
 
 
-def terminal_curve(run_directory: Path, width: int | None = None, height: int = 12, beside: Sequence[Path] = ()) -> str:
+def terminal_curve(run_directory: Path, width: int | None = None, height: int = 12, beside: Path | None = None) -> str:
     """The smoothed training loss as text: braille dots, loss upward, steps to the right.
 
     `width` is in characters, by default the terminal's; `height` in lines of the plot itself. The axes have room for
-    the runs `beside` it too, so that curves drawn one under another can be compared.
+    the run `beside` it too, so that curves drawn one under another can be compared.
     """
     width = width or shutil.get_terminal_size((80, 24)).columns
     known = _smoothed(run_directory)
     if not known:
         return "no finite loss to draw"
-    all_known = [*known, *(point for other in beside for point in _smoothed(other))]
-    steps, losses = zip(*all_known, strict=True)
+    steps, losses = zip(*known, *(_smoothed(beside) if beside else []), strict=True)
     first, last, low, high = min(steps), max(steps), min(losses), max(losses)
     gutter = max(len(f"{low:.2f}"), len(f"{high:.2f}")) + 1
     columns = max(8, width - gutter - 2)

@@ -298,16 +298,19 @@ def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str,
     directory, repository = Path(directory), Path(__file__).parents[1]
     settings, deepspeed = _without_secrets_inside(settings), _without_secrets_inside(deepspeed)
     environment = describe_environment(repository)
-    before = _in_force(directory)
     write_json(directory / "settings.json", settings)
     write_json(directory / "deepspeed.json", deepspeed)
     write_json(directory / "environment.json", environment)
     write_atomically(directory / "data_manifest.json", (Path(data) / "manifest.json").read_bytes())
     (directory / "starts").mkdir(exist_ok=True)
-    number = 1 + sum(1 for _ in (directory / "starts").glob("*.json"))
+    earlier = sorted((directory / "starts").glob("*.json"))
+    start = directory / "starts" / f"{len(earlier) + 1:04d}.json"
     whole = {"time": time.time(), "settings": settings, "deepspeed": deepspeed, "environment": environment}
-    write_json(directory / "starts" / f"{number:04d}.json", whole)
-    return changes(before, _in_force(directory)) if before else []
+    write_json(start, whole)
+    try:
+        return changes(_in_force(earlier[-1]), _in_force(start)) if earlier else []
+    except UserError:  # a damaged record of the past stops no run
+        return []
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
@@ -325,11 +328,12 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _in_force(directory: Path) -> dict[str, Any]:
-    """What the newest start of a run was given; empty before the first."""
-    try:
-        environment = read_json(directory / "environment.json")
-        parts = {name: environment[name] for name in ("commit", "versions")}
-        return {**read_json(directory / "settings.json"), "deepspeed": read_json(directory / "deepspeed.json"), **parts}
-    except (OSError, ValueError, LookupError, UserError):
-        return {}
+def _in_force(start: Path) -> dict[str, Any]:
+    """What a start was given, in one table."""
+    given = read_json(start)
+    names = ("commit", "versions")
+    return {
+        **given["settings"],
+        "deepspeed": given["deepspeed"],
+        **{name: given["environment"][name] for name in names},
+    }

@@ -62,6 +62,8 @@ def test_every_start_leaves_all_that_was_in_force(tmp_path: Path, monkeypatch) -
     assert json.loads((run / "deepspeed.json").read_text()) == second["deepspeed"] == {"stage": 2}
     assert json.loads((run / "environment.json").read_text()) == second["environment"]
     assert (run / "data_manifest.json").read_text() == '{"schema": 2}'
+    (run / "starts/0002.json").write_text("{")
+    assert record_start(run, {}, {}, tmp_path / "data") == [], "a damaged record of the past stops no run"
     assert not any(secret.encode() in path.read_bytes() for path in run.rglob("*.json"))
 
 
