@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import INTERPRETED, tl, triton
 from kernels.schedule import Schedule, document_lengths, make_schedule
@@ -523,7 +523,7 @@ def _score_settings(bias_HR: Tensor | None, softcap: float | None) -> tuple[Tens
     return bias2_HR, (softcap or 1.0) * LOG2_E, constants
 
 
-@torch.library.custom_op("bigmodel::attention", mutates_args=())
+@library.custom_op("bigmodel::attention", mutates_args=())
 def _attention(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
     left: int, right: int, scale: float, softcap: float | None, block: int,
@@ -542,7 +542,7 @@ def _attention(
     return out_THK, lse_HT
 
 
-@torch.library.custom_op("bigmodel::attention_backward", mutates_args=())
+@library.custom_op("bigmodel::attention_backward", mutates_args=())
 def _attention_backward(
     d_out_THK: Tensor, d_lse_HT: Tensor | None, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor,
     k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import HAS_TRITON, INTERPRETED, tl, triton
 
@@ -259,7 +259,7 @@ def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
         raise ValueError(f"linear cross-entropy got the target {int(targets_T[~good_T][0])}; {need}")
 
 
-_linear_cross_entropy = torch.library.custom_op("bigmodel::linear_cross_entropy", mutates_args=())(sums_and_gradients)
+_linear_cross_entropy = library.custom_op("bigmodel::linear_cross_entropy", mutates_args=())(sums_and_gradients)
 
 
 @_linear_cross_entropy.register_fake

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import HAS_TRITON, INTERPRETED, tl, triton
 from kernels.visibility import Visibility, interval_hi, interval_lo, tile_table
@@ -184,7 +184,7 @@ def tile_tables(
     return query_table, key_table
 
 
-_tile_tables = torch.library.custom_op("bigmodel::tile_tables", mutates_args=())(tile_tables)
+_tile_tables = library.custom_op("bigmodel::tile_tables", mutates_args=())(tile_tables)
 
 
 @_tile_tables.register_fake

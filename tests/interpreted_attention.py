@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -167,7 +167,7 @@ def test_torch_knows_all_about_the_operators() -> None:
     tables = schedule.query_tiles_NF, schedule.key_tiles_NF
     leaves = [rows.detach().requires_grad_() for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.bias_HR)]
     leaves = [rows.detach().nan_to_num(0.0).requires_grad_() for rows in leaves]
-    torch.library.opcheck(_attention, (*leaves, *tables, *inputs.visibility.window, 0.25, 3.0, 16))
+    library.opcheck(_attention, (*leaves, *tables, *inputs.visibility.window, 0.25, 3.0, 16))
 
 
 def assert_compiled_it_gives_the_same(attend_compiled, counter: CompileCounterWithBackend) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import INTERPRETED
 from kernels import linear_cross_entropy as module
@@ -118,4 +118,4 @@ def test_two_runs_agree_bitwise() -> None:
 
 def test_torch_knows_all_about_the_operator() -> None:
     inputs = make_inputs(positions=12, vocabulary=70).leaves()
-    torch.library.opcheck(_linear_cross_entropy, (*inputs, 0.03, 0.2, 2.5, True, True, 4))
+    library.opcheck(_linear_cross_entropy, (*inputs, 0.03, 0.2, 2.5, True, True, 4))

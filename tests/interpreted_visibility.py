@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
+from torch import library
 
 from kernels import schedule, tl, triton
 from kernels.schedule import make_schedule, tile_tables_reference
@@ -138,4 +139,4 @@ def test_offsets_that_do_not_fit_end_the_kernels(offsets: list[int], monkeypatch
 def test_torch_knows_all_about_the_operator() -> None:
     offsets = offsets_of([5, 20])
     for prefix in (None, int32([1, 4])):
-        torch.library.opcheck(schedule._tile_tables, (offsets, offsets, None, prefix, 9, 0, 30, 30, 16))
+        library.opcheck(schedule._tile_tables, (offsets, offsets, None, prefix, 9, 0, 30, 30, 16))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from bigmodel.config import ModelSettings, load_settings
 from bigmodel.memory import LiveBytes
@@ -161,7 +161,7 @@ def test_the_gradient_of_a_bf16_weight_is_rounded_once() -> None:
 def test_torch_knows_all_about_the_operator() -> None:
     inputs = make_inputs().leaves()
     for needed in ((True, True), (False, True), (True, False), (False, False)):
-        torch.library.opcheck(_linear_cross_entropy, (*inputs, *EVERYTHING, *needed, 8))
+        library.opcheck(_linear_cross_entropy, (*inputs, *EVERYTHING, *needed, 8))
 
 
 def test_it_compiles_without_a_break() -> None:

@@ -16,6 +16,7 @@ def define_missing_torchvision_operators() -> None:
     transformers.
     """
     import torch
+    from torch import library
 
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations or hasattr(torch.ops.torchvision, "nms"):
@@ -26,10 +27,10 @@ def define_missing_torchvision_operators() -> None:
             return
         except (OSError, ImportError):
             continue
-    library = torch.library.Library("torchvision", "DEF")
+    operators = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.append(library)
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.append(operators)
 
 
 def _compiled_parts(folders: Iterable[str]) -> list[Path]:
