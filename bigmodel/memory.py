@@ -211,7 +211,8 @@ def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vo
     table = Table(
         f"{name} on each rank",
         *(f"[bold]ZeRO {stage} (yours)[/]" if stage == chosen else f"ZeRO {stage}" for stage in by_stage),
-        title=f"{parameters:,} parameters, {settings.training.precision}, {settings.optimizer.kind}, {ranks} rank(s), "
+        title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
+        f"{settings.optimizer.kind}, {ranks} rank(s), "
         f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.pack_tokens:,} positions",
         title_justify="left",
     )

@@ -179,6 +179,24 @@ def test_a_write_that_fails_names_the_file_and_the_remedy(
     assert names(tmp_path) == ["step-00000004"]
 
 
+def test_the_room_that_a_failed_save_tells_is_what_there_is_without_it(tmp_path: Path, monkeypatch) -> None:
+    asked: list[list[str]] = []
+    real = shutil.disk_usage
+
+    def disk_usage(path: Path) -> Any:
+        asked.append(names(tmp_path))
+        return real(path)
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(saving.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(saving.os, "fsync", fail)
+    with pytest.raises(UserError, match="free"):
+        save(tmp_path, 4)
+    assert asked == [[]]
+
+
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.directory: cannot make"):
