@@ -11,8 +11,8 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := configs/constraints.txt
 # Claims that need neither data nor a process group: seconds, so `make check` stays quick.
-QUICK_TESTS := tests/test_imports.py $(wildcard tests/test_config.py tests/test_rundir.py tests/test_topology.py) \
-	tests/test_metrics.py tests/test_compare.py
+QUICK_TESTS := tests/system/test_imports.py tests/config/test_settings.py tests/test_run_directory.py \
+	tests/launcher/test_topology.py tests/metrics/test_recorder.py tests/inspect/test_compare.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -77,4 +77,4 @@ format: .venv/installed
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find bigmodel kernels launcher tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find kernels launcher bigmodel tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """The command line: `python -m bigmodel COMMAND`. Each command imports only what it needs.
 
-Exit codes (bigmodel/rundir.py): 0 done, 1 a bug or the machine, 2 something you can mend (the message says what),
-3 stopped by a signal and saved.
+Exit codes (bigmodel/run_directory.py): 0 done, 1 a bug or the machine, 2 something you can mend (the message says
+what), 3 stopped by a signal and saved.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from bigmodel.config import UserError, load_settings
-from bigmodel.rundir import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from bigmodel.config.settings import UserError, load_settings
+from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,7 +50,7 @@ def prepare(
     scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="a Dask scheduler whose workers do it")] = "",
 ) -> None:
     """Raw text to verified shards: corpus, tokenizer, MDS shards, manifest. Killed, it goes on where it stopped."""
-    from bigmodel.data.prepare import prepare as run
+    from bigmodel.data.prepare.pipeline import prepare as run
 
     given = {"tokenizer": tokenizer, "scheduler": scheduler}
     options = [f"prepare.{name}={json.dumps(value)}" for name, value in given.items() if value]
@@ -78,8 +78,8 @@ def verify(
     With a run file that has data.remote, that folder in the store is checked, and those of its files that
     data.directory has.
     """
-    from bigmodel.data.prepare import live
-    from bigmodel.data.verify import verify as run
+    from bigmodel.data.prepare.pipeline import live
+    from bigmodel.data.prepare.verify import verify as run
 
     data = load_settings(location, override).data if location.endswith(".toml") else None
     places = [location] if data is None else [place for place in (data.remote, str(data.directory)) if place]
@@ -118,9 +118,9 @@ def adopt(
     is given; others are written anew. Ids are never changed. Text is tokenized, as `prepare` does with a source of
     .mds files.
     """
-    from bigmodel.data.adopt import Adoption
-    from bigmodel.data.adopt import adopt as run
-    from bigmodel.data.prepare import live
+    from bigmodel.data.prepare.adopt import Adoption
+    from bigmodel.data.prepare.adopt import adopt as run
+    from bigmodel.data.prepare.pipeline import live
 
     with _stopped("taken shards are kept"), live() as progress:
         run(Adoption(folder, into, tokenizer, column, dtype, name, validation, validation_share), progress)
@@ -130,8 +130,8 @@ def adopt(
 @app.command()
 def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
     """Copy the prepared folder, data.directory, into a store: to the URL data.remote. Killed, it goes on."""
-    from bigmodel.data.prepare import live
-    from bigmodel.data.remote import upload as run
+    from bigmodel.data.prepare.pipeline import live
+    from bigmodel.data.store.remote import upload as run
 
     data = load_settings(run_file, override).data
     if not data.remote:
@@ -164,7 +164,7 @@ def check(
     override: Overrides = [],  # noqa: B006
 ) -> None:
     """Prove a promise on your own settings and data."""
-    from bigmodel.check import PROMISES, run_checks
+    from bigmodel.checks.guarantees import PROMISES, run_checks
 
     if promise != "all" and promise not in PROMISES:
         raise UserError(f"check {promise}: no such promise; choose one of {', '.join(PROMISES)} or all")
@@ -183,9 +183,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
 ) -> None:
     """Continue a text with the newest checkpoint of a run; an encoder-decoder answers it."""
-    from bigmodel.generate import answer, readable
-    from bigmodel.generate import generate as run
-    from bigmodel.trained import load_trained
+    from bigmodel.evaluation.generate import answer, readable
+    from bigmodel.evaluation.generate import generate as run
+    from bigmodel.training.load_model import load_trained
 
     trained = load_trained(run_directory)
     kind = trained.settings.model.kind
@@ -202,9 +202,9 @@ def generate(
 @app.command()
 def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")]) -> None:
     """Score the newest checkpoint on the whole validation split."""
-    from bigmodel.evaluate import Validation
-    from bigmodel.trained import load_trained
-    from bigmodel.training.distributed import ALONE
+    from bigmodel.distributed.world import ALONE
+    from bigmodel.evaluation.evaluate import Validation
+    from bigmodel.training.load_model import load_trained
 
     trained = load_trained(run_directory)
     result = Validation(trained.settings.data, packs_per_micro_batch=1).run(trained.forward, ALONE)
@@ -214,7 +214,7 @@ def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory
 @app.command()
 def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
     """Draw the loss of a run and where its time went, in the terminal and as loss.png and time.png."""
-    from bigmodel.report import report as run
+    from bigmodel.inspect.report import report as run
 
     run(run_directory)
 
@@ -226,7 +226,7 @@ def compare(
     png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("compare.png"),
 ) -> None:
     """Tell the first step at which two runs differ, and draw both curves. Exit code 1 where they differ."""
-    from bigmodel.compare import compare as run
+    from bigmodel.inspect.compare import compare as run
 
     if run(one, two, png):
         raise typer.Exit(EXIT_FAILED)
@@ -241,7 +241,7 @@ def profile(
     seconds: Annotated[float, typer.Option(min=0.0, help="how long to wait for the files")] = 120.0,
 ) -> None:
     """Make ranks of a live run record profiler steps, their memory or their stacks, while it goes on."""
-    from bigmodel.profile_command import profile as run
+    from bigmodel.inspect.profile_command import profile as run
 
     run(run_directory, kind, ranks, steps, seconds)
 
@@ -259,11 +259,11 @@ def probe(
     """
     settings = load_settings(run_file, override) if run_file else None
     if settings and world_size:
-        from bigmodel.deepspeed_config import resolve_deepspeed
+        from bigmodel.config.deepspeed_config import resolve_deepspeed
 
         resolve_deepspeed(settings, world_size)
         return
-    from bigmodel.probe import probe as run
+    from bigmodel.inspect.probe import probe as run
 
     print(f"PROBE {json.dumps(run(settings))}" if line else json.dumps(run(settings), indent=1), flush=True)
 
@@ -275,7 +275,7 @@ def show_data(
     png: Annotated[Path, typer.Option(help="where the picture of the lengths goes")] = Path("lengths.png"),
 ) -> None:
     """Sources, lengths, mix and packing of the prepared data, and settings that would suit it better."""
-    from bigmodel.show import show_data as run
+    from bigmodel.inspect.show import show_data as run
 
     run(load_settings(run_file, override), png)
 
@@ -288,7 +288,7 @@ def show_batch(
     png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("batch.png"),
 ) -> None:
     """Draw the first pack of a step with its documents and its mask, in the terminal and as PNG."""
-    from bigmodel.show import show_batch as run
+    from bigmodel.inspect.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)
 
@@ -303,7 +303,7 @@ def show_memory(
     png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("memory.png"),
 ) -> None:
     """Plan the memory of each rank at each ZeRO stage: needs neither data nor a GPU."""
-    from bigmodel.memory import show_memory as run
+    from bigmodel.inspect.memory import show_memory as run
 
     run(load_settings(run_file, override), ranks, gib, png, vocabulary)
 
@@ -311,7 +311,7 @@ def show_memory(
 @show.command("metrics")
 def show_metrics() -> None:
     """Print the reference of all metrics, as Markdown."""
-    from bigmodel.metric_table import reference
+    from bigmodel.metrics.metric_table import reference
 
     print(reference(), end="")
 

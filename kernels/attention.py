@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from kernels import INTERPRETED, tl, triton
-from kernels.schedule import Schedule, document_lengths, make_schedule
-from kernels.visibility import FULL, Visibility, count_in_part, dense, load_tile, sees, tile_in_part
+from bigmodel.kernels.mask import FULL, Visibility, count_in_part, dense, load_tile, sees, tile_in_part
+from bigmodel.kernels.tiles import Schedule, document_lengths, make_schedule
+from bigmodel.kernels.triton_import import INTERPRETED, tl, triton
 
 # Part 2: the reference.
 
@@ -444,8 +444,8 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stri
 # Part 4: launching and autograd.
 
 # (rows of the tile, columns visited at a time, warps, pipeline stages) for heads of up to 64, 128 and 256 channels: the
-# largest tried that compile without spilling registers (tests/test_attention.py compiles them all) and fit the shared
-# memory, 227 KB on sm_90 and sm_100, 99 KB elsewhere. Not yet timed.
+# largest tried that compile without spilling registers (tests/kernels/test_attention.py compiles them all) and fit the
+# shared memory, 227 KB on sm_90 and sm_100, 99 KB elsewhere. Not yet timed.
 TILE_SHAPES = {
     ("forward", 64): (128, 128, 8, 3),
     ("forward", 128): (128, 64, 8, 3),
@@ -658,8 +658,8 @@ def attention(
     per batch (None: made here). `scale` multiplies the scores and is positive (None: 1 / sqrt(K)). `softcap` keeps
     scores between -softcap and softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: what is added to
     the scaled scores of the distances -reach to reach (place of the key - place of the query, in their document), its
-    ends to all beyond; `kernels.relative_bias` makes one of T5's table. On a GPU: bf16, fp16 or fp32 and up to 256
-    channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes that do not fit.
+    ends to all beyond; `bigmodel.kernels.relative_bias` makes one of T5's table. On a GPU: bf16, fp16 or fp32 and up to
+    256 channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes that do not fit.
     The method is that of FlashAttention-2 (Dao 2023).
     """
     return _attend(q_THK, k_SGK, v_SGK, visibility, schedule, scale, softcap, bias_HR, with_lse=False)[0]

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from kernels import HAS_TRITON, INTERPRETED, tl, triton
+from bigmodel.kernels.triton_import import HAS_TRITON, INTERPRETED, tl, triton
 
 IGNORED = -100  # the target of a position without one
 CHUNK_BYTES = 2**29  # of logits: 1,024 positions at V = 128k, 4,096 at V = 32k; enough rows for full-speed products

@@ -16,26 +16,19 @@ from typing import Annotated
 
 import typer
 
-from bigmodel.config import UserError, load_settings
-from bigmodel.rundir import EXIT_USER
-from launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
-from launcher.binding import processors_to_bind
-from launcher.cluster import Cluster, hosts_and_slots, load_cluster
-from launcher.devices import given_devices
-from launcher.execute import check_address, describe_rank, execute, node_map, rank_map
-from launcher.hostlist import expand_hosts
-from launcher.local import trainer_command
-from launcher.network import free_port
-from launcher.placement import job_groups, port_of
-from launcher.record import (
-    make_logs,
-    read_launch,
-    record_end,
-    record_launch,
-    refuse_second_run,
-    run_directory,
-)
-from launcher.topology import Topology, even_topology, ranks_per_node
+from bigmodel.config.settings import UserError, load_settings
+from bigmodel.launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
+from bigmodel.launcher.binding import processors_to_bind
+from bigmodel.launcher.cluster import Cluster, hosts_and_slots, load_cluster
+from bigmodel.launcher.devices import given_devices
+from bigmodel.launcher.execute import check_address, describe_rank, execute, node_map, rank_map
+from bigmodel.launcher.hostlist import expand_hosts
+from bigmodel.launcher.local import trainer_command
+from bigmodel.launcher.network import free_port
+from bigmodel.launcher.placement import job_groups, port_of
+from bigmodel.launcher.record import make_logs, read_launch, record_end, record_launch, refuse_second_run, run_directory
+from bigmodel.launcher.topology import Topology, even_topology, ranks_per_node
+from bigmodel.run_directory import EXIT_USER
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from bigmodel.config import Section, UserError, explain
-from launcher.fabric import complain_of_unknown, fabric_environment, profiles
-from launcher.hostlist import expand_hosts
+from bigmodel.config.settings import Section, UserError, explain
+from bigmodel.launcher.fabric import complain_of_unknown, fabric_environment, profiles
+from bigmodel.launcher.hostlist import expand_hosts
 
 
 class SlurmSettings(Section):

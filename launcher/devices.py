@@ -8,7 +8,7 @@ where a process may open its neighbour's. Where SLURM has shut every task in wit
 
 from collections.abc import Mapping, Sequence
 
-from bigmodel.config import UserError
+from bigmodel.config.settings import UserError
 
 
 def given_devices(device_files: Sequence[str], visible: str | None) -> list[str]:

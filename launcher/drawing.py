@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from launcher.topology import Topology
+from bigmodel.launcher.topology import Topology
 
 COLUMNS = 8  # ranks in a row of a node
 

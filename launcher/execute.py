@@ -1,9 +1,9 @@
 """Execute: what each rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
 
 Takes a run file and the environment of whoever started it. Every rank writes to `logs/HOST-rank-N.log` in the run
-directory; what rank 0 prints also goes where it went before (`launcher.output`). The process that srun or torchrun
-knows becomes the trainer (execve), so signals, exit codes and deaths are the trainer's own and nothing stands between.
-Imports no torch.
+directory; what rank 0 prints also goes where it went before (`bigmodel.launcher.output`). The process that srun or
+torchrun knows becomes the trainer (execve), so signals, exit codes and deaths are the trainer's own and nothing stands
+between. Imports no torch.
 """
 
 import ctypes
@@ -14,16 +14,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bigmodel.config import UserError, load_settings
-from launcher.binding import processors_to_bind
-from launcher.cluster import Cluster, load_cluster
-from launcher.devices import device_variables
-from launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
-from launcher.network import interface_towards, port_is_free, resolves
-from launcher.output import open_outputs, terminal_variables
-from launcher.placement import find_place, job_of, started_by
-from launcher.record import log_name, make_logs, record_launch, refuse_second_run
-from launcher.topology import Topology
+from bigmodel.config.settings import UserError, load_settings
+from bigmodel.launcher.binding import processors_to_bind
+from bigmodel.launcher.cluster import Cluster, load_cluster
+from bigmodel.launcher.devices import device_variables
+from bigmodel.launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
+from bigmodel.launcher.network import interface_towards, port_is_free, resolves
+from bigmodel.launcher.output import open_outputs, terminal_variables
+from bigmodel.launcher.placement import find_place, job_of, started_by
+from bigmodel.launcher.record import log_name, make_logs, record_launch, refuse_second_run
+from bigmodel.launcher.topology import Topology
 
 
 def execute(

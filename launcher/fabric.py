@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from bigmodel.config import UserError
+from bigmodel.config.settings import UserError
 
 FOLDER = Path(__file__).parent / "fabrics"
 CHECKED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_")  # what begins otherwise is not looked at

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from bigmodel.config import UserError
+from bigmodel.config.settings import UserError
 
 MAX_HOSTS = 100_000
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")

@@ -2,8 +2,8 @@
 
 Takes hosts (a host file in DeepSpeed's form, or a list), starts `launcher node` on each, which runs that node's ranks
 as `launcher local` does. Guarantees: a host that does not answer is named before anything starts; no rank outlives the
-launcher: standard input of each ssh is a leash (see `launcher.local`), which the kernel cuts when the launcher dies.
-The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh per host.
+launcher: standard input of each ssh is a leash (see `bigmodel.launcher.local`), which the kernel cuts when the launcher
+dies. The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh per host.
 
 Not pdsh: it passes no standard input on, so there would be no leash, and nothing else tells a rank on another machine
 that the launcher was killed with -9.
@@ -21,11 +21,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bigmodel.config import UserError
-from bigmodel.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
-from launcher.cluster import Cluster
-from launcher.local import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, Ending, collect_signals
-from launcher.topology import Topology
+from bigmodel.config.settings import UserError
+from bigmodel.launcher.cluster import Cluster
+from bigmodel.launcher.local import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, Ending, collect_signals
+from bigmodel.launcher.topology import Topology
+from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 ANSWER_SECONDS = 20.0  # for a host to say that it is there
 PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TZ", "LANG")

@@ -1,14 +1,14 @@
 """Local: all ranks of a run on this machine, started together and ended together.
 
-Takes a command and a topology, gives an exit code (`bigmodel.rundir.EXIT_*`). Guarantees, however it ends, that no
-rank is left running: a rank that dies takes the others with it, Ctrl-C and SIGTERM let all ranks save first, and a
+Takes a command and a topology, gives an exit code (`bigmodel.run_directory.EXIT_*`). Guarantees, however it ends, that
+no rank is left running: a rank that dies takes the others with it, Ctrl-C and SIGTERM let all ranks save first, and a
 kill -9 of the launcher itself kills the ranks through the kernel (Linux's parent-death signal). Costs one sleeping
 thread that looks at the ranks 20 times a second. Never imports torch.
 
     running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
        \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
 
-Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`launcher.output`).
+Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`bigmodel.launcher.output`).
 
 The same runs one node of several, started over ssh: then `leash` is true, and standard input brings the orders of the
 launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed, means
@@ -29,12 +29,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from bigmodel.rundir import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
-from launcher.binding import processors_to_bind
-from launcher.devices import device_variables
-from launcher.output import open_outputs, terminal_variables, wait_for
-from launcher.record import log_name
-from launcher.topology import Topology, rank_environment
+from bigmodel.launcher.binding import processors_to_bind
+from bigmodel.launcher.devices import device_variables
+from bigmodel.launcher.output import open_outputs, terminal_variables, wait_for
+from bigmodel.launcher.record import log_name
+from bigmodel.launcher.topology import Topology, rank_environment
+from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and have nothing to save
 SAVE_SECONDS = 600.0  # for ranks asked to stop: a checkpoint of a large model takes minutes
@@ -46,7 +46,7 @@ END = 0  # among the signals received: the order to end, from the other end of t
 
 
 class Ending(NamedTuple):
-    """How a launch ended: the exit code for the whole, a cause (`launcher.record.CAUSES`), the culprit if any.
+    """How a launch ended: the exit code for the whole, a cause (`bigmodel.launcher.record.CAUSES`), the culprit if any.
 
     `since`: Unix time of the first death or of the order to stop; 0: not known.
     """
@@ -111,7 +111,7 @@ def run(
     Code 0: every rank returned 0. 2 (user error) and 3 (stopped and saved): a rank's own, passed through. 1: a rank
     died; standard error says which, how, and shows the last lines of its log. Call it from the main thread: it
     handles signals. `logs` is made if need be; a rank's log is appended to. `variables` are set for every rank,
-    `binding` is that of `launcher.binding.divide`.
+    `binding` is that of `bigmodel.launcher.binding.divide`.
     """
     logs.mkdir(parents=True, exist_ok=True)
     supervision = Supervision([], world_size=topology.world_size)

@@ -8,9 +8,9 @@ this one; where it does not, that is an error. No scontrol is needed. Costs one 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bigmodel.config import UserError
-from launcher.hostlist import expand_counts, expand_hosts
-from launcher.topology import Topology, even_topology
+from bigmodel.config.settings import UserError
+from bigmodel.launcher.hostlist import expand_counts, expand_hosts
+from bigmodel.launcher.topology import Topology, even_topology
 
 FIRST_PORT, NUM_PORTS = 15_000, 16_000  # below the ports that Linux hands out to clients (32768 and up)
 

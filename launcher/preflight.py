@@ -21,18 +21,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel.config import UserError
-from bigmodel.rundir import EXIT_FAILED, write_atomically, write_json
-from launcher.cluster import CheckSettings, Cluster
-from launcher.hosts import remote_command
-from launcher.local import launch_environment
-from launcher.network import interface_towards
-from launcher.placement import find_place
-from launcher.record import make_logs
-from launcher.slurm import container_options
-from launcher.topology import Topology, even_topology
+from bigmodel.config.settings import UserError
+from bigmodel.launcher.cluster import CheckSettings, Cluster
+from bigmodel.launcher.hosts import remote_command
+from bigmodel.launcher.local import launch_environment
+from bigmodel.launcher.network import interface_towards
+from bigmodel.launcher.placement import find_place
+from bigmodel.launcher.record import make_logs
+from bigmodel.launcher.slurm import container_options
+from bigmodel.launcher.topology import Topology, even_topology
+from bigmodel.run_directory import EXIT_FAILED, write_atomically, write_json
 
-TOKEN = "preflight.token"  # bigmodel/probe.py reads it
+TOKEN = "preflight.token"  # bigmodel/inspect/probe.py reads it
 TIMEOUT_SECONDS = 240.0
 GIGABYTE = 1e9
 MATTERS = ("answer", "devices", "health", "versions", "memory", "disk", "clock", "data", "speed", "network")

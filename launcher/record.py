@@ -1,8 +1,8 @@
 """Record: what the launcher leaves in the run directory, so that everyone else can find the run.
 
 `launch.json` says how the run was started last, where its ranks are and who can be asked about it; `events.jsonl` gets
-`launch` at each start and `launch_ended` with its cause at each end (bigmodel/rundir.py lists the files). `status`,
-`logs`, `stop` and the requeue policy read nothing else.
+`launch` at each start and `launch_ended` with its cause at each end (bigmodel/run_directory.py lists the files).
+`status`, `logs`, `stop` and the requeue policy read nothing else.
 """
 
 import json
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config import UserError, load_settings
-from bigmodel.rundir import lock, read_json, record_event, write_json
-from launcher.topology import Topology
+from bigmodel.config.settings import UserError, load_settings
+from bigmodel.launcher.topology import Topology
+from bigmodel.run_directory import lock, read_json, record_event, write_json
 
 # Causes of `launch_ended`. "lost": nobody saw the end, as after kill -9 of everything or the loss of a node. "hang":
 # a watchdog of the user's said so.

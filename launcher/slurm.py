@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmodel.config import UserError
-from bigmodel.rundir import (
+from bigmodel.config.settings import UserError
+from bigmodel.launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
+from bigmodel.launcher.record import Launch, launches, make_logs, read_launch, record_end, refuse_second_run
+from bigmodel.run_directory import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_USER,
@@ -26,8 +28,6 @@ from bigmodel.rundir import (
     write_atomically,
     write_json,
 )
-from launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
-from launcher.record import Launch, launches, make_logs, read_launch, record_end, refuse_second_run
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ cannot tell who started it. Pure functions, no I/O.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bigmodel.config import UserError
+from bigmodel.config.settings import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def rank_environment(topology: Topology, rank: int, cores: int, inherited: Mappi
 
     `cores` is what the node offers to all its ranks; each gets an equal share of threads, unless the user set
     OMP_NUM_THREADS: torch would otherwise start one thread per core in every rank. LAUNCH_HOSTS lets the trainer name
-    the node of a rank that never came. Devices are in `launcher.devices`.
+    the node of a rank that never came. Devices are in `bigmodel.launcher.devices`.
     """
     assert 0 <= rank < topology.world_size, f"rank {rank} is not in a world of {topology.world_size}"
     variables = {

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launcher.topology import Topology
+from bigmodel.launcher.topology import Topology
 
 
 def node_command(topology: Topology, node: int, exec_words: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Watch: what a run is doing, what its ranks say, and stopping it, all from its run directory.
 
-Takes a run directory, reads what trainer and launcher left there (`launcher.record`) and asks SLURM's queue where the
-run is SLURM's. Works on any machine that sees the directory; only `stop` of a run without SLURM must be on its machine.
-"""
+Takes a run directory, reads what trainer and launcher left there (`bigmodel.launcher.record`) and asks SLURM's queue
+where the run is SLURM's. Works on any machine that sees the directory; only `stop` of a run without SLURM must be on
+its machine."""
 
 import os
 import re
@@ -19,10 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bigmodel.config import UserError
-from bigmodel.rundir import rank_zero, read_json, read_json_lines, record_event
-from launcher.record import is_held, last_metrics, launches, process_start, read_launch
-from launcher.slurm import queue_state
+from bigmodel.config.settings import UserError
+from bigmodel.launcher.record import is_held, last_metrics, launches, process_start, read_launch
+from bigmodel.launcher.slurm import queue_state
+from bigmodel.run_directory import rank_zero, read_json, read_json_lines, record_event
 
 RANK_LOG = re.compile(r"(?P<host>.+)-rank-(?P<rank>\d+)\.log")
 FOLLOW_SECONDS = 0.5

@@ -14,6 +14,6 @@ if os.environ.get("BIGMODEL_GPU_TESTS") != "1":  # for `pytest tests/gpu`; all o
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny corpus, prepared once: two sources, several shards each."""
-    from tests.tiny_corpus import prepared
+    from tests.support.tiny_corpus import prepared
 
     return prepared(tmp_path_factory.mktemp("corpus"), shard_tokens=1500)

@@ -25,9 +25,9 @@ import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attention import attention
-from kernels.schedule import make_schedule
-from kernels.visibility import Visibility, causal, cross, dense
+from bigmodel.kernels.attention import attention
+from bigmodel.kernels.mask import Visibility, causal, cross, dense
+from bigmodel.kernels.tiles import make_schedule
 from tools.measure import (
     INPUT_SETS,
     REPEATS,

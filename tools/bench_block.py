@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from bigmodel.config import ModelSettings
+from bigmodel.config.settings import ModelSettings
 from bigmodel.model.transformer import FeedForward, RMSNorm, rotary_table, rotate
 from tools.measure import INPUT_SETS, REPEATS, Record, Row, check_device, milliseconds, peak_bytes, sizes
 

@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from bigmodel.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from tools.measure import (
     INPUT_SETS,
     REPEATS,

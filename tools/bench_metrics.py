@@ -20,10 +20,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from bigmodel.exporter import Ranks
-from bigmodel.metrics import Flops, LossPart, Metrics, Seat, StepRecord
-from bigmodel.profiling import Profiler
-from bigmodel.training.phases import CompileTime, Phases
+from bigmodel.metrics.exporter import Ranks
+from bigmodel.metrics.phases import CompileTime, Phases
+from bigmodel.metrics.profiling import Profiler
+from bigmodel.metrics.recorder import Flops, LossPart, Metrics, Seat, StepRecord
 from tools.measure import ROOT, Record
 
 RANKS, SOURCES, MICRO_BATCHES, COLLECTIVES = 8, 20, 8, 12
@@ -135,7 +135,7 @@ def scrapes(metrics: Metrics, calls: int) -> dict[str, float]:
     exporter = next(
         process
         for process in psutil.Process().children()
-        if "bigmodel.exporter" in process.cmdline()
+        if "bigmodel.metrics.exporter" in process.cmdline()
         and any(c.laddr.port == port for c in process.net_connections("tcp"))
     )
     before, began = sum(exporter.cpu_times()[:2]), time.monotonic()

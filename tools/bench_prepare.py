@@ -48,7 +48,7 @@ def write_text(folder: Path, megabytes: int) -> int:
     import pyarrow
     import pyarrow.parquet
 
-    from bigmodel.data.embedded import standard_library
+    from bigmodel.data.prepare.embedded import standard_library
 
     modules = [content.decode("utf-8", "replace") for _, content in standard_library()]
     draw = random.Random(1)
@@ -66,7 +66,7 @@ def write_text(folder: Path, megabytes: int) -> int:
 
 def write_tokenizer(folder: Path) -> None:
     """tokenizer.json, and exact.json: the same ids, but of a form that tiktoken cannot serve."""
-    from bigmodel.data.tokenizer import train
+    from bigmodel.data.store.tokenizer import train
 
     text = train(read_texts(folder)[:3000], VOCABULARY)
     (folder / "tokenizer.json").write_text(text)
@@ -103,7 +103,7 @@ def tiktoken_alone(folder: Path) -> dict[str, float]:
 
 
 def _tiktoken_share(task: tuple[Path, int, int]) -> dict[str, float]:
-    from bigmodel.data.tokenizer import Tokenizer
+    from bigmodel.data.store.tokenizer import Tokenizer
 
     folder, number, cores = task
     texts = read_texts(folder)[number::cores]

@@ -33,12 +33,12 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigmodel.config import DataSettings, ModelSettings
-from bigmodel.data.batch import IGNORED, Batch, build_batch, make_keys
-from bigmodel.data.examples import Examples, Pair
-from bigmodel.data.packing import fullest, pack_two_sides
+from bigmodel.config.settings import DataSettings, ModelSettings
+from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_keys
+from bigmodel.data.objectives.examples import Examples, Pair
+from bigmodel.data.plan.packing import fullest, pack_two_sides
+from bigmodel.data.plan.shuffle import Fragment
 from bigmodel.data.randomness import words
-from bigmodel.data.shuffle import Fragment
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer, View, rotary_table
 from tools.measure import Record, Row, check_device, milliseconds, peak_bytes, sizes

@@ -31,14 +31,14 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel.config import DataSettings
-from bigmodel.data import mds
-from bigmodel.data.encoding import save_array
-from bigmodel.data.manifest import Manifest, describe_files
-from bigmodel.data.order import Order
+from bigmodel.config.settings import DataSettings
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.sharing import Place, attention_work, deal_contiguously, deal_evenly, imbalance
+from bigmodel.data.prepare.encoding import save_array
 from bigmodel.data.randomness import make_key, words
-from bigmodel.data.shards import ShardStore, measure_shard
-from bigmodel.data.sharing import Place, attention_work, deal_contiguously, deal_evenly, imbalance
+from bigmodel.data.store import mds
+from bigmodel.data.store.manifest import Manifest, describe_files
+from bigmodel.data.store.shards import ShardStore, measure_shard
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 2048
@@ -99,7 +99,7 @@ def write_shards(folder: Path, num_tokens: int) -> None:
 
 def ours(folder: Path) -> Iterator[int]:
     """Tokens of each step's batches, the stream working as in training, verification included."""
-    from bigmodel.data.stream import Stream
+    from bigmodel.data.load.stream import Stream
 
     data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT)
     store = ShardStore(folder, "train")
@@ -110,9 +110,9 @@ def ours(folder: Path) -> Iterator[int]:
 
 def next_fit_of_our_reader(folder: Path) -> Iterator[int]:
     """Documents in shuffled order through our reader and our batches, packed next-fit."""
-    from bigmodel.data.batch import build_batch, make_keys
-    from bigmodel.data.shuffle import Fragment, SourceCursor, SourceStream, read_shards
-    from bigmodel.data.stream import reader
+    from bigmodel.data.load.batch import build_batch, make_keys
+    from bigmodel.data.load.stream import reader
+    from bigmodel.data.plan.shuffle import Fragment, SourceCursor, SourceStream, read_shards
 
     data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT)
     store = ShardStore(folder, "train")
@@ -203,10 +203,10 @@ def make_rows(tokens: Any, owners: Any) -> dict[str, Any]:
 
 def text(seconds: float) -> dict[str, Any]:
     """Rates of the stream over shards of tokens and of text, by wall clock and by processor, with 1 and 2 workers."""
-    from bigmodel.config import Settings
-    from bigmodel.data import shards
-    from bigmodel.data.prepare import prepare, quiet
-    from bigmodel.data.stream import Stream
+    from bigmodel.config.settings import Settings
+    from bigmodel.data.load.stream import Stream
+    from bigmodel.data.prepare.pipeline import prepare, quiet
+    from bigmodel.data.store import shards
 
     shards.RECENT_TOKENS = 0  # the corpus is small: its next epoch would be remembered
     rates = {}

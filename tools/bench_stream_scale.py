@@ -29,15 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel.config import DataSettings
-from bigmodel.data import mds
-from bigmodel.data.encoding import save_array
-from bigmodel.data.manifest import describe_files
-from bigmodel.data.order import Order
+from bigmodel.config.settings import DataSettings
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.sharing import Place
+from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS
+from bigmodel.data.prepare.encoding import save_array
 from bigmodel.data.randomness import make_key
-from bigmodel.data.shards import ShardStore, measure_shard
-from bigmodel.data.sharing import Place
-from bigmodel.data.shuffle import BLOCK_DOCUMENTS
+from bigmodel.data.store import mds
+from bigmodel.data.store.manifest import describe_files
+from bigmodel.data.store.shards import ShardStore, measure_shard
 from tools.bench_stream import CONTEXT, ROOT, lognormal, record, write_manifest
 
 DOCUMENTS, SHARD_DOCUMENTS, LANES, NODES, RANKS, NODE = 10**9, 43_000, 64, 8, 8, 3
@@ -80,8 +80,8 @@ def write_folder(folder: Path, num_shards: int) -> int:
 def rank(folder: Path, number: int, resumes: bool) -> None:
     """Import, start or resume, take steps: each answered by a line, the next when told by one."""
     import bigmodel.training.loop  # noqa: F401 - what a training process has in memory
-    from bigmodel.data.shards import _import_mds
-    from bigmodel.data.stream import take_share
+    from bigmodel.data.load.stream import take_share
+    from bigmodel.data.store.shards import _import_mds
 
     _import_mds()
     place = Place(number, NODES * RANKS, RANKS)
@@ -115,7 +115,7 @@ def deep_cursor(order: Order) -> dict[str, Any]:
 
 
 def step_milliseconds(order: Order, place: Place) -> dict[str, float]:
-    from bigmodel.data.stream import take_share
+    from bigmodel.data.load.stream import take_share
 
     milliseconds = []
     ahead: deque[Any] = deque(maxlen=DATA.window_packs * LANES // order.packs_at(0) + 1)  # as `Stream` keeps them

@@ -4,9 +4,9 @@
 
 Every combination of ZeRO stage, precision, optimizer, recomputation and offload, on every world size, with the other
 settings dealt among them (each combination draws its own, by its hash), against plain torch in one process
-(tests/exactness.py). Writes after each batch of cases, so that a run cut short keeps what it had, and the next one goes
-on: benchmarks/exactness.json, and from it benchmarks/support.md. Exit code 0 where every case that ran was exact.
-"""
+(tests/support/exactness.py). Writes after each batch of cases, so that a run cut short keeps what it had, and the next
+one goes on: benchmarks/exactness.json, and from it benchmarks/support.md. Exit code 0 where every case that ran was
+exact."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from bigmodel.deepspeed_json import VERSION
+from bigmodel.config.deepspeed_json import VERSION
 from tools.measure import ROOT, hardware
 
 RESULTS = ROOT / "benchmarks" / "exactness.json"
@@ -60,7 +60,7 @@ REFUSED = {
 
 def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
     """The cases of one world size; four ranks are for hpZ and for sharing packs."""
-    from tests.exactness import everything, pairwise
+    from tests.support.exactness import everything, pairwise
 
     if quick:
         cases = pairwise()
@@ -79,8 +79,8 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
 
 def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
     """Rows: the case, how far it was from the oracle and may be, and what failed. `folder` keeps the oracles."""
-    from tests.engine_worker import launch
-    from tests.exactness import differences, failures, job_of, with_sequence
+    from tests.support.engine_worker import launch
+    from tests.support.exactness import differences, failures, job_of, with_sequence
 
     jobs = [
         with_sequence(

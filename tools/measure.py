@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels import triton
+from bigmodel.kernels.triton_import import triton
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

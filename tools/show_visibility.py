@@ -24,8 +24,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bigmodel.config import UserError
-from kernels.visibility import Visibility, bidirectional, causal, cross, dense, intervals, prefix_lm, tile_table
+from bigmodel.config.settings import UserError
+from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, dense, intervals, prefix_lm, tile_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -36,9 +36,10 @@ from rich.progress import Progress
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from bigmodel.config import Settings, UserError
-from bigmodel.training import checkpoint, saving
-from bigmodel.training.distributed import World
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.distributed.world import World
+from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint import saver as saving
 
 SHAPES = {"embedding.weight": (40, 8), "block.weight": (8, 8), "norm.weight": (8,), "odd": (3, 5)}
 SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
@@ -314,8 +315,8 @@ def torture(folder: Path, kills: int, flips: int, defect: str = "", progress: Pr
 def process_kills(folder: Path, count: int) -> list[str]:
     """Kill and resume real runs of two ranks on the tests' tiny corpus."""
     from bigmodel.checks.runs import check_resume
-    from tests.tiny_corpus import prepared
-    from tests.tiny_run import write_run
+    from tests.support.tiny_corpus import prepared
+    from tests.support.tiny_run import write_run
 
     shards = prepared(folder / "corpus", shard_tokens=1500)
     wrong = []

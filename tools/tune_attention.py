@@ -7,7 +7,7 @@ A row is one shape (rows x columns, warps, stages) of one kernel: milliseconds o
 the other kernels as they ship, TFLOP/s on visible pairs, and the relative difference of its output from that of the
 shipped shape. The case is that of the pass marks: packed lognormal documents, 32 heads on 8. Shapes are tried for 128
 channels, then 64, then 256. What wins here is written by hand into TILE_SHAPES of kernels/attention.py, if it also
-compiles without spilling (`python -m tests.compile_kernels`); what was tried stays in the record.
+compiles without spilling (`python -m tests.support.compile_kernels`); what was tried stays in the record.
 """
 
 import time
@@ -19,9 +19,9 @@ import torch
 import typer
 from torch import Tensor
 
-from kernels import INTERPRETED
-from kernels import attention as kernels
-from kernels.attention import attention, make_schedule
+from bigmodel.kernels import attention as kernels
+from bigmodel.kernels.attention import attention, make_schedule
+from bigmodel.kernels.triton_import import INTERPRETED
 from tools.bench_attention import Case, lognormal_lengths, packed_inputs
 from tools.measure import REPEATS, Record, Row, check_device, milliseconds, relative_error, sizes
 

@@ -1,0 +1,1 @@
+"""The five guarantees, checked on a user's own settings and data."""

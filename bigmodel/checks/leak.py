@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigmodel.audit import Finding
-from bigmodel.config import Settings, UserError, load_settings
-from bigmodel.data.batch import IGNORED, Batch, real_documents, tensors_of
-from bigmodel.data.examples import num_marks
-from bigmodel.data.order import Order
-from bigmodel.data.shards import ShardStore
-from bigmodel.data.shuffle import Pack
-from bigmodel.data.stream import Builder
-from bigmodel.deepspeed_config import agree
+from bigmodel.checks.audit import Finding
+from bigmodel.config.deepspeed_config import agree
+from bigmodel.config.settings import Settings, UserError, load_settings
+from bigmodel.data.load.batch import IGNORED, Batch, real_documents, tensors_of
+from bigmodel.data.load.stream import Builder
+from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.shuffle import Pack
+from bigmodel.data.store.shards import ShardStore
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigmodel.audit import Finding
-from bigmodel.config import Settings, UserError, load_settings
-from bigmodel.data.objectives import num_positions
-from bigmodel.data.order import Order
-from bigmodel.data.shards import ShardStore
-from bigmodel.data.sharing import Place
-from bigmodel.data.shuffle import Fragment, neighbour_distance
-from bigmodel.data.stream import Builder, take_share
-from bigmodel.deepspeed_config import agree
+from bigmodel.checks.audit import Finding
+from bigmodel.config.deepspeed_config import agree
+from bigmodel.config.settings import Settings, UserError, load_settings
+from bigmodel.data.load.stream import Builder, take_share
+from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.sharing import Place
+from bigmodel.data.plan.shuffle import Fragment, neighbour_distance
+from bigmodel.data.store.shards import ShardStore
 
 WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
 ORDER_STEPS = 20  # compared byte for byte

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from bigmodel.audit import Finding, audit, torch_agrees
-from bigmodel.config import Settings, UserError, load_settings
-from bigmodel.deepspeed_config import agree
-from bigmodel.rundir import read_json_lines
-from bigmodel.training import checkpoint
+from bigmodel.checks.audit import Finding, audit, torch_agrees
+from bigmodel.config.deepspeed_config import agree
+from bigmodel.config.settings import Settings, UserError, load_settings
+from bigmodel.run_directory import read_json_lines
+from bigmodel.training.checkpoint import format as checkpoint
 
 PROCESS_SECONDS = 600  # bound on a training process started by a check
 

@@ -1,0 +1,1 @@
+"""The model: architecture, initial weights, weights of Hugging Face models."""

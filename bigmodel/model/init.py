@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from bigmodel.config import ModelSettings
+from bigmodel.config.settings import ModelSettings
 
 
 @torch.no_grad()

@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bigmodel.config import ModelSettings
-from bigmodel.data.batch import Batch
-from kernels.attention import Schedule, attention, make_schedule
-from kernels.linear_cross_entropy import (
+from bigmodel.config.settings import ModelSettings
+from bigmodel.data.load.batch import Batch
+from bigmodel.kernels.attention import Schedule, attention, make_schedule
+from bigmodel.kernels.linear_cross_entropy import (
     IGNORED,
     Options,
     linear_cross_entropy_and_losses,
     linear_cross_entropy_per_token,
 )
-from kernels.relative_bias import t5_bias
-from kernels.visibility import Visibility, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
+from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
+from bigmodel.kernels.relative_bias import t5_bias
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
 CROSS_SALT = 1 << 20  # of dropout: above those of any layer's other two

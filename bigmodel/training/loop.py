@@ -16,24 +16,28 @@ from typing import Any, TypeVar
 
 import torch
 
-from bigmodel.accounting import device_peak_flops, step_flops
-from bigmodel.config import Settings, UserError, to_toml_table
-from bigmodel.data.examples import num_marks
-from bigmodel.data.order import Position, merge_cursors, total_progress
-from bigmodel.data.segments import resume_order
-from bigmodel.data.shards import ShardStore
-from bigmodel.data.sharing import Place
-from bigmodel.data.stream import Step, Stream
-from bigmodel.data.tokenizer import Tokenizer
-from bigmodel.deepspeed_config import resolve_deepspeed
-from bigmodel.evaluate import Validation
-from bigmodel.generate import examples, generate
-from bigmodel.metrics import LossPart, Metrics, Seat, StepRecord, new_start
+from bigmodel.config.deepspeed_config import resolve_deepspeed
+from bigmodel.config.settings import Settings, UserError, to_toml_table
+from bigmodel.data.load.stream import Step, Stream
+from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.plan.order import Position, merge_cursors, total_progress
+from bigmodel.data.plan.segments import resume_order
+from bigmodel.data.plan.sharing import Place
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.distributed.consistency import check_world
+from bigmodel.distributed.signals import StopFlag
+from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
+from bigmodel.evaluation.evaluate import Validation
+from bigmodel.evaluation.generate import examples, generate
+from bigmodel.metrics.flops import device_peak_flops, step_flops
+from bigmodel.metrics.phases import CompileTime, Phases, slowest
+from bigmodel.metrics.profiling import Profiler
+from bigmodel.metrics.progress import LiveLine
+from bigmodel.metrics.recorder import LossPart, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
-from bigmodel.profiling import Profiler
-from bigmodel.progress import LiveLine
-from bigmodel.rundir import (
+from bigmodel.run_directory import (
     EXIT_DONE,
     EXIT_STOPPED,
     claim,
@@ -42,16 +46,12 @@ from bigmodel.rundir import (
     refuse_to_start_over,
     take_over,
 )
-from bigmodel.summary import show_summary, summarize
-from bigmodel.training import checkpoint
-from bigmodel.training.distributed import NodeSums, World, end_world, limit_collectives, start_world
-from bigmodel.training.engine import Engine, creation
-from bigmodel.training.norms import Norms
-from bigmodel.training.phases import CompileTime, Phases, slowest
-from bigmodel.training.saving import Saved, SaveError, Saver
-from bigmodel.training.schedule import learning_rate
-from bigmodel.training.signals import StopFlag
-from bigmodel.training.world_check import check_world
+from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.saver import Saved, SaveError, Saver
+from bigmodel.training.learning_rate import learning_rate
+from bigmodel.training.summary import show_summary, summarize
+from bigmodel.training.zero.engine import Engine, creation
+from bigmodel.training.zero.norms import Norms
 
 SAMPLE_TOKENS = 200  # of generated text at the end
 NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
@@ -63,7 +63,7 @@ Value = TypeVar("Value")
 def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> int:
     """Train to `training.steps`, going on from the newest good checkpoint in the run directory.
 
-    `fresh` sets checkpoints aside. `new_plan` goes on in a fresh order of the data: see `bigmodel.data.segments`.
+    `fresh` sets checkpoints aside. `new_plan` goes on in a fresh order of the data: see `bigmodel.data.plan.segments`.
 
     Raises `UserError` for what a user can mend: contradicting settings, damaged data or checkpoints, a full disk.
     """

@@ -11,16 +11,16 @@ from itertools import product
 import pytest
 import torch
 
-from kernels.attention import attention, attention_with_lse, make_schedule
-from kernels.schedule import tile_tables_reference
-from kernels.visibility import Visibility, bidirectional, causal, cross, prefix_lm
-from tests.dense_attention import (
+from bigmodel.kernels.attention import attention, attention_with_lse, make_schedule
+from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, prefix_lm
+from bigmodel.kernels.tiles import tile_tables_reference
+from tests.kernels.test_mask import int32, offsets_of
+from tests.support.dense_attention import (
     assert_as_exact_as_plain_torch,
     assert_lse_and_its_gradient_are_exact,
     make_inputs,
     out_and_gradients,
 )
-from tests.test_visibility import int32, offsets_of
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu"

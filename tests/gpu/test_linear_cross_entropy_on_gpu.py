@@ -9,14 +9,14 @@ import os
 import pytest
 import torch
 
-from kernels.linear_cross_entropy import (
+from bigmodel.kernels.linear_cross_entropy import (
     Options,
     linear_cross_entropy,
     linear_cross_entropy_per_token,
     softmax_step_reference,
     softmax_step_triton,
 )
-from tests.dense_cross_entropy import (
+from tests.support.dense_cross_entropy import (
     IGNORED,
     OPTIONS,
     assert_as_exact_as_plain_torch,
@@ -93,7 +93,7 @@ def test_a_loss_scale_is_not_rounded_to_bf16_before_it_is_used() -> None:
 
 
 def test_memory_at_32k_positions_of_128k_tokens_is_below_3_gb() -> None:
-    """What the meta device predicts (tests/test_linear_cross_entropy.py), measured with the allocator."""
+    """What the meta device predicts (tests/kernels/test_linear_cross_entropy.py), measured with the allocator."""
     hidden = torch.randn(32_768, 4_096, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(131_072, 4_096, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
     targets = torch.randint(131_072, (32_768,), device="cuda")

@@ -1,0 +1,135 @@
+"""Audit: do the books of a run close? `python -m bigmodel check RUN.toml accounting`.
+
+Takes a run directory, gives findings. What is counted is counted again from the data, seconds are compared with the
+wall clock, FLOPs with those that torch counts while a batch of the run is computed.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bigmodel.config.settings import Settings, UserError, settings_from_table
+from bigmodel.data.load.batch import Batch
+from bigmodel.data.load.stream import Builder
+from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.plan.attention_work import Work, count_work
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.shuffle import Pack
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.metrics.flops import flops
+from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.model.transformer import Transformer
+from bigmodel.run_directory import read_json, read_json_lines
+
+CLOSES_WITHIN = 0.01  # of the wall time
+MAX_STEPS = 20_000  # planned anew for the comparison
+
+
+class Finding(NamedTuple):
+    """One claim, whether it held, and the evidence."""
+
+    claim: str
+    holds: bool
+    evidence: str
+
+
+def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> list[Finding]:
+    """The books of a run, going on or ended. Raises `UserError` where there are none.
+
+    observed: Unix times of the run's beginning and end by somebody else's clock; else those in the books.
+    """
+    run_directory = Path(run_directory)
+    lines = list(read_json_lines(run_directory / "metrics.jsonl"))
+    if not any(line["kind"] == "step" for line in lines):
+        raise UserError(f"{run_directory}: metrics.jsonl has no step yet; there is nothing to account for")
+    file = run_directory / "settings.json"
+    settings = settings_from_table(read_json(file), file)
+    ledger = Ledger()
+    for line in lines:
+        ledger.add(line)
+    findings = [_seconds(ledger, observed), _once(lines)]
+    if not any(event["event"] == "new_plan" for event in read_json_lines(run_directory / "events.jsonl")):
+        findings.append(_counts(lines, settings))  # else the settings no longer say what the earlier steps read
+    return findings
+
+
+def _seconds(ledger: Ledger, observed: tuple[float, float] | None) -> Finding:
+    accounted = sum(ledger.seconds.values())
+    wall = observed[1] - observed[0] if observed else ledger.wall_seconds
+    most = sorted(ledger.seconds.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{cause} {seconds / wall:.1%}" for cause, seconds in most if seconds >= 0.0005 * wall)
+    return Finding(
+        "productive and lost seconds add up to the wall time from the first start, within 1%",
+        abs(accounted - wall) <= CLOSES_WITHIN * wall,
+        f"{accounted:.2f} of {wall:.2f} s: {shares}",
+    )
+
+
+def _once(lines: list[dict[str, Any]]) -> Finding:
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    return Finding("every step stands in the books once", steps == list(range(1, steps[-1] + 1)), f"{len(steps)} steps")
+
+
+def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
+    """Tokens, documents and operations of every step, from the plan of the data alone."""
+    store = ShardStore.of_run(settings.data, "train")
+    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
+    order = Order.of_run(store, settings)
+    steps = [line for line in lines if line["kind"] == "step"][:MAX_STEPS]
+    differing = []
+    for line in steps:
+        told = (line["positions"], line["targets"], line["documents"], line["flops"]["causal"])
+        if told != count(order.next_step(), settings, vocabulary):
+            differing.append(line["step"])
+    return Finding(
+        "tokens, documents and model FLOPs of each step are those of the data",
+        not differing,
+        f"{len(steps)} steps" + (f", from step {differing[0]} on {len(differing)} differ" if differing else ""),
+    )
+
+
+def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, int, float]:
+    """Positions, targets, documents and the model's operations of packs, from their plan."""
+    pieces = [piece for pack in packs for piece in pack]
+    work = count_work(packs, settings.data)
+    sizes = (settings.data.pack_tokens, settings.data.source_pack_tokens)
+    return (
+        sum(piece.positions + piece.source_positions for piece in pieces),
+        sum(piece.targets for piece in pieces),
+        len(pieces),
+        flops(settings.model, vocabulary, work, sizes).causal,
+    )
+
+
+def torch_agrees(settings: Settings) -> Finding:
+    """Compute a pack of the data under torch's counter, which takes all pairs of a document for attention."""
+    store = ShardStore.of_run(settings.data, "train")
+    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
+    pack = Order.of_run(store, settings).next_step()[0]
+    batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
+    model = Transformer(settings.model.model_copy(update={"dropout": 0.0, "extra_heads": 0}), vocabulary)
+    counted, expected = count_by_torch(model, batch)
+    return Finding(
+        "the formula's FLOPs are those that torch counts while a pack is computed",
+        counted == expected,
+        f"{counted:,} counted, {expected:,.0f} by formula; torch takes attention over whole documents",
+    )
+
+
+def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
+    """Operations of forward and backward of a batch: counted, and by formula for the pairs that torch counts."""
+    vocabulary, settings = model.embedding.num_embeddings, model.settings
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        F.cross_entropy(model(batch, "logits"), batch.targets).backward()
+    return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch), (0, 0)).causal
+
+
+def work_of(batch: Batch) -> Work:
+    """What torch's counter takes a batch for: every document sees all of itself, and padding is a document."""
+    lengths = batch.offsets.diff().tolist()
+    sources = batch.source.offsets.diff().tolist() if batch.source else [0] * len(lengths)
+    squares, crossing = sum(n * n for n in lengths), sum(n * s for n, s in zip(lengths, sources, strict=True))
+    return Work(sum(lengths), sum(sources), squares, squares, sum(s * s for s in sources), crossing)

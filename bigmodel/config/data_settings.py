@@ -1,0 +1,213 @@
+"""Settings of the data: how raw text becomes shards ([prepare]), and how shards become packs ([data])."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from bigmodel.config.sections import Section
+
+
+class SourceSettings(Section):
+    """One named source of documents to prepare."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100, description="source name; becomes a folder")
+    files: list[str] = Field(
+        min_length=1,
+        description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "
+        ".arrow, .jsonl (also .gz, .zst), .txt or .mds (also .gz, .zstd) files",
+    )
+    column: str = Field("text", description="column that holds the text; a.b is field b of column a")
+    target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
+
+
+class DecontaminationSettings(Section):
+    """Documents that share a run of words with evaluation text are dropped."""
+
+    files: list[str] = Field(min_length=1, description="evaluation files, of the same kinds as a source's")
+    column: str = Field("text", description="column that holds their text")
+    ngram: int = Field(13, ge=1, description="length of the run, in words, without case and punctuation")
+
+
+class PrepareSettings(Section):
+    """How raw text becomes shards."""
+
+    sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
+    embedded: Literal["text", "pairs"] = Field(
+        "text", description="of the embedded corpus: code and documentation, or pairs of a function and what it does"
+    )
+    vocabulary: int = Field(
+        32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included"
+    )
+    tokenizer: Path | None = Field(
+        None, description='"train", or a tokenizer.json or Hugging Face tokenizer folder to use instead'
+    )
+    validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
+    shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
+    content: Literal["tokens", "text"] = Field(
+        "tokens", description="what shards hold: token ids, or text that is tokenized as it streams"
+    )
+    unicode_nfc: bool = Field(False, description="bring text into Unicode's composed normal form")
+    remove_control_characters: bool = Field(False, description="remove them all but tab, line feed, carriage return")
+    min_characters: int = Field(0, ge=0, description="shorter documents are dropped")
+    max_characters: int = Field(0, ge=0, description="longer documents are dropped; 0: no limit")
+    deduplicate: bool = Field(True, description="keep the first of equal texts over all sources")
+    decontaminate: DecontaminationSettings | None = None
+    malformed_share: float = Field(0.0, ge=0, le=1, description="records of a source that may be malformed (dropped)")
+    workers: int = Field(0, ge=0, description="processes; 0: one per core")
+    scheduler: str = Field("", description="address of a Dask scheduler whose workers do the work; empty: this machine")
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _train_means_none(cls, value: Any) -> Any:
+        return None if value == "train" else value
+
+    @model_validator(mode="after")
+    def _names_and_limits_make_sense(self) -> "PrepareSettings":
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"prepare.sources: two sources are named {name!r}; give each its own name")
+        if self.max_characters and self.max_characters < self.min_characters:
+            raise ValueError(
+                f"prepare.max_characters = {self.max_characters} is below prepare.min_characters = "
+                f"{self.min_characters}: no document would be left; raise it, or set 0 for no limit"
+            )
+        return self
+
+
+class CurriculumStage(Section):
+    """A mix that comes into force later."""
+
+    from_tokens: int = Field(ge=1, description="tokens given before it, over all lanes; holds from the next windows on")
+    mix: dict[str, float] = Field(min_length=1, description="share of tokens per source, as in data.mix")
+
+
+class ObjectiveSettings(Section):
+    """What is asked of a document (`bigmodel.data.objectives.objectives` has each with its source)."""
+
+    kind: Literal["causal", "prefix", "fill_in_the_middle", "span_corruption", "ul2", "masked"] = Field(
+        description="masked is for encoders, fill_in_the_middle for decoders; ul2 stands for its seven denoisers"
+    )
+    share: float = Field(
+        1.0, gt=0, description="of the texts' tokens, read or asked for, on the average; relative to others"
+    )
+    ahead: int = Field(1, ge=1, description="causal: predict the token so many ahead")
+    prefix_share: float = Field(0.5, gt=0, lt=1, description="prefix: of a document that is read, not predicted")
+    spm_share: float = Field(0.5, ge=0, le=1, description="fill_in_the_middle: documents in the order suffix first")
+    density: float = Field(0.15, gt=0, lt=1, description="span_corruption, masked: share of the tokens that is hidden")
+    mean_span: float = Field(3.0, ge=1, description="span_corruption: mean length of a hidden span")
+
+
+class DataSettings(Section):
+    """Which shards to read and how they are packed."""
+
+    directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
+    remote: str = Field(
+        "", description="URL of the same folder in a store; what data.directory lacks is fetched from there"
+    )
+    context_tokens: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
+    pack_tokens: int = Field(2048, ge=2, description="positions in a pack")
+    source_pack_tokens: int = Field(
+        0, ge=0, description="positions in a pack's source side, for an encoder; 0: one side"
+    )
+    source_context_tokens: int = Field(0, ge=0, description="longest source; 0: source_pack_tokens")
+    pack_documents: int = Field(
+        0, ge=0, description="documents in a pack, at most; 0: one for 16 of pack_tokens, 256 at least"
+    )
+    lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
+    window_packs: int = Field(
+        500, ge=1, description="packs planned together (of pairs more, see mix); more packs tighter and mixes later"
+    )
+    mix: dict[str, float] = Field(
+        {},
+        description="share of tokens per source; empty: as much as each holds. Of pairs the tokens of the source text "
+        "are counted here, in curriculum and in window_packs",
+    )
+    max_epochs: dict[str, int] = Field(
+        {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
+    )
+    curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
+    objectives: list[ObjectiveSettings] = Field(
+        [], description="for sources of plain text; empty: causal, or span_corruption where there is a source side"
+    )
+    sentinels: int = Field(100, ge=1, description="ids for hidden spans, where an objective needs them")
+    bidirectional_prefix: bool = Field(
+        True, description="one side only: what is read but not predicted sees all of itself (prefix-LM)"
+    )
+    fixed_target_tokens: int = Field(
+        0, ge=0, description="every target cut or padded to this length; 0: targets keep their length (packed)"
+    )
+    masked_decoder_share: float = Field(
+        0.0, ge=0, lt=1, description="of decoder inputs replaced by the mask token: the decoder leans on the source"
+    )
+    dropped_decoder_share: float = Field(
+        0.0, ge=0, lt=1, description="of decoder positions left out, inputs and targets: long targets cost less"
+    )
+    workers: int = Field(2, ge=1, description="threads per rank that fetch, compare and tokenize ahead of the steps")
+    cache_bytes: int = Field(
+        0, ge=0, description="with data.remote: shards kept in data.directory, the others are fetched again; 0: all"
+    )
+    stall_seconds: float = Field(
+        480.0, gt=0, description="a run whose next batch takes longer ends with an error; ranks wait 600 s for others"
+    )
+
+    @property
+    def longest_source(self) -> int:
+        return self.source_context_tokens or self.source_pack_tokens
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> "DataSettings":
+        if self.source_context_tokens > self.source_pack_tokens:
+            raise ValueError(
+                f"data.source_context_tokens = {self.source_context_tokens} does not fit data.source_pack_tokens = "
+                f"{self.source_pack_tokens}; lower the first or raise the second"
+            )
+        if self.fixed_target_tokens > self.context_tokens:
+            raise ValueError(
+                f"data.fixed_target_tokens = {self.fixed_target_tokens} is above data.context_tokens = "
+                f"{self.context_tokens}; lower it or raise the context"
+            )
+        decoder_inputs = ("fixed_target_tokens", "masked_decoder_share", "dropped_decoder_share")
+        for name in decoder_inputs:
+            if getattr(self, name) and not self.source_pack_tokens:
+                raise ValueError(
+                    f"data.{name} = {getattr(self, name)} is about the decoder of an encoder-decoder; leave it out, or "
+                    "set data.source_pack_tokens"
+                )
+        if self.dropped_decoder_share and any(objective.ahead > 1 for objective in self.objectives):
+            raise ValueError(
+                f"data.dropped_decoder_share = {self.dropped_decoder_share}: with ahead above 1 in data.objectives "
+                "nobody knows beforehand how many targets are left; set ahead = 1, or leave the share out"
+            )
+        kinds = {objective.kind for objective in self.objectives}
+        if "masked" in kinds and (len(kinds) > 1 or self.source_pack_tokens):
+            raise ValueError(
+                'data.objectives: kind = "masked" is for an encoder alone; it goes with no other kind and without '
+                "data.source_pack_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pack_documents_are_known(self) -> "DataSettings":
+        if not self.pack_documents:
+            object.__setattr__(self, "pack_documents", max(256, self.pack_tokens // 16))
+        return self
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> "DataSettings":
+        if self.context_tokens > self.pack_tokens:
+            raise ValueError(
+                f"data.context_tokens = {self.context_tokens} does not fit data.pack_tokens = {self.pack_tokens}; "
+                "lower the context or raise the pack"
+            )
+        mixes = [("data.mix", self.mix), *((f"data.curriculum[{n}].mix", s.mix) for n, s in enumerate(self.curriculum))]
+        for name, mix in mixes:
+            if any(share <= 0 for share in mix.values()):
+                raise ValueError(f"{name} = {mix}: every share must be above 0; leave a source out to drop it")
+        if any(epochs < 0 for epochs in self.max_epochs.values()):
+            raise ValueError(f"data.max_epochs = {self.max_epochs}: every number must be 0 (no limit) or above")
+        starts = [stage.from_tokens for stage in self.curriculum]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"data.curriculum: from_tokens = {starts} must rise from stage to stage")
+        return self

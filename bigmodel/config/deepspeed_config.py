@@ -1,0 +1,283 @@
+"""The DeepSpeed JSON that a run really uses, and the settings that agree with it.
+
+Takes `Settings` and the world size; reads the user's JSON file (`training.deepspeed`), or starts from nothing.
+Gives the effective configuration and the settings. Guarantees: a key that the user wrote is never altered, `"auto"`
+is filled, an absent key gets a default from `DEFAULTS`, and where JSON and run file say different things about the
+same matter there is an error that names both. Where only the JSON says it, the settings follow the JSON.
+Imports neither torch nor deepspeed. Written against DeepSpeed 0.19.8.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bigmodel.config.deepspeed_json import AUTO, VERSION, Source, device_of, value_at
+from bigmodel.config.settings import Settings, UserError, num_micro_batches
+
+# What an absent or "auto" key becomes, and why.
+DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
+    ("train_micro_batch_size_per_gpu", lambda s: 1, "one pack of data.pack_tokens positions is one sample"),
+    ("zero_optimization.stage", lambda s: 1, "partitions the moments, costs no extra communication"),
+    ("zero_optimization.overlap_comm", lambda s: False, "its data race is open upstream (DeepSpeed issue 5545)"),
+    ("bf16.enabled", lambda s: s.training.precision == "bf16", "training.precision"),
+    ("bf16.check_grad_overflow", lambda s: False, "0.19.8 skips steps by itself; here all ranks decide together"),
+    ("data_types.grad_accum_dtype", lambda s: "fp32", "bf16 sums lose 5% of the gradient at 256 micro-batches"),
+    ("communication_data_type", lambda s: "fp32", "the sum over ranks is a sum like any other"),
+    ("gradient_clipping", lambda s: s.optimizer.gradient_clipping, "0.19.8 turned its own default from off to 1.0"),
+)
+
+# The user's optimizer section is compared with [optimizer]; the optimizers are torch's and ours, whatever its flags.
+OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon", "adafactor": "adafactor"}
+OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}  # they change no result
+
+
+def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, Any], Settings]:
+    """The effective DeepSpeed configuration for `world_size` ranks, and settings that agree with it.
+
+    Raises `UserError` naming the JSON file, the key, its value and the remedy: for a file that cannot be read, an
+    unknown, removed or not offered key, and for anything that contradicts the run file.
+    """
+    assert world_size >= 1, f"world size {world_size}"
+    source = Source(settings.training.deepspeed)
+    config = source.read()
+    source.refuse_unusable(config)
+    settings = _settle(config, settings, source)
+    for path, default, _reason in DEFAULTS:
+        _fill(config, path, default(settings))
+    if settings.training.precision == "fp16":
+        _fill(config, "fp16.enabled", True)
+    if settings.optimizer.kind != "adamw":
+        _fill(config, "zero_allow_untested_optimizer", True)  # tests compare it with plain torch
+    if device_of(value_at(config, "zero_optimization.offload_optimizer")) in ("cpu", "nvme"):
+        _fill(config, "zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own needs a C++ compiler
+    _settle_batch(config, settings, world_size, source)
+    _fill_optimizer(config, settings)
+    _drop_auto(config)
+    _refuse_impossible_sums(config, source)
+    return config, settings
+
+
+def agree(settings: Settings) -> Settings:
+    """What the run file and its DeepSpeed JSON say together, for commands that know no number of ranks.
+
+    Raises `UserError` as `resolve_deepspeed` does, but for what depends on that number.
+    """
+    source = Source(settings.training.deepspeed)
+    config = source.read()
+    source.refuse_unusable(config)
+    return _settle(config, settings, source)
+
+
+def state_folder(effective: dict[str, Any]) -> Path | None:
+    """Where the optimizer's state lies in files (`offload_optimizer.device = "nvme"`); None where it is in memory."""
+    offload = value_at(effective, "zero_optimization.offload_optimizer")
+    return Path(offload["nvme_path"]) if device_of(offload) == "nvme" else None
+
+
+def for_deepspeed(effective: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed itself is given, a copy: state in files is our own doing (bigmodel/training/zero/mmap_state.py),
+    and to it an offload to the CPU.
+    """
+    config = copy.deepcopy(effective)
+    if state_folder(effective):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return config
+
+
+def packs_per_micro_batch(effective: dict[str, Any]) -> int:
+    """How many packs a rank runs forward and backward at once."""
+    return effective["train_micro_batch_size_per_gpu"]
+
+
+def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
+    """Compare each matter that both files may decide. An unset setting follows the JSON."""
+    settings = _settle_precision(config, settings, source)
+    clipping = source.number(config, "gradient_clipping", float, 0)
+    if clipping is not None:
+        path = "optimizer.gradient_clipping"
+        settings = _agree(settings, path, float(clipping), "gradient_clipping", clipping, source)
+    batch = source.number(config, "train_batch_size", int, 1)
+    if batch is not None:
+        settings = _agree(settings, "training.packs_per_step", batch, "train_batch_size", batch, source)
+        if batch % settings.data.lanes:
+            raise source.error(
+                f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
+                "a step takes the same number of packs from every lane"
+            )
+    settings = _settle_optimizer(config, settings, source)
+    source.raise_problems()
+    return settings
+
+
+def _settle_precision(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
+    """bf16.enabled and fp16.enabled against training.precision; both false means fp32."""
+    enabled: dict[str, bool] = {}
+    for kind in ("bf16", "fp16"):
+        value = value_at(config, f"{kind}.enabled")
+        if value is not None and value != AUTO:
+            if not isinstance(value, bool):
+                raise source.error(f'{kind}.enabled = {json.dumps(value)} must be true, false or "auto"')
+            enabled[kind] = value
+    on = [kind for kind, value in enabled.items() if value]
+    if len(on) == 2:
+        raise source.error("bf16.enabled and fp16.enabled are both true; choose one")
+    if on:
+        return _agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True, source)
+    for kind in enabled:
+        if settings.training.precision == kind or (kind == "bf16" and settings.training.precision != "fp16"):
+            settings = _agree(settings, "training.precision", "fp32", f"{kind}.enabled", False, source)
+    return settings
+
+
+def _settle_optimizer(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
+    section = config.get("optimizer", {})
+    kind = section.get("type", AUTO)
+    if kind != AUTO:
+        if str(kind).lower() not in OPTIMIZERS:
+            raise source.error(f"optimizer.type = {json.dumps(kind)}; AdamW, Lion, Muon and Adafactor are offered")
+        settings = _agree(settings, "optimizer.kind", OPTIMIZERS[str(kind).lower()], "optimizer.type", kind, source)
+    parameters = section.get("params", {})
+    if parameters == AUTO:
+        return settings
+    if not isinstance(parameters, dict):
+        raise source.error(f"optimizer.params = {json.dumps(parameters)} must be an object {{...}}")
+    if parameters.get("adam_w_mode") is False:
+        raise source.error("optimizer.params.adam_w_mode = false means L2 instead of decoupled decay; remove the key")
+    names = {"lr": "learning_rate", "eps": "epsilon", "weight_decay": "weight_decay", "momentum": "momentum"}
+    source.refuse_unknown(parameters, {"betas", *names} | OPTIMIZER_FLAGS, "optimizer.params.")
+    for key, setting in names.items():
+        value = source.number(config, f"optimizer.params.{key}", float, 0)
+        if value is not None:
+            path = f"optimizer.params.{key}"
+            settings = _agree(settings, f"optimizer.{setting}", float(value), path, value, source)
+    return _settle_betas(parameters.get("betas"), settings, source)
+
+
+def _settle_betas(betas: Any, settings: Settings, source: Source) -> Settings:
+    if betas is None or betas == AUTO:
+        return settings
+    numbers = isinstance(betas, list) and len(betas) == 2 and all(type(beta) in (int, float) for beta in betas)
+    if not numbers or not all(0 <= beta < 1 for beta in betas):
+        raise source.error(f"optimizer.params.betas = {json.dumps(betas)} must be two numbers from 0 to below 1")
+    for index, beta in enumerate(betas):
+        path = f"optimizer.params.betas[{index}]"
+        settings = _agree(settings, f"optimizer.beta{index + 1}", float(beta), path, beta, source)
+    return settings
+
+
+def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, source: Source) -> Settings:
+    """Settings in which `setting` is `meant`; a problem where the run file explicitly says something else."""
+    section_name, name = setting.split(".")
+    section = getattr(settings, section_name)
+    now = getattr(section, name)
+    if now == meant:
+        return settings
+    if name in section.model_fields_set:
+        source.contradiction(path, value, setting, now)
+        return settings
+    return settings.model_copy(update={section_name: section.model_copy(update={name: meant})})
+
+
+def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
+    """Micro-batches follow from packs, ranks and packs per micro-batch; what the user wrote must equal that."""
+    packs = settings.training.packs_per_step
+    per_micro_batch = source.number(config, "train_micro_batch_size_per_gpu", int, 1)
+    assert isinstance(per_micro_batch, int), "filled before"
+    sharing = settings.training.sequence_parallel_ranks
+    if world_size % sharing:
+        raise UserError(
+            f"training.sequence_parallel_ranks = {sharing} does not divide the {world_size} rank(s); choose a divisor"
+        )
+    places = world_size // sharing
+    micro_batches = num_micro_batches(packs, places, per_micro_batch)
+    ranks = f"{world_size} rank(s)" if sharing == 1 else f"{places} group(s) of {sharing} ranks"
+    derived = f"packs_per_step = {packs} over {ranks} with {per_micro_batch} pack(s) each time"
+    written = source.number(config, "gradient_accumulation_steps", int, 1)
+    if written is not None and written != micro_batches:
+        raise source.error(
+            f"gradient_accumulation_steps = {written}, but the run file's training.{derived} makes {micro_batches}; "
+            f'write "auto" in the JSON, or training.packs_per_step = {written * per_micro_batch * places}'
+        )
+    multiplied = per_micro_batch * micro_batches * world_size
+    batch = source.number(config, "train_batch_size", int, 1)
+    if batch is not None and sharing > 1:
+        raise source.error(
+            f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed counts each rank "
+            'as one that has packs of its own; write "auto"'
+        )
+    if batch is not None and batch != multiplied:
+        raise source.error(
+            f"train_batch_size = {batch} does not divide: training.{derived} makes {micro_batches} micro-batch(es), "
+            f'in all {multiplied}; write "auto" in the JSON, and empty packs will fill the step'
+        )
+    _fill(config, "gradient_accumulation_steps", micro_batches)
+    _fill(config, "train_batch_size", multiplied)
+
+
+def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
+    section = config.get("optimizer")
+    if section is None:
+        return
+    optimizer = settings.optimizer
+    values = {
+        "lr": optimizer.learning_rate,
+        "betas": [optimizer.beta1, optimizer.beta2],
+        "eps": optimizer.epsilon,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if section.get("type") == AUTO:
+        section["type"] = {"adamw": "AdamW"}.get(optimizer.kind, optimizer.kind.capitalize())
+    if section.get("params") == AUTO:
+        section["params"] = values
+    for key, value in values.items():
+        if section.get("params", {}).get(key) == AUTO:
+            section["params"][key] = value
+
+
+def _refuse_impossible_sums(config: dict[str, Any], source: Source) -> None:
+    stage = config["zero_optimization"]["stage"]
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise source.error(f"zero_optimization.stage = {json.dumps(stage)} must be 0, 1, 2 or 3")
+    sums = config["data_types"]["grad_accum_dtype"]
+    if sums not in ("fp32", "bf16"):
+        raise source.error(f'data_types.grad_accum_dtype = {json.dumps(sums)} must be "fp32" (right) or "bf16" (less)')
+    low = next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), None)
+    if low != "bf16" and sums != "fp32":
+        raise source.error(
+            f'data_types.grad_accum_dtype = {json.dumps(sums)} with {low or "fp32"} weights; write "fp32"'
+        )
+    zero = config["zero_optimization"]
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3), ("zero_hpz_partition_size", 3)):
+        if zero.get(name) and device_of(zero[name]) not in ("none", 1) and stage < least:
+            raise source.error(f"zero_optimization.{name} needs zero_optimization.stage >= {least}, and it is {stage}")
+    nvme_path = value_at(zero, "offload_optimizer.nvme_path")
+    if device_of(zero.get("offload_optimizer")) == "nvme" and not (isinstance(nvme_path, str) and nvme_path[:1] == "/"):
+        raise source.error(
+            f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(nvme_path)} must be the absolute path of a "
+            "folder on a local disk, for the optimizer's state"
+        )
+    if stage == 0 and low:
+        raise source.error(
+            f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "
+            'use stage 1 (the same on one rank), or training.precision = "fp32"'
+        )
+
+
+def _fill(config: dict[str, Any], path: str, value: Any) -> None:
+    """Put `value` where the user wrote nothing or "auto"."""
+    *sections, name = path.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    if config.get(name, AUTO) == AUTO:
+        config[name] = copy.deepcopy(value)
+
+
+def _drop_auto(config: dict[str, Any]) -> None:
+    """An "auto" that nothing here decides becomes DeepSpeed's own default."""
+    for key in [key for key, value in config.items() if value == AUTO]:
+        del config[key]
+    for value in config.values():
+        if isinstance(value, dict):
+            _drop_auto(value)

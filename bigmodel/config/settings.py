@@ -1,0 +1,405 @@
+"""Settings: every table and key of a TOML run file, with its default, its meaning and what it must agree with.
+
+Takes a path and `--set a.b=1` overrides, gives `Settings`, frozen and typed. Imports neither torch nor deepspeed, so
+the launcher and a login node can read a run file in milliseconds. Wrong values raise `UserError`
+(`bigmodel.config.sections`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from bigmodel.config.data_settings import CurriculumStage as CurriculumStage
+from bigmodel.config.data_settings import DataSettings as DataSettings
+from bigmodel.config.data_settings import DecontaminationSettings as DecontaminationSettings
+from bigmodel.config.data_settings import ObjectiveSettings as ObjectiveSettings
+from bigmodel.config.data_settings import PrepareSettings as PrepareSettings
+from bigmodel.config.data_settings import SourceSettings as SourceSettings
+from bigmodel.config.sections import Section as Section
+from bigmodel.config.sections import UserError as UserError
+from bigmodel.config.sections import explain as explain
+from bigmodel.config.sections import read_table
+from bigmodel.config.sections import without_secrets as without_secrets
+
+
+class RunSettings(Section):
+    directory: Path = Field(
+        Path("runs/run"), description="where everything this run writes goes; from the current folder"
+    )
+    seed: int = Field(1, ge=0, lt=2**63, description="keys every random draw: order, dropout, initial weights")
+
+
+class ModelSettings(Section):
+    """A transformer: decoder, encoder-decoder or encoder. The vocabulary comes from the data's manifest.
+
+    Where `encoder_...` is 0, the encoder of an encoder-decoder is like the decoder.
+    """
+
+    kind: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
+    layers: int = Field(12, ge=1)
+    width: int = Field(768, ge=2, description="size of the hidden state")
+    heads: int = Field(12, ge=1, description="query heads")
+    key_value_heads: int = Field(
+        12, ge=1, description="key and value heads; divides heads (grouped-query attention); absent: as many as heads"
+    )
+    head_size: int = Field(0, ge=0, description="channels of a head; 0: width / heads")
+    feed_forward_width: int = Field(2048, ge=1, description="size of the gated inner layer")
+    encoder_layers: int = Field(0, ge=0)
+    encoder_width: int = Field(0, ge=0)
+    encoder_heads: int = Field(0, ge=0)
+    encoder_key_value_heads: int = Field(0, ge=0)
+    encoder_feed_forward_width: int = Field(0, ge=0)
+    source_attention: Literal["cross", "mixed"] = Field(
+        "cross", description="how a decoder sees the source: a second attention, or in one softmax with its own past"
+    )
+    separate_embeddings: bool = Field(False, description="the encoder has an embedding matrix of its own")
+    positions: Literal["rotary", "relative_bias"] = Field(
+        "rotary", description="rotary (Su et al. 2021), or T5's bias by distance, shared by the layers of a side"
+    )
+    relative_buckets: int = Field(32, ge=4, description="relative_bias: learned distances per head")
+    relative_distance: int = Field(128, ge=4, description="relative_bias: farther is all the same")
+    attention_scale: float = Field(0.0, ge=0, description="factor of the scores; 0: 1 / sqrt(head size). T5: 1")
+    gate: Literal["silu", "gelu"] = Field("silu", description="of the feed-forward: SwiGLU, or T5 v1.1's GEGLU")
+    extra_heads: int = Field(0, ge=0, description="multi-token prediction: so many tokens more, each by its own block")
+    extra_head_weight: float = Field(0.3, gt=0, description="of the mean of the extra heads' losses in the gradient")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies (Su et al. 2021)")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
+    tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what each block adds to the residual stream")
+    norm_epsilon: float = Field(1e-5, gt=0)
+    logit_softcap: float = Field(
+        0.0, ge=0, description="the head's logits become c * tanh(logit / c): none passes c; 0: off"
+    )
+
+    @property
+    def head_width(self) -> int:
+        return self.head_size or self.width // self.heads
+
+    @property
+    def encoder(self) -> "ModelSettings":
+        """The settings of the encoder's blocks."""
+        names = ("layers", "width", "heads", "key_value_heads", "feed_forward_width")
+        own = {name: getattr(self, f"encoder_{name}") or getattr(self, name) for name in names}
+        return self.model_copy(update={**own, "kind": "encoder"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _key_value_heads_follow_heads(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "heads" in table:
+            return {"key_value_heads": table["heads"]} | table
+        return table
+
+    @model_validator(mode="after")
+    def _sides_make_sense(self) -> "ModelSettings":
+        if self.kind != "encoder_decoder":
+            for name in ("layers", "width", "heads", "key_value_heads", "feed_forward_width"):
+                if getattr(self, f"encoder_{name}"):
+                    raise ValueError(
+                        f"model.encoder_{name} = {getattr(self, f'encoder_{name}')} needs model.kind = "
+                        f'"encoder_decoder", not {self.kind!r}; leave it out or change the kind'
+                    )
+        else:
+            _check_heads(self.encoder)
+            if self.encoder.width != self.width and not self.separate_embeddings:
+                raise ValueError(
+                    f"model.encoder_width = {self.encoder_width} differs from model.width = {self.width}, so the sides "
+                    "cannot share an embedding matrix; set model.separate_embeddings = true"
+                )
+            if self.source_attention == "mixed" and self.positions != "rotary":
+                raise ValueError(
+                    'model.source_attention = "mixed" has no distance between a target and a source token that a bias '
+                    'could be learned for; set model.positions = "rotary"'
+                )
+        if self.extra_heads and self.kind == "encoder":
+            raise ValueError("model.extra_heads predict further tokens, which an encoder does not; leave it out")
+        buckets = self.relative_buckets
+        if buckets % 4 or buckets // 2 >= self.relative_distance:
+            raise ValueError(
+                f"model.relative_buckets = {buckets} needs to be a multiple of 4 and below twice "
+                f"model.relative_distance = {self.relative_distance}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        _check_heads(self)
+        return self
+
+
+def _check_heads(model: ModelSettings) -> None:
+    if not model.head_size and model.width % model.heads:
+        raise ValueError(
+            f"model.width = {model.width} is not a multiple of model.heads = {model.heads}; "
+            f"width {model.width // model.heads * model.heads or model.heads} is the nearest below that divides"
+        )
+    if model.head_width % 2 and model.positions == "rotary":
+        raise ValueError(
+            f"model.width / model.heads = {model.head_width} is odd; rotary positions need an even head width"
+        )
+    if model.heads % model.key_value_heads:
+        raise ValueError(
+            f"model.heads = {model.heads} is not a multiple of model.key_value_heads = {model.key_value_heads}; "
+            "choose a divisor of the heads"
+        )
+
+
+class ParameterGroupSettings(Section):
+    """Parameters that are treated in their own way."""
+
+    parameters: str = Field(description='names, as a pattern: "head.weight", "blocks.*.attention.*"; a later one wins')
+    learning_rate_factor: float = Field(1.0, ge=0, description="times the schedule's rate; 0: frozen but for momentum")
+    weight_decay: float | None = Field(None, ge=0, description="in place of optimizer.weight_decay and its rule")
+
+
+class OptimizerSettings(Section):
+    """How weights move. Weight decay falls on matrices only, not on norms or embeddings."""
+
+    kind: Literal["adamw", "lion", "muon", "adafactor"] = Field(
+        "adamw",
+        description="AdamW (Loshchilov & Hutter 2019); Lion (Chen et al. 2023), one moment; Muon (Jordan et al. 2024) "
+        "on hidden matrices, AdamW on the rest; Adafactor (Shazeer & Stern 2018), a row and a column for each matrix",
+    )
+    learning_rate: float = Field(
+        3e-4, gt=0, description="the highest the schedule reaches; adafactor: relative to a parameter's scale"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(
+        1e-8, gt=0, description="adamw, muon: added to the root of the second moment; adafactor: the least of that root"
+    )
+    weight_decay: float = Field(0.1, ge=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="muon: of the hidden matrices")
+    beta2_decay: float = Field(-0.8, le=0, description="adafactor: beta2 of update t is 1 - t ** beta2_decay")
+    update_clipping: float = Field(1.0, ge=1, description="adafactor: largest root mean square of a parameter's update")
+    least_scale: float = Field(1e-3, ge=0, description="adafactor: least root mean square that a parameter counts with")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    groups: list[ParameterGroupSettings] = Field([], description="parameters with another rate or decay")
+
+
+class ScheduleSettings(Section):
+    """Learning rate: a linear warm-up, then what `kind` says; wsd is a stable stretch and a linear decay."""
+
+    kind: Literal["cosine", "wsd", "linear", "inverse_square_root", "constant"] = "cosine"
+    unit: Literal["steps", "tokens"] = Field("steps", description="tokens: positions, as the plan gives them to steps")
+    warmup_steps: int = Field(100, ge=0)
+    decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay")
+    warmup_tokens: int = Field(0, ge=0, description='with unit = "tokens", in place of warmup_steps')
+    decay_tokens: int = Field(0, ge=0, description='with unit = "tokens", in place of decay_steps')
+    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the highest, or the lowest")
+
+    @model_validator(mode="after")
+    def _each_is_used(self) -> "ScheduleSettings":
+        for name in ("decay_steps", "decay_tokens"):
+            if self.kind != "wsd" and getattr(self, name):
+                raise ValueError(
+                    f'schedule.{name} = {getattr(self, name)} means nothing with schedule.kind = "{self.kind}", '
+                    'which has no final decay of its own; leave it out or set kind = "wsd"'
+                )
+        other = "tokens" if self.unit == "steps" else "steps"
+        for name in (f"warmup_{other}", f"decay_{other}"):
+            if getattr(self, name) not in (0, type(self).model_fields[name].default):  # a saved run has the defaults
+                raise ValueError(
+                    f'schedule.{name} = {getattr(self, name)} is not read with schedule.unit = "{self.unit}"; '
+                    f'set unit = "{other}" or use {name.replace(other, self.unit)}'
+                )
+        return self
+
+
+class TrainingSettings(Section):
+    steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
+    batch_ramp: list[tuple[int, int]] = Field(
+        [], description="[step, packs] pairs: packs_per_step holds until the first, then each from its step on"
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="of weights in the forward pass; sums and masters stay fp32; fp16 scales the loss"
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what the backward pass computes again: nothing; all but products and attention; all"
+    )
+    sequence_parallel_ranks: int = Field(
+        1, ge=1, description="consecutive ranks that share each pack (Ulysses), for very long documents"
+    )
+    compile: bool = Field(False, description="torch.compile each block")
+    collective_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="a collective that takes longer waits for a rank that hangs: the run fails; also how long "
+        "ranks wait for each other at the start",
+    )
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights over updates, in checkpoints; 0: off")
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of logsumexp(logits)^2 in the gradient, 1e-4 is usual; 0: off; not in the loss"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target given to all tokens alike; 0: off; validation has none"
+    )
+    deepspeed: Path | None = Field(
+        None, description="your DeepSpeed JSON, relative to the run file; none: ZeRO stage 1"
+    )
+
+    @model_validator(mode="after")
+    def _ramp_makes_sense(self) -> "TrainingSettings":
+        steps = [step for step, _ in self.batch_ramp]
+        if any(step < 1 for step in steps) or steps != sorted(set(steps)):
+            raise ValueError(f"training.batch_ramp: its steps {steps} must rise from pair to pair and be 1 at least")
+        if any(packs < 1 for _, packs in self.batch_ramp):
+            raise ValueError(f"training.batch_ramp = {self.batch_ramp}: every step needs at least 1 pack")
+        return self
+
+
+class EvaluationSettings(Section):
+    every_steps: int = Field(0, ge=0, description="0: only at the end")
+    packs: int = Field(0, ge=0, description="validation packs used while training; 0: all of them. The end uses all")
+    at_end: bool = Field(
+        True, description="score the whole split after the last step, draw a sample, write the summary"
+    )
+
+
+class CheckpointSettings(Section):
+    every_steps: int = Field(100, ge=1)
+    hours_between_failures: float = Field(
+        0.0, ge=0, description="mean of the whole job; above 0 the interval follows from it and what a save costs"
+    )
+    asynchronous: bool = Field(True, description="write while training goes on; a copy of the rank's share in memory")
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop", description="when a save fails (full disk, I/O error); the older ones stay either way"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every_steps: int = Field(0, ge=0, description="those of multiples of this stay for good; 0: none")
+    keep_hours: float = Field(0.0, ge=0, description="younger ones stay as well")
+    remote: str = Field("", description="URL of a folder in a store: copied there, the newest first and one at a time")
+
+
+class MetricsSettings(Section):
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Prometheus endpoint of each node; 0: one that follows from the run directory, else any free one",
+    )
+    host: str = Field(
+        "127.0.0.1", description="address the endpoint listens on; 0.0.0.0 lets another machine scrape it"
+    )
+    norms_every_steps: int = Field(100, ge=0, description="steps from one measured weight norm to the next; 0: never")
+    writers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="also write for these, into the run directory; wandb stays offline. Their packages are optional"
+    )
+
+
+class Settings(Section):
+    """A whole run file."""
+
+    run: RunSettings = RunSettings()
+    prepare: PrepareSettings = PrepareSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _data_suit_the_model(self) -> "Settings":
+        kind, sides = self.model.kind, self.data.source_pack_tokens
+        if (kind == "encoder_decoder") != (sides > 0):
+            raise ValueError(
+                f"model.kind = {kind!r} and data.source_pack_tokens = {sides} do not fit: an encoder-decoder needs a "
+                "source side in every pack, other models have none"
+            )
+        masked = any(objective.kind == "masked" for objective in self.data.objectives)
+        if (kind == "encoder") != masked:
+            raise ValueError(
+                f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by "
+                'kind = "masked", and no other model is'
+            )
+        if self.data.dropped_decoder_share and self.model.extra_heads:
+            raise ValueError(
+                "data.dropped_decoder_share leaves gaps in the targets, in which model.extra_heads would predict "
+                "others than the next ones; leave one of them out"
+            )
+        if self.data.dropped_decoder_share and self.model.positions == "relative_bias":
+            raise ValueError(
+                'data.dropped_decoder_share needs positions that know of the gaps; set model.positions = "rotary"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lanes_divide_the_step(self) -> "Settings":
+        counts = [("packs_per_step", self.training.packs_per_step)]
+        counts += [("batch_ramp: packs", packs) for _, packs in self.training.batch_ramp]
+        for name, packs in counts:
+            if packs % self.data.lanes:
+                raise ValueError(
+                    f"training.{name} = {packs} is not a multiple of "
+                    f"data.lanes = {self.data.lanes}; a step takes the same number of packs from every lane"
+                )
+        ramp = self.schedule.warmup_steps + self.schedule.decay_steps
+        if self.schedule.unit == "steps" and ramp > self.training.steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds "
+                f"training.steps = {self.training.steps}; shorten them or train longer"
+            )
+        tokens = positions_before(self.training.steps, self)
+        ramp = self.schedule.warmup_tokens + self.schedule.decay_tokens
+        if self.schedule.unit == "tokens" and ramp > tokens:
+            raise ValueError(
+                f"schedule.warmup_tokens + schedule.decay_tokens = {ramp:,} exceeds the {tokens:,} positions of "
+                f"training.steps = {self.training.steps}; shorten them or train longer"
+            )
+        return self
+
+
+def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a run file. `overrides` are `section.key=value` texts, values in TOML syntax (bare words are strings).
+
+    Raises `UserError` naming the file, the setting, its value and the remedy.
+    """
+    path = Path(path)
+    table = read_table(path, overrides)
+    return _resolve_deepspeed_path(settings_from_table(table, path), path)
+
+
+def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
+    """Validate plain values read from `origin`. Raises `UserError`, one line per complaint."""
+    try:
+        return Settings.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error, Settings)}") from None
+
+
+def packs_at(step: int, packs_per_step: int, batch_ramp: Sequence[tuple[int, int]]) -> int:
+    """Packs in a data step (counted from 0), over all ranks: those of the last pair of the ramp that has begun."""
+    return next((packs for start, packs in reversed(batch_ramp) if start <= step), packs_per_step)
+
+
+def positions_before(step: int, settings: Settings) -> int:
+    """Positions in the steps before `step`, padding included."""
+    training, steps, packs = settings.training, 0, 0
+    for start, _ in [*training.batch_ramp, (step, 0)]:
+        end = min(start, step)
+        packs += (end - steps) * packs_at(steps, training.packs_per_step, training.batch_ramp)
+        steps = end
+    return packs * settings.data.pack_tokens
+
+
+def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:
+    """Micro-batches in a step, the same on every rank: each takes ceil(packs / ranks), the last ones fewer or none."""
+    packs_per_rank = -(-packs_per_step // world_size)
+    return -(-packs_per_rank // packs_per_micro_batch)
+
+
+def to_toml_table(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values (paths as strings, unset ones left out), ready to write or to compare."""
+    return settings.model_dump(mode="json", exclude_none=True)
+
+
+def _resolve_deepspeed_path(settings: Settings, run_file: Path) -> Settings:
+    given = settings.training.deepspeed
+    if given is None or given.is_absolute():
+        return settings
+    training = settings.training.model_copy(update={"deepspeed": (run_file.parent / given).resolve()})
+    return settings.model_copy(update={"training": training})

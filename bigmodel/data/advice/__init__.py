@@ -1,0 +1,1 @@
+"""Suggestions of `show data`: settings that would suit the data better."""

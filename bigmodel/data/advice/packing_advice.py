@@ -1,0 +1,160 @@
+"""Planned: what settings make of prepared data, and which would suit it better.
+
+Takes a store's lengths and the settings of the data. Gives how full the packs are, measured on packs that the order
+itself plans, and a suggestion for each setting that depends on the lengths, with the number that speaks for it.
+
+Costs: planning some thousand packs for each of a dozen settings: seconds, and a pass over all lengths each.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmodel.config.settings import DataSettings
+from bigmodel.data.load.stream import is_document_limited
+from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.shuffle import Lengths, has_pairs
+from bigmodel.data.store.manifest import Manifest
+
+MEASURED_WINDOWS, MEASURED_PACKS = 3, 1000  # the more of the two
+SEED = 1
+CONTEXTS = tuple(2**exponent for exponent in range(7, 14))  # 128 to 8,192
+PACK_CONTEXTS = (1, 2, 4, 8)
+WINDOWS = (50, 100, 200, 500, 1000, 2000)
+WHOLE_SHARE = 0.9  # of the tokens in documents that are not split: what a suggested context gives
+FILLED_SHARE = 0.99  # of the positions of a pack: what a suggested pack gives
+SPARE_SHARE = 0.001  # of the positions: what a smaller window may lose
+SHARDS_A_LANE = 4
+LARGEST_SHARD_TOKENS = 32_000_000
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packs as planned."""
+
+    num_packs: int
+    filled: float  # share of their positions
+    documents: float  # a pack, pieces of long ones counted each
+    document_limited: float  # share of the packs that data.pack_documents closed
+    source_filled: float  # share of the positions on the source side; 0 where there is none
+    positions: dict[str, float]  # of the documents of each source, a pack; of pairs, those of their source texts
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    setting: str
+    now: int
+    suggested: int
+    reason: str
+
+
+def measure_packing(store: Lengths, data: DataSettings) -> Packed:
+    """Plan packs as training does and look at them; caps on epochs do not apply, for they would end the packs."""
+    order = Order(store, data.model_copy(update={"max_epochs": {}}), data.lanes, SEED)
+    wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.window_packs)
+    packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
+    positions = sum(fragment.positions for pack in packs for fragment in pack)
+    of_sources = sum(fragment.source_positions for pack in packs for fragment in pack)
+    return Packed(
+        len(packs),
+        positions / (len(packs) * data.pack_tokens),
+        sum(map(len, packs)) / len(packs),
+        sum(is_document_limited(pack, data) for pack in packs) / len(packs),
+        of_sources / (len(packs) * data.source_pack_tokens) if data.source_pack_tokens else 0.0,
+        {name: given.positions / len(packs) for name, given in order.progress().items()},
+    )
+
+
+def whole_share(positions: np.ndarray, context_tokens: int) -> float:
+    """Share of all positions that lie in documents of at most `context_tokens`."""
+    return float(positions[positions <= context_tokens].sum() / max(1, positions.sum()))
+
+
+def all_positions(store: Lengths) -> np.ndarray:
+    """Of every document, as it lies in packs of one side: of a pair, those of both texts."""
+    positions = []
+    for source in store.sources:
+        for shard in range(len(store.shard_sizes(source))):
+            positions.append(num_positions(store.lengths(source, shard)))
+            if has_pairs(store, source):
+                positions[-1] += num_positions(store.target_lengths(source, shard))  # type: ignore[attr-defined]
+    return np.concatenate(positions)
+
+
+def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Suggestion]:
+    """One for each setting, also where it is as suggested; later ones assume the earlier ones."""
+    positions = all_positions(store)
+    context = suggest_context(positions, data)
+    settings = data.model_copy(update={"context_tokens": context.suggested})
+    pack = _suggest_pack(store, settings)
+    settings = _with_packs_of(settings, pack.suggested)
+    return [context, pack, suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
+
+
+def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
+    shares = {context: whole_share(positions, context) for context in CONTEXTS}
+    suggested = next((context for context, share in shares.items() if share >= WHOLE_SHARE), CONTEXTS[-1])
+    now = whole_share(positions, data.context_tokens)
+    reason = f"{shares[suggested]:.1%} of the tokens are in documents that are not split, now {now:.1%}"
+    if shares[suggested] < WHOLE_SHARE:
+        reason += f"; {CONTEXTS[-1]:,} is the longest that is suggested"
+    return Suggestion("data.context_tokens", data.context_tokens, suggested, reason)
+
+
+def _suggest_pack(store: Lengths, data: DataSettings) -> Suggestion:
+    """`data` has the suggested context; its pack is what is set now."""
+    filled = {
+        size: measure_packing(store, _with_packs_of(data, size)).filled
+        for size in (data.context_tokens * number for number in PACK_CONTEXTS)
+    }
+    suggested = _first(filled, FILLED_SHARE)
+    reason = f"{filled[suggested]:.2%} of the positions filled, with that context"
+    return Suggestion("data.pack_tokens", data.pack_tokens, suggested, reason)
+
+
+def _with_packs_of(data: DataSettings, pack_tokens: int) -> DataSettings:
+    """The same with other packs, and with the documents that these may hold by default where that is more."""
+    automatic = DataSettings(context_tokens=data.context_tokens, pack_tokens=pack_tokens).pack_documents
+    changes = {"pack_tokens": pack_tokens, "pack_documents": max(data.pack_documents, automatic)}
+    return data.model_copy(update=changes)
+
+
+def suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
+    filled = {}
+    for number in WINDOWS:
+        packed = measure_packing(store, data.model_copy(update={"window_packs": number}))
+        filled[number] = min(packed.filled, packed.source_filled) if data.source_pack_tokens else packed.filled
+    suggested = _first(filled, max(filled.values()) - SPARE_SHARE)
+    reason = f"{filled[suggested]:.2%} filled, {WINDOWS[-1]:,} packs fill {filled[WINDOWS[-1]]:.2%}"
+    return Suggestion("data.window_packs", data.window_packs, suggested, reason)
+
+
+def _first(filled: dict[int, float], enough: float) -> int:
+    """The smallest that fills enough, else the one that fills most."""
+    return next((key for key, share in filled.items() if share >= enough), max(filled, key=lambda key: filled[key]))
+
+
+def suggest_shard(manifest: Manifest, lanes: int) -> Suggestion:
+    tokens = {source: manifest.counts[source]["train"]["tokens"] for source in manifest.sources}
+    source = min(tokens, key=lambda name: tokens[name])
+    suggested = min(LARGEST_SHARD_TOKENS, max(1000, _round_down(tokens[source] // (SHARDS_A_LANE * lanes))))
+    reason = (
+        f"the smallest source, {source}, has {tokens[source]:,} tokens: at least {SHARDS_A_LANE} shards for each of "
+        f"{lanes} lanes"
+        if suggested < LARGEST_SHARD_TOKENS
+        else "every lane has shards enough, and a shard is read and fetched whole"
+    )
+    return Suggestion("prepare.shard_tokens", int(manifest.recipe.get("shard_tokens", 0)), suggested, reason)
+
+
+def _round_down(number: int) -> int:
+    """To one digit and zeros."""
+    scale = 10 ** (len(str(max(1, number))) - 1)
+    return number // scale * scale
+
+
+def mix_shares(tokens: dict[str, int], mix: dict[str, float]) -> dict[str, float]:
+    """Share of the tokens trained on that comes from each source."""
+    weights = {source: mix.get(source, 0.0) if mix else float(tokens[source]) for source in tokens}
+    return {source: weight / sum(weights.values()) for source, weight in weights.items()}

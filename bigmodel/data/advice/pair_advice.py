@@ -1,0 +1,130 @@
+"""Sides: how the budgets of packs with a source and a target side suit the data.
+
+Takes a store's lengths and the settings. Gives how many pairs are cut, and suggested contexts and budgets: a ratio of
+the two that does not fit the data leaves one side of every pack empty by as much.
+
+Costs: a pass over all lengths, and planning some thousand packs for each budget tried.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.data.advice.packing_advice import (
+    CONTEXTS,
+    FILLED_SHARE,
+    PACK_CONTEXTS,
+    SEED,
+    WHOLE_SHARE,
+    Suggestion,
+    measure_packing,
+    suggest_window,
+    whole_share,
+)
+from bigmodel.data.load.stream import all_fragments
+from bigmodel.data.objectives.examples import Examples, objectives_of
+from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.plan.shuffle import Lengths, has_pairs, sizes
+
+CONTEXTS_OF_SIDES = (*(2**exponent for exponent in range(4, 7)), *CONTEXTS)  # 16 to 8,192
+BUDGETS_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class CutPairs:
+    """Pairs that are longer than a pack allows, of all."""
+
+    num_pairs: int
+    sources: int  # of which the source text loses its end
+    targets: int
+
+
+def pair_positions(store: Lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of all source and target texts of pairs, each with its end."""
+    places = [
+        (name, shard)
+        for name in store.sources
+        if has_pairs(store, name)
+        for shard in range(len(store.shard_sizes(name)))
+    ]
+    sources = [num_positions(store.lengths(*place)) for place in places]
+    targets = [num_positions(store.target_lengths(*place)) for place in places]  # type: ignore[attr-defined]
+    nothing = [np.zeros(0, np.int64)]
+    return np.concatenate(sources + nothing), np.concatenate(targets + nothing)
+
+
+def count_cut(store: Lengths, data: DataSettings) -> CutPairs:
+    sources, targets = pair_positions(store)
+    columns = Examples(data, SEED).measure_pairs(sources, targets)
+    kept = columns[:, 2]
+    read = columns[:, 3] if data.source_pack_tokens else columns[:, 1] - columns[:, 2]
+    if data.fixed_target_tokens or data.dropped_decoder_share:  # a target is shorter there without being cut
+        kept = np.minimum(targets, data.fixed_target_tokens or data.context_tokens)
+    return CutPairs(len(sources), int((read < sources).sum()), int((kept < targets).sum()))
+
+
+def suggest_sides(store: Lengths, data: DataSettings) -> list[Suggestion]:
+    """Budgets and window for the contexts as they are set; and, of pairs, contexts that cut few of them."""
+    sources, targets = pair_positions(store)
+    settings, suggestions = suggest_budgets(store, data)
+    suggestions.append(suggest_window(store, settings))
+    if len(sources):
+        suggestions += [
+            _suggest_context("data.context_tokens", targets, data.context_tokens),
+            _suggest_context("data.source_context_tokens", sources, data.longest_source),
+        ]
+    return suggestions
+
+
+def _suggest_context(setting: str, positions: np.ndarray, now: int) -> Suggestion:
+    shares = {context: whole_share(positions, context) for context in CONTEXTS_OF_SIDES}
+    suggested = next((context for context, share in shares.items() if share >= WHOLE_SHARE), CONTEXTS_OF_SIDES[-1])
+    reason = f"{shares[suggested]:.1%} of the tokens in texts that are not cut, now {whole_share(positions, now):.1%}"
+    return Suggestion(setting, now, suggested, reason)
+
+
+def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, list[Suggestion]]:
+    """The smallest packs that fill on both sides, with one budget in proportion to the other.
+
+    Raises `UserError` where no document has a source side.
+    """
+    target_positions, source_positions = sizes(all_fragments(store, data, SEED, data.mix)).sum(axis=0).tolist()
+    if not source_positions:
+        kinds = ", ".join(objective.settings.kind for objective in objectives_of(data))
+        raise UserError(
+            f"data.objectives = {kinds}: none gives an encoder anything to read, and no source of the mix has pairs; "
+            'add an objective such as span_corruption, prefix or ul2, or set model.kind = "decoder" and '
+            "data.source_pack_tokens = 0"
+        )
+    ratio = source_positions / target_positions
+    smallest = max(data.context_tokens, int(data.longest_source / ratio))
+    tried: list[tuple[float, Suggestion, Suggestion, DataSettings]] = []
+    for number in PACK_CONTEXTS:
+        target = smallest * number
+        source = max(data.longest_source, -(-int(target * ratio) // BUDGETS_MULTIPLE) * BUDGETS_MULTIPLE)
+        settings = _with_budgets(data, target, source)
+        packed = measure_packing(store, settings)
+        filled = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
+        why = f"{ratio:.2f} source positions for each target position in the data"
+        suggestions = (
+            Suggestion("data.pack_tokens", data.pack_tokens, target, filled),
+            Suggestion("data.source_pack_tokens", data.source_pack_tokens, source, why),
+        )
+        tried.append((min(packed.filled, packed.source_filled), *suggestions, settings))
+        if tried[-1][0] >= FILLED_SHARE:
+            break
+    _, first, second, settings = max(tried, key=lambda one: one[0])
+    return settings, [first, second]
+
+
+def _with_budgets(data: DataSettings, target: int, source: int) -> DataSettings:
+    automatic = DataSettings(context_tokens=data.context_tokens, pack_tokens=target).pack_documents
+    return data.model_copy(
+        update={
+            "source_context_tokens": data.longest_source,
+            "pack_tokens": target,
+            "source_pack_tokens": source,
+            "pack_documents": max(data.pack_documents, automatic),
+        }
+    )

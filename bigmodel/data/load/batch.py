@@ -1,0 +1,371 @@
+"""Batch: what the model gets, one micro-batch as one flat run of tokens.
+
+Takes packs (lists of fragments) and a reader of documents, gives a `Batch` of tensors. Guarantees static shapes,
+boundaries that come from the plan and never from token values, and targets that are ignored exactly at padding.
+Costs about 10 ns a token on one core. Also draws a batch, as text and as a picture.
+
+Shapes: k packs of T0 = pack_tokens positions and at most D0 = pack_documents documents make T = k * T0 positions
+and D = k * (D0 + 1) documents: one more per pack, because a pack's padding is laid out as a document of its own.
+Packs with a source side have S = k * source_pack_tokens positions more, in the same D documents.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigmodel.config.settings import DataSettings
+from bigmodel.data.objectives.examples import Document, Examples
+from bigmodel.data.objectives.objectives import IGNORED, Example, causal
+from bigmodel.data.plan.shuffle import PLAIN, Fragment, Pack
+from bigmodel.data.randomness import make_key, words
+
+Reader = Callable[[Fragment], Document]  # the stored tokens of the whole document, or pair, that a fragment is of
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch. Padding has token 0, target -100 and position 0, and lies in documents of its own.
+
+    Two packs of 8 positions and at most 2 documents, from three documents of 5, 4 and 6 stored tokens (1 opens a
+    document, 2 ends it):
+
+    >>> documents = [[1, 11, 12, 13, 2], [1, 21, 22, 2], [1, 31, 32, 33, 34, 2]]
+    >>> first, second, third = (Fragment(0, 0, row, 0, len(documents[row]) - 1, 0) for row in range(3))
+    >>> settings = DataSettings(context_tokens=8, pack_tokens=8, pack_documents=2)
+    >>> packs = [(first, second), (third,)]
+    >>> def read(fragment):
+    ...     return np.array(documents[fragment.row])
+    >>> batch = build_batch(packs, read, settings, make_keys(1, 0, [0, 1], 8))
+    >>> batch.tokens.tolist()
+    [1, 11, 12, 13, 1, 21, 22, 0, 1, 31, 32, 33, 34, 0, 0, 0]
+    >>> batch.targets.tolist()
+    [11, 12, 13, 2, 21, 22, 2, -100, 31, 32, 33, 34, 2, -100, -100, -100]
+    >>> batch.positions.tolist()
+    [0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 0]
+    >>> batch.offsets.tolist()  # 4, 3, 1 of padding; 5, 3 of padding; one more that is empty
+    [0, 4, 7, 8, 13, 16, 16]
+    >>> batch.num_positions, batch.num_targets, batch.num_documents
+    (12, 12, 3)
+
+    A pack with a source side, of 8 target and 6 source positions. Two pairs: source texts 11 12 13 and 21, target
+    texts 31 32 and 41 42 43. Each source is read with its end, each target begins with the start token:
+
+    >>> from bigmodel.data.objectives.examples import Examples, Pair
+    >>> pairs = [([1, 11, 12, 13, 2], [1, 31, 32, 2]), ([1, 21, 2], [1, 41, 42, 43, 2])]
+    >>> def read(fragment):
+    ...     return Pair(*map(np.array, pairs[fragment.row]))
+    >>> settings = DataSettings(context_tokens=8, pack_tokens=8, pack_documents=2, source_pack_tokens=6)
+    >>> first, second = Fragment(0, 0, 0, 0, 4, 0, 1, 3, 3, 4), Fragment(0, 0, 1, 0, 2, 0, 1, 4, 4, 2)
+    >>> keys, source_keys = make_keys(1, 0, [0], 8), make_keys(1, 0, [0], 6, "source positions")
+    >>> batch = build_batch([(first, second)], read, settings, keys, Examples(settings, seed=1), source_keys)
+    >>> batch.tokens.tolist(), batch.targets.tolist()
+    ([1, 31, 32, 1, 41, 42, 43, 0], [31, 32, 2, 41, 42, 43, 2, -100])
+    >>> batch.offsets.tolist()  # 3, 4, 1 of padding
+    [0, 3, 7, 8]
+    >>> batch.source.tokens.tolist(), batch.source.offsets.tolist()  # 4, 2, no padding
+    ([11, 12, 13, 2, 21, 2], [0, 4, 6, 6])
+    """
+
+    tokens: Tensor  # (T,) int64
+    targets: Tensor  # (T,) int64: what is asked for at this position; IGNORED at padding and where nothing is
+    positions: Tensor  # (T,) int64: from 0 in every document
+    offsets: Tensor  # (D+1,) int32: document i is [offsets[i], offsets[i+1]); the first is 0, the last T
+    keys: Tensor  # (T,) int64: a random word for each position, the same at every world size
+    num_positions: int  # without padding
+    num_targets: int
+    num_documents: int  # without padding; a piece of a long document counts as one
+    prefixes: Tensor | None = None  # (D,) int32: so many first positions of a document are seen by all of it
+    source: "SourceSide | None" = None  # what the encoder reads
+    parts: Tensor | None = None  # (T,) int64: the part of the loss, 0 to num_parts - 1, that a position counts in
+    num_parts: int = 1
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """This batch with its tensors on a device."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors_of(self).items()}
+        return replace(self, **moved, source=self.source.to(device) if self.source else None)
+
+    def pinned(self) -> "Batch":
+        """This batch in page-locked memory: `to` a GPU then returns at once and copies while others compute."""
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors_of(self).items()}
+        return replace(self, **pinned, source=self.source.pinned() if self.source else None)
+
+    def fingerprint(self) -> str:
+        """sha256 over the tensors' names, types, shapes and bytes."""
+        digest = hashlib.sha256()
+        for side in (self, self.source) if self.source else (self,):
+            for name, tensor in tensors_of(side).items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class SourceSide:
+    """The source side of a micro-batch: the same documents in the same order. Padding has token 0, position 0."""
+
+    tokens: Tensor  # (S,) int64
+    positions: Tensor  # (S,) int64: from 0 in every document
+    offsets: Tensor  # (D+1,) int32
+    keys: Tensor  # (S,) int64
+    num_positions: int  # without padding
+
+    def to(self, device: torch.device | str) -> "SourceSide":
+        """This side with its tensors on a device."""
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors_of(self).items()}
+        )
+
+    def pinned(self) -> "SourceSide":
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors_of(self).items()})
+
+
+def tensors_of(side: Batch | SourceSide) -> dict[str, Tensor]:
+    return {field.name: value for field in fields(side) if isinstance(value := getattr(side, field.name), Tensor)}
+
+
+def make_keys(seed: int, step: int, numbers: Sequence[int], tokens: int, side: str = "positions") -> np.ndarray:
+    """Random words for the positions of the packs of these numbers, `tokens` each, in a data step: (T,) int64.
+
+    The number is the pack's own, whatever rank and micro-batch it is computed in. Sides have words of their own.
+    """
+    keys = [words(make_key(side, seed, step, number), tokens) for number in numbers]
+    return np.concatenate(keys).view(np.int64)
+
+
+def build_batch(
+    packs: Sequence[Pack],
+    read: Reader,
+    settings: DataSettings,
+    keys: np.ndarray,
+    examples: Examples | None = None,
+    source_keys: np.ndarray | None = None,
+    part_of: Callable[[Fragment], int] | None = None,
+    num_parts: int = 1,
+) -> Batch:
+    """Lay packs end to end, each at its multiple of pack_tokens. An empty pack is all padding.
+
+    `keys`: (T,) int64, from `make_keys`; `source_keys`: (S,) where there is a source side. `examples` is needed where
+    documents are more than plain text in causal order. `part_of`: the part of the loss that a fragment counts in.
+    Raises what `read` raises.
+    """
+    target_side = _Side(len(packs), settings.pack_tokens)
+    source_side = _Side(len(packs), settings.source_pack_tokens)
+    targets_T = np.full(len(target_side.tokens), IGNORED, dtype=np.int64)
+    parts_T = np.zeros(len(target_side.tokens) if part_of else 0, dtype=np.int64)
+    prefixes: list[int] = []
+    is_one_sided = not source_side.size
+    num_positions = num_targets = 0
+    for number, pack in enumerate(packs):
+        assert len(pack) <= settings.pack_documents, (
+            f"a pack of {len(pack)} documents; pack_documents = {settings.pack_documents}"
+        )
+        for fragment in pack:
+            if fragment.objective == PLAIN:
+                document = read(fragment)
+                assert isinstance(document, np.ndarray), f"{fragment} is planned as plain text, and is a pair"
+                tokens, targets = causal(document, fragment.start, fragment.length)
+                place = target_side.add(tokens, number)
+                targets_T[place] = targets
+                num_positions += fragment.length
+                num_targets += fragment.length
+                prefix = 0
+            else:
+                example = _example(fragment, read, examples)
+                place = target_side.add(example.tokens, number, example.places)
+                targets_T[place] = example.targets
+                num_positions += fragment.planned_positions
+                num_targets += fragment.planned_targets
+                prefix = _prefix(example) if is_one_sided and settings.bidirectional_prefix else 0
+                if not is_one_sided:
+                    source_side.add(example.source, number)
+            prefixes.append(prefix)
+            if part_of:
+                parts_T[place] = part_of(fragment)
+        has_padding = [side.pad(number) for side in (target_side, source_side)]
+        if any(has_padding):
+            target_side.ends.append(target_side.place)
+            source_side.ends.append(source_side.place)
+            prefixes.append(0)
+    if is_one_sided:
+        source_side.ends = target_side.ends
+    num_documents = len(packs) * (settings.pack_documents + 1)
+    found = int(np.count_nonzero(targets_T != IGNORED))
+    assert keys.shape == target_side.tokens.shape, f"{keys.shape[0]} keys for {len(target_side.tokens)} positions"
+    assert found == num_targets, f"{found} targets where {num_targets} were planned: one is ignored outside the padding"
+    assert len(source_side.ends) == len(target_side.ends), "the sides hold other documents"
+    source = None
+    if not is_one_sided:
+        assert source_keys is not None, "no keys for the source side"
+        assert source_keys.shape == source_side.tokens.shape, f"{len(source_keys)} keys for the source side"
+        source = SourceSide(
+            tokens=torch.from_numpy(source_side.tokens),
+            positions=torch.from_numpy(source_side.positions),
+            offsets=torch.from_numpy(source_side.offsets(num_documents)),
+            keys=torch.from_numpy(source_keys),
+            num_positions=sum(fragment.source_positions for pack in packs for fragment in pack),
+        )
+    return Batch(
+        tokens=torch.from_numpy(target_side.tokens),
+        targets=torch.from_numpy(targets_T),
+        positions=torch.from_numpy(target_side.positions),
+        offsets=torch.from_numpy(target_side.offsets(num_documents)),
+        keys=torch.from_numpy(keys),
+        num_positions=num_positions,
+        num_targets=num_targets,
+        num_documents=sum(len(pack) for pack in packs),
+        prefixes=_padded(prefixes, num_documents) if any(prefixes) else None,
+        source=source,
+        parts=torch.from_numpy(parts_T) if part_of else None,
+        num_parts=num_parts,
+    )
+
+
+class _Side:
+    """One side of a micro-batch while it is laid out."""
+
+    def __init__(self, num_packs: int, size: int) -> None:
+        self.size, self.place, self.ends = size, 0, [0]
+        self.tokens = np.zeros(num_packs * size, dtype=np.int64)
+        self.positions = np.zeros_like(self.tokens)
+        self._count = np.arange(size)
+
+    def add(self, tokens: np.ndarray, pack: int, places: np.ndarray | None = None) -> slice:
+        """Lay a document behind the others of its pack."""
+        length = len(tokens)
+        end = self.place + length
+        assert end <= (pack + 1) * self.size, f"a pack of more than pack_tokens = {self.size} positions on a side"
+        taken = slice(self.place, end)
+        self.tokens[taken] = tokens
+        self.positions[taken] = self._count[:length] if places is None else places
+        self.place = end
+        self.ends.append(end)
+        return taken
+
+    def pad(self, pack: int) -> bool:
+        """Go to the end of this pack; whether there was room left."""
+        begun, self.place = self.place, (pack + 1) * self.size
+        return begun < self.place
+
+    def offsets(self, num_documents: int) -> np.ndarray:
+        """(D+1,) int32; documents that are not there are empty and last."""
+        offsets = np.full(num_documents + 1, len(self.tokens), dtype=np.int32)
+        offsets[: len(self.ends)] = self.ends
+        return offsets
+
+
+def _example(fragment: Fragment, read: Reader, examples: Examples | None) -> Example:
+    assert examples, f"{fragment} has an objective; give build_batch the run's examples"
+    example = examples.make(fragment, read(fragment))
+    assert (len(example.tokens), len(example.source)) == (fragment.positions, fragment.source_positions), (
+        f"{fragment} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
+    )
+    return example
+
+
+def _prefix(example: Example) -> int:
+    """Positions that are read before the first that is asked for, and that one's own: a source laid before targets."""
+    if len(example.targets) and example.targets[0] != IGNORED:
+        return 0
+    return int((example.targets != IGNORED).argmax()) + 1
+
+
+def _padded(values: list[int], count: int) -> Tensor:
+    return torch.tensor([*values, *[0] * (count - len(values))], dtype=torch.int32)
+
+
+def exchange_sources(batch: Batch) -> Batch:
+    """Each document with the source of the next one, the last with the first's: what a model makes of wrong sources."""
+    assert batch.source, "the batch has no source side"
+    edges = list(pairwise(batch.source.offsets.tolist()))
+    real = [number for number, is_real in enumerate(real_documents(batch)) if is_real]
+    sources = dict(zip(real, [*real[1:], *real[:1]], strict=True))
+    order = [sources.get(number, number) for number in range(len(edges))]
+    rows = torch.cat([torch.arange(*edges[number]) for number in order])
+    lengths = torch.tensor([edges[number][1] - edges[number][0] for number in order])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    moved = {name: tensor[rows] for name, tensor in tensors_of(batch.source).items() if name != "offsets"}
+    return replace(batch, source=replace(batch.source, **moved, offsets=offsets))
+
+
+def real_documents(batch: Batch) -> list[bool]:
+    """Of each document whether something is asked for in it: padding is a document in which nothing is."""
+    asked = torch.nn.functional.pad((batch.targets != IGNORED).cumsum(0), (1, 0))
+    return (asked[batch.offsets.long()].diff() > 0).tolist()
+
+
+def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
+    """A text picture, a line per pack and side: a letter per document, dots for padding; a table too where it is short.
+
+    A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52; a
+    document has the same one on both sides.
+    """
+    sides: list[tuple[str, Batch | SourceSide, tuple[str, ...]]] = [("pack", batch, ("tokens", "targets", "positions"))]
+    if batch.source:
+        sides.insert(0, ("source", batch.source, ("tokens", "positions")))
+    lines, padding = [], 0
+    for number in range(num_packs):
+        for name, side, columns in sides:
+            letters = _letters(batch, side, num_packs)
+            size = len(letters) // num_packs
+            first, cells = number * size, min(width, size)
+            picture = "".join(letters[first + cell * size // cells] for cell in range(cells))
+            lines.append(f"{name} {number:>{8 - len(name)}}|{picture}|")
+            padding += letters[first : first + size].count(".")
+            for column in columns if size * 5 <= width else ():
+                row = getattr(side, column)[first : first + size].tolist()
+                lines.append(f"{column:>9}" + "".join(f"{value:5}" for value in row))
+    positions = batch.num_positions + (batch.source.num_positions if batch.source else 0)
+    lines.append(f"{batch.num_documents} documents, {positions} positions, {padding} of padding (.)")
+    return lines
+
+
+def draw_png(batch: Batch, visible_TK: np.ndarray, path: Path, num_packs: int = 1) -> None:
+    """Write a picture: the documents as coloured stretches above who sees whom; with a source side, its documents.
+
+    `visible_TK`: (T, T) bool, or (T, S) with a source side: row = query, column = key; from `bigmodel.kernels.mask`,
+    where the attention rule lives.
+    """
+    from matplotlib.figure import Figure
+
+    keys = batch.source or batch
+    num_tokens, num_keys = len(batch.tokens), len(keys.tokens)
+    assert visible_TK.shape == (num_tokens, num_keys), f"visible is {visible_TK.shape} for {num_tokens} x {num_keys}"
+    documents_K, is_real = _documents(keys), np.array(real_documents(batch))
+    shown_K = np.ma.masked_where(~is_real[documents_K], documents_K % 10)
+    shown_TK = np.ma.masked_where(~np.asarray(visible_TK, dtype=bool), np.tile(shown_K[:, None], num_tokens).T)
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    strip, square = figure.subplots(2, 1, height_ratios=(1, 12), sharex=True)
+    look = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
+    strip.imshow(shown_K[None, :], **look)
+    strip.set(yticks=[], title=f"{batch.num_documents} documents, {keys.num_positions} of {num_keys} positions")
+    square.imshow(shown_TK, **look)
+    square.set(xlabel="source position" if batch.source else "key position", ylabel="query position")
+    for number in range(num_packs + 1):
+        square.axvline(number * (num_keys // num_packs) - 0.5, color="grey", linewidth=0.5)
+        square.axhline(number * (num_tokens // num_packs) - 0.5, color="grey", linewidth=0.5)
+    figure.savefig(path, dpi=150)
+
+
+def _documents(side: Batch | SourceSide) -> np.ndarray:
+    """The number of the document, padding's included, at every position: (T,)."""
+    lengths = np.diff(side.offsets.cpu().numpy())
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str]:
+    """A letter for the document at every position of a side, from A in every pack; a dot at padding."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    documents = _documents(side)
+    is_real = np.array(real_documents(batch))[documents]
+    size = len(documents) // num_packs
+    firsts = np.searchsorted(batch.offsets.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))
+    return [
+        alphabet[(number - firsts[place // size]) % len(alphabet)] if real else "."
+        for place, (number, real) in enumerate(zip(documents.tolist(), is_real.tolist(), strict=True))
+    ]

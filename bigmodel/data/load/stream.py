@@ -1,0 +1,420 @@
+"""Stream: the steps that one rank trains on, read ahead by a background thread.
+
+Takes an order of this node's lanes, a store and this rank's place in the world; gives `Step`s, each with the
+position that continues after it. Guarantees: every rank has the same number of micro-batches of the same shape; the
+counts of a step are those of all ranks: from the plan alone where one node plans all lanes, else added up over the
+nodes by the thread, ahead of the step that needs them; an error of the thread is raised where the steps are taken,
+never swallowed as an early end; a step that does not come in data.stall_seconds is an error that names what is being
+read. Also deals out validation documents, each exactly once.
+Costs: a thread, and data.workers that read ahead; `ahead` + 1 steps of this rank's batches in memory; the plan of a
+window, by which steps are planned ahead of the one that is built.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, overload
+
+import numpy as np
+
+from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
+from bigmodel.data.load.batch import Batch, Reader, build_batch, make_keys
+from bigmodel.data.load.readahead import ReadAhead
+from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
+from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.plan.attention_work import Work, count_work
+from bigmodel.data.plan.order import Order, Position
+from bigmodel.data.plan.packing import best_fit_decreasing, pack_two_sides
+from bigmodel.data.plan.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
+from bigmodel.data.plan.shuffle import (
+    PLAIN,
+    Block,
+    Fragment,
+    Lengths,
+    Pack,
+    fragment_table,
+    has_pairs,
+    make_block,
+    sizes,
+)
+
+VALIDATION_SEED = 0  # validation is the same whatever run.seed
+NO_PACK = -1  # the number of an empty pack
+CLOSE_SECONDS = 5.0  # how long close() waits for a read that is under way; the thread is a daemon
+
+
+class Documents(Lengths, Protocol):
+    """What reading needs of a store: see `ShardStore`."""
+
+    def document(self, source: str, shard: int, row: int) -> Document: ...
+
+
+class Nodes(Protocol):
+    """How nodes tell each other what their packs hold: see `bigmodel.distributed.world.NodeSums`."""
+
+    def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]: ...
+
+    def fail(self, step: int, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One data step as one rank sees it. All counts are over all ranks."""
+
+    number: int  # data step, from 0
+    packs: list[Pack]  # of this rank's node, in canonical order
+    micro_batches: list[Batch]  # this rank's
+    num_targets: int  # the divisor of the loss
+    targets_by_part: list[int]  # the same by objective and source: see `Stream.parts`
+    num_positions: int
+    num_documents: int  # a piece of a long document counts as one
+    num_padding: int  # positions without a document, those of empty packs included
+    num_document_limited: int  # packs with room left that are full by data.pack_documents
+    work: Work  # what attention has to look at
+    imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
+    imbalance_undealt: float  # what it would be in canonical order
+    position: Position  # after this step: its cursor, of all nodes, belongs into the checkpoint of this step
+
+
+def reader(store: Documents) -> Reader:
+    """Reads the document, or pair, that a fragment is of."""
+    return lambda fragment: store.document(store.sources[fragment.source], fragment.shard, fragment.row)
+
+
+class Builder:
+    """Makes the batches of a run from planned packs."""
+
+    def __init__(self, store: Documents, data: DataSettings, seed: int, read: Reader | None = None) -> None:
+        """`read`: None reads from the store."""
+        vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
+        self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
+        self._data, self._seed, examples = data, seed, self._examples
+        numbered = []  # the parts of the loss, by number of the objective and of the source
+        for source, name in enumerate(store.sources):
+            numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
+            numbered += [(number, source, (examples.names[number], name)) for number in numbers]
+        self.parts = list(dict.fromkeys(part for _, _, part in numbered))  # (objective, source)
+        self._places = {(number, source): self.parts.index(part) for number, source, part in numbered}
+        self._places |= {(PLAIN, source): place for (number, source), place in self._places.items() if number == 0}
+
+    def build(self, packs: Sequence[Pack], step: int, numbers: Sequence[int]) -> Batch:
+        """The micro-batch of these packs, whose numbers in the data step are given; an empty one is all padding."""
+        data = self._data
+        source_keys = None
+        if data.source_pack_tokens:
+            source_keys = make_keys(self._seed, step, numbers, data.source_pack_tokens, "source positions")
+        keys = make_keys(self._seed, step, numbers, data.pack_tokens)
+        several = len(self.parts) > 1
+        return build_batch(
+            packs,
+            self._read,
+            data,
+            keys,
+            self._examples,
+            source_keys,
+            self.part_of if several else None,
+            len(self.parts),
+        )
+
+    def part_of(self, fragment: Fragment) -> int:
+        """The part of the loss, by its place in `parts`: (objective, source)."""
+        return self._places[fragment.objective, fragment.source]
+
+    def targets_by_part(self, packs: Sequence[Pack]) -> list[int]:
+        counts = [0] * len(self.parts)
+        for pack in packs:
+            for fragment in pack:
+                counts[self.part_of(fragment)] += fragment.targets
+        return counts
+
+
+class Stream:
+    """Iterates over the steps of one rank, from the order's position on. From then on the order is the stream's."""
+
+    def __init__(
+        self,
+        store: Documents,
+        order: Order,
+        data: DataSettings,
+        packs_per_micro_batch: int,
+        place: Place,
+        seed: int,
+        nodes: Nodes | None = None,
+        ahead: int = 2,
+        pin: bool = False,
+    ) -> None:
+        """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
+
+        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more. `pin`:
+        batches lie in memory from which a GPU copies while it computes.
+        """
+        assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
+        assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
+        self.wait_seconds = 0.0  # how long the last step was waited for
+        self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
+        self.parts = self._builder.parts  # (objective, source), in the order of a step's parts
+        self._sources = store.sources
+        self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
+        self._pin = pin
+        self._planned: deque[_Planned | BaseException] = deque()
+        self._read_ahead = ReadAhead(store, data.workers)
+        self._making = order.step
+        self._reading: tuple[str, int, int] | None = None  # what the thread is at, for the message of a stall
+        self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
+        self._closed = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="bigmodel-data", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        """The next step. Raises what the thread raised, again on every further call; the stream has no end.
+
+        Raises `UserError` where no step comes in data.stall_seconds.
+        """
+        began = time.perf_counter()
+        while self._failure is None:
+            if self._closed.is_set():
+                raise RuntimeError("the data stream is closed; make a new one to go on")
+            try:
+                item = self._ready.get(timeout=0.1)
+            except queue.Empty:
+                if not (self._closed.is_set() or self._thread.is_alive()) and self._ready.empty():
+                    raise RuntimeError("the data thread ended without a word; a bug: please report it") from None
+                if time.perf_counter() - began > self._data.stall_seconds:
+                    raise UserError(self._describe_stall()) from None
+                continue
+            if isinstance(item, Step):
+                self.wait_seconds = time.perf_counter() - began
+                return item
+            self._failure = item
+        raise self._failure
+
+    def close(self) -> None:
+        """Stop the thread. Returns within `CLOSE_SECONDS`, also while a read hangs; harmless when called twice."""
+        self._closed.set()
+        self._read_ahead.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _describe_stall(self) -> str:
+        what = "planning, or waiting for what other nodes plan"
+        if self._reading:
+            what = "reading document {2} of shard {1} of source {0!r}".format(*self._reading)
+        return (
+            f"data.stall_seconds = {self._data.stall_seconds:g}: the next batch was not ready after so long; the data "
+            f"thread is {what}; see that the disk of data.directory and data.remote answer, or wait longer"
+        )
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            try:
+                item: Step | BaseException = self._make_step()
+            except BaseException as error:  # the thread's boundary: raised again by __next__
+                item = error
+                if self._nodes and not self._closed.is_set():
+                    self._nodes.fail(self._making, str(error))
+            self._hand_over(item)
+            if not isinstance(item, Step):
+                return
+            self._making += 1
+
+    def _hand_over(self, item: "Step | BaseException") -> None:
+        while not self._closed.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _plan_step(self) -> None:
+        """Plan one more step and have what this rank reads for it read ahead. An error keeps its turn."""
+        number = self._order.step
+        try:
+            node = take_share(self._order, self._data.lanes, self._place, self._packs_per_micro_batch)
+        except BaseException as error:  # raised when the steps before are made
+            self._planned.append(error)
+            return
+        self._planned.append(_Planned(number, node, self._order.position()))
+        mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
+        self._read_ahead.expect(
+            (self._sources[piece.source], piece.shard, piece.row) for pack in mine for piece in pack
+        )
+
+    def _plan_ahead(self) -> None:
+        """Two steps for one that is made, until a window lies ahead: the first step waits for no more than itself."""
+        for _ in range(2):
+            packs = self._order.packs_at(self._order.step)
+            ended = self._planned and isinstance(self._planned[-1], BaseException)
+            if not ended and len(self._planned) <= self._data.window_packs * self._data.lanes // packs:
+                self._plan_step()
+
+    def _make_step(self) -> Step:
+        self._plan_ahead()
+        planned = self._planned.popleft()
+        if isinstance(planned, BaseException):
+            raise planned
+        number, node, data, place = planned.number, planned.node, self._data, self._place
+        work, num_rounds = node.work, len(node.slots[0])
+        num_packs = place.world_size * num_rounds * self._packs_per_micro_batch
+        num_places = num_packs * (data.pack_tokens + data.source_pack_tokens)
+        undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
+        filled, documents, limited, *counts = self._count(number, node)
+        work_of_step, targets = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
+        if not sum(targets):
+            raise UserError(nothing_asked(f"step {number + 1}", data))
+        return Step(
+            number=number,
+            packs=node.packs,
+            micro_batches=[self._build(number, node, slot) for slot in node.slots[place.rank_in_node]],
+            num_targets=sum(targets),
+            targets_by_part=targets,
+            num_positions=filled,
+            num_documents=documents,
+            num_padding=num_places - filled,
+            num_document_limited=limited,
+            work=work_of_step,
+            imbalance=imbalance(work, node.slots),
+            imbalance_undealt=imbalance(work, undealt),
+            position=planned.position,
+        )
+
+    def _count(self, number: int, node: "NodeShare") -> list[int]:
+        """Positions, documents, packs limited by documents, `Work`, and targets by part, over all nodes."""
+        packs = node.packs if self._nodes else node.planned
+        counts = [
+            sum(fragment.positions + fragment.source_positions for pack in packs for fragment in pack),
+            sum(len(pack) for pack in packs),
+            sum(is_document_limited(pack, self._data) for pack in packs),
+            *count_work(packs, self._data),
+            *self._builder.targets_by_part(packs),
+        ]
+        return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
+
+    def _build(self, step: int, node: "NodeShare", slot: Sequence[int]) -> Batch:
+        """A micro-batch of the packs at these places of the node's share, filled up with empty ones."""
+        empty = self._packs_per_micro_batch - len(slot)
+        numbers = [node.numbers[place] for place in slot] + [NO_PACK] * empty
+        packs = [node.packs[place] for place in slot]
+        batch = self._builder.build([*packs, *[()] * empty], step, numbers)
+        return batch.pinned() if self._pin else batch
+
+    def _read(self, piece: Fragment) -> Document:
+        self._reading = self._sources[piece.source], piece.shard, piece.row
+        document = self._read_ahead.document(*self._reading)
+        self._reading = None
+        return document
+
+
+@dataclass(frozen=True, eq=False)
+class NodeShare:
+    """What one node computes of a step."""
+
+    planned: list[Pack]  # of the order's lanes, which may be more than the node's share
+    numbers: range  # of the node's packs in the step
+    packs: list[Pack]
+    work: list[int]  # of attention, per pack
+    slots: Slots  # who computes which of them
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A step to make: its node's share, and where the order stands after it."""
+
+    number: int
+    node: NodeShare
+    position: Position
+
+
+def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:
+    """Take the next step from an order that plans `place.lanes` or more, and deal the node's share of it."""
+    num_packs = order.packs_at(order.step)
+    planned = order.next_step()
+    first = order.lanes[0] * (num_packs // num_lanes)  # the number of the first planned pack
+    numbers = place.share(num_packs)
+    packs = planned[numbers.start - first : numbers.stop - first]
+    assert len(packs) == len(numbers), f"the order plans lanes {order.lanes}, packs {numbers} are wanted"
+    num_rounds = num_micro_batches(num_packs, place.world_size, packs_per_micro_batch)
+    work = [attention_work(pack) for pack in packs]
+    return NodeShare(
+        planned, numbers, packs, work, deal_evenly(work, place.node_size, num_rounds, packs_per_micro_batch)
+    )
+
+
+def is_document_limited(pack: Pack, data: DataSettings) -> bool:
+    """Whether the pack has room left but is full by data.pack_documents."""
+    if len(pack) < data.pack_documents or sum(fragment.positions for fragment in pack) == data.pack_tokens:
+        return False
+    return not data.source_pack_tokens or sum(piece.source_positions for piece in pack) < data.source_pack_tokens
+
+
+class ValidationBatches(Sequence[Batch]):
+    """Validation packs in groups of one micro-batch each, built when asked for: deal the numbers to ranks."""
+
+    def __init__(self, packs: list[Pack], builder: Builder, packs_per_micro_batch: int) -> None:
+        self._packs, self._builder, self._size = packs, builder, packs_per_micro_batch
+
+    def __len__(self) -> int:
+        return -(-len(self._packs) // self._size)
+
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Batch]: ...
+    def __getitem__(self, number: int | slice) -> Batch | list[Batch]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        first = range(len(self))[number] * self._size
+        packs = self._packs[first : first + self._size]
+        packs += [()] * (self._size - len(packs))
+        return self._builder.build(packs, 0, range(first, first + self._size))
+
+
+def validation_batches(
+    store: Documents, data: DataSettings, packs_per_micro_batch: int, max_packs: int = 0
+) -> ValidationBatches:
+    """Every document of the store exactly once, in packs that follow from lengths and pack settings alone.
+
+    One plan over all sources (data.mix does not apply), in groups of `packs_per_micro_batch` packs, the same at every
+    world size; empty packs fill the last group. Objectives are drawn as in training, but always the same. `max_packs`
+    > 0 takes that many packs at even distances in the plan, so of all lengths. Raises `UserError` if no document has 2
+    tokens.
+    """
+    table = all_fragments(store, data, VALIDATION_SEED)
+    if not len(table):
+        raise UserError(
+            f"{data.directory}: the validation split holds no document of at least 2 tokens; "
+            "prepare again with a higher prepare.validation_share"
+        )
+    if data.source_pack_tokens:
+        budgets = data.pack_tokens, data.source_pack_tokens
+        plan = pack_two_sides(sizes(table), budgets, data.pack_documents).packs
+    else:
+        plan = best_fit_decreasing(sizes(table)[:, 0], data.pack_tokens, data.pack_documents).packs
+    if 0 < max_packs < len(plan):
+        plan = [plan[number * len(plan) // max_packs] for number in range(max_packs)]
+    packs = [tuple(Fragment(*row) for row in table[sorted(pack)].tolist()) for pack in plan]
+    return ValidationBatches(packs, Builder(store, data, VALIDATION_SEED), packs_per_micro_batch)
+
+
+def all_fragments(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
+    """A table of every fragment of a store, source by source and shard by shard, as in epoch 0; `only`: of these
+    sources, if there are any."""
+    examples = Examples(data, seed)
+    wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
+    tables = [fragment_table([], wide)]
+    for number, source in enumerate(store.sources):
+        for shard in range(len(store.shard_sizes(source)) if not only or source in only else 0):
+            positions = num_positions(store.lengths(source, shard))
+            rows = np.flatnonzero(positions)
+            documents = np.full(len(rows), shard), rows, positions[rows]
+            if wide:
+                block = make_block(store, source, 0, *documents, examples)
+            else:
+                block = Block(*documents, data.context_tokens)
+            tables.append(block.table(0, block.num_fragments, number, 0))
+    return np.concatenate(tables)

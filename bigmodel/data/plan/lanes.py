@@ -1,0 +1,86 @@
+"""Lanes: which shards of which sources each of the endless streams holds.
+
+Takes the sizes of all shards, as the manifest has them; gives each lane its shards of every source. Guarantees: a
+pure function of sizes and settings; the lanes hold about the same number of positions of each source. Opens no file.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.data.plan.mixing import stages, supply
+from bigmodel.data.plan.shuffle import Lengths, Shard, read_shards
+
+
+def mixed_shards(store: Lengths, settings: DataSettings) -> dict[str, list[Shard]]:
+    """The shards of every source that is trained on. Raises `UserError` where the settings name others."""
+    mixes: list[tuple[str, Mapping[str, float]]] = [("data.mix", settings.mix)]
+    mixes += [(f"data.curriculum[{number}].mix", stage.mix) for number, stage in enumerate(settings.curriculum)]
+    for setting, shares in [*mixes, ("data.max_epochs", settings.max_epochs)]:
+        for name in shares:
+            if name not in store.sources:
+                raise UserError(
+                    f"{setting}.{name} = {shares[name]}: no such source; the prepared data has "
+                    f"{', '.join(store.sources) or 'none'}"
+                )
+    asked = {name: (setting, shares[name]) for setting, shares in reversed(mixes) for name in shares}
+    shards = {}
+    for name in store.sources:
+        if settings.mix and name not in asked:
+            continue
+        of_source = read_shards(store, name)
+        if any(shard.positions for shard in of_source):
+            shards[name] = of_source
+        elif name in asked:
+            setting, share = asked[name]
+            raise UserError(
+                f"{setting}.{name} = {share}: the source has no document of at least 2 tokens; leave it out"
+            )
+    if not shards:
+        raise UserError(
+            f"{settings.directory}: no source holds a document of at least 2 tokens; prepare data with text in it"
+        )
+    return shards
+
+
+def deal(shards: Mapping[str, Sequence[Shard]], lanes: int) -> dict[str, list[list[Shard]]]:
+    """`deal_shards` of every source."""
+    loads = [0] * lanes
+    return {name: deal_shards(name, shards[name], loads) for name in shards}
+
+
+def deal_shards(source: str, shards: Sequence[Shard], loads: list[int]) -> list[list[Shard]]:
+    """The shards of a source for each lane: the largest first, each to the lane with the fewest of its positions.
+
+    `loads` are the positions that the lanes hold of the sources dealt before; they break ties, and are raised by
+    what is dealt. Raises `UserError` if there are fewer shards with positions than lanes.
+    """
+    lanes = len(loads)
+    filled = [shard for shard in shards if shard.positions]
+    if len(filled) < lanes:
+        raise UserError(
+            f"data.lanes = {lanes} but source {source!r} has {len(filled)} shards with text, and every lane needs one: "
+            f"lower data.lanes to {len(filled)}, or prepare again with smaller prepare.shard_tokens"
+        )
+    dealt: list[list[Shard]] = [[] for _ in range(lanes)]
+    lightest = [(0, loads[lane], lane) for lane in range(lanes)]
+    heapq.heapify(lightest)
+    for shard in sorted(filled, key=lambda shard: (-shard.positions, shard.number)):
+        held, load, lane = lightest[0]
+        dealt[lane].append(shard)
+        heapq.heapreplace(lightest, (held + shard.positions, load, lane))
+    for held, load, lane in lightest:
+        loads[lane] = load + held
+    return dealt
+
+
+def packs_in_smallest_lane(settings: DataSettings, dealt: Mapping[str, list[list[Shard]]]) -> int | None:
+    """Packs that every lane can give at least, if none were filled less than whole; None: no end."""
+    supplies = []
+    for number in range(settings.lanes):
+        positions = [sum(shard.positions for shard in lanes[number]) for lanes in dealt.values()]
+        caps = [settings.max_epochs.get(name, 0) or float("inf") for name in dealt]
+        held = [epochs * count for epochs, count in zip(caps, positions, strict=True)]
+        supplies.append(supply(stages(settings, list(dealt), positions), held))
+    least = min(supplies)
+    return None if least == float("inf") else -(-int(least) // settings.pack_tokens)

@@ -1,0 +1,129 @@
+"""Mixing: which source the next fragment of a lane comes from.
+
+Takes the lane's streams and the mix in force; gives the next fragments of the lane, always from the source that is
+furthest behind its share of tokens (of a pair: the tokens of its source text). Guarantees: a pure function of the
+cursors. A source that has given
+`data.max_epochs` is left out, and the others share what it would have had in their own proportions. The curriculum
+(`data.curriculum`) changes the mix at window edges: the first window of a lane that starts at or after a stage's
+share of `from_tokens` is mixed by that stage, and shares are kept from there on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmodel.config.settings import DataSettings
+from bigmodel.data.plan.shuffle import SourceCursor, SourceStream, fragment_table, starts_of
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A mix in force in one lane: from which of the lane's positions on, and each source's share (0: left out)."""
+
+    from_positions: float
+    shares: tuple[float, ...]
+
+
+def stages(settings: DataSettings, names: Sequence[str], positions: Sequence[int]) -> list[Stage]:
+    """The stages of a lane that holds so many positions of each source: data.mix, then data.curriculum."""
+    mixes: list[tuple[float, Mapping[str, float]]] = [(0.0, settings.mix)]
+    mixes += [(later.from_tokens / settings.lanes, later.mix) for later in settings.curriculum]
+    made = []
+    for start, mix_ in mixes:
+        weights = [mix_.get(name, 0.0) if mix_ else float(held) for name, held in zip(names, positions, strict=True)]
+        made.append(Stage(start, tuple(weight / sum(weights) for weight in weights)))
+    return made
+
+
+def mix_lag_tokens(settings: DataSettings) -> int:
+    """Tokens, as `from_tokens` counts them, that come at most between it and the first pack of a curriculum's stage.
+
+    Each lane finishes the window under way; what that window carries on may come later still, at most a few packs.
+    """
+    return settings.lanes * settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens)
+
+
+def mix(
+    streams: Sequence[SourceStream],
+    shares: Sequence[float],
+    cursors: Sequence[SourceCursor],
+    wanted: int,
+    since: Sequence[int] = (),
+) -> tuple[np.ndarray, tuple[SourceCursor, ...]]:
+    """The next fragments of a lane: a table, and the cursors after them.
+
+    At least `wanted` positions in all, fewer only where every source with a share has reached its end. `since`: the
+    positions that each source had given when these shares began; none: 0.
+
+    The next fragment always comes from the source that is furthest behind its share: the smallest (positions
+    taken since) / share, the first of equals. With C = the longest fragment and k sources, a source of share s has
+    had between s * N - s * k * C and s * N + C of the first N positions of a lane, for every N.
+    """
+    if wanted <= 0:
+        return fragment_table([], streams[0].wide), tuple(cursors)
+    taken = [cursor.positions - start for cursor, start in zip(cursors, since or [0] * len(cursors), strict=True)]
+    found = _look_ahead(streams, shares, cursors, taken, wanted)
+    clocks = [
+        (before + starts_of(table[:, 4])[:-1]) / (share or 1.0)
+        for before, (table, _), share in zip(taken, found, shares, strict=True)
+    ]
+    joined = np.concatenate([table for table, _ in found])
+    turns = np.argsort(np.concatenate(clocks), kind="stable")
+    turns = turns[: int(np.searchsorted(np.cumsum(joined[turns, 4]), wanted)) + 1]
+    numbers = np.repeat(np.arange(len(found)), [len(table) for table, _ in found])[turns]
+    counts = np.bincount(numbers, minlength=len(found)).tolist()
+    after = tuple(
+        stream.advance(cursor, table[:count], places)
+        for stream, cursor, (table, places), count in zip(streams, cursors, found, counts, strict=True)
+    )
+    return joined[turns], after
+
+
+def _look_ahead(
+    streams: Sequence[SourceStream],
+    shares: Sequence[float],
+    cursors: Sequence[SourceCursor],
+    taken: Sequence[int],
+    wanted: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each stream what it could give while `wanted` positions are taken; more of the others where one ends."""
+    found = [stream.ahead(cursor, 0) for stream, cursor in zip(streams, cursors, strict=True)]
+    live, ended = {number for number, share in enumerate(shares) if share}, 0
+    total = sum(before for before, share in zip(taken, shares, strict=True) if share) + wanted
+    while live:
+        clock = (total - ended) / sum(shares[number] for number in live)
+        dry = set()
+        for number in sorted(live):
+            needed = int(shares[number] * clock) + 1 - taken[number]
+            found[number] = streams[number].ahead(cursors[number], needed)
+            given = int(found[number][0][:, 4].sum())
+            if given < needed:
+                dry.add(number)
+                ended += taken[number] + given
+        if not dry:
+            break
+        live -= dry
+    return found
+
+
+def supply(lane_stages: Sequence[Stage], held: Sequence[float]) -> float:
+    """Positions that a lane can give in all, when a source ends after `held` of them (infinite: never ends)."""
+    left, given = list(held), 0.0
+    ends = [stage.from_positions for stage in lane_stages[1:]] + [float("inf")]
+    for stage, end in zip(lane_stages, ends, strict=True):
+        while given < end:
+            live = [number for number, share in enumerate(stage.shares) if share and left[number] > 0]
+            if not live:
+                return given
+            total = sum(stage.shares[number] for number in live)
+            clock, first = min((left[number] / stage.shares[number], number) for number in live)
+            room = (end - given) / total
+            if min(clock, room) == float("inf"):
+                return float("inf")
+            for number in live:
+                left[number] -= min(clock, room) * stage.shares[number]
+            if clock <= room:
+                left[first] = 0.0
+            given = given + clock * total if clock < room else end
+    return given

@@ -1,0 +1,162 @@
+"""Windows: the packs of one lane, window after window.
+
+Takes the lane's shards of every mixed source; gives windows of packs, each with where the next one starts:
+
+    shards of a source --shuffle--> blocks --split--> fragments --mix--> windows --pack--> packs
+
+Guarantees: a pure function of where a window starts; every fragment is in one pack, or carried into the next window.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmodel.config.settings import DataSettings
+from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.plan.mixing import mix, stages
+from bigmodel.data.plan.packing import best_fit_decreasing, fullest, pack_two_sides
+from bigmodel.data.plan.shuffle import Fragment, Lengths, Pack, Shard, SourceCursor, SourceStream, fragment_table, sizes
+from bigmodel.data.randomness import make_key, permutation
+
+NO_EPOCH = 2**62  # later than any
+
+
+@dataclass(frozen=True, slots=True)
+class LaneCursor:
+    """Where a window starts: its number, each mixed source's cursor, the fragments carried in.
+
+    `stage`: the stage of the curriculum that the window before was mixed by; `since`: the positions that each source
+    had given when it began, none for stage 0.
+    """
+
+    window: int
+    sources: tuple[SourceCursor, ...]
+    carried: np.ndarray  # table of fragments
+    stage: int = 0
+    since: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One planned window of a lane: its P packs in training order, and where the next window starts.
+
+    What is pending once p packs are given, per mixed source, fragments carried on included:
+    """
+
+    packs: list[Pack]
+    following: LaneCursor
+    pending_positions: np.ndarray  # (P + 1, sources) int64
+    pending_epochs: np.ndarray  # (P + 1, sources) int64: the oldest epoch, NO_EPOCH where nothing is pending
+
+
+@dataclass(frozen=True, slots=True)
+class LanePosition:
+    """Where a lane stands: in a window, after so many of its packs."""
+
+    start: LaneCursor
+    window: Window
+    packs_given: int = 0
+
+
+class Lane:
+    """One endless stream of windows: the lane's part of every mixed source."""
+
+    def __init__(self, number: int, streams: list[SourceStream], settings: DataSettings, seed: int) -> None:
+        self.streams, self.wide = streams, streams[0].wide
+        self._number, self._settings, self._seed = number, settings, seed
+        self._stages = stages(settings, [stream.name for stream in streams], [s.positions for s in streams])
+
+    def beginning(self) -> LaneCursor:
+        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), fragment_table([], self.wide))
+
+    def enter(self, start: LaneCursor) -> LanePosition:
+        """The beginning of the window that starts there."""
+        return LanePosition(start, self.plan(start))
+
+    def packs_left(self, at: LanePosition, at_most: int) -> int:
+        """The packs from there to the lane's end, `at_most` where there are more. Plans them, a window at a time."""
+        left = -at.packs_given
+        while at.window.packs and left + len(at.window.packs) < at_most:
+            left += len(at.window.packs)
+            at = self.enter(at.window.following)
+        return min(at_most, left + len(at.window.packs))
+
+    def plan(self, start: LaneCursor) -> Window:
+        """Pack one window: about window_packs * pack_tokens positions, those carried in among them.
+
+        Given are the fullest packs, as many as the fragments could fill at best, and every pack with a
+        fragment that was carried in: so nothing is carried twice. The fragments of the others are carried on.
+        Where the sources end, all packs are given. Of packs with two sides, the window is as many positions of
+        documents as both sides of its packs hold; of pairs the source text's are counted, so it holds more packs.
+        """
+        settings = self._settings
+        stage, since = self._stage(start)
+        num_carried, carried_positions = len(start.carried), int(start.carried[:, 4].sum())
+        wanted = settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens) - carried_positions
+        fresh, cursors = mix(self.streams, self._stages[stage].shares, start.sources, wanted, since)
+        table = np.concatenate([start.carried, fresh])
+        lengths = sizes(table)[:, : 2 if settings.source_pack_tokens else 1]
+        if settings.source_pack_tokens:
+            budgets = settings.pack_tokens, settings.source_pack_tokens
+            packing = pack_two_sides(lengths, budgets, settings.pack_documents, num_first=num_carried)
+        else:
+            packing = best_fit_decreasing(
+                lengths[:, 0], settings.pack_tokens, settings.pack_documents, num_first=num_carried
+            )
+        given = np.full(len(packing.packs), int(fresh[:, 4].sum()) < wanted)
+        given[fullest(packing, lengths, settings)] = True
+        given |= np.fromiter(map(min, packing.packs), dtype=np.int64, count=len(given)) < num_carried
+        chosen = np.flatnonzero(given)
+        chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.window), len(chosen))]
+        members = [sorted(packing.packs[number]) for number in chosen.tolist()]
+        left = sorted(index for number in np.flatnonzero(~given).tolist() for index in packing.packs[number])
+        fragments = list(map(Fragment, *table.T.tolist())) if len(table) else []
+        return Window(
+            [tuple([fragments[index] for index in pack]) for pack in members],
+            LaneCursor(start.window + 1, cursors, table[left], stage, since),
+            *self._pending(table, members),
+        )
+
+    def _stage(self, start: LaneCursor) -> tuple[int, tuple[int, ...]]:
+        """The stage of the curriculum that a window is mixed by, and what each source had given when it began."""
+        given = sum(cursor.positions for cursor in start.sources) - int(start.carried[:, 4].sum())
+        stage = max(number for number, stage in enumerate(self._stages) if stage.from_positions <= given)
+        if stage == start.stage:
+            return stage, start.since
+        return stage, tuple(cursor.positions for cursor in start.sources)
+
+    def _pending(self, table: np.ndarray, members: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and oldest epochs of `Window`, of packs made of these rows of the table."""
+        turns = np.full(len(table), len(members))  # what is in no pack stays pending after the last
+        for turn, pack in enumerate(members):
+            turns[pack] = turn
+        columns = np.searchsorted([stream.source for stream in self.streams], table[:, 0])
+        positions = np.zeros((len(members) + 1, len(self.streams)), dtype=np.int64)
+        epochs = np.full_like(positions, NO_EPOCH)
+        np.add.at(positions, (turns, columns), table[:, 4])
+        np.minimum.at(epochs, (turns, columns), table[:, 5])
+        return np.cumsum(positions[::-1], axis=0)[::-1], np.minimum.accumulate(epochs[::-1], axis=0)[::-1]
+
+
+def make_lane(
+    number: int,
+    store: Lengths,
+    dealt: Mapping[str, list[list[Shard]]],
+    settings: DataSettings,
+    seed: int,
+    examples: Examples | None,
+) -> Lane:
+    streams = [
+        SourceStream(
+            store,
+            name,
+            dealt[name][number],
+            settings.context_tokens,
+            make_key(seed, name, number),
+            settings.max_epochs.get(name, 0),
+            examples,
+        )
+        for name in dealt
+    ]
+    return Lane(number, streams, settings, seed)

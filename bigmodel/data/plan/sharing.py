@@ -1,0 +1,113 @@
+"""Sharing: which rank computes which packs of a step, and in which micro-batch.
+
+Takes a rank's place in the world and the lengths of a step's packs. Nodes take contiguous shares of the step, so a
+node reads the shards of its own lanes only. Within a node packs are dealt so that attention work, the sum over
+documents of length squared, is even over the micro-batches that run at the same time.
+
+Guarantees: a pure function, the same on every rank; each pack of a step has exactly one slot; every rank has the same
+number of micro-batches of the same size, those without a pack filled up with padding. Nothing of what a pack is
+(its number in the step, its bytes, its random words) depends on it. Costs a microsecond a pack and slot.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bigmodel.data.plan.shuffle import Pack
+
+Slots = list[list[list[int]]]  # [rank in the node][micro-batch] -> places of packs in the node's share, ascending
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank among `world_size`; a node is `node_size` consecutive ranks."""
+
+    rank: int
+    world_size: int
+    node_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, f"rank {self.rank} is not one of {self.world_size} ranks"
+        assert self.world_size % self.node_size == 0, f"{self.world_size} ranks do not make nodes of {self.node_size}"
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, ranks_per_node: int, sharing: int) -> "Place":
+        """Where `sharing` consecutive ranks have the same packs, and so one place. Where these do not lie within one
+        machine, each is a node."""
+        whole = ranks_per_node % sharing == 0
+        return cls(rank // sharing, world_size // sharing, ranks_per_node // sharing if whole else 1)
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.node_size
+
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.node_size
+
+    @property
+    def rank_in_node(self) -> int:
+        return self.rank % self.node_size
+
+    def share(self, packs_per_step: int) -> range:
+        """The pack numbers of this rank's node: contiguous, as many as on other nodes or one more or less."""
+        first, end = (packs_per_step * node // self.num_nodes for node in (self.node, self.node + 1))
+        return range(first, end)
+
+    def lanes(self, num_lanes: int) -> range:
+        """The lanes that the node's packs come from, whatever the number of packs per step."""
+        return range(num_lanes * self.node // self.num_nodes, -(-num_lanes * (self.node + 1) // self.num_nodes))
+
+
+def attention_work(pack: Pack) -> int:
+    """What attention costs, but for a constant: the sum over documents of length squared.
+
+    Of a source and its targets: each with itself, and the targets with the source.
+    """
+    return sum(
+        piece.positions**2 + piece.source_positions * (piece.source_positions + piece.positions) for piece in pack
+    )
+
+
+def deal_contiguously(num_packs: int, num_ranks: int, num_rounds: int, size: int) -> Slots:
+    """Packs in canonical order: rank 0's micro-batches, rank 1's, and so on; each rank takes ceil(packs / ranks)."""
+    each = -(-num_packs // num_ranks)
+    assert each <= num_rounds * size, f"{num_packs} packs over {num_ranks} ranks, {num_rounds} times {size}"
+    shares = [range(min(rank * each, num_packs), min((rank + 1) * each, num_packs)) for rank in range(num_ranks)]
+    return [[list(share[first : first + size]) for first in range(0, num_rounds * size, size)] for share in shares]
+
+
+def deal_evenly(work: Sequence[int], num_ranks: int, num_rounds: int, size: int) -> Slots:
+    """The packs, `work` each, in num_ranks * num_rounds micro-batches of at most `size`.
+
+    The heaviest pack first, each to the micro-batch with the least work that has room; then micro-batches of like
+    work run in the same round, and in each round the heaviest goes to the rank that has the least so far.
+    """
+    assert len(work) <= num_ranks * num_rounds * size, f"{len(work)} packs for {num_ranks} x {num_rounds} x {size}"
+    slots: list[list[int]] = [[] for _ in range(num_ranks * num_rounds)]
+    lightest = [(0, number) for number in range(len(slots))]
+    for pack in sorted(range(len(work)), key=lambda pack: (-work[pack], pack)):
+        load, number = heapq.heappop(lightest)
+        slots[number].append(pack)
+        if len(slots[number]) < size:
+            heapq.heappush(lightest, (load + work[pack], number))
+    slots.sort(key=lambda slot: -_sum(work, slot))
+    ranks: Slots = [[] for _ in range(num_ranks)]
+    for first in range(0, len(slots), num_ranks):
+        least_first = sorted(ranks, key=lambda rounds: sum(_sum(work, slot) for slot in rounds))
+        for rounds, slot in zip(least_first, slots[first : first + num_ranks], strict=True):
+            rounds.append(sorted(slot))
+    return ranks
+
+
+def imbalance(work: Sequence[int], slots: Slots) -> float:
+    """How much longer attention takes than with work dealt perfectly, when ranks wait for each other every round.
+
+    1 is perfect; also where there is no work.
+    """
+    rounds = zip(*([_sum(work, slot) for slot in rank] for rank in slots), strict=True)
+    return sum(max(loads) for loads in rounds) * len(slots) / (sum(work) or 1) if any(work) else 1.0
+
+
+def _sum(work: Sequence[int], slot: Sequence[int]) -> int:
+    return sum(work[pack] for pack in slot)

@@ -1,0 +1,310 @@
+"""Shuffle: the documents of one source in one lane, epoch after epoch, in an order of its own.
+
+Takes the lane's shards of a source; gives fragments, endlessly or up to a number of epochs. In each epoch the shards
+are laid end to end in a new order, cut into blocks, and the documents of a block are shuffled. Long documents are
+split into fragments of at most `context_tokens` positions.
+
+Guarantees: a pure function of (key, lengths, context_tokens); a cursor, five small numbers, is all that is needed to
+go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (1 MB), two where a
+window reaches over its end.
+
+A table of fragments is an int64 array of shape (n, 10) whose columns are the fields of `Fragment`; where all
+documents are plain text in causal order the last four follow from the others and are left out: (n, 6).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.randomness import make_key, permutation
+
+PLAIN = -1  # the objective of a fragment that is its own example
+NARROW, WIDE = 6, 10  # columns of a table
+BLOCK_DOCUMENTS = 65_536  # documents shuffled together: about one or two shards, so that reading stays local
+
+
+class Fragment(NamedTuple):
+    """Consecutive positions of one document: [start, start + length) of its positions.
+
+    `source` counts in `store.sources`, `shard` in the source, `row` in the shard; `epoch` is the source's. Of a pair,
+    the positions are those of its source text, and it is one fragment.
+
+    What it becomes in a batch (`bigmodel.data.objectives.examples`): `objective` by number, so many `positions` and
+    `targets` where the decoder reads, and `source_positions` where an encoder does. PLAIN: causal, a position and a
+    target for each position of the document.
+    """
+
+    source: int
+    shard: int
+    row: int
+    start: int
+    length: int
+    epoch: int
+    objective: int = PLAIN
+    planned_positions: int = 0
+    planned_targets: int = 0
+    source_positions: int = 0
+
+    @property
+    def positions(self) -> int:
+        return self.length if self.objective == PLAIN else self.planned_positions
+
+    @property
+    def targets(self) -> int:
+        return self.length if self.objective == PLAIN else self.planned_targets
+
+
+Pack = tuple[Fragment, ...]
+
+
+def sizes(table: np.ndarray) -> np.ndarray:
+    """(n, 2): the positions and source positions of a table of fragments; (n, 1) of a narrow one."""
+    return table[:, [7, 9]] if table.shape[1] == WIDE else table[:, 4:5]
+
+
+class Lengths(Protocol):
+    """What the plan needs of a store: see `ShardStore`."""
+
+    @property
+    def sources(self) -> list[str]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def shard_sizes(self, source: str) -> np.ndarray: ...
+
+    def lengths(self, source: str, shard: int) -> np.ndarray: ...
+
+
+def has_pairs(store: Lengths, source: str) -> bool:
+    """Whether a source has pairs: then `store.target_lengths` has their targets' lengths."""
+    return source in getattr(store, "pair_sources", ())
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    number: int  # in its source
+    documents: int
+    positions: int
+    skipped: int  # documents of 0 or 1 stored tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCursor:
+    """The next fragment of one source in one lane, and the positions taken so far."""
+
+    epoch: int = 0
+    block: int = 0
+    fragment: int = 0
+    positions: int = 0
+
+
+# Documents of a block, positions of each one's fragment and those left after it, (n,) each -> (n, 4).
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def make_block(
+    store: Lengths,
+    source: str,
+    epoch: int,
+    shards: np.ndarray,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    examples: Examples,
+) -> "Block":
+    """The block of these documents of a source, (n,) each, under the objectives."""
+    if has_pairs(store, source):
+        targets = np.empty(len(rows), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            targets[mine] = num_positions(store.target_lengths(source, shard)[rows[mine]])  # type: ignore[attr-defined]
+        return Block(
+            shards,
+            rows,
+            positions,
+            positions,
+            lambda documents, lengths, _remaining: examples.measure_pairs(lengths, targets[documents]),
+        )
+    chosen = examples.choose(store.sources.index(source), epoch, shards, rows)
+    return Block(
+        shards,
+        rows,
+        positions,
+        examples.longest[chosen],
+        lambda documents, lengths, remaining: examples.measure(chosen[documents], lengths, remaining),
+    )
+
+
+class Block:
+    """Documents of one source that are shuffled together, in shuffled order; split into fragments on demand."""
+
+    def __init__(
+        self,
+        shards: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        context_tokens: np.ndarray | int,
+        measure: Measure | None = None,
+    ) -> None:
+        """Arrays of shape (documents,): where each document is, its positions (at least 1), its longest fragment.
+
+        `measure` gives the last four columns of a wide table.
+        """
+        self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
+        self._context_tokens = np.broadcast_to(np.asarray(context_tokens), positions.shape)
+        self._measure = measure
+        self._first_fragments = starts_of(-(-positions // context_tokens)).astype(np.int32)
+        self.num_fragments = int(self._first_fragments[-1])
+
+    def fragments_covering(self, first: int, positions: int) -> int:
+        """The end of a range of fragments from `first` on that holds `positions` positions, or the block's end."""
+        if first == self.num_fragments:
+            return first
+        document = np.searchsorted(self._first_fragments, first, side="right") - 1
+        offset = (first - self._first_fragments[document]) * self._context_tokens[document]
+        first_positions = starts_of(self._positions)  # made again for each window: kept, it would be a third of a block
+        target = first_positions[document] + offset + positions
+        end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
+        return int(self._first_fragments[end])
+
+    def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
+        """Fragments [first, end) as a table."""
+        fragments = np.arange(first, end)
+        documents = np.searchsorted(self._first_fragments, fragments, side="right") - 1
+        longest = self._context_tokens[documents]
+        starts = (fragments - self._first_fragments[documents]) * longest
+        lengths = np.minimum(self._positions[documents] - starts, longest)
+        table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
+        for column, values in enumerate(
+            (source, self._shards[documents], self._rows[documents], starts, lengths, epoch)
+        ):
+            table[:, column] = values
+        if self._measure:
+            table[:, NARROW:] = self._measure(documents, lengths, self._positions[documents] - starts - lengths)
+        return table
+
+
+class SourceStream:
+    """One source in one lane: epoch after epoch of its shards, blocks of documents shuffled anew in each."""
+
+    def __init__(
+        self,
+        store: Lengths,
+        name: str,
+        shards: Sequence[Shard],
+        context_tokens: int,
+        key: int,
+        max_epochs: int = 0,
+        examples: Examples | None = None,
+    ) -> None:
+        """`max_epochs`: the stream ends after so many; 0: never. `examples` None: plain text in causal order."""
+        self.name, self.source = name, store.sources.index(name)
+        self.positions = sum(shard.positions for shard in shards)
+        self._store, self._shards, self._context_tokens, self._key = store, shards, context_tokens, key
+        self._examples, self.wide = examples, examples is not None
+        self._max_epochs = max_epochs
+        self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
+        self._blocks: dict[tuple[int, int], Block] = {}  # those that a window may begin in or looked into, two at most
+
+    def ahead(self, cursor: SourceCursor, positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """At least `positions` positions from the cursor on, fewer only at the stream's end.
+
+        A table, and the (epoch, block, fragment) of each row.
+        """
+        tables, places = [], []
+        epoch, number, first = cursor.epoch, cursor.block, cursor.fragment
+        for place in [place for place in self._blocks if place < (epoch, number)]:
+            del self._blocks[place]
+        while positions > 0 and not self._ended(epoch):
+            block = self._block(epoch, number)
+            end = block.fragments_covering(first, positions)
+            if end > first:
+                tables.append(block.table(first, end, self.source, epoch))
+                places.append(np.stack(np.broadcast_arrays(epoch, number, np.arange(first, end)), axis=1))
+                positions -= int(tables[-1][:, 4].sum())
+            first = end
+            if first == block.num_fragments:
+                epoch, number, first = self._after(epoch, number)
+        if not tables:
+            return fragment_table([], self.wide), np.empty((0, 3), np.int64)
+        return np.concatenate(tables), np.concatenate(places)
+
+    def advance(self, cursor: SourceCursor, taken: np.ndarray, places: np.ndarray) -> SourceCursor:
+        """The cursor after the fragments `taken`, a table whose rows stand at `places`."""
+        if not len(taken):
+            return cursor
+        epoch, number, fragment = (int(value) for value in places[len(taken) - 1])
+        fragment += 1
+        while not self._ended(epoch) and fragment == self._block(epoch, number).num_fragments:
+            epoch, number, fragment = self._after(epoch, number)
+        return SourceCursor(epoch, number, fragment, cursor.positions + int(taken[:, 4].sum()))
+
+    def _ended(self, epoch: int) -> bool:
+        return 0 < self._max_epochs <= epoch
+
+    def _after(self, epoch: int, number: int) -> tuple[int, int, int]:
+        return (epoch, number + 1, 0) if number + 1 < self._num_blocks else (epoch + 1, 0, 0)
+
+    def _block(self, epoch: int, number: int) -> Block:
+        if (epoch, number) not in self._blocks:
+            while len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[epoch, number] = self._read_block(epoch, number)
+        return self._blocks[epoch, number]
+
+    def _read_block(self, epoch: int, number: int) -> Block:
+        """The documents [number, number + 1) * BLOCK_DOCUMENTS of the epoch's shards laid end to end, shuffled."""
+        first, end = number * BLOCK_DOCUMENTS, (number + 1) * BLOCK_DOCUMENTS
+        shards, rows, positions = [], [], []
+        for index in permutation(make_key("shards", self._key, epoch), len(self._shards)).tolist():
+            shard = self._shards[index]
+            low, high = max(first, 0), min(end, shard.documents)
+            if low < high:
+                positions.append(num_positions(self._store.lengths(self.name, shard.number)[low:high]))
+                rows.append(np.arange(low, high))
+                shards.append(np.full(high - low, shard.number))
+            first, end = first - shard.documents, end - shard.documents
+            if end <= 0:
+                break
+        shard_D, row_D, position_D = np.concatenate(shards), np.concatenate(rows), np.concatenate(positions)
+        shuffled = permutation(make_key("documents", self._key, epoch, number), len(row_D))
+        shuffled = shuffled[position_D[shuffled] > 0]
+        documents = shard_D[shuffled], row_D[shuffled], position_D[shuffled]
+        if self._examples is None:
+            return Block(*documents, self._context_tokens)
+        return make_block(self._store, self.name, epoch, *documents, self._examples)
+
+
+def read_shards(store: Lengths, source: str) -> list[Shard]:
+    """Every shard of a source, in their order. Opens no length file."""
+    return [Shard(number, *sizes) for number, sizes in enumerate(store.shard_sizes(source).tolist())]
+
+
+def neighbour_distance(fragments: Sequence[Fragment]) -> float:
+    """How well a stretch of training order is shuffled: 1 as by chance, near 0 where neighbours stay neighbours.
+
+    The median distance, in places of the stretch, between documents that lie side by side in a shard, over the
+    distance that chance would give: (1 - sqrt(1/2)) times the number of documents. 1 where no two are neighbours.
+    """
+    places: dict[tuple[int, int, int, int], int] = {}
+    for piece in fragments:
+        places.setdefault((piece.source, piece.epoch, piece.shard, piece.row), len(places))
+    distances = [
+        abs(place - places[source, epoch, shard, row + 1])
+        for (source, epoch, shard, row), place in places.items()
+        if (source, epoch, shard, row + 1) in places
+    ]
+    return float(np.median(distances)) / ((1 - 0.5**0.5) * len(places)) if distances else 1.0
+
+
+def starts_of(sizes: np.ndarray) -> np.ndarray:
+    """Where runs of these sizes start when laid end to end, and where the last one ends: (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def fragment_table(rows: Sequence[Sequence[int]], wide: bool = False) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, WIDE if wide else NARROW)

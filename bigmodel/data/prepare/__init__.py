@@ -1,0 +1,1 @@
+"""From text to shards: read, clean, tokenize, write, verify."""

@@ -1,0 +1,190 @@
+"""Encoding: what a process does with one unit, from rows to tokens, each stage's result in a file of its own.
+
+Takes a unit and the folder of the preparation. Gives the files `scan/00000.npz` (the rows, judged) and, for every 16
+MB of kept text, `encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and their
+texts' bytes in all, and the validation text. Where shards are to hold text: the texts end to end and their sizes
+instead of the tokens.
+
+Guarantees: a file is a pure function of the unit, the settings and, for the second, of the duplicates and the
+tokenizer; it is there whole or not at all; one that is there and whole is not made again.
+
+Costs: a process holds 34 bytes for each row of its unit, and the tokens of 16 MB of text or of one longer document.
+"""
+
+import hashlib
+import io
+import socket
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+
+from bigmodel.config.settings import PrepareSettings, UserError
+from bigmodel.data.prepare import cleaning, corpus
+from bigmodel.data.prepare.cleaning import Part, Scan
+from bigmodel.data.prepare.corpus import Unit
+from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.store.manifest import SPLITS
+from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.run_directory import write_atomically
+
+TOKEN_COLUMNS = ("tokens", "target_tokens")  # in the shards: of a source's column, of its target column
+TEXT_COLUMNS = {"tokens": "text", "target_tokens": "target_text"}  # what stands for them in shards of text
+ENCODED_TOGETHER = 64  # documents
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder of one preparation under way, named absolutely: any process may be handed it."""
+
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.result / "tokenizer.json"
+
+    @property
+    def duplicates(self) -> Path:
+        return self.folder / "duplicates.npy"
+
+    @property
+    def contaminated(self) -> Path:
+        return self.folder / "contaminated.npy"
+
+    def scan(self, unit: int) -> Path:
+        return self.folder / "scan" / f"{unit:05}.npz"
+
+    def encoded(self, unit: int, part: int) -> Path:
+        return self.folder / "encoded" / f"{unit:05}-{part:04}.npz"
+
+    def finished(self) -> int:
+        """Units' files that are there."""
+        return sum(1 for stage in ("scan", "encoded") for _ in (self.folder / stage).glob("*.npz"))
+
+
+def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) -> Malformed | None:
+    """Judge a unit's rows, unless that is done; returns the first malformed record."""
+    path = work.scan(number)
+    if not path.parent.exists():
+        raise UserError(
+            f"{path.parent}: is not there on {socket.gethostname()}; data.directory must be on a file system that "
+            "every worker of prepare.scheduler sees under the same path"
+        )
+    if cleaning.is_whole(path):
+        scan = Scan.read(path)
+    else:
+        contaminated = np.load(work.contaminated, mmap_mode="r") if settings.decontaminate else None
+        scan = cleaning.scan_unit(unit, settings, contaminated)
+        scan.write(path)
+    return scan.malformed[0] if scan.malformed else None
+
+
+def read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[str]:
+    wanted = set(rows.tolist())
+    return [
+        cleaning.clean(text, settings)
+        for number, (texts, _) in enumerate(islice(corpus.read_unit(unit), max(wanted, default=-1) + 1))
+        if number in wanted and isinstance(texts, tuple)
+        for text in texts
+        if text is not None
+    ]
+
+
+def encode_parts(
+    number: int, unit: Unit, parts: Sequence[Part], start: int, settings: PrepareSettings, fast: bool, work: Work
+) -> None:
+    """Tokenize the kept rows of some neighbouring parts of a unit, where that is not done. `start`: the number of the
+    unit's first row among all."""
+    missing = [part for part in parts if not cleaning.is_whole(work.encoded(number, part.number))]
+    if not missing:
+        return
+    scan = Scan.read(work.scan(number))
+    cleaning.mark_rows(scan, start, np.load(work.duplicates, mmap_mode="r"))
+    encoder = _tokenizer(work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast)
+    ends, as_text = [part.end for part in parts], settings.content == "text"
+    rows = kept_rows(unit, scan, settings, missing[0].first, missing[-1].end)
+    for place, mine in groupby(rows, lambda row: bisect_right(ends, row[0])):
+        if parts[place] in missing:
+            path = work.encoded(number, parts[place].number)
+            cleaning.write_arrays(path, **_encode(mine, scan, encoder, len(unit.columns), as_text))
+
+
+def _encode(
+    rows: Iterator[tuple[int, tuple[str, ...]]], scan: Scan, encoder: Tokenizer, num_columns: int, as_text: bool
+) -> dict[str, np.ndarray]:
+    columns = TOKEN_COLUMNS[:num_columns]
+    stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
+    lengths: dict[str, list[int]] = {name: [] for name in stored}
+    sizes: dict[str, list[int]] = {name: [] for name in stored}
+    validation_text = []
+    while together := list(islice(rows, ENCODED_TOGETHER)):
+        encoded = iter(encoder.encode_documents([text for _, texts in together for text in texts]))
+        for row, texts in together:
+            split = SPLITS[int(scan.validation[row])]
+            for column, text in zip(columns, texts, strict=True):
+                name, tokens, content = f"{split}_{column}", next(encoded), text.encode()
+                stored[name].append(np.frombuffer(content, np.uint8) if as_text else tokens)
+                lengths[name].append(len(tokens))
+                sizes[name].append(len(content))
+            if split == "validation":
+                validation_text += [text.encode() for text in texts]
+    dtype = np.dtype(np.uint8) if as_text else encoder.dtype
+    arrays = {name: np.concatenate([*parts, np.zeros(0, dtype)]) for name, parts in stored.items()}
+    arrays |= {f"{name}_lengths": np.array(numbers, np.uint32) for name, numbers in lengths.items()}
+    arrays |= {f"{name}_bytes": np.array(sum(numbers)) for name, numbers in sizes.items()}
+    if as_text:
+        arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
+    return arrays | {"validation_text": np.frombuffer(b"".join(validation_text), np.uint8)}
+
+
+def kept_rows(
+    unit: Unit, scan: Scan, settings: PrepareSettings, first: int = 0, end: int | None = None
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The rows in [first, end), by default all, that the scan kept, cleaned. Raises `UserError` if the unit is not what
+    was scanned."""
+    end = len(scan.status) if end is None else end
+    read = 0
+    for number, (row, _) in enumerate(corpus.read_unit(unit)):
+        if number >= end and end < len(scan.status):
+            return
+        read = number + 1
+        if not first <= number < end or scan.status[number] != cleaning.KEPT:
+            continue
+        texts = () if isinstance(row, Malformed) else cleaning.judge(row, settings)[1]
+        if hashlib.sha256(cleaning.joined(texts)).digest()[:16] != scan.digests[number].tobytes():
+            raise _changed(unit)
+        yield number, texts
+    if read != len(scan.status):
+        raise _changed(unit)
+
+
+def _changed(unit: Unit) -> UserError:
+    names = list(dict.fromkeys(piece.file for piece in unit.pieces))
+    return UserError(f"{names[0]}{f' or one of {len(names) - 1} after it' if names[1:] else ''}: {corpus.CHANGED}")
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, sha256: str, fast: bool) -> Tokenizer:
+    """One tokenizer per process; the hash keeps a test's next tokenizer at the same path apart."""
+    tokenizer = Tokenizer.load(path, fast=fast)
+    assert tokenizer.sha256 == sha256, f"{path} changed"
+    return tokenizer
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, array)
+    write_atomically(path, content.getvalue())
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    with np.load(path) as arrays:
+        return arrays[name]

@@ -1,0 +1,75 @@
+"""Lengths: how long the documents are, as a picture.
+
+Takes the stored lengths of all documents; gives a PNG. The picture is no data: it lies beside the manifest and is
+not in it, for its bytes depend on the version of matplotlib.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bigmodel.run_directory import write_atomically
+
+BLUE, ORANGE, GREY, INK = "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
+BINS_PER_DOUBLING = 4
+
+
+def draw_lengths(lengths: Sequence[np.ndarray], path: Path, context_tokens: int = 0) -> None:
+    """Shares of documents and of tokens over length, and below what share lies in documents of at most so long.
+    `context_tokens`: drawn as a mark where above 0."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+    all_lengths = np.concatenate(lengths)
+    edges, shares = share_by_length(all_lengths)
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, sums = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    for (what, share), color in zip(shares.items(), (BLUE, ORANGE), strict=True):
+        axes.stairs(share, edges, fill=True, color=color, alpha=0.35, label=f"share of {what}")
+        axes.stairs(share, edges, color=color, linewidth=1.4)
+        sums.plot(edges, np.concatenate([[0], np.cumsum(share)]), color=color, linewidth=1.8)
+    if edges[0] < context_tokens < edges[-1]:
+        for panel in (axes, sums):
+            panel.axvline(context_tokens, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        late = context_tokens**2 > edges[0] * edges[-1]  # right of the middle: the words go to the left
+        axes.annotate(
+            f" context_tokens = {context_tokens:,} ",
+            (context_tokens, 0.97),
+            xycoords=("data", "axes fraction"),
+            color=INK,
+            fontsize=9,
+            verticalalignment="top",
+            horizontalalignment="right" if late else "left",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 1.25 * max(share.max() for share in shares.values()))  # the legend has room of its own
+    axes.set_title(f"Lengths of {len(all_lengths):,} documents", loc="left", fontsize=13, color=INK, fontweight="bold")
+    axes.legend(frameon=False, loc="upper left", labelcolor=INK)
+    axes.set_ylabel("share in each bar", color=INK)
+    sums.set_ylabel("in documents\nat most so long", color=INK)
+    sums.set_ylim(0, 1)
+    sums.set_xlabel("tokens of a document, begin and end included", color=INK)
+    for panel in (axes, sums):
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, labelsize=9)
+    sums.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    sums.xaxis.set_minor_locator(NullLocator())
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_atomically(path, content.getvalue())
+
+
+def share_by_length(lengths: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Edges of the bars, a quarter of a doubling each, and the share of documents and of tokens between them."""
+    first, last = (int(np.log2(length)) for length in (lengths.min(), lengths.max()))
+    edges = 2.0 ** np.linspace(first, last + 1, (last + 1 - first) * BINS_PER_DOUBLING + 1)
+    documents, _ = np.histogram(lengths, edges)
+    tokens, _ = np.histogram(lengths, edges, weights=lengths.astype(np.float64))
+    return edges, {"documents": documents / documents.sum(), "tokens": tokens / tokens.sum()}

@@ -1,0 +1,504 @@
+"""Preparing data: sources -> corpus -> cleaning -> tokenizer -> shards -> manifest.
+
+Takes the run file's `prepare` and `data.directory`. Gives the folder that `bigmodel.data.store.shards` describes.
+
+    <directory>.partial/<fingerprint of text, settings and versions>/
+      scan/00000.npz ...           a unit's rows, judged      duplicates.npy   over all units
+      encoded/00000-0000.npz ...   its tokens, 16 MB of       result/          what becomes <directory>
+                                   text a part, by split
+
+Guarantees: the same text, settings and versions give the same bytes, whatever the number of processes, machines and
+interruptions: every file of a unit and every shard is a pure function of those, and is written whole by whoever does
+it. Killed at any moment, the next run goes on from the finished ones. The folder appears whole, by one rename, or not
+at all; an existing folder is never altered.
+
+Costs: the text is read three times (hash, scan, tokenize), by every core; tokenizing takes a second per 10 MB and
+core. The tokens are written twice, so until the end they take twice their room. The tokenizer is trained on at most
+64 MB of the train split.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from bigmodel.config.settings import PrepareSettings, Settings, SourceSettings, UserError, without_secrets
+from bigmodel.data.prepare import cleaning, corpus, embedded, encoding
+from bigmodel.data.prepare import shard_writing as assembly
+from bigmodel.data.prepare import work_items as units
+from bigmodel.data.prepare.cleaning import Part, Scan
+from bigmodel.data.prepare.corpus import Source, Unit
+from bigmodel.data.prepare.encoding import Work, read_array, save_array
+from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare.lengths import draw_lengths
+from bigmodel.data.prepare.staging import (
+    DISK_FULL,
+    claimed,
+    folders_in,
+    foreign,
+    partial_of,
+    put_in_place,
+    stoppable,
+    writable,
+)
+from bigmodel.data.prepare.work_items import Team
+from bigmodel.data.store import files, mds
+from bigmodel.data.store.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
+from bigmodel.data.store.shards import all_statistics, measure_shards
+from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
+from bigmodel.run_directory import read_json, write_atomically, write_json
+
+UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older ones are not taken
+TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
+GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
+GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
+GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
+INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
+SPARE_BYTES = 16 << 20  # left free on the disk
+TASKS_A_PROCESS = 4  # at least, where a unit's parts allow: the last ones end together
+READS_OF_A_UNIT = 8  # while its parts are tokenized, at most: half of each is spent on finding the place
+EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
+NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to prepare, settled before anything is written. `modules` is the embedded corpus, empty for own sources."""
+
+    target: Path
+    settings: PrepareSettings
+    sources: list[Source]
+    modules: list[tuple[str, bytes]]
+    recipe: dict[str, Any]
+    corpus_sha256: str
+    identities: dict[str, str]  # of every file that is read, taken before its content was
+
+    @property
+    def partial(self) -> Path:
+        return partial_of(self.target)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the bytes of the result depend on."""
+        everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, units.versions()]
+        everything += [list(self.identities.values())]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare(settings: Settings, progress: Progress | None = None) -> Path:
+    """Make the folder `data.directory` and return it; does nothing if it is already made from the same text and
+    settings. `progress`: where to show what happens; none: a live display of its own; `quiet()` shows nothing.
+
+    Raises `UserError` for sources that cannot be read or are empty, a vocabulary the text cannot fill, a folder
+    made from something else, another preparation under way, and a disk that is or becomes full. SIGTERM is taken
+    as Ctrl-C: `KeyboardInterrupt`. Whatever ends it, finished units are kept for the next run.
+    """
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            progress = stack.enter_context(live())
+        job = _settle(settings)
+        made = _is_made(job)
+        if made:
+            _say(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
+        if not made or (job.partial.exists() and not foreign(job.partial)):
+            with claimed(job.partial), stoppable():
+                if not _is_made(job):  # another run may have finished between
+                    _build_whole(job, progress)
+                if job.partial.exists():
+                    shutil.rmtree(job.partial)
+        if not made:
+            manifest = Manifest.read(job.target)
+            counts = [counts for of_source in manifest.counts.values() for counts in of_source.values()]
+            documents = sum(of_split["documents"] for of_split in counts)
+            tokens = sum(stored_amount(of_split, "tokens") for of_split in counts)
+            _say(progress, f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
+    return settings.data.directory
+
+
+def live() -> Progress:
+    """A progress display with amount, rate and time left, for a terminal."""
+    bar = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    return Progress(*bar, TransferSpeedColumn(), TimeRemainingColumn())
+
+
+def quiet() -> Progress:
+    """A progress display that shows nothing."""
+    return Progress(console=Console(quiet=True), disable=True)
+
+
+def _say(progress: Progress, line: str) -> None:
+    progress.console.print(line, markup=False)
+
+
+# ---- what is asked for, and is it there -----------------------------------------------------------------------
+
+
+def _settle(settings: Settings) -> _Job:
+    wanted = settings.prepare
+    target = settings.data.directory.resolve()  # what a link names is made, the link stays
+    if target.is_mount() and not (target / MANIFEST).exists():
+        raise UserError(
+            f"data.directory = {target}: is where a file system is mounted, which no rename can put in place; "
+            "choose a folder inside it"
+        )
+    if wanted.shard_tokens > mds.LARGEST_SHARD_TOKENS:
+        raise UserError(
+            f"prepare.shard_tokens = {wanted.shard_tokens}: a shard file is at most 4 GiB; "
+            f"set it to {mds.LARGEST_SHARD_TOKENS} or less"
+        )
+    sources = [corpus.find_source(source) for source in wanted.sources]
+    read = list(sources)
+    modules = [] if sources else embedded.standard_library()
+    recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
+        "sources": [source.model_dump() for source in wanted.sources] or EMBEDDED[wanted.embedded],
+        "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
+        "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
+    }
+    if wanted.decontaminate:
+        against = SourceSettings(name="evaluation", **wanted.decontaminate.model_dump(include={"files", "column"}))
+        read.append(corpus.find_source(against, "prepare.decontaminate"))
+    identities = corpus.identities(read)
+    if wanted.decontaminate:
+        recipe["evaluation_sha256"] = corpus.corpus_hash(read[-1:])
+    recipe = json.loads(without_secrets(json.dumps(recipe)))
+    corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
+    return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities)
+
+
+def _check_unchanged(job: _Job) -> None:
+    for file, identity in job.identities.items():
+        if files.identity(file) != identity:
+            raise UserError(f"{file}: {corpus.CHANGED}")
+
+
+def _describe_tokenizer(path: Path) -> dict[str, Any]:
+    tokenizer = Tokenizer.load(path, fast=False)
+    return {"sha256": tokenizer.sha256, "bos": tokenizer.bos, "eos": tokenizer.eos}
+
+
+def _is_made(job: _Job) -> bool:
+    """Whether the target is there and is what was asked for. Raises `UserError` if it is something else."""
+    if not job.target.exists() or (job.target.is_dir() and not any(job.target.iterdir())):
+        return False
+    manifest = Manifest.read(job.target)
+    unsaid = {"content": PrepareSettings().content}  # by the versions before it: what they did
+    made = manifest.recipe if "adopted" in manifest.recipe else unsaid | manifest.recipe
+    differences = [
+        f"prepare.{name} was {made.get(name)!r}, is {value!r}"
+        for name, value in job.recipe.items()
+        if made.get(name) != value
+    ]
+    if not differences and manifest.corpus_sha256 != job.corpus_sha256:
+        what = "the source files have" if job.sources else "Python's standard library has"
+        differences = [f"{what} other content now"]
+    if differences:
+        raise UserError(
+            f"data.directory = {job.target}: already prepared otherwise ({'; '.join(differences)}); "
+            "choose another data.directory, or delete this one"
+        )
+    return True
+
+
+# ---- the folder under way -------------------------------------------------------------------------------------
+
+
+def _work_folder(job: _Job, progress: Progress) -> Work:
+    """The folder for this text and these settings, with what an earlier run finished; others' are deleted."""
+    work = Work(job.partial / job.fingerprint)
+    leftovers = folders_in(job.partial)
+    with writable(job.partial):
+        for leftover in leftovers:
+            if leftover != work.folder:
+                _say(progress, f"{leftover}: left by other text, settings or versions; deleted, starting over")
+                shutil.rmtree(leftover)
+        for folder in (work.folder / "scan", work.folder / "encoded", work.result):
+            folder.mkdir(parents=True, exist_ok=True)
+    if work.finished():
+        _say(progress, f"{job.partial}: going on from {work.finished():,} finished units")
+    return work
+
+
+def _build_whole(job: _Job, progress: Progress) -> None:
+    work = _work_folder(job, progress)
+    try:
+        _build(job, work, progress)
+        _check_unchanged(job)
+        put_in_place(work.result, job.target)
+    except OSError as error:
+        if error.errno not in DISK_FULL and "No space left" not in str(error):
+            raise
+        raise UserError(
+            f"{job.partial}: the disk became full; {work.finished():,} finished units are kept. Free space and run the "
+            "same command to go on, or delete that folder and choose a data.directory on another disk"
+        ) from None
+    except units.Interrupted as error:
+        if not work.finished():
+            raise
+        raise UserError(
+            f"{error}\n{work.finished():,} finished units are kept in {job.partial}; the same command goes on from them"
+        ) from None
+
+
+# ---- the stages -----------------------------------------------------------------------------------------------
+
+
+def _build(job: _Job, work: Work, progress: Progress) -> None:
+    sources = job.sources
+    left_out: dict[str, dict[str, dict[str, int]]] = {}
+    if not sources:
+        sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
+    all_units = [unit for source in sources for unit in corpus.plan_units(source)]
+    with _team(job.settings, all_units, progress) as team:
+        scans = _scan(team, all_units, job.settings, work)
+        rows, row_bytes = _count_rows(sources, all_units, scans, left_out)
+        tokenizer = _make_tokenizer(job, team, all_units, scans, work)
+        if not tokenizer.is_fast:
+            _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
+        _check_unchanged(job)
+        parts = [cleaning.cut(scan, corpus.UNIT_BYTES) for scan in scans]
+        _check_space(job, work, scans, parts, tokenizer.dtype)
+        _encode(team, all_units, scans, parts, job.settings, tokenizer.is_fast, work)
+        encoded: dict[str, list[Path]] = {source.name: [] for source in sources}
+        for number, unit in enumerate(all_units):
+            encoded[unit.source] += [work.encoded(number, part.number) for part in parts[number]]
+        dtype = None if job.settings.content == "text" else tokenizer.dtype
+        counts, lengths = assembly.assemble(team, sources, encoded, job.settings.shard_tokens, dtype, work.result)
+    _write_lists(all_units, scans, encoded, work)
+    for name, splits in counts.items():
+        for what, kept in (("documents", rows), ("text_bytes", row_bytes)):
+            stored = sum(stored_amount(split, what) for split in splits.values())
+            assert stored == kept[name]["kept"], f"{name}: stored {stored} {what} of {kept[name]}"
+    Manifest(
+        tokenizer_sha256=tokenizer.sha256,
+        vocabulary=tokenizer.vocabulary,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        dtype=tokenizer.dtype.name,
+        counts=counts,
+        shards={name: {split: measure_shards(work.result, name, split) for split in SPLITS} for name in counts},
+        rows=rows,
+        row_bytes=row_bytes,
+        statistics=all_statistics(lengths, counts),
+        files=describe_files(work.result),
+        recipe=job.recipe,
+        corpus_sha256=job.corpus_sha256,
+        encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
+        python=platform.python_version(),
+    ).write(work.result)
+    draw_lengths(lengths["tokens"], work.result / PICTURE)
+
+
+def _collect_embedded(
+    modules: list[tuple[str, bytes]], pairs: bool, work: Work, progress: Progress
+) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
+    """The embedded corpus as files of the result, and what was left out of them."""
+    write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
+    folder, record = work.result / "corpus", work.folder / "left_out.json"
+    if not record.exists():  # written last
+        task = progress.add_task("collecting Python's own text", total=None)
+        write_json(record, write(folder, modules))
+        progress.update(task, total=1, completed=1)
+    sources = embedded.pair_sources(folder) if pairs else embedded.embedded_sources(folder)
+    return sources, read_json(record)
+
+
+def _team(
+    settings: PrepareSettings, all_units: Sequence[Unit], progress: Progress
+) -> contextlib.AbstractContextManager[Team]:
+    if settings.scheduler:
+        return units.cluster(settings.scheduler, progress)
+    number = min(settings.workers or len(os.sched_getaffinity(0)), len(all_units))
+    small = sum(unit.num_bytes for unit in all_units) < INLINE_BYTES
+    return units.processes(1 if small else number, progress)
+
+
+def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work: Work) -> list[Scan]:
+    if settings.decontaminate:
+        save_array(work.contaminated, cleaning.evaluation_hashes(settings.decontaminate))
+
+    def look(malformed: Malformed | None) -> None:
+        if malformed and not settings.malformed_share:
+            (named,) = corpus.with_line_numbers([malformed])
+            raise UserError(f"{_in_one_line(named)}; mend or drop it, or set prepare.malformed_share above 0")
+
+    tasks = [(number, unit, settings, work) for number, unit in enumerate(all_units)]
+    team.run("reading", encoding.scan_unit, tasks, [unit.num_bytes for unit in all_units], look)
+    scans = [Scan.read(work.scan(number)) for number in range(len(all_units))]
+    _check_malformed(all_units, scans, settings.malformed_share, work)
+    save_array(work.duplicates, cleaning.mark_duplicates(scans) if settings.deduplicate else np.zeros(0, np.int64))
+    return scans
+
+
+def _in_one_line(malformed: Malformed) -> str:
+    return f"{malformed.file}: {malformed.place}: {malformed.reason}"
+
+
+def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
+    """Raise `UserError` for the first source with more malformed records than allowed, and leave a list of them."""
+    for source in dict.fromkeys(unit.source for unit in all_units):
+        mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source]
+        malformed = sum(int((scan.status == cleaning.MALFORMED).sum()) for scan in mine)
+        read = sum(len(scan.status) for scan in mine)
+        if malformed > allowed * read:
+            (first,) = corpus.with_line_numbers([record for scan in mine for record in scan.malformed][:1])
+            listed = work.folder / "malformed.jsonl"
+            _write_malformed(listed, cleaning.list_malformed([unit.source for unit in all_units], scans))
+            raise UserError(
+                f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
+                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the "
+                f"share; {listed} lists them"
+            )
+
+
+def _write_malformed(path: Path, records: Iterable[dict[str, str]]) -> None:
+    lines = [json.dumps(record) + "\n" for record in records]
+    if lines:
+        write_atomically(path, "".join(lines))
+
+
+def _count_rows(
+    sources: Sequence[Source],
+    all_units: Sequence[Unit],
+    scans: Sequence[Scan],
+    left_out: dict[str, dict[str, dict[str, int]]],
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Per source, in documents and in bytes: read, kept, dropped by reason. Raises `UserError` for a source or split
+    without documents."""
+    rows, row_bytes = {}, {}
+    for source in sources:
+        mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source.name]
+        counted = cleaning.count_reasons(mine)
+        if not counted[0]["kept"]:
+            raise UserError(
+                f"prepare.sources {source.name!r}: has no documents ({_in_words(counted[0])}); "
+                "name files that hold text, or leave the source out"
+            )
+        for counts, what in zip(counted, ("documents", "bytes"), strict=True):
+            early = {reason: numbers[what] for reason, numbers in left_out.get(source.name, {}).items()}
+            counts |= early | {"read": counts["read"] + sum(early.values())}
+            accounted = sum(count for reason, count in counts.items() if reason != "read")
+            assert accounted == counts["read"], f"{source.name}: {counts} does not add up"
+        rows[source.name], row_bytes[source.name] = counted
+    kept = np.concatenate([scan.validation[scan.status == cleaning.KEPT] for scan in scans])
+    for split, number in (("train", np.count_nonzero(~kept)), ("validation", np.count_nonzero(kept))):
+        if not number:
+            raise UserError(
+                f"prepare.validation_share: none of the {len(kept)} documents fell to the {split} split; "
+                f"{'lower' if split == 'train' else 'raise'} it, or add documents"
+            )
+    return rows, row_bytes
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count or reason == "read")
+
+
+def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:
+    """Put tokenizer.json in place, after the documents on which its fast path is compared."""
+    settings, gate = job.settings, work.folder / "gate.json"
+    if not work.tokenizer.exists():
+        sample = _read_sample(team, all_units, scans, settings)
+        write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
+        if settings.tokenizer:
+            given = tokenizer_file(settings.tokenizer)
+            content = given.read_bytes()
+            if hashlib.sha256(content).hexdigest() != job.recipe["tokenizer"]["sha256"]:
+                raise UserError(f"{given}: {corpus.CHANGED}")
+            keep_boundaries(given.parent, work.result)
+            write_atomically(work.tokenizer, content)
+        else:
+            write_atomically(work.tokenizer, train(sample, settings.vocabulary))
+    return Tokenizer.load(work.tokenizer, read_json(gate))
+
+
+def keep_boundaries(given: Path, result: Path) -> None:
+    """What a Hugging Face folder says of begin and end goes with its tokenizer.json."""
+    named = named_boundaries(given)
+    if named:
+        write_json(result / "tokenizer_config.json", dict(zip(("bos_token", "eos_token"), named, strict=True)))
+
+
+def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], settings: PrepareSettings) -> list[str]:
+    rows = cleaning.choose_sample(scans, GATE_BYTES if settings.tokenizer else TRAINING_BYTES)
+    chosen = [(unit, mine, settings) for unit, mine in zip(all_units, rows, strict=True) if len(mine)]
+    weights = [unit.num_bytes for unit, *_ in chosen]
+    texts = team.run("sampling for the tokenizer", encoding.read_rows, chosen, weights)
+    return [text for part in texts for text in part]
+
+
+def _check_space(job: _Job, work: Work, scans: Sequence[Scan], parts: Sequence[list[Part]], dtype: np.dtype) -> None:
+    """Refuse before writing what would not fit: the tokens are written twice, once by part and once by shard. Parts
+    that are encoded already say how large the others become; without any, two bytes of text a token do."""
+    a_byte = 1.0 if job.settings.content == "text" else dtype.itemsize / 2
+    amounts = []
+    for number, (scan, of_unit) in enumerate(zip(scans, parts, strict=True)):
+        rows = scan.kept_bytes * (a_byte + scan.validation) + 32 * (scan.status == cleaning.KEPT)
+        for part in of_unit:
+            amounts.append((int(rows[part.first : part.end].sum()), _written(work.encoded(number, part.number))))
+    expected, encoded = np.array(amounts, np.int64).reshape(-1, 2).T
+    done = encoded > 0
+    rate = encoded.sum() / max(1, expected[done].sum()) if done.any() else 1.0
+    to_encode = int(expected[~done].sum() * rate)
+    in_shards = sum(_written(file) for split in SPLITS for file in (work.result / split).rglob("*"))
+    needed = to_encode + max(0, int(encoded.sum()) + to_encode - in_shards) + SPARE_BYTES
+    free = shutil.disk_usage(work.folder).free
+    if free < needed:
+        raise units.Interrupted(
+            f"data.directory = {job.target}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free "
+            "space, or choose a data.directory on another disk"
+        )
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _encode(
+    team: Team,
+    all_units: Sequence[Unit],
+    scans: Sequence[Scan],
+    parts: Sequence[list[Part]],
+    settings: PrepareSettings,
+    fast: bool,
+    work: Work,
+) -> None:
+    """A task is a unit; where there are few units for the processes, some parts of a large one: each task reads the
+    file from its begin."""
+
+    def look(_: None) -> None:
+        if shutil.disk_usage(work.folder).free < SPARE_BYTES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    most = max(1, min(READS_OF_A_UNIT, TASKS_A_PROCESS * team.size // max(1, len(all_units))))
+    tasks, weights = [], []
+    for number, (unit, start) in enumerate(zip(all_units, cleaning.first_rows(scans), strict=True)):
+        step = -(-len(parts[number]) // most) or 1
+        for first in range(0, len(parts[number]), step):
+            mine = parts[number][first : first + step]
+            tasks.append((number, unit, mine, start, settings, fast, work))
+            weights.append(unit.num_bytes * len(mine) // len(parts[number]))
+    team.run("tokenizing", encoding.encode_parts, tasks, weights, look)
+
+
+def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], encoded: dict[str, list[Path]], work: Work) -> None:
+    """The validation text end to end, and the malformed records if there are any."""
+    (work.result / "text").mkdir(exist_ok=True)
+    with open(work.result / "text" / "validation.txt", "wb") as file:
+        for path in (path for of_source in encoded.values() for path in of_source):
+            file.write(read_array(path, "validation_text").tobytes())
+    malformed = cleaning.list_malformed([unit.source for unit in all_units], scans)
+    records = (record | {"file": corpus.base_name(record["file"])} for record in malformed)
+    _write_malformed(work.result / "malformed.jsonl", records)
+    for part in work.result.rglob(".*.part*"):  # of a process that was killed while it wrote
+        part.unlink()

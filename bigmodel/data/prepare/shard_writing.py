@@ -1,0 +1,149 @@
+"""Assembly: shards from the files of encoded parts, each by any process.
+
+Takes the encoded parts. Gives the shards of every source and split with their lengths and indexes.
+
+Guarantees: the documents of a source and split, in reading order, are cut into shards by their lengths alone, so that
+neither the parts nor who writes which shard can be seen in the result. A shard that is there is not written again.
+
+Costs: a process holds two shards' bytes and a part.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config.settings import UserError
+from bigmodel.data.prepare.corpus import Source
+from bigmodel.data.prepare.encoding import TEXT_COLUMNS, TOKEN_COLUMNS, read_array, save_array
+from bigmodel.data.prepare.work_items import Team
+from bigmodel.data.store import mds
+from bigmodel.data.store.manifest import SPLITS
+from bigmodel.run_directory import write_atomically
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard: what index.json says of it, and of which parts' documents it is made, in order: (part, first
+    document, end)."""
+
+    folder: str  # below the result: split/source
+    split: str
+    number: int
+    columns: tuple[str, ...]
+    parts: tuple[tuple[Path, int, int], ...]
+    entry: dict[str, Any]
+    as_text: bool = False
+
+
+def assemble(
+    team: Team,
+    sources: Sequence[Source],
+    encoded: Mapping[str, Sequence[Path]],
+    shard_tokens: int,
+    dtype: np.dtype | None,
+    result: Path,
+) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, list[np.ndarray]]]:
+    """Write all shards and their indexes; `encoded`: each source's files of parts, in order. Returns counts by source
+    and split, and all documents' lengths by column.
+
+    `dtype`: of the tokens; None: the shards hold text, cut where shards of tokens would be.
+    """
+    counts: dict[str, dict[str, dict[str, int]]] = {source.name: {} for source in sources}
+    shards: list[_Shard] = []
+    all_lengths: dict[str, list[np.ndarray]] = {column: [] for column in TOKEN_COLUMNS}
+    for source in sources:
+        mine = encoded[source.name]
+        columns = TOKEN_COLUMNS[: len(source.columns)]
+        for split in SPLITS:
+            lengths = {column: [read_array(part, f"{split}_{column}_lengths") for part in mine] for column in columns}
+            sizes = lengths
+            if dtype is None:
+                sizes = {column: [read_array(part, f"{split}_{column}_sizes") for part in mine] for column in columns}
+            shards += _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
+            for column, parts in lengths.items():
+                all_lengths[column].append(np.concatenate(parts))
+            counts[source.name][split] = {
+                "documents": len(all_lengths["tokens"][-1]),
+                **{
+                    column.replace("tokens", "text_bytes"): sum(
+                        int(read_array(part, f"{split}_{column}_bytes")) for part in mine
+                    )
+                    for column in columns
+                },
+                **{column: sum(int(part.sum(dtype=np.int64)) for part in lengths[column]) for column in columns},
+            }
+    weights = [shard.entry["raw_data"]["bytes"] for shard in shards]
+    team.run("writing shards", _write_shard, [(shard, result) for shard in shards], weights)
+    for folder in dict.fromkeys(shard.folder for shard in shards):
+        index = mds.encode_index([shard.entry for shard in shards if shard.folder == folder])
+        write_atomically(result / folder / "index.json", index)
+    return counts, all_lengths
+
+
+def _plan_shards(
+    source: str,
+    split: str,
+    encoded: Sequence[Path],
+    lengths: dict[str, list[np.ndarray]],
+    sizes: dict[str, list[np.ndarray]],
+    shard_tokens: int,
+    dtype: np.dtype | None,
+) -> list[_Shard]:
+    """Cut the documents of all parts, end to end, into shards: each closes before the document that would bring it
+    above `shard_tokens`. `sizes`: of what is stored of each document, in its values."""
+    joined = {column: np.concatenate(parts) for column, parts in lengths.items()}
+    stored = {column: np.concatenate(parts) for column, parts in sizes.items()}
+    tokens = sum(part.astype(np.int64) for part in joined.values())
+    if len(tokens) and tokens.max() > mds.LARGEST_SHARD_TOKENS:
+        raise UserError(
+            f"prepare.sources {source!r}: a document of {tokens.max():,} tokens does not fit a shard file of 4 GiB; "
+            "split it, or drop it with prepare.max_characters"
+        )
+    ends = np.cumsum(tokens)
+    bounds = [0, *accumulate(len(part) for part in lengths["tokens"])]  # of the parts, in documents
+    shards: list[_Shard] = []
+    first = 0
+    while first < len(tokens):
+        room = shard_tokens + (int(ends[first - 1]) if first else 0)
+        last = max(first + 1, int(np.searchsorted(ends, room, side="right")))
+        parts = []
+        for place in range(bisect_right(bounds, first) - 1, bisect_left(bounds, last)):
+            start, end = bounds[place], bounds[place + 1]
+            if end > start:
+                parts.append((encoded[place], max(first, start) - start, min(last, end) - start))
+        as_text = dtype is None
+        mine = {TEXT_COLUMNS[name] if as_text else name: part[first:last] for name, part in stored.items()}
+        entry = mds.shard_entry(len(shards), mine, dtype)
+        shards.append(_Shard(f"{split}/{source}", split, len(shards), tuple(joined), tuple(parts), entry, as_text))
+        first = last
+    return shards
+
+
+def _write_shard(shard: _Shard, result: Path) -> None:
+    """Write a shard and its lengths from the parts' files, unless that is done: the shard comes last."""
+    folder = result / shard.folder
+    path = folder / shard.entry["raw_data"]["basename"]
+    if path.exists() and path.stat().st_size == shard.entry["raw_data"]["bytes"]:
+        return
+    documents: dict[str, list[mds.Value]] = {column: [] for column in shard.columns}
+    lengths: dict[str, list[np.ndarray]] = {column: [] for column in shard.columns}
+    for part, first, last in shard.parts:
+        with np.load(part) as arrays:
+            for column in shard.columns:
+                name = f"{shard.split}_{column}"
+                lengths[column].append(arrays[f"{name}_lengths"][first:last])
+                sizes = arrays[f"{name}_sizes" if shard.as_text else f"{name}_lengths"]
+                values, bounds = arrays[name], np.cumsum([0, *sizes])[first : last + 1].tolist()
+                parts = [values[start:end] for start, end in pairwise(bounds)]
+                documents[column] += [part.tobytes() for part in parts] if shard.as_text else parts
+    folder.mkdir(parents=True, exist_ok=True)
+    for column, mine in lengths.items():
+        name = f"{column.removesuffix('tokens')}lengths.{shard.number:05}.npy"
+        save_array(folder / name, np.concatenate(mine).astype(np.uint32))
+    columns = {TEXT_COLUMNS[column] if shard.as_text else column: values for column, values in documents.items()}
+    write_atomically(path, mds.encode_shard(columns))

@@ -1,0 +1,1 @@
+"""Shards on disk or in an object store, their manifest and their tokenizer."""

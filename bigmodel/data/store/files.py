@@ -1,0 +1,212 @@
+"""Files: on this machine, or in a store that is named by a URL.
+
+Takes paths and URLs. s3://, gs://, abfs:// and hdfs:// go through pyarrow, any other scheme through fsspec where it
+has a driver for it. Credentials come from the environment, as each store's own tools expect them; pyarrow's settings of
+a store go behind the question mark of a URL.
+
+Guarantees: whatever stops a file from being found or read is a `UserError` that names it.
+
+Tried: s3:// against moto's server in the tests; gs:// against fake-gcs-server and abfs:// against Azurite where these
+are installed (else their tests are skipped); fsspec's memory://. Of hdfs:// only the error without a JVM.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow
+from fsspec.utils import glob_translate
+from pyarrow import fs
+
+from bigmodel.config.settings import UserError
+
+PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+GS_RETRY_SECONDS = 30  # its client's own is 15 minutes, in which nothing is said
+CHUNK_BYTES = 4 << 20  # read at once: a store answers each read separately
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, or AZURE_STORAGE_KEY",
+    "hdfs": "a Kerberos ticket, HADOOP_HOME and CLASSPATH",
+}
+
+
+def is_remote(location: str) -> bool:
+    return "://" in location
+
+
+def without_settings(location: str) -> str:
+    """A URL without what follows its question mark; a path as it is."""
+    return location.partition("?")[0] if is_remote(location) else location
+
+
+def absolute(location: str) -> str:
+    """The same file, named so that a process in any folder of the machine finds it."""
+    return location if is_remote(location) else os.path.abspath(location)
+
+
+def find(pattern: str) -> list[str]:
+    """The files that a path, URL or glob pattern names, sorted; a path without wildcards names itself if it exists."""
+    if not is_remote(pattern):
+        return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    store, path = _store(pattern)
+    with readable(pattern):
+        if not any(letter in path for letter in "*["):
+            return [] if store.get_file_info(path).type == fs.FileType.NotFound else [pattern]
+        found = _matching(store, path)
+    parts = urlsplit(pattern)
+    start = path.removesuffix(parts.path.lstrip("/"))  # the bucket or container, which the URL has in its own way
+    query = f"?{parts.query}" if parts.query else ""
+    return [f"{parts.scheme}://{parts.netloc}/{name.removeprefix(start)}{query}" for name in found]
+
+
+def _matching(store: fs.FileSystem, path: str) -> list[str]:
+    """What matches a glob pattern. fsspec's own search is not used: where it may not look it finds nothing."""
+    fixed = re.split(r"[*\[]", path, maxsplit=1)[0]
+    deeper = "**" in path or "/" in path[len(fixed) :]
+    selector = fs.FileSelector(fixed.rpartition("/")[0], allow_not_found=True, recursive=deeper)
+    pattern = re.compile(glob_translate(path))
+    return sorted(entry.path for entry in store.get_file_info(selector) if pattern.match(entry.path))
+
+
+def is_folder(location: str) -> bool:
+    if not is_remote(location):
+        return os.path.isdir(location)
+    store, path = _store(location)
+    with readable(location):
+        return store.get_file_info(path).type == fs.FileType.Directory
+
+
+def join(folder: str, name: str) -> str:
+    """A file below a folder; a URL's settings after the question mark stay behind."""
+    path, mark, settings = folder.partition("?") if is_remote(folder) else (folder, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{settings}"
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by path relative to it, sorted; empty where there is no such folder."""
+    if is_remote(folder):
+        store, path = _store(folder)
+    else:
+        store, path = fs.LocalFileSystem(), os.path.abspath(folder)
+    start = path.rstrip("/") + "/"
+    with readable(folder):
+        entries = store.get_file_info(fs.FileSelector(start.rstrip("/"), allow_not_found=True, recursive=True))
+    found = {entry.path.removeprefix(start): entry.size for entry in entries if entry.type == fs.FileType.File}
+    return dict(sorted(found.items()))
+
+
+def size(location: str) -> int:
+    """Bytes as stored."""
+    with readable(location):
+        if not is_remote(location):
+            return os.path.getsize(location)
+        store, path = _store(location)
+        information = store.get_file_info(path)
+        if information.type == fs.FileType.NotFound:
+            raise FileNotFoundError("no such file")
+        return information.size
+
+
+def identity(location: str) -> str:
+    """What changes when a file does, without reading it: its size and the time of its last change."""
+    store, path = _store(location) if is_remote(location) else (fs.LocalFileSystem(), location)
+    with readable(location):
+        information = store.get_file_info(path)
+        return f"{information.size} bytes of {information.mtime_ns}"
+
+
+def open_file(location: str) -> pyarrow.NativeFile:
+    """The file as stored, for reading at any place."""
+    with readable(location):
+        if not is_remote(location):
+            return pyarrow.OSFile(location)
+        store, path = _store(location)
+        return store.open_input_file(path)
+
+
+def chunks(location: str) -> Iterator[bytes]:
+    """The content of a file, from begin to end."""
+    with readable(location), open_file(location) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def write(location: str, content: Iterable[bytes]) -> None:
+    """Make a file in a store. Raises `UserError` naming it; what `content` raises passes through."""
+    store, path = _store(location)
+    try:
+        if not isinstance(store, (fs.S3FileSystem, fs.GcsFileSystem)):  # these have no folders to make
+            store.create_dir(path.rpartition("/")[0], recursive=True)
+        with store.open_output_stream(path) as stream:
+            for chunk in content:
+                stream.write(chunk)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{location}: cannot be written: {_first_line(error)}; {_remedy(location)}") from None
+
+
+@contextmanager
+def readable(location: str) -> Iterator[None]:
+    """What goes wrong with this file inside becomes a `UserError` with its name and the remedy."""
+    try:
+        yield
+    except (OSError, EOFError, pyarrow.ArrowException) as error:
+        raise UserError(f"{location}: cannot be read: {_first_line(error)}; {_remedy(location)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _remedy(location: str) -> str:
+    if not is_remote(location):
+        return "make it whole or leave it out"
+    scheme = {"gcs": "gs", "abfss": "abfs"}.get(urlsplit(location).scheme, urlsplit(location).scheme)
+    where = CREDENTIALS.get(scheme, f"what fsspec's driver for {scheme}:// asks for")
+    return f"see that it is there and that the environment has the credentials ({where})"
+
+
+def _store(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URL and the file's path in it."""
+    parts = urlsplit(location)
+    if parts.scheme == "file":
+        return fs.LocalFileSystem(), parts.path
+    if parts.scheme not in PYARROW_SCHEMES:
+        return _fsspec_store(location)
+    query = parts.query
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        query = "&".join([*([query] if query else []), f"retry_limit_seconds={GS_RETRY_SECONDS}"])
+    root = f"{parts.scheme}://{parts.netloc}" + (f"?{query}" if query else "")
+    with readable(location):
+        store, base = _connect(root)
+    path = base.rstrip("/") + parts.path
+    return store, path if parts.scheme == "hdfs" else path.lstrip("/")  # only hdfs has a root folder
+
+
+@lru_cache(maxsize=16)
+def _connect(root: str) -> tuple[fs.FileSystem, str]:
+    """Connecting may ask the network where a bucket lies: once per process and bucket."""
+    key = os.environ.get("AZURE_STORAGE_KEY")
+    if not key or urlsplit(root).scheme not in ("abfs", "abfss") or "credential_kind" in root:
+        return fs.FileSystem.from_uri(root)
+    # pyarrow takes no key from a URL: it asks Azure's identity service instead, which wants TLS.
+    store, base = fs.FileSystem.from_uri(f"{root}{'&' if '?' in root else '?'}credential_kind=anonymous")
+    _, (options,) = store.__reduce__()
+    return fs.AzureFileSystem(**options | {"account_key": key}), base
+
+
+def _fsspec_store(location: str) -> tuple[fs.FileSystem, str]:
+    with readable(location):  # some drivers connect at once
+        try:
+            driver, path = fsspec.core.url_to_fs(location)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{location}: no driver for this kind of URL: {_first_line(error)}; name a path, or a URL of "
+                f"{', '.join(PYARROW_SCHEMES)}"
+            ) from None
+    return fs.PyFileSystem(fs.FSSpecHandler(driver)), path

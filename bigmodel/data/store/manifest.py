@@ -1,0 +1,192 @@
+"""The manifest: what a prepared folder holds, and whether a file is the one it speaks of.
+
+Takes a folder, on this machine or in a store; gives its `Manifest`. It is written last, so a folder that has one is
+whole. It holds size and SHA-256 of every file but itself and the picture of the lengths, whose bytes are not data.
+
+Costs: comparing a file reads it, about 1 GB/s.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config.settings import UserError
+from bigmodel.data.store import files
+from bigmodel.run_directory import write_json
+
+MANIFEST = "manifest.json"
+PICTURE = "lengths.png"
+SCHEMA_VERSION = 3
+OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
+SPLITS = ("train", "validation")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second where a given one named begin and end
+PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
+
+
+class FileTable(Mapping[str, dict[str, Any]]):
+    """Size and SHA-256 of files by path, sorted. Takes 100 bytes a file; as dicts, the files of a billion documents
+    would take 25 MB in every rank."""
+
+    def __init__(self, files: Mapping[str, tuple[int, str]]) -> None:
+        names = sorted(files)
+        self._names = np.array([name.encode() for name in names], dtype=bytes)
+        self._bytes = np.array([files[name][0] for name in names], dtype=np.int64)
+        self._sha256 = np.array([files[name][1].encode() for name in names], dtype=bytes)
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        place = int(np.searchsorted(self._names, name.encode()))
+        if place == len(self._names) or self._names[place] != name.encode():
+            raise KeyError(name)
+        return {"bytes": int(self._bytes[place]), "sha256": self._sha256[place].decode()}
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode() for name in self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
+    `shards[source][split]` has what `shards.measure_shard` says of each, in their order: the plan deals shards to lanes
+    by it, so that no rank opens the lengths of shards that others read; `files[path]` has bytes and sha256, path
+    relative to the folder; `recipe` is what the user asked for; `statistics` is of all splits and sources.
+
+    A source of pairs (`target_column`) has both texts of a pair in one sample, so that they cannot part:
+
+        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]; of
+                                  shards of text `text` and `target_text`
+        lengths.00000.npy         (samples,) uint32 stored tokens of the source text
+        target_lengths.00000.npy  (samples,) uint32 stored tokens of the target text
+        counts[source][split]     target_tokens, target_text_bytes; tokens and text_bytes are the source text's
+        shards[source][split]     of the source text alone
+        statistics["target"]      of all target texts; absent where no source has any
+        rows, row_bytes           a pair is one row; its bytes are both texts'; a pair with one empty text is `empty`
+
+    A shard closes by the sum of both texts' tokens. A source has pairs where its counts have target_tokens.
+    """
+
+    tokenizer_sha256: str
+    vocabulary: int
+    bos: int
+    eos: int
+    dtype: str
+    counts: dict[str, dict[str, dict[str, int]]]
+    shards: dict[str, dict[str, list[list[int]]]]
+    rows: dict[str, dict[str, int]]  # per source: documents read, kept, and dropped by reason
+    row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: taken out of kept documents
+    statistics: dict[str, Any]
+    files: Mapping[str, dict[str, Any]]
+    recipe: dict[str, Any]
+    corpus_sha256: str
+    encoder: str
+    python: str
+    document: str = "[bos] text [eos]"
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def sources(self) -> list[str]:
+        return sorted(self.counts)
+
+    def total(self, split: str, what: str) -> int:
+        """Sum over sources of `what`: documents, tokens or text_bytes."""
+        return sum(counts[split][what] for counts in self.counts.values())
+
+    def write(self, directory: Path) -> None:
+        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        write_json(directory / MANIFEST, table | {"files": dict(self.files)})
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Raises `UserError` where there is no folder, no manifest, or one that this version cannot read."""
+        path = Path(directory) / MANIFEST
+        if not Path(directory).is_dir():
+            raise UserError(
+                f"data.directory = {directory}: no such folder; run `python -m bigmodel prepare RUN.toml` first"
+            )
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(
+                f"data.directory = {directory}: has no {MANIFEST}, so it is not a folder of prepared shards; "
+                "run `python -m bigmodel prepare RUN.toml` into another data.directory, or delete this one first"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; {PREPARE_AGAIN}") from None
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> "Manifest":
+        """`name` stands for the file in errors."""
+        try:
+            table = json.loads(content, object_hook=_shortened)
+        except ValueError as error:
+            raise UserError(f"{name}: damaged: {error}; {PREPARE_AGAIN}") from None
+        expected = {field.name for field in fields(cls)}
+        version = table.get("schema_version") if isinstance(table, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{name}: schema version {version}, this program reads {SCHEMA_VERSION}; {PREPARE_AGAIN}")
+        if set(table) != expected:
+            raise UserError(f"{name}: damaged: {', '.join(sorted(set(table) ^ expected))}; {PREPARE_AGAIN}")
+        try:
+            return cls(**table | {"files": FileTable(table["files"])})
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+            raise UserError(f"{name}: damaged: files; {PREPARE_AGAIN}") from None
+
+
+def _shortened(table: dict[str, Any]) -> Any:
+    """What is said of a file, as `FileTable` takes it: with a dict each, reading it would take twice the memory."""
+    is_file = table.keys() == {"bytes", "sha256"} and isinstance(table["sha256"], str)  # no sources of these names
+    return (table["bytes"], table["sha256"]) if is_file else table
+
+
+def stored_amount(counts: dict[str, int], what: str) -> int:
+    """Documents, tokens or text_bytes of a source and split, of pairs both sides together."""
+    return counts[what] + counts.get(f"target_{what}", 0)
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder that belongs into its manifest, by relative path, sorted."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    paths = [path for path in paths if path not in (directory / MANIFEST, directory / PICTURE)]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(sha256_of, map(str, paths))
+        return {
+            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, hashes, strict=True)
+        }
+
+
+def find_damage(folder: Path | str, name: str, recorded: dict[str, Any] | None) -> str:
+    """What is wrong with one file of a folder, also of one in a store, against its entry in the manifest; empty if
+    nothing."""
+    location = files.join(str(folder), name)
+    if recorded is None:
+        return f"{location}: not in the manifest"
+    try:
+        if not files.is_remote(location) and not Path(location).exists():
+            return f"{location}: missing"
+        damage = find_wrong_size(location, recorded, files.size(location))
+        if not damage and sha256_of(location) != recorded["sha256"]:
+            damage = f"{location}: {OTHER_CONTENT}"
+        return damage
+    except UserError as error:
+        return str(error)
+
+
+def find_wrong_size(location: str, recorded: dict[str, Any], size: int) -> str:
+    return "" if size == recorded["bytes"] else f"{location}: has {size} bytes, the manifest says {recorded['bytes']}"
+
+
+def sha256_of(location: str) -> str:
+    digest = hashlib.sha256()
+    for chunk in files.chunks(location):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,326 @@
+"""Shards: tokenized documents on disk, read through mosaicml-streaming (the only file that does).
+
+    DIR/manifest.json   DIR/tokenizer.json   DIR/text/validation.txt   DIR/corpus/*.parquet (embedded corpus only)
+    DIR/tokenizer_config.json (a given tokenizer's names of begin and end)   DIR/malformed.jsonl (if there were any)
+    DIR/<split>/<source>/index.json   shard.00000.mds ...   lengths.00000.npy ...
+
+Takes stored documents (`[bos] + text + [eos]`), gives them back by (source, shard, row). The MDS column is
+`tokens`; beside each shard lies a uint32 array of its documents' lengths, which is all that planning reads. A
+source of pairs has a second column, `target_tokens`, and target_lengths.00000.npy ...
+
+Shards may hold text instead (`prepare.content = "text"`, columns `text` and `target_text`), which is tokenized when it
+is read. The lengths are those in tokens all the same: `prepare` counts them once. So the plan of text shards is exact
+before any of it is tokenized, equal to that of token shards of the same documents (same cuts, lanes, windows and
+packs), and going on from a cursor tokenizes nothing again but the documents of the steps to come. Were lengths found
+while streaming, neither the dealing of shards to lanes nor the share of a source would be known at the start. Each
+document's tokens are counted when it is read: another tokenizer, or another version of its library, is an error.
+
+Guarantees: a file is compared with the manifest, size and SHA-256, before its first use in a process, so a cut,
+altered or missing file is an error and never other data; a folder without a manifest is not prepared data. With a
+remote, a file that the folder lacks or has damaged is fetched instead, so a node holds the shards it reads.
+
+Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads, and where
+it is text its tokenization (3 M tokens/s in a thread). A document read again soon after is not tokenized again.
+What a shard holds is read from its own head: the index.json of a billion documents would take 35 MB in every rank.
+Of streaming only the reader of MDS files is imported. Its StreamingDataset is not used here: its iteration ends
+silently where a shard is missing (version 0.13.0).
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.data.objectives.examples import Document, Pair
+from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.store import mds
+from bigmodel.data.store.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES, Manifest, find_damage, sha256_of
+from bigmodel.data.store.remote import Remote
+from bigmodel.data.store.tokenizer import Tokenizer
+
+RECENT_TOKENS = 1 << 22  # of documents tokenized last, kept for the next piece of a long one
+
+
+class ShardStore:
+    """One split of a prepared folder, all its sources. Opens files when they are asked for, and fetches them from
+    `remote`, the URL of the same folder in a store, where there is one.
+
+    Construction reads the manifest and tokenizer.json and raises `UserError` where they do not belong together.
+    """
+
+    def __init__(self, directory: Path, split: str, remote: str = "", cache_bytes: int = 0) -> None:
+        """`cache_bytes`: of shards that were fetched, kept in the folder; 0: all."""
+        self.directory = Path(directory)
+        self.split = split
+        if split not in SPLITS:
+            raise UserError(f"no split {split!r}; a prepared folder has {' and '.join(SPLITS)}")
+        self.remote = Remote(remote, self.directory, cache_bytes) if remote else None
+        if self.remote:
+            self.remote.fetch_manifest()
+        self.manifest = Manifest.read(self.directory)
+        if self.remote:
+            self.remote.begin(self.manifest)
+        counts = self.manifest.counts
+        self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
+        self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
+        self._checked: set[str] = set()
+        self._readers: dict[tuple[str, int], Any] = {}
+        self._recent: OrderedDict[tuple[str, int, int, str], np.ndarray] = OrderedDict()
+        self._recent_tokens, self._recent_lock = 0, threading.Lock()
+        self._check_tokenizer()
+
+    @classmethod
+    def of_run(cls, data: DataSettings, split: str) -> "ShardStore":
+        """What a run file's [data] names."""
+        return cls(data.directory, split, data.remote, data.cache_bytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of the split's files and the tokenizer: equal if and only if the data is."""
+        files = self.manifest.files
+        fixing = [name for name in files if name.startswith(f"{self.split}/")]
+        if self.manifest.recipe.get("content") == "text" and TOKENIZER_FILES[1] in files:
+            fixing.append(TOKENIZER_FILES[1])  # says how each text begins and ends
+        digest = hashlib.sha256(f"[{json.dumps(self.manifest.tokenizer_sha256)}, {{".encode())  # JSON, never held whole
+        for number, name in enumerate(sorted(fixing)):
+            entry = f"{json.dumps(name)}: {json.dumps(files[name], sort_keys=True)}"
+            digest.update(f"{', ' if number else ''}{entry}".encode())
+        digest.update(b"}]")
+        return digest.hexdigest()
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of what a model is asked for: the split's documents, of pairs the target texts."""
+        return sum(self._asked_for(source, "text_bytes") for source in self.sources)
+
+    @property
+    def num_documents(self) -> int:
+        return self.manifest.total(self.split, "documents")
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens a causal model is asked for in one epoch: a stored text of n tokens has n - 1."""
+        return sum(self._asked_for(source, "tokens") for source in self.sources) - self.num_documents
+
+    def _asked_for(self, source: str, what: str) -> int:
+        side = "target_" if source in self.pair_sources else ""
+        return self.manifest.counts[source][self.split][side + what]
+
+    def num_shards(self, source: str) -> int:
+        return len(self.manifest.shards[source][self.split])
+
+    def shard_sizes(self, source: str) -> np.ndarray:
+        """(shards, 3) int64 from the manifest, no other file is opened: what `measure_shard` says of each shard."""
+        return np.array(self.manifest.shards[source][self.split], dtype=np.int64).reshape(-1, 3)
+
+    def lengths(self, source: str, shard: int) -> np.ndarray:
+        """(documents in the shard,) uint32 memory map: stored tokens of each document.
+
+        A new map at each call, closed when it is dropped: maps that are kept would hold a file descriptor each.
+        """
+        return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
+
+    def target_lengths(self, source: str, shard: int) -> np.ndarray:
+        """Of a source of pairs: the stored tokens of each target, as `lengths`."""
+        return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
+
+    def document(self, source: str, shard: int, row: int) -> Document:
+        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, both texts'."""
+        sample = self._sample(source, shard, row)
+        if source not in self.pair_sources:
+            return self._tokens_of(sample, source, shard, row, "")
+        return Pair(*(self._tokens_of(sample, source, shard, row, side) for side in ("", "target_")))
+
+    def _tokens_of(self, sample: Mapping[str, Any], source: str, shard: int, row: int, side: str) -> np.ndarray:
+        name = f"{side}tokens"
+        return sample[name] if name in sample else self._tokenized(source, shard, row, sample[f"{side}text"], side)
+
+    def is_text(self, source: str) -> bool:
+        """Whether the source's documents are tokenized when they are read."""
+        return source in self.sources and self.manifest.recipe.get("content") == "text"
+
+    def open_shard(self, source: str, shard: int) -> Any:
+        """Have a shard here, compared and open, before it is read; mark it as used now. Gives its reader."""
+        name, opened = self._shard_name(source, shard), self._readers.get((source, shard))
+        if opened is None:
+            self.file(f"{self.split}/{source}/index.json")
+            with _importing:  # by the threads that read ahead, of which several may come here first
+                reader, _ = _import_mds()
+            path = self.file(name)
+            opened = reader.MDSReader.from_json(str(path.parent), None, mds.read_entry(path))
+            self._readers[source, shard] = opened
+        self.file(name)
+        if self.remote and self.remote.cache_bytes:
+            with contextlib.suppress(OSError):  # another user's file, or deleted just now
+                os.utime(self.directory / name)
+        return opened
+
+    def _sample(self, source: str, shard: int, row: int) -> dict[str, Any]:
+        while True:
+            try:
+                opened = self._readers.get((source, shard))  # another thread may forget it now
+                return (self.open_shard(source, shard) if opened is None else opened)[row]
+            except FileNotFoundError:  # deleted for room, or by somebody
+                self._forget(source, shard)
+            except UserError:
+                raise
+            except (LookupError, ValueError):  # cut or overwritten since it was compared?
+                name = self._shard_name(source, shard)
+                if not find_damage(self.directory, name, self.manifest.files[name]):
+                    raise
+                self._forget(source, shard)
+
+    def _forget(self, source: str, shard: int) -> None:
+        """Compare, or fetch, and open a shard anew when it is read next."""
+        self._checked.discard(self._shard_name(source, shard))
+        self._readers.pop((source, shard), None)
+
+    def _tokenized(self, source: str, shard: int, row: int, text: str, side: str) -> np.ndarray:
+        document = (source, shard, row, side)
+        with self._recent_lock:
+            if document in self._recent:
+                return self._recent[document]
+        tokens, expected = self._tokenizer.encode_document(text), int(self._text_lengths(source, shard, side)[row])
+        if len(tokens) != expected:
+            raise UserError(
+                f"{self.directory / self._shard_name(source, shard)}: document {row} is {len(tokens)} tokens, its "
+                f"length file says {expected}: this version of the tokenizer library makes other tokens than the one "
+                f"that prepared the data; install that one, or {PREPARE_AGAIN}"
+            )
+        with self._recent_lock:
+            self._recent_tokens += len(tokens) if document not in self._recent else 0
+            self._recent[document] = tokens
+            while self._recent_tokens > RECENT_TOKENS:
+                self._recent_tokens -= len(self._recent.popitem(last=False)[1])
+        return tokens
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.directory / "tokenizer.json", fast=self.manifest.encoder == "tiktoken")
+
+    @cached_property
+    def _text_lengths(self) -> Any:
+        of_side = {"": self.lengths, "target_": self.target_lengths}
+        return lru_cache(maxsize=64)(lambda source, shard, side: np.array(of_side[side](source, shard)))
+
+    def _shard_name(self, source: str, shard: int) -> str:
+        return f"{self.split}/{source}/{mds.shard_name(shard)}"
+
+    def file(self, name: str) -> Path:
+        """A file of the folder, by its relative path, whole and as the manifest says. Raises `UserError` if it is
+        neither here nor in the remote."""
+        recorded = self.manifest.files.get(name)
+        if name not in self._checked or not (self.directory / name).exists():  # deleted since, for room or by somebody
+            damage = find_damage(self.directory, name, recorded)
+            if damage and recorded and self.remote:
+                self.remote.fetch(name, recorded)
+            elif damage:
+                raise UserError(f"{damage}; {PREPARE_AGAIN}")
+            self._checked.add(name)
+        return self.directory / name
+
+    def _check_tokenizer(self) -> None:
+        path = self.directory / "tokenizer.json"
+        if self.remote:
+            self.file("tokenizer.json")
+        if TOKENIZER_FILES[1] in self.manifest.files:  # it says which tokens begin and end a text
+            self.file(TOKENIZER_FILES[1])
+        if not path.exists():
+            raise UserError(f"{path}: missing; {PREPARE_AGAIN}")
+        if sha256_of(str(path)) != self.manifest.tokenizer_sha256:
+            raise UserError(
+                f"{path}: is not the tokenizer that made these shards (its SHA-256 differs from the manifest's); "
+                "put the right tokenizer.json back, or delete the folder and prepare again"
+            )
+
+
+# ---- sizes and lengths ---------------------------------------------------------------------------------------
+
+
+def measure_shard(lengths: np.ndarray) -> list[int]:
+    """Documents of a shard, the positions they are trained on, and how many of them have none (0 or 1 token)."""
+    positions = num_positions(lengths)
+    return [len(lengths), int(positions.sum()), len(lengths) - int(np.count_nonzero(positions))]
+
+
+def measure_shards(directory: Path, source: str, split: str) -> list[list[int]]:
+    """`measure_shard` of every shard of a source, from its length files, in their order."""
+    files = sorted((directory / split / source).glob("lengths.*.npy"), key=lambda path: int(path.name.split(".")[1]))
+    return [measure_shard(np.load(path, mmap_mode="r")) for path in files]
+
+
+def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[str, Any]:
+    """Of stored documents: mean, median, 90th percentile, longest (tokens), bytes per text token, and how many
+    documents have at most 2, 4, 8 ... tokens but more than half of that."""
+    all_lengths = np.concatenate([*lengths, np.zeros(0, np.uint32)]).astype(np.int64)
+    bins = np.bincount(np.ceil(np.log2(all_lengths)).astype(np.int64))
+    return {
+        "mean_tokens": float(all_lengths.mean()),
+        "median_tokens": float(np.median(all_lengths)),
+        "p90_tokens": float(np.percentile(all_lengths, 90)),
+        "max_tokens": int(all_lengths.max()),
+        "bytes_per_token": text_bytes / max(1, int(all_lengths.sum()) - 2 * len(all_lengths)),
+        "histogram": {str(2**exponent): int(count) for exponent, count in enumerate(bins) if count},
+    }
+
+
+def all_statistics(
+    lengths: Mapping[str, Sequence[np.ndarray]], counts: Mapping[str, Mapping[str, Mapping[str, int]]]
+) -> dict[str, Any]:
+    """`length_statistics` of the stored texts, and of pairs' target texts under "target". `lengths`: by column."""
+    found = {}
+    for prefix in ("", "target_"):
+        if any(map(len, lengths.get(f"{prefix}tokens", ()))):
+            text_bytes = sum(split.get(f"{prefix}text_bytes", 0) for of in counts.values() for split in of.values())
+            found[prefix] = length_statistics(lengths[f"{prefix}tokens"], text_bytes)
+    return found[""] | ({"target": found["target_"]} if "target_" in found else {})
+
+
+# ---- the import -----------------------------------------------------------------------------------------------
+
+_importing = threading.Lock()
+_PACKAGES = ("streaming", "streaming.base", "streaming.base.format", "streaming.base.format.base")
+
+
+@lru_cache(maxsize=1)
+def _import_mds() -> tuple[Any, Any]:
+    """streaming's modules that read MDS files: `mds.reader` and `mds.encodings`, without the packages around them.
+
+    Those import torchvision, transformers and the clients of all stores: 4 seconds and 100 MB in every rank. They are
+    left out of `sys.modules` afterwards, where an `import streaming` finds nothing and imports it whole.
+    """
+    found = importlib.util.find_spec("streaming")
+    assert found is not None, "mosaicml-streaming is not installed"
+    assert found.submodule_search_locations, f"{found} is no package"
+    root = Path(found.submodule_search_locations[0]).parent
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "streaming"}
+    if not before:
+        for name in (*_PACKAGES, f"{_PACKAGES[2]}.mds"):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [str(root.joinpath(*name.split(".")))]
+    try:
+        from streaming.base.format.mds import encodings, reader
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "streaming" and name not in before]:
+            del sys.modules[name]
+    return reader, encodings
+
+
+def decode_value(encoding: str, value: bytes) -> Any:
+    """A value of any MDS encoding, as streaming decodes it; nothing that would run code."""
+    with _importing:
+        _, encodings = _import_mds()
+    assert encodings.is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"
+    return encodings.mds_decode(encoding, value)

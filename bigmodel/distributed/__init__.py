@@ -1,0 +1,1 @@
+"""Ranks: how they meet, what they agree on, which signals end them."""

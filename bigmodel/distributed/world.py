@@ -1,0 +1,255 @@
+"""The world: which rank this process is, and the few words that ranks exchange outside of the engine.
+
+Takes the environment that every launcher sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or none of
+it: then this process is the only one. Gives a `World`. Guarantees: the device is set before torch.distributed
+starts, every wait has a limit, sums are in fp64 and equal on all ranks. Every method of `World` is collective.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from bigmodel.config.settings import UserError
+from bigmodel.distributed.rendezvous import meet
+
+STEPS_KEPT = 64  # of NodeSums: more than a rank's data thread can be ahead of another's
+TIMEOUT_SECONDS = 600.0  # where no setting says it
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `local_rank` among the `local_size` of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    def broadcast_object(self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum_([0.0])
+
+    def sum_(self, values: Sequence[float]) -> list[float]:
+        """Each number added up over the ranks in fp64."""
+        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any_true(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return self.sum_([float(flag)])[0] > 0
+
+    def on_rank_zero(self, action: Callable[[], Value]) -> Value:
+        """Run `action` on rank 0 alone and hand its result to all. What it raises, every rank raises."""
+        result: tuple[Any, Exception | None] = (None, None)
+        if self.rank == 0:
+            try:
+                result = (action(), None)
+            except Exception as error:  # a process boundary: rank 0 must not leave the others waiting
+                result = (None, error)
+        value, raised = self.broadcast_object(result)
+        if raised is not None:
+            raise raised
+        return value
+
+    def ranks_per_node(self) -> int:
+        """How many ranks each machine has, if they are consecutive and as many on all; else 1."""
+        places = self.gather_objects((self.local_rank, self.local_size))
+        size = self.local_size
+        regular = self.size % size == 0 and places == [(rank % size, size) for rank in range(self.size)]
+        return size if regular else 1
+
+
+class NodeSums:
+    """Sums of small numbers over the nodes, for a thread that works ahead: no rank waits for another one's loop.
+
+    Nodes leave their numbers in a key-value store of torch's on rank 0, and read those of the others when they are
+    there. A collective would do, but one that is under way cannot be given up, and then keeps its process from ending.
+    """
+
+    def __init__(self, world: World, node: int, num_nodes: int, speaks: bool) -> None:
+        """Collective. `speaks`: whether this rank leaves its node's numbers; one per node."""
+        host = os.environ["MASTER_ADDR"]
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+        port = world.broadcast_object(server.port if server else 0)
+        self._store = server or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        self._node, self._num_nodes, self._speaks = node, num_nodes, speaks
+
+    def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]:
+        """Each number over the nodes. Waits for the nodes that are not as far yet, until `abandoned()`.
+
+        Raises `UserError` with the reason where a node has failed, `TimeoutError` where one is silent.
+        """
+        if self._speaks:
+            self._store.set(f"{step}/{self._node}", json.dumps(list(values)))
+            self._store.delete_key(f"{step - STEPS_KEPT}/{self._node}")
+        keys = [f"{step}/{node}" for node in range(self._num_nodes)]
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not self._are_there(keys):
+            if self._store.check(["failure"]):
+                failed, reason = json.loads(self._store.get("failure"))
+                if failed <= step:
+                    raise UserError(reason)
+            if abandoned() or time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"step {step}: not all {self._num_nodes} nodes planned it in {TIMEOUT_SECONDS:.0f} s"
+                )
+        return [sum(column) for column in zip(*map(json.loads, self._store.multi_get(keys)), strict=True)]
+
+    def fail(self, step: int, reason: str) -> None:
+        """Tell the others that this node will never have the numbers of a step."""
+        with contextlib.suppress(RuntimeError):  # rank 0 may be gone already
+            self._store.set("failure", json.dumps([step, reason]))
+
+    def _are_there(self, keys: list[str]) -> bool:
+        try:
+            self._store.wait(keys, timedelta(seconds=1.0))
+        except dist.DistStoreError:
+            return False
+        return True
+
+
+class _Alone(World):
+    """A world of one that needs no process group: for looking at a run from outside."""
+
+    def broadcast_object(self, value: Value) -> Value:
+        return value
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        return [value]
+
+    def sum_(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+
+ALONE = _Alone(0, 1, 0, 1, torch.device("cpu"))
+
+
+def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
+    """Join the other processes, or be the only one; sets the device and the default process group.
+
+    Raises `UserError` for a half-set environment, a GPU that does not exist, and peers that do not come in time.
+    """
+    place = read_environment(os.environ)
+    os.environ.update(place)
+    rank, size, local_rank, local_size = (
+        int(place[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    device = _claim_device(local_rank)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=meet(place, timeout_seconds),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{place['MASTER_ADDR']}:{place['MASTER_PORT']}"
+        raise UserError(
+            f"rank {rank} did not meet all of its {size} processes at {address} within {timeout_seconds:.0f} s: "
+            f"{str(error).splitlines()[0]}; see that every rank was started, with this same address, and that "
+            "MASTER_PORT is free on rank 0 and open between the machines"
+        ) from error
+    return World(rank, size, local_rank, local_size, device)
+
+
+def limit_collectives(seconds: float) -> None:
+    """The time limit of all process groups there are. DeepSpeed makes its own with torch's, half an hour on gloo.
+
+    torch has no public way to it; `_set_pg_timeout` is the documented private one.
+    """
+    if dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def end_world() -> None:
+    """Leave the process group. Harmless where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def read_environment(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Where this process stands, complete, as environment variables. Pure but for the choice of a free port.
+
+    With neither RANK nor WORLD_SIZE this process is alone, on a port of its own. The deepspeed launcher sets no
+    LOCAL_WORLD_SIZE, which mosaicml-streaming reads: it is taken from its LOCAL_SIZE, or else from WORLD_SIZE.
+    """
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        given = ", ".join(f"{name}={environment[name]}" for name in needed if environment.get(name))
+        raise UserError(
+            f"{given} is set in the environment, but {', '.join(missing)} is not; start through a launcher "
+            "(python -m launcher, torchrun, deepspeed), which sets all of them, or unset them to run one process"
+        )
+    place = {name: environment[name] for name in needed}
+    place["LOCAL_WORLD_SIZE"] = (
+        environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or place["WORLD_SIZE"]
+    )
+    _check_numbers(place)
+    return place
+
+
+def _check_numbers(place: dict[str, str]) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not place[name].isdecimal():
+            raise UserError(f"{name}={place[name]} in the environment must be a whole number")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(place[rank]) >= int(place[size]):
+            raise UserError(f"{rank}={place[rank]} in the environment must be below {size}={place[size]}")
+
+
+def _claim_device(local_rank: int) -> torch.device:
+    """The GPU of this local rank, made current; the CPU where there is no GPU.
+
+    A single visible GPU is this rank's own, as under SLURM's --gpus-per-task; that no two ranks use one device is for
+    the world check to see.
+    """
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    if torch.cuda.device_count() == 1:
+        local_rank = 0
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {torch.cuda.device_count()} GPU(s) to this process; "
+            "start fewer processes per machine or see CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

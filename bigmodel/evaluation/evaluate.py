@@ -1,0 +1,104 @@
+"""Evaluation: how well the model predicts the validation split.
+
+Takes a forward function and the validation split, gives a sum of nats and a count of targets. Guarantees: every
+document is scored once; packs are cut into the same groups at any world size, each group's losses are summed in
+fp64 and the groups are added in their order, so sum and count are equal to the last bit on 1, 2 or 64 world.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.data.load.batch import IGNORED, Batch, exchange_sources, real_documents
+from bigmodel.data.load.stream import validation_batches
+from bigmodel.data.objectives.examples import nothing_asked
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.distributed.world import World
+
+Forward = Callable[[Batch, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`nats` summed over `num_targets` predicted tokens, which stand for `text_bytes` bytes of text."""
+
+    nats: float
+    num_targets: int
+    text_bytes: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.nats_per_token:.3f} nats per token, {self.bits_per_byte:.3f} bits per byte"
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.num_targets
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Independent of the tokenizer: nats / ln 2 / bytes, the end-of-document tokens' nats included."""
+        return self.nats / math.log(2) / self.text_bytes
+
+
+class Validation:
+    """The validation split in canonical groups of packs. `packs` bounds how many are used; 0: all."""
+
+    def __init__(self, data: DataSettings, packs_per_micro_batch: int) -> None:
+        self._store = ShardStore.of_run(data, "validation")
+        self._data = data
+        self._packs_per_micro_batch = packs_per_micro_batch
+
+    def run(self, forward: Forward, world: World, packs: int = 0) -> Evaluation:
+        """Score the split; collective over all world. `forward(batch, "loss_per_position")` must not train.
+
+        Raises `UserError` where nothing is asked in it.
+        """
+        found = self._score(forward, world, packs, lambda batch: batch)
+        if not found.num_targets:
+            raise UserError(nothing_asked("the validation split", self._data))
+        return found
+
+    def run_with_wrong_sources(self, forward: Forward, world: World) -> Evaluation | None:
+        """The same, each document of a micro-batch with the source of another one (`exchange_sources`).
+
+        A document alone in its micro-batch has none to exchange with, and is left out; None: all are alone.
+        """
+        found = self._score(forward, world, 0, _exchanged)
+        return found if found.num_targets else None
+
+    def _score(self, forward: Forward, world: World, packs: int, change: Callable[[Batch], Batch]) -> Evaluation:
+        started = time.perf_counter()
+        mine: dict[int, tuple[float, int]] = {}
+        groups = validation_batches(self._store, self._data, self._packs_per_micro_batch, packs)
+        for first in range(0, len(groups), world.size):
+            # Under ZeRO-3 a forward is collective: a rank without a group runs the last one again, uncounted.
+            number = first + world.rank
+            batch = change(groups[min(number, len(groups) - 1)])
+            nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
+            if number < len(groups):
+                mine[number] = (nats, batch.num_targets)
+        merged = {number: sums for part in world.gather_objects(mine) for number, sums in part.items()}
+        sums = [merged[number] for number in range(len(groups))]
+        num_targets = sum(count for _, count in sums)
+        nats = math.fsum(nats for nats, _ in sums)
+        return Evaluation(nats, num_targets, num_targets * self.bytes_per_target, time.perf_counter() - started)
+
+    def first_batch(self) -> Batch:
+        """Its first micro-batch, for examples."""
+        return validation_batches(self._store, self._data, self._packs_per_micro_batch)[0]
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Bytes of text behind one predicted token, over the whole split."""
+        return self._store.text_bytes / self._store.num_targets
+
+
+def _exchanged(batch: Batch) -> Batch:
+    if sum(real_documents(batch)) < 2:
+        return replace(batch, targets=torch.full_like(batch.targets, IGNORED), num_targets=0)
+    return exchange_sources(batch)

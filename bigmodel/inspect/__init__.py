@@ -1,0 +1,1 @@
+"""Looking at a run before it starts and after it ends: data, batches, memory, loss, time."""

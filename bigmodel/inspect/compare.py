@@ -1,0 +1,120 @@
+"""Compare: the first step at which two runs differ, in what, and both curves in one picture.
+
+Takes two run directories, reads their metrics.jsonl and settings.json; gives text and a PNG. What training computes
+and what it was given are compared to the last bit; seconds are not. Imports no torch.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigmodel.config.settings import UserError
+from bigmodel.inspect.report import BLUE, GREY, INK, ORANGE, read_curve, smooth, terminal_curve
+from bigmodel.run_directory import Change, changes, read_json, read_json_lines
+
+COMPARED = ("positions", "targets", "documents", "padding", "learning_rate", "loss", "gradient_norm", "skipped")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step that differs: what differs in it first, data before results, and both values."""
+
+    step: int
+    name: str
+    one: Any
+    two: Any
+
+
+def compare(one: Path, two: Path, png: Path) -> Difference | None:
+    """Print what differs and draw both curves; gives the first difference. Raises `UserError` for what is no run."""
+    difference, shared = first_difference(one, two)
+    print(_sentence(difference, shared))
+    for name, mine, its in setting_differences(one, two):
+        print(f"setting {name}: {mine!r} and {its!r}")
+    for run, other in ((one, two), (two, one)):
+        print(f"\n{run}\n{terminal_curve(run, height=8, beside=other)}")
+    draw(one, two, difference, png)
+    print(f"\npicture: {png}")
+    return difference
+
+
+def first_difference(one: Path, two: Path) -> tuple[Difference | None, int]:
+    """The first difference among the steps that both runs have, and how many those are."""
+    mine, its = _steps(one), _steps(two)
+    shared = sorted(mine.keys() & its.keys())
+    if not shared:
+        raise UserError(f"{one} and {two} have no step in common; compare runs that both trained some")
+    for step in shared:
+        for name in COMPARED:
+            a, b = mine[step].get(name), its[step].get(name)
+            if a != b and not _both_nan(a, b):
+                return Difference(step, name, a, b), len(shared)
+    return None, len(shared)
+
+
+def setting_differences(one: Path, two: Path) -> list[Change]:
+    """(setting, value in one, value in two); the run's own name and directory do not count."""
+    return changes(*(read_json(Path(run) / "settings.json") for run in (one, two)))
+
+
+def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None:
+    """Both smoothed losses above, how far apart they are below; a line where they part."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = [read_curve(run) for run in (one, two)]
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    looks = [{"color": BLUE, "linewidth": 2.6}, {"color": ORANGE, "linewidth": 1.2}]
+    for run, curve, look in zip((one, two), curves, looks, strict=True):
+        above.plot(curve.steps, smooth(curve.losses), label=str(run), **look)
+    losses = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
+    shared = sorted(losses[0].keys() & losses[1].keys())
+    apart = [abs(losses[0][step] - losses[1][step]) for step in shared]
+    below.plot(shared, apart, color=INK, linewidth=1.0)
+    if any(value > 0 for value in apart):
+        below.set_yscale("log", nonpositive="mask")
+    for axes in (above, below) if difference else ():
+        axes.axvline(difference.step if difference else 0, color=GREY, linewidth=1.0, linestyle=(0, (5, 3)))
+    above.set_title(_title(difference, len(shared)), loc="left", fontsize=12, color=INK, fontweight="bold")
+    above.set_ylabel("loss, smoothed (nats per token)", color=INK)
+    below.set_ylabel("apart, each step", color=INK)
+    below.set_xlabel("optimizer step", color=INK)
+    for axes in (above, below):
+        axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    above.legend(frameon=False, fontsize=9)
+    figure.savefig(png)
+
+
+def _title(difference: Difference | None, shared: int) -> str:
+    if difference is None:
+        return f"equal to the last bit in all {shared} steps"
+    return f"first different at step {difference.step}, in {difference.name}"
+
+
+def _sentence(difference: Difference | None, shared: int) -> str:
+    if difference is None:
+        return f"the runs are equal to the last bit in all {shared} steps that both have"
+    relative = ""
+    numbers = (int, float)
+    if isinstance(difference.one, numbers) and isinstance(difference.two, numbers) and difference.one:
+        relative = f" ({abs(difference.two / difference.one - 1):.1e} relative)"
+    return (
+        f"the runs first differ at step {difference.step}, in {difference.name}: {difference.one} and {difference.two}"
+        f"{relative}; {shared} steps are in both"
+    )
+
+
+def _steps(run: Path) -> dict[int, dict[str, Any]]:
+    if not (Path(run) / "metrics.jsonl").exists():
+        raise UserError(f"{run}: not a run directory (no metrics.jsonl); give the run.directory of a training run")
+    lines = read_json_lines(Path(run) / "metrics.jsonl")
+    return {line["step"]: line for line in lines if line["kind"] == "step"}
+
+
+def _both_nan(one: Any, two: Any) -> bool:
+    return all(isinstance(value, float) and math.isnan(value) for value in (one, two))

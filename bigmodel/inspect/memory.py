@@ -1,0 +1,278 @@
+"""A memory plan: what each rank will hold before anybody has a GPU for it, and which ZeRO stage fits.
+
+Takes a run file's settings and a number of ranks; builds the model on torch's meta device, whose tensors have shapes
+and no memory. Weights, gradients, masters and moments are counted from its parameters; activations by running one real
+micro-batch forward and backward, checkpointing included, and following every tensor that the code makes (the kernels'
+own way, as on a GPU). Tests compare the counts with what an engine holds at each stage.
+
+Not counted: the CUDA context and libraries (one or two GB), buffers of NCCL, what the allocator loses to fragments.
+Formulas: Rajbhandari et al. 2020 (ZeRO), with the fp32 sums of gradients that are kept here.
+"""
+
+import copy
+import math
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bigmodel.config.deepspeed_config import packs_per_micro_batch, resolve_deepspeed
+from bigmodel.config.settings import Settings
+from bigmodel.data.load.batch import Batch, build_batch, make_keys
+from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.store.manifest import MANIFEST, Manifest
+from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
+from bigmodel.model.transformer import Transformer
+from bigmodel.training.optimizers.optimizers import FACTORED_STATE, parameter_groups, state_keys
+from bigmodel.training.zero.wrapping import wrap_blocks
+
+GIB = 2**30
+WIDE = 4  # bytes of an fp32 number
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = {
+    "weights": "#1f5fbf",
+    "gathered weights": "#6d9be0",
+    "gradients": "#e0701a",
+    "reduce buckets": "#f0b384",
+    "masters": "#2f9e77",
+    "moments": "#86c9ae",
+    "average of weights": "#c3d94e",
+    "activations": "#8a5fc0",
+}
+# DeepSpeed 0.19.8's own values of what a JSON leaves out, in elements.
+DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of every storage made inside, while it lives. `peak`: the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in self._known | given:
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        return out
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank by part: on its device, and in its node's memory or files where something is offloaded."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+
+def model_without_memory(settings: Settings, vocabulary: int) -> Transformer:
+    with torch.device("meta"):
+        training = settings.training
+        return Transformer(settings.model, vocabulary, training.z_loss, training.label_smoothing)
+
+
+def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> Plan:
+    """What lies on a rank between and during steps, but for activations."""
+    model, zero, low = model_without_memory(settings, vocabulary), effective["zero_optimization"], 2
+    numel, stage = sum(parameter.numel() for parameter in model.parameters()), zero["stage"]
+    width = WIDE if settings.training.precision == "fp32" else low
+    share = math.ceil(numel / ranks) if stage else numel
+    moments = 0
+    for group in parameter_groups(model, settings.optimizer):
+        keys = state_keys(settings.optimizer, group)
+        for parameter in group["params"]:
+            if keys == FACTORED_STATE:  # whole on every rank
+                moments += WIDE * sum(parameter.shape)
+            else:
+                moments += WIDE * len(keys) * math.ceil(parameter.numel() / (ranks if stage else 1))
+    buckets = {name: min(numel, int(float(zero.get(name, default)))) for name, default in DEFAULTS.items()}
+    state = {
+        "masters": WIDE * share if stage else 0,
+        "moments": moments,
+        "average of weights": WIDE * share if settings.training.ema_decay else 0,
+    }
+    device = {"weights": width * (share if stage == 3 else numel)}
+    host: dict[str, int] = {}
+    if stage == 3:
+        hpz = zero.get("zero_hpz_partition_size", 1)
+        device["weights"] += width * numel // hpz if hpz > 1 else 0
+        live = buckets["stage3_max_live_parameters"] + buckets["stage3_prefetch_bucket_size"]
+        device["gathered weights"] = width * min(numel, live)
+    offload = _is_offloaded(zero.get("offload_optimizer"))
+    sums = WIDE * share  # in fp32; below stage 2 whole until the last micro-batch
+    in_flight = low * numel if stage == 1 and settings.training.precision == "bf16" and not offload else 0
+    device["gradients"] = WIDE * numel + in_flight if stage < 2 else sums
+    device["reduce buckets"] = WIDE * buckets["reduce_bucket_size"]
+    if offload:
+        # The fp32 sums lie beside the masters, and from stage 2 on once more where micro-batches are added up.
+        host = state | {"gradients": sums if stage < 2 else 2 * sums}
+        device["gradients"] = device["gradients"] if stage < 2 else 0
+        if stage < 3:  # new weights and gradients pass through memory of their own
+            largest = width * max(parameter.numel() for parameter in model.parameters())
+            host |= {"weights": width * share, "gradients": host["gradients"] + largest}
+            device["reduce buckets"] += largest
+    else:
+        device |= state
+    if _is_offloaded(zero.get("offload_param")):
+        host["weights"] = device["weights"]
+        device["weights"] = 0
+    return Plan({name: n for name, n in device.items() if n}, {name: n for name, n in host.items() if n})
+
+
+def _is_offloaded(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int) -> int:
+    """The most that tensors of one micro-batch take, forward and backward, on a GPU."""
+    model = model_without_memory(settings, vocabulary).to(TYPES[settings.training.precision])
+    wrap_blocks(model, settings.model_copy(update={"training": _eager(settings)}), stage=1)
+    for parameter in model.parameters():
+        # A gradient is added to the sums, or put into a bucket, as soon as it is there.
+        parameter.register_post_accumulate_grad_hook(_forget_gradient)
+    batch = _empty_batch(settings, packs_per_micro_batch(effective))
+    with LiveBytes() as bytes_:
+        model(batch.to("meta")).backward()
+    logits = min(CHUNK_BYTES, WIDE * len(batch.tokens) * vocabulary)
+    chunk = logits + logits // WIDE * TYPES[settings.training.precision].itemsize  # inside the loss, and its gradient
+    return (bytes_.peak + chunk) // settings.training.sequence_parallel_ranks
+
+
+def _eager(settings: Settings) -> Any:
+    return settings.training.model_copy(update={"compile": False})
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _empty_batch(settings: Settings, packs: int) -> Batch:
+    data, numbers = settings.data, list(range(packs))
+    source_keys = make_keys(0, 0, numbers, data.source_pack_tokens, "source") if data.source_pack_tokens else None
+    keys = make_keys(0, 0, numbers, data.pack_tokens)
+    return build_batch([()] * packs, _read_nothing, data, keys, source_keys=source_keys)
+
+
+def _read_nothing(fragment: Any) -> Any:
+    raise AssertionError("an empty pack has no documents")
+
+
+def plans(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> dict[int, Plan]:
+    """By ZeRO stage; a stage that the precision or an offload does not allow is left out."""
+    activations = activation_bytes(settings, effective, vocabulary)
+    found = {}
+    for stage in range(4):
+        changed = copy.deepcopy(effective)
+        zero = changed["zero_optimization"]
+        zero["stage"] = stage
+        if stage == 0 and (settings.training.precision != "fp32" or _is_offloaded(zero.get("offload_optimizer"))):
+            continue
+        if stage < 3:
+            zero.pop("offload_param", None)
+        plan = state_bytes(settings, changed, vocabulary, ranks)
+        found[stage] = Plan(plan.device | {"activations": activations}, plan.host)
+    return found
+
+
+def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vocabulary: int = 0) -> None:
+    """Print a table and draw a picture: a column for each stage, the run's own marked.
+
+    A vocabulary that is not given is that of the prepared data; before there is any, `prepare.vocabulary`.
+    """
+    effective, settings = resolve_deepspeed(settings, ranks)
+    vocabulary = vocabulary or _vocabulary(settings)
+    device_bytes = int(device_gib * GIB)
+    by_stage = plans(settings, effective, vocabulary, ranks)
+    chosen = effective["zero_optimization"]["stage"]
+    parameters = sum(parameter.numel() for parameter in model_without_memory(settings, vocabulary).parameters())
+    totals = {stage: sum(plan.device.values()) for stage, plan in by_stage.items()}
+    name, unit = ("GiB", GIB) if max(totals.values()) >= GIB else ("MiB", GIB // 1024)
+    table = Table(
+        f"{name} on each rank",
+        *(f"[bold]ZeRO {stage} (yours)[/]" if stage == chosen else f"ZeRO {stage}" for stage in by_stage),
+        title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
+        f"{settings.optimizer.kind}, {ranks} rank(s), "
+        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.pack_tokens:,} positions",
+        title_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in PARTS:
+        amounts = [plan.device.get(part, 0) for plan in by_stage.values()]
+        if any(amounts):
+            table.add_row(part, *(f"{amount / unit:,.2f}" if amount else "-" for amount in amounts))
+    table.add_section()
+    table.add_row("[bold]on the device[/]", *(f"[bold]{total / unit:,.2f}[/]" for total in totals.values()))
+    if device_bytes:
+        fits = ("fits" if total < device_bytes else "[red]too large[/]" for total in totals.values())
+        table.add_row(f"of {device_bytes / GIB:,.0f} GiB", *fits)
+    if any(plan.host for plan in by_stage.values()):
+        table.add_row("off the device", *(f"{sum(p.host.values()) / unit:,.2f}" for p in by_stage.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("Not counted: the CUDA context, buffers of NCCL, what the allocator loses to fragments.")
+    draw_memory(by_stage, chosen, device_bytes, png, unit, name)
+    console.print(f"picture: {png}")
+
+
+def _vocabulary(settings: Settings) -> int:
+    if (settings.data.directory / MANIFEST).exists():
+        return Manifest.read(settings.data.directory).vocabulary + num_marks(settings.data)
+    return settings.prepare.vocabulary
+
+
+def draw_memory(
+    by_stage: dict[int, Plan], chosen: int, device_bytes: int, png: Path, unit: int = GIB, name: str = "GiB"
+) -> None:
+    """A bar for each stage, made of its parts; what an offload takes off the device stands below, hatched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    bars = [
+        (f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", plan.device, "") for stage, plan in by_stage.items()
+    ]
+    bars += [(f"ZeRO {stage}, off the device", plan.host, "//") for stage, plan in by_stage.items() if plan.host]
+    for place, (_, parts, hatch) in enumerate(bars):
+        left = 0.0
+        for part, colour in PARTS.items():
+            amount = parts.get(part, 0) / unit
+            axes.barh(place, amount, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
+            left += amount
+        axes.annotate(f" {left:,.1f}", (left, place), va="center", fontsize=9)
+    used = [part for part in PARTS if any(parts.get(part) for _, parts, _ in bars)]
+    for part in used:
+        axes.barh(0, 0, color=PARTS[part], label=part)
+    if device_bytes:
+        axes.axvline(device_bytes / unit, color="#c8373f", linewidth=1.5, linestyle=(0, (5, 3)))
+        axes.annotate("device", (device_bytes / unit, -0.6), color="#c8373f", fontsize=9, ha="center")
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{name} on each rank")
+    axes.margins(x=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
+    figure.savefig(png)

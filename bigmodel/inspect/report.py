@@ -1,0 +1,294 @@
+"""Report: a finished or running run as a picture, a plot in the terminal and a table.
+
+Takes a run directory, reads `metrics.jsonl` and, where it exists, `summary.json`; gives `loss.png` and plain text.
+Works at any time, also while the run is going on or after it was killed. Imports no torch; matplotlib is imported
+only when a picture is drawn (half a second).
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bigmodel.config.settings import UserError
+from bigmodel.inspect.step_time import draw_times, step_time
+from bigmodel.run_directory import read_json, read_json_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FAINT, BLUE, ORANGE, GREY, INK = "#b9cdea", "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
+BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode 2800: row, column in a cell
+SMOOTHING_SHARE = 0.02  # the smoothed curve looks back over about this share of the run
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run recorded, in the order of its steps. Losses in nats per target token."""
+
+    steps: list[int]
+    losses: list[float]
+    learning_rates: list[float]
+    evaluated_steps: list[int]
+    validation_losses: list[float]
+    bits_per_nat: float | None  # (bits per byte of text) per (nat per token), from the last evaluation
+    marks: dict[str, float]  # name -> bits per byte
+
+
+def report(run_directory: Path) -> None:
+    """Print the table of a run, its loss and where its time went; draw its loss.png and time.png."""
+    run_directory = Path(run_directory)
+    print(table(run_directory))
+    print()
+    print(terminal_curve(run_directory))
+    print()
+    print(step_time(run_directory))
+    print(f"\npictures: {loss_curve(run_directory)}, {draw_times(run_directory)}")
+
+
+def read_curve(run_directory: Path) -> Curve:
+    """Read what `bigmodel.metrics.recorder` wrote. Raises `UserError` where there is no step yet."""
+    lines = list(read_json_lines(Path(run_directory) / "metrics.jsonl"))
+    steps = [line for line in lines if line["kind"] == "step"]
+    if not steps:
+        raise UserError(
+            f"{run_directory}: metrics.jsonl has no step yet; name a run directory whose training has begun"
+        )
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    last = evaluations[-1] if evaluations else None
+    return Curve(
+        [line["step"] for line in steps],
+        [line["loss"] for line in steps],
+        [line["learning_rate"] for line in steps],
+        [line["step"] for line in evaluations],
+        [line["nats_per_token"] for line in evaluations],
+        last["bits_per_byte"] / last["nats_per_token"] if last and last["nats_per_token"] > 0 else None,
+        _marks(Path(run_directory) / "summary.json"),
+    )
+
+
+def loss_curve(run_directory: Path) -> Path:
+    """Draw RUN_DIR/loss.png: training loss faint and smoothed, validation, marks; learning rate below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run_directory = Path(run_directory)
+    curve = read_curve(run_directory)
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
+    _draw_loss(loss_axes, curve)
+    _draw_rate(rate_axes, curve)
+    loss_axes.set_title(
+        f"{run_directory.name}: loss over {_thousands(curve.steps[-1])} steps",
+        loc="left",
+        fontsize=13,
+        color=INK,
+        fontweight="bold",
+    )
+    path = run_directory / "loss.png"
+    part = path.with_name(".loss.part.png")
+    figure.savefig(part)
+    part.replace(path)
+    return path
+
+
+def terminal_curve(run_directory: Path, width: int | None = None, height: int = 12, beside: Path | None = None) -> str:
+    """The smoothed training loss as text: braille dots, loss upward, steps to the right.
+
+    `width` is in characters, by default the terminal's; `height` in lines of the plot itself. The axes have room for
+    the run `beside` it too, so that curves drawn one under another can be compared.
+    """
+    width = width or shutil.get_terminal_size((80, 24)).columns
+    known = _smoothed(run_directory)
+    if not known:
+        return "no finite loss to draw"
+    steps, losses = zip(*known, *(_smoothed(beside) if beside else []), strict=True)
+    first, last, low, high = min(steps), max(steps), min(losses), max(losses)
+    gutter = max(len(f"{low:.2f}"), len(f"{high:.2f}")) + 1
+    columns = max(8, width - gutter - 2)
+    rows = _braille(known, (first, last), (low, high), columns, height)
+    scale = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
+    body = [f"{scale.get(number, ''):>{gutter}} ┤{row}" for number, row in enumerate(rows)]
+    axis = " " * (gutter + 1) + "└" + "─" * columns
+    legend = " " * (gutter + 2) + str(first) + f"step {last}".rjust(columns - len(str(first)))
+    return "\n".join(["training loss, nats per token (smoothed)", *body, axis, legend])
+
+
+def table(run_directory: Path) -> str:
+    """The run in numbers: steps, tokens, time and where it went, loss and marks. Plain text, aligned."""
+    lines = list(read_json_lines(Path(run_directory) / "metrics.jsonl"))
+    curve = read_curve(run_directory)
+    steps = [line for line in lines if line["kind"] == "step"]
+    seconds = sum(line["step_seconds"] for line in steps)
+    positions = sum(line["positions"] for line in steps)
+    padding = sum(line["padding"] for line in steps)
+    waited = sum(line["data_wait_seconds"] for line in steps)
+    rows = [
+        ("steps", _thousands(len(steps))),
+        ("tokens", _thousands(sum(line["targets"] for line in steps))),
+        ("time in steps", f"{seconds:,.1f} s"),
+        ("tokens per second", _thousands(positions / seconds) if seconds else "unknown"),
+        ("waiting for data", _percent(waited, seconds)),
+        ("padding", _percent(padding, positions + padding)),
+        ("training loss", f"{smooth(curve.losses)[-1]:.4f} nats per token"),
+    ]
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    if evaluations:
+        last = evaluations[-1]
+        rows.append(("validation loss", f"{last['nats_per_token']:.4f} nats per token at step {last['step']}"))
+        rows.append(("validation", f"{last['bits_per_byte']:.4f} bits per byte"))
+    rows += [(name, f"{bits:.4f} bits per byte") for name, bits in curve.marks.items()]
+    names = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean of what came before, unbiased at the start; values that are not finite are passed over.
+
+    It looks back over 2% of the run, at least 5 steps: enough to see the trend, too little to hide a spike that lasts.
+    """
+    decay = 1 - 1 / max(5.0, SMOOTHING_SHARE * len(values))
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        if math.isfinite(value):
+            total = decay * total + (1 - decay) * value
+            weight = decay * weight + (1 - decay)
+        smoothed.append(total / weight if weight else math.nan)
+    return smoothed
+
+
+def _marks(summary_file: Path) -> dict[str, float]:
+    if not summary_file.exists():
+        return {}
+    summary: dict[str, Any] = read_json(summary_file)
+    names = {"bigram model": "bigram_bits_per_byte", "xz -9": "xz_bits_per_byte"}
+    return {name: float(summary[key]) for name, key in names.items() if summary.get(key) is not None}
+
+
+def _draw_loss(axes: "Axes", curve: Curve) -> None:
+    axes.plot(curve.steps, curve.losses, color=FAINT, linewidth=0.9, label="training, each step")
+    axes.plot(curve.steps, smooth(curve.losses), color=BLUE, linewidth=1.8, label="training, smoothed")
+    if curve.evaluated_steps:
+        axes.plot(
+            curve.evaluated_steps,
+            curve.validation_losses,
+            color=ORANGE,
+            linewidth=1.2,
+            marker="o",
+            markersize=4.5,
+            clip_on=False,
+            label=f"validation, last {curve.validation_losses[-1]:.3f}",
+        )
+    axes.set_ylabel("loss (nats per token)", color=INK)
+    axes.set_ylim(*_loss_range(curve))
+    if curve.bits_per_nat:
+        to_bits = partial(np.multiply, curve.bits_per_nat)
+        bits = axes.secondary_yaxis("right", functions=(to_bits, partial(np.multiply, 1 / curve.bits_per_nat)))
+        bits.set_ylabel("bits per byte of text", color=INK)
+        bits.spines["right"].set_visible(False)
+        bits.tick_params(labelsize=9, colors=INK)
+        _draw_marks(axes, curve.marks, curve.bits_per_nat)
+    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _quiet(axes)
+    axes.legend(frameon=False, loc="upper right", fontsize=9)
+
+
+def _draw_marks(axes: "Axes", marks: dict[str, float], bits_per_nat: float) -> None:
+    """A dashed line per mark, its name at the left end on a white ground: early curves are far above."""
+    for name, bits in marks.items():
+        height = bits / bits_per_nat
+        axes.axhline(height, color=GREY, linewidth=1.1, linestyle=(0, (5, 3)))
+        axes.annotate(
+            f"{name}, {bits:.2f} bits per byte",
+            (0.005, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="left",
+            fontsize=8.5,
+            color=GREY,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
+            zorder=5,
+        )
+
+
+def _draw_rate(axes: "Axes", curve: Curve) -> None:
+    axes.fill_between(curve.steps, curve.learning_rates, color=GREY, alpha=0.25, linewidth=0)
+    axes.plot(curve.steps, curve.learning_rates, color=GREY, linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(curve.steps[0], max(curve.steps[-1], curve.steps[0] + 1))
+    axes.set_ylabel("learning\nrate", color=INK)
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    axes.yaxis.get_offset_text().set_fontsize(8)
+    axes.locator_params(axis="y", nbins=2)
+    _quiet(axes)
+
+
+def _quiet(axes: "Axes") -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=9, colors=INK)
+
+
+def _loss_range(curve: Curve) -> tuple[float, float]:
+    """From just below the lowest value to the smoothed start, so that a single spike does not flatten the rest."""
+    heights = [mark / curve.bits_per_nat for mark in curve.marks.values()] if curve.bits_per_nat else []
+    calm = [value for value in (*smooth(curve.losses), *curve.validation_losses, *heights) if math.isfinite(value)]
+    if not calm:
+        return 0.0, 1.0
+    low, high = min(*calm, *filter(math.isfinite, curve.losses), math.inf), max(calm)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _smoothed(run_directory: Path) -> list[tuple[int, float]]:
+    """(step, smoothed loss), where that is finite."""
+    curve = read_curve(run_directory)
+    points = zip(curve.steps, smooth(curve.losses), strict=True)
+    return [(step, loss) for step, loss in points if math.isfinite(loss)]
+
+
+def _braille(
+    points: Sequence[tuple[int, float]], steps: tuple[int, int], values: tuple[float, float], columns: int, height: int
+) -> list[str]:
+    """A curve in a grid of braille cells, 2 dots wide and 4 high; columns between points are joined by lines.
+
+    steps, values: least and most that the grid has room for.
+    """
+    dots_wide, dots_high = 2 * columns, 4 * height
+    span, reach = (values[1] - values[0]) or 1.0, (steps[1] - steps[0]) or 1
+    cells = [[0] * columns for _ in range(height)]
+    before = None
+    for step, value in points:
+        x = round((step - steps[0]) / reach * (dots_wide - 1))
+        y = round((values[1] - value) / span * (dots_high - 1))
+        for dot_x, dot_y in _line(before or (x, y), (x, y)):
+            cells[dot_y // 4][dot_x // 2] |= BRAILLE_DOTS[dot_y % 4][dot_x % 2]
+        before = (x, y)
+    return ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
+
+
+def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    """Dots from start to end, both included, without gaps."""
+    count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
+    return [
+        (round(start[0] + (end[0] - start[0]) * part / count), round(start[1] + (end[1] - start[1]) * part / count))
+        for part in range(count + 1)
+    ]
+
+
+def _thousands(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "unknown"

@@ -1,0 +1,197 @@
+"""What enters the model: prepared data in numbers and as planned, a packed batch as a picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bigmodel.config.deepspeed_config import agree
+from bigmodel.config.settings import DataSettings, Settings, packs_at
+from bigmodel.data.advice.packing_advice import (
+    Packed,
+    Suggestion,
+    all_positions,
+    measure_packing,
+    mix_shares,
+    suggest,
+    whole_share,
+)
+from bigmodel.data.advice.pair_advice import CutPairs, count_cut, suggest_sides
+from bigmodel.data.load.batch import draw, draw_png
+from bigmodel.data.load.stream import Builder
+from bigmodel.data.plan.mixing import mix_lag_tokens
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.segments import order_of_segment
+from bigmodel.data.prepare.lengths import draw_lengths
+from bigmodel.data.store.manifest import SPLITS, Manifest, stored_amount
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.kernels.mask import bidirectional, causal, cross, dense, prefix_lm
+from bigmodel.training.checkpoint.format import newest_state
+
+
+def show_batch(settings: Settings, step: int, png: Path) -> None:
+    """Draw the first pack of data step `step`, of a run that has checkpoints in the plan that it had at that step.
+
+    Walks the plan from the beginning of its segment, or from the newest checkpoint where that is before the step.
+    """
+    settings = agree(settings)
+    store = ShardStore.of_run(settings.data, "train")
+    order, data = order_before(store, settings, step, newest_state(settings.run.directory / "checkpoints"))
+    batch = Builder(store, data, settings.run.seed).build([order.next_step()[0]], step, [0])
+    console = Console(highlight=False)
+    for line in draw(batch):
+        console.print(line, soft_wrap=True)
+    num_targets = len(batch.tokens)
+    if batch.source:
+        visible = dense(cross(batch.offsets, batch.source.offsets), num_targets, len(batch.source.tokens))
+    elif settings.model.kind == "encoder":
+        visible = dense(bidirectional(batch.offsets), num_targets, num_targets)
+    elif batch.prefixes is not None:
+        visible = dense(prefix_lm(batch.offsets, batch.prefixes), num_targets, num_targets)
+    else:
+        visible = dense(causal(batch.offsets), num_targets, num_targets)
+    draw_png(batch, visible.numpy(), png)
+    console.print(f"picture: {png}")
+
+
+def order_before(
+    store: ShardStore, settings: Settings, step: int, state: Mapping[str, Any] | None
+) -> tuple[Order, DataSettings]:
+    """The order that gives data step `step` next, and its settings. `state`: of the run's newest checkpoint.
+
+    Settings that are not those of the run's last plan are planned as for a new run.
+    """
+    data, order = settings.data, Order.of_run(store, settings)
+    segments = state["segments"] if state else []
+    if segments:
+        last = len(segments) - 1
+        first_step = segments[last]["first_step"]
+        planned = Order.of_run(store, settings, segment=last, first_step=first_step)
+        if planned.plan.identity == segments[last]["identity"]:
+            number = sum(segment["first_step"] <= step for segment in segments) - 1
+            data, order = order_of_segment(store, settings.data, segments, number)
+            if number == last and state and state["cursor"]["step"] <= step:
+                order.restore(state["cursor"])
+    while order.step < step:
+        order.next_step()
+    return order, data
+
+
+def show_data(settings: Settings, png: Path) -> None:
+    """Print sources, lengths, mix, packing and suggestions; draw the lengths."""
+    settings = agree(settings)
+    data = settings.data
+    store = ShardStore.of_run(data, "train")
+    packed = measure_packing(store, data)  # first: it complains of a wrong mix
+    console = Console(highlight=False)
+    console.print(sources_table(settings, store.manifest, packed))
+    console.print(lengths_text(store.manifest), markup=False)
+    console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
+    if store.pair_sources:
+        console.print(cut_text(count_cut(store, data)), markup=False)
+        console.print(window_text(data, packed), markup=False)
+    suggestions = suggest_sides(store, data) if data.source_pack_tokens else suggest(store, store.manifest, data)
+    console.print(suggestions_table(suggestions))
+    if data.curriculum:
+        lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
+        console.print(lag, markup=False)
+    lengths = [store.lengths(source, shard) for source in store.sources for shard in range(store.num_shards(source))]
+    draw_lengths(lengths, png, data.context_tokens)
+    console.print(f"picture: {png}", soft_wrap=True)
+
+
+def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Table:
+    """Sources and splits with their documents, tokens and text, of pairs both sides'; of the train split the share in
+    training, how often this run passes over it if all its packs are like `packed`, and the rows that were dropped."""
+    title = f"{settings.data.directory}: vocabulary {manifest.vocabulary:,}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("source")
+    table.add_column("split", no_wrap=True)
+    for name in ("documents", "tokens", "text MB", "mix", "passes", "rows dropped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    training = settings.training
+    num_packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
+    mixed = mix_shares({name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}, settings.data.mix)
+    for source in manifest.sources:
+        rows = manifest.rows[source]
+        for split in SPLITS:
+            counts = manifest.counts[source][split]
+            tokens, text_bytes = (stored_amount(counts, what) for what in ("tokens", "text_bytes"))
+            line = [f"{counts['documents']:,}", f"{tokens:,}", f"{text_bytes / 1e6:,.2f}"]
+            if split == SPLITS[0]:
+                in_epoch = sum(positions for _, positions, _ in manifest.shards[source][split])
+                passes = num_packs * packed.positions.get(source, 0.0) / max(1, in_epoch)
+                line += [
+                    f"{mixed[source]:.1%}",
+                    f"{passes:,.2f}",
+                    f"{rows['read'] - rows['kept']:,} of {rows['read']:,}",
+                ]
+            table.add_row(source, split, *line)
+    return table
+
+
+def lengths_text(manifest: Manifest) -> str:
+    """Of documents, and of pairs' targets: length statistics in a line, then a line per power of two: up to so many
+    tokens, a bar, how many."""
+    of_all = _lengths_text("document", manifest.statistics)
+    targets = manifest.statistics.get("target")
+    return "\n".join([of_all, _lengths_text("target of a pair", targets)]) if targets else of_all
+
+
+def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
+    bins = sorted((int(top), count) for top, count in statistics["histogram"].items())
+    most = max(count for _, count in bins)
+    return "\n".join(
+        [
+            f"tokens per {what}: mean {statistics['mean_tokens']:,.0f}, median {statistics['median_tokens']:,.0f}, "
+            f"90% below {statistics['p90_tokens']:,.0f}, longest {statistics['max_tokens']:,}; "
+            f"{statistics['bytes_per_token']:.2f} bytes per token",
+            *(f"up to {top:>9,} {'█' * max(1, round(count / most * 30)):<30} {count:,}" for top, count in bins),
+        ]
+    )
+
+
+def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
+    data = settings.data
+    sides = f"{packed.filled:.2%} of the positions filled"
+    size, split = f"{data.pack_tokens:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split or cut by "
+    if data.source_pack_tokens:
+        sides = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
+        size = f"{data.pack_tokens:,} target and {data.source_pack_tokens:,} source tokens"
+    return (
+        f"packing, as planned for {packed.num_packs:,} packs of {size}:\n"
+        f"  {sides}, {packed.documents:.1f} documents a pack\n"
+        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}"
+        + ("" if data.source_pack_tokens else f"{split}data.context_tokens = {data.context_tokens:,}")
+    )
+
+
+def cut_text(cut: CutPairs) -> str:
+    return (
+        f"  of {cut.num_pairs:,} pairs, {cut.sources:,} have their source cut ({cut.sources / cut.num_pairs:.2%}) and "
+        f"{cut.targets:,} their target ({cut.targets / cut.num_pairs:.2%}): the end of the text is left out"
+    )
+
+
+def window_text(data: DataSettings, packed: Packed) -> str:
+    """What settings that count tokens make of pairs."""
+    planned = data.window_packs * (data.pack_tokens + data.source_pack_tokens)
+    together = planned / sum(packed.positions.values())
+    return (
+        "  of pairs, data.mix, data.curriculum and data.window_packs count the tokens of the source text alone: with "
+        f"data.window_packs = {data.window_packs:,}\n  about {together:,.0f} packs are planned together"
+    )
+
+
+def suggestions_table(suggestions: list[Suggestion]) -> Table:
+    table = Table("setting", title="suggestions, from the lengths alone", title_justify="left")
+    for name in ("now", "suggested"):
+        table.add_column(name, justify="right")
+    table.add_column("because")
+    for one in suggestions:
+        suggested = "as it is" if one.suggested == one.now else f"{one.suggested:,}"
+        table.add_row(one.setting, f"{one.now:,}", suggested, one.reason)
+    return table

@@ -1,0 +1,144 @@
+"""A step's time: which phases a step is made of, and what all of the run's time went to.
+
+Takes a run directory, reads `metrics.jsonl`; gives `time.png` and plain text. Phases are rank 0's, by its device's
+clock (bigmodel/metrics/phases.py), "rest" is what no phase covers
+(all of a step that was recorded without them); causes are those of the ledger, over all starts.
+Works while the run goes on. Imports no torch.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigmodel.config.settings import UserError
+from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.run_directory import read_json_lines
+
+PHASES = {
+    "forward": "#1f5fbf",
+    "backward": "#6d9be0",
+    "optimizer": "#2f9e77",
+    "communication": "#e0701a",
+    "data": "#c8373f",
+    "compile": "#8a5fc0",
+    "rest": "#b6bac2",
+}
+RECENT = 100  # steps whose mean is told in numbers
+BINS = 200  # means that a picture shows
+BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of the steps in their order, those that were done again left out: numbers, and seconds (steps,) by phase."""
+
+    steps: list[int]
+    seconds: dict[str, NDArray[np.float64]]
+    causes: Mapping[str, float]  # seconds of the whole run, "productive" first
+
+
+def read_times(run_directory: Path) -> StepTimes:
+    """Raises `UserError` where there is no step yet."""
+    ledger, lines = Ledger(), []
+    for line in read_json_lines(Path(run_directory) / "metrics.jsonl"):
+        if line["kind"] == "step" and line["step"] > ledger.counted["step"]:
+            lines.append(line)
+        ledger.add(line)
+    if not lines:
+        raise UserError(
+            f"{run_directory}: metrics.jsonl has no step yet; name a run directory whose training has begun"
+        )
+    rows = [_row(line) for line in lines]
+    seconds = {phase: np.array([row[phase] for row in rows]) for phase in PHASES}
+    return StepTimes([line["step"] for line in lines], seconds, ledger.seconds)
+
+
+def _row(line: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds by phase; evaluations and saves lie between steps and have lines of their own."""
+    row = {phase: float(line.get("phases", {}).get(phase, 0.0)) for phase in PHASES}
+    row["compile"] = line["compile_seconds"]
+    row["forward"] -= min(row["forward"], row["compile"])  # the first forward pass compiles
+    row["rest"] = max(0.0, line["step_seconds"] - sum(row.values()))
+    return row
+
+
+def step_time(run_directory: Path, width: int | None = None) -> str:
+    """Both as bars in text: the mean of the last steps by phase, the run by cause. `width` in characters."""
+    times = read_times(run_directory)
+    width = width or shutil.get_terminal_size((80, 24)).columns
+    last = min(RECENT, len(times.steps))
+    phases = {phase: float(values[-last:].mean()) for phase, values in times.seconds.items()}
+    causes = {cause: seconds for cause, seconds in times.causes.items() if seconds > 0}
+    step, run = sum(phases.values()), sum(causes.values())
+    return "\n".join(
+        [
+            f"a step of rank 0, mean of the last {last}: {1000 * step:,.1f} ms",
+            *_bars({phase: seconds for phase, seconds in phases.items() if seconds}, width, 1000.0, "ms"),
+            "",
+            f"the run's {run:,.1f} s, all starts",
+            *_bars(causes, width, 1.0, "s"),
+        ]
+    )
+
+
+def _bars(seconds: Mapping[str, float], width: int, factor: float, unit: str) -> list[str]:
+    total = sum(seconds.values()) or 1.0
+    room = max(10, width - 38)
+    return [
+        f"  {name:<14}{_bar(value / max(seconds.values()), room)} {factor * value:>10,.1f} {unit} {value / total:>6.1%}"
+        for name, value in seconds.items()
+    ]
+
+
+def _bar(share: float, room: int) -> str:
+    eighths = round(share * room * 8)
+    return ("█" * (eighths // 8) + BLOCKS[eighths % 8].strip()).ljust(room)
+
+
+def draw_times(run_directory: Path) -> Path:
+    """Draw RUN_DIR/time.png: steps by phase above, the whole run by cause below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run_directory = Path(run_directory)
+    times = read_times(run_directory)
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, height_ratios=[5, 1])
+    bins = np.array_split(np.arange(len(times.steps)), min(BINS, len(times.steps)))
+    ends = [times.steps[0] - 1, *(times.steps[bin_[-1]] for bin_ in bins)]
+    floor = np.zeros(len(bins))
+    for phase, colour in PHASES.items():
+        means = np.array([1000 * times.seconds[phase][bin_].mean() for bin_ in bins])
+        if means.any():
+            above.stairs(floor + means, ends, baseline=floor, fill=True, color=colour, label=phase)
+        floor = floor + means
+    # A first step that loads and compiles would flatten all others.
+    above.set_ylim(0, 1.25 * max(float(np.quantile(floor, 0.98)), 1e-9))
+    above.set_xlim(ends[0], ends[-1])
+    above.set_ylabel("milliseconds a step, rank 0")
+    above.set_xlabel("optimizer step")
+    above.set_title(f"{run_directory.name}: where a step's time goes", loc="left", fontsize=13, fontweight="bold")
+    above.legend(frameon=False, ncols=len(PHASES), loc="upper right", fontsize=9)
+    causes = {cause: seconds for cause, seconds in times.causes.items() if seconds > 0}
+    colours = ["#1f5fbf", *(f"C{number}" for number in range(1, len(causes)))]
+    left, total = 0.0, sum(causes.values())
+    for (cause, seconds), colour in zip(causes.items(), colours, strict=True):
+        below.barh(0, seconds, left=left, color=colour, label=f"{cause} {seconds / total:.1%}")
+        left += seconds
+    below.set_yticks([])
+    below.set_xlim(0, left)
+    below.set_xlabel("seconds of the run, all starts, by cause")
+    below.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.75), fontsize=9)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    path = run_directory / "time.png"
+    part = path.with_name(".time.part.png")
+    figure.savefig(part)
+    part.replace(path)
+    return path

@@ -1,0 +1,160 @@
+"""The page: the exporter process of a node as local rank 0 sees it, and where the page is published.
+
+Takes a run directory and the folder of the ranks' records; opens the socket, starts bigmodel/metrics/exporter.py with
+it, so that nobody who asks early is refused, starts it again if somebody ended it, and writes the address for people
+and for Prometheus' file_sd. Guarantees: the address is the same at every start where its port is free; what an earlier
+start left is ended first; `close` withdraws everything.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.metrics.rank_record import folders_of, remove_stale, start_ticks
+from bigmodel.run_directory import write_atomically, write_json
+
+CLOSING_SECONDS = 5.0  # for the kernel to take everything from a process that was killed
+
+
+class Page:
+    """Of one node and all of its `ranks`. Make it, `start` it once there are records in `folder`, `close` it.
+
+    The exporter ends by itself when the last rank of its node has, also when all were killed. Raises `UserError` on
+    node 0 if the address cannot be opened; other nodes then take a free port.
+    """
+
+    def __init__(self, directory: Path, folder: Path, node: int, ranks: range, settings: MetricsSettings) -> None:
+        self._folder, self._looked = folder, 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        ended = self._end_earlier(directory, node)
+        port = settings.port or _port_of(directory, node)
+        may_differ = node > 0 or not settings.port
+        self._socket = _listen(settings.host, port, may_differ, CLOSING_SECONDS if ended else 0.0)
+        self.endpoint = f"{_advertised(settings.host)}:{self._socket.getsockname()[1]}"
+        name = f"{directory.name}.node-{node}.prometheus.json"
+        self._published = [directory.with_name(name), *([directory / "metrics_endpoint"] if node == 0 else [])]
+        labels = {"job": "bigmodel", "run": directory.name, "node": str(node), "host": socket.gethostname()}
+        labels["ranks"] = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+        if "SLURM_JOB_ID" in os.environ:
+            labels["slurm_job_id"] = os.environ["SLURM_JOB_ID"]
+        self._target = {"targets": [self.endpoint], "labels": labels}
+        self._page = {
+            "run_directory": str(directory),
+            "endpoint": self.endpoint,
+            "published": [str(path) for path in self._published],
+        }
+
+    def start(self) -> None:
+        write_json(self._folder / "page.json", self._page)
+        self._spawn()
+        write_json(self._published[0], [self._target])
+        for path in self._published[1:]:
+            write_atomically(path, self.endpoint + "\n")
+
+    def revive(self) -> None:
+        """Start it again if somebody ended it; looks every five seconds."""
+        if time.monotonic() - self._looked > 5.0:
+            self._looked = time.monotonic()
+            if self._process is not None and self._process.poll() is not None and self._folder.exists():
+                said = (self._folder / "exporter.log").read_text(errors="replace").splitlines()[-1:] or ["nothing"]
+                how = f"ended with {self._process.returncode}, its last words: {said[0]}"
+                print(f"bigmodel: the metrics exporter {how}; it is started again", file=sys.stderr, flush=True)
+                self._spawn()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # it heeds no other signal, and has nothing to lose
+            self._process.wait()
+            self._process = None
+        self._socket.close()
+        for path in self._published:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _spawn(self) -> None:
+        command = [sys.executable, "-m", "bigmodel.metrics.exporter", str(self._folder), str(self._socket.fileno())]
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        with open(self._folder / "exporter.log", "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[self._socket.fileno()],
+                start_new_session=True,  # what ends a rank's process group must not end the page of the others
+            )
+        write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
+
+    def _end_earlier(self, directory: Path, node: int) -> bool:
+        """End the exporter of an earlier start that was just killed: its port is wanted. Whether there was one."""
+        ended = False
+        for folder in folders_of(directory, node):
+            file = folder / "exporter.pid"
+            if folder != self._folder:
+                try:
+                    pid, began = file.read_text().split()
+                except FileNotFoundError:  # it has just ended by itself
+                    continue
+                ended = True
+                if str(start_ticks(int(pid))) == began:
+                    os.kill(int(pid), signal.SIGKILL)  # it has nothing to lose, and may hang
+                deadline = time.monotonic() + 5.0
+                while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
+                    time.sleep(0.02)
+        remove_stale(directory, node, keep=self._folder)
+        return ended
+
+
+def _port_of(directory: Path, node: int) -> int:
+    """Where nobody chose: the same at every start, so that Prometheus sees one instance over restarts. Below the ports
+    that Linux gives out by itself."""
+    return 20_000 + zlib.crc32(f"{directory}|{node}".encode()) % 12_000
+
+
+def _listen(host: str, port: int, port_may_differ: bool, patience_seconds: float) -> socket.socket:
+    """`patience_seconds`: for a process that is ending, whose last thread closes the port after its first is gone."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return _try_to_listen(host, port)
+        except UserError:
+            if time.monotonic() > deadline:
+                if not port_may_differ:
+                    raise
+                return _try_to_listen(host, 0)
+            time.sleep(0.02)
+
+
+def _try_to_listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        raise UserError(_address_problem(port, host, error)) from None
+    return listener
+
+
+def _advertised(host: str) -> str:
+    """The name others reach us by: our own where we listen on every address."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+    return f"[{name}]" if ":" in name else name
+
+
+def _address_problem(port: int, host: str, error: OSError) -> str:
+    return (
+        f"metrics.host = {host!r}, metrics.port = {port}: the metrics page cannot listen there: "
+        f"{error.strerror or error}; choose another, or any free port with --set metrics.port=0"
+    )

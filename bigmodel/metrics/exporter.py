@@ -1,0 +1,182 @@
+"""The exporter: one process per node that serves the metrics of all its ranks. The only file that imports
+prometheus_client.
+
+Takes the folder of rank records (bigmodel/metrics/rank_record.py) and a listening socket that local rank 0 opened;
+gives http://host:port/metrics. Guarantees: it answers as long as one rank of its node lives, whichever died; it ends
+within a second of the last one, withdraws the published address and deletes the folder: nothing is left of a run that
+was killed. It starts no rank and stops none; it passes requests for profiles on (bigmodel/metrics/profiling.py).
+Imports no torch: half a second and 30 MB. A page is made at most ten times a second, however often it is asked for.
+
+    python -m bigmodel.metrics.exporter FOLDER SOCKET_NUMBER      started by bigmodel/metrics/recorder.py
+"""
+
+import json
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from bigmodel.metrics.health import Health
+from bigmodel.metrics.metric_table import METRICS, PREFIX, STEP_BUCKETS_SECONDS
+from bigmodel.metrics.profiling import Relay
+from bigmodel.metrics.rank_record import is_alive, read_record
+
+POLL_SECONDS = 0.25
+PAGE_SECONDS = 0.1  # how old a page may be
+Samples = dict[str, list[list[Any]]]
+BUCKET_NAMES = [*map(str, map(float, STEP_BUCKETS_SECONDS)), "+Inf"]
+
+
+class Ranks(Collector):
+    """The last whole record of every rank of the node, as metric families."""
+
+    def __init__(self, folder: Path, run_directory: Path) -> None:
+        self._folder, self._health = folder, Health(run_directory)
+        self.records: dict[int, dict[str, Any]] = {}
+
+    def read(self) -> None:
+        for path in self._folder.glob("rank-*"):
+            if record := read_record(path) or read_record(path):  # once more: it was being written
+                self.records[record["rank"]] = record
+
+    def alive(self) -> list[int]:
+        return [rank for rank, record in self.records.items() if is_alive(record)]
+
+    def collect(self) -> Iterator[Any]:
+        self.read()
+        return families(self.samples())
+
+    def samples(self) -> Samples:
+        alive = self.alive()
+        merged: Samples = {"rank_up": [[[str(rank)], int(rank in alive)] for rank in sorted(self.records)]}
+        for _, record in sorted(self.records.items()):
+            for name, found in record["samples"].items():
+                merged.setdefault(name, []).extend(found)
+        for name, found in self._health.samples(self.records.values(), alive).items():
+            merged.setdefault(name, []).extend(found)
+        return merged
+
+
+def families(samples: Samples) -> Iterator[Any]:
+    """The samples in the order of the table; every name must be in it."""
+    unknown = set(samples) - {metric.name for metric in METRICS}
+    assert not unknown, f"{', '.join(sorted(unknown))} not in bigmodel/metrics/metric_table.py"
+    for metric in METRICS:
+        if not samples.get(metric.name):
+            continue
+        if metric.kind == "histogram":
+            family: Any = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=metric.labels)
+            for labels, (counts, total) in _over_ranks(samples[metric.name]).items():
+                family.add_metric(labels, list(zip(BUCKET_NAMES, _running_sums(counts), strict=True)), total)
+        else:
+            make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = make(PREFIX + metric.name, metric.help, labels=metric.labels)
+            for labels, value in samples[metric.name]:
+                family.add_metric(labels, value)
+        yield family
+
+
+def _over_ranks(histograms: list[list[Any]]) -> dict[tuple[str, ...], tuple[list[int], float]]:
+    """Label values -> counts and sum; ranks whose histograms have the same labels are added up."""
+    found: dict[tuple[str, ...], tuple[list[int], float]] = {}
+    for labels, (counts, total) in histograms:
+        before, sum_before = found.get(tuple(labels), ([0] * len(counts), 0.0))
+        found[tuple(labels)] = [a + b for a, b in zip(before, counts, strict=True)], sum_before + total
+    return found
+
+
+def _running_sums(counts: list[int]) -> list[int]:
+    total = 0
+    return [total := total + count for count in counts]
+
+
+class Server(ThreadingHTTPServer):
+    """HTTP over a socket that is open already; a page is shared by those who ask within `PAGE_SECONDS`."""
+
+    daemon_threads = True
+
+    def __init__(self, listening: socket.socket, ranks: Ranks) -> None:
+        super().__init__(listening.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        self._registry = CollectorRegistry()
+        self._registry.register(ranks)
+        self._lock = threading.Lock()
+        self._pages: dict[str, tuple[float, bytes]] = {}  # content type -> when made, page
+
+    def page(self, accepted: str) -> tuple[bytes, str]:
+        encode, content_type = choose_encoder(accepted)
+        with self._lock:
+            made, page = self._pages.get(content_type, (0.0, b""))
+            if time.monotonic() - made > PAGE_SECONDS:
+                page = encode(self._registry)
+                self._pages[content_type] = (time.monotonic(), page)
+        return page, content_type
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET /metrics."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 30.0  # an idle connection is closed
+    server: Server
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404, "the page is /metrics")
+            return
+        page, content_type = self.server.page(self.headers.get("Accept", ""))
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing: a scrape is no news."""
+
+
+def withdraw(page: dict[str, Any]) -> None:
+    """Remove what was published, unless a later start has put its own address there."""
+    for name in page["published"]:
+        path = Path(name)
+        try:
+            ours = page["endpoint"] in path.read_text()
+        except OSError:
+            continue
+        if ours:
+            path.unlink(missing_ok=True)
+
+
+def main(folder: Path, descriptor: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # SLURM tells every process of a job; while ranks save, the page goes on
+    page = json.loads((folder / "page.json").read_text())
+    ranks = Ranks(folder, Path(page["run_directory"]))
+    server = Server(socket.socket(fileno=descriptor), ranks)
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    relay = Relay(folder, Path(page["run_directory"]))
+    ranks.read()
+    while alive := ranks.alive():
+        relay.look([ranks.records[rank] for rank in alive])
+        time.sleep(POLL_SECONDS)
+        ranks.read()
+    withdraw(page)
+    server.shutdown()
+    server.server_close()  # before the folder goes: the next start takes that for "the port is free"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

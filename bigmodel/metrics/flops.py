@@ -1,0 +1,167 @@
+"""Accounting: floating-point operations of a step, and what a device could do at most.
+
+Pure functions of settings and counts, but for the peak of a CPU, which is measured. Formulas (Chowdhery et al. 2022,
+appendix B): a position passes each matrix once forward and twice backward, 2 operations a weight each time; attention
+takes 4 * visible pairs * head width forward for each head, twice that backward. Two conventions of the pairs:
+
+    causal   what the mask lets through: n (n + 1) / 2 for a causal document of n positions, a prefix counted whole
+    full     as published figures count: every position sees as many as a pack has, whatever the documents
+
+HFU counts what is computed: positions of padding too, attention's backward, which makes its scores again (2.5 times the
+forward, Dao et al. 2022), and with training.activation_checkpointing = "full" the forward of every block a second time
+(Chen et al. 2016; Korthikanti et al. 2022, who name both ratios). "selective" keeps all products: it adds nothing.
+"""
+
+import re
+import time
+from typing import NamedTuple
+
+import torch
+
+from bigmodel.config.settings import ModelSettings, Settings
+from bigmodel.data.load.stream import Step
+from bigmodel.data.plan.attention_work import Work
+from bigmodel.metrics.recorder import Flops
+
+# FLOPs per second of bf16 products with fp32 sums, dense: half of what a data sheet gives "with sparsity". fp16 has the
+# same peak on all of these; fp32 runs are measured against it too, as is the custom. The names are torch's.
+DEVICE_PEAK_FLOPS = {
+    # NVIDIA GB300 NVL72 and HGX B300, GB200 NVL72, Blackwell architecture technical brief (HGX B200)
+    "NVIDIA GB300": 2500e12,
+    "NVIDIA B300": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA B200": 2250e12,
+    # NVIDIA H200, H100 and H100 NVL Tensor Core GPU data sheets; a name without form factor is SXM's
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H800": 989e12,
+    "NVIDIA H800 PCIe": 756e12,
+    "NVIDIA H20": 148e12,
+    # NVIDIA A100, A40, A30 and A10 Tensor Core GPU data sheets: the A100's figure is that of SXM and PCIe alike
+    "NVIDIA A100": 312e12,
+    "NVIDIA A800": 312e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,  # Amazon's own, not an A10
+    # NVIDIA L40S, L40 and L4 data sheets
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    # White papers: NVIDIA Ampere GA102, Ada and RTX Blackwell GPU architecture. GeForce sums in fp32 at half rate.
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA RTX 6000 Ada": 364.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    # AMD Instinct data sheets; a MI250X is two devices, each with half of its 383
+    "AMD Instinct MI250X": 191.5e12,
+    "AMD Instinct MI300X": 1307.4e12,
+    "AMD Instinct MI325X": 1307.4e12,
+    "AMD Instinct MI355X": 2500e12,
+}
+# What may follow a name of the table and changes no peak. "NVL", "Ti", "D", "Laptop GPU" and "MIG 1g.10gb" would.
+SAME_CHIP = re.compile(r"([ -](SXM\d?|PCIE|PCIe|\d+GB?|HBM3e?|3e|AC|Generation|OAM|VF))*")
+
+
+class Weights(NamedTuple):
+    """Weights of the matrices that one position is multiplied with: layers and output heads, not the embedding."""
+
+    of_position: int  # on the decoder's side, or the only one
+    of_source: int  # on the encoder's side; there too what a decoder makes keys and values of it with
+    of_heads: int  # those of `of_position` that are in output heads, not in blocks
+
+
+def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
+    """Extra heads pass their own blocks and the output head again."""
+    layers, width, head_width = settings.layers + settings.extra_heads, settings.width, settings.head_width
+    of_heads = (1 + settings.extra_heads) * vocabulary * width
+    of_position = layers * _block_weights(settings) + of_heads
+    if settings.kind != "encoder_decoder":
+        return Weights(of_position, 0, of_heads)
+    encoder = settings.encoder
+    if settings.source_attention == "cross":  # its query and output
+        of_position += layers * 2 * width * settings.heads * head_width
+    keys_and_values = layers * 2 * encoder.width * settings.key_value_heads * head_width
+    return Weights(of_position, encoder.layers * _block_weights(encoder) + keys_and_values, of_heads)
+
+
+def _block_weights(settings: ModelSettings) -> int:
+    attention = settings.width * settings.head_width * (2 * settings.heads + 2 * settings.key_value_heads)
+    return attention + 3 * settings.width * settings.feed_forward_width
+
+
+def flops(
+    settings: ModelSettings,
+    vocabulary: int,
+    work: Work,
+    sizes: tuple[int, int],
+    padding: tuple[int, int] = (0, 0),
+    recomputed: bool = False,
+) -> Flops:
+    """Operations of forward and backward.
+
+    sizes: positions of a pack, on the decoder's and on the source's side; padding: positions computed that held
+    nothing, on each; recomputed: the backward runs the blocks' forward again.
+    """
+    weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
+    linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
+    empty = 2 * (weights.of_position * padding[0] + weights.of_source * padding[1])
+    pairs = work.squares if settings.kind == "encoder" else work.pairs
+    visible = _attention(settings, pairs, work.source_pairs, work.cross_pairs)
+    positions, sources = work.positions, work.source_positions
+    every = _attention(settings, positions * pack, sources * source_pack, positions * source_pack)
+    hardware = 3 * (linear + empty) + 3.5 * visible
+    if recomputed:
+        hardware += linear + empty - 2 * weights.of_heads * (positions + padding[0]) + visible
+    return Flops(causal=3 * (linear + visible), full=3 * (linear + every), hardware=hardware)
+
+
+def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
+    """Forward: scores and their products with the values, 4 operations for a pair and channel."""
+    layers = settings.layers + settings.extra_heads
+    forward = 4 * layers * settings.heads * settings.head_width * pairs
+    if settings.kind == "encoder_decoder":
+        encoder = settings.encoder
+        forward += 4 * encoder.layers * encoder.heads * encoder.head_width * source_pairs
+        forward += 4 * layers * settings.heads * settings.head_width * cross_pairs
+    return forward
+
+
+def step_flops(settings: Settings, vocabulary: int, step: Step) -> Flops:
+    """Operations of one step over all ranks."""
+    sizes = (settings.data.pack_tokens, settings.data.source_pack_tokens)
+    packs = (step.num_positions + step.num_padding) // sum(sizes)
+    padding = (packs * sizes[0] - step.work.positions, packs * sizes[1] - step.work.source_positions)
+    recomputed = settings.training.activation_checkpointing == "full"
+    return flops(settings.model, vocabulary, step.work, sizes, padding, recomputed)
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """FLOPs per second of one device at most; None for a GPU that the table does not know. A CPU is measured."""
+    if device.type != "cuda":
+        return measure_peak_flops()
+    return known_peak_flops(torch.cuda.get_device_name(device))
+
+
+def known_peak_flops(name: str) -> float | None:
+    """By torch's name of a device; the longest that fits counts: an "NVIDIA H100 80GB HBM3" is an "NVIDIA H100"."""
+    fitting = [
+        known for known in DEVICE_PEAK_FLOPS if name.startswith(known) and SAME_CHIP.fullmatch(name.removeprefix(known))
+    ]
+    return DEVICE_PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+def measure_peak_flops(size: int = 512, repeats: int = 5) -> float:
+    """The best of a few fp32 matrix products on this process's threads: a tenth of a second."""
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -1,0 +1,156 @@
+"""The table of metrics: names, kinds, help and labels. The page, its reference and the tests are made from it.
+
+Practice of Prometheus: one prefix, base units (seconds, bytes, nats), plain counters, ratios from 0 to 1, no label
+whose values grow without bound. Run, node and job are labels of the scraped target (service discovery), the rank is a
+label of what each rank has of its own. Imports nothing.
+"""
+
+from typing import Literal, NamedTuple
+
+
+class Metric(NamedTuple):
+    """A line of the table: its name on the page is `bigmodel_` + `name`, for counters with `_total` after it."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+PREFIX = "bigmodel_"
+STEP_BUCKETS_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+
+# Of the whole run; on the page of rank 0's node. Counters go on over restarts and never step back: a step that is done
+# again after a restart is not counted again, and its time is lost to "replay".
+RUN = (
+    Metric("build_info", "gauge", "Always 1; the label is the version of bigmodel that runs", ("version",)),
+    Metric("world_size", "gauge", "Ranks of the run"),
+    Metric("parameters", "gauge", "Trained parameters, tied ones once"),
+    Metric("steps", "counter", "Steps done, those with a skipped update included"),
+    Metric("steps_skipped", "counter", "Steps whose update was left out, by reason", ("reason",)),
+    Metric("target_tokens", "counter", "Tokens predicted in training"),
+    Metric(
+        "source_target_tokens", "counter", "Tokens predicted in training, by objective and source of the data",
+        ("objective", "source"),
+    ),
+    Metric("positions", "counter", "Positions trained on that held a token"),
+    Metric("padding_positions", "counter", "Positions computed that held no token"),
+    Metric("documents", "counter", "Documents, or pieces of long ones, trained on"),
+    Metric("packs_document_limited", "counter", "Packs with room left that were full by data.pack_documents"),
+    Metric(
+        "model_flops", "counter", "Floating-point operations the model needs: attention counted over visible pairs "
+        "(convention causal) or as if each pack were one sequence without a mask (full)", ("convention",),
+    ),
+    Metric("hardware_flops", "counter", "Operations computed: padding and recomputation included, causal attention"),
+    Metric("tokens_per_second", "gauge", "Positions that held a token, per second of the last step"),
+    Metric(
+        "model_flops_utilization_ratio", "gauge", "MFU of the last step: model FLOPs per second over the peak of all "
+        "devices", ("convention",),
+    ),
+    Metric("hardware_flops_utilization_ratio", "gauge", "HFU of the last step: FLOPs computed per second over peak"),
+    Metric(
+        "device_peak_flops", "gauge", "FLOPs per second of one device at most (bf16): from a table, on a CPU measured; "
+        "absent, and with it MFU and HFU, for a device that the table does not know",
+    ),
+    Metric("packing_efficiency_ratio", "gauge", "Share of the last step's positions that held a token"),
+    Metric("attention_imbalance_ratio", "gauge", "Attention time of rank 0's node over that of a perfect share"),
+    Metric("attention_imbalance_undealt_ratio", "gauge", "The same, were packs left in their canonical order"),
+    Metric("data_fetched_bytes", "counter", "Bytes that rank 0 fetched from data.remote since it started"),
+    Metric("data_fetch_failures", "counter", "Transfers that rank 0 tried again since it started"),
+    Metric("productive_seconds", "counter", "Wall time in steps that count, without what is lost to a cause"),
+    Metric("lost_seconds", "counter", "Wall time lost; with productive_seconds it is the wall time", ("cause",)),
+    Metric("restarts", "counter", "Starts after the first, by how the one before ended", ("cause",)),
+    Metric("data_wait_seconds", "counter", "Time in which rank 0 waited for its next batch"),
+    Metric("last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended; old means stalled"),
+    Metric("training_loss_nats", "gauge", "Mean training loss of the last step, nats per target token"),
+    Metric(
+        "source_training_loss_nats", "gauge", "Mean training loss of the last step by objective and source, nats per "
+        "target token", ("objective", "source"),
+    ),
+    Metric("z_loss", "gauge", "Mean of logsumexp(logits)^2 over the last step's targets"),
+    Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
+    Metric("learning_rate", "gauge", "Learning rate of the last step"),
+    Metric("loss_scale", "gauge", "Loss scale of fp16 in the last step"),
+    Metric("weight_norm", "gauge", "L2 norm of the weights of a kind of layer, at the last measured step", ("layers",)),
+    Metric("update_norm", "gauge", "L2 norm of the last measured update, by kind of layer", ("layers",)),
+    Metric(
+        "spikes", "counter", "Steps whose loss or gradient norm was 6 standard deviations above those before",
+        ("signal",),
+    ),
+    Metric("evaluations", "counter", "Evaluations on the validation split"),
+    Metric("evaluation_seconds", "counter", "Time spent in evaluations"),
+    Metric("validation_loss_nats", "gauge", "Validation loss, nats per target token"),
+    Metric("validation_compression_ratio", "gauge", "Validation loss as coded bytes per byte of text; times 8: bits"),
+    Metric("checkpoints", "counter", "Checkpoints saved"),
+    Metric(
+        "checkpoint_failures", "counter", "Checkpoints that could not be saved: disk_full, permission or io_error",
+        ("reason",),
+    ),
+    Metric("checkpoint_written_bytes", "counter", "Bytes written in checkpoints"),
+    Metric("checkpoint_seconds", "counter", "Time spent saving checkpoints"),
+    Metric("last_checkpoint_timestamp_seconds", "gauge", "Unix time at which the last checkpoint was complete"),
+    Metric("last_checkpoint_step", "gauge", "Step of the last checkpoint"),
+    Metric("last_checkpoint_bytes", "gauge", "Size of the last checkpoint"),
+    Metric("last_checkpoint_duration_seconds", "gauge", "Time that the last checkpoint took"),
+    Metric("slowest_rank", "gauge", "The rank that worked longest in the last step but one, waiting left out"),
+    Metric("slowest_rank_lag_seconds", "gauge", "How much longer it worked than the rank in the middle"),
+)  # fmt: skip
+
+# Of each rank; on the page of its node. Counters count from the rank's start.
+RANK = (
+    Metric("rank_up", "gauge", "1 while the rank's process lives, else 0", ("rank",)),
+    Metric("rank_heartbeat_timestamp_seconds", "gauge", "Unix time of the rank's last sign of life", ("rank",)),
+    Metric("rank_step", "gauge", "The last step that the rank ended", ("rank",)),
+    Metric("step_duration_seconds", "histogram", "Wall time of a step, waiting for data included", ("rank",)),
+    Metric(
+        "phase_seconds", "counter", "Where the rank's time went; on a GPU forward, backward, communication and "
+        "optimizer are the device's own time", ("rank", "phase"),
+    ),
+    Metric("rank_busy_seconds", "counter", "Forward, backward and optimizer, waiting left out", ("rank",)),
+    Metric("process_resident_bytes", "gauge", "Memory of the rank's process", ("rank",)),
+    Metric("device_memory_allocated_bytes", "gauge", "GPU memory in tensors", ("rank",)),
+    Metric("device_memory_reserved_bytes", "gauge", "GPU memory held by torch's allocator", ("rank",)),
+    Metric("device_memory_peak_bytes", "gauge", "Highest GPU memory in tensors since the start", ("rank",)),
+    Metric("device_memory_retries", "counter", "Allocations for which torch had to empty its cache", ("rank",)),
+    Metric("device_temperature_celsius", "gauge", "Temperature of the rank's GPU", ("rank",)),
+    Metric("device_power_watts", "gauge", "Power that the rank's GPU draws", ("rank",)),
+    Metric("device_throttled", "gauge", "1 while the rank's GPU is slowed down for it, else 0", ("rank", "reason")),
+    Metric("device_ecc_errors", "counter", "Memory errors of the rank's GPU since its reset", ("rank", "kind")),
+    Metric("device_xid_errors", "counter", "Critical XID errors of the rank's GPU since the start", ("rank",)),
+)  # fmt: skip
+
+# Of each node; on its own page. Phases are counters per rank, which name the slow one and why; their histogram is over
+# the node's ranks, for a series per rank, phase and bucket would be a hundred more a rank, and quantiles of a phase are
+# asked of the run, not of a rank. Step durations, one phase as it were, have both.
+NODE = (
+    Metric("phase_duration_seconds", "histogram", "A step's time in a phase, over the node's ranks", ("phase",)),
+    Metric("node_memory_total_bytes", "gauge", "Memory of the node"),
+    Metric("node_memory_available_bytes", "gauge", "Memory of the node that is free or can be freed"),
+    Metric("disk_total_bytes", "gauge", "Size of the file system that holds the run directory"),
+    Metric("disk_free_bytes", "gauge", "Room left on the file system that holds the run directory"),
+    Metric("network_received_bytes", "counter", "Bytes received since boot, by network device", ("device",)),
+    Metric("network_transmitted_bytes", "counter", "Bytes sent since boot, by network device", ("device",)),
+)  # fmt: skip
+
+METRICS = (*RUN, *RANK, *NODE)
+
+
+def reference() -> str:
+    """The table as a page of Markdown: configs/prometheus/METRICS.md."""
+    parts = [
+        "# Metrics\n\nMade from `bigmodel/metrics/metric_table.py` by `python -m bigmodel show metrics`; "
+        "a test keeps it current.\n"
+        "The target's labels are `run`, `node`, `host`, `ranks` and, under SLURM, `slurm_job_id`.\n"
+    ]
+    for title, metrics in (
+        ("Of the run (node 0; counters go on over restarts)", RUN),
+        ("Of each rank (counters since its start)", RANK),
+        ("Of each node", NODE),
+    ):
+        parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
+        parts += [f"| `{full_name(m)}` | {m.kind} | {', '.join(m.labels)} | {m.help} |\n" for m in metrics]
+    return "".join(parts)
+
+
+def full_name(metric: Metric) -> str:
+    return PREFIX + metric.name + ("_total" if metric.kind == "counter" else "")

@@ -1,0 +1,345 @@
+"""Metrics: what a run did, as one JSON line per event and as a page that Prometheus scrapes.
+
+Takes one record per step, evaluation and checkpoint on every rank. Rank 0 writes the lines; each rank keeps a small
+record in its node's memory; a process of its own on each node, the exporter, serves the records of the node's ranks,
+so that a page outlives any rank. Guarantees: everything the page says of the run follows from metrics.jsonl by the
+fold in `bigmodel.metrics.run_accounting`; totals go on over restarts and never step back; the address is withdrawn when
+the run ends, also when all its ranks were killed; where the exporters were killed too (scancel, a node's end), by the
+next start. Costs: benchmarks/README.md, "Metrics".
+
+    RUN_DIR/metrics.jsonl            {"kind": "step", "time": ..., "step": 1, "loss": ..., ...} one line per event
+    RUN_DIR/metrics_endpoint         host:port of node 0's page, while the run is alive
+    RUN_DIR.node-N.prometheus.json   the same of each node for Prometheus' file_sd, with the labels of this run; beside
+                                     the run directory, for file_sd takes a wildcard in a file's name only
+
+Every line has `lap`, the wall seconds since the line before it, or since the process began: they leave no gap.
+"""
+
+import contextlib
+import glob
+import json
+import secrets
+import shutil
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from bigmodel import __version__
+from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.metrics.endpoint import Page
+from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
+from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
+from bigmodel.metrics.run_accounting import Ledger, Samples
+from bigmodel.metrics.writers import open_writers, scalars
+from bigmodel.run_directory import append_json_line, read_json_lines, write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class LossPart:
+    """What one objective on one source contributed to a step, over all ranks."""
+
+    objective: str  # as in the run file: "causal", "span_corruption", ...
+    source: str  # of the data
+    nats: float  # loss summed over the targets
+    targets: int
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a step over all ranks: see `bigmodel.metrics.flops`."""
+
+    causal: float  # the model's, attention over visible pairs
+    full: float  # the model's, as if each pack were one sequence without a mask
+    hardware: float  # what was computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One optimizer step, over all ranks. Counts are those of this step alone."""
+
+    step: int  # optimizer steps done so far, this one included: the first is 1
+    loss: float  # nats per target token, mean over the step
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    targets: int  # tokens that were predicted
+    positions: int  # positions that held a token
+    padding: int  # positions that held none
+    documents: int  # documents or fragments of one
+    step_seconds: float  # wall time from the event before, waiting for data included: `Metrics.lap`
+    data_wait_seconds: float  # of that, waiting for the next batch
+    compile_seconds: float = 0.0  # of that, compiling
+    packs_document_limited: int = 0
+    fetched_bytes: int = 0  # by rank 0 from data.remote since this process began
+    fetch_failures: int = 0  # of these, transfers that were tried again
+    imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
+    imbalance_undealt: float = 1.0  # what it would be in canonical order
+    flops: Flops | None = None
+    skipped: bool = False  # the update was left out
+    skip_reason: str = "not_finite"  # why, if it was: one of a few words
+    parts: tuple[LossPart, ...] = ()  # the loss by objective and source; their targets add up to `targets`
+    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, also where training.z_loss is 0
+    loss_scale: float | None = None  # of fp16
+    slowest_rank: int | None = None  # of the step before, for it is told together with this step's loss
+    slowest_rank_lag_seconds: float | None = None
+    norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm and update_norm, at measured steps
+
+
+class Seat(NamedTuple):
+    """Where this process sits: `local_rank` among the `local_size` consecutive ranks of `node`."""
+
+    rank: int = 0
+    world_size: int = 1
+    node: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def new_start(run_directory: Path) -> str:
+    """A word for the start of a run. Withdraws what earlier starts published, also on nodes that are no longer its own.
+
+    On one rank, before any has its `Metrics`.
+    """
+    directory = Path(run_directory).resolve()
+    published = directory.parent.glob(f"{glob.escape(directory.name)}.node-*.prometheus.json")
+    for path in (directory / "metrics_endpoint", *published):
+        path.unlink(missing_ok=True)
+    return secrets.token_hex(4)
+
+
+class Metrics:
+    """Records a run's events until `close`; make one on every rank. Rank 0 writes metrics.jsonl.
+
+    `first_step` is how many steps the run goes on from, `start` a word that all ranks of this start share and no
+    other start has (`new_start`). Lines of later steps are dropped, for they are done again; what they counted stays.
+    `fresh` forgets everything. `endpoint` says where the page is. Raises `UserError` on node 0,
+    before anything is written, if the address cannot be opened; other nodes then take a free port.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        settings: MetricsSettings = MetricsSettings(),  # noqa: B008 - immutable
+        first_step: int = 0,
+        seat: Seat = Seat(),  # noqa: B008 - immutable
+        start: str = "alone",
+        fresh: bool = False,
+        facts: Mapping[str, Any] = {},
+    ):
+        """`facts`: parameters and device_peak_flops, for the start's line."""
+        self._directory, self._seat = Path(run_directory).resolve(), seat
+        self._lines = self._directory / "metrics.jsonl"
+        self._writers = open_writers(settings.writers, self._directory, first_step) if seat.rank == 0 else []
+        self._lap_began = time.perf_counter()
+        self._spent: dict[str, float] = {}
+        self._rank = _RankCounts()
+        self.folder = folder_of(self._directory, seat.node, start)
+        self._page = self._open_page(settings) if seat.local_rank == 0 else None
+        self.endpoint = self._page.endpoint if self._page else ""
+        self._ledger = self._open_ledger(first_step, fresh, facts) if seat.rank == 0 else None
+        self._record = RankRecord(self.folder, seat.rank)
+        self._tell_exporter({})
+        if self._page:
+            self._page.start()
+
+    def lap(self) -> float:
+        """Wall seconds since the last call, by which every event is timed: no time falls between two events."""
+        before, self._lap_began = self._lap_began, time.perf_counter()
+        return self._lap_began - before
+
+    def spent(self, cause: str) -> None:
+        """The time since the last event was lost to one of `ledger.CAUSES`; told with the next event."""
+        self._spent[cause] = self._spent.get(cause, 0.0) + self.lap()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: it is rank 0."""
+        return self._seat.rank == 0
+
+    def record_step(self, record: StepRecord, phases: Mapping[str, float] = {}) -> None:
+        """`phases`: this rank's own seconds by phase since the last call, also of evaluations and saves."""
+        self._rank.add_step(record, phases)
+        line = {**asdict(record), "lap": record.step_seconds}
+        line["flops"] = record.flops._asdict() if record.flops else None
+        line["phases"] = {name: round(seconds, 6) for name, seconds in phases.items()}
+        self._tell("step", line)
+
+    def begins(self, cause: str, step: int) -> None:
+        """An evaluation or a save that training waits for: its time has this cause even if it never comes back."""
+        if self._ledger:
+            line = {"kind": "begin", "time": self._unix_time + self._lap_began, "cause": cause, "step": step}
+            append_json_line(self._lines, line)
+            self._ledger.add(line)
+
+    def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float, seconds: float) -> None:
+        values = {"step": step, "nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "seconds": seconds}
+        self._tell("evaluation", {**values, "lap": self.lap()})
+
+    def record_checkpoint(self, step: int, written_bytes: int, seconds: float) -> None:
+        self._tell("checkpoint", {"step": step, "bytes": written_bytes, "seconds": seconds, "lap": self.lap()})
+
+    def record_failed_checkpoint(self, step: int, reason: str) -> None:
+        """`reason`: one of `ledger.SAVE_FAILURES`."""
+        self._tell("failed_checkpoint", {"step": step, "reason": reason, "lap": self.lap()})
+
+    def close(self, ending: str = "failed") -> None:
+        """Stop serving and withdraw the address. `ending`: "finished", "stopped" or "failed". May be repeated."""
+        if self._ledger and not self._closed:
+            with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # what ended the run is to be heard
+                self._tell("end", {"ending": ending, "lap": self.lap()})
+        if self._page:
+            self._page.close()
+        if not self._closed:
+            self._record.close()
+            for writer in self._writers:
+                writer.close()
+        self._closed = True
+
+    _closed = False
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("failed" if kind else "finished")
+
+    def _open_page(self, settings: MetricsSettings) -> Page:
+        seat = self._seat
+        try:
+            return Page(
+                self._directory, self.folder, seat.node, range(seat.rank, seat.rank + seat.local_size), settings
+            )
+        except UserError:
+            shutil.rmtree(self.folder, ignore_errors=True)  # other ranks may have put their records there
+            raise
+
+    def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> Ledger:
+        """Fold the lines that are there, open a new start in them, and drop those of steps that are done again."""
+        lines = [] if fresh else list(read_json_lines(self._lines))
+        before, ledger, began = Ledger(), Ledger(), process_start_time()
+        for line in lines:
+            before.add(line)
+        kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
+        carried = before.carry(began, *how_it_ended(self._directory, lines))
+        now, self._lap_began = time.time(), time.perf_counter()
+        self._unix_time = now - self._lap_began  # of perf_counter's zero: a clock that is set later moves no line
+        start = {
+            "kind": "start",
+            "time": now,
+            "step": first_step,
+            "began": began,
+            "lap": now - began,
+            "world_size": self._seat.world_size,
+            "parameters": facts.get("parameters"),
+            "device_peak_flops": facts.get("device_peak_flops"),
+            "carried": carried,
+        }
+        write_atomically(self._lines, "".join(json.dumps(line) + "\n" for line in (*kept, start)))
+        for line in (*kept, start):
+            ledger.add(line)
+        return ledger
+
+    def _tell(self, kind: str, values: dict[str, Any]) -> None:
+        if self._ledger:
+            line = {"kind": kind, "time": self._unix_time + self._lap_began, **values, "spent": self._spent}
+            self._spent = {}
+            append_json_line(self._lines, line)
+            self._ledger.add(line)
+            for writer in self._writers if kind != "end" else ():
+                writer.write(line["step"], dict(scalars(line)))
+        if kind != "end":
+            self._tell_exporter(values)
+        if self._page:
+            self._page.revive()
+
+    def _tell_exporter(self, values: Mapping[str, Any]) -> None:
+        samples = self._rank.samples(str(self._seat.rank))
+        if self._ledger:
+            samples |= self._ledger.samples() | {"build_info": [[[__version__], 1]]}
+        with contextlib.suppress(OSError):  # memory for files is full: no page is worth a run
+            self._record.write({"samples": samples, **self._rank.device()})
+
+
+def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> tuple[str | None, float | None]:
+    """How the last start in these lines ended, None: there was none; and the Unix time of that, where it was seen.
+
+    Its own word, else "died" at the time that our launcher noted in events.jsonl. A watchdog of the user's says there
+    when it ended a run that hung: an event `launch_ended` with cause "hang".
+    """
+    marks = [line for line in lines if line["kind"] in ("start", "end")]
+    if not marks:
+        return None, None
+    if marks[-1]["kind"] == "end":
+        return marks[-1]["ending"], None
+    events = _since_last_start(list(read_json_lines(Path(run_directory) / "events.jsonl")))
+    ends = [event for event in events if event.get("event") == "launch_ended"]
+    if hangs := [end for end in ends if end.get("cause") == "hang"]:
+        return "hang", hangs[0]["time"]
+    return "died", ends[0].get("since") if ends else None
+
+
+def _since_last_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was noted after the last start that got so far: by place, for clocks are set back. Without what ended an
+    earlier launch, where the last one did not get so far."""
+    places: dict[str, list[int]] = {"start": [], "launch": []}
+    for place, event in enumerate(events):
+        places.get(event.get("event", ""), []).append(place)
+    first = places["start"][-1] + 1 if places["start"] else 0
+    earlier = [place for place in places["launch"][:-1] if place >= first]
+    return events[earlier[-1] if earlier else first :]
+
+
+class _RankCounts:
+    """This rank's own counters, since its start."""
+
+    def __init__(self) -> None:
+        self._buckets = [0] * (len(STEP_BUCKETS_SECONDS) + 1)
+        self._seconds, self._step = 0.0, 0
+        self._phases: dict[str, float] = {}
+        self._phase_buckets: dict[str, list[int]] = {}
+        self._cuda: Any = None
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+            self._cuda = sys.modules["torch"].cuda
+
+    def add_step(self, record: StepRecord, phases: Mapping[str, float]) -> None:
+        self._buckets[bisect_left(STEP_BUCKETS_SECONDS, record.step_seconds)] += 1
+        self._seconds += record.step_seconds
+        self._step = record.step
+        for phase, seconds in phases.items():
+            self._phases[phase] = self._phases.get(phase, 0.0) + seconds
+            buckets = self._phase_buckets.setdefault(phase, [0] * len(self._buckets))
+            buckets[bisect_left(STEP_BUCKETS_SECONDS, seconds)] += 1
+
+    def samples(self, rank: str) -> Samples:
+        busy = sum(self._phases.get(phase, 0.0) for phase in ("forward", "backward", "optimizer"))
+        samples: Samples = {
+            "rank_heartbeat_timestamp_seconds": [[[rank], time.time()]],
+            "rank_step": [[[rank], self._step]],
+            "step_duration_seconds": [[[rank], [self._buckets, self._seconds]]],
+            "phase_seconds": [[[rank, phase], seconds] for phase, seconds in self._phases.items()],
+            "phase_duration_seconds": [
+                [[phase], [buckets, self._phases[phase]]] for phase, buckets in self._phase_buckets.items()
+            ],
+            "rank_busy_seconds": [[[rank], busy]],
+        }
+        if self._cuda:
+            counts = self._cuda.memory_stats()
+            for name, key in (
+                ("allocated_bytes", "allocated_bytes.all.current"),
+                ("reserved_bytes", "reserved_bytes.all.current"),
+                ("peak_bytes", "allocated_bytes.all.peak"),
+                ("retries", "num_alloc_retries"),
+            ):
+                samples[f"device_memory_{name}"] = [[[rank], counts.get(key, 0)]]
+        return samples
+
+    def device(self) -> dict[str, str]:
+        """The GPU's own name, by which the exporter asks the driver about it."""
+        if not self._cuda:
+            return {}
+        return {"gpu": f"GPU-{self._cuda.get_device_properties(self._cuda.current_device()).uuid}"}

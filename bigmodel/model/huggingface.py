@@ -1,0 +1,145 @@
+"""Interchange: models of Hugging Face transformers as ours, weight by weight.
+
+Takes the configuration and the weights of a Llama, Qwen3 or T5 v1.1 (also Flan-T5, mT5) model as `transformers`
+names them, gives our settings and weights. Guarantees: every weight goes to one of ours (queries, keys and values, and
+gate and up, are laid end to end), and a configuration that our model has no counterpart for is an error that names it.
+`transformers` itself is not imported: a state dict and its config.json are enough.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel.config.settings import ModelSettings, UserError
+
+Weights = dict[str, Tensor]
+
+
+def from_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ModelSettings, Weights]:
+    """`config`: as `model.config.to_dict()` or config.json; `state`: as `model.state_dict()`.
+
+    Raises `UserError` for another kind of model and for settings of these that ours has not.
+    """
+    kind = config.get("model_type")
+    if kind in ("llama", "qwen3"):
+        return _decoder_settings(config), _decoder_weights(config, state)
+    if kind in ("t5", "mt5"):
+        return _t5_settings(config), _t5_weights(config, state)
+    raise UserError(f"model_type = {kind!r}: cannot be read; llama, qwen3, t5 (version 1.1) and mt5 can")
+
+
+# ---- Llama and Qwen3 ------------------------------------------------------------------------------------------
+
+
+def _decoder_settings(config: Mapping[str, Any]) -> ModelSettings:
+    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu", use_sliding_window=False)
+    rotary = {"rope_theta": config.get("rope_theta", 10_000.0)} | (config.get("rope_parameters") or {})  # from 5 on
+    if config.get("rope_scaling") or rotary.get("rope_type", "default") != "default":
+        said = config.get("rope_scaling") or rotary
+        raise UserError(f"rope_scaling = {said}: rotary positions are not scaled here")
+    return ModelSettings(
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head_size=config.get("head_dim") or 0,
+        feed_forward_width=config["intermediate_size"],
+        rope_theta=rotary["rope_theta"],
+        norm_epsilon=config["rms_norm_eps"],
+        tied_embeddings=config["tie_word_embeddings"],
+        qk_norm=config["model_type"] == "qwen3",
+    )
+
+
+def _decoder_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Weights:
+    weights = {"embedding.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    if not config["tie_word_embeddings"]:
+        weights["head.weight"] = state["lm_head.weight"]
+    for layer in range(config["num_hidden_layers"]):
+        theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
+        weights |= {
+            f"{ours}attention_norm.weight": state[f"{theirs}input_layernorm.weight"],
+            f"{ours}attention.query_key_value.weight": _joined(
+                state, f"{theirs}self_attn.", "q_proj", "k_proj", "v_proj"
+            ),
+            f"{ours}attention.output.weight": state[f"{theirs}self_attn.o_proj.weight"],
+            f"{ours}feed_forward_norm.weight": state[f"{theirs}post_attention_layernorm.weight"],
+            f"{ours}feed_forward.gate_up.weight": _joined(state, f"{theirs}mlp.", "gate_proj", "up_proj"),
+            f"{ours}feed_forward.down.weight": state[f"{theirs}mlp.down_proj.weight"],
+        }
+        if config["model_type"] == "qwen3":
+            weights[f"{ours}attention.query_norm.weight"] = state[f"{theirs}self_attn.q_norm.weight"]
+            weights[f"{ours}attention.key_norm.weight"] = state[f"{theirs}self_attn.k_norm.weight"]
+    return weights
+
+
+# ---- T5 -------------------------------------------------------------------------------------------------------
+
+
+def _t5_settings(config: Mapping[str, Any]) -> ModelSettings:
+    if config["model_type"] == "t5":  # what a config.json leaves out is as in version 1.0; mT5's own are as needed
+        config = {"feed_forward_proj": "relu", "tie_word_embeddings": True} | dict(config)
+    _refuse(config, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    return ModelSettings(
+        kind="encoder_decoder",
+        layers=config.get("num_decoder_layers") or config["num_layers"],
+        encoder_layers=config["num_layers"],
+        width=config["d_model"],
+        heads=config["num_heads"],
+        key_value_heads=config["num_heads"],
+        head_size=config["d_kv"],
+        feed_forward_width=config["d_ff"],
+        gate="gelu",
+        positions="relative_bias",
+        relative_buckets=config["relative_attention_num_buckets"],
+        relative_distance=config.get("relative_attention_max_distance", 128),
+        attention_scale=1.0,
+        norm_epsilon=config["layer_norm_epsilon"],
+    )
+
+
+def _t5_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Weights:
+    weights = {"embedding.weight": state["shared.weight"], "head.weight": state["lm_head.weight"]}
+    sides = (
+        ("encoder.", "encoder.", config["num_layers"]),
+        ("decoder.", "", config.get("num_decoder_layers") or config["num_layers"]),
+    )
+    for side, ours, layers in sides:
+        bias = f"{side}block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        weights[f"{ours}relative_bias.weight"] = state[bias]
+        weights[f"{ours}norm.weight"] = state[f"{side}final_layer_norm.weight"]
+        for layer in range(layers):
+            weights |= _t5_block(state, f"{side}block.{layer}.layer.", f"{ours}blocks.{layer}.", side == "decoder.")
+    return weights
+
+
+def _t5_block(state: Mapping[str, Tensor], theirs: str, ours: str, crosses: bool) -> Weights:
+    last = 2 if crosses else 1
+    weights = {
+        f"{ours}attention_norm.weight": state[f"{theirs}0.layer_norm.weight"],
+        f"{ours}attention.query_key_value.weight": _joined(state, f"{theirs}0.SelfAttention.", "q", "k", "v"),
+        f"{ours}attention.output.weight": state[f"{theirs}0.SelfAttention.o.weight"],
+        f"{ours}feed_forward_norm.weight": state[f"{theirs}{last}.layer_norm.weight"],
+        f"{ours}feed_forward.gate_up.weight": _joined(state, f"{theirs}{last}.DenseReluDense.", "wi_0", "wi_1"),
+        f"{ours}feed_forward.down.weight": state[f"{theirs}{last}.DenseReluDense.wo.weight"],
+    }
+    if crosses:
+        weights |= {
+            f"{ours}cross_attention_norm.weight": state[f"{theirs}1.layer_norm.weight"],
+            f"{ours}cross_attention.query.weight": state[f"{theirs}1.EncDecAttention.q.weight"],
+            f"{ours}cross_attention.key_value.weight": _joined(state, f"{theirs}1.EncDecAttention.", "k", "v"),
+            f"{ours}cross_attention.output.weight": state[f"{theirs}1.EncDecAttention.o.weight"],
+        }
+    return weights
+
+
+def _joined(state: Mapping[str, Tensor], prefix: str, *names: str) -> Tensor:
+    return torch.cat([state[f"{prefix}{name}.weight"] for name in names])
+
+
+def _refuse(config: Mapping[str, Any], **needed: Any) -> None:
+    for name, value in needed.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{name} = {config[name]!r}: our model has {value!r} only")

@@ -1,0 +1,339 @@
+"""The run directory: the one place where launcher, trainer and tools meet.
+
+    runs/tiny/
+      settings.json  deepspeed.json   what is in force      environment.json  commit, diff, versions, variables
+      data_manifest.json  of the prepared data              starts/0001.json  all of that, of each start
+      checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
+      events.jsonl   starts, stops, skipped steps           logs/             what the ranks printed, see below
+      metrics_endpoint  host:port while it runs             lock              held by the live run
+      incarnation.json  which start may publish
+      loss.png  sample.txt  summary.json                    at the end
+      profile/                        asked for             tensorboard/ wandb/  if metrics.writers names them
+      world.json     host and device of each rank, and what all share: commit, sources, settings, data, versions
+      launch.json    how the launcher started it last       preflight.json    what `launcher check` found
+    runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
+
+logs/HOST-rank-N.log has what rank N printed on HOST; rank 0 also prints where the run was started, under `launcher
+slurm` that is logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh,
+torchrun, mpi, environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank
+(indices into hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher
+stop` may signal.
+
+In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
+  launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
+  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit;
+                                               since: when a rank first died or was told to stop, where that was seen;
+                                               a watchdog of yours may write one of cause hang alone
+  stop_requested                               by `launcher stop`
+A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own
+sbatch script or torchrun nobody writes launch_ended; the trainer's `finished` or `stopped` tells as much
+(`bigmodel.launcher.record.launches` reads all of this).
+
+Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
+Imports no torch.
+"""
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from bigmodel.config.settings import UserError, without_secrets
+
+EXIT_DONE = 0  # the run reached its last step
+EXIT_FAILED = 1  # a bug or the machine
+EXIT_USER = 2  # a UserError: the text says what to mend
+EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
+
+INCARNATION = "incarnation.json"
+CLAIM_ATTEMPTS = 5
+SHOWN_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "NODE_", "GROUP_", "MASTER_", "SLURM_", "PBS_", "LSB_", "KUBERNETES_"),
+    *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "NCCL_", "GLOO_", "UCX_", "FI_", "OMPI_", "OMP_", "MKL_", "CUBLAS_"),
+    *("TORCH", "PYTORCH_", "TRITON_", "DS_", "DEEPSPEED_", "BIGMODEL_", "TOKENIZERS_", "AWS_", "PYTHONHASHSEED"),
+)
+SECRET = re.compile("KEY|TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+CREDENTIALS_IN_URL = re.compile(r"(://)[^/@\s]*@")
+SECRET_TEXT = re.compile(  # API_KEY=..., "api_key": "...", of 12 characters or more: shorter ones are code
+    r"""(\w*(?:key|token|secret|password|passwd|credential)\w*["']?\s*[:=]\s*["'])[^\s"']{12,}"""
+    r"""|(\b(?-i:[A-Z_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)[A-Z_]*)=)[^\s"']{12,}""",
+    re.IGNORECASE,
+)
+REDACTED = "(redacted)"
+
+Change = tuple[str, Any, Any]  # dotted name, value then, value now
+
+# Not .json, .env and the like, which hold credentials.
+SOURCE_SUFFIXES = (".py", ".pyi", ".toml", ".sh", ".c", ".cc", ".cpp", ".h", ".cu", ".cuh")
+SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # a record is kept of every start
+
+_claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
+
+
+def claim(directory: Path) -> None:
+    """Make the run directory and hold it: two runs in one directory would mix their files.
+
+    Raises `UserError` if another live process holds it or it cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        file = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
+    except OSError as error:
+        raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
+    busy = "another run is using it now; stop that one or choose another directory"
+    for attempt in range(CLAIM_ATTEMPTS):  # who looks whether the run lives (launcher status) holds it for an instant
+        try:
+            lock(file, f"run.directory = {directory}", busy)
+            break
+        except UserError:
+            if attempt == CLAIM_ATTEMPTS - 1:
+                raise
+            time.sleep(0.05)
+    _claims.append(file)
+
+
+def take_over(directory: Path) -> str:
+    """Say in the run directory that this start is the one that counts now; gives its token.
+
+    An older process that still lives, on a machine that lost its network or its lock, will find another token.
+    """
+    token = secrets.token_hex(8)
+    found = {"token": token, "host": os.uname().nodename, "process": os.getpid(), "time": time.time()}
+    write_json(Path(directory) / INCARNATION, found)
+    return token
+
+
+def rank_zero(directory: Path) -> tuple[int, str]:
+    """Process and host of rank 0 of the start that counts now; (0, "") before the first one has come so far."""
+    file = Path(directory) / INCARNATION
+    if not file.exists():
+        return 0, ""
+    found = read_json(file)
+    return found["process"], found["host"]
+
+
+def require_incarnation(directory: Path, token: str) -> None:
+    """Raises `UserError` where another start has taken the run over. An empty token asks for nothing."""
+    if not token:
+        return
+    now = read_json(Path(directory) / INCARNATION)
+    if now["token"] != token:
+        raise UserError(
+            f"{directory}: a later start, process {now['process']} on {now['host']}, has taken this run over; "
+            "this one saves nothing any more: stop it"
+        )
+
+
+def lock(file: IO[Any], name: str, busy: str = "") -> None:
+    """Hold an open file against other processes until it is closed or this one ends, kill -9 included.
+
+    Where another process holds it: raises `UserError` "name: busy", or, without `busy`, waits. `name` also names a
+    file system without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError:
+        raise UserError(f"{name}: {busy}") from None
+    except OSError as error:
+        raise UserError(
+            f"{name}: its file system has no locks ({error.strerror}); choose another, or mount it with flock"
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write, fsync and rename, so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    # Machines that share a folder have processes of one number.
+    part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename or a new name in this folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises `UserError` naming the file if it is damaged or unreadable."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """One line, one write: a line cut by a crash is skipped by `read_json_lines`."""
+    try:
+        with open(path, "ab") as file:
+            file.write(json.dumps(value).encode() + b"\n")
+    except OSError as error:  # a full disk is noticed at the flush, whose error names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a torn line is skipped. Empty if the file does not exist."""
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def record_event(directory: Path, kind: str, **details: Any) -> None:
+    """Append to events.jsonl: what happened to this run, and when (Unix seconds)."""
+    append_json_line(Path(directory) / "events.jsonl", {"time": time.time(), "event": kind, **details})
+
+
+def refuse_to_start_over(directory: Path) -> None:
+    """For a start that found no checkpoint. Raises `UserError` where the run has saved one: it is lost, not new."""
+    lines = read_json_lines(Path(directory) / "metrics.jsonl")
+    if saved := [line["step"] for line in lines if line["kind"] == "checkpoint"]:
+        raise UserError(
+            f"{directory}: this run saved a checkpoint at step {saved[-1]}, and there is none now; put it back into "
+            f"{directory}/checkpoints, or start over from step 0 with --fresh"
+        )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages whose behaviour a run depends on."""
+    found = {}
+    for name in ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "tokenizers", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_environment(repository: Path) -> dict[str, Any]:
+    """Commit, uncommitted changes, versions and variables: what is needed to repeat a run. Never fails.
+
+    The changes include small source files that git does not know yet; `untracked` names all files of that kind, but for
+    ignored ones. In the changes, what is assigned to a name like that of a secret is left out.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(repository), *arguments]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return found.stdout.strip("\n") if found.returncode <= 1 else ""  # 1: files differ
+
+    untracked = [name for name in git("ls-files", "--others", "--exclude-standard", "-z").split("\0") if name]
+    sources = [name for name in untracked if _is_small_source(Path(repository) / name)][:MAX_UNTRACKED_SOURCES]
+    changes = [git("diff", "HEAD"), *(git("diff", "--no-index", "--", "/dev/null", name) for name in sources)]
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_diff": without_secret_texts("\n".join(filter(None, changes))),
+        "untracked": untracked[:MAX_UNTRACKED_NAMES],
+        "host": os.uname().nodename,
+        "versions": package_versions(),
+        "variables": shown_variables(os.environ),
+    }
+
+
+def _is_small_source(path: Path) -> bool:
+    return path.suffix in SOURCE_SUFFIXES and os.path.isfile(path) and os.path.getsize(path) <= SMALL_SOURCE_BYTES
+
+
+def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that can change a run, by allow-list; what may be a secret is not among the values."""
+    return {
+        name: REDACTED if SECRET.search(name) else CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", without_secrets(value))
+        for name, value in sorted(environment.items())
+        if name.startswith(SHOWN_VARIABLES)
+    }
+
+
+def without_secret_texts(text: str) -> str:
+    """Program text without passwords in URLs and without long texts that are given a name like that of a secret."""
+    return SECRET_TEXT.sub(lambda found: f"{found[1] or found[2]}{REDACTED}", without_secrets(text))
+
+
+def _without_secrets_inside(value: Any) -> Any:
+    """Plain values, with the passwords and keys inside of URLs masked."""
+    if isinstance(value, dict):
+        return {name: _without_secrets_inside(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets_inside(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> list[Change]:
+    """Write what is in force from this start on, and keep it for every start: RUN_DIR/starts/0001.json ...
+
+    data: the prepared folder, whose manifest is copied. Passwords and keys inside of URLs are masked.
+    Gives what has changed since the start before: settings, the DeepSpeed JSON, commit and versions.
+    """
+    directory, repository = Path(directory), Path(__file__).parents[1]
+    settings, deepspeed = _without_secrets_inside(settings), _without_secrets_inside(deepspeed)
+    environment = describe_environment(repository)
+    write_json(directory / "settings.json", settings)
+    write_json(directory / "deepspeed.json", deepspeed)
+    write_json(directory / "environment.json", environment)
+    write_atomically(directory / "data_manifest.json", (Path(data) / "manifest.json").read_bytes())
+    (directory / "starts").mkdir(exist_ok=True)
+    earlier = sorted((directory / "starts").glob("*.json"))
+    start = directory / "starts" / f"{len(earlier) + 1:04d}.json"
+    whole = {"time": time.time(), "settings": settings, "deepspeed": deepspeed, "environment": environment}
+    write_json(start, whole)
+    try:
+        return changes(_in_force(earlier[-1]), _in_force(start)) if earlier else []
+    except UserError:  # a damaged record of the past stops no run
+        return []
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """The values that differ in two nested tables, by dotted name; the directory of a run does not count."""
+    mine, its = dict(_flat(then)), dict(_flat(now))
+    names = sorted((mine.keys() | its.keys()) - {"run.directory"})
+    return [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _in_force(start: Path) -> dict[str, Any]:
+    """What a start was given, in one table."""
+    given = read_json(start)
+    names = ("commit", "versions")
+    return {
+        **given["settings"],
+        "deepspeed": given["deepspeed"],
+        **{name: given["environment"][name] for name in names},
+    }

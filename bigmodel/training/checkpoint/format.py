@@ -1,0 +1,344 @@
+"""Checkpoints: the whole state of a run, by parameter name, visible only when it is complete. Reading is here,
+writing in bigmodel/training/checkpoint/saver.py, the copy in an object store in bigmodel/training/checkpoint/remote.py.
+
+    checkpoints/step-00000100/
+      rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the fragments that the rank owns, flat and
+                                   in fp32; START is the first element's place in the flattened tensor
+      state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
+      manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
+
+Takes folders on a file system that all ranks see, gives a verified checkpoint and puts it into an engine. Guarantees:
+- nothing is loaded whose bytes are not those that were written; a damaged checkpoint is named and the next older
+  good one is used; where none is good there is an error, never a silent start from step 0;
+- world size, ZeRO stage and accumulation do not occur in the format: load at any of them. No pickle, which is why
+  torch.distributed.checkpoint does not serve: its metadata is a pickle, and it knows neither hashes nor publication.
+Costs: a read of all bytes at every resume, shared by the ranks; then each rank reads what it holds and no more.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bigmodel.config.settings import ModelSettings, Settings, UserError
+from bigmodel.distributed.world import ALONE, World
+from bigmodel.run_directory import fsync_directory
+from bigmodel.training.checkpoint import remote as store
+
+FORMAT = 2
+CHUNK_BYTES = 1 << 22
+
+Read = Callable[[str, str, int, int], Tensor]  # (name, key, start, numel) -> those elements, flat, fp32
+Piece = tuple[str, int, int, str]  # "key.name", start, numel, file name
+
+
+class States(Protocol):
+    """What a checkpoint needs of the engine (bigmodel/training/zero/engine.py)."""
+
+    updates: int
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def keys(self, name: str) -> list[str]: ...
+    def owned(self, name: str) -> dict[str, tuple[int, Tensor]]: ...
+    def write(self, read: Read, updates: int, scaler: dict[str, float]) -> None: ...
+    def scaler_state(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. `state` is what was given when it was saved."""
+
+    path: Path
+    parts: list[str]  # files of tensors, as the manifest names them: what else lies in the folder was not verified
+    state: dict[str, Any]
+    description: dict[str, Any]  # updates, model, optimizer, shapes, keys, scaler
+
+
+def newest(
+    directory: Path, world: World | None = None, report: Callable[[str], None] | None = None, remote: str = ""
+) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written; None where there is none at all. Collective.
+
+    world: of the run that owns the folder; it also removes the partial folders that a kill left. None: one process
+    that only looks, perhaps while the run goes on. report: told (on rank 0) of each damaged checkpoint that is
+    passed over; by default it goes to stderr. remote: a folder in a store; what is missing or damaged here is
+    fetched from there, and passed over where it is damaged there too.
+    Raises `UserError` where there are checkpoints and all are damaged, and where the store cannot be read.
+    """
+    report = report or (lambda text: print(f"bigmodel: {text}", file=sys.stderr, flush=True))
+    if world:
+        world.on_rank_zero(lambda: remove_partials(directory))
+    world = world or ALONE
+    here, there = world.on_rank_zero(lambda: (set(steps(directory)), set(store.steps(remote)) if remote else set()))
+    damage: list[str] = []
+    for step in sorted(here | there, reverse=True):
+        path = path_of(directory, step)
+        problems = verify(path, world) if step in here else []
+        if step in there and (problems or step not in here):
+            copy = store.fetch(remote, path, world, read_manifest)
+            problems = [*problems, *(f"in {remote}: {problem}" for problem in copy)] if copy else verify(path, world)
+        if not problems:
+            if world.rank == 0 and damage:
+                report(f"using the older checkpoint {path} instead")
+            return world.on_rank_zero(partial(_open, path))
+        damage.append(f"checkpoint {path} is damaged: {'; '.join(problems[:2])}")
+        if world.rank == 0:
+            report(damage[-1])
+    if damage:
+        raise UserError(
+            f"{directory}: none of {len(damage)} checkpoint(s) is whole; {damage[0]}; "
+            "restore one from a copy, or start over with --fresh (which sets them aside)"
+        )
+    return None
+
+
+def verify(path: Path, world: World) -> list[str]:
+    """What is wrong with a checkpoint, one line per file; empty when every byte is as written. Collective.
+
+    The files are dealt to the ranks, so the reading is shared.
+    """
+    manifest, problem = world.on_rank_zero(lambda: read_manifest(path))
+    if problem:
+        return [problem]
+    problems = []
+    for number, (name, facts) in enumerate(sorted(manifest["files"].items())):
+        if number % world.size == world.rank:
+            problems += _check_file(path / name, facts)
+    return [line for part in world.gather_objects(problems) for line in part]
+
+
+def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: World) -> None:
+    """Put a verified checkpoint into the engine. Collective; works from any world size and stage to any other.
+
+    Raises `UserError` naming the first model setting, optimizer or parameter that differs; nothing is changed then.
+    """
+    _compare_model(checkpoint, settings)
+    _compare_shapes(checkpoint, engine)
+    mine = [piece for name in checkpoint.parts[world.rank :: world.size] for piece in _pieces(checkpoint.path / name)]
+    pieces = [piece for part in world.gather_objects(mine) for piece in part]
+    with Reader(checkpoint.path, pieces) as read:
+        then = checkpoint.description
+        engine.write(partial(_read_or_begin, then["keys"], read), then["updates"], then["scaler"])
+
+
+def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint by parameter name, for use without an engine. No collective.
+
+    key: "ema" gives their average over the updates, where the run kept it.
+    """
+    description = checkpoint.description
+    pieces = [piece for name in checkpoint.parts for piece in _pieces(checkpoint.path / name)]
+    with Reader(checkpoint.path, pieces) as read:
+        return {
+            name: read(name, key, 0, torch.Size(shape).numel()).view(shape)
+            for name, shape in description["shapes"].items()
+            if key in description["keys"][name]
+        }
+
+
+def set_aside(directory: Path, remote: str = "") -> Path | None:
+    """Rename the folder of checkpoints (for --fresh), so that nothing resumes from it; gives the new name.
+
+    One process only. The old checkpoints stay readable under the new name until the user removes them.
+    Raises `UserError` where a store still has some: the next start would go on from those.
+    """
+    if remote and (there := store.steps(remote)):
+        raise UserError(
+            f"--fresh: checkpoint.remote = {remote} has the checkpoint of step {max(there)}, from which the next start "
+            "would go on; give the new run another checkpoint.remote"
+        )
+    if not directory.exists():
+        return None
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}-set-aside-{number}")).exists():
+        number += 1
+    os.rename(directory, aside)
+    fsync_directory(aside.parent)
+    return aside
+
+
+# --- the folder
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return Path(directory) / f"step-{step:08d}"
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the published checkpoints, ascending."""
+    found = Path(directory).glob("step-*") if Path(directory).is_dir() else iter(())
+    return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdecimal())
+
+
+def remove_partials(directory: Path) -> None:
+    """Take away what a killed save left. Each is renamed first: a stale rank 0 that still lives cannot publish it."""
+    partials = Path(directory).glob("step-*.partial-*") if Path(directory).is_dir() else iter(())
+    for path in partials:
+        doomed = path if path.name.endswith(".doomed") else path.with_name(f"{path.name}.doomed")
+        if doomed != path:
+            os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def plain(value: Any) -> bytes:
+    """JSON of one form only, so that equal content is equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """The manifest, and what is wrong with it or nothing. Its bytes must be the ones that its content gives."""
+    try:
+        raw = (path / "manifest.json").read_bytes()
+        manifest = json.loads(raw)
+        content = {key: value for key, value in manifest.items() if key != "sha256"}
+        if raw != plain(manifest) or manifest["sha256"] != hashlib.sha256(plain(content)).hexdigest():
+            return {}, "manifest.json does not have the content that it was written with"
+        if manifest["format"] != FORMAT:
+            return {}, f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
+        return manifest, ""
+    except OSError as error:
+        return {}, f"manifest.json cannot be read: {error.strerror}"
+    except (ValueError, KeyError, AttributeError):
+        return {}, "manifest.json is not a manifest"
+
+
+def looks_whole(path: Path) -> bool:
+    """Manifest right and every file of its size: cheap, for retention; loading checks every byte."""
+    manifest, problem = read_manifest(path)
+    if problem:
+        return False
+    return all(
+        (path / name).exists() and (path / name).stat().st_size == facts["bytes"]
+        for name, facts in manifest["files"].items()
+    )
+
+
+def newest_state(directory: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint, its weights left unread; None where there is none that can be read."""
+    for step in reversed(steps(directory)):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return _open(path_of(directory, step)).state
+    return None
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            return [f"{path.name} has {size:,} bytes instead of {facts['bytes']:,}"]
+        if hash_file(path) != facts["sha256"]:
+            return [f"{path.name} has other content than was written (its sha256 differs)"]
+    except OSError as error:
+        return [f"{path.name} cannot be read: {error.strerror}"]
+    return []
+
+
+def _open(path: Path) -> Checkpoint:
+    description = json.loads((path / "state.json").read_bytes())
+    parts = [name for name in sorted(read_manifest(path)[0]["files"]) if name.endswith(".safetensors")]
+    return Checkpoint(path, parts, description["state"], description)
+
+
+# --- the content
+
+
+def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Model settings must be those of the checkpoint, but for dropout, which changes no weight."""
+    now = settings.model.model_dump(mode="json")
+    then = ModelSettings().model_dump(mode="json") | checkpoint.description["model"]  # newer settings had their default
+    pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
+    pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
+    for name, (mine, its) in pairs.items():
+        if name != "model.dropout" and mine != its:
+            raise UserError(
+                f"{name} = {mine}, but checkpoint {checkpoint.path} was made with {its}; "
+                "set it back, choose another run.directory, or start over with --fresh"
+            )
+
+
+def _compare_shapes(checkpoint: Checkpoint, engine: States) -> None:
+    then = {name: tuple(shape) for name, shape in checkpoint.description["shapes"].items()}
+    now = {name: engine.shape(name) for name in engine.names()}
+    for name in [*now, *then]:
+        if now.get(name) != then.get(name):
+            raise UserError(
+                f"parameter {name} is {now.get(name, 'absent')} in this model and {then.get(name, 'absent')} in "
+                f"checkpoint {checkpoint.path}; another vocabulary or model: use the data and settings that it was "
+                "made with, or start over with --fresh"
+            )
+    for name in now:
+        lacking = set(engine.keys(name)) - set(checkpoint.description["keys"][name]) - {"ema"}
+        if lacking:
+            raise UserError(
+                f"optimizer.groups: {name} needs {', '.join(sorted(lacking))}, which checkpoint {checkpoint.path} does "
+                "not have; set the groups back, or start over with --fresh"
+            )
+
+
+def _read_or_begin(
+    keys: Mapping[str, Sequence[str]], read: Read, name: str, key: str, start: int, numel: int
+) -> Tensor:
+    """An average that begins now begins with the weights."""
+    return read(name, key if key in keys[name] else "weight", start, numel)
+
+
+def _pieces(file: Path) -> list[Piece]:
+    """What lies in a file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = [(name, tensors.get_slice(name).get_shape()[0]) for name in tensors.keys()]  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a safetensors file: {error}; restore it from a copy") from None
+    return [(name.rpartition("@")[0], int(name.rpartition("@")[2]), numel, file.name) for name, numel in found]
+
+
+class Reader:
+    """Reads runs of elements, from whichever files hold them; few files are open at a time."""
+
+    def __init__(self, path: Path, pieces: Sequence[Piece]) -> None:
+        self._path = path
+        self._pieces: dict[str, list[Piece]] = {}
+        for piece in sorted(pieces):
+            self._pieces.setdefault(piece[0], []).append(piece)
+        self._file = lru_cache(maxsize=64)(lambda name: safe_open(path / name, framework="pt"))
+
+    def __enter__(self) -> Read:
+        return self._read
+
+    def __exit__(self, *error: object) -> None:
+        self._file.cache_clear()
+
+    def _read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        parts = list(self._overlaps(f"{key}.{name}", start, start + numel))
+        assert sum(part.numel() for part in parts) == numel, f"{self._path}: {key}.{name} is not all there"
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _overlaps(self, tensor: str, start: int, end: int) -> Iterator[Tensor]:
+        for _, first, numel, file in self._pieces.get(tensor, []):
+            low, high = max(start, first), min(end, first + numel)
+            if low < high:
+                yield self._file(file).get_slice(f"{tensor}@{first}")[low - first : high - first]

@@ -1,0 +1,120 @@
+"""The copy of checkpoints in an object store: put there after each save, fetched where a node has lost its own.
+
+Takes the URL of a folder (`checkpoint.remote`; the file systems of bigmodel/data/store/files.py). Guarantees: the
+manifest is written last, so a checkpoint without one is none; what is fetched appears under its name by one rename,
+after its files' sizes and hashes were compared with the manifest; a damaged checkpoint is told apart from a store that
+does not answer. Nothing is ever deleted there: leave that to the store's own rules of expiry.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from bigmodel.config.settings import UserError
+from bigmodel.data.store import files
+from bigmodel.distributed.world import World
+from bigmodel.run_directory import fsync_directory
+
+MANIFEST = "manifest.json"
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
+
+ReadManifest = Callable[[Path], tuple[dict[str, Any], str]]  # of a folder: its manifest, and what is wrong with it
+
+
+def steps(url: str) -> list[int]:
+    """Steps of the whole checkpoints there, ascending. Raises `UserError` where the store cannot be read."""
+    found = (re.fullmatch(rf"step-(\d{{8,}})/{re.escape(MANIFEST)}", name) for name in _retrying(files.sizes, url))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def upload(path: Path, url: str) -> None:
+    """Copy a published checkpoint, its manifest last. Raises `UserError` when every attempt failed."""
+    names = sorted((file.name for file in path.iterdir()), key=lambda name: (name == MANIFEST, name))
+    for name in names:
+        _retrying(_put, path / name, files.join(url, f"{path.name}/{name}"))
+
+
+def fetch(url: str, path: Path, world: World, read_manifest: ReadManifest) -> list[str]:
+    """Bring a checkpoint back to `path`, in place of a damaged one. Collective: the files are dealt to the ranks.
+
+    Gives what is damaged there, one line per file; then nothing was changed here. Raises `UserError` on every rank
+    where the store does not give a file that it has, or there is no room for it.
+    """
+    source = files.join(url, path.name)
+    part, manifest, problems = world.on_rank_zero(lambda: _begin(source, path, read_manifest))
+    errors: list[str] = []
+    for name in [] if problems else sorted(manifest["files"])[world.rank :: world.size]:
+        try:
+            problems += _get_file(source, part, name, manifest["files"][name])
+        except (UserError, OSError) as error:
+            errors.append(str(error))
+    told = world.gather_objects((problems, errors))
+    problems, errors = (list(dict.fromkeys(line for some in kind for line in some)) for kind in zip(*told, strict=True))
+    world.on_rank_zero(lambda: _finish(source, part, path, problems, errors))
+    return problems
+
+
+def _begin(source: str, path: Path, read_manifest: ReadManifest) -> tuple[Path, dict[str, Any], list[str]]:
+    part = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+    part.mkdir(parents=True)
+    (part / MANIFEST).write_bytes(_retrying(_get, files.join(source, MANIFEST)))
+    manifest, problem = read_manifest(part)
+    if problem:
+        return part, {}, [problem]
+    there = _retrying(files.sizes, source)
+    return part, manifest, [f"{name} is not there" for name in manifest["files"] if name not in there]
+
+
+def _finish(source: str, part: Path, path: Path, problems: list[str], errors: list[str]) -> None:
+    if problems or errors:
+        shutil.rmtree(part, ignore_errors=True)
+        if not problems:
+            raise UserError(f"{source}: cannot be fetched: {errors[0]}; nothing was changed here")
+        return
+    for file in part.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    fsync_directory(part)
+    damaged = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+    if path.exists():
+        os.rename(path, damaged)
+    os.rename(part, path)
+    fsync_directory(path.parent)
+    shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _get_file(source: str, part: Path, name: str, facts: dict[str, Any]) -> list[str]:
+    """Empty when the file is here and as the manifest says."""
+    content = _retrying(_get, files.join(source, name))
+    if len(content) != facts["bytes"]:
+        return [f"{name} has {len(content):,} bytes instead of {facts['bytes']:,}"]
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        return [f"{name} has other content than was written (its sha256 differs)"]
+    (part / name).write_bytes(content)
+    return []
+
+
+def _put(path: Path, location: str) -> None:
+    with open(path, "rb") as file:
+        files.write(location, iter(lambda: file.read(files.CHUNK_BYTES), b""))
+
+
+def _get(location: str) -> bytes:
+    return b"".join(files.chunks(location))
+
+
+def _retrying(function: Any, *arguments: Any) -> Any:
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_exponential(FIRST_WAIT_SECONDS) + tenacity.wait_random(0, FIRST_WAIT_SECONDS),
+        retry=tenacity.retry_if_exception_type(UserError),
+        reraise=True,
+    )(function, *arguments)

@@ -1,0 +1,84 @@
+"""The learning rate of each step: pure functions of its number and the settings.
+
+Time is counted in steps or in positions (`schedule.unit`): with a batch that ramps, a schedule in positions keeps its
+shape over the data. Positions are those the plan gives a step, packs x pack_tokens, padding included.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bigmodel.config.settings import Settings, positions_before
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a step ends, and how long warm-up, decay and the whole run are, all in one unit."""
+
+    done: float
+    warmup: float
+    decay: float
+    total: float
+
+
+def cosine(clock: Clock, final_ratio: float) -> float:
+    """r + (1 - r) * (1 + cos(pi * p)) / 2, p = (done - warmup) / (total - warmup). Loshchilov & Hutter 2017.
+
+    p is 0 at the last step of the warm-up and 1 at the last of all.
+    """
+    return final_ratio + (1.0 - final_ratio) * (1.0 + math.cos(math.pi * _progress(clock))) / 2.0
+
+
+def linear(clock: Clock, final_ratio: float) -> float:
+    """1 - (1 - r) * p with the p of `cosine`."""
+    return 1.0 - (1.0 - final_ratio) * _progress(clock)
+
+
+def wsd(clock: Clock, final_ratio: float) -> float:
+    """Warm-up, stable, decay (Hu et al. 2024): 1, then 1 - (1 - r) * p over the last `decay`; p ends at 1."""
+    into_decay = clock.done - (clock.total - clock.decay)
+    progress = min(into_decay / clock.decay, 1.0) if into_decay > 0 and clock.decay else 0.0
+    return 1.0 - (1.0 - final_ratio) * progress
+
+
+def inverse_square_root(clock: Clock, final_ratio: float) -> float:
+    """sqrt(warmup / done), and r at the least (Vaswani et al. 2017)."""
+    return max(final_ratio, math.sqrt(max(clock.warmup, 1.0) / clock.done))
+
+
+def constant(clock: Clock, final_ratio: float) -> float:
+    """The peak after the warm-up, to the end."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[Clock, float], float]] = {
+    "cosine": cosine,
+    "wsd": wsd,
+    "linear": linear,
+    "inverse_square_root": inverse_square_root,
+    "constant": constant,
+}
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """The learning rate of the update of step `step`, counted from 0.
+
+    Linear warm-up first: peak * done / warmup, so that the first update already moves something.
+    """
+    clock, schedule = _clock(step, settings), settings.schedule
+    peak = settings.optimizer.learning_rate
+    if clock.done <= clock.warmup:
+        return peak * clock.done / clock.warmup
+    return peak * SCHEDULES[schedule.kind](clock, schedule.final_ratio)
+
+
+def _clock(step: int, settings: Settings) -> Clock:
+    schedule = settings.schedule
+    if schedule.unit == "steps":
+        return Clock(step + 1, schedule.warmup_steps, schedule.decay_steps, settings.training.steps)
+    done, total = (positions_before(end, settings) for end in (step + 1, settings.training.steps))
+    return Clock(done, schedule.warmup_tokens, schedule.decay_tokens, total)
+
+
+def _progress(clock: Clock) -> float:
+    return min((clock.done - clock.warmup) / max(clock.total - clock.warmup, 1e-9), 1.0)

@@ -1,0 +1,52 @@
+"""A trained model, loaded from a run directory into one process, without DeepSpeed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigmodel.config.settings import Settings, UserError, settings_from_table
+from bigmodel.data.load.batch import Batch
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.model.transformer import Transformer
+from bigmodel.run_directory import read_json
+from bigmodel.training.checkpoint import format as checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights in fp32, in evaluation mode, on the GPU where there is one."""
+
+    settings: Settings
+    step: int
+    model: Transformer
+    tokenizer: Tokenizer
+    device: torch.device
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, output: str) -> Tensor:
+        return self.model(batch.to(self.device), output)
+
+
+def load_trained(run_directory: Path) -> Trained:
+    """The newest good checkpoint of a run. Raises `UserError` if there is none."""
+    saved = run_directory / "settings.json"
+    if not saved.exists():
+        raise UserError(
+            f"{run_directory}: not a run directory (no settings.json); give the run.directory of a training run"
+        )
+    settings = settings_from_table(read_json(saved), saved)
+    found = checkpoint.newest(run_directory / "checkpoints")
+    if found is None:
+        raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = checkpoint.read_weights(found)
+    model = Transformer(settings.model, len(weights["embedding.weight"]))
+    for name, parameter in model.named_parameters():  # a tied head is the embedding: stored once
+        parameter.data.copy_(weights[name])
+    model.eval().to(device)
+    store = ShardStore.of_run(settings.data, "validation")
+    tokenizer = Tokenizer.load(store.file("tokenizer.json"))
+    return Trained(settings, found.state["step"], model, tokenizer, device)

@@ -1,0 +1,1 @@
+"""Optimizers, as DeepSpeed runs them on flat fp32 masters."""

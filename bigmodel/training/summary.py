@@ -1,0 +1,125 @@
+"""The end of a run: how good it is against simple marks, and where everything is.
+
+Takes a finished run, writes summary.json, sample.txt, loss.png and time.png into the run directory. The marks: a
+smoothed bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bigmodel.config.settings import Settings, UserError, packs_at
+from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.objectives.objectives import causal
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.segments import Segment, order_of_segment
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.evaluation.baselines import Bigram, Pair, token_pairs, xz_bits_per_byte
+from bigmodel.evaluation.evaluate import Evaluation
+from bigmodel.inspect.report import loss_curve, terminal_curve
+from bigmodel.inspect.step_time import draw_times
+from bigmodel.run_directory import write_atomically, write_json
+
+XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
+BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
+
+
+def summarize(
+    settings: Settings,
+    evaluation: Evaluation,
+    sample: str,
+    segments: Sequence[Segment],
+    wrong_sources: Evaluation | None = None,
+) -> dict[str, Any]:
+    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text.
+
+    `wrong_sources`: of an encoder-decoder, how well it does when sources are exchanged between documents.
+    """
+    directory = settings.run.directory
+    summary = {
+        "steps": settings.training.steps,
+        "nats_per_token": evaluation.nats_per_token,
+        "validation_targets": evaluation.num_targets,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "bigram_bits_per_byte": bigram_bits_per_byte(settings, segments),
+        "xz_bits_per_byte": _xz_of_validation_text(settings),
+    }
+    if wrong_sources:
+        summary["nats_per_token_with_wrong_sources"] = wrong_sources.nats_per_token
+        summary["bits_per_byte_with_wrong_sources"] = wrong_sources.bits_per_byte
+    write_json(directory / "summary.json", summary)
+    write_atomically(directory / "sample.txt", sample + "\n")
+    loss_curve(directory)
+    draw_times(directory)
+    return summary
+
+
+def _xz_of_validation_text(settings: Settings) -> float | None:
+    store = ShardStore.of_run(settings.data, "validation")
+    if store.pair_sources or not Examples(settings.data, 0).is_plain:  # other text
+        return None
+    return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
+
+
+def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> float | None:
+    """The bigram on the validation split, after the tokens that the run trained on, of pairs on their targets; None for
+    very long runs, where an earlier segment had data that is no longer there, and for other objectives than causal."""
+    training = settings.training
+    packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
+    if packs * settings.data.pack_tokens > BIGRAM_TOKENS:
+        return None
+    train = ShardStore.of_run(settings.data, "train")
+    validation = ShardStore.of_run(settings.data, "validation")
+    try:
+        orders = [order_of_segment(train, settings.data, segments, number)[1] for number in range(len(segments))]
+    except UserError:
+        return None
+    if len(train.pair_sources) < len(train.sources) and not Examples(settings.data, 0).is_plain:
+        return None
+    bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(orders, training.steps, train))
+    nats, count = bigram.score(token_pairs(validation))
+    assert count == validation.num_targets, f"{count} pairs scored, {validation.num_targets} in the manifest"
+    return nats / math.log(2) / validation.text_bytes
+
+
+def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
+    """Print the curve, the marks, the sample and where everything is."""
+    directory = settings.run.directory
+    console = Console(highlight=False)
+    console.print(terminal_curve(directory), markup=False)
+    table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
+    names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
+    if "bits_per_byte_with_wrong_sources" in summary:
+        names["bits_per_byte_with_wrong_sources"] = "this model, each target with another one's source"
+    for name, words in names.items():
+        table.add_row(words, "not counted" if summary[name] is None else f"{summary[name]:.3f}")
+    console.print(table)
+    console.print("[bold]a sample[/]")
+    console.print((directory / "sample.txt").read_text(), markup=False)
+    for name, what in (
+        ("loss.png", "loss curve"),
+        ("time.png", "where the time went"),
+        ("checkpoints", "weights and optimizer state"),
+        ("metrics.jsonl", "every step"),
+        ("summary.json", "these numbers"),
+        ("deepspeed.json", "the DeepSpeed settings in force"),
+    ):
+        console.print(f"{directory / name}  [dim]{what}[/]")
+
+
+def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Iterator[Pair]:
+    """(inputs, targets) of every piece of every step, replayed from the plans of the run's segments."""
+    ends = [*(order.first_step for order in orders[1:]), steps]
+    for order, end in zip(orders, ends, strict=True):
+        while order.step < end:
+            for piece in chain.from_iterable(order.next_step()):
+                document = store.document(store.sources[piece.source], piece.shard, piece.row)
+                if isinstance(document, np.ndarray):
+                    yield causal(document, piece.start, piece.length)
+                else:
+                    yield causal(document.target, 0, piece.targets)

@@ -1,0 +1,1 @@
+"""The DeepSpeed boundary: ZeRO, the state of each rank, sequence parallelism."""

@@ -1,0 +1,456 @@
+"""The engine: a model and its update under DeepSpeed ZeRO. The only file that imports deepspeed.
+
+Takes a model whose forward gives a summed loss, and batches; gives loss sums, the global gradient norm and updated
+weights. Guarantees, for ZeRO 0 to 3:
+- the gradient is that of (sum of all losses of the step) / (number of all targets of the step), whatever the
+  number of ranks and micro-batches: the loss is a sum, divided once by a count that the plan knows;
+- gradients are added up in fp32, also under bf16 and fp16;
+- the norm is known before the update and equal on all ranks; a skipped update leaves weights and moments bitwise
+  as they were;
+- the state is read and written by parameter name, in fp32 and to the last bit, so that a checkpoint knows
+  nothing of ranks and stages. A rank gives what lies on it, without asking the others.
+Costs: DeepSpeed's own. How each stage keeps its state is in bigmodel/training/zero/layouts.py.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigmodel.config.deepspeed_config import for_deepspeed, state_folder
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.distributed.world import World
+from bigmodel.metrics.phases import Phases
+from bigmodel.training.optimizers.optimizers import FACTORED_STATE, Adafactor, Muon, Part, build_optimizer, state_keys
+from bigmodel.training.zero.layouts import Fragment, layout_of
+from bigmodel.training.zero.mmap_state import MappedFiles
+from bigmodel.training.zero.ulysses import Sequence
+from bigmodel.training.zero.wrapping import wrap_blocks
+
+WEIGHT, AVERAGE = "weight", "ema"  # keys of the state beside the optimizer's own
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's keeps
+COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "wait",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
+)  # fmt: skip
+
+Piece = tuple[int, Tensor]  # the first element in the flattened tensor, and the elements: fp32, one-dimensional
+
+
+class Engine:
+    """One model in training. Make it on every rank at the same place; its methods are collective, but for `owned`
+    and what needs no tensor.
+
+    updates: how many updates were applied since the weights were new; skipped ones do not count.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        effective: dict[str, Any],
+        world: World,
+        phases: Phases | None = None,
+    ) -> None:
+        self.world = world
+        self.phases = phases or Phases(world.device)
+        self.updates = 0
+        self._parameters = dict(model.named_parameters())
+        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        wrap_blocks(model, settings, effective["zero_optimization"]["stage"])
+        self._optimizer = build_optimizer(model, settings.optimizer)
+        keys = {
+            id(parameter): state_keys(settings.optimizer, group)
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self._keys = {name: keys[id(parameter)] for name, parameter in self._parameters.items()}
+        self._engine = _initialize(model, self._optimizer, effective, settings)
+        _time_communication(self.phases)
+        self._layout = layout_of(self._engine, self._optimizer)
+        self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._sequence = (
+            Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
+        )
+        self._compiles = settings.training.compile
+        self._norm: float | None = None
+        self._ema_decay = settings.training.ema_decay
+        self._averages: list[Tensor] = []
+        self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # whole on every rank
+        folder = state_folder(effective)
+        self._make_states(MappedFiles(folder).place if folder else lambda tensor: tensor)
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.whole_matrices = self._whole_matrices
+        if isinstance(self._optimizer, Adafactor):
+            self._optimizer.parts, self._optimizer.sum_ = self._parts, self._sum
+
+    def micro_batch(self, batch: Any, num_targets: int, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
+
+        num_targets: of the whole step, over all ranks and micro-batches. last: of this rank's in this step.
+        DeepSpeed averages over ranks, hence the factor of the world size; its own division by the number of
+        micro-batches is off.
+        """
+        assert num_targets > 0, "a step has at least one target"
+        self._engine.set_gradient_accumulation_boundary(last)
+        with self._sequence.shared() if self._sequence else contextlib.nullcontext():
+            with self.phases("forward"):
+                loss_sum = self._engine(self._sequence.share(batch) if self._sequence else batch)
+            with self.phases("backward"):
+                self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
+        self._norm = None
+        return loss_sum.detach()
+
+    def gradient_norm(self) -> float:
+        """The L2 norm of the whole gradient, before clipping, after the last micro-batch; may be inf or nan."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for gradient in [piece for pieces in self._layout.gradients() for piece in pieces]:
+            for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
+                total += part.double().square().sum().to(total.device)
+        squares = float(total)
+        if self._layout.partitioned:
+            (squares,) = self.world.sum_([squares])
+        self._norm = math.sqrt(squares) / self.loss_scale
+        return self._norm
+
+    def gradient(self, name: str) -> Tensor:
+        """The whole gradient of a parameter, in fp32, after the last micro-batch and before the update."""
+        fragment, pieces = self._fragments[name], self._layout.gradients()
+        flat = None if fragment is None else torch.cat([piece.flatten() for piece in pieces[fragment.master]])
+        piece = None if fragment is None or flat is None else fragment.of(flat).detach().float()
+        return self._assemble(self._shapes[name], fragment, piece) / self.loss_scale
+
+    def update(self, learning_rate: float, skip: bool = False) -> None:
+        """Clip as configured and take one step; `skip` drops the gradient, and in fp16 lowers the loss scale.
+
+        Raises `UserError` where the loss scale of fp16 cannot be lowered any further.
+        """
+        assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
+        assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
+        if skip:
+            self._refuse_to_sink()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate_factor"]
+        with _frozen(self._optimizer) if skip else contextlib.nullcontext():
+            self._engine.step()
+        assert skip or not getattr(self._engine.optimizer, "overflow", False), "DeepSpeed skipped a finite step"
+        self.updates += 0 if skip else 1
+        self._norm = None
+        if not skip and self._averages:
+            masters = [master.detach() for master in self._layout.masters()]
+            torch._foreach_lerp_(self._averages, masters, 1.0 - self._ema_decay)
+
+    @torch.no_grad()
+    def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
+        """The model's output in evaluation mode, without gradients; training goes on as if it had not happened."""
+        module = self._engine.module
+        training = module.training
+        module.eval()
+        # Text is generated from batches of all lengths, each of which would be compiled anew.
+        eager = torch.compiler.set_stance("force_eager") if self._compiles and output == "logits" else None
+        try:
+            with eager or contextlib.nullcontext():
+                return self._engine(batch, output)
+        finally:
+            module.train(training)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss by; 1 in bf16 and fp32."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a gradient that is not finite may be the loss scale's fault: then `update` lowers it."""
+        return bool(self.scaler_state())
+
+    # --- the state, by parameter name
+
+    def names(self) -> list[str]:
+        """Parameter names, in the model's order; tied weights appear once."""
+        return list(self._parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole parameter's shape, also where only a part of it is here."""
+        return self._shapes[name]
+
+    def keys(self, name: str) -> list[str]:
+        """What there is of a parameter: "weight", the optimizer's states, "ema" where it is kept."""
+        return [WEIGHT, *self._keys[name], *([AVERAGE] if self._averages else [])]
+
+    @torch.no_grad()
+    def owned(self, name: str) -> dict[str, Piece]:
+        """By key, the elements that this rank answers for, as views; a key is absent where others do.
+
+        Each element is owned by exactly one rank.
+        """
+        pieces = {}
+        for key, (first, elements) in self._held(name).items():
+            if key in self._vectors[name] or not self._layout.partitioned:  # all have all: each answers for a share
+                edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
+                first, elements = first + edges[0], elements[edges[0] : edges[1]]
+            if elements.numel():
+                pieces[key] = (first, elements)
+        return pieces
+
+    @torch.no_grad()
+    def write(self, read: Callable[[str, str, int, int], Tensor], updates: int, scaler: dict[str, float]) -> None:
+        """Replace the whole state. Collective.
+
+        read(name, key, start, numel): those elements of the flattened tensor in fp32; asked for what lies here.
+        """
+        for name in self.names():
+            for key, (first, elements) in self._held(name).items():
+                elements.copy_(read(name, key, first, elements.numel()))
+        for master in self._layout.masters():
+            if "step" in self._optimizer.state[master]:
+                self._optimizer.state[master]["step"].fill_(float(updates))
+        self._layout.publish()
+        self.updates = updates
+        for name, value in scaler.items():
+            setattr(self._engine.optimizer.loss_scaler, name, value)
+
+    def scaler_state(self) -> dict[str, float]:
+        """What fp16's loss scaling must remember; empty where there is none."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if scaler is None or not scaler.dynamic:
+            return {}
+        return {name: getattr(scaler, name) for name in LOSS_SCALER}
+
+    @torch.no_grad()
+    def whole(self, name: str, key: str) -> Tensor:
+        """One tensor of a parameter's state, whole, in fp32, a copy, on every rank. Collective."""
+        if key in self._vectors[name]:
+            return self._vectors[name][key].clone()
+        fragment = self._fragments[name]
+        piece = None if fragment is None else fragment.of(self._flat(fragment, key))
+        return self._assemble(self._shapes[name], fragment, piece)
+
+    def _held(self, name: str) -> dict[str, Piece]:
+        """By key, what of a parameter's state is here, as views."""
+        fragment, held = self._fragments[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
+        if fragment is not None:
+            for key in [key for key in self.keys(name) if key not in held]:
+                held[key] = (fragment.start, fragment.of(self._flat(fragment, key)))
+        return held
+
+    def _flat(self, fragment: Fragment, key: str) -> Tensor:
+        master = self._layout.masters()[fragment.master]
+        if key == WEIGHT:
+            return master.detach()
+        return self._averages[fragment.master] if key == AVERAGE else self._optimizer.state[master][key]
+
+    def _assemble(self, shape: tuple[int, ...], fragment: Fragment | None, piece: Tensor | None) -> Tensor:
+        """Put the ranks' pieces together by adding their bits: each element is on one rank, 0 on the others.
+
+        Adding floats, as DeepSpeed's own reading does, turns -0.0 into 0.0.
+        """
+        flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.world.device)
+        if fragment is not None and piece is not None:
+            fragment_of_whole = flat.narrow(0, fragment.start, fragment.numel)
+            fragment_of_whole.copy_(piece)
+        if self._layout.partitioned:
+            dist.all_reduce(flat.view(torch.int32))
+        return flat.view(shape)
+
+    def _whole_matrices(self, master: Tensor, flat: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """`change` applied to each matrix of which `flat`, of the master's shape, holds a part. Collective.
+
+        Matrices are taken in rounds of as many as there are ranks; each rank changes one and hands it to all.
+        """
+        names = self._names_in(master)
+        changed = torch.zeros_like(flat)
+        size, rank = (self.world.size, self.world.rank) if self._layout.partitioned else (1, 0)
+        for first in range(0, len(names), size):
+            turn = names[first : first + size]
+            matrices = []
+            for name in turn:
+                fragment = self._fragments[name]
+                piece = fragment.of(flat) if fragment else None
+                matrices.append(self._assemble(self._shapes[name], fragment, piece))
+            if rank < len(turn):
+                matrices[rank] = change(matrices[rank])
+            for owner, name in enumerate(turn):
+                if self._layout.partitioned:
+                    dist.broadcast(matrices[owner], owner)
+                if fragment := self._fragments[name]:
+                    fragment.of(changed).copy_(matrices[owner].flatten().narrow(0, fragment.start, fragment.numel))
+        return changed
+
+    def _names_in(self, master: Tensor) -> list[str]:
+        """The parameters that lie in a master on some rank, in the same order on all."""
+        pairs = zip(self._layout.masters(), self._layout.members(), strict=True)
+        members = next(members for one, members in pairs if one is master)
+        return [self._names[id(parameter)] for parameter in members]
+
+    def _parts(self, master: Tensor) -> list[Part]:
+        return [
+            Part(self._shapes[name], self._fragments[name], tuple(self._vectors[name].values()))
+            for name in self._names_in(master)
+        ]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Added up over the ranks, where these hold different elements."""
+        if not self._layout.partitioned:
+            return values
+        total = values.to(self.world.device)  # masters may lie on the CPU
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def _make_states(self, place: Callable[[Tensor], Tensor]) -> None:
+        """Optimizers make their states at the first update; here they exist from the start, so they can be read.
+        `place` puts a tensor where it shall lie.
+        """
+        for master, members in zip(self._layout.masters(), self._layout.members(), strict=True):
+            master.data = place(master.data)
+            if self._layout.offloaded:
+                master.grad = place(master.grad)
+            names = [self._names[id(parameter)] for parameter in members]
+            keys, state = self._keys[names[0]], self._optimizer.state[master]
+            if "exp_avg_sq" in keys or isinstance(self._optimizer, Adafactor):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            if keys == FACTORED_STATE:
+                for name in names:
+                    sizes = zip(keys, self._shapes[name], strict=True)
+                    self._vectors[name] = {key: master.new_zeros(size) for key, size in sizes}
+                keys = ()
+            for key in keys:
+                state[key] = place(torch.zeros_like(master, memory_format=torch.preserve_format))
+            if self._ema_decay:
+                self._averages.append(place(master.detach().clone()))
+
+    def _refuse_to_sink(self) -> None:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if (
+            scaler is not None
+            and scaler.dynamic
+            and scaler.cur_scale <= scaler.min_scale
+            and scaler.cur_hysteresis <= 1
+        ):
+            raise UserError(
+                f"fp16: the gradient is not finite at the least loss scale, {scaler.cur_scale:g}: the run diverged; "
+                'lower optimizer.learning_rate, or use training.precision = "bf16"'
+            )
+
+
+@contextlib.contextmanager
+def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any]]:
+    """Make a model inside; under ZeRO-3 each parameter is partitioned as soon as its module is made, so that no rank
+    ever holds the whole. Gives what makes one parameter whole while it is filled, with equal values on every rank.
+    """
+    if effective["zero_optimization"]["stage"] != 3:
+        yield lambda parameter: contextlib.nullcontext()
+        return
+    with _quiet():
+        deepspeed = _import_deepspeed()
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+        context = deepspeed.zero.Init(config_dict_or_path=for_deepspeed(effective))
+    with context:
+        yield _made_whole
+
+
+@contextlib.contextmanager
+def _made_whole(parameter: Any) -> Iterator[None]:
+    """A partitioned parameter, whole inside; afterwards each rank keeps its share of what was put there."""
+    parameter.all_gather()
+    try:
+        yield
+    finally:
+        parameter.partition(has_been_updated=True)
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, effective: dict[str, Any], settings: Settings
+) -> Any:
+    """deepspeed.initialize, quiet; what it refuses in the configuration becomes a `UserError`."""
+    with _quiet():
+        deepspeed = _import_deepspeed()
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from pydantic import ValidationError
+
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=for_deepspeed(effective), dist_init_required=False
+            )
+        except (DeepSpeedConfigError, ValidationError) as error:
+            source = settings.training.deepspeed or "the default DeepSpeed configuration"
+            lines = [str(error)]
+            if isinstance(error, ValidationError):
+                lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError(f"{source}: DeepSpeed refuses {'; '.join(lines)}") from None
+        except ValueError as error:
+            if "not supported on your device" not in str(error):
+                raise
+            raise UserError(
+                f"training.precision = {settings.training.precision}: this device does not compute in it; use fp32, or "
+                "bf16 where that works"
+            ) from None
+    return engine
+
+
+class _Timed:
+    """DeepSpeed's backend, or a handle of its: time inside a collective, or waiting for one, is communication."""
+
+    def __init__(self, inner: Any, phases: Phases) -> None:
+        self._inner, self._phases = inner, phases
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if name not in COLLECTIVES:
+            return value
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self._phases("communication"):
+                result = value(*arguments, **named)
+            return _Timed(result, self._phases) if hasattr(result, "wait") else result
+
+        return timed
+
+
+def _time_communication(phases: Phases) -> None:
+    """DeepSpeed speaks to torch.distributed through one object, looked up at each call."""
+    from deepspeed.comm import comm
+
+    comm.cdb = _Timed(comm.cdb._inner if isinstance(comm.cdb, _Timed) else comm.cdb, phases)
+
+
+def _import_deepspeed() -> Any:
+    # torch 2.13 renames collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
+    for words in (r"`torch\.distributed\.\w+` is deprecated", ".*is deprecated.*Please use .torch.distributed"):
+        warnings.filterwarnings("ignore", words, FutureWarning)
+    import deepspeed
+
+    # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference calls.
+    # Declared unbuildable, it is left alone, and a kill during that build cannot leave a lock behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # ours are compared with plain torch at every stage
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints progress of its own; errors still come as exceptions, warnings through logging."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _frozen(optimizer: Any) -> Iterator[None]:
+    """DeepSpeed's step with an optimizer that does nothing. A learning rate of 0 would still move the moments."""
+    optimizer.step = lambda *arguments, **named: None
+    try:
+        yield
+    finally:
+        del optimizer.step

@@ -1,0 +1,67 @@
+"""Norms: how large weights are and how far an update moves them, by kind of layer.
+
+Takes the engine, gives L2 norms at every so many steps. Costs, at those steps only: a copy of this rank's share of the
+weights, two passes over it and one small sum over the ranks.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from bigmodel.distributed.world import World
+from bigmodel.training.zero.engine import WEIGHT, Engine
+
+KINDS = ("embedding", "attention", "feed_forward", "norm", "head")  # what else there is counts as "other"
+
+
+class Norms:
+    """Call `before_update` and `after_update` around each update, on every rank. every_steps 0: never measured."""
+
+    def __init__(self, engine: Engine, world: World, every_steps: int) -> None:
+        self._engine, self._world, self._every_steps = engine, world, every_steps
+        self._before: dict[str, Tensor] | None = None
+
+    def before_update(self, step: int) -> None:
+        """`step` counts from 1. Keeps the weights if the update of this step is to be measured."""
+        self._before = None
+        if self._every_steps and step % self._every_steps == 0:
+            self._before = {name: weights.clone() for name, weights in self._weights()}
+
+    @torch.no_grad()
+    def after_update(self) -> dict[str, dict[str, float]] | None:
+        """kind of layer -> weight_norm and update_norm, over all ranks; None at other steps. Collective."""
+        if self._before is None:
+            return None
+        weights: defaultdict[str, float] = defaultdict(float)
+        updates: defaultdict[str, float] = defaultdict(float)
+        for name, now in self._weights():
+            weights[kind_of(name)] += _squares(now)
+            updates[kind_of(name)] += _squares(now - self._before[name])
+        self._before = None
+        kinds = sorted({kind_of(name) for name in self._engine.names()})  # a rank may own none of a kind
+        sums = self._world.sum_([squares[kind] for kind in kinds for squares in (weights, updates)])
+        return {
+            kind: {"weight_norm": sums[2 * number] ** 0.5, "update_norm": sums[2 * number + 1] ** 0.5}
+            for number, kind in enumerate(kinds)
+        }
+
+    def _weights(self) -> list[tuple[str, Tensor]]:
+        """What this rank answers for of each parameter, in fp32."""
+        owned = ((name, self._engine.owned(name)) for name in self._engine.names())
+        return [(name, mine[WEIGHT][1]) for name, mine in owned if WEIGHT in mine]
+
+
+def kind_of(name: str) -> str:
+    """The kind of layer that a parameter belongs to, by its name: "blocks.0.attention.output.weight" is attention."""
+    parts = name.split(".")
+    if any(part.endswith("norm") for part in parts):
+        return "norm"
+    for kind in KINDS:
+        if any(part == kind or part.endswith(f"_{kind}") for part in parts):
+            return kind
+    return "other"
+
+
+def _squares(piece: Tensor) -> float:
+    return sum(float(part.double().square().sum()) for part in piece.flatten().split(1 << 24))  # bounds the fp64 copy

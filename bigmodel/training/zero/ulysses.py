@@ -1,0 +1,124 @@
+"""Ulysses: several ranks share a pack, for documents too long for one (Jacobs et al. 2023, "DeepSpeed Ulysses").
+
+Takes the model and how many consecutive ranks share (`training.sequence_parallel_ranks`, s). In training each of them
+computes one s-th of the positions of a micro-batch, whatever documents lie there; around attention, and only there,
+positions meet: an exchange gives every rank all positions of one s-th of the heads, and a second one brings them back.
+Guarantees: the very loss and gradient of one rank, for what a rank adds up is its positions' losses, and the sum over
+ranks is divided by the number of targets as always. Costs 2 exchanges of q, k, v and the output per layer and pass.
+Evaluation is not shared: a rank scores its own packs whole.
+
+The model knows nothing of it: where it calls attention and makes its schedule, it meets what `Sequence` puts there.
+DeepSpeed's own DistributedAttention is for (batch, sequence, heads) and wants a mesh of its own; this is two functions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.data.load.batch import Batch
+from bigmodel.distributed.world import World
+from bigmodel.kernels.attention import attention, make_schedule
+from bigmodel.metrics.phases import Phases
+from bigmodel.model import transformer
+
+OF_DOCUMENTS = ("offsets", "prefixes")  # fields of a batch that are not one value a position
+
+
+class Sequence:
+    """The ranks that share this rank's packs."""
+
+    def __init__(self, settings: Settings, world: World, phases: Phases | None = None) -> None:
+        """Collective. `phases` counts the exchanges as communication. Raises `UserError` where heads or positions
+        cannot be shared."""
+        self.size = settings.training.sequence_parallel_ranks
+        _require_shareable(settings, self.size)
+        self.rank = world.rank % self.size
+        groups = [dist.new_group(list(range(first, first + self.size))) for first in range(0, world.size, self.size)]
+        self._ranks = _Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
+
+    def share(self, batch: Batch) -> Batch:
+        """The batch with this rank's positions only; documents are described whole."""
+        count = len(batch.tokens) // self.size
+        mine = slice(self.rank * count, (self.rank + 1) * count)
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        return replace(
+            batch,
+            **{
+                name: value[mine]
+                for name, value in values.items()
+                if isinstance(value, Tensor) and name not in OF_DOCUMENTS
+            },
+        )
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, the model's attention is over the positions of all ranks that share."""
+        _let_the_model_call(self._attention, self._make_schedule)
+        try:
+            yield
+        finally:
+            _let_the_model_call(attention, make_schedule)
+
+    def _make_schedule(self, visibility: Any, num_queries: int, num_keys: int) -> Any:
+        return make_schedule(visibility, num_queries * self.size, num_keys * self.size)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
+        if k.shape[1] < self.size:
+            k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
+        q, k, v = (_Exchange.apply(side, self._ranks, True) for side in (q, k, v))
+        return _Exchange.apply(attention(q, k, v, *rest, **named), self._ranks, False)
+
+
+class _Ranks(NamedTuple):
+    """Who exchanges, and where the time for it is counted."""
+
+    group: Any
+    size: int
+    phases: Phases
+
+
+class _Exchange(torch.autograd.Function):
+    """(T/s, H, K) to (T, H/s, K) where `gather`, and back where not; each is the other's gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
+        context.exchange = (ranks, gather)
+        return _exchange(x, ranks, gather)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        ranks, gather = context.exchange
+        return _exchange(gradients[0], ranks, not gather), None, None
+
+
+def _exchange(x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
+    size = ranks.size
+    sent = (x.unflatten(1, (size, -1)).transpose(0, 1) if gather else x.unflatten(0, (size, -1))).contiguous()
+    received = torch.empty_like(sent)
+    with ranks.phases("communication"):
+        dist.all_to_all_single(received, sent, group=ranks.group)
+    return received.flatten(0, 1) if gather else received.transpose(0, 1).flatten(1, 2)
+
+
+def _let_the_model_call(attend: Any, schedule: Any) -> None:
+    transformer.attention, transformer.make_schedule = attend, schedule
+
+
+def _require_shareable(settings: Settings, size: int) -> None:
+    model, name = settings.model, f"training.sequence_parallel_ranks = {size}"
+    if model.kind == "encoder_decoder" or model.positions != "rotary" or model.extra_heads:
+        raise UserError(f"{name}: is for decoder-only models with rotary positions and no extra heads; set it to 1")
+    if model.heads % size or (model.key_value_heads % size and size % model.key_value_heads):
+        raise UserError(
+            f"{name} does not fit model.heads = {model.heads} and model.key_value_heads = {model.key_value_heads}: it "
+            "must divide the heads, and divide the key-value heads or be a multiple of them"
+        )
+    if settings.data.pack_tokens % size:
+        raise UserError(f"{name} does not divide data.pack_tokens = {settings.data.pack_tokens}; choose a multiple")

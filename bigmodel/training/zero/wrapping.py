@@ -1,0 +1,80 @@
+"""What is done to the model's blocks from outside: activation checkpointing and torch.compile.
+
+Takes a model whose repeated blocks stand in `nn.ModuleList`s, which is all it knows of it, and wraps their forward.
+Guarantees: loss and gradients are the same to the last bit with and without checkpointing, dropout included, for
+dropout is keyed and not drawn from a generator. Full checkpointing keeps each block's input only and costs a second
+forward (a third more arithmetic, Chen et al. 2016); selective keeps the results of products and attention too, and
+computes norms, rotary positions, activations and dropout again, which is cheap.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+from bigmodel.config.settings import Settings, UserError
+
+aten = torch.ops.aten
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+GRAPHS_PER_BLOCK = 4  # training and evaluation, each with and without prefixes
+
+
+def wrap_blocks(model: nn.Module, settings: Settings, stage: int) -> None:
+    """Wrap every block's forward as `training.compile` and `training.activation_checkpointing` say.
+
+    Raises `UserError` for torch.compile under ZeRO-3 and with packs that ranks share.
+    """
+    training = settings.training
+    if training.compile and stage == 3:
+        raise UserError(
+            "training.compile = true with ZeRO stage 3: DeepSpeed gathers weights in hooks that torch.compile cannot "
+            "look through; use stage 1 or 2, or compile = false"
+        )
+    blocks = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
+    if training.compile:
+        if training.sequence_parallel_ranks > 1:
+            raise UserError(
+                f"training.compile = true with training.sequence_parallel_ranks = {training.sequence_parallel_ranks}: "
+                "the exchange between ranks is not compiled; leave one of them out"
+            )
+        # With dropout each layer has a graph of its own, in training and in evaluation. Above its limit torch.compile
+        # leaves a layer uncompiled, and 8, its default, is less than a model has.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(blocks))
+    for block in blocks:
+        if training.compile:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if training.activation_checkpointing != "none":
+            block.forward = partial(_checkpointed, block.forward, training.activation_checkpointing == "selective")
+
+
+def _checkpointed(forward: Any, selective: bool, *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    # Under ZeRO-3 the recomputation must run to its end, or weights gathered for it would stay whole.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(
+            forward, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **more
+        )
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    kept = operation in KEPT or getattr(operation, "namespace", "") == "bigmodel"
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,260 @@
+"""Objectives: pure functions whose lengths are planned, whose targets are the document's, and which lose nothing."""
+
+import doctest
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bigmodel.config.settings import DataSettings, Settings, UserError
+from bigmodel.data.objectives import objectives
+from bigmodel.data.objectives.examples import Examples, Pair, num_marks, objectives_of
+from bigmodel.data.objectives.objectives import IGNORED, Marks, piece_of, restore, span_corruption
+from bigmodel.data.plan.shuffle import Fragment
+from tests.support.example_batches import BOS, EOS, VOCABULARY, fragment_of, text
+
+MARKS = Marks(BOS, EOS, VOCABULARY, 100)
+ONE_SIDE = {"context_tokens": 200, "pack_tokens": 200, "sentinels": 200}
+TWO_SIDES = ONE_SIDE | {"source_pack_tokens": 200}
+KINDS = [
+    {"kind": "causal"},
+    {"kind": "causal", "ahead": 4},
+    {"kind": "prefix", "prefix_share": 0.7},
+    {"kind": "fill_in_the_middle"},
+    {"kind": "span_corruption"},
+    {"kind": "span_corruption", "density": 0.5, "mean_span": 8.0},
+    {"kind": "ul2"},
+]
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    result = doctest.testmod(objectives)
+    assert result.attempted > 8
+    assert not result.failed
+
+
+@pytest.mark.parametrize("sides", [ONE_SIDE, TWO_SIDES], ids=["one_side", "two_sides"])
+@given(length=st.integers(1, 90), start=st.integers(0, 60), kind=st.integers(0, len(KINDS) - 1))
+@settings(max_examples=150, deadline=None)
+def test_every_example_has_the_planned_lengths(sides: dict, length: int, start: int, kind: int) -> None:
+    """Of pieces anywhere in a document, its end included, under every objective and mode."""
+    document = text(89)
+    start, length = min(start, 89), max(1, min(length, 90 - start))
+    examples = Examples(DataSettings(**sides, objectives=[KINDS[kind]]), 1, VOCABULARY)
+    for number in range(examples.pairs):
+        columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - start - length]))[0]
+        piece = Fragment(0, 0, 0, start, length, 0, *columns.tolist())
+        example = examples.make(piece, document)
+        found = len(example.tokens), int((example.targets != IGNORED).sum()), len(example.source)
+        assert found == (piece.positions, piece.targets, piece.source_positions)
+        assert len(example.targets) == len(example.tokens)
+
+
+@given(
+    length=st.integers(1, 90),
+    kind=st.sampled_from([one for one in KINDS if "ahead" not in one]),
+    fixed=st.sampled_from([0, 20, 150]),
+    masked=st.sampled_from([0.0, 0.3]),
+    dropped=st.sampled_from([0.0, 0.4]),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
+    length: int, kind: dict, fixed: int, masked: float, dropped: float
+) -> None:
+    inputs = {"fixed_target_tokens": fixed, "masked_decoder_share": masked, "dropped_decoder_share": dropped}
+    examples = Examples(DataSettings(**TWO_SIDES, **inputs, objectives=[kind]), 1, VOCABULARY)
+    for number in range(examples.pairs):
+        columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - length]))[0]
+        piece = Fragment(0, 0, 0, 0, length, 0, *columns.tolist())
+        example = examples.make(piece, text(89))
+        found = len(example.tokens), int((example.targets != IGNORED).sum()), len(example.source)
+        assert found == (piece.positions, piece.targets, piece.source_positions)
+        places = np.arange(len(example.tokens)) if example.places is None else example.places
+        assert places.shape == example.targets.shape
+        assert (np.diff(places) > 0).all()
+
+
+def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further_on() -> None:
+    sparse = TWO_SIDES | {"dropped_decoder_share": 0.4}
+    with pytest.raises(ValidationError, match=r"data.dropped_decoder_share = 0.4: with ahead above 1"):
+        DataSettings(**sparse, objectives=[{"kind": "causal", "ahead": 2}])
+    with pytest.raises(ValidationError, match=r"gaps in the targets, in which model.extra_heads would predict others"):
+        Settings.model_validate({"data": sparse, "model": {"kind": "encoder_decoder", "extra_heads": 1}})
+
+
+@given(length=st.integers(0, 300), density=st.floats(0.01, 0.99), mean_span=st.floats(1, 70), key=st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_span_corruption_loses_nothing(length: int, density: float, mean_span: float, key: int) -> None:
+    document, marks = text(length), Marks(BOS, EOS, VOCABULARY, 400)
+    for mode in ("", "X"):
+        example = span_corruption(piece_of(document, 0, length + 1), density, mean_span, mode, key, marks)
+        assert restore(example.source, example.targets, marks).tolist() == document[1:-1].tolist()
+
+
+def test_span_corruption_is_that_of_the_paper() -> None:
+    """Raffel et al. 2020, figure 2: sentinels in order, visible first and hidden last, one more sentinel at the end."""
+    document = text(200)
+    example = span_corruption(piece_of(document, 0, 201), 0.15, 3.0, "", 7, MARKS)
+    sentinels = MARKS.sentinel(np.arange(11)).tolist()
+    assert sentinels[:2] == [VOCABULARY + 7 + 99, VOCABULARY + 7 + 98]  # the highest id of all first
+    assert [token for token in example.source.tolist() if token >= VOCABULARY] == sentinels[:10]
+    assert [token for token in example.targets.tolist() if token >= VOCABULARY] == sentinels
+    assert len(example.targets) == 30 + 10 + 2  # 15% of 200 hidden in spans of 3 on average, one sentinel, EOS
+    assert len(example.source) == 170 + 10 + 1
+    assert (example.source[0], example.source[-2]) == (document[1], sentinels[9])
+    assert (example.source[-1], example.targets[-1], example.tokens[0]) == (EOS, EOS, BOS)
+    assert example.tokens[1:].tolist() == example.targets[:-1].tolist()
+
+
+def test_spans_are_drawn_by_key_and_cover_every_place() -> None:
+    document, marks = np.array([1, *range(100, 160), 2]), Marks(BOS, EOS, 200, 100)
+    piece = piece_of(document, 0, 61)
+    sources = [span_corruption(piece, 0.3, 3.0, "", key, marks).source.tolist() for key in range(400)]
+    assert len(set(map(tuple, sources))) > 390
+    assert sources[3] == span_corruption(piece, 0.3, 3.0, "", 3, marks).source.tolist()
+    visible = np.mean([np.isin(np.arange(100, 160), source) for source in sources], axis=0)
+    assert (visible[0], visible[-1]) == (1.0, 0.0)
+    assert 0.5 < visible[5:-5].min() < 0.7 < visible[5:-5].max() < 0.9
+    assert visible.mean() == pytest.approx(0.7)
+
+
+def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
+    document = text(30)
+    piece, (pre, suf, mid) = piece_of(document, 0, 31), MARKS.fill
+    for spm_share, first in ((0.0, [pre]), (1.0, [pre, suf])):
+        for key in range(20):
+            said = objectives.fill_in_the_middle(piece, spm_share, key, MARKS).targets.tolist()
+            assert said[: len(first)] == first
+            assert said[-1] == EOS
+            low, high = said.index(suf), said.index(mid)
+            if spm_share:
+                suffix, prefix_and_middle = said[low + 1 : high], said[high + 1 : -1]
+                assert prefix_and_middle + suffix == document[1:-1].tolist()
+            else:
+                prefix, suffix, middle = said[1:low], said[low + 1 : high], said[high + 1 : -1]
+                assert prefix + middle + suffix == document[1:-1].tolist()
+
+
+def test_masked_tokens_are_asked_for_in_their_places() -> None:
+    document = text(3000)
+    example = objectives.masked(piece_of(document, 0, 3001), 0.15, 5, MARKS)
+    asked = np.flatnonzero(example.targets != IGNORED)
+    assert len(asked) == 450
+    assert (example.targets[asked] == document[asked]).all()
+    others = np.setdiff1d(np.arange(3002), asked)
+    assert (example.tokens[others] == document[others]).all()
+    assert float((example.tokens[asked] == MARKS.mask).mean()) == pytest.approx(0.8, abs=0.06)
+    assert float((example.tokens[asked] == document[asked]).mean()) == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_piece_predicts_across_its_end_and_not_across_its_documents() -> None:
+    """The token `ahead` may lie in the next piece of the same document."""
+    document = np.array([1, 11, 12, 13, 14, 15, 2])
+    first, last = (objectives.causal_ahead(piece_of(document, start, 3), 3) for start in (0, 3))
+    assert (first.tokens.tolist(), first.targets.tolist()) == ([1, 11, 12], [13, 14, 15])
+    assert (last.tokens.tolist(), last.targets.tolist()) == ([13, 14, 15], [2, IGNORED, IGNORED])
+
+
+def test_ul2_is_seven_denoisers_with_their_modes() -> None:
+    data = DataSettings(**TWO_SIDES, objectives=[{"kind": "ul2", "share": 3}, {"kind": "causal"}])
+    found = objectives_of(data)
+    assert [one.name for one in found] == ["ul2_r"] * 2 + ["ul2_x"] * 4 + ["ul2_s", "causal"]
+    assert sum(one.share for one in found[:7]) == pytest.approx(0.75)
+    assert {one.share for one in found[:7]} == {found[0].share}
+    assert num_marks(data) == 7 + 200
+    examples = Examples(data, 1, VOCABULARY)
+    firsts = [int(examples.make(fragment_of(0, text(40), examples, n), text(40)).source[0]) for n in range(7)]
+    assert firsts == [MARKS.mode("R")] * 2 + [MARKS.mode("X")] * 4 + [MARKS.mode("S")]
+
+
+def test_objectives_are_chosen_by_share_anew_in_every_epoch() -> None:
+    data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}, {"kind": "prefix", "share": 3}])
+    examples = Examples(data, 1)
+    shards, rows = np.repeat([0, 1], 4000), np.tile(np.arange(4000), 2)
+    chosen = examples.choose(0, 0, shards, rows)
+    assert float(chosen.mean()) == pytest.approx(0.75, abs=0.02)
+    for other in (examples.choose(0, 1, shards, rows), examples.choose(1, 0, shards, rows)):
+        assert float((other == chosen).mean()) == pytest.approx(0.625, abs=0.03)
+    assert (Examples(data, 2).choose(0, 0, shards, rows) != chosen).any()
+    some = np.array([7, 4100, 11])
+    assert examples.choose(0, 0, shards[some], rows[some]).tolist() == chosen[some].tolist()
+
+
+@pytest.mark.parametrize("sides", [ONE_SIDE, TWO_SIDES], ids=["one_side", "two_sides"])
+def test_long_documents_are_cut_where_their_examples_just_fit(sides: dict) -> None:
+    for kind in KINDS:
+        examples = Examples(DataSettings(**sides, objectives=[kind]), 1)
+        for number, longest in enumerate(examples.longest.tolist()):
+            for length, fits in ((longest, True), (longest + 1, False)):
+                _, positions, _, source = examples.measure(np.array([number]), np.array([length]), np.array([9]))[0]
+                assert (positions <= 200 and source <= 200) == fits, f"{kind}: {length}"
+
+
+def test_a_cut_pair_keeps_its_beginnings_and_the_end_of_its_source() -> None:
+    examples = Examples(DataSettings(context_tokens=4, pack_tokens=8, source_pack_tokens=6), 1)
+    pair = Pair(np.array([1, 11, 12, 13, 14, 15, 16, 2]), np.array([1, 21, 22, 23, 24, 25, 2]))
+    example = examples.make(fragment_of(0, pair, examples, 0), pair)
+    assert example.source.tolist() == [11, 12, 13, 14, 15, 2]
+    assert (example.tokens.tolist(), example.targets.tolist()) == ([1, 21, 22, 23], [21, 22, 23, 24])
+
+
+def test_a_pair_on_one_side_is_source_then_target() -> None:
+    examples = Examples(DataSettings(context_tokens=9, pack_tokens=9), 1)
+    pair = Pair(np.array([1, 11, 12, 2]), np.array([1, 21, 22, 2]))
+    example = examples.make(fragment_of(0, pair, examples, 0), pair)
+    assert example.tokens.tolist() == [1, 11, 12, 2, 21, 22]
+    assert example.targets.tolist() == [IGNORED] * 3 + [21, 22, 2]
+    long = Pair(text(40), text(40))
+    cut = examples.make(fragment_of(0, long, examples, 0), long)
+    assert (len(cut.tokens), int((cut.targets != IGNORED).sum())) == (9, 4)  # a target may have half
+
+
+def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:
+    pair = Pair(text(5), text(20))
+
+    def made(**inputs: object) -> objectives.Example:
+        examples = Examples(DataSettings(**TWO_SIDES, **inputs), 1, VOCABULARY)
+        return examples.make(fragment_of(0, pair, examples, 0), pair)
+
+    plain = made()
+    padded, cut = made(fixed_target_tokens=30), made(fixed_target_tokens=10)
+    assert padded.targets.tolist() == plain.targets.tolist() + [IGNORED] * 9
+    assert cut.tokens.tolist() == plain.tokens[:10].tolist()
+    masked = made(masked_decoder_share=0.5)
+    assert masked.targets.tolist() == plain.targets.tolist()
+    changed = np.flatnonzero(masked.tokens != plain.tokens)
+    assert (len(changed), changed.min() > 0, set(masked.tokens[changed])) == (10, True, {MARKS.mask})
+    sparse = made(dropped_decoder_share=0.5)
+    assert (len(sparse.tokens), sparse.places[0]) == (11, 0)
+    assert sparse.tokens.tolist() == plain.tokens[sparse.places].tolist()
+    assert sparse.targets.tolist() == plain.targets[sparse.places].tolist()
+
+
+def test_the_run_file_of_the_readme_is_one_that_runs() -> None:
+    """Budgets, contexts and sentinels fit one another, without a setting that is not shown."""
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    tables = [tomllib.loads(part.partition("```")[0]) for part in readme.split("```toml")[1:]]
+    (table,) = [table for table in tables if "objectives" in table.get("data", {})]
+    for one in tables:
+        Settings.model_validate(one)
+    data = Settings.model_validate(table).data
+    nothing = np.zeros(1, int)
+    Examples(data, 1).choose(0, 0, nothing, nothing)
+    assert {one.name for one in objectives_of(data)} == {"span_corruption", "ul2_r", "ul2_s", "ul2_x"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"sentinels": 9}, "data.sentinels = 9 is too few for span_corruption"),
+        ({"context_tokens": 2}, "hold no example of span_corruption"),
+    ],
+)
+def test_what_does_not_fit_is_said(changes: dict, complaint: str) -> None:
+    data = DataSettings(**(ONE_SIDE | changes), objectives=[{"kind": "span_corruption"}])
+    with pytest.raises(UserError, match=complaint):
+        Examples(data, 1).choose(0, 0, np.zeros(1, int), np.zeros(1, int))

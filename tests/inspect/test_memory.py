@@ -1,0 +1,162 @@
+"""The memory plan is what an engine holds at each ZeRO stage, and what the code makes of a micro-batch."""
+
+import gc
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from bigmodel.config.deepspeed_config import resolve_deepspeed
+from bigmodel.config.settings import Settings, load_settings, positions_before
+from bigmodel.inspect.memory import GIB, PARTS, activation_bytes, model_without_memory, plans, show_memory, state_bytes
+from tests.support.engine_worker import VOCABULARY, micro_batches_of, new_model, num_targets_of, settings_table
+from tests.support.ranks import run_ranks
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = {"layers": 4, "width": 256, "heads": 4, "key_value_heads": 2, "feed_forward_width": 1024}
+BUCKET = 1000  # elements: the state is what is compared
+CASES = [
+    (stage, precision, offload)
+    for stage, precision, offload in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("", "cpu"))
+    if stage or (precision, offload) == ("fp32", "")
+]
+
+
+def table_of(folder: Path, stage: int, precision: str, offload: str) -> dict[str, Any]:
+    zero: dict[str, Any] = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
+    zero |= {"stage3_prefetch_bucket_size": BUCKET, "sub_group_size": 10**6}
+    if offload:
+        zero["offload_optimizer"] = {"device": offload}
+    table = settings_table(folder, stage, precision, 1, zero=zero, training={"ema_decay": 0.9})
+    return table | {"model": MODEL}
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """The memories of all tensors of this process."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+
+
+def measure(tables: list[dict[str, Any]], folder: Path) -> None:
+    """On a rank: the most that an engine of each case holds after any micro-batch of its second step."""
+    from bigmodel.distributed.world import end_world, start_world
+    from bigmodel.training.zero.engine import Engine
+
+    world = start_world(timeout_seconds=60)
+    found = []
+    for table in tables:
+        before = storages()  # of earlier engines: kept, so that no new memory has the address of an old one
+        effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
+        engine = Engine(new_model(settings, effective), settings, effective, world)
+        held = []
+        for step in range(2):
+            batches = micro_batches_of(step, world.rank, world.size, 1)
+            for batch in batches:
+                engine.micro_batch(batch, num_targets_of(step), batch is batches[-1])
+                held.append(sum(one.nbytes() for place, one in storages().items() if place not in before))
+            engine.gradient_norm()
+            engine.update(1e-3)
+        found.append(max(held[len(held) // 2 :]))
+    if world.rank == 0:
+        (folder / "measured.json").write_text(json.dumps(found))
+    end_world()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[int, int]]:
+    folder = tmp_path_factory.mktemp("memory")
+    tables = [table_of(folder, *case) for case in CASES]
+    run_ranks(2, measure, tables, folder, timeout_seconds=300)
+    result = {}
+    for case, table, found in zip(CASES, tables, json.loads((folder / "measured.json").read_text()), strict=True):
+        effective, settings = resolve_deepspeed(Settings.model_validate(table), 2)
+        plan = state_bytes(settings, effective, VOCABULARY, 2)
+        result[case] = (sum(plan.device.values()) + sum(plan.host.values()), found)
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plan_is_what_an_engine_holds(measured: dict[Any, tuple[int, int]], case: Any) -> None:
+    planned, found = measured[case]
+    print(f"planned {planned:,}, found {found:,}: {found / planned:.3f}")
+    assert planned == pytest.approx(found, rel=0.01)
+
+
+def settings_of(checkpointing: str = "none", layers: int = 4, precision: str = "bf16") -> Settings:
+    training = {"activation_checkpointing": checkpointing, "precision": precision, "packs_per_step": 8}
+    data = {"context_tokens": 1024, "pack_tokens": 2048, "pack_documents": 16}
+    return Settings.model_validate({"model": MODEL | {"layers": layers}, "data": data, "training": training})
+
+
+def of_one_layer(checkpointing: str, precision: str = "bf16") -> int:
+    more, fewer = (settings_of(checkpointing, layers, precision) for layers in (6, 4))
+    sizes = [activation_bytes(one, resolve_deepspeed(one, 1)[0], VOCABULARY) for one in (more, fewer)]
+    assert (sizes[0] - sizes[1]) % 2 == 0
+    return (sizes[0] - sizes[1]) // 2
+
+
+def test_a_layer_keeps_what_its_checkpointing_says() -> None:
+    """full: its input. selective: also the results of products (query, key and value; output; gate and up; down), of
+    attention, and in fp32 the logarithm of its sums. none: more than that."""
+    positions, width, heads, head_width, forward_width = 2048, 256, 4, 64, 1024
+    layer_input = 2 * positions * width
+    products = 2 * positions * ((4 + 2 + 2) * head_width + width + 2 * forward_width + width)
+    attention = 2 * positions * heads * head_width + 4 * positions * heads
+    assert of_one_layer("full") == layer_input
+    assert of_one_layer("full", "fp32") == 2 * layer_input
+    assert of_one_layer("selective") == layer_input + products + attention
+    assert of_one_layer("none") > of_one_layer("selective") + 2 * positions * forward_width
+
+
+def test_what_the_loss_makes_is_counted() -> None:
+    """A chunk of logits and its gradient, and until the backward pass the weight's gradient in fp32."""
+    settings = settings_of("full", layers=1)
+    effective = resolve_deepspeed(settings, 1)[0]
+    small, large = (activation_bytes(settings, effective, vocabulary) for vocabulary in (2**15, 2**17))
+    grown, more = large - small, 2**17 - 2**15
+    chunk = (4 + 2) * 2048  # bytes for each token of the vocabulary, below the limit of a chunk at 2**15
+    assert grown >= 4 * more * 256
+    assert grown <= (4 + 2) * more * 256 + chunk * more
+
+
+def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings.model_validate(table_of(tmp_path, 3, "bf16", "cpu"))
+    show_memory(settings, 8, 0.5, tmp_path / "memory.png")
+    printed = capsys.readouterr().out
+    assert f"vocabulary {settings.prepare.vocabulary:,}, " in printed
+    for words in ("ZeRO 1", "ZeRO 3 (yours)", "off the device", "activations", "fits", "8 rank(s)"):
+        assert words in printed, words
+    assert "ZeRO 0" not in printed, "bf16 is not possible there"
+    picture = (255 * imread(tmp_path / "memory.png")[..., :3]).astype(int)
+    for colour in PARTS["weights"], PARTS["moments"], PARTS["activations"]:
+        wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+        assert (np.abs(picture - wanted).max(-1) < 3).sum() > 500
+
+
+def test_a_billion_parameters_are_planned_without_their_memory(tmp_path: Path) -> None:
+    model = {"layers": 16, "width": 2048, "heads": 16, "key_value_heads": 8, "feed_forward_width": 8192}
+    settings = Settings.model_validate({"model": model, "training": {"precision": "bf16", "packs_per_step": 64}})
+    effective, settings = resolve_deepspeed(settings, 64)
+    plan = state_bytes(settings, effective, 128_256, 64)
+    layer = 2048 * (16 + 8 + 8) * 128 + 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048
+    numel = 2 * 128_256 * 2048 + 16 * layer + 2048
+    assert sum(p.numel() for p in model_without_memory(settings, 128_256).parameters()) == numel
+    assert plan.device["weights"] == 2 * numel
+    assert plan.device["masters"] == pytest.approx(4 * numel / 64, rel=1e-6)
+    assert plan.device["moments"] == pytest.approx(8 * numel / 64, rel=1e-4)
+
+
+def test_the_run_file_to_copy_is_sound_and_fits_the_gpus_that_it_names() -> None:
+    settings = load_settings(REPOSITORY / "configs" / "8b.toml")
+    effective, settings = resolve_deepspeed(settings, 64)
+    by_stage = plans(settings, effective, 128_256, 64)
+    sizes = {stage: sum(plan.device.values()) / GIB for stage, plan in by_stage.items()}
+    assert sizes[1] > 80 > 60 > sizes[2]
+    assert positions_before(settings.training.steps, settings) == pytest.approx(964e9, rel=1e-3)

@@ -1,0 +1,223 @@
+"""Attention: the reference here, the kernels under the interpreter and through the compiler in their own processes."""
+
+import pytest
+import torch
+
+from bigmodel.kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, attention_with_lse, make_schedule
+from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, prefix_lm
+from bigmodel.kernels.relative_bias import t5_bias, t5_buckets
+from tests.kernels.test_mask import int32, offsets_of
+from tests.support.dense_attention import (
+    assert_as_exact_as_plain_torch,
+    assert_lse_and_its_gradient_are_exact,
+    assert_two_parts_make_one_softmax,
+    dense_attention,
+    make_inputs,
+    out_and_gradients,
+)
+from tests.support.interpreted import run_interpreted, run_python
+
+MIXED = offsets_of([0, 1, 90, 0, 7, 0])
+
+CASES = {
+    "causal": (causal(MIXED), 109, 109, (4, 2), 16, torch.float32),
+    "causal, more channels, no rows beyond": (causal(MIXED), 98, 98, (4, 1), 24, torch.float32),
+    "causal, bf16": (causal(MIXED), 98, 98, (4, 1), 16, torch.bfloat16),
+    "window": (causal(MIXED, left=5), 98, 98, (2, 2), 16, torch.float32),
+    "window longer than all documents": (causal(MIXED, left=300), 98, 98, (2, 2), 16, torch.float32),
+    "window on both sides": (Visibility(MIXED, MIXED, left=9, right=40), 98, 98, (2, 1), 16, torch.float32),
+    "bidirectional": (bidirectional(MIXED), 100, 100, (2, 1), 16, torch.float32),
+    "cross": (cross(offsets_of([40, 0, 3, 1]), offsets_of([5, 9, 0, 70])), 50, 90, (2, 1), 16, torch.float32),
+    "causal cross: late queries see nothing": (
+        Visibility(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (1, 1), 16, torch.float32, 2.0, 30,
+    ),
+    "prefix-LM": (prefix_lm(MIXED, int32([0, 1, 40, 0, 3, 2])), 100, 100, (2, 1), 16, torch.float32),
+    "prefix-LM in a window": (prefix_lm(MIXED, int32([0, 1, 99, 0, 3, 2]), left=20), 98, 98, (2, 1), 16, torch.float32),
+    "the keys of a prefix-LM look at its queries": (
+        prefix_lm(MIXED, int32([0, 1, 40, 0, 3, 2])).transposed, 98, 98, (2, 1), 16, torch.float32,
+    ),
+    "capped": (causal(MIXED), 98, 98, (2, 1), 16, torch.float32, 1.5),
+    "biased and capped": (bidirectional(MIXED), 98, 98, (4, 2), 16, torch.float32, 1.5, 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_reference_is_as_exact_as_plain_torch(case) -> None:
+    assert_as_exact_as_plain_torch(attention_reference, make_inputs(*case))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_lse_and_its_gradient_are_exact(softcap: float | None) -> None:
+    case = CASES["causal cross: late queries see nothing"][:6]
+    assert_lse_and_its_gradient_are_exact(attention_with_lse, make_inputs(*case, softcap))
+
+
+def test_two_parts_make_one_softmax() -> None:
+    assert_two_parts_make_one_softmax(attention_with_lse)
+
+
+@pytest.mark.parametrize("score", [(None, None), (1.5, None), (None, 20), (1.5, 20)], ids=str)
+def test_in_float64_the_reference_is_the_formula(score: tuple[float | None, int | None]) -> None:
+    inputs = make_inputs(causal(MIXED, left=30), 98, 98, (4, 2), 16, torch.float64, *score)
+    ours, exact = out_and_gradients(attention_reference, inputs), out_and_gradients(dense_attention, inputs)
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_on_cpu_bf16_is_computed_in_fp32_and_rounded_once() -> None:
+    inputs = make_inputs(causal(MIXED), 98, 98, (4, 2), 16, torch.bfloat16, 2.0, 8)
+    wide = out_and_gradients(attention_reference, inputs.in_documents(torch.float32))
+    for name, ours in out_and_gradients(attention_reference, inputs).items():
+        assert torch.equal(ours, wide[name].bfloat16())
+
+
+@pytest.mark.parametrize("left", [None, 6])
+def test_editing_a_document_leaves_the_others_bitwise_as_they_were(left: int | None) -> None:
+    visibility = causal(offsets_of([20, 37, 30, 41]), left=left)
+    inputs = make_inputs(visibility, 128, 128, (4, 2), 32, torch.float32)
+    before = out_and_gradients(attention, inputs)
+    for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.d_out_THK):
+        rows[20:57] = rows[20:57].flip(0) * 2
+    after = out_and_gradients(attention, inputs)
+    for name, old in before.items():
+        new = after[name]
+        assert torch.equal(old[:20], new[:20])
+        assert torch.equal(old[57:], new[57:])
+        assert not torch.equal(old[20:57], new[20:57])
+
+
+def test_4096_documents_of_one_token_give_their_values() -> None:
+    rows = torch.randn(4100, 1, 16, requires_grad=True)
+    out = attention(rows, rows, rows, causal(offsets_of([1] * 4096)))
+    assert torch.equal(out[:4096], rows[:4096])
+    assert not out[4096:].any()
+
+
+def test_a_schedule_made_before_gives_the_same() -> None:
+    visibility = causal(offsets_of([3, 5]))
+    rows = torch.randn(8, 2, 16)
+    schedule = make_schedule(visibility, 8, 8)
+    assert schedule.lengths == ((3, 3), (5, 5))
+    assert torch.equal(attention(rows, rows, rows, visibility, schedule), attention(rows, rows, rows, visibility))
+
+
+def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
+    assert run_interpreted("tests/support/interpreted_attention.py") == 27
+
+
+@pytest.mark.timeout(600)
+def test_the_kernels_compile_for_all_architectures_without_spilling_registers() -> None:
+    printed = run_python(["-m", "tests.support.compile_kernels"], interpret=False)
+    print(printed)
+    rows = [line.split() for line in printed.splitlines() if "|" in line]
+    assert len(rows) == 82
+    assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    spilled = [row for row in rows if row[-2] != "0"]
+    assert not spilled, f"kernel, architecture, type, channels, score | registers, stack, shared bytes: {spilled}"
+    room = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+    too_large = [row for row in rows if int(row[-1]) > room[row[1]]]
+    assert not too_large, f"more shared memory than there is: {too_large}"
+
+
+def test_other_documents_windows_and_lengths_of_a_batch_compile_no_kernel_again() -> None:
+    printed = run_python(["-m", "tests.support.compile_kernels", "variants"], interpret=False)
+    print(printed)
+    assert printed.split() == [
+        *("forward_kernel", "1", "delta_kernel", "1", "query_gradient_kernel", "1", "key_gradient_kernel", "1"),
+        *("bias_gradient_kernel", "1", "plan_kernel", "1", "order_kernel", "1"),
+    ]
+
+
+def test_without_triton_the_reference_runs() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from bigmodel.kernels.attention import attention
+from bigmodel.kernels.mask import causal
+rows = torch.ones(4, 1, 16)
+print(attention(rows, rows, rows, causal(torch.tensor([0, 4], dtype=torch.int32))).sum().item())
+"""
+    assert run_python(["-c", program], interpret=False).strip() == "64.0"
+
+
+def test_t5_buckets_are_those_of_transformers() -> None:
+    from tools.torchvision_operators import define_missing_torchvision_operators
+
+    define_missing_torchvision_operators()
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distance = torch.arange(-400, 401)
+    for bidirectional_, num_buckets, max_distance in ((True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 6, 64)):
+        theirs = T5Attention._relative_position_bucket(distance, bidirectional_, num_buckets, max_distance)
+        assert torch.equal(t5_buckets(distance, num_buckets, bidirectional_, max_distance), theirs)
+        assert theirs.unique().numel() >= num_buckets - 1
+
+
+def test_a_bias_by_distance_is_t5s_for_distances_near_and_far_and_sends_its_gradient_to_the_table() -> None:
+    table_BH = torch.randn(32, 2, requires_grad=True)
+    bias_HR = t5_bias(table_BH, bidirectional=True)
+    assert bias_HR.shape == (2, 257)
+    for distance, bucket in ((0, 0), (-3, 3), (3, 19), (-128, 15), (128, 31), (-20, 10)):
+        assert torch.equal(bias_HR[:, 128 + distance], table_BH[bucket])
+    bias_HR.sum().backward()
+    assert table_BH.grad is not None
+    assert table_BH.grad[:, 0].sum() == 257
+    assert table_BH.grad[3, 0] == 1
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(3, 128), (2, 128), (32, 8)])
+def test_buckets_that_cannot_be_divided_are_refused(num_buckets: int, max_distance: int) -> None:
+    with pytest.raises(ValueError, match=f"t5_bias got {num_buckets} buckets"):
+        t5_bias(torch.zeros(num_buckets, 1), bidirectional=True, max_distance=max_distance)
+
+
+ROWS = torch.zeros(6, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"softcap": 0.0}, "got softcap 0.0; it needs a positive one, or None"),
+        ({"bias_HR": torch.zeros(4, 6)}, r"bias of shape \(4, 6\); it needs \(4 heads, 2 \* reach \+ 1\)"),
+        ({"bias_HR": torch.zeros(3, 7)}, r"bias of shape \(3, 7\); it needs \(4 heads"),
+        ({"bias_HR": torch.zeros(4, 4099, requires_grad=True)}, "a bias that reaches 2049 keys and wants a gradient"),
+    ],
+)
+def test_a_cap_or_bias_that_does_not_fit_is_refused(score, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(ROWS, ROWS, ROWS, causal(offsets_of([4])), **score)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "scale", "message"),
+    [
+        (ROWS, ROWS[:, :3], ROWS[:, :3], None, "query heads must be a multiple of the key heads"),
+        (ROWS, ROWS, ROWS[:5], None, r"it needs q \(T, H, K\) and k, v \(S, G, K\)"),
+        (ROWS, ROWS.double(), ROWS, None, "cast them to one type"),
+        (ROWS, ROWS, ROWS, 0.0, "got scale 0.0; it needs a positive one"),
+        (ROWS[:5], ROWS, ROWS, None, "a schedule made for 6 queries and 6 keys; make one for this batch"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(q, k, v, scale, message) -> None:
+    visibility = causal(offsets_of([4]))
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, visibility, make_schedule(visibility, 6, 6), scale)
+
+
+def test_a_schedule_of_another_rule_is_refused() -> None:
+    offsets = offsets_of([6])
+    with pytest.raises(ValueError, match="a schedule made for another rule"):
+        attention(ROWS, ROWS, ROWS, causal(offsets), make_schedule(prefix_lm(offsets, int32([3])), 6, 6))
+
+
+@pytest.mark.parametrize("block", [8, 48, 96])
+def test_a_schedule_needs_tiles_that_kernels_can_take_in_parts(block: int) -> None:
+    with pytest.raises(ValueError, match=f"block is {block}; tiles need a power of two of rows, at least 16"):
+        make_schedule(causal(offsets_of([6])), 6, 6, block=block)
+
+
+def test_a_hidden_score_times_any_scale_is_exact() -> None:
+    """Of two products that are subtracted from one another the compiler rounds only one."""
+    hidden = torch.tensor(HIDDEN.value, dtype=torch.float32)
+    scales = torch.rand(1000) * LOG2_E
+    assert torch.equal((hidden * scales).double(), hidden.double() * scales.double())

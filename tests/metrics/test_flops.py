@@ -1,0 +1,297 @@
+"""FLOPs by formula equal what torch counts, for every kind of model; peaks and phases are what they say."""
+
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bigmodel.checks.audit import count_by_torch, work_of
+from bigmodel.config.settings import DataSettings, ModelSettings, Settings
+from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.plan.attention_work import Work, count_work
+from bigmodel.kernels.mask import causal, cross, dense, prefix_lm
+from bigmodel.metrics.flops import flops, known_peak_flops, matrix_weights, measure_peak_flops, step_flops
+from bigmodel.metrics.phases import CompileTime, Phases, slowest
+from bigmodel.training.zero.wrapping import wrap_blocks
+from tests.model.test_encoder_decoder import ENCODER_DECODERS, ONE_SIDE, PAIRS, TEXTS, TWO_SIDES
+from tests.support.example_batches import VOCABULARY, batch_of, fragment_of, model_of, text
+
+MODELS = {  # of example_batches: 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 40 hidden
+    "decoder": {"qk_norm": True},
+    "decoder, tied": {"tied_embeddings": True, "layers": 3, "heads": 2, "key_value_heads": 1},
+    "encoder": {"kind": "encoder"},
+    **{f"both, {name}": {"kind": "encoder_decoder", **more} for name, more in ENCODER_DECODERS.items()},
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_model_flops_are_those_that_torch_counts(changes: dict) -> None:
+    """torch's counter takes attention over all pairs of a document, so the formula is given those."""
+    both = changes.get("kind") == "encoder_decoder"
+    batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
+    counted, expected = count_by_torch(model_of(**{**changes, "dropout": 0.0, "extra_heads": 0}), batch)
+    assert counted > 1e6
+    assert counted == expected
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder", "both, cross", "both, mixed_other_widths", "extra heads"])
+def test_activation_checkpointing_computes_the_blocks_again_or_no_product_at_all(name: str) -> None:
+    changes = MODELS.get(name, {"extra_heads": 2})
+    both = changes.get("kind") == "encoder_decoder"
+    batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
+    counted = {}
+    for kind in ("none", "selective", "full"):
+        model = model_of(**{**changes, "dropout": 0.0})
+        wrap_blocks(model, Settings(training={"activation_checkpointing": kind}), stage=1)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(batch).backward()
+        counted[kind] = counter.get_total_flops()
+    once, twice = (
+        flops(model.settings, model.embedding.num_embeddings, work_of(batch), (0, 0), recomputed=recomputed).hardware
+        for recomputed in (False, True)
+    )
+    assert counted["selective"] == counted["none"]
+    assert counted["full"] - counted["none"] == twice - once > 1e5
+
+
+def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
+    plain, more = (ModelSettings(layers=2, width=32, heads=4, feed_forward_width=40, extra_heads=n) for n in (0, 2))
+    deeper = ModelSettings(layers=4, width=32, heads=4, feed_forward_width=40)
+    assert matrix_weights(more, 100).of_position == matrix_weights(deeper, 100).of_position + 2 * 100 * 32
+    assert matrix_weights(plain, 100).of_position == 2 * (32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 40) + 100 * 32
+
+
+@pytest.mark.parametrize("kind", ["causal", "prefix", "span_corruption", "fill_in_the_middle"])
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_pairs_on_one_side_are_those_that_the_mask_lets_through(kind: str, both_ways: bool) -> None:
+    data = DataSettings(**ONE_SIDE, objectives=[{"kind": kind}], bidirectional_prefix=both_ways)
+    batch, work = batch_of(TEXTS, data), planned(TEXTS, data)
+    masks = causal(batch.offsets) if batch.prefixes is None else prefix_lm(batch.offsets, batch.prefixes)
+    assert (batch.prefixes is not None) == (both_ways and kind in ("prefix", "span_corruption"))
+    visible = dense(masks, len(batch.tokens), len(batch.tokens))
+    assert work.pairs == visible[real_rows(batch)].sum()
+    assert work.positions == batch.num_positions == real_rows(batch).sum()
+    assert work.source_positions == work.source_pairs == work.cross_pairs == 0
+
+
+def test_pairs_on_two_sides_are_those_that_the_masks_let_through() -> None:
+    data = DataSettings(**TWO_SIDES)
+    batch, work = batch_of(PAIRS, data), planned(PAIRS, data)
+    assert batch.source is not None
+    rows = real_rows(batch)
+    visible = dense(cross(batch.offsets, batch.source.offsets), len(batch.tokens), len(batch.source.tokens))
+    assert work.cross_pairs == visible[rows].sum()
+    assert work.pairs == dense(causal(batch.offsets), len(batch.tokens), len(batch.tokens))[rows].sum()
+    lengths = [n for n in batch.source.offsets.diff().tolist() if n]
+    assert work.source_positions == batch.source.num_positions
+    assert 0 < work.source_pairs <= sum(n * n for n in lengths)
+
+
+def planned(documents: list, data: DataSettings) -> Work:
+    examples = Examples(data, 1, VOCABULARY)
+    rows = iter(range(100))
+    return count_work(
+        [
+            tuple(fragment_of(row := next(rows), one, examples, row % examples.pairs) for one in pack)
+            for pack in documents
+        ],
+        data,
+    )
+
+
+def real_rows(batch) -> torch.Tensor:
+    """(T,) positions of documents: padding has token 0 and position 0 alone."""
+    real = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    edges = batch.offsets.tolist()
+    for first, end in pairwise(edges):
+        real[first:end] = bool(batch.tokens[first:end].any())
+    return real
+
+
+def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
+    settings = ModelSettings(layers=2, width=32, heads=4, key_value_heads=2, feed_forward_width=48)
+    work = Work(positions=32, pairs=214, squares=396)  # documents of 9, 1, 17 and 5
+    found = flops(settings, 40, work, (36, 0), padding=(4, 0))
+    weights = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
+    assert found.causal == 6 * weights * 32 + 12 * 2 * 4 * 8 * 214
+    assert found.full == 6 * weights * 32 + 12 * 2 * 4 * 8 * 32 * 36
+    assert found.hardware == 6 * weights * 36 + 14 * 2 * 4 * 8 * 214
+    again = flops(settings, 40, work, (36, 0), padding=(4, 0), recomputed=True)
+    assert again[:2] == found[:2]
+    assert again.hardware - found.hardware == 2 * (weights - 40 * 32) * 36 + 4 * 2 * 4 * 8 * 214  # not the head
+    assert text(9).tolist()[0] == 1
+
+
+@pytest.mark.parametrize(("checkpointing", "again"), [("none", False), ("selective", False), ("full", True)])
+def test_a_step_counts_the_forward_pass_that_full_checkpointing_does_again(checkpointing: str, again: bool) -> None:
+    model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 48}
+    table = {"model": model, "data": {"context_tokens": 36, "pack_tokens": 36}}
+    settings = Settings.model_validate(table | {"training": {"activation_checkpointing": checkpointing}})
+    work = Work(positions=32, pairs=214, squares=396)
+    step = SimpleNamespace(num_positions=32, num_padding=4, work=work)
+    assert step_flops(settings, 40, step) == flops(settings.model, 40, work, (36, 0), (4, 0), recomputed=again)
+
+
+def test_the_model_adds_up_z_over_micro_batches_without_its_extra_heads() -> None:
+    model, data = model_of(extra_heads=1), DataSettings(**ONE_SIDE)
+    expected = 0.0
+    for batch in (batch_of(TEXTS, data), batch_of(TEXTS[1:], data)):
+        model(batch).backward()
+        squares = torch.logsumexp(model(batch, "logits"), -1).square()
+        expected += float(squares[batch.targets != -100].sum())
+    assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
+    model.eval()
+    model(batch)
+    assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L400", None),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),  # a slice has a part of the chip
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("AMD Instinct MI250X", 191.5e12),  # torch sees each of its two dies
+        ("AMD Instinct MI300X", 1307.4e12),
+        ("Imaginary 9000", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(name: str, peak: float | None) -> None:
+    assert known_peak_flops(name) == peak
+
+
+def test_the_peak_of_a_cpu_is_measured() -> None:
+    peak = measure_peak_flops()
+    began = time.perf_counter()
+    a = torch.rand(256, 256)
+    torch.mm(a, a)
+    assert 2 * 256**3 / (time.perf_counter() - began) < 3 * peak
+    assert 1e8 < peak < 1e14
+
+
+# ---- phases -----------------------------------------------------------------------------------------------------
+
+
+def test_phases_nest_without_counting_a_second_twice() -> None:
+    phases = Phases(torch.device("cpu"))
+    began = time.perf_counter()
+    with phases("forward"):
+        time.sleep(0.05)
+    with phases("backward"):
+        time.sleep(0.02)
+        with phases("communication"):
+            time.sleep(0.1)
+        time.sleep(0.02)
+    with phases("checkpoint"):
+        time.sleep(0.03)
+    phases.add("data", 0.25)
+    wall = time.perf_counter() - began
+    taken = dict(phases.take())
+    assert set(taken) == {"forward", "backward", "communication", "checkpoint", "data"}
+    assert taken.pop("data") == 0.25
+    for name, least in (("forward", 0.05), ("backward", 0.04), ("communication", 0.1), ("checkpoint", 0.03)):
+        assert least <= taken[name] <= wall - (0.22 - least), name
+    assert sum(taken.values()) <= wall
+    assert phases.busy_seconds == taken["forward"] + taken["backward"]
+    assert not phases.take()
+
+
+def test_a_phase_ends_with_an_error_too() -> None:
+    phases = Phases(torch.device("cpu"))
+    with pytest.raises(ValueError, match="boo"), phases("forward"):
+        raise ValueError("boo")
+    with phases("backward"):
+        pass
+    assert set(phases.take()) == {"forward", "backward"}
+
+
+def test_a_phase_may_be_entered_by_the_thread_that_runs_the_backward() -> None:
+    phases = Phases(torch.device("cpu"))
+
+    def reduce() -> None:
+        with phases("communication"):
+            time.sleep(0.05)
+
+    with phases("backward"):
+        thread = threading.Thread(target=reduce)
+        thread.start()
+        thread.join()
+    taken = phases.take()
+    assert taken["communication"] >= 0.05 > taken["backward"]
+
+
+@pytest.mark.parametrize(
+    ("busy", "answer"), [([1.0], (None, None)), ([1.0, 3.0], (1, 2.0)), ([5.0, 1.0, 2.0, 2.5], (0, 3.0))]
+)
+def test_the_slowest_rank_and_its_lag(busy: list[float], answer: tuple) -> None:
+    assert slowest(busy) == answer
+
+
+def test_time_in_the_compiler_is_counted() -> None:
+    compile_time = CompileTime()
+    compile_time.take()
+    began = time.perf_counter()
+    torch.compile(lambda x: x.sin() * 2, backend="eager")(torch.ones(3))
+    spent = compile_time.take()
+    assert 0 < spent <= time.perf_counter() - began
+    assert compile_time.take() == 0
+
+
+@triton.jit
+def copy_kernel(x, y, n, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place, mask=place < n), mask=place < n)
+
+
+def test_time_in_tritons_own_compiler_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of time for an architecture that is not here: Triton tells its listener as on a GPU, in 3.6 and 3.7."""
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    types = {"x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+
+    def compile_it(block: int) -> float:
+        began = time.perf_counter()
+        source = ASTSource(copy_kernel, types, constexprs={(3,): block})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        return time.perf_counter() - began
+
+    compile_time = CompileTime()
+    compile_time.take()
+    seconds = compile_it(128)
+    spent = compile_time.take()
+    assert 0.5 * seconds < spent <= seconds
+    compile_it(128)  # from its cache
+    assert compile_time.take() < 0.5 * spent
+    inside = torch._guards.CompileContext(torch._guards.CompileId(frame_id=0, frame_compile_id=0))
+    with torch._guards.compile_context(inside):  # torch.compile counts what it has Triton compile as its own
+        compile_it(256)
+    assert compile_time.take() == 0
+    compile_time._on_triton(times=SimpleNamespace(total=-5_000_000), cache_hit=False)  # the clock was set back
+    assert compile_time.take() == 0

@@ -1,0 +1,165 @@
+"""Compiles the kernels of attention and its schedule, as shipped, for Ampere, Hopper and Blackwell without a GPU.
+Prints what they take.
+
+    kernel  architecture  type  channels  score | registers  stack bytes  shared bytes
+
+A kernel that spills registers to memory has a stack. Run by test_attention.py; `python -m
+tests.support.compile_kernels`. With the argument `variants` it prints, for each kernel, how often a GPU would compile
+it for very different batches."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from bigmodel.kernels import attention
+from bigmodel.kernels import tiles as schedule
+from bigmodel.kernels.mask import causal, prefix_lm
+from bigmodel.kernels.tiles import tile_tables_reference
+from tests.kernels.test_mask import int32, offsets_of
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
+POINTERS = {"lse": "*fp32", "d_lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
+# A bias that reaches 128 places, as T5's. Each alone takes fewer registers than both.
+SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
+PLAIN = ("forward", "query_gradient", "key_gradient")
+SCHEDULE = ("plan", "order")
+KERNELS = ("forward", "delta", "query_gradient", "key_gradient", "bias_gradient")
+ARCHITECTURES = (80, 90, 100)
+# Every kernel in every shape of bf16; of the other types some. The argument `all` adds the rest of those.
+CONFIGURATIONS = [
+    *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
+    *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+    *product(ARCHITECTURES, ("bf16",), (64, 128, 256), ("plain",), ("delta",)),
+    *product(ARCHITECTURES, ("int32",), (0,), ("prefixes",), SCHEDULE),
+    *product((80,), ("fp16",), (128,), ("plain",), PLAIN),
+    *product((80,), ("fp32",), (64,), ("plain",), ("key_gradient",)),
+]
+OTHERS = [
+    *product(ARCHITECTURES, ("fp16",), (64, 128, 256), ("plain",), PLAIN),
+    *product(ARCHITECTURES, ("int32",), (0,), ("plain",), SCHEDULE),
+    *product((80, 90), ("fp32",), (64, 128, 256), ("plain",), PLAIN),
+    *product((90,), ("fp32",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+]
+
+
+def compiled_schedule(name: str, architecture: int, score: str):
+    """The kernel of the schedule, with prefixes or without."""
+    kernel = getattr(schedule, f"{name}_kernel")
+    constants: dict[str, Any] = {"BLOCK": schedule.TILE_ROWS, "SLOTS": schedule.SLOTS, "AT_ONCE": schedule.AT_ONCE}
+    if score == "plain":
+        constants |= {"query_prefix": None, "key_prefix": None}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    numbers = ("left", "right", "num_queries", "num_keys", "num_documents", "query_tiles", "key_tiles")
+    signature = {argument: "i32" if argument in numbers else "*i32" for argument in kernel.arg_names}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, {})
+    return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": schedule.NUM_WARPS})
+
+
+def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
+    """The kernel for a group of 2 query heads, compiled as a launch with aligned tensors would."""
+    if name in SCHEDULE:
+        return compiled_schedule(name, architecture, score)
+    kernel = getattr(attention, f"{name}_kernel")
+    shape = attention.launch_options(
+        name.replace("delta", "query_gradient"), channels, TYPES[dtype], 128, architecture, score == "plain"
+    )
+    constants = {"GROUP": 2} | SCORES[score] | shape
+    if SCORES[score]["REACH"] < 0:
+        constants["bias"] = None
+    if name == "bias_gradient":
+        constants["LANES"] = triton.next_power_of_2(2 * (triton.cdiv(128, shape["ROWS"]) + 1) + 1)
+    options = {} if name == "delta" else {key: shape[key] for key in ("num_warps", "num_stages")}
+    signature, aligned = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        pointer = f"*{dtype}" if argument in TENSORS else POINTERS.get(argument)
+        signature[argument] = pointer or ("fp32" if argument.startswith(("scale", "cap")) else "i32")
+        if pointer or argument.endswith("stride"):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found is not None, printed
+    return int(found.group(1)), int(found.group(2))
+
+
+def row(architecture: int, dtype: str, channels: int, score: str, name: str) -> str:
+    kernel = compiled(name, architecture, dtype, channels, score)
+    registers, stack = usage(kernel.asm["cubin"])
+    configuration = f"{name:15} sm_{architecture:<4} {dtype:5} {channels:4} {score:8}"
+    return f"{configuration} | {registers:4} {stack:4} {kernel.metadata.shared:7}"
+
+
+def print_usage(configurations: list[tuple]) -> None:
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("fork")) as pool:  # nothing has a thread yet
+        for line in pool.map(row, *zip(*configurations, strict=True)):
+            print(line, flush=True)
+
+
+class Launches:
+    """Stands in for a kernel: runs nothing, and keeps what a launch on a GPU would look up in the kernel's cache."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.specialize = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
+        self.keys: set[str] = set()
+
+    def __getitem__(self, _grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.keys.add(str(self.specialize(*arguments, **options)[1:]))
+
+
+def print_variants() -> None:
+    kernels = {f"{name}_kernel": Launches(getattr(attention, f"{name}_kernel")) for name in KERNELS}
+    vars(attention).update(kernels)
+    of_schedule = {f"{name}_kernel": Launches(getattr(schedule, f"{name}_kernel")) for name in SCHEDULE}
+    vars(schedule).update(of_schedule)
+    one_long, many_short, windowed = offsets_of([64]), offsets_of([1] * 63), offsets_of([5, 1, 30])
+    for visibility, num_rows in ((causal(one_long), 64), (causal(many_short), 63), (causal(windowed, left=1), 37),
+                                 (prefix_lm(windowed, int32([1, 0, 9]), left=16), 36)):  # fmt: skip
+        tables = tile_tables_reference(visibility, num_rows, num_rows, 128)
+        no_prefix = torch.zeros(visibility.num_documents, dtype=torch.int32)
+        prefixes = no_prefix, no_prefix if visibility.key_prefix is None else visibility.key_prefix
+        with suppress(RuntimeError):  # nobody wrote whether the offsets fit
+            schedule.tile_tables(visibility.query_offsets, visibility.key_offsets, *prefixes, *visibility.window,
+                                 num_rows, num_rows, 128)  # fmt: skip
+        fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)
+        rows = [part.requires_grad_() for part in fused.split([2, 1, 1], dim=1)]
+        bias_HR = torch.zeros(2, 9, requires_grad=True)
+        out_THK, _ = attention._attention(*rows, bias_HR, *tables, *visibility.window, 0.125, None, 128)
+        out_THK.sum().backward()
+    for name, launches in (kernels | of_schedule).items():
+        print(name, len(launches.keys))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["variants"]:
+        print_variants()
+    else:
+        print_usage(CONFIGURATIONS + (OTHERS if sys.argv[1:] == ["all"] else []))

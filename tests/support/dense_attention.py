@@ -1,0 +1,229 @@
+"""What the attention tests measure against: the formula with a dense mask, and inputs surrounded by NaN."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel.kernels.mask import Visibility, causal, cross, dense
+
+
+def dense_attention(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
+    visibility: Visibility,
+    softcap: float | None = None,
+    bias_HR: Tensor | None = None,
+) -> Tensor:
+    """softmax(score) v over the visible keys, in the type of the inputs; 0 where a query sees nothing."""
+    return dense_attention_with_lse(q_THK, k_SGK, v_SGK, visibility, softcap, bias_HR)[0]
+
+
+def dense_attention_with_lse(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
+    visibility: Visibility,
+    softcap: float | None = None,
+    bias_HR: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same, and (T, H) log of the sum of the exponentials."""
+    group = q_THK.shape[1] // k_SGK.shape[1]
+    k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
+    score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * q_THK.shape[2] ** -0.5
+    if bias_HR is not None:
+        reach = bias_HR.shape[1] // 2
+        distance_TS = places(visibility.key_offsets, len(k_SGK)) - places(visibility.query_offsets, len(q_THK))[:, None]
+        score_HTS = score_HTS + bias_HR[:, distance_TS.clamp(-reach, reach) + reach]
+    if softcap is not None:
+        score_HTS = softcap * (score_HTS / softcap).tanh()
+    hidden_TS = ~dense(visibility, q_THK.shape[0], k_SGK.shape[0])
+    score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
+    p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
+    return torch.einsum("hts,shk->thk", p_HTS, v_SHK), score_HTS.logsumexp(-1).T
+
+
+def places(offsets: Tensor, rows: int) -> Tensor:
+    """The place of every row inside its document; some number for the rows beyond the last offset."""
+    row = torch.arange(rows, device=offsets.device)
+    document = torch.searchsorted(offsets, row.to(torch.int32), right=True) - 1
+    return row - offsets[document].long()
+
+
+@dataclass
+class Inputs:
+    """q, k, v and the gradient of the output. Rows beyond the last offset and everything around them is NaN."""
+
+    visibility: Visibility
+    q_THK: Tensor
+    k_SGK: Tensor
+    v_SGK: Tensor
+    d_out_THK: Tensor
+    softcap: float | None = None
+    bias_HR: Tensor | None = None
+
+    def in_documents(self, dtype: torch.dtype) -> "Inputs":
+        """A copy whose rows beyond the last offset are 0: what a formula that touches every row can be given."""
+        bias_HR = None if self.bias_HR is None else self.bias_HR.to(dtype)
+        rows = {name: getattr(self, name).nan_to_num(0.0).to(dtype) for name in ROWS}
+        return replace(self, bias_HR=bias_HR, **rows)
+
+
+def cancelled(inputs: Inputs) -> dict[str, float]:
+    """The largest sums of magnitudes in gradients that rows seeing one key alone make exactly zero.
+
+    Such a row has p = 1, and its score the gradient d_out . v - d_out . out with out = v. Plain torch subtracts equal
+    bits, so that its error is 0 and no multiple of it a bound; whoever adds the two products in another order, as the
+    formula with the row sum of d_out * out does, is left with eps times their magnitude.
+    """
+    wide = inputs.in_documents(torch.float64)
+    seen_TS = dense(wide.visibility, len(wide.q_THK), len(wide.k_SGK))
+    row_R = (seen_TS.sum(1) == 1).nonzero()[:, 0]
+    if not len(row_R):
+        return {}
+    key_R, group = seen_TS[row_R].int().argmax(1), wide.q_THK.shape[1] // wide.k_SGK.shape[1]
+    q_RHK = wide.q_THK[row_R]
+    k_RHK, v_RHK = (side[key_R].repeat_interleave(group, 1) for side in (wide.k_SGK, wide.v_SGK))
+    score_RH = (wide.d_out_THK[row_R] * v_RHK).abs().sum(-1)
+    scale = q_RHK.shape[2] ** -0.5
+    of_q, to_k = (score_RH[..., None] * side.abs() * scale for side in (k_RHK, q_RHK))
+    of_k = torch.zeros_like(wide.k_SGK).index_add(0, key_R, to_k.unflatten(1, (-1, group)).sum(2))
+    return {"dq": of_q.max().item(), "dk": of_k.max().item(), "dbias": score_RH.sum(0).max().item()}
+
+
+ROWS = ["q_THK", "k_SGK", "v_SGK", "d_out_THK"]
+
+
+def make_inputs(
+    visibility: Visibility,
+    queries: int,
+    keys: int,
+    heads: tuple[int, int],
+    channels: int,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    reach: int | None = None,
+) -> Inputs:
+    """Random inputs, with a bias if a reach is given. q, k and v of one length are slices of one fused tensor, as a
+    fused projection gives them. They are made on the device of the offsets."""
+    device = visibility.query_offsets.device
+    generator = torch.Generator().manual_seed(7)
+    num_heads, num_key_heads = heads
+
+    def surrounded(rows: int, last_offset: int, width: int) -> Tensor:
+        whole = torch.full((rows + 40, width, channels + 8), torch.nan, dtype=dtype, device=device)
+        inner = whole[20:-20, :, :channels]
+        inner[:last_offset] = torch.randn(last_offset, width, channels, generator=generator).to(device, dtype)
+        return inner
+
+    query_end, key_end = int(visibility.query_offsets[-1]), int(visibility.key_offsets[-1])
+    if (queries, query_end) == (keys, key_end):
+        fused = surrounded(queries, query_end, num_heads + 2 * num_key_heads)
+        q_THK, k_SGK, v_SGK = fused.split([num_heads, num_key_heads, num_key_heads], dim=1)
+    else:
+        q_THK = surrounded(queries, query_end, num_heads)
+        k_SGK, v_SGK = surrounded(keys, key_end, 2 * num_key_heads).chunk(2, dim=1)
+    d_out_THK = surrounded(queries, query_end, num_heads)
+    bias_HR = None
+    if reach is not None:
+        bias_HR = torch.randn(num_heads, 2 * reach + 1, generator=generator).to(device, dtype)
+    return Inputs(visibility, q_THK, k_SGK, v_SGK, d_out_THK, softcap, bias_HR)
+
+
+def out_and_gradients(attend, inputs: Inputs) -> dict[str, Tensor]:
+    """out, dq, dk, dv and, with a bias, dbias of `attend(q, k, v, visibility)`."""
+    leaves = {name: getattr(inputs, f"{name}_{shape}") for name, shape in LEAVES.items()}
+    leaves = {name: rows.detach().requires_grad_() for name, rows in leaves.items() if rows is not None}
+    extra: dict[str, Any] = {} if inputs.softcap is None else {"softcap": inputs.softcap}
+    extra |= {"bias_HR": leaves["bias"]} if "bias" in leaves else {}
+    out_THK = attend(leaves["q"], leaves["k"], leaves["v"], inputs.visibility, **extra)
+    out_THK.backward(inputs.d_out_THK)
+    return {"out": out_THK.detach()} | {f"d{name}": rows.grad for name, rows in leaves.items()}
+
+
+def assert_lse_and_its_gradient_are_exact(attend_with_lse, inputs: Inputs) -> None:
+    """lse and the gradients of a loss of out and lse are those of the formula; rows that see nothing send none back."""
+    d_lse_TH = torch.randn(inputs.q_THK.shape[:2], generator=torch.Generator().manual_seed(11)).to(inputs.q_THK.device)
+    truth = _lse_and_gradients(dense_attention_with_lse, inputs.in_documents(torch.float64), d_lse_TH.double())
+    unseeing_TH = truth["lse"] == -torch.inf
+    assert unseeing_TH.any()
+    assert not unseeing_TH.all()
+    ours = _lse_and_gradients(attend_with_lse, inputs, d_lse_TH.masked_fill(unseeing_TH, torch.nan))
+    assert (
+        truth["dq"] - out_and_gradients(dense_attention, inputs.in_documents(torch.float64))["dq"]
+    ).abs().max() > 0.1
+    for name, exact in truth.items():
+        tolerance = 3e-6 if inputs.q_THK.dtype == torch.float32 else 3e-2
+        error = (ours[name].double() - exact).nan_to_num(nan=0.0 if name == "lse" else torch.inf).abs().max()
+        assert error <= tolerance * exact.nan_to_num(neginf=0.0).abs().max(), name
+    assert torch.equal(ours["lse"] == -torch.inf, unseeing_TH)
+
+
+def _lse_and_gradients(attend_with_lse, inputs: Inputs, d_lse_TH: Tensor) -> dict[str, Tensor]:
+    rows = [getattr(inputs, name).detach().requires_grad_() for name in ROWS[:3]]
+    extra: dict[str, Any] = {} if inputs.softcap is None else {"softcap": inputs.softcap}
+    out_THK, lse_TH = attend_with_lse(*rows, inputs.visibility, **extra)
+    gradients = torch.autograd.grad((out_THK, lse_TH), rows, (inputs.d_out_THK, d_lse_TH))
+    return {"lse": lse_TH.detach()} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+
+def two_parts_as_one(attend_with_lse, q_THK: Tensor, past_SGK: Tensor, source_SGK: Tensor, past, source) -> Tensor:
+    """One softmax over the keys of two rules, of the attention over each; keys are their own values."""
+    own, own_lse = attend_with_lse(q_THK, past_SGK, past_SGK, past)
+    seen, seen_lse = attend_with_lse(q_THK, source_SGK, source_SGK, source)
+    lse = torch.logaddexp(own_lse, seen_lse)
+    return (own_lse - lse).exp()[..., None] * own + (seen_lse - lse).exp()[..., None] * seen
+
+
+def assert_two_parts_make_one_softmax(attend_with_lse) -> None:
+    """Over a decoder's own past and its source: the formula over both sets of keys side by side."""
+    targets, sources = ([0, 9, 9, 21], [0, 5, 17, 17])
+    past, source = causal(_int32(targets)), cross(_int32(targets), _int32(sources))
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(21, 2, 16), (21, 1, 16), (17, 1, 16)]
+    rows = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    ours = two_parts_as_one(attend_with_lse, *rows, past, source)
+    wide = [one.detach().double().requires_grad_() for one in rows]
+    seen_TS = torch.cat([dense(past, 21, 21), dense(source, 21, 17)], dim=1)
+    keys_S1K = torch.cat(wide[1:])
+    score_HTS = torch.einsum("thk,sgk->hts", wide[0], keys_S1K) / 4
+    p_HTS = score_HTS.masked_fill(~seen_TS, -torch.inf).softmax(-1)
+    exact = torch.einsum("hts,sgk->thk", p_HTS, keys_S1K)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    d_out = torch.randn(ours.shape, generator=generator)
+    gradients = zip(
+        torch.autograd.grad(ours, rows, d_out), torch.autograd.grad(exact, wide, d_out.double()), strict=True
+    )
+    for one, truth in gradients:
+        torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def _int32(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+LEAVES = {"q": "THK", "k": "SGK", "v": "SGK", "bias": "HR"}
+
+
+def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
+    """Errors against float64 are at most 2 (out) and 3 (gradients) times those of plain torch in the inputs' type, and
+    what rounding leaves where exact terms cancel."""
+    dtype = inputs.q_THK.dtype
+    truth = out_and_gradients(dense_attention, inputs.in_documents(torch.float64))
+    plain = out_and_gradients(dense_attention, inputs.in_documents(dtype))
+    ours = out_and_gradients(attend, inputs)
+    assert truth.keys() == ours.keys()
+    anything_is_seen = dense(inputs.visibility, len(inputs.q_THK), len(inputs.k_SGK)).any()
+    assert truth["out"].any() or not anything_is_seen, "nothing to compare"
+    left_over = cancelled(inputs)
+    for name, exact in truth.items():
+        assert ours[name].dtype == dtype
+        torch_error = (plain[name].double() - exact).abs().max().item()
+        our_error = (ours[name].double() - exact).abs().max().item()
+        bound = (2 if name == "out" else 3) * torch_error + torch.finfo(dtype).eps * (1 + left_over.get(name, 0.0))
+        assert our_error <= bound, f"{name}: error {our_error:.2e}, plain torch {torch_error:.2e}, bound {bound:.2e}"
+        if name != "dbias":
+            offsets = inputs.visibility.query_offsets if name in ("out", "dq") else inputs.visibility.key_offsets
+            assert (ours[name][offsets[-1] :] == 0).all(), f"{name}: rows beyond the last offset are not 0"

@@ -1,0 +1,318 @@
+"""One rank of the engine's and the checkpoints' tests: runs a list of jobs in one process group.
+
+`launch(jobs, world_size, folder)` starts the ranks, waits and gives one result per job. A job trains a small real
+Transformer with dropout for some steps on documents that depend on the step alone, and reports what it saw.
+Starting processes is what costs, so tests put all the jobs of a world size into one launch.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bigmodel.config.deepspeed_config import resolve_deepspeed
+from bigmodel.config.settings import DataSettings, OptimizerSettings, Settings
+from bigmodel.data.load.batch import Batch, build_batch, make_keys
+from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.distributed.world import World, end_world, start_world
+from bigmodel.model.init import init_weights
+from bigmodel.model.transformer import Transformer
+from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint import saver as saving
+from bigmodel.training.learning_rate import learning_rate
+from bigmodel.training.optimizers.optimizers import build_optimizer, parameter_groups
+from bigmodel.training.zero.engine import Engine, creation
+from tests.support.ranks import run_ranks
+
+VOCABULARY = 67
+PACKS = 6  # per step; over 2 ranks and 2 packs a time, one micro-batch of each step is half empty
+DATA = {"context_tokens": 24, "pack_tokens": 24, "pack_documents": 4}
+
+
+def settings_table(
+    folder: Path, stage: int, precision: str, packs_per_micro_batch: int, **other: Any
+) -> dict[str, Any]:
+    """A run file's table and, beside it, the DeepSpeed JSON it names."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": other.pop("persistence", 0)} | other.pop("zero", {})
+    text = json.dumps(
+        {
+            "train_micro_batch_size_per_gpu": packs_per_micro_batch,
+            "zero_optimization": zero,
+            "fp16": FP16 | other.pop("fp16", {}),
+        }
+    )
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    (folder / name).write_text(text)
+    model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40, "qk_norm": True}
+    model = model | {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
+    training = {"steps": 20, "packs_per_step": PACKS, "precision": precision, "deepspeed": str(folder / name)}
+    training |= other.pop("training", {})
+    # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
+    optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0), "epsilon": 1e-4}
+    optimizer |= other.pop("optimizer", {})
+    assert not other, f"unused: {other}"
+    schedule = {"warmup_steps": 2}
+    return {"model": model, "training": training, "optimizer": optimizer, "schedule": schedule, "data": DATA}
+
+
+def documents_of(step: int, pack: int) -> list[list[int]]:
+    """Stored tokens of the documents of one pack; a function of step and pack alone. Packs differ in their fill."""
+    generator = torch.Generator().manual_seed(1000 * step + pack)
+    lengths = [[9, 12, 4], [25], [3, 3], [16, 8], [5], [7, 2, 11]][pack]
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def batch_of(step: int, packs: range, end: int = PACKS) -> Batch:
+    """The micro-batch of these packs; a pack number beyond `end` is an empty pack."""
+    documents = [documents_of(step, pack) if pack < end else [] for pack in packs]
+    flat = [document for pack in documents for document in pack]
+    rows = iter(range(len(flat)))
+    plan = [tuple(Fragment(0, 0, next(rows), 0, len(document) - 1, 0) for document in pack) for pack in documents]
+    keys = make_keys(1, step, packs, DATA["pack_tokens"])
+    return build_batch(plan, lambda fragment: torch.tensor(flat[fragment.row]).numpy(), DataSettings(**DATA), keys)
+
+
+def micro_batches_of(step: int, rank: int, size: int, packs_per_micro_batch: int) -> list[Batch]:
+    share = -(-PACKS // size)
+    mine = range(rank * share, (rank + 1) * share)
+    return [
+        batch_of(step, range(first, first + packs_per_micro_batch), min(mine.stop, PACKS))
+        for first in range(mine.start, mine.stop, packs_per_micro_batch)
+    ]
+
+
+def num_targets_of(step: int) -> int:
+    return sum(len(document) - 1 for pack in range(PACKS) for document in documents_of(step, pack))
+
+
+def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Transformer:
+    """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
+    with creation(effective or {"zero_optimization": {"stage": 0}}) as whole:
+        model = Transformer(settings.model, VOCABULARY)
+    init_weights(model, 5, whole)
+    return model
+
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_SCALE = 2.0**10
+FP16 = {"initial_scale_power": 10, "hysteresis": 1}
+KEPT_STEPS = 2  # of which the oracle keeps the gradients
+
+
+def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """torch's own optimizer where torch has it; Lion and Muon are ours, compared with the papers in test_optim.py."""
+    if settings.kind == "adafactor":
+        groups, epsilons = parameter_groups(model, settings), (settings.epsilon, settings.least_scale)
+        return torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
+    optimizer = build_optimizer(model, settings)
+    optimizer.whole_matrices = lambda master, flat, change: change(flat)
+    for group in optimizer.param_groups if settings.kind != "adamw" else ():
+        for master in group["params"] if group["matrices"] or settings.kind == "lion" else ():
+            optimizer.state[master]["exp_avg"] = torch.zeros_like(master)
+    return optimizer
+
+
+def oracle(
+    settings: Settings, steps: int, path: Path, packs_at_once: int = PACKS, wide: bool = False
+) -> list[dict[str, float]]:
+    """Plain torch in one process: losses and norms; gradients, weights and states go into `path`.
+
+    In bf16 and fp16, gradients of micro-batches of `packs_at_once` packs are added up in fp32 and the masters are
+    fp32. wide: all in float64, from the weights that the precision begins with.
+    """
+    low = LOW.get(settings.training.precision)
+    model, masters = new_model(settings), new_model(settings)
+    if low:
+        model.to(low)
+        masters.load_state_dict(model.state_dict())
+    if wide:
+        model.load_state_dict(masters.state_dict())
+        model.double(), masters.double()
+    scale = FP16_SCALE if low is torch.float16 and not wide else 1.0
+    optimizer = oracle_of(masters, settings.optimizer)
+    averages = {name: master.detach().clone() for name, master in masters.named_parameters()}
+    pairs = [(name, master, model.get_parameter(name)) for name, master in masters.named_parameters()]
+    tensors: dict[str, torch.Tensor] = {}
+    seen: list[Any] = []
+    for step in range(steps):
+        nats = 0.0
+        for first in range(0, PACKS, packs_at_once):
+            loss = model(batch_of(step, range(first, first + packs_at_once)))
+            (loss * (scale / num_targets_of(step))).backward()
+            nats += loss.item()
+            for _, master, parameter in pairs:
+                gradient = parameter.grad.to(master.dtype) / scale
+                master.grad = gradient.clone() if first == 0 else master.grad + gradient
+                parameter.grad = None
+        if step < KEPT_STEPS:
+            tensors |= {f"{step}.{name}": master.grad.clone() for name, master, _ in pairs}
+        limit = settings.optimizer.gradient_clipping or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings) * group["rate_factor"]
+        optimizer.step()
+        model.load_state_dict(masters.state_dict())
+        for name, master, _ in pairs:
+            averages[name].lerp_(master.detach(), 1.0 - settings.training.ema_decay)
+        seen.append({"loss": nats / num_targets_of(step), "norm": norm.item()})
+    tensors |= {f"weight.{name}": master.detach().clone() for name, master, _ in pairs}
+    tensors |= {f"ema.{name}": average for name, average in averages.items()}
+    for name, master, _ in pairs:
+        tensors |= {f"{key}.{name}": value.flatten() for key, value in optimizer.state[master].items() if key != "step"}
+    save_file(tensors, path)
+    return seen
+
+
+def plain_evaluation(settings: Settings) -> float:
+    """The loss sum of step 0 under the initial weights, without dropout, from plain torch."""
+    with torch.no_grad():
+        return float(new_model(settings).eval()(batch_of(0, range(PACKS))))
+
+
+def state_digest(engine: Engine) -> str:
+    digest = hashlib.sha256(str(engine.updates).encode())
+    for name in engine.names():
+        for key in engine.keys(name):
+            digest.update(f"{key}.{name}".encode() + engine.whole(name, key).contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def keeps_signed_zeros(engine: Engine) -> bool:
+    """Whether -0.0 comes back as -0.0 from every tensor. Ruins the state: do it last."""
+    engine.write(lambda name, key, start, numel: torch.full((numel,), -0.0), 0, {})
+    states = [engine.whole(name, key) for name in engine.names() for key in engine.keys(name)]
+    return all(bool(torch.signbit(tensor).all()) for tensor in states)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """|found - wanted| / |wanted| over all tensors together."""
+    squares = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in found)
+    return float((squares / sum(float(wanted[name].double().square().sum()) for name in found)) ** 0.5)
+
+
+def state_outside_files(tensors: list[torch.Tensor]) -> int:
+    """How many of the tensors do not lie in a file that the state was placed in."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/bigmodel-state-" in line]
+    ranges = [tuple(int(edge, 16) for edge in line[0].split("-")) for line in lines]
+    return sum(not any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in tensors)
+
+
+def state_tensors(engine: Engine) -> list[torch.Tensor]:
+    """All that an offload takes off the device: masters, their gradients, moments and averages."""
+    masters = engine._layout.masters()
+    moments = [engine._optimizer.state[master] for master in masters]
+    return [
+        *masters,
+        *(master.grad for master in masters if master.grad is not None),
+        *(tensor for state in moments for name, tensor in state.items() if name != "step"),
+        *engine._averages,
+    ]
+
+
+def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of hpZ: a process has it once, and here many engines
+    effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
+    packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
+    engine = Engine(new_model(settings, effective), settings, effective, world)
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradient_errors": [], "gradient_distances": [], "first": 0}
+    expected = load_file(job["oracle"]) if "oracle" in job else {}
+    checkpoints = Path(job.get("checkpoints", "."))
+    if job.get("resume"):
+        found = checkpoint.newest(checkpoints, world)
+        assert found is not None, f"no checkpoint in {checkpoints}"
+        used: dict[str, list[float]] = {
+            key: [] for key in ("losses", "norms")
+        }  # stage 3 keeps small weights whole after a first update
+        run_step(0, {}, engine, settings, packs_per_micro_batch, {}, used)
+        checkpoint.load(found, engine, settings, world)
+        result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}
+    for step in range(result["first"], job["steps"]):
+        if step not in job.get("leave_out", []):
+            run_step(step, job, engine, settings, packs_per_micro_batch, expected, result)
+        if job.get("save_at") == step + 1:
+            result["saved"] = state_digest(engine)
+            saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
+    result |= {"digest": state_digest(engine), "updates": engine.updates, "loss_scale": engine.loss_scale}
+    tensors = state_tensors(engine)
+    result |= {"state_tensors": len(tensors), "state_outside_files": state_outside_files(tensors)}
+    result["micro_batches"] = effective["gradient_accumulation_steps"]
+    for key in ("weight", "exp_avg", "ema") if expected else ():
+        state = {name: engine.whole(name, key) for name in engine.names() if key in engine.keys(name)}
+        wanted = {name: expected[f"{key}.{name}"].view(tensor.shape) for name, tensor in state.items()}
+        if state:
+            result[f"{key}_error"] = max(relative_error(state[name], wanted[name]) for name in state)
+            result[f"{key}_distance"] = distance(state, wanted)
+    if expected:
+        result["keeps_signed_zeros"] = keeps_signed_zeros(engine)
+    return result
+
+
+def run_step(
+    step: int,
+    job: dict[str, Any],
+    engine: Engine,
+    settings: Settings,
+    packs_per_micro_batch: int,
+    expected: dict[str, torch.Tensor],
+    result: dict[str, Any],
+) -> None:
+    """One step as the loop does it. A step in `skip_at` gets an infinite gradient and is skipped."""
+    world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
+    sharing = settings.training.sequence_parallel_ranks
+    batches = micro_batches_of(step, world.rank // sharing, world.size // sharing, packs_per_micro_batch)
+    if step in job.get("evaluate_at", []):
+        outputs = [engine.forward(batches[0], kind) for kind in ("loss_sum", "loss_per_position", "logits")]
+        result["shapes"] = [list(output.shape) for output in outputs]
+        result["evaluated"] = [float(outputs[0]), float(outputs[1].sum())]
+        result["training"] = engine._engine.module.training
+    divisor: Any = 1e-300 if skip else targets
+    nats = sum((float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches), 0.0)
+    norm = engine.gradient_norm()
+    if not math.isfinite(norm):
+        result.setdefault("skipped", []).append(step)
+        skip = True
+    if expected and step < KEPT_STEPS:
+        gradients = {name: engine.gradient(name) for name in engine.names()}
+        wanted = {name: expected[f"{step}.{name}"] for name in gradients}
+        result["gradient_errors"].append(max(relative_error(gradients[name], wanted[name]) for name in gradients))
+        result["gradient_distances"].append(distance(gradients, wanted))
+    engine.update(learning_rate(step, settings), skip=skip)
+    if skip:
+        result["skipped_norm"] = norm
+    else:
+        result["losses"].append(world.sum_([nats])[0] / targets)
+        result["norms"].append(norm)
+
+
+def launch(
+    jobs: list[dict[str, Any]], world_size: int, folder: Path, timeout_seconds: float = 400.0
+) -> list[dict[str, Any]]:
+    """Run the jobs on `world_size` gloo ranks in new processes; one result per job. A failed rank fails the test."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_ranks(world_size, run_jobs, folder, timeout_seconds=timeout_seconds)
+    return json.loads((folder / "results.json").read_text())
+
+
+def run_jobs(folder: Path) -> None:
+    """One rank. DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes in it on all, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    world = start_world(timeout_seconds=60)
+    results = [run_job(job, world) for job in json.loads((folder / "jobs.json").read_text())]
+    agreed = world.gather_objects([(result["losses"], result["norms"], result["digest"]) for result in results])
+    assert all(other == agreed[0] for other in agreed), "ranks disagree on loss, norm or state"
+    if world.rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    end_world()

@@ -1,0 +1,163 @@
+"""The cases in which the engine is compared with plain torch, and what is asked of each.
+
+A case is one value for every factor below. `pairwise` gives a few cases in which every two values of two factors
+meet (CI); `everything` gives all of them (`make exactness`). The oracle is one process of plain torch; in bf16 and
+fp16 it is float64, and the engine may be twice as far from it as one process of that precision.
+"""
+
+import itertools
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from bigmodel.config.settings import Settings
+from tests.support.engine_worker import PACKS, distance, oracle, settings_table
+
+STEPS = 20
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "stage": (0, 1, 2, 3),
+    "precision": ("fp32", "bf16", "fp16"),
+    "optimizer": ("adamw", "lion", "muon", "adafactor"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "offload": ("none", "optimizer to cpu", "optimizer and weights to cpu", "optimizer to nvme"),
+    "packs_at_once": (1, 2, 3),
+    "persistence": (0, 100),  # stage 3: parameters of fewer elements stay whole
+    "ema": (0.0, 0.9),
+    "groups": (False, True),
+    "tied": (False, True),
+}
+Case = dict[str, Any]
+GROUPS = [{"parameters": "blocks.0.*", "learning_rate_factor": 0.5}, {"parameters": "norm.*", "weight_decay": 0.2}]
+
+
+def valid(case: Case) -> bool:
+    """What the configuration accepts (bigmodel/config/deepspeed_config.py refuses the rest with a reason)."""
+    low, offload, stage = case["precision"] != "fp32", case["offload"], case["stage"]
+    return (
+        not (low and stage == 0)
+        and not (offload != "none" and stage == 0)
+        and not (offload == "optimizer and weights to cpu" and stage < 3)
+        and not (case["persistence"] and stage < 3)
+    )
+
+
+def everything() -> list[Case]:
+    cases = (dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values()))
+    return [case for case in cases if valid(case)]
+
+
+def pairwise(seed: int = 1) -> list[Case]:
+    """Few cases that together hold every valid pair of values: greedy, from random candidates."""
+    cases, draw = everything(), random.Random(seed)
+    missing = set().union(*(_pairs(case) for case in cases))
+    chosen = []
+    while missing:
+        candidates = draw.sample(cases, 300)
+        pair = min(missing, key=str)
+        candidates.append(next(case for case in cases if pair in _pairs(case)))
+        best = max(candidates, key=lambda case: len(_pairs(case) & missing))
+        missing -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(case: Case) -> frozenset[Any]:
+    return frozenset(itertools.combinations(sorted(case.items()), 2))
+
+
+def name_of(case: Case) -> str:
+    return " ".join(f"{key}={value}" for key, value in case.items())
+
+
+def table_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
+    """The run file's table of a case."""
+    if case["offload"] != "none":
+        files = {"device": "nvme", "nvme_path": str(folder)}
+        zero["offload_optimizer"] = files if case["offload"] == "optimizer to nvme" else {"device": "cpu"}
+    if case["offload"] == "optimizer and weights to cpu":
+        zero["offload_param"] = {"device": "cpu"}
+    optimizer = {"kind": case["optimizer"], "groups": GROUPS if case["groups"] else []}
+    training = {"activation_checkpointing": case["activation_checkpointing"], "ema_decay": case["ema"]}
+    return settings_table(
+        folder,
+        case["stage"],
+        case["precision"],
+        case["packs_at_once"],
+        persistence=case["persistence"],
+        tied=case["tied"],
+        optimizer=optimizer,
+        training=training,
+        zero=zero,
+    )
+
+
+@cache
+def _oracle(folder: Path, precision: str, optimizer: str, ema: float, groups: bool, tied: bool, packs: int) -> Any:
+    """Where the oracle's tensors are, its losses and norms, and how far one process of that precision is from it."""
+    case = {"stage": 1, "precision": precision, "optimizer": optimizer, "activation_checkpointing": "none"}
+    case |= {"offload": "none", "packs_at_once": 1, "persistence": 0, "ema": ema, "groups": groups, "tied": tied}
+    settings = Settings.model_validate(table_of(case, folder))
+    stem = f"oracle-{precision}-{optimizer}-{ema}-{groups}-{tied}-{packs}"
+    path = folder / f"{stem}.safetensors"
+    low = precision != "fp32"
+    seen = oracle(settings, STEPS, path, wide=low)
+    if not low:
+        return path, seen, {}
+    one = folder / f"{stem}-one.safetensors"
+    seen_by_one = oracle(settings, STEPS, one, packs_at_once=packs)
+    found, wanted = load_file(one), load_file(path)
+    allowed = {
+        part: distance(*({k: v for k, v in x.items() if k.startswith(f"{part}.")} for x in (found, wanted)))
+        for part in ("0", "weight")
+    }
+    allowed["loss"] = abs(seen_by_one[0]["loss"] / seen[0]["loss"] - 1)
+    allowed["norm"] = abs(seen_by_one[0]["norm"] / seen[0]["norm"] - 1)
+    return path, seen, allowed
+
+
+def job_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
+    """What `tests.support.engine_worker.launch` runs."""
+    facts = [case[key] for key in ("precision", "optimizer", "ema", "groups", "tied")]
+    path, seen, allowed = _oracle(folder, *facts, case["packs_at_once"] if case["precision"] != "fp32" else PACKS)
+    table = table_of(case, folder, **zero)
+    return {"settings": table, "steps": STEPS, "oracle": str(path), "seen": seen, "allowed": allowed}
+
+
+def with_sequence(job: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """The job with packs shared by so many ranks."""
+    settings = job["settings"]
+    return job | {"settings": settings | {"training": settings["training"] | {"sequence_parallel_ranks": ranks}}}
+
+
+def differences(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """How far from the oracle, and how far it may be: by what was compared."""
+    first, seen, allowed = 0, result["seen"], result["allowed"]
+    loss = abs(result["losses"][first] / seen[first]["loss"] - 1)
+    norm = abs(result["norms"][first] / seen[first]["norm"] - 1)
+    if not allowed:
+        return {
+            "loss": (loss, 1e-6),
+            "gradient": (max(result["gradient_errors"]), 1e-5),
+            "norm": (norm, 1e-6),
+            "weights": (result["weight_distance"], 1e-3),
+            "average": (result.get("ema_distance", 0.0), 1e-3),
+        }
+    return {
+        "gradient": (result["gradient_distances"][0], 2 * allowed["0"]),
+        "norm": (norm, max(2 * allowed["norm"], allowed["0"])),  # a norm may be right by chance
+        "loss": (loss, max(2 * allowed["loss"], 1e-3)),
+        "weights": (result["weight_distance"], 2 * allowed["weight"]),
+    }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    found = [f"{what}: {far:.2e} > {may:.2e}" for what, (far, may) in differences(result).items() if not far <= may]
+    found += [] if result["updates"] == STEPS else [f"{result['updates']} updates in {STEPS} steps"]
+    nvme = "nvme" in Path(result["settings"]["training"]["deepspeed"]).read_text()
+    outside = 0 if nvme else result["state_tensors"]
+    found += [] if result["state_outside_files"] == outside else ["state lies elsewhere than the offload says"]
+    found += [] if result["keeps_signed_zeros"] else ["the state does not come back to the last bit"]
+    return found

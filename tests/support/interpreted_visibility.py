@@ -1,0 +1,143 @@
+"""The tile form of the attention rule draws the same picture as the dense form. Run by test_visibility.py."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as some
+from torch import library
+
+from bigmodel.kernels import tiles as schedule
+from bigmodel.kernels.mask import (
+    FULL,
+    Visibility,
+    bidirectional,
+    causal,
+    count_in_part,
+    dense,
+    load_tile,
+    prefix_lm,
+    sees,
+    tile_in_part,
+    tile_table,
+)
+from bigmodel.kernels.tiles import make_schedule, tile_tables_reference
+from bigmodel.kernels.triton_import import tl, triton
+from tests.kernels.test_mask import int32, offsets_of, random_visibilities
+
+BY_MASK, BY_FULL_TILE = 1, 16
+
+
+@triton.jit
+def draw_kernel(
+    drawing, tiles, left, right, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):  # one program: one part of a tile of the table
+    """Adds 1 to every pair seen in a partial tile, and 16 to every pair of a full tile, without any mask on columns."""
+    first_row, row_end, _column_end, _beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0), left, right, ROWS, COLUMNS, PARTS
+    )
+    if first_row >= row_end:
+        return
+    row = first_row + tl.arange(0, ROWS)
+    for part in tl.static_range(2):
+        for number in range(count_in_part(part, full_from, full_to, visited)):
+            column = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS + tl.arange(0, COLUMNS)
+            drawn = (row < row_end)[:, None] & (column < num_columns)[None, :]
+            pair = drawing + row[:, None] * num_columns + column[None, :]
+            if part == FULL:
+                tl.store(pair, tl.load(pair, mask=drawn) + 16, mask=drawn)
+            else:
+                drawn = drawn & sees(lo, hi, column)
+                tl.store(pair, tl.load(pair, mask=drawn) + 1, mask=drawn)
+
+
+def drawn(
+    visibility: Visibility, num_rows: int, num_columns: int, rows: int, columns: int, parts: int = 1
+) -> torch.Tensor:
+    tiles = tile_table(visibility, num_rows, rows * parts)
+    drawing = torch.zeros(num_rows, num_columns, dtype=torch.int32)
+    constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts}
+    draw_kernel[(len(tiles) * parts,)](drawing, tiles, *visibility.window, num_columns, **constants)
+    return drawing
+
+
+# Shrinking and explaining trace every line of the interpreter: minutes.
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(random_visibilities(longest=11, most=5), some.sampled_from([1, 2]))
+def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[Visibility, int, int], parts: int) -> None:
+    visibility, num_queries, num_keys = case
+    drawing = drawn(visibility, num_queries, num_keys, 4 // parts, 4, parts)
+    once = (drawing == BY_MASK) | (drawing == BY_FULL_TILE)
+    assert torch.equal(once, drawing > 0)
+    assert torch.equal(once, dense(visibility, num_queries, num_keys))
+
+
+def test_tiles_of_keys_draw_the_transposed_picture() -> None:
+    visibility = causal(offsets_of([3, 0, 21, 1]), left=9)
+    drawing = drawn(visibility.transposed, 30, 30, rows=8, columns=4)
+    assert torch.equal(drawing > 0, dense(visibility, 30, 30).T)
+
+
+def test_a_prefix_is_seen_from_every_tile_and_full_where_all_of_it_is_seen() -> None:
+    # One document of 32 with a prefix of 10: of the first 8 rows, 8 columns are in a full tile, 2 in a partial one.
+    visibility = prefix_lm(offsets_of([32]), int32([10]))
+    drawing = drawn(visibility, 32, 32, rows=8, columns=4)
+    assert (drawing[0] == torch.tensor([16] * 8 + [1] * 2 + [0] * 22)).all()
+    of_keys = drawn(visibility.transposed, 32, 32, rows=8, columns=4)
+    assert (of_keys > 0).equal(dense(visibility, 32, 32).T)
+    assert (of_keys[:8] == BY_FULL_TILE).all()
+    assert not of_keys[10, :10].any()
+
+
+def test_tiles_inside_a_document_are_full() -> None:
+    # 32 x 32 pairs in 8 x 4 tiles. Causal: row tile i has 2 i full column tiles before its diagonal.
+    assert (drawn(bidirectional(offsets_of([32])), 32, 32, 8, 4) == BY_FULL_TILE).sum() == 32 * 32
+    assert (drawn(causal(offsets_of([32])), 32, 32, 8, 4) == BY_FULL_TILE).sum() == (0 + 2 + 4 + 6) * 8 * 4
+
+
+def test_a_window_leaves_tiles_on_both_sides_unvisited_and_has_full_tiles_between() -> None:
+    drawing = drawn(causal(offsets_of([64]), left=24), 64, 64, 8, 4)
+    assert (drawing[32] == torch.tensor([0] * 8 + [1] * 8 + [16] * 16 + [1] + [0] * 31)).all()
+
+
+# The schedule.
+
+
+def assert_the_kernels_make_the_tables_of_torch(visibility: Visibility, num_queries: int, num_keys: int) -> None:
+    made = make_schedule(visibility, num_queries, num_keys, block=16)
+    for ours, exact in zip(
+        (made.query_tiles_NF, made.key_tiles_NF),
+        tile_tables_reference(visibility, num_queries, num_keys, 16),
+        strict=True,
+    ):
+        assert torch.equal(ours, exact)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(random_visibilities(longest=70, most=9), some.sampled_from([4, 1024]), some.sampled_from([4, 32]))
+def test_the_kernels_make_the_tables_of_torch(case: tuple[Visibility, int, int], at_once: int, slots: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "AT_ONCE", at_once)
+        patch.setattr(schedule, "SLOTS", slots)
+        assert_the_kernels_make_the_tables_of_torch(*case)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 4096, [0] * 1500 + [3000] + [40, 0] * 20])
+def test_the_tables_of_thousands_of_documents(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "SLOTS", 1024)  # a program costs the interpreter the same whatever its size
+    assert_the_kernels_make_the_tables_of_torch(causal(offsets_of(lengths)), sum(lengths) + 3, sum(lengths) + 3)
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2, 4], [0, 7]])
+def test_offsets_that_do_not_fit_end_the_kernels(offsets: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_check_offsets", lambda *_inputs: None)  # as on a GPU
+    good, bad = offsets_of([2] * (len(offsets) - 1)), int32(offsets)
+    make_schedule(Visibility(good, good, left=None, right=0), 6, 6)
+    for visibility in (Visibility(good, bad, left=None, right=0), Visibility(bad, good, left=None, right=0)):
+        with pytest.raises(RuntimeError, match=r"do not start at 0, never decrease, and end at most .* 6 and 6"):
+            make_schedule(visibility, 6, 6)
+
+
+def test_torch_knows_all_about_the_operator() -> None:
+    offsets = offsets_of([5, 20])
+    for prefix in (None, int32([1, 4])):
+        library.opcheck(schedule._tile_tables, (offsets, offsets, None, prefix, 9, 0, 30, 30, 16))

@@ -1,0 +1,152 @@
+"""What tests of the ways to start a run share: the run, what it must equal, and that nothing of it is left."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bigmodel.run_directory import read_json_lines
+from tests.support.ranks import command, run_ranks
+from tests.support.tiny_run import write_run
+
+STEPS = 60
+LAUNCHER = [sys.executable, "-m", "launcher"]
+
+
+def train_reference(folder: Path, shards: Path) -> dict[int, dict[str, Any]]:
+    """The lines of the same run, by ranks that the test forks: two nodes of one rank each; with its batches."""
+    run_file = write_run(folder, shards)
+    run_ranks(2, train_recorded, run_file, folder / "printed", ranks_per_node=1)
+    batches = batches_of(folder / "run")
+    return {step: {**line, "batches": batches[step]} for step, line in steps_of(folder / "run").items()}
+
+
+def train_recorded(run_file: Path, printed: Path) -> int:
+    """On a rank."""
+    record_batches(run_file)
+    return command(["train", str(run_file), *steps()], printed)
+
+
+def record_batches(run_file: Path) -> None:
+    """In a trainer: a line for each batch that enters the model, in RUN.batches beside the run directory."""
+    from bigmodel.data.load.stream import Stream
+    from bigmodel.model.transformer import Transformer
+
+    folder = run_file.with_suffix(".batches")
+    folder.mkdir(exist_ok=True)
+    forward, following, now = Transformer.forward, Stream.__next__, [-1]
+
+    def recorded_next(self):
+        step = following(self)
+        now[0] = step.number
+        return step
+
+    def recorded_forward(self, batch, *arguments, **more):
+        if batch.num_positions:
+            line = {"process": os.getpid(), "step": now[0] + 1, "fingerprint": batch.fingerprint()}
+            with open(folder / f"rank-{os.environ['RANK']}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return forward(self, batch, *arguments, **more)
+
+    Stream.__next__, Transformer.forward = recorded_next, recorded_forward
+
+
+def recording(environment: dict[str, str]) -> dict[str, str]:
+    """The variable that makes trainers call `record_batches`."""
+    here = Path(__file__).parent
+    folders = (str(here / "recording"), str(here.parents[1]), environment.get("PYTHONPATH", ""))
+    return {"PYTHONPATH": os.pathsep.join(folders)}
+
+
+def batches_of(run: Path) -> dict[int, list[str]]:
+    """Per step the hashes of the tensors that entered the model on any rank, sorted; a step done again counts once."""
+    found = defaultdict(list)
+    for file in run.with_suffix(".batches").iterdir():
+        lines = list(read_json_lines(file))
+        last = {line["step"]: line["process"] for line in lines}
+        for line in lines:
+            if line["process"] == last[line["step"]]:
+                found[line["step"]].append(line["fingerprint"])
+    return {step: sorted(fingerprints) for step, fingerprints in found.items()}
+
+
+def steps(number: int = STEPS) -> list[str]:
+    return ["--set", f"training.steps={number}"]
+
+
+def steps_of(run: Path) -> dict[int, dict[str, Any]]:
+    """The last line of each step in metrics.jsonl."""
+    return {line["step"]: line for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "step"}
+
+
+def assert_same_training(run: Path, reference: dict[int, dict[str, Any]], exact: bool = True) -> None:
+    """Every step got the same tensors, bit by bit; with as many ranks the losses are the same bits, else they agree.
+
+    Not `exact`: more ranks than packs of a step, so that empty packs fill, which count as padding.
+    """
+    found = steps_of(run)
+    assert sorted(found) == sorted(reference) == list(range(1, STEPS + 1))
+    batches = batches_of(run)
+    for step, line in reference.items():
+        assert len(line["batches"]) == 4  # a pack each
+        assert batches[step] == line["batches"], step
+        for name in ("targets", "documents", *(("positions", "padding") if exact else ())):
+            assert found[step][name] == line[name], (step, name)
+        if exact:
+            assert found[step]["loss"] == line["loss"], step
+        else:  # the same tokens and weights at step 1; then sums in another order, and training that amplifies them
+            assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-6 if step == 1 else 1e-3), step
+
+
+def assert_logged(run: Path, hosts: list[str]) -> None:
+    """Every rank has its log, named by its host, and `launcher logs` shows what rank 0 said to whoever started it."""
+    names = {path.name for path in (run / "logs").glob("*.log")}
+    assert names >= {f"{host}-rank-{rank}.log" for rank, host in enumerate(hosts)}, names
+    shown = subprocess.run([*LAUNCHER, "logs", str(run)], capture_output=True, text=True, check=True).stdout
+    assert f"[{hosts[0]} rank 0] starting: " in shown or f"[{hosts[0]} rank 0] resuming at step " in shown
+
+
+def left_of(run: Path) -> list[str]:
+    """Processes that still work for a run: their command line names its run file, or a log of it."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if (f"{run}.toml" in words or f"{run}/logs/" in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(f"{process.pid}: {words}")
+    return found
+
+
+def ranks_of(run: Path) -> dict[int, psutil.Process]:
+    """The trainers of a run, by rank."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"{run}.toml" in words and words[2:4] == ["bigmodel", "train"]:
+            found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def assert_no_orphans(run: Path, seconds: float = 40) -> None:
+    until(lambda: not left_of(run), lambda: "\n".join(left_of(run)), seconds)
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 200) -> None:
+    def logs() -> str:
+        return "\n".join(path.read_text() for path in (run / "logs").glob("*"))
+
+    until(lambda: max(steps_of(run), default=0) >= step, logs, seconds)
+
+
+def until(condition: Callable[[], bool], explain: Callable[[], str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.02)

@@ -1,0 +1,106 @@
+"""Real ranks for tests: processes forked from a server that has imported torch and DeepSpeed already.
+
+Start-up is what costs (8 s of imports a process); the server pays it once, a world then starts in under a second.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "tests.support.preload"])
+
+
+def start_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, ranks_per_node: int = 0
+) -> list[BaseProcess]:
+    """`function(*arguments)` on `world_size` ranks with the environment that a launcher sets. Must be importable.
+
+    `ranks_per_node`: as if they were on machines of so many each; 0: all on one.
+    """
+    ranks_per_node = ranks_per_node or world_size
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks: list[BaseProcess] = []
+    for rank in range(world_size):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % ranks_per_node),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(_context.Process(target=_enter, args=(environment, function, arguments)))
+        ranks[-1].start()
+    return ranks
+
+
+def finish(ranks: list[BaseProcess], timeout_seconds: float = 120.0) -> list[int]:
+    """Exit codes. A rank still alive at the end of the time is killed; when one fails the others are not waited for."""
+    deadline = time.monotonic() + timeout_seconds
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.exitcode for rank in ranks):  # the others notice by themselves, or hang
+            time.sleep(1.0)
+            break
+        time.sleep(0.01)
+    kill(ranks)
+    return [rank.exitcode or 0 for rank in ranks]
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_seconds: float = 120.0,
+    ranks_per_node: int = 0,
+) -> None:
+    """Run to the end; every rank must leave with 0."""
+    codes = finish(start_ranks(world_size, function, *arguments, ranks_per_node=ranks_per_node), timeout_seconds)
+    assert codes == [0] * world_size, f"exit codes of the ranks: {codes}"
+
+
+def kill(ranks: list[BaseProcess]) -> None:
+    """SIGKILL whoever lives."""
+    for rank in ranks:
+        if rank.is_alive():
+            rank.kill()
+    for rank in ranks:
+        rank.join()
+
+
+def _enter(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    result = function(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(result if isinstance(result, int) else 0)
+
+
+def command(arguments: list[str], output: Path) -> int:
+    """On a rank: `python -m bigmodel ARGUMENTS`, printing into `output`.0, `output`.1 ...; gives the exit code."""
+    from bigmodel.__main__ import main
+
+    descriptor = os.open(f"{output}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["bigmodel", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

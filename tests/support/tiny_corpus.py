@@ -1,0 +1,50 @@
+"""A small corpus on disk and the settings that prepare it: two sources, 150 documents, about 15,000 tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from bigmodel.config.settings import Settings
+from bigmodel.data.prepare.pipeline import prepare, quiet
+
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+
+
+def text(number: int) -> str:
+    """Document `number`: distinct, 3 to 150 words, with an accent and a special token's name in some."""
+    words = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(3 + (number * 37) % 148)]
+    tail = " été <|eos|>" if number % 10 == 0 else ""
+    return f"Document {number}: " + " ".join(words) + tail + "\n"
+
+
+NEWS = [text(number) for number in range(100)]
+LETTERS = [text(number) for number in range(100, 150)]
+
+
+def write_sources(folder: Path) -> list[dict[str, Any]]:
+    """news.jsonl and letters.parquet below `folder`, and the `prepare.sources` that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "letters.parquet").exists():  # a file written again is a changed one
+        lines = [json.dumps({"body": value}) for value in [*NEWS, None, "", NEWS[3]]]
+        (folder / "news.jsonl").write_text("\n".join(lines) + "\n")
+        table = pyarrow.table({"text": LETTERS})
+        pyarrow.parquet.write_table(table, folder / "letters.parquet", row_group_size=20)
+    return [
+        {"name": "news", "files": [str(folder / "news.jsonl")], "column": "body"},
+        {"name": "letters", "files": [str(folder / "letters.parquet")]},
+    ]
+
+
+def tiny_settings(folder: Path, **changes: Any) -> Settings:
+    """Settings that prepare `folder`/data from `folder`/text; `changes` go into the prepare section."""
+    section = {"vocabulary": 300, "validation_share": 0.2, "shard_tokens": 3000, "workers": 1}
+    section |= {"sources": write_sources(folder / "text")} | changes
+    return Settings.model_validate({"prepare": section, "data": {"directory": str(folder / "data")}})
+
+
+def prepared(folder: Path, **changes: Any) -> Path:
+    """The prepared folder of `tiny_settings`."""
+    return prepare(tiny_settings(folder, **changes), quiet())

@@ -1,0 +1,81 @@
+"""Promise 1: in a packed batch, no document influences another one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigmodel.checks.leak import isolation, packed_equals_single
+from bigmodel.config.settings import DataSettings, ModelSettings
+from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_keys
+from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.kernels.mask import causal
+from bigmodel.model.init import init_weights
+from bigmodel.model.transformer import Transformer
+
+VOCABULARY = 97
+LENGTHS = (9, 30, 1, 17)  # positions of the documents of the first pack; the second pack has one of 20
+MODELS = {
+    "plain": {},
+    "one_key_value_head": {"key_value_heads": 1},
+    "qk_norm_tied": {"qk_norm": True, "tied_embeddings": True},
+    "dropout": {"dropout": 0.3},
+}
+
+
+def make_model(**changes: object) -> Transformer:
+    settings = ModelSettings(
+        **({"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40} | changes)
+    )
+    model = Transformer(settings, VOCABULARY)
+    init_weights(model, seed=5)
+    return model
+
+
+def make_batch() -> Batch:
+    data = DataSettings(context_tokens=64, pack_tokens=64, pack_documents=6)
+    packs = [
+        tuple(Fragment(0, 0, row, 0, length, 0) for row, length in enumerate(LENGTHS)),
+        (Fragment(0, 0, 4, 0, 20, 0),),
+    ]
+    tokens = torch.randint(2, VOCABULARY, (5, 31), generator=torch.Generator().manual_seed(1)).numpy()
+    return build_batch(packs, lambda piece: tokens[piece.row], data, make_keys(1, 0, [0, 1], 64))
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_editing_a_document_changes_nothing_of_another_one_bitwise(changes: dict) -> None:
+    findings = isolation(make_model(**changes), make_batch())
+    assert [finding.claim for finding in findings if not finding.holds] == []
+    assert len(findings) == 4
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_packed_equals_one_document_at_a_time_in_float64(changes: dict) -> None:
+    findings = packed_equals_single(make_model(**changes).double(), make_batch())
+    assert [finding.evidence for finding in findings if not finding.holds] == []
+    assert len(findings) == 2
+
+
+def test_padding_has_no_loss_and_no_influence() -> None:
+    batch, model = make_batch(), make_model().eval()
+    losses = model(batch, "loss_per_position")
+    assert losses[batch.targets == IGNORED].abs().max() == 0
+    edited = batch.tokens.masked_fill(batch.targets == IGNORED, 7)
+    changed = model(Batch(**{**vars(batch), "tokens": edited}), "loss_per_position")
+    assert torch.equal(losses, changed)
+
+
+def test_the_check_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One document over everything: the claims must break."""
+    batch, model = make_batch(), make_model()
+    monkeypatch.setattr("bigmodel.model.transformer.causal", lambda offsets: causal(offsets[[0, -1]]))
+    broken = [finding.claim for finding in isolation(model, batch) if not finding.holds]
+    assert len(broken) == 3
+    assert not any(finding.holds for finding in packed_equals_single(model.double(), batch))
+
+
+def test_check_leak_runs_on_prepared_data(shards: Path, tmp_path: Path) -> None:
+    from bigmodel.checks.leak import check_leak
+    from tests.support.tiny_run import write_run
+
+    assert all(finding.holds for finding in check_leak(write_run(tmp_path, shards), []))

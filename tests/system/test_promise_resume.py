@@ -1,0 +1,139 @@
+"""Promise 4: killed at any instant, a run resumes and retraces the uninterrupted one, bitwise."""
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bigmodel.checks.runs import _num_ranks, _short
+from bigmodel.config.settings import load_settings
+from bigmodel.run_directory import read_json_lines
+from bigmodel.training.checkpoint import format as checkpoint
+from tests.support.ranks import finish, kill, run_ranks, start_ranks
+from tests.support.tiny_run import write_run
+
+CASES = [(stage, precision) for stage in (1, 3) for precision in ("fp32", "bf16")]
+
+
+def train(run_file: Path, fault: str = "") -> int:
+    """On a rank: train a run file; `fault` names where the save kills this process."""
+    from bigmodel.training import loop
+
+    if fault:
+        os.environ["BIGMODEL_FAULT"] = fault
+    return loop.train(load_settings(run_file))
+
+
+def steps(run_file: Path) -> list[dict]:
+    lines = read_json_lines(run_file.with_suffix("") / "metrics.jsonl")
+    return [line for line in lines if line["kind"] == "step"]
+
+
+def learned(run_file: Path) -> list[tuple]:
+    """What training computed, exactly; not the seconds."""
+    names = ("step", "loss", "gradient_norm", "learning_rate", "targets", "positions", "documents", "padding")
+    return [tuple(line[name] for name in names) for line in steps(run_file)]
+
+
+def final_state(run_file: Path) -> dict[str, str]:
+    """Hashes of the last checkpoint's weights and optimizer state."""
+    folder = run_file.with_suffix("") / "checkpoints" / "step-00000010"
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def started_at(run_file: Path) -> list[int]:
+    return [
+        line["step"] for line in read_json_lines(run_file.with_suffix("") / "events.jsonl") if line["event"] == "start"
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run file of an uninterrupted run of this precision and stage, trained once."""
+    trained: dict[tuple, Path] = {}
+
+    def train_once(precision: str = "fp32", stage: int = 1) -> Path:
+        if (precision, stage) not in trained:
+            run_file = write_run(tmp_path_factory.mktemp("whole"), shards, precision, stage, name="whole")
+            run_ranks(2, train, run_file)
+            trained[precision, stage] = run_file
+        return trained[precision, stage]
+
+    return train_once
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_a_run_killed_at_a_random_instant_retraces_the_uninterrupted_one(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], stage: int, precision: str
+) -> None:
+    whole = undisturbed(precision, stage)
+    broken = write_run(tmp_path, shards, precision, stage, name="broken")
+    ranks = start_ranks(2, train, broken)
+    last = random.randint(5, 8)  # the checkpoint is that of step 4; the kill falls into steps 6 to 9
+    while not (done := steps(broken)) or done[-1]["step"] < last:
+        assert all(rank.is_alive() for rank in ranks), "the run ended before it could be killed"
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, done[-1]["step_seconds"]))
+    kill(ranks)
+    published = max([0, *checkpoint.steps(broken.with_suffix("") / "checkpoints")])
+    run_ranks(2, train, broken)
+    assert started_at(broken) == [0, published]  # saves are asynchronous: on a slow disk step 4 may not be there yet
+    assert published in (0, 4, 8)
+    assert learned(broken) == learned(whole)
+    assert len(learned(whole)) == 10
+    assert final_state(broken) == final_state(whole) != {}
+
+
+@pytest.mark.parametrize("point", ["rank-1-wrote", "before-rename"])
+def test_a_run_killed_inside_a_save_resumes_from_the_one_before(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path], point: str
+) -> None:
+    whole, broken = undisturbed(), write_run(tmp_path, shards, name="broken")
+    codes = finish(start_ranks(2, train, broken, f"{point}@8"))
+    assert -9 in codes, codes
+    run_ranks(2, train, broken)
+    assert started_at(broken) == [0, 4]
+    assert learned(broken) == learned(whole)
+    assert final_state(broken) == final_state(whole) != {}
+
+
+def test_ranks_that_share_their_packs_train_the_same_run(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole, shared = undisturbed(), write_run(tmp_path, shards, name="shared")
+    text = shared.read_text().replace("steps = 10", "steps = 10\nsequence_parallel_ranks = 2")
+    shared.write_text(text.replace("at_end = false", "at_end = true\nevery_steps = 5"))
+    run_ranks(2, train, shared)
+    for one, two in zip(learned(whole), learned(shared), strict=True):
+        assert one[3:] == two[3:]
+        assert two[1:3] == pytest.approx(one[1:3], rel=1e-4)
+
+
+def test_a_run_moves_to_another_number_of_ranks_with_the_same_batches(
+    shards: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole, moved = undisturbed(), write_run(tmp_path, shards, name="moved")
+    finish(start_ranks(2, train, moved, "rank-1-wrote@8"))
+    run_ranks(1, train, moved)
+    assert started_at(moved) == [0, 4]
+    for one, two in zip(learned(whole), learned(moved), strict=True):
+        assert one[3:7] == two[3:7]  # learning rate, targets, positions, documents
+        assert two[1] == pytest.approx(one[1], rel=1e-4)
+
+
+def test_a_check_keeps_away_from_the_run_and_its_store(tmp_path: Path) -> None:
+    """Its short runs would else go on from the run's own checkpoints, and leave theirs for the run to go on from."""
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        "[checkpoint]\nremote = 's3://bucket/run'\nhours_between_failures = 8.0\n"
+        "[metrics]\nport = 9000\nwriters = ['wandb']\n[training]\nsequence_parallel_ranks = 4\n"
+    )
+    settings = load_settings(run_file, _short(tmp_path / "check", 10, 4))
+    assert settings.run.directory == tmp_path / "check"
+    assert (settings.checkpoint.remote, settings.checkpoint.hours_between_failures) == ("", 0.0)
+    assert (settings.metrics.port, settings.metrics.writers) == (0, [])
+    assert _num_ranks(settings) == 4

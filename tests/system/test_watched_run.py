@@ -1,0 +1,285 @@
+"""A real Prometheus watches a real run of four ranks that the launcher starts, kills of it, and its restart.
+
+One run serves all claims, for starting one is what costs: the page against the data and the wall clock, discovery,
+scrapes that do not disturb, profiles while it runs, the death of ranks, totals and time over the restart.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigmodel.checks.audit import audit
+from bigmodel.config.settings import load_settings
+from bigmodel.data.plan.order import Order
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.run_directory import read_json_lines
+from tests.metrics.test_endpoint import exporters
+from tests.metrics.test_recorder import samples, until
+from tests.support.tiny_run import write_run
+
+PROMETHEUS = shutil.which("prometheus")
+CONFIGURATION = """
+global: {{scrape_interval: 500ms, evaluation_interval: 500ms}}
+rule_files: ["{rules}"]
+scrape_configs:
+  - job_name: bigmodel
+    file_sd_configs: [{{files: ["{folder}/*.prometheus.json"], refresh_interval: 500ms}}]
+"""
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 60
+
+
+class Watched:
+    """The run's folder, its launcher and the Prometheus that watches it."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.folder, self.run = folder, folder / "run"
+        self.run_file = write_run(folder, shards)
+        text = self.run_file.read_text().replace("every_steps = 4", "every_steps = 20")
+        self.run_file.write_text(text.replace("at_end = false", "at_end = false\nevery_steps = 15\npacks = 1"))
+        (folder / "prometheus.yml").write_text(
+            CONFIGURATION.format(folder=folder, rules=REPOSITORY / "configs/prometheus/rules.yml")
+        )
+        self.port = 0
+        self.prometheus: subprocess.Popen | None = None
+
+    def start_prometheus(self) -> None:
+        with __import__("socket").socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.prometheus = subprocess.Popen(
+            [
+                str(PROMETHEUS),
+                f"--config.file={self.folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={self.folder / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{self.port}",
+                "--log.level=warn",
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+
+    def ask(self, query: str) -> dict[str, float]:
+        """An instant query: the label values of each series, joined, -> its value."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                result = json.load(answer)["data"]["result"]
+        except OSError:  # it starts
+            return {}
+        return {
+            "|".join(value for name, value in sorted(one["metric"].items()) if name != "__name__"): float(
+                one["value"][1]
+            )
+            for one in result
+        }
+
+    def launch(self, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "launcher", "local", str(self.run_file), "--ranks", "4"]
+        for override in (f"training.steps={STEPS}", *overrides):
+            command += ["--set", override]
+        return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    @property
+    def endpoint(self) -> str:
+        try:
+            return (self.run / "metrics_endpoint").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    @property
+    def step(self) -> int:
+        return max(
+            (line["step"] for line in read_json_lines(self.run / "metrics.jsonl") if line["kind"] == "step"), default=0
+        )
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Watched]:
+    if not PROMETHEUS:
+        pytest.skip("prometheus is not installed (Debian: prometheus): no run was watched")
+    watched = Watched(tmp_path_factory.mktemp("watched"), shards)
+    watched.start_prometheus()
+    try:
+        yield watched
+    finally:
+        assert watched.prometheus
+        watched.prometheus.kill()
+        watched.prometheus.wait()
+
+
+def planned(run_file: Path, steps: int) -> dict[str, int]:
+    """Counts of the first steps, from the data alone."""
+    settings = load_settings(run_file)
+    order = Order.of_run(ShardStore.of_run(settings.data, "train"), settings)
+    packs = [pack for _ in range(steps) for pack in order.next_step()]
+    positions = sum(piece.length for pack in packs for piece in pack)
+    pairs = sum(piece.length * (piece.length + 1) // 2 for pack in packs for piece in pack)
+    places = steps * 4 * settings.data.pack_tokens
+    return {
+        "bigmodel_target_tokens_total": positions,
+        "bigmodel_positions_total": positions,
+        "bigmodel_padding_positions_total": places - positions,
+        "bigmodel_documents_total": sum(map(len, packs)),
+        "bigmodel_steps_total": steps,
+        # 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 48 hidden, an untied head: forward and backward
+        'bigmodel_model_flops_total{convention="causal"}': 6 * (2 * (32 * 8 * 12 + 3 * 32 * 48) + 300 * 32) * positions
+        + 12 * 2 * 32 * pairs,
+    }
+
+
+def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> None:
+    began = time.time()
+    first = watched.launch("training.steps=100000")
+    try:
+        until(lambda: watched.step >= 25, "25 steps", 200)
+        up = watched.ask("bigmodel_rank_up")
+        until(lambda: len(watched.ask("bigmodel_rank_up == 1")) == 4, f"all ranks in Prometheus, not {up}", 30)
+        (series,) = watched.ask('up{job="bigmodel"}')
+        for word in ("|bigmodel|", "|0|", "|0-3|", "|run"):
+            assert word in series
+        look_at_the_dashboard(watched)
+        scrape_hard(watched)
+        profile_it(watched, first)
+        endpoint = watched.endpoint
+        before = samples(endpoint)
+        for phase in ("forward", "backward", "communication", "optimizer", "checkpoint", "evaluation", "data"):
+            assert all(before[f"phase_seconds_total|{phase}|{rank}"] > 0 for rank in range(4)), phase
+        victim = next(p for p in psutil.Process(first.pid).children() if p.environ().get("RANK") == "0")
+        os.kill(first.pid, signal.SIGSTOP)  # so that the launcher does not end the others at once
+        victim.kill()
+        until(lambda: samples(endpoint).get("rank_up|0") == 0, "the death of rank 0 on its own node's page")
+        assert samples(endpoint)["steps_total"] >= before["steps_total"]
+        until(lambda: len(watched.ask("bigmodel_rank_up == 0")) == 1, "the death in Prometheus")
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+        first.communicate(timeout=60)
+    assert first.returncode == 1
+    until(lambda: not exporters(endpoint), "the exporter to end", 5)
+    assert not list(watched.folder.glob("*.prometheus.json"))
+    killed_at = watched.step
+    assert killed_at >= 25
+
+    second = watched.launch(f"training.steps={killed_at + 60}")
+    try:
+        until(lambda: watched.endpoint or second.poll() is not None, "the page of the second start", 200)
+        assert second.poll() is None, second.communicate()[0]
+        assert watched.endpoint == endpoint
+        resumed = samples(watched.endpoint)
+        assert resumed["steps_total"] >= before["steps_total"]  # no step back, so no reset for Prometheus
+        assert resumed["restarts_total|died"] == 1
+        query = 'last_over_time(bigmodel_restarts_total{cause="died"}[1m]) == 1'  # the run may be over when we ask
+        until(lambda: len(watched.ask(query)) == 1, "it in Prometheus", 60)
+        words = second.communicate(timeout=200)[0]
+    finally:
+        second.kill()
+    assert second.returncode == 0, words
+    ended = time.time()
+
+    ledger = Ledger()
+    for line in read_json_lines(watched.run / "metrics.jsonl"):
+        ledger.add(line)
+    found = {**ledger.counts, "model_flops": ledger.counts["model_flops|causal"]}
+    for name, count in planned(watched.run_file, killed_at + 60).items():
+        key = name.removeprefix("bigmodel_").partition("{")[0].removesuffix("_total")
+        assert found[key] == count, name
+    assert ledger.seconds["replay"] > 0
+    assert ledger.seconds["evaluation"] >= ledger.counts["evaluation_seconds"] > 0
+    assert ledger.seconds["hang"] > 0  # rank 2 stood still for 6 s: what is above ten steps
+    assert sum(ledger.seconds.values()) == pytest.approx(ledger.wall_seconds, rel=0.01)
+    assert ledger.wall_seconds <= ended - began
+    assert ledger.began - began == pytest.approx(0, abs=10)  # the launcher's own start
+    assert [finding for finding in audit(watched.run) if not finding.holds] == []
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(watched.run_file) in (p.info["cmdline"] or ())]
+    history = watched.ask("resets(bigmodel_steps_total[10m])")
+    assert list(history.values()) == [0.0], "one series over both starts"
+
+
+def look_at_the_dashboard(watched: Watched) -> None:
+    """Every query of every panel gives data, within the time in which rates and recorded rules come to be."""
+    dashboard = json.loads((REPOSITORY / "configs/grafana/bigmodel.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    queries = [target["expr"].replace("$run", ".+") for panel in panels for target in panel["targets"]]
+    assert len(queries) > 20
+    has_network = len(psutil.net_io_counters(pernic=True)) > 1
+    empty = {query for query in queries if has_network or "_network_" not in query}
+
+    def all_answered() -> bool:
+        empty.difference_update([query for query in empty if watched.ask(query)])
+        return not empty
+
+    deadline = time.monotonic() + 30
+    while not all_answered():
+        assert time.monotonic() < deadline, f"no data: {sorted(empty)}"
+        time.sleep(0.5)
+
+
+def scrape_hard(watched: Watched) -> None:
+    """100 scrapes a second for three seconds: all answered, and the exporter takes less than half a core."""
+    endpoint = watched.endpoint
+    (exporter,) = (psutil.Process(pid) for pid in exporters(endpoint))
+    before, step = sum(exporter.cpu_times()[:2]), watched.step
+    answered = []
+    began = time.monotonic()
+
+    def scrape(number: int) -> None:
+        time.sleep(max(0.0, began + number / 100 - time.monotonic()))
+        with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=30) as answer:
+            answered.append(answer.status)
+
+    def worker(first: int) -> None:
+        for number in range(first, 300, 8):
+            scrape(number)
+
+    threads = [threading.Thread(target=worker, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.monotonic() - began
+    assert answered == [200] * 300
+    assert watched.step > step
+    assert sum(exporter.cpu_times()[:2]) - before < 0.5 * wall
+
+
+def profile_it(watched: Watched, launcher: subprocess.Popen) -> None:
+    """Traces and memory of chosen ranks, and the stacks of a run that hangs, while the run goes on."""
+
+    def profile(*arguments: str, code: int = 0) -> str:
+        command = [sys.executable, "-m", "bigmodel", "profile", str(watched.run), *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    paths = profile("trace", "--ranks", "1,3", "--steps", "2").split()
+    assert [Path(path).name for path in paths] == ["rank-1.trace.json.gz", "rank-3.trace.json.gz"]
+    names = {event.get("name") for event in json.loads(gzip.decompress(Path(paths[0]).read_bytes()))["traceEvents"]}
+    assert {"aten::mm", "aten::_softmax"} & names
+    (memory,) = profile("memory", "--ranks", "0", "--steps", "1").split()
+    assert "Self CPU Mem" in Path(memory).read_text()
+    stopped = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "2")
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(1.0)  # the others wait for it in a collective
+    try:
+        words = profile("stacks", "--ranks", "all", "--seconds", "5", code=2)
+    finally:
+        stopped.send_signal(signal.SIGCONT)
+    assert "rank(s) 2 gave no stacks within 5 s" in words
+    assert words.startswith("rank")
+    assert "loop.py" in words
+    assert not list((watched.run / "profile").rglob("rank-*.error.txt"))
+    step = watched.step
+    until(lambda: watched.step > step, "the run to go on", 60)

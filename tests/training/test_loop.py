@@ -1,0 +1,256 @@
+"""The whole path as a user runs it: prepare, launch, evaluate, stop, resume, look; and under other launchers."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bigmodel.config.settings import load_settings
+from bigmodel.run_directory import read_json_lines
+from tests.support.ranks import command, finish, kill, run_ranks, start_ranks
+from tests.support.tiny_corpus import write_sources
+from tests.support.tiny_run import write_run
+
+WHOLE = """
+[run]
+directory = "{0}/run"
+[prepare]
+vocabulary = 300
+validation_share = 0.2
+shard_tokens = 1500
+{1}
+[data]
+directory = "{0}/data"
+context_tokens = 48
+pack_tokens = 96
+pack_documents = 8
+lanes = 2
+window_packs = 20
+[model]
+layers = 1
+width = 32
+heads = 2
+key_value_heads = 1
+feed_forward_width = 48
+[optimizer]
+learning_rate = 0.01
+[schedule]
+warmup_steps = 2
+[training]
+steps = 30
+packs_per_step = 2
+[evaluation]
+every_steps = 10
+packs = 4
+[checkpoint]
+every_steps = 10
+"""
+
+
+def call(*arguments: str, code: int = 0, timeout: float = 120) -> str:
+    """Run a program of this environment; gives what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def on_ranks(world_size: int, folder: Path, *arguments: str) -> str:
+    """`python -m bigmodel ARGUMENTS` on ranks that start at once; gives what rank 0 printed."""
+    run_ranks(world_size, command, list(arguments), folder / "printed")
+    return (folder / "printed.0").read_text()
+
+
+def test_from_text_to_a_trained_model_by_the_launcher(tmp_path: Path) -> None:
+    sources = "".join(
+        "[[prepare.sources]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in source.items())
+        for source in write_sources(tmp_path / "text")
+    )
+    run_file, run = tmp_path / "run.toml", tmp_path / "run"
+    run_file.write_text(WHOLE.format(tmp_path, sources))
+    call("-m", "bigmodel", "prepare", str(run_file))
+    printed = call("-m", "launcher", "local", str(run_file), "--ranks", "2")
+    for words in ("starting", "step 30/30", "tokens/s", "validation", "this model", "bigram, same tokens", "xz -9"):
+        assert words in printed, f"{words!r} is missing in:\n{printed}"
+    for name in ("settings.json", "deepspeed.json", "environment.json", "loss.png", "sample.txt", "summary.json"):
+        assert (run / name).stat().st_size > 0, name
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["bits_per_byte"] < 8
+    lines = list(read_json_lines(run / "metrics.jsonl"))
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 31))
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [10, 20, 30]
+    last = [line for line in lines if line["kind"] == "evaluation"][-1]
+    first = next(line for line in lines if line["kind"] == "step")
+    assert last["nats_per_token"] == summary["nats_per_token"] < first["loss"] - 1
+    again = on_ranks(2, tmp_path, "train", str(run_file), "--set", "optimizer.learning_rate=0.02")
+    assert "resuming at step 30" in again
+    assert "changed since the last start: optimizer.learning_rate 0.01 -> 0.02\n" in again
+    assert json.loads((run / "summary.json").read_text())["bits_per_byte"] == summary["bits_per_byte"]
+    scored = on_ranks(1, tmp_path, "evaluate", str(run))
+    assert f"step 30: {summary['nats_per_token']:.1f}" in scored  # fp32 here, bf16 there
+    assert len(on_ranks(1, tmp_path, "generate", str(run), "--prompt", "Document 1")) > len("Document 1")
+
+
+def trained_step(run: Path) -> int:
+    steps = [line["step"] for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "step"]
+    return steps[-1] if steps else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, shards: Path, number: signal.Signals) -> None:
+    run_file, output = write_run(tmp_path, shards), tmp_path / "printed"
+    arguments = ["train", str(run_file), "--set", "training.steps=100000", "--set", "checkpoint.every_steps=100000"]
+    ranks = start_ranks(2, command, arguments, output)
+    while trained_step(tmp_path / "run") < 3:
+        assert all(rank.is_alive() for rank in ranks), Path(f"{output}.0").read_text()
+        time.sleep(0.01)
+    os.kill(ranks[1].pid, number)  # one rank is told; all stop at the same step
+    assert finish(ranks, 60) == [3, 3]
+    printed = Path(f"{output}.0").read_text()
+    assert "run the same command to go on" in printed
+    assert not (tmp_path / "run" / "metrics_endpoint").exists()
+    stopped = trained_step(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
+
+
+def train_with_infinite_gradient(run_file: Path, bad_steps: list[int]) -> int:
+    """On a rank: train; the loss of rank 0's first micro-batch is infinite in the given steps."""
+    from bigmodel.training import loop
+
+    class Engine(loop.Engine):
+        count = 0
+
+        def micro_batch(self, batch, num_targets, last):
+            loss = super().micro_batch(batch, num_targets, last)
+            self.count += last
+            bad = self.count in bad_steps and self.world.rank == 0 and last
+            return loss * float("inf") if bad else loss
+
+    loop.Engine = Engine
+    printed = run_file.with_suffix(f".printed.{os.environ['RANK']}")
+    with open(printed, "w") as output, contextlib.redirect_stdout(output):
+        return loop.train(load_settings(run_file))
+
+
+def test_a_bad_step_is_skipped_by_all_ranks_and_recorded_by_document(tmp_path: Path, shards: Path) -> None:
+    run_file = write_run(tmp_path, shards)
+    run_ranks(2, train_with_infinite_gradient, run_file, [3], ranks_per_node=1)  # each knows half of the documents
+    events = [line for line in read_json_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "step_skipped"]
+    assert [event["step"] for event in events] == [3]
+    assert {document[0] for document in events[0]["documents"]} == {"news", "letters"}
+    steps = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["step"] for line in steps if line["skipped"]] == [3]
+    assert sum(document[4] for document in events[0]["documents"]) == steps[2]["positions"]
+    assert len(steps) == 10
+    assert "step 3: skipped, loss inf" in run_file.with_suffix(".printed.0").read_text()
+    assert run_file.with_suffix(".printed.1").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "starter",
+    [
+        ["-m", "bigmodel"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bigmodel"],
+        ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "{port}", "--module", "bigmodel"],
+    ],
+    ids=["alone", "torchrun", "deepspeed"],
+)
+def test_the_same_program_runs_under_other_launchers(tmp_path: Path, shards: Path, starter: list[str]) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = [port if word == "{port}" else word for word in starter]
+    printed = call(*words, "train", str(write_run(tmp_path, shards)), "--set", "training.steps=3")
+    assert f"{1 if starter == ['-m', 'bigmodel'] else 2} rank(s)" in printed
+    assert trained_step(tmp_path / "run") == 3
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_ranks_are_not_started_for_a_wrong_run_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[model]\nheads = 5\n")
+    assert "model.heads = 5" in call("-m", "launcher", "local", str(tmp_path / "run.toml"), "--ranks", "2", code=2)
+
+
+def test_the_fresh_option_sets_checkpoints_aside(tmp_path: Path, shards: Path) -> None:
+    run_file, output = write_run(tmp_path, shards), tmp_path / "printed"
+    arguments = ["train", str(run_file), "--set", "training.steps=2"]
+    for more in ([], ["--fresh"]):
+        assert finish(start_ranks(1, command, arguments + more, output), 60) == [0]
+    assert "starting" in Path(f"{output}.0").read_text()
+    assert (tmp_path / "run" / "checkpoints-set-aside-1" / "step-00000002").is_dir()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert finish(start_ranks(1, command, arguments, output), 60) == [2], "lost checkpoints are not a new run"
+    assert "saved a checkpoint at step 2, and there is none now" in Path(f"{output}.0").read_text()
+    assert [path.name for path in sorted((tmp_path / "run" / "starts").iterdir())] == ["0001.json", "0002.json"]
+
+
+def wait_in_a_collective(folder: Path) -> int:
+    """On a rank: rank 0 waits for rank 1, which never comes."""
+    from bigmodel.distributed.signals import StopFlag
+    from bigmodel.distributed.world import start_world
+
+    StopFlag(grace_seconds=1.0)
+    world = start_world()
+    (folder / f"ready-{world.rank}").touch()
+    if world.rank == 1:
+        time.sleep(60)
+    world.sum_([1.0])
+    return 0
+
+
+def save_without_end(folder: Path) -> int:
+    """On a rank: the step ends, and the disk hangs."""
+    from bigmodel.distributed.signals import StopFlag
+
+    stop = StopFlag(grace_seconds=0.5, save_seconds=0.5)
+    (folder / "ready").touch()
+    while not stop.requested:
+        time.sleep(0.01)
+    stop.save_begins()
+    time.sleep(60)
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_save_that_never_ends_does_not_keep_a_rank_that_was_told_to_stop(tmp_path: Path, number: int) -> None:
+    ranks = start_ranks(1, save_without_end, tmp_path)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    os.kill(ranks[0].pid, number)
+    ranks[0].join(20)
+    assert ranks[0].exitcode == 1
+
+
+def test_a_signal_ends_a_rank_that_is_stuck_in_a_collective(tmp_path: Path) -> None:
+    ranks = start_ranks(2, wait_in_a_collective, tmp_path)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    ranks[0].join(20)
+    assert ranks[0].exitcode == 1
+    assert time.monotonic() - began < 10
+    kill(ranks)
+
+
+def test_a_full_disk_under_the_run_directory_is_explained(tmp_path: Path, shards: Path) -> None:
+    """/dev/full refuses every byte as a full disk does."""
+    run_file, output = write_run(tmp_path, shards), tmp_path / "printed"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").symlink_to("/dev/full")
+    assert finish(start_ranks(1, command, ["train", str(run_file)], output), 60) == [2]
+    printed = Path(f"{output}.0").read_text()
+    assert "Traceback" not in printed
+    assert "events.jsonl: No space left on device" in printed
+    assert not (tmp_path / "run" / "metrics_endpoint").exists()

@@ -1,0 +1,361 @@
+"""The engine beyond plain updates: initial weights, recomputation, loss scaling, states that move, hpZ, 70 billion."""
+
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigmodel.config.settings import ModelSettings, Settings, UserError
+from bigmodel.distributed.world import ALONE
+from bigmodel.evaluation.generate import _one_document as text_of_ids
+from bigmodel.metrics.phases import Phases
+from bigmodel.model.transformer import Block, Transformer
+from bigmodel.training.zero import ulysses
+from bigmodel.training.zero.engine import Engine
+from bigmodel.training.zero.ulysses import Sequence
+from bigmodel.training.zero.wrapping import wrap_blocks
+from tests.support.engine_worker import batch_of, launch, new_model, settings_table
+from tests.support.exactness import failures, job_of, with_sequence
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
+Jobs = dict[str, dict[str, Any]]
+STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
+MOVING = {kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor")}
+HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
+HPZ |= {"precision": "fp32", "persistence": 0, "ema": 0.0, "groups": False, "tied": True}
+
+
+def run(jobs: Jobs, world_size: int, folder: Path) -> Jobs:
+    outcome = launch(list(jobs.values()), world_size, folder)
+    return {name: jobs[name] | one for name, one in zip(jobs, outcome, strict=True)}
+
+
+def initial(folder: Path) -> Jobs:
+    return {
+        f"initial {stage} {precision}": {"settings": settings_table(folder, stage, precision, 1), "steps": 0}
+        for stage, precision in STAGES
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
+    """One launch on two ranks, one on one, one on four."""
+    folder = tmp_path_factory.mktemp("engine")
+    jobs = initial(folder)
+    for stage in (1, 3):
+        for kind in ("none", "selective", "full"):
+            table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind})
+            jobs[f"{kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
+    for stage in (1, 2, 3):
+        table = settings_table(folder, stage, "fp16", 3, fp16={"initial_scale_power": 28})
+        where = str(folder / f"fp16-{stage}")
+        jobs[f"scaled {stage}"] = {"settings": table, "steps": 20, "save_at": 14, "checkpoints": where}
+        jobs[f"scaled again {stage}"] = {"settings": table, "steps": 20, "resume": True, "checkpoints": where}
+    for kind, stage in itertools.product(MOVING, (1, 3)):
+        table, where = settings_table(folder, stage, "fp32", 3, **MOVING[kind]), str(folder / f"{kind}-{stage}")
+        jobs[f"{kind} saved {stage}"] = {"settings": table, "steps": 6, "save_at": 3, "checkpoints": where}
+        jobs[f"{kind} again {stage}"] = {"settings": table, "steps": 6, "resume": True, "checkpoints": where}
+    for kind, (source, target) in itertools.product(MOVING, ((1, 3), (3, 2))):
+        table = settings_table(folder, target, "fp32", 3, **MOVING[kind])
+        where = {"resume": True, "checkpoints": str(folder / f"{kind}-{source}")}
+        jobs[f"{kind} moved {source} to {target}"] = {"settings": table, "steps": 6, **where}
+    for stage in (1, 2):
+        case = HPZ | {
+            "stage": stage,
+            "precision": "bf16",
+            "offload": "optimizer to cpu",
+            "activation_checkpointing": "none",
+        }
+        jobs[f"offloaded {stage}"] = job_of(case, folder) | {"steps": 1}
+    found = {2: run(jobs, 2, folder)}
+    alone = initial(folder)
+    for kind in MOVING:
+        table = settings_table(folder, 0, "fp32", 6, **MOVING[kind])
+        where = {"resume": True, "checkpoints": str(folder / f"{kind}-3")}
+        alone[f"{kind} moved 3 to 0"] = {"settings": table, "steps": 6, **where}
+    found[1] = run(alone, 1, folder)
+    hpz = job_of(HPZ, folder, zero_hpz_partition_size=2)
+    where = {"checkpoints": str(folder / "muon-1"), "resume": True}
+    table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING["muon"])
+    shared = {
+        f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder), ranks)
+        for ranks, case in ((2, HPZ), (4, HPZ | {"stage": 1, "precision": "bf16"}), (2, HPZ | {"stage": 2}))
+    }
+    found[4] = run(shared | {"hpz": hpz, "muon moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_initial_weights_are_the_same_at_any_stage_and_world_size(results, precision: str) -> None:
+    digests = {
+        results[size][f"initial {stage} {kind}"]["digest"]
+        for size in (1, 2)
+        for stage, kind in STAGES
+        if kind == precision
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputing_activations_changes_no_bit(results, stage: int) -> None:
+    """With dropout on, and an evaluation in between."""
+    plain = results[2][f"none {stage}"]
+    for kind in ("selective", "full"):
+        one = results[2][f"{kind} {stage}"]
+        assert (one["losses"], one["norms"], one["digest"]) == (plain["losses"], plain["norms"], plain["digest"])
+        assert one["evaluated"] == plain["evaluated"]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.count += function is torch.ops.aten.mm.default
+        return function(*arguments, **(named or {}))
+
+
+def backward_of(kind: str) -> tuple[int, int]:
+    """Bytes that the graph keeps between the passes (selective keeps some beside it), products in the backward."""
+    table = {"model": {"layers": 3, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 96}}
+    settings = Settings.model_validate(table | {"training": {"activation_checkpointing": kind}})
+    model = Transformer(settings.model, 67)
+    wrap_blocks(model, settings, stage=1)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch_of(0, range(6)))
+    with Products() as products:
+        loss.backward()
+    return sum(kept.values()), products.count
+
+
+def test_full_keeps_least_and_selective_repeats_no_product() -> None:
+    (kept, products), (some, as_many), (least, more) = map(backward_of, ("none", "selective", "full"))
+    assert least < 0.8 * kept
+    assert some < 0.8 * kept
+    assert as_many == products > 0
+    assert more == products + 3 * 4, "four products in each of three blocks are computed again"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_lowers_its_loss_scale_until_gradients_are_finite_and_resumes_there(results, stage: int) -> None:
+    one, again = results[2][f"scaled {stage}"], results[2][f"scaled again {stage}"]
+    skipped = one["skipped"]
+    before = [step for step in skipped if step < 14]
+    assert before == list(range(len(before))) != [], "the scale begins too high, and comes down"
+    assert len(before) < 14, "before the save"
+    assert one["loss_scale"] == 2.0 ** (28 - len(skipped))
+    assert one["updates"] == 20 - len(skipped)
+    assert (again["digest"], again["loss_scale"]) == (one["digest"], one["loss_scale"])
+    assert one["losses"][-len(again["losses"]) :] == again["losses"] != []
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("kind", list(MOVING))
+def test_momentum_and_average_resume_bitwise(results, kind: str, stage: int) -> None:
+    one, again = results[2][f"{kind} saved {stage}"], results[2][f"{kind} again {stage}"]
+    assert again["loaded"] == one["saved"]
+    assert again["losses"] == one["losses"][3:]
+    assert again["digest"] == one["digest"]
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        *((2, f"{kind} moved {stages}") for kind in MOVING for stages in ("1 to 3", "3 to 2")),
+        *((1, f"{kind} moved 3 to 0") for kind in MOVING),
+        (4, "muon moved 1 to hpz"),
+    ],
+)
+def test_momentum_and_average_move_to_any_stage_exactly(results, size: int, name: str) -> None:
+    kind, _, source, *_ = name.split()
+    moved, whole = results[size][name], results[2][f"{kind} saved {source}"]
+    assert moved["loaded"] == whole["saved"]
+    assert moved["losses"] == pytest.approx(whole["losses"][3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["2 share at 3", "2 share at 2", "4 share at 1"])
+def test_ranks_that_share_a_pack_have_the_loss_and_gradient_of_one(results, name: str) -> None:
+    """Four ranks as two pairs or as one group; key-value heads are 2, so four ranks repeat them."""
+    assert failures(results[4][name]) == []
+
+
+def test_hpz_on_four_ranks_is_plain_torch(results) -> None:
+    assert failures(results[4]["hpz"]) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_are_offloaded_are_added_up_in_fp32(results, stage: int) -> None:
+    """As far from float64 as one process that adds bf16 gradients up in fp32, with three micro-batches a rank."""
+    one = results[2][f"offloaded {stage}"]
+    assert one["micro_batches"] == 3
+    assert one["gradient_distances"][0] == pytest.approx(one["allowed"]["0"], rel=1e-6)
+
+
+# --- too large for one rank
+
+
+def build_in_shares(folder: Path) -> None:
+    """On a rank: what is whole while a model is made under ZeRO-3, and while it is filled."""
+    from bigmodel.distributed.world import start_world
+    from bigmodel.model.init import init_weights
+    from bigmodel.training.zero.engine import creation
+
+    world, whole_sizes, blocks = start_world(timeout_seconds=60), [], []
+    settings = Settings.model_validate({"model": {"layers": 6, "width": 64, "heads": 4, "key_value_heads": 2}})
+    make = Block.__init__
+
+    def made(block: Block, *arguments: Any) -> None:
+        blocks.append(block)
+        whole_sizes.append(sum(p.numel() for one in blocks[:-1] for p in one.parameters()))
+        make(block, *arguments)
+
+    Block.__init__ = made
+    with creation({"zero_optimization": {"stage": 3}, "train_batch_size": world.size}) as whole:
+        model = Transformer(settings.model, 1000)
+    counts = []
+
+    def counting(parameter: torch.nn.Parameter) -> Any:
+        counts.append(sum(p.numel() for p in model.parameters()))
+        return whole(parameter)
+
+    init_weights(model, 1, counting)
+    facts = {
+        "earlier blocks while one is made": max(whole_sizes),
+        "others while one is filled": max(counts),
+        "shares": sum(p.ds_tensor.numel() for p in model.parameters()),
+        "model": sum(p.ds_numel for p in model.parameters()),
+    }
+    (folder / f"{world.rank}.json").write_text(json.dumps(facts))
+
+
+def test_no_rank_ever_holds_the_whole_model_under_zero_3(tmp_path: Path) -> None:
+    run_ranks(2, build_in_shares, tmp_path)
+    for rank in (0, 1):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert facts["model"] > 1_000_000
+        assert facts["earlier blocks while one is made"] == 0
+        assert facts["others while one is filled"] == 0
+        assert facts["shares"] == pytest.approx(facts["model"] / 2, rel=1e-3)
+
+
+def test_70_billion_parameters_counted_on_meta_tensors() -> None:
+    """On 64 ranks: 2 bytes of weight, 4 of master, 8 of moments and 4 of gradient a parameter, and one block whole."""
+    sizes = {"layers": 80, "width": 8192, "heads": 64, "key_value_heads": 8, "feed_forward_width": 28_672}
+    with torch.device("meta"):
+        model = Transformer(ModelSettings(**sizes), 128_256)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == pytest.approx(70.55e9, rel=1e-3)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    largest = max(block, model.head.weight.numel())
+    per_rank = (2 + 4 + 8 + 4) * parameters / 64 + 2 * largest
+    assert per_rank < 24e9
+    assert parameters * 2 > 140e9, "which no rank could hold whole"
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"model": {"heads": 6, "key_value_heads": 6}}, r"= 4 does not fit model\.heads = 6"),
+        ({"data": {"pack_tokens": 2050}}, r"= 4 does not divide data\.pack_tokens = 2050"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> None:
+    settings = Settings.model_validate(table | {"training": {"sequence_parallel_ranks": 4}})
+    with pytest.raises(UserError, match=words):
+        Sequence(settings, ALONE)
+
+
+def test_time_in_ulysses_exchanges_is_communication(monkeypatch) -> None:
+    """Also in the backward pass: else a rank that waits for its peers would count as busy, and hide the slow one."""
+
+    def wait(received: torch.Tensor, sent: torch.Tensor, group: Any) -> None:
+        time.sleep(0.05)
+        received.copy_(sent)
+
+    monkeypatch.setattr(ulysses.dist, "all_to_all_single", wait)
+    phases = Phases(torch.device("cpu"))
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    for name in ("forward", "backward"):
+        with phases(name):
+            if name == "forward":
+                y = ulysses._Exchange.apply(x, ulysses._Ranks(None, 2, phases), True)
+            else:
+                y.sum().backward()
+        seconds = phases.take()
+        assert seconds["communication"] >= 0.05 > seconds[name]
+    assert (x.grad == 1).all()
+
+
+class SimpleCall:
+    """As much of DeepSpeed's engine as a forward takes."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> torch.Tensor:
+        return self.module(*inputs)
+
+
+def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch) -> None:
+    """Without dropout all layers share a graph; with it each has its own, of which torch allows 8 by default."""
+    graphs, real = [], torch.compile
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, backend=count, **named))
+    for dropout, expected in ((0.0, 1), (0.1, 9)):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = {"layers": 9, "width": 16, "heads": 2, "key_value_heads": 2, "dropout": dropout}
+        settings = Settings.model_validate({"training": {"compile": True}, "model": model})
+        compiled = new_model(settings)
+        wrap_blocks(compiled, settings, stage=1)
+        compiled(batch_of(0, range(6)))
+        assert len(graphs) == expected
+    engine, graphs[:] = Engine.__new__(Engine), []
+    engine._engine, engine._compiles = SimpleCall(compiled), True
+    for length in (5, 6):  # a text that grows
+        engine.forward(text_of_ids([1] * length), "logits")
+    assert graphs == []
+    engine.forward(batch_of(0, range(6)))
+    assert len(graphs) == 1  # in evaluation nothing is dropped
+    shared = settings.model_copy(
+        update={"training": settings.training.model_copy(update={"sequence_parallel_ranks": 2})}
+    )
+    with pytest.raises(UserError, match="is not compiled"):
+        wrap_blocks(new_model(settings), shared, stage=1)
+
+
+def test_compile_is_refused_under_zero_3_and_changes_nothing_else(monkeypatch) -> None:
+    settings = Settings.model_validate({"training": {"compile": True}, "model": {"layers": 2, "width": 32, "heads": 4}})
+    with pytest.raises(UserError, match=r"training\.compile = true with ZeRO stage 3"):
+        wrap_blocks(new_model(settings), settings, stage=3)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **named: real(function, backend="aot_eager", **named))
+    plain, compiled = new_model(settings), new_model(settings)
+    wrap_blocks(compiled, settings, stage=1)
+    losses = [model(batch_of(0, range(6))) for model in (plain, compiled)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+    assert math.isfinite(losses[1].item())
