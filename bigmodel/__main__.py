@@ -160,15 +160,15 @@ def train(
 @app.command()
 def check(
     run_file: RunFile,
-    promise: Annotated[str, typer.Argument(help="leak, order, loss, resume, accounting or all")] = "all",
+    guarantee: Annotated[str, typer.Argument(help="leak, order, loss, resume, accounting or all")] = "all",
     override: Overrides = [],  # noqa: B006
 ) -> None:
-    """Prove a promise on your own settings and data."""
-    from bigmodel.checks.guarantees import PROMISES, run_checks
+    """Prove a guarantee on your own settings and data."""
+    from bigmodel.checks.guarantees import GUARANTEES, run_checks
 
-    if promise != "all" and promise not in PROMISES:
-        raise UserError(f"check {promise}: no such promise; choose one of {', '.join(PROMISES)} or all")
-    failed = run_checks(run_file, override, list(PROMISES) if promise == "all" else [promise])
+    if guarantee != "all" and guarantee not in GUARANTEES:
+        raise UserError(f"check {guarantee}: no such guarantee; choose one of {', '.join(GUARANTEES)} or all")
+    failed = run_checks(run_file, override, list(GUARANTEES) if guarantee == "all" else [guarantee])
     if failed:
         raise typer.Exit(EXIT_FAILED)
 
@@ -208,7 +208,7 @@ def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory
 
     trained = load_trained(run_directory)
     result = Validation(trained.settings.data, packs_per_micro_batch=1).run(trained.forward, ALONE)
-    print(f"step {trained.step}: {result} over {result.num_targets} tokens")
+    print(f"step {trained.step}: {result} over {result.num_labels} tokens")
 
 
 @app.command()

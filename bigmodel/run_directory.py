@@ -6,7 +6,7 @@
       checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
       events.jsonl   starts, stops, skipped steps           logs/             what the ranks printed, see below
       metrics_endpoint  host:port while it runs             lock              held by the live run
-      incarnation.json  which start may publish
+      restart_generation.json  which start may publish
       loss.png  sample.txt  summary.json                    at the end
       profile/                        asked for             tensorboard/ wandb/  if metrics.writers names them
       world.json     host and device of each rank, and what all share: commit, sources, settings, data, versions
@@ -45,6 +45,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from bigmodel.config.renamed import NEW_NAMES
 from bigmodel.config.settings import UserError, without_secrets
 
 EXIT_DONE = 0  # the run reached its last step
@@ -52,7 +53,7 @@ EXIT_FAILED = 1  # a bug or the machine
 EXIT_USER = 2  # a UserError: the text says what to mend
 EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
 
-INCARNATION = "incarnation.json"
+RESTART_GENERATION = "incarnation.json"
 CLAIM_ATTEMPTS = 5
 SHOWN_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "NODE_", "GROUP_", "MASTER_", "SLURM_", "PBS_", "LSB_", "KUBERNETES_"),
@@ -107,24 +108,24 @@ def take_over(directory: Path) -> str:
     """
     token = secrets.token_hex(8)
     found = {"token": token, "host": os.uname().nodename, "process": os.getpid(), "time": time.time()}
-    write_json(Path(directory) / INCARNATION, found)
+    write_json(Path(directory) / RESTART_GENERATION, found)
     return token
 
 
 def rank_zero(directory: Path) -> tuple[int, str]:
     """Process and host of rank 0 of the start that counts now; (0, "") before the first one has come so far."""
-    file = Path(directory) / INCARNATION
+    file = Path(directory) / RESTART_GENERATION
     if not file.exists():
         return 0, ""
     found = read_json(file)
     return found["process"], found["host"]
 
 
-def require_incarnation(directory: Path, token: str) -> None:
+def require_restart_generation(directory: Path, token: str) -> None:
     """Raises `UserError` where another start has taken the run over. An empty token asks for nothing."""
     if not token:
         return
-    now = read_json(Path(directory) / INCARNATION)
+    now = read_json(Path(directory) / RESTART_GENERATION)
     if now["token"] != token:
         raise UserError(
             f"{directory}: a later start, process {now['process']} on {now['host']}, has taken this run over; "
@@ -315,7 +316,7 @@ def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str,
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """The values that differ in two nested tables, by dotted name; the directory of a run does not count."""
-    mine, its = dict(_flat(then)), dict(_flat(now))
+    mine, its = ({NEW_NAMES.get(name, name): value for name, value in _flat(table)} for table in (then, now))
     names = sorted((mine.keys() | its.keys()) - {"run.directory"})
     return [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
 

@@ -16,11 +16,11 @@ the product alone, without a cap score is raw. With p the softmax and dp_s = dou
 With lse[t, h] = log(sum_s exp(score_s)), -inf where t sees no key, its gradient dlse is one more term of draw: delta
 becomes dout[t, h] . out[t, h] - dlse[t, h].
 
-Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a Visibility.
+Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a AttentionMask.
 Gives out (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last offset are written
 (zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
 nothing waits for the device, no value of the device decides a shape or a launch, and nothing is compiled again for
-other documents: forward and backward may be captured in a CUDA graph and replayed with other offsets in the same
+other documents: forward and backward may be captured in a CUDA graph and replayed with other cu_seqlens in the same
 tensor, and torch.compile sees two operators without graph breaks.
 Costs: 2 matrix products per visible tile forward and 7 backward (5 would need atomics; 9 where a bias wants its
 gradient); memory for out and one fp32 per query row and head. Full tiles run without a mask. A bias costs a load from
@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from bigmodel.kernels.mask import FULL, Visibility, count_in_part, dense, load_tile, sees, tile_in_part
-from bigmodel.kernels.tiles import Schedule, document_lengths, make_schedule
+from bigmodel.kernels.mask import FULL, AttentionMask, count_in_part, dense, load_tile, sees, tile_in_part
+from bigmodel.kernels.tiles import TileMetadata, document_lengths, make_tile_metadata
 from bigmodel.kernels.triton_import import INTERPRETED, tl, triton
 
 # Part 2: the reference.
@@ -47,7 +47,7 @@ def attention_reference(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGK: Tensor,
-    visibility: Visibility,
+    mask: AttentionMask,
     lengths: tuple[tuple[int, int], ...] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -55,18 +55,18 @@ def attention_reference(
 ) -> Tensor:
     """Attention in plain torch, one document at a time; also what runs on CPU. Shapes as `attention`, any float type.
 
-    `lengths` (queries, keys) of each document save a look at the offsets. One call per document needs no padding
+    `lengths` (queries, keys) of each document save a look at the cu_seqlens. One call per document needs no padding
     and keeps documents apart bitwise. Against padded groups of documents of like length (one shared core, T = 2048,
     forward and backward, K = 32 unless marked): lengths around 300, 29 ms against 25 to 35 with 4 heads, 71 against 91
     to 135 with 8 on 4 and K = 64; 52 documents of 40, the best case for padding, 13 to 19 ms against 9 to 13 with
     4 heads, 29 against 35 to 40 with 8 on 4 and K = 64.
     """
-    lengths = lengths or document_lengths(visibility)
-    return _reference(q_THK, k_SGK, v_SGK, visibility, lengths, scale, softcap, bias_HR, with_lse=False)[0]
+    lengths = lengths or document_lengths(mask)
+    return _reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR, with_lse=False)[0]
 
 
 def _reference(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, lengths: tuple[tuple[int, int], ...],
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, lengths: tuple[tuple[int, int], ...],
     scale: float | None, softcap: float | None, bias_HR: Tensor | None, with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """out (T, H, K) and, if wanted, lse (T, H) in fp32 at least."""
@@ -92,9 +92,9 @@ def _reference(
             outs.append(torch.zeros_like(q))
             lses.append(q.new_full(q.shape[:2], -torch.inf))
         elif softcap is None and bias_HR is None and not with_lse:
-            outs.append(_attend_document(q, k, v, visibility, number, scale))
+            outs.append(_attend_document(q, k, v, mask, number, scale))
         else:
-            out, lse = _attend_document_by_formula(q, k, v, visibility, number, scale, softcap, bias_HR)
+            out, lse = _attend_document_by_formula(q, k, v, mask, number, scale, softcap, bias_HR)
             outs.append(out)
             lses.append(lse)
     outs.append(q_THK.new_zeros(beyond_T, *q_THK.shape[1:]))
@@ -103,15 +103,15 @@ def _reference(
 
 
 def _attend_document(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, number: int, scale: float
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, number: int, scale: float
 ) -> Tensor:
-    left, right = visibility.window
+    left, right = mask.window
     left_is_open = left >= q_THK.shape[0] - 1
-    is_causal = left_is_open and visibility.right == 0 and visibility.key_prefix is None
+    is_causal = left_is_open and mask.right == 0 and mask.key_prefix is None
     sees_all = left_is_open and right >= k_SGK.shape[0] - 1
     out_1HTK = F.scaled_dot_product_attention(
         *(rows.transpose(0, 1)[None] for rows in (q_THK, k_SGK, v_SGK)),
-        attn_mask=None if is_causal or sees_all else _visible_in_document(q_THK, k_SGK, visibility, number),
+        attn_mask=None if is_causal or sees_all else _visible_in_document(q_THK, k_SGK, mask, number),
         is_causal=is_causal,
         scale=scale,
         enable_gqa=q_THK.shape[1] != k_SGK.shape[1],
@@ -120,7 +120,7 @@ def _attend_document(
 
 
 def _attend_document_by_formula(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, number: int, scale: float,
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, number: int, scale: float,
     softcap: float | None, bias_HR: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (T, H, K) and lse (T, H)."""
@@ -134,24 +134,23 @@ def _attend_document_by_formula(
         score_HTS = score_HTS + bias_HR[:, distance_TS + reach]
     if softcap is not None:
         score_HTS = softcap * torch.tanh(score_HTS / softcap)
-    hidden_TS = ~_visible_in_document(q_THK, k_SGK, visibility, number)
+    hidden_TS = ~_visible_in_document(q_THK, k_SGK, mask, number)
     score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
     p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
     return torch.einsum("hts,shk->thk", p_HTS, v_SHK), score_HTS.logsumexp(-1).T
 
 
-def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, visibility: Visibility, number: int) -> Tensor:
+def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, mask: AttentionMask, number: int) -> Tensor:
     """(T, S) bool: the rule for the rows of one document."""
     queries, keys = q_THK.shape[0], k_SGK.shape[0]
-    query_offsets, key_offsets = (
+    cu_seqlens_q, cu_seqlens_k = (
         torch.tensor([0, rows], dtype=torch.int32, device=q_THK.device) for rows in (queries, keys)
     )
     key_prefix, query_prefix = (
-        None if prefix is None else prefix[number : number + 1]
-        for prefix in (visibility.key_prefix, visibility.query_prefix)
+        None if prefix is None else prefix[number : number + 1] for prefix in (mask.key_prefix, mask.query_prefix)
     )
-    left, right = visibility.left, visibility.right
-    return dense(Visibility(query_offsets, key_offsets, left, right, key_prefix, query_prefix), queries, keys)
+    left, right = mask.left, mask.right
+    return dense(AttentionMask(cu_seqlens_q, cu_seqlens_k, left, right, key_prefix, query_prefix), queries, keys)
 
 
 # Part 3: Triton kernels. Scores are in base 2: scale, bias and cap come multiplied by log2(e), as scale2, bias, cap2.
@@ -486,8 +485,8 @@ def launch_options(
 ) -> dict[str, Any]:
     """The compile-time arguments of a kernel: CHANNELS, HEAD, ROWS, PARTS, COLUMNS, num_warps, num_stages.
 
-    `block`: the rows of a tile of the schedule; the kernel takes ROWS of them, a PARTS-th. `plain`: no cap, no bias.
-    """
+    `block`: the rows of a tile of the tile_metadata; the kernel takes ROWS of them, a PARTS-th. `plain`: no cap, no
+    bias."""
     head = max(16, 1 << (channels - 1).bit_length())
     width = max(head, 64)
     if dtype == torch.float32:
@@ -646,31 +645,31 @@ def attention(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGK: Tensor,
-    visibility: Visibility,
-    schedule: Schedule | None = None,
+    mask: AttentionMask,
+    tile_metadata: TileMetadata | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
 ) -> Tensor:
     """Attention of packed queries (T, H, K) over packed keys and values (S, G, K): (T, H, K), differentiable.
 
-    G divides H; query head h reads key head h // (H // G). `schedule` is `make_schedule` of the same rule, made once
-    per batch (None: made here). `scale` multiplies the scores and is positive (None: 1 / sqrt(K)). `softcap` keeps
-    scores between -softcap and softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: what is added to
-    the scaled scores of the distances -reach to reach (place of the key - place of the query, in their document), its
-    ends to all beyond; `bigmodel.kernels.relative_bias` makes one of T5's table. On a GPU: bf16, fp16 or fp32 and up to
-    256 channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes that do not fit.
-    The method is that of FlashAttention-2 (Dao 2023).
+    G divides H; query head h reads key head h // (H // G). `tile_metadata` is `make_tile_metadata` of the same rule,
+    made once per batch (None: made here). `scale` multiplies the scores and is positive (None: 1 / sqrt(K)). `softcap`
+    keeps scores between -softcap and softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: what is
+    added to the scaled scores of the distances -reach to reach (place of the key - place of the query, in their
+    document), its ends to all beyond; `bigmodel.kernels.relative_bias` makes one of T5's table. On a GPU: bf16, fp16 or
+    fp32 and up to 256 channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes
+    that do not fit. The method is that of FlashAttention-2 (Dao 2023).
     """
-    return _attend(q_THK, k_SGK, v_SGK, visibility, schedule, scale, softcap, bias_HR, with_lse=False)[0]
+    return _attend(q_THK, k_SGK, v_SGK, mask, tile_metadata, scale, softcap, bias_HR, with_lse=False)[0]
 
 
 def attention_with_lse(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGK: Tensor,
-    visibility: Visibility,
-    schedule: Schedule | None = None,
+    mask: AttentionMask,
+    tile_metadata: TileMetadata | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
@@ -683,32 +682,32 @@ def attention_with_lse(
 
     where at least one of the two is finite.
     """
-    out_THK, lse_TH = _attend(q_THK, k_SGK, v_SGK, visibility, schedule, scale, softcap, bias_HR, with_lse=True)
+    out_THK, lse_TH = _attend(q_THK, k_SGK, v_SGK, mask, tile_metadata, scale, softcap, bias_HR, with_lse=True)
     assert lse_TH is not None, "lse was asked for"
     return out_THK, lse_TH
 
 
 def _attend(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, schedule: Schedule | None,
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, tile_metadata: TileMetadata | None,
     scale: float | None, softcap: float | None, bias_HR: Tensor | None, with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
-    schedule = schedule or make_schedule(visibility, q_THK.shape[0], k_SGK.shape[0])
-    _check_shapes(q_THK, k_SGK, v_SGK, schedule)
-    if schedule.visibility is not visibility:
-        raise ValueError("attention got a schedule made for another rule; give both the same Visibility")
+    tile_metadata = tile_metadata or make_tile_metadata(mask, q_THK.shape[0], k_SGK.shape[0])
+    _check_shapes(q_THK, k_SGK, v_SGK, tile_metadata)
+    if tile_metadata.mask is not mask:
+        raise ValueError("attention got a tile_metadata made for another rule; give both the same AttentionMask")
     _check_scores(q_THK, scale, softcap, bias_HR)
-    if schedule.query_tiles_NF is None or schedule.key_tiles_NF is None:
-        lengths = schedule.lengths or document_lengths(visibility)
-        return _reference(q_THK, k_SGK, v_SGK, visibility, lengths, scale, softcap, bias_HR, with_lse)
+    if tile_metadata.query_tiles_NF is None or tile_metadata.key_tiles_NF is None:
+        lengths = tile_metadata.lengths or document_lengths(mask)
+        return _reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR, with_lse)
     _check_kernel_can(q_THK)
-    tables = schedule.query_tiles_NF, schedule.key_tiles_NF
-    settings = *visibility.window, scale, softcap, schedule.block
+    tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
+    settings = *mask.window, scale, softcap, tile_metadata.block
     out_THK, lse_HT = _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)
     return out_THK, lse_HT.T / LOG2_E if with_lse else None
 
 
-def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, schedule: Schedule) -> None:
+def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, tile_metadata: TileMetadata) -> None:
     shapes = f"q {tuple(q_THK.shape)}, k {tuple(k_SGK.shape)}, v {tuple(v_SGK.shape)}"
     if q_THK.dim() != 3 or k_SGK.dim() != 3 or k_SGK.shape != v_SGK.shape or q_THK.shape[2] != k_SGK.shape[2]:
         raise ValueError(f"attention got {shapes}; it needs q (T, H, K) and k, v (S, G, K) with the same K")
@@ -716,9 +715,9 @@ def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, schedule: Schedul
         raise ValueError(f"attention got {shapes}; the query heads must be a multiple of the key heads")
     if not q_THK.dtype == k_SGK.dtype == v_SGK.dtype:
         raise ValueError(f"attention got q {q_THK.dtype}, k {k_SGK.dtype}, v {v_SGK.dtype}; cast them to one type")
-    if (schedule.num_queries, schedule.num_keys) != (q_THK.shape[0], k_SGK.shape[0]):
-        made_for = f"{schedule.num_queries} queries and {schedule.num_keys} keys"
-        raise ValueError(f"attention got {shapes} and a schedule made for {made_for}; make one for this batch")
+    if (tile_metadata.num_queries, tile_metadata.num_keys) != (q_THK.shape[0], k_SGK.shape[0]):
+        made_for = f"{tile_metadata.num_queries} queries and {tile_metadata.num_keys} keys"
+        raise ValueError(f"attention got {shapes} and a tile_metadata made for {made_for}; make one for this batch")
 
 
 def _check_scores(q_THK: Tensor, scale: float, softcap: float | None, bias_HR: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Linear cross-entropy: the loss of hidden states under an output matrix, without ever holding all logits.
 
-Formula, for position t with target y, softcap c, smoothing e (each 0 = off) and the vocabulary of V tokens:
+Formula, for position t with label y, softcap c, smoothing e (each 0 = off) and the vocabulary of V tokens:
 
     raw[t, v]   = hidden[t] . weight[v]
     logit[t, v] = c * tanh(raw[t, v] / c)                         raw[t, v] where c = 0
@@ -8,11 +8,11 @@ Formula, for position t with target y, softcap c, smoothing e (each 0 = off) and
     loss[t]     = lse[t] - (1 - e) * logit[t, y] - e / V * sum_v logit[t, v]
     z[t]        = lse[t]^2
 
-Both are 0 where the target is IGNORED. What is differentiated is sum_t loss[t] + z_loss * z[t]:
+Both are 0 where the label is IGNORED. What is differentiated is sum_t loss[t] + z_loss * z[t]:
 
     d raw[t, v] = (softmax_v * (1 + 2 * z_loss * lse[t]) - (1 - e) * [v = y] - e / V) * (1 - (logit[t, v] / c)^2)
 
-Takes hidden (T, H), weight (V, H) of one floating type with any strides and targets (T,) int64. Gives the sums, or the
+Takes hidden (T, H), weight (V, H) of one floating type with any strides and labels (T,) int64. Gives the sums, or the
 loss of each position, in fp32 (fp64 for fp64 inputs). Guarantees: gradients are computed chunk by chunk inside the
 forward, where under ZeRO-3 the weight is whole, and only those that are needed; 16-bit products are added up in fp32,
 over chunks too; two runs agree bitwise; the gradients of ignored positions are exactly zero; nothing waits for a GPU.
@@ -30,7 +30,7 @@ from torch import Tensor, library
 
 from bigmodel.kernels.triton_import import HAS_TRITON, INTERPRETED, tl, triton
 
-IGNORED = -100  # the target of a position without one
+IGNORED = -100  # the label of a position without one
 CHUNK_BYTES = 2**29  # of logits: 1,024 positions at V = 128k, 4,096 at V = 32k; enough rows for full-speed products
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -106,7 +106,7 @@ def load_logits(row, column, num_columns, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def softmax_kernel(logits, gradients, targets, losses, zs, row_stride, gradient_stride, num_columns,
+def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_stride, num_columns,
                    Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, IGNORED: tl.constexpr,
                    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One program: loss, z and, over the logits, the gradient of one row. An ignored row is not read.
@@ -117,8 +117,8 @@ def softmax_kernel(logits, gradients, targets, losses, zs, row_stride, gradient_
     place = tl.program_id(0).to(tl.int64)
     logits += place * row_stride
     gradients += place * gradient_stride
-    target = tl.load(targets + place)
-    if target == IGNORED:
+    label = tl.load(labels + place)
+    if label == IGNORED:
         tl.store(losses + place, 0.0)
         tl.store(zs + place, 0.0)
         if WITH_GRADIENT:
@@ -141,7 +141,7 @@ def softmax_kernel(logits, gradients, targets, losses, zs, row_stride, gradient_
             logit_sum += tl.sum(tl.where(column < num_columns, logit_B, 0.0), 0)
     log_total = tl.log(total)
     lse = top + log_total
-    target_logit = tl.load(logits + target)
+    target_logit = tl.load(logits + label)
     if SOFTCAP > 0:
         target_logit = SOFTCAP * tanh(target_logit / SOFTCAP)
     loss = log_total - (1.0 - SMOOTHING) * (target_logit - top)  # from the top down: lse would round at its height
@@ -155,7 +155,7 @@ def softmax_kernel(logits, gradients, targets, losses, zs, row_stride, gradient_
         for start in range(0, num_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             logit_B = load_logits(logits, column, num_columns, SOFTCAP)
-            slope_B = tl.exp(logit_B - top) * scale - tl.where(column == target, 1.0 - SMOOTHING, 0.0)
+            slope_B = tl.exp(logit_B - top) * scale - tl.where(column == label, 1.0 - SMOOTHING, 0.0)
             if SMOOTHING > 0:
                 slope_B -= SMOOTHING / num_columns
             if SOFTCAP > 0:
@@ -188,11 +188,11 @@ def launch_options(columns: int) -> dict[str, int]:
 # Part 4: chunks, and autograd.
 
 
-def chunk_slices(num_positions: int, vocabulary: int, wide: torch.dtype, chunk_positions: int) -> Iterator[slice]:
+def chunk_slices(num_tokens: int, vocabulary: int, wide: torch.dtype, chunk_positions: int) -> Iterator[slice]:
     """The chunks of a batch; chunk_positions 0: multiples of 128 positions whose logits fit into CHUNK_BYTES."""
     fitting = CHUNK_BYTES // (wide.itemsize * vocabulary) // 128 * 128
     positions = chunk_positions or max(128, fitting)
-    return (slice(start, start + positions) for start in range(0, num_positions, positions))
+    return (slice(start, start + positions) for start in range(0, num_tokens, positions))
 
 
 def _softmax_step(
@@ -252,11 +252,11 @@ def sums_and_gradients(
 
 def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
     good_T = (targets_T == IGNORED) | ((targets_T >= 0) & (targets_T < vocabulary))
-    need = f"targets need to be {IGNORED} (ignored) or 0 to {vocabulary - 1}, the rows of the weight"
+    need = f"labels need to be {IGNORED} (ignored) or 0 to {vocabulary - 1}, the rows of the weight"
     if targets_T.device.type != "cpu":
         torch._assert_async(good_T.all(), need)
     elif not good_T.all():
-        raise ValueError(f"linear cross-entropy got the target {int(targets_T[~good_T][0])}; {need}")
+        raise ValueError(f"linear cross-entropy got the label {int(targets_T[~good_T][0])}; {need}")
 
 
 _linear_cross_entropy = library.custom_op("bigmodel::linear_cross_entropy", mutates_args=())(sums_and_gradients)
@@ -306,7 +306,7 @@ _linear_cross_entropy.register_autograd(_differentiate, setup_context=_remember)
 
 
 class LossSums(NamedTuple):
-    """Sums over the positions that have a target, and how many have one.
+    """Sums over the positions that have a label, and how many have one.
 
     The backward of `loss_sum` gives the gradient of loss_sum + z_loss * z_sum, so that a reported loss stays
     comparable whatever z_loss is. z_sum and count have no gradient.
@@ -324,10 +324,10 @@ def linear_cross_entropy(
     options: Options = PLAIN,
     chunk_positions: int = 0,
 ) -> LossSums:
-    """The sums of losses and z, and the count of targets; differentiable once in hidden and weight.
+    """The sums of losses and z, and the count of labels; differentiable once in hidden and weight.
 
-    `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for shapes, types, targets or
-    options that do not fit; on a GPU targets are checked by an assertion on the device.
+    `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for shapes, types, labels or
+    options that do not fit; on a GPU labels are checked by an assertion on the device.
     """
     return linear_cross_entropy_and_losses(hidden_TH, weight_VH, targets_T, options, chunk_positions)[0]
 
@@ -368,11 +368,11 @@ def linear_cross_entropy_per_token(
 
 
 def _check(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options) -> None:
-    shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, targets {tuple(targets_T.shape)}"
+    shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, labels {tuple(targets_T.shape)}"
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"linear cross-entropy got {shapes}; it needs hidden (T, H) and weight (V, H) with the same H")
     if targets_T.shape != hidden_TH.shape[:1] or targets_T.dtype != torch.int64:
-        raise ValueError(f"linear cross-entropy got {shapes} of {targets_T.dtype}; it needs T targets of torch.int64")
+        raise ValueError(f"linear cross-entropy got {shapes} of {targets_T.dtype}; it needs T labels of torch.int64")
     if hidden_TH.dtype != weight_VH.dtype:
         raise ValueError(
             f"linear cross-entropy got hidden {hidden_TH.dtype}, weight {weight_VH.dtype}; cast them to one type"

@@ -1,7 +1,7 @@
 """The attention rule: which keys each query sees. Nothing else in the tree speaks of masks.
 
 A row of queries and a row of keys hold documents end to end. Document i has the queries
-[query_offsets[i], query_offsets[i+1]) and the keys [key_offsets[i], key_offsets[i+1]). The n-th query of a
+[cu_seqlens_q[i], cu_seqlens_q[i+1]) and the keys [cu_seqlens_k[i], cu_seqlens_k[i+1]). The n-th query of a
 document stands beside its n-th key, and sees, inside its own document, that key, `left` keys before it and
 `right` keys after it (None: all of them). The first `key_prefix` keys of a document are seen however far they are to
 the right (prefix-LM: the keys of the prefix see one another). So every query sees one contiguous interval of keys,
@@ -27,7 +27,7 @@ The second document of the first four is empty, and rows and columns beyond the 
 nothing and are not seen. Exchanging queries with keys, left with right, and the two prefixes transposes the picture:
 the first `query_prefix` queries of a document have no limit on the left.
 
-Takes document offsets. Gives the rule in three forms that a test holds equal: `picture` (the definition, in plain
+Takes document cu_seqlens. Gives the rule in three forms that a test holds equal: `picture` (the definition, in plain
 Python), `dense` (a bool matrix, for tests and small cases) and the tile form (`tile_table`, read inside Triton
 kernels by `load_tile`; `kernels/tiles.py` makes the same table in two launches). Guarantees that no form mixes
 documents. Cost of the tile form: about one tile more per document than its area.
@@ -49,8 +49,8 @@ UNBOUNDED = 2**30
 
 
 @dataclass(frozen=True)
-class Visibility:
-    """Who sees whom. Both offsets: (D+1,) int32, from 0, never decreasing; a repeated offset is an empty document.
+class AttentionMask:
+    """Who sees whom. Both cu_seqlens: (D+1,) int32, from 0, never decreasing; a repeated offset is an empty document.
 
     `left` and `right` count the keys visible before and after a query's own place; None: all of its document.
     `key_prefix`, (D,) int32: so many first keys of each document have no limit on the right; any number, from its
@@ -58,24 +58,24 @@ class Visibility:
     Raises ValueError where shapes or types do not fit one another, or a window is negative.
     """
 
-    query_offsets: Tensor
-    key_offsets: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
     left: int | None
     right: int | None
     key_prefix: Tensor | None = None
     query_prefix: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, offsets in (("query_offsets", self.query_offsets), ("key_offsets", self.key_offsets)):
-            if offsets.dim() != 1 or offsets.numel() < 2 or offsets.dtype != torch.int32:
+        for name, cu_seqlens in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
+            if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
                 raise ValueError(
-                    f"{name} has shape {tuple(offsets.shape)} and type {offsets.dtype}; it needs shape "
+                    f"{name} has shape {tuple(cu_seqlens.shape)} and type {cu_seqlens.dtype}; it needs shape "
                     "(documents + 1,) and torch.int32, with at least one document"
                 )
-        if self.query_offsets.shape != self.key_offsets.shape:
+        if self.cu_seqlens_q.shape != self.cu_seqlens_k.shape:
             raise ValueError(
-                f"query_offsets has {self.query_offsets.numel() - 1} documents and key_offsets has "
-                f"{self.key_offsets.numel() - 1}; both sides need the same documents in the same order "
+                f"cu_seqlens_q has {self.cu_seqlens_q.numel() - 1} documents and cu_seqlens_k has "
+                f"{self.cu_seqlens_k.numel() - 1}; both sides need the same documents in the same order "
                 "(repeat an offset for a document that is empty on one side)"
             )
         for name, prefix in (("key_prefix", self.key_prefix), ("query_prefix", self.query_prefix)):
@@ -91,13 +91,13 @@ class Visibility:
     @property
     def num_documents(self) -> int:
         """Empty ones included."""
-        return self.query_offsets.numel() - 1
+        return self.cu_seqlens_q.numel() - 1
 
     @property
-    def transposed(self) -> "Visibility":
+    def transposed(self) -> "AttentionMask":
         """The same rule with queries and keys exchanged: which queries see each key."""
-        return Visibility(
-            self.key_offsets, self.query_offsets, self.right, self.left, self.query_prefix, self.key_prefix
+        return AttentionMask(
+            self.cu_seqlens_k, self.cu_seqlens_q, self.right, self.left, self.query_prefix, self.key_prefix
         )
 
     @property
@@ -107,51 +107,51 @@ class Visibility:
         return left, right
 
 
-def causal(offsets: Tensor, left: int | None = None) -> Visibility:
+def causal(cu_seqlens: Tensor, left: int | None = None) -> AttentionMask:
     """Each position sees itself and what came before it in its document; with `left`, at most that many before it."""
-    return Visibility(offsets, offsets, left=left, right=0)
+    return AttentionMask(cu_seqlens, cu_seqlens, left=left, right=0)
 
 
-def prefix_lm(offsets: Tensor, prefix_lengths: Tensor, left: int | None = None) -> Visibility:
+def prefix_lm(cu_seqlens: Tensor, prefix_lengths: Tensor, left: int | None = None) -> AttentionMask:
     """Causal, except that the first prefix_lengths[i] positions of document i are seen by all of its positions.
 
     With `left`, no further back than that many before the one that looks.
     """
-    return Visibility(offsets, offsets, left=left, right=0, key_prefix=prefix_lengths)
+    return AttentionMask(cu_seqlens, cu_seqlens, left=left, right=0, key_prefix=prefix_lengths)
 
 
-def bidirectional(offsets: Tensor) -> Visibility:
+def bidirectional(cu_seqlens: Tensor) -> AttentionMask:
     """Each position sees its whole document."""
-    return Visibility(offsets, offsets, left=None, right=None)
+    return AttentionMask(cu_seqlens, cu_seqlens, left=None, right=None)
 
 
-def cross(query_offsets: Tensor, key_offsets: Tensor) -> Visibility:
-    """Each query of document i sees every key of document i: a decoder's view of a packed encoder."""
-    return Visibility(query_offsets, key_offsets, left=None, right=None)
+def cross(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> AttentionMask:
+    """Each query of document i sees every key of document i: a decoder's inputs of a packed encoder."""
+    return AttentionMask(cu_seqlens_q, cu_seqlens_k, left=None, right=None)
 
 
-def mixed(target_offsets: Tensor, source_offsets: Tensor) -> Visibility:
+def mixed(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor) -> AttentionMask:
     """A decoder that sees its own past and its source in one softmax: rows and keys are read backwards.
 
     Forwards, the keys of a document are its source, then its own positions (`mixed_rows`), and the n-th query sees the
     source and its own first n + 1: an interval whose end stands beside no key of its own number. Backwards, the n-th
     query stands beside its own n-th key and sees it and everything to its right: its past, then the source.
     """
-    offsets = target_offsets + source_offsets
-    queries, keys = (edges[-1] - edges.flip(0) for edges in (target_offsets, offsets))
-    return Visibility(queries, keys, left=0, right=None)
+    cu_seqlens = target_cu_seqlens + source_cu_seqlens
+    queries, keys = (edges[-1] - edges.flip(0) for edges in (target_cu_seqlens, cu_seqlens))
+    return AttentionMask(queries, keys, left=0, right=None)
 
 
-def mixed_rows(target_offsets: Tensor, source_offsets: Tensor, num_targets: int, num_sources: int) -> Tensor:
+def mixed_rows(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, num_labels: int, num_sources: int) -> Tensor:
     """(S + T,) int64: the keys of `mixed`, last first, as rows of the S source rows with the T target rows below.
 
     Both offsets end at the number of their rows.
     """
-    device = target_offsets.device
-    source_S, target_T = (torch.arange(rows, device=device, dtype=torch.int32) for rows in (num_sources, num_targets))
-    source_place_S = source_S + target_offsets[torch.searchsorted(source_offsets, source_S, right=True) - 1]
-    target_place_T = target_T + source_offsets[torch.searchsorted(target_offsets, target_T, right=True)]
-    rows = torch.empty(num_sources + num_targets, dtype=torch.int64, device=device)
+    device = target_cu_seqlens.device
+    source_S, target_T = (torch.arange(rows, device=device, dtype=torch.int32) for rows in (num_sources, num_labels))
+    source_place_S = source_S + target_cu_seqlens[torch.searchsorted(source_cu_seqlens, source_S, right=True) - 1]
+    target_place_T = target_T + source_cu_seqlens[torch.searchsorted(target_cu_seqlens, target_T, right=True)]
+    rows = torch.empty(num_sources + num_labels, dtype=torch.int64, device=device)
     rows[torch.cat([source_place_S, target_place_T]).long()] = torch.arange(len(rows), device=device)
     return rows.flip(0)
 
@@ -159,14 +159,13 @@ def mixed_rows(target_offsets: Tensor, source_offsets: Tensor, num_targets: int,
 # First form: the picture. It is the definition: slow, and plain enough to be believed.
 
 
-def picture(visibility: Visibility, num_queries: int, num_keys: int) -> list[str]:
+def picture(mask: AttentionMask, num_queries: int, num_keys: int) -> list[str]:
     """One line per query, one character per key: '#' where the query sees the key, '.' where not."""
-    queries = [range(*pair) for pair in pairwise(visibility.query_offsets.tolist())]
-    keys = [range(*pair) for pair in pairwise(visibility.key_offsets.tolist())]
-    left, right = visibility.window
+    queries = [range(*pair) for pair in pairwise(mask.cu_seqlens_q.tolist())]
+    keys = [range(*pair) for pair in pairwise(mask.cu_seqlens_k.tolist())]
+    left, right = mask.window
     query_prefix, key_prefix = (
-        [0] * len(keys) if prefix is None else prefix.tolist()
-        for prefix in (visibility.query_prefix, visibility.key_prefix)
+        [0] * len(keys) if prefix is None else prefix.tolist() for prefix in (mask.query_prefix, mask.key_prefix)
     )
 
     def sees(query: int, key: int) -> bool:
@@ -184,26 +183,26 @@ def picture(visibility: Visibility, num_queries: int, num_keys: int) -> list[str
 # Second form: dense torch.
 
 
-def intervals(visibility: Visibility, num_queries: int) -> tuple[Tensor, Tensor]:
+def intervals(mask: AttentionMask, num_queries: int) -> tuple[Tensor, Tensor]:
     """(lo, hi), each (Q,) int32: query q sees the keys lo[q] <= k < hi[q]; none where lo[q] >= hi[q]."""
-    row_Q = torch.arange(num_queries, device=visibility.query_offsets.device, dtype=torch.int32)
-    document_Q = torch.searchsorted(visibility.query_offsets, row_Q, right=True) - 1
-    return _interval(row_Q, _document_fields(visibility, num_queries)[:, document_Q], *visibility.window)
+    row_Q = torch.arange(num_queries, device=mask.cu_seqlens_q.device, dtype=torch.int32)
+    document_Q = torch.searchsorted(mask.cu_seqlens_q, row_Q, right=True) - 1
+    return _interval(row_Q, _document_fields(mask, num_queries)[:, document_Q], *mask.window)
 
 
-def _document_fields(visibility: Visibility, num_rows: int) -> Tensor:
+def _document_fields(mask: AttentionMask, num_rows: int) -> Tensor:
     """(6, D+1): of each document the first row, end row, first column, end column, and the ends of its two prefixes.
 
     The rows beyond the last offset come last, as one more document, which has no columns.
     """
-    row_starts, column_starts = visibility.query_offsets, visibility.key_offsets
+    row_starts, column_starts = mask.cu_seqlens_q, mask.cu_seqlens_k
     row_ends = F.pad(row_starts[1:], (0, 1), value=num_rows)
     column_ends = torch.cat([column_starts[1:], column_starts[-1:]])
     row_prefix_ends, column_prefix_ends = (
         starts if prefix is None else starts + torch.minimum(F.pad(prefix, (0, 1)), ends - starts)
         for starts, ends, prefix in (
-            (row_starts, row_ends, visibility.query_prefix),
-            (column_starts, column_ends, visibility.key_prefix),
+            (row_starts, row_ends, mask.query_prefix),
+            (column_starts, column_ends, mask.key_prefix),
         )
     )
     return torch.stack([row_starts, row_ends, column_starts, column_ends, row_prefix_ends, column_prefix_ends])
@@ -217,9 +216,9 @@ def _interval(row_R: Tensor, fields_FR: Tensor, left: int, right: int) -> tuple[
     return lo, torch.minimum(column_end, torch.maximum(column_prefix_end, place + right + 1))
 
 
-def dense(visibility: Visibility, num_queries: int, num_keys: int) -> Tensor:
+def dense(mask: AttentionMask, num_queries: int, num_keys: int) -> Tensor:
     """(Q, K) bool: True where the query sees the key."""
-    lo_Q, hi_Q = intervals(visibility, num_queries)
+    lo_Q, hi_Q = intervals(mask, num_queries)
     key_K = torch.arange(num_keys, device=lo_Q.device)
     return (lo_Q[:, None] <= key_K) & (key_K < hi_Q[:, None])
 
@@ -227,27 +226,27 @@ def dense(visibility: Visibility, num_queries: int, num_keys: int) -> Tensor:
 # Third form: tiles. A tile is up to `block` rows of one document, so no tile mixes documents.
 
 
-def tile_table(visibility: Visibility, num_rows: int, block: int) -> Tensor:
+def tile_table(mask: AttentionMask, num_rows: int, block: int) -> Tensor:
     """(N, 7) int32: the tiles that cover every row exactly once, those with most columns to visit first.
 
     Fields: the first row of the tile, then those of its document (`_document_fields`).
-    N = ceil(num_rows / block) + D whatever the offsets, so shapes are static and nothing waits for the device.
-    Rows are the queries of `visibility`; give `visibility.transposed` for tiles of keys. Spare tiles have no rows.
+    N = ceil(num_rows / block) + D whatever the cu_seqlens, so shapes are static and nothing waits for the device.
+    Rows are the queries of `mask`; give `mask.transposed` for tiles of keys. Spare tiles have no rows.
     """
-    fields_FD = _document_fields(visibility, num_rows)
+    fields_FD = _document_fields(mask, num_rows)
     tiles_of_document = (fields_FD[1] - fields_FD[0] + block - 1) // block
     tile_ends = tiles_of_document.cumsum(0, dtype=torch.int32)
-    num_tiles = -(-num_rows // block) + visibility.num_documents
+    num_tiles = -(-num_rows // block) + mask.num_documents
     tile_N = torch.arange(num_tiles, device=fields_FD.device, dtype=torch.int32)
-    document_N = torch.searchsorted(tile_ends, tile_N, right=True).clamp(max=visibility.num_documents)
+    document_N = torch.searchsorted(tile_ends, tile_N, right=True).clamp(max=mask.num_documents)
 
     tile_in_document_N = tile_N - (tile_ends - tiles_of_document)[document_N]
     fields_FN = fields_FD[:, document_N]
     row_start_N, row_end_N = fields_FN[:2]
     first_row_N = torch.minimum(row_start_N + tile_in_document_N * block, row_end_N)
     last_row_N = torch.minimum(first_row_N + block, row_end_N) - 1
-    lo_N, _ = _interval(first_row_N, fields_FN, *visibility.window)
-    _, hi_N = _interval(last_row_N, fields_FN, *visibility.window)
+    lo_N, _ = _interval(first_row_N, fields_FN, *mask.window)
+    _, hi_N = _interval(last_row_N, fields_FN, *mask.window)
     longest_first_N = torch.argsort(hi_N - lo_N, descending=True, stable=True)
     return torch.cat([first_row_N[None], fields_FN])[:, longest_first_N].T.contiguous()
 

@@ -1,14 +1,14 @@
-"""The schedule of a batch: the tiles that the attention kernels visit, made once and shared by all layers.
+"""The tile_metadata of a batch: the tiles that the attention kernels visit, made once and shared by all layers.
 
-A schedule is two tables of tiles, of queries and of keys (`tile_table` of the rule and of the transposed rule): slot n
-of a table is a tile of the document in which it falls when the documents' tiles are laid end to end,
+A tile_metadata is two tables of tiles, of queries and of keys (`tile_table` of the rule and of the transposed rule):
+slot n of a table is a tile of the document in which it falls when the documents' tiles are laid end to end,
 
     document(n) = how many documents' tiles end at or before n        tile in it = n - where its tiles start
 
 and the tiles are then put in the order of the columns they visit, most first, equal ones as they lie: tile i goes to
 place #{j: width_j > width_i} + #{j < i: width_j = width_i}.
 
-Takes the offsets on the device. Gives a Schedule. Guarantees: nothing waits for the device; shapes depend on the
+Takes the offsets on the device. Gives a TileMetadata. Guarantees: nothing waits for the device; shapes depend on the
 numbers of rows and documents only; equal to `tile_table`, row by row. Costs on a GPU: two launches of ours and one
 assertion (`tile_table` is about 20 small operations for each side); N * D + N^2 comparisons a side for N tiles, 40
 million at 64k tokens in 4,096 documents, 0.8 million in 256. On CPU, where the reference runs, it is the lengths of the
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from bigmodel.kernels.mask import Visibility, interval_hi, interval_lo, tile_table
+from bigmodel.kernels.mask import AttentionMask, interval_hi, interval_lo, tile_table
 from bigmodel.kernels.triton_import import HAS_TRITON, INTERPRETED, tl, triton
 
 TILE_ROWS = 128
@@ -32,9 +32,9 @@ TILE_ROWS = 128
 # Part 2: the reference.
 
 
-def tile_tables_reference(visibility: Visibility, num_queries: int, num_keys: int, block: int) -> tuple[Tensor, Tensor]:
+def tile_tables_reference(mask: AttentionMask, num_queries: int, num_keys: int, block: int) -> tuple[Tensor, Tensor]:
     """The tables of queries and of keys, in plain torch."""
-    return tile_table(visibility, num_queries, block), tile_table(visibility.transposed, num_keys, block)
+    return tile_table(mask, num_queries, block), tile_table(mask.transposed, num_keys, block)
 
 
 # Part 3: Triton kernels. Both have a second axis: 0 makes the table of queries, 1 that of keys.
@@ -46,14 +46,14 @@ PLAN_FIELDS = tl.constexpr(8)  # the seven of a tile, and how many columns it vi
 
 
 @triton.jit
-def offsets_fit(offsets, num_documents, num_rows, AT_ONCE: tl.constexpr):
+def offsets_fit(cu_seqlens, num_documents, num_rows, AT_ONCE: tl.constexpr):
     """1 if offsets start at 0, never decrease, and end at most at num_rows; else 0."""
-    fit = (tl.load(offsets) == 0) & (tl.load(offsets + num_documents) <= num_rows)
+    fit = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + num_documents) <= num_rows)
     for first in range(0, num_documents, AT_ONCE):
         place = first + tl.arange(0, AT_ONCE)
         inside = place < num_documents
-        start_D = tl.load(offsets + place, mask=inside, other=0)
-        end_D = tl.load(offsets + place + 1, mask=inside, other=0)
+        start_D = tl.load(cu_seqlens + place, mask=inside, other=0)
+        end_D = tl.load(cu_seqlens + place + 1, mask=inside, other=0)
         fit = fit & (tl.min(end_D - start_D, 0) >= 0)
     return fit.to(tl.int32)
 
@@ -113,19 +113,19 @@ def plan_side(plan, row_offsets, column_offsets, row_prefix, column_prefix, left
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_queries", "num_keys", "num_documents", "query_tiles", "key_tiles"])
-def plan_kernel(plan, fit, query_offsets, key_offsets, query_prefix, key_prefix, left, right, num_queries, num_keys,
+def plan_kernel(plan, fit, cu_seqlens_q, cu_seqlens_k, query_prefix, key_prefix, left, right, num_queries, num_keys,
                 num_documents, query_tiles, key_tiles,
                 BLOCK: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
     """Writes plan, the query side first, and to fit whether the offsets are what they need to be."""
     if tl.program_id(1) == 0:
-        plan_side(plan, query_offsets, key_offsets, query_prefix, key_prefix, left, right, num_queries, num_documents,
+        plan_side(plan, cu_seqlens_q, cu_seqlens_k, query_prefix, key_prefix, left, right, num_queries, num_documents,
                   query_tiles, BLOCK, SLOTS, AT_ONCE)  # fmt: skip
         if tl.program_id(0) == 0:
-            queries_fit = offsets_fit(query_offsets, num_documents, num_queries, AT_ONCE)
-            tl.store(fit, queries_fit & offsets_fit(key_offsets, num_documents, num_keys, AT_ONCE))
+            queries_fit = offsets_fit(cu_seqlens_q, num_documents, num_queries, AT_ONCE)
+            tl.store(fit, queries_fit & offsets_fit(cu_seqlens_k, num_documents, num_keys, AT_ONCE))
     else:
         plan += PLAN_FIELDS * query_tiles
-        plan_side(plan, key_offsets, query_offsets, key_prefix, query_prefix, right, left, num_keys, num_documents,
+        plan_side(plan, cu_seqlens_k, cu_seqlens_q, key_prefix, query_prefix, right, left, num_keys, num_documents,
                   key_tiles, BLOCK, SLOTS, AT_ONCE)  # fmt: skip
 
 
@@ -161,26 +161,26 @@ def order_kernel(plan, query_table, key_table, query_tiles, key_tiles,
 
 
 def tile_tables(
-    query_offsets: Tensor, key_offsets: Tensor, query_prefix: Tensor | None, key_prefix: Tensor | None,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, query_prefix: Tensor | None, key_prefix: Tensor | None,
     left: int, right: int, num_queries: int, num_keys: int, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The tables of queries and of keys, by the kernels; asserts on the device that the offsets fit."""
-    num_documents = query_offsets.numel() - 1
+    num_documents = cu_seqlens_q.numel() - 1
     query_tiles, key_tiles = (-(-rows // block) + num_documents for rows in (num_queries, num_keys))
-    query_table, key_table = (query_offsets.new_empty(tiles, 7) for tiles in (query_tiles, key_tiles))
-    plan = query_offsets.new_empty(PLAN_FIELDS.value, query_tiles + key_tiles)
-    fit = query_offsets.new_empty(())
-    offsets = query_offsets.contiguous(), key_offsets.contiguous()
+    query_table, key_table = (cu_seqlens_q.new_empty(tiles, 7) for tiles in (query_tiles, key_tiles))
+    plan = cu_seqlens_q.new_empty(PLAN_FIELDS.value, query_tiles + key_tiles)
+    fit = cu_seqlens_q.new_empty(())
+    cu_seqlens = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     prefixes = (None if prefix is None else prefix.contiguous() for prefix in (query_prefix, key_prefix))
     grid = -(-max(query_tiles, key_tiles) // SLOTS), 2
     constants = {"SLOTS": SLOTS, "AT_ONCE": AT_ONCE, "num_warps": NUM_WARPS}
     plan_kernel[grid](
-        plan, fit, *offsets, *prefixes, left, right, num_queries, num_keys, num_documents, query_tiles, key_tiles,
+        plan, fit, *cu_seqlens, *prefixes, left, right, num_queries, num_keys, num_documents, query_tiles, key_tiles,
         BLOCK=block, **constants,
     )  # fmt: skip
     order_kernel[grid](plan, query_table, key_table, query_tiles, key_tiles, **constants)
     need = f"start at 0, never decrease, and end at most at the numbers of rows, {num_queries} and {num_keys}"
-    torch._assert_async(fit, f"query_offsets and key_offsets do not {need}")
+    torch._assert_async(fit, f"cu_seqlens_q and cu_seqlens_k do not {need}")
     return query_table, key_table
 
 
@@ -189,22 +189,22 @@ _tile_tables = library.custom_op("bigmodel::tile_tables", mutates_args=())(tile_
 
 @_tile_tables.register_fake
 def _(
-    query_offsets: Tensor, _key_offsets: Tensor, _query_prefix: Tensor | None, _key_prefix: Tensor | None,
+    cu_seqlens_q: Tensor, _key_offsets: Tensor, _query_prefix: Tensor | None, _key_prefix: Tensor | None,
     _left: int, _right: int, num_queries: int, num_keys: int, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    num_documents = query_offsets.numel() - 1
+    num_documents = cu_seqlens_q.numel() - 1
     query_tiles, key_tiles = (-(-rows // block) + num_documents for rows in (num_queries, num_keys))
-    return query_offsets.new_empty(query_tiles, 7), query_offsets.new_empty(key_tiles, 7)
+    return cu_seqlens_q.new_empty(query_tiles, 7), cu_seqlens_q.new_empty(key_tiles, 7)
 
 
 # Part 5: the public function.
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TileMetadata:
     """What attention needs to know of a batch: tiles for the kernels, or lengths on the host for the reference."""
 
-    visibility: Visibility
+    mask: AttentionMask
     num_queries: int
     num_keys: int
     query_tiles_NF: Tensor | None
@@ -213,8 +213,9 @@ class Schedule:
     lengths: tuple[tuple[int, int], ...] | None
 
 
-def make_schedule(visibility: Visibility, num_queries: int, num_keys: int, block: int = TILE_ROWS) -> Schedule:
-    """The schedule of a batch of `num_queries` query rows and `num_keys` key rows, on the device of the offsets.
+def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, block: int = TILE_ROWS) -> TileMetadata:
+    """The tile_metadata of a batch of `num_queries` query rows and `num_keys` key rows, on the device of the
+    cu_seqlens.
 
     On a GPU it is two tables of tiles of `block` rows, for heads of any width; on CPU the lengths of the documents.
     On a GPU nothing waits for the device, and shapes depend on the numbers of rows and documents only, so it may be
@@ -226,32 +227,32 @@ def make_schedule(visibility: Visibility, num_queries: int, num_keys: int, block
     """
     if block < 16 or block & (block - 1):
         raise ValueError(f"block is {block}; tiles need a power of two of rows, at least 16")
-    query_offsets, key_offsets = visibility.query_offsets, visibility.key_offsets
+    cu_seqlens_q, cu_seqlens_k = mask.cu_seqlens_q, mask.cu_seqlens_k
     compiling = torch.compiler.is_compiling()
-    if query_offsets.device.type == "cpu" and not compiling:
-        _check_offsets("query_offsets", query_offsets, num_queries)
-        _check_offsets("key_offsets", key_offsets, num_keys)
-    if not _runs_kernels(query_offsets.device):
-        return Schedule(visibility, num_queries, num_keys, None, None, block, document_lengths(visibility))
+    if cu_seqlens_q.device.type == "cpu" and not compiling:
+        _check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries)
+        _check_offsets("cu_seqlens_k", cu_seqlens_k, num_keys)
+    if not _runs_kernels(cu_seqlens_q.device):
+        return TileMetadata(mask, num_queries, num_keys, None, None, block, document_lengths(mask))
     # An operator for the compiler and where there is no memory; a direct call is faster.
-    make = _tile_tables if compiling or query_offsets.device.type == "meta" else tile_tables
+    make = _tile_tables if compiling or cu_seqlens_q.device.type == "meta" else tile_tables
     query_tiles_NF, key_tiles_NF = make(
-        query_offsets, key_offsets, visibility.query_prefix, visibility.key_prefix, *visibility.window,
+        cu_seqlens_q, cu_seqlens_k, mask.query_prefix, mask.key_prefix, *mask.window,
         num_queries, num_keys, block,
     )  # fmt: skip
-    return Schedule(visibility, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
+    return TileMetadata(mask, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
 
 
-def document_lengths(visibility: Visibility) -> tuple[tuple[int, int], ...]:
+def document_lengths(mask: AttentionMask) -> tuple[tuple[int, int], ...]:
     """(queries, keys) of each document, on the host: waits for the device if the offsets are on one."""
-    query_lengths, key_lengths = visibility.query_offsets.diff().tolist(), visibility.key_offsets.diff().tolist()
+    query_lengths, key_lengths = mask.cu_seqlens_q.diff().tolist(), mask.cu_seqlens_k.diff().tolist()
     return tuple(zip(query_lengths, key_lengths, strict=True))
 
 
-def _check_offsets(name: str, offsets: Tensor, num_rows: int) -> None:
-    if offsets[0] != 0 or (F.pad(offsets, (0, 1), value=num_rows).diff() < 0).any():
+def _check_offsets(name: str, cu_seqlens: Tensor, num_rows: int) -> None:
+    if cu_seqlens[0] != 0 or (F.pad(cu_seqlens, (0, 1), value=num_rows).diff() < 0).any():
         need = f"start at 0, never decrease, and end at most at the number of rows, {num_rows}"
-        raise ValueError(f"{name} is {offsets.tolist()}; offsets need to {need}")
+        raise ValueError(f"{name} is {cu_seqlens.tolist()}; offsets need to {need}")
 
 
 def _runs_kernels(device: torch.device) -> bool:

@@ -202,7 +202,7 @@ def node_command(
     if node == 0:
         check_address(topology)
     ending = local.run(
-        command, topology, logs, node=node, variables=cluster.variables(), binding=cluster.binding, leash=True
+        command, topology, logs, node=node, variables=cluster.variables(), binding=cluster.binding, control_pipe=True
     )
     raise typer.Exit(ending.code)
 

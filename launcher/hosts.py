@@ -2,11 +2,12 @@
 
 Takes hosts (a host file in DeepSpeed's form, or a list), starts `launcher node` on each, which runs that node's ranks
 as `launcher local` does. Guarantees: a host that does not answer is named before anything starts; no rank outlives the
-launcher: standard input of each ssh is a leash (see `bigmodel.launcher.local`), which the kernel cuts when the launcher
-dies. The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh per host.
+launcher: standard input of each ssh is a control_pipe (see `bigmodel.launcher.local`), which the kernel cuts when the
+launcher dies. The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh
+per host.
 
-Not pdsh: it passes no standard input on, so there would be no leash, and nothing else tells a rank on another machine
-that the launcher was killed with -9.
+Not pdsh: it passes no standard input on, so there would be no control_pipe, and nothing else tells a rank on another
+machine that the launcher was killed with -9.
 """
 
 import json
@@ -39,7 +40,7 @@ class Node:
     ended: int | None = None
 
     def order(self, word: str) -> None:
-        """Send an order down the leash."""
+        """Send an order down the control_pipe."""
         with suppress(BrokenPipeError, ValueError):
             assert self.process.stdin is not None
             self.process.stdin.write(word.encode() + b"\n")
@@ -152,7 +153,7 @@ def _order(nodes: Sequence[Node], word: str) -> None:
 
 
 def _cut(nodes: Sequence[Node]) -> None:
-    """Let go of every leash and wait until the nodes have ended their ranks; then of the connection itself."""
+    """Let go of every control_pipe and wait until the nodes have ended their ranks; then of the connection itself."""
     for node in nodes:
         with suppress(BrokenPipeError):
             assert node.process.stdin is not None

@@ -10,9 +10,9 @@ thread that looks at the ranks 20 times a second. Never imports torch.
 
 Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`bigmodel.launcher.output`).
 
-The same runs one node of several, started over ssh: then `leash` is true, and standard input brings the orders of the
-launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed, means
-"end" too.
+The same runs one node of several, started over ssh: then `control_pipe` is true, and standard input brings the orders
+of the launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed,
+means "end" too.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-END = 0  # among the signals received: the order to end, from the other end of the leash
+END = 0  # among the signals received: the order to end, from the other end of the control_pipe
 
 
 class Ending(NamedTuple):
@@ -78,7 +78,7 @@ class Supervision:
     """What has happened so far to the ranks of one launch."""
 
     ranks: list[Rank]
-    copiers: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of what is shown here
+    tees: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of what is shown here
     signals: list[int] = field(default_factory=list)
     stopping: bool = False  # a signal told us to stop
     culprit: Rank | None = None  # the first rank that died
@@ -102,7 +102,7 @@ def run(
     node: int = 0,
     variables: Mapping[str, str] | None = None,
     binding: str = "none",
-    leash: bool = False,
+    control_pipe: bool = False,
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
 ) -> Ending:
@@ -116,18 +116,18 @@ def run(
     logs.mkdir(parents=True, exist_ok=True)
     supervision = Supervision([], world_size=topology.world_size)
     with collect_signals(supervision.signals):
-        if leash:
+        if control_pipe:
             threading.Thread(target=_listen, args=(supervision.signals,), daemon=True).start()
         try:
             for number in topology.ranks_of(node):
                 environment = local_environment(topology, number, variables or {})
                 supervision.ranks.append(
-                    _start(command, topology, number, logs, environment, binding, supervision.copiers)
+                    _start(command, topology, number, logs, environment, binding, supervision.tees)
                 )
             _supervise(supervision, grace_seconds, save_seconds)
         finally:
             _kill_all(supervision.running)
-            wait_for(supervision.copiers)
+            wait_for(supervision.tees)
     return _verdict(supervision)._replace(since=supervision.since)
 
 
@@ -164,16 +164,16 @@ def _start(
     logs: Path,
     environment: Mapping[str, str],
     binding: str,
-    copiers: list[subprocess.Popen[bytes]],
+    tees: list[subprocess.Popen[bytes]],
 ) -> Rank:
-    """`copiers` gets those of its output."""
+    """`tees` gets those of its output."""
     log, shown = logs / log_name(topology.host(number), number), number == 0
     log_start = log.stat().st_size if log.exists() else 0
     processors = processors_to_bind(
         binding, topology.local_rank(number), topology.local_size(number), {**os.environ, **environment}
     )
     output, errors, added = open_outputs(log, shown)
-    copiers += added
+    tees += added
     try:
         process = subprocess.Popen(
             list(command),

@@ -1,8 +1,8 @@
 """Output: every rank has a log in the run directory, and rank 0 is also seen where the run was started.
 
 Takes a log's path, gives the two descriptors that a rank writes its standard output and error to. For rank 0 they lead
-to a copier, this file run as a program, which shows every byte at once and logs finished lines as plain text: no
-colours, and of a line that overwrote itself (a progress bar) the last state only. A copier ends when the last process
+to a tee, this file run as a program, which shows every byte at once and logs finished lines as plain text: no
+colours, and of a line that overwrote itself (a progress bar) the last state only. A tee ends when the last process
 that writes to it has ended, however that happened, so nothing is lost by kill -9 and none is left over. It ignores the
 signals that ask a run to stop, which SLURM sends to every process of a step. Costs one sleeping process of 10 MB.
 """
@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-END_SECONDS = 5.0  # for a copier to end after its rank: a child of the rank's may still hold the other end
+END_SECONDS = 5.0  # for a tee to end after its rank: a child of the rank's may still hold the other end
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # ECMA-48: colours, cursor movements
 
 
 def open_outputs(log: Path, shown: bool) -> tuple[int, int, list["subprocess.Popen[bytes]"]]:
-    """Descriptors for a rank's standard output and error, which the caller closes, and the copiers behind them.
+    """Descriptors for a rank's standard output and error, which the caller closes, and the tees behind them.
 
     `shown`: to this process's own output and error as well. Raises `OSError` if the log cannot be written.
     """
@@ -30,22 +30,22 @@ def open_outputs(log: Path, shown: bool) -> tuple[int, int, list["subprocess.Pop
     if not shown:
         return file, os.dup(file), []
     os.close(file)
-    output, copier = _start_copier(1, log)
-    if os.path.sameopenfile(1, 2):  # one copier keeps the order
-        return output, os.dup(output), [copier]
-    errors, other = _start_copier(2, log)
-    return output, errors, [copier, other]
+    output, tee = _start_tee(1, log)
+    if os.path.sameopenfile(1, 2):  # one tee keeps the order
+        return output, os.dup(output), [tee]
+    errors, other = _start_tee(2, log)
+    return output, errors, [tee, other]
 
 
-def wait_for(copiers: list["subprocess.Popen[bytes]"]) -> None:
+def wait_for(tees: list["subprocess.Popen[bytes]"]) -> None:
     """Wait until everything is shown, if the ranks' last descendants let it."""
-    for copier in copiers:
+    for tee in tees:
         with suppress(subprocess.TimeoutExpired):
-            copier.wait(END_SECONDS)
+            tee.wait(END_SECONDS)
 
 
 def terminal_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What makes rank 0 draw its progress bar although it writes to a copier: nothing but where that is a terminal."""
+    """What makes rank 0 draw its progress bar although it writes to a tee: nothing but where that is a terminal."""
     if not os.isatty(1) or environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return {}
     return {"FORCE_COLOR": "1", "COLUMNS": str(os.get_terminal_size(1).columns or 80)}
@@ -77,8 +77,8 @@ def copy(log: Path) -> None:
             file.write(plain(left) + b"\n")
 
 
-def _start_copier(stream: int, log: Path) -> tuple[int, "subprocess.Popen[bytes]"]:
-    """A copier to a stream of ours, and the descriptor that feeds it."""
+def _start_tee(stream: int, log: Path) -> tuple[int, "subprocess.Popen[bytes]"]:
+    """A tee to a stream of ours, and the descriptor that feeds it."""
     theirs, ours = os.pipe()
     command = [sys.executable, "-ES", __file__, str(log)]
     process = subprocess.Popen(command, stdin=theirs, stdout=stream, start_new_session=True)

@@ -5,10 +5,10 @@
 
 A row is one contender on one case: milliseconds of forward, backward and both (the median, inputs rotated, random
 normal data), TFLOP/s on the pairs that see each other (4 * pairs * channels a query head forward, 2.5 times that
-backward), the time to prepare a batch (our schedule, FlexAttention's BlockMask), of ours also without the time that
-Python takes to launch it (`preparation_device_ms`: a CUDA graph of it), peak memory of forward and backward, and the
-error against float64 on a smaller case of the same kind. Padded contenders get their inputs already padded, which is in
-their favour. `forward_prepared_ms` is a forward together with preparing its batch.
+backward), the time to prepare a batch (our tile_metadata, FlexAttention's BlockMask), of ours also without the time
+that Python takes to launch it (`preparation_device_ms`: a CUDA graph of it), peak memory of forward and backward, and
+the error against float64 on a smaller case of the same kind. Padded contenders get their inputs already padded, which
+is in their favour. `forward_prepared_ms` is a forward together with preparing its batch.
 """
 
 import inspect
@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigmodel.kernels.attention import attention
-from bigmodel.kernels.mask import Visibility, causal, cross, dense
-from bigmodel.kernels.tiles import make_schedule
+from bigmodel.kernels.mask import AttentionMask, causal, cross, dense
+from bigmodel.kernels.tiles import make_tile_metadata
 from tools.measure import (
     INPUT_SETS,
     REPEATS,
@@ -81,7 +81,7 @@ class Case:
         heads = (2, 2 * self.heads[1] // self.heads[0]) if self.heads[0] <= 2 * self.heads[1] else (4, 1)
         return Case(self.name, queries, heads, self.channels, left, keys if self.is_cross else None)
 
-    def visibility(self, device: str) -> Visibility:
+    def mask(self, device: str) -> AttentionMask:
         queries, keys = (offsets_of(side, device) for side in (self.lengths, self.keys))
         return cross(queries, keys) if self.is_cross else causal(queries, left=self.left)
 
@@ -165,18 +165,18 @@ def unpadded(rows_BHSK: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return torch.cat([rows_BHSK[number, :, :length].transpose(0, 1) for number, length in enumerate(lengths)])
 
 
-def prepare_ours(case: Case, device: str) -> tuple[Visibility, Any]:
-    visibility = offsets_on_device(case, device)
-    return visibility, make_schedule(visibility, sum(case.lengths), sum(case.keys))
+def prepare_ours(case: Case, device: str) -> tuple[AttentionMask, Any]:
+    mask = offsets_on_device(case, device)
+    return mask, make_tile_metadata(mask, sum(case.lengths), sum(case.keys))
 
 
 @cache
-def offsets_on_device(case: Case, device: str) -> Visibility:
-    """The offsets come with the batch: making them is no part of the preparation."""
-    return case.visibility(device)
+def offsets_on_device(case: Case, device: str) -> AttentionMask:
+    """The cu_seqlens come with the batch: making them is no part of the preparation."""
+    return case.mask(device)
 
 
-def attend_ours(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[Visibility, Any]) -> Tensor:
+def attend_ours(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[AttentionMask, Any]) -> Tensor:
     return attention(q, k, v, *prepared)
 
 
@@ -187,7 +187,7 @@ def prepare_padded(case: Case, device: str) -> Tensor | None:
     masks = torch.zeros(len(case.lengths), 1, max(case.lengths), max(case.keys), dtype=torch.bool, device=device)
     for number, (queries, keys) in enumerate(zip(case.lengths, case.keys, strict=True)):
         one = Case("", (queries,), left=case.left, key_lengths=(keys,) if case.is_cross else None)
-        masks[number, 0, :queries, :keys] = dense(one.visibility(device), queries, keys)
+        masks[number, 0, :queries, :keys] = dense(one.mask(device), queries, keys)
     return masks
 
 
@@ -207,9 +207,9 @@ def no_mask_on_gpu(case: Case, device: str) -> str | None:
 
 
 def prepare_varlen(case: Case, device: str) -> tuple[Any, ...]:
-    visibility = offsets_on_device(case, device)
+    mask = offsets_on_device(case, device)
     window = (-1, -1) if case.is_cross else (-1 if case.left is None else case.left, 0)
-    return visibility.query_offsets, visibility.key_offsets, max(case.lengths), max(case.keys), window
+    return mask.cu_seqlens_q, mask.cu_seqlens_k, max(case.lengths), max(case.keys), window
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[Any, ...]) -> Tensor:
@@ -229,9 +229,9 @@ def compiled_flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def prepare_flex(case: Case, device: str) -> Any:
     """A BlockMask of the rule, by the compiled create_block_mask."""
-    visibility = offsets_on_device(case, device)
-    query_document, query_place = places_of(visibility.query_offsets, sum(case.lengths))
-    key_document, key_place = places_of(visibility.key_offsets, sum(case.keys))
+    mask = offsets_on_device(case, device)
+    query_document, query_place = places_of(mask.cu_seqlens_q, sum(case.lengths))
+    key_document, key_place = places_of(mask.cu_seqlens_k, sum(case.keys))
     left = case.left
 
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -244,11 +244,11 @@ def prepare_flex(case: Case, device: str) -> Any:
     return compiled_flex()[1](sees, None, None, sum(case.lengths), sum(case.keys), device=device)
 
 
-def places_of(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def places_of(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Of each row: its document, and its place in it."""
-    row_T = torch.arange(num_rows, device=offsets.device)
-    document_T = torch.searchsorted(offsets, row_T, right=True) - 1
-    return document_T, row_T - offsets[document_T]
+    row_T = torch.arange(num_rows, device=cu_seqlens.device)
+    document_T = torch.searchsorted(cu_seqlens, row_T, right=True) - 1
+    return document_T, row_T - cu_seqlens[document_T]
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
@@ -271,7 +271,7 @@ def attend_autotuned_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 
 def prepare_dense(case: Case, device: str) -> Tensor:
-    return dense(case.visibility(device), sum(case.lengths), sum(case.keys))
+    return dense(case.mask(device), sum(case.lengths), sum(case.keys))
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -405,7 +405,7 @@ def errors(contender: Contender, case: Case, dtype: torch.dtype, device: str) ->
     gradients = torch.autograd.grad(out, (q, k, v), d_out)
 
     wide_q, wide_k, wide_v, wide_d_out = (rows.double().requires_grad_() for rows in packed)
-    mask = dense(case.visibility(device), sum(case.lengths), sum(case.keys))
+    mask = dense(case.mask(device), sum(case.lengths), sum(case.keys))
     exact = exact_attention(wide_q, wide_k, wide_v, mask)
     exact_gradients = torch.autograd.grad(exact, (wide_q, wide_k, wide_v), wide_d_out)
     sides = (case.lengths, case.keys, case.keys)

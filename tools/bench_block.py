@@ -46,7 +46,7 @@ class HalfBlock(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.norm = RMSNorm(settings.width, settings.norm_epsilon)
+        self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.feed_forward = FeedForward(settings)
 
     def forward(self, x_TH: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ def pieces(positions: int, settings: ModelSettings, dtype: torch.dtype, device: 
 
         return make
 
-    norm = RMSNorm(settings.width, settings.norm_epsilon).to(device, dtype)
+    norm = RMSNorm(settings.hidden_size, settings.norm_epsilon).to(device, dtype)
     half = HalfBlock(settings).to(device, dtype)
-    table = rotary_table(torch.arange(positions, device=device), settings.head_width, settings.rope_theta)
+    table = rotary_table(torch.arange(positions, device=device), settings.resolved_head_dim, settings.rope_theta)
     return [
-        Piece("RMSNorm", norm, random(positions, settings.width), tuple(norm.parameters())),
-        Piece("RoPE", lambda x: rotate(x, table), random(positions, settings.heads, settings.head_width)),
-        Piece("SwiGLU", swiglu, random(positions, 2 * settings.feed_forward_width)),
-        Piece("norm, SwiGLU, residual", half, random(positions, settings.width), tuple(half.parameters())),
+        Piece("RMSNorm", norm, random(positions, settings.hidden_size), tuple(norm.parameters())),
+        Piece("RoPE", lambda x: rotate(x, table), random(positions, settings.num_heads, settings.resolved_head_dim)),
+        Piece("SwiGLU", swiglu, random(positions, 2 * settings.intermediate_size)),
+        Piece("norm, SwiGLU, residual", half, random(positions, settings.hidden_size), tuple(half.parameters())),
     ]
 
 
@@ -109,7 +109,10 @@ def main(
     record = Record(out, "bench_block" if device == "cuda" else "bench_block_cpu", device)
     for positions, width in SIZES[sizes(device, quick)]:
         settings = ModelSettings(
-            width=width, heads=max(1, width // 128), key_value_heads=1, feed_forward_width=8 * width // 3 // 64 * 64
+            hidden_size=width,
+            num_heads=max(1, width // 128),
+            num_kv_heads=1,
+            intermediate_size=8 * width // 3 // 64 * 64,
         )
         for piece in pieces(positions, settings, dtype, device):
             for contender in ("as written", "torch.compile"):

@@ -4,7 +4,7 @@
     python -m tools.bench_linear_cross_entropy --device cpu --quick   # small sizes on the CPU
 
 A row is one contender on one case of T positions, hidden width H and vocabulary V: milliseconds of the forward alone
-(evaluation), and of forward and backward (the median, inputs rotated, random normal data, 2% of the targets ignored),
+(evaluation), and of forward and backward (the median, inputs rotated, random normal data, 2% of the labels ignored),
 TFLOP/s of the latter counted as 6 * T * H * V for every contender, whatever it computes again, peak memory above inputs
 (the gradients of hidden and weight included), and the error of both gradients against float64 on a smaller case.
 """
@@ -36,7 +36,7 @@ from tools.measure import (
     sizes,
 )
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, H), weight (V, H), targets (T,): the sum of the losses
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, H), weight (V, H), labels (T,): the sum of the losses
 CHUNK = 4_096
 
 
@@ -65,9 +65,9 @@ CASES = {  # in order of importance: a run cut short has done the first
 ERROR_CASE = Case(512, 256, 4_099)
 
 
-def all_logits(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+def all_logits(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
     logits_TV = (hidden_TH @ weight_VH.T).float()
-    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORED, reduction="sum")
 
 
 @cache
@@ -75,21 +75,21 @@ def compiled_all_logits(compiler: str) -> Loss:
     return torch.compile(all_logits, backend=compiler, dynamic=False)
 
 
-def chunked(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+def chunked(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
     """A loss per chunk, its logits computed again in the backward."""
-    chunks = zip(hidden_TH.split(CHUNK), targets_T.split(CHUNK), strict=True)
-    losses = [checkpoint(all_logits, hidden, weight_VH, targets, use_reentrant=False) for hidden, targets in chunks]
+    chunks = zip(hidden_TH.split(CHUNK), labels_T.split(CHUNK), strict=True)
+    losses = [checkpoint(all_logits, hidden, weight_VH, labels, use_reentrant=False) for hidden, labels in chunks]
     return torch.stack(losses).sum()
 
 
-def liger(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+def liger(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")(weight_VH, hidden_TH, targets_T)
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")(weight_VH, hidden_TH, labels_T)
 
 
-def ours(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden_TH, weight_VH, targets_T).loss_sum
+def ours(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_TH, weight_VH, labels_T).loss_sum
 
 
 def contenders(device: str, compiler: str) -> dict[str, Loss | str]:
@@ -109,13 +109,13 @@ def contenders(device: str, compiler: str) -> dict[str, Loss | str]:
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and a weight that give logits of about 1; 2% of the targets are ignored."""
+    """Hidden states and a weight that give logits of about 1; 2% of the labels are ignored."""
     generator = torch.Generator(device).manual_seed(seed)
     hidden_TH = torch.randn(case.positions, case.width, generator=generator, device=device)
     weight_VH = torch.randn(case.vocabulary, case.width, generator=generator, device=device) * case.width**-0.5
-    targets_T = torch.randint(case.vocabulary, (case.positions,), generator=generator, device=device)
-    targets_T[torch.rand(case.positions, generator=generator, device=device) < 0.02] = IGNORED
-    return hidden_TH.to(dtype).requires_grad_(), weight_VH.to(dtype).requires_grad_(), targets_T
+    labels_T = torch.randint(case.vocabulary, (case.positions,), generator=generator, device=device)
+    labels_T[torch.rand(case.positions, generator=generator, device=device) < 0.02] = IGNORED
+    return hidden_TH.to(dtype).requires_grad_(), weight_VH.to(dtype).requires_grad_(), labels_T
 
 
 def measure(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: int) -> Row:
@@ -131,12 +131,12 @@ def measure(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: in
 def times(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: int) -> Row:
     weight_VH = inputs_of(case, dtype, device, 0)[1]  # a model has one
     sets = [inputs_of(case, dtype, device, seed) for seed in range(INPUT_SETS)]
-    sets = [(hidden_TH, weight_VH, targets_T) for hidden_TH, _, targets_T in sets]
+    sets = [(hidden_TH, weight_VH, labels_T) for hidden_TH, _, labels_T in sets]
 
     def forward(number: int) -> Tensor:
-        hidden_TH, weight_VH, targets_T = sets[number]
+        hidden_TH, weight_VH, labels_T = sets[number]
         with torch.no_grad():  # detached too: Liger makes gradients for inputs that want some
-            return loss(hidden_TH.detach(), weight_VH.detach(), targets_T)
+            return loss(hidden_TH.detach(), weight_VH.detach(), labels_T)
 
     def both(number: int) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(*sets[number]) / case.positions, sets[number][:2])
@@ -154,10 +154,10 @@ def times(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: int)
 
 def gradient_error(loss: Loss, dtype: torch.dtype, device: str) -> float:
     """The worse relative L2 error of the two gradients against float64."""
-    hidden_TH, weight_VH, targets_T = inputs_of(ERROR_CASE, dtype, device, seed=9)
+    hidden_TH, weight_VH, labels_T = inputs_of(ERROR_CASE, dtype, device, seed=9)
     wide: list[Any] = [rows.detach().double().requires_grad_() for rows in (hidden_TH, weight_VH)]
-    exact = F.cross_entropy(wide[0] @ wide[1].T, targets_T, ignore_index=IGNORED, reduction="sum")
-    gradients = torch.autograd.grad(loss(hidden_TH, weight_VH, targets_T), (hidden_TH, weight_VH))
+    exact = F.cross_entropy(wide[0] @ wide[1].T, labels_T, ignore_index=IGNORED, reduction="sum")
+    gradients = torch.autograd.grad(loss(hidden_TH, weight_VH, labels_T), (hidden_TH, weight_VH))
     return relative_error(gradients, torch.autograd.grad(exact, wide))
 
 

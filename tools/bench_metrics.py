@@ -23,7 +23,7 @@ import torch
 from bigmodel.metrics.exporter import Ranks
 from bigmodel.metrics.phases import CompileTime, Phases
 from bigmodel.metrics.profiling import Profiler
-from bigmodel.metrics.recorder import Flops, LossPart, Metrics, Seat, StepRecord
+from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord
 from tools.measure import ROOT, Record
 
 RANKS, SOURCES, MICRO_BATCHES, COLLECTIVES = 8, 20, 8, 12
@@ -43,7 +43,7 @@ def step_record(step: int, seconds: float) -> StepRecord:
         data_wait_seconds=0.001,
         imbalance=1.01,
         flops=Flops(4e17, 5e17, 4.5e17),
-        parts=tuple(LossPart("causal", f"source-{n}", 1e6, 400_000) for n in range(SOURCES)),
+        parts=tuple(LossGroup("causal", f"source-{n}", 1e6, 400_000) for n in range(SOURCES)),
         slowest_rank=3,
         slowest_rank_lag_seconds=0.01,
     )

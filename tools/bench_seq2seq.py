@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigmodel.config.settings import DataSettings, ModelSettings
-from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_keys
+from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_dropout_seeds
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.data.plan.packing import fullest, pack_two_sides
-from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.data.randomness import words
 from bigmodel.model.init import init_weights
-from bigmodel.model.transformer import Transformer, View, rotary_table
+from bigmodel.model.transformer import AttentionInputs, Transformer, rotary_table
 from tools.measure import Record, Row, check_device, milliseconds, peak_bytes, sizes
 
 MODELS = {  # layers of each side, width, vocabulary
@@ -103,13 +103,13 @@ CASES = (
 def make_pairs(case: Case, num_packs: int, vocabulary: int) -> tuple[list[list[Pair]], DataSettings]:
     """Pairs in packs, some of a plan of many, of those that training would take; budgets of the case."""
     data = DataSettings(
-        context_tokens=case.longest[0],
-        pack_tokens=max(case.budgets[0], case.longest[0]),
-        source_pack_tokens=max(case.budgets[1], case.longest[1]),
-        source_context_tokens=case.longest[1],
+        max_document_length=case.longest[0],
+        sequence_length=max(case.budgets[0], case.longest[0]),
+        source_sequence_length=max(case.budgets[1], case.longest[1]),
+        max_source_length=case.longest[1],
     )
     lengths = case.lengths(POOL)
-    packing = pack_two_sides(lengths, (data.pack_tokens, data.source_pack_tokens), data.pack_documents)
+    packing = pack_two_sides(lengths, (data.sequence_length, data.source_sequence_length), data.max_documents)
     random = np.random.default_rng(1)
     chosen = random.permutation(fullest(packing, lengths, data))[:num_packs]
 
@@ -126,16 +126,16 @@ def packed(pairs: list[list[Pair]], data: DataSettings) -> list[Batch]:
     for pack in pairs:
         sides = (np.array([len(pair[side]) - 1 for pair in pack]) for side in (0, 1))
         table = examples.measure_pairs(*sides).tolist()
-        plan = tuple(
-            Fragment(0, 0, row, 0, len(pack[row].source) - 1, 0, *columns) for row, columns in enumerate(table)
+        plan = tuple(Chunk(0, 0, row, 0, len(pack[row].source) - 1, 0, *columns) for row, columns in enumerate(table))
+        keys, source_seeds = (
+            make_dropout_seeds(1, 0, [0], size) for size in (data.sequence_length, data.source_sequence_length)
         )
-        keys, source_keys = (make_keys(1, 0, [0], size) for size in (data.pack_tokens, data.source_pack_tokens))
-        batches.append(build_batch([plan], partial(_read, pack), data, keys, examples, source_keys))
+        batches.append(build_batch([plan], partial(_read, pack), data, keys, examples, source_seeds))
     return batches
 
 
-def _read(pack: list[Pair], piece: Fragment) -> Pair:
-    return pack[piece.row]
+def _read(pack: list[Pair], chunk: Chunk) -> Pair:
+    return pack[chunk.row]
 
 
 @dataclass(frozen=True)
@@ -181,29 +181,29 @@ class Padded(nn.Module):
         place_S = torch.arange(width_S, device=batch.tokens_BT.device)
         seen_B11S = (place_S < batch.source_lengths_B[:, None])[:, None, None]
         x_NH = model.embedding(batch.sources_BS).flatten(0, 1)
-        view = self._view(rows, width_S, x_NH.device)
+        inputs = self._view(rows, width_S, x_NH.device)
         for block in model.encoder.blocks:
-            q, k, v = block.attention.project(block.attention_norm(x_NH), view)
+            q, k, v = block.attention.project(block.attention_norm(x_NH), inputs)
             x_NH = x_NH + block.attention.output(attend(q, k, v, rows, mask=seen_B11S))
             x_NH = x_NH + block.feed_forward(block.feed_forward_norm(x_NH))
         states_NE = model.encoder.norm(x_NH)
         x_NH = model.embedding(batch.tokens_BT).flatten(0, 1)
-        view = self._view(rows, width_T, x_NH.device)
+        inputs = self._view(rows, width_T, x_NH.device)
         for block in model.blocks:
-            q, k, v = block.attention.project(block.attention_norm(x_NH), view)
+            q, k, v = block.attention.project(block.attention_norm(x_NH), inputs)
             x_NH = x_NH + block.attention.output(attend(q, k, v, rows, causal=True))
             crossing = block.cross_attention
-            q = crossing.query(block.cross_attention_norm(x_NH)).unflatten(-1, (crossing.heads, crossing.head_width))
-            shape = 2, crossing.groups, crossing.head_width
+            q = crossing.query(block.cross_attention_norm(x_NH)).unflatten(-1, (crossing.num_heads, crossing.head_dim))
+            shape = 2, crossing.num_kv_heads, crossing.head_dim
             k, v = crossing.key_value(states_NE).unflatten(-1, shape).unbind(1)
             x_NH = x_NH + crossing.output(attend(q, k, v, rows, mask=seen_B11S))
             x_NH = x_NH + block.feed_forward(block.feed_forward_norm(x_NH))
         return model.head(model.norm(x_NH), batch.targets_BT.flatten(), "loss_sum")
 
-    def _view(self, rows: int, width: int, device: torch.device) -> View:
+    def _view(self, rows: int, width: int, device: torch.device) -> AttentionInputs:
         settings = self.model.settings
         places = torch.arange(width, device=device).repeat(rows)
-        return View(None, None, rotary_table(places, settings.head_width, settings.rope_theta))  # type: ignore[arg-type]
+        return AttentionInputs(None, None, rotary_table(places, settings.resolved_head_dim, settings.rope_theta))  # type: ignore[arg-type]
 
 
 def attend(
@@ -276,7 +276,7 @@ def positions_of(batches: Sequence[Batch | PaddedBatch]) -> int:
 def real_shares(case: Case, size: int, data: DataSettings) -> dict[str, float]:
     """Of each contender the share of positions that hold a token, when it takes POOL pairs, `size` a batch."""
     lengths = case.lengths(POOL)
-    packs = len(pack_two_sides(lengths, (data.pack_tokens, data.source_pack_tokens), data.pack_documents).packs)
+    packs = len(pack_two_sides(lengths, (data.sequence_length, data.source_sequence_length), data.max_documents).packs)
     by_length = lengths[np.lexsort((lengths[:, 0], lengths[:, 1]))]
 
     def padded_to_longest(rows: np.ndarray, size: int) -> int:
@@ -284,7 +284,7 @@ def real_shares(case: Case, size: int, data: DataSettings) -> dict[str, float]:
         return sum(len(batch) * int(batch.max(axis=0).sum()) for batch in batches)
 
     positions = {
-        "packed": packs * (data.pack_tokens + data.source_pack_tokens),
+        "packed": packs * (data.sequence_length + data.source_sequence_length),
         LONGEST: padded_to_longest(lengths, size),
         SORTED: padded_to_longest(by_length, size),
         QUARTER: padded_to_longest(by_length, max(1, size // 4)),
@@ -307,8 +307,8 @@ def main(
     layers, width, vocabulary = MODELS[size]
     heads = max(1, width // (64 if width > 128 else 32))
     settings = ModelSettings(
-        kind="encoder_decoder", layers=layers, width=width, heads=heads, key_value_heads=heads,
-        feed_forward_width=8 * width // 3 // 32 * 32, tied_embeddings=True,
+        kind="encoder_decoder", num_layers=layers, hidden_size=width, num_heads=heads, num_kv_heads=heads,
+        intermediate_size=8 * width // 3 // 32 * 32, tied_embeddings=True,
     )  # fmt: skip
     model = Transformer(settings, vocabulary)
     init_weights(model, seed=1)

@@ -7,7 +7,7 @@
 Each writes benchmarks/stream_<name>.json (packing also a plot) and prints the table for benchmarks/README.md.
 Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
 
-- packing: `pad each`: a document (or its piece) a row; `next-fit`: in order, a new pack where a piece does not fit;
+- packing: `pad each`: a document (or its chunk) a row; `next-fit`: in order, a new pack where a chunk does not fit;
   `ours`: the order as it is in training, whatever is carried on left uncounted.
 - speed: each way is a process of its own; they take turns; the median counts. Tokens over processor seconds of the
   whole process, imports left out. `iterate, concatenate` and `iterate, bin-pack` are StreamingDataset.__iter__ with a
@@ -101,35 +101,35 @@ def ours(folder: Path) -> Iterator[int]:
     """Tokens of each step's batches, the stream working as in training, verification included."""
     from bigmodel.data.load.stream import Stream
 
-    data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT)
+    data = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT)
     store = ShardStore(folder, "train")
     stream = Stream(store, Order(store, data, 64, 1), data, 8, Place(0, 1), seed=1)
     for step in stream:
-        yield step.num_positions
+        yield step.num_tokens
 
 
 def next_fit_of_our_reader(folder: Path) -> Iterator[int]:
     """Documents in shuffled order through our reader and our batches, packed next-fit."""
-    from bigmodel.data.load.batch import build_batch, make_keys
+    from bigmodel.data.load.batch import build_batch, make_dropout_seeds
     from bigmodel.data.load.stream import reader
-    from bigmodel.data.plan.shuffle import Fragment, SourceCursor, SourceStream, read_shards
+    from bigmodel.data.plan.shuffle import Chunk, SourceCursor, SourceStream, read_shards
 
-    data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT)
+    data = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT)
     store = ShardStore(folder, "train")
     stream = SourceStream(store, "web", read_shards(store, "web"), CONTEXT, key=1)
     table, _ = stream.ahead(SourceCursor(), stream.positions)
-    packs: list[list[Fragment]] = [[]]
+    packs: list[list[Chunk]] = [[]]
     room = CONTEXT
     for row in table.tolist():
-        piece = Fragment(*row)
-        if piece.length > room:
+        chunk = Chunk(*row)
+        if chunk.length > room:
             packs.append([])
             room = CONTEXT
-        packs[-1].append(piece)
-        room -= piece.length
+        packs[-1].append(chunk)
+        room -= chunk.length
         if len(packs) == 9:
-            keys = make_keys(1, 0, range(8), CONTEXT)
-            yield build_batch([tuple(pack) for pack in packs[:8]], reader(store), data, keys).num_positions
+            keys = make_dropout_seeds(1, 0, range(8), CONTEXT)
+            yield build_batch([tuple(pack) for pack in packs[:8]], reader(store), data, keys).num_tokens
             packs = packs[8:]
 
 
@@ -176,19 +176,19 @@ def bin_packed(folder: Path) -> Iterator[int]:
             continue
         bins: list[list[np.ndarray]] = []
         rooms: list[int] = []
-        for piece in sorted(waiting, key=len, reverse=True):
-            place = next((number for number, room in enumerate(rooms) if room >= len(piece)), len(rooms))
+        for chunk in sorted(waiting, key=len, reverse=True):
+            place = next((number for number, room in enumerate(rooms) if room >= len(chunk)), len(rooms))
             if place == len(rooms):
                 bins.append([])
                 rooms.append(CONTEXT)
-            bins[place].append(piece)
-            rooms[place] -= len(piece)
+            bins[place].append(chunk)
+            rooms[place] -= len(chunk)
         rows_T = np.zeros((len(bins), CONTEXT), np.int64)
         owners = np.full((len(bins), CONTEXT), -1)
-        for number, pieces in enumerate(bins):
-            joined = np.concatenate(pieces)
+        for number, chunks in enumerate(bins):
+            joined = np.concatenate(chunks)
             rows_T[number, : len(joined)] = joined
-            owners[number, : len(joined)] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+            owners[number, : len(joined)] = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
         make_rows(torch.from_numpy(rows_T), torch.from_numpy(owners))
         yield sum(map(len, waiting))
         waiting = []
@@ -216,13 +216,13 @@ def text(seconds: float) -> dict[str, Any]:
             made = {"prepare": section, "data": {"directory": f"{folder}/{content}"}}
             prepare(Settings.model_validate(made), quiet())
             for workers in (1, 2):
-                data = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT, workers=workers)
+                data = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT, workers=workers)
                 store = ShardStore(Path(folder) / content, "train")
                 stream = Stream(store, Order(store, data, 64, 1), data, 8, Place(0, 1), seed=1)
                 next(stream)
                 wall, processor, tokens = time.perf_counter(), time.process_time(), 0
                 while time.perf_counter() - wall < seconds:
-                    tokens += next(stream).num_positions
+                    tokens += next(stream).num_tokens
                 rates[f"{content}, {workers} worker(s)"] = {
                     "tokens_per_second": tokens / (time.perf_counter() - wall),
                     "tokens_per_core_second": tokens / (time.process_time() - processor),
@@ -285,21 +285,21 @@ class InMemory:
     def lengths(self, source: str, shard: int) -> np.ndarray:
         return self._shards[shard]
 
-    def pieces(self, context: int) -> np.ndarray:
+    def chunks(self, context: int) -> np.ndarray:
         positions = np.concatenate(self._shards).astype(np.int64) - 1
         whole = np.full(int((positions // context).sum()), context)
         rest = positions[positions % context > 0] % context
-        pieces = np.concatenate([whole, rest])
-        return pieces[np.argsort(words(3, len(pieces)))]
+        chunks = np.concatenate([whole, rest])
+        return chunks[np.argsort(words(3, len(chunks)))]
 
 
-def next_fit(pieces: np.ndarray, context: int) -> float:
+def next_fit(chunks: np.ndarray, context: int) -> float:
     packs, room = 1, context
-    for piece in pieces.tolist():
-        if piece > room:
+    for chunk in chunks.tolist():
+        if chunk > room:
             packs, room = packs + 1, context
-        room -= piece
-    return float(pieces.sum()) / (packs * context)
+        room -= chunk
+    return float(chunks.sum()) / (packs * context)
 
 
 def packing(documents: int) -> dict[str, Any]:
@@ -307,16 +307,16 @@ def packing(documents: int) -> dict[str, Any]:
     efficiency: dict[str, dict[int, float]] = {"pad each": {}, "next-fit": {}, "ours": {}}
     limited, balance, rate = {}, {}, {}
     for context in (2048, 8192, 32_768):
-        pieces = store.pieces(context)
-        efficiency["pad each"][context] = float(pieces.mean()) / context
-        efficiency["next-fit"][context] = next_fit(pieces, context)
-        data = DataSettings(context_tokens=context, pack_tokens=context)
-        documents_limit = data.pack_documents
+        chunks = store.chunks(context)
+        efficiency["pad each"][context] = float(chunks.mean()) / context
+        efficiency["next-fit"][context] = next_fit(chunks, context)
+        data = DataSettings(max_document_length=context, sequence_length=context)
+        documents_limit = data.max_documents
         order = Order(store, data, 100, 1)
-        steps, clock = max(5, int(pieces.sum()) // context // 100), time.process_time()
+        steps, clock = max(5, int(chunks.sum()) // context // 100), time.process_time()
         taken = [order.next_step() for _ in range(steps)]
         packs = [pack for step in taken for pack in step]
-        filled = [sum(piece.length for piece in pack) for pack in packs]
+        filled = [sum(chunk.length for chunk in pack) for pack in packs]
         rate[context] = sum(map(len, packs)) / (time.process_time() - clock)
         efficiency["ours"][context] = sum(filled) / (len(packs) * context)
         limited[context] = sum(

@@ -44,7 +44,7 @@ DOCUMENTS, SHARD_DOCUMENTS, LANES, NODES, RANKS, NODE = 10**9, 43_000, 64, 8, 8,
 NUM_LISTS = 16  # of different lengths
 PACKS_PER_STEP = NODES * RANKS * 16
 STEPS = 300
-DATA = DataSettings(context_tokens=CONTEXT, pack_tokens=CONTEXT, lanes=LANES)
+DATA = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT, lanes=LANES)
 
 
 def write_folder(folder: Path, num_shards: int) -> int:
@@ -118,7 +118,7 @@ def step_milliseconds(order: Order, place: Place) -> dict[str, float]:
     from bigmodel.data.load.stream import take_share
 
     milliseconds = []
-    ahead: deque[Any] = deque(maxlen=DATA.window_packs * LANES // order.packs_at(0) + 1)  # as `Stream` keeps them
+    ahead: deque[Any] = deque(maxlen=DATA.packing_buffer * LANES // order.packs_at(0) + 1)  # as `Stream` keeps them
     for _ in range(STEPS):
         clock = time.process_time()
         ahead.append((take_share(order, LANES, place, 1), order.position()))

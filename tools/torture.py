@@ -342,7 +342,7 @@ def main(
         shutil.rmtree(folder, ignore_errors=True)
     done = f"{kills} kills at each of {len(POINTS)} points, {flips} flipped bits, {processes} runs killed and resumed"
     print("\n".join(wrong[:20]))
-    print(f"{done}: {f'{len(wrong)} broken promises' if wrong else 'every promise held'}")
+    print(f"{done}: {f'{len(wrong)} broken guarantees' if wrong else 'every guarantee held'}")
     raise typer.Exit(1 if wrong else 0)
 
 

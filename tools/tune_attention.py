@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 from bigmodel.kernels import attention as kernels
-from bigmodel.kernels.attention import attention, make_schedule
+from bigmodel.kernels.attention import attention, make_tile_metadata
 from bigmodel.kernels.triton_import import INTERPRETED
 from tools.bench_attention import Case, lognormal_lengths, packed_inputs
 from tools.measure import REPEATS, Record, Row, check_device, milliseconds, relative_error, sizes
@@ -55,9 +55,9 @@ class Work:
 
     def __init__(self, case: Case, device: str) -> None:
         dtype = torch.float16 if INTERPRETED else torch.bfloat16
-        visibility = case.visibility(device)
-        schedule = make_schedule(visibility, sum(case.lengths), sum(case.keys))
-        self.attend = partial(attention, visibility=visibility, schedule=schedule)
+        mask = case.mask(device)
+        tile_metadata = make_tile_metadata(mask, sum(case.lengths), sum(case.keys))
+        self.attend = partial(attention, mask=mask, tile_metadata=tile_metadata)
         self.sets = [packed_inputs(case, dtype, device, seed) for seed in range(3)]
         for one in self.sets:
             one[:3] = [rows.requires_grad_() for rows in one[:3]]

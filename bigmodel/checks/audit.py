@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.load.stream import Builder
-from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.attention_work import Work, count_work
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Pack
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.metrics.flops import flops
-from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, read_json_lines
 
@@ -47,7 +47,7 @@ def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> l
         raise UserError(f"{run_directory}: metrics.jsonl has no step yet; there is nothing to account for")
     file = run_directory / "settings.json"
     settings = settings_from_table(read_json(file), file)
-    ledger = Ledger()
+    ledger = RunAccounting()
     for line in lines:
         ledger.add(line)
     findings = [_seconds(ledger, observed), _once(lines)]
@@ -56,7 +56,7 @@ def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> l
     return findings
 
 
-def _seconds(ledger: Ledger, observed: tuple[float, float] | None) -> Finding:
+def _seconds(ledger: RunAccounting, observed: tuple[float, float] | None) -> Finding:
     accounted = sum(ledger.seconds.values())
     wall = observed[1] - observed[0] if observed else ledger.wall_seconds
     most = sorted(ledger.seconds.items(), key=lambda item: -item[1])
@@ -76,7 +76,7 @@ def _once(lines: list[dict[str, Any]]) -> Finding:
 def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
     """Tokens, documents and operations of every step, from the plan of the data alone."""
     store = ShardStore.of_run(settings.data, "train")
-    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
+    vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     order = Order.of_run(store, settings)
     steps = [line for line in lines if line["kind"] == "step"][:MAX_STEPS]
     differing = []
@@ -93,13 +93,13 @@ def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
 
 def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, int, float]:
     """Positions, targets, documents and the model's operations of packs, from their plan."""
-    pieces = [piece for pack in packs for piece in pack]
+    chunks = [chunk for pack in packs for chunk in pack]
     work = count_work(packs, settings.data)
-    sizes = (settings.data.pack_tokens, settings.data.source_pack_tokens)
+    sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
     return (
-        sum(piece.positions + piece.source_positions for piece in pieces),
-        sum(piece.targets for piece in pieces),
-        len(pieces),
+        sum(chunk.num_tokens + chunk.source_positions for chunk in chunks),
+        sum(chunk.num_labels for chunk in chunks),
+        len(chunks),
         flops(settings.model, vocabulary, work, sizes).causal,
     )
 
@@ -107,10 +107,10 @@ def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, 
 def torch_agrees(settings: Settings) -> Finding:
     """Compute a pack of the data under torch's counter, which takes all pairs of a document for attention."""
     store = ShardStore.of_run(settings.data, "train")
-    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
+    vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     pack = Order.of_run(store, settings).next_step()[0]
     batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
-    model = Transformer(settings.model.model_copy(update={"dropout": 0.0, "extra_heads": 0}), vocabulary)
+    model = Transformer(settings.model.model_copy(update={"dropout": 0.0, "num_mtp_modules": 0}), vocabulary)
     counted, expected = count_by_torch(model, batch)
     return Finding(
         "the formula's FLOPs are those that torch counts while a pack is computed",
@@ -123,13 +123,13 @@ def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
     """Operations of forward and backward of a batch: counted, and by formula for the pairs that torch counts."""
     vocabulary, settings = model.embedding.num_embeddings, model.settings
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        F.cross_entropy(model(batch, "logits"), batch.targets).backward()
+        F.cross_entropy(model(batch, "logits"), batch.labels).backward()
     return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch), (0, 0)).causal
 
 
 def work_of(batch: Batch) -> Work:
     """What torch's counter takes a batch for: every document sees all of itself, and padding is a document."""
-    lengths = batch.offsets.diff().tolist()
-    sources = batch.source.offsets.diff().tolist() if batch.source else [0] * len(lengths)
+    lengths = batch.cu_seqlens.diff().tolist()
+    sources = batch.source.cu_seqlens.diff().tolist() if batch.source else [0] * len(lengths)
     squares, crossing = sum(n * n for n in lengths), sum(n * s for n, s in zip(lengths, sources, strict=True))
     return Work(sum(lengths), sum(sources), squares, squares, sum(s * s for s in sources), crossing)

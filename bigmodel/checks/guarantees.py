@@ -1,6 +1,6 @@
-"""The promises, proved on a user's own settings and data: `python -m bigmodel check RUN.toml [PROMISE]`.
+"""The guarantees, proved on a user's own settings and data: `python -m bigmodel check RUN.toml [PROMISE]`.
 
-Each promise is a function from settings to findings: a claim, whether it holds, and the number behind it. The
+Each guarantee is a function from settings to findings: a claim, whether it holds, and the number behind it. The
 tests run the same functions, with the guarded code broken, to see them fail.
 
     leak    a document cannot influence another one in its pack: outputs, loss, gradients
@@ -20,7 +20,7 @@ from bigmodel.checks.leak import check_leak
 from bigmodel.checks.order import check_order
 from bigmodel.checks.runs import check_accounting, check_loss, check_resume
 
-PROMISES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
+GUARANTEES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
     "leak": check_leak,
     "order": check_order,
     "loss": check_loss,
@@ -29,13 +29,13 @@ PROMISES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
 }
 
 
-def run_checks(run_file: Path, overrides: Sequence[str], promises: Sequence[str]) -> int:
-    """Run the named promises, print each finding, give the number of broken claims."""
+def run_checks(run_file: Path, overrides: Sequence[str], guarantees: Sequence[str]) -> int:
+    """Run the named guarantees, print each finding, give the number of broken claims."""
     console = Console(highlight=False)
     broken = 0
-    for promise in promises:
-        for finding in PROMISES[promise](run_file, overrides):
+    for guarantee in guarantees:
+        for finding in GUARANTEES[guarantee](run_file, overrides):
             mark = "[green]holds [/]" if finding.holds else "[red]BROKEN[/]"
-            console.print(f"{mark} {promise}: {finding.claim} ({finding.evidence})")
+            console.print(f"{mark} {guarantee}: {finding.claim} ({finding.evidence})")
             broken += not finding.holds
     return broken

@@ -18,7 +18,7 @@ from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.batch import IGNORED, Batch, real_documents, tensors_of
 from bigmodel.data.load.stream import Builder
-from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Pack
 from bigmodel.data.store.shards import ShardStore
@@ -33,7 +33,7 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     settings = agree(load_settings(run_file, overrides))
     store = ShardStore.of_run(settings.data, "train")
     pack = _pack_of_several(settings, store)
-    model = Transformer(settings.model, store.manifest.vocabulary + num_marks(settings.data))
+    model = Transformer(settings.model, store.manifest.vocabulary + num_special_tokens(settings.data))
     init_weights(model, settings.run.seed)
     batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,10 +49,11 @@ def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
     order = Order.of_run(store, settings)
     for _ in range(10):
         for pack in order.next_step():
-            if sum(piece.targets > 0 for piece in pack) > 1:
+            if sum(chunk.num_labels > 0 for chunk in pack) > 1:
                 return pack
     raise UserError(
-        f"no pack of the first 10 steps holds two documents: data.pack_tokens = {settings.data.pack_tokens} is about "
+        f"no pack of the first 10 steps holds two documents: data.sequence_length = "
+        f"{settings.data.sequence_length} is about "
         "the length of one; nothing can leak, and nothing can be checked"
     )
 
@@ -67,8 +68,8 @@ class Place(NamedTuple):
 
 def documents(batch: Batch) -> list[Place]:
     """Where the documents are in which something is asked; padding, which lies in documents of its own, is left out."""
-    edges = batch.offsets.tolist()
-    source_edges = batch.source.offsets.tolist() if batch.source else [0] * len(edges)
+    edges = batch.cu_seqlens.tolist()
+    source_edges = batch.source.cu_seqlens.tolist() if batch.source else [0] * len(edges)
     sides = zip(pairwise(edges), pairwise(source_edges), real_documents(batch), strict=True)
     return [Place(number, slice(*a), slice(*b)) for number, (a, b, is_real) in enumerate(sides) if is_real]
 
@@ -154,15 +155,15 @@ def _losses_and_gradients(model: Transformer, batch: Batch, place: Place) -> _Tr
     """Losses of all positions; gradients of the loss of one document only."""
     model.train()
     model.zero_grad(set_to_none=True)
-    targets = torch.full_like(batch.targets, IGNORED)
-    targets[place.targets] = batch.targets[place.targets]
+    targets = torch.full_like(batch.labels, IGNORED)
+    targets[place.targets] = batch.labels[place.targets]
     embedded = [one for one in model.embed(batch) if one is not None]
     for one in embedded:
         one.retain_grad()
     x_TH, x_SE = [*embedded, None][:2]
     with torch.no_grad():
         losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
-    model.read_out(x_TH, x_SE, replace(batch, targets=targets), "loss_sum").sum().backward()
+    model.read_out(x_TH, x_SE, replace(batch, labels=targets), "loss_sum").sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return _Traced(losses_T, [one.grad for one in embedded], gradients)
 
@@ -212,8 +213,8 @@ def _outputs(model: Transformer, batch: Batch) -> list[tuple[int, Tensor]]:
     head turns into logits (T, H), and those of the encoder (S, E). Logits themselves would be too large.
     """
     x_TH, x_SE = model.embed(batch)
-    states_TH, view, source = model.trunk(x_TH, x_SE, batch)
-    heads = [states_TH, *(block(states_TH, view, batch.keys, source) for block in model.extra_blocks)]
+    states_TH, inputs, source = model.trunk(x_TH, x_SE, batch)
+    heads = [states_TH, *(block(states_TH, inputs, batch.dropout_seeds, source) for block in model.extra_blocks)]
     losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
     outputs = [(0, losses_T), *((0, model.norm(one)) for one in heads)]
     return [*outputs, (1, source.states_SE)] if source else outputs
@@ -235,16 +236,18 @@ def _backward(loss: Tensor) -> float:
 def _alone(batch: Batch, place: Place) -> Batch:
     """One document of a batch as a batch of its own."""
     number, target, source = place
-    moved = {name: tensor[target] for name, tensor in tensors_of(batch).items() if name not in ("offsets", "prefixes")}
+    moved = {
+        name: tensor[target] for name, tensor in tensors_of(batch).items() if name not in ("cu_seqlens", "prefixes")
+    }
     side = batch.source and replace(
         batch.source,
-        **{name: tensor[source] for name, tensor in tensors_of(batch.source).items() if name != "offsets"},
-        offsets=torch.tensor([0, source.stop - source.start], dtype=torch.int32),
+        **{name: tensor[source] for name, tensor in tensors_of(batch.source).items() if name != "cu_seqlens"},
+        cu_seqlens=torch.tensor([0, source.stop - source.start], dtype=torch.int32),
     )
     return replace(
         batch,
         **moved,
-        offsets=torch.tensor([0, target.stop - target.start], dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, target.stop - target.start], dtype=torch.int32),
         prefixes=None if batch.prefixes is None else batch.prefixes[number : number + 1],
         source=side,
     )

@@ -12,10 +12,10 @@ from bigmodel.checks.audit import Finding
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder, take_share
-from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
-from bigmodel.data.plan.shuffle import Fragment, neighbour_distance
+from bigmodel.data.plan.shuffle import Chunk, neighbour_distance
 from bigmodel.data.store.shards import ShardStore
 
 WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
@@ -83,21 +83,21 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     order = _order(settings, store)
     seen: Counter[tuple[int, int, int, int, int]] = Counter()
     lengths: Counter[tuple[int, int]] = Counter()
-    given: list[Fragment] = []
+    given: list[Chunk] = []
     positions = 0
     while positions < EPOCH_POSITIONS and not _epoch_complete(order):
         try:
             packs = order.next_step()
         except UserError:  # data.max_epochs leaves no more
             break
-        for piece in (piece for pack in packs for piece in pack):
-            seen[piece.source, piece.shard, piece.row, piece.start, piece.epoch] += 1
-            positions += piece.length
-            given.append(piece)
-            if piece.epoch == 0:
-                lengths[piece.source, piece.shard] += piece.length
+        for chunk in (chunk for pack in packs for chunk in pack):
+            seen[chunk.source, chunk.shard, chunk.row, chunk.start, chunk.epoch] += 1
+            positions += chunk.length
+            given.append(chunk)
+            if chunk.epoch == 0:
+                lengths[chunk.source, chunk.shard] += chunk.length
     whole = [
-        lengths[source, shard] == int(num_positions(store.lengths(name, shard)).sum())
+        lengths[source, shard] == int(num_tokens(store.lengths(name, shard)).sum())
         for source, name in enumerate(store.sources)
         if name in order.plan.source_positions
         for shard in range(store.num_shards(name))
@@ -109,7 +109,7 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
             if finished
             else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
             max(seen.values()) == 1 and (all(whole) or not finished),
-            f"{positions:,} positions, {len(seen):,} pieces of documents",
+            f"{positions:,} positions, {len(seen):,} chunks of documents",
         ),
         Finding(
             "documents that lie side by side in a shard land far apart",

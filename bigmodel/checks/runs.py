@@ -96,7 +96,7 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 def _num_ranks(settings: Settings) -> int:
     """Two where they have work and devices, or as many as share a pack."""
     sharing = settings.training.sequence_parallel_ranks
-    return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.packs_per_step)
+    return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.global_batch_size)
 
 
 def _short(directory: Path, steps: int, every: int) -> list[str]:

@@ -102,27 +102,29 @@ class ObjectiveSettings(Section):
 class DataSettings(Section):
     """Which shards to read and how they are packed."""
 
+    section = "data"
+
     directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
     remote: str = Field(
         "", description="URL of the same folder in a store; what data.directory lacks is fetched from there"
     )
-    context_tokens: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
-    pack_tokens: int = Field(2048, ge=2, description="positions in a pack")
-    source_pack_tokens: int = Field(
+    max_document_length: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
+    sequence_length: int = Field(2048, ge=2, description="positions in a pack")
+    source_sequence_length: int = Field(
         0, ge=0, description="positions in a pack's source side, for an encoder; 0: one side"
     )
-    source_context_tokens: int = Field(0, ge=0, description="longest source; 0: source_pack_tokens")
-    pack_documents: int = Field(
-        0, ge=0, description="documents in a pack, at most; 0: one for 16 of pack_tokens, 256 at least"
+    max_source_length: int = Field(0, ge=0, description="longest source; 0: source_sequence_length")
+    max_documents: int = Field(
+        0, ge=0, description="documents in a pack, at most; 0: one for 16 of sequence_length, 256 at least"
     )
-    lanes: int = Field(1, ge=1, description="independent streams of documents; packs_per_step is a multiple")
-    window_packs: int = Field(
+    lanes: int = Field(1, ge=1, description="independent streams of documents; global_batch_size is a multiple")
+    packing_buffer: int = Field(
         500, ge=1, description="packs planned together (of pairs more, see mix); more packs tighter and mixes later"
     )
     mix: dict[str, float] = Field(
         {},
         description="share of tokens per source; empty: as much as each holds. Of pairs the tokens of the source text "
-        "are counted here, in curriculum and in window_packs",
+        "are counted here, in curriculum and in packing_buffer",
     )
     max_epochs: dict[str, int] = Field(
         {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
@@ -154,26 +156,26 @@ class DataSettings(Section):
 
     @property
     def longest_source(self) -> int:
-        return self.source_context_tokens or self.source_pack_tokens
+        return self.max_source_length or self.source_sequence_length
 
     @model_validator(mode="after")
     def _sides_fit(self) -> "DataSettings":
-        if self.source_context_tokens > self.source_pack_tokens:
+        if self.max_source_length > self.source_sequence_length:
             raise ValueError(
-                f"data.source_context_tokens = {self.source_context_tokens} does not fit data.source_pack_tokens = "
-                f"{self.source_pack_tokens}; lower the first or raise the second"
+                f"data.max_source_length = {self.max_source_length} does not fit data.source_sequence_length = "
+                f"{self.source_sequence_length}; lower the first or raise the second"
             )
-        if self.fixed_target_tokens > self.context_tokens:
+        if self.fixed_target_tokens > self.max_document_length:
             raise ValueError(
-                f"data.fixed_target_tokens = {self.fixed_target_tokens} is above data.context_tokens = "
-                f"{self.context_tokens}; lower it or raise the context"
+                f"data.fixed_target_tokens = {self.fixed_target_tokens} is above data.max_document_length = "
+                f"{self.max_document_length}; lower it or raise the context"
             )
         decoder_inputs = ("fixed_target_tokens", "masked_decoder_share", "dropped_decoder_share")
         for name in decoder_inputs:
-            if getattr(self, name) and not self.source_pack_tokens:
+            if getattr(self, name) and not self.source_sequence_length:
                 raise ValueError(
                     f"data.{name} = {getattr(self, name)} is about the decoder of an encoder-decoder; leave it out, or "
-                    "set data.source_pack_tokens"
+                    "set data.source_sequence_length"
                 )
         if self.dropped_decoder_share and any(objective.ahead > 1 for objective in self.objectives):
             raise ValueError(
@@ -181,24 +183,25 @@ class DataSettings(Section):
                 "nobody knows beforehand how many targets are left; set ahead = 1, or leave the share out"
             )
         kinds = {objective.kind for objective in self.objectives}
-        if "masked" in kinds and (len(kinds) > 1 or self.source_pack_tokens):
+        if "masked" in kinds and (len(kinds) > 1 or self.source_sequence_length):
             raise ValueError(
                 'data.objectives: kind = "masked" is for an encoder alone; it goes with no other kind and without '
-                "data.source_pack_tokens"
+                "data.source_sequence_length"
             )
         return self
 
     @model_validator(mode="after")
     def _pack_documents_are_known(self) -> "DataSettings":
-        if not self.pack_documents:
-            object.__setattr__(self, "pack_documents", max(256, self.pack_tokens // 16))
+        if not self.max_documents:
+            object.__setattr__(self, "max_documents", max(256, self.sequence_length // 16))
         return self
 
     @model_validator(mode="after")
     def _context_fits(self) -> "DataSettings":
-        if self.context_tokens > self.pack_tokens:
+        if self.max_document_length > self.sequence_length:
             raise ValueError(
-                f"data.context_tokens = {self.context_tokens} does not fit data.pack_tokens = {self.pack_tokens}; "
+                f"data.max_document_length = {self.max_document_length} does not fit data.sequence_length = "
+                f"{self.sequence_length}; "
                 "lower the context or raise the pack"
             )
         mixes = [("data.mix", self.mix), *((f"data.curriculum[{n}].mix", s.mix) for n, s in enumerate(self.curriculum))]

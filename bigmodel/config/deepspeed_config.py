@@ -18,7 +18,7 @@ from bigmodel.config.settings import Settings, UserError, num_micro_batches
 
 # What an absent or "auto" key becomes, and why.
 DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
-    ("train_micro_batch_size_per_gpu", lambda s: 1, "one pack of data.pack_tokens positions is one sample"),
+    ("train_micro_batch_size_per_gpu", lambda s: 1, "one pack of data.sequence_length positions is one sample"),
     ("zero_optimization.stage", lambda s: 1, "partitions the moments, costs no extra communication"),
     ("zero_optimization.overlap_comm", lambda s: False, "its data race is open upstream (DeepSpeed issue 5545)"),
     ("bf16.enabled", lambda s: s.training.precision == "bf16", "training.precision"),
@@ -100,7 +100,7 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
         settings = _agree(settings, path, float(clipping), "gradient_clipping", clipping, source)
     batch = source.number(config, "train_batch_size", int, 1)
     if batch is not None:
-        settings = _agree(settings, "training.packs_per_step", batch, "train_batch_size", batch, source)
+        settings = _agree(settings, "training.global_batch_size", batch, "train_batch_size", batch, source)
         if batch % settings.data.lanes:
             raise source.error(
                 f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
@@ -182,7 +182,7 @@ def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, 
 
 def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
     """Micro-batches follow from packs, ranks and packs per micro-batch; what the user wrote must equal that."""
-    packs = settings.training.packs_per_step
+    packs = settings.training.global_batch_size
     per_micro_batch = source.number(config, "train_micro_batch_size_per_gpu", int, 1)
     assert isinstance(per_micro_batch, int), "filled before"
     sharing = settings.training.sequence_parallel_ranks
@@ -193,12 +193,12 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     places = world_size // sharing
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
     ranks = f"{world_size} rank(s)" if sharing == 1 else f"{places} group(s) of {sharing} ranks"
-    derived = f"packs_per_step = {packs} over {ranks} with {per_micro_batch} pack(s) each time"
+    derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} pack(s) each time"
     written = source.number(config, "gradient_accumulation_steps", int, 1)
     if written is not None and written != micro_batches:
         raise source.error(
             f"gradient_accumulation_steps = {written}, but the run file's training.{derived} makes {micro_batches}; "
-            f'write "auto" in the JSON, or training.packs_per_step = {written * per_micro_batch * places}'
+            f'write "auto" in the JSON, or training.global_batch_size = {written * per_micro_batch * places}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
     batch = source.number(config, "train_batch_size", int, 1)

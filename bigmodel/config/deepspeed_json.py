@@ -48,7 +48,7 @@ SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "optimizer")
 
 # Gone from DeepSpeed since 0.19.7 or 0.19.8; a leftover key would be refused there with less to go on.
 REMOVED = {
-    "elasticity": "set training.packs_per_step; a run here resumes at any world size",
+    "elasticity": "set training.global_batch_size; a run here resumes at any world size",
     "nebula": "checkpoints are bigmodel's own",
     "compression_training": "remove the section",
     "amp": 'use training.precision = "bf16"',

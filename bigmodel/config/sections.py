@@ -6,13 +6,19 @@ prints it without a traceback and exits with code 2.
 """
 
 import difflib
+import os
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from bigmodel.config.renamed import NEW_NAMES, new_keys, old_keys_in
+
+WARNED = "BIGMODEL_OLD_KEYS_WARNED"
 
 
 class UserError(ValueError):
@@ -32,6 +38,12 @@ class Section(BaseModel):
     """A table of the run file. Unknown keys are errors; values cannot be changed after reading."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    section: ClassVar[str] = ""  # its name in the run file, where keys of it were renamed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys_are_read(cls, table: Any) -> Any:
+        return new_keys(cls.section, table) if cls.section and isinstance(table, dict) else table
 
 
 def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -44,14 +56,28 @@ def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+    table = with_new_keys(table, path, overrides)
     for override in overrides:
         _apply_override(table, override)
     return table
 
 
+def with_new_keys(table: dict[str, Any], path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of a run file under the new names of their keys. One warning for all processes of a start."""
+    old = [*old_keys_in(table), *(key for override in overrides if (key := override.partition("=")[0]) in NEW_NAMES)]
+    if old and os.environ.get("RANK", "0") == "0" and WARNED not in os.environ:
+        os.environ[WARNED] = "1"  # the trainers that this process starts do not say it again
+        names = ", ".join(f"{name} is now {NEW_NAMES[name]}" for name in old)
+        print(f"warning: {path}: {names}; old names are read until version 0.3", file=sys.stderr, flush=True)
+    try:
+        return {name: new_keys(name, value) if isinstance(value, dict) else value for name, value in table.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def _apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    names = key.strip().split(".")
+    names = NEW_NAMES.get(key.strip(), key.strip()).split(".")
     if not equals or not all(names):
         raise UserError(f"--set {override}: needs the form section.key=value, for example --set training.steps=100")
     try:

@@ -36,33 +36,37 @@ class ModelSettings(Section):
     Where `encoder_...` is 0, the encoder of an encoder-decoder is like the decoder.
     """
 
+    section = "model"
+
     kind: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
-    layers: int = Field(12, ge=1)
-    width: int = Field(768, ge=2, description="size of the hidden state")
-    heads: int = Field(12, ge=1, description="query heads")
-    key_value_heads: int = Field(
+    num_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=2, description="size of the hidden state")
+    num_heads: int = Field(12, ge=1, description="query heads")
+    num_kv_heads: int = Field(
         12, ge=1, description="key and value heads; divides heads (grouped-query attention); absent: as many as heads"
     )
-    head_size: int = Field(0, ge=0, description="channels of a head; 0: width / heads")
-    feed_forward_width: int = Field(2048, ge=1, description="size of the gated inner layer")
-    encoder_layers: int = Field(0, ge=0)
-    encoder_width: int = Field(0, ge=0)
-    encoder_heads: int = Field(0, ge=0)
-    encoder_key_value_heads: int = Field(0, ge=0)
-    encoder_feed_forward_width: int = Field(0, ge=0)
+    head_dim: int = Field(0, ge=0, description="channels of a head; 0: hidden_size / num_heads")
+    intermediate_size: int = Field(2048, ge=1, description="size of the gated inner layer")
+    encoder_num_layers: int = Field(0, ge=0)
+    encoder_hidden_size: int = Field(0, ge=0)
+    encoder_num_heads: int = Field(0, ge=0)
+    encoder_num_kv_heads: int = Field(0, ge=0)
+    encoder_intermediate_size: int = Field(0, ge=0)
     source_attention: Literal["cross", "mixed"] = Field(
         "cross", description="how a decoder sees the source: a second attention, or in one softmax with its own past"
     )
     separate_embeddings: bool = Field(False, description="the encoder has an embedding matrix of its own")
-    positions: Literal["rotary", "relative_bias"] = Field(
+    position_embedding: Literal["rotary", "relative_bias"] = Field(
         "rotary", description="rotary (Su et al. 2021), or T5's bias by distance, shared by the layers of a side"
     )
     relative_buckets: int = Field(32, ge=4, description="relative_bias: learned distances per head")
     relative_distance: int = Field(128, ge=4, description="relative_bias: farther is all the same")
     attention_scale: float = Field(0.0, ge=0, description="factor of the scores; 0: 1 / sqrt(head size). T5: 1")
-    gate: Literal["silu", "gelu"] = Field("silu", description="of the feed-forward: SwiGLU, or T5 v1.1's GEGLU")
-    extra_heads: int = Field(0, ge=0, description="multi-token prediction: so many tokens more, each by its own block")
-    extra_head_weight: float = Field(0.3, gt=0, description="of the mean of the extra heads' losses in the gradient")
+    activation: Literal["silu", "gelu"] = Field("silu", description="of the feed-forward: SwiGLU, or T5 v1.1's GEGLU")
+    num_mtp_modules: int = Field(
+        0, ge=0, description="multi-token prediction: so many tokens more, each by its own block"
+    )
+    mtp_loss_weight: float = Field(0.3, gt=0, description="of the mean of the extra heads' losses in the gradient")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies (Su et al. 2021)")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
@@ -73,27 +77,27 @@ class ModelSettings(Section):
     )
 
     @property
-    def head_width(self) -> int:
-        return self.head_size or self.width // self.heads
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def encoder(self) -> "ModelSettings":
         """The settings of the encoder's blocks."""
-        names = ("layers", "width", "heads", "key_value_heads", "feed_forward_width")
+        names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size")
         own = {name: getattr(self, f"encoder_{name}") or getattr(self, name) for name in names}
         return self.model_copy(update={**own, "kind": "encoder"})
 
     @model_validator(mode="before")
     @classmethod
     def _key_value_heads_follow_heads(cls, table: Any) -> Any:
-        if isinstance(table, dict) and "heads" in table:
-            return {"key_value_heads": table["heads"]} | table
+        if isinstance(table, dict) and "num_heads" in table:
+            return {"num_kv_heads": table["num_heads"]} | table
         return table
 
     @model_validator(mode="after")
     def _sides_make_sense(self) -> "ModelSettings":
         if self.kind != "encoder_decoder":
-            for name in ("layers", "width", "heads", "key_value_heads", "feed_forward_width"):
+            for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size"):
                 if getattr(self, f"encoder_{name}"):
                     raise ValueError(
                         f"model.encoder_{name} = {getattr(self, f'encoder_{name}')} needs model.kind = "
@@ -101,18 +105,19 @@ class ModelSettings(Section):
                     )
         else:
             _check_heads(self.encoder)
-            if self.encoder.width != self.width and not self.separate_embeddings:
+            if self.encoder.hidden_size != self.hidden_size and not self.separate_embeddings:
                 raise ValueError(
-                    f"model.encoder_width = {self.encoder_width} differs from model.width = {self.width}, so the sides "
-                    "cannot share an embedding matrix; set model.separate_embeddings = true"
+                    f"model.encoder_hidden_size = {self.encoder_hidden_size} differs from model.hidden_size = "
+                    f"{self.hidden_size}, so the sides cannot share an embedding matrix; set "
+                    "model.separate_embeddings = true"
                 )
-            if self.source_attention == "mixed" and self.positions != "rotary":
+            if self.source_attention == "mixed" and self.position_embedding != "rotary":
                 raise ValueError(
                     'model.source_attention = "mixed" has no distance between a target and a source token that a bias '
-                    'could be learned for; set model.positions = "rotary"'
+                    'could be learned for; set model.position_embedding = "rotary"'
                 )
-        if self.extra_heads and self.kind == "encoder":
-            raise ValueError("model.extra_heads predict further tokens, which an encoder does not; leave it out")
+        if self.num_mtp_modules and self.kind == "encoder":
+            raise ValueError("model.num_mtp_modules predict further tokens, which an encoder does not; leave it out")
         buckets = self.relative_buckets
         if buckets % 4 or buckets // 2 >= self.relative_distance:
             raise ValueError(
@@ -128,18 +133,19 @@ class ModelSettings(Section):
 
 
 def _check_heads(model: ModelSettings) -> None:
-    if not model.head_size and model.width % model.heads:
+    if not model.head_dim and model.hidden_size % model.num_heads:
         raise ValueError(
-            f"model.width = {model.width} is not a multiple of model.heads = {model.heads}; "
-            f"width {model.width // model.heads * model.heads or model.heads} is the nearest below that divides"
+            f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_heads = {model.num_heads}; "
+            f"{max(1, model.hidden_size // model.num_heads) * model.num_heads} is the nearest that divides"
         )
-    if model.head_width % 2 and model.positions == "rotary":
+    if model.resolved_head_dim % 2 and model.position_embedding == "rotary":
         raise ValueError(
-            f"model.width / model.heads = {model.head_width} is odd; rotary positions need an even head width"
+            f"model.hidden_size / model.num_heads = {model.resolved_head_dim} is odd; rotary positions need an even "
+            "model.head_dim"
         )
-    if model.heads % model.key_value_heads:
+    if model.num_heads % model.num_kv_heads:
         raise ValueError(
-            f"model.heads = {model.heads} is not a multiple of model.key_value_heads = {model.key_value_heads}; "
+            f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}; "
             "choose a divisor of the heads"
         )
 
@@ -207,10 +213,12 @@ class ScheduleSettings(Section):
 
 
 class TrainingSettings(Section):
+    section = "training"
+
     steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
-    packs_per_step: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
+    global_batch_size: int = Field(8, ge=1, description="packs in one optimizer step, over all ranks")
     batch_ramp: list[tuple[int, int]] = Field(
-        [], description="[step, packs] pairs: packs_per_step holds until the first, then each from its step on"
+        [], description="[step, packs] pairs: global_batch_size holds until the first, then each from its step on"
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="of weights in the forward pass; sums and masters stay fp32; fp16 scales the loss"
@@ -250,8 +258,12 @@ class TrainingSettings(Section):
 
 
 class EvaluationSettings(Section):
+    section = "evaluation"
+
     every_steps: int = Field(0, ge=0, description="0: only at the end")
-    packs: int = Field(0, ge=0, description="validation packs used while training; 0: all of them. The end uses all")
+    sequences: int = Field(
+        0, ge=0, description="validation sequences used while training; 0: all of them. The end uses all"
+    )
     at_end: bool = Field(
         True, description="score the whole split after the last step, draw a sample, write the summary"
     )
@@ -304,11 +316,11 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _data_suit_the_model(self) -> "Settings":
-        kind, sides = self.model.kind, self.data.source_pack_tokens
+        kind, sides = self.model.kind, self.data.source_sequence_length
         if (kind == "encoder_decoder") != (sides > 0):
             raise ValueError(
-                f"model.kind = {kind!r} and data.source_pack_tokens = {sides} do not fit: an encoder-decoder needs a "
-                "source side in every pack, other models have none"
+                f"model.kind = {kind!r} and data.source_sequence_length = {sides} do not fit: an encoder-decoder needs "
+                "a source side in every pack, other models have none"
             )
         masked = any(objective.kind == "masked" for objective in self.data.objectives)
         if (kind == "encoder") != masked:
@@ -316,20 +328,21 @@ class Settings(Section):
                 f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by "
                 'kind = "masked", and no other model is'
             )
-        if self.data.dropped_decoder_share and self.model.extra_heads:
+        if self.data.dropped_decoder_share and self.model.num_mtp_modules:
             raise ValueError(
-                "data.dropped_decoder_share leaves gaps in the targets, in which model.extra_heads would predict "
+                "data.dropped_decoder_share leaves gaps in the targets, in which model.num_mtp_modules would predict "
                 "others than the next ones; leave one of them out"
             )
-        if self.data.dropped_decoder_share and self.model.positions == "relative_bias":
+        if self.data.dropped_decoder_share and self.model.position_embedding == "relative_bias":
             raise ValueError(
-                'data.dropped_decoder_share needs positions that know of the gaps; set model.positions = "rotary"'
+                "data.dropped_decoder_share needs positions that know of the gaps; set "
+                'model.position_embedding = "rotary"'
             )
         return self
 
     @model_validator(mode="after")
     def _lanes_divide_the_step(self) -> "Settings":
-        counts = [("packs_per_step", self.training.packs_per_step)]
+        counts = [("global_batch_size", self.training.global_batch_size)]
         counts += [("batch_ramp: packs", packs) for _, packs in self.training.batch_ramp]
         for name, packs in counts:
             if packs % self.data.lanes:
@@ -371,9 +384,9 @@ def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
         raise UserError(f"{origin}: {explain(error, Settings)}") from None
 
 
-def packs_at(step: int, packs_per_step: int, batch_ramp: Sequence[tuple[int, int]]) -> int:
+def packs_at(step: int, global_batch_size: int, batch_ramp: Sequence[tuple[int, int]]) -> int:
     """Packs in a data step (counted from 0), over all ranks: those of the last pair of the ramp that has begun."""
-    return next((packs for start, packs in reversed(batch_ramp) if start <= step), packs_per_step)
+    return next((packs for start, packs in reversed(batch_ramp) if start <= step), global_batch_size)
 
 
 def positions_before(step: int, settings: Settings) -> int:
@@ -381,14 +394,14 @@ def positions_before(step: int, settings: Settings) -> int:
     training, steps, packs = settings.training, 0, 0
     for start, _ in [*training.batch_ramp, (step, 0)]:
         end = min(start, step)
-        packs += (end - steps) * packs_at(steps, training.packs_per_step, training.batch_ramp)
+        packs += (end - steps) * packs_at(steps, training.global_batch_size, training.batch_ramp)
         steps = end
-    return packs * settings.data.pack_tokens
+    return packs * settings.data.sequence_length
 
 
-def num_micro_batches(packs_per_step: int, world_size: int, packs_per_micro_batch: int) -> int:
+def num_micro_batches(global_batch_size: int, world_size: int, packs_per_micro_batch: int) -> int:
     """Micro-batches in a step, the same on every rank: each takes ceil(packs / ranks), the last ones fewer or none."""
-    packs_per_rank = -(-packs_per_step // world_size)
+    packs_per_rank = -(-global_batch_size // world_size)
     return -(-packs_per_rank // packs_per_micro_batch)
 
 

@@ -3,7 +3,7 @@
 Takes a key (made from names and numbers that say what the draw is for), gives 64-bit words and permutations.
 The generator is splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"):
 word i of a key is a hash of `key + (i + 1) * GOLDEN`, so any word can be had without those before it. numpy's
-own generators are not used, because numpy does not promise that their streams stay as they are.
+own generators are not used, because numpy does not guarantee that their streams stay as they are.
 Costs about 5 ns a word on one core.
 """
 

@@ -33,7 +33,7 @@ REMEDIES = {
 }
 
 
-def check_world(world: World, settings: Settings) -> None:
+def check_consistency(world: World, settings: Settings) -> None:
     """Raises `UserError` on every rank if any two disagree, naming the ranks and nodes that differ from most."""
     identities = world.gather_objects(identify(world, settings))
     complaint = disagreement(identities)

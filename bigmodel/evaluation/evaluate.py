@@ -25,10 +25,10 @@ Forward = Callable[[Batch, str], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nats` summed over `num_targets` predicted tokens, which stand for `text_bytes` bytes of text."""
+    """`nats` summed over `num_labels` predicted tokens, which stand for `text_bytes` bytes of text."""
 
     nats: float
-    num_targets: int
+    num_labels: int
     text_bytes: float
     seconds: float
 
@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / self.num_targets
+        return self.nats / self.num_labels
 
     @property
     def bits_per_byte(self) -> float:
@@ -59,7 +59,7 @@ class Validation:
         Raises `UserError` where nothing is asked in it.
         """
         found = self._score(forward, world, packs, lambda batch: batch)
-        if not found.num_targets:
+        if not found.num_labels:
             raise UserError(nothing_asked("the validation split", self._data))
         return found
 
@@ -69,7 +69,7 @@ class Validation:
         A document alone in its micro-batch has none to exchange with, and is left out; None: all are alone.
         """
         found = self._score(forward, world, 0, _exchanged)
-        return found if found.num_targets else None
+        return found if found.num_labels else None
 
     def _score(self, forward: Forward, world: World, packs: int, change: Callable[[Batch], Batch]) -> Evaluation:
         started = time.perf_counter()
@@ -81,12 +81,12 @@ class Validation:
             batch = change(groups[min(number, len(groups) - 1)])
             nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
             if number < len(groups):
-                mine[number] = (nats, batch.num_targets)
+                mine[number] = (nats, batch.num_labels)
         merged = {number: sums for part in world.gather_objects(mine) for number, sums in part.items()}
         sums = [merged[number] for number in range(len(groups))]
-        num_targets = sum(count for _, count in sums)
+        num_labels = sum(count for _, count in sums)
         nats = math.fsum(nats for nats, _ in sums)
-        return Evaluation(nats, num_targets, num_targets * self.bytes_per_target, time.perf_counter() - started)
+        return Evaluation(nats, num_labels, num_labels * self.bytes_per_target, time.perf_counter() - started)
 
     def first_batch(self) -> Batch:
         """Its first micro-batch, for examples."""
@@ -95,10 +95,10 @@ class Validation:
     @property
     def bytes_per_target(self) -> float:
         """Bytes of text behind one predicted token, over the whole split."""
-        return self._store.text_bytes / self._store.num_targets
+        return self._store.text_bytes / self._store.num_labels
 
 
 def _exchanged(batch: Batch) -> Batch:
     if sum(real_documents(batch)) < 2:
-        return replace(batch, targets=torch.full_like(batch.targets, IGNORED), num_targets=0)
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORED), num_labels=0)
     return exchange_sources(batch)

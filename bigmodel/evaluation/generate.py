@@ -63,13 +63,13 @@ def _answer(forward: Forward, tokenizer: Tokenizer, source: list[int], *how: Any
 def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, device: torch.device | str) -> str:
     """Of the first documents of a batch with a source side: source, target, and what the model says."""
     assert batch.source, "the batch has no source side"
-    edges = zip(pairwise(batch.source.offsets.tolist()), pairwise(batch.offsets.tolist()), strict=True)
+    edges = zip(pairwise(batch.source.cu_seqlens.tolist()), pairwise(batch.cu_seqlens.tolist()), strict=True)
     real = [edge for edge, is_real in zip(edges, real_documents(batch), strict=True) if is_real]
     shown = []
     for (source_start, source_end), (start, end) in real[:number]:
         source = batch.source.tokens[source_start:source_end].tolist()
         said = _answer(forward, tokenizer, source, ANSWER_TOKENS, 0.0, 1, torch.Generator(), device)
-        wanted = [token for token in batch.targets[start:end].tolist() if token != IGNORED]
+        wanted = [token for token in batch.labels[start:end].tolist() if token != IGNORED]
         for name, ids in (("source", source), ("target", wanted), ("model", said)):
             words = readable(tokenizer, ids).strip()
             shown.append(f"[{name}]\n{words[:SHOWN_CHARACTERS]}{' ...' if len(words) > SHOWN_CHARACTERS else ''}")
@@ -118,12 +118,12 @@ def _one_document(ids: list[int], source: list[int] | None = None) -> Batch:
     count = len(ids)
     return Batch(
         tokens=torch.tensor(ids),
-        targets=torch.full((count,), IGNORED),
+        labels=torch.full((count,), IGNORED),
         positions=torch.arange(count),
-        offsets=torch.tensor([0, count], dtype=torch.int32),
-        keys=torch.zeros(count, dtype=torch.int64),
-        num_positions=count,
-        num_targets=0,
+        cu_seqlens=torch.tensor([0, count], dtype=torch.int32),
+        dropout_seeds=torch.zeros(count, dtype=torch.int64),
+        num_tokens=count,
+        num_labels=0,
         num_documents=1,
         source=None if source is None else _source_side(source),
     )
@@ -134,7 +134,7 @@ def _source_side(ids: list[int]) -> SourceSide:
     return SourceSide(
         tokens=torch.tensor(ids, dtype=torch.int64),
         positions=torch.arange(count),
-        offsets=torch.tensor([0, count], dtype=torch.int32),
-        keys=torch.zeros(count, dtype=torch.int64),
-        num_positions=count,
+        cu_seqlens=torch.tensor([0, count], dtype=torch.int32),
+        dropout_seeds=torch.zeros(count, dtype=torch.int64),
+        num_tokens=count,
     )

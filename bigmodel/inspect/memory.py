@@ -5,7 +5,7 @@ and no memory. Weights, gradients, masters and moments are counted from its para
 micro-batch forward and backward, checkpointing included, and following every tensor that the code makes (the kernels'
 own way, as on a GPU). Tests compare the counts with what an engine holds at each stage.
 
-Not counted: the CUDA context and libraries (one or two GB), buffers of NCCL, what the allocator loses to fragments.
+Not counted: the CUDA context and libraries (one or two GB), buffers of NCCL, what the allocator loses to shards.
 Formulas: Rajbhandari et al. 2020 (ZeRO), with the fp32 sums of gradients that are kept here.
 """
 
@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from bigmodel.config.deepspeed_config import packs_per_micro_batch, resolve_deepspeed
 from bigmodel.config.settings import Settings
-from bigmodel.data.load.batch import Batch, build_batch, make_keys
-from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
+from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
 from bigmodel.model.transformer import Transformer
@@ -169,12 +169,16 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 def _empty_batch(settings: Settings, packs: int) -> Batch:
     data, numbers = settings.data, list(range(packs))
-    source_keys = make_keys(0, 0, numbers, data.source_pack_tokens, "source") if data.source_pack_tokens else None
-    keys = make_keys(0, 0, numbers, data.pack_tokens)
-    return build_batch([()] * packs, _read_nothing, data, keys, source_keys=source_keys)
+    source_seeds = (
+        make_dropout_seeds(0, 0, numbers, data.source_sequence_length, "source")
+        if data.source_sequence_length
+        else None
+    )
+    keys = make_dropout_seeds(0, 0, numbers, data.sequence_length)
+    return build_batch([()] * packs, _read_nothing, data, keys, source_seeds=source_seeds)
 
 
-def _read_nothing(fragment: Any) -> Any:
+def _read_nothing(shard: Any) -> Any:
     raise AssertionError("an empty pack has no documents")
 
 
@@ -213,7 +217,7 @@ def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vo
         *(f"[bold]ZeRO {stage} (yours)[/]" if stage == chosen else f"ZeRO {stage}" for stage in by_stage),
         title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
         f"{settings.optimizer.kind}, {ranks} rank(s), "
-        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.pack_tokens:,} positions",
+        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} positions",
         title_justify="left",
     )
     for column in table.columns[1:]:
@@ -231,14 +235,14 @@ def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vo
         table.add_row("off the device", *(f"{sum(p.host.values()) / unit:,.2f}" for p in by_stage.values()))
     console = Console(highlight=False)
     console.print(table)
-    console.print("Not counted: the CUDA context, buffers of NCCL, what the allocator loses to fragments.")
+    console.print("Not counted: the CUDA context, buffers of NCCL, what the allocator loses to shards.")
     draw_memory(by_stage, chosen, device_bytes, png, unit, name)
     console.print(f"picture: {png}")
 
 
 def _vocabulary(settings: Settings) -> int:
     if (settings.data.directory / MANIFEST).exists():
-        return Manifest.read(settings.data.directory).vocabulary + num_marks(settings.data)
+        return Manifest.read(settings.data.directory).vocabulary + num_special_tokens(settings.data)
     return settings.prepare.vocabulary
 
 

@@ -44,15 +44,15 @@ def show_batch(settings: Settings, step: int, png: Path) -> None:
     console = Console(highlight=False)
     for line in draw(batch):
         console.print(line, soft_wrap=True)
-    num_targets = len(batch.tokens)
+    num_labels = len(batch.tokens)
     if batch.source:
-        visible = dense(cross(batch.offsets, batch.source.offsets), num_targets, len(batch.source.tokens))
+        visible = dense(cross(batch.cu_seqlens, batch.source.cu_seqlens), num_labels, len(batch.source.tokens))
     elif settings.model.kind == "encoder":
-        visible = dense(bidirectional(batch.offsets), num_targets, num_targets)
+        visible = dense(bidirectional(batch.cu_seqlens), num_labels, num_labels)
     elif batch.prefixes is not None:
-        visible = dense(prefix_lm(batch.offsets, batch.prefixes), num_targets, num_targets)
+        visible = dense(prefix_lm(batch.cu_seqlens, batch.prefixes), num_labels, num_labels)
     else:
-        visible = dense(causal(batch.offsets), num_targets, num_targets)
+        visible = dense(causal(batch.cu_seqlens), num_labels, num_labels)
     draw_png(batch, visible.numpy(), png)
     console.print(f"picture: {png}")
 
@@ -89,17 +89,19 @@ def show_data(settings: Settings, png: Path) -> None:
     console = Console(highlight=False)
     console.print(sources_table(settings, store.manifest, packed))
     console.print(lengths_text(store.manifest), markup=False)
-    console.print(packing_text(settings, packed, whole_share(all_positions(store), data.context_tokens)), markup=False)
+    console.print(
+        packing_text(settings, packed, whole_share(all_positions(store), data.max_document_length)), markup=False
+    )
     if store.pair_sources:
         console.print(cut_text(count_cut(store, data)), markup=False)
         console.print(window_text(data, packed), markup=False)
-    suggestions = suggest_sides(store, data) if data.source_pack_tokens else suggest(store, store.manifest, data)
+    suggestions = suggest_sides(store, data) if data.source_sequence_length else suggest(store, store.manifest, data)
     console.print(suggestions_table(suggestions))
     if data.curriculum:
         lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
         console.print(lag, markup=False)
     lengths = [store.lengths(source, shard) for source in store.sources for shard in range(store.num_shards(source))]
-    draw_lengths(lengths, png, data.context_tokens)
+    draw_lengths(lengths, png, data.max_document_length)
     console.print(f"picture: {png}", soft_wrap=True)
 
 
@@ -113,7 +115,7 @@ def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Tab
     for name in ("documents", "tokens", "text MB", "mix", "passes", "rows dropped"):
         table.add_column(name, justify="right", no_wrap=True)
     training = settings.training
-    num_packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
+    num_packs = sum(packs_at(step, training.global_batch_size, training.batch_ramp) for step in range(training.steps))
     mixed = mix_shares({name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}, settings.data.mix)
     for source in manifest.sources:
         rows = manifest.rows[source]
@@ -157,15 +159,15 @@ def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
 def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     data = settings.data
     sides = f"{packed.filled:.2%} of the positions filled"
-    size, split = f"{data.pack_tokens:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split or cut by "
-    if data.source_pack_tokens:
+    size, split = f"{data.sequence_length:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split or cut by "
+    if data.source_sequence_length:
         sides = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
-        size = f"{data.pack_tokens:,} target and {data.source_pack_tokens:,} source tokens"
+        size = f"{data.sequence_length:,} target and {data.source_sequence_length:,} source tokens"
     return (
         f"packing, as planned for {packed.num_packs:,} packs of {size}:\n"
         f"  {sides}, {packed.documents:.1f} documents a pack\n"
-        f"  {packed.document_limited:.1%} of the packs closed by data.pack_documents = {data.pack_documents}"
-        + ("" if data.source_pack_tokens else f"{split}data.context_tokens = {data.context_tokens:,}")
+        f"  {packed.document_limited:.1%} of the packs closed by data.max_documents = {data.max_documents}"
+        + ("" if data.source_sequence_length else f"{split}data.max_document_length = {data.max_document_length:,}")
     )
 
 
@@ -178,11 +180,11 @@ def cut_text(cut: CutPairs) -> str:
 
 def window_text(data: DataSettings, packed: Packed) -> str:
     """What settings that count tokens make of pairs."""
-    planned = data.window_packs * (data.pack_tokens + data.source_pack_tokens)
+    planned = data.packing_buffer * (data.sequence_length + data.source_sequence_length)
     together = planned / sum(packed.positions.values())
     return (
-        "  of pairs, data.mix, data.curriculum and data.window_packs count the tokens of the source text alone: with "
-        f"data.window_packs = {data.window_packs:,}\n  about {together:,.0f} packs are planned together"
+        "  of pairs, data.mix, data.curriculum and data.packing_buffer count the tokens of the source text alone: with "
+        f"data.packing_buffer = {data.packing_buffer:,}\n  about {together:,.0f} packs are planned together"
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmodel.config.settings import UserError
-from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 
 PHASES = {
@@ -44,7 +44,7 @@ class StepTimes:
 
 def read_times(run_directory: Path) -> StepTimes:
     """Raises `UserError` where there is no step yet."""
-    ledger, lines = Ledger(), []
+    ledger, lines = RunAccounting(), []
     for line in read_json_lines(Path(run_directory) / "metrics.jsonl"):
         if line["kind"] == "step" and line["step"] > ledger.counted["step"]:
             lines.append(line)

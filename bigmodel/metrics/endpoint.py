@@ -23,7 +23,7 @@ from bigmodel.run_directory import write_atomically, write_json
 CLOSING_SECONDS = 5.0  # for the kernel to take everything from a process that was killed
 
 
-class Page:
+class MetricsEndpoint:
     """Of one node and all of its `ranks`. Make it, `start` it once there are records in `folder`, `close` it.
 
     The exporter ends by itself when the last rank of its node has, also when all were killed. Raises `UserError` on

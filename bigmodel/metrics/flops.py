@@ -78,21 +78,25 @@ class Weights(NamedTuple):
 
 def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
     """Extra heads pass their own blocks and the output head again."""
-    layers, width, head_width = settings.layers + settings.extra_heads, settings.width, settings.head_width
-    of_heads = (1 + settings.extra_heads) * vocabulary * width
+    layers, width, head_width = (
+        settings.num_layers + settings.num_mtp_modules,
+        settings.hidden_size,
+        settings.resolved_head_dim,
+    )
+    of_heads = (1 + settings.num_mtp_modules) * vocabulary * width
     of_position = layers * _block_weights(settings) + of_heads
     if settings.kind != "encoder_decoder":
         return Weights(of_position, 0, of_heads)
     encoder = settings.encoder
     if settings.source_attention == "cross":  # its query and output
-        of_position += layers * 2 * width * settings.heads * head_width
-    keys_and_values = layers * 2 * encoder.width * settings.key_value_heads * head_width
-    return Weights(of_position, encoder.layers * _block_weights(encoder) + keys_and_values, of_heads)
+        of_position += layers * 2 * width * settings.num_heads * head_width
+    keys_and_values = layers * 2 * encoder.hidden_size * settings.num_kv_heads * head_width
+    return Weights(of_position, encoder.num_layers * _block_weights(encoder) + keys_and_values, of_heads)
 
 
 def _block_weights(settings: ModelSettings) -> int:
-    attention = settings.width * settings.head_width * (2 * settings.heads + 2 * settings.key_value_heads)
-    return attention + 3 * settings.width * settings.feed_forward_width
+    attention = settings.hidden_size * settings.resolved_head_dim * (2 * settings.num_heads + 2 * settings.num_kv_heads)
+    return attention + 3 * settings.hidden_size * settings.intermediate_size
 
 
 def flops(
@@ -123,19 +127,19 @@ def flops(
 
 def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
     """Forward: scores and their products with the values, 4 operations for a pair and channel."""
-    layers = settings.layers + settings.extra_heads
-    forward = 4 * layers * settings.heads * settings.head_width * pairs
+    layers = settings.num_layers + settings.num_mtp_modules
+    forward = 4 * layers * settings.num_heads * settings.resolved_head_dim * pairs
     if settings.kind == "encoder_decoder":
         encoder = settings.encoder
-        forward += 4 * encoder.layers * encoder.heads * encoder.head_width * source_pairs
-        forward += 4 * layers * settings.heads * settings.head_width * cross_pairs
+        forward += 4 * encoder.num_layers * encoder.num_heads * encoder.resolved_head_dim * source_pairs
+        forward += 4 * layers * settings.num_heads * settings.resolved_head_dim * cross_pairs
     return forward
 
 
 def step_flops(settings: Settings, vocabulary: int, step: Step) -> Flops:
     """Operations of one step over all ranks."""
-    sizes = (settings.data.pack_tokens, settings.data.source_pack_tokens)
-    packs = (step.num_positions + step.num_padding) // sum(sizes)
+    sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
+    packs = (step.num_tokens + step.num_padding) // sum(sizes)
     padding = (packs * sizes[0] - step.work.positions, packs * sizes[1] - step.work.source_positions)
     recomputed = settings.training.activation_checkpointing == "full"
     return flops(settings.model, vocabulary, step.work, sizes, padding, recomputed)

@@ -36,7 +36,7 @@ RUN = (
     Metric("positions", "counter", "Positions trained on that held a token"),
     Metric("padding_positions", "counter", "Positions computed that held no token"),
     Metric("documents", "counter", "Documents, or pieces of long ones, trained on"),
-    Metric("packs_document_limited", "counter", "Packs with room left that were full by data.pack_documents"),
+    Metric("packs_document_limited", "counter", "Packs with room left that were full by data.max_documents"),
     Metric(
         "model_flops", "counter", "Floating-point operations the model needs: attention counted over visible pairs "
         "(convention causal) or as if each pack were one sequence without a mask (full)", ("convention",),

@@ -31,16 +31,16 @@ from typing import Any, NamedTuple
 
 from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
-from bigmodel.metrics.endpoint import Page
+from bigmodel.metrics.endpoint import MetricsEndpoint
 from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
-from bigmodel.metrics.run_accounting import Ledger, Samples
+from bigmodel.metrics.run_accounting import RunAccounting, Samples
 from bigmodel.metrics.writers import open_writers, scalars
 from bigmodel.run_directory import append_json_line, read_json_lines, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
-class LossPart:
+class LossGroup:
     """What one objective on one source contributed to a step, over all ranks."""
 
     objective: str  # as in the run file: "causal", "span_corruption", ...
@@ -80,7 +80,7 @@ class StepRecord:
     flops: Flops | None = None
     skipped: bool = False  # the update was left out
     skip_reason: str = "not_finite"  # why, if it was: one of a few words
-    parts: tuple[LossPart, ...] = ()  # the loss by objective and source; their targets add up to `targets`
+    parts: tuple[LossGroup, ...] = ()  # the loss by objective and source; their targets add up to `targets`
     z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, also where training.z_loss is 0
     loss_scale: float | None = None  # of fp16
     slowest_rank: int | None = None  # of the step before, for it is told together with this step's loss
@@ -151,7 +151,7 @@ class Metrics:
         return self._lap_began - before
 
     def spent(self, cause: str) -> None:
-        """The time since the last event was lost to one of `ledger.CAUSES`; told with the next event."""
+        """The time since the last event was lost to one of `run_accounting.CAUSES`; told with the next event."""
         self._spent[cause] = self._spent.get(cause, 0.0) + self.lap()
 
     @property
@@ -182,7 +182,7 @@ class Metrics:
         self._tell("checkpoint", {"step": step, "bytes": written_bytes, "seconds": seconds, "lap": self.lap()})
 
     def record_failed_checkpoint(self, step: int, reason: str) -> None:
-        """`reason`: one of `ledger.SAVE_FAILURES`."""
+        """`reason`: one of `run_accounting.SAVE_FAILURES`."""
         self._tell("failed_checkpoint", {"step": step, "reason": reason, "lap": self.lap()})
 
     def close(self, ending: str = "failed") -> None:
@@ -208,20 +208,20 @@ class Metrics:
     ) -> None:
         self.close("failed" if kind else "finished")
 
-    def _open_page(self, settings: MetricsSettings) -> Page:
+    def _open_page(self, settings: MetricsSettings) -> MetricsEndpoint:
         seat = self._seat
         try:
-            return Page(
+            return MetricsEndpoint(
                 self._directory, self.folder, seat.node, range(seat.rank, seat.rank + seat.local_size), settings
             )
         except UserError:
             shutil.rmtree(self.folder, ignore_errors=True)  # other ranks may have put their records there
             raise
 
-    def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> Ledger:
+    def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> RunAccounting:
         """Fold the lines that are there, open a new start in them, and drop those of steps that are done again."""
         lines = [] if fresh else list(read_json_lines(self._lines))
-        before, ledger, began = Ledger(), Ledger(), process_start_time()
+        before, run_accounting, began = RunAccounting(), RunAccounting(), process_start_time()
         for line in lines:
             before.add(line)
         kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
@@ -241,8 +241,8 @@ class Metrics:
         }
         write_atomically(self._lines, "".join(json.dumps(line) + "\n" for line in (*kept, start)))
         for line in (*kept, start):
-            ledger.add(line)
-        return ledger
+            run_accounting.add(line)
+        return run_accounting
 
     def _tell(self, kind: str, values: dict[str, Any]) -> None:
         if self._ledger:

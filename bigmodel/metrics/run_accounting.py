@@ -1,4 +1,4 @@
-"""The ledger: what a run did and where its time went, over all its starts.
+"""The run_accounting: what a run did and where its time went, over all its starts.
 
 Takes the lines of metrics.jsonl in their order, gives counts, seconds by cause and the samples of the page. Guarantees:
 a pure fold, so that anyone can audit it; counts never step back; what is done again after a restart (its step is not
@@ -60,7 +60,7 @@ COUNTED = ("step", "evaluation", "checkpoint")
 Samples = dict[str, list[list[Any]]]  # metric name -> [[label values, value], ...]
 
 
-class Ledger:
+class RunAccounting:
     """Add the lines in their order; read `counts`, `seconds` and `samples()` at any time."""
 
     def __init__(self) -> None:

@@ -42,10 +42,10 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         parameter.fill_(1.0)
         return
     crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
-    side, additions = settings, (3 if crosses else 2) * settings.layers
+    side, additions = settings, (3 if crosses else 2) * settings.num_layers
     if name.startswith("encoder."):
         side = settings.encoder
-        additions = 2 * side.layers
+        additions = 2 * side.num_layers
     if name.removeprefix("encoder.").startswith(("embedding.", "head.", "relative_bias.")):
         deviation = 0.02
     elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
@@ -54,7 +54,9 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         deviation = math.sqrt(1.0 / parameter.shape[1])
     parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed, name)) * deviation)
     if settings.attention_scale and name.endswith(("attention.query_key_value.weight", "cross_attention.query.weight")):
-        parameter[: side.heads * side.head_width] /= settings.attention_scale * math.sqrt(side.head_width)
+        parameter[: side.num_heads * side.resolved_head_dim] /= settings.attention_scale * math.sqrt(
+            side.resolved_head_dim
+        )
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -24,14 +24,14 @@ from torch.nn import functional as F
 
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
-from bigmodel.kernels.attention import Schedule, attention, make_schedule
+from bigmodel.kernels.attention import TileMetadata, attention, make_tile_metadata
 from bigmodel.kernels.linear_cross_entropy import (
     IGNORED,
     Options,
     linear_cross_entropy_and_losses,
     linear_cross_entropy_per_token,
 )
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
 from bigmodel.kernels.relative_bias import t5_bias
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
@@ -82,7 +82,7 @@ def rotate(x_TQK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TQK.dtype)
 
 
-def dropout(x_TH: Tensor, rate: float, keys_T: Tensor, salt: int) -> Tensor:
+def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
     """Drop by a hash of (key of the position, salt, channel): the same on any rank, device and at any recomputation.
 
     The hash is the finalizer of splitmix64 (Steele et al. 2014); its top 31 bits are compared with the rate.
@@ -90,7 +90,7 @@ def dropout(x_TH: Tensor, rate: float, keys_T: Tensor, salt: int) -> Tensor:
     if rate == 0.0:
         return x_TH
     channels = torch.arange(x_TH.shape[-1], device=x_TH.device, dtype=torch.int64)
-    word = (keys_T[:, None] ^ (salt * 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF)) + channels * 0x1E3779B97F4A7C15
+    word = (seeds_T[:, None] ^ (salt * 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF)) + channels * 0x1E3779B97F4A7C15
     word = (word ^ (word >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     word = (word ^ (word >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     keep = (word >> 33 & 0x7FFFFFFF) >= int(rate * 2**31)
@@ -98,29 +98,29 @@ def dropout(x_TH: Tensor, rate: float, keys_T: Tensor, salt: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionInputs:
     """How an attention looks at a batch: made once, used by all layers of a side."""
 
-    visibility: Visibility
-    schedule: Schedule
+    mask: AttentionMask
+    tile_metadata: TileMetadata
     table: tuple[Tensor, Tensor] | None = None  # rotary, of the queries and of the keys beside them
     bias_HR: Tensor | None = None
     source_table: tuple[Tensor, Tensor] | None = None  # mixed: rotary, of the source's keys
     rows: Tensor | None = None  # mixed: where the keys are in the source's and the decoder's rows, last first
 
 
-class Source(NamedTuple):
+class EncoderOutput(NamedTuple):
     """What a decoder sees of an encoder: its states (S, E) and, for cross-attention, how it looks at them."""
 
     states_SE: Tensor
-    view: View | None
+    inputs: AttentionInputs | None
 
 
 class RelativeBias(nn.Embedding):
     """T5's learned bias by distance, (H, R), for all layers of a side."""
 
     def __init__(self, settings: ModelSettings, sees_both_ways: bool) -> None:
-        super().__init__(settings.relative_buckets, settings.heads)
+        super().__init__(settings.relative_buckets, settings.num_heads)
         self.sees_both_ways, self.distance = sees_both_ways, settings.relative_distance
 
     def forward(self) -> Tensor:
@@ -132,24 +132,28 @@ class Attention(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_width = settings.heads, settings.key_value_heads, settings.head_width
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            settings.num_heads,
+            settings.num_kv_heads,
+            settings.resolved_head_dim,
+        )
         self.scale = settings.attention_scale or None
-        self.query_key_value = Linear(settings.width, (self.heads + 2 * self.groups) * self.head_width)
-        self.output = Linear(self.heads * self.head_width, settings.width)
-        self.query_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        self.query_key_value = Linear(settings.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size)
+        self.query_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
 
-    def project(self, x_TH: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        heads_TNK = self.query_key_value(x_TH).unflatten(-1, (self.heads + 2 * self.groups, self.head_width))
-        q_TQK, k_TGK, v_TGK = heads_TNK.split((self.heads, self.groups, self.groups), dim=1)
+    def project(self, x_TH: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        heads_TNK = self.query_key_value(x_TH).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+        q_TQK, k_TGK, v_TGK = heads_TNK.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q_TQK, k_TGK = self.query_norm(q_TQK), self.key_norm(k_TGK)
-        if view.table:
-            q_TQK, k_TGK = rotate(q_TQK, view.table), rotate(k_TGK, view.table)
+        if inputs.table:
+            q_TQK, k_TGK = rotate(q_TQK, inputs.table), rotate(k_TGK, inputs.table)
         return q_TQK, k_TGK, v_TGK
 
-    def forward(self, x_TH: Tensor, view: View) -> Tensor:
-        rows = self.project(x_TH, view)
-        out_TQK = attention(*rows, view.visibility, view.schedule, self.scale, bias_HR=view.bias_HR)
+    def forward(self, x_TH: Tensor, inputs: AttentionInputs) -> Tensor:
+        rows = self.project(x_TH, inputs)
+        out_TQK = attention(*rows, inputs.mask, inputs.tile_metadata, self.scale, bias_HR=inputs.bias_HR)
         return self.output(out_TQK.flatten(1))
 
 
@@ -158,16 +162,16 @@ class MixedAttention(Attention):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
-        self.source_key_value = Linear(settings.encoder.width, 2 * self.groups * self.head_width)
+        self.source_key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim)
 
-    def forward(self, x_TH: Tensor, view: View, states_SE: Tensor) -> Tensor:  # type: ignore[override]
-        assert view.source_table is not None, "a view for mixed attention"
-        q_TQK, k_TGK, v_TGK = self.project(x_TH, view)
-        source_SNK = self.source_key_value(states_SE).unflatten(-1, (2 * self.groups, self.head_width))
-        source_k_SGK, source_v_SGK = source_SNK.split(self.groups, dim=1)
-        source_k_SGK = rotate(self.key_norm(source_k_SGK), view.source_table)
-        k, v = (torch.cat(sides)[view.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
-        out_TQK = attention(q_TQK.flip(0), k, v, view.visibility, view.schedule, self.scale).flip(0)
+    def forward(self, x_TH: Tensor, inputs: AttentionInputs, states_SE: Tensor) -> Tensor:  # type: ignore[override]
+        assert inputs.source_table is not None, "a inputs for mixed attention"
+        q_TQK, k_TGK, v_TGK = self.project(x_TH, inputs)
+        source_SNK = self.source_key_value(states_SE).unflatten(-1, (2 * self.num_kv_heads, self.head_dim))
+        source_k_SGK, source_v_SGK = source_SNK.split(self.num_kv_heads, dim=1)
+        source_k_SGK = rotate(self.key_norm(source_k_SGK), inputs.source_table)
+        k, v = (torch.cat(sides)[inputs.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
+        out_TQK = attention(q_TQK.flip(0), k, v, inputs.mask, inputs.tile_metadata, self.scale).flip(0)
         return self.output(out_TQK.flatten(1))
 
 
@@ -176,20 +180,24 @@ class CrossAttention(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_width = settings.heads, settings.key_value_heads, settings.head_width
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            settings.num_heads,
+            settings.num_kv_heads,
+            settings.resolved_head_dim,
+        )
         self.scale = settings.attention_scale or None
-        self.query = Linear(settings.width, self.heads * self.head_width)
-        self.key_value = Linear(settings.encoder.width, 2 * self.groups * self.head_width)
-        self.output = Linear(self.heads * self.head_width, settings.width)
-        self.query_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_width, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        self.query = Linear(settings.hidden_size, self.num_heads * self.head_dim)
+        self.key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim)
+        self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size)
+        self.query_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
 
-    def forward(self, x_TH: Tensor, source: Source) -> Tensor:
-        assert source.view is not None, "a view for cross-attention"
-        q_TQK = self.query(x_TH).unflatten(-1, (self.heads, self.head_width))
-        k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.groups, self.head_width)).unbind(1)
+    def forward(self, x_TH: Tensor, source: EncoderOutput) -> Tensor:
+        assert source.inputs is not None, "a inputs for cross-attention"
+        q_TQK = self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim))
+        k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
         rows = self.query_norm(q_TQK), self.key_norm(k_SGK), v_SGK
-        out_TQK = attention(*rows, source.view.visibility, source.view.schedule, self.scale)
+        out_TQK = attention(*rows, source.inputs.mask, source.inputs.tile_metadata, self.scale)
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
             # No target here has a source: gradients are zero, not absent, for ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
@@ -201,9 +209,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.gate_up = Linear(settings.width, 2 * settings.feed_forward_width)
-        self.down = Linear(settings.feed_forward_width, settings.width)
-        self.gate = settings.gate
+        self.gate_up = Linear(settings.hidden_size, 2 * settings.intermediate_size)
+        self.down = Linear(settings.intermediate_size, settings.hidden_size)
+        self.gate = settings.activation
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TF, up_TF = self.gate_up(x_TH).chunk(2, dim=-1)
@@ -222,30 +230,32 @@ class Block(nn.Module):
         self.layer, self.dropout = layer, settings.dropout
         self.is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
         self.is_cross = settings.kind == "encoder_decoder" and not self.is_mixed
-        self.attention_norm = RMSNorm(settings.width, settings.norm_epsilon)
+        self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.attention = MixedAttention(settings) if self.is_mixed else Attention(settings)
         if self.is_cross:
-            self.cross_attention_norm = RMSNorm(settings.width, settings.norm_epsilon)
+            self.cross_attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
             self.cross_attention = CrossAttention(settings)
-        self.feed_forward_norm = RMSNorm(settings.width, settings.norm_epsilon)
+        self.feed_forward_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.feed_forward = FeedForward(settings)
 
-    def forward(self, x_TH: Tensor, view: View, keys_T: Tensor, source: Source | None = None) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, inputs: AttentionInputs, seeds_T: Tensor, source: EncoderOutput | None = None
+    ) -> Tensor:
         seen = (source.states_SE,) if self.is_mixed and source else ()
-        mixed_TH = self.attention(self.attention_norm(x_TH), view, *seen)
-        x_TH = x_TH + self.drop(mixed_TH, keys_T, 2)
+        mixed_TH = self.attention(self.attention_norm(x_TH), inputs, *seen)
+        x_TH = x_TH + self.drop(mixed_TH, seeds_T, 2)
         if self.is_cross:
             found_TH = self.cross_attention(self.cross_attention_norm(x_TH), source)
-            x_TH = x_TH + self.drop(found_TH, keys_T, 1, CROSS_SALT)
+            x_TH = x_TH + self.drop(found_TH, seeds_T, 1, CROSS_SALT)
         thought_TH = self.feed_forward(self.feed_forward_norm(x_TH))
-        return x_TH + self.drop(thought_TH, keys_T, 2, 1)
+        return x_TH + self.drop(thought_TH, seeds_T, 2, 1)
 
-    def drop(self, x_TH: Tensor, keys_T: Tensor, times: int, plus: int = 0) -> Tensor:
+    def drop(self, x_TH: Tensor, seeds_T: Tensor, times: int, plus: int = 0) -> Tensor:
         """Dropout of salt times * layer + plus. Without dropout the layer's number is not looked at: torch.compile then
         has one graph for all layers."""
         if not (self.training and self.dropout):
             return x_TH
-        return dropout(x_TH, self.dropout, keys_T, salt=times * self.layer + plus)
+        return dropout(x_TH, self.dropout, seeds_T, salt=times * self.layer + plus)
 
 
 class Head(nn.Module):
@@ -262,33 +272,33 @@ class Head(nn.Module):
         self.z_sum: Tensor | float = 0.0  # of the last loss_sum: logsumexp(logits)^2 over its targets
 
     def forward(
-        self, x_TH: Tensor, targets_T: Tensor, output: Output, parts_T: Tensor | None = None, num_parts: int = 1
+        self, x_TH: Tensor, labels_T: Tensor, output: Output, groups_T: Tensor | None = None, num_loss_groups: int = 1
     ) -> Tensor:
         softcap = self.options.logit_softcap
         if output == "loss_sum":
-            sums, losses_T = linear_cross_entropy_and_losses(x_TH, self.weight, targets_T, self.options)
+            sums, losses_T = linear_cross_entropy_and_losses(x_TH, self.weight, labels_T, self.options)
             self.z_sum = sums.z_sum.detach()
-            return sums.loss_sum if parts_T is None else _by_part(sums.loss_sum, losses_T, parts_T, num_parts)
+            return sums.loss_sum if groups_T is None else _by_group(sums.loss_sum, losses_T, groups_T, num_loss_groups)
         if output == "loss_per_position":
-            return linear_cross_entropy_per_token(x_TH, self.weight, targets_T, softcap)
+            return linear_cross_entropy_per_token(x_TH, self.weight, labels_T, softcap)
         logits_TV = x_TH.float() @ self.weight.float().T
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
 
-def _by_part(loss_sum: Tensor, losses_T: Tensor, parts_T: Tensor, num_parts: int) -> Tensor:
+def _by_group(loss_sum: Tensor, losses_T: Tensor, groups_T: Tensor, num_loss_groups: int) -> Tensor:
     """(parts,) sums of the positions' losses; the gradient of their sum is that of `loss_sum`."""
-    is_of_PT = parts_T == torch.arange(num_parts, device=parts_T.device)[:, None]
+    is_of_PT = groups_T == torch.arange(num_loss_groups, device=groups_T.device)[:, None]
     sums_P = (losses_T.double() * is_of_PT).sum(1).to(losses_T.dtype)  # no atomics: the same bits every time
-    return sums_P + (loss_sum - loss_sum.detach()) / num_parts
+    return sums_P + (loss_sum - loss_sum.detach()) / num_loss_groups
 
 
-def ahead(targets_T: Tensor, offsets: Tensor, steps: int) -> Tensor:
+def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int) -> Tensor:
     """(T,) the target `steps` positions on in the same document; IGNORED where that is none."""
-    row_T = _rows(targets_T)
-    document_T = torch.searchsorted(offsets, row_T, right=True)
+    row_T = _rows(labels_T)
+    document_T = torch.searchsorted(cu_seqlens, row_T, right=True)
     later_T = (row_T + steps).clamp(max=len(row_T) - 1)
     inside_T = (row_T + steps < len(row_T)) & (document_T[later_T] == document_T)
-    return torch.where(inside_T, targets_T[later_T], IGNORED)
+    return torch.where(inside_T, labels_T[later_T], IGNORED)
 
 
 class Encoder(nn.Module):
@@ -298,31 +308,33 @@ class Encoder(nn.Module):
         super().__init__()
         self.settings = settings
         if settings.separate_embeddings:
-            self.embedding = nn.Embedding(vocabulary, settings.width)
-        if settings.positions == "relative_bias":
+            self.embedding = nn.Embedding(vocabulary, settings.hidden_size)
+        if settings.position_embedding == "relative_bias":
             self.relative_bias = RelativeBias(settings, sees_both_ways=True)
-        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
-        self.norm = RMSNorm(settings.width, settings.norm_epsilon)
+        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
+        self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
 
-    def forward(self, x_SE: Tensor, offsets: Tensor, positions_S: Tensor, keys_S: Tensor) -> Tensor:
-        view = make_view(self, bidirectional(offsets), positions_S)
+    def forward(self, x_SE: Tensor, cu_seqlens: Tensor, positions_S: Tensor, seeds_S: Tensor) -> Tensor:
+        inputs = make_attention_inputs(self, bidirectional(cu_seqlens), positions_S)
         for block in self.blocks:
-            x_SE = block(x_SE, view, keys_S)
+            x_SE = block(x_SE, inputs, seeds_S)
         return self.norm(x_SE)
 
 
-def make_view(stack: nn.Module, visibility: Visibility, positions_T: Tensor) -> View:
+def make_attention_inputs(stack: nn.Module, mask: AttentionMask, positions_T: Tensor) -> AttentionInputs:
     """How the self-attention of an encoder's or decoder's blocks looks at a batch."""
     settings, rows = stack.settings, len(positions_T)
-    schedule = make_schedule(visibility, rows, rows)
-    if settings.positions == "relative_bias":
-        return View(visibility, schedule, bias_HR=stack.relative_bias())
-    return View(visibility, schedule, rotary_table(positions_T, settings.head_width, settings.rope_theta))
+    tile_metadata = make_tile_metadata(mask, rows, rows)
+    if settings.position_embedding == "relative_bias":
+        return AttentionInputs(mask, tile_metadata, bias_HR=stack.relative_bias())
+    return AttentionInputs(
+        mask, tile_metadata, rotary_table(positions_T, settings.resolved_head_dim, settings.rope_theta)
+    )
 
 
 class Transformer(nn.Module):
     """The model. `forward(batch)` gives the loss summed over the batch's targets, in fp32, in nats: a scalar, or
-    one sum for each part of the batch (`batch.parts`), which add up to it.
+    one sum for each part of the batch (`batch.loss_groups`), which add up to it.
 
     z_loss, label_smoothing and extra heads shape the gradient of that sum, not its value (Options).
     """
@@ -332,17 +344,17 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.embedding = nn.Embedding(vocabulary, settings.width)
+        self.embedding = nn.Embedding(vocabulary, settings.hidden_size)
         if settings.kind == "encoder_decoder":
             self.encoder = Encoder(settings.encoder, vocabulary)
-        if settings.positions == "relative_bias":
+        if settings.position_embedding == "relative_bias":
             self.relative_bias = RelativeBias(settings, sees_both_ways=settings.kind == "encoder")
-        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
-        extra = range(settings.layers, settings.layers + settings.extra_heads)
+        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
+        extra = range(settings.num_layers, settings.num_layers + settings.num_mtp_modules)
         self.extra_blocks = nn.ModuleList(Block(settings, layer) for layer in extra)
-        self.norm = RMSNorm(settings.width, settings.norm_epsilon)
+        self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         untied = not settings.tied_embeddings
-        weight_VH = nn.Parameter(torch.empty(vocabulary, settings.width)) if untied else self.embedding.weight
+        weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
         self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
         self.z_sum: Tensor | float = 0.0  # since somebody set it to 0: of the micro-batches of a step
 
@@ -359,19 +371,19 @@ class Transformer(nn.Module):
 
     def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
         """`forward` from embedded tokens on."""
-        x_TH, view, source = self.trunk(x_TH, x_SE, batch)
-        result = self.head(self.norm(x_TH), batch.targets, output, batch.parts, batch.num_parts)
+        x_TH, inputs, source = self.trunk(x_TH, x_SE, batch)
+        result = self.head(self.norm(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups)
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):
             extra = sum(
-                self.head(self.norm(block(x_TH, view, batch.keys, source)), targets_T, output)
-                for block, targets_T in (
-                    (block, ahead(batch.targets, batch.offsets, steps))
+                self.head(self.norm(block(x_TH, inputs, batch.dropout_seeds, source)), labels_T, output)
+                for block, labels_T in (
+                    (block, ahead(batch.labels, batch.cu_seqlens, steps))
                     for steps, block in enumerate(self.extra_blocks, 1)
                 )
             )
-            weight = self.settings.extra_head_weight / len(self.extra_blocks) / max(1, result.numel())
+            weight = self.settings.mtp_loss_weight / len(self.extra_blocks) / max(1, result.numel())
             result = result + weight * (extra - extra.detach())
         return result
 
@@ -379,41 +391,45 @@ class Transformer(nn.Module):
         """Embedded tokens (T, H) to the normalised states (T, H) that the head reads."""
         return self.norm(self.trunk(x_TH, x_SE, batch)[0])
 
-    def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, View, Source | None]:
+    def trunk(
+        self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch
+    ) -> tuple[Tensor, AttentionInputs, EncoderOutput | None]:
         """Through all blocks: the states (T, H) before the last norm, and what the blocks looked at."""
-        view, source = self.look(x_SE, batch)
+        inputs, source = self.attention_inputs(x_SE, batch)
         for block in self.blocks:
-            x_TH = block(x_TH, view, batch.keys, source)
-        return x_TH, view, source
+            x_TH = block(x_TH, inputs, batch.dropout_seeds, source)
+        return x_TH, inputs, source
 
-    def look(self, x_SE: Tensor | None, batch: Batch) -> tuple[View, Source | None]:
+    def attention_inputs(self, x_SE: Tensor | None, batch: Batch) -> tuple[AttentionInputs, EncoderOutput | None]:
         """How the blocks look at the batch, and what they see of its source, encoded here."""
         settings, side = self.settings, batch.source
         if side is None or x_SE is None:
             assert settings.kind != "encoder_decoder", "an encoder-decoder needs a batch with a source side"
             if settings.kind == "encoder":
-                visibility = bidirectional(batch.offsets)
+                mask = bidirectional(batch.cu_seqlens)
             elif batch.prefixes is None:
-                visibility = causal(batch.offsets)
+                mask = causal(batch.cu_seqlens)
             else:
-                visibility = prefix_lm(batch.offsets, batch.prefixes)
-            return make_view(self, visibility, batch.positions), None
-        states_SE = self.encoder(x_SE, side.offsets, side.positions, side.keys)
-        num_targets, num_sources = len(batch.tokens), len(side.tokens)
+                mask = prefix_lm(batch.cu_seqlens, batch.prefixes)
+            return make_attention_inputs(self, mask, batch.positions), None
+        states_SE = self.encoder(x_SE, side.cu_seqlens, side.positions, side.dropout_seeds)
+        num_labels, num_sources = len(batch.tokens), len(side.tokens)
         if settings.source_attention == "cross":
-            visibility = cross(batch.offsets, side.offsets)
-            seen = View(visibility, make_schedule(visibility, num_targets, num_sources))
-            return make_view(self, causal(batch.offsets), batch.positions), Source(states_SE, seen)
-        visibility = mixed(batch.offsets, side.offsets)
-        behind_T = side.offsets.diff()[torch.searchsorted(batch.offsets, _rows(batch.tokens), right=True) - 1]
+            mask = cross(batch.cu_seqlens, side.cu_seqlens)
+            seen = AttentionInputs(mask, make_tile_metadata(mask, num_labels, num_sources))
+            return make_attention_inputs(self, causal(batch.cu_seqlens), batch.positions), EncoderOutput(
+                states_SE, seen
+            )
+        mask = mixed(batch.cu_seqlens, side.cu_seqlens)
+        behind_T = side.cu_seqlens.diff()[torch.searchsorted(batch.cu_seqlens, _rows(batch.tokens), right=True) - 1]
         tables = (
-            rotary_table(positions, settings.head_width, settings.rope_theta)
+            rotary_table(positions, settings.resolved_head_dim, settings.rope_theta)
             for positions in (batch.positions + behind_T, side.positions)
         )
         own_table, source_table = tables
-        rows = mixed_rows(batch.offsets, side.offsets, num_targets, num_sources)
-        schedule = make_schedule(visibility, num_targets, num_targets + num_sources)
-        return View(visibility, schedule, own_table, None, source_table, rows), Source(states_SE, None)
+        rows = mixed_rows(batch.cu_seqlens, side.cu_seqlens, num_labels, num_sources)
+        tile_metadata = make_tile_metadata(mask, num_labels, num_labels + num_sources)
+        return AttentionInputs(mask, tile_metadata, own_table, None, source_table, rows), EncoderOutput(states_SE, None)
 
 
 def _rows(tokens_T: Tensor) -> Tensor:

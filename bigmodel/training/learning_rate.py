@@ -1,7 +1,7 @@
 """The learning rate of each step: pure functions of its number and the settings.
 
 Time is counted in steps or in positions (`schedule.unit`): with a batch that ramps, a schedule in positions keeps its
-shape over the data. Positions are those the plan gives a step, packs x pack_tokens, padding included.
+shape over the data. Positions are those the plan gives a step, packs x sequence_length, padding included.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The training loop: shards in, checkpoints out, one straight line.
 
-Takes settings, gives an exit code (rundir.EXIT_*). Every rank runs this same function; rank 0 alone prints,
+Takes settings, gives an exit code (run_directory.EXIT_*). Every rank runs this same function; rank 0 alone prints,
 exports metrics and writes the run directory. Guarantees: what happens at step N stands between `for step` and
 the end of that block; data, dropout and learning rate of a step depend on the seed and its number alone, so a
 run that was killed and resumed retraces the uninterrupted one. A step without a finite loss and gradient is
@@ -19,13 +19,13 @@ import torch
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError, to_toml_table
 from bigmodel.data.load.stream import Step, Stream
-from bigmodel.data.objectives.examples import num_marks
+from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Position, merge_cursors, total_progress
 from bigmodel.data.plan.segments import resume_order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
-from bigmodel.distributed.consistency import check_world
+from bigmodel.distributed.consistency import check_consistency
 from bigmodel.distributed.signals import StopFlag
 from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
 from bigmodel.evaluation.evaluate import Validation
@@ -34,7 +34,7 @@ from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
-from bigmodel.metrics.recorder import LossPart, Metrics, Seat, StepRecord, new_start
+from bigmodel.metrics.recorder import LossGroup, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (
@@ -74,16 +74,17 @@ def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> in
 def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) -> int:
     stop = StopFlag()
     world = start_world(settings.training.collective_timeout_seconds)
-    if world.device.type == "cuda" and settings.model.head_width > 256:
+    if world.device.type == "cuda" and settings.model.resolved_head_dim > 256:
         raise UserError(
-            f"model.width / model.heads = {settings.model.head_width}: the GPU kernels take heads of at most 256 "
-            "channels; raise model.heads"
+            f"model.hidden_size / model.num_heads = {settings.model.resolved_head_dim}: the GPU kernels take "
+            "heads of at most 256 "
+            "channels; raise model.num_heads"
         )
     directory = settings.run.directory
     checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
-    incarnation = world.on_rank_zero(lambda: take_over(directory))
-    check_world(world, settings)
+    restart_generation = world.on_rank_zero(lambda: take_over(directory))
+    check_consistency(world, settings)
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
@@ -93,7 +94,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     ranks_per_node = world.ranks_per_node()
     place = Place.of_rank(world.rank, world.size, ranks_per_node, sharing)
     validation = Validation(settings.data, packs_per_micro_batch)
-    vocabulary = store.manifest.vocabulary + num_marks(settings.data)
+    vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     with creation(effective) as whole:
         model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
     init_weights(model, settings.run.seed, whole)
@@ -141,23 +142,23 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
     closing.callback(stream.close)
     norms = Norms(engine, world, settings.metrics.norms_every_steps)
-    saver = Saver(checkpoints, settings, world, incarnation)
+    saver = Saver(checkpoints, settings, world, restart_generation)
     closing.callback(saver.close)
     for step in stream if first_step < settings.training.steps else ():
         profiler.step()
         phases.add("data", stream.wait_seconds)
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
-        nats = torch.zeros(len(stream.parts), device=world.device)  # by objective and source
+        nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
         model.z_sum = 0.0
         for number, batch in enumerate(step.micro_batches):
             last = number == len(step.micro_batches) - 1
-            nats += engine.micro_batch(batch.to(world.device), step.num_targets, last)
+            nats += engine.micro_batch(batch.to(world.device), step.num_labels, last)
         with phases("communication"):
             votes = [float(stop.requested), float(saver.written)]
             told = world.sum_([*nats.tolist(), float(model.z_sum), *votes, *phases.busy_row(seat)])
-        nats_by_part, (z_sum, stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
-        loss = math.fsum(nats_by_part) / step.num_targets
+        nats_by_group, (z_sum, stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
+        loss = math.fsum(nats_by_group) / step.num_labels
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
 
@@ -187,8 +188,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 loss=loss,
                 gradient_norm=gradient_norm,
                 learning_rate=rate,
-                targets=step.num_targets,
-                positions=step.num_positions,
+                targets=step.num_labels,
+                positions=step.num_tokens,
                 padding=step.num_padding,
                 documents=step.num_documents,
                 step_seconds=seconds,
@@ -202,11 +203,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 flops=step_flops(settings, vocabulary, step),
                 skipped=bad,
                 parts=tuple(
-                    LossPart(*names, nats=part, targets=targets)
-                    for names, part, targets in zip(stream.parts, nats_by_part, step.targets_by_part, strict=True)
+                    LossGroup(*names, nats=part, targets=targets)
+                    for names, part, targets in zip(
+                        stream.loss_groups, nats_by_group, step.labels_by_group, strict=True
+                    )
                     if targets
                 ),
-                z_loss=z_sum / step.num_targets,
+                z_loss=z_sum / step.num_labels,
                 loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
                 norms=norms.after_update(),
                 slowest_rank=slowest_rank,
@@ -214,7 +217,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             ),
             phases.take(),
         )
-        line.update(done, loss, step.num_positions / seconds)
+        line.update(done, loss, step.num_tokens / seconds)
         if bad_steps == MAX_BAD_STEPS:
             raise UserError(
                 f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
@@ -231,7 +234,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         ):
             metrics.begins("evaluation", done)
             with phases("evaluation"):
-                evaluation = validation.run(engine.forward, world, packs=settings.evaluation.packs)
+                evaluation = validation.run(engine.forward, world, packs=settings.evaluation.sequences)
             metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
         ending, due = finished or stopping, saver.due(done)
@@ -335,11 +338,11 @@ def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
 
 
 def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
-    """[source, shard, row, first position, positions] of every piece in a step: what a skipped step left out."""
+    """[source, shard, row, first position, positions] of every chunk in a step: what a skipped step left out."""
     return [
-        [store.sources[piece.source], piece.shard, piece.row, piece.start, piece.length]
+        [store.sources[chunk.source], chunk.shard, chunk.row, chunk.start, chunk.length]
         for pack in step.packs
-        for piece in pack
+        for chunk in pack
     ]
 
 
@@ -350,5 +353,5 @@ def _opening(
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
         f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {packs} packs of "
-        f"{settings.data.pack_tokens} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
+        f"{settings.data.sequence_length} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

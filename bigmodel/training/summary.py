@@ -1,7 +1,7 @@
-"""The end of a run: how good it is against simple marks, and where everything is.
+"""The end of a run: how good it is against simple special_tokens, and where everything is.
 
-Takes a finished run, writes summary.json, sample.txt, loss.png and time.png into the run directory. The marks: a
-smoothed bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
+Takes a finished run, writes summary.json, sample.txt, loss.png and time.png into the run directory. The special_tokens:
+a smoothed bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
 """
 
 import math
@@ -36,7 +36,7 @@ def summarize(
     segments: Sequence[Segment],
     wrong_sources: Evaluation | None = None,
 ) -> dict[str, Any]:
-    """Compute the marks, write the files, give what summary.json holds: bits per byte of validation text.
+    """Compute the special_tokens, write the files, give what summary.json holds: bits per byte of validation text.
 
     `wrong_sources`: of an encoder-decoder, how well it does when sources are exchanged between documents.
     """
@@ -44,7 +44,7 @@ def summarize(
     summary = {
         "steps": settings.training.steps,
         "nats_per_token": evaluation.nats_per_token,
-        "validation_targets": evaluation.num_targets,
+        "validation_targets": evaluation.num_labels,
         "bits_per_byte": evaluation.bits_per_byte,
         "bigram_bits_per_byte": bigram_bits_per_byte(settings, segments),
         "xz_bits_per_byte": _xz_of_validation_text(settings),
@@ -70,8 +70,8 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
     """The bigram on the validation split, after the tokens that the run trained on, of pairs on their targets; None for
     very long runs, where an earlier segment had data that is no longer there, and for other objectives than causal."""
     training = settings.training
-    packs = sum(packs_at(step, training.packs_per_step, training.batch_ramp) for step in range(training.steps))
-    if packs * settings.data.pack_tokens > BIGRAM_TOKENS:
+    packs = sum(packs_at(step, training.global_batch_size, training.batch_ramp) for step in range(training.steps))
+    if packs * settings.data.sequence_length > BIGRAM_TOKENS:
         return None
     train = ShardStore.of_run(settings.data, "train")
     validation = ShardStore.of_run(settings.data, "validation")
@@ -83,12 +83,12 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
         return None
     bigram = Bigram(train.manifest.vocabulary).fit(_trained_on(orders, training.steps, train))
     nats, count = bigram.score(token_pairs(validation))
-    assert count == validation.num_targets, f"{count} pairs scored, {validation.num_targets} in the manifest"
+    assert count == validation.num_labels, f"{count} pairs scored, {validation.num_labels} in the manifest"
     return nats / math.log(2) / validation.text_bytes
 
 
 def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
-    """Print the curve, the marks, the sample and where everything is."""
+    """Print the curve, the special_tokens, the sample and where everything is."""
     directory = settings.run.directory
     console = Console(highlight=False)
     console.print(terminal_curve(directory), markup=False)
@@ -113,13 +113,13 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
 
 
 def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Iterator[Pair]:
-    """(inputs, targets) of every piece of every step, replayed from the plans of the run's segments."""
+    """(inputs, targets) of every chunk of every step, replayed from the plans of the run's segments."""
     ends = [*(order.first_step for order in orders[1:]), steps]
     for order, end in zip(orders, ends, strict=True):
         while order.step < end:
-            for piece in chain.from_iterable(order.next_step()):
-                document = store.document(store.sources[piece.source], piece.shard, piece.row)
+            for chunk in chain.from_iterable(order.next_step()):
+                document = store.document(store.sources[chunk.source], chunk.shard, chunk.row)
                 if isinstance(document, np.ndarray):
-                    yield causal(document, piece.start, piece.length)
+                    yield causal(document, chunk.start, chunk.length)
                 else:
-                    yield causal(document.target, 0, piece.targets)
+                    yield causal(document.target, 0, chunk.num_labels)

@@ -31,7 +31,7 @@ def refusal(tmp_path: Path, config: dict[str, Any] | str, world_size: int = 1, *
 
 
 def test_without_a_file_the_defaults_hold() -> None:
-    effective, settings = resolve_deepspeed(Settings.model_validate({"training": {"packs_per_step": 8}}), 2)
+    effective, settings = resolve_deepspeed(Settings.model_validate({"training": {"global_batch_size": 8}}), 2)
     assert effective == {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 4,
@@ -42,7 +42,7 @@ def test_without_a_file_the_defaults_hold() -> None:
         "communication_data_type": "fp32",
         "gradient_clipping": 1.0,
     }
-    assert settings.training.packs_per_step == 8
+    assert settings.training.global_batch_size == 8
 
 
 def test_every_default_has_a_reason() -> None:
@@ -83,7 +83,9 @@ def test_auto_is_filled_from_the_run_file_or_left_to_deepspeed(tmp_path: Path) -
         },
     }
     optimizer = {"learning_rate": 0.01, "gradient_clipping": 2.0}
-    effective, _ = resolve(tmp_path, mine, 1, training={"packs_per_step": 3, "precision": "fp32"}, optimizer=optimizer)
+    effective, _ = resolve(
+        tmp_path, mine, 1, training={"global_batch_size": 3, "precision": "fp32"}, optimizer=optimizer
+    )
     assert effective["train_batch_size"] == 3
     assert effective["gradient_accumulation_steps"] == 3
     assert effective["gradient_clipping"] == 2.0
@@ -120,7 +122,7 @@ def test_all_that_is_wrong_with_the_keys_is_told_at_once_and_so_are_all_contradi
 
 
 def test_a_step_that_does_not_divide_is_filled_with_empty_packs(tmp_path: Path) -> None:
-    effective, _ = resolve(tmp_path, {"train_micro_batch_size_per_gpu": 2}, 3, training={"packs_per_step": 8})
+    effective, _ = resolve(tmp_path, {"train_micro_batch_size_per_gpu": 2}, 3, training={"global_batch_size": 8})
     assert effective["gradient_accumulation_steps"] == 2
     assert effective["train_batch_size"] == 12
 
@@ -144,7 +146,7 @@ def test_what_could_not_be_run_here_passes_through(tmp_path: Path) -> None:
 
 
 def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
-    training = {"packs_per_step": 8, "sequence_parallel_ranks": 2}
+    training = {"global_batch_size": 8, "sequence_parallel_ranks": 2}
     effective, _ = resolve(tmp_path, {}, 4, training=training)
     assert effective["gradient_accumulation_steps"] == 4
     assert effective["train_batch_size"] == 16, "DeepSpeed asserts that it is the product over all ranks"
@@ -152,14 +154,14 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
         resolve(tmp_path, {}, 3, training=training)
     assert 'write "auto"' in refusal(tmp_path, {"train_batch_size": 8}, 4, training=training)
     words = refusal(tmp_path, {"gradient_accumulation_steps": 8}, 4, training=training)
-    assert "packs_per_step = 8 over 2 group(s) of 2 ranks" in words
-    assert words.endswith("training.packs_per_step = 16")
+    assert "global_batch_size = 8 over 2 group(s) of 2 ranks" in words
+    assert words.endswith("training.global_batch_size = 16")
 
 
 def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:
     mine = {"train_batch_size": 12, "bf16": {"enabled": False}, "gradient_clipping": 0}
     effective, settings = resolve(tmp_path, mine, 3)
-    assert settings.training.packs_per_step == 12
+    assert settings.training.global_batch_size == 12
     assert settings.training.precision == "fp32"
     assert settings.optimizer.gradient_clipping == 0.0
     assert effective["gradient_accumulation_steps"] == 4
@@ -175,14 +177,22 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"fp16": {"enabled": False}}, {"training": {"precision": "fp16"}}, ["fp16.enabled = false", "training.precision"]),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": {"kind": "muon"}}, ['type = "Adam"', "optimizer.kind"]),
     ({"gradient_clipping": 1}, {"optimizer": {"gradient_clipping": 0.5}}, ["gradient_clipping = 1", "= 0.5"]),
-    ({"train_batch_size": 16}, {"training": {"packs_per_step": 8}}, ["train_batch_size = 16", "packs_per_step = 8"]),
-    ({"train_batch_size": 9}, {"data": {"lanes": 4}, "training": {"packs_per_step": 9 - 1}}, ["train_batch_size = 9"]),
+    (
+        {"train_batch_size": 16},
+        {"training": {"global_batch_size": 8}},
+        ["train_batch_size = 16", "global_batch_size = 8"],
+    ),
+    (
+        {"train_batch_size": 9},
+        {"data": {"lanes": 4}, "training": {"global_batch_size": 9 - 1}},
+        ["train_batch_size = 9"],
+    ),
     (
         {"gradient_accumulation_steps": 3},
-        {"training": {"packs_per_step": 8}},
-        ["gradient_accumulation_steps = 3", "packs_per_step = 8", "2 rank(s)", "makes 4", "packs_per_step = 6"],
+        {"training": {"global_batch_size": 8}},
+        ["gradient_accumulation_steps = 3", "global_batch_size = 8", "2 rank(s)", "makes 4", "global_batch_size = 6"],
     ),
-    ({"train_batch_size": 5}, {"training": {"packs_per_step": 5}}, ["train_batch_size = 5", "in all 6", '"auto"']),
+    ({"train_batch_size": 5}, {"training": {"global_batch_size": 5}}, ["train_batch_size = 5", "in all 6", '"auto"']),
     ({"optimizer": {"params": {"lr": 1e-3}}}, {"optimizer": {"learning_rate": 2e-3}}, ["params.lr = 0.001", "0.002"]),
     (
         {"optimizer": {"params": {"betas": [0.9, 0.99]}}},

@@ -17,11 +17,11 @@ def train_with_a_slow_rank(run_file: Path) -> int:
     from bigmodel.training import loop
 
     class Engine(loop.Engine):
-        def micro_batch(self, batch, num_targets, last):
+        def micro_batch(self, batch, num_labels, last):
             if self.world.rank == SLOW_RANK and last:
                 with self.phases("forward"):
                     time.sleep(SECONDS)
-            return super().micro_batch(batch, num_targets, last)
+            return super().micro_batch(batch, num_labels, last)
 
     class Watched(Metrics):
         def close(self, ending: str = "failed") -> None:

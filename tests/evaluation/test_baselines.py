@@ -119,7 +119,7 @@ def test_the_pairs_of_a_prepared_split_are_its_targets(tmp_path: Path) -> None:
 
     store = ShardStore(prepared(tmp_path), "validation")
     pairs = list(token_pairs(store))
-    assert sum(len(targets) for _, targets in pairs) == store.num_targets > 1000
+    assert sum(len(targets) for _, targets in pairs) == store.num_labels > 1000
     assert all(inputs[0] == store.manifest.bos and targets[-1] == store.manifest.eos for inputs, targets in pairs)
 
 

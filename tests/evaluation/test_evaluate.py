@@ -20,7 +20,7 @@ def evaluate_in_between(run_file: Path, folder: Path, every_steps: int) -> int:
 
     def recorded(self, forward, world, packs=0):
         evaluation = run(self, forward, world, packs)
-        found.append([evaluation.nats, evaluation.num_targets, evaluation.text_bytes])
+        found.append([evaluation.nats, evaluation.num_labels, evaluation.text_bytes])
         return evaluation
 
     Validation.run = recorded
@@ -46,7 +46,7 @@ def score_fresh(run_file: Path, folder: Path) -> int:
     engine = Engine(model, settings, effective, world)
     evaluation = Validation(settings.data, 1).run(engine.forward, world)
     assert engine._engine.module.training
-    result = [evaluation.nats, evaluation.num_targets, evaluation.text_bytes]
+    result = [evaluation.nats, evaluation.num_labels, evaluation.text_bytes]
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(result))
     end_world()
     return 0
@@ -59,12 +59,12 @@ def test_sum_and_count_are_equal_to_the_last_bit_on_1_2_and_3_ranks(shards: Path
     found = [json.loads((tmp_path / f"{size}-{rank}.json").read_text()) for size in (1, 2, 3) for rank in range(size)]
     assert found == [found[0]] * 6
     store = ShardStore(shards, "validation")
-    assert found[0][1] == store.num_targets
+    assert found[0][1] == store.num_labels
     assert found[0][2] == store.text_bytes
 
 
 def test_training_does_not_notice_an_evaluation(shards: Path, tmp_path: Path) -> None:
-    from tests.system.test_promise_resume import learned
+    from tests.system.test_guarantee_resume import learned
 
     with_, without = (write_run(tmp_path, shards, stage=3, name=name) for name in ("with", "without"))
     run_ranks(2, evaluate_in_between, with_, tmp_path, 2)

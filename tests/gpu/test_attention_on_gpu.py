@@ -11,8 +11,8 @@ from itertools import product
 import pytest
 import torch
 
-from bigmodel.kernels.attention import attention, attention_with_lse, make_schedule
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, prefix_lm
+from bigmodel.kernels.attention import attention, attention_with_lse, make_tile_metadata
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.tiles import tile_tables_reference
 from tests.kernels.test_mask import int32, offsets_of
 from tests.support.dense_attention import (
@@ -32,17 +32,17 @@ ROWS = 1024
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def rules() -> dict[str, tuple[Visibility, int, int]]:
-    offsets = offsets_of(LENGTHS).to(DEVICE)
+def rules() -> dict[str, tuple[AttentionMask, int, int]]:
+    cu_seqlens = offsets_of(LENGTHS).to(DEVICE)
     sources = offsets_of([5, 0, 333, 9, 257, 1, 60, 40, 7]).to(DEVICE)
     return {
-        "causal": (causal(offsets), ROWS, ROWS),
-        "window": (causal(offsets, left=200), ROWS, ROWS),
-        "window on both sides": (Visibility(offsets, offsets, left=150, right=33), ROWS, ROWS),
-        "bidirectional": (bidirectional(offsets), ROWS, ROWS),
-        "prefix-LM": (prefix_lm(offsets, int32(PREFIXES).to(DEVICE)), ROWS, ROWS),
-        "cross": (cross(offsets, sources), ROWS, 720),
-        "causal cross": (Visibility(offsets, sources, left=None, right=0), ROWS, 720),
+        "causal": (causal(cu_seqlens), ROWS, ROWS),
+        "window": (causal(cu_seqlens, left=200), ROWS, ROWS),
+        "window on both sides": (AttentionMask(cu_seqlens, cu_seqlens, left=150, right=33), ROWS, ROWS),
+        "bidirectional": (bidirectional(cu_seqlens), ROWS, ROWS),
+        "prefix-LM": (prefix_lm(cu_seqlens, int32(PREFIXES).to(DEVICE)), ROWS, ROWS),
+        "cross": (cross(cu_seqlens, sources), ROWS, 720),
+        "causal cross": (AttentionMask(cu_seqlens, sources, left=None, right=0), ROWS, 720),
     }
 
 
@@ -124,7 +124,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 def test_a_graph_of_schedule_forward_and_backward_serves_other_documents() -> None:
     inputs = make_inputs(causal(offsets_of([100, 155, 0]).cuda()), 256, 256, (4, 2), 64, torch.bfloat16, 5.0, 40)
-    offsets = inputs.visibility.query_offsets
+    cu_seqlens = inputs.mask.cu_seqlens_q
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -137,7 +137,7 @@ def test_a_graph_of_schedule_forward_and_backward_serves_other_documents() -> No
     for name in ("q_THK", "k_SGK", "v_SGK", "d_out_THK"):
         getattr(inputs, name).nan_to_num_(0.0)  # the last row is in a document of some batches
     for lengths in ([256, 0, 0], [1, 130, 125], [0, 0, 7]):
-        offsets.copy_(offsets_of(lengths))
+        cu_seqlens.copy_(offsets_of(lengths))
         graph.replay()
         for name, rows in out_and_gradients(attention, inputs).items():
             assert torch.equal(replayed[name], rows), name
@@ -157,16 +157,16 @@ def test_compiled_it_gives_the_same_and_other_documents_compile_nothing(mode: st
 
 @pytest.mark.parametrize("rule", rules())
 def test_the_schedule_is_that_of_plain_torch(rule: str) -> None:
-    made = make_schedule(*rules()[rule])
+    made = make_tile_metadata(*rules()[rule])
     exact = tile_tables_reference(*rules()[rule], made.block)
     assert torch.equal(made.query_tiles_NF, exact[0])
     assert torch.equal(made.key_tiles_NF, exact[1])
 
 
 def test_the_schedule_of_thousands_of_documents_is_that_of_plain_torch() -> None:
-    visibility = causal(offsets_of([1] * 4096).cuda())
-    made = make_schedule(visibility, 5000, 5000)
-    assert torch.equal(made.query_tiles_NF, tile_tables_reference(visibility, 5000, 5000, made.block)[0])
+    mask = causal(offsets_of([1] * 4096).cuda())
+    made = make_tile_metadata(mask, 5000, 5000)
+    assert torch.equal(made.query_tiles_NF, tile_tables_reference(mask, 5000, 5000, made.block)[0])
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -176,8 +176,8 @@ def test_lse_and_its_gradient_are_exact(dtype: torch.dtype) -> None:
 
 
 def test_a_schedule_shared_by_layers_serves_heads_of_any_width() -> None:
-    visibility = rules()["causal"][0]
-    schedule = make_schedule(visibility, ROWS, ROWS)
+    mask = rules()["causal"][0]
+    tile_metadata = make_tile_metadata(mask, ROWS, ROWS)
     for channels in (64, 256):
         rows = torch.randn(ROWS, 2, channels, device="cuda", dtype=torch.bfloat16)
-        assert torch.equal(attention(rows, rows, rows, visibility, schedule), attention(rows, rows, rows, visibility))
+        assert torch.equal(attention(rows, rows, rows, mask, tile_metadata), attention(rows, rows, rows, mask))

@@ -81,12 +81,10 @@ def test_two_runs_agree_bitwise(dtype: torch.dtype) -> None:
 
 def test_a_loss_scale_is_not_rounded_to_bf16_before_it_is_used() -> None:
     """1 / 1003 in bf16 is off by 0.2%; the gradient's norm must not be."""
-    hidden, weight, targets = make_inputs(torch.bfloat16, 1_003, 211, 64).on("cuda").leaves()
+    hidden, weight, labels = make_inputs(torch.bfloat16, 1_003, 211, 64).on("cuda").leaves()
     norms = []
     for scale in (1.0, 1 / 1003):
-        gradients = torch.autograd.grad(
-            linear_cross_entropy(hidden, weight, targets).loss_sum * scale, (hidden, weight)
-        )
+        gradients = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).loss_sum * scale, (hidden, weight))
         norms.append([gradient.float().norm().item() / scale for gradient in gradients])
     for one, other in zip(*norms, strict=True):
         assert one == pytest.approx(other, rel=3e-4)
@@ -96,10 +94,10 @@ def test_memory_at_32k_positions_of_128k_tokens_is_below_3_gb() -> None:
     """What the meta device predicts (tests/kernels/test_linear_cross_entropy.py), measured with the allocator."""
     hidden = torch.randn(32_768, 4_096, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(131_072, 4_096, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
-    targets = torch.randint(131_072, (32_768,), device="cuda")
+    labels = torch.randint(131_072, (32_768,), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = linear_cross_entropy(hidden, weight, targets, EVERYTHING).loss_sum
+    loss = linear_cross_entropy(hidden, weight, labels, EVERYTHING).loss_sum
     forward = torch.cuda.max_memory_allocated() - before - 2 * hidden.numel()  # of the gradients it makes hidden's
     torch.cuda.reset_peak_memory_stats()
     loss.backward()

@@ -18,7 +18,7 @@ from tests.support.engine_worker import VOCABULARY, micro_batches_of, new_model,
 from tests.support.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
-MODEL = {"layers": 4, "width": 256, "heads": 4, "key_value_heads": 2, "feed_forward_width": 1024}
+MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 1024}
 BUCKET = 1000  # elements: the state is what is compared
 CASES = [
     (stage, precision, offload)
@@ -90,9 +90,9 @@ def test_the_plan_is_what_an_engine_holds(measured: dict[Any, tuple[int, int]], 
 
 
 def settings_of(checkpointing: str = "none", layers: int = 4, precision: str = "bf16") -> Settings:
-    training = {"activation_checkpointing": checkpointing, "precision": precision, "packs_per_step": 8}
-    data = {"context_tokens": 1024, "pack_tokens": 2048, "pack_documents": 16}
-    return Settings.model_validate({"model": MODEL | {"layers": layers}, "data": data, "training": training})
+    training = {"activation_checkpointing": checkpointing, "precision": precision, "global_batch_size": 8}
+    data = {"max_document_length": 1024, "sequence_length": 2048, "max_documents": 16}
+    return Settings.model_validate({"model": MODEL | {"num_layers": layers}, "data": data, "training": training})
 
 
 def of_one_layer(checkpointing: str, precision: str = "bf16") -> int:
@@ -117,7 +117,7 @@ def test_a_layer_keeps_what_its_checkpointing_says() -> None:
 
 def test_what_the_loss_makes_is_counted() -> None:
     """A chunk of logits and its gradient, and until the backward pass the weight's gradient in fp32."""
-    settings = settings_of("full", layers=1)
+    settings = settings_of("full", num_layers=1)
     effective = resolve_deepspeed(settings, 1)[0]
     small, large = (activation_bytes(settings, effective, vocabulary) for vocabulary in (2**15, 2**17))
     grown, more = large - small, 2**17 - 2**15
@@ -141,8 +141,8 @@ def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: py
 
 
 def test_a_billion_parameters_are_planned_without_their_memory(tmp_path: Path) -> None:
-    model = {"layers": 16, "width": 2048, "heads": 16, "key_value_heads": 8, "feed_forward_width": 8192}
-    settings = Settings.model_validate({"model": model, "training": {"precision": "bf16", "packs_per_step": 64}})
+    model = {"num_layers": 16, "hidden_size": 2048, "num_heads": 16, "num_kv_heads": 8, "intermediate_size": 8192}
+    settings = Settings.model_validate({"model": model, "training": {"precision": "bf16", "global_batch_size": 64}})
     effective, settings = resolve_deepspeed(settings, 64)
     plan = state_bytes(settings, effective, 128_256, 64)
     layer = 2048 * (16 + 8 + 8) * 128 + 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048

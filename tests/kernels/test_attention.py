@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from bigmodel.kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, attention_with_lse, make_schedule
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, prefix_lm
+from bigmodel.kernels.attention import (
+    HIDDEN,
+    LOG2_E,
+    attention,
+    attention_reference,
+    attention_with_lse,
+    make_tile_metadata,
+)
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.relative_bias import t5_bias, t5_buckets
 from tests.kernels.test_mask import int32, offsets_of
 from tests.support.dense_attention import (
@@ -25,11 +32,11 @@ CASES = {
     "causal, bf16": (causal(MIXED), 98, 98, (4, 1), 16, torch.bfloat16),
     "window": (causal(MIXED, left=5), 98, 98, (2, 2), 16, torch.float32),
     "window longer than all documents": (causal(MIXED, left=300), 98, 98, (2, 2), 16, torch.float32),
-    "window on both sides": (Visibility(MIXED, MIXED, left=9, right=40), 98, 98, (2, 1), 16, torch.float32),
+    "window on both sides": (AttentionMask(MIXED, MIXED, left=9, right=40), 98, 98, (2, 1), 16, torch.float32),
     "bidirectional": (bidirectional(MIXED), 100, 100, (2, 1), 16, torch.float32),
     "cross": (cross(offsets_of([40, 0, 3, 1]), offsets_of([5, 9, 0, 70])), 50, 90, (2, 1), 16, torch.float32),
     "causal cross: late queries see nothing": (
-        Visibility(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (1, 1), 16, torch.float32, 2.0, 30,
+        AttentionMask(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (1, 1), 16, torch.float32, 2.0, 30,
     ),
     "prefix-LM": (prefix_lm(MIXED, int32([0, 1, 40, 0, 3, 2])), 100, 100, (2, 1), 16, torch.float32),
     "prefix-LM in a window": (prefix_lm(MIXED, int32([0, 1, 99, 0, 3, 2]), left=20), 98, 98, (2, 1), 16, torch.float32),
@@ -72,8 +79,8 @@ def test_on_cpu_bf16_is_computed_in_fp32_and_rounded_once() -> None:
 
 @pytest.mark.parametrize("left", [None, 6])
 def test_editing_a_document_leaves_the_others_bitwise_as_they_were(left: int | None) -> None:
-    visibility = causal(offsets_of([20, 37, 30, 41]), left=left)
-    inputs = make_inputs(visibility, 128, 128, (4, 2), 32, torch.float32)
+    mask = causal(offsets_of([20, 37, 30, 41]), left=left)
+    inputs = make_inputs(mask, 128, 128, (4, 2), 32, torch.float32)
     before = out_and_gradients(attention, inputs)
     for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.d_out_THK):
         rows[20:57] = rows[20:57].flip(0) * 2
@@ -93,11 +100,11 @@ def test_4096_documents_of_one_token_give_their_values() -> None:
 
 
 def test_a_schedule_made_before_gives_the_same() -> None:
-    visibility = causal(offsets_of([3, 5]))
+    mask = causal(offsets_of([3, 5]))
     rows = torch.randn(8, 2, 16)
-    schedule = make_schedule(visibility, 8, 8)
-    assert schedule.lengths == ((3, 3), (5, 5))
-    assert torch.equal(attention(rows, rows, rows, visibility, schedule), attention(rows, rows, rows, visibility))
+    tile_metadata = make_tile_metadata(mask, 8, 8)
+    assert tile_metadata.lengths == ((3, 3), (5, 5))
+    assert torch.equal(attention(rows, rows, rows, mask, tile_metadata), attention(rows, rows, rows, mask))
 
 
 def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
@@ -195,25 +202,25 @@ def test_a_cap_or_bias_that_does_not_fit_is_refused(score, message) -> None:
         (ROWS, ROWS, ROWS[:5], None, r"it needs q \(T, H, K\) and k, v \(S, G, K\)"),
         (ROWS, ROWS.double(), ROWS, None, "cast them to one type"),
         (ROWS, ROWS, ROWS, 0.0, "got scale 0.0; it needs a positive one"),
-        (ROWS[:5], ROWS, ROWS, None, "a schedule made for 6 queries and 6 keys; make one for this batch"),
+        (ROWS[:5], ROWS, ROWS, None, "a tile_metadata made for 6 queries and 6 keys; make one for this batch"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(q, k, v, scale, message) -> None:
-    visibility = causal(offsets_of([4]))
+    mask = causal(offsets_of([4]))
     with pytest.raises(ValueError, match=message):
-        attention(q, k, v, visibility, make_schedule(visibility, 6, 6), scale)
+        attention(q, k, v, mask, make_tile_metadata(mask, 6, 6), scale)
 
 
 def test_a_schedule_of_another_rule_is_refused() -> None:
-    offsets = offsets_of([6])
-    with pytest.raises(ValueError, match="a schedule made for another rule"):
-        attention(ROWS, ROWS, ROWS, causal(offsets), make_schedule(prefix_lm(offsets, int32([3])), 6, 6))
+    cu_seqlens = offsets_of([6])
+    with pytest.raises(ValueError, match="a tile_metadata made for another rule"):
+        attention(ROWS, ROWS, ROWS, causal(cu_seqlens), make_tile_metadata(prefix_lm(cu_seqlens, int32([3])), 6, 6))
 
 
 @pytest.mark.parametrize("block", [8, 48, 96])
 def test_a_schedule_needs_tiles_that_kernels_can_take_in_parts(block: int) -> None:
     with pytest.raises(ValueError, match=f"block is {block}; tiles need a power of two of rows, at least 16"):
-        make_schedule(causal(offsets_of([6])), 6, 6, block=block)
+        make_tile_metadata(causal(offsets_of([6])), 6, 6, block=block)
 
 
 def test_a_hidden_score_times_any_scale_is_exact() -> None:

@@ -36,7 +36,7 @@ from tests.support.dense_cross_entropy import (
 )
 from tests.support.interpreted import run_interpreted, run_python
 from tests.support.tiny_run import write_run
-from tests.system.test_promise_leak import make_batch
+from tests.system.test_guarantee_leak import make_batch
 
 EVERYTHING = Options(z_loss=0.03, label_smoothing=0.2, logit_softcap=2.5)
 
@@ -139,10 +139,10 @@ def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_loss_scale_is_not_rounded_to_bf16_before_it_is_used() -> None:
     """1 / 1003 in bf16 is off by 0.2%; the gradient's norm must not be."""
-    hidden, weight, targets = make_inputs(torch.bfloat16, positions=1003, vocabulary=211, width=64).leaves()
+    hidden, weight, labels = make_inputs(torch.bfloat16, positions=1003, vocabulary=211, width=64).leaves()
     norms = {}
     for scale in (1.0, 1 / 1003, 3 / 1003):
-        loss_sum = linear_cross_entropy(hidden, weight, targets).loss_sum
+        loss_sum = linear_cross_entropy(hidden, weight, labels).loss_sum
         gradients = torch.autograd.grad(loss_sum * scale, (hidden, weight))
         norms[scale] = [gradient.float().norm().item() / scale for gradient in gradients]
     for of_all_scales in zip(*norms.values(), strict=True):
@@ -284,18 +284,24 @@ print(linear_cross_entropy(rows, torch.zeros(8, 2), torch.zeros(4, dtype=torch.i
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_options_reach_the_gradient_of_the_model_and_not_its_evaluation(tied: bool) -> None:
     settings = ModelSettings(
-        layers=1, width=32, heads=4, key_value_heads=2, feed_forward_width=40, tied_embeddings=tied, logit_softcap=2.5
+        num_layers=1,
+        hidden_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=40,
+        tied_embeddings=tied,
+        logit_softcap=2.5,
     )
     model = Transformer(settings, 97, z_loss=0.03, label_smoothing=0.2).double()
     init_weights(model, seed=5)
     batch = make_batch()
     states_TH = model.hidden(model.embedding(batch.tokens), batch)
     exact = dense_results(make_inputs(torch.float64)._replace(
-        hidden_TH=states_TH, weight_VH=model.head.weight, targets_T=batch.targets
+        hidden_TH=states_TH, weight_VH=model.head.weight, targets_T=batch.labels
     ), EVERYTHING)  # fmt: skip
 
     states_TH.retain_grad()
-    loss_sum = model.head(states_TH, batch.targets, "loss_sum")
+    loss_sum = model.head(states_TH, batch.labels, "loss_sum")
     (3 * loss_sum).backward()
     torch.testing.assert_close(loss_sum.detach(), exact.loss_sum, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(states_TH.grad, exact.grad_hidden_TH, rtol=1e-12, atol=1e-12)
@@ -309,7 +315,7 @@ def test_the_options_reach_the_gradient_of_the_model_and_not_its_evaluation(tied
     assert losses_T.sum().item() == pytest.approx(plain(batch).item(), rel=1e-12)
     logits_TV = model(batch, "logits")
     assert 0.01 < logits_TV.abs().max() < 2.5
-    expected_T = F.cross_entropy(logits_TV, batch.targets, ignore_index=IGNORED, reduction="none")
+    expected_T = F.cross_entropy(logits_TV, batch.labels, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(losses_T.float(), expected_T, rtol=1e-5, atol=1e-5)
 
 
@@ -337,22 +343,22 @@ ROWS, MATRIX, TARGETS = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dty
 
 
 @pytest.mark.parametrize(
-    ("hidden", "weight", "targets", "options", "message"),
+    ("hidden", "weight", "labels", "options", "message"),
     [
         (ROWS, MATRIX[:, :2], TARGETS, Options(), r"needs hidden \(T, H\) and weight \(V, H\) with the same H"),
-        (ROWS, MATRIX, TARGETS[:3], Options(), r"needs T targets of torch\.int64"),
-        (ROWS, MATRIX, TARGETS.int(), Options(), r"of torch\.int32; it needs T targets of torch\.int64"),
+        (ROWS, MATRIX, TARGETS[:3], Options(), r"needs T labels of torch\.int64"),
+        (ROWS, MATRIX, TARGETS.int(), Options(), r"of torch\.int32; it needs T labels of torch\.int64"),
         (ROWS, MATRIX.double(), TARGETS, Options(), r"weight torch\.float64; cast them to one type"),
-        (ROWS, MATRIX, TARGETS + 7, Options(), r"got the target 7; targets need to be -100 \(ignored\) or 0 to 6"),
-        (ROWS, MATRIX, TARGETS - 1, Options(), r"got the target -1; targets need to be -100 \(ignored\) or 0 to 6"),
+        (ROWS, MATRIX, TARGETS + 7, Options(), r"got the label 7; labels need to be -100 \(ignored\) or 0 to 6"),
+        (ROWS, MATRIX, TARGETS - 1, Options(), r"got the label -1; labels need to be -100 \(ignored\) or 0 to 6"),
         (ROWS, MATRIX, TARGETS, Options(label_smoothing=1.0), "label_smoothing at least 0 and below 1"),
         (ROWS, MATRIX, TARGETS, Options(z_loss=-1.0), "z_loss and logit_softcap need to be at least 0"),
         (ROWS, MATRIX, TARGETS, Options(logit_softcap=-1.0), "z_loss and logit_softcap need to be at least 0"),
     ],
 )  # fmt: skip
-def test_inputs_that_do_not_fit_are_refused(hidden, weight, targets, options, message) -> None:
+def test_inputs_that_do_not_fit_are_refused(hidden, weight, labels, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(hidden, weight, targets, options)
+        linear_cross_entropy(hidden, weight, labels, options)
 
 
 def test_a_second_derivative_is_refused() -> None:

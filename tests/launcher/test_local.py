@@ -43,7 +43,8 @@ from bigmodel.launcher.topology import even_topology
 here = Path(sys.argv[1])
 topology = even_topology(["here"], {ranks}, "127.0.0.1", free_port())
 command = [sys.executable, "-c", {trainee!r}, str(here)]
-ending = run(command, topology, here / "logs", leash={leash}, grace_seconds={grace_seconds}, save_seconds={bound})
+seconds = {{"grace_seconds": {grace_seconds}, "save_seconds": {bound}}}
+ending = run(command, topology, here / "logs", control_pipe={control_pipe}, **seconds)
 (here / "ending").write_text(f"{{ending.cause}} {{ending.detail}}")
 sys.exit(ending.code)
 """
@@ -62,15 +63,17 @@ class Launch:
         save_seconds: float = 0.0,
         grace_seconds: float = 1.0,
         bound: float = 60.0,
-        leash: bool = False,
+        control_pipe: bool = False,
     ):
         self.here, self.ranks = here, ranks
         trainee = TRAINEE.format(then=then, save_seconds=save_seconds)
-        program = LAUNCHER.format(ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound, leash=leash)
+        program = LAUNCHER.format(
+            ranks=ranks, trainee=trainee, grace_seconds=grace_seconds, bound=bound, control_pipe=control_pipe
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, str(here)],
             cwd=REPOSITORY,
-            stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if control_pipe else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -106,7 +109,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> No
 
 
 def left_running(here: Path) -> list[int]:
-    """Processes whose command line names the folder: the launcher, its trainees, their children and copiers."""
+    """Processes whose command line names the folder: the launcher, its trainees, their children and tees."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
@@ -294,7 +297,7 @@ def test_a_death_while_saving_is_a_failure(tmp_path: Path) -> None:
 def test_kill_dash_nine_of_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     launch = Launch(tmp_path, ranks=3, save_seconds=50.0)
     launch.wait_until_started()
-    assert len(left_running(tmp_path)) == 6  # with the copiers of rank 0's output and errors
+    assert len(left_running(tmp_path)) == 6  # with the tees of rank 0's output and errors
     launch.process.kill()
     launch.end()
 
@@ -319,25 +322,25 @@ def test_a_program_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# ---- at the end of a leash, as one node of several
+# ---- at the end of a control_pipe, as one node of several
 
 
 def test_the_order_to_stop_lets_every_rank_save(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, save_seconds=1.0, grace_seconds=0.1, leash=True)
+    launch = Launch(tmp_path, save_seconds=1.0, grace_seconds=0.1, control_pipe=True)
     launch.wait_until_started()
     launch.order("stop\n")
     until((tmp_path / "saved-1").exists, "rank 1 to save")
-    until((tmp_path / "ending").exists, "the launcher's own end")  # before the leash is let go
+    until((tmp_path / "ending").exists, "the launcher's own end")  # before the control_pipe is let go
     code, _, _ = launch.end()
     assert (code, (tmp_path / "ending").read_text()) == (3, "stopped ")
 
 
-@pytest.mark.parametrize("order", ["end\n", ""], ids=["told", "leash cut"])
+@pytest.mark.parametrize("order", ["end\n", ""], ids=["told", "control_pipe cut"])
 def test_when_a_peer_or_the_far_launcher_is_gone_the_ranks_are_ended(tmp_path: Path, order: str) -> None:
     then = (
         "if rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(here / f'set-{rank}').touch()\n" + WAIT_FOR_EVER
     )
-    launch = Launch(tmp_path, then, grace_seconds=0.5, leash=True)
+    launch = Launch(tmp_path, then, grace_seconds=0.5, control_pipe=True)
     for rank in range(2):
         until((tmp_path / f"set-{rank}").exists, f"rank {rank}")
     if order:
@@ -368,7 +371,7 @@ sys.exit(ending.code)
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_saves_on_every_host_and_once_more_ends_them_now(tmp_path: Path, times: int) -> None:
     trainee = TRAINEE.format(then=WAIT_FOR_EVER, save_seconds=1.0 if times == 1 else 50.0)
-    node = LAUNCHER.format(ranks=1, trainee=trainee, grace_seconds=1.0, bound=60.0, leash=True)
+    node = LAUNCHER.format(ranks=1, trainee=trainee, grace_seconds=1.0, bound=60.0, control_pipe=True)
     node = "import os, sys; sys.argv[1] += '/node-' + sys.argv[-1]; os.mkdir(sys.argv[1])\n" + node
     command = [sys.executable, "-c", FAR_LAUNCHER.format(node=node), str(tmp_path)]
     places = [tmp_path / f"node-{number}" for number in (0, 1)]
@@ -396,7 +399,7 @@ line.say(f"rank {os.environ['RANK']} begins")
 line.update(1, 4.0, 10.0)
 line.close()
 """
-    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60, leash=False)
+    program = LAUNCHER.format(ranks=2, trainee=trainee, grace_seconds=1, bound=60, control_pipe=False)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", program, str(tmp_path)]
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(REPOSITORY)}

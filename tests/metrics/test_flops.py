@@ -29,7 +29,7 @@ from tests.support.example_batches import VOCABULARY, batch_of, fragment_of, mod
 
 MODELS = {  # of example_batches: 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 40 hidden
     "decoder": {"qk_norm": True},
-    "decoder, tied": {"tied_embeddings": True, "layers": 3, "heads": 2, "key_value_heads": 1},
+    "decoder, tied": {"tied_embeddings": True, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1},
     "encoder": {"kind": "encoder"},
     **{f"both, {name}": {"kind": "encoder_decoder", **more} for name, more in ENCODER_DECODERS.items()},
 }
@@ -40,14 +40,14 @@ def test_model_flops_are_those_that_torch_counts(changes: dict) -> None:
     """torch's counter takes attention over all pairs of a document, so the formula is given those."""
     both = changes.get("kind") == "encoder_decoder"
     batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
-    counted, expected = count_by_torch(model_of(**{**changes, "dropout": 0.0, "extra_heads": 0}), batch)
+    counted, expected = count_by_torch(model_of(**{**changes, "dropout": 0.0, "num_mtp_modules": 0}), batch)
     assert counted > 1e6
     assert counted == expected
 
 
 @pytest.mark.parametrize("name", ["decoder", "encoder", "both, cross", "both, mixed_other_widths", "extra heads"])
 def test_activation_checkpointing_computes_the_blocks_again_or_no_product_at_all(name: str) -> None:
-    changes = MODELS.get(name, {"extra_heads": 2})
+    changes = MODELS.get(name, {"num_mtp_modules": 2})
     both = changes.get("kind") == "encoder_decoder"
     batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
     counted = {}
@@ -66,8 +66,11 @@ def test_activation_checkpointing_computes_the_blocks_again_or_no_product_at_all
 
 
 def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
-    plain, more = (ModelSettings(layers=2, width=32, heads=4, feed_forward_width=40, extra_heads=n) for n in (0, 2))
-    deeper = ModelSettings(layers=4, width=32, heads=4, feed_forward_width=40)
+    plain, more = (
+        ModelSettings(num_layers=2, hidden_size=32, num_heads=4, intermediate_size=40, num_mtp_modules=n)
+        for n in (0, 2)
+    )
+    deeper = ModelSettings(num_layers=4, hidden_size=32, num_heads=4, intermediate_size=40)
     assert matrix_weights(more, 100).of_position == matrix_weights(deeper, 100).of_position + 2 * 100 * 32
     assert matrix_weights(plain, 100).of_position == 2 * (32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 40) + 100 * 32
 
@@ -77,11 +80,11 @@ def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
 def test_pairs_on_one_side_are_those_that_the_mask_lets_through(kind: str, both_ways: bool) -> None:
     data = DataSettings(**ONE_SIDE, objectives=[{"kind": kind}], bidirectional_prefix=both_ways)
     batch, work = batch_of(TEXTS, data), planned(TEXTS, data)
-    masks = causal(batch.offsets) if batch.prefixes is None else prefix_lm(batch.offsets, batch.prefixes)
+    masks = causal(batch.cu_seqlens) if batch.prefixes is None else prefix_lm(batch.cu_seqlens, batch.prefixes)
     assert (batch.prefixes is not None) == (both_ways and kind in ("prefix", "span_corruption"))
     visible = dense(masks, len(batch.tokens), len(batch.tokens))
     assert work.pairs == visible[real_rows(batch)].sum()
-    assert work.positions == batch.num_positions == real_rows(batch).sum()
+    assert work.positions == batch.num_tokens == real_rows(batch).sum()
     assert work.source_positions == work.source_pairs == work.cross_pairs == 0
 
 
@@ -90,11 +93,11 @@ def test_pairs_on_two_sides_are_those_that_the_masks_let_through() -> None:
     batch, work = batch_of(PAIRS, data), planned(PAIRS, data)
     assert batch.source is not None
     rows = real_rows(batch)
-    visible = dense(cross(batch.offsets, batch.source.offsets), len(batch.tokens), len(batch.source.tokens))
+    visible = dense(cross(batch.cu_seqlens, batch.source.cu_seqlens), len(batch.tokens), len(batch.source.tokens))
     assert work.cross_pairs == visible[rows].sum()
-    assert work.pairs == dense(causal(batch.offsets), len(batch.tokens), len(batch.tokens))[rows].sum()
-    lengths = [n for n in batch.source.offsets.diff().tolist() if n]
-    assert work.source_positions == batch.source.num_positions
+    assert work.pairs == dense(causal(batch.cu_seqlens), len(batch.tokens), len(batch.tokens))[rows].sum()
+    lengths = [n for n in batch.source.cu_seqlens.diff().tolist() if n]
+    assert work.source_positions == batch.source.num_tokens
     assert 0 < work.source_pairs <= sum(n * n for n in lengths)
 
 
@@ -113,14 +116,14 @@ def planned(documents: list, data: DataSettings) -> Work:
 def real_rows(batch) -> torch.Tensor:
     """(T,) positions of documents: padding has token 0 and position 0 alone."""
     real = torch.zeros(len(batch.tokens), dtype=torch.bool)
-    edges = batch.offsets.tolist()
+    edges = batch.cu_seqlens.tolist()
     for first, end in pairwise(edges):
         real[first:end] = bool(batch.tokens[first:end].any())
     return real
 
 
 def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
-    settings = ModelSettings(layers=2, width=32, heads=4, key_value_heads=2, feed_forward_width=48)
+    settings = ModelSettings(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=48)
     work = Work(positions=32, pairs=214, squares=396)  # documents of 9, 1, 17 and 5
     found = flops(settings, 40, work, (36, 0), padding=(4, 0))
     weights = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
@@ -135,21 +138,21 @@ def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
 
 @pytest.mark.parametrize(("checkpointing", "again"), [("none", False), ("selective", False), ("full", True)])
 def test_a_step_counts_the_forward_pass_that_full_checkpointing_does_again(checkpointing: str, again: bool) -> None:
-    model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 48}
-    table = {"model": model, "data": {"context_tokens": 36, "pack_tokens": 36}}
+    model = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
+    table = {"model": model, "data": {"max_document_length": 36, "sequence_length": 36}}
     settings = Settings.model_validate(table | {"training": {"activation_checkpointing": checkpointing}})
     work = Work(positions=32, pairs=214, squares=396)
-    step = SimpleNamespace(num_positions=32, num_padding=4, work=work)
+    step = SimpleNamespace(num_tokens=32, num_padding=4, work=work)
     assert step_flops(settings, 40, step) == flops(settings.model, 40, work, (36, 0), (4, 0), recomputed=again)
 
 
 def test_the_model_adds_up_z_over_micro_batches_without_its_extra_heads() -> None:
-    model, data = model_of(extra_heads=1), DataSettings(**ONE_SIDE)
+    model, data = model_of(num_mtp_modules=1), DataSettings(**ONE_SIDE)
     expected = 0.0
     for batch in (batch_of(TEXTS, data), batch_of(TEXTS[1:], data)):
         model(batch).backward()
         squares = torch.logsumexp(model(batch, "logits"), -1).square()
-        expected += float(squares[batch.targets != -100].sum())
+        expected += float(squares[batch.labels != -100].sum())
     assert float(model.z_sum) == pytest.approx(expected, rel=1e-5)
     model.eval()
     model(batch)

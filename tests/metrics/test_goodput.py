@@ -14,7 +14,7 @@ import pytest
 
 from bigmodel.checks.audit import audit
 from bigmodel.config.settings import load_settings
-from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 from tests.metrics.test_recorder import samples, until
 from tests.support.launched import ranks_of, steps_of, wait_for_step
@@ -27,11 +27,11 @@ ROOM_BYTES = 200_000  # for any one file: less than a rank's share of a checkpoi
 TIMEOUT_SECONDS = 5.0
 
 
-def ledger_of(run: Path) -> Ledger:
-    ledger = Ledger()
+def ledger_of(run: Path) -> RunAccounting:
+    run_accounting = RunAccounting()
     for line in read_json_lines(run / "metrics.jsonl"):
-        ledger.add(line)
-    return ledger
+        run_accounting.add(line)
+    return run_accounting
 
 
 def edited(run_file: Path, **changes: str) -> Path:
@@ -90,11 +90,11 @@ def test_evaluations_take_what_an_independent_clock_says_and_the_books_close(tmp
     first, second = (eval(run_file.with_suffix(f".{clock}.0").read_text()) for clock in ("first", "second"))
     assert (len(first), len(second)) == (2, 2)
     run = tmp_path / "run"
-    ledger = ledger_of(run)
-    assert ledger.seconds["evaluation"] == pytest.approx(sum(first) + second[1], rel=0.05)
-    assert ledger.seconds["replay"] >= second[0]
-    assert ledger.counts["evaluations"] == 3
-    assert ledger.counts["evaluation_seconds"] == pytest.approx(
+    run_accounting = ledger_of(run)
+    assert run_accounting.seconds["evaluation"] == pytest.approx(sum(first) + second[1], rel=0.05)
+    assert run_accounting.seconds["replay"] >= second[0]
+    assert run_accounting.counts["evaluations"] == 3
+    assert run_accounting.counts["evaluation_seconds"] == pytest.approx(
         sum(first) + second[1] - 3 * EVALUATION_SECONDS, abs=0.1
     )
     for rank in (0, 1):
@@ -102,9 +102,9 @@ def test_evaluations_take_what_an_independent_clock_says_and_the_books_close(tmp
         by_phase = eval(run_file.with_suffix(f".phases.{rank}").read_text())["evaluation"]
         assert by_phase == pytest.approx(sum(by_clock), rel=0.05)
     assert [finding for finding in audit(run) if not finding.holds] == []
-    assert ledger.began is not None
-    assert began < ledger.began < eval(run_file.with_suffix(".first-began.0").read_text())
-    assert ledger.time < ended
+    assert run_accounting.began is not None
+    assert began < run_accounting.began < eval(run_file.with_suffix(".first-began.0").read_text())
+    assert run_accounting.time < ended
 
 
 # ---- saves that fail ----------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def test_failed_saves_are_on_the_page_while_the_run_goes_on_and_after_a_restart(
 def test_a_failed_save_that_ends_the_run_is_counted_too(tmp_path: Path, shards: Path) -> None:
     run_file = write_run(tmp_path, shards)
     assert finish(start_ranks(1, train_with_little_room, run_file)) == [1]
-    ledger = ledger_of(tmp_path / "run")
-    assert ledger.counts["checkpoint_failures|disk_full"] == 1
-    assert ledger.last["end"]["ending"] == "failed"
+    run_accounting = ledger_of(tmp_path / "run")
+    assert run_accounting.counts["checkpoint_failures|disk_full"] == 1
+    assert run_accounting.last["end"]["ending"] == "failed"
 
 
 def train(run_file: Path) -> int:
@@ -199,9 +199,9 @@ def test_a_run_that_hung_until_it_was_ended_lost_that_time_to_the_hang(tmp_path:
         assert launcher.returncode == 1, words
     last = launch(run_file, max(steps_of(run)) + 5)
     assert last.wait(120) == 0
-    ledger = ledger_of(run)
-    assert 2 * TIMEOUT_SECONDS < ledger.seconds["hang"] < hung + 2.0  # and the step before
-    assert ledger.counts["restarts|hang"] == 2
+    run_accounting = ledger_of(run)
+    assert 2 * TIMEOUT_SECONDS < run_accounting.seconds["hang"] < hung + 2.0  # and the step before
+    assert run_accounting.counts["restarts|hang"] == 2
     assert [finding for finding in audit(run) if not finding.holds] == []
 
 

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bigmodel.config.settings import MetricsSettings, UserError
 from bigmodel.metrics.exporter import BUCKET_NAMES, families
 from bigmodel.metrics.metric_table import METRICS, NODE, full_name, reference
-from bigmodel.metrics.recorder import Flops, LossPart, Metrics, StepRecord, how_it_ended
+from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, StepRecord, how_it_ended
 from bigmodel.metrics.run_accounting import CAUSES, ENDINGS, SAVE_FAILURES
 from bigmodel.run_directory import read_json_lines, record_event
 
@@ -44,7 +44,7 @@ STEPS = [
         fetch_failures=1,
         flops=Flops(causal=3e6 * number, full=4e6 * number, hardware=5e6 * number),
         skipped=number == 2,
-        parts=(LossPart("causal", "news", 5.0, 2 * number), LossPart("causal", "letters", 3.0, 1)),
+        parts=(LossGroup("causal", "news", 5.0, 2 * number), LossGroup("causal", "letters", 3.0, 1)),
         z_loss=6.5,
         loss_scale=1024.0,
         slowest_rank=1,
@@ -293,7 +293,7 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert abs(line.pop("time") - time.time()) < 60
     assert line.pop("lap") == STEPS[0].step_seconds
     assert line.pop("spent") == {}
-    line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossPart(**part) for part in line["parts"])
+    line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossGroup(**part) for part in line["parts"])
     assert StepRecord(**line) == STEPS[0]
 
 

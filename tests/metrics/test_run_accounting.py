@@ -1,4 +1,4 @@
-"""The ledger accounts for every count and second of a run over its starts, kills and replays."""
+"""The run_accounting accounts for every count and second of a run over its starts, kills and replays."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bigmodel.metrics.run_accounting import CAUSES, Ledger
+from bigmodel.metrics.run_accounting import CAUSES, RunAccounting
 
 Line = dict[str, Any]
 
@@ -29,12 +29,12 @@ class Run:
 
     def __init__(self) -> None:
         self.now, self.file = 1000.0, []
-        self.ledger = Ledger()
+        self.run_accounting = RunAccounting()
 
     def add(self, line: Line) -> None:
         self.now += line["lap"]
         self.file.append({**line, "time": self.now})
-        self.ledger.add(json.loads(json.dumps(self.file[-1])))
+        self.run_accounting.add(json.loads(json.dumps(self.file[-1])))
 
     def start(
         self, first_step: int, ending: str | None, after: float = 0.0, lap: float = 5.0, stood: float | None = None
@@ -42,19 +42,19 @@ class Run:
         """`stood`: seconds from the last line to the death, where somebody saw that."""
         ended = None if stood is None else self.now + stood
         self.now += after
-        carried = self.ledger.carry(self.now, ending, ended)
+        carried = self.run_accounting.carry(self.now, ending, ended)
         self.file = [
             line for line in self.file if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step
         ]
-        self.ledger = Ledger()
+        self.run_accounting = RunAccounting()
         for line in self.file:
-            self.ledger.add(line)
+            self.run_accounting.add(line)
         facts = {"world_size": 2, "parameters": 10, "device_peak_flops": 100.0, "began": self.now}
         self.add({"kind": "start", "step": first_step, "lap": lap, "carried": carried, **facts})
 
     @property
     def lost(self) -> dict[str, float]:
-        return {cause: seconds for cause, seconds in self.ledger.seconds.items() if seconds}
+        return {cause: seconds for cause, seconds in self.run_accounting.seconds.items() if seconds}
 
 
 def test_each_second_has_one_cause_over_a_kill_and_a_stop() -> None:
@@ -86,11 +86,11 @@ def test_each_second_has_one_cause_over_a_kill_and_a_stop() -> None:
         "finish": 0.25,
         "stopped": 100.0,
     }
-    assert run.ledger.wall_seconds == run.now - 1000.0 == sum(run.lost.values())
-    assert run.ledger.counts["steps"] == 6
-    assert run.ledger.counts["target_tokens"] == 600
-    assert run.ledger.counts["steps_skipped|not_finite"] == 1
-    assert run.ledger.counts["restarts|died"] == run.ledger.counts["restarts|stopped"] == 1
+    assert run.run_accounting.wall_seconds == run.now - 1000.0 == sum(run.lost.values())
+    assert run.run_accounting.counts["steps"] == 6
+    assert run.run_accounting.counts["target_tokens"] == 600
+    assert run.run_accounting.counts["steps_skipped|not_finite"] == 1
+    assert run.run_accounting.counts["restarts|died"] == run.run_accounting.counts["restarts|stopped"] == 1
 
 
 def test_counts_never_step_back_and_replayed_work_is_counted_once() -> None:
@@ -103,11 +103,11 @@ def test_counts_never_step_back_and_replayed_work_is_counted_once() -> None:
         for number in range(first_step + 1, last_step + 1):
             run.add(step(number))
             run.add({"kind": "checkpoint", "step": number, "bytes": 3, "seconds": 0.5, "lap": 0.5})
-            seen.append(run.ledger.counts["target_tokens"])
-            assert math.isclose(sum(run.lost.values()), run.ledger.wall_seconds)
+            seen.append(run.run_accounting.counts["target_tokens"])
+            assert math.isclose(sum(run.lost.values()), run.run_accounting.wall_seconds)
     assert seen == sorted(seen)
     assert seen[-1] == 900
-    assert run.ledger.counts["checkpoint_written_bytes"] == 27
+    assert run.run_accounting.counts["checkpoint_written_bytes"] == 27
     assert run.lost["productive"] == 9.0
     assert run.lost["replay"] == (2 + 5) * 1.5
     assert [line["step"] for line in run.file if line["kind"] == "step"] == list(range(1, 10))
@@ -120,7 +120,7 @@ def test_a_run_killed_before_its_first_checkpoint_replays_from_zero() -> None:
     run.start(0, "died", after=2.0)
     run.add(step(1))
     run.add(step(2))
-    assert run.ledger.counts["steps"] == 2
+    assert run.run_accounting.counts["steps"] == 2
     assert (run.lost["productive"], run.lost["replay"], run.lost["down"]) == (2.0, 1.0, 2.0)
 
 
@@ -135,7 +135,7 @@ def test_the_part_of_a_step_above_ten_usual_ones_is_a_hang() -> None:
     assert run.lost["hang"] == 30.0
     run.start(19, "hang", after=60.0)
     assert run.lost["hang"] == 90.0
-    assert run.ledger.counts["restarts|hang"] == 1
+    assert run.run_accounting.counts["restarts|hang"] == 1
 
 
 def test_a_collective_that_waits_for_its_time_limit_is_a_hang_and_then_down_time() -> None:
@@ -147,12 +147,12 @@ def test_a_collective_that_waits_for_its_time_limit_is_a_hang_and_then_down_time
     run.start(8, "failed", after=5.0)
     run.add(step(9))
     assert run.lost == {"start": 10.0, "productive": 9.0, "hang": 600.0, "down": 5.0, "replay": 1.0}
-    assert run.ledger.wall_seconds == sum(run.lost.values())
-    assert (run.ledger.counts["restarts|hang"], run.ledger.counts["restarts|failed"]) == (1, 0)
+    assert run.run_accounting.wall_seconds == sum(run.lost.values())
+    assert (run.run_accounting.counts["restarts|hang"], run.run_accounting.counts["restarts|failed"]) == (1, 0)
     run.add({"kind": "end", "ending": "failed", "lap": 2.0})
     run.start(9, "failed")  # this time it did not hang
     assert (run.lost["hang"], run.lost["down"]) == (600.0, 7.0)
-    assert (run.ledger.counts["restarts|hang"], run.ledger.counts["restarts|failed"]) == (1, 1)
+    assert (run.run_accounting.counts["restarts|hang"], run.run_accounting.counts["restarts|failed"]) == (1, 1)
 
 
 @pytest.mark.parametrize("set_by", [-3600.0, -1.0, 3600.0])
@@ -165,9 +165,9 @@ def test_a_clock_that_is_set_between_two_starts_does_not_part_the_books_from_the
     run.start(10, "died", after=set_by)
     run.add(step(11))
     assert run.lost == {"start": 10.0, "productive": 11.0} | ({"down": set_by} if set_by > 0 else {})
-    assert sum(run.lost.values()) == pytest.approx(run.ledger.wall_seconds)
+    assert sum(run.lost.values()) == pytest.approx(run.run_accounting.wall_seconds)
     run.start(11, "died", after=2.0)
-    assert sum(run.lost.values()) == pytest.approx(run.ledger.wall_seconds)
+    assert sum(run.lost.values()) == pytest.approx(run.run_accounting.wall_seconds)
 
 
 @pytest.mark.parametrize("cause", ["evaluation", "checkpoint"])
@@ -185,8 +185,8 @@ def test_a_save_or_evaluation_that_ends_badly_is_no_hang(cause: str, ending: str
     else:
         run.start(20, "died", after=310.0, stood=300.0)
     assert run.lost == {"start": 10.0, "productive": 20.0, cause: 300.0, "down": 10.0}
-    assert run.ledger.counts["restarts|hang"] == 0
-    assert sum(run.lost.values()) == run.ledger.wall_seconds
+    assert run.run_accounting.counts["restarts|hang"] == 0
+    assert sum(run.lost.values()) == run.run_accounting.wall_seconds
 
 
 def test_what_came_back_is_under_way_no_more() -> None:
@@ -213,8 +213,8 @@ def test_a_death_long_after_the_last_step_ended_a_hang(stood: float | None, hang
     run.start(9, "died", after=100.0, stood=stood)
     assert run.lost.get("hang", 0.0) == hang
     assert run.lost.get("down", 0.0) == 100.0 - hang
-    assert run.ledger.counts[f"restarts|{cause}"] == 1
-    assert run.ledger.wall_seconds == sum(run.lost.values())
+    assert run.run_accounting.counts[f"restarts|{cause}"] == 1
+    assert run.run_accounting.wall_seconds == sum(run.lost.values())
 
 
 def test_failed_saves_are_counted_by_reason_each_time_also_after_a_restart() -> None:
@@ -226,10 +226,10 @@ def test_failed_saves_are_counted_by_reason_each_time_also_after_a_restart() -> 
     run.add(step(1))
     run.add({"kind": "failed_checkpoint", "step": 1, "reason": "disk_full", "lap": 2.0})
     run.add({"kind": "failed_checkpoint", "step": 1, "reason": "io_error", "lap": 2.0})
-    found = {labels[0]: count for labels, count in run.ledger.samples()["checkpoint_failures"]}
+    found = {labels[0]: count for labels, count in run.run_accounting.samples()["checkpoint_failures"]}
     assert found == {"disk_full": 2, "permission": 0, "io_error": 1}
     assert run.lost["checkpoint"] == 6.0
-    assert run.ledger.wall_seconds == sum(run.lost.values())
+    assert run.run_accounting.wall_seconds == sum(run.lost.values())
 
 
 def test_spikes_are_told_from_noise_and_from_the_fall_of_the_loss() -> None:
@@ -240,8 +240,8 @@ def test_spikes_are_told_from_noise_and_from_the_fall_of_the_loss() -> None:
     losses[150], losses[160] = 12.0, math.nan
     for number, loss in enumerate(losses, start=1):
         run.add(step(number, loss=loss, gradient_norm=900.0 if number == 100 else 1.0 + 0.1 * (number % 3)))
-    assert run.ledger.counts["spikes|loss"] == 1
-    assert run.ledger.counts["spikes|gradient_norm"] == 1
+    assert run.run_accounting.counts["spikes|loss"] == 1
+    assert run.run_accounting.counts["spikes|gradient_norm"] == 1
 
 
 def test_noise_of_three_deviations_is_no_spike() -> None:
@@ -249,9 +249,9 @@ def test_noise_of_three_deviations_is_no_spike() -> None:
     run.start(0, None)
     for number in range(1, 400):
         run.add(step(number, loss=random.gauss(2.0, 0.1), gradient_norm=random.gauss(1.0, 0.2)))
-    assert run.ledger.counts["spikes|loss"] == run.ledger.counts["spikes|gradient_norm"] == 0
+    assert run.run_accounting.counts["spikes|loss"] == run.run_accounting.counts["spikes|gradient_norm"] == 0
     run.add(step(400, loss=2.0 + 0.1 * 8, gradient_norm=1.0))
-    assert run.ledger.counts["spikes|loss"] == 1
+    assert run.run_accounting.counts["spikes|loss"] == 1
 
 
 def test_time_told_with_a_later_line_is_spent_on_its_cause() -> None:
@@ -262,7 +262,7 @@ def test_time_told_with_a_later_line_is_spent_on_its_cause() -> None:
     run.now += 4.0
     run.add(step(1, 2.0, spent={"checkpoint": 4.0}))  # done again: only its own lap is
     assert run.lost == {"start": 5.0, "checkpoint": 7.0, "productive": 2.0, "replay": 2.0}
-    assert run.ledger.wall_seconds == sum(run.lost.values())
+    assert run.run_accounting.wall_seconds == sum(run.lost.values())
 
 
 def test_an_unknown_line_and_an_unknown_ending_do_no_harm() -> None:
@@ -270,7 +270,7 @@ def test_an_unknown_line_and_an_unknown_ending_do_no_harm() -> None:
     run.start(0, None)
     run.add({"kind": "remark", "lap": 0.0})
     run.start(0, "eaten by a dog", after=1.0)
-    assert run.ledger.counts["restarts|failed"] == 1
+    assert run.run_accounting.counts["restarts|failed"] == 1
     assert run.lost["down"] == 1.0
 
 
@@ -286,7 +286,7 @@ def test_samples_hold_parts_norms_and_utilization() -> None:
     flops = {"causal": 80.0, "full": 120.0, "hardware": 100.0}
     run.add(step(1, 2.0, parts=parts, norms=norms, flops=flops, z_loss=4.0, slowest_rank=1))
     run.add(step(2, 2.0, parts=parts, flops=flops))
-    samples = run.ledger.samples()
+    samples = run.run_accounting.samples()
     assert samples["source_training_loss_nats"] == [[["causal", "news"], 3.0], [["causal", "a|b"], 1.0]]
     assert samples["source_target_tokens"] == [
         [["causal", "news"], 80], [["causal", "a/b"], 120], [["prefix", "news"], 0],
@@ -313,11 +313,11 @@ def test_a_ledger_from_the_file_equals_the_one_that_was_kept(torn: int) -> None:
     run.start(12 - torn, "died", after=4.0)
     for number in range(13 - torn, 25):
         run.add(step(number))
-    again = Ledger()
+    again = RunAccounting()
     for line in run.file:
         again.add(line)
     assert (again.counts, again.seconds, again.samples()) == (
-        run.ledger.counts,
-        run.ledger.seconds,
-        run.ledger.samples(),
+        run.run_accounting.counts,
+        run.run_accounting.seconds,
+        run.run_accounting.samples(),
     )

@@ -10,14 +10,14 @@ from bigmodel.checks.leak import isolation, packed_equals_single
 from bigmodel.config.settings import DataSettings, Settings
 from bigmodel.data.load.batch import IGNORED, Batch, exchange_sources
 from bigmodel.data.objectives.examples import Pair
-from bigmodel.kernels.attention import make_schedule
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, prefix_lm
-from bigmodel.model.transformer import Attention, View, rotary_table
+from bigmodel.kernels.attention import make_tile_metadata
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
+from bigmodel.model.transformer import Attention, AttentionInputs, rotary_table
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.support.example_batches import batch_of, model_of, text
 
-ONE_SIDE = {"context_tokens": 64, "pack_tokens": 64, "pack_documents": 5}
-TWO_SIDES = ONE_SIDE | {"source_pack_tokens": 64}
+ONE_SIDE = {"max_document_length": 64, "sequence_length": 64, "max_documents": 5}
+TWO_SIDES = ONE_SIDE | {"source_sequence_length": 64}
 PAIRS = [[Pair(text(9), text(20)), Pair(text(1), text(1)), Pair(text(30), text(5))], [Pair(text(12), text(40))]]
 TEXTS = [[text(19), text(1), text(14)], [text(30)]]
 SOURCES = {  # on two sides: (documents, objectives)
@@ -34,26 +34,26 @@ SOURCES = {  # on two sides: (documents, objectives)
 ENCODER_DECODERS = {
     "cross": {},
     "mixed": {"source_attention": "mixed"},
-    "relative_bias": {"positions": "relative_bias", "attention_scale": 1.0, "gate": "gelu"},
+    "relative_bias": {"position_embedding": "relative_bias", "attention_scale": 1.0, "activation": "gelu"},
     "other_widths": {
-        "encoder_layers": 1,
-        "encoder_width": 24,
-        "encoder_heads": 2,
-        "encoder_key_value_heads": 1,
-        "encoder_feed_forward_width": 30,
+        "encoder_num_layers": 1,
+        "encoder_hidden_size": 24,
+        "encoder_num_heads": 2,
+        "encoder_num_kv_heads": 1,
+        "encoder_intermediate_size": 30,
         "separate_embeddings": True,
         "qk_norm": True,
     },
     "mixed_other_widths": {
         "source_attention": "mixed",
-        "encoder_layers": 3,
-        "encoder_width": 24,
-        "encoder_heads": 3,
-        "encoder_key_value_heads": 3,
+        "encoder_num_layers": 3,
+        "encoder_hidden_size": 24,
+        "encoder_num_heads": 3,
+        "encoder_num_kv_heads": 3,
         "separate_embeddings": True,
     },
-    "tied_extra_heads_dropout": {"tied_embeddings": True, "extra_heads": 2, "dropout": 0.2},
-    "mixed_extra_heads_dropout": {"source_attention": "mixed", "extra_heads": 2, "dropout": 0.2},
+    "tied_extra_heads_dropout": {"tied_embeddings": True, "num_mtp_modules": 2, "dropout": 0.2},
+    "mixed_extra_heads_dropout": {"source_attention": "mixed", "num_mtp_modules": 2, "dropout": 0.2},
 }
 DECODERS = {
     "causal": [{"kind": "causal"}],
@@ -100,8 +100,8 @@ def test_every_objective_of_an_encoder_decoder(documents: list, objectives: list
     data = DataSettings(**TWO_SIDES, objectives=objectives)
     batch = batch_of(documents, data)
     has_source = any(one["kind"] != "causal" for one in objectives) or not objectives
-    assert (batch.source.num_positions > 0) == has_source
-    holds(model_of(kind="encoder_decoder", source_attention=source_attention, extra_heads=1), batch)
+    assert (batch.source.num_tokens > 0) == has_source
+    holds(model_of(kind="encoder_decoder", source_attention=source_attention, num_mtp_modules=1), batch)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,9 @@ def test_every_kind_of_decoder_input(inputs: dict, source_attention: str) -> Non
     holds(model_of(kind="encoder_decoder", source_attention=source_attention), batch_of(PAIRS, data))
 
 
-@pytest.mark.parametrize("extra", [{}, {"extra_heads": 2}, {"positions": "relative_bias"}], ids=["", "heads", "bias"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"num_mtp_modules": 2}, {"position_embedding": "relative_bias"}], ids=["", "heads", "bias"]
+)
 @pytest.mark.parametrize("objectives", DECODERS.values(), ids=DECODERS.keys())
 def test_every_objective_of_a_decoder(objectives: list, extra: dict) -> None:
     holds(model_of(**extra), batch_of(TEXTS, DataSettings(**ONE_SIDE, objectives=objectives)))
@@ -136,7 +138,7 @@ def test_masked_tokens_of_an_encoder(positions: str) -> None:
     holds(model_of(kind="encoder", positions=positions), batch_of(TEXTS, data))
 
 
-SMALL = TWO_SIDES | {"source_pack_tokens": 16, "pack_tokens": 24, "context_tokens": 24}
+SMALL = TWO_SIDES | {"source_sequence_length": 16, "sequence_length": 24, "max_document_length": 24}
 CAUSAL = {"kind": "causal"}  # on two sides a text without a source
 EDGES = {  # packs, objectives; and in each pack the positions that are left on both sides
     "cut_pairs_fill_both_sides": ([[Pair(text(30), text(40))]], [], [(0, 0)]),
@@ -155,7 +157,7 @@ EDGES = {  # packs, objectives; and in each pack the positions that are left on 
 @pytest.mark.parametrize(("packs", "objectives", "left"), EDGES.values(), ids=EDGES.keys())
 def test_edges_of_pairs_and_of_both_budgets(packs: list, objectives: list, left: list, source_attention: str) -> None:
     batch = batch_of(packs, DataSettings(**SMALL, objectives=objectives))
-    ends = [batch.offsets.tolist(), batch.source.offsets.tolist()]
+    ends = [batch.cu_seqlens.tolist(), batch.source.cu_seqlens.tolist()]
     found, document = [], 0
     for number, pack in enumerate(packs):
         document += len(pack)
@@ -163,25 +165,25 @@ def test_edges_of_pairs_and_of_both_budgets(packs: list, objectives: list, left:
         document += any(found[-1])  # padding is a document of its own
     assert found == left
     if sum(map(len, packs)) > 1:
-        holds(model_of(kind="encoder_decoder", source_attention=source_attention, extra_heads=2), batch)
+        holds(model_of(kind="encoder_decoder", source_attention=source_attention, num_mtp_modules=2), batch)
     else:
-        findings = packed_equals_single(model_of(kind="encoder_decoder", extra_heads=2).double(), batch)
+        findings = packed_equals_single(model_of(kind="encoder_decoder", num_mtp_modules=2).double(), batch)
         assert all(finding.holds for finding in findings)
 
 
 @pytest.mark.parametrize("objectives", [[CAUSAL], [{"kind": "ul2"}], [{"kind": "fill_in_the_middle"}]])
 def test_edges_of_texts_of_a_decoder(objectives: list) -> None:
     """Texts of 0 to 3 tokens, a full pack and an empty one."""
-    data = DataSettings(**(ONE_SIDE | {"pack_documents": 8}), objectives=objectives)
+    data = DataSettings(**(ONE_SIDE | {"max_documents": 8}), objectives=objectives)
     packs = [[text(length) for length in (0, 1, 2, 3, 0, 1, 2)], [], [text(40)]]
-    holds(model_of(extra_heads=2), batch_of(packs, data))
+    holds(model_of(num_mtp_modules=2), batch_of(packs, data))
 
 
 def test_the_checks_see_a_leak_between_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
 
     def over_everything(rule):
-        return lambda *offsets: rule(*(one[[0, -1]] for one in offsets))
+        return lambda *cu_seqlens: rule(*(one[[0, -1]] for one in cu_seqlens))
 
     for name, rule in (("cross", cross), ("bidirectional", bidirectional), ("causal", causal)):
         with monkeypatch.context() as patch:
@@ -196,7 +198,7 @@ def test_the_checks_see_a_target_that_sees_the_source_after_its_own(monkeypatch:
     """Then the first document does not reach the second one, but the second one reaches the first."""
     batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
 
-    def too_far(targets: torch.Tensor, sources: torch.Tensor) -> Visibility:
+    def too_far(targets: torch.Tensor, sources: torch.Tensor) -> AttentionMask:
         sources = sources.clone()
         if len(sources) > 2:  # one document alone is as it was
             sources[1] += 1
@@ -212,8 +214,8 @@ def test_the_checks_see_labels_of_an_extra_head_that_come_from_the_next_document
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
-    monkeypatch.setattr("bigmodel.model.transformer.ahead", lambda targets_T, _offsets, steps: targets_T.roll(-steps))
-    outputs, gradients = packed_equals_single(model_of(kind="encoder_decoder", extra_heads=1).double(), batch)
+    monkeypatch.setattr("bigmodel.model.transformer.ahead", lambda labels_T, _offsets, steps: labels_T.roll(-steps))
+    outputs, gradients = packed_equals_single(model_of(kind="encoder_decoder", num_mtp_modules=1).double(), batch)
     assert outputs.holds
     assert not gradients.holds
 
@@ -240,16 +242,18 @@ def test_mixed_attention_is_that_of_a_prefix_lm_whose_prefix_is_the_source() -> 
     attention.source_key_value.weight.data.copy_(attention.query_key_value.weight[32:])  # behind the queries
     random = torch.Generator().manual_seed(3)
     x_TH, x_SE = (torch.randn(len(side.tokens), 32, generator=random).double() for side in (batch, batch.source))
-    found_TH = attention(x_TH, model.look(x_SE, batch)[0], x_SE)
+    found_TH = attention(x_TH, model.attention_inputs(x_SE, batch)[0], x_SE)
 
-    edges = zip(pairwise(batch.source.offsets.tolist()), pairwise(batch.offsets.tolist()), strict=True)
+    edges = zip(pairwise(batch.source.cu_seqlens.tolist()), pairwise(batch.cu_seqlens.tolist()), strict=True)
     texts = [torch.cat([x_SE[slice(*source)], x_TH[slice(*target)]]) for source, target in edges]
     places = torch.cat([torch.arange(len(text)) for text in texts])
-    rule = prefix_lm(batch.offsets + batch.source.offsets, batch.source.offsets.diff())
-    view = View(rule, make_schedule(rule, len(places), len(places)), rotary_table(places, 8, 10_000.0))
-    expected_NH = Attention.forward(attention, torch.cat(texts), view)
-    is_target = places >= torch.repeat_interleave(batch.source.offsets.diff(), torch.tensor(list(map(len, texts))))
-    asked_T = batch.targets != IGNORED  # padding has positions of its own
+    rule = prefix_lm(batch.cu_seqlens + batch.source.cu_seqlens, batch.source.cu_seqlens.diff())
+    inputs = AttentionInputs(
+        rule, make_tile_metadata(rule, len(places), len(places)), rotary_table(places, 8, 10_000.0)
+    )
+    expected_NH = Attention.forward(attention, torch.cat(texts), inputs)
+    is_target = places >= torch.repeat_interleave(batch.source.cu_seqlens.diff(), torch.tensor(list(map(len, texts))))
+    asked_T = batch.labels != IGNORED  # padding has positions of its own
     assert torch.allclose(found_TH[asked_T], expected_NH[is_target][asked_T], rtol=1e-9, atol=1e-9)
 
 
@@ -266,7 +270,7 @@ def test_targets_do_not_see_their_own_future() -> None:
 
 def test_extra_heads_shape_the_gradient_and_not_the_loss() -> None:
     batch = batch_of(TEXTS, DataSettings(**ONE_SIDE))
-    plain, extra = model_of(), model_of(extra_heads=2)
+    plain, extra = model_of(), model_of(num_mtp_modules=2)
     assert float(plain(batch)) == float(extra(batch))
     for model in (plain, extra):
         model(batch).backward()
@@ -279,15 +283,15 @@ def test_extra_heads_are_the_formula() -> None:
     from bigmodel.model.transformer import ahead
 
     batch = batch_of(TEXTS, DataSettings(**ONE_SIDE))
-    model = model_of(extra_heads=2, extra_head_weight=0.5).double()
+    model = model_of(num_mtp_modules=2, mtp_loss_weight=0.5).double()
     model(batch).backward()
     found = model.embedding.weight.grad.clone()
     model.zero_grad()
-    trunk_TH, view, _ = model.trunk(*model.embed(batch), batch)
-    loss = model.head(model.norm(trunk_TH), batch.targets, "loss_sum")
+    trunk_TH, inputs, _ = model.trunk(*model.embed(batch), batch)
+    loss = model.head(model.norm(trunk_TH), batch.labels, "loss_sum")
     for steps, block in enumerate(model.extra_blocks, 1):
-        later = ahead(batch.targets, batch.offsets, steps)
-        loss = loss + 0.5 / 2 * model.head(model.norm(block(trunk_TH, view, batch.keys)), later, "loss_sum")
+        later = ahead(batch.labels, batch.cu_seqlens, steps)
+        loss = loss + 0.5 / 2 * model.head(model.norm(block(trunk_TH, inputs, batch.dropout_seeds)), later, "loss_sum")
     loss.backward()
     assert torch.allclose(found, model.embedding.weight.grad, rtol=1e-12)
 
@@ -296,16 +300,16 @@ def test_labels_further_on_stay_inside_their_document() -> None:
     from bigmodel.model.transformer import ahead
 
     targets = torch.tensor([11, 12, 13, 21, 22, IGNORED])
-    offsets = torch.tensor([0, 3, 5, 6], dtype=torch.int32)
-    assert ahead(targets, offsets, 1).tolist() == [12, 13, IGNORED, 22, IGNORED, IGNORED]
-    assert ahead(targets, offsets, 2).tolist() == [13, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]
+    cu_seqlens = torch.tensor([0, 3, 5, 6], dtype=torch.int32)
+    assert ahead(targets, cu_seqlens, 1).tolist() == [12, 13, IGNORED, 22, IGNORED, IGNORED]
+    assert ahead(targets, cu_seqlens, 2).tolist() == [13, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]
 
 
 def test_parts_add_up_to_the_loss_and_keep_its_gradient() -> None:
     data = DataSettings(**TWO_SIDES, objectives=[{"kind": "prefix"}, {"kind": "span_corruption"}])
     whole = batch_of(TEXTS, data)
-    parted = batch_of(TEXTS, data, part_of=lambda piece: piece.objective, num_parts=3)
-    model = model_of(kind="encoder_decoder", extra_heads=1)
+    parted = batch_of(TEXTS, data, loss_group_of=lambda piece: piece.objective, num_loss_groups=3)
+    model = model_of(kind="encoder_decoder", num_mtp_modules=1)
     loss, parts = model(whole), model(parted)
     assert parts.shape == (3,)
     assert float(parts.sum()) == pytest.approx(float(loss), rel=1e-6)
@@ -323,8 +327,8 @@ def test_parts_add_up_to_the_loss_and_keep_its_gradient() -> None:
 def test_exchanged_sources_are_those_of_the_next_document() -> None:
     batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
     changed = exchange_sources(batch)
-    assert batch.source.offsets.tolist()[:7] == [0, 10, 12, 43, 64, 77, 128]
-    assert changed.source.offsets.tolist()[:7] == [0, 2, 33, 46, 67, 77, 128]
+    assert batch.source.cu_seqlens.tolist()[:7] == [0, 10, 12, 43, 64, 77, 128]
+    assert changed.source.cu_seqlens.tolist()[:7] == [0, 2, 33, 46, 67, 77, 128]
     assert changed.source.tokens[:2].tolist() == batch.source.tokens[10:12].tolist()
     assert changed.source.tokens[67:77].tolist() == batch.source.tokens[:10].tolist()
     assert changed.source.positions[2:33].tolist() == list(range(31))
@@ -348,7 +352,7 @@ def test_examples_ask_the_model_about_the_sources_that_it_was_trained_on() -> No
         return model(one, output)
 
     printed = examples(forward, Words(), batch, 2, "cpu")
-    first, end = batch.source.offsets[:2].tolist()
+    first, end = batch.source.cu_seqlens[:2].tolist()
     assert (first, end) == (0, 10)
     assert batch.source.tokens[:10].tolist() in asked
     assert [] in asked

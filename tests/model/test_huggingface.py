@@ -17,7 +17,7 @@ define_missing_torchvision_operators()
 transformers = pytest.importorskip("transformers")
 
 SIZE = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-DATA = {"context_tokens": 64, "pack_tokens": 128, "pack_documents": 4}
+DATA = {"max_document_length": 64, "sequence_length": 128, "max_documents": 4}
 TOLERANCE = 1e-4
 
 
@@ -70,7 +70,7 @@ def compare(theirs: torch.nn.Module, batch: Batch) -> None:
     logits = ours(batch, "logits")
     ours(batch).backward()
     for target, source in documents_of(batch):
-        tokens, targets = batch.tokens[None, target], batch.targets[target]
+        tokens, targets = batch.tokens[None, target], batch.labels[target]
         if batch.source is None:
             found = theirs(input_ids=tokens).logits[0]
         else:
@@ -96,7 +96,7 @@ def test_a_decoder_is_transformers_own(kind: str, changes: dict[str, Any]) -> No
 
 def test_an_encoder_decoder_is_transformers_t5() -> None:
     pairs = [[Pair(text(40), text(9)), Pair(text(1), text(30))], [Pair(text(25), text(1))]]
-    compare(t5(), batch_of(pairs, DataSettings(**DATA, source_pack_tokens=80)))
+    compare(t5(), batch_of(pairs, DataSettings(**DATA, source_sequence_length=80)))
 
 
 @pytest.mark.parametrize(

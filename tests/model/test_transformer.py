@@ -8,13 +8,13 @@ import torch
 from bigmodel.config.settings import ModelSettings
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Linear, RMSNorm, Transformer, dropout, rotary_table, rotate
-from tests.system.test_promise_leak import make_batch, make_model
+from tests.system.test_guarantee_leak import make_batch, make_model
 
 
 def test_key_value_heads_are_as_many_as_heads_where_nothing_is_said() -> None:
-    assert ModelSettings(heads=6, width=48).key_value_heads == 6
-    assert ModelSettings(heads=6, width=48, key_value_heads=2).key_value_heads == 2
-    assert ModelSettings().key_value_heads == ModelSettings().heads
+    assert ModelSettings(num_heads=6, hidden_size=48).num_kv_heads == 6
+    assert ModelSettings(num_heads=6, hidden_size=48, num_kv_heads=2).num_kv_heads == 2
+    assert ModelSettings().num_kv_heads == ModelSettings().num_heads
 
 
 def test_rms_norm_is_its_formula() -> None:
@@ -67,16 +67,18 @@ def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
-    small, large = make_model(layers=1), make_model(layers=2)
+    small, large = make_model(num_layers=1), make_model(num_layers=2)
     assert torch.equal(small.blocks[0].feed_forward.gate_up.weight, large.blocks[0].feed_forward.gate_up.weight)
-    again = make_model(layers=1)
+    again = make_model(num_layers=1)
     init_weights(again, seed=6)
     assert not torch.equal(small.embedding.weight, again.embedding.weight)
     assert not torch.equal(large.blocks[0].feed_forward.down.weight, large.blocks[1].feed_forward.down.weight)
 
 
 def test_initial_weights_have_the_deviations_of_the_table() -> None:
-    model = Transformer(ModelSettings(layers=8, width=256, heads=4, key_value_heads=2, feed_forward_width=512), 900)
+    model = Transformer(
+        ModelSettings(num_layers=8, hidden_size=256, num_heads=4, num_kv_heads=2, intermediate_size=512), 900
+    )
     init_weights(model, seed=1)
     block = model.blocks[3]
     for weight, deviation in (
@@ -92,7 +94,7 @@ def test_initial_weights_have_the_deviations_of_the_table() -> None:
 
 def test_an_untrained_model_knows_nothing() -> None:
     batch = make_batch()
-    assert float(make_model()(batch)) / batch.num_targets == pytest.approx(math.log(97), rel=0.02)
+    assert float(make_model()(batch)) / batch.num_labels == pytest.approx(math.log(97), rel=0.02)
 
 
 def test_a_tied_head_is_the_embedding_and_counted_once() -> None:
@@ -106,5 +108,5 @@ def test_losses_of_all_positions_add_up_to_the_sum() -> None:
     each = model(batch, "loss_per_position")
     assert float(each.double().sum()) == pytest.approx(float(model(batch)), rel=1e-6)
     logits = model(batch, "logits").detach()
-    expected = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
     assert torch.allclose(each, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Compiles the kernels of attention and its schedule, as shipped, for Ampere, Hopper and Blackwell without a GPU.
+"""Compiles the kernels of attention and its tile_metadata, as shipped, for Ampere, Hopper and Blackwell without a GPU.
 Prints what they take.
 
     kernel  architecture  type  channels  score | registers  stack bytes  shared bytes
@@ -25,7 +25,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bigmodel.kernels import attention
-from bigmodel.kernels import tiles as schedule
+from bigmodel.kernels import tiles as tile_metadata
 from bigmodel.kernels.mask import causal, prefix_lm
 from bigmodel.kernels.tiles import tile_tables_reference
 from tests.kernels.test_mask import int32, offsets_of
@@ -57,16 +57,20 @@ OTHERS = [
 
 
 def compiled_schedule(name: str, architecture: int, score: str):
-    """The kernel of the schedule, with prefixes or without."""
-    kernel = getattr(schedule, f"{name}_kernel")
-    constants: dict[str, Any] = {"BLOCK": schedule.TILE_ROWS, "SLOTS": schedule.SLOTS, "AT_ONCE": schedule.AT_ONCE}
+    """The kernel of the tile_metadata, with prefixes or without."""
+    kernel = getattr(tile_metadata, f"{name}_kernel")
+    constants: dict[str, Any] = {
+        "BLOCK": tile_metadata.TILE_ROWS,
+        "SLOTS": tile_metadata.SLOTS,
+        "AT_ONCE": tile_metadata.AT_ONCE,
+    }
     if score == "plain":
         constants |= {"query_prefix": None, "key_prefix": None}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     numbers = ("left", "right", "num_queries", "num_keys", "num_documents", "query_tiles", "key_tiles")
     signature = {argument: "i32" if argument in numbers else "*i32" for argument in kernel.arg_names}
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, {})
-    return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": schedule.NUM_WARPS})
+    return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": tile_metadata.NUM_WARPS})
 
 
 def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
@@ -138,21 +142,21 @@ class Launches:
 def print_variants() -> None:
     kernels = {f"{name}_kernel": Launches(getattr(attention, f"{name}_kernel")) for name in KERNELS}
     vars(attention).update(kernels)
-    of_schedule = {f"{name}_kernel": Launches(getattr(schedule, f"{name}_kernel")) for name in SCHEDULE}
-    vars(schedule).update(of_schedule)
+    of_schedule = {f"{name}_kernel": Launches(getattr(tile_metadata, f"{name}_kernel")) for name in SCHEDULE}
+    vars(tile_metadata).update(of_schedule)
     one_long, many_short, windowed = offsets_of([64]), offsets_of([1] * 63), offsets_of([5, 1, 30])
-    for visibility, num_rows in ((causal(one_long), 64), (causal(many_short), 63), (causal(windowed, left=1), 37),
+    for mask, num_rows in ((causal(one_long), 64), (causal(many_short), 63), (causal(windowed, left=1), 37),
                                  (prefix_lm(windowed, int32([1, 0, 9]), left=16), 36)):  # fmt: skip
-        tables = tile_tables_reference(visibility, num_rows, num_rows, 128)
-        no_prefix = torch.zeros(visibility.num_documents, dtype=torch.int32)
-        prefixes = no_prefix, no_prefix if visibility.key_prefix is None else visibility.key_prefix
+        tables = tile_tables_reference(mask, num_rows, num_rows, 128)
+        no_prefix = torch.zeros(mask.num_documents, dtype=torch.int32)
+        prefixes = no_prefix, no_prefix if mask.key_prefix is None else mask.key_prefix
         with suppress(RuntimeError):  # nobody wrote whether the offsets fit
-            schedule.tile_tables(visibility.query_offsets, visibility.key_offsets, *prefixes, *visibility.window,
+            tile_metadata.tile_tables(mask.cu_seqlens_q, mask.cu_seqlens_k, *prefixes, *mask.window,
                                  num_rows, num_rows, 128)  # fmt: skip
         fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)
         rows = [part.requires_grad_() for part in fused.split([2, 1, 1], dim=1)]
         bias_HR = torch.zeros(2, 9, requires_grad=True)
-        out_THK, _ = attention._attention(*rows, bias_HR, *tables, *visibility.window, 0.125, None, 128)
+        out_THK, _ = attention._attention(*rows, bias_HR, *tables, *mask.window, 0.125, None, 128)
         out_THK.sum().backward()
     for name, launches in (kernels | of_schedule).items():
         print(name, len(launches.keys))

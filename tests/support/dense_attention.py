@@ -6,26 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel.kernels.mask import Visibility, causal, cross, dense
+from bigmodel.kernels.mask import AttentionMask, causal, cross, dense
 
 
 def dense_attention(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGK: Tensor,
-    visibility: Visibility,
+    mask: AttentionMask,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
 ) -> Tensor:
     """softmax(score) v over the visible keys, in the type of the inputs; 0 where a query sees nothing."""
-    return dense_attention_with_lse(q_THK, k_SGK, v_SGK, visibility, softcap, bias_HR)[0]
+    return dense_attention_with_lse(q_THK, k_SGK, v_SGK, mask, softcap, bias_HR)[0]
 
 
 def dense_attention_with_lse(
     q_THK: Tensor,
     k_SGK: Tensor,
     v_SGK: Tensor,
-    visibility: Visibility,
+    mask: AttentionMask,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -35,28 +35,28 @@ def dense_attention_with_lse(
     score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * q_THK.shape[2] ** -0.5
     if bias_HR is not None:
         reach = bias_HR.shape[1] // 2
-        distance_TS = places(visibility.key_offsets, len(k_SGK)) - places(visibility.query_offsets, len(q_THK))[:, None]
+        distance_TS = places(mask.cu_seqlens_k, len(k_SGK)) - places(mask.cu_seqlens_q, len(q_THK))[:, None]
         score_HTS = score_HTS + bias_HR[:, distance_TS.clamp(-reach, reach) + reach]
     if softcap is not None:
         score_HTS = softcap * (score_HTS / softcap).tanh()
-    hidden_TS = ~dense(visibility, q_THK.shape[0], k_SGK.shape[0])
+    hidden_TS = ~dense(mask, q_THK.shape[0], k_SGK.shape[0])
     score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
     p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
     return torch.einsum("hts,shk->thk", p_HTS, v_SHK), score_HTS.logsumexp(-1).T
 
 
-def places(offsets: Tensor, rows: int) -> Tensor:
+def places(cu_seqlens: Tensor, rows: int) -> Tensor:
     """The place of every row inside its document; some number for the rows beyond the last offset."""
-    row = torch.arange(rows, device=offsets.device)
-    document = torch.searchsorted(offsets, row.to(torch.int32), right=True) - 1
-    return row - offsets[document].long()
+    row = torch.arange(rows, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, row.to(torch.int32), right=True) - 1
+    return row - cu_seqlens[document].long()
 
 
 @dataclass
 class Inputs:
     """q, k, v and the gradient of the output. Rows beyond the last offset and everything around them is NaN."""
 
-    visibility: Visibility
+    mask: AttentionMask
     q_THK: Tensor
     k_SGK: Tensor
     v_SGK: Tensor
@@ -79,7 +79,7 @@ def cancelled(inputs: Inputs) -> dict[str, float]:
     formula with the row sum of d_out * out does, is left with eps times their magnitude.
     """
     wide = inputs.in_documents(torch.float64)
-    seen_TS = dense(wide.visibility, len(wide.q_THK), len(wide.k_SGK))
+    seen_TS = dense(wide.mask, len(wide.q_THK), len(wide.k_SGK))
     row_R = (seen_TS.sum(1) == 1).nonzero()[:, 0]
     if not len(row_R):
         return {}
@@ -97,7 +97,7 @@ ROWS = ["q_THK", "k_SGK", "v_SGK", "d_out_THK"]
 
 
 def make_inputs(
-    visibility: Visibility,
+    mask: AttentionMask,
     queries: int,
     keys: int,
     heads: tuple[int, int],
@@ -107,8 +107,8 @@ def make_inputs(
     reach: int | None = None,
 ) -> Inputs:
     """Random inputs, with a bias if a reach is given. q, k and v of one length are slices of one fused tensor, as a
-    fused projection gives them. They are made on the device of the offsets."""
-    device = visibility.query_offsets.device
+    fused projection gives them. They are made on the device of the cu_seqlens."""
+    device = mask.cu_seqlens_q.device
     generator = torch.Generator().manual_seed(7)
     num_heads, num_key_heads = heads
 
@@ -118,7 +118,7 @@ def make_inputs(
         inner[:last_offset] = torch.randn(last_offset, width, channels, generator=generator).to(device, dtype)
         return inner
 
-    query_end, key_end = int(visibility.query_offsets[-1]), int(visibility.key_offsets[-1])
+    query_end, key_end = int(mask.cu_seqlens_q[-1]), int(mask.cu_seqlens_k[-1])
     if (queries, query_end) == (keys, key_end):
         fused = surrounded(queries, query_end, num_heads + 2 * num_key_heads)
         q_THK, k_SGK, v_SGK = fused.split([num_heads, num_key_heads, num_key_heads], dim=1)
@@ -129,16 +129,16 @@ def make_inputs(
     bias_HR = None
     if reach is not None:
         bias_HR = torch.randn(num_heads, 2 * reach + 1, generator=generator).to(device, dtype)
-    return Inputs(visibility, q_THK, k_SGK, v_SGK, d_out_THK, softcap, bias_HR)
+    return Inputs(mask, q_THK, k_SGK, v_SGK, d_out_THK, softcap, bias_HR)
 
 
 def out_and_gradients(attend, inputs: Inputs) -> dict[str, Tensor]:
-    """out, dq, dk, dv and, with a bias, dbias of `attend(q, k, v, visibility)`."""
+    """out, dq, dk, dv and, with a bias, dbias of `attend(q, k, v, mask)`."""
     leaves = {name: getattr(inputs, f"{name}_{shape}") for name, shape in LEAVES.items()}
     leaves = {name: rows.detach().requires_grad_() for name, rows in leaves.items() if rows is not None}
     extra: dict[str, Any] = {} if inputs.softcap is None else {"softcap": inputs.softcap}
     extra |= {"bias_HR": leaves["bias"]} if "bias" in leaves else {}
-    out_THK = attend(leaves["q"], leaves["k"], leaves["v"], inputs.visibility, **extra)
+    out_THK = attend(leaves["q"], leaves["k"], leaves["v"], inputs.mask, **extra)
     out_THK.backward(inputs.d_out_THK)
     return {"out": out_THK.detach()} | {f"d{name}": rows.grad for name, rows in leaves.items()}
 
@@ -164,7 +164,7 @@ def assert_lse_and_its_gradient_are_exact(attend_with_lse, inputs: Inputs) -> No
 def _lse_and_gradients(attend_with_lse, inputs: Inputs, d_lse_TH: Tensor) -> dict[str, Tensor]:
     rows = [getattr(inputs, name).detach().requires_grad_() for name in ROWS[:3]]
     extra: dict[str, Any] = {} if inputs.softcap is None else {"softcap": inputs.softcap}
-    out_THK, lse_TH = attend_with_lse(*rows, inputs.visibility, **extra)
+    out_THK, lse_TH = attend_with_lse(*rows, inputs.mask, **extra)
     gradients = torch.autograd.grad((out_THK, lse_TH), rows, (inputs.d_out_THK, d_lse_TH))
     return {"lse": lse_TH.detach()} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
@@ -215,7 +215,7 @@ def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
     plain = out_and_gradients(dense_attention, inputs.in_documents(dtype))
     ours = out_and_gradients(attend, inputs)
     assert truth.keys() == ours.keys()
-    anything_is_seen = dense(inputs.visibility, len(inputs.q_THK), len(inputs.k_SGK)).any()
+    anything_is_seen = dense(inputs.mask, len(inputs.q_THK), len(inputs.k_SGK)).any()
     assert truth["out"].any() or not anything_is_seen, "nothing to compare"
     left_over = cancelled(inputs)
     for name, exact in truth.items():
@@ -225,5 +225,5 @@ def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
         bound = (2 if name == "out" else 3) * torch_error + torch.finfo(dtype).eps * (1 + left_over.get(name, 0.0))
         assert our_error <= bound, f"{name}: error {our_error:.2e}, plain torch {torch_error:.2e}, bound {bound:.2e}"
         if name != "dbias":
-            offsets = inputs.visibility.query_offsets if name in ("out", "dq") else inputs.visibility.key_offsets
-            assert (ours[name][offsets[-1] :] == 0).all(), f"{name}: rows beyond the last offset are not 0"
+            cu_seqlens = inputs.mask.cu_seqlens_q if name in ("out", "dq") else inputs.mask.cu_seqlens_k
+            assert (ours[name][cu_seqlens[-1] :] == 0).all(), f"{name}: rows beyond the last offset are not 0"

@@ -20,17 +20,17 @@ OPTIONS = {
 class Inputs(NamedTuple):
     hidden_TH: Tensor
     weight_VH: Tensor
-    targets_T: Tensor
+    labels_T: Tensor
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs(self.hidden_TH.detach().to(dtype), self.weight_VH.detach().to(dtype), self.targets_T)
+        return Inputs(self.hidden_TH.detach().to(dtype), self.weight_VH.detach().to(dtype), self.labels_T)
 
     def on(self, device: str) -> "Inputs":
         return Inputs(*(one.detach().to(device) for one in self))
 
     def leaves(self) -> "Inputs":
         """The same values, collecting gradients."""
-        return Inputs(*(one.detach().clone().requires_grad_() for one in self[:2]), self.targets_T)
+        return Inputs(*(one.detach().clone().requires_grad_() for one in self[:2]), self.labels_T)
 
 
 class Results(NamedTuple):
@@ -46,14 +46,14 @@ class Results(NamedTuple):
 def make_inputs(
     dtype: torch.dtype = torch.float32, positions: int = 23, vocabulary: int = 31, width: int = 8
 ) -> Inputs:
-    """Random inputs with logits of about 3; the first and the last target and two neighbours are ignored."""
+    """Random inputs with logits of about 3; the first and the last label and two neighbours are ignored."""
     generator = torch.Generator().manual_seed(3)
     hidden_TH = torch.randn(positions, width, generator=generator).to(dtype)
     weight_VH = (torch.randn(vocabulary, width, generator=generator) * 3 * width**-0.5).to(dtype)
-    targets_T = torch.randint(vocabulary, (positions,), generator=generator)
-    targets_T[1], targets_T[2] = 0, vocabulary - 1
-    targets_T[[0, 7, 8, -1]] = IGNORED
-    return Inputs(hidden_TH, weight_VH, targets_T)
+    labels_T = torch.randint(vocabulary, (positions,), generator=generator)
+    labels_T[1], labels_T[2] = 0, vocabulary - 1
+    labels_T[[0, 7, 8, -1]] = IGNORED
+    return Inputs(hidden_TH, weight_VH, labels_T)
 
 
 def dense_logits(inputs: Inputs, softcap: float) -> Tensor:
@@ -66,9 +66,9 @@ def dense_results(inputs: Inputs, options: Options = PLAIN) -> Results:
     inputs = inputs.leaves()
     logits_TV = dense_logits(inputs, options.logit_softcap)
     loss_sum = F.cross_entropy(
-        logits_TV, inputs.targets_T, ignore_index=IGNORED, reduction="sum", label_smoothing=options.label_smoothing
+        logits_TV, inputs.labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=options.label_smoothing
     )
-    counted_T = inputs.targets_T != IGNORED
+    counted_T = inputs.labels_T != IGNORED
     z_sum = logits_TV.logsumexp(-1).square()[counted_T].sum()
     gradients = torch.autograd.grad(3 * (loss_sum + options.z_loss * z_sum), inputs[:2])
     return Results(loss_sum.detach(), z_sum.detach(), counted_T.sum(), *gradients)
@@ -102,10 +102,10 @@ def assert_as_exact_as_plain_torch(ours: Results, inputs: Inputs, options: Optio
 def assert_losses_as_exact_as_plain_torch(losses_T: Tensor, inputs: Inputs, softcap: float) -> None:
     """The error of single losses against float64 is at most twice that of plain torch; ignored ones are 0."""
     exact_T, torch_T = (
-        F.cross_entropy(dense_logits(one, softcap), inputs.targets_T, ignore_index=IGNORED, reduction="none").double()
+        F.cross_entropy(dense_logits(one, softcap), inputs.labels_T, ignore_index=IGNORED, reduction="none").double()
         for one in (inputs.to(torch.float64), inputs)
     )
     our_error, torch_error = ((one.double() - exact_T).abs().max().item() for one in (losses_T, torch_T))
     assert our_error <= 2 * torch_error + 1e-7, f"error {our_error:.2e}, plain torch {torch_error:.2e}"
-    assert (losses_T[inputs.targets_T == IGNORED] == 0).all()
-    assert (losses_T[inputs.targets_T != IGNORED] > 0).all()
+    assert (losses_T[inputs.labels_T == IGNORED] == 0).all()
+    assert (losses_T[inputs.labels_T != IGNORED] > 0).all()

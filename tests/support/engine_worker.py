@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import DataSettings, OptimizerSettings, Settings
-from bigmodel.data.load.batch import Batch, build_batch, make_keys
-from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
+from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
@@ -30,7 +30,7 @@ from tests.support.ranks import run_ranks
 
 VOCABULARY = 67
 PACKS = 6  # per step; over 2 ranks and 2 packs a time, one micro-batch of each step is half empty
-DATA = {"context_tokens": 24, "pack_tokens": 24, "pack_documents": 4}
+DATA = {"max_document_length": 24, "sequence_length": 24, "max_documents": 4}
 
 
 def settings_table(
@@ -47,9 +47,16 @@ def settings_table(
     )
     name = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     (folder / name).write_text(text)
-    model = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40, "qk_norm": True}
+    model = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 40,
+        "qk_norm": True,
+    }
     model = model | {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
-    training = {"steps": 20, "packs_per_step": PACKS, "precision": precision, "deepspeed": str(folder / name)}
+    training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
     optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0), "epsilon": 1e-4}
@@ -71,9 +78,9 @@ def batch_of(step: int, packs: range, end: int = PACKS) -> Batch:
     documents = [documents_of(step, pack) if pack < end else [] for pack in packs]
     flat = [document for pack in documents for document in pack]
     rows = iter(range(len(flat)))
-    plan = [tuple(Fragment(0, 0, next(rows), 0, len(document) - 1, 0) for document in pack) for pack in documents]
-    keys = make_keys(1, step, packs, DATA["pack_tokens"])
-    return build_batch(plan, lambda fragment: torch.tensor(flat[fragment.row]).numpy(), DataSettings(**DATA), keys)
+    plan = [tuple(Chunk(0, 0, next(rows), 0, len(document) - 1, 0) for document in pack) for pack in documents]
+    keys = make_dropout_seeds(1, step, packs, DATA["sequence_length"])
+    return build_batch(plan, lambda chunk: torch.tensor(flat[chunk.row]).numpy(), DataSettings(**DATA), keys)
 
 
 def micro_batches_of(step: int, rank: int, size: int, packs_per_micro_batch: int) -> list[Batch]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, ModelSettings
-from bigmodel.data.load.batch import Batch, build_batch, make_keys
+from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.objectives.examples import Document, Examples, Pair
-from bigmodel.data.plan.shuffle import Fragment, Pack
+from bigmodel.data.plan.shuffle import Chunk, Pack
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
@@ -21,13 +21,13 @@ def text(length: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([[BOS], tokens, [EOS]])
 
 
-def fragment_of(row: int, document: Document, examples: Examples, objective: int) -> Fragment:
+def fragment_of(row: int, document: Document, examples: Examples, objective: int) -> Chunk:
     if isinstance(document, Pair):
         lengths = (np.array([len(side) - 1]) for side in document)
-        return Fragment(0, 0, row, 0, len(document.source) - 1, 0, *examples.measure_pairs(*lengths)[0].tolist())
+        return Chunk(0, 0, row, 0, len(document.source) - 1, 0, *examples.measure_pairs(*lengths)[0].tolist())
     length = np.array([len(document) - 1])
     columns = examples.measure(np.array([objective]), length, np.zeros_like(length))[0].tolist()
-    return Fragment(0, 0, row, 0, int(length[0]), 0, *columns)
+    return Chunk(0, 0, row, 0, int(length[0]), 0, *columns)
 
 
 def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, **more: object) -> Batch:
@@ -40,14 +40,14 @@ def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int 
         numbered = [(next(rows), document) for document in pack]
         plan.append(tuple(fragment_of(row, one, examples, row % examples.pairs) for row, one in numbered))
     numbers = range(len(packs))
-    keys = make_keys(seed, 0, numbers, data.pack_tokens)
-    source_keys = make_keys(seed, 0, numbers, data.source_pack_tokens, "source positions")
-    return build_batch(plan, lambda piece: documents[piece.row], data, keys, examples, source_keys, **more)
+    keys = make_dropout_seeds(seed, 0, numbers, data.sequence_length)
+    source_seeds = make_dropout_seeds(seed, 0, numbers, data.source_sequence_length, "source positions")
+    return build_batch(plan, lambda piece: documents[piece.row], data, keys, examples, source_seeds, **more)
 
 
 def model_of(vocabulary: int = 400, seed: int = 5, **changes: object) -> Transformer:
     """A small model with initial weights; 400 holds the tokenizer's ids and all marks."""
-    size = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40}
+    size = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 40}
     model = Transformer(ModelSettings(**(size | changes)), vocabulary)
     init_weights(model, seed)
     return model

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bigmodel.kernels import attention as kernels
-from bigmodel.kernels.attention import _attention, attention, attention_with_lse, make_schedule
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, mixed, prefix_lm
+from bigmodel.kernels.attention import _attention, attention, attention_with_lse, make_tile_metadata
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
 from tests.kernels.test_mask import int32, offsets_of, random_visibilities
 from tests.support.dense_attention import (
     Inputs,
@@ -37,22 +37,22 @@ def _new_tensors_hold_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def attend(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, block: int = BLOCK, **score) -> Tensor:
-    schedule = make_schedule(visibility, len(q_THK), len(k_SGK), block=block)
-    return attention(q_THK, k_SGK, v_SGK, visibility, schedule, **score)
+def attend(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, block: int = BLOCK, **score) -> Tensor:
+    tile_metadata = make_tile_metadata(mask, len(q_THK), len(k_SGK), block=block)
+    return attention(q_THK, k_SGK, v_SGK, mask, tile_metadata, **score)
 
 
 SHORT_AND_LONG = offsets_of([0, 1, 66, 0, 7, 0])
 
 LATE_QUERIES_SEE_NOTHING = (
-    Visibility(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (2, 1), 16, FP32,
+    AttentionMask(offsets_of([50]), offsets_of([20]), left=10, right=0), 50, 20, (2, 1), 16, FP32,
 )  # fmt: skip
 
 CASES = {
     "causal, 2 query heads on 1, rows beyond": (causal(SHORT_AND_LONG), 85, 85, (2, 1), 16, FP32),
     "window with full tiles, 24 channels": (causal(offsets_of([5, 100]), left=66), 105, 105, (1, 1), 24, FP32),
     "window on both sides, fp16": (
-        Visibility(offsets_of([70, 3]), offsets_of([70, 3]), left=9, right=40), 80, 80, (2, 2), 16, FP16,
+        AttentionMask(offsets_of([70, 3]), offsets_of([70, 3]), left=9, right=40), 80, 80, (2, 2), 16, FP16,
     ),
     "prefixes shorter and longer than a tile": (
         prefix_lm(SHORT_AND_LONG, int32([0, 1, 37, 0, 9, 0]), left=50), 74, 74, (1, 1), 16, FP32,
@@ -90,9 +90,9 @@ def test_any_batch_is_as_exact_as_plain_torch(case, heads, dtype, softcap, reach
         assert_as_exact_as_plain_torch(partial(attend, block=16), inputs)
 
 
-def attend_with_lse(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, **score):
-    schedule = make_schedule(visibility, len(q_THK), len(k_SGK), block=BLOCK)
-    return attention_with_lse(q_THK, k_SGK, v_SGK, visibility, schedule, **score)
+def attend_with_lse(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, **score):
+    tile_metadata = make_tile_metadata(mask, len(q_THK), len(k_SGK), block=BLOCK)
+    return attention_with_lse(q_THK, k_SGK, v_SGK, mask, tile_metadata, **score)
 
 
 def test_lse_and_its_gradient_are_exact() -> None:
@@ -122,8 +122,8 @@ def test_scores_far_beyond_the_cap_are_as_exact_as_plain_torch() -> None:
 
 
 def test_a_document_of_nan_does_not_reach_another_one_bitwise() -> None:
-    visibility = prefix_lm(offsets_of([20, 23, 5]), int32([3, 5, 9]))
-    inputs = make_inputs(visibility, 48, 48, (2, 1), 16, FP32, softcap=3.0)
+    mask = prefix_lm(offsets_of([20, 23, 5]), int32([3, 5, 9]))
+    inputs = make_inputs(mask, 48, 48, (2, 1), 16, FP32, softcap=3.0)
     before = out_and_gradients(attend, inputs)
     for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.d_out_THK):
         rows[20:43] = torch.nan
@@ -153,21 +153,21 @@ def test_any_strides_will_do() -> None:
     q_THK = inputs.q_THK.transpose(1, 2).contiguous().transpose(1, 2)
     k_SGK = inputs.k_SGK.transpose(0, 1).contiguous().transpose(0, 1)
     d_out_THK = torch.ones(()).expand(33, 2, 16)
-    assert_as_exact_as_plain_torch(attend, Inputs(inputs.visibility, q_THK, k_SGK, inputs.v_SGK, d_out_THK))
+    assert_as_exact_as_plain_torch(attend, Inputs(inputs.mask, q_THK, k_SGK, inputs.v_SGK, d_out_THK))
 
 
 def small_inputs(lengths: list[int], prefixes: list[int]) -> Inputs:
-    visibility = prefix_lm(offsets_of(lengths), int32(prefixes), left=9)
-    return make_inputs(visibility, 16, 16, (1, 1), 16, FP32, softcap=3.0, reach=4)
+    mask = prefix_lm(offsets_of(lengths), int32(prefixes), left=9)
+    return make_inputs(mask, 16, 16, (1, 1), 16, FP32, softcap=3.0, reach=4)
 
 
 def test_torch_knows_all_about_the_operators() -> None:
     inputs = small_inputs([5, 9], [1, 2])
-    schedule = make_schedule(inputs.visibility, 16, 16, block=16)
-    tables = schedule.query_tiles_NF, schedule.key_tiles_NF
+    tile_metadata = make_tile_metadata(inputs.mask, 16, 16, block=16)
+    tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
     leaves = [rows.detach().requires_grad_() for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.bias_HR)]
     leaves = [rows.detach().nan_to_num(0.0).requires_grad_() for rows in leaves]
-    library.opcheck(_attention, (*leaves, *tables, *inputs.visibility.window, 0.25, 3.0, 16))
+    library.opcheck(_attention, (*leaves, *tables, *inputs.mask.window, 0.25, 3.0, 16))
 
 
 def assert_compiled_it_gives_the_same(attend_compiled, counter: CompileCounterWithBackend) -> None:
@@ -189,8 +189,8 @@ def test_inductor_compiles_attention_once() -> None:
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(attention, fullgraph=True, backend=counter)
 
-    def attend_compiled(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, **score) -> Tensor:
-        return compiled(q_THK, k_SGK, v_SGK, visibility, make_schedule(visibility, 16, 16, block=16), **score)
+    def attend_compiled(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, **score) -> Tensor:
+        return compiled(q_THK, k_SGK, v_SGK, mask, make_tile_metadata(mask, 16, 16, block=16), **score)
 
     assert_compiled_it_gives_the_same(attend_compiled, counter)
 
@@ -199,9 +199,9 @@ def test_inductor_compiles_attention_once() -> None:
 def test_recomputed_in_the_backward_gradients_are_the_same_bitwise(use_reentrant: bool) -> None:
     inputs = small_inputs([5, 11], [1, 2])
 
-    def recomputed(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visibility: Visibility, **score) -> Tensor:
+    def recomputed(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, **score) -> Tensor:
         bias_HR = score.pop("bias_HR")
-        run = lambda q, k, v, bias: attend(q, k, v, visibility, bias_HR=bias, **score)  # noqa: E731
+        run = lambda q, k, v, bias: attend(q, k, v, mask, bias_HR=bias, **score)  # noqa: E731
         return checkpoint(run, q_THK, k_SGK, v_SGK, bias_HR, use_reentrant=use_reentrant)
 
     plain = out_and_gradients(attend, inputs)
@@ -213,7 +213,7 @@ def test_a_bias_that_is_not_learned_costs_no_gradient(monkeypatch: pytest.Monkey
     inputs = small_inputs([5, 11], [1, 2])
     monkeypatch.setattr(kernels, "bias_gradient_kernel", None)
     leaves = [rows.detach().requires_grad_() for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK)]
-    out_THK = attend(*leaves, inputs.visibility, bias_HR=inputs.bias_HR)
+    out_THK = attend(*leaves, inputs.mask, bias_HR=inputs.bias_HR)
     assert all(rows.isfinite().all() for rows in torch.autograd.grad(out_THK, leaves, inputs.d_out_THK))
 
 

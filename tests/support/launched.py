@@ -50,7 +50,7 @@ def record_batches(run_file: Path) -> None:
         return step
 
     def recorded_forward(self, batch, *arguments, **more):
-        if batch.num_positions:
+        if batch.num_tokens:
             line = {"process": os.getpid(), "step": now[0] + 1, "fingerprint": batch.fingerprint()}
             with open(folder / f"rank-{os.environ['RANK']}.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")

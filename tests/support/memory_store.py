@@ -55,10 +55,10 @@ def corpus_positions(store: MemoryStore, source: str) -> set[tuple[int, int, int
 def given_positions(packs: Iterable[Pack]) -> Counter[tuple[int, int, int, int, int]]:
     """How often each (source, shard, row, position, epoch) is in the packs."""
     return Counter(
-        (fragment.source, fragment.shard, fragment.row, fragment.start + offset, fragment.epoch)
+        (chunk.source, chunk.shard, chunk.row, chunk.start + offset, chunk.epoch)
         for pack in packs
-        for fragment in pack
-        for offset in range(fragment.length)
+        for chunk in pack
+        for offset in range(chunk.length)
     )
 
 

@@ -9,18 +9,18 @@ seed = 3
 
 [data]
 directory = "{shards}"
-context_tokens = 48
-pack_tokens = 96
-pack_documents = 8
+max_document_length = 48
+sequence_length = 96
+max_documents = 8
 lanes = 2
-window_packs = 20
+packing_buffer = 20
 
 [model]
-layers = 2
-width = 32
-heads = 4
-key_value_heads = 2
-feed_forward_width = 48
+num_layers = 2
+hidden_size = 32
+num_heads = 4
+num_kv_heads = 2
+intermediate_size = 48
 qk_norm = true
 dropout = 0.1
 
@@ -32,7 +32,7 @@ warmup_steps = 2
 
 [training]
 steps = 10
-packs_per_step = 4
+global_batch_size = 4
 precision = "{precision}"
 deepspeed = "{deepspeed}"
 

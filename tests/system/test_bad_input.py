@@ -45,13 +45,13 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("[model\n", ["not valid TOML", "line 1"]),
-        ("[modle]\nlayers = 2\n", ["modle: unknown setting", "did you mean 'model'?"]),
+        ("[modle]\nnum_layers = 2\n", ["modle: unknown setting", "did you mean 'model'?"]),
         ("[model]\nlayer = 2\n", ["model.layer: unknown setting", "did you mean 'layers'?"]),
         ("[training]\nlearning_rate = 1\n", ["did you mean 'optimizer.learning_rate'?"]),
-        ("[model]\nheads = 5\n", ["model.width = 768", "model.heads = 5"]),
-        ("[model]\nkey_value_heads = 5\n", ["model.heads = 12", "model.key_value_heads = 5", "divisor"]),
+        ("[model]\nnum_heads = 5\n", ["model.hidden_size = 768", "model.num_heads = 5"]),
+        ("[model]\nkey_value_heads = 5\n", ["model.num_heads = 12", "model.num_kv_heads = 5", "divisor"]),
         ("[training]\nsteps = 'many'\n", ["training.steps = 'many'", "integer"]),
-        ("[training]\npacks_per_step = 3\n[data]\nlanes = 2\n", ["packs_per_step = 3", "data.lanes = 2"]),
+        ("[training]\npacks_per_step = 3\n[data]\nlanes = 2\n", ["global_batch_size = 3", "data.lanes = 2"]),
         ("[training]\nbatch_ramp = [[5, 3]]\n[data]\nlanes = 2\n", ["batch_ramp: packs = 3", "data.lanes = 2"]),
         ("[training]\nbatch_ramp = [[5, 8], [5, 16]]\n", ["training.batch_ramp", "[5, 5] must rise"]),
         ("[training]\nbatch_ramp = [[5, 0]]\n", ["training.batch_ramp", "at least 1 pack"]),
@@ -61,7 +61,7 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
             "[data]\ncurriculum = [{ from_tokens = 9, mix = { a = 1.0 } }, { from_tokens = 5, mix = { a = 1.0 } }]\n",
             ["data.curriculum: from_tokens = [9, 5] must rise"],
         ),
-        ("[data]\ncontext_tokens = 99\npack_tokens = 9\n", ["context_tokens = 99", "pack_tokens = 9"]),
+        ("[data]\ncontext_tokens = 99\npack_tokens = 9\n", ["max_document_length = 99", "sequence_length = 9"]),
     ],
 )
 def test_a_wrong_run_file(tmp_path: Path, content: str, words: list[str]) -> None:
@@ -118,7 +118,7 @@ def test_a_flipped_bit_in_a_shard_is_named_and_not_trained_on(tmp_path: Path, sh
     ("deepspeed", "words"),
     [
         ({"gradient_clipping": 0.5}, ["gradient_clipping", "0.5", "1.0"]),
-        ({"train_batch_size": 7}, ["train_batch_size", "7", "packs_per_step", "4"]),
+        ({"train_batch_size": 7}, ["train_batch_size", "7", "global_batch_size", "4"]),
         ({"bf16": {"enabled": True}}, ["bf16", "fp32", "precision"]),
         ({"zero_optimisation": {"stage": 1}}, ["zero_optimisation", "zero_optimization"]),
     ],
@@ -171,10 +171,10 @@ def test_a_checkpoint_of_another_model_or_other_data(tmp_path: Path, shards: Pat
     run_file, short = write_run(tmp_path, shards), ["--set", "training.steps=4"]
     codes, printed = run(tmp_path, "train", run_file, *short)
     assert codes == [0], printed
-    wider = run(tmp_path, "train", run_file, *short, "--set", "model.layers=3")
-    assert_explained(wider, "model.layers", "2", "3")
-    other = run(tmp_path, "train", run_file, "--set", "data.window_packs=21")
-    assert_explained(other, "window_packs", "20", "21")
+    wider = run(tmp_path, "train", run_file, *short, "--set", "model.num_layers=3")
+    assert_explained(wider, "model.num_layers", "2", "3")
+    other = run(tmp_path, "train", run_file, "--set", "data.packing_buffer=21")
+    assert_explained(other, "packing_buffer", "20", "21")
 
 
 def test_small_settings_cannot_be_prepared_into_a_used_folder(tmp_path: Path, shards: Path) -> None:

@@ -16,7 +16,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 from tests.support.ranks import kill, run_ranks, start_ranks
 from tests.support.tiny_corpus import text
 from tests.support.tiny_run import write_run as write_tiny_run
-from tests.system.test_promise_resume import final_state, learned, started_at, steps, train
+from tests.system.test_guarantee_resume import final_state, learned, started_at, steps, train
 
 RUN = """
 [run]
@@ -25,23 +25,23 @@ seed = 3
 
 [data]
 directory = "{shards}"
-context_tokens = 24
-pack_tokens = 64
-source_pack_tokens = 128
-source_context_tokens = 48
-pack_documents = 8
+max_document_length = 24
+sequence_length = 64
+source_sequence_length = 128
+max_source_length = 48
+max_documents = 8
 lanes = 2
-window_packs = 20
+packing_buffer = 20
 objectives = [{{ kind = "span_corruption" }}, {{ kind = "prefix" }}]
 
 [model]
 kind = "encoder_decoder"
-layers = 2
-encoder_layers = 1
-width = 32
-heads = 4
-key_value_heads = 2
-feed_forward_width = 48
+num_layers = 2
+encoder_num_layers = 1
+hidden_size = 32
+num_heads = 4
+num_kv_heads = 2
+intermediate_size = 48
 dropout = 0.1
 {model}
 
@@ -53,7 +53,7 @@ warmup_steps = 2
 
 [training]
 steps = 10
-packs_per_step = 4
+global_batch_size = 4
 precision = "{precision}"
 deepspeed = "{deepspeed}"
 
@@ -87,7 +87,7 @@ def write_run(folder: Path, shards: Path, name: str, stage: int = 1, precision: 
     return folder / f"{name}.toml"
 
 
-@pytest.mark.parametrize("model", ["", 'source_attention = "mixed"', 'positions = "relative_bias"'])
+@pytest.mark.parametrize("model", ["", 'source_attention = "mixed"', 'position_embedding = "relative_bias"'])
 def test_check_leak_and_order_hold_on_pairs(pair_shards: Path, tmp_path: Path, model: str) -> None:
     run_file = write_run(tmp_path, pair_shards, "run", model=model)
     findings = [*check_leak(run_file, []), *(check_order(run_file, []) if not model else [])]
@@ -98,7 +98,7 @@ def test_check_leak_and_order_hold_on_pairs(pair_shards: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["data.objectives=[{kind='prefix'}, {kind='fill_in_the_middle'}, {kind='causal'}]", "model.extra_heads=1"],
+        ["data.objectives=[{kind='prefix'}, {kind='fill_in_the_middle'}, {kind='causal'}]", "model.num_mtp_modules=1"],
         ["data.objectives=[{kind='masked'}]", "model.kind=encoder"],
     ],
     ids=["decoder", "encoder"],

@@ -9,15 +9,15 @@ import pytest
 import torch
 import typer
 
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, dense
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, dense
 from tests.kernels.test_mask import offsets_of
 from tests.support.interpreted import run_python
-from tools import bench_attention, bench_block, bench_linear_cross_entropy, gpu_suite, show_visibility, tune_attention
+from tools import bench_attention, bench_block, bench_linear_cross_entropy, gpu_suite, show_mask, tune_attention
 from tools.bench_attention import CONTENDERS, Case, cases, errors, lognormal_lengths, order_of
 from tools.bench_linear_cross_entropy import contenders, gradient_error
 from tools.gpu_suite import PARTS, Part, markdown_of, run_part
 from tools.measure import Record, milliseconds
-from tools.show_visibility import FULL, PARTIAL, Tile, check_tiles, drawing_of, text_of
+from tools.show_mask import FULL, PARTIAL, Tile, check_tiles, drawing_of, text_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,18 +25,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "visibility",
+    "mask",
     [
         causal(offsets_of([21, 34, 3, 0, 25])),
         causal(offsets_of([64, 9]), left=20),
         bidirectional(offsets_of([1, 30, 7])),
         cross(offsets_of([12, 20, 0, 9]), offsets_of([24, 8, 5, 0])),
-        Visibility(offsets_of([33]), offsets_of([50]), left=9, right=14),
+        AttentionMask(offsets_of([33]), offsets_of([50]), left=9, right=14),
     ],
 )
 @pytest.mark.parametrize("padding", [0, 5])
-def test_the_tiles_drawn_are_those_of_the_rule(visibility: Visibility, padding: int) -> None:
-    drawing = drawing_of("", visibility, padding, rows=8, columns=4)  # checks every tile against dense()
+def test_the_tiles_drawn_are_those_of_the_rule(mask: AttentionMask, padding: int) -> None:
+    drawing = drawing_of("", mask, padding, rows=8, columns=4)  # checks every tile against dense()
     assert drawing.count(FULL) > 0
     full = sum(len(tile.rows) * len(tile.columns) for tile in drawing.tiles if tile.state == FULL)
     assert full <= drawing.sees_QK.sum()
@@ -78,7 +78,7 @@ DRAWN = {
 
 def test_a_picture_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     png = tmp_path / "picture.png"
-    show_visibility.main(**DRAWN | {"rule": "causal,cross"}, png=png)
+    show_mask.main(**DRAWN | {"rule": "causal,cross"}, png=png)
     assert capsys.readouterr().out.count("cross") == 1
     assert png.read_bytes()[:4] == b"\x89PNG"
 
@@ -93,7 +93,7 @@ def test_a_picture_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 )
 def test_what_cannot_be_drawn_is_one_line(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message) as ending:
-        show_visibility.main(**DRAWN | changes, png=tmp_path / "x.png")
+        show_mask.main(**DRAWN | changes, png=tmp_path / "x.png")
     assert "\n" not in str(ending.value)
 
 
@@ -105,7 +105,7 @@ def test_visible_pairs_are_counted_as_the_dense_rule_has_them(size: str) -> None
     checked = [case for case in cases(size) if sum(case.lengths) <= 2_048]
     assert len(checked) >= 7
     for case in checked:
-        seen = dense(case.visibility("cpu"), sum(case.lengths), sum(case.keys)).sum()
+        seen = dense(case.mask("cpu"), sum(case.lengths), sum(case.keys)).sum()
         assert case.pairs == int(seen) > 0, case.name
     assert Case("", (3,), (2, 1), 8).flops == 4 * 6 * 8 * 2
 

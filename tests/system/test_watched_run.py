@@ -25,7 +25,7 @@ from bigmodel.checks.audit import audit
 from bigmodel.config.settings import load_settings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.store.shards import ShardStore
-from bigmodel.metrics.run_accounting import Ledger
+from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 from tests.metrics.test_endpoint import exporters
 from tests.metrics.test_recorder import samples, until
@@ -126,9 +126,9 @@ def planned(run_file: Path, steps: int) -> dict[str, int]:
     settings = load_settings(run_file)
     order = Order.of_run(ShardStore.of_run(settings.data, "train"), settings)
     packs = [pack for _ in range(steps) for pack in order.next_step()]
-    positions = sum(piece.length for pack in packs for piece in pack)
-    pairs = sum(piece.length * (piece.length + 1) // 2 for pack in packs for piece in pack)
-    places = steps * 4 * settings.data.pack_tokens
+    positions = sum(chunk.length for pack in packs for chunk in pack)
+    pairs = sum(chunk.length * (chunk.length + 1) // 2 for pack in packs for chunk in pack)
+    places = steps * 4 * settings.data.sequence_length
     return {
         "bigmodel_target_tokens_total": positions,
         "bigmodel_positions_total": positions,
@@ -189,7 +189,7 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
     assert second.returncode == 0, words
     ended = time.time()
 
-    ledger = Ledger()
+    ledger = RunAccounting()
     for line in read_json_lines(watched.run / "metrics.jsonl"):
         ledger.add(line)
     found = {**ledger.counts, "model_flops": ledger.counts["model_flops|causal"]}

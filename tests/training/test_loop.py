@@ -28,27 +28,27 @@ shard_tokens = 1500
 {1}
 [data]
 directory = "{0}/data"
-context_tokens = 48
-pack_tokens = 96
-pack_documents = 8
+max_document_length = 48
+sequence_length = 96
+max_documents = 8
 lanes = 2
-window_packs = 20
+packing_buffer = 20
 [model]
-layers = 1
-width = 32
-heads = 2
-key_value_heads = 1
-feed_forward_width = 48
+num_layers = 1
+hidden_size = 32
+num_heads = 2
+num_kv_heads = 1
+intermediate_size = 48
 [optimizer]
 learning_rate = 0.01
 [schedule]
 warmup_steps = 2
 [training]
 steps = 30
-packs_per_step = 2
+global_batch_size = 2
 [evaluation]
 every_steps = 10
-packs = 4
+sequences = 4
 [checkpoint]
 every_steps = 10
 """
@@ -128,8 +128,8 @@ def train_with_infinite_gradient(run_file: Path, bad_steps: list[int]) -> int:
     class Engine(loop.Engine):
         count = 0
 
-        def micro_batch(self, batch, num_targets, last):
-            loss = super().micro_batch(batch, num_targets, last)
+        def micro_batch(self, batch, num_labels, last):
+            loss = super().micro_batch(batch, num_labels, last)
             self.count += last
             bad = self.count in bad_steps and self.world.rank == 0 and last
             return loss * float("inf") if bad else loss
@@ -177,8 +177,8 @@ def test_the_same_program_runs_under_other_launchers(tmp_path: Path, shards: Pat
 
 
 def test_ranks_are_not_started_for_a_wrong_run_file(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text("[model]\nheads = 5\n")
-    assert "model.heads = 5" in call("-m", "launcher", "local", str(tmp_path / "run.toml"), "--ranks", "2", code=2)
+    (tmp_path / "run.toml").write_text("[model]\nnum_heads = 5\n")
+    assert "model.num_heads = 5" in call("-m", "launcher", "local", str(tmp_path / "run.toml"), "--ranks", "2", code=2)
 
 
 def test_the_fresh_option_sets_checkpoints_aside(tmp_path: Path, shards: Path) -> None:

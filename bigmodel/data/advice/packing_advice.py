@@ -12,7 +12,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.load.stream import is_document_limited
-from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Lengths, has_pairs
 from bigmodel.data.store.manifest import Manifest
@@ -35,8 +35,8 @@ class Packed:
 
     num_packs: int
     filled: float  # share of their positions
-    documents: float  # a pack, pieces of long ones counted each
-    document_limited: float  # share of the packs that data.pack_documents closed
+    documents: float  # a pack, chunks of long ones counted each
+    document_limited: float  # share of the packs that data.max_documents closed
     source_filled: float  # share of the positions on the source side; 0 where there is none
     positions: dict[str, float]  # of the documents of each source, a pack; of pairs, those of their source texts
 
@@ -52,23 +52,23 @@ class Suggestion:
 def measure_packing(store: Lengths, data: DataSettings) -> Packed:
     """Plan packs as training does and look at them; caps on epochs do not apply, for they would end the packs."""
     order = Order(store, data.model_copy(update={"max_epochs": {}}), data.lanes, SEED)
-    wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.window_packs)
+    wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.packing_buffer)
     packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
-    positions = sum(fragment.positions for pack in packs for fragment in pack)
-    of_sources = sum(fragment.source_positions for pack in packs for fragment in pack)
+    positions = sum(chunk.num_tokens for pack in packs for chunk in pack)
+    of_sources = sum(chunk.source_positions for pack in packs for chunk in pack)
     return Packed(
         len(packs),
-        positions / (len(packs) * data.pack_tokens),
+        positions / (len(packs) * data.sequence_length),
         sum(map(len, packs)) / len(packs),
         sum(is_document_limited(pack, data) for pack in packs) / len(packs),
-        of_sources / (len(packs) * data.source_pack_tokens) if data.source_pack_tokens else 0.0,
+        of_sources / (len(packs) * data.source_sequence_length) if data.source_sequence_length else 0.0,
         {name: given.positions / len(packs) for name, given in order.progress().items()},
     )
 
 
-def whole_share(positions: np.ndarray, context_tokens: int) -> float:
-    """Share of all positions that lie in documents of at most `context_tokens`."""
-    return float(positions[positions <= context_tokens].sum() / max(1, positions.sum()))
+def whole_share(positions: np.ndarray, max_document_length: int) -> float:
+    """Share of all positions that lie in documents of at most `max_document_length`."""
+    return float(positions[positions <= max_document_length].sum() / max(1, positions.sum()))
 
 
 def all_positions(store: Lengths) -> np.ndarray:
@@ -76,9 +76,9 @@ def all_positions(store: Lengths) -> np.ndarray:
     positions = []
     for source in store.sources:
         for shard in range(len(store.shard_sizes(source))):
-            positions.append(num_positions(store.lengths(source, shard)))
+            positions.append(num_tokens(store.lengths(source, shard)))
             if has_pairs(store, source):
-                positions[-1] += num_positions(store.target_lengths(source, shard))  # type: ignore[attr-defined]
+                positions[-1] += num_tokens(store.target_lengths(source, shard))  # type: ignore[attr-defined]
     return np.concatenate(positions)
 
 
@@ -86,7 +86,7 @@ def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Sugg
     """One for each setting, also where it is as suggested; later ones assume the earlier ones."""
     positions = all_positions(store)
     context = suggest_context(positions, data)
-    settings = data.model_copy(update={"context_tokens": context.suggested})
+    settings = data.model_copy(update={"max_document_length": context.suggested})
     pack = _suggest_pack(store, settings)
     settings = _with_packs_of(settings, pack.suggested)
     return [context, pack, suggest_window(store, settings), suggest_shard(manifest, data.lanes)]
@@ -95,39 +95,41 @@ def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Sugg
 def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
     shares = {context: whole_share(positions, context) for context in CONTEXTS}
     suggested = next((context for context, share in shares.items() if share >= WHOLE_SHARE), CONTEXTS[-1])
-    now = whole_share(positions, data.context_tokens)
+    now = whole_share(positions, data.max_document_length)
     reason = f"{shares[suggested]:.1%} of the tokens are in documents that are not split, now {now:.1%}"
     if shares[suggested] < WHOLE_SHARE:
         reason += f"; {CONTEXTS[-1]:,} is the longest that is suggested"
-    return Suggestion("data.context_tokens", data.context_tokens, suggested, reason)
+    return Suggestion("data.max_document_length", data.max_document_length, suggested, reason)
 
 
 def _suggest_pack(store: Lengths, data: DataSettings) -> Suggestion:
     """`data` has the suggested context; its pack is what is set now."""
     filled = {
         size: measure_packing(store, _with_packs_of(data, size)).filled
-        for size in (data.context_tokens * number for number in PACK_CONTEXTS)
+        for size in (data.max_document_length * number for number in PACK_CONTEXTS)
     }
     suggested = _first(filled, FILLED_SHARE)
     reason = f"{filled[suggested]:.2%} of the positions filled, with that context"
-    return Suggestion("data.pack_tokens", data.pack_tokens, suggested, reason)
+    return Suggestion("data.sequence_length", data.sequence_length, suggested, reason)
 
 
-def _with_packs_of(data: DataSettings, pack_tokens: int) -> DataSettings:
+def _with_packs_of(data: DataSettings, sequence_length: int) -> DataSettings:
     """The same with other packs, and with the documents that these may hold by default where that is more."""
-    automatic = DataSettings(context_tokens=data.context_tokens, pack_tokens=pack_tokens).pack_documents
-    changes = {"pack_tokens": pack_tokens, "pack_documents": max(data.pack_documents, automatic)}
+    automatic = DataSettings(
+        max_document_length=data.max_document_length, sequence_length=sequence_length
+    ).max_documents
+    changes = {"sequence_length": sequence_length, "max_documents": max(data.max_documents, automatic)}
     return data.model_copy(update=changes)
 
 
 def suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
     filled = {}
     for number in WINDOWS:
-        packed = measure_packing(store, data.model_copy(update={"window_packs": number}))
-        filled[number] = min(packed.filled, packed.source_filled) if data.source_pack_tokens else packed.filled
+        packed = measure_packing(store, data.model_copy(update={"packing_buffer": number}))
+        filled[number] = min(packed.filled, packed.source_filled) if data.source_sequence_length else packed.filled
     suggested = _first(filled, max(filled.values()) - SPARE_SHARE)
     reason = f"{filled[suggested]:.2%} filled, {WINDOWS[-1]:,} packs fill {filled[WINDOWS[-1]]:.2%}"
-    return Suggestion("data.window_packs", data.window_packs, suggested, reason)
+    return Suggestion("data.packing_buffer", data.packing_buffer, suggested, reason)
 
 
 def _first(filled: dict[int, float], enough: float) -> int:

@@ -24,7 +24,7 @@ from bigmodel.data.advice.packing_advice import (
 )
 from bigmodel.data.load.stream import all_fragments
 from bigmodel.data.objectives.examples import Examples, objectives_of
-from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.plan.shuffle import Lengths, has_pairs, sizes
 
 CONTEXTS_OF_SIDES = (*(2**exponent for exponent in range(4, 7)), *CONTEXTS)  # 16 to 8,192
@@ -48,8 +48,8 @@ def pair_positions(store: Lengths) -> tuple[np.ndarray, np.ndarray]:
         if has_pairs(store, name)
         for shard in range(len(store.shard_sizes(name)))
     ]
-    sources = [num_positions(store.lengths(*place)) for place in places]
-    targets = [num_positions(store.target_lengths(*place)) for place in places]  # type: ignore[attr-defined]
+    sources = [num_tokens(store.lengths(*place)) for place in places]
+    targets = [num_tokens(store.target_lengths(*place)) for place in places]  # type: ignore[attr-defined]
     nothing = [np.zeros(0, np.int64)]
     return np.concatenate(sources + nothing), np.concatenate(targets + nothing)
 
@@ -58,9 +58,9 @@ def count_cut(store: Lengths, data: DataSettings) -> CutPairs:
     sources, targets = pair_positions(store)
     columns = Examples(data, SEED).measure_pairs(sources, targets)
     kept = columns[:, 2]
-    read = columns[:, 3] if data.source_pack_tokens else columns[:, 1] - columns[:, 2]
+    read = columns[:, 3] if data.source_sequence_length else columns[:, 1] - columns[:, 2]
     if data.fixed_target_tokens or data.dropped_decoder_share:  # a target is shorter there without being cut
-        kept = np.minimum(targets, data.fixed_target_tokens or data.context_tokens)
+        kept = np.minimum(targets, data.fixed_target_tokens or data.max_document_length)
     return CutPairs(len(sources), int((read < sources).sum()), int((kept < targets).sum()))
 
 
@@ -71,8 +71,8 @@ def suggest_sides(store: Lengths, data: DataSettings) -> list[Suggestion]:
     suggestions.append(suggest_window(store, settings))
     if len(sources):
         suggestions += [
-            _suggest_context("data.context_tokens", targets, data.context_tokens),
-            _suggest_context("data.source_context_tokens", sources, data.longest_source),
+            _suggest_context("data.max_document_length", targets, data.max_document_length),
+            _suggest_context("data.max_source_length", sources, data.longest_source),
         ]
     return suggestions
 
@@ -95,10 +95,10 @@ def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, l
         raise UserError(
             f"data.objectives = {kinds}: none gives an encoder anything to read, and no source of the mix has pairs; "
             'add an objective such as span_corruption, prefix or ul2, or set model.kind = "decoder" and '
-            "data.source_pack_tokens = 0"
+            "data.source_sequence_length = 0"
         )
     ratio = source_positions / target_positions
-    smallest = max(data.context_tokens, int(data.longest_source / ratio))
+    smallest = max(data.max_document_length, int(data.longest_source / ratio))
     tried: list[tuple[float, Suggestion, Suggestion, DataSettings]] = []
     for number in PACK_CONTEXTS:
         target = smallest * number
@@ -108,8 +108,8 @@ def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, l
         filled = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
         why = f"{ratio:.2f} source positions for each target position in the data"
         suggestions = (
-            Suggestion("data.pack_tokens", data.pack_tokens, target, filled),
-            Suggestion("data.source_pack_tokens", data.source_pack_tokens, source, why),
+            Suggestion("data.sequence_length", data.sequence_length, target, filled),
+            Suggestion("data.source_sequence_length", data.source_sequence_length, source, why),
         )
         tried.append((min(packed.filled, packed.source_filled), *suggestions, settings))
         if tried[-1][0] >= FILLED_SHARE:
@@ -119,12 +119,12 @@ def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, l
 
 
 def _with_budgets(data: DataSettings, target: int, source: int) -> DataSettings:
-    automatic = DataSettings(context_tokens=data.context_tokens, pack_tokens=target).pack_documents
+    automatic = DataSettings(max_document_length=data.max_document_length, sequence_length=target).max_documents
     return data.model_copy(
         update={
-            "source_context_tokens": data.longest_source,
-            "pack_tokens": target,
-            "source_pack_tokens": source,
-            "pack_documents": max(data.pack_documents, automatic),
+            "max_source_length": data.longest_source,
+            "sequence_length": target,
+            "source_sequence_length": source,
+            "max_documents": max(data.max_documents, automatic),
         }
     )

@@ -1,12 +1,12 @@
 """Batch: what the model gets, one micro-batch as one flat run of tokens.
 
-Takes packs (lists of fragments) and a reader of documents, gives a `Batch` of tensors. Guarantees static shapes,
+Takes packs (lists of chunks) and a reader of documents, gives a `Batch` of tensors. Guarantees static shapes,
 boundaries that come from the plan and never from token values, and targets that are ignored exactly at padding.
 Costs about 10 ns a token on one core. Also draws a batch, as text and as a picture.
 
-Shapes: k packs of T0 = pack_tokens positions and at most D0 = pack_documents documents make T = k * T0 positions
+Shapes: k packs of T0 = sequence_length positions and at most D0 = max_documents documents make T = k * T0 positions
 and D = k * (D0 + 1) documents: one more per pack, because a pack's padding is laid out as a document of its own.
-Packs with a source side have S = k * source_pack_tokens positions more, in the same D documents.
+Packs with a source side have S = k * source_sequence_length positions more, in the same D documents.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from torch import Tensor
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import Document, Examples
 from bigmodel.data.objectives.objectives import IGNORED, Example, causal
-from bigmodel.data.plan.shuffle import PLAIN, Fragment, Pack
+from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
 from bigmodel.data.randomness import make_key, words
 
-Reader = Callable[[Fragment], Document]  # the stored tokens of the whole document, or pair, that a fragment is of
+Reader = Callable[[Chunk], Document]  # the stored tokens of the whole document, or pair, that a chunk is of
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +36,21 @@ class Batch:
     document, 2 ends it):
 
     >>> documents = [[1, 11, 12, 13, 2], [1, 21, 22, 2], [1, 31, 32, 33, 34, 2]]
-    >>> first, second, third = (Fragment(0, 0, row, 0, len(documents[row]) - 1, 0) for row in range(3))
-    >>> settings = DataSettings(context_tokens=8, pack_tokens=8, pack_documents=2)
+    >>> first, second, third = (Chunk(0, 0, row, 0, len(documents[row]) - 1, 0) for row in range(3))
+    >>> settings = DataSettings(max_document_length=8, sequence_length=8, max_documents=2)
     >>> packs = [(first, second), (third,)]
-    >>> def read(fragment):
-    ...     return np.array(documents[fragment.row])
-    >>> batch = build_batch(packs, read, settings, make_keys(1, 0, [0, 1], 8))
+    >>> def read(chunk):
+    ...     return np.array(documents[chunk.row])
+    >>> batch = build_batch(packs, read, settings, make_dropout_seeds(1, 0, [0, 1], 8))
     >>> batch.tokens.tolist()
     [1, 11, 12, 13, 1, 21, 22, 0, 1, 31, 32, 33, 34, 0, 0, 0]
-    >>> batch.targets.tolist()
+    >>> batch.labels.tolist()
     [11, 12, 13, 2, 21, 22, 2, -100, 31, 32, 33, 34, 2, -100, -100, -100]
     >>> batch.positions.tolist()
     [0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 0]
-    >>> batch.offsets.tolist()  # 4, 3, 1 of padding; 5, 3 of padding; one more that is empty
+    >>> batch.cu_seqlens.tolist()  # 4, 3, 1 of padding; 5, 3 of padding; one more that is empty
     [0, 4, 7, 8, 13, 16, 16]
-    >>> batch.num_positions, batch.num_targets, batch.num_documents
+    >>> batch.num_tokens, batch.num_labels, batch.num_documents
     (12, 12, 3)
 
     A pack with a source side, of 8 target and 6 source positions. Two pairs: source texts 11 12 13 and 21, target
@@ -58,32 +58,34 @@ class Batch:
 
     >>> from bigmodel.data.objectives.examples import Examples, Pair
     >>> pairs = [([1, 11, 12, 13, 2], [1, 31, 32, 2]), ([1, 21, 2], [1, 41, 42, 43, 2])]
-    >>> def read(fragment):
-    ...     return Pair(*map(np.array, pairs[fragment.row]))
-    >>> settings = DataSettings(context_tokens=8, pack_tokens=8, pack_documents=2, source_pack_tokens=6)
-    >>> first, second = Fragment(0, 0, 0, 0, 4, 0, 1, 3, 3, 4), Fragment(0, 0, 1, 0, 2, 0, 1, 4, 4, 2)
-    >>> keys, source_keys = make_keys(1, 0, [0], 8), make_keys(1, 0, [0], 6, "source positions")
-    >>> batch = build_batch([(first, second)], read, settings, keys, Examples(settings, seed=1), source_keys)
-    >>> batch.tokens.tolist(), batch.targets.tolist()
+    >>> def read(chunk):
+    ...     return Pair(*map(np.array, pairs[chunk.row]))
+    >>> settings = DataSettings(max_document_length=8, sequence_length=8, max_documents=2, source_sequence_length=6)
+    >>> first, second = Chunk(0, 0, 0, 0, 4, 0, 1, 3, 3, 4), Chunk(0, 0, 1, 0, 2, 0, 1, 4, 4, 2)
+    >>> keys, source_seeds = make_dropout_seeds(1, 0, [0], 8), make_dropout_seeds(1, 0, [0], 6, "source positions")
+    >>> batch = build_batch([(first, second)], read, settings, keys, Examples(settings, seed=1), source_seeds)
+    >>> batch.tokens.tolist(), batch.labels.tolist()
     ([1, 31, 32, 1, 41, 42, 43, 0], [31, 32, 2, 41, 42, 43, 2, -100])
-    >>> batch.offsets.tolist()  # 3, 4, 1 of padding
+    >>> batch.cu_seqlens.tolist()  # 3, 4, 1 of padding
     [0, 3, 7, 8]
-    >>> batch.source.tokens.tolist(), batch.source.offsets.tolist()  # 4, 2, no padding
+    >>> batch.source.tokens.tolist(), batch.source.cu_seqlens.tolist()  # 4, 2, no padding
     ([11, 12, 13, 2, 21, 2], [0, 4, 6, 6])
     """
 
     tokens: Tensor  # (T,) int64
-    targets: Tensor  # (T,) int64: what is asked for at this position; IGNORED at padding and where nothing is
+    labels: Tensor  # (T,) int64: what is asked for at this position; IGNORED at padding and where nothing is
     positions: Tensor  # (T,) int64: from 0 in every document
-    offsets: Tensor  # (D+1,) int32: document i is [offsets[i], offsets[i+1]); the first is 0, the last T
-    keys: Tensor  # (T,) int64: a random word for each position, the same at every world size
-    num_positions: int  # without padding
-    num_targets: int
-    num_documents: int  # without padding; a piece of a long document counts as one
+    cu_seqlens: Tensor  # (D+1,) int32: document i is [cu_seqlens[i], cu_seqlens[i+1]); the first is 0, the last T
+    dropout_seeds: Tensor  # (T,) int64: a random word for each position, the same at every world size
+    num_tokens: int  # without padding
+    num_labels: int
+    num_documents: int  # without padding; a chunk of a long document counts as one
     prefixes: Tensor | None = None  # (D,) int32: so many first positions of a document are seen by all of it
     source: "SourceSide | None" = None  # what the encoder reads
-    parts: Tensor | None = None  # (T,) int64: the part of the loss, 0 to num_parts - 1, that a position counts in
-    num_parts: int = 1
+    loss_groups: Tensor | None = (
+        None  # (T,) int64: the part of the loss, 0 to num_loss_groups - 1, that a position counts in
+    )
+    num_loss_groups: int = 1
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch with its tensors on a device."""
@@ -111,9 +113,9 @@ class SourceSide:
 
     tokens: Tensor  # (S,) int64
     positions: Tensor  # (S,) int64: from 0 in every document
-    offsets: Tensor  # (D+1,) int32
-    keys: Tensor  # (S,) int64
-    num_positions: int  # without padding
+    cu_seqlens: Tensor  # (D+1,) int32
+    dropout_seeds: Tensor  # (S,) int64
+    num_tokens: int  # without padding
 
     def to(self, device: torch.device | str) -> "SourceSide":
         """This side with its tensors on a device."""
@@ -129,7 +131,9 @@ def tensors_of(side: Batch | SourceSide) -> dict[str, Tensor]:
     return {field.name: value for field in fields(side) if isinstance(value := getattr(side, field.name), Tensor)}
 
 
-def make_keys(seed: int, step: int, numbers: Sequence[int], tokens: int, side: str = "positions") -> np.ndarray:
+def make_dropout_seeds(
+    seed: int, step: int, numbers: Sequence[int], tokens: int, side: str = "positions"
+) -> np.ndarray:
     """Random words for the positions of the packs of these numbers, `tokens` each, in a data step: (T,) int64.
 
     The number is the pack's own, whatever rank and micro-batch it is computed in. Sides have words of their own.
@@ -144,49 +148,49 @@ def build_batch(
     settings: DataSettings,
     keys: np.ndarray,
     examples: Examples | None = None,
-    source_keys: np.ndarray | None = None,
-    part_of: Callable[[Fragment], int] | None = None,
-    num_parts: int = 1,
+    source_seeds: np.ndarray | None = None,
+    loss_group_of: Callable[[Chunk], int] | None = None,
+    num_loss_groups: int = 1,
 ) -> Batch:
-    """Lay packs end to end, each at its multiple of pack_tokens. An empty pack is all padding.
+    """Lay packs end to end, each at its multiple of sequence_length. An empty pack is all padding.
 
-    `keys`: (T,) int64, from `make_keys`; `source_keys`: (S,) where there is a source side. `examples` is needed where
-    documents are more than plain text in causal order. `part_of`: the part of the loss that a fragment counts in.
-    Raises what `read` raises.
+    `keys`: (T,) int64, from `make_dropout_seeds`; `source_seeds`: (S,) where there is a source side. `examples` is
+    needed where documents are more than plain text in causal order. `loss_group_of`: the part of the loss that a chunk
+    counts in. Raises what `read` raises.
     """
-    target_side = _Side(len(packs), settings.pack_tokens)
-    source_side = _Side(len(packs), settings.source_pack_tokens)
-    targets_T = np.full(len(target_side.tokens), IGNORED, dtype=np.int64)
-    parts_T = np.zeros(len(target_side.tokens) if part_of else 0, dtype=np.int64)
+    target_side = _Side(len(packs), settings.sequence_length)
+    source_side = _Side(len(packs), settings.source_sequence_length)
+    labels_T = np.full(len(target_side.tokens), IGNORED, dtype=np.int64)
+    groups_T = np.zeros(len(target_side.tokens) if loss_group_of else 0, dtype=np.int64)
     prefixes: list[int] = []
     is_one_sided = not source_side.size
-    num_positions = num_targets = 0
+    num_tokens = num_labels = 0
     for number, pack in enumerate(packs):
-        assert len(pack) <= settings.pack_documents, (
-            f"a pack of {len(pack)} documents; pack_documents = {settings.pack_documents}"
+        assert len(pack) <= settings.max_documents, (
+            f"a pack of {len(pack)} documents; max_documents = {settings.max_documents}"
         )
-        for fragment in pack:
-            if fragment.objective == PLAIN:
-                document = read(fragment)
-                assert isinstance(document, np.ndarray), f"{fragment} is planned as plain text, and is a pair"
-                tokens, targets = causal(document, fragment.start, fragment.length)
+        for chunk in pack:
+            if chunk.objective == PLAIN:
+                document = read(chunk)
+                assert isinstance(document, np.ndarray), f"{chunk} is planned as plain text, and is a pair"
+                tokens, targets = causal(document, chunk.start, chunk.length)
                 place = target_side.add(tokens, number)
-                targets_T[place] = targets
-                num_positions += fragment.length
-                num_targets += fragment.length
+                labels_T[place] = targets
+                num_tokens += chunk.length
+                num_labels += chunk.length
                 prefix = 0
             else:
-                example = _example(fragment, read, examples)
+                example = _example(chunk, read, examples)
                 place = target_side.add(example.tokens, number, example.places)
-                targets_T[place] = example.targets
-                num_positions += fragment.planned_positions
-                num_targets += fragment.planned_targets
+                labels_T[place] = example.labels
+                num_tokens += chunk.planned_tokens
+                num_labels += chunk.planned_labels
                 prefix = _prefix(example) if is_one_sided and settings.bidirectional_prefix else 0
                 if not is_one_sided:
                     source_side.add(example.source, number)
             prefixes.append(prefix)
-            if part_of:
-                parts_T[place] = part_of(fragment)
+            if loss_group_of:
+                groups_T[place] = loss_group_of(chunk)
         has_padding = [side.pad(number) for side in (target_side, source_side)]
         if any(has_padding):
             target_side.ends.append(target_side.place)
@@ -194,35 +198,35 @@ def build_batch(
             prefixes.append(0)
     if is_one_sided:
         source_side.ends = target_side.ends
-    num_documents = len(packs) * (settings.pack_documents + 1)
-    found = int(np.count_nonzero(targets_T != IGNORED))
+    num_documents = len(packs) * (settings.max_documents + 1)
+    found = int(np.count_nonzero(labels_T != IGNORED))
     assert keys.shape == target_side.tokens.shape, f"{keys.shape[0]} keys for {len(target_side.tokens)} positions"
-    assert found == num_targets, f"{found} targets where {num_targets} were planned: one is ignored outside the padding"
+    assert found == num_labels, f"{found} targets where {num_labels} were planned: one is ignored outside the padding"
     assert len(source_side.ends) == len(target_side.ends), "the sides hold other documents"
     source = None
     if not is_one_sided:
-        assert source_keys is not None, "no keys for the source side"
-        assert source_keys.shape == source_side.tokens.shape, f"{len(source_keys)} keys for the source side"
+        assert source_seeds is not None, "no keys for the source side"
+        assert source_seeds.shape == source_side.tokens.shape, f"{len(source_seeds)} keys for the source side"
         source = SourceSide(
             tokens=torch.from_numpy(source_side.tokens),
             positions=torch.from_numpy(source_side.positions),
-            offsets=torch.from_numpy(source_side.offsets(num_documents)),
-            keys=torch.from_numpy(source_keys),
-            num_positions=sum(fragment.source_positions for pack in packs for fragment in pack),
+            cu_seqlens=torch.from_numpy(source_side.cu_seqlens(num_documents)),
+            dropout_seeds=torch.from_numpy(source_seeds),
+            num_tokens=sum(chunk.source_positions for pack in packs for chunk in pack),
         )
     return Batch(
         tokens=torch.from_numpy(target_side.tokens),
-        targets=torch.from_numpy(targets_T),
+        labels=torch.from_numpy(labels_T),
         positions=torch.from_numpy(target_side.positions),
-        offsets=torch.from_numpy(target_side.offsets(num_documents)),
-        keys=torch.from_numpy(keys),
-        num_positions=num_positions,
-        num_targets=num_targets,
+        cu_seqlens=torch.from_numpy(target_side.cu_seqlens(num_documents)),
+        dropout_seeds=torch.from_numpy(keys),
+        num_tokens=num_tokens,
+        num_labels=num_labels,
         num_documents=sum(len(pack) for pack in packs),
         prefixes=_padded(prefixes, num_documents) if any(prefixes) else None,
         source=source,
-        parts=torch.from_numpy(parts_T) if part_of else None,
-        num_parts=num_parts,
+        loss_groups=torch.from_numpy(groups_T) if loss_group_of else None,
+        num_loss_groups=num_loss_groups,
     )
 
 
@@ -239,7 +243,7 @@ class _Side:
         """Lay a document behind the others of its pack."""
         length = len(tokens)
         end = self.place + length
-        assert end <= (pack + 1) * self.size, f"a pack of more than pack_tokens = {self.size} positions on a side"
+        assert end <= (pack + 1) * self.size, f"a pack of more than sequence_length = {self.size} positions on a side"
         taken = slice(self.place, end)
         self.tokens[taken] = tokens
         self.positions[taken] = self._count[:length] if places is None else places
@@ -252,27 +256,27 @@ class _Side:
         begun, self.place = self.place, (pack + 1) * self.size
         return begun < self.place
 
-    def offsets(self, num_documents: int) -> np.ndarray:
+    def cu_seqlens(self, num_documents: int) -> np.ndarray:
         """(D+1,) int32; documents that are not there are empty and last."""
-        offsets = np.full(num_documents + 1, len(self.tokens), dtype=np.int32)
-        offsets[: len(self.ends)] = self.ends
-        return offsets
+        cu_seqlens = np.full(num_documents + 1, len(self.tokens), dtype=np.int32)
+        cu_seqlens[: len(self.ends)] = self.ends
+        return cu_seqlens
 
 
-def _example(fragment: Fragment, read: Reader, examples: Examples | None) -> Example:
-    assert examples, f"{fragment} has an objective; give build_batch the run's examples"
-    example = examples.make(fragment, read(fragment))
-    assert (len(example.tokens), len(example.source)) == (fragment.positions, fragment.source_positions), (
-        f"{fragment} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
+def _example(chunk: Chunk, read: Reader, examples: Examples | None) -> Example:
+    assert examples, f"{chunk} has an objective; give build_batch the run's examples"
+    example = examples.make(chunk, read(chunk))
+    assert (len(example.tokens), len(example.source)) == (chunk.num_tokens, chunk.source_positions), (
+        f"{chunk} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
     )
     return example
 
 
 def _prefix(example: Example) -> int:
     """Positions that are read before the first that is asked for, and that one's own: a source laid before targets."""
-    if len(example.targets) and example.targets[0] != IGNORED:
+    if len(example.labels) and example.labels[0] != IGNORED:
         return 0
-    return int((example.targets != IGNORED).argmax()) + 1
+    return int((example.labels != IGNORED).argmax()) + 1
 
 
 def _padded(values: list[int], count: int) -> Tensor:
@@ -282,21 +286,21 @@ def _padded(values: list[int], count: int) -> Tensor:
 def exchange_sources(batch: Batch) -> Batch:
     """Each document with the source of the next one, the last with the first's: what a model makes of wrong sources."""
     assert batch.source, "the batch has no source side"
-    edges = list(pairwise(batch.source.offsets.tolist()))
+    edges = list(pairwise(batch.source.cu_seqlens.tolist()))
     real = [number for number, is_real in enumerate(real_documents(batch)) if is_real]
     sources = dict(zip(real, [*real[1:], *real[:1]], strict=True))
     order = [sources.get(number, number) for number in range(len(edges))]
     rows = torch.cat([torch.arange(*edges[number]) for number in order])
     lengths = torch.tensor([edges[number][1] - edges[number][0] for number in order])
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    moved = {name: tensor[rows] for name, tensor in tensors_of(batch.source).items() if name != "offsets"}
-    return replace(batch, source=replace(batch.source, **moved, offsets=offsets))
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    moved = {name: tensor[rows] for name, tensor in tensors_of(batch.source).items() if name != "cu_seqlens"}
+    return replace(batch, source=replace(batch.source, **moved, cu_seqlens=cu_seqlens))
 
 
 def real_documents(batch: Batch) -> list[bool]:
     """Of each document whether something is asked for in it: padding is a document in which nothing is."""
-    asked = torch.nn.functional.pad((batch.targets != IGNORED).cumsum(0), (1, 0))
-    return (asked[batch.offsets.long()].diff() > 0).tolist()
+    asked = torch.nn.functional.pad((batch.labels != IGNORED).cumsum(0), (1, 0))
+    return (asked[batch.cu_seqlens.long()].diff() > 0).tolist()
 
 
 def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
@@ -305,7 +309,7 @@ def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
     A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52; a
     document has the same one on both sides.
     """
-    sides: list[tuple[str, Batch | SourceSide, tuple[str, ...]]] = [("pack", batch, ("tokens", "targets", "positions"))]
+    sides: list[tuple[str, Batch | SourceSide, tuple[str, ...]]] = [("pack", batch, ("tokens", "labels", "positions"))]
     if batch.source:
         sides.insert(0, ("source", batch.source, ("tokens", "positions")))
     lines, padding = [], 0
@@ -320,7 +324,7 @@ def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
             for column in columns if size * 5 <= width else ():
                 row = getattr(side, column)[first : first + size].tolist()
                 lines.append(f"{column:>9}" + "".join(f"{value:5}" for value in row))
-    positions = batch.num_positions + (batch.source.num_positions if batch.source else 0)
+    positions = batch.num_tokens + (batch.source.num_tokens if batch.source else 0)
     lines.append(f"{batch.num_documents} documents, {positions} positions, {padding} of padding (.)")
     return lines
 
@@ -343,7 +347,7 @@ def draw_png(batch: Batch, visible_TK: np.ndarray, path: Path, num_packs: int = 
     strip, square = figure.subplots(2, 1, height_ratios=(1, 12), sharex=True)
     look = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
     strip.imshow(shown_K[None, :], **look)
-    strip.set(yticks=[], title=f"{batch.num_documents} documents, {keys.num_positions} of {num_keys} positions")
+    strip.set(yticks=[], title=f"{batch.num_documents} documents, {keys.num_tokens} of {num_keys} positions")
     square.imshow(shown_TK, **look)
     square.set(xlabel="source position" if batch.source else "key position", ylabel="query position")
     for number in range(num_packs + 1):
@@ -354,7 +358,7 @@ def draw_png(batch: Batch, visible_TK: np.ndarray, path: Path, num_packs: int = 
 
 def _documents(side: Batch | SourceSide) -> np.ndarray:
     """The number of the document, padding's included, at every position: (T,)."""
-    lengths = np.diff(side.offsets.cpu().numpy())
+    lengths = np.diff(side.cu_seqlens.cpu().numpy())
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
@@ -364,7 +368,7 @@ def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str
     documents = _documents(side)
     is_real = np.array(real_documents(batch))[documents]
     size = len(documents) // num_packs
-    firsts = np.searchsorted(batch.offsets.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))
+    firsts = np.searchsorted(batch.cu_seqlens.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))
     return [
         alphabet[(number - firsts[place // size]) % len(alphabet)] if real else "."
         for place, (number, real) in enumerate(zip(documents.tolist(), is_real.tolist(), strict=True))

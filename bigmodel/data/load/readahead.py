@@ -2,7 +2,7 @@
 
 Takes the documents of steps as they are planned, up to one window ahead of the step that is built; gives each
 document when it is asked for. A shard that a node lacks is fetched while earlier steps train; documents of text shards
-are tokenized, each once however many of its pieces the planned steps hold, and forgotten after its last piece.
+are tokenized, each once however many of its chunks the planned steps hold, and forgotten after its last chunk.
 
 Guarantees: no influence on what is read. A thread that fails leaves its error to the reader who needs the document or
 the shard; the threads are daemons, so that one which hangs in a file system or a library keeps no process alive.
@@ -30,10 +30,10 @@ class Store(Protocol):
 
 
 class _Awaited:
-    """A document that planned steps hold: how many of its pieces are still to be read, and its tokens or error."""
+    """A document that planned steps hold: how many of its chunks are still to be read, and its tokens or error."""
 
     def __init__(self) -> None:
-        self.pieces = 0
+        self.chunks = 0
         self.begun = threading.Lock()  # held by whoever tokenizes it, for ever
         self.done = threading.Event()
         self.tokens: Document | None = None
@@ -58,20 +58,20 @@ class ReadAhead:
         for thread in self._threads:
             thread.start()
 
-    def expect(self, pieces: Iterable[Place]) -> None:
+    def expect(self, chunks: Iterable[Place]) -> None:
         """These will be read, one `document` call each, in about this order."""
         if self._open is None:
             return
         now = time.monotonic()
-        for piece in pieces:
-            if now - self._opened.get(piece[:2], float("-inf")) > REOPEN_SECONDS:
-                self._opened[piece[:2]] = now
-                self._tasks.put(piece[:2])
-            if self._text_sources.get(piece[0]) or (piece[0] not in self._text_sources and self._is_text(piece[0])):
-                if piece not in self._awaited:
-                    self._awaited[piece] = _Awaited()
-                    self._tasks.put((piece, self._awaited[piece]))
-                self._awaited[piece].pieces += 1
+        for chunk in chunks:
+            if now - self._opened.get(chunk[:2], float("-inf")) > REOPEN_SECONDS:
+                self._opened[chunk[:2]] = now
+                self._tasks.put(chunk[:2])
+            if self._text_sources.get(chunk[0]) or (chunk[0] not in self._text_sources and self._is_text(chunk[0])):
+                if chunk not in self._awaited:
+                    self._awaited[chunk] = _Awaited()
+                    self._tasks.put((chunk, self._awaited[chunk]))
+                self._awaited[chunk].chunks += 1
 
     def _is_text(self, source: str) -> bool:
         try:
@@ -85,8 +85,8 @@ class ReadAhead:
         awaited = self._awaited.get((source, shard, row))
         if awaited is None:
             return self._store.document(source, shard, row)
-        awaited.pieces -= 1
-        if not awaited.pieces:
+        awaited.chunks -= 1
+        if not awaited.chunks:
             del self._awaited[source, shard, row]
         self._read((source, shard, row), awaited)  # itself, where no thread has begun
         awaited.done.wait()

@@ -21,10 +21,10 @@ from typing import Protocol, overload
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
-from bigmodel.data.load.batch import Batch, Reader, build_batch, make_keys
+from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_seeds
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
-from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.plan.attention_work import Work, count_work
 from bigmodel.data.plan.order import Order, Position
 from bigmodel.data.plan.packing import best_fit_decreasing, pack_two_sides
@@ -32,10 +32,10 @@ from bigmodel.data.plan.sharing import Place, Slots, attention_work, deal_contig
 from bigmodel.data.plan.shuffle import (
     PLAIN,
     Block,
-    Fragment,
+    Chunk,
     Lengths,
     Pack,
-    fragment_table,
+    chunk_table,
     has_pairs,
     make_block,
     sizes,
@@ -67,12 +67,12 @@ class Step:
     number: int  # data step, from 0
     packs: list[Pack]  # of this rank's node, in canonical order
     micro_batches: list[Batch]  # this rank's
-    num_targets: int  # the divisor of the loss
-    targets_by_part: list[int]  # the same by objective and source: see `Stream.parts`
-    num_positions: int
-    num_documents: int  # a piece of a long document counts as one
+    num_labels: int  # the divisor of the loss
+    labels_by_group: list[int]  # the same by objective and source: see `Stream.loss_groups`
+    num_tokens: int
+    num_documents: int  # a chunk of a long document counts as one
     num_padding: int  # positions without a document, those of empty packs included
-    num_document_limited: int  # packs with room left that are full by data.pack_documents
+    num_document_limited: int  # packs with room left that are full by data.max_documents
     work: Work  # what attention has to look at
     imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
     imbalance_undealt: float  # what it would be in canonical order
@@ -80,8 +80,8 @@ class Step:
 
 
 def reader(store: Documents) -> Reader:
-    """Reads the document, or pair, that a fragment is of."""
-    return lambda fragment: store.document(store.sources[fragment.source], fragment.shard, fragment.row)
+    """Reads the document, or pair, that a chunk is of."""
+    return lambda chunk: store.document(store.sources[chunk.source], chunk.shard, chunk.row)
 
 
 class Builder:
@@ -92,42 +92,44 @@ class Builder:
         vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
         self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
         self._data, self._seed, examples = data, seed, self._examples
-        numbered = []  # the parts of the loss, by number of the objective and of the source
+        numbered = []  # the loss_groups of the loss, by number of the objective and of the source
         for source, name in enumerate(store.sources):
             numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
             numbered += [(number, source, (examples.names[number], name)) for number in numbers]
-        self.parts = list(dict.fromkeys(part for _, _, part in numbered))  # (objective, source)
-        self._places = {(number, source): self.parts.index(part) for number, source, part in numbered}
+        self.loss_groups = list(dict.fromkeys(part for _, _, part in numbered))  # (objective, source)
+        self._places = {(number, source): self.loss_groups.index(part) for number, source, part in numbered}
         self._places |= {(PLAIN, source): place for (number, source), place in self._places.items() if number == 0}
 
     def build(self, packs: Sequence[Pack], step: int, numbers: Sequence[int]) -> Batch:
         """The micro-batch of these packs, whose numbers in the data step are given; an empty one is all padding."""
         data = self._data
-        source_keys = None
-        if data.source_pack_tokens:
-            source_keys = make_keys(self._seed, step, numbers, data.source_pack_tokens, "source positions")
-        keys = make_keys(self._seed, step, numbers, data.pack_tokens)
-        several = len(self.parts) > 1
+        source_seeds = None
+        if data.source_sequence_length:
+            source_seeds = make_dropout_seeds(
+                self._seed, step, numbers, data.source_sequence_length, "source positions"
+            )
+        keys = make_dropout_seeds(self._seed, step, numbers, data.sequence_length)
+        several = len(self.loss_groups) > 1
         return build_batch(
             packs,
             self._read,
             data,
             keys,
             self._examples,
-            source_keys,
-            self.part_of if several else None,
-            len(self.parts),
+            source_seeds,
+            self.loss_group_of if several else None,
+            len(self.loss_groups),
         )
 
-    def part_of(self, fragment: Fragment) -> int:
-        """The part of the loss, by its place in `parts`: (objective, source)."""
-        return self._places[fragment.objective, fragment.source]
+    def loss_group_of(self, chunk: Chunk) -> int:
+        """The part of the loss, by its place in `loss_groups`: (objective, source)."""
+        return self._places[chunk.objective, chunk.source]
 
-    def targets_by_part(self, packs: Sequence[Pack]) -> list[int]:
-        counts = [0] * len(self.parts)
+    def labels_by_group(self, packs: Sequence[Pack]) -> list[int]:
+        counts = [0] * len(self.loss_groups)
         for pack in packs:
-            for fragment in pack:
-                counts[self.part_of(fragment)] += fragment.targets
+            for chunk in pack:
+                counts[self.loss_group_of(chunk)] += chunk.num_labels
         return counts
 
 
@@ -155,7 +157,7 @@ class Stream:
         assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
         self.wait_seconds = 0.0  # how long the last step was waited for
         self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
-        self.parts = self._builder.parts  # (objective, source), in the order of a step's parts
+        self.loss_groups = self._builder.loss_groups  # (objective, source), in the order of a step's loss_groups
         self._sources = store.sources
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
         self._pin = pin
@@ -242,7 +244,7 @@ class Stream:
         self._planned.append(_Planned(number, node, self._order.position()))
         mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
         self._read_ahead.expect(
-            (self._sources[piece.source], piece.shard, piece.row) for pack in mine for piece in pack
+            (self._sources[chunk.source], chunk.shard, chunk.row) for pack in mine for chunk in pack
         )
 
     def _plan_ahead(self) -> None:
@@ -250,7 +252,7 @@ class Stream:
         for _ in range(2):
             packs = self._order.packs_at(self._order.step)
             ended = self._planned and isinstance(self._planned[-1], BaseException)
-            if not ended and len(self._planned) <= self._data.window_packs * self._data.lanes // packs:
+            if not ended and len(self._planned) <= self._data.packing_buffer * self._data.lanes // packs:
                 self._plan_step()
 
     def _make_step(self) -> Step:
@@ -261,7 +263,7 @@ class Stream:
         number, node, data, place = planned.number, planned.node, self._data, self._place
         work, num_rounds = node.work, len(node.slots[0])
         num_packs = place.world_size * num_rounds * self._packs_per_micro_batch
-        num_places = num_packs * (data.pack_tokens + data.source_pack_tokens)
+        num_places = num_packs * (data.sequence_length + data.source_sequence_length)
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
         filled, documents, limited, *counts = self._count(number, node)
         work_of_step, targets = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
@@ -271,9 +273,9 @@ class Stream:
             number=number,
             packs=node.packs,
             micro_batches=[self._build(number, node, slot) for slot in node.slots[place.rank_in_node]],
-            num_targets=sum(targets),
-            targets_by_part=targets,
-            num_positions=filled,
+            num_labels=sum(targets),
+            labels_by_group=targets,
+            num_tokens=filled,
             num_documents=documents,
             num_padding=num_places - filled,
             num_document_limited=limited,
@@ -287,11 +289,11 @@ class Stream:
         """Positions, documents, packs limited by documents, `Work`, and targets by part, over all nodes."""
         packs = node.packs if self._nodes else node.planned
         counts = [
-            sum(fragment.positions + fragment.source_positions for pack in packs for fragment in pack),
+            sum(chunk.num_tokens + chunk.source_positions for pack in packs for chunk in pack),
             sum(len(pack) for pack in packs),
             sum(is_document_limited(pack, self._data) for pack in packs),
             *count_work(packs, self._data),
-            *self._builder.targets_by_part(packs),
+            *self._builder.labels_by_group(packs),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
 
@@ -303,8 +305,8 @@ class Stream:
         batch = self._builder.build([*packs, *[()] * empty], step, numbers)
         return batch.pinned() if self._pin else batch
 
-    def _read(self, piece: Fragment) -> Document:
-        self._reading = self._sources[piece.source], piece.shard, piece.row
+    def _read(self, chunk: Chunk) -> Document:
+        self._reading = self._sources[chunk.source], chunk.shard, chunk.row
         document = self._read_ahead.document(*self._reading)
         self._reading = None
         return document
@@ -346,10 +348,12 @@ def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch
 
 
 def is_document_limited(pack: Pack, data: DataSettings) -> bool:
-    """Whether the pack has room left but is full by data.pack_documents."""
-    if len(pack) < data.pack_documents or sum(fragment.positions for fragment in pack) == data.pack_tokens:
+    """Whether the pack has room left but is full by data.max_documents."""
+    if len(pack) < data.max_documents or sum(chunk.num_tokens for chunk in pack) == data.sequence_length:
         return False
-    return not data.source_pack_tokens or sum(piece.source_positions for piece in pack) < data.source_pack_tokens
+    return (
+        not data.source_sequence_length or sum(chunk.source_positions for chunk in pack) < data.source_sequence_length
+    )
 
 
 class ValidationBatches(Sequence[Batch]):
@@ -390,31 +394,31 @@ def validation_batches(
             f"{data.directory}: the validation split holds no document of at least 2 tokens; "
             "prepare again with a higher prepare.validation_share"
         )
-    if data.source_pack_tokens:
-        budgets = data.pack_tokens, data.source_pack_tokens
-        plan = pack_two_sides(sizes(table), budgets, data.pack_documents).packs
+    if data.source_sequence_length:
+        budgets = data.sequence_length, data.source_sequence_length
+        plan = pack_two_sides(sizes(table), budgets, data.max_documents).packs
     else:
-        plan = best_fit_decreasing(sizes(table)[:, 0], data.pack_tokens, data.pack_documents).packs
+        plan = best_fit_decreasing(sizes(table)[:, 0], data.sequence_length, data.max_documents).packs
     if 0 < max_packs < len(plan):
         plan = [plan[number * len(plan) // max_packs] for number in range(max_packs)]
-    packs = [tuple(Fragment(*row) for row in table[sorted(pack)].tolist()) for pack in plan]
+    packs = [tuple(Chunk(*row) for row in table[sorted(pack)].tolist()) for pack in plan]
     return ValidationBatches(packs, Builder(store, data, VALIDATION_SEED), packs_per_micro_batch)
 
 
 def all_fragments(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
-    """A table of every fragment of a store, source by source and shard by shard, as in epoch 0; `only`: of these
+    """A table of every chunk of a store, source by source and shard by shard, as in epoch 0; `only`: of these
     sources, if there are any."""
     examples = Examples(data, seed)
     wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
-    tables = [fragment_table([], wide)]
+    tables = [chunk_table([], wide)]
     for number, source in enumerate(store.sources):
         for shard in range(len(store.shard_sizes(source)) if not only or source in only else 0):
-            positions = num_positions(store.lengths(source, shard))
+            positions = num_tokens(store.lengths(source, shard))
             rows = np.flatnonzero(positions)
             documents = np.full(len(rows), shard), rows, positions[rows]
             if wide:
                 block = make_block(store, source, 0, *documents, examples)
             else:
-                block = Block(*documents, data.context_tokens)
+                block = Block(*documents, data.max_document_length)
             tables.append(block.table(0, block.num_fragments, number, 0))
     return np.concatenate(tables)

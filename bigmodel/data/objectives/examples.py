@@ -1,11 +1,11 @@
 """Examples: which objective a document is given, how long its examples are, and what is in them.
 
 Takes the data settings and the run's seed. Gives, for pieces of documents, the columns that the plan needs
-(`Fragment`'s last four) and, for one piece and its document, an `Example`. Guarantees: what is planned follows from
+(`Chunk`'s last four) and, for one piece and its document, an `Example`. Guarantees: what is planned follows from
 (seed, source, epoch, shard, row) and lengths; what is drawn follows from these and the piece's start. Neither rank,
 step nor pack occurs, so an example is the same in any world and after any restart.
 
-With one side (`data.source_pack_tokens` = 0) a source is laid before its targets; with two it goes to the encoder.
+With one side (`data.source_sequence_length` = 0) a source is laid before its targets; with two it goes to the encoder.
 Costs: nothing for causal language modelling, whose plan has no further columns (`plain`).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
 from bigmodel.data.objectives import objectives
-from bigmodel.data.objectives.objectives import NUM_MARKS, Example, Marks, Piece
+from bigmodel.data.objectives.objectives import NUM_MARKS, ChunkText, Example, SpecialTokens
 from bigmodel.data.randomness import make_key, words
 
 PAIRS = "pairs"
@@ -40,7 +40,7 @@ Document = np.ndarray | Pair
 
 
 class Planned(Protocol):
-    """What making needs of a `bigmodel.data.plan.shuffle.Fragment`."""
+    """What making needs of a `bigmodel.data.plan.shuffle.Chunk`."""
 
     @property
     def source(self) -> int: ...
@@ -70,7 +70,7 @@ class Objective:
 
 def objectives_of(data: DataSettings) -> list[Objective]:
     """In the order of their numbers; the number after the last is that of pairs."""
-    wanted = data.objectives or [ObjectiveSettings(kind="span_corruption" if data.source_pack_tokens else "causal")]
+    wanted = data.objectives or [ObjectiveSettings(kind="span_corruption" if data.source_sequence_length else "causal")]
     total = sum(one.share for one in wanted)
     found = []
     for one in wanted:
@@ -86,7 +86,7 @@ def objectives_of(data: DataSettings) -> list[Objective]:
     return found
 
 
-def num_marks(data: DataSettings) -> int:
+def num_special_tokens(data: DataSettings) -> int:
     """Ids above the tokenizer's that the objectives need."""
     kinds = {objective.settings.kind for objective in objectives_of(data)}
     modes = any(objective.mode for objective in objectives_of(data))
@@ -133,7 +133,7 @@ class Examples:
 
     @property
     def _two_sides(self) -> bool:
-        return self.data.source_pack_tokens > 0
+        return self.data.source_sequence_length > 0
 
     # ---- planned ----
 
@@ -157,7 +157,7 @@ class Examples:
         return chosen
 
     def measure(self, numbers: np.ndarray, lengths: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-        """(n, 4) of pieces of plain text: `Fragment`'s objective, positions, targets and source positions.
+        """(n, 4) of pieces of plain text: `Chunk`'s objective, positions, targets and source positions.
 
         lengths: positions of each piece; remaining: those that its document has after it.
         """
@@ -170,7 +170,7 @@ class Examples:
     def measure_pairs(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The same of pairs, whose texts have so many positions each."""
         data = self.data
-        read, said = objectives.pair_lengths(sources, targets, data.longest_source, data.context_tokens)
+        read, said = objectives.pair_lengths(sources, targets, data.longest_source, data.max_document_length)
         return self._columns(self.pairs, read, said, said)
 
     def _lengths(
@@ -207,13 +207,14 @@ class Examples:
     def _longest_piece(self, objective: Objective) -> int:
         """The most positions of a document whose example fits a pack's limits on one document."""
         data, number = self.data, self.objectives.index(objective)
-        lengths = np.arange(1, data.context_tokens + data.longest_source + 1)
+        lengths = np.arange(1, data.max_document_length + data.longest_source + 1)
         source, decoder, _ = self._lengths(number, lengths, np.ones_like(lengths))
-        fits = decoder <= (data.fixed_target_tokens or data.context_tokens)
-        fits &= source <= data.longest_source if self._two_sides else source + decoder <= data.context_tokens
+        fits = decoder <= (data.fixed_target_tokens or data.max_document_length)
+        fits &= source <= data.longest_source if self._two_sides else source + decoder <= data.max_document_length
         if not fits.any():
             raise UserError(
-                f"data.context_tokens = {data.context_tokens} and data.source_context_tokens = {data.longest_source} "
+                f"data.max_document_length = {data.max_document_length} and data.max_source_length = "
+                f"{data.longest_source} "
                 f"hold no example of {objective.name}; raise them"
             )
         return int(lengths[fits].max())
@@ -227,47 +228,49 @@ class Examples:
                     raise UserError(
                         f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a piece of {longest} "
                         f"tokens has {spans} hidden spans; set data.sentinels = {spans + 1} or a shorter "
-                        "data.context_tokens"
+                        "data.max_document_length"
                     )
 
     # ---- made ----
 
-    def make(self, fragment: Planned, document: Document) -> Example:
-        """What the model reads of a fragment and is asked for, laid out for one side or two."""
-        place = (fragment.source, fragment.epoch, fragment.shard, fragment.row, fragment.start)
+    def make(self, chunk: Planned, document: Document) -> Example:
+        """What the model reads of a chunk and is asked for, laid out for one side or two."""
+        place = (chunk.source, chunk.epoch, chunk.shard, chunk.row, chunk.start)
         key = make_key("example", self._seed, *place)
         if isinstance(document, Pair):
-            marks = self._marks(document.source)
+            special_tokens = self._marks(document.source)
             positions = np.array([len(document.source) - 1]), np.array([len(document.target) - 1])
-            read, said = objectives.pair_lengths(*positions, self.data.longest_source, self.data.context_tokens)
-            example = objectives.pair(*document, int(read[0]), int(said[0]), marks.bos)
+            read, said = objectives.pair_lengths(*positions, self.data.longest_source, self.data.max_document_length)
+            example = objectives.pair(*document, int(read[0]), int(said[0]), special_tokens.bos)
         else:
-            marks = self._marks(document)
-            piece = objectives.piece_of(document, fragment.start, fragment.length)
-            example = self._of_text(self.objectives[fragment.objective], piece, key, marks)
-        return self._laid_out(example, key, marks)
+            special_tokens = self._marks(document)
+            piece = objectives.piece_of(document, chunk.start, chunk.length)
+            example = self._of_text(self.objectives[chunk.objective], piece, key, special_tokens)
+        return self._laid_out(example, key, special_tokens)
 
-    def _marks(self, document: np.ndarray) -> Marks:
-        return Marks(int(document[0]), int(document[-1]), self._vocabulary, self.data.sentinels)
+    def _marks(self, document: np.ndarray) -> SpecialTokens:
+        return SpecialTokens(int(document[0]), int(document[-1]), self._vocabulary, self.data.sentinels)
 
-    def _of_text(self, objective: Objective, piece: Piece, key: int, marks: Marks) -> Example:
+    def _of_text(self, objective: Objective, piece: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
         settings = objective.settings
         if settings.kind == "causal":
             return objectives.causal_ahead(piece, settings.ahead)
         if settings.kind == "prefix":
-            return objectives.prefix(piece, settings.prefix_share, objective.mode, marks)
+            return objectives.prefix(piece, settings.prefix_share, objective.mode, special_tokens)
         if settings.kind == "fill_in_the_middle":
-            return objectives.fill_in_the_middle(piece, settings.spm_share, key, marks)
+            return objectives.fill_in_the_middle(piece, settings.spm_share, key, special_tokens)
         if settings.kind == "masked":
-            return objectives.masked(piece, settings.density, key, marks)
-        return objectives.span_corruption(piece, settings.density, settings.mean_span, objective.mode, key, marks)
+            return objectives.masked(piece, settings.density, key, special_tokens)
+        return objectives.span_corruption(
+            piece, settings.density, settings.mean_span, objective.mode, key, special_tokens
+        )
 
-    def _laid_out(self, example: Example, key: int, marks: Marks) -> Example:
+    def _laid_out(self, example: Example, key: int, special_tokens: SpecialTokens) -> Example:
         data = self.data
         if not self._two_sides:
             return objectives.one_side(example)
         if data.masked_decoder_share:
-            example = objectives.mask_inputs(example, data.masked_decoder_share, key, marks.mask)
+            example = objectives.mask_inputs(example, data.masked_decoder_share, key, special_tokens.mask)
         if data.dropped_decoder_share:
             example = objectives.drop_positions(example, data.dropped_decoder_share, key)
         if data.fixed_target_tokens:

@@ -31,7 +31,7 @@ NO_TOKENS = np.empty(0, dtype=np.int64)
 NUM_MARKS = 7  # ids above the tokenizer's, before the sentinels
 
 
-def num_positions(num_tokens: np.ndarray | int) -> np.ndarray:
+def num_tokens(num_tokens: np.ndarray | int) -> np.ndarray:
     """Positions of a document of `num_tokens` stored tokens: int64, of the shape given.
 
     Every token but the first is asked for. A document of 0 or 1 tokens has no position, so it is in no pack. Of a pair,
@@ -40,7 +40,7 @@ def num_positions(num_tokens: np.ndarray | int) -> np.ndarray:
     return np.maximum(np.asarray(num_tokens, dtype=np.int64) - 1, 0)
 
 
-class Marks(NamedTuple):
+class SpecialTokens(NamedTuple):
     """The ids of special tokens: two of the tokenizer's, the others from its vocabulary on."""
 
     bos: int
@@ -58,14 +58,14 @@ class Marks(NamedTuple):
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The marks of prefix, suffix and middle."""
+        """The special_tokens of prefix, suffix and middle."""
         return self.vocabulary + 4, self.vocabulary + 5, self.vocabulary + 6
 
     def sentinel(self, number: np.ndarray | int) -> np.ndarray:
         return np.asarray(self.vocabulary + NUM_MARKS + self.sentinels - 1 - np.asarray(number))
 
 
-class Piece(NamedTuple):
+class ChunkText(NamedTuple):
     """Positions [start, start + length) of a stored document: the tokens asked for, and what stands around them."""
 
     before: int  # the token before the first
@@ -86,13 +86,13 @@ class Example(NamedTuple):
 
     source: np.ndarray
     tokens: np.ndarray
-    targets: np.ndarray
+    labels: np.ndarray
     places: np.ndarray | None = None
 
 
-def piece_of(document: np.ndarray, start: int, length: int) -> Piece:
+def piece_of(document: np.ndarray, start: int, length: int) -> ChunkText:
     end = check_piece(document, start, length)
-    return Piece(int(document[start]), document[start + 1 : end + 1], document[end + 1 :])
+    return ChunkText(int(document[start]), document[start + 1 : end + 1], document[end + 1 :])
 
 
 def check_piece(document: np.ndarray, start: int, length: int) -> int:
@@ -132,7 +132,7 @@ def ahead_targets(lengths: np.ndarray, remaining: np.ndarray, ahead: int) -> np.
     return np.clip(lengths + remaining - (ahead - 1), 0, lengths)
 
 
-def causal_ahead(piece: Piece, ahead: int) -> Example:
+def causal_ahead(piece: ChunkText, ahead: int) -> Example:
     """Each position's target is the token `ahead` of it; IGNORED where the document has none.
 
     >>> causal_ahead(piece_of(np.array([1, 11, 12, 13, 2]), 0, 4), 2)[1:3]
@@ -142,7 +142,7 @@ def causal_ahead(piece: Piece, ahead: int) -> Example:
     targets = np.full(length, IGNORED, dtype=np.int64)
     found = np.concatenate([piece.tokens, piece.after[: ahead - 1]])[ahead - 1 :]
     targets[: len(found)] = found
-    return teacher_forced(NO_TOKENS, piece.before, piece.tokens)._replace(targets=targets)
+    return teacher_forced(NO_TOKENS, piece.before, piece.tokens)._replace(labels=targets)
 
 
 # ---- prefix ---------------------------------------------------------------------------------------------------
@@ -154,24 +154,24 @@ def prefix_lengths(lengths: np.ndarray, prefix_share: float, mode: str) -> tuple
     return source + bool(mode), lengths - source
 
 
-def prefix(piece: Piece, prefix_share: float, mode: str, marks: Marks) -> Example:
+def prefix(piece: ChunkText, prefix_share: float, mode: str, special_tokens: SpecialTokens) -> Example:
     """
-    >>> prefix(piece_of(np.array([1, 11, 12, 13, 2]), 0, 4), 0.5, "", Marks(1, 2, 50, 10))[:3]
+    >>> prefix(piece_of(np.array([1, 11, 12, 13, 2]), 0, 4), 0.5, "", SpecialTokens(1, 2, 50, 10))[:3]
     (array([11, 12]), array([ 1, 13]), array([13,  2]))
     """
     split = int(prefix_lengths(np.array(len(piece.tokens)), prefix_share, "")[0])
     source = piece.tokens[:split]
     if mode:
-        source = np.concatenate([[marks.mode(mode)], source])
-    return teacher_forced(source, marks.bos, piece.tokens[split:])
+        source = np.concatenate([[special_tokens.mode(mode)], source])
+    return teacher_forced(source, special_tokens.bos, piece.tokens[split:])
 
 
 # ---- fill in the middle ---------------------------------------------------------------------------------------
 
 
-def fill_in_the_middle(piece: Piece, spm_share: float, key: int, marks: Marks) -> Example:
+def fill_in_the_middle(piece: ChunkText, spm_share: float, key: int, special_tokens: SpecialTokens) -> Example:
     """Two cuts at random places; text + 4 positions. Of `spm_share` of the pieces the suffix comes first."""
-    text, (pre, suf, mid) = piece.text, marks.fill
+    text, (pre, suf, mid) = piece.text, special_tokens.fill
     first, second, order = words(key, 3).tolist()
     low, high = sorted((first % (len(text) + 1), second % (len(text) + 1)))
     a, b, c = text[:low], text[low:high], text[high:]
@@ -179,7 +179,9 @@ def fill_in_the_middle(piece: Piece, spm_share: float, key: int, marks: Marks) -
         parts: list = [[pre, suf], c, [mid], a, b]
     else:
         parts = [[pre], a, [suf], c, [mid], b]
-    return teacher_forced(NO_TOKENS, marks.bos, np.concatenate([*parts, [marks.eos]]).astype(np.int64))
+    return teacher_forced(
+        NO_TOKENS, special_tokens.bos, np.concatenate([*parts, [special_tokens.eos]]).astype(np.int64)
+    )
 
 
 # ---- span corruption ------------------------------------------------------------------------------------------
@@ -201,12 +203,14 @@ def span_corruption_lengths(
     return texts - hidden + spans + 1 + bool(mode), hidden + spans + 2
 
 
-def span_corruption(piece: Piece, density: float, mean_span: float, mode: str, key: int, marks: Marks) -> Example:
+def span_corruption(
+    piece: ChunkText, density: float, mean_span: float, mode: str, key: int, special_tokens: SpecialTokens
+) -> Example:
     """Hidden and visible spans take turns; their lengths are drawn evenly from all that add up, as in T5.
 
     >>> document = np.array([1, 11, 12, 13, 14, 2])
-    >>> example = span_corruption(piece_of(document, 0, 5), 0.5, 1.0, "", 0, Marks(1, 2, 50, 10))
-    >>> example.source.tolist(), example.targets.tolist()
+    >>> example = span_corruption(piece_of(document, 0, 5), 0.5, 1.0, "", 0, SpecialTokens(1, 2, 50, 10))
+    >>> example.source.tolist(), example.labels.tolist()
     ([11, 66, 13, 65, 2], [66, 12, 65, 14, 64, 2])
     """
     text = piece.text
@@ -215,26 +219,26 @@ def span_corruption(piece: Piece, density: float, mean_span: float, mode: str, k
     hidden_spans = _random_lengths(make_key("hidden", key), hidden, spans)
     turns = np.stack([visible_spans, hidden_spans], axis=1).reshape(-1)
     is_hidden = np.repeat(np.arange(2 * spans) % 2 == 1, turns) if spans else np.zeros(len(text), dtype=bool)
-    sentinels = marks.sentinel(np.arange(spans + 1))
+    sentinels = special_tokens.sentinel(np.arange(spans + 1))
     source = np.insert(text[~is_hidden].astype(np.int64), np.cumsum(visible_spans), sentinels[:-1])
     targets = np.insert(text[is_hidden].astype(np.int64), np.cumsum(hidden_spans) - hidden_spans, sentinels[:-1])
-    front = [marks.mode(mode)] if mode else []
+    front = [special_tokens.mode(mode)] if mode else []
     return teacher_forced(
-        np.concatenate([front, source, [marks.eos]]).astype(np.int64),
-        marks.bos,
-        np.concatenate([targets, sentinels[-1:], [marks.eos]]),
+        np.concatenate([front, source, [special_tokens.eos]]).astype(np.int64),
+        special_tokens.bos,
+        np.concatenate([targets, sentinels[-1:], [special_tokens.eos]]),
     )
 
 
-def restore(source: np.ndarray, targets: np.ndarray, marks: Marks) -> np.ndarray:
+def restore(source: np.ndarray, targets: np.ndarray, special_tokens: SpecialTokens) -> np.ndarray:
     """The text that `span_corruption` made these of, without a mode token.
 
-    >>> restore(np.array([11, 66, 13, 65, 2]), np.array([66, 12, 65, 14, 64, 2]), Marks(1, 2, 50, 10)).tolist()
+    >>> restore(np.array([11, 66, 13, 65, 2]), np.array([66, 12, 65, 14, 64, 2]), SpecialTokens(1, 2, 50, 10)).tolist()
     [11, 12, 13, 14]
     """
-    first = marks.vocabulary + NUM_MARKS
+    first = special_tokens.vocabulary + NUM_MARKS
     source, targets = source[:-1], targets[:-1]
-    if len(source) and marks.vocabulary < source[0] <= marks.vocabulary + 3:
+    if len(source) and special_tokens.vocabulary < source[0] <= special_tokens.vocabulary + 3:
         source = source[1:]
     visible, hidden = (np.split(side, np.flatnonzero(side >= first)) for side in (source, targets))
     parts = [visible[0]]
@@ -259,16 +263,16 @@ def masked_targets(texts: np.ndarray, density: float) -> np.ndarray:
     return np.where(texts >= 1, np.clip(np.rint(texts * density), 1, np.maximum(texts, 1)), 0).astype(np.int64)
 
 
-def masked(piece: Piece, density: float, key: int, marks: Marks) -> Example:
+def masked(piece: ChunkText, density: float, key: int, special_tokens: SpecialTokens) -> Example:
     """BOS and the piece, with some of the text's tokens hidden: 80% by the mask token, 10% by any token, 10% not."""
-    tokens = np.concatenate([[marks.bos], piece.tokens]).astype(np.int64)
+    tokens = np.concatenate([[special_tokens.bos], piece.tokens]).astype(np.int64)
     count = int(masked_targets(np.array(len(piece.text)), density))
     places = permutation(make_key("places", key), len(piece.text))[:count] + 1
     targets = np.full(len(tokens), IGNORED, dtype=np.int64)
     targets[places] = tokens[places]
     how = words(make_key("how", key), count) % np.uint64(10)
-    any_token = (words(make_key("token", key), count) % np.uint64(marks.vocabulary)).astype(np.int64)
-    tokens[places] = np.where(how < 8, marks.mask, np.where(how == 8, any_token, tokens[places]))
+    any_token = (words(make_key("token", key), count) % np.uint64(special_tokens.vocabulary)).astype(np.int64)
+    tokens[places] = np.where(how < 8, special_tokens.mask, np.where(how == 8, any_token, tokens[places]))
     return Example(NO_TOKENS, tokens, targets)
 
 
@@ -320,15 +324,15 @@ def one_side(example: Example) -> Example:
 
 def fixed(example: Example, length: int) -> Example:
     """Targets cut or padded to `length`; padding is read as token 0 and not asked for."""
-    missing = max(0, length - len(example.targets))
+    missing = max(0, length - len(example.labels))
     tokens, targets = (
         np.concatenate([side[:length], np.full(missing, filling)])
-        for side, filling in ((example.tokens, 0), (example.targets, IGNORED))
+        for side, filling in ((example.tokens, 0), (example.labels, IGNORED))
     )
     places = example.places
     if places is not None:
         places = np.concatenate([places[:length], places[-1] + 1 + np.arange(missing)])
-    return example._replace(tokens=tokens, targets=targets, places=places)
+    return example._replace(tokens=tokens, labels=targets, places=places)
 
 
 def mask_inputs(example: Example, share: float, key: int, mask: int) -> Example:
@@ -350,4 +354,4 @@ def drop_positions(example: Example, share: float, key: int) -> Example:
     count = len(example.tokens)
     kept = int(num_kept(np.array(count), share)) - 1
     places = np.sort(np.concatenate([[0], permutation(make_key("kept", key), count - 1)[:kept] + 1]))
-    return Example(example.source, example.tokens[places], example.targets[places], places)
+    return Example(example.source, example.tokens[places], example.labels[places], places)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import objectives_of
-from bigmodel.data.plan.shuffle import PLAIN, Fragment, Pack
+from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
 
 LAID_BEFORE = ("prefix", "span_corruption")  # objectives whose source stands before their targets on one side
 
@@ -26,19 +26,19 @@ class Work(NamedTuple):
 
 
 def count_work(packs: Iterable[Pack], data: DataSettings) -> Work:
-    """Over all pieces of the packs."""
+    """Over all chunks of the packs."""
     kinds = [objective.settings.kind for objective in objectives_of(data)]
     total = [0] * len(Work._fields)
-    for piece in (piece for pack in packs for piece in pack):
-        n, s, p = piece.positions, piece.source_positions, _prefix(piece, data, kinds)
+    for chunk in (chunk for pack in packs for chunk in pack):
+        n, s, p = chunk.num_tokens, chunk.source_positions, _prefix(chunk, data, kinds)
         for place, amount in enumerate((n, s, (n * (n + 1) + p * (p - 1)) // 2, n * n, s * s, n * s)):
             total[place] += amount
     return Work(*total)
 
 
-def _prefix(piece: Fragment, data: DataSettings, kinds: Sequence[str]) -> int:
+def _prefix(chunk: Chunk, data: DataSettings, kinds: Sequence[str]) -> int:
     """First positions that all of the document sees: a source before its targets, and the first of these."""
-    if not data.bidirectional_prefix or piece.objective == PLAIN or piece.source_positions:
+    if not data.bidirectional_prefix or chunk.objective == PLAIN or chunk.source_positions:
         return 0
-    laid = piece.objective >= len(kinds) or kinds[piece.objective] in LAID_BEFORE  # beyond the objectives: pairs
-    return piece.positions - piece.targets + 1 if laid and piece.positions > piece.targets else 0
+    laid = chunk.objective >= len(kinds) or kinds[chunk.objective] in LAID_BEFORE  # beyond the objectives: pairs
+    return chunk.num_tokens - chunk.num_labels + 1 if laid and chunk.num_tokens > chunk.num_labels else 0

@@ -83,4 +83,4 @@ def packs_in_smallest_lane(settings: DataSettings, dealt: Mapping[str, list[list
         held = [epochs * count for epochs, count in zip(caps, positions, strict=True)]
         supplies.append(supply(stages(settings, list(dealt), positions), held))
     least = min(supplies)
-    return None if least == float("inf") else -(-int(least) // settings.pack_tokens)
+    return None if least == float("inf") else -(-int(least) // settings.sequence_length)

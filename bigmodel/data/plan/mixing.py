@@ -1,6 +1,6 @@
-"""Mixing: which source the next fragment of a lane comes from.
+"""Mixing: which source the next chunk of a lane comes from.
 
-Takes the lane's streams and the mix in force; gives the next fragments of the lane, always from the source that is
+Takes the lane's streams and the mix in force; gives the next chunks of the lane, always from the source that is
 furthest behind its share of tokens (of a pair: the tokens of its source text). Guarantees: a pure function of the
 cursors. A source that has given
 `data.max_epochs` is left out, and the others share what it would have had in their own proportions. The curriculum
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigmodel.config.settings import DataSettings
-from bigmodel.data.plan.shuffle import SourceCursor, SourceStream, fragment_table, starts_of
+from bigmodel.data.plan.shuffle import SourceCursor, SourceStream, chunk_table, starts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def mix_lag_tokens(settings: DataSettings) -> int:
 
     Each lane finishes the window under way; what that window carries on may come later still, at most a few packs.
     """
-    return settings.lanes * settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens)
+    return settings.lanes * settings.packing_buffer * (settings.sequence_length + settings.source_sequence_length)
 
 
 def mix(
@@ -51,17 +51,17 @@ def mix(
     wanted: int,
     since: Sequence[int] = (),
 ) -> tuple[np.ndarray, tuple[SourceCursor, ...]]:
-    """The next fragments of a lane: a table, and the cursors after them.
+    """The next chunks of a lane: a table, and the cursors after them.
 
     At least `wanted` positions in all, fewer only where every source with a share has reached its end. `since`: the
     positions that each source had given when these shares began; none: 0.
 
-    The next fragment always comes from the source that is furthest behind its share: the smallest (positions
-    taken since) / share, the first of equals. With C = the longest fragment and k sources, a source of share s has
+    The next chunk always comes from the source that is furthest behind its share: the smallest (positions
+    taken since) / share, the first of equals. With C = the longest chunk and k sources, a source of share s has
     had between s * N - s * k * C and s * N + C of the first N positions of a lane, for every N.
     """
     if wanted <= 0:
-        return fragment_table([], streams[0].wide), tuple(cursors)
+        return chunk_table([], streams[0].wide), tuple(cursors)
     taken = [cursor.positions - start for cursor, start in zip(cursors, since or [0] * len(cursors), strict=True)]
     found = _look_ahead(streams, shares, cursors, taken, wanted)
     clocks = [

@@ -4,7 +4,7 @@ Takes the sizes of all shards, the lengths of documents, the settings and a seed
 end. Shards are dealt to lanes; each lane is an endless stream in which documents are shuffled in blocks, sources are
 mixed by tokens, long documents are split, and windows of the stream are packed:
 
-    shards of a source --deal--> lanes --shuffle--> blocks --split--> fragments --mix--> windows --pack--> packs
+    shards of a source --deal--> lanes --shuffle--> blocks --split--> chunks --mix--> windows --pack--> packs
 
 A step takes the same number of packs from every lane: its canonical order is lane 0's packs, lane 1's, and so on. An
 `Order` may plan some lanes only: it then gives their packs, and opens the length files of their shards alone.
@@ -21,17 +21,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from bigmodel.config.renamed import NEW_NAMES, OLD_NAMES
 from bigmodel.config.settings import DataSettings, Settings, UserError, packs_at
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
 from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, make_lane
-from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, fragment_table, has_pairs
+from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, chunk_table, has_pairs
 from bigmodel.data.randomness import make_key
 
 ORDER_VERSION = 1  # raised by every change that gives another order from the same input
 EXAMPLES = {  # settings that decide what documents become; in a plan's identity where they are not as they used to be
-    "source_pack_tokens",
-    "source_context_tokens",
+    "source_sequence_length",
+    "max_source_length",
     "objectives",
     "sentinels",
     "bidirectional_prefix",
@@ -75,7 +76,7 @@ class Position:
     lanes: Mapping[int, LanePosition] = field(repr=False)
 
     def cursor(self) -> dict[str, Any]:
-        """Plain JSON, a few hundred bytes a lane plus its carried fragments; null for lanes not planned here."""
+        """Plain JSON, a few hundred bytes a lane plus its carried chunks; null for lanes not planned here."""
         lanes = [
             self._describe(self.lanes[number]) if number in self.lanes else None
             for number in range(self.plan.num_lanes)
@@ -119,7 +120,7 @@ class Order:
         self,
         store: Lengths,
         settings: DataSettings,
-        packs_per_step: int,
+        global_batch_size: int,
         seed: int,
         batch_ramp: Sequence[tuple[int, int]] = (),
         lanes: Iterable[int] | None = None,
@@ -128,16 +129,16 @@ class Order:
     ) -> None:
         """Plan the given lanes, or all; opens no length file before the first step.
 
-        `packs_per_step` and `batch_ramp` are training's. Segment n > 0 is a fresh plan that begins at `first_step`,
+        `global_batch_size` and `batch_ramp` are training's. Segment n > 0 is a fresh plan that begins at `first_step`,
         after a change of data or settings.
 
         Raises `UserError` where mix, sources or lanes do not fit.
         """
-        self._packs_per_step, self._batch_ramp = packs_per_step, batch_ramp
-        for packs in (packs_per_step, *(packs for _, packs in batch_ramp)):
+        self._packs_per_step, self._batch_ramp = global_batch_size, batch_ramp
+        for packs in (global_batch_size, *(packs for _, packs in batch_ramp)):
             assert packs % settings.lanes == 0, f"packs = {packs} is not a multiple of lanes = {settings.lanes}"
         shards = mixed_shards(store, settings)
-        identity = _identity(store, settings, packs_per_step, batch_ramp, seed, segment)
+        identity = _identity(store, settings, global_batch_size, batch_ramp, seed, segment)
         totals = {name: sum(shard.positions for shard in shards[name]) for name in shards}
         self.plan = Plan(identity, settings.lanes, totals)
         self.num_skipped_documents = sum(shard.skipped for parts in shards.values() for shard in parts)
@@ -158,7 +159,7 @@ class Order:
     def of_run(cls, store: Lengths, settings: Settings, **place: Any) -> "Order":
         """The order of a run file's training; `place`: lanes, segment, first_step."""
         training = settings.training
-        return cls(store, settings.data, training.packs_per_step, settings.run.seed, training.batch_ramp, **place)
+        return cls(store, settings.data, training.global_batch_size, settings.run.seed, training.batch_ramp, **place)
 
     @property
     def fingerprint(self) -> str:
@@ -206,7 +207,7 @@ class Order:
             saved = state["lanes"][number]
             cursors = tuple(SourceCursor(**saved["sources"][name]) for name in self.plan.source_positions)
             stage, since = saved.get("stage", 0), tuple(saved.get("since", ()))
-            start = LaneCursor(saved["window"], cursors, fragment_table(saved["carried"], lane.wide), stage, since)
+            start = LaneCursor(saved["window"], cursors, chunk_table(saved["carried"], lane.wide), stage, since)
             self._at[number] = replace(lane.enter(start), packs_given=saved["packs_given"])
         self.step = state["step"]
 
@@ -283,14 +284,15 @@ def total_progress(plan: Plan, lanes: Mapping[int, LaneProgress]) -> dict[str, S
 def _identity(
     store: Lengths,
     settings: DataSettings,
-    packs_per_step: int,
+    global_batch_size: int,
     batch_ramp: Sequence[tuple[int, int]],
     seed: int,
     segment: int,
 ) -> dict[str, Any]:
-    """What the order follows from, by the names under which the user knows it."""
+    """What the order follows from, by the names of the settings; renamed ones by the old name, which is stored."""
     examples = settings.model_dump(include=EXAMPLES, exclude_defaults=True)
-    names = ("context_tokens", "pack_tokens", "pack_documents", "lanes", "window_packs", "mix")
+    names = ("max_document_length", "sequence_length", "max_documents", "lanes", "packing_buffer", "mix")
+    planned = {f"data.{name}": getattr(settings, name) for name in names}
     optional = {
         "training.batch_ramp": [list(entry) for entry in batch_ramp],
         "data.max_epochs": {name: epochs for name, epochs in settings.max_epochs.items() if epochs},
@@ -303,16 +305,16 @@ def _identity(
         "documents shuffled together": BLOCK_DOCUMENTS,
         "prepared data": store.fingerprint,
         "run.seed": seed,
-        "training.packs_per_step": packs_per_step,
-        **{f"data.{name}": getattr(settings, name) for name in names},
-        **{name: value for name, value in optional.items() if value},
+        OLD_NAMES["training.global_batch_size"]: global_batch_size,
+        **{OLD_NAMES.get(name, name): value for name, value in planned.items()},
+        **{OLD_NAMES.get(name, name): value for name, value in optional.items() if value},
     }
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """What differs between two identities, as an error for the user."""
     lines = [
-        f"  {name}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
+        f"  {NEW_NAMES.get(name, name)}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
         for name in sorted({*saved, *current})
         if saved.get(name) != current.get(name)
     ]

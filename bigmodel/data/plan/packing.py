@@ -25,13 +25,13 @@ class Packing:
     """Packs of one window, in the order in which they were opened."""
 
     packs: list[list[int]]  # indices into the lengths, longest document first
-    num_positions: np.ndarray  # (packs,) int64: positions filled
+    num_tokens: np.ndarray  # (packs,) int64: positions filled
     num_documents: np.ndarray  # (packs,) int64
     num_document_limited: int  # packs with room left that are full by the limit on documents
     num_sources: np.ndarray | None = None  # (packs,) int64: positions filled on the source side, where there is one
 
 
-def best_fit_decreasing(lengths: np.ndarray, pack_tokens: int, pack_documents: int, num_first: int = 0) -> Packing:
+def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents: int, num_first: int = 0) -> Packing:
     """Pack documents of `lengths` positions, (n,) integers >= 1, by best-fit decreasing.
 
     The first `num_first` are packed before the others, so that their packs are among those that fill well.
@@ -40,8 +40,8 @@ def best_fit_decreasing(lengths: np.ndarray, pack_tokens: int, pack_documents: i
     last takes the document.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= pack_tokens), (
-        f"every length must lie between 1 and pack_tokens = {pack_tokens}"
+    assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= sequence_length), (
+        f"every length must lie between 1 and sequence_length = {sequence_length}"
     )
     is_late = np.arange(len(lengths)) >= num_first
     order = np.lexsort((-lengths, is_late))
@@ -58,17 +58,17 @@ def best_fit_decreasing(lengths: np.ndarray, pack_tokens: int, pack_documents: i
                 del rooms[place]
             pack.append(index)
         else:
-            room, pack = pack_tokens, [index]
+            room, pack = sequence_length, [index]
             packs.append(pack)
         room -= length
-        if room and len(pack) < pack_documents:
+        if room and len(pack) < max_documents:
             if not packs_by_room[room]:
                 insort(rooms, room)
             packs_by_room[room].append(pack)
-    return _describe(packs, lengths, pack_tokens, pack_documents)
+    return _describe(packs, lengths, sequence_length, max_documents)
 
 
-def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], pack_documents: int, num_first: int = 0) -> Packing:
+def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents: int, num_first: int = 0) -> Packing:
     """Pack documents of (n, 2) lengths, (target, source), into packs of two `budgets`.
 
     First-fit decreasing by the sum of the shares of both budgets leaves least with few documents a pack; filling one
@@ -83,16 +83,16 @@ def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], pack_documents
     is_late = np.arange(len(lengths)) >= num_first
     largest_first = np.lexsort((-(lengths / np.array(budgets)).sum(axis=1), is_late))
     tried = [
-        _fill_one_by_one(lengths, np.arange(len(lengths)), budgets, pack_documents),
-        _first_fit(lengths, largest_first, budgets, pack_documents),
+        _fill_one_by_one(lengths, np.arange(len(lengths)), budgets, max_documents),
+        _first_fit(lengths, largest_first, budgets, max_documents),
     ]
     best = min(tried, key=len)
-    described = _describe(best, lengths[:, 0], budgets[0], pack_documents)
+    described = _describe(best, lengths[:, 0], budgets[0], max_documents)
     sources = _sum_by_pack(best, lengths[:, 1])
-    limited = (described.num_documents == pack_documents) & (described.num_positions < budgets[0])
+    limited = (described.num_documents == max_documents) & (described.num_tokens < budgets[0])
     return Packing(
         best,
-        described.num_positions,
+        described.num_tokens,
         described.num_documents,
         int(np.count_nonzero(limited & (sources < budgets[1]))),
         sources,
@@ -101,22 +101,20 @@ def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], pack_documents
 
 def fullest(packing: Packing, lengths: np.ndarray, settings: DataSettings) -> np.ndarray:
     """The numbers of the fullest packs, as many as documents of (n, sides) `lengths` could fill at best."""
-    budgets = settings.pack_tokens, settings.source_pack_tokens
-    at_best = max(1, len(lengths) // settings.pack_documents)
+    budgets = settings.sequence_length, settings.source_sequence_length
+    at_best = max(1, len(lengths) // settings.max_documents)
     for total, budget in zip(lengths.sum(axis=0, dtype=np.int64).tolist(), budgets, strict=False):
         at_best = max(at_best, total // budget)
-    fill = packing.num_positions * settings.pack_documents
-    limit = settings.pack_tokens
+    fill = packing.num_tokens * settings.max_documents
+    limit = settings.sequence_length
     if packing.num_sources is not None:  # in units of both budgets together
-        fill = fill * budgets[1] + packing.num_sources * settings.pack_documents * budgets[0]
+        fill = fill * budgets[1] + packing.num_sources * settings.max_documents * budgets[0]
         limit = 2 * budgets[0] * budgets[1]
     fill = np.maximum(fill, packing.num_documents * limit)
     return np.argsort(-fill, kind="stable")[:at_best]
 
 
-def _first_fit(
-    lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], pack_documents: int
-) -> list[list[int]]:
+def _first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], max_documents: int) -> list[list[int]]:
     """Each document, in this order, into the first open pack with room on both sides."""
     packs: list[list[int]] = []
     room = np.empty((2, len(order)), dtype=np.int64)  # of the open packs, the first `len(opened)`
@@ -135,14 +133,14 @@ def _first_fit(
             packs.append([index])
             room[:, place] = budgets
         room[:, place] -= length
-        if len(packs[opened[place]]) == pack_documents or (room[:, place] < least).any():
+        if len(packs[opened[place]]) == max_documents or (room[:, place] < least).any():
             del opened[place]  # nothing fits any more
             room[:, place : len(opened)] = room[:, place + 1 : len(opened) + 1]
     return packs
 
 
 def _fill_one_by_one(
-    lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], pack_documents: int
+    lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], max_documents: int
 ) -> list[list[int]]:
     """One pack after the other: first the largest of the pool, then what leaves the least room on the emptier side."""
     packs: list[list[int]] = []
@@ -154,7 +152,7 @@ def _fill_one_by_one(
         room_target, room_source = budgets
         pack: list[int] = []
         taken = np.zeros(len(pool), dtype=bool)
-        while len(pack) < pack_documents:
+        while len(pack) < max_documents:
             fits = (targets <= room_target) & (sources <= room_source)
             left = np.maximum(room_target / budgets[0] - target_shares, room_source / budgets[1] - source_shares)
             place = int(np.where(fits, left, 2.0).argmin()) if pack else int((target_shares + source_shares).argmax())
@@ -171,13 +169,13 @@ def _fill_one_by_one(
     return packs
 
 
-def _describe(packs: list[list[int]], lengths: np.ndarray, pack_tokens: int, pack_documents: int) -> Packing:
+def _describe(packs: list[list[int]], lengths: np.ndarray, sequence_length: int, max_documents: int) -> Packing:
     if not packs:
         return Packing([], np.empty(0, np.int64), np.empty(0, np.int64), 0)
     num_documents = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
-    num_positions = _sum_by_pack(packs, lengths)
-    limited = (num_documents == pack_documents) & (num_positions < pack_tokens)
-    return Packing(packs, num_positions, num_documents, int(np.count_nonzero(limited)))
+    num_tokens = _sum_by_pack(packs, lengths)
+    limited = (num_documents == max_documents) & (num_tokens < sequence_length)
+    return Packing(packs, num_tokens, num_documents, int(np.count_nonzero(limited)))
 
 
 def _sum_by_pack(packs: list[list[int]], lengths: np.ndarray) -> np.ndarray:

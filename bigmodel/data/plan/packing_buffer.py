@@ -2,9 +2,9 @@
 
 Takes the lane's shards of every mixed source; gives windows of packs, each with where the next one starts:
 
-    shards of a source --shuffle--> blocks --split--> fragments --mix--> windows --pack--> packs
+    shards of a source --shuffle--> blocks --split--> chunks --mix--> windows --pack--> packs
 
-Guarantees: a pure function of where a window starts; every fragment is in one pack, or carried into the next window.
+Guarantees: a pure function of where a window starts; every chunk is in one pack, or carried into the next window.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.mixing import mix, stages
 from bigmodel.data.plan.packing import best_fit_decreasing, fullest, pack_two_sides
-from bigmodel.data.plan.shuffle import Fragment, Lengths, Pack, Shard, SourceCursor, SourceStream, fragment_table, sizes
+from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceCursor, SourceStream, chunk_table, sizes
 from bigmodel.data.randomness import make_key, permutation
 
 NO_EPOCH = 2**62  # later than any
@@ -24,7 +24,7 @@ NO_EPOCH = 2**62  # later than any
 
 @dataclass(frozen=True, slots=True)
 class LaneCursor:
-    """Where a window starts: its number, each mixed source's cursor, the fragments carried in.
+    """Where a window starts: its number, each mixed source's cursor, the chunks carried in.
 
     `stage`: the stage of the curriculum that the window before was mixed by; `since`: the positions that each source
     had given when it began, none for stage 0.
@@ -32,7 +32,7 @@ class LaneCursor:
 
     window: int
     sources: tuple[SourceCursor, ...]
-    carried: np.ndarray  # table of fragments
+    carried: np.ndarray  # table of chunks
     stage: int = 0
     since: tuple[int, ...] = ()
 
@@ -41,7 +41,7 @@ class LaneCursor:
 class Window:
     """One planned window of a lane: its P packs in training order, and where the next window starts.
 
-    What is pending once p packs are given, per mixed source, fragments carried on included:
+    What is pending once p packs are given, per mixed source, chunks carried on included:
     """
 
     packs: list[Pack]
@@ -68,7 +68,7 @@ class Lane:
         self._stages = stages(settings, [stream.name for stream in streams], [s.positions for s in streams])
 
     def beginning(self) -> LaneCursor:
-        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), fragment_table([], self.wide))
+        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), chunk_table([], self.wide))
 
     def enter(self, start: LaneCursor) -> LanePosition:
         """The beginning of the window that starts there."""
@@ -83,26 +83,28 @@ class Lane:
         return min(at_most, left + len(at.window.packs))
 
     def plan(self, start: LaneCursor) -> Window:
-        """Pack one window: about window_packs * pack_tokens positions, those carried in among them.
+        """Pack one window: about packing_buffer * sequence_length positions, those carried in among them.
 
-        Given are the fullest packs, as many as the fragments could fill at best, and every pack with a
-        fragment that was carried in: so nothing is carried twice. The fragments of the others are carried on.
+        Given are the fullest packs, as many as the chunks could fill at best, and every pack with a
+        chunk that was carried in: so nothing is carried twice. The chunks of the others are carried on.
         Where the sources end, all packs are given. Of packs with two sides, the window is as many positions of
         documents as both sides of its packs hold; of pairs the source text's are counted, so it holds more packs.
         """
         settings = self._settings
         stage, since = self._stage(start)
         num_carried, carried_positions = len(start.carried), int(start.carried[:, 4].sum())
-        wanted = settings.window_packs * (settings.pack_tokens + settings.source_pack_tokens) - carried_positions
+        wanted = (
+            settings.packing_buffer * (settings.sequence_length + settings.source_sequence_length) - carried_positions
+        )
         fresh, cursors = mix(self.streams, self._stages[stage].shares, start.sources, wanted, since)
         table = np.concatenate([start.carried, fresh])
-        lengths = sizes(table)[:, : 2 if settings.source_pack_tokens else 1]
-        if settings.source_pack_tokens:
-            budgets = settings.pack_tokens, settings.source_pack_tokens
-            packing = pack_two_sides(lengths, budgets, settings.pack_documents, num_first=num_carried)
+        lengths = sizes(table)[:, : 2 if settings.source_sequence_length else 1]
+        if settings.source_sequence_length:
+            budgets = settings.sequence_length, settings.source_sequence_length
+            packing = pack_two_sides(lengths, budgets, settings.max_documents, num_first=num_carried)
         else:
             packing = best_fit_decreasing(
-                lengths[:, 0], settings.pack_tokens, settings.pack_documents, num_first=num_carried
+                lengths[:, 0], settings.sequence_length, settings.max_documents, num_first=num_carried
             )
         given = np.full(len(packing.packs), int(fresh[:, 4].sum()) < wanted)
         given[fullest(packing, lengths, settings)] = True
@@ -111,9 +113,9 @@ class Lane:
         chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.window), len(chosen))]
         members = [sorted(packing.packs[number]) for number in chosen.tolist()]
         left = sorted(index for number in np.flatnonzero(~given).tolist() for index in packing.packs[number])
-        fragments = list(map(Fragment, *table.T.tolist())) if len(table) else []
+        chunks = list(map(Chunk, *table.T.tolist())) if len(table) else []
         return Window(
-            [tuple([fragments[index] for index in pack]) for pack in members],
+            [tuple([chunks[index] for index in pack]) for pack in members],
             LaneCursor(start.window + 1, cursors, table[left], stage, since),
             *self._pending(table, members),
         )
@@ -152,7 +154,7 @@ def make_lane(
             store,
             name,
             dealt[name][number],
-            settings.context_tokens,
+            settings.max_document_length,
             make_key(seed, name, number),
             settings.max_epochs.get(name, 0),
             examples,

@@ -8,6 +8,7 @@ with random draws of its own. Exactly once holds within a segment; the checkpoin
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bigmodel.config.renamed import OLD_NAMES
 from bigmodel.config.settings import DataSettings, Settings, UserError
 from bigmodel.data.plan.order import EXAMPLES, Order, describe_difference
 from bigmodel.data.plan.shuffle import Lengths
@@ -57,14 +58,15 @@ def order_of_segment(
     Raises `UserError` saying what differs.
     """
     identity = segments[number]["identity"]
-    planned = {name: identity[f"data.{name}"] for name in DataSettings.model_fields if f"data.{name}" in identity}
     fields = DataSettings.model_fields
+    stored = {name: OLD_NAMES.get(f"data.{name}", f"data.{name}") for name in fields}
+    planned = {name: identity[key] for name, key in stored.items() if key in identity}
     absent = {name: fields[name].get_default(call_default_factory=True) for name in OPTIONAL}
     settings = DataSettings.model_validate(data.model_dump() | absent | planned)
     order = Order(
         store,
         settings,
-        identity["training.packs_per_step"],
+        identity[OLD_NAMES["training.global_batch_size"]],
         identity["run.seed"],
         identity.get("training.batch_ramp", ()),
         segment=number,

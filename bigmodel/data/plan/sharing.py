@@ -49,9 +49,9 @@ class Place:
     def rank_in_node(self) -> int:
         return self.rank % self.node_size
 
-    def share(self, packs_per_step: int) -> range:
+    def share(self, global_batch_size: int) -> range:
         """The pack numbers of this rank's node: contiguous, as many as on other nodes or one more or less."""
-        first, end = (packs_per_step * node // self.num_nodes for node in (self.node, self.node + 1))
+        first, end = (global_batch_size * node // self.num_nodes for node in (self.node, self.node + 1))
         return range(first, end)
 
     def lanes(self, num_lanes: int) -> range:
@@ -65,7 +65,7 @@ def attention_work(pack: Pack) -> int:
     Of a source and its targets: each with itself, and the targets with the source.
     """
     return sum(
-        piece.positions**2 + piece.source_positions * (piece.source_positions + piece.positions) for piece in pack
+        chunk.num_tokens**2 + chunk.source_positions * (chunk.source_positions + chunk.num_tokens) for chunk in pack
     )
 
 

@@ -1,14 +1,14 @@
 """Shuffle: the documents of one source in one lane, epoch after epoch, in an order of its own.
 
-Takes the lane's shards of a source; gives fragments, endlessly or up to a number of epochs. In each epoch the shards
+Takes the lane's shards of a source; gives chunks, endlessly or up to a number of epochs. In each epoch the shards
 are laid end to end in a new order, cut into blocks, and the documents of a block are shuffled. Long documents are
-split into fragments of at most `context_tokens` positions.
+split into chunks of at most `max_document_length` positions.
 
-Guarantees: a pure function of (key, lengths, context_tokens); a cursor, five small numbers, is all that is needed to
-go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (1 MB), two where a
+Guarantees: a pure function of (key, lengths, max_document_length); a cursor, five small numbers, is all that is needed
+to go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (1 MB), two where a
 window reaches over its end.
 
-A table of fragments is an int64 array of shape (n, 10) whose columns are the fields of `Fragment`; where all
+A table of chunks is an int64 array of shape (n, 10) whose columns are the fields of `Chunk`; where all
 documents are plain text in causal order the last four follow from the others and are left out: (n, 6).
 """
 
@@ -19,19 +19,19 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.data.objectives.examples import Examples
-from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.randomness import make_key, permutation
 
-PLAIN = -1  # the objective of a fragment that is its own example
+PLAIN = -1  # the objective of a chunk that is its own example
 NARROW, WIDE = 6, 10  # columns of a table
 BLOCK_DOCUMENTS = 65_536  # documents shuffled together: about one or two shards, so that reading stays local
 
 
-class Fragment(NamedTuple):
+class Chunk(NamedTuple):
     """Consecutive positions of one document: [start, start + length) of its positions.
 
     `source` counts in `store.sources`, `shard` in the source, `row` in the shard; `epoch` is the source's. Of a pair,
-    the positions are those of its source text, and it is one fragment.
+    the positions are those of its source text, and it is one chunk.
 
     What it becomes in a batch (`bigmodel.data.objectives.examples`): `objective` by number, so many `positions` and
     `targets` where the decoder reads, and `source_positions` where an encoder does. PLAIN: causal, a position and a
@@ -45,24 +45,24 @@ class Fragment(NamedTuple):
     length: int
     epoch: int
     objective: int = PLAIN
-    planned_positions: int = 0
-    planned_targets: int = 0
+    planned_tokens: int = 0
+    planned_labels: int = 0
     source_positions: int = 0
 
     @property
-    def positions(self) -> int:
-        return self.length if self.objective == PLAIN else self.planned_positions
+    def num_tokens(self) -> int:
+        return self.length if self.objective == PLAIN else self.planned_tokens
 
     @property
-    def targets(self) -> int:
-        return self.length if self.objective == PLAIN else self.planned_targets
+    def num_labels(self) -> int:
+        return self.length if self.objective == PLAIN else self.planned_labels
 
 
-Pack = tuple[Fragment, ...]
+Pack = tuple[Chunk, ...]
 
 
 def sizes(table: np.ndarray) -> np.ndarray:
-    """(n, 2): the positions and source positions of a table of fragments; (n, 1) of a narrow one."""
+    """(n, 2): the positions and source positions of a table of chunks; (n, 1) of a narrow one."""
     return table[:, [7, 9]] if table.shape[1] == WIDE else table[:, 4:5]
 
 
@@ -95,7 +95,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SourceCursor:
-    """The next fragment of one source in one lane, and the positions taken so far."""
+    """The next chunk of one source in one lane, and the positions taken so far."""
 
     epoch: int = 0
     block: int = 0
@@ -103,7 +103,7 @@ class SourceCursor:
     positions: int = 0
 
 
-# Documents of a block, positions of each one's fragment and those left after it, (n,) each -> (n, 4).
+# Documents of a block, positions of each one's chunk and those left after it, (n,) each -> (n, 4).
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -121,7 +121,7 @@ def make_block(
         targets = np.empty(len(rows), dtype=np.int64)
         for shard in np.unique(shards).tolist():
             mine = shards == shard
-            targets[mine] = num_positions(store.target_lengths(source, shard)[rows[mine]])  # type: ignore[attr-defined]
+            targets[mine] = num_tokens(store.target_lengths(source, shard)[rows[mine]])  # type: ignore[attr-defined]
         return Block(
             shards,
             rows,
@@ -140,28 +140,28 @@ def make_block(
 
 
 class Block:
-    """Documents of one source that are shuffled together, in shuffled order; split into fragments on demand."""
+    """Documents of one source that are shuffled together, in shuffled order; split into chunks on demand."""
 
     def __init__(
         self,
         shards: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
-        context_tokens: np.ndarray | int,
+        max_document_length: np.ndarray | int,
         measure: Measure | None = None,
     ) -> None:
-        """Arrays of shape (documents,): where each document is, its positions (at least 1), its longest fragment.
+        """Arrays of shape (documents,): where each document is, its positions (at least 1), its longest chunk.
 
         `measure` gives the last four columns of a wide table.
         """
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
-        self._context_tokens = np.broadcast_to(np.asarray(context_tokens), positions.shape)
+        self._context_tokens = np.broadcast_to(np.asarray(max_document_length), positions.shape)
         self._measure = measure
-        self._first_fragments = starts_of(-(-positions // context_tokens)).astype(np.int32)
+        self._first_fragments = starts_of(-(-positions // max_document_length)).astype(np.int32)
         self.num_fragments = int(self._first_fragments[-1])
 
     def fragments_covering(self, first: int, positions: int) -> int:
-        """The end of a range of fragments from `first` on that holds `positions` positions, or the block's end."""
+        """The end of a range of chunks from `first` on that holds `positions` positions, or the block's end."""
         if first == self.num_fragments:
             return first
         document = np.searchsorted(self._first_fragments, first, side="right") - 1
@@ -172,11 +172,11 @@ class Block:
         return int(self._first_fragments[end])
 
     def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
-        """Fragments [first, end) as a table."""
-        fragments = np.arange(first, end)
-        documents = np.searchsorted(self._first_fragments, fragments, side="right") - 1
+        """Chunks [first, end) as a table."""
+        chunks = np.arange(first, end)
+        documents = np.searchsorted(self._first_fragments, chunks, side="right") - 1
         longest = self._context_tokens[documents]
-        starts = (fragments - self._first_fragments[documents]) * longest
+        starts = (chunks - self._first_fragments[documents]) * longest
         lengths = np.minimum(self._positions[documents] - starts, longest)
         table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
         for column, values in enumerate(
@@ -196,7 +196,7 @@ class SourceStream:
         store: Lengths,
         name: str,
         shards: Sequence[Shard],
-        context_tokens: int,
+        max_document_length: int,
         key: int,
         max_epochs: int = 0,
         examples: Examples | None = None,
@@ -204,7 +204,7 @@ class SourceStream:
         """`max_epochs`: the stream ends after so many; 0: never. `examples` None: plain text in causal order."""
         self.name, self.source = name, store.sources.index(name)
         self.positions = sum(shard.positions for shard in shards)
-        self._store, self._shards, self._context_tokens, self._key = store, shards, context_tokens, key
+        self._store, self._shards, self._context_tokens, self._key = store, shards, max_document_length, key
         self._examples, self.wide = examples, examples is not None
         self._max_epochs = max_epochs
         self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
@@ -213,7 +213,7 @@ class SourceStream:
     def ahead(self, cursor: SourceCursor, positions: int) -> tuple[np.ndarray, np.ndarray]:
         """At least `positions` positions from the cursor on, fewer only at the stream's end.
 
-        A table, and the (epoch, block, fragment) of each row.
+        A table, and the (epoch, block, chunk) of each row.
         """
         tables, places = [], []
         epoch, number, first = cursor.epoch, cursor.block, cursor.fragment
@@ -230,18 +230,18 @@ class SourceStream:
             if first == block.num_fragments:
                 epoch, number, first = self._after(epoch, number)
         if not tables:
-            return fragment_table([], self.wide), np.empty((0, 3), np.int64)
+            return chunk_table([], self.wide), np.empty((0, 3), np.int64)
         return np.concatenate(tables), np.concatenate(places)
 
     def advance(self, cursor: SourceCursor, taken: np.ndarray, places: np.ndarray) -> SourceCursor:
-        """The cursor after the fragments `taken`, a table whose rows stand at `places`."""
+        """The cursor after the chunks `taken`, a table whose rows stand at `places`."""
         if not len(taken):
             return cursor
-        epoch, number, fragment = (int(value) for value in places[len(taken) - 1])
-        fragment += 1
-        while not self._ended(epoch) and fragment == self._block(epoch, number).num_fragments:
-            epoch, number, fragment = self._after(epoch, number)
-        return SourceCursor(epoch, number, fragment, cursor.positions + int(taken[:, 4].sum()))
+        epoch, number, chunk = (int(value) for value in places[len(taken) - 1])
+        chunk += 1
+        while not self._ended(epoch) and chunk == self._block(epoch, number).num_fragments:
+            epoch, number, chunk = self._after(epoch, number)
+        return SourceCursor(epoch, number, chunk, cursor.positions + int(taken[:, 4].sum()))
 
     def _ended(self, epoch: int) -> bool:
         return 0 < self._max_epochs <= epoch
@@ -264,7 +264,7 @@ class SourceStream:
             shard = self._shards[index]
             low, high = max(first, 0), min(end, shard.documents)
             if low < high:
-                positions.append(num_positions(self._store.lengths(self.name, shard.number)[low:high]))
+                positions.append(num_tokens(self._store.lengths(self.name, shard.number)[low:high]))
                 rows.append(np.arange(low, high))
                 shards.append(np.full(high - low, shard.number))
             first, end = first - shard.documents, end - shard.documents
@@ -284,15 +284,15 @@ def read_shards(store: Lengths, source: str) -> list[Shard]:
     return [Shard(number, *sizes) for number, sizes in enumerate(store.shard_sizes(source).tolist())]
 
 
-def neighbour_distance(fragments: Sequence[Fragment]) -> float:
+def neighbour_distance(chunks: Sequence[Chunk]) -> float:
     """How well a stretch of training order is shuffled: 1 as by chance, near 0 where neighbours stay neighbours.
 
     The median distance, in places of the stretch, between documents that lie side by side in a shard, over the
     distance that chance would give: (1 - sqrt(1/2)) times the number of documents. 1 where no two are neighbours.
     """
     places: dict[tuple[int, int, int, int], int] = {}
-    for piece in fragments:
-        places.setdefault((piece.source, piece.epoch, piece.shard, piece.row), len(places))
+    for chunk in chunks:
+        places.setdefault((chunk.source, chunk.epoch, chunk.shard, chunk.row), len(places))
     distances = [
         abs(place - places[source, epoch, shard, row + 1])
         for (source, epoch, shard, row), place in places.items()
@@ -306,5 +306,5 @@ def starts_of(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def fragment_table(rows: Sequence[Sequence[int]], wide: bool = False) -> np.ndarray:
+def chunk_table(rows: Sequence[Sequence[int]], wide: bool = False) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, WIDE if wide else NARROW)

@@ -4,7 +4,7 @@ Takes a file (Parquet, Arrow, JSONL, text, MDS; here or in a store) and the colu
 that it has, the pieces that can be read apart, and the rows of a piece.
 
 Guarantees: how a file is cut depends on the file alone; a piece gives the same rows in the same order whoever reads it;
-a record that is not what its format or column promises comes out as `Malformed`, with its place and the reason; what
+a record that is not what its format or column guarantees comes out as `Malformed`, with its place and the reason; what
 cannot be read at all is a `UserError`.
 
 Costs: reading holds, beside a row, some MB of a Parquet column however large its row groups are, a record batch of

@@ -16,9 +16,9 @@ BLUE, ORANGE, GREY, INK = "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 BINS_PER_DOUBLING = 4
 
 
-def draw_lengths(lengths: Sequence[np.ndarray], path: Path, context_tokens: int = 0) -> None:
+def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length: int = 0) -> None:
     """Shares of documents and of tokens over length, and below what share lies in documents of at most so long.
-    `context_tokens`: drawn as a mark where above 0."""
+    `max_document_length`: drawn as a mark where above 0."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
@@ -32,13 +32,13 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, context_tokens: int 
         axes.stairs(share, edges, fill=True, color=color, alpha=0.35, label=f"share of {what}")
         axes.stairs(share, edges, color=color, linewidth=1.4)
         sums.plot(edges, np.concatenate([[0], np.cumsum(share)]), color=color, linewidth=1.8)
-    if edges[0] < context_tokens < edges[-1]:
+    if edges[0] < max_document_length < edges[-1]:
         for panel in (axes, sums):
-            panel.axvline(context_tokens, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        late = context_tokens**2 > edges[0] * edges[-1]  # right of the middle: the words go to the left
+            panel.axvline(max_document_length, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        late = max_document_length**2 > edges[0] * edges[-1]  # right of the middle: the words go to the left
         axes.annotate(
-            f" context_tokens = {context_tokens:,} ",
-            (context_tokens, 0.97),
+            f" max_document_length = {max_document_length:,} ",
+            (max_document_length, 0.97),
             xycoords=("data", "axes fraction"),
             color=INK,
             fontsize=9,

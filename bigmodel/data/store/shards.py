@@ -44,7 +44,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, UserError
 from bigmodel.data.objectives.examples import Document, Pair
-from bigmodel.data.objectives.objectives import num_positions
+from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES, Manifest, find_damage, sha256_of
 from bigmodel.data.store.remote import Remote
@@ -110,7 +110,7 @@ class ShardStore:
         return self.manifest.total(self.split, "documents")
 
     @property
-    def num_targets(self) -> int:
+    def num_labels(self) -> int:
         """Tokens a causal model is asked for in one epoch: a stored text of n tokens has n - 1."""
         return sum(self._asked_for(source, "tokens") for source in self.sources) - self.num_documents
 
@@ -251,7 +251,7 @@ class ShardStore:
 
 def measure_shard(lengths: np.ndarray) -> list[int]:
     """Documents of a shard, the positions they are trained on, and how many of them have none (0 or 1 token)."""
-    positions = num_positions(lengths)
+    positions = num_tokens(lengths)
     return [len(lengths), int(positions.sum()), len(lengths) - int(np.count_nonzero(positions))]
 
 

@@ -2,7 +2,7 @@
 writing in bigmodel/training/checkpoint/saver.py, the copy in an object store in bigmodel/training/checkpoint/remote.py.
 
     checkpoints/step-00000100/
-      rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the fragments that the rank owns, flat and
+      rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the shards that the rank owns, flat and
                                    in fp32; START is the first element's place in the flattened tensor
       state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
       manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bigmodel.config.renamed import new_keys
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
@@ -126,9 +127,9 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
     """
     _compare_model(checkpoint, settings)
     _compare_shapes(checkpoint, engine)
-    mine = [piece for name in checkpoint.parts[world.rank :: world.size] for piece in _pieces(checkpoint.path / name)]
-    pieces = [piece for part in world.gather_objects(mine) for piece in part]
-    with Reader(checkpoint.path, pieces) as read:
+    mine = [chunk for name in checkpoint.parts[world.rank :: world.size] for chunk in _pieces(checkpoint.path / name)]
+    chunks = [chunk for part in world.gather_objects(mine) for chunk in part]
+    with Reader(checkpoint.path, chunks) as read:
         then = checkpoint.description
         engine.write(partial(_read_or_begin, then["keys"], read), then["updates"], then["scaler"])
 
@@ -139,8 +140,8 @@ def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tenso
     key: "ema" gives their average over the updates, where the run kept it.
     """
     description = checkpoint.description
-    pieces = [piece for name in checkpoint.parts for piece in _pieces(checkpoint.path / name)]
-    with Reader(checkpoint.path, pieces) as read:
+    chunks = [chunk for name in checkpoint.parts for chunk in _pieces(checkpoint.path / name)]
+    with Reader(checkpoint.path, chunks) as read:
         return {
             name: read(name, key, 0, torch.Size(shape).numel()).view(shape)
             for name, shape in description["shapes"].items()
@@ -269,7 +270,8 @@ def _open(path: Path) -> Checkpoint:
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
     """Model settings must be those of the checkpoint, but for dropout, which changes no weight."""
     now = settings.model.model_dump(mode="json")
-    then = ModelSettings().model_dump(mode="json") | checkpoint.description["model"]  # newer settings had their default
+    saved = new_keys("model", checkpoint.description["model"])
+    then = ModelSettings().model_dump(mode="json") | saved  # settings that did not exist then had their default
     pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
     pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
     for name, (mine, its) in pairs.items():
@@ -319,11 +321,11 @@ def _pieces(file: Path) -> list[Piece]:
 class Reader:
     """Reads runs of elements, from whichever files hold them; few files are open at a time."""
 
-    def __init__(self, path: Path, pieces: Sequence[Piece]) -> None:
+    def __init__(self, path: Path, chunks: Sequence[Piece]) -> None:
         self._path = path
         self._pieces: dict[str, list[Piece]] = {}
-        for piece in sorted(pieces):
-            self._pieces.setdefault(piece[0], []).append(piece)
+        for chunk in sorted(chunks):
+            self._pieces.setdefault(chunk[0], []).append(chunk)
         self._file = lru_cache(maxsize=64)(lambda name: safe_open(path / name, framework="pt"))
 
     def __enter__(self) -> Read:

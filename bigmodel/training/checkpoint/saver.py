@@ -10,7 +10,8 @@ Guarantees:
 - a folder is named step-... only after every rank has written, synced and read back its file; until then it is
   step-....partial-TOKEN. A kill at any instant leaves the older checkpoints as they were;
 - a failure on one rank is the same error on all ranks, removes the partial folder and touches nothing else;
-- a process that another start has replaced (`rundir.take_over`) publishes nothing: it looks before the rename, and
+- a process that another start has replaced (`run_directory.take_over`) publishes nothing: it looks before the rename,
+and
   the newer start has renamed its partial folder before reading what there is;
 - the newest is never removed, and every published one was read back, so the newest good one is never removed.
 Costs: the loop is held for the copy and the publication; a rank's share twice in memory while it is written.
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from bigmodel.config.settings import CheckpointSettings, Settings, UserError
 from bigmodel.distributed.world import World
-from bigmodel.run_directory import fsync_directory, package_versions, require_incarnation, write_atomically
+from bigmodel.run_directory import fsync_directory, package_versions, require_restart_generation, write_atomically
 from bigmodel.training.checkpoint import remote as store
 from bigmodel.training.checkpoint.format import (
     FORMAT,
@@ -97,10 +98,10 @@ class _Report:
 class Saver:
     """Saves a run's checkpoints, one at a time. Make one on every rank; all methods but `written` are collective."""
 
-    def __init__(self, directory: Path, settings: Settings, world: World, incarnation: str = "") -> None:
-        """incarnation: what `rundir.take_over` gave; empty: nobody can replace this process."""
+    def __init__(self, directory: Path, settings: Settings, world: World, restart_generation: str = "") -> None:
+        """restart_generation: what `run_directory.take_over` gave; empty: nobody can replace this process."""
         self._directory, self._settings, self._world = Path(directory), settings, world
-        self._incarnation = incarnation
+        self._restart_generation = restart_generation
         self._flight: _Flight | None = None
         self._upload: _Upload | None = None
         self._not_copied: Path | None = None  # the newest, where the copy of the one before was still under way
@@ -187,7 +188,7 @@ class Saver:
         if any(one.error for one in reports):
             world.on_rank_zero(lambda: _abandon(part, flight.step, reports))
         total = world.on_rank_zero(
-            lambda: _publish(part, flight.final, reports, flight.description, world.size, self._incarnation)
+            lambda: _publish(part, flight.final, reports, flight.description, world.size, self._restart_generation)
         )
         uploading = self._upload.path if self._upload and self._upload.is_alive() else None
         world.on_rank_zero(lambda: retain(self._directory, flight.step, settings, uploading))
@@ -198,7 +199,7 @@ class Saver:
 
     def _make_partial(self, final: Path, step: int) -> tuple[Path, SaveError | None]:
         """The partial folder, and why it could not be made or nothing."""
-        require_incarnation(self._directory.parent, self._incarnation)
+        require_restart_generation(self._directory.parent, self._restart_generation)
         part = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -218,7 +219,7 @@ class Saver:
             self._not_copied = path
             log.warning("%s: not copied to checkpoint.remote yet: the one before is still on its way", path)
             return
-        self._upload = _Upload(path, self._settings.checkpoint.remote, self._directory.parent, self._incarnation)
+        self._upload = _Upload(path, self._settings.checkpoint.remote, self._directory.parent, self._restart_generation)
         self._upload.start()
 
     def _plan_next(self, flight: "_Flight", held_seconds: float) -> None:
@@ -278,13 +279,13 @@ class _Flight:
 class _Upload(threading.Thread):
     """Copies one published checkpoint to the store. What fails is said, never raised: the local one is good."""
 
-    def __init__(self, path: Path, url: str, run_directory: Path, incarnation: str) -> None:
+    def __init__(self, path: Path, url: str, run_directory: Path, restart_generation: str) -> None:
         super().__init__(name="checkpoint upload", daemon=True)
-        self.path, self._url, self._run, self._incarnation = path, url, run_directory, incarnation
+        self.path, self._url, self._run, self._restart_generation = path, url, run_directory, restart_generation
 
     def run(self) -> None:
         try:
-            require_incarnation(self._run, self._incarnation)
+            require_restart_generation(self._run, self._restart_generation)
             store.upload(self.path, self._url)
         except (UserError, OSError) as error:
             log.warning("%s: not copied to checkpoint.remote: %s", self.path, error)
@@ -340,7 +341,12 @@ def _write_share(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -
 
 
 def _publish(
-    part: Path, final: Path, reports: list[_Report], description: dict[str, Any], world_size: int, incarnation: str
+    part: Path,
+    final: Path,
+    reports: list[_Report],
+    description: dict[str, Any],
+    world_size: int,
+    restart_generation: str,
 ) -> int:
     """State, manifest, sync, rename: the one place where a checkpoint becomes visible. Rank 0 only."""
     step = description["state"]["step"]
@@ -354,7 +360,7 @@ def _publish(
         fault("before-rename-of-manifest", step)
         write_atomically(part / "manifest.json", _manifest(files, world_size))  # syncs the folder, all names in it
         fault("before-rename", step)
-        require_incarnation(final.parent.parent, incarnation)
+        require_restart_generation(final.parent.parent, restart_generation)
         if final.exists():  # seen to be damaged at the start of the save
             os.rename(final, damaged)
         os.rename(part, final)

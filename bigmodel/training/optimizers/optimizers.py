@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel.config.settings import OptimizerSettings, UserError
-from bigmodel.training.zero.layouts import Fragment
+from bigmodel.training.zero.layouts import ParameterShard
 
 WholeMatrices = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
@@ -141,43 +141,43 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """What of one parameter lies in a master on this rank, fragment None: nothing; the parameter has a part on all."""
+    """What of one parameter lies in a master on this rank, shard None: nothing; the parameter has a part on all."""
 
     shape: tuple[int, ...]
-    fragment: Fragment | None
+    shard: ParameterShard | None
     vectors: tuple[Tensor, ...]  # `FACTORED_STATE`, whole on every rank; empty where there is none
 
     def rows(self) -> slice:
-        """The rows of the matrix in which the fragment lies; the first and the last may be there in part."""
-        assert self.fragment is not None
+        """The rows of the matrix in which the shard lies; the first and the last may be there in part."""
+        assert self.shard is not None
         columns = self.shape[1]
-        return slice(self.fragment.start // columns, -(-(self.fragment.start + self.fragment.numel) // columns))
+        return slice(self.shard.start // columns, -(-(self.shard.start + self.shard.numel) // columns))
 
     def sums(self, master: Tensor, gradient: Tensor) -> Tensor:
-        """Squares of the fragment, added up: of the weights, and of the gradient by row and by column."""
+        """Squares of the shard, added up: of the weights, and of the gradient by row and by column."""
         rows, columns = self.shape if self.vectors else (0, 0)
         sums = master.new_zeros(1 + rows + columns)
-        if self.fragment is not None:
-            sums[0] = torch.linalg.vector_norm(self.fragment.of(master)).square()
+        if self.shard is not None:
+            sums[0] = torch.linalg.vector_norm(self.shard.of(master)).square()
             if self.vectors:
                 here, (first, after) = self.rows(), self._margins()
-                squares = nn.functional.pad(self.fragment.of(gradient).square(), (first, after)).view(-1, columns)
+                squares = nn.functional.pad(self.shard.of(gradient).square(), (first, after)).view(-1, columns)
                 sums[1 : 1 + rows][here] = squares.sum(1)
                 sums[1 + rows :] = squares.sum(0)
         return sums
 
     def estimate(self, epsilon: float) -> Tensor:
-        """Second moments of the fragment's elements: row times column over the mean of all rows."""
-        assert self.fragment is not None
+        """Second moments of the shard's elements: row times column over the mean of all rows."""
+        assert self.shard is not None
         (row_var, col_var), (first, _) = self.vectors, self._margins()
         of_rows = row_var[self.rows()] / row_var.mean().clamp(min=epsilon)
-        return torch.outer(of_rows, col_var).flatten().narrow(0, first, self.fragment.numel)
+        return torch.outer(of_rows, col_var).flatten().narrow(0, first, self.shard.numel)
 
     def _margins(self) -> tuple[int, int]:
-        """Elements that the fragment lacks of its first row and of its last."""
-        assert self.fragment is not None
+        """Elements that the shard lacks of its first row and of its last."""
+        assert self.shard is not None
         columns = self.shape[1]
-        return self.fragment.start % columns, -(self.fragment.start + self.fragment.numel) % columns
+        return self.shard.start % columns, -(self.shard.start + self.shard.numel) % columns
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -209,15 +209,15 @@ class Adafactor(torch.optim.Optimizer):
         sums = list(self.sum_(torch.cat(sums)).split([len(one) for one in sums]))
         moves = [self._move(master, part, one[1:]) for (_, master, part), one in zip(work, sums, strict=True)]
         for (group, master, part), (weights, *_), moved in zip(work, sums, self.sum_(torch.stack(moves)), strict=True):
-            if part.fragment is not None:
+            if part.shard is not None:
                 roots = [(squares / math.prod(part.shape)).sqrt() for squares in (weights, moved)]
                 rate = min(group["lr"], float(self.state[master]["step"]) ** -0.5)
                 size = -rate * roots[0].clamp(min=self._least_scale) / (roots[1] / self._clip).clamp(min=1)
-                here = part.fragment.of(master).mul_(1 - group["lr"] * group["weight_decay"])
-                here.addcmul_(part.fragment.of(master.grad), size)
+                here = part.shard.of(master).mul_(1 - group["lr"] * group["weight_decay"])
+                here.addcmul_(part.shard.of(master.grad), size)
 
     def _move(self, master: Tensor, part: Part, squares: Tensor) -> Tensor:
-        """Average the second moments, turn the fragment's gradient into its update; gives the sum of its squares.
+        """Average the second moments, turn the shard's gradient into its update; gives the sum of its squares.
 
         squares: of the gradient, by row and by column, over all ranks.
         """
@@ -225,13 +225,13 @@ class Adafactor(torch.optim.Optimizer):
         if part.vectors:
             for vector, total, numel in zip(part.vectors, squares.split(part.shape), reversed(part.shape), strict=True):
                 vector.lerp_(total / numel, share)
-        if part.fragment is None:
+        if part.shard is None:
             return master.new_zeros(())
-        gradient = part.fragment.of(master.grad)
+        gradient = part.shard.of(master.grad)
         if part.vectors:
             moments = part.estimate(self._epsilon)
         else:
-            moments = part.fragment.of(self.state[master]["variance"]).lerp_(gradient.square(), share).clone()
+            moments = part.shard.of(self.state[master]["variance"]).lerp_(gradient.square(), share).clone()
         gradient.mul_(moments.clamp_(min=self._epsilon**2).rsqrt_())
         return torch.linalg.vector_norm(gradient).square()
 

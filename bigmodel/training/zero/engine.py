@@ -29,7 +29,7 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
 from bigmodel.training.optimizers.optimizers import FACTORED_STATE, Adafactor, Muon, Part, build_optimizer, state_keys
-from bigmodel.training.zero.layouts import Fragment, layout_of
+from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
 from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import wrap_blocks
@@ -75,7 +75,7 @@ class Engine:
         self._engine = _initialize(model, self._optimizer, effective, settings)
         _time_communication(self.phases)
         self._layout = layout_of(self._engine, self._optimizer)
-        self._fragments = {name: self._layout.fragment(p) for name, p in self._parameters.items()}
+        self._shards = {name: self._layout.shard(p) for name, p in self._parameters.items()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._sequence = (
             Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
@@ -92,27 +92,27 @@ class Engine:
         if isinstance(self._optimizer, Adafactor):
             self._optimizer.parts, self._optimizer.sum_ = self._parts, self._sum
 
-    def micro_batch(self, batch: Any, num_targets: int, last: bool) -> Tensor:
+    def micro_batch(self, batch: Any, num_labels: int, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
 
-        num_targets: of the whole step, over all ranks and micro-batches. last: of this rank's in this step.
+        num_labels: of the whole step, over all ranks and micro-batches. last: of this rank's in this step.
         DeepSpeed averages over ranks, hence the factor of the world size; its own division by the number of
         micro-batches is off.
         """
-        assert num_targets > 0, "a step has at least one target"
+        assert num_labels > 0, "a step has at least one target"
         self._engine.set_gradient_accumulation_boundary(last)
         with self._sequence.shared() if self._sequence else contextlib.nullcontext():
             with self.phases("forward"):
                 loss_sum = self._engine(self._sequence.share(batch) if self._sequence else batch)
             with self.phases("backward"):
-                self._engine.backward(loss_sum.sum() * (self.world.size / num_targets), scale_wrt_gas=False)
+                self._engine.backward(loss_sum.sum() * (self.world.size / num_labels), scale_wrt_gas=False)
         self._norm = None
         return loss_sum.detach()
 
     def gradient_norm(self) -> float:
         """The L2 norm of the whole gradient, before clipping, after the last micro-batch; may be inf or nan."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for gradient in [piece for pieces in self._layout.gradients() for piece in pieces]:
+        for gradient in [chunk for chunks in self._layout.gradients() for chunk in chunks]:
             for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
                 total += part.double().square().sum().to(total.device)
         squares = float(total)
@@ -123,10 +123,10 @@ class Engine:
 
     def gradient(self, name: str) -> Tensor:
         """The whole gradient of a parameter, in fp32, after the last micro-batch and before the update."""
-        fragment, pieces = self._fragments[name], self._layout.gradients()
-        flat = None if fragment is None else torch.cat([piece.flatten() for piece in pieces[fragment.master]])
-        piece = None if fragment is None or flat is None else fragment.of(flat).detach().float()
-        return self._assemble(self._shapes[name], fragment, piece) / self.loss_scale
+        shard, chunks = self._shards[name], self._layout.gradients()
+        flat = None if shard is None else torch.cat([chunk.flatten() for chunk in chunks[shard.master]])
+        chunk = None if shard is None or flat is None else shard.of(flat).detach().float()
+        return self._assemble(self._shapes[name], shard, chunk) / self.loss_scale
 
     def update(self, learning_rate: float, skip: bool = False) -> None:
         """Clip as configured and take one step; `skip` drops the gradient, and in fp16 lowers the loss scale.
@@ -192,14 +192,14 @@ class Engine:
 
         Each element is owned by exactly one rank.
         """
-        pieces = {}
+        chunks = {}
         for key, (first, elements) in self._held(name).items():
             if key in self._vectors[name] or not self._layout.partitioned:  # all have all: each answers for a share
                 edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
                 first, elements = first + edges[0], elements[edges[0] : edges[1]]
             if elements.numel():
-                pieces[key] = (first, elements)
-        return pieces
+                chunks[key] = (first, elements)
+        return chunks
 
     @torch.no_grad()
     def write(self, read: Callable[[str, str, int, int], Tensor], updates: int, scaler: dict[str, float]) -> None:
@@ -230,33 +230,33 @@ class Engine:
         """One tensor of a parameter's state, whole, in fp32, a copy, on every rank. Collective."""
         if key in self._vectors[name]:
             return self._vectors[name][key].clone()
-        fragment = self._fragments[name]
-        piece = None if fragment is None else fragment.of(self._flat(fragment, key))
-        return self._assemble(self._shapes[name], fragment, piece)
+        shard = self._shards[name]
+        chunk = None if shard is None else shard.of(self._flat(shard, key))
+        return self._assemble(self._shapes[name], shard, chunk)
 
     def _held(self, name: str) -> dict[str, Piece]:
         """By key, what of a parameter's state is here, as views."""
-        fragment, held = self._fragments[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
-        if fragment is not None:
+        shard, held = self._shards[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
+        if shard is not None:
             for key in [key for key in self.keys(name) if key not in held]:
-                held[key] = (fragment.start, fragment.of(self._flat(fragment, key)))
+                held[key] = (shard.start, shard.of(self._flat(shard, key)))
         return held
 
-    def _flat(self, fragment: Fragment, key: str) -> Tensor:
-        master = self._layout.masters()[fragment.master]
+    def _flat(self, shard: ParameterShard, key: str) -> Tensor:
+        master = self._layout.masters()[shard.master]
         if key == WEIGHT:
             return master.detach()
-        return self._averages[fragment.master] if key == AVERAGE else self._optimizer.state[master][key]
+        return self._averages[shard.master] if key == AVERAGE else self._optimizer.state[master][key]
 
-    def _assemble(self, shape: tuple[int, ...], fragment: Fragment | None, piece: Tensor | None) -> Tensor:
-        """Put the ranks' pieces together by adding their bits: each element is on one rank, 0 on the others.
+    def _assemble(self, shape: tuple[int, ...], shard: ParameterShard | None, chunk: Tensor | None) -> Tensor:
+        """Put the ranks' chunks together by adding their bits: each element is on one rank, 0 on the others.
 
         Adding floats, as DeepSpeed's own reading does, turns -0.0 into 0.0.
         """
         flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.world.device)
-        if fragment is not None and piece is not None:
-            fragment_of_whole = flat.narrow(0, fragment.start, fragment.numel)
-            fragment_of_whole.copy_(piece)
+        if shard is not None and chunk is not None:
+            fragment_of_whole = flat.narrow(0, shard.start, shard.numel)
+            fragment_of_whole.copy_(chunk)
         if self._layout.partitioned:
             dist.all_reduce(flat.view(torch.int32))
         return flat.view(shape)
@@ -273,16 +273,16 @@ class Engine:
             turn = names[first : first + size]
             matrices = []
             for name in turn:
-                fragment = self._fragments[name]
-                piece = fragment.of(flat) if fragment else None
-                matrices.append(self._assemble(self._shapes[name], fragment, piece))
+                shard = self._shards[name]
+                chunk = shard.of(flat) if shard else None
+                matrices.append(self._assemble(self._shapes[name], shard, chunk))
             if rank < len(turn):
                 matrices[rank] = change(matrices[rank])
             for owner, name in enumerate(turn):
                 if self._layout.partitioned:
                     dist.broadcast(matrices[owner], owner)
-                if fragment := self._fragments[name]:
-                    fragment.of(changed).copy_(matrices[owner].flatten().narrow(0, fragment.start, fragment.numel))
+                if shard := self._shards[name]:
+                    shard.of(changed).copy_(matrices[owner].flatten().narrow(0, shard.start, shard.numel))
         return changed
 
     def _names_in(self, master: Tensor) -> list[str]:
@@ -293,7 +293,7 @@ class Engine:
 
     def _parts(self, master: Tensor) -> list[Part]:
         return [
-            Part(self._shapes[name], self._fragments[name], tuple(self._vectors[name].values()))
+            Part(self._shapes[name], self._shards[name], tuple(self._vectors[name].values()))
             for name in self._names_in(master)
         ]
 

@@ -1,4 +1,4 @@
-"""Fragments: what this rank holds of the fp32 state under each ZeRO stage, in one form.
+"""Parameter shards: what this rank holds of the fp32 state under each ZeRO stage, in one form.
 
 Takes the optimizer that DeepSpeed wrapped around ours. Gives, for every parameter, the run of its elements that lies
 here and where: a flat fp32 *master* tensor that the base optimizer updates. Moments have the masters' shape, so one
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Fragment:
+class ParameterShard:
     """Elements start ... start + numel of a flattened parameter lie in a master from `offset` on."""
 
     start: int
@@ -23,7 +23,7 @@ class Fragment:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The fragment's elements in the master itself, a moment or a gradient of its shape: a view."""
+        """The shard's elements in the master itself, a moment or a gradient of its shape: a view."""
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -39,12 +39,12 @@ class Layout(Protocol):
         """For each master, the parameters that lie in it on some rank, in the same order on all."""
         ...
 
-    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+    def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
         """None where no element is here."""
         ...
 
     def gradients(self) -> list[list[Tensor]]:
-        """For each master, its gradient in pieces, end to end; after the last micro-batch, before the update."""
+        """For each master, its gradient in chunks, end to end; after the last micro-batch, before the update."""
         ...
 
     def publish(self) -> None:
@@ -67,8 +67,8 @@ class Whole:
     def members(self) -> list[list[nn.Parameter]]:
         return [[parameter] for parameter in self._parameters]
 
-    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
-        return Fragment(0, parameter.numel(), self._number[id(parameter)], 0)
+    def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
+        return ParameterShard(0, parameter.numel(), self._number[id(parameter)], 0)
 
     def gradients(self) -> list[list[Tensor]]:
         return [[torch.zeros_like(p) if p.grad is None else p.grad] for p in self._parameters]
@@ -92,12 +92,12 @@ class Runs:
     def members(self) -> list[list[nn.Parameter]]:
         return [list(group) for group in self._zero.bit16_groups]
 
-    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+    def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-        return Fragment(here.start, here.numel, mapping.param_group_index, there.start)
+        return ParameterShard(here.start, here.numel, mapping.param_group_index, there.start)
 
     def gradients(self) -> list[list[Tensor]]:
         if self.offloaded:
@@ -136,12 +136,12 @@ class Shares:
     def members(self) -> list[list[nn.Parameter]]:
         return [list(group) for group in self._zero.fp16_groups]
 
-    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+    def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
         number, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         share = parameter.ds_tensor.numel()
         start = share * self._zero._get_param_partition_rank(parameter)
         numel = min(share, parameter.ds_numel - start)
-        return Fragment(start, numel, number, offset) if numel > 0 else None
+        return ParameterShard(start, numel, number, offset) if numel > 0 else None
 
     def gradients(self) -> list[list[Tensor]]:
         if self.offloaded:

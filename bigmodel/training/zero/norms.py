@@ -63,5 +63,5 @@ def kind_of(name: str) -> str:
     return "other"
 
 
-def _squares(piece: Tensor) -> float:
-    return sum(float(part.double().square().sum()) for part in piece.flatten().split(1 << 24))  # bounds the fp64 copy
+def _squares(chunk: Tensor) -> float:
+    return sum(float(part.double().square().sum()) for part in chunk.flatten().split(1 << 24))  # bounds the fp64 copy

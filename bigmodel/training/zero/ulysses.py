@@ -7,9 +7,9 @@ Guarantees: the very loss and gradient of one rank, for what a rank adds up is i
 ranks is divided by the number of targets as always. Costs 2 exchanges of q, k, v and the output per layer and pass.
 Evaluation is not shared: a rank scores its own packs whole.
 
-The model knows nothing of it: where it calls attention and makes its schedule, it meets what `Sequence` puts there.
-DeepSpeed's own DistributedAttention is for (batch, sequence, heads) and wants a mesh of its own; this is two functions.
-"""
+The model knows nothing of it: where it calls attention and makes its tile_metadata, it meets what `Sequence` puts
+there. DeepSpeed's own DistributedAttention is for (batch, sequence, heads) and wants a mesh of its own; this is two
+functions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +23,11 @@ from torch import Tensor
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.load.batch import Batch
 from bigmodel.distributed.world import World
-from bigmodel.kernels.attention import attention, make_schedule
+from bigmodel.kernels.attention import attention, make_tile_metadata
 from bigmodel.metrics.phases import Phases
 from bigmodel.model import transformer
 
-OF_DOCUMENTS = ("offsets", "prefixes")  # fields of a batch that are not one value a position
+OF_DOCUMENTS = ("cu_seqlens", "prefixes")  # fields of a batch that are not one value a position
 
 
 class Sequence:
@@ -63,10 +63,10 @@ class Sequence:
         try:
             yield
         finally:
-            _let_the_model_call(attention, make_schedule)
+            _let_the_model_call(attention, make_tile_metadata)
 
-    def _make_schedule(self, visibility: Any, num_queries: int, num_keys: int) -> Any:
-        return make_schedule(visibility, num_queries * self.size, num_keys * self.size)
+    def _make_schedule(self, mask: Any, num_queries: int, num_keys: int) -> Any:
+        return make_tile_metadata(mask, num_queries * self.size, num_keys * self.size)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
         """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
@@ -107,18 +107,21 @@ def _exchange(x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
     return received.flatten(0, 1) if gather else received.transpose(0, 1).flatten(1, 2)
 
 
-def _let_the_model_call(attend: Any, schedule: Any) -> None:
-    transformer.attention, transformer.make_schedule = attend, schedule
+def _let_the_model_call(attend: Any, tile_metadata: Any) -> None:
+    transformer.attention, transformer.make_tile_metadata = attend, tile_metadata
 
 
 def _require_shareable(settings: Settings, size: int) -> None:
     model, name = settings.model, f"training.sequence_parallel_ranks = {size}"
-    if model.kind == "encoder_decoder" or model.positions != "rotary" or model.extra_heads:
+    if model.kind == "encoder_decoder" or model.position_embedding != "rotary" or model.num_mtp_modules:
         raise UserError(f"{name}: is for decoder-only models with rotary positions and no extra heads; set it to 1")
-    if model.heads % size or (model.key_value_heads % size and size % model.key_value_heads):
+    if model.num_heads % size or (model.num_kv_heads % size and size % model.num_kv_heads):
         raise UserError(
-            f"{name} does not fit model.heads = {model.heads} and model.key_value_heads = {model.key_value_heads}: it "
+            f"{name} does not fit model.num_heads = {model.num_heads} and model.num_kv_heads = "
+            f"{model.num_kv_heads}: it "
             "must divide the heads, and divide the key-value heads or be a multiple of them"
         )
-    if settings.data.pack_tokens % size:
-        raise UserError(f"{name} does not divide data.pack_tokens = {settings.data.pack_tokens}; choose a multiple")
+    if settings.data.sequence_length % size:
+        raise UserError(
+            f"{name} does not divide data.sequence_length = {settings.data.sequence_length}; choose a multiple"
+        )

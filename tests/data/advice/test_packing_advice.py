@@ -22,7 +22,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**changes: Any) -> DataSettings:
-    section = {"context_tokens": 8, "pack_tokens": 8, "pack_documents": 4, "window_packs": 10} | changes
+    section = {"max_document_length": 8, "sequence_length": 8, "max_documents": 4, "packing_buffer": 10} | changes
     return DataSettings.model_validate(section)
 
 
@@ -30,9 +30,9 @@ def test_packing_is_that_of_the_plan() -> None:
     store = MemoryStore({"web": [[6] * 40]})  # 5 positions each: one fits into a pack of 8, two into one of 10
     one = measure_packing(store, settings())
     assert (one.filled, one.documents, one.document_limited) == (5 / 8, 1.0, 0.0)
-    two = measure_packing(store, settings(pack_tokens=10))
+    two = measure_packing(store, settings(sequence_length=10))
     assert (two.filled, two.documents) == (1.0, 2.0)
-    limited = measure_packing(store, settings(pack_tokens=12, pack_documents=2))
+    limited = measure_packing(store, settings(sequence_length=12, max_documents=2))
     assert (limited.filled, limited.document_limited) == (10 / 12, 1.0)
     assert one.num_packs >= 1000
     capped = measure_packing(store, settings(max_epochs={"web": 1}))  # 40 packs, far fewer than are looked at
@@ -41,7 +41,7 @@ def test_packing_is_that_of_the_plan() -> None:
 
 def test_the_suggested_context_leaves_nine_tenths_of_the_tokens_whole() -> None:
     positions = np.array([100] * 890 + [1000] * 10)  # 89,000 and 10,000 tokens
-    found = suggest_context(positions, settings(context_tokens=64, pack_tokens=64))
+    found = suggest_context(positions, settings(max_document_length=64, sequence_length=64))
     assert (found.now, found.suggested) == (64, 1024)
     assert found.reason == "100.0% of the tokens are in documents that are not split, now 0.0%"
     assert suggest_context(np.array([100] * 910 + [1000] * 9), settings()).suggested == 128
@@ -58,12 +58,12 @@ def test_the_suggested_pack_and_window_are_the_smallest_that_fill_as_well(monkey
     store = MemoryStore({"web": [lengths[:2000], lengths[2000:]]})
     manifest = type("Counts", (), {"sources": ["web"], "counts": {"web": {"train": {"tokens": sum(lengths)}}}})
     manifest.recipe = {"shard_tokens": 1_000_000}
-    data = settings(context_tokens=512, pack_tokens=512, pack_documents=256, window_packs=5)
+    data = settings(max_document_length=512, sequence_length=512, max_documents=256, packing_buffer=5)
     context, pack, window, shard = suggest(store, manifest, data)
-    assert (context.setting, context.suggested) == ("data.context_tokens", 8192)
-    best = data.model_copy(update={"context_tokens": 8192, "pack_tokens": pack.suggested})
+    assert (context.setting, context.suggested) == ("data.max_document_length", 8192)
+    best = data.model_copy(update={"max_document_length": 8192, "sequence_length": pack.suggested})
     filled = {
-        number: measure_packing(store, best.model_copy(update={"window_packs": number})).filled
+        number: measure_packing(store, best.model_copy(update={"packing_buffer": number})).filled
         for number in planned.WINDOWS
     }
     assert filled[window.suggested] >= max(filled.values()) - 0.001
@@ -110,7 +110,7 @@ def test_the_picture_is_the_same_bytes_again_and_one_length_can_be_drawn(whole: 
 
 
 def write_run(folder: Path, data: Path, **changes: str) -> str:
-    lines = {"context_tokens": "64", "pack_tokens": "64", "directory": f'"{data}"'} | changes
+    lines = {"max_document_length": "64", "sequence_length": "64", "directory": f'"{data}"'} | changes
     run_file = folder / "run.toml"
     run_file.write_text("[data]\n" + "".join(f"{name} = {value}\n" for name, value in lines.items()))
     return str(run_file)
@@ -131,9 +131,9 @@ def test_show_data_prints_sources_mix_packing_and_suggestions(
         "longest 236",
         "up to       256",
         "packs of 64 tokens",
-        "data.context_tokens",
-        "data.pack_tokens",
-        "data.window_packs",
+        "data.max_document_length",
+        "data.sequence_length",
+        "data.packing_buffer",
         "prepare.shard_tokens",
     ):
         assert expected in printed, (expected, printed)

@@ -7,25 +7,25 @@ import torch
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.load import batch as batch_module
-from bigmodel.data.load.batch import IGNORED, build_batch, draw, draw_png, make_keys
+from bigmodel.data.load.batch import IGNORED, build_batch, draw, draw_png, make_dropout_seeds
 from bigmodel.data.load.stream import reader
 from bigmodel.data.objectives import objectives
-from bigmodel.data.objectives.objectives import causal, num_positions
+from bigmodel.data.objectives.objectives import causal, num_tokens
 from bigmodel.data.plan.order import Order
-from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.data.plan.shuffle import Chunk
 from tests.support.memory_store import MemoryStore, token
 
 DOCUMENTS = [[1, 11, 12, 13, 2], [1, 21, 22, 2], [1, 31, 32, 33, 34, 2]]
-SETTINGS = DataSettings(context_tokens=8, pack_tokens=8, pack_documents=2)
-FIRST, SECOND, THIRD = Fragment(0, 0, 0, 0, 4, 0), Fragment(0, 0, 1, 0, 3, 0), Fragment(0, 0, 2, 0, 5, 0)
+SETTINGS = DataSettings(max_document_length=8, sequence_length=8, max_documents=2)
+FIRST, SECOND, THIRD = Chunk(0, 0, 0, 0, 4, 0), Chunk(0, 0, 1, 0, 3, 0), Chunk(0, 0, 2, 0, 5, 0)
 
 
-def read(fragment):
-    return np.array(DOCUMENTS[fragment.row])
+def read(chunk):
+    return np.array(DOCUMENTS[chunk.row])
 
 
 def example(packs=((FIRST, SECOND), (THIRD,)), step=0):
-    return build_batch(packs, read, SETTINGS, make_keys(1, step, range(len(packs)), 8))
+    return build_batch(packs, read, SETTINGS, make_dropout_seeds(1, step, range(len(packs)), 8))
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -38,11 +38,17 @@ def test_the_examples_in_the_docstrings_hold():
 def test_a_batch_of_two_packs_and_three_documents():
     batch = example()
     assert batch.tokens.tolist() == [1, 11, 12, 13, 1, 21, 22, 0, 1, 31, 32, 33, 34, 0, 0, 0]
-    assert batch.targets.tolist() == [11, 12, 13, 2, 21, 22, 2, -100, 31, 32, 33, 34, 2, -100, -100, -100]
+    assert batch.labels.tolist() == [11, 12, 13, 2, 21, 22, 2, -100, 31, 32, 33, 34, 2, -100, -100, -100]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 0]
-    assert batch.offsets.tolist() == [0, 4, 7, 8, 13, 16, 16]
-    assert (batch.num_positions, batch.num_targets, batch.num_documents) == (12, 12, 3)
-    types = [batch.tokens.dtype, batch.targets.dtype, batch.positions.dtype, batch.keys.dtype, batch.offsets.dtype]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7, 8, 13, 16, 16]
+    assert (batch.num_tokens, batch.num_labels, batch.num_documents) == (12, 12, 3)
+    types = [
+        batch.tokens.dtype,
+        batch.labels.dtype,
+        batch.positions.dtype,
+        batch.dropout_seeds.dtype,
+        batch.cu_seqlens.dtype,
+    ]
     assert types == [torch.int64] * 4 + [torch.int32]
 
 
@@ -53,14 +59,14 @@ def test_the_literals_above_are_those_of_the_docstring():
 
 def test_an_empty_pack_is_padding_only():
     batch = example(packs=((FIRST,), ()))
-    assert batch.offsets.tolist() == [0, 4, 8, 16, 16, 16, 16]
-    assert batch.targets[4:].tolist() == [IGNORED] * 12
-    assert (batch.num_targets, batch.num_documents) == (4, 1)
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 16, 16, 16, 16]
+    assert batch.labels[4:].tolist() == [IGNORED] * 12
+    assert (batch.num_labels, batch.num_documents) == (4, 1)
 
 
 def test_a_full_pack_has_no_padding_document():
-    pack = (FIRST, Fragment(0, 0, 2, 1, 4, 0))
-    assert example(packs=(pack,)).offsets.tolist() == [0, 4, 8, 8]
+    pack = (FIRST, Chunk(0, 0, 2, 1, 4, 0))
+    assert example(packs=(pack,)).cu_seqlens.tolist() == [0, 4, 8, 8]
 
 
 def test_a_piece_of_a_long_document_ends_with_the_next_piece_s_first_token():
@@ -70,7 +76,7 @@ def test_a_piece_of_a_long_document_ends_with_the_next_piece_s_first_token():
 
 
 def test_num_positions_is_one_less_than_stored_tokens():
-    assert num_positions(np.array([0, 1, 2, 9], dtype=np.uint32)).tolist() == [0, 0, 1, 8]
+    assert num_tokens(np.array([0, 1, 2, 9], dtype=np.uint32)).tolist() == [0, 0, 1, 8]
 
 
 def test_a_plan_of_other_data_is_noticed():
@@ -81,50 +87,55 @@ def test_a_plan_of_other_data_is_noticed():
 
 
 def test_a_pack_over_a_limit_is_refused():
-    with pytest.raises(AssertionError, match="more than pack_tokens = 8"):
+    with pytest.raises(AssertionError, match="more than sequence_length = 8"):
         example(packs=((FIRST, THIRD),))
-    with pytest.raises(AssertionError, match="3 documents; pack_documents = 2"):
+    with pytest.raises(AssertionError, match="3 documents; max_documents = 2"):
         example(packs=((FIRST, SECOND, SECOND),))
     with pytest.raises(AssertionError, match="8 keys for 16 positions"):
-        build_batch([(), ()], read, SETTINGS, make_keys(1, 0, [0], 8))
+        build_batch([(), ()], read, SETTINGS, make_dropout_seeds(1, 0, [0], 8))
 
 
 def test_of_random_packs_documents_are_whole_and_apart_and_targets_are_ignored_exactly_at_padding():
     store = MemoryStore({"a": [[5, 9, 2, 30, 1, 7], [12, 3, 3]], "b": [[4, 4, 21, 2]]})
-    data = DataSettings(context_tokens=9, pack_tokens=16, pack_documents=3, window_packs=2)
-    order, num_padded = Order(store, data, packs_per_step=3, seed=5), 0
+    data = DataSettings(max_document_length=9, sequence_length=16, max_documents=3, packing_buffer=2)
+    order, num_padded = Order(store, data, global_batch_size=3, seed=5), 0
     for _ in range(20):
         packs = order.next_step()
-        batch = build_batch(packs, reader(store), data, make_keys(5, 0, range(3), 16))
-        offsets = batch.offsets.tolist()
-        assert len(offsets) == 3 * (3 + 1) + 1
-        assert (offsets[0], offsets[-1]) == (0, 48)
-        assert offsets == sorted(offsets)
+        batch = build_batch(packs, reader(store), data, make_dropout_seeds(5, 0, range(3), 16))
+        cu_seqlens = batch.cu_seqlens.tolist()
+        assert len(cu_seqlens) == 3 * (3 + 1) + 1
+        assert (cu_seqlens[0], cu_seqlens[-1]) == (0, 48)
+        assert cu_seqlens == sorted(cu_seqlens)
         real = torch.zeros(48, dtype=torch.bool)
         for number, pack in enumerate(packs):
             place = 16 * number
             for f in pack:
                 here = slice(place, place + f.length)
-                assert offsets[offsets.index(place) + 1] == here.stop
+                assert cu_seqlens[cu_seqlens.index(place) + 1] == here.stop
                 expected = token(f.source, f.shard, f.row, np.arange(f.start, f.start + f.length))
                 assert batch.tokens[here].tolist() == expected.tolist()
-                assert batch.targets[here].tolist() == (expected + 1).tolist()
+                assert batch.labels[here].tolist() == (expected + 1).tolist()
                 assert batch.positions[here].tolist() == list(range(f.length))
                 real[here] = True
                 place = here.stop
-        assert torch.equal(batch.targets != IGNORED, real)
+        assert torch.equal(batch.labels != IGNORED, real)
         assert not batch.tokens[~real].any()
         assert not batch.positions[~real].any()
-        assert batch.num_targets == batch.num_positions == int(real.sum())
+        assert batch.num_labels == batch.num_tokens == int(real.sum())
         assert batch.num_documents == sum(len(pack) for pack in packs)
         num_padded += int((~real).sum())
     assert num_padded > 0
 
 
 def test_keys_belong_to_seed_step_and_pack_and_not_to_the_micro_batch():
-    assert np.array_equal(make_keys(1, 7, range(4), 8)[16:].tolist(), make_keys(1, 7, [2, 3], 8))
-    assert np.array_equal(make_keys(1, 7, [3, 0], 8)[8:], make_keys(1, 7, [0], 8))
-    different = [make_keys(1, 7, [0], 8), make_keys(2, 7, [0], 8), make_keys(1, 8, [0], 8), make_keys(1, 7, [1], 8)]
+    assert np.array_equal(make_dropout_seeds(1, 7, range(4), 8)[16:].tolist(), make_dropout_seeds(1, 7, [2, 3], 8))
+    assert np.array_equal(make_dropout_seeds(1, 7, [3, 0], 8)[8:], make_dropout_seeds(1, 7, [0], 8))
+    different = [
+        make_dropout_seeds(1, 7, [0], 8),
+        make_dropout_seeds(2, 7, [0], 8),
+        make_dropout_seeds(1, 8, [0], 8),
+        make_dropout_seeds(1, 7, [1], 8),
+    ]
     assert len(np.unique(np.concatenate(different))) == 32
 
 
@@ -132,7 +143,7 @@ def test_the_fingerprint_changes_with_every_tensor_and_not_with_a_copy():
     batch = example()
     assert batch.fingerprint() == example().to("cpu").fingerprint()
     assert batch.fingerprint() != example(step=1).fingerprint()  # keys
-    for name in ("tokens", "targets", "positions", "offsets", "keys"):
+    for name in ("tokens", "labels", "positions", "cu_seqlens", "dropout_seeds"):
         changed = example()
         getattr(changed, name)[-1] += 1
         assert changed.fingerprint() != batch.fingerprint()
@@ -140,18 +151,18 @@ def test_the_fingerprint_changes_with_every_tensor_and_not_with_a_copy():
 
 def test_a_batch_does_not_change():
     with pytest.raises(FrozenInstanceError):
-        example().num_targets = 3
+        example().num_labels = 3
 
 
 def test_the_text_picture_of_a_small_batch():
     assert draw(example(), num_packs=2) == [
         "pack    0|AAAABBB.|",
         "   tokens    1   11   12   13    1   21   22    0",
-        "  targets   11   12   13    2   21   22    2 -100",
+        "   labels   11   12   13    2   21   22    2 -100",
         "positions    0    1    2    3    0    1    2    0",
         "pack    1|AAAAA...|",
         "   tokens    1   31   32   33   34    0    0    0",
-        "  targets   31   32   33   34    2 -100 -100 -100",
+        "   labels   31   32   33   34    2 -100 -100 -100",
         "positions    0    1    2    3    4    0    0    0",
         "3 documents, 12 positions, 4 of padding (.)",
     ]
@@ -167,7 +178,7 @@ def test_the_text_picture_of_a_long_pack_is_to_scale():
 
 def test_the_picture_is_written(tmp_path):
     batch = example()
-    document = np.repeat(np.arange(6), np.diff(batch.offsets.numpy()))
+    document = np.repeat(np.arange(6), np.diff(batch.cu_seqlens.numpy()))
     visible = np.tril(document[:, None] == document[None, :])
     draw_png(batch, visible, tmp_path / "batch.png", num_packs=2)
     assert (tmp_path / "batch.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

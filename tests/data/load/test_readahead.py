@@ -20,7 +20,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.support.tiny_corpus import prepared
 
-DATA = DataSettings(context_tokens=40, pack_tokens=64, pack_documents=8, lanes=2, window_packs=12)
+DATA = DataSettings(max_document_length=40, sequence_length=64, max_documents=8, lanes=2, packing_buffer=12)
 PACKS_PER_STEP, STEPS = 8, 12
 
 
@@ -100,15 +100,15 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def documents_of(folder: Path, first: int, end: int) -> list[tuple[int, int, int]]:
-    """The documents in these steps, each as often as pieces of it are there."""
+    """The documents in these steps, each as often as chunks of it are there."""
     order = Order(ShardStore(folder, "train"), DATA, PACKS_PER_STEP, 5)
     steps = [order.next_step() for _ in range(end)][first:]
-    return [piece[:3] for step in steps for pack in step for piece in pack]
+    return [chunk[:3] for step in steps for pack in step for chunk in pack]
 
 
 def test_going_on_tokenizes_a_window_at_most_and_each_document_once(texts: Path, tokenized: list[str]) -> None:
     _, cursors = take(make(texts), 9)
-    window = DATA.window_packs * DATA.lanes // PACKS_PER_STEP
+    window = DATA.packing_buffer * DATA.lanes // PACKS_PER_STEP
     tokenized.clear()
     stream = make(texts, state=cursors[8])
     next(stream)
@@ -141,7 +141,7 @@ def test_documents_are_tokenized_ahead_and_forgotten_after_their_last_piece(text
 def test_pieces_read_without_warning_are_tokenized_once(texts: Path, tokenized: list[str]) -> None:
     store = ShardStore(texts, "validation")
     groups = validation_batches(store, DATA, 2)
-    assert [batch.num_positions > 0 for batch in groups]
+    assert [batch.num_tokens > 0 for batch in groups]
     assert len(tokenized) == store.num_documents
 
 
@@ -189,9 +189,9 @@ def test_an_error_met_ahead_is_raised_at_the_step_that_needs_the_document(
     first_seen: dict[tuple[int, int], int] = {}
     news = order.plan and ShardStore(folder, "train").sources.index("news")
     for number in range(STEPS):
-        for piece in (piece for pack in order.next_step() for piece in pack):
-            if piece.source == news:
-                first_seen.setdefault((piece.shard, piece.row), number)
+        for chunk in (chunk for pack in order.next_step() for chunk in pack):
+            if chunk.source == news:
+                first_seen.setdefault((chunk.shard, chunk.row), number)
     broken, step = next((key, number) for key, number in first_seen.items() if number == 5)
     store = FailingStore(folder, broken)
     stream = Stream(store, Order(store, DATA, PACKS_PER_STEP, 5), DATA, 1, Place(0, 1), 5)

@@ -17,7 +17,7 @@ LENGTHS = {
     "books": [[61, 2, 30], [45, 9], [20, 1, 0, 33, 8]],
     "web": [[5, 7, 3, 12, 9, 2, 4], [6, 6, 18, 2], [25], [3, 3, 11, 5]],
 }
-DATA = DataSettings(context_tokens=13, pack_tokens=16, pack_documents=4, lanes=2, window_packs=3)
+DATA = DataSettings(max_document_length=13, sequence_length=16, max_documents=4, lanes=2, packing_buffer=3)
 PACKS_PER_STEP = 10
 RAMP = [(2, 4), (4, 12)]
 PACKS = [10, 10, 4, 4, 12, 12]
@@ -94,7 +94,7 @@ def cut(batch, num_packs):
         (
             *(
                 getattr(batch, name)[place : place + size].tolist()
-                for name in ("tokens", "targets", "positions", "keys")
+                for name in ("tokens", "labels", "positions", "dropout_seeds")
             ),
             sorted({offset - place for offset in offsets if place <= offset <= place + size}),
         )
@@ -148,10 +148,10 @@ def test_a_step_is_the_same_packs_at_every_world_node_and_micro_batch_size(strea
             assert {len(step.micro_batches) for step in steps} == {rounds}
             for step in steps:
                 assert step.number == number
-                assert step.num_targets == sum(batch.num_targets for batch in batches)
-                assert step.num_positions == sum(batch.num_positions for batch in batches)
+                assert step.num_labels == sum(batch.num_labels for batch in batches)
+                assert step.num_tokens == sum(batch.num_tokens for batch in batches)
                 assert step.num_documents == sum(batch.num_documents for batch in batches)
-                assert step.num_padding == sum(int((batch.targets == IGNORED).sum()) for batch in batches)
+                assert step.num_padding == sum(int((batch.labels == IGNORED).sum()) for batch in batches)
                 assert step.num_document_limited == reference[number].num_document_limited
                 assert 1 <= step.imbalance <= world_size
             cursors = [step.position.cursor() for step in steps]
@@ -223,7 +223,7 @@ def test_packs_of_an_order_are_those_of_its_stream(streams):
             parts = [
                 store.document(store.sources[f.source], f.shard, f.row)[f.start : f.start + f.length] for f in pack
             ]
-            assert batch.tokens[: batch.num_positions].tolist() == np.concatenate(parts).tolist()
+            assert batch.tokens[: batch.num_tokens].tolist() == np.concatenate(parts).tolist()
         assert step.position.cursor() == order.state()
         assert step.num_document_limited == sum(len(p) == 4 and sum(f.length for f in p) < 16 for p in packs)
 
@@ -322,7 +322,7 @@ def validation_positions(batches):
     return [
         token
         for batch in batches
-        for token, target in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)
+        for token, target in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
         if target != IGNORED
     ]
 

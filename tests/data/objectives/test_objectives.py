@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from bigmodel.config.settings import DataSettings, Settings, UserError
 from bigmodel.data.objectives import objectives
-from bigmodel.data.objectives.examples import Examples, Pair, num_marks, objectives_of
-from bigmodel.data.objectives.objectives import IGNORED, Marks, piece_of, restore, span_corruption
-from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.data.objectives.examples import Examples, Pair, num_special_tokens, objectives_of
+from bigmodel.data.objectives.objectives import IGNORED, SpecialTokens, piece_of, restore, span_corruption
+from bigmodel.data.plan.shuffle import Chunk
 from tests.support.example_batches import BOS, EOS, VOCABULARY, fragment_of, text
 
-MARKS = Marks(BOS, EOS, VOCABULARY, 100)
-ONE_SIDE = {"context_tokens": 200, "pack_tokens": 200, "sentinels": 200}
-TWO_SIDES = ONE_SIDE | {"source_pack_tokens": 200}
+MARKS = SpecialTokens(BOS, EOS, VOCABULARY, 100)
+ONE_SIDE = {"max_document_length": 200, "sequence_length": 200, "sentinels": 200}
+TWO_SIDES = ONE_SIDE | {"source_sequence_length": 200}
 KINDS = [
     {"kind": "causal"},
     {"kind": "causal", "ahead": 4},
@@ -47,11 +47,11 @@ def test_every_example_has_the_planned_lengths(sides: dict, length: int, start: 
     examples = Examples(DataSettings(**sides, objectives=[KINDS[kind]]), 1, VOCABULARY)
     for number in range(examples.pairs):
         columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - start - length]))[0]
-        piece = Fragment(0, 0, 0, start, length, 0, *columns.tolist())
+        piece = Chunk(0, 0, 0, start, length, 0, *columns.tolist())
         example = examples.make(piece, document)
-        found = len(example.tokens), int((example.targets != IGNORED).sum()), len(example.source)
-        assert found == (piece.positions, piece.targets, piece.source_positions)
-        assert len(example.targets) == len(example.tokens)
+        found = len(example.tokens), int((example.labels != IGNORED).sum()), len(example.source)
+        assert found == (piece.positions, piece.labels, piece.source_positions)
+        assert len(example.labels) == len(example.tokens)
 
 
 @given(
@@ -69,12 +69,12 @@ def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
     examples = Examples(DataSettings(**TWO_SIDES, **inputs, objectives=[kind]), 1, VOCABULARY)
     for number in range(examples.pairs):
         columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - length]))[0]
-        piece = Fragment(0, 0, 0, 0, length, 0, *columns.tolist())
+        piece = Chunk(0, 0, 0, 0, length, 0, *columns.tolist())
         example = examples.make(piece, text(89))
-        found = len(example.tokens), int((example.targets != IGNORED).sum()), len(example.source)
-        assert found == (piece.positions, piece.targets, piece.source_positions)
+        found = len(example.tokens), int((example.labels != IGNORED).sum()), len(example.source)
+        assert found == (piece.positions, piece.labels, piece.source_positions)
         places = np.arange(len(example.tokens)) if example.places is None else example.places
-        assert places.shape == example.targets.shape
+        assert places.shape == example.labels.shape
         assert (np.diff(places) > 0).all()
 
 
@@ -82,17 +82,19 @@ def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further
     sparse = TWO_SIDES | {"dropped_decoder_share": 0.4}
     with pytest.raises(ValidationError, match=r"data.dropped_decoder_share = 0.4: with ahead above 1"):
         DataSettings(**sparse, objectives=[{"kind": "causal", "ahead": 2}])
-    with pytest.raises(ValidationError, match=r"gaps in the targets, in which model.extra_heads would predict others"):
-        Settings.model_validate({"data": sparse, "model": {"kind": "encoder_decoder", "extra_heads": 1}})
+    with pytest.raises(
+        ValidationError, match=r"gaps in the targets, in which model.num_mtp_modules would predict others"
+    ):
+        Settings.model_validate({"data": sparse, "model": {"kind": "encoder_decoder", "num_mtp_modules": 1}})
 
 
 @given(length=st.integers(0, 300), density=st.floats(0.01, 0.99), mean_span=st.floats(1, 70), key=st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_span_corruption_loses_nothing(length: int, density: float, mean_span: float, key: int) -> None:
-    document, marks = text(length), Marks(BOS, EOS, VOCABULARY, 400)
+    document, special_tokens = text(length), SpecialTokens(BOS, EOS, VOCABULARY, 400)
     for mode in ("", "X"):
-        example = span_corruption(piece_of(document, 0, length + 1), density, mean_span, mode, key, marks)
-        assert restore(example.source, example.targets, marks).tolist() == document[1:-1].tolist()
+        example = span_corruption(piece_of(document, 0, length + 1), density, mean_span, mode, key, special_tokens)
+        assert restore(example.source, example.labels, special_tokens).tolist() == document[1:-1].tolist()
 
 
 def test_span_corruption_is_that_of_the_paper() -> None:
@@ -102,20 +104,20 @@ def test_span_corruption_is_that_of_the_paper() -> None:
     sentinels = MARKS.sentinel(np.arange(11)).tolist()
     assert sentinels[:2] == [VOCABULARY + 7 + 99, VOCABULARY + 7 + 98]  # the highest id of all first
     assert [token for token in example.source.tolist() if token >= VOCABULARY] == sentinels[:10]
-    assert [token for token in example.targets.tolist() if token >= VOCABULARY] == sentinels
-    assert len(example.targets) == 30 + 10 + 2  # 15% of 200 hidden in spans of 3 on average, one sentinel, EOS
+    assert [token for token in example.labels.tolist() if token >= VOCABULARY] == sentinels
+    assert len(example.labels) == 30 + 10 + 2  # 15% of 200 hidden in spans of 3 on average, one sentinel, EOS
     assert len(example.source) == 170 + 10 + 1
     assert (example.source[0], example.source[-2]) == (document[1], sentinels[9])
-    assert (example.source[-1], example.targets[-1], example.tokens[0]) == (EOS, EOS, BOS)
-    assert example.tokens[1:].tolist() == example.targets[:-1].tolist()
+    assert (example.source[-1], example.labels[-1], example.tokens[0]) == (EOS, EOS, BOS)
+    assert example.tokens[1:].tolist() == example.labels[:-1].tolist()
 
 
 def test_spans_are_drawn_by_key_and_cover_every_place() -> None:
-    document, marks = np.array([1, *range(100, 160), 2]), Marks(BOS, EOS, 200, 100)
+    document, special_tokens = np.array([1, *range(100, 160), 2]), SpecialTokens(BOS, EOS, 200, 100)
     piece = piece_of(document, 0, 61)
-    sources = [span_corruption(piece, 0.3, 3.0, "", key, marks).source.tolist() for key in range(400)]
+    sources = [span_corruption(piece, 0.3, 3.0, "", key, special_tokens).source.tolist() for key in range(400)]
     assert len(set(map(tuple, sources))) > 390
-    assert sources[3] == span_corruption(piece, 0.3, 3.0, "", 3, marks).source.tolist()
+    assert sources[3] == span_corruption(piece, 0.3, 3.0, "", 3, special_tokens).source.tolist()
     visible = np.mean([np.isin(np.arange(100, 160), source) for source in sources], axis=0)
     assert (visible[0], visible[-1]) == (1.0, 0.0)
     assert 0.5 < visible[5:-5].min() < 0.7 < visible[5:-5].max() < 0.9
@@ -127,7 +129,7 @@ def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
     piece, (pre, suf, mid) = piece_of(document, 0, 31), MARKS.fill
     for spm_share, first in ((0.0, [pre]), (1.0, [pre, suf])):
         for key in range(20):
-            said = objectives.fill_in_the_middle(piece, spm_share, key, MARKS).targets.tolist()
+            said = objectives.fill_in_the_middle(piece, spm_share, key, MARKS).labels.tolist()
             assert said[: len(first)] == first
             assert said[-1] == EOS
             low, high = said.index(suf), said.index(mid)
@@ -142,9 +144,9 @@ def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
 def test_masked_tokens_are_asked_for_in_their_places() -> None:
     document = text(3000)
     example = objectives.masked(piece_of(document, 0, 3001), 0.15, 5, MARKS)
-    asked = np.flatnonzero(example.targets != IGNORED)
+    asked = np.flatnonzero(example.labels != IGNORED)
     assert len(asked) == 450
-    assert (example.targets[asked] == document[asked]).all()
+    assert (example.labels[asked] == document[asked]).all()
     others = np.setdiff1d(np.arange(3002), asked)
     assert (example.tokens[others] == document[others]).all()
     assert float((example.tokens[asked] == MARKS.mask).mean()) == pytest.approx(0.8, abs=0.06)
@@ -155,8 +157,8 @@ def test_a_piece_predicts_across_its_end_and_not_across_its_documents() -> None:
     """The token `ahead` may lie in the next piece of the same document."""
     document = np.array([1, 11, 12, 13, 14, 15, 2])
     first, last = (objectives.causal_ahead(piece_of(document, start, 3), 3) for start in (0, 3))
-    assert (first.tokens.tolist(), first.targets.tolist()) == ([1, 11, 12], [13, 14, 15])
-    assert (last.tokens.tolist(), last.targets.tolist()) == ([13, 14, 15], [2, IGNORED, IGNORED])
+    assert (first.tokens.tolist(), first.labels.tolist()) == ([1, 11, 12], [13, 14, 15])
+    assert (last.tokens.tolist(), last.labels.tolist()) == ([13, 14, 15], [2, IGNORED, IGNORED])
 
 
 def test_ul2_is_seven_denoisers_with_their_modes() -> None:
@@ -165,7 +167,7 @@ def test_ul2_is_seven_denoisers_with_their_modes() -> None:
     assert [one.name for one in found] == ["ul2_r"] * 2 + ["ul2_x"] * 4 + ["ul2_s", "causal"]
     assert sum(one.share for one in found[:7]) == pytest.approx(0.75)
     assert {one.share for one in found[:7]} == {found[0].share}
-    assert num_marks(data) == 7 + 200
+    assert num_special_tokens(data) == 7 + 200
     examples = Examples(data, 1, VOCABULARY)
     firsts = [int(examples.make(fragment_of(0, text(40), examples, n), text(40)).source[0]) for n in range(7)]
     assert firsts == [MARKS.mode("R")] * 2 + [MARKS.mode("X")] * 4 + [MARKS.mode("S")]
@@ -195,19 +197,19 @@ def test_long_documents_are_cut_where_their_examples_just_fit(sides: dict) -> No
 
 
 def test_a_cut_pair_keeps_its_beginnings_and_the_end_of_its_source() -> None:
-    examples = Examples(DataSettings(context_tokens=4, pack_tokens=8, source_pack_tokens=6), 1)
+    examples = Examples(DataSettings(max_document_length=4, sequence_length=8, source_sequence_length=6), 1)
     pair = Pair(np.array([1, 11, 12, 13, 14, 15, 16, 2]), np.array([1, 21, 22, 23, 24, 25, 2]))
     example = examples.make(fragment_of(0, pair, examples, 0), pair)
     assert example.source.tolist() == [11, 12, 13, 14, 15, 2]
-    assert (example.tokens.tolist(), example.targets.tolist()) == ([1, 21, 22, 23], [21, 22, 23, 24])
+    assert (example.tokens.tolist(), example.labels.tolist()) == ([1, 21, 22, 23], [21, 22, 23, 24])
 
 
 def test_a_pair_on_one_side_is_source_then_target() -> None:
-    examples = Examples(DataSettings(context_tokens=9, pack_tokens=9), 1)
+    examples = Examples(DataSettings(max_document_length=9, sequence_length=9), 1)
     pair = Pair(np.array([1, 11, 12, 2]), np.array([1, 21, 22, 2]))
     example = examples.make(fragment_of(0, pair, examples, 0), pair)
     assert example.tokens.tolist() == [1, 11, 12, 2, 21, 22]
-    assert example.targets.tolist() == [IGNORED] * 3 + [21, 22, 2]
+    assert example.labels.tolist() == [IGNORED] * 3 + [21, 22, 2]
     long = Pair(text(40), text(40))
     cut = examples.make(fragment_of(0, long, examples, 0), long)
     assert (len(cut.tokens), int((cut.targets != IGNORED).sum())) == (9, 4)  # a target may have half
@@ -222,16 +224,16 @@ def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:
 
     plain = made()
     padded, cut = made(fixed_target_tokens=30), made(fixed_target_tokens=10)
-    assert padded.targets.tolist() == plain.targets.tolist() + [IGNORED] * 9
+    assert padded.labels.tolist() == plain.labels.tolist() + [IGNORED] * 9
     assert cut.tokens.tolist() == plain.tokens[:10].tolist()
     masked = made(masked_decoder_share=0.5)
-    assert masked.targets.tolist() == plain.targets.tolist()
+    assert masked.labels.tolist() == plain.labels.tolist()
     changed = np.flatnonzero(masked.tokens != plain.tokens)
     assert (len(changed), changed.min() > 0, set(masked.tokens[changed])) == (10, True, {MARKS.mask})
     sparse = made(dropped_decoder_share=0.5)
     assert (len(sparse.tokens), sparse.places[0]) == (11, 0)
     assert sparse.tokens.tolist() == plain.tokens[sparse.places].tolist()
-    assert sparse.targets.tolist() == plain.targets[sparse.places].tolist()
+    assert sparse.labels.tolist() == plain.labels[sparse.places].tolist()
 
 
 def test_the_run_file_of_the_readme_is_one_that_runs() -> None:
@@ -251,7 +253,7 @@ def test_the_run_file_of_the_readme_is_one_that_runs() -> None:
     ("changes", "complaint"),
     [
         ({"sentinels": 9}, "data.sentinels = 9 is too few for span_corruption"),
-        ({"context_tokens": 2}, "hold no example of span_corruption"),
+        ({"max_document_length": 2}, "hold no example of span_corruption"),
     ],
 )
 def test_what_does_not_fit_is_said(changes: dict, complaint: str) -> None:

@@ -27,7 +27,9 @@ from bigmodel.inspect.show import window_text
 from tests.support.memory_store import MemoryStore
 from tools.bench_seq2seq import instructions, lognormal, summaries, translations
 
-DATA = DataSettings(context_tokens=24, pack_tokens=48, source_pack_tokens=64, pack_documents=6, lanes=2, window_packs=6)
+DATA = DataSettings(
+    max_document_length=24, sequence_length=48, source_sequence_length=64, max_documents=6, lanes=2, packing_buffer=6
+)
 OBJECTIVES = [{"kind": "span_corruption"}, {"kind": "prefix"}, {"kind": "causal"}]
 
 
@@ -66,14 +68,14 @@ def steps_of(store: PairStore, data: DataSettings, count: int) -> list:
 @given(
     seed=st.integers(0, 50),
     objectives=st.sampled_from([[], OBJECTIVES, [{"kind": "ul2"}]]),
-    source_pack_tokens=st.sampled_from([0, 64]),
+    source_sequence_length=st.sampled_from([0, 64]),
 )
 @settings(max_examples=16, deadline=None)
 def test_every_position_of_pairs_and_text_is_given_once_an_epoch(
-    seed: int, objectives: list, source_pack_tokens: int
+    seed: int, objectives: list, source_sequence_length: int
 ) -> None:
     store = a_store(seed)
-    changes = {"objectives": objectives, "source_pack_tokens": source_pack_tokens}
+    changes = {"objectives": objectives, "source_sequence_length": source_sequence_length}
     data = DataSettings(**(DATA.model_dump() | changes))
     order = Order(store, data, 4, seed=seed)
     seen: Counter = Counter()
@@ -81,7 +83,7 @@ def test_every_position_of_pairs_and_text_is_given_once_an_epoch(
         for pack in order.next_step():
             assert len(pack) <= 6
             assert sum(piece.positions for piece in pack) <= 48
-            assert sum(piece.source_positions for piece in pack) <= source_pack_tokens
+            assert sum(piece.source_positions for piece in pack) <= source_sequence_length
             seen.update(
                 (piece.source, piece.shard, piece.row, position)
                 for piece in pack
@@ -112,7 +114,7 @@ def test_steps_are_the_same_bytes_at_any_world_size_and_after_any_restart(object
                 for batch in step.micro_batches:
                     if batch.num_documents:
                         found.setdefault(step.number, []).append(batch.fingerprint())
-                assert step.num_targets == sum(step.targets_by_part)
+                assert step.num_labels == sum(step.labels_by_group)
             stream.close()
         seen[size, node_size] = {number: sorted(prints) for number, prints in found.items()}
     assert len(set(map(json.dumps, seen.values()))) == 1
@@ -128,7 +130,7 @@ def test_counts_of_a_step_are_those_of_its_batches() -> None:
     stream = Stream(store, Order(store, data, 4, seed=5), data, 2, Place(0, 1), seed=5)
     step = next(stream)
     stream.close()
-    assert stream.parts == [
+    assert stream.loss_groups == [
         ("pairs", "pairs"),
         ("span_corruption", "text"),
         ("prefix", "text"),
@@ -136,13 +138,13 @@ def test_counts_of_a_step_are_those_of_its_batches() -> None:
     ]
     counts = [0] * 4
     for batch in step.micro_batches:
-        asked = batch.parts[batch.targets != -100].tolist()
+        asked = batch.loss_groups[batch.labels != -100].tolist()
         counts = [count + asked.count(part) for part, count in enumerate(counts)]
-    assert step.targets_by_part == counts
+    assert step.labels_by_group == counts
     assert min(counts) > 0
-    positions = sum(batch.num_positions + batch.source.num_positions for batch in step.micro_batches)
-    assert step.num_positions == positions
-    assert step.num_positions + step.num_padding == 4 * (48 + 64)
+    positions = sum(batch.num_tokens + batch.source.num_tokens for batch in step.micro_batches)
+    assert step.num_tokens == positions
+    assert step.num_tokens + step.num_padding == 4 * (48 + 64)
 
 
 @pytest.mark.parametrize("objective", ["causal", "prefix", "fill_in_the_middle"])
@@ -150,7 +152,12 @@ def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -
     """Causal text alone is planned without examples; pairs among it must not be."""
     store = a_store()
     data = DataSettings(
-        context_tokens=48, pack_tokens=96, pack_documents=6, lanes=2, window_packs=6, objectives=[{"kind": objective}]
+        max_document_length=48,
+        sequence_length=96,
+        max_documents=6,
+        lanes=2,
+        packing_buffer=6,
+        objectives=[{"kind": objective}],
     )
     stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
     step = next(stream)
@@ -158,33 +165,37 @@ def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -
     (batch,) = step.micro_batches
     pairs = [piece for pack in step.packs for piece in pack if store.sources[piece.source] == "pairs"]
     assert 0 < len(pairs) < step.num_documents
-    assert stream.parts == [("pairs", "pairs"), (objective, "text")]
-    assert step.targets_by_part == [
-        sum(piece.targets for piece in pairs),
-        step.num_targets - sum(piece.targets for piece in pairs),
+    assert stream.loss_groups == [("pairs", "pairs"), (objective, "text")]
+    assert step.labels_by_group == [
+        sum(piece.labels for piece in pairs),
+        step.num_labels - sum(piece.labels for piece in pairs),
     ]
     with_prefix = step.num_documents if objective == "prefix" else len(pairs)
     assert int((batch.prefixes > 0).sum()) == with_prefix
-    assert batch.num_targets == step.num_targets < batch.num_positions
+    assert batch.num_labels == step.num_labels < batch.num_tokens
 
 
-@pytest.mark.parametrize("source_pack_tokens", [0, 24])
-def test_texts_of_no_to_three_tokens_have_examples_under_every_objective(source_pack_tokens: int) -> None:
+@pytest.mark.parametrize("source_sequence_length", [0, 24])
+def test_texts_of_no_to_three_tokens_have_examples_under_every_objective(source_sequence_length: int) -> None:
     """What is planned is what is built, which building asserts; nothing is lost on the way."""
     lengths = np.random.default_rng(2).integers(2, 6, (2, 30)).tolist()
     store = PairStore({"pairs": lengths, "text": lengths[::-1]}, lengths)
-    kinds = ["causal", "prefix", "span_corruption", "ul2", *([] if source_pack_tokens else ["fill_in_the_middle"])]
+    kinds = ["causal", "prefix", "span_corruption", "ul2", *([] if source_sequence_length else ["fill_in_the_middle"])]
     for objectives in ([{"kind": kind} for kind in kinds], [{"kind": "causal", "ahead": 5}]):
         data = DataSettings(
-            context_tokens=12, pack_tokens=24, source_pack_tokens=source_pack_tokens, pack_documents=6, window_packs=6,
+            max_document_length=12,
+            sequence_length=24,
+            source_sequence_length=source_sequence_length,
+            max_documents=6,
+            packing_buffer=6,
             objectives=objectives,
-        )  # fmt: skip
+        )
         stream = Stream(store, Order(store, data, 8, seed=5), data, 2, Place(0, 1), seed=5)
         steps = [next(stream) for _ in range(8)]
         stream.close()
         found = {piece.objective for step in steps for pack in step.packs for piece in pack}
         assert found == set(range(len(objectives_of(data)) + 1))  # and pairs
-        assert sum(batch.num_targets for step in steps for batch in step.micro_batches) > 0
+        assert sum(batch.num_labels for step in steps for batch in step.micro_batches) > 0
 
 
 @pytest.mark.parametrize("objective", [{"kind": "causal", "ahead": 90}, {"kind": "masked"}])
@@ -192,12 +203,12 @@ def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_z
     objective: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = MemoryStore({"web": [[2] * 400]})  # begin and end
-    data = DataSettings(context_tokens=48, pack_tokens=48, objectives=[objective])
+    data = DataSettings(max_document_length=48, sequence_length=48, objectives=[objective])
     stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
     with pytest.raises(UserError, match=r"data\.objectives = .*: nothing is asked in step 1, whose documents"):
         next(stream)
     stream.close()
-    store.num_targets, store.text_bytes = 400, 400
+    store.num_labels, store.text_bytes = 400, 400
     monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
     with pytest.raises(UserError, match="nothing is asked in the validation split"):
         evaluate.Validation(data, 1).run(lambda batch, _output: torch.zeros(len(batch.tokens)), ALONE)
@@ -206,21 +217,21 @@ def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_z
 def test_a_document_that_is_alone_in_its_micro_batch_has_no_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own would be taken for one that makes no difference."""
     store, asked = a_store(), []
-    store.num_targets, store.text_bytes = 100, 300
+    store.num_labels, store.text_bytes = 100, 300
     monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
 
     def forward(batch: Batch, _output: str) -> torch.Tensor:
         asked.append(batch)
-        return (batch.targets != IGNORED).float()
+        return (batch.labels != IGNORED).float()
 
     several = DataSettings(**(DATA.model_dump() | {"mix": {"pairs": 1.0}}))
-    alone = several.model_copy(update={"pack_documents": 1})
+    alone = several.model_copy(update={"max_documents": 1})
     for data, packs, scored in ((several, 1, True), (alone, 2, True), (alone, 1, False)):
         validation = evaluate.Validation(data, packs)
         whole, wrong = validation.run(forward, ALONE), validation.run_with_wrong_sources(forward, ALONE)
-        assert whole.nats == whole.num_targets > 0
+        assert whole.nats == whole.num_labels > 0
         assert (wrong is not None) == scored
-        assert not scored or 0.8 * whole.num_targets < wrong.num_targets == wrong.nats <= whole.num_targets
+        assert not scored or 0.8 * whole.num_labels < wrong.num_labels == wrong.nats <= whole.num_labels
 
 
 def test_validation_holds_every_document_once_and_always_the_same() -> None:
@@ -250,9 +261,9 @@ def test_a_builder_makes_the_same_example_in_every_pack_and_step() -> None:
     pack = next(pack for step in steps_of(store, data, 5) for pack in step if len(pack) > 2)
     builder = Builder(store, data, 5)
     alone, together = builder.build([(pack[1],)], 0, [0]), builder.build([pack], 9, [3])
-    start, end = together.offsets[1:3].tolist()
+    start, end = together.cu_seqlens[1:3].tolist()
     assert together.tokens[start:end].tolist() == alone.tokens[: end - start].tolist()
-    assert together.targets[start:end].tolist() == alone.targets[: end - start].tolist()
+    assert together.labels[start:end].tolist() == alone.labels[: end - start].tolist()
 
 
 def test_shares_of_objectives_are_shares_of_the_texts_tokens_whatever_is_asked_of_them() -> None:
@@ -261,13 +272,13 @@ def test_shares_of_objectives_are_shares_of_the_texts_tokens_whatever_is_asked_o
     store = MemoryStore({"web": [part.tolist() for part in np.array_split(lengths, 4)]})
     shares = {"causal": 0.2, "prefix": 0.3, "span_corruption": 0.5}
     wanted = [{"kind": kind, "share": 7 * share} for kind, share in shares.items()]
-    changes = {"objectives": wanted, "context_tokens": 64, "pack_tokens": 512, "source_pack_tokens": 512}
-    data = DataSettings(**(DATA.model_dump() | changes | {"pack_documents": 64, "window_packs": 200}))
+    changes = {"objectives": wanted, "max_document_length": 64, "sequence_length": 512, "source_sequence_length": 512}
+    data = DataSettings(**(DATA.model_dump() | changes | {"max_documents": 64, "packing_buffer": 200}))
     order, tokens, targets = Order(store, data, 4, seed=5), np.zeros(3), np.zeros(3)
     while order.progress()["web"].epochs_complete < 1:
         for piece in (piece for pack in order.next_step() for piece in pack if piece.epoch == 0):
             tokens[piece.objective] += piece.length
-            targets[piece.objective] += piece.targets
+            targets[piece.objective] += piece.labels
     assert tokens.sum() == (lengths - 1).sum()
     assert tokens / tokens.sum() == pytest.approx(list(shares.values()), abs=0.02)
     assert targets[2] / targets.sum() < 0.3  # span corruption asks for a part of what it reads
@@ -289,7 +300,7 @@ def test_two_sides_are_packed_within_all_limits(lengths: list, num_first: int, d
     for number, pack in enumerate(packing.packs):
         assert 1 <= len(pack) <= documents
         target, source = table[pack].sum(axis=0)
-        assert (target, source) == (packing.num_positions[number], packing.num_sources[number])
+        assert (target, source) == (packing.num_tokens[number], packing.num_sources[number])
         assert target <= 20
         assert source <= 30
 
@@ -328,29 +339,36 @@ def store_of(table: np.ndarray, num_shards: int = 4) -> PairStore:
 def test_with_the_suggested_budgets_both_sides_are_full(table: np.ndarray, contexts: tuple[int, int]) -> None:
     store = store_of(table)
     data = DataSettings(
-        context_tokens=contexts[0], pack_tokens=contexts[0], source_pack_tokens=contexts[1], window_packs=200
+        max_document_length=contexts[0],
+        sequence_length=contexts[0],
+        source_sequence_length=contexts[1],
+        packing_buffer=200,
     )
     suggested, _ = suggest_budgets(store, data)
     packed = measure_packing(store, suggested)
     assert packed.filled >= 0.99
     assert packed.source_filled >= 0.99
-    assert (suggested.context_tokens, suggested.longest_source) == contexts
+    assert (suggested.max_document_length, suggested.longest_source) == contexts
 
 
 def test_with_the_suggested_budgets_corrupted_spans_fill_both_sides() -> None:
     lengths = np.clip(lognormal(7, 12_000, 740, 1.1, 4, 20_000), 4, 20_000)
     store = MemoryStore({"web": [part.tolist() for part in np.array_split(lengths, 4)]})
-    data = DataSettings(context_tokens=114, pack_tokens=456, source_pack_tokens=456, window_packs=200)
+    data = DataSettings(max_document_length=114, sequence_length=456, source_sequence_length=456, packing_buffer=200)
     packed = measure_packing(store, suggest_budgets(store, data)[0])
     assert packed.filled >= 0.99
     assert packed.source_filled >= 0.99
 
 
 def test_what_is_told_of_a_window_of_pairs_is_what_is_planned() -> None:
-    """The window counts source texts; that of long targets holds many packs more than data.window_packs."""
+    """The window counts source texts; that of long targets holds many packs more than data.packing_buffer."""
     table = np.stack([lognormal(1, 12_000, 60, 0.5, 2, 200), lognormal(2, 12_000, 20, 0.5, 2, 60)], axis=1)
     data = DataSettings(
-        context_tokens=200, pack_tokens=600, source_pack_tokens=200, source_context_tokens=60, window_packs=50
+        max_document_length=200,
+        sequence_length=600,
+        source_sequence_length=200,
+        max_source_length=60,
+        packing_buffer=50,
     )
     store = store_of(table)
     told = window_text(data, measure_packing(store, data))
@@ -360,7 +378,7 @@ def test_what_is_told_of_a_window_of_pairs_is_what_is_planned() -> None:
         order.next_step()
     assert 190 < len(at.window.packs) < 210
     assert abs(int(told.split()[-5]) - len(at.window.packs)) <= 5
-    assert "data.window_packs = 50" in told
+    assert "data.packing_buffer = 50" in told
 
 
 def test_the_suggested_window_of_pairs_is_the_smallest_that_fills_both_sides_as_well(
@@ -371,12 +389,16 @@ def test_the_suggested_window_of_pairs_is_the_smallest_that_fills_both_sides_as_
     monkeypatch.setattr(planned, "SPARE_SHARE", 0.005)
     store = store_of(translations(12_000))
     data = DataSettings(
-        context_tokens=256, pack_tokens=526, source_pack_tokens=512, source_context_tokens=256, window_packs=5
+        max_document_length=256,
+        sequence_length=526,
+        source_sequence_length=512,
+        max_source_length=256,
+        packing_buffer=5,
     )
     window = planned.suggest_window(store, data)
     filled = {}
     for number in planned.WINDOWS:
-        packed = measure_packing(store, data.model_copy(update={"window_packs": number}))
+        packed = measure_packing(store, data.model_copy(update={"packing_buffer": number}))
         filled[number] = min(packed.filled, packed.source_filled)
     assert filled[5] < filled[20] < 0.985 < filled[160] - 0.005 <= filled[80]
     assert window.suggested == 80
@@ -385,10 +407,10 @@ def test_the_suggested_window_of_pairs_is_the_smallest_that_fills_both_sides_as_
 def test_a_decoder_is_suggested_a_context_that_holds_both_texts_of_its_pairs() -> None:
     store = store_of(np.full((400, 2), 100))
     assert set(planned.all_positions(store).tolist()) == {200}
-    data = DataSettings(context_tokens=128, pack_tokens=256)
+    data = DataSettings(max_document_length=128, sequence_length=256)
     assert planned.suggest_context(planned.all_positions(store), data).suggested == 256
     for context, cut in ((128, 400), (256, 0)):
-        assert count_cut(store, data.model_copy(update={"context_tokens": context})).sources == cut
+        assert count_cut(store, data.model_copy(update={"max_document_length": context})).sources == cut
 
 
 def test_a_stage_of_the_curriculum_comes_within_the_lag_that_is_told_on_two_sides() -> None:
@@ -402,8 +424,10 @@ def test_a_stage_of_the_curriculum_comes_within_the_lag_that_is_told_on_two_side
         [store.target_lengths("pairs", n).tolist() for n in range(4)],
     )
     stage = {"from_tokens": 20_000, "mix": {"web": 1.0}}
-    changes = {"mix": {"pairs": 1.0}, "curriculum": [stage], "context_tokens": 64, "pack_tokens": 64}
-    data = DataSettings(**(DATA.model_dump() | changes | {"source_pack_tokens": 640, "window_packs": 10, "lanes": 1}))
+    changes = {"mix": {"pairs": 1.0}, "curriculum": [stage], "max_document_length": 64, "sequence_length": 64}
+    data = DataSettings(
+        **(DATA.model_dump() | changes | {"source_sequence_length": 640, "packing_buffer": 10, "lanes": 1})
+    )
     order, given, first = Order(store, data, 1, seed=3), 0, 0
     while not first:
         (pack,) = order.next_step()

@@ -18,7 +18,7 @@ from bigmodel.data.plan.lanes import deal_shards
 from bigmodel.data.plan.mixing import Stage, mix, mix_lag_tokens, supply
 from bigmodel.data.plan.order import Order, merge_cursors, total_progress
 from bigmodel.data.plan.sharing import Place
-from bigmodel.data.plan.shuffle import Fragment, Shard, SourceCursor, SourceStream, neighbour_distance, read_shards
+from bigmodel.data.plan.shuffle import Chunk, Shard, SourceCursor, SourceStream, neighbour_distance, read_shards
 from bigmodel.data.randomness import permutation
 from tests.support.memory_store import MemoryStore, corpus_positions, given_positions, lognormal_lengths
 
@@ -26,11 +26,11 @@ TWO_SOURCES = {
     "books": [[61, 2, 30], [45, 9], [20, 1, 0, 33, 8]],
     "web": [[5, 7, 3, 12, 9, 2, 4], [6, 6, 18, 2], [25], [3, 3, 11, 5]],
 }
-SMALL = DataSettings(context_tokens=13, pack_tokens=16, pack_documents=4, lanes=2, window_packs=3)
+SMALL = DataSettings(max_document_length=13, sequence_length=16, max_documents=4, lanes=2, packing_buffer=3)
 
 
 def small_order(**changes) -> Order:
-    return Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update=changes), packs_per_step=4, seed=7)
+    return Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update=changes), global_batch_size=4, seed=7)
 
 
 @st.composite
@@ -38,7 +38,7 @@ def cases(draw):
     """A corpus, settings that fit it, packs per step, a seed, a block size."""
     lanes = draw(st.integers(1, 3))
     context = draw(st.integers(2, 9))
-    pack_tokens = context + draw(st.integers(0, 9))
+    sequence_length = context + draw(st.integers(0, 9))
     lengths = st.integers(0, 3 * context + 2)
     shard = st.lists(lengths, min_size=0, max_size=6)
     filled = st.lists(lengths, max_size=5).map(lambda rest: [*rest[:2], 2 + len(rest) % 3, *rest[2:]])
@@ -47,11 +47,11 @@ def cases(draw):
         corpus[name] = [draw(filled) for _ in range(lanes)] + draw(st.lists(shard, max_size=2))
     shares = {name: draw(st.sampled_from([0.5, 1.0, 2.0])) for name in corpus} if draw(st.booleans()) else {}
     data = DataSettings(
-        context_tokens=context,
-        pack_tokens=pack_tokens,
-        pack_documents=draw(st.sampled_from([1, 2, 3, 50])),
+        max_document_length=context,
+        sequence_length=sequence_length,
+        max_documents=draw(st.sampled_from([1, 2, 3, 50])),
         lanes=lanes,
-        window_packs=draw(st.integers(1, 8)),
+        packing_buffer=draw(st.integers(1, 8)),
         mix=shares,
     )
     return (
@@ -66,9 +66,9 @@ def cases(draw):
 @given(cases())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
-    store, data, packs_per_step, seed, block_documents = case
+    store, data, global_batch_size, seed, block_documents = case
     with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
-        order, packs = Order(store, data, packs_per_step, seed), []
+        order, packs = Order(store, data, global_batch_size, seed), []
         while len(packs) < 2000 and min(part.epochs_complete for part in order.progress().values()) < 2:
             packs += order.next_step()
     counts, progress = given_positions(packs), order.progress()
@@ -84,22 +84,22 @@ def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
         assert part.positions == len(of_source)
         assert part.passes == len(of_source) / len(corpus)
     for pack in packs:
-        assert 1 <= len(pack) <= data.pack_documents
-        assert sum(fragment.length for fragment in pack) <= data.pack_tokens
-        assert all(1 <= fragment.length <= data.context_tokens for fragment in pack)
+        assert 1 <= len(pack) <= data.max_documents
+        assert sum(chunk.length for chunk in pack) <= data.sequence_length
+        assert all(1 <= chunk.length <= data.max_document_length for chunk in pack)
 
 
 @given(cases())
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_restored_at_any_step_the_order_goes_on_as_if_never_stopped(case):
-    store, data, packs_per_step, seed, block_documents = case
+    store, data, global_batch_size, seed, block_documents = case
     with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
-        order, states, steps = Order(store, data, packs_per_step, seed), [], []
+        order, states, steps = Order(store, data, global_batch_size, seed), [], []
         for _ in range(12):
             states.append(json.dumps(order.state()))
             steps.append((order.next_step(), order.progress()))
         for number, state in enumerate(states):
-            again = Order(store, data, packs_per_step, seed)
+            again = Order(store, data, global_batch_size, seed)
             again.restore(json.loads(state))
             assert again.step == number
             assert json.dumps(again.state()) == state
@@ -116,15 +116,18 @@ def test_restoring_back_in_the_same_process_repeats_the_steps():
 
 def test_epochs_follow_one_another_inside_a_window():
     store = MemoryStore({"only": [[6]]})
-    data = DataSettings(context_tokens=4, pack_tokens=8, pack_documents=9, window_packs=4)
-    order = Order(store, data, packs_per_step=1, seed=1)
-    epochs = {fragment.epoch for pack in [order.next_step()[0] for _ in range(4)] for fragment in pack}
+    data = DataSettings(max_document_length=4, sequence_length=8, max_documents=9, packing_buffer=4)
+    order = Order(store, data, global_batch_size=1, seed=1)
+    epochs = {chunk.epoch for pack in [order.next_step()[0] for _ in range(4)] for chunk in pack}
     assert len(epochs) >= 6  # 4 packs of 8 positions, 5 positions an epoch
 
 
 def test_a_source_of_one_tiny_document_goes_round_and_round():
     order = Order(
-        MemoryStore({"tiny": [[2]]}), DataSettings(context_tokens=4, pack_tokens=4, window_packs=2), 3, seed=1
+        MemoryStore({"tiny": [[2]]}),
+        DataSettings(max_document_length=4, sequence_length=4, packing_buffer=2),
+        3,
+        seed=1,
     )
     packs = [pack for _ in range(5) for pack in order.next_step()]
     assert sum(len(pack) for pack in packs) == 15 * 4
@@ -132,10 +135,10 @@ def test_a_source_of_one_tiny_document_goes_round_and_round():
 
 
 def test_a_long_document_is_cut_into_pieces_without_loss_or_overlap():
-    data = DataSettings(context_tokens=10, pack_tokens=10, window_packs=5)
-    order = Order(MemoryStore({"long": [[35]]}), data, packs_per_step=4, seed=1)
-    pieces = sorted((f.start, f.length) for _ in range(4) for pack in order.next_step() for f in pack if f.epoch == 0)
-    assert pieces == [(0, 10), (10, 10), (20, 10), (30, 4)]
+    data = DataSettings(max_document_length=10, sequence_length=10, packing_buffer=5)
+    order = Order(MemoryStore({"long": [[35]]}), data, global_batch_size=4, seed=1)
+    chunks = sorted((f.start, f.length) for _ in range(4) for pack in order.next_step() for f in pack if f.epoch == 0)
+    assert chunks == [(0, 10), (10, 10), (20, 10), (30, 4)]
 
 
 def test_nothing_is_carried_twice_and_something_is_carried():
@@ -178,7 +181,7 @@ def test_shards_are_dealt_largest_first_to_the_lightest_lane():
 
 def test_too_few_shards_for_the_lanes_is_an_error_with_the_remedy():
     with pytest.raises(UserError, match=r"data\.lanes = 4 but source 'books' has 3 shards.*lower data\.lanes to 3"):
-        Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update={"lanes": 4}), packs_per_step=4, seed=7)
+        Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update={"lanes": 4}), global_batch_size=4, seed=7)
 
 
 def test_an_unknown_source_in_the_mix_is_an_error_that_lists_the_known():
@@ -188,13 +191,13 @@ def test_an_unknown_source_in_the_mix_is_an_error_that_lists_the_known():
 
 def test_a_source_left_out_of_the_mix_is_left_out():
     order = small_order(mix={"web": 3.0})
-    assert {fragment.source for _ in range(30) for pack in order.next_step() for fragment in pack} == {1}
+    assert {chunk.source for _ in range(30) for pack in order.next_step() for chunk in pack} == {1}
     assert list(order.progress()) == ["web"]
 
 
 def test_no_document_of_two_tokens_is_an_error():
     with pytest.raises(UserError, match=r"no source holds a document of at least 2 tokens"):
-        Order(MemoryStore({"empty": [[0, 1, 1]]}), DataSettings(), packs_per_step=1, seed=1)
+        Order(MemoryStore({"empty": [[0, 1, 1]]}), DataSettings(), global_batch_size=1, seed=1)
     with pytest.raises(UserError, match=r"data\.mix\.empty = 0\.5: the source has no document"):
         Order(MemoryStore({"empty": [[1]], "web": [[9]]}), DataSettings(mix={"empty": 0.5, "web": 1.0}), 1, seed=1)
 
@@ -208,24 +211,24 @@ def test_documents_of_no_or_one_token_are_skipped_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("changes", "packs_per_step", "seed", "message"),
+    ("changes", "global_batch_size", "seed", "message"),
     [
-        ({"window_packs": 5}, 4, 7, "data.window_packs: 3 when saved, 5 now"),
+        ({"packing_buffer": 5}, 4, 7, "data.packing_buffer: 3 when saved, 5 now"),
         ({"mix": {"web": 1.0}}, 4, 7, "data.mix: {} when saved, {'web': 1.0} now"),
-        ({}, 6, 7, "training.packs_per_step: 4 when saved, 6 now"),
+        ({}, 6, 7, "training.global_batch_size: 4 when saved, 6 now"),
         ({}, 4, 8, "run.seed: 7 when saved, 8 now"),
     ],
 )
-def test_a_cursor_of_another_order_is_refused_and_the_difference_is_named(changes, packs_per_step, seed, message):
+def test_a_cursor_of_another_order_is_refused_and_the_difference_is_named(changes, global_batch_size, seed, message):
     state = json.loads(json.dumps(small_order().state()))
-    other = Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update=changes), packs_per_step, seed)
+    other = Order(MemoryStore(TWO_SOURCES), SMALL.model_copy(update=changes), global_batch_size, seed)
     with pytest.raises(UserError) as raised:
         other.restore(state)
     assert [line for line in str(raised.value).split("\n") if line.startswith("  ")] == [f"  {message}"]
 
 
 def test_a_cursor_of_other_data_is_refused():
-    other = Order(MemoryStore({**TWO_SOURCES, "books": [[9], [9]]}), SMALL, packs_per_step=4, seed=7)
+    other = Order(MemoryStore({**TWO_SOURCES, "books": [[9], [9]]}), SMALL, global_batch_size=4, seed=7)
     with pytest.raises(UserError, match="prepared data: '"):
         other.restore(small_order().state())
 
@@ -256,11 +259,11 @@ def test_every_prefix_of_a_lane_keeps_the_shares_within_the_stated_bound(weights
 
 
 def test_with_an_empty_mix_all_sources_of_a_lane_finish_an_epoch_together():
-    order = small_order(lanes=1, window_packs=2)
+    order = small_order(lanes=1, packing_buffer=2)
     while order.progress()["books"].epochs_complete < 5:
         order.next_step()
     passes = [part.passes for part in order.progress().values()]
-    assert abs(passes[0] - passes[1]) < 1.5  # of 5: two windows and a few fragments apart
+    assert abs(passes[0] - passes[1]) < 1.5  # of 5: two windows and a few chunks apart
 
 
 def test_documents_are_shuffled_inside_blocks_and_blocks_stay_apart(monkeypatch):
@@ -277,9 +280,9 @@ def test_documents_are_shuffled_inside_blocks_and_blocks_stay_apart(monkeypatch)
 
 def test_packs_are_at_least_999_permille_full_on_web_like_lengths():
     store = MemoryStore({"web": [lognormal_lengths(number, 5000) for number in range(4)]})
-    order = Order(store, DataSettings(), packs_per_step=500, seed=1)
+    order = Order(store, DataSettings(), global_batch_size=500, seed=1)
     packs = [pack for _ in range(14) for pack in order.next_step()]
-    filled = sum(fragment.length for pack in packs for fragment in pack)
+    filled = sum(chunk.length for pack in packs for chunk in pack)
     assert filled / (len(packs) * 2048) >= 0.999
 
 
@@ -302,13 +305,13 @@ WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (8, 2), (8, 8), (64, 8
 def test_all_ranks_together_compute_each_pack_once_and_their_cursors_make_the_whole(case, world, packs_at_once):
     from bigmodel.data.stream import take_share  # imports torch, which planning does without
 
-    store, data, packs_per_step, seed, block_documents = case
-    ramp = [(2, packs_per_step + data.lanes), (5, data.lanes)]
+    store, data, global_batch_size, seed, block_documents = case
+    ramp = [(2, global_batch_size + data.lanes), (5, data.lanes)]
     world_size, node_size = world
     places = [Place(rank, world_size, node_size) for rank in range(0, world_size, node_size)]
     with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
-        whole = Order(store, data, packs_per_step, seed, ramp)
-        nodes = [Order(store, data, packs_per_step, seed, ramp, place.lanes(data.lanes)) for place in places]
+        whole = Order(store, data, global_batch_size, seed, ramp)
+        nodes = [Order(store, data, global_batch_size, seed, ramp, place.lanes(data.lanes)) for place in places]
         for _ in range(7):
             packs, computed = whole.next_step(), []
             for node, place in zip(nodes, places, strict=True):
@@ -343,7 +346,7 @@ def test_a_segment_has_random_draws_of_its_own_and_begins_where_the_last_one_sto
 
 
 def capped(**caps) -> Order:
-    return small_order(lanes=1, window_packs=2, max_epochs=caps)
+    return small_order(lanes=1, packing_buffer=2, max_epochs=caps)
 
 
 def test_a_source_is_given_as_often_as_allowed_and_then_the_others_share():
@@ -359,9 +362,9 @@ def test_a_source_is_given_as_often_as_allowed_and_then_the_others_share():
 
 def test_the_remaining_sources_keep_their_proportions_among_themselves():
     lengths = {name: [lognormal_lengths(seed, 300)] for seed, name in enumerate(("a", "b", "c"))}
-    data = DataSettings(context_tokens=512, pack_tokens=512, window_packs=40, max_epochs={"a": 1})
+    data = DataSettings(max_document_length=512, sequence_length=512, packing_buffer=40, max_epochs={"a": 1})
     data = data.model_copy(update={"mix": {"a": 1.0, "b": 1.0, "c": 3.0}})
-    order = Order(MemoryStore(lengths), data, packs_per_step=40, seed=3)
+    order = Order(MemoryStore(lengths), data, global_batch_size=40, seed=3)
     for _ in range(60):
         order.next_step()
     before = {name: part.positions for name, part in order.progress().items()}
@@ -374,7 +377,7 @@ def test_the_remaining_sources_keep_their_proportions_among_themselves():
 
 def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_error_before_training():
     store, data = MemoryStore(TWO_SOURCES), SMALL.model_copy(update={"lanes": 1, "max_epochs": {"books": 1, "web": 2}})
-    order, packs = Order(store, data, packs_per_step=1, seed=7), []
+    order, packs = Order(store, data, global_batch_size=1, seed=7), []
     held = sum(len(corpus_positions(store, name)) * times for name, times in data.max_epochs.items())
     order.require(-(-held // 16))
     with pytest.raises(
@@ -390,19 +393,19 @@ def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_e
 
 
 ENDS = {  # plans that end, of packs that are and are not filled by positions
-    "text": {"context_tokens": 16, "pack_tokens": 16},
-    "few documents a pack": {"context_tokens": 64, "pack_tokens": 64, "pack_documents": 2},
+    "text": {"max_document_length": 16, "sequence_length": 16},
+    "few documents a pack": {"max_document_length": 64, "sequence_length": 64, "max_documents": 2},
     "spans": {
-        "context_tokens": 64,
-        "pack_tokens": 64,
+        "max_document_length": 64,
+        "sequence_length": 64,
         "sentinels": 40,
         "objectives": [{"kind": "span_corruption", "share": 0.5}, {"kind": "causal", "share": 0.5}],
     },
     "two sides": {
-        "context_tokens": 32,
-        "pack_tokens": 64,
-        "source_context_tokens": 64,
-        "source_pack_tokens": 96,
+        "max_document_length": 32,
+        "sequence_length": 64,
+        "max_source_length": 64,
+        "source_sequence_length": 96,
         "sentinels": 40,
     },
 }
@@ -411,14 +414,14 @@ ENDS = {  # plans that end, of packs that are and are not filled by positions
 @pytest.mark.parametrize("changes", ENDS.values(), ids=ENDS)
 def test_the_last_step_that_the_data_holds_is_known_before_training_also_after_a_restart(changes):
     store = MemoryStore(TWO_SOURCES)
-    data = DataSettings(lanes=2, window_packs=4, max_epochs={"books": 2, "web": 3}, **changes)
-    order, states = Order(store, data, packs_per_step=2, seed=7), []
+    data = DataSettings(lanes=2, packing_buffer=4, max_epochs={"books": 2, "web": 3}, **changes)
+    order, states = Order(store, data, global_batch_size=2, seed=7), []
     with pytest.raises(UserError, match="has no pack left"):
         give_states(order, states)
     last = len(states)
     assert last >= 4
     for state in (None, states[last // 2], states[-1]):
-        again = Order(store, data, packs_per_step=2, seed=7)
+        again = Order(store, data, global_batch_size=2, seed=7)
         if state:
             again.restore(state)
         before = again.state()
@@ -440,7 +443,7 @@ def give(order: Order, steps: int, packs: list) -> None:
 
 
 def test_a_step_that_one_lane_cannot_give_moves_no_lane():
-    data = DataSettings(context_tokens=4, pack_tokens=4, lanes=2, max_epochs={"a": 1})
+    data = DataSettings(max_document_length=4, sequence_length=4, lanes=2, max_epochs={"a": 1})
     order = Order(MemoryStore({"a": [[20], [5]]}), data, 2, 7)
     given = order.next_step()
     state, progress = order.state(), order.progress()
@@ -449,7 +452,7 @@ def test_a_step_that_one_lane_cannot_give_moves_no_lane():
             order.next_step()
     assert order.state() == state
     assert order.progress() == progress
-    assert progress["a"].positions == sum(piece.length for pack in given for piece in pack) == 8
+    assert progress["a"].positions == sum(chunk.length for pack in given for chunk in pack) == 8
 
 
 def test_a_cap_of_0_is_none():
@@ -464,12 +467,12 @@ def test_without_caps_nothing_ends():
 @given(cases(), st.integers(1, 3), st.integers(0, 3))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_with_caps_and_a_curriculum_resume_is_exact_and_nothing_is_given_twice(case, first_cap, last_cap):
-    store, data, packs_per_step, seed, block_documents = case
+    store, data, global_batch_size, seed, block_documents = case
     caps = {store.sources[0]: first_cap, store.sources[-1]: last_cap}
     later = [{"from_tokens": 40, "mix": {store.sources[-1]: 1.0}}, {"from_tokens": 90, "mix": {store.sources[0]: 2.0}}]
     data = DataSettings.model_validate(data.model_dump() | {"max_epochs": caps, "curriculum": later})
     with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
-        order, states, steps = Order(store, data, packs_per_step, seed), [], []
+        order, states, steps = Order(store, data, global_batch_size, seed), [], []
         for _ in range(12):
             states.append(json.dumps(order.state()))
             try:
@@ -481,7 +484,7 @@ def test_with_caps_and_a_curriculum_resume_is_exact_and_nothing_is_given_twice(c
         for name, cap in caps.items():
             assert not cap or order.progress()[name].epochs_complete <= cap
         for number, state in enumerate(states):
-            again = Order(store, data, packs_per_step, seed)
+            again = Order(store, data, global_batch_size, seed)
             again.restore(json.loads(state))
             assert json.dumps(again.state()) == state
             assert [again.next_step() for _ in steps[number:]] == steps[number:]
@@ -498,21 +501,21 @@ def extremes(draw):
     corpus = {name: draw(st.lists(filled, min_size=lanes, max_size=lanes + draw(st.integers(0, 1)))) for name in names}
     shares = st.fixed_dictionaries(dict.fromkeys(names, st.sampled_from([1e-12, 1e-3, 1.0, 1e6])))
     data = {
-        "context_tokens": context,
-        "pack_tokens": context + draw(st.sampled_from([0, 0, 1])),
-        "pack_documents": draw(st.sampled_from([1, 2, 100])),
+        "max_document_length": context,
+        "sequence_length": context + draw(st.sampled_from([0, 0, 1])),
+        "max_documents": draw(st.sampled_from([1, 2, 100])),
         "lanes": lanes,
-        "window_packs": draw(st.sampled_from([1, 2, 9])),
+        "packing_buffer": draw(st.sampled_from([1, 2, 9])),
         "mix": draw(st.one_of(st.just({}), shares)),
         "max_epochs": draw(st.fixed_dictionaries(dict.fromkeys(names, st.integers(0, 2)))),
     }
-    edge = lanes * data["window_packs"] * data["pack_tokens"]
+    edge = lanes * data["packing_buffer"] * data["sequence_length"]
     starts = sorted(draw(st.sets(st.integers(1, 6), max_size=2)))
     data["curriculum"] = [{"from_tokens": edge * start, "mix": {draw(st.sampled_from(names)): 1.0}} for start in starts]
-    packs_per_step = lanes * draw(st.integers(1, 3))
+    global_batch_size = lanes * draw(st.integers(1, 3))
     ramp = [(2, lanes * draw(st.integers(1, 4))), (4, lanes)]
     block = draw(st.sampled_from([1, 2, 65_536]))
-    return MemoryStore(corpus), DataSettings.model_validate(data), packs_per_step, ramp, block
+    return MemoryStore(corpus), DataSettings.model_validate(data), global_batch_size, ramp, block
 
 
 @given(extremes(), st.sampled_from(WORLDS), st.integers(0, 2**63 - 1))
@@ -520,11 +523,11 @@ def extremes(draw):
 def test_at_the_edges_of_settings_nothing_is_given_twice_lost_or_other_on_other_ranks(case, world, seed):
     from bigmodel.data.load.stream import take_share
 
-    store, data, packs_per_step, ramp, block_documents = case
+    store, data, global_batch_size, ramp, block_documents = case
     places = [Place(rank, world[0], world[1]) for rank in range(0, world[0], world[1])]
     given_packs, state, ended = [], None, False
     with mock.patch.object(shuffle_module, "BLOCK_DOCUMENTS", block_documents):
-        whole = Order(store, data, packs_per_step, seed, ramp)
+        whole = Order(store, data, global_batch_size, seed, ramp)
         for _ in range(14):
             try:
                 packs = whole.next_step()
@@ -532,7 +535,7 @@ def test_at_the_edges_of_settings_nothing_is_given_twice_lost_or_other_on_other_
                 ended = True
                 break
             given_packs += packs
-            nodes = [Order(store, data, packs_per_step, seed, ramp, place.lanes(data.lanes)) for place in places]
+            nodes = [Order(store, data, global_batch_size, seed, ramp, place.lanes(data.lanes)) for place in places]
             computed = []
             for node, place in zip(nodes, places, strict=True):
                 if state:
@@ -560,26 +563,26 @@ def test_a_curriculum_changes_the_mix_at_the_next_window_of_each_lane_and_counts
     lengths = {name: [lognormal_lengths(seed + lane, 100) for lane in (0, 9)] for seed, name in enumerate(("a", "b"))}
     data = DataSettings.model_validate(
         {
-            "context_tokens": 512,
-            "pack_tokens": 512,
+            "max_document_length": 512,
+            "sequence_length": 512,
             "lanes": 2,
-            "window_packs": 10,
+            "packing_buffer": 10,
             "mix": {"a": 1.0},
             "curriculum": [{"from_tokens": 60_000, "mix": {"a": 1.0, "b": 3.0}}],
         }
     )
-    order = Order(MemoryStore(lengths), data, packs_per_step=2, seed=3)
+    order = Order(MemoryStore(lengths), data, global_batch_size=2, seed=3)
     steps = [order.next_step() for _ in range(400)]
     given, first_b = 0, 0
     for step in steps:
-        given += sum(piece.length for pack in step for piece in pack)
-        if any(piece.source == 1 for pack in step for piece in pack):
+        given += sum(chunk.length for pack in step for chunk in pack)
+        if any(chunk.source == 1 for pack in step for chunk in pack):
             first_b = given
             break
     assert 60_000 <= first_b <= 60_000 + mix_lag_tokens(data)
     assert mix_lag_tokens(data) == 2 * 10 * 512
-    after = [piece for step in steps[100:] for pack in step for piece in pack]
-    shares = [sum(piece.length for piece in after if piece.source == source) for source in (0, 1)]
+    after = [chunk for step in steps[100:] for pack in step for chunk in pack]
+    shares = [sum(chunk.length for chunk in after if chunk.source == source) for source in (0, 1)]
     assert abs(shares[1] / shares[0] - 3) < 0.1  # not what a had before made up for
 
 
@@ -601,22 +604,22 @@ def test_the_supply_of_a_lane_follows_shares_caps_and_stages():
 
 
 def test_the_distance_of_neighbours_tells_shuffled_from_not():
-    pieces = [Fragment(0, 0, row, 0, 1, 0) for row in range(1000)]
-    assert neighbour_distance(pieces) == 1 / ((1 - 0.5**0.5) * 1000)
-    shuffled = [pieces[row] for row in permutation(5, 1000).tolist()]
+    chunks = [Chunk(0, 0, row, 0, 1, 0) for row in range(1000)]
+    assert neighbour_distance(chunks) == 1 / ((1 - 0.5**0.5) * 1000)
+    shuffled = [chunks[row] for row in permutation(5, 1000).tolist()]
     assert 0.9 < neighbour_distance(shuffled) < 1.1
-    halves = [*shuffled_rows(pieces[:500], 1), *shuffled_rows(pieces[500:], 2)]
+    halves = [*shuffled_rows(chunks[:500], 1), *shuffled_rows(chunks[500:], 2)]
     assert 0.4 < neighbour_distance(halves) < 0.6
-    assert neighbour_distance(pieces[:1]) == 1
+    assert neighbour_distance(chunks[:1]) == 1
 
 
-def shuffled_rows(pieces: list[Fragment], key: int) -> list[Fragment]:
-    return [pieces[row] for row in permutation(key, len(pieces)).tolist()]
+def shuffled_rows(chunks: list[Chunk], key: int) -> list[Chunk]:
+    return [chunks[row] for row in permutation(key, len(chunks)).tolist()]
 
 
 def golden_fingerprint() -> str:
     order = small_order()
-    steps = [[[list(fragment[:6]) for fragment in pack] for pack in order.next_step()] for _ in range(25)]
+    steps = [[[list(chunk[:6]) for chunk in pack] for pack in order.next_step()] for _ in range(25)]
     return hashlib.sha256(json.dumps([steps, order.state()], sort_keys=True).encode()).hexdigest()
 
 

@@ -22,11 +22,11 @@ from tests.support.memory_store import MemoryStore, given_positions
 from tests.support.ranks import run_ranks
 from tests.support.tiny_run import write_run
 
-DATA = {"context_tokens": 13, "pack_tokens": 16, "pack_documents": 4, "lanes": 2, "window_packs": 3}
+DATA = {"max_document_length": 13, "sequence_length": 16, "max_documents": 4, "lanes": 2, "packing_buffer": 3}
 
 
 def run(**data: Any) -> Settings:
-    return Settings.model_validate({"data": DATA | data, "training": {"packs_per_step": 4}})
+    return Settings.model_validate({"data": DATA | data, "training": {"global_batch_size": 4}})
 
 
 def saved(order, segments) -> dict[str, Any]:
@@ -42,7 +42,11 @@ def walked(settings: Settings, store: MemoryStore, steps: int, state=None, new_p
 
 CHANGES = {
     "source added": (run(), MemoryStore({**TWO_SOURCES, "wiki": [[40, 8], [31, 2, 9]]}), "prepared data: '"),
-    "context changed": (run(context_tokens=9), MemoryStore(TWO_SOURCES), "data.context_tokens: 13 when saved, 9 now"),
+    "context changed": (
+        run(max_document_length=9),
+        MemoryStore(TWO_SOURCES),
+        "data.max_document_length: 13 when saved, 9 now",
+    ),
     "mix changed": (run(mix={"web": 1.0}), MemoryStore(TWO_SOURCES), "data.mix: {} when saved"),
 }
 
@@ -77,7 +81,7 @@ def test_after_a_change_going_on_is_refused_and_a_new_plan_is_a_segment(change: 
 def test_a_third_plan_follows_the_second() -> None:
     store = MemoryStore(TWO_SOURCES)
     _, first = walked(run(), store, 3)
-    _, second = walked(run(window_packs=4), store, 3, first, new_plan=True)
+    _, second = walked(run(packing_buffer=4), store, 3, first, new_plan=True)
     _, third = walked(run(), store, 3, second, new_plan=True)
     assert [segment["first_step"] for segment in third["segments"]] == [0, 3, 6]
     assert third["cursor"]["identity"]["segment"] == 2
@@ -116,8 +120,8 @@ def bigram_of_both(shards: Path, run_file: Path, overrides: list[str]) -> float:
     bigram = Bigram(store.manifest.vocabulary)
     for segment, first_step, changes in ((0, 0, []), (1, 4, overrides)):
         order = Order.of_run(store, load_settings(run_file, changes), segment=segment, first_step=first_step)
-        pieces = [piece for _ in range(4) for pack in order.next_step() for piece in pack]
-        texts = [(store.document(store.sources[p.source], p.shard, p.row), p) for p in pieces]
+        chunks = [chunk for _ in range(4) for pack in order.next_step() for chunk in pack]
+        texts = [(store.document(store.sources[p.source], p.shard, p.row), p) for p in chunks]
         bigram.fit((t[p.start : p.start + p.length], t[p.start + 1 : p.start + p.length + 1]) for t, p in texts)
     return bigram.bits(token_pairs(validation)) / validation.text_bytes
 
@@ -128,10 +132,10 @@ def test_an_earlier_segment_is_replayed_by_what_the_checkpoint_says_of_it() -> N
         run(max_epochs={"web": 30}, curriculum=[{"from_tokens": 90, "mix": {"web": 1}}]),
     )
     given, state = walked(first, store, 9)
-    later, state = walked(run(pack_tokens=32, window_packs=2), store, 5, state, new_plan=True)
+    later, state = walked(run(sequence_length=32, packing_buffer=2), store, 5, state, new_plan=True)
     for number, packs, steps in ((0, given, 9), (1, later, 5)):
-        data, order = order_of_segment(store, run(context_tokens=4).data, state["segments"], number)
-        assert data.pack_tokens == (16, 32)[number]
+        data, order = order_of_segment(store, run(max_document_length=4).data, state["segments"], number)
+        assert data.sequence_length == (16, 32)[number]
         assert order.first_step == order.step == (0, 9)[number]
         assert [pack for _ in range(steps) for pack in order.next_step()] == packs
     with pytest.raises(UserError, match=r"segment 0: [^\n]*\n.*prepared data: '"):

@@ -728,7 +728,7 @@ def test_pairs_are_stored_as_two_columns_of_one_sample(tmp_path: Path) -> None:
             found.append({"de": tokenizer.decode(pair.source), "en": tokenizer.decode(pair.target)})
             tokens += len(pair.target)
     assert manifest.counts["pairs"]["train"]["target_tokens"] == tokens
-    assert store.num_targets == tokens - len(found)
+    assert store.num_labels == tokens - len(found)
     assert manifest.counts["pairs"]["train"]["text_bytes"] == sum(len(pair["de"].encode()) for pair in found)
     assert store.text_bytes == sum(len(pair["en"].encode()) for pair in found)
     assert manifest.counts["pairs"]["train"]["target_text_bytes"] == store.text_bytes

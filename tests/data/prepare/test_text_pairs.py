@@ -27,9 +27,9 @@ from tests.support.tiny_corpus import text
 
 STEPS, PACKS_PER_STEP = 24, 4
 ONE_SIDE: dict[str, Any] = {
-    "context_tokens": 60, "pack_tokens": 128, "pack_documents": 8, "lanes": 2, "window_packs": 6,
+    "max_document_length": 60, "sequence_length": 128, "max_documents": 8, "lanes": 2, "packing_buffer": 6,
 }  # fmt: skip
-TWO_SIDES = ONE_SIDE | {"source_pack_tokens": 256, "source_context_tokens": 100}
+TWO_SIDES = ONE_SIDE | {"source_sequence_length": 256, "max_source_length": 100}
 CASES = {
     "decoder": ONE_SIDE | {"mix": {"pairs": 0.7, "web": 0.3}},
     "encoder_decoder": TWO_SIDES,
@@ -202,7 +202,7 @@ def test_pairs_are_not_adopted_by_one_side_unasked(home: Path, content: str) -> 
 def test_the_table_of_sources_counts_both_sides_of_pairs_and_the_passes_of_the_plan(home: Path) -> None:
     store, data = ShardStore(home / "texts", "train"), DataSettings(**TWO_SIDES)
     table = {"data": data.model_dump(), "model": {"kind": "encoder_decoder"}, "schedule": {"warmup_steps": 0}}
-    table |= {"training": {"steps": 24, "packs_per_step": 4, "batch_ramp": [[20, 8]]}}
+    table |= {"training": {"steps": 24, "global_batch_size": 4, "batch_ramp": [[20, 8]]}}
     drawn = sources_table(Settings.model_validate(table), store.manifest, measure_packing(store, data))
     cells = {column.header: list(column.cells)[0] for column in drawn.columns}  # noqa: RUF015
     counts = store.manifest.counts["pairs"]["train"]

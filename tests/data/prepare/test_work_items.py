@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bigmodel import run_directory as rundir
+from bigmodel import run_directory as run_directory
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import work_items as units
 from bigmodel.data.prepare.pipeline import quiet
@@ -108,9 +108,9 @@ def test_no_two_processes_of_any_machines_write_one_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
-    monkeypatch.setattr(rundir.os, "replace", lambda part, _: names.append(Path(part).name))
+    monkeypatch.setattr(run_directory.os, "replace", lambda part, _: names.append(Path(part).name))
     for _ in range(2):
-        rundir.write_atomically(tmp_path / "a", "x")
+        run_directory.write_atomically(tmp_path / "a", "x")
     assert len(set(names)) == 2
     assert all(name.startswith(f".a.{os.uname().nodename}.{os.getpid()}.") for name in names)
     assert all(name.endswith(".part") for name in names)

@@ -374,7 +374,7 @@ def test_where_every_file_is_there_the_store_is_not_asked(whole: Path) -> None:
 
 # ---- what a node's stream fetches -----------------------------------------------------------------------------
 
-DATA = DataSettings(context_tokens=40, pack_tokens=64, pack_documents=8, lanes=2, window_packs=12)
+DATA = DataSettings(max_document_length=40, sequence_length=64, max_documents=8, lanes=2, packing_buffer=12)
 
 
 def test_each_node_fetches_the_shards_of_its_lanes_ahead_and_no_other(whole: Path, url: str, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ class _Silent:
 
 def test_a_stream_over_a_store_that_vanishes_ends_with_an_error_that_names_the_file(url: str, tmp_path: Path) -> None:
     store = ShardStore(tmp_path / "data", "train", url)
-    data = DATA.model_copy(update={"window_packs": 4})
+    data = DATA.model_copy(update={"packing_buffer": 4})
     stream = Stream(store, Order(store, data, 8, 5), data, 1, Place(0, 1), 5)
     next(stream)
     for name in store.manifest.files:

@@ -56,7 +56,7 @@ def test_documents_come_back_by_shard_and_row_with_their_lengths(whole: Path) ->
                 assert (document[0], document[-1]) == (store.manifest.bos, store.manifest.eos)
             num_documents += len(lengths)
             num_tokens += int(lengths.sum())
-    assert (store.num_documents, store.num_targets) == (num_documents, num_tokens - num_documents)
+    assert (store.num_documents, store.num_labels) == (num_documents, num_tokens - num_documents)
     assert num_documents > 90
 
 

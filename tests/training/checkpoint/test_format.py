@@ -310,8 +310,8 @@ def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path: Path) ->
     found = checkpoint.newest(tmp_path)
     assert found is not None
     weights = Weights(9)
-    with pytest.raises(UserError, match=r"model\.layers = 3, but checkpoint .* was made with 12"):
-        checkpoint.load(found, weights, Settings.model_validate({"model": {"layers": 3}}), ALONE)
+    with pytest.raises(UserError, match=r"model\.num_layers = 3, but checkpoint .* was made with 12"):
+        checkpoint.load(found, weights, Settings.model_validate({"model": {"num_layers": 3}}), ALONE)
     wider = Weights(9, SHAPES | {"embedding.weight": (41, 8)})
     with pytest.raises(UserError, match=r"embedding\.weight is \(41, 8\) in this model and \(40, 8\) in checkpoint"):
         checkpoint.load(found, wider, SETTINGS, ALONE)

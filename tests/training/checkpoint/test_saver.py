@@ -25,8 +25,8 @@ def settings(**values: Any) -> Settings:
     return Settings.model_validate({"checkpoint": values})
 
 
-def saver_of(run: Path, incarnation: str = "", **values: Any) -> Saver:
-    return Saver(run / "checkpoints", settings(**values), ALONE, incarnation)
+def saver_of(run: Path, restart_generation: str = "", **values: Any) -> Saver:
+    return Saver(run / "checkpoints", settings(**values), ALONE, restart_generation)
 
 
 def kept(run: Path) -> list[int]:
@@ -271,7 +271,7 @@ def test_a_start_replaced_between_its_look_and_its_rename_publishes_nothing(tmp_
     """The new start renames partial folders before it reads what there is: the rename of the stale one fails."""
     stale = saver_of(tmp_path, take_over(tmp_path))
     stale.save(Weights(4), {"step": 4})
-    real = saving.require_incarnation
+    real = saving.require_restart_generation
 
     def look_then_be_replaced(directory: Path, token: str) -> None:
         real(directory, token)
@@ -279,7 +279,7 @@ def test_a_start_replaced_between_its_look_and_its_rename_publishes_nothing(tmp_
             take_over(tmp_path)
             checkpoint.newest(tmp_path / "checkpoints", ALONE)
 
-    monkeypatch.setattr(saving, "require_incarnation", look_then_be_replaced)
+    monkeypatch.setattr(saving, "require_restart_generation", look_then_be_replaced)
     with pytest.raises(UserError, match="checkpoint not saved"):
         stale.save(Weights(8), {"step": 8})
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]

@@ -11,12 +11,19 @@ from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.learning_rate import SCHEDULES, learning_rate
 from bigmodel.training.optimizers.optimizers import Adafactor, Part, build_optimizer, orthogonalize, parameter_groups
-from bigmodel.training.zero.layouts import Fragment
+from bigmodel.training.zero.layouts import ParameterShard
 from tests.support.engine_worker import oracle_of
 
 
 def model(tied: bool) -> Transformer:
-    table = {"layers": 1, "width": 8, "heads": 2, "key_value_heads": 1, "feed_forward_width": 12, "qk_norm": True}
+    table = {
+        "num_layers": 1,
+        "hidden_size": 8,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "intermediate_size": 12,
+        "qk_norm": True,
+    }
     net = Transformer(Settings.model_validate({"model": table | {"tied_embeddings": tied}}).model, vocabulary=11)
     init_weights(net, seed=1)  # the head's weight is made without values
     return net
@@ -129,7 +136,7 @@ def adafactor_alone(model: torch.nn.Module, settings: OptimizerSettings) -> torc
         vectors = tuple(torch.zeros(size) for size in shape) if len(shape) == 2 else ()
         if not vectors:
             adafactor.state[parameter]["variance"] = torch.zeros(shape)
-        parts[parameter] = [Part(shape, Fragment(0, parameter.numel(), 0, 0), vectors)]
+        parts[parameter] = [Part(shape, ParameterShard(0, parameter.numel(), 0, 0), vectors)]
     adafactor.parts, adafactor.sum_ = parts.__getitem__, lambda sums: sums
     return adafactor
 
@@ -164,7 +171,7 @@ def test_parts_of_a_matrix_have_the_sums_and_second_moments_of_the_whole(cuts: l
     """5 rows of 7, cut between rows, inside them, and twice inside one; a rank without any part adds nothing."""
     weights, gradient = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
     row_var, col_var = torch.rand(5) + 0.1, torch.rand(7)
-    parts = [Part((5, 7), Fragment(a, b - a, 0, a), (row_var, col_var)) for a, b in itertools.pairwise(cuts)]
+    parts = [Part((5, 7), ParameterShard(a, b - a, 0, a), (row_var, col_var)) for a, b in itertools.pairwise(cuts)]
     parts.append(Part((5, 7), None, (row_var, col_var)))
     sums = sum(part.sums(weights.flatten(), gradient.flatten()) for part in parts)
     squares = gradient.square()
@@ -246,8 +253,8 @@ def test_inverse_square_root_falls_from_the_warm_up_to_the_final_ratio() -> None
 def test_a_schedule_in_tokens_follows_the_positions_of_a_ramping_batch() -> None:
     """2, 2, 4, 4 packs of 100: 200, 400, 800, 1,200 positions done; warm-up 400, the rest falls over 800."""
     schedule = {"kind": "linear", "unit": "tokens", "warmup_tokens": 400, "final_ratio": 0.0}
-    training = {"steps": 4, "packs_per_step": 2, "batch_ramp": [[2, 4]]}
-    data = {"pack_tokens": 100, "context_tokens": 100}
+    training = {"steps": 4, "global_batch_size": 2, "batch_ramp": [[2, 4]]}
+    data = {"sequence_length": 100, "max_document_length": 100}
     table = {"training": training, "data": data, "optimizer": {"learning_rate": 1.0}, "schedule": schedule}
     settings = Settings.model_validate(table)
     assert [positions_before(step, settings) for step in range(5)] == [0, 200, 400, 800, 1200]
@@ -278,8 +285,8 @@ def test_a_schedule_setting_that_would_be_ignored_is_an_error(schedule: dict, wo
     ],
 )
 def test_a_schedule_longer_than_the_run_is_refused(schedule: dict, words: str) -> None:
-    training = {"steps": 4, "packs_per_step": 2, "batch_ramp": [[2, 4]]}
-    table = {"training": training, "data": {"pack_tokens": 100, "context_tokens": 100}}
+    training = {"steps": 4, "global_batch_size": 2, "batch_ramp": [[2, 4]]}
+    table = {"training": training, "data": {"sequence_length": 100, "max_document_length": 100}}
     with pytest.raises(ValueError, match=words):
         Settings.model_validate(table | {"schedule": {"kind": "wsd"} | schedule})
 

@@ -127,7 +127,7 @@ class Products(TorchDispatchMode):
 
 def backward_of(kind: str) -> tuple[int, int]:
     """Bytes that the graph keeps between the passes (selective keeps some beside it), products in the backward."""
-    table = {"model": {"layers": 3, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 96}}
+    table = {"model": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96}}
     settings = Settings.model_validate(table | {"training": {"activation_checkpointing": kind}})
     model = Transformer(settings.model, 67)
     wrap_blocks(model, settings, stage=1)
@@ -217,7 +217,9 @@ def build_in_shares(folder: Path) -> None:
     from bigmodel.training.zero.engine import creation
 
     world, whole_sizes, blocks = start_world(timeout_seconds=60), [], []
-    settings = Settings.model_validate({"model": {"layers": 6, "width": 64, "heads": 4, "key_value_heads": 2}})
+    settings = Settings.model_validate(
+        {"model": {"num_layers": 6, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2}}
+    )
     make = Block.__init__
 
     def made(block: Block, *arguments: Any) -> None:
@@ -256,7 +258,7 @@ def test_no_rank_ever_holds_the_whole_model_under_zero_3(tmp_path: Path) -> None
 
 def test_70_billion_parameters_counted_on_meta_tensors() -> None:
     """On 64 ranks: 2 bytes of weight, 4 of master, 8 of moments and 4 of gradient a parameter, and one block whole."""
-    sizes = {"layers": 80, "width": 8192, "heads": 64, "key_value_heads": 8, "feed_forward_width": 28_672}
+    sizes = {"num_layers": 80, "hidden_size": 8192, "num_heads": 64, "num_kv_heads": 8, "intermediate_size": 28_672}
     with torch.device("meta"):
         model = Transformer(ModelSettings(**sizes), 128_256)
     parameters = sum(p.numel() for p in model.parameters())
@@ -271,8 +273,8 @@ def test_70_billion_parameters_counted_on_meta_tensors() -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"model": {"heads": 6, "key_value_heads": 6}}, r"= 4 does not fit model\.heads = 6"),
-        ({"data": {"pack_tokens": 2050}}, r"= 4 does not divide data\.pack_tokens = 2050"),
+        ({"model": {"num_heads": 6, "num_kv_heads": 6}}, r"= 4 does not fit model\.num_heads = 6"),
+        ({"data": {"sequence_length": 2050}}, r"= 4 does not divide data\.sequence_length = 2050"),
     ],
 )
 def test_what_cannot_be_shared_is_named(table: dict[str, Any], words: str) -> None:
@@ -324,7 +326,7 @@ def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch
     for dropout, expected in ((0.0, 1), (0.1, 9)):
         torch._dynamo.reset()
         graphs.clear()
-        model = {"layers": 9, "width": 16, "heads": 2, "key_value_heads": 2, "dropout": dropout}
+        model = {"num_layers": 9, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "dropout": dropout}
         settings = Settings.model_validate({"training": {"compile": True}, "model": model})
         compiled = new_model(settings)
         wrap_blocks(compiled, settings, stage=1)
@@ -345,7 +347,9 @@ def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch
 
 
 def test_compile_is_refused_under_zero_3_and_changes_nothing_else(monkeypatch) -> None:
-    settings = Settings.model_validate({"training": {"compile": True}, "model": {"layers": 2, "width": 32, "heads": 4}})
+    settings = Settings.model_validate(
+        {"training": {"compile": True}, "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4}}
+    )
     with pytest.raises(UserError, match=r"training\.compile = true with ZeRO stage 3"):
         wrap_blocks(new_model(settings), settings, stage=3)
     real = torch.compile

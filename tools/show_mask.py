@@ -1,8 +1,8 @@
 """Draws who sees whom in a packed batch, with the tiles that the attention kernels visit.
 
-    python -m tools.show_visibility --lengths 5,23,1,19
-    python -m tools.show_visibility --rule cross --lengths 12,20,9 --key-lengths 24,8,17 --png cross.png
-    python -m tools.show_visibility --rule causal,window,prefix,cross --left 12
+    python -m tools.show_mask --lengths 5,23,1,19
+    python -m tools.show_mask --rule cross --lengths 12,20,9 --key-lengths 24,8,17 --png cross.png
+    python -m tools.show_mask --rule causal,window,prefix,cross --left 12
 
 A line is a query, a column is a key. In the picture a square is one pair. A full tile (every row sees every column:
 computed without a mask) is dark; a partial one is light where it sees and hatched where the mask hides; what no tile
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bigmodel.config.settings import UserError
-from bigmodel.kernels.mask import Visibility, bidirectional, causal, cross, dense, intervals, prefix_lm, tile_table
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, dense, intervals, prefix_lm, tile_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -46,12 +46,12 @@ class Tile:
     state: str
 
 
-def tiles_of(visibility: Visibility, num_queries: int, num_keys: int, rows: int, columns: int) -> list[Tile]:
+def tiles_of(mask: AttentionMask, num_queries: int, num_keys: int, rows: int, columns: int) -> list[Tile]:
     """Every tile that a kernel with tiles of `rows` x `columns` visits; columns past the last key are cut off."""
-    lo_Q, hi_Q = (side.tolist() for side in intervals(visibility, num_queries))
-    document_ends = sorted({*visibility.query_offsets.tolist(), num_queries})
+    lo_Q, hi_Q = (side.tolist() for side in intervals(mask, num_queries))
+    document_ends = sorted({*mask.cu_seqlens_q.tolist(), num_queries})
     found = []
-    for first in tile_table(visibility, num_queries, rows)[:, 0].tolist():
+    for first in tile_table(mask, num_queries, rows)[:, 0].tolist():
         if first >= num_queries:
             continue  # a spare tile
         end = min(first + rows, next(end for end in document_ends if end > first))
@@ -82,7 +82,7 @@ class Drawing:
     """One rule over one batch, ready to draw."""
 
     title: str
-    visibility: Visibility
+    mask: AttentionMask
     tiles: list[Tile]
     sees_QK: np.ndarray
 
@@ -113,7 +113,7 @@ def draw(drawings: list[Drawing], png: Path) -> None:
 def _panel(axis: Axes, drawing: Drawing) -> None:
     num_queries, num_keys = drawing.sees_QK.shape
     _pairs(axis, drawing)
-    _bands(axis, drawing.visibility, num_queries, num_keys)
+    _bands(axis, drawing.mask, num_queries, num_keys)
     counts = f"{drawing.count(FULL)} full tiles, {drawing.count(PARTIAL)} partial"
     axis.set_title(drawing.title, color=INK, fontsize=13, fontweight="bold", pad=14)
     axis.text(
@@ -132,7 +132,7 @@ def _panel(axis: Axes, drawing: Drawing) -> None:
 def _pairs(axis: Axes, drawing: Drawing) -> None:
     tiles, sees_QK = drawing.tiles, drawing.sees_QK
     num_queries, num_keys = sees_QK.shape
-    owner_Q = np.searchsorted(drawing.visibility.query_offsets.numpy(), np.arange(num_queries), side="right") - 1
+    owner_Q = np.searchsorted(drawing.mask.cu_seqlens_q.numpy(), np.arange(num_queries), side="right") - 1
     axis.add_patch(Rectangle((0, 0), num_keys, num_queries, facecolor=EMPTY, edgecolor=GRID))
     image = np.zeros((num_queries, num_keys, 4))
     for tile in tiles:
@@ -147,10 +147,10 @@ def _pairs(axis: Axes, drawing: Drawing) -> None:
     axis.imshow(image, extent=(0, num_keys, num_queries, 0), interpolation="nearest", zorder=2)
 
 
-def _bands(axis: Axes, visibility: Visibility, num_queries: int, num_keys: int) -> None:
+def _bands(axis: Axes, mask: AttentionMask, num_queries: int, num_keys: int) -> None:
     """A coloured band along both sides for each document, and where documents end."""
     thick_x, thick_y = 0.025 * num_keys, 0.025 * num_queries
-    queries, keys = visibility.query_offsets.tolist(), visibility.key_offsets.tolist()
+    queries, keys = mask.cu_seqlens_q.tolist(), mask.cu_seqlens_k.tolist()
     for number in range(len(queries) - 1):
         colour = COLOURS[number % len(COLOURS)]
         first, end = queries[number], queries[number + 1]
@@ -193,7 +193,7 @@ def offsets_of(text: str) -> torch.Tensor:
 RULES = ("causal", "window", "prefix", "bidirectional", "cross")
 
 
-def visibility_of(rule: str, lengths: str, key_lengths: str, left: int) -> Visibility:
+def visibility_of(rule: str, lengths: str, key_lengths: str, left: int) -> AttentionMask:
     queries = offsets_of(lengths)
     if rule == "cross":
         return cross(queries, offsets_of(key_lengths))
@@ -206,13 +206,13 @@ def visibility_of(rule: str, lengths: str, key_lengths: str, left: int) -> Visib
     return causal(queries, left=left if rule == "window" else None)
 
 
-def drawing_of(title: str, visibility: Visibility, padding: int, rows: int, columns: int) -> Drawing:
+def drawing_of(title: str, mask: AttentionMask, padding: int, rows: int, columns: int) -> Drawing:
     """Compute the tiles and check them."""
-    num_queries, num_keys = (int(side[-1]) + padding for side in (visibility.query_offsets, visibility.key_offsets))
-    sees_QK = dense(visibility, num_queries, num_keys).numpy()
-    tiles = tiles_of(visibility, num_queries, num_keys, rows, columns)
+    num_queries, num_keys = (int(side[-1]) + padding for side in (mask.cu_seqlens_q, mask.cu_seqlens_k))
+    sees_QK = dense(mask, num_queries, num_keys).numpy()
+    tiles = tiles_of(mask, num_queries, num_keys, rows, columns)
     check_tiles(tiles, sees_QK)
-    return Drawing(title, visibility, tiles, sees_QK)
+    return Drawing(title, mask, tiles, sees_QK)
 
 
 def print_drawing(drawing: Drawing, cell: int) -> None:
@@ -234,7 +234,7 @@ def main(
     tile_rows: Annotated[int, typer.Option(min=1, help="queries in a tile")] = 8,
     tile_columns: Annotated[int, typer.Option(min=1, help="keys in a tile")] = 4,
     cell: Annotated[int, typer.Option(min=0, help="terminal: pairs to a mark, along each side; 0: what fits")] = 0,
-    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("visibility.png"),
+    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("mask.png"),
 ) -> None:
     """Draw the tiles of a packed batch, in the terminal and as PNG."""
     try:
@@ -246,7 +246,7 @@ def main(
             for one in rule.split(",")
         ]  # fmt: skip
     except ValueError as error:
-        raise SystemExit(f"show_visibility: {error}") from None
+        raise SystemExit(f"show_mask: {error}") from None
     for drawing in drawings:
         print_drawing(drawing, cell)
     print("# full tile   + partial tile, sees   - partial tile, masked   . never visited")

@@ -1,4 +1,4 @@
-"""Promise 2: every token of an epoch once, and the same batches at any world size, on real ranks."""
+"""Guarantee 2: every token of an epoch once, and the same batches at any world size, on real ranks."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def train_and_record(run_file: Path, overrides: list[str], folder: Path) -> int:
     forward = Transformer.forward
 
     def recorded(self, batch, output="loss_sum"):
-        seen.append(batch.fingerprint() if batch.num_positions else None)
+        seen.append(batch.fingerprint() if batch.num_tokens else None)
         return forward(self, batch, output)
 
     Transformer.forward = recorded
@@ -89,8 +89,8 @@ def test_these_steps_cross_an_epoch_with_two_sources_and_unequal_lanes(shards: P
     for _ in range(STEPS):
         packs = order.next_step()
         for place, pack in enumerate(packs):
-            for piece in pack:
-                tokens[2 * place // len(packs), store.sources[piece.source], piece.epoch] += piece.length
+            for chunk in pack:
+                tokens[2 * place // len(packs), store.sources[chunk.source], chunk.epoch] += chunk.length
     assert all(source.epochs_complete >= 1 for source in order.progress().values())
     assert tokens[0, "news", 0] != tokens[1, "news", 0] > 0
     assert tokens[0, "letters", 0] != tokens[1, "letters", 0] > 0
@@ -113,8 +113,8 @@ def test_a_node_opens_the_files_of_its_own_lanes_only(shards: Path, tmp_path: Pa
         assert opened[-1] == set()
         for _ in range(STEPS):
             for pack in stream.take_share(order, 2, place, 1).packs:
-                for piece in pack:
-                    stream.reader(store)(piece)
+                for chunk in pack:
+                    stream.reader(store)(chunk)
     indexes = {name for name in opened[0] if name.endswith("index.json")}
     assert opened[0] & opened[1] == indexes
     assert len(indexes) == 2
@@ -141,8 +141,8 @@ def test_the_check_sees_a_share_that_is_off_by_one(shards: Path, tmp_path: Path,
 
 
 def test_the_check_sees_random_words_that_depend_on_the_call(shards: Path, tmp_path: Path, monkeypatch) -> None:
-    real, calls = stream.make_keys, iter(range(10**9))
-    monkeypatch.setattr(stream, "make_keys", lambda seed, *rest: real(seed + next(calls), *rest))
+    real, calls = stream.make_dropout_seeds, iter(range(10**9))
+    monkeypatch.setattr(stream, "make_dropout_seeds", lambda seed, *rest: real(seed + next(calls), *rest))
     assert broken_claims(write_run(tmp_path, shards))
 
 
@@ -154,7 +154,7 @@ def test_show_and_check_follow_a_batch_size_that_only_the_deepspeed_json_gives(
     shards: Path, tmp_path: Path, capsys
 ) -> None:
     run_file = write_run(tmp_path, shards)
-    run_file.write_text(run_file.read_text().replace("packs_per_step = 4\n", ""))
+    run_file.write_text(run_file.read_text().replace("global_batch_size = 4\n", ""))
     given = {"train_batch_size": 6, "gradient_accumulation_steps": 3}  # of two ranks: show and check have one
     (tmp_path / "run-deepspeed.json").write_text(json.dumps(given))
     findings = check.check_order(run_file, ["training.steps=2", "schedule.warmup_steps=0"])
@@ -165,4 +165,4 @@ def test_show_and_check_follow_a_batch_size_that_only_the_deepspeed_json_gives(
     shown = capsys.readouterr().out
     order = Order(ShardStore(shards, "train"), settings.data, 6, settings.run.seed)
     pack = [order.next_step(), order.next_step()][1][0]
-    assert f"{len(pack)} documents, {sum(piece.length for piece in pack)} positions" in shown
+    assert f"{len(pack)} documents, {sum(chunk.length for chunk in pack)} positions" in shown

@@ -6,10 +6,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
 from torch import library
 
-from bigmodel.kernels import tiles as schedule
+from bigmodel.kernels import tiles as tile_metadata
 from bigmodel.kernels.mask import (
     FULL,
-    Visibility,
+    AttentionMask,
     bidirectional,
     causal,
     count_in_part,
@@ -20,7 +20,7 @@ from bigmodel.kernels.mask import (
     tile_in_part,
     tile_table,
 )
-from bigmodel.kernels.tiles import make_schedule, tile_tables_reference
+from bigmodel.kernels.tiles import make_tile_metadata, tile_tables_reference
 from bigmodel.kernels.triton_import import tl, triton
 from tests.kernels.test_mask import int32, offsets_of, random_visibilities
 
@@ -51,39 +51,39 @@ def draw_kernel(
 
 
 def drawn(
-    visibility: Visibility, num_rows: int, num_columns: int, rows: int, columns: int, parts: int = 1
+    mask: AttentionMask, num_rows: int, num_columns: int, rows: int, columns: int, parts: int = 1
 ) -> torch.Tensor:
-    tiles = tile_table(visibility, num_rows, rows * parts)
+    tiles = tile_table(mask, num_rows, rows * parts)
     drawing = torch.zeros(num_rows, num_columns, dtype=torch.int32)
     constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts}
-    draw_kernel[(len(tiles) * parts,)](drawing, tiles, *visibility.window, num_columns, **constants)
+    draw_kernel[(len(tiles) * parts,)](drawing, tiles, *mask.window, num_columns, **constants)
     return drawing
 
 
 # Shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(random_visibilities(longest=11, most=5), some.sampled_from([1, 2]))
-def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[Visibility, int, int], parts: int) -> None:
-    visibility, num_queries, num_keys = case
-    drawing = drawn(visibility, num_queries, num_keys, 4 // parts, 4, parts)
+def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[AttentionMask, int, int], parts: int) -> None:
+    mask, num_queries, num_keys = case
+    drawing = drawn(mask, num_queries, num_keys, 4 // parts, 4, parts)
     once = (drawing == BY_MASK) | (drawing == BY_FULL_TILE)
     assert torch.equal(once, drawing > 0)
-    assert torch.equal(once, dense(visibility, num_queries, num_keys))
+    assert torch.equal(once, dense(mask, num_queries, num_keys))
 
 
 def test_tiles_of_keys_draw_the_transposed_picture() -> None:
-    visibility = causal(offsets_of([3, 0, 21, 1]), left=9)
-    drawing = drawn(visibility.transposed, 30, 30, rows=8, columns=4)
-    assert torch.equal(drawing > 0, dense(visibility, 30, 30).T)
+    mask = causal(offsets_of([3, 0, 21, 1]), left=9)
+    drawing = drawn(mask.transposed, 30, 30, rows=8, columns=4)
+    assert torch.equal(drawing > 0, dense(mask, 30, 30).T)
 
 
 def test_a_prefix_is_seen_from_every_tile_and_full_where_all_of_it_is_seen() -> None:
     # One document of 32 with a prefix of 10: of the first 8 rows, 8 columns are in a full tile, 2 in a partial one.
-    visibility = prefix_lm(offsets_of([32]), int32([10]))
-    drawing = drawn(visibility, 32, 32, rows=8, columns=4)
+    mask = prefix_lm(offsets_of([32]), int32([10]))
+    drawing = drawn(mask, 32, 32, rows=8, columns=4)
     assert (drawing[0] == torch.tensor([16] * 8 + [1] * 2 + [0] * 22)).all()
-    of_keys = drawn(visibility.transposed, 32, 32, rows=8, columns=4)
-    assert (of_keys > 0).equal(dense(visibility, 32, 32).T)
+    of_keys = drawn(mask.transposed, 32, 32, rows=8, columns=4)
+    assert (of_keys > 0).equal(dense(mask, 32, 32).T)
     assert (of_keys[:8] == BY_FULL_TILE).all()
     assert not of_keys[10, :10].any()
 
@@ -99,14 +99,14 @@ def test_a_window_leaves_tiles_on_both_sides_unvisited_and_has_full_tiles_betwee
     assert (drawing[32] == torch.tensor([0] * 8 + [1] * 8 + [16] * 16 + [1] + [0] * 31)).all()
 
 
-# The schedule.
+# The tile_metadata.
 
 
-def assert_the_kernels_make_the_tables_of_torch(visibility: Visibility, num_queries: int, num_keys: int) -> None:
-    made = make_schedule(visibility, num_queries, num_keys, block=16)
+def assert_the_kernels_make_the_tables_of_torch(mask: AttentionMask, num_queries: int, num_keys: int) -> None:
+    made = make_tile_metadata(mask, num_queries, num_keys, block=16)
     for ours, exact in zip(
         (made.query_tiles_NF, made.key_tiles_NF),
-        tile_tables_reference(visibility, num_queries, num_keys, 16),
+        tile_tables_reference(mask, num_queries, num_keys, 16),
         strict=True,
     ):
         assert torch.equal(ours, exact)
@@ -114,30 +114,30 @@ def assert_the_kernels_make_the_tables_of_torch(visibility: Visibility, num_quer
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(random_visibilities(longest=70, most=9), some.sampled_from([4, 1024]), some.sampled_from([4, 32]))
-def test_the_kernels_make_the_tables_of_torch(case: tuple[Visibility, int, int], at_once: int, slots: int) -> None:
+def test_the_kernels_make_the_tables_of_torch(case: tuple[AttentionMask, int, int], at_once: int, slots: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "AT_ONCE", at_once)
-        patch.setattr(schedule, "SLOTS", slots)
+        patch.setattr(tile_metadata, "AT_ONCE", at_once)
+        patch.setattr(tile_metadata, "SLOTS", slots)
         assert_the_kernels_make_the_tables_of_torch(*case)
 
 
 @pytest.mark.parametrize("lengths", [[1] * 4096, [0] * 1500 + [3000] + [40, 0] * 20])
 def test_the_tables_of_thousands_of_documents(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "SLOTS", 1024)  # a program costs the interpreter the same whatever its size
+    monkeypatch.setattr(tile_metadata, "SLOTS", 1024)  # a program costs the interpreter the same whatever its size
     assert_the_kernels_make_the_tables_of_torch(causal(offsets_of(lengths)), sum(lengths) + 3, sum(lengths) + 3)
 
 
-@pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2, 4], [0, 7]])
-def test_offsets_that_do_not_fit_end_the_kernels(offsets: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "_check_offsets", lambda *_inputs: None)  # as on a GPU
-    good, bad = offsets_of([2] * (len(offsets) - 1)), int32(offsets)
-    make_schedule(Visibility(good, good, left=None, right=0), 6, 6)
-    for visibility in (Visibility(good, bad, left=None, right=0), Visibility(bad, good, left=None, right=0)):
+@pytest.mark.parametrize("cu_seqlens", [[1, 4], [0, 3, 2, 4], [0, 7]])
+def test_offsets_that_do_not_fit_end_the_kernels(cu_seqlens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_metadata, "_check_offsets", lambda *_inputs: None)  # as on a GPU
+    good, bad = offsets_of([2] * (len(cu_seqlens) - 1)), int32(cu_seqlens)
+    make_tile_metadata(AttentionMask(good, good, left=None, right=0), 6, 6)
+    for mask in (AttentionMask(good, bad, left=None, right=0), AttentionMask(bad, good, left=None, right=0)):
         with pytest.raises(RuntimeError, match=r"do not start at 0, never decrease, and end at most .* 6 and 6"):
-            make_schedule(visibility, 6, 6)
+            make_tile_metadata(mask, 6, 6)
 
 
 def test_torch_knows_all_about_the_operator() -> None:
-    offsets = offsets_of([5, 20])
+    cu_seqlens = offsets_of([5, 20])
     for prefix in (None, int32([1, 4])):
-        library.opcheck(schedule._tile_tables, (offsets, offsets, None, prefix, 9, 0, 30, 30, 16))
+        library.opcheck(tile_metadata._tile_tables, (cu_seqlens, cu_seqlens, None, prefix, 9, 0, 30, 30, 16))

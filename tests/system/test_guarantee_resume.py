@@ -1,4 +1,4 @@
-"""Promise 4: killed at any instant, a run resumes and retraces the uninterrupted one, bitwise."""
+"""Guarantee 4: killed at any instant, a run resumes and retraces the uninterrupted one, bitwise."""
 
 import hashlib
 import os

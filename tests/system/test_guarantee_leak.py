@@ -1,4 +1,4 @@
-"""Promise 1: in a packed batch, no document influences another one."""
+"""Guarantee 1: in a packed batch, no document influences another one."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 
 from bigmodel.checks.leak import isolation, packed_equals_single
 from bigmodel.config.settings import DataSettings, ModelSettings
-from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_keys
-from bigmodel.data.plan.shuffle import Fragment
+from bigmodel.data.load.batch import IGNORED, Batch, build_batch, make_dropout_seeds
+from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.kernels.mask import causal
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
@@ -17,7 +17,7 @@ VOCABULARY = 97
 LENGTHS = (9, 30, 1, 17)  # positions of the documents of the first pack; the second pack has one of 20
 MODELS = {
     "plain": {},
-    "one_key_value_head": {"key_value_heads": 1},
+    "one_key_value_head": {"num_kv_heads": 1},
     "qk_norm_tied": {"qk_norm": True, "tied_embeddings": True},
     "dropout": {"dropout": 0.3},
 }
@@ -25,7 +25,7 @@ MODELS = {
 
 def make_model(**changes: object) -> Transformer:
     settings = ModelSettings(
-        **({"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "feed_forward_width": 40} | changes)
+        **({"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 40} | changes)
     )
     model = Transformer(settings, VOCABULARY)
     init_weights(model, seed=5)
@@ -33,13 +33,13 @@ def make_model(**changes: object) -> Transformer:
 
 
 def make_batch() -> Batch:
-    data = DataSettings(context_tokens=64, pack_tokens=64, pack_documents=6)
+    data = DataSettings(max_document_length=64, sequence_length=64, max_documents=6)
     packs = [
-        tuple(Fragment(0, 0, row, 0, length, 0) for row, length in enumerate(LENGTHS)),
-        (Fragment(0, 0, 4, 0, 20, 0),),
+        tuple(Chunk(0, 0, row, 0, length, 0) for row, length in enumerate(LENGTHS)),
+        (Chunk(0, 0, 4, 0, 20, 0),),
     ]
     tokens = torch.randint(2, VOCABULARY, (5, 31), generator=torch.Generator().manual_seed(1)).numpy()
-    return build_batch(packs, lambda piece: tokens[piece.row], data, make_keys(1, 0, [0, 1], 64))
+    return build_batch(packs, lambda chunk: tokens[chunk.row], data, make_dropout_seeds(1, 0, [0, 1], 64))
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
@@ -59,8 +59,8 @@ def test_packed_equals_one_document_at_a_time_in_float64(changes: dict) -> None:
 def test_padding_has_no_loss_and_no_influence() -> None:
     batch, model = make_batch(), make_model().eval()
     losses = model(batch, "loss_per_position")
-    assert losses[batch.targets == IGNORED].abs().max() == 0
-    edited = batch.tokens.masked_fill(batch.targets == IGNORED, 7)
+    assert losses[batch.labels == IGNORED].abs().max() == 0
+    edited = batch.tokens.masked_fill(batch.labels == IGNORED, 7)
     changed = model(Batch(**{**vars(batch), "tokens": edited}), "loss_per_position")
     assert torch.equal(losses, changed)
 
@@ -68,7 +68,7 @@ def test_padding_has_no_loss_and_no_influence() -> None:
 def test_the_check_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """One document over everything: the claims must break."""
     batch, model = make_batch(), make_model()
-    monkeypatch.setattr("bigmodel.model.transformer.causal", lambda offsets: causal(offsets[[0, -1]]))
+    monkeypatch.setattr("bigmodel.model.transformer.causal", lambda cu_seqlens: causal(cu_seqlens[[0, -1]]))
     broken = [finding.claim for finding in isolation(model, batch) if not finding.holds]
     assert len(broken) == 3
     assert not any(finding.holds for finding in packed_equals_single(model.double(), batch))
