@@ -50,7 +50,7 @@ def test_every_example_has_the_planned_lengths(sides: dict, length: int, start: 
         piece = Chunk(0, 0, 0, start, length, 0, *columns.tolist())
         example = examples.make(piece, document)
         found = len(example.tokens), int((example.labels != IGNORED).sum()), len(example.source)
-        assert found == (piece.positions, piece.labels, piece.source_positions)
+        assert found == (piece.num_tokens, piece.num_labels, piece.source_positions)
         assert len(example.labels) == len(example.tokens)
 
 
@@ -72,7 +72,7 @@ def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
         piece = Chunk(0, 0, 0, 0, length, 0, *columns.tolist())
         example = examples.make(piece, text(89))
         found = len(example.tokens), int((example.labels != IGNORED).sum()), len(example.source)
-        assert found == (piece.positions, piece.labels, piece.source_positions)
+        assert found == (piece.num_tokens, piece.num_labels, piece.source_positions)
         places = np.arange(len(example.tokens)) if example.places is None else example.places
         assert places.shape == example.labels.shape
         assert (np.diff(places) > 0).all()
@@ -212,7 +212,7 @@ def test_a_pair_on_one_side_is_source_then_target() -> None:
     assert example.labels.tolist() == [IGNORED] * 3 + [21, 22, 2]
     long = Pair(text(40), text(40))
     cut = examples.make(fragment_of(0, long, examples, 0), long)
-    assert (len(cut.tokens), int((cut.targets != IGNORED).sum())) == (9, 4)  # a target may have half
+    assert (len(cut.tokens), int((cut.labels != IGNORED).sum())) == (9, 4)  # a target may have half
 
 
 def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:

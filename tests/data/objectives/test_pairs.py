@@ -82,7 +82,7 @@ def test_every_position_of_pairs_and_text_is_given_once_an_epoch(
     while min(source.epochs_complete for source in order.progress().values()) < 1:
         for pack in order.next_step():
             assert len(pack) <= 6
-            assert sum(piece.positions for piece in pack) <= 48
+            assert sum(piece.num_tokens for piece in pack) <= 48
             assert sum(piece.source_positions for piece in pack) <= source_sequence_length
             seen.update(
                 (piece.source, piece.shard, piece.row, position)
@@ -167,8 +167,8 @@ def test_a_decoder_takes_pairs_beside_text_under_any_objective(objective: str) -
     assert 0 < len(pairs) < step.num_documents
     assert stream.loss_groups == [("pairs", "pairs"), (objective, "text")]
     assert step.labels_by_group == [
-        sum(piece.labels for piece in pairs),
-        step.num_labels - sum(piece.labels for piece in pairs),
+        sum(piece.num_labels for piece in pairs),
+        step.num_labels - sum(piece.num_labels for piece in pairs),
     ]
     with_prefix = step.num_documents if objective == "prefix" else len(pairs)
     assert int((batch.prefixes > 0).sum()) == with_prefix
@@ -278,7 +278,7 @@ def test_shares_of_objectives_are_shares_of_the_texts_tokens_whatever_is_asked_o
     while order.progress()["web"].epochs_complete < 1:
         for piece in (piece for pack in order.next_step() for piece in pack if piece.epoch == 0):
             tokens[piece.objective] += piece.length
-            targets[piece.objective] += piece.labels
+            targets[piece.objective] += piece.num_labels
     assert tokens.sum() == (lengths - 1).sum()
     assert tokens / tokens.sum() == pytest.approx(list(shares.values()), abs=0.02)
     assert targets[2] / targets.sum() < 0.3  # span corruption asks for a part of what it reads
