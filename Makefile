@@ -16,15 +16,16 @@ QUICK_TESTS := tests/system/test_imports.py tests/config/test_settings.py tests/
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq test check torture exactness format clean
+.PHONY: help setup train train-seq2seq test test-long check torture exactness format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
 	@echo 'make train-seq2seq  the same with an encoder-decoder on pairs: configs/seq2seq.toml'
 	@echo 'make test     set up, run every test (TESTS=... picks some)'
+	@echo 'make test-long  the long and rare tests that make test leaves out (TESTS=... picks some)'
 	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
 	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
-	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped), writes benchmarks/support.md'
+	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped); publishes benchmarks/support.md at its end'
 	@echo 'make setup    only create .venv'
 	@echo 'make format   rewrite the code in the house format'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
@@ -58,6 +59,9 @@ train-seq2seq:
 
 test: .venv/installed
 	@$(PY) -m pytest $(TESTS)
+
+test-long: .venv/installed
+	@$(PY) -m pytest -m long $(TESTS)
 
 check: .venv/installed
 	@$(PY) -m ruff format --check .

@@ -1,18 +1,20 @@
 """The exactness suite in full, and the table of what is supported that follows from it.
 
-    make exactness        (python -m tools.exactness; --quick runs the pairwise cases of CI)
+    make exactness                       run what is missing, publish when the full matrix is complete
+    python -m tools.exactness --quick    the pairwise cases of CI
+    python -m tools.exactness publish    write benchmarks/exactness.jsonl and benchmarks/support.md from what was run
+    python -m tools.exactness table      write benchmarks/support.md again from benchmarks/exactness.jsonl
 
 Every combination of ZeRO stage, precision, optimizer, recomputation and offload, on every world size, with the other
 settings dealt among them (each combination draws its own, by its hash), against plain torch in one process
-(tests/support/exactness.py). Writes after each batch of cases, so that a run cut short keeps what it had, and the next
-one goes on: benchmarks/exactness.json, and from it benchmarks/support.md. Exit code 0 where every case that ran was
-exact."""
+(tests/support/exactness.py). Results are kept after each batch of cases under runs/exactness/
+(tools/exactness_state.py), so that a run which was stopped goes on. Exit code 0 where every case that ran was exact, 1
+where one was not, 2 where nothing can be published.
+"""
 
 import hashlib
 import json
-import os
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +22,15 @@ import typer
 from rich.progress import Progress
 
 from bigmodel.config.deepspeed_json import VERSION
+from bigmodel.config.settings import UserError
+from tools.exactness_state import Row, State, read_rows, read_sources, write_rows
 from tools.measure import ROOT, hardware
 
-RESULTS = ROOT / "benchmarks" / "exactness.json"
+STATE = ROOT / "runs" / "exactness"
+RESULTS = ROOT / "benchmarks" / "exactness.jsonl"
 TABLE = ROOT / "benchmarks" / "support.md"
 MAIN = ("stage", "precision", "optimizer", "activation_checkpointing", "offload")
+WORLD_SIZES = (1, 2, 4)
 BATCH = 24  # cases in one process group
 TITLES = {
     "precision": "precision",
@@ -97,11 +103,13 @@ def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> lis
     ]
 
 
-def support_table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
+def support_table(rows: list[Row], about: dict[str, Any]) -> str:
     """Markdown: for each value of each setting and each stage, how many cases ran and whether all were exact."""
+    missing = about.get("missing", 0)
     lines = [
         "# What is supported",
         "",
+        *([f"Not complete: {missing:,} cases of the full matrix did not run.", ""] if missing else []),
         f"Written by `make exactness` on {about['date']}, commit {about['commit']}, {about['hardware']}, DeepSpeed "
         f"{VERSION}, gloo. A case trains 20 steps and is compared with plain torch in one process: fp32 gradients "
         "within 1e-5, norm and loss within 1e-6, weights within 1e-3 at the end; bf16 and fp16 within twice the error "
@@ -140,45 +148,122 @@ def _row(title: str, rows: list[dict[str, Any]]) -> str:
     return f"| {title} | {' | '.join(cells)} |"
 
 
-def main(
-    worlds: Annotated[str, typer.Option(help="numbers of ranks")] = "1,2,4",
+def missing_cases(state: State) -> dict[int, tuple[int, int]]:
+    """Number of ranks -> how many cases of the full matrix did not run, and how many there are; only where some did
+    not."""
+    counts = {}
+    for size in WORLD_SIZES:
+        cases = matrix(size, quick=False)
+        if missing := sum(not state.has(size, case) for case in cases):
+            counts[size] = (missing, len(cases))
+    return counts
+
+
+def publish_state(state: State, partial: bool = False, uncommitted: bool = False) -> None:
+    """Write RESULTS and TABLE. partial, uncommitted: also where cases are missing, where sources were not committed.
+
+    Raises `UserError` that says what is missing; then nothing is written.
+    """
+    missing = missing_cases(state)
+    reasons = []
+    if not state.rows:
+        reasons.append(f"{state.path} has no results; run make exactness first")
+    elif missing and not partial:
+        words = ", ".join(f"{few:,} of {all_:,} cases on {size} rank(s)" for size, (few, all_) in missing.items())
+        reasons.append(f"{words} are missing; make exactness runs them, --partial publishes without them")
+    if state.sources.changes and not uncommitted:
+        reasons.append(
+            "the sources have changes that are not committed; commit them and run again, or publish with --uncommitted"
+        )
+    if reasons:
+        raise UserError(f"not published: {'; '.join(reasons)}")
+    about = state.about | ({"missing": sum(few for few, _ in missing.values())} if missing else {})
+    write_rows(RESULTS, about, state.rows)
+    TABLE.write_text(support_table(state.rows, about))
+
+
+def run_missing(state: State, world_sizes: list[int], quick: bool) -> None:
+    """Run the cases that the state lacks, a few of every world size in turn, and keep each batch.
+
+    Raises `UserError` where the sources change meanwhile; the batch under way is not kept.
+    """
+    batches = []
+    for size in world_sizes:
+        cases = [case for case in matrix(size, quick) if not state.has(size, case)]
+        batches += [(first, size, cases[first : first + BATCH]) for first in range(0, len(cases), BATCH)]
+    total = sum(len(cases) for _, _, cases in batches)
+    print(f"{len(state.rows):,} cases are in {state.path}, {total:,} to run")
+    state.begin(hardware("cpu"))
+    with Progress() as progress, tempfile.TemporaryDirectory(prefix="exactness-") as folder:
+        bar = progress.add_task("cases", total=total)
+        for _, size, cases in sorted(batches, key=lambda batch: batch[0]):
+            rows = run_batch(cases, size, Path(folder))
+            if (now := read_sources(ROOT)) != state.sources:
+                raise UserError(f"the sources changed from {state.sources} to {now} during the run; run again")
+            for row in rows:
+                state.add(row)
+                progress.advance(bar)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    worlds: Annotated[str, typer.Option(help="numbers of ranks")] = ",".join(map(str, WORLD_SIZES)),
     quick: Annotated[bool, typer.Option(help="the pairwise cases of CI")] = False,
 ) -> None:
-    from tools.measure import _commit
-
-    about = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit().removesuffix("-dirty"),
-        "hardware": hardware("cpu"),
-    }
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = kept.get("rows", []) if kept.get("about", {}).get("commit") == about["commit"] else []
-    done = {json.dumps([row["world_size"], row["case"]]) for row in rows}
-    todo = [
-        (size, case)
-        for size in map(int, worlds.split(","))
-        for case in matrix(size, quick)
-        if json.dumps([size, case]) not in done
-    ]
-    batches = []  # a few of every world size in turn, so that a run cut short has seen all
-    for size in {size: None for size, _ in todo}:
-        cases = [case for other, case in todo if other == size]
-        batches += [(first, size, cases[first : first + BATCH]) for first in range(0, len(cases), BATCH)]
-    with Progress() as progress, tempfile.TemporaryDirectory(prefix="exactness-") as folder:
-        bar = progress.add_task("cases", total=len(todo))
-        for _, size, cases in sorted(batches, key=lambda batch: batch[0]):
-            rows += run_batch(cases, size, Path(folder))
-            progress.advance(bar, len(cases))
-            part = RESULTS.with_suffix(".part")
-            part.write_text(json.dumps({"about": about, "rows": rows}, indent=0) + "\n")
-            os.replace(part, RESULTS)
-            TABLE.write_text(support_table(rows, about))
-    wrong = [row for row in rows if row["failures"]]
+    """Run what is missing; publish a full matrix that is complete."""
+    if context.invoked_subcommand:
+        return
+    try:
+        if not all(size.isdecimal() and int(size) for size in worlds.split(",")):
+            raise UserError(f"--worlds {worlds}: give numbers of ranks, as in --worlds 1,2,4")
+        state = State(STATE, read_sources(ROOT))
+        run_missing(state, [int(size) for size in worlds.split(",")], quick)
+    except KeyboardInterrupt:
+        print(f"stopped; {len(state.rows):,} cases are in {state.path}; the same command goes on")
+        raise typer.Exit(130) from None
+    except UserError as error:
+        raise _refused(error) from None
+    wrong = [row for row in state.rows if row["failures"]]
     for row in wrong:
         print(f"{row['world_size']} ranks, {row['case']}: {'; '.join(row['failures'])}")
-    print(f"{len(rows)} cases, {len(wrong)} wrong; {TABLE.relative_to(ROOT)}")
+    print(f"{len(state.rows):,} cases, {len(wrong)} wrong; {state.path}")
+    if not quick:
+        try:
+            publish_state(state)
+            print(f"published: {TABLE}")
+        except UserError as error:
+            print(error)
     raise typer.Exit(1 if wrong else 0)
 
 
+@app.command()
+def publish(
+    partial: Annotated[bool, typer.Option(help="also where cases of the full matrix are missing")] = False,
+    uncommitted: Annotated[bool, typer.Option(help="also where the sources were not committed")] = False,
+) -> None:
+    """Write benchmarks/exactness.jsonl and benchmarks/support.md from what was run with the present sources."""
+    try:
+        publish_state(State(STATE, read_sources(ROOT)), partial, uncommitted)
+    except UserError as error:
+        raise _refused(error) from None
+    print(f"published: {TABLE}")
+
+
+@app.command()
+def table() -> None:
+    """Write benchmarks/support.md again from benchmarks/exactness.jsonl, after its words have changed."""
+    about, rows = read_rows(RESULTS)
+    TABLE.write_text(support_table(rows, about))
+
+
+def _refused(error: UserError) -> typer.Exit:
+    typer.echo(f"exactness: {error}", err=True)
+    return typer.Exit(2)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -8,20 +8,22 @@ skipped by all ranks together, before the update, and recorded.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError, to_toml_table
 from bigmodel.data.load.stream import Step, Stream
 from bigmodel.data.objectives.examples import num_special_tokens
-from bigmodel.data.plan.order import Position, merge_cursors, total_progress
-from bigmodel.data.plan.segments import resume_order
+from bigmodel.data.plan.order import Order, merge_cursors, total_progress
+from bigmodel.data.plan.segments import Segment, resume_order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
@@ -34,7 +36,7 @@ from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
-from bigmodel.metrics.recorder import LossGroup, Metrics, Seat, StepRecord, new_start
+from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (
@@ -47,7 +49,7 @@ from bigmodel.run_directory import (
     take_over,
 )
 from bigmodel.training.checkpoint import format as checkpoint
-from bigmodel.training.checkpoint.saver import Saved, SaveError, Saver
+from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.learning_rate import learning_rate
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.zero.engine import Engine, creation
@@ -58,6 +60,26 @@ NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
 MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: diverged; fp16 first lowers its scale to the end
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a start of the run begins: the steps done before, the data that comes, the plans so far."""
+
+    step: int
+    order: Order
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a step came to over all ranks."""
+
+    nats_by_group: list[float]  # by objective and source
+    z_loss: float
+    stop_votes: float  # ranks that were told to stop
+    written_votes: float  # ranks whose save in flight is written
+    busy_seconds: list[float]  # by rank, of the step before
 
 
 def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> int:
@@ -74,219 +96,323 @@ def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> in
 def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) -> int:
     stop = StopFlag()
     world = start_world(settings.training.collective_timeout_seconds)
-    if world.device.type == "cuda" and settings.model.resolved_head_dim > 256:
-        raise UserError(
-            f"model.hidden_size / model.num_heads = {settings.model.resolved_head_dim}: the GPU kernels take "
-            "heads of at most 256 "
-            "channels; raise model.num_heads"
-        )
+    _refuse_wide_heads(settings, world)
     directory = settings.run.directory
-    checkpoints = directory / "checkpoints"
     world.on_rank_zero(lambda: claim(directory))
     restart_generation = world.on_rank_zero(lambda: take_over(directory))
     check_consistency(world, settings)
 
     # What to train on and what to train.
     effective, settings = resolve_deepspeed(settings, world.size)
-    packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     store = ShardStore.of_run(settings.data, "train")
-    sharing = settings.training.sequence_parallel_ranks  # of each pack
-    ranks_per_node = world.ranks_per_node()
-    place = Place.of_rank(world.rank, world.size, ranks_per_node, sharing)
-    validation = Validation(settings.data, packs_per_micro_batch)
+    place, seat = _seats(world, settings.training.sequence_parallel_ranks)
+    validation = Validation(settings.data, effective["train_micro_batch_size_per_gpu"])
     vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
-    with creation(effective) as whole:
-        model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
-    init_weights(model, settings.run.seed, whole)
+    model = _new_model(settings, effective, vocabulary)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
     limit_collectives(settings.training.collective_timeout_seconds)
 
-    # Where to go on.
-    remote = settings.checkpoint.remote
-    if fresh:
-        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
-    resumed = checkpoint.newest(checkpoints, world, remote=remote)
-    if not resumed and not fresh:
-        world.on_rank_zero(lambda: refuse_to_start_over(directory))
-    first_step = resumed.state["step"] if resumed else 0
-    lanes = place.lanes(settings.data.lanes)
-    order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
-    order.require(settings.training.steps)
-    if resumed:
-        checkpoint.load(resumed, engine, settings, world)
-    node, local_rank = divmod(world.rank, ranks_per_node)
-    seat = Seat(world.rank, world.size, node, local_rank, ranks_per_node)
-    start = world.on_rank_zero(lambda: new_start(directory))
-    metrics = Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
+    # Where to go on, and what reports it.
+    start = _find_start(settings, store, place, engine, world, fresh, new_plan)
+    metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     profiler = Profiler(metrics.folder, world.rank)
     closing.callback(profiler.close)
-    line = LiveLine(first_step, settings.training.steps, enabled=world.rank == 0)
+    line = LiveLine(start.step, settings.training.steps, enabled=world.rank == 0)
     closing.callback(line.close)
     if world.rank == 0:
-        changed = record_start(directory, to_toml_table(settings), effective, settings.data.directory)
-        record_event(directory, "start", step=first_step, world_size=world.size)
-        if len(segments) > 1 and segments[-1]["first_step"] == first_step:
-            record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
-        line.say(_opening(settings, model, world.size, first_step, order.packs_at(first_step), metrics.endpoint))
-        if resumed and changed:
-            line.say("changed since the last start: " + ", ".join(f"{name} {a!r} -> {b!r}" for name, a, b in changed))
-
-    bad_steps = 0
-    stopping = False
-    spread = place.num_nodes > 1 and settings.data.lanes > 1  # no node plans all lanes
-    speaks = place.rank_in_node == 0 and world.rank % sharing == 0
-    nodes = NodeSums(world, place.node, place.num_nodes, speaks) if spread else None
-    pin = world.device.type == "cuda"
-    stream = Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
+        _report_start(settings, effective, model, world, start, metrics, line)
+    stream = _open_stream(settings, effective, store, start.order, place, world)
     closing.callback(stream.close)
     norms = Norms(engine, world, settings.metrics.norms_every_steps)
-    saver = Saver(checkpoints, settings, world, restart_generation)
+    saver = Saver(directory / "checkpoints", settings, world, restart_generation, phases)
     closing.callback(saver.close)
-    for step in stream if first_step < settings.training.steps else ():
+
+    bad_steps, done = 0, start.step
+    for step in stream if start.step < settings.training.steps else ():
         profiler.step()
         phases.add("data", stream.wait_seconds)
+        done = step.number + 1
 
         # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
         nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
         model.z_sum = 0.0
-        for number, batch in enumerate(step.micro_batches):
-            last = number == len(step.micro_batches) - 1
-            nats += engine.micro_batch(batch.to(world.device), step.num_labels, last)
+        for number, batch in enumerate(step.micro_batches, start=1):
+            nats += engine.micro_batch(batch.to(world.device), step.num_labels, number == len(step.micro_batches))
         with phases("communication"):
-            votes = [float(stop.requested), float(saver.written)]
-            told = world.sum_([*nats.tolist(), float(model.z_sum), *votes, *phases.busy_row(seat)])
-        nats_by_group, (z_sum, stop_votes, written, *busy) = told[: len(nats)], told[len(nats) :]
-        loss = math.fsum(nats_by_group) / step.num_labels
+            sums = _add_up(world, nats, model.z_sum, stop.requested, saver.written, phases.busy_row(seat))
+        loss = math.fsum(sums.nats_by_group) / step.num_labels
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
         bad = not math.isfinite(loss + gradient_norm)
         rate = learning_rate(step.number, settings)
-        done = step.number + 1
         norms.before_update(done)
         with phases("optimizer"):
             engine.update(rate, skip=bad)
         bad_steps = bad_steps + 1 if bad and not engine.scales_loss else 0
 
-        # Tell.
+        # Report.
         if bad:
-            parts = _of_all_nodes(_documents(store, step), place, world)
-            if world.rank == 0:
-                documents = [document for part in parts for document in part]
-                record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
-            line.say(
-                f"step {done}: skipped, loss {loss:g}, gradient norm {gradient_norm:g}; its documents: events.jsonl"
-            )
-        slowest_rank, lag = slowest(busy)
-        seconds = metrics.lap()
-        metrics.record_step(
-            StepRecord(
-                step=done,
-                loss=loss,
-                gradient_norm=gradient_norm,
-                learning_rate=rate,
-                targets=step.num_labels,
-                positions=step.num_tokens,
-                padding=step.num_padding,
-                documents=step.num_documents,
-                step_seconds=seconds,
-                data_wait_seconds=stream.wait_seconds,
-                compile_seconds=compile_time.take(),
-                packs_document_limited=step.num_document_limited,
-                fetched_bytes=store.remote.num_bytes if store.remote else 0,
-                fetch_failures=store.remote.num_failures if store.remote else 0,
-                imbalance=step.imbalance,
-                imbalance_undealt=step.imbalance_undealt,
-                flops=step_flops(settings, vocabulary, step),
-                skipped=bad,
-                parts=tuple(
-                    LossGroup(*names, nats=part, targets=targets)
-                    for names, part, targets in zip(
-                        stream.loss_groups, nats_by_group, step.labels_by_group, strict=True
-                    )
-                    if targets
-                ),
-                z_loss=z_sum / step.num_labels,
-                loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
-                norms=norms.after_update(),
-                slowest_rank=slowest_rank,
-                slowest_rank_lag_seconds=lag,
-            ),
-            phases.take(),
+            _report_skipped(step, loss, gradient_norm, store, place, world, directory, line)
+        record = _step_record(
+            step,
+            sums,
+            stream,
+            store,
+            step_flops(settings, vocabulary, step),
+            loss=loss,
+            gradient_norm=gradient_norm,
+            learning_rate=rate,
+            skipped=bad,
+            step_seconds=metrics.lap(),
+            compile_seconds=compile_time.take(),
+            loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
+            norms=norms.after_update(),
         )
-        line.update(done, loss, step.num_tokens / seconds)
-        if bad_steps == MAX_BAD_STEPS:
-            raise UserError(
-                f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
-                f"lower optimizer.learning_rate = {settings.optimizer.learning_rate} and resume from {checkpoints}"
-            )
+        metrics.record_step(record, phases.take())
+        line.update(done, loss, step.num_tokens / record.step_seconds)
+        _refuse_divergence(bad_steps, done, settings)
 
         # Evaluate and save.
-        finished = done == settings.training.steps
-        stopping = stop_votes > 0 and not finished
-        if (
-            settings.evaluation.every_steps
-            and done % settings.evaluation.every_steps == 0
-            and not (finished or stopping)
-        ):
+        ending = sums.stop_votes > 0 or done == settings.training.steps
+        if _is_evaluated(done, settings) and not ending:
             metrics.begins("evaluation", done)
             with phases("evaluation"):
                 evaluation = validation.run(engine.forward, world, packs=settings.evaluation.sequences)
             metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
             line.say(f"step {done}: validation {evaluation}")
-        ending, due = finished or stopping, saver.due(done)
-        if ending or due or written == world.size:  # one save at a time: what is in flight is published first
-            if ending:
-                stop.save_begins()
-            with phases("checkpoint"), _failure_told(directory, metrics):
-                _tell_saved(saver.finish(must=False), directory, metrics, line)
-        waits = ending or not settings.checkpoint.asynchronous
-        if waits and (ending or due):
-            metrics.begins("checkpoint", done)
-        if ending or due:
-            with phases("checkpoint"), _failure_told(directory, metrics):
-                saver.begin(engine, {"step": done, "segments": segments, **_where(step.position, place, world)})
-        if waits:
-            with phases("checkpoint"), _failure_told(directory, metrics):
-                _tell_saved(saver.finish(must=ending), directory, metrics, line)
+        if ending:
+            stop.save_begins()
+        for news in saver.step(
+            engine, done, sums.written_votes, ending, partial(_state, step, start.segments, place, world)
+        ):
+            _report_save(news, directory, metrics, line)
         metrics.spent("checkpoint")
         if ending:
             break
     stop.save_begins()
     line.close()
+    if settings.evaluation.at_end and done >= settings.training.steps:
+        _evaluate_at_end(settings, validation, engine, world, metrics, start.segments)
+    return _end(done, settings, metrics, world)
 
-    if stopping:
-        metrics.close("stopped")
-        if world.rank == 0:
-            record_event(directory, "stopped", step=done)
-            print(f"bigmodel: stopped at step {done}, saved in {checkpoints}; run the same command to go on")
-        end_world()
-        return EXIT_STOPPED
 
-    # The end: the whole validation split, a sample of text, and where everything is.
-    if settings.evaluation.at_end:
-        metrics.begins("evaluation", settings.training.steps)
-        evaluation = validation.run(engine.forward, world)
-        tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
-        sample, wrong_sources = "", None
-        if settings.model.kind == "encoder_decoder":
-            wrong_sources = validation.run_with_wrong_sources(engine.forward, world)
-            sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
-        elif settings.model.kind == "decoder":
-            sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
-        metrics.record_evaluation(
-            settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
+def _refuse_wide_heads(settings: Settings, world: World) -> None:
+    if world.device.type == "cuda" and settings.model.resolved_head_dim > 256:
+        raise UserError(
+            f"model.hidden_size / model.num_heads = {settings.model.resolved_head_dim}: the GPU kernels take "
+            "heads of at most 256 channels; raise model.num_heads"
         )
-        if world.rank == 0:
-            show_summary(settings, summarize(settings, evaluation, sample, segments, wrong_sources))
-    metrics.close("finished")
+
+
+def _seats(world: World, sharing: int) -> tuple[Place, Seat]:
+    """This rank's place in the data, and in the machines. sharing: ranks that share each pack. Collective."""
+    ranks_per_node = world.ranks_per_node()
+    node, local_rank = divmod(world.rank, ranks_per_node)
+    place = Place.of_rank(world.rank, world.size, ranks_per_node, sharing)
+    return place, Seat(world.rank, world.size, node, local_rank, ranks_per_node)
+
+
+def _new_model(settings: Settings, effective: dict[str, Any], vocabulary: int) -> Transformer:
+    with creation(effective) as whole:
+        model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
+    init_weights(model, settings.run.seed, whole)
+    return model
+
+
+def _find_start(
+    settings: Settings, store: ShardStore, place: Place, engine: Engine, world: World, fresh: bool, new_plan: bool
+) -> _Start:
+    """Load the newest good checkpoint into the engine, if there is one. Collective. Raises what `train` raises."""
+    directory, remote = settings.run.directory, settings.checkpoint.remote
+    checkpoints = directory / "checkpoints"
+    if fresh:
+        world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
+    resumed = checkpoint.newest(checkpoints, world, remote=remote)
+    if not resumed and not fresh:
+        world.on_rank_zero(lambda: refuse_to_start_over(directory))
+    lanes = place.lanes(settings.data.lanes)
+    order, segments = resume_order(store, settings, resumed.state if resumed else None, new_plan, lanes)
+    order.require(settings.training.steps)
+    if resumed:
+        checkpoint.load(resumed, engine, settings, world)
+    return _Start(resumed.state["step"] if resumed else 0, order, segments)
+
+
+def _open_metrics(
+    settings: Settings, first_step: int, seat: Seat, fresh: bool, engine: Engine, world: World
+) -> Metrics:
+    """Collective: the ranks of a start share a word."""
+    directory = settings.run.directory
+    start = world.on_rank_zero(lambda: new_start(directory))
+    return Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
+
+
+def _report_start(
+    settings: Settings,
+    effective: dict[str, Any],
+    model: Transformer,
+    world: World,
+    start: _Start,
+    metrics: Metrics,
+    line: LiveLine,
+) -> None:
+    """The files, events and lines of a start, on rank 0."""
+    directory, segments = settings.run.directory, start.segments
+    changed = record_start(directory, to_toml_table(settings), effective, settings.data.directory)
+    record_event(directory, "start", step=start.step, world_size=world.size)
+    if len(segments) > 1 and segments[-1]["first_step"] == start.step:
+        record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
+    line.say(_opening(settings, model, world.size, start.step, start.order.packs_at(start.step), metrics.endpoint))
+    if start.step and changed:
+        line.say("changed since the last start: " + ", ".join(f"{name} {a!r} -> {b!r}" for name, a, b in changed))
+
+
+def _open_stream(
+    settings: Settings, effective: dict[str, Any], store: ShardStore, order: Order, place: Place, world: World
+) -> Stream:
+    """The steps of this rank, read ahead from here on. Collective where no node plans all lanes."""
+    nodes = None
+    if place.num_nodes > 1 and settings.data.lanes > 1:
+        speaks = place.rank_in_node == 0 and world.rank % settings.training.sequence_parallel_ranks == 0
+        nodes = NodeSums(world, place.node, place.num_nodes, speaks)
+    packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
+    pin = world.device.type == "cuda"
+    return Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
+
+
+def _add_up(
+    world: World, nats: Tensor, z_sum: Tensor | float, stop: bool, written: bool, busy_row: Sequence[float]
+) -> _Sums:
+    """One sum over the ranks of all that a step has to say. Waits for the device. Collective."""
+    votes = [float(stop), float(written)]
+    told = world.sum_([*nats.tolist(), float(z_sum), *votes, *busy_row])
+    by_part, (z_loss_sum, stop_votes, written_votes, *busy) = told[: len(nats)], told[len(nats) :]
+    return _Sums(by_part, z_loss_sum, stop_votes, written_votes, busy)
+
+
+def _step_record(
+    step: Step,
+    sums: _Sums,
+    stream: Stream,
+    store: ShardStore,
+    flops: Flops,
+    **measured: Any,
+) -> StepRecord:
+    """measured: the fields that do not follow from the step's data and sums."""
+    slowest_rank, lag = slowest(sums.busy_seconds)
+    return StepRecord(
+        step=step.number + 1,
+        targets=step.num_labels,
+        positions=step.num_tokens,
+        padding=step.num_padding,
+        documents=step.num_documents,
+        data_wait_seconds=stream.wait_seconds,
+        packs_document_limited=step.num_document_limited,
+        fetched_bytes=store.remote.num_bytes if store.remote else 0,
+        fetch_failures=store.remote.num_failures if store.remote else 0,
+        imbalance=step.imbalance,
+        imbalance_undealt=step.imbalance_undealt,
+        flops=flops,
+        parts=tuple(
+            LossGroup(*names, nats=part, targets=targets)
+            for names, part, targets in zip(stream.loss_groups, sums.nats_by_group, step.labels_by_group, strict=True)
+            if targets
+        ),
+        z_loss=sums.z_loss / step.num_labels,
+        slowest_rank=slowest_rank,
+        slowest_rank_lag_seconds=lag,
+        **measured,
+    )
+
+
+def _report_skipped(
+    step: Step,
+    loss: float,
+    gradient_norm: float,
+    store: ShardStore,
+    place: Place,
+    world: World,
+    directory: Path,
+    line: LiveLine,
+) -> None:
+    """The event and the line of a step without an update, with its documents of all nodes. Collective."""
+    done = step.number + 1
+    parts = _of_all_nodes(_documents(store, step), place, world)
     if world.rank == 0:
-        record_event(directory, "finished", step=settings.training.steps)
+        documents = [document for part in parts for document in part]
+        record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
+    line.say(f"step {done}: skipped, loss {loss:g}, gradient norm {gradient_norm:g}; its documents: events.jsonl")
+
+
+def _is_evaluated(done: int, settings: Settings) -> bool:
+    every_steps = settings.evaluation.every_steps
+    return every_steps > 0 and done % every_steps == 0
+
+
+def _refuse_divergence(bad_steps: int, done: int, settings: Settings) -> None:
+    """bad_steps: in a row, up to the step `done`."""
+    if bad_steps == MAX_BAD_STEPS:
+        raise UserError(
+            f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
+            f"lower optimizer.learning_rate = {settings.optimizer.learning_rate} and resume from "
+            f"{settings.run.directory / 'checkpoints'}"
+        )
+
+
+def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line: LiveLine) -> None:
+    if isinstance(news, Waiting):
+        metrics.begins("checkpoint", news.step)
+    elif not news.error:
+        metrics.record_checkpoint(news.step, news.bytes, news.seconds)
+    else:
+        if not news.ends_run:
+            line.say(f"step {news.step}: {news.error}; training goes on, as checkpoint.on_failure says")
+        if metrics.writes:
+            record_event(directory, "checkpoint_failed", step=news.step, error=news.error, reason=news.reason)
+        metrics.record_failed_checkpoint(news.step, news.reason)
+
+
+def _evaluate_at_end(
+    settings: Settings,
+    validation: Validation,
+    engine: Engine,
+    world: World,
+    metrics: Metrics,
+    segments: Sequence[Segment],
+) -> None:
+    """The whole validation split, a sample of text, and where everything is. Collective."""
+    metrics.begins("evaluation", settings.training.steps)
+    evaluation = validation.run(engine.forward, world)
+    tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
+    sample, wrong_sources = "", None
+    if settings.model.kind == "encoder_decoder":
+        wrong_sources = validation.run_with_wrong_sources(engine.forward, world)
+        sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
+    elif settings.model.kind == "decoder":
+        sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
+    metrics.record_evaluation(
+        settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
+    )
+    if world.rank == 0:
+        show_summary(settings, summarize(settings, evaluation, sample, segments, wrong_sources))
+
+
+def _end(done: int, settings: Settings, metrics: Metrics, world: World) -> int:
+    """Record how the run ended after `done` steps; gives the exit code. Collective."""
+    directory, steps = settings.run.directory, settings.training.steps
+    stopped = done < steps
+    metrics.close("stopped" if stopped else "finished")
+    if world.rank == 0:
+        record_event(directory, "stopped" if stopped else "finished", step=done if stopped else steps)
+    if world.rank == 0 and stopped:
+        checkpoints = directory / "checkpoints"
+        print(f"bigmodel: stopped at step {done}, saved in {checkpoints}; run the same command to go on")
     end_world()
-    return EXIT_DONE
+    return EXIT_STOPPED if stopped else EXIT_DONE
 
 
 def _facts(engine: Engine, world: World) -> dict[str, Any]:
@@ -297,36 +423,14 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
     return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
 
 
-def _tell_saved(saved: Saved | None, directory: Path, metrics: Metrics, line: LiveLine) -> None:
-    if saved and saved.error:
-        line.say(f"step {saved.step}: {saved.error}; training goes on, as checkpoint.on_failure says")
-        _tell_failed(saved.step, saved.error, saved.reason, directory, metrics)
-    elif saved:
-        metrics.record_checkpoint(saved.step, saved.bytes, saved.seconds)
-
-
-def _tell_failed(step: int, error: str, reason: str, directory: Path, metrics: Metrics) -> None:
-    if metrics.writes:
-        record_event(directory, "checkpoint_failed", step=step, error=error, reason=reason)
-    metrics.record_failed_checkpoint(step, reason)
-
-
-@contextmanager
-def _failure_told(directory: Path, metrics: Metrics) -> Iterator[None]:
-    """A failed save is told also where it ends the run."""
-    try:
-        yield
-    except SaveError as error:
-        _tell_failed(error.step, str(error), error.reason, directory, metrics)
-        raise
-
-
-def _where(position: Position, place: Place, world: World) -> dict[str, Any]:
-    """Where the order of all lanes stands, and how far it is through the sources. Collective."""
+def _state(step: Step, segments: Sequence[Segment], place: Place, world: World) -> dict[str, Any]:
+    """What a checkpoint knows of the data: where all lanes stand, how far they are through the sources. Collective."""
+    position = step.position
     told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
     lanes = {number: lane for _, part in told for number, lane in part.items()}
     progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
-    return {"cursor": merge_cursors(cursor for cursor, _ in told), "progress": progress}
+    cursor = merge_cursors(cursor for cursor, _ in told)
+    return {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress}
 
 
 def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +244,17 @@ def test_the_rows_become_a_table() -> None:
         "| a | ours | 1.25 |",
         "| a | other | no GPU |",
     ]
+
+
+# The long tests.
+
+
+@pytest.mark.parametrize(("options", "ran"), [([], "test_short"), (["-m", "long"], "test_long")])
+def test_long_tests_run_only_when_asked_for(tmp_path: Path, options: list[str], ran: str) -> None:
+    lines = ["import pytest", "def test_short(): pass", "@pytest.mark.long", "def test_long(): pass"]
+    (tmp_path / "test_both.py").write_text("\n".join(lines))
+    pytest_ = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-v"]
+    done = subprocess.run([*pytest_, *options, "test_both.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 deselected" in done.stdout
+    assert f"{ran} PASSED" in done.stdout

@@ -99,6 +99,15 @@ def test_from_text_to_a_trained_model_by_the_launcher(tmp_path: Path) -> None:
     assert len(on_ranks(1, tmp_path, "generate", str(run), "--prompt", "Document 1")) > len("Document 1")
 
 
+def test_a_save_is_published_while_training_goes_on(tmp_path: Path, shards: Path) -> None:
+    """Once both ranks have told that their shares are written: long before the next save."""
+    changes = ["--set", "training.steps=24", "--set", "checkpoint.every_steps=12"]
+    run_ranks(2, command, ["train", str(write_run(tmp_path, shards)), *changes], tmp_path / "printed")
+    lines = [(line["kind"], line["step"]) for line in read_json_lines(tmp_path / "run/metrics.jsonl") if "step" in line]
+    assert lines.index(("step", 12)) < lines.index(("checkpoint", 12)) < lines.index(("step", 23))
+    assert lines[-1] == ("checkpoint", 24)
+
+
 def trained_step(run: Path) -> int:
     steps = [line["step"] for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "step"]
     return steps[-1] if steps else 0

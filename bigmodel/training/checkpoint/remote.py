@@ -7,10 +7,12 @@ does not answer. Nothing is ever deleted there: leave that to the store's own ru
 """
 
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ import tenacity
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import files
 from bigmodel.distributed.world import World
-from bigmodel.run_directory import fsync_directory
+from bigmodel.run_directory import fsync_directory, require_restart_generation
 
 MANIFEST = "manifest.json"
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
+
+log = logging.getLogger(__name__)
 
 ReadManifest = Callable[[Path], tuple[dict[str, Any], str]]  # of a folder: its manifest, and what is wrong with it
 
@@ -40,6 +44,50 @@ def upload(path: Path, url: str) -> None:
     names = sorted((file.name for file in path.iterdir()), key=lambda name: (name == MANIFEST, name))
     for name in names:
         _retrying(_put, path / name, files.join(url, f"{path.name}/{name}"))
+
+
+class Uploads:
+    """The copies of a run's published checkpoints, made by a thread, one at a time. Nothing here is collective.
+
+    Where one is under way the next checkpoint waits, or a newer one in its place. A copy that fails is logged, never
+    raised: the local checkpoint is good.
+    """
+
+    def __init__(self, url: str, run_directory: Path, restart_generation: str) -> None:
+        self._url, self._run_directory, self._restart_generation = url, run_directory, restart_generation
+        self._thread: threading.Thread | None = None
+        self._path: Path | None = None  # that the thread copies
+        self._waiting: Path | None = None
+
+    @property
+    def under_way(self) -> Path | None:
+        """The checkpoint that is being copied: it must not be removed now."""
+        return self._path if self._thread and self._thread.is_alive() else None
+
+    def begin(self, path: Path) -> None:
+        self._waiting = None
+        if self.under_way:
+            self._waiting = path
+            log.warning("%s: not copied to checkpoint.remote yet: the one before is still on its way", path)
+            return
+        self._path = path
+        self._thread = threading.Thread(target=self._copy, args=(path,), name="checkpoint upload", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the newest checkpoint is in the store."""
+        while self._thread:
+            self._thread.join()
+            self._thread = None
+            if self._waiting:
+                self.begin(self._waiting)
+
+    def _copy(self, path: Path) -> None:
+        try:
+            require_restart_generation(self._run_directory, self._restart_generation)
+            upload(path, self._url)
+        except (UserError, OSError) as error:
+            log.warning("%s: not copied to checkpoint.remote: %s", path, error)
 
 
 def fetch(url: str, path: Path, world: World, read_manifest: ReadManifest) -> list[str]:

@@ -5,6 +5,7 @@ bigmodel/training/checkpoint/format.py) some steps later, and a copy of it in a 
 
     begin     every rank copies what it owns, and a thread writes it, syncs it, reads it back and hashes it
     publish   once every rank has reported: state, manifest, sync, rename; then the oldest beyond what is kept go
+    step      both of them at the end of a training step, where they are due
 
 Guarantees:
 - a folder is named step-... only after every rank has written, synced and read back its file; until then it is
@@ -20,7 +21,6 @@ Costs: the loop is held for the copy and the publication; a rank's share twice i
 import contextlib
 import errno
 import hashlib
-import logging
 import math
 import os
 import secrets
@@ -28,6 +28,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from bigmodel.config.settings import CheckpointSettings, Settings, UserError
 from bigmodel.distributed.world import World
+from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import fsync_directory, package_versions, require_restart_generation, write_atomically
 from bigmodel.training.checkpoint import remote as store
 from bigmodel.training.checkpoint.format import (
@@ -52,12 +54,11 @@ from bigmodel.training.checkpoint.format import (
     steps,
     verify,
 )
+from bigmodel.training.checkpoint.interval import Interval
 
 FAULT_VARIABLE = "BIGMODEL_FAULT"  # tests: "POINT@STEP" kills the process at that point of the save of that step
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-log = logging.getLogger(__name__)
 
 
 class SaveError(UserError):
@@ -73,7 +74,8 @@ class SaveError(UserError):
 class Saved:
     """A checkpoint just published: its size in bytes over all ranks, and how long training was held for it.
 
-    error: why it was not, where `checkpoint.on_failure` lets the run go on; reason: the same in a word (SaveError).
+    error: why it was not; reason: the same in a word (SaveError). ends_run: `checkpoint.on_failure` or the end of the
+    run make the error fatal.
     """
 
     path: Path
@@ -82,6 +84,14 @@ class Saved:
     seconds: float
     error: str = ""
     reason: str = ""
+    ends_run: bool = False
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Training stands still from here on until the save of a step ends."""
+
+    step: int
 
 
 @dataclass(frozen=True)
@@ -98,22 +108,49 @@ class _Report:
 class Saver:
     """Saves a run's checkpoints, one at a time. Make one on every rank; all methods but `written` are collective."""
 
-    def __init__(self, directory: Path, settings: Settings, world: World, restart_generation: str = "") -> None:
-        """restart_generation: what `run_directory.take_over` gave; empty: nobody can replace this process."""
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        world: World,
+        restart_generation: str = "",
+        phases: Phases | None = None,
+    ) -> None:
+        """restart_generation: what `run_directory.take_over` gave; empty: nobody can replace this process.
+
+        phases: the timers in which `step` counts its seconds, as "checkpoint".
+        """
         self._directory, self._settings, self._world = Path(directory), settings, world
         self._restart_generation = restart_generation
+        self._phases = phases or Phases(world.device)
         self._flight: _Flight | None = None
-        self._upload: _Upload | None = None
-        self._not_copied: Path | None = None  # the newest, where the copy of the one before was still under way
-        self._next_step = 0  # with a measured interval; 0: not measured yet
-        self._last: tuple[int, float] | None = None  # a step of this start and when it ended: steps are timed from it
+        self._uploads = store.Uploads(settings.checkpoint.remote, self._directory.parent, restart_generation)
+        self._interval = Interval(settings.checkpoint, world)
+
+    def step(
+        self, engine: States, step: int, written_votes: float, ending: bool, state: Callable[[], dict[str, Any]]
+    ) -> Iterator[Saved | Waiting]:
+        """The saves of one training step: publish what is written, begin what is due. Every result, as it comes.
+
+        written_votes: on how many ranks `written` held. ending: this step is the run's last; its save is waited for.
+        state: of this step, for `begin`; called only where a save begins. Use up the iterator: the work is in it.
+        Raises `SaveError` after its `Saved` where the run cannot go on, and what `begin` raises.
+        """
+        due = self.due(step)  # at each step: it times them
+        begins = due or ending
+        waits = ending or not self._settings.checkpoint.asynchronous
+        if begins or written_votes == self._world.size:  # one save at a time: what is in flight is published first
+            yield from self._result_of(lambda: self.finish(must=False))
+        if begins and waits:
+            yield Waiting(step)
+        if begins:
+            yield from self._result_of(lambda: self.begin(engine, state()))
+        if waits:
+            yield from self._result_of(lambda: self.finish(must=ending))
 
     def due(self, step: int) -> bool:
         """Whether the interval ends at this step; asked at the end of each. Equal on all ranks."""
-        self._last = self._last or (step, time.perf_counter())
-        if self._next_step:
-            return step >= self._next_step and self._flight is None  # the one in flight sets the next
-        return step % self._settings.checkpoint.every_steps == 0
+        return self._interval.due(step, self._flight is not None)
 
     @property
     def written(self) -> bool:
@@ -156,9 +193,9 @@ class Saver:
         except SaveError as error:
             if must or self._settings.checkpoint.on_failure == "stop":
                 raise
-            self._plan_next(flight, flight.held_seconds)
+            self._interval.plan(flight.step, flight.started, flight.held_seconds)
             return Saved(flight.final, flight.step, 0, flight.held_seconds, str(error), error.reason)
-        self._plan_next(flight, saved.seconds)
+        self._interval.plan(flight.step, flight.started, saved.seconds)
         return saved
 
     def save(self, engine: States, state: dict[str, Any]) -> Saved:
@@ -171,11 +208,19 @@ class Saver:
 
     def close(self) -> None:
         """Wait until the newest checkpoint is in the store. Not collective."""
-        while self._upload:
-            self._upload.join()
-            self._upload = None
-            if self._not_copied:
-                self._begin_upload(self._not_copied)
+        self._uploads.close()
+
+    def _result_of(self, action: Callable[[], Saved | None]) -> Iterator[Saved]:
+        """What the action gives, if it does; a save that ends the run is a result before it is raised."""
+        with self._phases("checkpoint"):
+            try:
+                saved = action()
+            except SaveError as error:
+                path = path_of(self._directory, error.step)
+                yield Saved(path, error.step, 0, 0.0, str(error), error.reason, ends_run=True)
+                raise
+            if saved:
+                yield saved
 
     def _publish(self, flight: "_Flight") -> Saved:
         world, settings = self._world, self._settings.checkpoint
@@ -190,10 +235,9 @@ class Saver:
         total = world.on_rank_zero(
             lambda: _publish(part, flight.final, reports, flight.description, world.size, self._restart_generation)
         )
-        uploading = self._upload.path if self._upload and self._upload.is_alive() else None
-        world.on_rank_zero(lambda: retain(self._directory, flight.step, settings, uploading))
+        world.on_rank_zero(lambda: retain(self._directory, flight.step, settings, self._uploads.under_way))
         if settings.remote and world.rank == 0:
-            self._begin_upload(flight.final)
+            self._uploads.begin(flight.final)
         held = flight.held_seconds + time.perf_counter() - waiting
         return Saved(flight.final, flight.step, total, held)
 
@@ -211,27 +255,6 @@ class Saver:
                 error.errno or errno.EIO,
             )
         return part, None
-
-    def _begin_upload(self, path: Path) -> None:
-        """One copy at a time: where the last is under way this checkpoint waits, or a newer one in its place."""
-        self._not_copied = None
-        if self._upload and self._upload.is_alive():
-            self._not_copied = path
-            log.warning("%s: not copied to checkpoint.remote yet: the one before is still on its way", path)
-            return
-        self._upload = _Upload(path, self._settings.checkpoint.remote, self._directory.parent, self._restart_generation)
-        self._upload.start()
-
-    def _plan_next(self, flight: "_Flight", held_seconds: float) -> None:
-        """With `hours_between_failures`: the interval that loses least, from what this save cost. Rank 0 decides."""
-        mean = self._settings.checkpoint.hours_between_failures * 3600
-        step, now = flight.step, flight.started
-        before, then = self._last or (step, now)
-        self._last = (step, now)
-        if mean and step > before:
-            seconds_per_step = max((now - then) / (step - before), 1e-6)
-            count = max(1, round(best_interval_seconds(held_seconds, mean) / seconds_per_step))
-            self._next_step = self._world.broadcast_object(step + count)
 
 
 class _Flight:
@@ -274,32 +297,6 @@ class _Flight:
             self._thread.join()
         assert self._report is not None, "the thread that writes died without a word"
         return self._report
-
-
-class _Upload(threading.Thread):
-    """Copies one published checkpoint to the store. What fails is said, never raised: the local one is good."""
-
-    def __init__(self, path: Path, url: str, run_directory: Path, restart_generation: str) -> None:
-        super().__init__(name="checkpoint upload", daemon=True)
-        self.path, self._url, self._run, self._restart_generation = path, url, run_directory, restart_generation
-
-    def run(self) -> None:
-        try:
-            require_restart_generation(self._run, self._restart_generation)
-            store.upload(self.path, self._url)
-        except (UserError, OSError) as error:
-            log.warning("%s: not copied to checkpoint.remote: %s", self.path, error)
-
-
-def best_interval_seconds(cost: float, mean_between_failures: float) -> float:
-    """Time from one save to the next that loses least: Daly 2006, eq. 37, whose first term is Young 1974.
-
-    cost: seconds that a save holds training. sqrt(2CM) * (1 + sqrt(C/2M)/3 + (C/2M)/9) - C; M where C >= 2M.
-    """
-    ratio = cost / (2 * mean_between_failures)
-    if ratio >= 1:
-        return mean_between_failures
-    return math.sqrt(2 * cost * mean_between_failures) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
 
 
 def save(directory: Path, engine: States, state: dict[str, Any], settings: Settings, world: World) -> Saved:

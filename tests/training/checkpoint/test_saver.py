@@ -13,10 +13,13 @@ import pytest
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
+from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import refuse_to_start_over, take_over
+from bigmodel.training import interval
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
-from bigmodel.training.checkpoint.saver import Saver, best_interval_seconds
+from bigmodel.training.checkpoint.interval import best_interval_seconds
+from bigmodel.training.checkpoint.saver import Saved, SaveError, Saver, Waiting
 from tests.support.s3 import delete, faulty_server, get, put, s3_server
 from tools.torture import Weights
 
@@ -70,8 +73,11 @@ def test_a_fixed_interval_is_kept_and_a_measured_one_follows_the_cost(tmp_path: 
     fixed = saver_of(tmp_path / "fixed", every_steps=4)
     assert [step for step in range(1, 13) if fixed.due(step)] == [4, 8, 12]
     measured = saver_of(tmp_path / "measured", every_steps=4, hours_between_failures=1.0)
-    measured._last = (0, time.perf_counter() - 4 * 10.0)  # 10 seconds a step
-    monkeypatch.setattr(saving, "best_interval_seconds", lambda cost, mean: 70.0 if mean == 3600 else 0.0)
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert not measured.due(1)
+    clock[0] += 30.0  # 10 seconds a step
+    monkeypatch.setattr(interval, "best_interval_seconds", lambda cost, mean: 70.0 if mean == 3600 else 0.0)
     assert measured.due(4)
     measured.save(Weights(4), {"step": 4})
     assert [step for step in range(5, 16) if measured.due(step)] == [11, 12, 13, 14, 15]
@@ -83,7 +89,7 @@ def test_a_measured_interval_counts_the_steps_of_this_start_and_waits_for_the_sa
     """Resumed at step 1,000 at 10 seconds a step; 70 seconds are 7 steps. Each save takes until the step after next."""
     clock = [0.0]
     monkeypatch.setattr(saving.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(saving, "best_interval_seconds", lambda cost, mean: 70.0)
+    monkeypatch.setattr(interval, "best_interval_seconds", lambda cost, mean: 70.0)
     saver, begun = saver_of(tmp_path, every_steps=4, hours_between_failures=1.0), []
     for step in range(1001, 1025):
         clock[0] += 10.0
@@ -207,6 +213,99 @@ def test_a_file_that_reads_back_wrong_is_not_published(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="what was read back is not what was written"):
         saver_of(tmp_path).save(Weights(4), {"step": 4})
     assert kept(tmp_path) == []
+
+
+# --- step by step
+
+
+def stepped(saver: Saver, step: int, written_votes: float = 0.0, ending: bool = False) -> list[Saved | Waiting]:
+    """What `Saver.step` gives; its error, if it raises one, as the last."""
+    news: list[Any] = []
+    try:
+        news.extend(saver.step(Weights(step), step, written_votes, ending, lambda: {"step": step}))
+    except SaveError as error:
+        news.append(error)
+    return news
+
+
+def words_of(news: list[Any]) -> list[str]:
+    return [f"{type(one).__name__} {one.step}" for one in news]
+
+
+def wait_until_written(saver: Saver) -> None:
+    deadline = time.monotonic() + 10
+    while not saver.written:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_save_is_published_once_all_ranks_say_that_theirs_is_written(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, every_steps=4)
+    assert stepped(saver, 3) == []
+    assert stepped(saver, 4) == []
+    wait_until_written(saver)
+    assert stepped(saver, 5, written_votes=0.0) == []
+    assert kept(tmp_path) == [], "this rank's vote is not there"
+    assert words_of(stepped(saver, 6, written_votes=1.0)) == ["Saved 4"]
+    assert kept(tmp_path) == [4]
+    assert stepped(saver, 7) == []
+
+
+def test_the_save_in_flight_is_published_before_the_next_begins_and_the_last_one_is_waited_for(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, every_steps=4)
+    assert stepped(saver, 4) == []
+    assert words_of(stepped(saver, 8)) == ["Saved 4"]
+    assert words_of(stepped(saver, 10, ending=True)) == ["Saved 8", "Waiting 10", "Saved 10"]
+    assert kept(tmp_path) == [8, 10]  # checkpoint.keep = 2
+
+
+def test_the_state_is_made_only_where_a_save_begins(tmp_path: Path) -> None:
+    saver, made = saver_of(tmp_path, every_steps=4), []
+
+    def state() -> dict[str, Any]:
+        made.append(step)
+        return {"step": step}
+
+    for step in range(1, 10):
+        list(saver.step(Weights(step), step, 0.0, step == 9, state))
+    assert made == [4, 8, 9]
+
+
+def test_a_save_in_the_foreground_is_waited_for_where_it_is_due(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, every_steps=4, asynchronous=False)
+    assert [words_of(stepped(saver, step)) for step in (3, 4, 5)] == [[], ["Waiting 4", "Saved 4"], []]
+    assert kept(tmp_path) == [4]
+
+
+def test_a_failed_save_is_a_result_also_where_it_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
+    goes_on, stops = (
+        saver_of(tmp_path / on_failure, every_steps=4, asynchronous=False, on_failure=on_failure)
+        for on_failure in ("continue", "stop")
+    )
+    waiting, saved = stepped(goes_on, 4)
+    assert (waiting, saved.reason, saved.ends_run) == (Waiting(4), "io_error", False)
+    waiting, saved, raised = stepped(stops, 4)
+    assert (waiting, saved.step, saved.reason, saved.ends_run) == (Waiting(4), 4, "io_error", True)
+    assert str(raised) == saved.error
+    waiting, saved, raised = stepped(goes_on, 5, ending=True)  # of the last save on_failure does not decide
+    assert (saved.step, saved.ends_run, str(raised)) == (5, True, saved.error)
+    monkeypatch.setattr(
+        saving.Path, "mkdir", lambda *arguments, **named: (_ for _ in ()).throw(OSError(30, "Read-only"))
+    )
+    waiting, saved, raised = stepped(stops, 8)
+    assert (saved.step, saved.reason, saved.ends_run, str(raised)) == (8, "permission", True, saved.error)
+
+
+def test_a_step_counts_its_saves_as_checkpoint_and_nothing_where_nothing_is_saved(tmp_path: Path) -> None:
+    phases = Phases(ALONE.device)
+    saver = Saver(tmp_path / "checkpoints", settings(every_steps=4), ALONE, phases=phases)
+    stepped(saver, 3)
+    assert dict(phases.take()) == {}
+    stepped(saver, 4)
+    assert phases.take()["checkpoint"] > 0
+    stepped(saver, 5, ending=True)
+    assert kept(tmp_path) == [4, 5]
 
 
 # --- what stays
