@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from bigmodel.config.sections import SET, UNSET, setting
 from bigmodel.config.settings import Section, UserError, explain
 from bigmodel.launcher.fabric import complain_of_unknown, fabric_environment, profiles
 from bigmodel.launcher.hostlist import expand_hosts
@@ -42,17 +43,19 @@ class ContainerSettings(Section):
     """An image that Pyxis/enroot runs the ranks in."""
 
     image: str = Field("", description="as nvcr.io#nvidia/pytorch:25.01-py3 or /images/train.sqsh")
-    mounts: list[str] = Field([], description="as /data:/data:ro")
-    python: str = Field("python3", description="the interpreter inside")
-    workdir: str = Field("", description="folder of this project inside; empty: the same as outside")
+    mounts: list[str] = setting([], only_with={"image": SET}, description="as /data:/data:ro")
+    python: str = setting("python3", only_with={"image": SET}, description="the interpreter inside")
+    workdir: str = setting(
+        "", only_with={"image": SET}, description="folder of this project inside; empty: the same as outside"
+    )
 
 
 class RequeueSettings(Section):
     """Whether a SLURM job that ended before the last step goes into the queue again."""
 
     limit: int = Field(10, ge=0, description="requeue at most so often; 0: never")
-    no_progress_limit: int = Field(
-        2, ge=0, description="... and after so many failures in a row without a new step, not"
+    no_progress_limit: int = setting(
+        2, only_with={"limit": SET}, ge=0, description="... and after so many failures in a row without a new step, not"
     )
 
 
@@ -85,7 +88,12 @@ class Cluster(Section):
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     ranks_per_node: int = Field(0, ge=0, description="0: one per GPU, or one where there is none")
-    hosts: str = Field("", description="for ssh and torchrun, without a host file: n[1-4], or addresses with commas")
+    hosts: str = setting(
+        "",
+        only_with={"ssh.hostfile": UNSET},
+        why="the host file names them",
+        description="for ssh and torchrun, without a host file: n[1-4], or addresses with commas",
+    )
     switches: dict[str, str] = Field(
         {}, description="hosts of each switch: { rack1 = 'n[1-4]' }; for drawing and naming"
     )

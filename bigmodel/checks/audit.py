@@ -46,7 +46,7 @@ def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> l
     if not any(line["kind"] == "step" for line in lines):
         raise UserError(f"{run_directory}: metrics.jsonl has no step yet; there is nothing to account for")
     file = run_directory / "settings.json"
-    settings = settings_from_table(read_json(file), file)
+    settings = settings_from_table(read_json(file), file, saved=True)
     ledger = RunAccounting()
     for line in lines:
         ledger.add(line)

@@ -12,7 +12,7 @@ from bigmodel.checks.audit import Finding
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder, take_share
-from bigmodel.data.objectives.objectives import num_tokens
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.plan.shuffle import Chunk, neighbour_distance

@@ -1,11 +1,14 @@
 """Settings of the data: how raw text becomes shards ([prepare]), and how shards become packs ([data])."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bigmodel.config.sections import Section
+from bigmodel.config.sections import SET, UNSET, ReadBy, Section, key_of, setting
+from bigmodel.data.objectives.table import OBJECTIVES
+
+READ_BY_OBJECTIVE = {"kind": ReadBy(OBJECTIVES)}
 
 
 class SourceSettings(Section):
@@ -33,11 +36,18 @@ class PrepareSettings(Section):
     """How raw text becomes shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
-    embedded: Literal["text", "pairs"] = Field(
-        "text", description="of the embedded corpus: code and documentation, or pairs of a function and what it does"
+    embedded: Literal["text", "pairs"] = setting(
+        "text",
+        only_with={"sources": UNSET},
+        description="of the embedded corpus: code and documentation, or pairs of a function and what it does",
     )
-    vocabulary: int = Field(
-        32_000, ge=258, le=2**32 - 1, description="tokens in the trained tokenizer, special ones included"
+    vocabulary: int = setting(
+        32_000,
+        only_with={"tokenizer": UNSET},
+        why="it has its own vocabulary",
+        ge=258,
+        le=2**32 - 1,
+        description="tokens in the trained tokenizer, special ones included",
     )
     tokenizer: Path | None = Field(
         None, description='"train", or a tokenizer.json or Hugging Face tokenizer folder to use instead'
@@ -53,8 +63,20 @@ class PrepareSettings(Section):
     max_characters: int = Field(0, ge=0, description="longer documents are dropped; 0: no limit")
     deduplicate: bool = Field(True, description="keep the first of equal texts over all sources")
     decontaminate: DecontaminationSettings | None = None
-    malformed_share: float = Field(0.0, ge=0, le=1, description="records of a source that may be malformed (dropped)")
-    workers: int = Field(0, ge=0, description="processes; 0: one per core")
+    malformed_share: float = setting(
+        0.0,
+        only_with={"sources": SET},
+        ge=0,
+        le=1,
+        description="records of a source that may be malformed (dropped)",
+    )
+    workers: int = setting(
+        0,
+        only_with={"scheduler": UNSET},
+        why="the workers of the scheduler do the work",
+        ge=0,
+        description="processes; 0: one per core",
+    )
     scheduler: str = Field("", description="address of a Dask scheduler whose workers do the work; empty: this machine")
 
     @field_validator("tokenizer", mode="before")
@@ -84,19 +106,39 @@ class CurriculumStage(Section):
 
 
 class ObjectiveSettings(Section):
-    """What is asked of a document (`bigmodel.data.objectives.objectives` has each with its source)."""
+    """What is asked of a document (`bigmodel.data.objectives` has each with its source)."""
 
-    kind: Literal["causal", "prefix", "fill_in_the_middle", "span_corruption", "ul2", "masked"] = Field(
-        description="masked is for encoders, fill_in_the_middle for decoders; ul2 stands for its seven denoisers"
+    kind: Annotated[str, key_of(OBJECTIVES)] = Field(
+        description="; ".join(f"{kind}: {row.about}" for kind, row in OBJECTIVES.items())
     )
     share: float = Field(
         1.0, gt=0, description="of the texts' tokens, read or asked for, on the average; relative to others"
     )
-    ahead: int = Field(1, ge=1, description="causal: predict the token so many ahead")
-    prefix_share: float = Field(0.5, gt=0, lt=1, description="prefix: of a document that is read, not predicted")
-    spm_share: float = Field(0.5, ge=0, le=1, description="fill_in_the_middle: documents in the order suffix first")
-    density: float = Field(0.15, gt=0, lt=1, description="span_corruption, masked: share of the tokens that is hidden")
-    mean_span: float = Field(3.0, ge=1, description="span_corruption: mean length of a hidden span")
+    ahead: int = setting(1, only_with=READ_BY_OBJECTIVE, ge=1, description="causal: predict the token so many ahead")
+    prefix_share: float = setting(
+        0.5,
+        only_with=READ_BY_OBJECTIVE,
+        gt=0,
+        lt=1,
+        description="prefix: of a document that is read, not predicted",
+    )
+    spm_share: float = setting(
+        0.5,
+        only_with=READ_BY_OBJECTIVE,
+        ge=0,
+        le=1,
+        description="fill_in_the_middle: documents in the order suffix first",
+    )
+    density: float = setting(
+        0.15,
+        only_with=READ_BY_OBJECTIVE,
+        gt=0,
+        lt=1,
+        description="span_corruption, masked: share of the tokens that is hidden",
+    )
+    mean_span: float = setting(
+        3.0, only_with=READ_BY_OBJECTIVE, ge=1, description="span_corruption: mean length of a hidden span"
+    )
 
 
 class DataSettings(Section):
@@ -113,7 +155,9 @@ class DataSettings(Section):
     source_sequence_length: int = Field(
         0, ge=0, description="positions in a pack's source side, for an encoder; 0: one side"
     )
-    max_source_length: int = Field(0, ge=0, description="longest source; 0: source_sequence_length")
+    max_source_length: int = setting(
+        0, only_with={"source_sequence_length": SET}, ge=0, description="longest source; 0: source_sequence_length"
+    )
     max_documents: int = Field(
         0, ge=0, description="documents in a pack, at most; 0: one for 16 of sequence_length, 256 at least"
     )
@@ -133,22 +177,45 @@ class DataSettings(Section):
     objectives: list[ObjectiveSettings] = Field(
         [], description="for sources of plain text; empty: causal, or span_corruption where there is a source side"
     )
-    sentinels: int = Field(100, ge=1, description="ids for hidden spans, where an objective needs them")
-    bidirectional_prefix: bool = Field(
-        True, description="one side only: what is read but not predicted sees all of itself (prefix-LM)"
+    sentinels: int = setting(
+        100,
+        only_with={"needs_special_tokens": True},
+        why="no objective hides anything or marks it, and data.masked_decoder_share is 0",
+        ge=1,
+        description="ids for hidden spans, where an objective needs them",
     )
-    fixed_target_tokens: int = Field(
-        0, ge=0, description="every target cut or padded to this length; 0: targets keep their length (packed)"
+    bidirectional_prefix: bool = setting(
+        True,
+        only_with={"source_sequence_length": UNSET},
+        why="an encoder reads the source",
+        description="one side only: what is read but not predicted sees all of itself (prefix-LM)",
     )
-    masked_decoder_share: float = Field(
-        0.0, ge=0, lt=1, description="of decoder inputs replaced by the mask token: the decoder leans on the source"
+    fixed_target_tokens: int = setting(
+        0,
+        only_with={"source_sequence_length": SET},
+        ge=0,
+        description="every target cut or padded to this length; 0: targets keep their length (packed)",
     )
-    dropped_decoder_share: float = Field(
-        0.0, ge=0, lt=1, description="of decoder positions left out, inputs and targets: long targets cost less"
+    masked_decoder_share: float = setting(
+        0.0,
+        only_with={"source_sequence_length": SET},
+        ge=0,
+        lt=1,
+        description="of decoder inputs replaced by the mask token: the decoder leans on the source",
+    )
+    dropped_decoder_share: float = setting(
+        0.0,
+        only_with={"source_sequence_length": SET},
+        ge=0,
+        lt=1,
+        description="of decoder positions left out, inputs and targets: long targets cost less",
     )
     workers: int = Field(2, ge=1, description="threads per rank that fetch, compare and tokenize ahead of the steps")
-    cache_bytes: int = Field(
-        0, ge=0, description="with data.remote: shards kept in data.directory, the others are fetched again; 0: all"
+    cache_bytes: int = setting(
+        0,
+        only_with={"remote": SET},
+        ge=0,
+        description="of shards kept in data.directory, the others are fetched again; 0: all",
     )
     stall_seconds: float = Field(
         480.0, gt=0, description="a run whose next batch takes longer ends with an error; ranks wait 600 s for others"
@@ -158,9 +225,27 @@ class DataSettings(Section):
     def longest_source(self) -> int:
         return self.max_source_length or self.source_sequence_length
 
+    @property
+    def wanted_objectives(self) -> list[ObjectiveSettings]:
+        """`objectives`, or the one that their absence means."""
+        return self.objectives or [
+            ObjectiveSettings(kind="span_corruption" if self.source_sequence_length else "causal")
+        ]
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether there are ids above the tokenizer's: marks and sentinels."""
+        wanted = any(OBJECTIVES[one.kind].special_tokens for one in self.wanted_objectives)
+        return wanted or self.masked_decoder_share > 0
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether an objective is one for an encoder alone."""
+        return any(OBJECTIVES[one.kind].trains_encoder for one in self.objectives)
+
     @model_validator(mode="after")
     def _sides_fit(self) -> "DataSettings":
-        if self.max_source_length > self.source_sequence_length:
+        if self.source_sequence_length and self.max_source_length > self.source_sequence_length:
             raise ValueError(
                 f"data.max_source_length = {self.max_source_length} does not fit data.source_sequence_length = "
                 f"{self.source_sequence_length}; lower the first or raise the second"
@@ -170,22 +255,16 @@ class DataSettings(Section):
                 f"data.fixed_target_tokens = {self.fixed_target_tokens} is above data.max_document_length = "
                 f"{self.max_document_length}; lower it or raise the context"
             )
-        decoder_inputs = ("fixed_target_tokens", "masked_decoder_share", "dropped_decoder_share")
-        for name in decoder_inputs:
-            if getattr(self, name) and not self.source_sequence_length:
-                raise ValueError(
-                    f"data.{name} = {getattr(self, name)} is about the decoder of an encoder-decoder; leave it out, or "
-                    "set data.source_sequence_length"
-                )
         if self.dropped_decoder_share and any(objective.ahead > 1 for objective in self.objectives):
             raise ValueError(
                 f"data.dropped_decoder_share = {self.dropped_decoder_share}: with ahead above 1 in data.objectives "
                 "nobody knows beforehand how many targets are left; set ahead = 1, or leave the share out"
             )
         kinds = {objective.kind for objective in self.objectives}
-        if "masked" in kinds and (len(kinds) > 1 or self.source_sequence_length):
+        if self.trains_encoder and (len(kinds) > 1 or self.source_sequence_length):
+            alone = next(kind for kind in kinds if OBJECTIVES[kind].trains_encoder)
             raise ValueError(
-                'data.objectives: kind = "masked" is for an encoder alone; it goes with no other kind and without '
+                f'data.objectives: kind = "{alone}" is for an encoder alone; it goes with no other kind and without '
                 "data.source_sequence_length"
             )
         return self

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.config.deepspeed_json import AUTO, VERSION, Source, device_of, value_at
+from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import Settings, UserError, num_micro_batches
+from bigmodel.training.optimizers.table import OPTIMIZERS
 
 # What an absent or "auto" key becomes, and why.
 DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
@@ -29,7 +31,6 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
 )
 
 # The user's optimizer section is compared with [optimizer]; the optimizers are torch's and ours, whatever its flags.
-OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon", "adafactor": "adafactor"}
 OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}  # they change no result
 
 
@@ -56,6 +57,7 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     _fill_optimizer(config, settings)
     _drop_auto(config)
     _refuse_impossible_sums(config, source)
+    _refuse_limits(config, settings, source)
     return config, settings
 
 
@@ -107,6 +109,8 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
                 "a step takes the same number of packs from every lane"
             )
     settings = _settle_optimizer(config, settings, source)
+    for problem in without_effect(settings.optimizer).values():
+        source.problems.append(f"optimizer, with what the run file says: {problem}")
     source.raise_problems()
     return settings
 
@@ -135,9 +139,11 @@ def _settle_optimizer(config: dict[str, Any], settings: Settings, source: Source
     section = config.get("optimizer", {})
     kind = section.get("type", AUTO)
     if kind != AUTO:
-        if str(kind).lower() not in OPTIMIZERS:
-            raise source.error(f"optimizer.type = {json.dumps(kind)}; AdamW, Lion, Muon and Adafactor are offered")
-        settings = _agree(settings, "optimizer.kind", OPTIMIZERS[str(kind).lower()], "optimizer.type", kind, source)
+        types = {name.lower(): kind for kind, row in OPTIMIZERS.items() for name in row.json_types}
+        if str(kind).lower() not in types:
+            offered = [row.json_types[0] for row in OPTIMIZERS.values() if row.json_types]
+            raise source.error(f"optimizer.type = {json.dumps(kind)}; {', '.join(offered)} are offered")
+        settings = _agree(settings, "optimizer.kind", types[str(kind).lower()], "optimizer.type", kind, source)
     parameters = section.get("params", {})
     if parameters == AUTO:
         return settings
@@ -228,7 +234,7 @@ def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
         "weight_decay": optimizer.weight_decay,
     }
     if section.get("type") == AUTO:
-        section["type"] = {"adamw": "AdamW"}.get(optimizer.kind, optimizer.kind.capitalize())
+        section["type"] = next(iter(OPTIMIZERS[optimizer.kind].json_types), optimizer.kind)
     if section.get("params") == AUTO:
         section["params"] = values
     for key, value in values.items():
@@ -262,6 +268,18 @@ def _refuse_impossible_sums(config: dict[str, Any], source: Source) -> None:
         raise source.error(
             f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "
             'use stage 1 (the same on one rank), or training.precision = "fp32"'
+        )
+
+
+def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -> None:
+    """What the optimizer's row in the table does not work with."""
+    kind, zero = settings.optimizer.kind, config["zero_optimization"]
+    row, offload = OPTIMIZERS[kind], device_of(zero.get("offload_optimizer"))
+    if zero["stage"] not in row.stages:
+        raise source.error(f'zero_optimization.stage = {zero["stage"]} with optimizer.kind = "{kind}": {row.limits}')
+    if offload not in ("none", None, *row.offloads):
+        raise source.error(
+            f'zero_optimization.offload_optimizer.device = "{offload}" with optimizer.kind = "{kind}": {row.limits}'
         )
 
 

@@ -6,18 +6,23 @@ prints it without a traceback and exits with code 2.
 """
 
 import difflib
+import json
 import os
 import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from bigmodel.config.renamed import NEW_NAMES, new_keys, old_keys_in
 
+SAVED = {"saved": True}  # validation context of what a run saved: a setting without effect is no error there
 WARNED = "BIGMODEL_OLD_KEYS_WARNED"
 
 
@@ -34,6 +39,76 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
+class _Presence:
+    """A value of `only_with` that stands for many: see `setting`."""
+
+    def __init__(self, is_set: bool) -> None:
+        self.is_set = is_set
+
+
+SET, UNSET = _Presence(True), _Presence(False)
+
+
+@dataclass(frozen=True)
+class ReadBy:
+    """A value of `only_with`: the keys of a table whose row has the setting in its `reads`. Rows may be added later."""
+
+    table: Mapping[str, Any]
+
+    def keys_for(self, name: str) -> tuple[str, ...]:
+        return tuple(key for key, row in self.table.items() if name in row.reads)
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """When a setting has an effect, as it stands among the metadata of its field."""
+
+    others: Mapping[str, Any]
+    why: str
+
+
+def setting(default: Any, *, only_with: Mapping[str, Any], why: str = "", **field: Any) -> Any:
+    """A field that has an effect only with certain values of other fields of its section; else a plain `Field`.
+
+        remote: str = Field("", description="URL of ...")
+        cache_bytes: int = setting(0, only_with={"remote": SET}, ge=0, description="shards kept ...")
+        decay_steps: int = setting(0, only_with={"kind": "wsd", "unit": "steps"}, ge=0, description="length of ...")
+        momentum: float = setting(0.95, only_with={"kind": ReadBy(OPTIMIZERS)}, ge=0, lt=1, description="of ...")
+
+    only_with: name of another field -> the value it needs, a tuple of such values, `SET` (neither 0, empty nor none),
+    `UNSET`, or `ReadBy` of the table whose keys that field names. All of them must hold. A name may be dotted, for a
+    field of a section inside, or be a property of the section, for what no single field says; `why` then says why the
+    setting has no effect, in words for the user.
+    field: what pydantic's `Field` takes: bounds and description.
+
+    A setting without effect is refused with the reason and the remedy. Not refused: the default, because a run saves
+    all of its settings; and any value that a run has saved, because earlier versions accepted more (`SAVED`).
+    Each declaration has a case in tests/config/test_sections.py, which shows that it bites.
+    """
+    info = Field(default, **field)
+    info.metadata.append(OnlyWith(only_with, why))
+    return info
+
+
+def condition_of(section: "type[Section]", name: str) -> OnlyWith | None:
+    """What a field was declared with; None: it always has an effect."""
+    return next((one for one in section.model_fields[name].metadata if isinstance(one, OnlyWith)), None)
+
+
+def key_of(table: Mapping[str, Any]) -> AfterValidator:
+    """Of a text: that it is a key of the table, which may grow later."""
+
+    def check(value: str) -> str:
+        if value not in table:
+            expected = ", ".join(map(repr, list(table)[:-1])) + f" or {list(table)[-1]!r}"
+            near = difflib.get_close_matches(value, table, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PydanticCustomError("not_in_table", "Input should be {what}", {"what": expected + hint})
+        return value
+
+    return AfterValidator(check)
+
+
 class Section(BaseModel):
     """A table of the run file. Unknown keys are errors; values cannot be changed after reading."""
 
@@ -44,6 +119,54 @@ class Section(BaseModel):
     @classmethod
     def _old_keys_are_read(cls, table: Any) -> Any:
         return new_keys(cls.section, table) if cls.section and isinstance(table, dict) else table
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self, info: ValidationInfo) -> "Section":
+        complaints = [] if info.context == SAVED else list(without_effect(self).values())
+        if complaints:
+            raise PydanticCustomError("without_effect", "{lines}", {"lines": "\n".join(complaints)})
+        return self
+
+
+def without_effect(section: Section) -> dict[str, str]:
+    """By name, each setting that is not at its default and has no effect: setting, value, reason and remedy."""
+    found = {}
+    for name, field in type(section).model_fields.items():
+        condition, value = condition_of(type(section), name), getattr(section, name)
+        if condition and value != field.get_default(call_default_factory=True):
+            reasons = filter(None, (_reason(section, name, other, condition) for other in condition.others))
+            if reason := next(reasons, ""):
+                found[name] = f"{name} = {_toml(value)} has no effect{reason}"
+    return found
+
+
+def _reason(section: Section, name: str, other: str, condition: OnlyWith) -> str:
+    """Why a setting has no effect with the value of another field, and the remedy; empty where it has one."""
+    now, needed = attrgetter(other)(section), condition.others[other]
+    because = f" ({condition.why})" if condition.why else ""
+    if isinstance(needed, _Presence):
+        if bool(now) is needed.is_set:
+            return ""
+        if needed.is_set:
+            return f" without {other}{because}; leave it out or set {other}"
+        return f" with {other} = {_toml(now)}{because}; leave one of them out"
+    allowed = (
+        needed.keys_for(name) if isinstance(needed, ReadBy) else needed if isinstance(needed, tuple) else (needed,)
+    )
+    if now in allowed:
+        return ""
+    if other not in type(section).model_fields:
+        return f": {condition.why}; leave it out"
+    return f" with {other} = {_toml(now)}{because}; leave it out or set {other} = {' or '.join(map(_toml, allowed))}"
+
+
+def _toml(value: Any) -> str:
+    """A value as a user would write it."""
+    return json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
 
 
 def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -100,6 +223,8 @@ def _explain(line: Mapping[str, Any], root: type[Section]) -> str:
     where = ".".join(str(part) for part in line["loc"])
     if line["type"] == "extra_forbidden":
         return f"{where}: unknown setting{_suggestion(line['loc'], root)}"
+    if line["type"] == "without_effect":
+        return "\n".join(f"{where}.{one}" if where else one for one in line["msg"].splitlines())
     message = line["msg"].removeprefix("Value error, ")
     if line["type"] == "value_error":
         return message

@@ -6,7 +6,7 @@ the launcher and a login node can read a run file in milliseconds. Wrong values 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -16,11 +16,17 @@ from bigmodel.config.data_settings import DecontaminationSettings as Decontamina
 from bigmodel.config.data_settings import ObjectiveSettings as ObjectiveSettings
 from bigmodel.config.data_settings import PrepareSettings as PrepareSettings
 from bigmodel.config.data_settings import SourceSettings as SourceSettings
+from bigmodel.config.sections import SAVED as SAVED
+from bigmodel.config.sections import SET, ReadBy, key_of, read_table, setting
 from bigmodel.config.sections import Section as Section
 from bigmodel.config.sections import UserError as UserError
 from bigmodel.config.sections import explain as explain
-from bigmodel.config.sections import read_table
 from bigmodel.config.sections import without_secrets as without_secrets
+from bigmodel.data.objectives.table import OBJECTIVES
+from bigmodel.training.optimizers.table import OPTIMIZERS
+
+READ_BY_OPTIMIZER = {"kind": ReadBy(OPTIMIZERS)}
+TWO_SIDES = {"kind": "encoder_decoder"}
 
 
 class RunSettings(Section):
@@ -47,27 +53,49 @@ class ModelSettings(Section):
     )
     head_dim: int = Field(0, ge=0, description="channels of a head; 0: hidden_size / num_heads")
     intermediate_size: int = Field(2048, ge=1, description="size of the gated inner layer")
-    encoder_num_layers: int = Field(0, ge=0)
-    encoder_hidden_size: int = Field(0, ge=0)
-    encoder_num_heads: int = Field(0, ge=0)
-    encoder_num_kv_heads: int = Field(0, ge=0)
-    encoder_intermediate_size: int = Field(0, ge=0)
-    source_attention: Literal["cross", "mixed"] = Field(
-        "cross", description="how a decoder sees the source: a second attention, or in one softmax with its own past"
+    encoder_num_layers: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_hidden_size: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_num_heads: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_num_kv_heads: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_intermediate_size: int = setting(0, only_with=TWO_SIDES, ge=0)
+    source_attention: Literal["cross", "mixed"] = setting(
+        "cross",
+        only_with=TWO_SIDES,
+        description="how a decoder sees the source: a second attention, or in one softmax with its own past",
     )
-    separate_embeddings: bool = Field(False, description="the encoder has an embedding matrix of its own")
+    separate_embeddings: bool = setting(
+        False, only_with=TWO_SIDES, description="the encoder has an embedding matrix of its own"
+    )
     position_embedding: Literal["rotary", "relative_bias"] = Field(
         "rotary", description="rotary (Su et al. 2021), or T5's bias by distance, shared by the layers of a side"
     )
-    relative_buckets: int = Field(32, ge=4, description="relative_bias: learned distances per head")
-    relative_distance: int = Field(128, ge=4, description="relative_bias: farther is all the same")
+    relative_buckets: int = setting(
+        32, only_with={"position_embedding": "relative_bias"}, ge=4, description="learned distances per head"
+    )
+    relative_distance: int = setting(
+        128, only_with={"position_embedding": "relative_bias"}, ge=4, description="farther is all the same"
+    )
     attention_scale: float = Field(0.0, ge=0, description="factor of the scores; 0: 1 / sqrt(head size). T5: 1")
     activation: Literal["silu", "gelu"] = Field("silu", description="of the feed-forward: SwiGLU, or T5 v1.1's GEGLU")
-    num_mtp_modules: int = Field(
-        0, ge=0, description="multi-token prediction: so many tokens more, each by its own block"
+    num_mtp_modules: int = setting(
+        0,
+        only_with={"kind": ("decoder", "encoder_decoder")},
+        why="an encoder predicts no further tokens",
+        ge=0,
+        description="multi-token prediction: so many tokens more, each by its own block",
     )
-    mtp_loss_weight: float = Field(0.3, gt=0, description="of the mean of the extra heads' losses in the gradient")
-    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies (Su et al. 2021)")
+    mtp_loss_weight: float = setting(
+        0.3,
+        only_with={"num_mtp_modules": SET},
+        gt=0,
+        description="of the mean of the extra heads' losses in the gradient",
+    )
+    rope_theta: float = setting(
+        10_000.0,
+        only_with={"position_embedding": "rotary"},
+        gt=0,
+        description="base of the rotary frequencies (Su et al. 2021)",
+    )
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what each block adds to the residual stream")
@@ -96,14 +124,7 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _sides_make_sense(self) -> "ModelSettings":
-        if self.kind != "encoder_decoder":
-            for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size"):
-                if getattr(self, f"encoder_{name}"):
-                    raise ValueError(
-                        f"model.encoder_{name} = {getattr(self, f'encoder_{name}')} needs model.kind = "
-                        f'"encoder_decoder", not {self.kind!r}; leave it out or change the kind'
-                    )
-        else:
+        if self.kind == "encoder_decoder":
             _check_heads(self.encoder)
             if self.encoder.hidden_size != self.hidden_size and not self.separate_embeddings:
                 raise ValueError(
@@ -116,8 +137,6 @@ class ModelSettings(Section):
                     'model.source_attention = "mixed" has no distance between a target and a source token that a bias '
                     'could be learned for; set model.position_embedding = "rotary"'
                 )
-        if self.num_mtp_modules and self.kind == "encoder":
-            raise ValueError("model.num_mtp_modules predict further tokens, which an encoder does not; leave it out")
         buckets = self.relative_buckets
         if buckets % 4 or buckets // 2 >= self.relative_distance:
             raise ValueError(
@@ -161,24 +180,49 @@ class ParameterGroupSettings(Section):
 class OptimizerSettings(Section):
     """How weights move. Weight decay falls on matrices only, not on norms or embeddings."""
 
-    kind: Literal["adamw", "lion", "muon", "adafactor"] = Field(
-        "adamw",
-        description="AdamW (Loshchilov & Hutter 2019); Lion (Chen et al. 2023), one moment; Muon (Jordan et al. 2024) "
-        "on hidden matrices, AdamW on the rest; Adafactor (Shazeer & Stern 2018), a row and a column for each matrix",
+    kind: Annotated[str, key_of(OPTIMIZERS)] = Field(
+        "adamw", description="; ".join(f"{kind}: {row.about}" for kind, row in OPTIMIZERS.items())
     )
     learning_rate: float = Field(
         3e-4, gt=0, description="the highest the schedule reaches; adafactor: relative to a parameter's scale"
     )
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(
-        1e-8, gt=0, description="adamw, muon: added to the root of the second moment; adafactor: the least of that root"
+    beta1: float = setting(0.9, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = setting(0.95, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="decay of the second moment")
+    epsilon: float = setting(
+        1e-8,
+        only_with=READ_BY_OPTIMIZER,
+        gt=0,
+        description="added to the root of the second moment; adafactor: the least of that root",
     )
     weight_decay: float = Field(0.1, ge=0)
-    momentum: float = Field(0.95, ge=0, lt=1, description="muon: of the hidden matrices")
-    beta2_decay: float = Field(-0.8, le=0, description="adafactor: beta2 of update t is 1 - t ** beta2_decay")
-    update_clipping: float = Field(1.0, ge=1, description="adafactor: largest root mean square of a parameter's update")
-    least_scale: float = Field(1e-3, ge=0, description="adafactor: least root mean square that a parameter counts with")
+    momentum: float = setting(0.95, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="muon: of the hidden matrices")
+    beta2_decay: float = setting(
+        -0.8, only_with=READ_BY_OPTIMIZER, le=0, description="adafactor: beta2 of update t is 1 - t ** beta2_decay"
+    )
+    update_clipping: float = setting(
+        1.0,
+        only_with=READ_BY_OPTIMIZER,
+        ge=1,
+        description="adafactor: largest root mean square of a parameter's update",
+    )
+    least_scale: float = setting(
+        1e-3,
+        only_with=READ_BY_OPTIMIZER,
+        ge=0,
+        description="adafactor: least root mean square that a parameter counts with",
+    )
+    alpha: float = setting(
+        5.0, only_with=READ_BY_OPTIMIZER, ge=0, description="ademamix: weight of the slow moment in the update"
+    )
+    beta3: float = setting(
+        0.9999, only_with=READ_BY_OPTIMIZER, gt=0, lt=1, description="ademamix: decay of the slow moment"
+    )
+    ema_warmup_steps: int = setting(
+        0,
+        only_with=READ_BY_OPTIMIZER,
+        ge=0,
+        description="ademamix: updates in which alpha rises from 0 and beta3 from beta1; 0: none; the paper: all",
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     groups: list[ParameterGroupSettings] = Field([], description="parameters with another rate or decay")
 
@@ -188,28 +232,21 @@ class ScheduleSettings(Section):
 
     kind: Literal["cosine", "wsd", "linear", "inverse_square_root", "constant"] = "cosine"
     unit: Literal["steps", "tokens"] = Field("steps", description="tokens: positions, as the plan gives them to steps")
-    warmup_steps: int = Field(100, ge=0)
-    decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay")
-    warmup_tokens: int = Field(0, ge=0, description='with unit = "tokens", in place of warmup_steps')
-    decay_tokens: int = Field(0, ge=0, description='with unit = "tokens", in place of decay_steps')
-    final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the highest, or the lowest")
-
-    @model_validator(mode="after")
-    def _each_is_used(self) -> "ScheduleSettings":
-        for name in ("decay_steps", "decay_tokens"):
-            if self.kind != "wsd" and getattr(self, name):
-                raise ValueError(
-                    f'schedule.{name} = {getattr(self, name)} means nothing with schedule.kind = "{self.kind}", '
-                    'which has no final decay of its own; leave it out or set kind = "wsd"'
-                )
-        other = "tokens" if self.unit == "steps" else "steps"
-        for name in (f"warmup_{other}", f"decay_{other}"):
-            if getattr(self, name) not in (0, type(self).model_fields[name].default):  # a saved run has the defaults
-                raise ValueError(
-                    f'schedule.{name} = {getattr(self, name)} is not read with schedule.unit = "{self.unit}"; '
-                    f'set unit = "{other}" or use {name.replace(other, self.unit)}'
-                )
-        return self
+    warmup_steps: int = setting(100, only_with={"unit": "steps"}, ge=0)
+    decay_steps: int = setting(
+        0, only_with={"kind": "wsd", "unit": "steps"}, ge=0, description="length of the final decay"
+    )
+    warmup_tokens: int = setting(0, only_with={"unit": "tokens"}, ge=0, description="in place of warmup_steps")
+    decay_tokens: int = setting(
+        0, only_with={"kind": "wsd", "unit": "tokens"}, ge=0, description="in place of decay_steps"
+    )
+    final_ratio: float = setting(
+        0.1,
+        only_with={"kind": ("cosine", "wsd", "linear", "inverse_square_root")},
+        ge=0,
+        le=1,
+        description="last learning rate over the highest, or the lowest",
+    )
 
 
 class TrainingSettings(Section):
@@ -261,8 +298,12 @@ class EvaluationSettings(Section):
     section = "evaluation"
 
     every_steps: int = Field(0, ge=0, description="0: only at the end")
-    sequences: int = Field(
-        0, ge=0, description="validation sequences used while training; 0: all of them. The end uses all"
+    sequences: int = setting(
+        0,
+        only_with={"every_steps": SET},
+        why="the end uses all",
+        ge=0,
+        description="validation sequences used while training; 0: all of them. The end uses all",
     )
     at_end: bool = Field(
         True, description="score the whole split after the last step, draw a sample, write the summary"
@@ -322,11 +363,11 @@ class Settings(Section):
                 f"model.kind = {kind!r} and data.source_sequence_length = {sides} do not fit: an encoder-decoder needs "
                 "a source side in every pack, other models have none"
             )
-        masked = any(objective.kind == "masked" for objective in self.data.objectives)
-        if (kind == "encoder") != masked:
+        if (kind == "encoder") != self.data.trains_encoder:
+            masked = " or ".join(f'kind = "{name}"' for name, row in OBJECTIVES.items() if row.trains_encoder)
             raise ValueError(
-                f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by "
-                'kind = "masked", and no other model is'
+                f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by {masked}, and "
+                "no other model is"
             )
         if self.data.dropped_decoder_share and self.model.num_mtp_modules:
             raise ValueError(
@@ -376,10 +417,13 @@ def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     return _resolve_deepspeed_path(settings_from_table(table, path), path)
 
 
-def settings_from_table(table: Mapping[str, Any], origin: Path) -> Settings:
-    """Validate plain values read from `origin`. Raises `UserError`, one line per complaint."""
+def settings_from_table(table: Mapping[str, Any], origin: Path, saved: bool = False) -> Settings:
+    """Validate plain values read from `origin`. Raises `UserError`, one line per complaint.
+
+    saved: by a run, perhaps of an earlier version; a setting without effect is no error then.
+    """
     try:
-        return Settings.model_validate(table)
+        return Settings.model_validate(table, context=SAVED if saved else None)
     except ValidationError as error:
         raise UserError(f"{origin}: {explain(error, Settings)}") from None
 

@@ -30,7 +30,7 @@ from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
 from bigmodel.model.transformer import Transformer
-from bigmodel.training.optimizers.optimizers import FACTORED_STATE, parameter_groups, state_keys
+from bigmodel.training.optimizers.groups import parameter_groups, states_of
 from bigmodel.training.zero.wrapping import wrap_blocks
 
 GIB = 2**30
@@ -100,12 +100,11 @@ def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, 
     share = math.ceil(numel / ranks) if stage else numel
     moments = 0
     for group in parameter_groups(model, settings.optimizer):
-        keys = state_keys(settings.optimizer, group)
+        shapes = [state.shape for state in states_of(settings.optimizer, group)]
         for parameter in group["params"]:
-            if keys == FACTORED_STATE:  # whole on every rank
-                moments += WIDE * sum(parameter.shape)
-            else:
-                moments += WIDE * len(keys) * math.ceil(parameter.numel() / (ranks if stage else 1))
+            moments += WIDE * shapes.count("parameter") * math.ceil(parameter.numel() / (ranks if stage else 1))
+            vectors = [shapes.count("rows"), shapes.count("columns")]  # whole on every rank
+            moments += WIDE * sum(number * size for number, size in zip(vectors, parameter.shape, strict=False))
     buckets = {name: min(numel, int(float(zero.get(name, default)))) for name, default in DEFAULTS.items()}
     state = {
         "masters": WIDE * share if stage else 0,

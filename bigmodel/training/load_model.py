@@ -37,7 +37,7 @@ def load_trained(run_directory: Path) -> Trained:
         raise UserError(
             f"{run_directory}: not a run directory (no settings.json); give the run.directory of a training run"
         )
-    settings = settings_from_table(read_json(saved), saved)
+    settings = settings_from_table(read_json(saved), saved, saved=True)
     found = checkpoint.newest(run_directory / "checkpoints")
     if found is None:
         raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")

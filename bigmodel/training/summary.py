@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config.settings import Settings, UserError, packs_at
+from bigmodel.data.objectives.causal import causal
 from bigmodel.data.objectives.examples import Examples
-from bigmodel.data.objectives.objectives import causal
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.segments import Segment, order_of_segment
 from bigmodel.data.store.shards import ShardStore

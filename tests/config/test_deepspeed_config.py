@@ -1,5 +1,6 @@
 """The effective DeepSpeed configuration: what the user wrote stays, "auto" is filled, contradictions are errors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from bigmodel.config.deepspeed_config import DEFAULTS, num_micro_batches, resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError, settings_from_table, to_toml_table
+from bigmodel.training.optimizers.table import OPTIMIZERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -139,6 +141,33 @@ def test_fp16_lion_and_offload_bring_the_keys_that_deepspeed_wants(tmp_path: Pat
     assert resolve(tmp_path, {"bf16": {"enabled": False}, "fp16": {"enabled": False}})[1].training.precision == "fp32"
 
 
+def test_a_setting_of_the_json_that_the_optimizer_does_not_read_is_refused(tmp_path: Path) -> None:
+    told = refusal(tmp_path, {"optimizer": {"type": "Lion", "params": {"eps": 1e-3}}})
+    assert 'epsilon = 0.001 has no effect with kind = "lion"; leave it out or set kind = "adamw" or' in told
+    told = refusal(tmp_path, {"optimizer": {"type": "Lion"}}, optimizer={"epsilon": 1e-3})
+    assert 'epsilon = 0.001 has no effect with kind = "lion"' in told
+    assert resolve(tmp_path, {"optimizer": {"type": "AdEMAMix"}})[1].optimizer.kind == "ademamix"
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"stage": 2}, 'zero_optimization.stage = 2 with optimizer.kind = "lion": it needs whole gradients'),
+        (
+            {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+            'zero_optimization.offload_optimizer.device = "cpu" with optimizer.kind = "lion": it needs whole gradients',
+        ),
+    ],
+)
+def test_an_optimizer_that_does_not_work_with_a_stage_or_an_offload_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: dict[str, Any], words: str
+) -> None:
+    limited = dataclasses.replace(OPTIMIZERS["lion"], stages=(1,), offloads=(), limits="it needs whole gradients")
+    monkeypatch.setitem(OPTIMIZERS, "lion", limited)
+    assert words in refusal(tmp_path, {"zero_optimization": zero}, optimizer={"kind": "lion"})
+    assert resolve(tmp_path, {"zero_optimization": {"stage": 1}}, optimizer={"kind": "lion"})
+
+
 def test_what_could_not_be_run_here_passes_through(tmp_path: Path) -> None:
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
     effective, _ = resolve(tmp_path, {"zero_optimization": zero})
@@ -235,7 +264,7 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"fp16": {"enabled": True, "auto_cast": True}}, ["fp16.auto_cast"]),
     ({"activation_checkpointing": {"partition_activations": True}}, ["training.activation_checkpointing"]),
     ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "[schedule]", "warmup_steps"]),
-    ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "AdamW"]),
+    ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "AdamW, Lion, Muon, Adafactor, AdEMAMix are off"]),
     ({"optimizer": {"params": {"adam_w_mode": False}}}, ["adam_w_mode"]),
     ({"optimizer": {"params": {"betas": 0.9}}}, ["betas = 0.9", "two numbers"]),
     ({"gradient_clipping": "1.0"}, ['gradient_clipping = "1.0"', "a number"]),

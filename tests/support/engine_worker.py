@@ -24,7 +24,9 @@ from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.learning_rate import learning_rate
-from bigmodel.training.optimizers.optimizers import build_optimizer, parameter_groups
+from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups, states_of
+from bigmodel.training.optimizers.shards import Shards
+from bigmodel.training.optimizers.table import OPTIMIZERS
 from bigmodel.training.zero.engine import Engine, creation
 from tests.support.ranks import run_ranks
 
@@ -59,8 +61,10 @@ def settings_table(
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
-    optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0), "epsilon": 1e-4}
+    optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0)}
     optimizer |= other.pop("optimizer", {})
+    if "epsilon" in OPTIMIZERS[optimizer.get("kind", "adamw")].reads:
+        optimizer = {"epsilon": 1e-4} | optimizer
     assert not other, f"unused: {other}"
     schedule = {"warmup_steps": 2}
     return {"model": model, "training": training, "optimizer": optimizer, "schedule": schedule, "data": DATA}
@@ -111,15 +115,22 @@ KEPT_STEPS = 2  # of which the oracle keeps the gradients
 
 
 def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """torch's own optimizer where torch has it; Lion and Muon are ours, compared with the papers in test_optim.py."""
+    """torch's own optimizer where torch has it; the others are ours, compared with the papers in test_optim.py."""
     if settings.kind == "adafactor":
         groups, epsilons = parameter_groups(model, settings), (settings.epsilon, settings.least_scale)
         return torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
     optimizer = build_optimizer(model, settings)
-    optimizer.whole_matrices = lambda master, flat, change: change(flat)
-    for group in optimizer.param_groups if settings.kind != "adamw" else ():
-        for master in group["params"] if group["matrices"] or settings.kind == "lion" else ():
-            optimizer.state[master]["exp_avg"] = torch.zeros_like(master)
+    return alone(optimizer, settings)
+
+
+def alone(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """States as the engine makes them, where every parameter is its own master."""
+    optimizer.shards = Shards(lambda master, flat, change: change(flat), lambda master: [], lambda sums: sums)
+    for group in optimizer.param_groups:
+        for master in group["params"]:
+            for key, shape in states_of(settings, group):
+                zeros = torch.zeros(()) if shape == "number" else torch.zeros_like(master)
+                optimizer.state[master][key] = zeros
     return optimizer
 
 

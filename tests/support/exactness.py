@@ -14,13 +14,14 @@ from typing import Any
 from safetensors.torch import load_file
 
 from bigmodel.config.settings import Settings
+from bigmodel.training.optimizers.table import OPTIMIZERS
 from tests.support.engine_worker import PACKS, distance, oracle, settings_table
 
 STEPS = 20
 FACTORS: dict[str, tuple[Any, ...]] = {
     "stage": (0, 1, 2, 3),
     "precision": ("fp32", "bf16", "fp16"),
-    "optimizer": ("adamw", "lion", "muon", "adafactor"),
+    "optimizer": tuple(OPTIMIZERS),
     "activation_checkpointing": ("none", "selective", "full"),
     "offload": ("none", "optimizer to cpu", "optimizer and weights to cpu", "optimizer to nvme"),
     "packs_at_once": (1, 2, 3),
@@ -36,8 +37,11 @@ GROUPS = [{"parameters": "blocks.0.*", "learning_rate_factor": 0.5}, {"parameter
 def valid(case: Case) -> bool:
     """What the configuration accepts (bigmodel/config/deepspeed_config.py refuses the rest with a reason)."""
     low, offload, stage = case["precision"] != "fp32", case["offload"], case["stage"]
+    row, device = OPTIMIZERS[case["optimizer"]], offload.rpartition(" ")[2]
     return (
-        not (low and stage == 0)
+        stage in row.stages
+        and device in ("none", *row.offloads)
+        and not (low and stage == 0)
         and not (offload != "none" and stage == 0)
         and not (offload == "optimizer and weights to cpu" and stage < 3)
         and not (case["persistence"] and stage < 3)

@@ -40,8 +40,10 @@ def write_sources(folder: Path) -> list[dict[str, Any]]:
 
 def tiny_settings(folder: Path, **changes: Any) -> Settings:
     """Settings that prepare `folder`/data from `folder`/text; `changes` go into the prepare section."""
-    section = {"vocabulary": 300, "validation_share": 0.2, "shard_tokens": 3000, "workers": 1}
-    section |= {"sources": write_sources(folder / "text")} | changes
+    section = {"validation_share": 0.2, "shard_tokens": 3000, "sources": write_sources(folder / "text")}
+    section |= {} if "tokenizer" in changes else {"vocabulary": 300}
+    section |= {} if "scheduler" in changes else {"workers": 1}
+    section |= changes
     return Settings.model_validate({"prepare": section, "data": {"directory": str(folder / "data")}})
 
 

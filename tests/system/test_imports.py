@@ -18,7 +18,9 @@ OURS = ("bigmodel", "kernels", "launcher", "tools", "tests", "benchmarks")
 # everything below it. Where a room has no line here, the line of the room around it holds.
 ALLOWED = {
     "bigmodel.kernels": ("bigmodel.kernels",),
-    "bigmodel.config": ("bigmodel.config",),
+    "bigmodel.config": ("bigmodel.config", "bigmodel.data.objectives.table", "bigmodel.training.optimizers.table"),
+    "bigmodel.data.objectives.table": (),
+    "bigmodel.training.optimizers.table": (),
     "bigmodel.run_directory": ("bigmodel.config",),
     "bigmodel.data": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.data"),
     "bigmodel.data.objectives": ("bigmodel.config", "bigmodel.data.randomness", "bigmodel.data.objectives"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.load.stream import is_document_limited
-from bigmodel.data.objectives.objectives import num_tokens
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Lengths, has_pairs
 from bigmodel.data.store.manifest import Manifest

@@ -23,8 +23,8 @@ from bigmodel.data.advice.packing_advice import (
     whole_share,
 )
 from bigmodel.data.load.stream import all_fragments
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples, objectives_of
-from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.plan.shuffle import Lengths, has_pairs, sizes
 
 CONTEXTS_OF_SIDES = (*(2**exponent for exponent in range(4, 7)), *CONTEXTS)  # 16 to 8,192

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bigmodel.config.settings import DataSettings
+from bigmodel.data.objectives.causal import causal
+from bigmodel.data.objectives.example import IGNORED, Example
 from bigmodel.data.objectives.examples import Document, Examples
-from bigmodel.data.objectives.objectives import IGNORED, Example, causal
 from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
 from bigmodel.data.randomness import make_key, words
 

@@ -23,8 +23,8 @@ import numpy as np
 from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
 from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_seeds
 from bigmodel.data.load.readahead import ReadAhead
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
-from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.plan.attention_work import Work, count_work
 from bigmodel.data.plan.order import Order, Position
 from bigmodel.data.plan.packing import best_fit_decreasing, pack_two_sides

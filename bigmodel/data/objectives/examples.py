@@ -16,17 +16,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
-from bigmodel.data.objectives import objectives
-from bigmodel.data.objectives.objectives import NUM_MARKS, ChunkText, Example, SpecialTokens
+from bigmodel.data.objectives import decoder as decoder_inputs
+from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, piece_of, rule_of
+from bigmodel.data.objectives.pairs import pair, pair_lengths
+from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.randomness import make_key, words
 
 PAIRS = "pairs"
-UL2 = (  # Tay et al. 2023, table 1: mode, density, mean span; S predicts the last quarter
-    *(("R", 0.15, span) for span in (3.0, 8.0)),
-    *(("X", density, span) for density, span in ((0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0))),
-)
-UL2_PREFIX_SHARE = 0.75
-WITH_MARKS = ("fill_in_the_middle", "span_corruption", "ul2", "masked")
 
 
 class Pair(NamedTuple):
@@ -67,42 +63,39 @@ class Objective:
     share: float  # of all documents, and on the average of their tokens
     mode: str = ""
 
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.settings.kind)
+
 
 def objectives_of(data: DataSettings) -> list[Objective]:
     """In the order of their numbers; the number after the last is that of pairs."""
-    wanted = data.objectives or [ObjectiveSettings(kind="span_corruption" if data.source_sequence_length else "causal")]
-    total = sum(one.share for one in wanted)
+    total = sum(one.share for one in data.wanted_objectives)
     found = []
-    for one in wanted:
-        share = one.share / total
-        if one.kind != "ul2":
-            found.append(Objective(one.kind, one, share))
-            continue
-        share /= len(UL2) + 1
-        for mode, density, span in UL2:
-            corruption = ObjectiveSettings(kind="span_corruption", density=density, mean_span=span)
-            found.append(Objective(f"ul2_{mode.lower()}", corruption, share, mode))
-        found.append(Objective("ul2_s", ObjectiveSettings(kind="prefix", prefix_share=UL2_PREFIX_SHARE), share, "S"))
+    for one in data.wanted_objectives:
+        denoisers = rule_of(one.kind).denoisers(one)
+        share = one.share / total / len(denoisers)
+        found += [Objective(name, settings, share, mode) for name, settings, mode in denoisers]
     return found
 
 
 def num_special_tokens(data: DataSettings) -> int:
     """Ids above the tokenizer's that the objectives need."""
-    kinds = {objective.settings.kind for objective in objectives_of(data)}
-    modes = any(objective.mode for objective in objectives_of(data))
-    needed = modes or data.masked_decoder_share or kinds & set(WITH_MARKS)
-    return NUM_MARKS + data.sentinels if needed else 0
+    return NUM_MARKS + data.sentinels if data.needs_special_tokens else 0
 
 
 def nothing_asked(where: str, data: DataSettings) -> str:
     """An error for the user: documents too short for what is asked of them."""
-    asked = ", ".join(
-        f"{one.kind} with ahead = {one.ahead}" if one.kind == "causal" else one.kind for one in data.objectives
-    )
+    asked = ", ".join(_in_words(one) for one in data.objectives)
     return (
         f"data.objectives = {asked}: nothing is asked in {where}, whose documents have no token so far ahead, or none "
         "to hide; set a smaller ahead, add another objective, or drop short documents (prepare.min_characters)"
     )
+
+
+def _in_words(objective: ObjectiveSettings) -> str:
+    read = [f"{name} = {getattr(objective, name)}" for name in OBJECTIVES[objective.kind].reads]
+    return f"{objective.kind} with {' and '.join(read)}" if read else objective.kind
 
 
 class Examples:
@@ -118,8 +111,8 @@ class Examples:
     @property
     def is_plain(self) -> bool:
         """Whether documents are plain text in causal order and one side: their pieces are their examples."""
-        first = self.objectives[0].settings
-        return len(self.objectives) == 1 and first.kind == "causal" and first.ahead == 1 and not self._two_sides
+        first = self.objectives[0]
+        return len(self.objectives) == 1 and first.rule.is_plain(first.settings) and not self._two_sides
 
     @property
     def pairs(self) -> int:
@@ -170,7 +163,7 @@ class Examples:
     def measure_pairs(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The same of pairs, whose texts have so many positions each."""
         data = self.data
-        read, said = objectives.pair_lengths(sources, targets, data.longest_source, data.max_document_length)
+        read, said = pair_lengths(sources, targets, data.longest_source, data.max_document_length)
         return self._columns(self.pairs, read, said, said)
 
     def _lengths(
@@ -178,27 +171,14 @@ class Examples:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(source, decoder positions, targets) of pieces under an objective."""
         objective = self.objectives[number]
-        settings, texts, nothing = objective.settings, lengths - (remaining == 0), np.zeros_like(lengths)
-        if settings.kind == "causal":
-            return nothing, lengths, objectives.ahead_targets(lengths, remaining, settings.ahead)
-        if settings.kind == "fill_in_the_middle":
-            return nothing, texts + 4, texts + 4
-        if settings.kind == "masked":
-            return nothing, lengths + 1, objectives.masked_targets(texts, settings.density)
-        if settings.kind == "prefix":
-            source, targets = objectives.prefix_lengths(lengths, settings.prefix_share, objective.mode)
-        else:
-            source, targets = objectives.span_corruption_lengths(
-                texts, settings.density, settings.mean_span, objective.mode
-            )
-        return source, targets, targets
+        return objective.rule.lengths(objective.settings, objective.mode, lengths, remaining)
 
     def _columns(self, number: int, source: np.ndarray, decoder: np.ndarray, asked: np.ndarray) -> np.ndarray:
         data = self.data
         if not self._two_sides:
             return np.stack([np.full_like(source, number), source + decoder, asked, np.zeros_like(source)], axis=1)
         if data.dropped_decoder_share:
-            decoder = asked = objectives.num_kept(decoder, data.dropped_decoder_share)
+            decoder = asked = decoder_inputs.num_kept(decoder, data.dropped_decoder_share)
         if data.fixed_target_tokens:
             asked = np.minimum(asked, data.fixed_target_tokens)
             decoder = np.full_like(decoder, data.fixed_target_tokens)
@@ -221,15 +201,13 @@ class Examples:
 
     def _check_sentinels(self) -> None:
         for objective, longest in zip(self.objectives, self.longest.tolist(), strict=True):
-            if objective.settings.kind == "span_corruption":
-                settings = objective.settings
-                _, spans = objectives.noise_counts(np.array(longest), settings.density, settings.mean_span)
-                if spans + 1 > self.data.sentinels:
-                    raise UserError(
-                        f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a piece of {longest} "
-                        f"tokens has {spans} hidden spans; set data.sentinels = {spans + 1} or a shorter "
-                        "data.max_document_length"
-                    )
+            needed = objective.rule.num_sentinels(objective.settings, longest)
+            if needed > self.data.sentinels:
+                raise UserError(
+                    f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a piece of {longest} "
+                    f"tokens has {needed - 1} hidden spans; set data.sentinels = {needed} or a shorter "
+                    "data.max_document_length"
+                )
 
     # ---- made ----
 
@@ -240,39 +218,26 @@ class Examples:
         if isinstance(document, Pair):
             special_tokens = self._marks(document.source)
             positions = np.array([len(document.source) - 1]), np.array([len(document.target) - 1])
-            read, said = objectives.pair_lengths(*positions, self.data.longest_source, self.data.max_document_length)
-            example = objectives.pair(*document, int(read[0]), int(said[0]), special_tokens.bos)
+            read, said = pair_lengths(*positions, self.data.longest_source, self.data.max_document_length)
+            example = pair(*document, int(read[0]), int(said[0]), special_tokens.bos)
         else:
             special_tokens = self._marks(document)
-            piece = objectives.piece_of(document, chunk.start, chunk.length)
-            example = self._of_text(self.objectives[chunk.objective], piece, key, special_tokens)
+            piece = piece_of(document, chunk.start, chunk.length)
+            objective = self.objectives[chunk.objective]
+            example = objective.rule.make(objective.settings, objective.mode, piece, key, special_tokens)
         return self._laid_out(example, key, special_tokens)
 
     def _marks(self, document: np.ndarray) -> SpecialTokens:
         return SpecialTokens(int(document[0]), int(document[-1]), self._vocabulary, self.data.sentinels)
 
-    def _of_text(self, objective: Objective, piece: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
-        settings = objective.settings
-        if settings.kind == "causal":
-            return objectives.causal_ahead(piece, settings.ahead)
-        if settings.kind == "prefix":
-            return objectives.prefix(piece, settings.prefix_share, objective.mode, special_tokens)
-        if settings.kind == "fill_in_the_middle":
-            return objectives.fill_in_the_middle(piece, settings.spm_share, key, special_tokens)
-        if settings.kind == "masked":
-            return objectives.masked(piece, settings.density, key, special_tokens)
-        return objectives.span_corruption(
-            piece, settings.density, settings.mean_span, objective.mode, key, special_tokens
-        )
-
     def _laid_out(self, example: Example, key: int, special_tokens: SpecialTokens) -> Example:
         data = self.data
         if not self._two_sides:
-            return objectives.one_side(example)
+            return decoder_inputs.one_side(example)
         if data.masked_decoder_share:
-            example = objectives.mask_inputs(example, data.masked_decoder_share, key, special_tokens.mask)
+            example = decoder_inputs.mask_inputs(example, data.masked_decoder_share, key, special_tokens.mask)
         if data.dropped_decoder_share:
-            example = objectives.drop_positions(example, data.dropped_decoder_share, key)
+            example = decoder_inputs.drop_positions(example, data.dropped_decoder_share, key)
         if data.fixed_target_tokens:
-            example = objectives.fixed(example, data.fixed_target_tokens)
+            example = decoder_inputs.fixed(example, data.fixed_target_tokens)
         return example

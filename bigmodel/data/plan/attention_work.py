@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import objectives_of
+from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
-
-LAID_BEFORE = ("prefix", "span_corruption")  # objectives whose source stands before their targets on one side
 
 
 class Work(NamedTuple):
@@ -27,18 +26,18 @@ class Work(NamedTuple):
 
 def count_work(packs: Iterable[Pack], data: DataSettings) -> Work:
     """Over all chunks of the packs."""
-    kinds = [objective.settings.kind for objective in objectives_of(data)]
+    have_source = [OBJECTIVES[objective.settings.kind].has_source for objective in objectives_of(data)]
     total = [0] * len(Work._fields)
     for chunk in (chunk for pack in packs for chunk in pack):
-        n, s, p = chunk.num_tokens, chunk.source_positions, _prefix(chunk, data, kinds)
+        n, s, p = chunk.num_tokens, chunk.source_positions, _prefix(chunk, data, have_source)
         for place, amount in enumerate((n, s, (n * (n + 1) + p * (p - 1)) // 2, n * n, s * s, n * s)):
             total[place] += amount
     return Work(*total)
 
 
-def _prefix(chunk: Chunk, data: DataSettings, kinds: Sequence[str]) -> int:
+def _prefix(chunk: Chunk, data: DataSettings, have_source: Sequence[bool]) -> int:
     """First positions that all of the document sees: a source before its targets, and the first of these."""
     if not data.bidirectional_prefix or chunk.objective == PLAIN or chunk.source_positions:
         return 0
-    laid = chunk.objective >= len(kinds) or kinds[chunk.objective] in LAID_BEFORE  # beyond the objectives: pairs
+    laid = chunk.objective >= len(have_source) or have_source[chunk.objective]  # beyond the objectives: pairs
     return chunk.num_tokens - chunk.num_labels + 1 if laid and chunk.num_tokens > chunk.num_labels else 0

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bigmodel.config.renamed import NEW_NAMES, OLD_NAMES
-from bigmodel.config.settings import DataSettings, Settings, UserError, packs_at
+from bigmodel.config.sections import without_effect
+from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError, packs_at
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
 from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, make_lane
@@ -201,7 +202,7 @@ class Order:
 
         Raises `UserError` naming what differs, if the state was made from other data or settings.
         """
-        if state["fingerprint"] != self.fingerprint:
+        if state["fingerprint"] != self.fingerprint and in_force(state["identity"]) != in_force(self.plan.identity):
             raise UserError(describe_difference(state["identity"], self.plan.identity))
         for number, lane in self._lanes.items():
             saved = state["lanes"][number]
@@ -309,6 +310,20 @@ def _identity(
         **{OLD_NAMES.get(name, name): value for name, value in planned.items()},
         **{OLD_NAMES.get(name, name): value for name, value in optional.items() if value},
     }
+
+
+def in_force(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without the settings that had no effect, which earlier versions accepted."""
+    named = {NEW_NAMES.get(name, name): value for name, value in identity.items()}
+    given = {name: named[f"data.{name}"] for name in DataSettings.model_fields if f"data.{name}" in named}
+    data = DataSettings.model_validate(given, context=SAVED)
+    found = {name: value for name, value in named.items() if name.removeprefix("data.") not in without_effect(data)}
+    if "data.objectives" in found:
+        found["data.objectives"] = [
+            {name: value for name, value in saved.items() if name not in without_effect(one)}
+            for saved, one in zip(found["data.objectives"], data.objectives, strict=True)
+        ]
+    return found
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:

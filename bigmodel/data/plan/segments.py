@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bigmodel.config.renamed import OLD_NAMES
-from bigmodel.config.settings import DataSettings, Settings, UserError
+from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError
 from bigmodel.data.plan.order import EXAMPLES, Order, describe_difference
 from bigmodel.data.plan.shuffle import Lengths
 
@@ -62,7 +62,7 @@ def order_of_segment(
     stored = {name: OLD_NAMES.get(f"data.{name}", f"data.{name}") for name in fields}
     planned = {name: identity[key] for name, key in stored.items() if key in identity}
     absent = {name: fields[name].get_default(call_default_factory=True) for name in OPTIONAL}
-    settings = DataSettings.model_validate(data.model_dump() | absent | planned)
+    settings = DataSettings.model_validate(data.model_dump() | absent | planned, context=SAVED)
     order = Order(
         store,
         settings,

@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples
-from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.randomness import make_key, permutation
 
 PLAIN = -1  # the objective of a chunk that is its own example
@@ -155,7 +155,7 @@ class Block:
         `measure` gives the last four columns of a wide table.
         """
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
-        self._context_tokens = np.broadcast_to(np.asarray(max_document_length), positions.shape)
+        self._max_document_length = np.broadcast_to(np.asarray(max_document_length), positions.shape)
         self._measure = measure
         self._first_fragments = starts_of(-(-positions // max_document_length)).astype(np.int32)
         self.num_fragments = int(self._first_fragments[-1])
@@ -165,7 +165,7 @@ class Block:
         if first == self.num_fragments:
             return first
         document = np.searchsorted(self._first_fragments, first, side="right") - 1
-        offset = (first - self._first_fragments[document]) * self._context_tokens[document]
+        offset = (first - self._first_fragments[document]) * self._max_document_length[document]
         first_positions = starts_of(self._positions)  # made again for each window: kept, it would be a third of a block
         target = first_positions[document] + offset + positions
         end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
@@ -175,7 +175,7 @@ class Block:
         """Chunks [first, end) as a table."""
         chunks = np.arange(first, end)
         documents = np.searchsorted(self._first_fragments, chunks, side="right") - 1
-        longest = self._context_tokens[documents]
+        longest = self._max_document_length[documents]
         starts = (chunks - self._first_fragments[documents]) * longest
         lengths = np.minimum(self._positions[documents] - starts, longest)
         table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
@@ -204,7 +204,7 @@ class SourceStream:
         """`max_epochs`: the stream ends after so many; 0: never. `examples` None: plain text in causal order."""
         self.name, self.source = name, store.sources.index(name)
         self.positions = sum(shard.positions for shard in shards)
-        self._store, self._shards, self._context_tokens, self._key = store, shards, max_document_length, key
+        self._store, self._shards, self._max_document_length, self._key = store, shards, max_document_length, key
         self._examples, self.wide = examples, examples is not None
         self._max_epochs = max_epochs
         self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
@@ -275,7 +275,7 @@ class SourceStream:
         shuffled = shuffled[position_D[shuffled] > 0]
         documents = shard_D[shuffled], row_D[shuffled], position_D[shuffled]
         if self._examples is None:
-            return Block(*documents, self._context_tokens)
+            return Block(*documents, self._max_document_length)
         return make_block(self._store, self.name, epoch, *documents, self._examples)
 
 

@@ -43,8 +43,8 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Pair
-from bigmodel.data.objectives.objectives import num_tokens
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES, Manifest, find_damage, sha256_of
 from bigmodel.data.store.remote import Remote

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bigmodel.config.renamed import new_keys
+from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
@@ -268,14 +269,16 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Model settings must be those of the checkpoint, but for dropout, which changes no weight."""
+    """Model settings must be those of the checkpoint, but for dropout, which changes no weight, and for those that had
+    no effect there, which earlier versions accepted."""
     now = settings.model.model_dump(mode="json")
     saved = new_keys("model", checkpoint.description["model"])
     then = ModelSettings().model_dump(mode="json") | saved  # settings that did not exist then had their default
     pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
+    free = {"model.dropout", *(f"model.{name}" for name in without_effect(ModelSettings.model_construct(**then)))}
     pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
     for name, (mine, its) in pairs.items():
-        if name != "model.dropout" and mine != its:
+        if name not in free and mine != its:
             raise UserError(
                 f"{name} = {mine}, but checkpoint {checkpoint.path} was made with {its}; "
                 "set it back, choose another run.directory, or start over with --fresh"

@@ -28,7 +28,9 @@ from bigmodel.config.deepspeed_config import for_deepspeed, state_folder
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
-from bigmodel.training.optimizers.optimizers import FACTORED_STATE, Adafactor, Muon, Part, build_optimizer, state_keys
+from bigmodel.training.optimizers.groups import build_optimizer, states_of
+from bigmodel.training.optimizers.shards import Part, Shards
+from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
 from bigmodel.training.zero.ulysses import Sequence
@@ -66,12 +68,12 @@ class Engine:
         self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
         wrap_blocks(model, settings, effective["zero_optimization"]["stage"])
         self._optimizer = build_optimizer(model, settings.optimizer)
-        keys = {
-            id(parameter): state_keys(settings.optimizer, group)
+        states = {
+            id(parameter): states_of(settings.optimizer, group)
             for group in self._optimizer.param_groups
             for parameter in group["params"]
         }
-        self._keys = {name: keys[id(parameter)] for name, parameter in self._parameters.items()}
+        self._states = {name: states[id(parameter)] for name, parameter in self._parameters.items()}
         self._engine = _initialize(model, self._optimizer, effective, settings)
         _time_communication(self.phases)
         self._layout = layout_of(self._engine, self._optimizer)
@@ -87,10 +89,8 @@ class Engine:
         self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # whole on every rank
         folder = state_folder(effective)
         self._make_states(MappedFiles(folder).place if folder else lambda tensor: tensor)
-        if isinstance(self._optimizer, Muon):
-            self._optimizer.whole_matrices = self._whole_matrices
-        if isinstance(self._optimizer, Adafactor):
-            self._optimizer.parts, self._optimizer.sum_ = self._parts, self._sum
+        if OPTIMIZERS[settings.optimizer.kind].crosses_ranks:
+            self._optimizer.shards = Shards(self._whole_matrices, self._parts, self._sum)
 
     def micro_batch(self, batch: Any, num_labels: int, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
@@ -184,7 +184,8 @@ class Engine:
 
     def keys(self, name: str) -> list[str]:
         """What there is of a parameter: "weight", the optimizer's states, "ema" where it is kept."""
-        return [WEIGHT, *self._keys[name], *([AVERAGE] if self._averages else [])]
+        states = [state.key for state in self._states[name] if state.shape != "number"]
+        return [WEIGHT, *states, *([AVERAGE] if self._averages else [])]
 
     @torch.no_grad()
     def owned(self, name: str) -> dict[str, Piece]:
@@ -211,8 +212,8 @@ class Engine:
             for key, (first, elements) in self._held(name).items():
                 elements.copy_(read(name, key, first, elements.numel()))
         for master in self._layout.masters():
-            if "step" in self._optimizer.state[master]:
-                self._optimizer.state[master]["step"].fill_(float(updates))
+            if STEP.key in self._optimizer.state[master]:
+                self._optimizer.state[master][STEP.key].fill_(float(updates))
         self._layout.publish()
         self.updates = updates
         for name, value in scaler.items():
@@ -314,16 +315,15 @@ class Engine:
             if self._layout.offloaded:
                 master.grad = place(master.grad)
             names = [self._names[id(parameter)] for parameter in members]
-            keys, state = self._keys[names[0]], self._optimizer.state[master]
-            if "exp_avg_sq" in keys or isinstance(self._optimizer, Adafactor):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            if keys == FACTORED_STATE:
-                for name in names:
-                    sizes = zip(keys, self._shapes[name], strict=True)
-                    self._vectors[name] = {key: master.new_zeros(size) for key, size in sizes}
-                keys = ()
-            for key in keys:
-                state[key] = place(torch.zeros_like(master, memory_format=torch.preserve_format))
+            for key, shape in self._states[names[0]]:
+                if shape == "number":
+                    self._optimizer.state[master][key] = torch.zeros((), dtype=torch.float32, device=master.device)
+                elif shape == "parameter":
+                    zeros = torch.zeros_like(master, memory_format=torch.preserve_format)
+                    self._optimizer.state[master][key] = place(zeros)
+                else:
+                    for name in names:
+                        self._vectors[name][key] = master.new_zeros(self._shapes[name][shape == "columns"])
             if self._ema_decay:
                 self._averages.append(place(master.detach().clone()))
 

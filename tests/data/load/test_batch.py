@@ -9,8 +9,9 @@ from bigmodel.config.settings import DataSettings
 from bigmodel.data.load import batch as batch_module
 from bigmodel.data.load.batch import IGNORED, build_batch, draw, draw_png, make_dropout_seeds
 from bigmodel.data.load.stream import reader
-from bigmodel.data.objectives import objectives
-from bigmodel.data.objectives.objectives import causal, num_tokens
+from bigmodel.data.objectives import causal as causal_module
+from bigmodel.data.objectives.causal import causal
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Chunk
 from tests.support.memory_store import MemoryStore, token
@@ -29,7 +30,7 @@ def example(packs=((FIRST, SECOND), (THIRD,)), step=0):
 
 
 def test_the_examples_in_the_docstrings_hold():
-    for module in (batch_module, objectives):
+    for module in (batch_module, causal_module):
         result = doctest.testmod(module)
         assert result.attempted
         assert not result.failed

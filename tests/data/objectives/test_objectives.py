@@ -1,5 +1,6 @@
 """Objectives: pure functions whose lengths are planned, whose targets are the document's, and which lose nothing."""
 
+import contextlib
 import doctest
 import tomllib
 from pathlib import Path
@@ -10,12 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bigmodel.config.settings import DataSettings, Settings, UserError
-from bigmodel.data.objectives import objectives
+from bigmodel.config.settings import SAVED, DataSettings, ObjectiveSettings, Settings, UserError, load_settings
+from bigmodel.data.objectives import causal, decoder, fill_in_the_middle, masked, pairs, prefix, span_corruption
+from bigmodel.data.objectives.example import (
+    IGNORED,
+    ChunkText,
+    Columns,
+    Example,
+    Rule,
+    SpecialTokens,
+    piece_of,
+    teacher_forced,
+)
 from bigmodel.data.objectives.examples import Examples, Pair, num_special_tokens, objectives_of
-from bigmodel.data.objectives.objectives import IGNORED, SpecialTokens, piece_of, restore, span_corruption
+from bigmodel.data.objectives.span_corruption import restore
+from bigmodel.data.objectives.table import OBJECTIVES, ObjectiveKind
+from bigmodel.data.plan.attention_work import count_work
 from bigmodel.data.plan.shuffle import Chunk
+from bigmodel.run_directory import read_json_lines
 from tests.support.example_batches import BOS, EOS, VOCABULARY, fragment_of, text
+from tests.support.ranks import run_ranks
+from tests.support.tiny_run import write_run
 
 MARKS = SpecialTokens(BOS, EOS, VOCABULARY, 100)
 ONE_SIDE = {"max_document_length": 200, "sequence_length": 200, "sentinels": 200}
@@ -31,10 +47,16 @@ KINDS = [
 ]
 
 
+def settings_of(data: dict, *objectives: dict) -> DataSettings:
+    """Also with sentinels that none of these objectives uses."""
+    return DataSettings.model_validate(data | {"objectives": objectives}, context=SAVED)
+
+
 def test_the_examples_in_the_docstrings_hold() -> None:
-    result = doctest.testmod(objectives)
-    assert result.attempted > 8
-    assert not result.failed
+    modules = (causal, prefix, fill_in_the_middle, span_corruption, masked, pairs, decoder)
+    results = [doctest.testmod(module) for module in modules]
+    assert sum(result.attempted for result in results) > 8
+    assert not any(result.failed for result in results)
 
 
 @pytest.mark.parametrize("sides", [ONE_SIDE, TWO_SIDES], ids=["one_side", "two_sides"])
@@ -44,7 +66,7 @@ def test_every_example_has_the_planned_lengths(sides: dict, length: int, start: 
     """Of pieces anywhere in a document, its end included, under every objective and mode."""
     document = text(89)
     start, length = min(start, 89), max(1, min(length, 90 - start))
-    examples = Examples(DataSettings(**sides, objectives=[KINDS[kind]]), 1, VOCABULARY)
+    examples = Examples(settings_of(sides, KINDS[kind]), 1, VOCABULARY)
     for number in range(examples.pairs):
         columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - start - length]))[0]
         piece = Chunk(0, 0, 0, start, length, 0, *columns.tolist())
@@ -66,7 +88,7 @@ def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
     length: int, kind: dict, fixed: int, masked: float, dropped: float
 ) -> None:
     inputs = {"fixed_target_tokens": fixed, "masked_decoder_share": masked, "dropped_decoder_share": dropped}
-    examples = Examples(DataSettings(**TWO_SIDES, **inputs, objectives=[kind]), 1, VOCABULARY)
+    examples = Examples(settings_of(TWO_SIDES | inputs, kind), 1, VOCABULARY)
     for number in range(examples.pairs):
         columns = examples.measure(np.array([number]), np.array([length]), np.array([90 - length]))[0]
         piece = Chunk(0, 0, 0, 0, length, 0, *columns.tolist())
@@ -81,7 +103,7 @@ def test_every_example_has_the_planned_lengths_under_any_decoder_inputs(
 def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further_on() -> None:
     sparse = TWO_SIDES | {"dropped_decoder_share": 0.4}
     with pytest.raises(ValidationError, match=r"data.dropped_decoder_share = 0.4: with ahead above 1"):
-        DataSettings(**sparse, objectives=[{"kind": "causal", "ahead": 2}])
+        settings_of(sparse, {"kind": "causal", "ahead": 2})
     with pytest.raises(
         ValidationError, match=r"gaps in the targets, in which model.num_mtp_modules would predict others"
     ):
@@ -93,14 +115,16 @@ def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further
 def test_span_corruption_loses_nothing(length: int, density: float, mean_span: float, key: int) -> None:
     document, special_tokens = text(length), SpecialTokens(BOS, EOS, VOCABULARY, 400)
     for mode in ("", "X"):
-        example = span_corruption(piece_of(document, 0, length + 1), density, mean_span, mode, key, special_tokens)
+        example = span_corruption.span_corruption(
+            piece_of(document, 0, length + 1), density, mean_span, mode, key, special_tokens
+        )
         assert restore(example.source, example.labels, special_tokens).tolist() == document[1:-1].tolist()
 
 
 def test_span_corruption_is_that_of_the_paper() -> None:
     """Raffel et al. 2020, figure 2: sentinels in order, visible first and hidden last, one more sentinel at the end."""
     document = text(200)
-    example = span_corruption(piece_of(document, 0, 201), 0.15, 3.0, "", 7, MARKS)
+    example = span_corruption.span_corruption(piece_of(document, 0, 201), 0.15, 3.0, "", 7, MARKS)
     sentinels = MARKS.sentinel(np.arange(11)).tolist()
     assert sentinels[:2] == [VOCABULARY + 7 + 99, VOCABULARY + 7 + 98]  # the highest id of all first
     assert [token for token in example.source.tolist() if token >= VOCABULARY] == sentinels[:10]
@@ -115,9 +139,11 @@ def test_span_corruption_is_that_of_the_paper() -> None:
 def test_spans_are_drawn_by_key_and_cover_every_place() -> None:
     document, special_tokens = np.array([1, *range(100, 160), 2]), SpecialTokens(BOS, EOS, 200, 100)
     piece = piece_of(document, 0, 61)
-    sources = [span_corruption(piece, 0.3, 3.0, "", key, special_tokens).source.tolist() for key in range(400)]
+    sources = [
+        span_corruption.span_corruption(piece, 0.3, 3.0, "", key, special_tokens).source.tolist() for key in range(400)
+    ]
     assert len(set(map(tuple, sources))) > 390
-    assert sources[3] == span_corruption(piece, 0.3, 3.0, "", 3, special_tokens).source.tolist()
+    assert sources[3] == span_corruption.span_corruption(piece, 0.3, 3.0, "", 3, special_tokens).source.tolist()
     visible = np.mean([np.isin(np.arange(100, 160), source) for source in sources], axis=0)
     assert (visible[0], visible[-1]) == (1.0, 0.0)
     assert 0.5 < visible[5:-5].min() < 0.7 < visible[5:-5].max() < 0.9
@@ -129,7 +155,7 @@ def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
     piece, (pre, suf, mid) = piece_of(document, 0, 31), MARKS.fill
     for spm_share, first in ((0.0, [pre]), (1.0, [pre, suf])):
         for key in range(20):
-            said = objectives.fill_in_the_middle(piece, spm_share, key, MARKS).labels.tolist()
+            said = fill_in_the_middle.fill_in_the_middle(piece, spm_share, key, MARKS).labels.tolist()
             assert said[: len(first)] == first
             assert said[-1] == EOS
             low, high = said.index(suf), said.index(mid)
@@ -143,7 +169,7 @@ def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
 
 def test_masked_tokens_are_asked_for_in_their_places() -> None:
     document = text(3000)
-    example = objectives.masked(piece_of(document, 0, 3001), 0.15, 5, MARKS)
+    example = masked.masked(piece_of(document, 0, 3001), 0.15, 5, MARKS)
     asked = np.flatnonzero(example.labels != IGNORED)
     assert len(asked) == 450
     assert (example.labels[asked] == document[asked]).all()
@@ -156,7 +182,7 @@ def test_masked_tokens_are_asked_for_in_their_places() -> None:
 def test_a_piece_predicts_across_its_end_and_not_across_its_documents() -> None:
     """The token `ahead` may lie in the next piece of the same document."""
     document = np.array([1, 11, 12, 13, 14, 15, 2])
-    first, last = (objectives.causal_ahead(piece_of(document, start, 3), 3) for start in (0, 3))
+    first, last = (causal.causal_ahead(piece_of(document, start, 3), 3) for start in (0, 3))
     assert (first.tokens.tolist(), first.labels.tolist()) == ([1, 11, 12], [13, 14, 15])
     assert (last.tokens.tolist(), last.labels.tolist()) == ([13, 14, 15], [2, IGNORED, IGNORED])
 
@@ -174,7 +200,7 @@ def test_ul2_is_seven_denoisers_with_their_modes() -> None:
 
 
 def test_objectives_are_chosen_by_share_anew_in_every_epoch() -> None:
-    data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}, {"kind": "prefix", "share": 3}])
+    data = settings_of(TWO_SIDES, {"kind": "causal"}, {"kind": "prefix", "share": 3})
     examples = Examples(data, 1)
     shards, rows = np.repeat([0, 1], 4000), np.tile(np.arange(4000), 2)
     chosen = examples.choose(0, 0, shards, rows)
@@ -189,7 +215,7 @@ def test_objectives_are_chosen_by_share_anew_in_every_epoch() -> None:
 @pytest.mark.parametrize("sides", [ONE_SIDE, TWO_SIDES], ids=["one_side", "two_sides"])
 def test_long_documents_are_cut_where_their_examples_just_fit(sides: dict) -> None:
     for kind in KINDS:
-        examples = Examples(DataSettings(**sides, objectives=[kind]), 1)
+        examples = Examples(settings_of(sides, kind), 1)
         for number, longest in enumerate(examples.longest.tolist()):
             for length, fits in ((longest, True), (longest + 1, False)):
                 _, positions, _, source = examples.measure(np.array([number]), np.array([length]), np.array([9]))[0]
@@ -218,7 +244,7 @@ def test_a_pair_on_one_side_is_source_then_target() -> None:
 def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:
     pair = Pair(text(5), text(20))
 
-    def made(**inputs: object) -> objectives.Example:
+    def made(**inputs: object) -> Example:
         examples = Examples(DataSettings(**TWO_SIDES, **inputs), 1, VOCABULARY)
         return examples.make(fragment_of(0, pair, examples, 0), pair)
 
@@ -234,6 +260,61 @@ def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:
     assert (len(sparse.tokens), sparse.places[0]) == (11, 0)
     assert sparse.tokens.tolist() == plain.tokens[sparse.places].tolist()
     assert sparse.labels.tolist() == plain.labels[sparse.places].tolist()
+
+
+# ---- an objective of one's own: a rule, and a row in the table
+
+
+def _backwards_lengths(settings: ObjectiveSettings, mode: str, lengths: np.ndarray, remaining: np.ndarray) -> Columns:
+    """Source: half of the piece. Targets: the other half, from its end."""
+    return lengths // 2, lengths - lengths // 2, lengths - lengths // 2
+
+
+def _backwards(
+    settings: ObjectiveSettings, mode: str, piece: ChunkText, key: int, special_tokens: SpecialTokens
+) -> Example:
+    half = len(piece.tokens) // 2
+    return teacher_forced(piece.tokens[:half], special_tokens.bos, piece.tokens[half:][::-1])
+
+
+BACKWARDS = Rule(_backwards_lengths, _backwards)
+ROW = ObjectiveKind(about="a piece from its end", rule=f"{__name__}:BACKWARDS", reads=("density",), has_source=True)
+
+
+@pytest.mark.parametrize("sides", [ONE_SIDE, TWO_SIDES], ids=["one_side", "two_sides"])
+def test_a_row_in_the_table_is_all_that_another_objective_takes(sides: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match="Input should be 'causal', 'prefix'"):
+        settings_of(sides, {"kind": "backwards"})
+    monkeypatch.setitem(OBJECTIVES, "backwards", ROW)
+    data = settings_of(sides, {"kind": "backwards", "density": 0.3})
+    assert num_special_tokens(data) == 0
+    with pytest.raises(ValidationError, match=r'mean_span = 9\.0 has no effect with kind = "backwards"'):
+        ObjectiveSettings(kind="backwards", mean_span=9.0)
+    examples, document = Examples(data, 1, VOCABULARY), np.array([BOS, 11, 12, 13, 14, 15, EOS])
+    piece = fragment_of(0, document, examples, 0)
+    example = examples.make(piece, document)
+    assert example.source.tolist() == ([11, 12, 13] if sides is TWO_SIDES else [])
+    assert example.labels.tolist() == ([] if sides is TWO_SIDES else [IGNORED] * 3) + [EOS, 15, 14]
+    pairs_seen = 6 * 7 // 2 + 4 * 3 // 2 if sides is ONE_SIDE else 3 * 4 // 2  # a source before its targets sees itself
+    assert count_work([(piece,)], data).pairs == pairs_seen
+
+
+def train_backwards(run_file: Path) -> int:
+    """On a rank, which plans and trains."""
+    from bigmodel.training import loop
+
+    OBJECTIVES["backwards"] = ROW
+    overrides = ["data.objectives=[{kind='backwards'}]", "training.steps=3"]
+    with open(run_file.with_suffix(".printed"), "w") as output, contextlib.redirect_stdout(output):
+        return loop.train(load_settings(run_file, overrides))
+
+
+def test_and_a_model_is_trained_on_it(tmp_path: Path, shards: Path) -> None:
+    run_ranks(1, train_backwards, write_run(tmp_path, shards))
+    steps = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {part["objective"] for part in steps[-1]["parts"]} == {"backwards"}
+    assert all(0 < line["targets"] <= line["positions"] / 1.5 for line in steps)
 
 
 def test_the_run_file_of_the_readme_is_one_that_runs() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.config.settings import SAVED, DataSettings, UserError
 from bigmodel.data.advice import packing_advice as planned
 from bigmodel.data.advice.packing_advice import measure_packing
 from bigmodel.data.advice.pair_advice import count_cut, suggest_budgets
@@ -254,6 +254,22 @@ def test_the_identity_of_a_plan_names_what_decides_its_examples() -> None:
     assert plain.plan.identity["data.source_pack_tokens"] == 64
     assert "data.objectives" not in plain.plan.identity
     assert [one["kind"] for one in other.plan.identity["data.objectives"]] == ["span_corruption", "prefix", "causal"]
+
+
+def test_a_position_goes_on_without_settings_that_had_no_effect_when_it_was_saved() -> None:
+    """Earlier versions accepted these; now they are refused in the run file."""
+    store, plain = a_store(), DATA.model_dump() | {"objectives": [{"kind": "prefix", "prefix_share": 0.3}]}
+    idle = {"sentinels": 7, "objectives": [{"kind": "prefix", "prefix_share": 0.3, "density": 0.4}]}
+    before = Order(store, DataSettings.model_validate(plain | idle, context=SAVED), 4, seed=5)
+    given = [before.next_step() for _ in range(3)][-1]
+    state, after = json.loads(json.dumps(before.state())), Order(store, DataSettings(**plain), 4, seed=5)
+    assert state["identity"] != after.plan.identity
+    assert [after.next_step() for _ in range(3)][-1] == given
+    after.restore(state)
+    assert after.next_step() == before.next_step()
+    other = plain | {"objectives": [{"kind": "prefix", "prefix_share": 0.4}]}
+    with pytest.raises(UserError, match=r"data\.objectives: .*0\.3.* when saved, .*0\.4.* now"):
+        Order(store, DataSettings(**other), 4, seed=5).restore(state)
 
 
 def test_a_builder_makes_the_same_example_in_every_pack_and_step() -> None:

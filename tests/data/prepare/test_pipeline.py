@@ -640,7 +640,7 @@ def test_sources_that_cannot_be_prepared_are_one_message_and_exit_code_2(
 
 def test_a_given_tokenizer_is_used_as_it_is(home: Path, tmp_path: Path) -> None:
     given = home / "data" / "tokenizer.json"
-    directory = prepared(tmp_path, tokenizer=str(given), vocabulary=5000)
+    directory = prepared(tmp_path, tokenizer=str(given))
     assert (directory / "tokenizer.json").read_bytes() == given.read_bytes()
     assert Manifest.read(directory).vocabulary == 300
 

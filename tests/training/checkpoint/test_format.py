@@ -335,6 +335,20 @@ def test_a_setting_younger_than_the_checkpoint_had_its_default_then(tmp_path: Pa
         checkpoint.load(found, weights, Settings.model_validate({"model": {"logit_softcap": 30}}), ALONE)
 
 
+def test_a_setting_that_had_no_effect_then_may_be_left_out_now(tmp_path: Path) -> None:
+    """Earlier versions accepted it; now it is refused in the run file."""
+    save(tmp_path, 4)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    found.description["model"] |= {"relative_buckets": 16, "source_attention": "mixed"}
+    weights = Weights(9)
+    checkpoint.load(found, weights, SETTINGS, ALONE)
+    assert weights.same_as(Weights(4))
+    found.description["model"] |= {"rope_theta": 5e5}
+    with pytest.raises(UserError, match=r"model\.rope_theta = 10000\.0, but checkpoint .* was made with 500000\.0"):
+        checkpoint.load(found, weights, SETTINGS, ALONE)
+
+
 def test_the_format_is_plain_and_by_parameter_name(two_good: Path) -> None:
     path = two_good / "step-00000008"
     assert names(path) == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"]

@@ -27,7 +27,9 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
 Jobs = dict[str, dict[str, Any]]
 STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16", "fp16"))]
-MOVING = {kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor")}
+MOVING = {
+    kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor", "ademamix")
+}
 HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
 HPZ |= {"precision": "fp32", "persistence": 0, "ema": 0.0, "groups": False, "tied": True}
 

@@ -1,0 +1,37 @@
+"""Prefix-LM (Raffel et al. 2020): the first part of the piece is the source, the rest is predicted."""
+
+import numpy as np
+
+from bigmodel.config.settings import ObjectiveSettings
+from bigmodel.data.objectives.example import ChunkText, Columns, Example, Rule, SpecialTokens, teacher_forced
+
+
+def prefix_lengths(lengths: np.ndarray, prefix_share: float, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """(source, targets): at least one token is predicted."""
+    source = np.minimum((lengths * prefix_share).astype(np.int64), lengths - 1)
+    return source + bool(mode), lengths - source
+
+
+def prefix(piece: ChunkText, prefix_share: float, mode: str, special_tokens: SpecialTokens) -> Example:
+    """
+    >>> from bigmodel.data.objectives.example import piece_of
+    >>> prefix(piece_of(np.array([1, 11, 12, 13, 2]), 0, 4), 0.5, "", SpecialTokens(1, 2, 50, 10))[:3]
+    (array([11, 12]), array([ 1, 13]), array([13,  2]))
+    """
+    split = int(prefix_lengths(np.array(len(piece.tokens)), prefix_share, "")[0])
+    source = piece.tokens[:split]
+    if mode:
+        source = np.concatenate([[special_tokens.mode(mode)], source])
+    return teacher_forced(source, special_tokens.bos, piece.tokens[split:])
+
+
+def _lengths(settings: ObjectiveSettings, mode: str, lengths: np.ndarray, remaining: np.ndarray) -> Columns:
+    source, targets = prefix_lengths(lengths, settings.prefix_share, mode)
+    return source, targets, targets
+
+
+def _make(settings: ObjectiveSettings, mode: str, piece: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
+    return prefix(piece, settings.prefix_share, mode, special_tokens)
+
+
+PREFIX = Rule(_lengths, _make)

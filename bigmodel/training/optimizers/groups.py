@@ -1,0 +1,63 @@
+"""What an update is made of: parameter groups, and the optimizer that DeepSpeed runs on flat fp32 masters.
+
+Takes a model and settings, gives a `torch.optim.Optimizer` whose states are known before the first update
+(`states_of`), so that they can be read and written by parameter name. The rule of weight decay: matrices decay;
+embeddings and one-dimensional parameters (norms) do not; `optimizer.groups` says otherwise for the parameters that it
+names. A head that is tied to the embedding counts as embedding, an untied head as a matrix.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigmodel.config.settings import OptimizerSettings, UserError
+from bigmodel.training.optimizers.table import OPTIMIZERS, State
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """Groups of equal treatment for `torch.optim`. Every trained parameter is in exactly one.
+
+    A group has `weight_decay`, `rate_factor` (times the schedule's rate) and `matrices`: whether the optimizer treats
+    its parameters as matrices, as Muon does with hidden ones and Adafactor with all.
+    Raises `UserError` where a pattern of `optimizer.groups` fits no parameter.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    met: set[str] = set()
+    matrices = OPTIMIZERS[settings.kind].matrices
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        matrix = len(shape) >= 2 and id(parameter) not in embeddings
+        decay, factor = settings.weight_decay if matrix else 0.0, 1.0
+        as_matrix = matrices == "hidden" and matrix and not name.startswith("head.")
+        as_matrix |= matrices == "all" and len(shape) == 2
+        for given in [one for one in settings.groups if fnmatchcase(name, one.parameters)]:
+            met.add(given.parameters)
+            decay = decay if given.weight_decay is None else given.weight_decay
+            factor = given.learning_rate_factor
+        groups.setdefault((decay, factor, as_matrix), []).append(parameter)
+    for given in settings.groups:
+        if given.parameters not in met:
+            names = [name for name, _ in model.named_parameters()]
+            raise UserError(
+                f'optimizer.groups: parameters = "{given.parameters}" fits no parameter; '
+                f"names are for example {', '.join(names[:3])} and {names[-1]}"
+            )
+    return [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor, "matrices": as_matrix}
+        for (decay, factor, as_matrix), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
+
+
+def states_of(settings: OptimizerSettings, group: dict[str, Any]) -> tuple[State, ...]:
+    """What the optimizer keeps for each parameter of a group."""
+    return OPTIMIZERS[settings.kind].states_of(group["matrices"])
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer that `optimizer.kind` names, on the model's parameter groups."""
+    return OPTIMIZERS[settings.kind].builder(parameter_groups(model, settings), settings)

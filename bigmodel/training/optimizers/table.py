@@ -1,0 +1,101 @@
+"""The optimizers that `optimizer.kind` names: all that the rest of the system needs to know of each, in one table.
+
+To add one: a file beside this one with its class and `build(groups, settings)`, a row in `OPTIMIZERS`, a field in
+`OptimizerSettings` for each new setting (declared with `only_with=READ_BY_OPTIMIZER`, see
+`bigmodel.config.sections.setting`), and a test of one update against the paper. From the row follow: the states that
+the engine makes, shards and saves by parameter name; the memory plan; the names in a DeepSpeed JSON; which settings are
+refused with which kind; and the cases in which tests compare the engine with plain torch at every ZeRO stage
+(tests/support/exactness.py). Imports neither torch nor deepspeed: settings are checked against this table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Literal, NamedTuple
+
+
+class State(NamedTuple):
+    """A tensor that an optimizer keeps for each parameter, in fp32, beginning with zeros.
+
+    shape: "parameter": of the parameter's shape, and lies where the parameter's master lies, sharded as that is.
+    "rows", "columns": a vector with an element for each row or column of a matrix, whole on every rank. "number":
+    the number of updates, equal on all ranks; it is not saved, it follows from the engine's.
+    """
+
+    key: str
+    shape: Literal["parameter", "rows", "columns", "number"] = "parameter"
+
+
+STEP = State("step", "number")
+MOMENT = State("exp_avg")
+ADAMW = (STEP, MOMENT, State("exp_avg_sq"))
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What the rest of the system needs to know of an optimizer."""
+
+    about: str  # its paper, and what it keeps
+    build: str  # "module:function", which takes parameter groups and `OptimizerSettings`, gives a torch optimizer
+    reads: tuple[str, ...]  # settings of [optimizer] that it reads, but for those that all read
+    states: tuple[State, ...]  # of a parameter
+    matrices: Literal["none", "hidden", "all"] = "none"  # the matrices that have `states_of_matrices` instead
+    states_of_matrices: tuple[State, ...] = ()
+    crosses_ranks: bool = False  # it needs whole matrices or sums over ranks: the engine sets its attribute `shards`
+    json_types: tuple[str, ...] = ()  # optimizer.type in a DeepSpeed JSON; "auto" becomes the first
+    stages: tuple[int, ...] = (0, 1, 2, 3)  # of ZeRO that it works with
+    offloads: tuple[str, ...] = ("cpu", "nvme")  # where its states may lie
+    limits: str = ""  # why not with the other stages and offloads
+
+    def states_of(self, matrices: bool) -> tuple[State, ...]:
+        """The states of a parameter that is treated as a matrix, or not."""
+        return self.states_of_matrices if matrices else self.states
+
+    @property
+    def builder(self) -> Callable[..., Any]:
+        return resolve_name(self.build)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(
+        about="AdamW (Loshchilov & Hutter 2019)",
+        build="bigmodel.training.optimizers.adamw:build",
+        reads=("beta1", "beta2", "epsilon"),
+        states=ADAMW,
+        json_types=("AdamW", "Adam"),
+    ),
+    "lion": Optimizer(
+        about="Lion (Chen et al. 2023), one moment",
+        build="bigmodel.training.optimizers.lion:build",
+        reads=("beta1", "beta2"),
+        states=(MOMENT,),
+        json_types=("Lion",),
+    ),
+    "muon": Optimizer(
+        about="Muon (Jordan et al. 2024) on hidden matrices, AdamW on the rest",
+        build="bigmodel.training.optimizers.muon:build",
+        reads=("beta1", "beta2", "epsilon", "momentum"),
+        states=ADAMW,
+        matrices="hidden",
+        states_of_matrices=(MOMENT,),
+        crosses_ranks=True,
+        json_types=("Muon",),
+    ),
+    "adafactor": Optimizer(
+        about="Adafactor (Shazeer & Stern 2018), a row and a column for each matrix",
+        build="bigmodel.training.optimizers.adafactor:build",
+        reads=("epsilon", "beta2_decay", "update_clipping", "least_scale"),
+        states=(STEP, State("variance")),
+        matrices="all",
+        states_of_matrices=(STEP, State("row_var", "rows"), State("col_var", "columns")),
+        crosses_ranks=True,
+        json_types=("Adafactor",),
+    ),
+    "ademamix": Optimizer(
+        about="AdEMAMix (Pagliardini et al. 2024), AdamW with a second, slower moment",
+        build="bigmodel.training.optimizers.ademamix:build",
+        reads=("beta1", "beta2", "epsilon", "alpha", "beta3", "ema_warmup_steps"),
+        states=(*ADAMW, State("exp_avg_slow")),
+        json_types=("AdEMAMix",),
+    ),
+}

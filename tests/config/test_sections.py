@@ -1,0 +1,301 @@
+"""A setting without effect is refused with the reason; what is declared beside a field is what really reads it."""
+
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigmodel.config.data_settings import DataSettings, ObjectiveSettings
+from bigmodel.config.sections import SET, UNSET, ReadBy, Section, condition_of, setting
+from bigmodel.config.settings import OptimizerSettings, Settings, UserError, settings_from_table, to_toml_table
+from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.objectives.table import OBJECTIVES
+from bigmodel.launcher.cluster import Cluster, load_cluster
+from bigmodel.training.learning_rate import SCHEDULES, Clock
+from bigmodel.training.optimizers.table import OPTIMIZERS
+from tests.support.example_batches import VOCABULARY, fragment_of, text
+from tests.training.optimizers.test_optimizers import model, optimizer_alone
+
+SIDES = {"source_sequence_length": 4096}
+BUCKETS = {"position_embedding": "relative_bias"}
+MASKED = {"objectives": [{"kind": "masked"}]}
+SOURCE = {"sources": [{"name": "web", "files": ["a.jsonl"]}]}
+MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
+TWO = {"kind": "encoder_decoder"}
+
+# By the path of the setting: a value, siblings with which it has no effect, what is said, siblings with which it has.
+CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
+    "prepare.embedded": ("pairs", SOURCE, "with sources = [{", {}),
+    "prepare.vocabulary": (500, {"tokenizer": "t.json"}, 'with tokenizer = "t.json" (it has its own', {}),
+    "prepare.malformed_share": (0.1, {}, "without sources; leave it out or set sources", SOURCE),
+    "prepare.workers": (3, {"scheduler": "tcp://a:1"}, 'with scheduler = "tcp://a:1"', {}),
+    "data.max_source_length": (9, {}, "without source_sequence_length", SIDES),
+    "data.sentinels": (7, {"objectives": [{"kind": "prefix"}]}, "no objective hides anything", MASKED),
+    "data.bidirectional_prefix": (False, SIDES, "with source_sequence_length = 4096 (an encoder reads", {}),
+    "data.fixed_target_tokens": (9, {}, "without source_sequence_length", SIDES),
+    "data.masked_decoder_share": (0.1, {}, "without source_sequence_length", SIDES),
+    "data.dropped_decoder_share": (0.1, {}, "without source_sequence_length", SIDES),
+    "data.cache_bytes": (9, {}, "without remote; leave it out or set remote", {"remote": "s3://a"}),
+    "data.objectives.0.ahead": (2, {"kind": "prefix"}, 'with kind = "prefix"; leave it out or set', {"kind": "causal"}),
+    "data.objectives.0.prefix_share": (0.3, {"kind": "ul2"}, 'set kind = "prefix"', {"kind": "prefix"}),
+    "data.objectives.0.spm_share": (0.3, {"kind": "causal"}, "fill_in", {"kind": "fill_in_the_middle"}),
+    "data.objectives.0.density": (0.3, {"kind": "causal"}, '"span_corruption" or "masked"', {"kind": "masked"}),
+    "data.objectives.0.mean_span": (4.0, {"kind": "masked"}, '"span_corruption"', {"kind": "span_corruption"}),
+    **{
+        f"model.encoder_{name}": (value, {}, 'with kind = "decoder"; leave it out or set kind = "encoder_decoder"', TWO)
+        for name, value in (("layers", 2), ("width", 768), ("heads", 12), ("num_kv_heads", 6))
+    },
+    "model.encoder_intermediate_size": (96, {"kind": "encoder"}, 'with kind = "encoder"', TWO),
+    "model.source_attention": ("mixed", {}, 'with kind = "decoder"', TWO),
+    "model.separate_embeddings": (True, {"kind": "encoder"}, 'set kind = "encoder_decoder"', TWO),
+    "model.relative_buckets": (16, {}, 'with positions = "rotary"', BUCKETS),
+    "model.relative_distance": (256, {}, 'set position_embedding = "relative_bias"', BUCKETS),
+    "model.num_mtp_modules": (1, {"kind": "encoder"}, "(an encoder predicts no further tokens)", {}),
+    "model.mtp_loss_weight": (0.5, {}, "without num_mtp_modules", {"num_mtp_modules": 1}),
+    "model.rope_theta": (5e5, BUCKETS, 'with position_embedding = "relative_bias"', {}),
+    "optimizer.beta1": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {}),
+    "optimizer.beta2": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {"kind": "lion"}),
+    "optimizer.epsilon": (1e-3, {"kind": "lion"}, 'with kind = "lion"; leave it out or set', {"kind": "adafactor"}),
+    "optimizer.momentum": (0.8, {}, '= 0.8 has no effect with kind = "adamw"; leave it out or set', {"kind": "muon"}),
+    "optimizer.beta2_decay": (-0.5, {}, 'set kind = "adafactor"', {"kind": "adafactor"}),
+    "optimizer.update_clipping": (2.0, {"kind": "muon"}, 'set kind = "adafactor"', {"kind": "adafactor"}),
+    "optimizer.least_scale": (0.1, {}, 'set kind = "adafactor"', {"kind": "adafactor"}),
+    "optimizer.alpha": (8.0, {}, 'set kind = "ademamix"', {"kind": "ademamix"}),
+    "optimizer.beta3": (0.9, {"kind": "lion"}, 'set kind = "ademamix"', {"kind": "ademamix"}),
+    "optimizer.ema_warmup_steps": (9, {}, 'set kind = "ademamix"', {"kind": "ademamix"}),
+    "schedule.warmup_steps": (5, MANY_TOKENS, 'with unit = "tokens"; leave it out or set unit = "steps"', {}),
+    "schedule.decay_steps": (5, {"kind": "linear"}, 'with kind = "linear"', {"kind": "wsd"}),
+    "schedule.warmup_tokens": (5, {}, 'with unit = "steps"; leave it out or set unit = "tokens"', {"unit": "tokens"}),
+    "schedule.decay_tokens": (5, {"kind": "wsd"}, 'set unit = "tokens"', MANY_TOKENS | {"kind": "wsd"}),
+    "schedule.final_ratio": (0.5, {"kind": "constant"}, 'with kind = "constant"', {"kind": "wsd"}),
+    "evaluation.sequences": (5, {}, "without every_steps (the end uses all)", {"every_steps": 10}),
+}
+CLUSTER_CASES = {
+    "hosts": ("n[1-4]", {"ssh": {"hostfile": "/hosts"}}, 'with ssh.hostfile = "/hosts"', {}),
+    "container.mounts": (["/a:/a"], {}, "without image", {"image": "a"}),
+    "container.python": ("python3.12", {}, "without image", {"image": "a"}),
+    "container.workdir": ("/b", {}, "without image; leave it out or set image", {"image": "a"}),
+    "requeue.no_progress_limit": (5, {"limit": 0}, "without limit", {"limit": 3}),
+}
+
+
+def declared(root: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Path and section of every field that was declared with a condition."""
+    for name, field in root.model_fields.items():
+        if condition_of(root, name):
+            yield f"{path}{name}", root
+        inside = [one for one in (field.annotation, *typing.get_args(field.annotation)) if isinstance(one, type)]
+        for one in inside:
+            if issubclass(one, Section):
+                is_list = typing.get_origin(field.annotation) is list
+                yield from declared(one, f"{path}{name}.{'0.' if is_list else ''}")
+
+
+def table_with(path: str, value: Any, siblings: dict[str, Any]) -> dict[str, Any]:
+    """A table in which the setting has that value, among these siblings."""
+    *sections, name = path.split(".")
+    table: Any = siblings | {name: value}
+    for section in reversed(sections):
+        table = [table] if section == "0" else {section: table}
+    return table
+
+
+def fitting(table: dict[str, Any]) -> dict[str, Any]:
+    """A whole run file around what a case is about: data and model must fit each other."""
+    data, model_table = table.get("data", {}), table.get("model", {})
+    if any(one["kind"] == "masked" for one in data.get("objectives", [])):
+        return {"model": {"kind": "encoder"}} | table
+    if "source_sequence_length" in data:
+        return {"model": TWO} | table
+    needed = {"encoder_decoder": SIDES, "encoder": MASKED}.get(model_table.get("kind", ""), {})
+    return {"data": needed} | table if needed else table
+
+
+def load(path: str, value: Any, siblings: dict[str, Any]) -> Any:
+    table = fitting(table_with(path, value, siblings))
+    return settings_from_table(table, Path("run.toml"))
+
+
+def test_every_declared_setting_has_a_case() -> None:
+    assert sorted(path for path, _ in declared(Settings)) == sorted(CASES)
+    assert sorted(path for path, _ in declared(Cluster)) == sorted(CLUSTER_CASES)
+
+
+@pytest.mark.parametrize("path", CASES)
+def test_a_setting_without_effect_is_refused_with_the_reason(path: str) -> None:
+    value, without, words, with_ = CASES[path]
+    with pytest.raises(UserError) as caught:
+        load(path, value, without)
+    assert str(caught.value).startswith(f"run.toml: {path} = ")
+    assert " has no effect" in str(caught.value)
+    assert words in str(caught.value)
+    load(path, value, with_)
+
+
+@pytest.mark.parametrize("path", CLUSTER_CASES)
+def test_so_is_one_of_a_cluster_file(path: str) -> None:
+    value, without, words, with_ = CLUSTER_CASES[path]
+    assert Cluster.model_validate(table_with(path, value, with_))
+    with pytest.raises(ValueError, match="has no effect") as caught:
+        Cluster.model_validate(table_with(path, value, without))
+    assert words in str(caught.value)
+
+
+def test_a_cluster_file_is_named_and_all_complaints_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text('[container]\npython = "p"\nworkdir = "/w"\n')
+    with pytest.raises(UserError) as caught:
+        load_cluster(file)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(" = ")[0] for line in lines] == [f"{file}: container.python", "container.workdir"]
+
+
+@pytest.mark.parametrize("path", CASES)
+def test_what_a_run_saved_is_read_again(path: str) -> None:
+    """All defaults, and what an earlier version accepted."""
+    value, without, _, with_ = CASES[path]
+    settings = load(path, value, with_)
+    assert settings_from_table(to_toml_table(settings), Path("settings.json")) == settings
+    assert settings_from_table(fitting(table_with(path, value, without)), Path("settings.json"), saved=True)
+
+
+def test_the_default_is_never_refused() -> None:
+    assert settings_from_table({"optimizer": {"kind": "lion", "epsilon": 1e-8, "momentum": 0.95}}, Path("run.toml"))
+
+
+def test_every_form_of_a_condition() -> None:
+    class Inner(Section):
+        file: str = ""
+
+    class Example(Section):
+        kind: str = "a"
+        inner: Inner = Inner()
+        one: int = setting(0, only_with={"kind": ("a", "b"), "inner.file": SET}, description="of a and b")
+        two: int = setting(0, only_with={"is_odd": True}, why="only an odd one has two")
+        three: int = setting(0, only_with={"inner.file": UNSET}, ge=0)
+        four: int = setting(0, only_with={"kind": ReadBy({"x": OPTIMIZERS["lion"]})})
+
+        @property
+        def is_odd(self) -> bool:
+            return self.kind == "odd"
+
+    assert Example(kind="b", one=1, inner={"file": "f"})
+    assert Example(kind="odd", two=1, three=1)
+    for values, words in (
+        ({"one": 1}, "one = 1 has no effect without inner.file; leave it out or set inner.file"),
+        ({"one": 1, "kind": "c"}, 'one = 1 has no effect with kind = "c"; leave it out or set kind = "a" or "b"'),
+        ({"two": 1}, "two = 1 has no effect: only an odd one has two; leave it out"),
+        ({"three": 1, "inner": {"file": "f"}}, 'three = 1 has no effect with inner.file = "f"; leave one of them out'),
+        ({"four": 1}, 'four = 1 has no effect with kind = "a"; leave it out'),
+    ):
+        with pytest.raises(ValueError, match="has no effect") as caught:
+            Example.model_validate(values)
+        assert words in str(caught.value)
+    with pytest.raises(ValueError, match="greater than or equal"):
+        Example(three=-1)
+
+
+# ---- the declarations against what reads the settings -----------------------------------------------------------
+
+
+ALWAYS = {  # these have an effect with every kind
+    OptimizerSettings: {"kind", "learning_rate", "weight_decay", "gradient_clipping", "groups"},
+    ObjectiveSettings: {"kind", "share"},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "table"),
+    [(OptimizerSettings, OPTIMIZERS), (ObjectiveSettings, OBJECTIVES)],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_table_says_of_each_setting_which_kinds_read_it(section: type[Section], table: dict[str, Any]) -> None:
+    """A new field that nobody declares, or that no row reads, is found here."""
+    read = {name for row in table.values() for name in row.reads}
+    assert read == set(section.model_fields) - ALWAYS[section]
+    for name in read:
+        condition = condition_of(section, name)
+        assert condition is not None
+        assert condition.others == {"kind": ReadBy(table)}
+
+
+OTHER = {  # another value of every optimizer setting that a row may read
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "epsilon": 1e-1,
+    "momentum": 0.3,
+    "beta2_decay": -0.3,
+    "update_clipping": 1.01,
+    "least_scale": 0.9,
+    "alpha": 50.0,
+    "beta3": 0.3,
+    "ema_warmup_steps": 50,
+}
+
+
+def after_updates(kind: str, **values: Any) -> torch.Tensor:
+    settings = OptimizerSettings.model_construct(**(OptimizerSettings(kind=kind).__dict__ | values))
+    net = model(tied=False)
+    optimizer = optimizer_alone(net, settings)
+    for step in range(3):
+        for number, parameter in enumerate(net.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = (1 + 5 * step) * torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_reads_what_its_row_says_and_nothing_else(kind: str) -> None:
+    plain = after_updates(kind)
+    assert set(OTHER) == set(OptimizerSettings.model_fields) - ALWAYS[OptimizerSettings]
+    changing = {name for name, value in OTHER.items() if not torch.equal(after_updates(kind, **{name: value}), plain)}
+    assert changing == set(OPTIMIZERS[kind].reads)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_an_objective_reads_what_its_row_says_and_nothing_else(kind: str) -> None:
+    other = {"ahead": 3, "prefix_share": 0.8, "spm_share": 1.0, "density": 0.4, "mean_span": 9.0}
+    assert set(other) == set(ObjectiveSettings.model_fields) - ALWAYS[ObjectiveSettings]
+    documents = [text(length) for length in (20, 41, 60)]
+
+    def made(**values: Any) -> list[Any]:
+        objective = ObjectiveSettings.model_construct(**(ObjectiveSettings(kind=kind).__dict__ | values))
+        data = DataSettings(max_document_length=200, sequence_length=200)
+        examples = Examples(data.model_copy(update={"objectives": [objective]}), 1, VOCABULARY)
+        pieces = [
+            fragment_of(row, one, examples, n) for row, one in enumerate(documents) for n in range(examples.pairs)
+        ]
+        return [np.concatenate(examples.make(piece, documents[piece.row])[:3]).tolist() for piece in pieces]
+
+    assert {name for name, value in other.items() if made(**{name: value}) != made()} == set(OBJECTIVES[kind].reads)
+
+
+def test_every_field_of_the_schedule_is_always_used_or_declared() -> None:
+    section = Settings.model_fields["schedule"].annotation
+    assert {name for name in section.model_fields if not condition_of(section, name)} == {"kind", "unit"}
+    assert set(SCHEDULES) == set(typing.get_args(section.model_fields["kind"].annotation))
+    near_the_end = Clock(done=95, warmup=1, decay=50, total=100)
+    falling = {kind for kind, rate in SCHEDULES.items() if rate(near_the_end, 0.2) != rate(near_the_end, 0.9)}
+    assert falling == set(condition_of(section, "final_ratio").others["kind"])
+    decaying = {kind for kind, rate in SCHEDULES.items() if rate(near_the_end, 0.2) != rate(Clock(95, 1, 7, 100), 0.2)}
+    for name in ("decay_steps", "decay_tokens"):
+        assert decaying == {condition_of(section, name).others["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"optimizer": {"kind": "adam"}}, "optimizer.kind = 'adam': input should be 'adamw', 'lion'"),
+        ({"optimizer": {"kind": "ademamx"}}, "did you mean 'ademamix'?"),
+        ({"data": {"objectives": [{"kind": "casual"}]}}, "data.objectives.0.kind = 'casual': input should be 'causal'"),
+    ],
+)
+def test_an_unknown_kind_names_those_of_the_table(table: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings_from_table(table, Path("run.toml"))
+    assert words in str(caught.value)
