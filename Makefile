@@ -11,7 +11,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := configs/constraints.txt
 # Claims that need neither data nor a process group: seconds, so `make check` stays quick.
-QUICK_TESTS := tests/system/test_imports.py tests/config/test_settings.py tests/test_run_directory.py \
+QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_directory.py \
 	tests/launcher/test_topology.py tests/metrics/test_recorder.py tests/inspect/test_compare.py
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 
 from bigmodel.config.settings import UserError, load_settings
-from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from bigmodel.rank_log import keep_log
+from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name, make_logs
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -152,6 +153,12 @@ def train(
     settings = load_settings(run_file, override)
     if fresh and new_plan:
         raise UserError("--fresh starts from step 0 and --new-plan goes on from a checkpoint; give one of them")
+    rank = os.environ.get("RANK", "")
+    log = make_logs(settings.run.directory) / log_name(os.uname().nodename, int(rank) if rank.isdecimal() else 0)
+    try:
+        keep_log(log)
+    except OSError as error:
+        raise UserError(f"{log}: cannot be written: {error.strerror}; choose another run.directory") from None
     from bigmodel.training.loop import train as run
 
     raise typer.Exit(run(settings, fresh, new_plan))
@@ -223,7 +230,7 @@ def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")
 def compare(
     one: Annotated[Path, typer.Argument(help="a run directory")],
     two: Annotated[Path, typer.Argument(help="another one")],
-    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("compare.png"),
+    png: Annotated[Path | None, typer.Option(help="also draw a picture, into this file")] = None,
 ) -> None:
     """Tell the first step at which two runs differ, and draw both curves. Exit code 1 where they differ."""
     from bigmodel.inspect.compare import compare as run
@@ -272,7 +279,7 @@ def probe(
 def show_data(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
-    png: Annotated[Path, typer.Option(help="where the picture of the lengths goes")] = Path("lengths.png"),
+    png: Annotated[Path | None, typer.Option(help="also draw the lengths as a picture, into this file")] = None,
 ) -> None:
     """Sources, lengths, mix and packing of the prepared data, and settings that would suit it better."""
     from bigmodel.inspect.show import show_data as run
@@ -285,9 +292,9 @@ def show_batch(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
     step: Annotated[int, typer.Option(min=0, help="data step")] = 0,
-    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("batch.png"),
+    png: Annotated[Path | None, typer.Option(help="also draw a picture, into this file")] = None,
 ) -> None:
-    """Draw the first pack of a step with its documents and its mask, in the terminal and as PNG."""
+    """Draw the first pack of a step with its documents, in the terminal; with --png also its mask, as a picture."""
     from bigmodel.inspect.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)
@@ -300,7 +307,7 @@ def show_memory(
     ranks: Annotated[int, typer.Option(min=1, help="how many ranks share the state")] = 8,
     gib: Annotated[float, typer.Option(min=0, help="memory of a device in GiB; 0: do not compare")] = 0,
     vocabulary: Annotated[int, typer.Option(min=0, help="tokens; 0: the prepared data's, or prepare.vocabulary")] = 0,
-    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("memory.png"),
+    png: Annotated[Path | None, typer.Option(help="also draw a picture, into this file")] = None,
 ) -> None:
     """Plan the memory of each rank at each ZeRO stage: needs neither data nor a GPU."""
     from bigmodel.inspect.memory import show_memory as run

@@ -13,11 +13,11 @@
       launch.json    how the launcher started it last       preflight.json    what `launcher check` found
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
-logs/HOST-rank-N.log has what rank N printed on HOST; rank 0 also prints where the run was started, under `launcher
-slurm` that is logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh,
-torchrun, mpi, environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank
-(indices into hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher
-stop` may signal.
+logs/HOST-rank-N.log has what rank N printed on HOST; rank 0 also prints where the run was started, and so does every
+rank that no launcher of ours started (under torchrun, or one process alone). Under `launcher slurm` that is
+logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh, torchrun, mpi,
+environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank (indices into
+hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher stop` may signal.
 
 In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
   launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
@@ -99,6 +99,23 @@ def claim(directory: Path) -> None:
                 raise
             time.sleep(0.05)
     _claims.append(file)
+
+
+def make_logs(directory: Path) -> Path:
+    """The folder of the ranks' logs. Raises `UserError` if it cannot be made."""
+    logs = directory / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.directory = {directory}: cannot make {logs}: {error.strerror}; "
+            "name a folder you may write to, for example --set run.directory=/tmp/run"
+        ) from None
+    return logs
+
+
+def log_name(host: str, rank: int) -> str:
+    return f"{host}-rank-{rank}.log"
 
 
 def take_over(directory: Path) -> str:
@@ -183,7 +200,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises `UserError` naming the file if it is damaged or unreadable."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 

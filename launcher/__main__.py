@@ -26,9 +26,9 @@ from bigmodel.launcher.hostlist import expand_hosts
 from bigmodel.launcher.local import trainer_command
 from bigmodel.launcher.network import free_port
 from bigmodel.launcher.placement import job_groups, port_of
-from bigmodel.launcher.record import make_logs, read_launch, record_end, record_launch, refuse_second_run, run_directory
+from bigmodel.launcher.record import read_launch, record_end, record_launch, refuse_second_run, run_directory
 from bigmodel.launcher.topology import Topology, even_topology, ranks_per_node
-from bigmodel.run_directory import EXIT_USER
+from bigmodel.run_directory import EXIT_USER, make_logs
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -145,7 +145,7 @@ def load_cluster(path: Path | None) -> Cluster:
     if path is None:
         return Cluster()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such cluster file; configs/clusters/ has examples") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -171,7 +171,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Host -> slots, of a file with lines such as `worker-1 slots=4`; # begins a comment. Raises `UserError`."""
     found: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a host file: {error}") from None
     for number, line in enumerate(lines, 1):

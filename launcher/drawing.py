@@ -14,7 +14,7 @@ COLUMNS = 8  # ranks in a row of a node
 
 def print_topology(topology: Topology) -> None:
     """A panel per switch with a line per node; nodes under no known switch come in one panel."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(_headline(topology))
     width = max(len(host) for host in topology.hosts)
     for switch, nodes in _by_switch(topology).items():
@@ -23,7 +23,7 @@ def print_topology(topology: Topology) -> None:
             text.append(f"{topology.hosts[node]:<{width}} ", style="bold")
             text.append(f"{shorten(topology.ranks_of(node))}\n")
         text.right_crop(1)
-        console.print(Panel(text, title=f"switch {switch}" if switch else None, title_align="left", expand=False))
+        console.print(Panel(text, title=Text(f"switch {switch}") if switch else None, title_align="left", expand=False))
 
 
 def draw_topology(topology: Topology, file: Path) -> None:

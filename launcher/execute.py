@@ -1,9 +1,9 @@
 """Execute: what each rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
 
 Takes a run file and the environment of whoever started it. Every rank writes to `logs/HOST-rank-N.log` in the run
-directory; what rank 0 prints also goes where it went before (`bigmodel.launcher.output`). The process that srun or
-torchrun knows becomes the trainer (execve), so signals, exit codes and deaths are the trainer's own and nothing stands
-between. Imports no torch.
+directory; what rank 0 prints also goes where it went before (`bigmodel.rank_log`). The process that srun or torchrun
+knows becomes the trainer (execve), so signals, exit codes and deaths are the trainer's own and nothing stands between.
+Imports no torch.
 """
 
 import ctypes
@@ -20,10 +20,11 @@ from bigmodel.launcher.cluster import Cluster, load_cluster
 from bigmodel.launcher.devices import device_variables
 from bigmodel.launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
 from bigmodel.launcher.network import interface_towards, port_is_free, resolves
-from bigmodel.launcher.output import open_outputs, terminal_variables
 from bigmodel.launcher.placement import find_place, job_of, started_by
-from bigmodel.launcher.record import log_name, make_logs, record_launch, refuse_second_run
+from bigmodel.launcher.record import record_launch, refuse_second_run
 from bigmodel.launcher.topology import Topology
+from bigmodel.rank_log import ARRANGED, open_outputs, redirect, terminal_variables
+from bigmodel.run_directory import log_name, make_logs
 
 
 def execute(
@@ -62,7 +63,7 @@ def execute(
         os.sched_setaffinity(0, processors)
     if by == "torchrun":
         _die_with_parent()
-    os.execvpe(command[0], command, {**os.environ, **variables})
+    os.execvpe(command[0], command, {**os.environ, **variables, **ARRANGED})
 
 
 def preset(environment: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
@@ -124,9 +125,7 @@ def check_address(topology: Topology) -> None:
 
 def _write_to(log: Path, shown: bool) -> None:
     sys.stdout.flush()
-    for stream, descriptor in zip((1, 2), open_outputs(log, shown)[:2], strict=True):
-        os.dup2(descriptor, stream)
-        os.close(descriptor)
+    redirect(open_outputs(log, shown)[:2])
 
 
 def _die_with_parent() -> None:

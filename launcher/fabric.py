@@ -23,7 +23,7 @@ def fabric_environment(fabric: str) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"fabric = {fabric}: neither a profile ({', '.join(profiles())}) nor a TOML file")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from None
     complaint = complain_of_unknown(table)

@@ -8,7 +8,7 @@ thread that looks at the ranks 20 times a second. Never imports torch.
     running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
        \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
 
-Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`bigmodel.launcher.output`).
+Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`bigmodel.rank_log`).
 
 The same runs one node of several, started over ssh: then `control_pipe` is true, and standard input brings the orders
 of the launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed,
@@ -31,10 +31,9 @@ from typing import NamedTuple
 
 from bigmodel.launcher.binding import processors_to_bind
 from bigmodel.launcher.devices import device_variables
-from bigmodel.launcher.output import open_outputs, terminal_variables, wait_for
-from bigmodel.launcher.record import log_name
 from bigmodel.launcher.topology import Topology, rank_environment
-from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from bigmodel.rank_log import ARRANGED, open_outputs, terminal_variables, wait_for
+from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name
 
 GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and have nothing to save
 SAVE_SECONDS = 600.0  # for ranks asked to stop: a checkpoint of a large model takes minutes
@@ -177,7 +176,7 @@ def _start(
     try:
         process = subprocess.Popen(
             list(command),
-            env={**os.environ, **environment, **(terminal_variables(os.environ) if shown else {})},
+            env={**os.environ, **environment, **ARRANGED, **(terminal_variables(os.environ) if shown else {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,

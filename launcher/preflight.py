@@ -9,6 +9,7 @@ this project.
 import json
 import os
 import secrets
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,10 @@ from bigmodel.launcher.hosts import remote_command
 from bigmodel.launcher.local import launch_environment
 from bigmodel.launcher.network import interface_towards
 from bigmodel.launcher.placement import find_place
-from bigmodel.launcher.record import make_logs
 from bigmodel.launcher.slurm import container_options
 from bigmodel.launcher.topology import Topology, even_topology
-from bigmodel.run_directory import EXIT_FAILED, write_atomically, write_json
+from bigmodel.run_directory import EXIT_FAILED, make_logs, write_atomically, write_json
+from bigmodel.sizes import byte_size
 
 TOKEN = "preflight.token"  # bigmodel/inspect/probe.py reads it
 TIMEOUT_SECONDS = 240.0
@@ -84,7 +85,7 @@ def print_findings(hosts: Sequence[str], findings: Sequence[Finding]) -> None:
     for host in hosts:
         marks = ["BAD" if (host, m) in bad else "ok" if (host, m) in looked else "-" for m in MATTERS]
         table.add_row(host, *marks)
-    console = Console(highlight=False, soft_wrap=True, width=max(120, Console().width))
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=max(120, shutil.get_terminal_size().columns))
     console.print(table)
     for finding in findings:
         if not finding.good:
@@ -130,15 +131,15 @@ def _alone(
         errors, pending = gpu["ecc.errors.uncorrected.volatile.total"], gpu["retired_pages.pending"]
         good = errors in ("0", "[N/A]") and pending in ("No", "[N/A]")
         yield "health", good, f"uncorrected ECC errors {errors}, pages to retire {pending}"
-    room = report["shared_memory_free_bytes"] / GIGABYTE
-    least = limits.free_shared_memory_gigabytes
-    yield "memory", room >= least, f"{room:.1f} GB free in /dev/shm, {least:g} GB needed"
+    room = report["shared_memory_free_bytes"]
+    least = limits.free_shared_memory_gigabytes * GIGABYTE
+    yield "memory", room >= least, f"{byte_size(room)} free in /dev/shm, {byte_size(least)} needed"
     run = report["run"]
     if "error" in run:
         yield "disk", False, run["error"]
     else:
-        room, least = run["free_bytes"] / GIGABYTE, limits.free_disk_gigabytes
-        yield "disk", room >= least, f"{room:.1f} GB free, {least:g} GB needed"
+        room, least = run["free_bytes"], limits.free_disk_gigabytes * GIGABYTE
+        yield "disk", room >= least, f"{byte_size(room)} free, {byte_size(least)} needed"
         yield "disk", run["token"] == token, "the run directory is not the one that the other nodes see"
     network = report.get("network", {})
     if "error" in network:
@@ -217,7 +218,7 @@ def _links(hosts: Sequence[str], reports: Mapping[str, Mapping[str, Any]], limit
 
 
 def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / GIGABYTE:.3g} GB/s"
+    return f"{byte_size(bytes_per_second)}/s"
 
 
 # ---- running the probe on every node

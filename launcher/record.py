@@ -31,23 +31,6 @@ def run_directory(run: Path) -> Path:
     raise UserError(f"{run}: neither a run directory nor a run file")
 
 
-def make_logs(directory: Path) -> Path:
-    """The folder of the ranks' logs. Raises `UserError` if it cannot be made."""
-    logs = directory / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"run.directory = {directory}: cannot make {logs}: {error.strerror}; "
-            "name a folder you may write to, for example --set run.directory=/tmp/run"
-        ) from None
-    return logs
-
-
-def log_name(host: str, rank: int) -> str:
-    return f"{host}-rank-{rank}.log"
-
-
 def is_held(directory: Path) -> bool:
     """Whether a live run holds the directory."""
     try:

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
-from bigmodel.launcher.record import Launch, launches, make_logs, read_launch, record_end, refuse_second_run
+from bigmodel.launcher.record import Launch, launches, read_launch, record_end, refuse_second_run
 from bigmodel.run_directory import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_USER,
+    make_logs,
     read_json_lines,
     record_event,
     write_atomically,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
 from bigmodel.config.deepspeed_json import VERSION
@@ -194,7 +195,10 @@ def run_missing(state: State, world_sizes: list[int], quick: bool) -> None:
     total = sum(len(cases) for _, _, cases in batches)
     print(f"{len(state.rows):,} cases are in {state.path}, {total:,} to run")
     state.begin(hardware("cpu"))
-    with Progress() as progress, tempfile.TemporaryDirectory(prefix="exactness-") as folder:
+    with (
+        Progress(console=Console(markup=False)) as progress,
+        tempfile.TemporaryDirectory(prefix="exactness-") as folder,
+    ):
         bar = progress.add_task("cases", total=total)
         for _, size, cases in sorted(batches, key=lambda batch: batch[0]):
             rows = run_batch(cases, size, Path(folder))

@@ -8,6 +8,7 @@ events around a call: for very small work that is the time Python takes to launc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from bigmodel.kernels.triton_import import triton
@@ -123,11 +125,11 @@ class Record:
         for number, column in enumerate(columns):
             table.add_column(column.replace("_", " "), justify="left" if number < 2 else "right", no_wrap=True)
         for row, following in zip(shown, [*shown[1:], None], strict=False):
-            cells = [_cell(row.get(column)) for column in columns]
+            cells: list[str | Text] = [_cell(row.get(column)) for column in columns]
             if "not_run" in row:
-                cells[2] = f"[dim]{row['not_run']}[/]"
+                cells[2] = Text(row["not_run"], "dim")
             table.add_row(*cells, end_section=following is None or row["case"] != following["case"])
-        Console(width=max(200, Console().width)).print(table)
+        Console(markup=False, width=max(200, shutil.get_terminal_size().columns)).print(table)
 
     def plot(self, panels: dict[str, str], unit: str) -> str:
         """Bars: a panel for each of `panels` (column: title), a group for each case, a colour for each contender.

@@ -217,7 +217,7 @@ def drawing_of(title: str, mask: AttentionMask, padding: int, rows: int, columns
 
 def print_drawing(drawing: Drawing, cell: int) -> None:
     """In the terminal; cell 0: the smallest that fits its width."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     cell = cell or -(-2 * drawing.sees_QK.shape[1] // console.width)
     styles = {"#": "bold blue", "+": "cyan", "-": "dim cyan", ".": "dim"}
     console.print(drawing.title, style="bold")

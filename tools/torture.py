@@ -32,6 +32,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -335,7 +336,7 @@ def main(
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
-        with Progress() as progress:
+        with Progress(console=Console(markup=False)) as progress:
             wrong = torture(folder, kills, flips, defect, progress)
         wrong += process_kills(folder, processes)
     finally:

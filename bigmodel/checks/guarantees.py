@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from bigmodel.checks.audit import Finding
 from bigmodel.checks.leak import check_leak
@@ -31,11 +32,11 @@ GUARANTEES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
 
 def run_checks(run_file: Path, overrides: Sequence[str], guarantees: Sequence[str]) -> int:
     """Run the named guarantees, print each finding, give the number of broken claims."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     broken = 0
     for guarantee in guarantees:
         for finding in GUARANTEES[guarantee](run_file, overrides):
-            mark = "[green]holds [/]" if finding.holds else "[red]BROKEN[/]"
-            console.print(f"{mark} {guarantee}: {finding.claim} ({finding.evidence})")
+            mark = ("holds ", "green") if finding.holds else ("BROKEN", "red")
+            console.print(Text.assemble(mark, f" {guarantee}: {finding.claim} ({finding.evidence})"))
             broken += not finding.holds
     return broken

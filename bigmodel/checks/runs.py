@@ -19,6 +19,7 @@ import torch
 from bigmodel.checks.audit import Finding, audit, torch_agrees
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
+from bigmodel.rank_log import ARRANGED
 from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
 
@@ -135,6 +136,7 @@ def _start(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            **ARRANGED,
         }
         if on_cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -18,7 +18,8 @@ class SourceSettings(Section):
     files: list[str] = Field(
         min_length=1,
         description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "
-        ".arrow, .jsonl (also .gz, .zst), .txt or .mds (also .gz, .zstd) files",
+        ".arrow, .jsonl (also .gz, .zst), .txt (one document a file) or .mds (also .gz, .zstd) files; "
+        "what exists as it is written is no pattern",
     )
     column: str = Field("text", description="column that holds the text; a.b is field b of column a")
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")

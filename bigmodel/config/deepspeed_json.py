@@ -135,7 +135,7 @@ class Source:
         if self.path is None:
             return {}
         try:
-            config = json.loads(self.path.read_text(encoding="utf-8"), object_pairs_hook=self._once)
+            config = json.loads(self.path.read_text(encoding="utf-8-sig"), object_pairs_hook=self._once)
         except FileNotFoundError:
             raise self.error("no such file; training.deepspeed is relative to the run file") from None
         except json.JSONDecodeError as error:

@@ -172,7 +172,7 @@ def _plain(value: Any) -> Any:
 def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a TOML file. `overrides` are `section.key=value` texts. Raises `UserError`."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such run file; {_files_like(path)}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""Compare: the first step at which two runs differ, in what, and both curves in one picture.
+"""Compare: the first step at which two runs differ, in what, and both curves.
 
-Takes two run directories, reads their metrics.jsonl and settings.json; gives text and a PNG. What training computes
-and what it was given are compared to the last bit; seconds are not. Imports no torch.
+Takes two run directories, reads their metrics.jsonl and settings.json; gives text and, where a file is named, a PNG.
+What training computes and what it was given are compared to the last bit; seconds are not. Imports no torch.
 """
 
 import math
@@ -26,16 +26,20 @@ class Difference:
     two: Any
 
 
-def compare(one: Path, two: Path, png: Path) -> Difference | None:
-    """Print what differs and draw both curves; gives the first difference. Raises `UserError` for what is no run."""
+def compare(one: Path, two: Path, png: Path | None = None) -> Difference | None:
+    """Print what differs and both curves; `png`: draw them too. Gives the first difference.
+
+    Raises `UserError` for what is no run.
+    """
     difference, shared = first_difference(one, two)
     print(_sentence(difference, shared))
     for name, mine, its in setting_differences(one, two):
         print(f"setting {name}: {mine!r} and {its!r}")
     for run, other in ((one, two), (two, one)):
         print(f"\n{run}\n{terminal_curve(run, height=8, beside=other)}")
-    draw(one, two, difference, png)
-    print(f"\npicture: {png}")
+    if png:
+        draw(one, two, difference, png)
+        print(f"\npicture: {png}")
     return difference
 
 

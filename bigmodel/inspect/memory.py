@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,7 @@ from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
 from bigmodel.model.transformer import Transformer
+from bigmodel.sizes import amount
 from bigmodel.training.optimizers.groups import parameter_groups, states_of
 from bigmodel.training.zero.wrapping import wrap_blocks
 
@@ -198,8 +200,10 @@ def plans(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks:
     return found
 
 
-def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vocabulary: int = 0) -> None:
-    """Print a table and draw a picture: a column for each stage, the run's own marked.
+def show_memory(
+    settings: Settings, ranks: int, device_gib: float, png: Path | None = None, vocabulary: int = 0
+) -> None:
+    """Print a table: a column for each stage, the run's own marked. `png`: draw it too.
 
     A vocabulary that is not given is that of the prepared data; before there is any, `prepare.vocabulary`.
     """
@@ -213,30 +217,29 @@ def show_memory(settings: Settings, ranks: int, device_gib: float, png: Path, vo
     name, unit = ("GiB", GIB) if max(totals.values()) >= GIB else ("MiB", GIB // 1024)
     table = Table(
         f"{name} on each rank",
-        *(f"[bold]ZeRO {stage} (yours)[/]" if stage == chosen else f"ZeRO {stage}" for stage in by_stage),
+        *(Column(f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", justify="right") for stage in by_stage),
         title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
         f"{settings.optimizer.kind}, {ranks} rank(s), "
         f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} positions",
         title_justify="left",
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
     for part in PARTS:
         amounts = [plan.device.get(part, 0) for plan in by_stage.values()]
         if any(amounts):
-            table.add_row(part, *(f"{amount / unit:,.2f}" if amount else "-" for amount in amounts))
+            table.add_row(part, *(amount(number / unit) if number else "-" for number in amounts))
     table.add_section()
-    table.add_row("[bold]on the device[/]", *(f"[bold]{total / unit:,.2f}[/]" for total in totals.values()))
+    table.add_row("on the device", *(amount(total / unit) for total in totals.values()), style="bold")
     if device_bytes:
-        fits = ("fits" if total < device_bytes else "[red]too large[/]" for total in totals.values())
-        table.add_row(f"of {device_bytes / GIB:,.0f} GiB", *fits)
+        fits = ("fits" if total < device_bytes else Text("too large", "red") for total in totals.values())
+        table.add_row(f"of {device_gib:,g} GiB", *fits)
     if any(plan.host for plan in by_stage.values()):
-        table.add_row("off the device", *(f"{sum(p.host.values()) / unit:,.2f}" for p in by_stage.values()))
-    console = Console(highlight=False)
+        table.add_row("off the device", *(amount(sum(p.host.values()) / unit) for p in by_stage.values()))
+    console = Console(highlight=False, markup=False)
     console.print(table)
     console.print("Not counted: the CUDA context, buffers of NCCL, what the allocator loses to shards.")
-    draw_memory(by_stage, chosen, device_bytes, png, unit, name)
-    console.print(f"picture: {png}")
+    if png:
+        draw_memory(by_stage, chosen, device_bytes, png, unit, name)
+        console.print(f"picture: {png}", markup=False, soft_wrap=True)
 
 
 def _vocabulary(settings: Settings) -> int:
@@ -262,10 +265,10 @@ def draw_memory(
     for place, (_, parts, hatch) in enumerate(bars):
         left = 0.0
         for part, colour in PARTS.items():
-            amount = parts.get(part, 0) / unit
-            axes.barh(place, amount, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
-            left += amount
-        axes.annotate(f" {left:,.1f}", (left, place), va="center", fontsize=9)
+            width = parts.get(part, 0) / unit
+            axes.barh(place, width, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
+            left += width
+        axes.annotate(f" {amount(left)}", (left, place), va="center", fontsize=9)
     used = [part for part in PARTS if any(parts.get(part) for _, parts, _ in bars)]
     for part in used:
         axes.barh(0, 0, color=PARTS[part], label=part)

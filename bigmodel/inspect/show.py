@@ -26,13 +26,14 @@ from bigmodel.data.plan.mixing import mix_lag_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.segments import order_of_segment
 from bigmodel.data.prepare.lengths import draw_lengths
-from bigmodel.data.store.manifest import SPLITS, Manifest, stored_amount
+from bigmodel.data.store.manifest import SPLITS, Manifest, in_words, stored_amount
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.kernels.mask import bidirectional, causal, cross, dense, prefix_lm
+from bigmodel.sizes import byte_size
 from bigmodel.training.checkpoint.format import newest_state
 
 
-def show_batch(settings: Settings, step: int, png: Path) -> None:
+def show_batch(settings: Settings, step: int, png: Path | None) -> None:
     """Draw the first pack of data step `step`, of a run that has checkpoints in the plan that it had at that step.
 
     Walks the plan from the beginning of its segment, or from the newest checkpoint where that is before the step.
@@ -41,9 +42,11 @@ def show_batch(settings: Settings, step: int, png: Path) -> None:
     store = ShardStore.of_run(settings.data, "train")
     order, data = order_before(store, settings, step, newest_state(settings.run.directory / "checkpoints"))
     batch = Builder(store, data, settings.run.seed).build([order.next_step()[0]], step, [0])
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for line in draw(batch):
         console.print(line, soft_wrap=True)
+    if png is None:
+        return
     num_labels = len(batch.tokens)
     if batch.source:
         visible = dense(cross(batch.cu_seqlens, batch.source.cu_seqlens), num_labels, len(batch.source.tokens))
@@ -54,7 +57,7 @@ def show_batch(settings: Settings, step: int, png: Path) -> None:
     else:
         visible = dense(causal(batch.cu_seqlens), num_labels, num_labels)
     draw_png(batch, visible.numpy(), png)
-    console.print(f"picture: {png}")
+    console.print(f"picture: {png}", markup=False, soft_wrap=True)
 
 
 def order_before(
@@ -80,14 +83,17 @@ def order_before(
     return order, data
 
 
-def show_data(settings: Settings, png: Path) -> None:
-    """Print sources, lengths, mix, packing and suggestions; draw the lengths."""
+def show_data(settings: Settings, png: Path | None = None) -> None:
+    """Print sources, lengths, mix, packing and suggestions; draw the lengths if there is a `png` to draw into."""
     settings = agree(settings)
     data = settings.data
     store = ShardStore.of_run(data, "train")
     packed = measure_packing(store, data)  # first: it complains of a wrong mix
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(sources_table(settings, store.manifest, packed))
+    for source in store.manifest.sources:
+        if dropped := store.manifest.dropped(source):
+            console.print(f"dropped from {source}: {in_words(dropped)}", markup=False)
     console.print(lengths_text(store.manifest), markup=False)
     console.print(
         packing_text(settings, packed, whole_share(all_positions(store), data.max_document_length)), markup=False
@@ -100,9 +106,10 @@ def show_data(settings: Settings, png: Path) -> None:
     if data.curriculum:
         lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
         console.print(lag, markup=False)
-    lengths = [store.lengths(source, shard) for source in store.sources for shard in range(store.num_shards(source))]
-    draw_lengths(lengths, png, data.max_document_length)
-    console.print(f"picture: {png}", soft_wrap=True)
+    if png:
+        lengths = [store.lengths(name, shard) for name in store.sources for shard in range(store.num_shards(name))]
+        draw_lengths(lengths, png, data.max_document_length)
+        console.print(f"picture: {png}", markup=False, soft_wrap=True)
 
 
 def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Table:
@@ -112,7 +119,7 @@ def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Tab
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("source")
     table.add_column("split", no_wrap=True)
-    for name in ("documents", "tokens", "text MB", "mix", "passes", "rows dropped"):
+    for name in ("documents", "tokens", "text", "mix", "passes", "rows dropped"):
         table.add_column(name, justify="right", no_wrap=True)
     training = settings.training
     num_packs = sum(packs_at(step, training.global_batch_size, training.batch_ramp) for step in range(training.steps))
@@ -122,7 +129,7 @@ def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Tab
         for split in SPLITS:
             counts = manifest.counts[source][split]
             tokens, text_bytes = (stored_amount(counts, what) for what in ("tokens", "text_bytes"))
-            line = [f"{counts['documents']:,}", f"{tokens:,}", f"{text_bytes / 1e6:,.2f}"]
+            line = [f"{counts['documents']:,}", f"{tokens:,}", byte_size(text_bytes)]
             if split == SPLITS[0]:
                 in_epoch = sum(positions for _, positions, _ in manifest.shards[source][split])
                 passes = num_packs * packed.positions.get(source, 0.0) / max(1, in_epoch)

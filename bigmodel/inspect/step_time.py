@@ -19,7 +19,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 
-PHASES = {
+COLOURS = {  # one for each meaning, in both panels
     "forward": "#1f5fbf",
     "backward": "#6d9be0",
     "optimizer": "#2f9e77",
@@ -27,7 +27,18 @@ PHASES = {
     "data": "#c8373f",
     "compile": "#8a5fc0",
     "rest": "#b6bac2",
+    "productive": "#3b4252",
+    "start": "#e3b505",
+    "checkpoint": "#8fd3c1",
+    "evaluation": "#17a2b8",
+    "replay": "#d16ba5",
+    "hang": "#6b1a1e",
+    "skipped": "#9c6b30",
+    "stopped": "#ead9bd",
+    "down": "#000000",
+    "finish": "#b5d334",
 }
+PHASES = ("forward", "backward", "optimizer", "communication", "data", "compile", "rest")
 RECENT = 100  # steps whose mean is told in numbers
 BINS = 200  # means that a picture shows
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -113,10 +124,10 @@ def draw_times(run_directory: Path) -> Path:
     bins = np.array_split(np.arange(len(times.steps)), min(BINS, len(times.steps)))
     ends = [times.steps[0] - 1, *(times.steps[bin_[-1]] for bin_ in bins)]
     floor = np.zeros(len(bins))
-    for phase, colour in PHASES.items():
+    for phase in PHASES:
         means = np.array([1000 * times.seconds[phase][bin_].mean() for bin_ in bins])
         if means.any():
-            above.stairs(floor + means, ends, baseline=floor, fill=True, color=colour, label=phase)
+            above.stairs(floor + means, ends, baseline=floor, fill=True, color=COLOURS[phase], label=phase)
         floor = floor + means
     # A first step that loads and compiles would flatten all others.
     above.set_ylim(0, 1.25 * max(float(np.quantile(floor, 0.98)), 1e-9))
@@ -126,10 +137,9 @@ def draw_times(run_directory: Path) -> Path:
     above.set_title(f"{run_directory.name}: where a step's time goes", loc="left", fontsize=13, fontweight="bold")
     above.legend(frameon=False, ncols=len(PHASES), loc="upper right", fontsize=9)
     causes = {cause: seconds for cause, seconds in times.causes.items() if seconds > 0}
-    colours = ["#1f5fbf", *(f"C{number}" for number in range(1, len(causes)))]
     left, total = 0.0, sum(causes.values())
-    for (cause, seconds), colour in zip(causes.items(), colours, strict=True):
-        below.barh(0, seconds, left=left, color=colour, label=f"{cause} {seconds / total:.1%}")
+    for cause, seconds in causes.items():
+        below.barh(0, seconds, left=left, color=COLOURS[cause], label=f"{cause} {seconds / total:.1%}")
         left += seconds
     below.set_yticks([])
     below.set_xlim(0, left)

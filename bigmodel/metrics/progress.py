@@ -15,7 +15,7 @@ class LiveLine:
     """Shows a run's progress on rank 0; `enabled=False` shows nothing."""
 
     def __init__(self, first_step: int, num_steps: int, enabled: bool) -> None:
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, markup=False)
         self._enabled = enabled
         self._num_steps = num_steps
         self._started = time.monotonic()

@@ -456,6 +456,6 @@ def _opening(
     size = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size / 1e6:.1f} M parameters, {world_size} rank(s), {packs} packs of "
+        f"{start}: {size:,} parameters, {world_size} rank(s), {packs} packs of "
         f"{settings.data.sequence_length} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bigmodel.config.settings import Settings, UserError, packs_at
 from bigmodel.data.objectives.causal import causal
@@ -90,8 +91,8 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
 def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     """Print the curve, the special_tokens, the sample and where everything is."""
     directory = settings.run.directory
-    console = Console(highlight=False)
-    console.print(terminal_curve(directory), markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(terminal_curve(directory, console.width), markup=False)
     table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
     names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
     if "bits_per_byte_with_wrong_sources" in summary:
@@ -99,7 +100,7 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     for name, words in names.items():
         table.add_row(words, "not counted" if summary[name] is None else f"{summary[name]:.3f}")
     console.print(table)
-    console.print("[bold]a sample[/]")
+    console.print("a sample", style="bold")
     console.print((directory / "sample.txt").read_text(), markup=False)
     for name, what in (
         ("loss.png", "loss curve"),
@@ -109,7 +110,7 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
         ("summary.json", "these numbers"),
         ("deepspeed.json", "the DeepSpeed settings in force"),
     ):
-        console.print(f"{directory / name}  [dim]{what}[/]")
+        console.print(Text.assemble(f"{directory / name}  ", (what, "dim")), soft_wrap=True)
 
 
 def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Iterator[Pair]:

@@ -140,6 +140,19 @@ def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: py
         assert (np.abs(picture - wanted).max(-1) < 3).sum() > 500
 
 
+def test_a_small_device_keeps_its_digits_and_no_picture_is_drawn_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    show_memory(Settings.model_validate(table_of(tmp_path, 3, "bf16", "cpu")), 8, 0.1)
+    printed = capsys.readouterr().out
+    assert "of 0.1 GiB" in printed
+    assert " 0.00 " not in printed, "what there is has digits"
+    assert "picture" not in printed
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".png"] == before == []
+
+
 def test_a_billion_parameters_are_planned_without_their_memory(tmp_path: Path) -> None:
     model = {"num_layers": 16, "hidden_size": 2048, "num_heads": 16, "num_kv_heads": 8, "intermediate_size": 8192}
     settings = Settings.model_validate({"model": model, "training": {"precision": "bf16", "global_batch_size": 64}})

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from bigmodel.config.settings import UserError
-from bigmodel.inspect.step_time import PHASES, draw_times, read_times, step_time
+from bigmodel.inspect.step_time import COLOURS, PHASES, draw_times, read_times, step_time
+from bigmodel.metrics.run_accounting import CAUSES
 from tests.metrics.test_run_accounting import Run, step
 
 QUICK = {"forward": 0.3, "backward": 0.5, "communication": 0.1, "evaluation": 7.0}
@@ -64,9 +65,20 @@ def test_the_text_tells_the_mean_step_and_the_whole_run(tmp_path: Path) -> None:
 def test_the_picture_has_every_phase_and_cause(tmp_path: Path) -> None:
     picture = (255 * imread(draw_times(write_run(tmp_path / "run")[0]))[..., :3]).astype(int)
     for phase in ("forward", "backward", "communication", "data", "rest"):
-        colour = [int(PHASES[phase][place : place + 2], 16) for place in (1, 3, 5)]
+        colour = [int(COLOURS[phase][place : place + 2], 16) for place in (1, 3, 5)]
         assert (np.abs(picture - colour).max(-1) < 3).sum() > 500, phase
     assert [path.name for path in (tmp_path / "run").glob("*.png")] == ["time.png"]
+
+
+def test_one_colour_means_one_thing_in_both_panels(tmp_path: Path) -> None:
+    assert set(COLOURS) == {*PHASES, "productive", *CAUSES}
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    picture = (255 * imread(draw_times(write_run(tmp_path / "run")[0]))[..., :3]).astype(int)
+    half = len(picture) * 7 // 10
+    for name, above, below in (("forward", True, False), ("productive", False, True), ("data", True, True)):
+        colour = [int(COLOURS[name][place : place + 2], 16) for place in (1, 3, 5)]
+        found = np.abs(picture - colour).max(-1) < 3
+        assert (found[:half].sum() > 100, found[half:].sum() > 100) == (above, below), name
 
 
 def test_a_run_without_a_step_is_named_and_a_step_without_phases_is_all_rest(tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def test_sound_nodes_are_good_in_every_matter() -> None:
         (["gpu_health", 0, "driver_version"], "560.0", "versions", "driver 560.0, 570.1, most nodes have 570.1"),
         (["versions", "torch"], "2.11.0", "versions", "torch 2.11.0, most nodes have 2.13.0"),
         (["python"], "3.12.1", "versions", "python 3.12.1"),
-        (["shared_memory_free_bytes"], 1e8, "memory", "0.1 GB free in /dev/shm, 0.5 GB needed"),
-        (["run", "free_bytes"], 1e8, "disk", "0.1 GB free, 1 GB needed"),
+        (["shared_memory_free_bytes"], 1e8, "memory", "100 MB free in /dev/shm, 500 MB needed"),
+        (["run", "free_bytes"], 1e8, "disk", "100 MB free, 1 GB needed"),
         (["run", "token"], "", "disk", "the run directory is not the one that the other nodes see"),
         (["run"], {"error": "/runs: Read-only file system"}, "disk", "Read-only file system"),
         (["data"], {"fingerprint": "old"}, "data", "its prepared data is not that of most nodes"),
@@ -109,11 +109,11 @@ def test_a_slow_node_is_told_from_its_peers(sends: bool) -> None:
     links = {(1, 0): SLOW, (1, 2): SLOW} if sends else {(0, 1): SLOW, (2, 1): SLOW}
     [(host, matter, text)] = bad(reports(links))
     assert (host, matter) == ("n2", "network")
-    assert text == f"0.1 GB/s {'to' if sends else 'from'} its best peer, expected 5 GB/s"
+    assert text == f"100 MB/s {'to' if sends else 'from'} its best peer, expected 5 GB/s"
 
 
 def test_a_slow_link_between_good_nodes_is_nobody_s_fault() -> None:
-    assert bad(reports({(0, 2): SLOW})) == [("", "network", "n1 to n3: 0.1 GB/s, expected 5 GB/s")]
+    assert bad(reports({(0, 2): SLOW})) == [("", "network", "n1 to n3: 100 MB/s, expected 5 GB/s")]
 
 
 def test_expectations_find_what_is_slow_everywhere() -> None:

@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from bigmodel.rank_log import ARRANGED
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "tests.support.preload"])
 
@@ -38,6 +40,7 @@ def start_ranks(
             "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            **ARRANGED,
         }
         ranks.append(_context.Process(target=_enter, args=(environment, function, arguments)))
         ranks[-1].start()

@@ -21,12 +21,15 @@ ALLOWED = {
     "bigmodel.config": ("bigmodel.config", "bigmodel.data.objectives.table", "bigmodel.training.optimizers.table"),
     "bigmodel.data.objectives.table": (),
     "bigmodel.training.optimizers.table": (),
-    "bigmodel.run_directory": ("bigmodel.config",),
-    "bigmodel.data": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.data"),
+    "bigmodel.sizes": (),
+    "bigmodel.rank_log": (),
+    "bigmodel.run_directory": ("bigmodel.config", "bigmodel.sizes"),
+    "bigmodel.data": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.sizes", "bigmodel.data"),
     "bigmodel.data.objectives": ("bigmodel.config", "bigmodel.data.randomness", "bigmodel.data.objectives"),
     "bigmodel.data.store": (
         "bigmodel.config",
         "bigmodel.run_directory",
+        "bigmodel.sizes",
         "bigmodel.data.objectives",
         "bigmodel.data.store",
     ),
@@ -39,6 +42,7 @@ ALLOWED = {
     "bigmodel.data.prepare": (
         "bigmodel.config",
         "bigmodel.run_directory",
+        "bigmodel.sizes",
         "bigmodel.data.store",
         "bigmodel.data.prepare",
     ),
@@ -56,7 +60,13 @@ ALLOWED = {
         "bigmodel.training.optimizers",
         "bigmodel.training.zero.layouts",
     ),
-    "bigmodel.launcher": ("bigmodel.launcher", "bigmodel.config", "bigmodel.run_directory"),
+    "bigmodel.launcher": (
+        "bigmodel.launcher",
+        "bigmodel.config",
+        "bigmodel.rank_log",
+        "bigmodel.run_directory",
+        "bigmodel.sizes",
+    ),
     "bigmodel": ("bigmodel",),
 }
 # What few may import: nothing imports the command line, and only the command line imports the launcher.

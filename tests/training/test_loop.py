@@ -183,6 +183,21 @@ def test_the_same_program_runs_under_other_launchers(tmp_path: Path, shards: Pat
     assert f"{1 if starter == ['-m', 'bigmodel'] else 2} rank(s)" in printed
     assert trained_step(tmp_path / "run") == 3
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    ranks = range(1 if starter == ["-m", "bigmodel"] else 2)
+    logs = [tmp_path / "run" / "logs" / f"{os.uname().nodename}-rank-{rank}.log" for rank in ranks]
+    assert sorted((tmp_path / "run" / "logs").iterdir()) == logs
+    for line in ("starting", "step 3/3"):
+        assert line in logs[0].read_text()
+        assert line in printed
+
+
+def test_a_later_start_adds_to_the_log_of_its_rank_and_errors_are_in_it(tmp_path: Path, shards: Path) -> None:
+    start = ("-m", "bigmodel", "train", str(write_run(tmp_path, shards)), "--set", "training.steps=3")
+    printed = call(*start) + call(*start, "--set", "data.directory=nowhere", code=2)
+    (log,) = (tmp_path / "run" / "logs").iterdir()
+    assert log.read_text() == printed
+    assert "step 3/3" in printed
+    assert printed.splitlines()[-1].startswith("bigmodel: ")
 
 
 def test_ranks_are_not_started_for_a_wrong_run_file(tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ from bigmodel.data.prepare import work_items as units
 from bigmodel.data.prepare.cleaning import is_validation, is_whole, write_arrays
 from bigmodel.data.prepare.encoding import read_array, save_array
 from bigmodel.data.prepare.lengths import draw_lengths
-from bigmodel.data.prepare.pipeline import keep_boundaries, prepare
+from bigmodel.data.prepare.pipeline import conclude, keep_boundaries, prepare
 from bigmodel.data.prepare.staging import claimed, folders_in, partial_of, put_in_place, stoppable
 from bigmodel.data.store import files, mds
 from bigmodel.data.store.manifest import PICTURE, SPLITS, Manifest, describe_files
 from bigmodel.data.store.shards import decode_value, length_statistics, measure_shards
-from bigmodel.data.store.tokenizer import Tokenizer, tokenizer_file
+from bigmodel.data.store.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
 from bigmodel.run_directory import write_atomically
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # names that are looked for
@@ -204,7 +204,7 @@ def _make(adoption: Adoption, shards: Sequence[_Shard], progress: Progress) -> N
         (work / split).mkdir(parents=True, exist_ok=True)
     (work / "taken").mkdir(exist_ok=True)
     given = tokenizer_file(adoption.tokenizer)
-    write_atomically(work / "tokenizer.json", given.read_bytes())
+    write_atomically(work / "tokenizer.json", read_tokenizer(given))
     keep_boundaries(given.parent, work)
     taken = _take_all(shards, progress)
     _say(adoption, taken, progress)
@@ -234,9 +234,10 @@ def _say(adoption: Adoption, taken: Sequence[_Taken], progress: Progress) -> Non
     sums = {
         what: sum(getattr(one, what) for one in taken) for what in ("begins_added", "ends_added", "empty", "linked")
     }
-    progress.console.print(
+    conclude(
+        progress,
         f"{adoption.folder}: {documents:,} documents; begin added to {sums['begins_added']:,}, end to "
-        f"{sums['ends_added']:,}; {sums['empty']:,} empty ones left out; {sums['linked']:,} shards linked unchanged"
+        f"{sums['ends_added']:,}; {sums['empty']:,} empty ones left out; {sums['linked']:,} shards linked unchanged",
     )
 
 

@@ -34,9 +34,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bigmodel.config.settings import PrepareSettings, Settings, SourceSettings, UserError, without_secrets
-from bigmodel.data.prepare import cleaning, corpus, embedded, encoding
-from bigmodel.data.prepare import shard_writing as assembly
-from bigmodel.data.prepare import work_items as units
+from bigmodel.data.prepare import (
+    cleaning,
+    corpus,
+    embedded,
+    encoding,
+    formats,
+)
+from bigmodel.data.prepare import (
+    shard_writing as assembly,
+)
+from bigmodel.data.prepare import (
+    work_items as units,
+)
 from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Source, Unit
 from bigmodel.data.prepare.encoding import Work, read_array, save_array
@@ -54,10 +64,11 @@ from bigmodel.data.prepare.staging import (
 )
 from bigmodel.data.prepare.work_items import Team
 from bigmodel.data.store import files, mds
-from bigmodel.data.store.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, stored_amount
+from bigmodel.data.store.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, in_words, stored_amount
 from bigmodel.data.store.shards import all_statistics, measure_shards
-from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, tokenizer_file, train
+from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, read_tokenizer, tokenizer_file, train
 from bigmodel.run_directory import read_json, write_atomically, write_json
+from bigmodel.sizes import byte_size
 
 UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older ones are not taken
 TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
@@ -110,7 +121,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
         job = _settle(settings)
         made = _is_made(job)
         if made:
-            _say(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
+            conclude(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
         if not made or (job.partial.exists() and not foreign(job.partial)):
             with claimed(job.partial), stoppable():
                 if not _is_made(job):  # another run may have finished between
@@ -118,27 +129,52 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
                 if job.partial.exists():
                     shutil.rmtree(job.partial)
         if not made:
-            manifest = Manifest.read(job.target)
-            counts = [counts for of_source in manifest.counts.values() for counts in of_source.values()]
-            documents = sum(of_split["documents"] for of_split in counts)
-            tokens = sum(stored_amount(of_split, "tokens") for of_split in counts)
-            _say(progress, f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared")
+            conclude(progress, _summary(job))
     return settings.data.directory
 
 
 def live() -> Progress:
     """A progress display with amount, rate and time left, for a terminal."""
-    bar = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    return Progress(*bar, TransferSpeedColumn(), TimeRemainingColumn())
+    bar = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+    console = Console(highlight=False, markup=False)
+    return Progress(*bar, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
 
 
 def quiet() -> Progress:
     """A progress display that shows nothing."""
-    return Progress(console=Console(quiet=True), disable=True)
+    return Progress(console=Console(markup=False, quiet=True), disable=True)
+
+
+def conclude(progress: Progress, line: str) -> None:
+    """Say what came of it, below the bars, which end."""
+    progress.live.stop()
+    _say(progress, line)
 
 
 def _say(progress: Progress, line: str) -> None:
-    progress.console.print(line, markup=False)
+    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(job: _Job) -> str:
+    """What was prepared, what was dropped and why, and which sources have a file for each document."""
+    manifest = Manifest.read(job.target)
+    splits = [of_split for of_source in manifest.counts.values() for of_split in of_source.values()]
+    documents = sum(of_split["documents"] for of_split in splits)
+    tokens = sum(stored_amount(of_split, "tokens") for of_split in splits)
+    lines = [f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared"]
+    lines += [f"  {source.name}: {_texts_in_words(source)}" for source in job.sources if _num_texts(source)]
+    dropped = {name: manifest.dropped(name) for name in manifest.sources}
+    lines += [f"  {name}: dropped {in_words(counts)}" for name, counts in dropped.items() if counts]
+    return "\n".join(lines)
+
+
+def _num_texts(source: Source) -> int:
+    return sum(formats.kind(file) == "text" for file in source.files)
+
+
+def _texts_in_words(source: Source) -> str:
+    number = _num_texts(source)
+    return "1 .txt file, which is one document" if number == 1 else f"{number:,} .txt files, one document each"
 
 
 # ---- what is asked for, and is it there -----------------------------------------------------------------------
@@ -380,8 +416,9 @@ def _count_rows(
         mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source.name]
         counted = cleaning.count_reasons(mine)
         if not counted[0]["kept"]:
+            some = {reason: count for reason, count in counted[0].items() if count or reason == "read"}
             raise UserError(
-                f"prepare.sources {source.name!r}: has no documents ({_in_words(counted[0])}); "
+                f"prepare.sources {source.name!r}: has no documents ({in_words(some)}); "
                 "name files that hold text, or leave the source out"
             )
         for counts, what in zip(counted, ("documents", "bytes"), strict=True):
@@ -393,15 +430,13 @@ def _count_rows(
     kept = np.concatenate([scan.validation[scan.status == cleaning.KEPT] for scan in scans])
     for split, number in (("train", np.count_nonzero(~kept)), ("validation", np.count_nonzero(kept))):
         if not number:
+            of_texts = [_texts_in_words(source) for source in sources if _num_texts(source)]
             raise UserError(
                 f"prepare.validation_share: none of the {len(kept)} documents fell to the {split} split; "
                 f"{'lower' if split == 'train' else 'raise'} it, or add documents"
+                + (f" ({', '.join(of_texts)})" if of_texts else "")
             )
     return rows, row_bytes
-
-
-def _in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count or reason == "read")
 
 
 def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:
@@ -412,7 +447,7 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
         write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
         if settings.tokenizer:
             given = tokenizer_file(settings.tokenizer)
-            content = given.read_bytes()
+            content = read_tokenizer(given)
             if hashlib.sha256(content).hexdigest() != job.recipe["tokenizer"]["sha256"]:
                 raise UserError(f"{given}: {corpus.CHANGED}")
             keep_boundaries(given.parent, work.result)
@@ -455,7 +490,7 @@ def _check_space(job: _Job, work: Work, scans: Sequence[Scan], parts: Sequence[l
     free = shutil.disk_usage(work.folder).free
     if free < needed:
         raise units.Interrupted(
-            f"data.directory = {job.target}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free "
+            f"data.directory = {job.target}: needs about {byte_size(needed)}, {byte_size(free)} are free; free "
             "space, or choose a data.directory on another disk"
         )
 

@@ -38,6 +38,7 @@ from typing import Any
 from rich.progress import Progress
 
 from bigmodel.config.settings import UserError
+from bigmodel.sizes import byte_size
 
 LOG_SECONDS = 10.0  # between lines of progress where the output is not a terminal
 CONNECT_SECONDS = 20  # to a Dask scheduler
@@ -107,7 +108,7 @@ class _Shown:
             left = (self._total - self._done) / rate
             share = f"{self._done / max(1, self._total):.0%}"
             self._progress.console.print(
-                f"{self._title}: {share}, {rate / 1e6:.1f} MB/s, {left:.0f} s left", markup=False
+                f"{self._title}: {share}, {byte_size(rate)}/s, {left:.0f} s left", markup=False
             )
 
     def finish(self) -> None:

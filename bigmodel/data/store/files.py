@@ -51,27 +51,47 @@ def absolute(location: str) -> str:
 
 
 def find(pattern: str) -> list[str]:
-    """The files that a path, URL or glob pattern names, sorted; a path without wildcards names itself if it exists."""
+    """The files that a path, URL or glob pattern names, sorted.
+
+    A folder or file whose name has wildcards is taken as it is written where it exists: `/data/crawl[1]/*.txt`.
+    """
     if not is_remote(pattern):
-        return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = (glob.glob(glob.escape(start) + rest, recursive=True) for start, rest in _readings(pattern, "*?["))
+        return sorted(next(filter(None, found), []))
     store, path = _store(pattern)
     with readable(pattern):
-        if not any(letter in path for letter in "*["):
-            return [] if store.get_file_info(path).type == fs.FileType.NotFound else [pattern]
-        found = _matching(store, path)
+        names = next(filter(None, (_matching(store, start, rest) for start, rest in _readings(path, "*["))), [])
     parts = urlsplit(pattern)
     start = path.removesuffix(parts.path.lstrip("/"))  # the bucket or container, which the URL has in its own way
     query = f"?{parts.query}" if parts.query else ""
-    return [f"{parts.scheme}://{parts.netloc}/{name.removeprefix(start)}{query}" for name in found]
+    return [f"{parts.scheme}://{parts.netloc}/{name.removeprefix(start)}{query}" for name in names]
 
 
-def _matching(store: fs.FileSystem, path: str) -> list[str]:
-    """What matches a glob pattern. fsspec's own search is not used: where it may not look it finds nothing."""
-    fixed = re.split(r"[*\[]", path, maxsplit=1)[0]
-    deeper = "**" in path or "/" in path[len(fixed) :]
-    selector = fs.FileSelector(fixed.rpartition("/")[0], allow_not_found=True, recursive=deeper)
-    pattern = re.compile(glob_translate(path))
-    return sorted(entry.path for entry in store.get_file_info(selector) if pattern.match(entry.path))
+def _readings(path: str, wildcards: str) -> Iterator[tuple[str, str]]:
+    """Where a path is cut into a beginning that is taken as it is written and a pattern, the longest beginning first.
+
+    >>> list(_readings("crawl[1]/*.txt", "*?["))
+    [('crawl[1]/*.txt', ''), ('crawl[1]/', '*.txt'), ('', 'crawl[1]/*.txt')]
+    """
+    yield path, ""
+    parts = path.split("/")
+    for number in reversed(range(len(parts))):
+        if any(letter in parts[number] for letter in wildcards):
+            yield "".join(f"{part}/" for part in parts[:number]), "/".join(parts[number:])
+
+
+def _matching(store: fs.FileSystem, start: str, rest: str) -> list[str]:
+    """What matches the pattern `rest` below `start`, or `start` itself where there is none, if it exists.
+
+    fsspec's own search is not used: where it may not look it finds nothing.
+    """
+    if not rest:
+        return [] if store.get_file_info(start).type == fs.FileType.NotFound else [start]
+    deeper = "**" in rest or "/" in rest
+    selector = fs.FileSelector(start.rstrip("/"), allow_not_found=True, recursive=deeper)
+    pattern = re.compile(glob_translate(rest))
+    names = (entry.path for entry in store.get_file_info(selector))
+    return sorted(name for name in names if pattern.match(name.removeprefix(start)))
 
 
 def is_folder(location: str) -> bool:

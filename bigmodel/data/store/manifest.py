@@ -52,6 +52,14 @@ class FileTable(Mapping[str, dict[str, Any]]):
         return len(self._names)
 
 
+def in_words(counts: Mapping[str, int]) -> str:
+    """
+    >>> in_words({"duplicate": 1200, "too_short": 1})
+    '1,200 duplicate, 1 too short'
+    """
+    return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
@@ -98,6 +106,10 @@ class Manifest:
     def total(self, split: str, what: str) -> int:
         """Sum over sources of `what`: documents, tokens or text_bytes."""
         return sum(counts[split][what] for counts in self.counts.values())
+
+    def dropped(self, source: str) -> dict[str, int]:
+        """How many rows of a source were dropped, by reason; reasons that none had are left out."""
+        return {name: count for name, count in self.rows[source].items() if count and name not in ("read", "kept")}
 
     def write(self, directory: Path) -> None:
         table = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -12,6 +12,7 @@ core; the `tokenizers` library 2 to 3. The fast path serves byte-level BPE whose
 taken only after an equality check, and `slow_reason` says why when it is not.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -149,7 +150,7 @@ class Tokenizer:
         """
         path = tokenizer_file(path)
         try:
-            json_text = path.read_bytes().decode("utf-8")
+            json_text = read_tokenizer(path).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
         return cls(json_text, sample, str(path), named_boundaries(path.parent), fast)
@@ -218,6 +219,11 @@ class Tokenizer:
 
 class _NotFast(Exception):
     """Why the fast path cannot serve a tokenizer."""
+
+
+def read_tokenizer(file: Path) -> bytes:
+    """The JSON of a tokenizer.json; a byte order mark, which `tokenizers` does not read, is left out."""
+    return file.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def tokenizer_file(path: Path) -> Path:

@@ -128,6 +128,7 @@ def test_show_data_prints_sources_mix_packing_and_suggestions(
         "75.0%",
         "25.0%",
         "3 of 103",
+        "dropped from news: 1 duplicate, 1 empty, 1 null",
         "longest 236",
         "up to       256",
         "packs of 64 tokens",
@@ -138,6 +139,12 @@ def test_show_data_prints_sources_mix_packing_and_suggestions(
     ):
         assert expected in printed, (expected, printed)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "lengths.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    for kind in ("data", "batch"):
+        code, printed = run(monkeypatch, capsys, "show", kind, run_file)
+        assert code == 0, printed
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"], "no picture that nobody asked for"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.evaluation.baselines import xz_bits_per_byte
-from tests.support.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings
+from tests.support.tiny_corpus import LETTERS, NEWS, prepared, tiny_settings, write_sources
 
 
 @pytest.fixture(scope="module")
@@ -833,3 +834,22 @@ def test_one_large_file_is_tokenized_in_parts_by_several_tasks_and_goes_on_betwe
     assert tasks[:3] == [(0, [0, 1, 2]), (0, [3, 4, 5]), (0, [6, 7])]  # 34,000 bytes of text
     for folder in ("train/news", "validation/news", "train/letters", "validation/letters"):
         assert content(tmp_path / "data" / folder) == content(home / "data" / folder)
+
+
+def test_what_came_of_it_stands_below_the_bars_with_why_rows_were_dropped(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"A text of its own, number {number}.\n" * 20)
+    sources = [*write_sources(tmp_path / "text"), {"name": "plain", "files": [str(texts / "*.txt")]}]
+    printed = io.StringIO()
+    with Progress(console=Console(file=printed, force_terminal=True, width=200)) as progress:
+        prepare(tiny_settings(tmp_path, sources=sources), progress)
+    end = printed.getvalue().rpartition("100%")[2]
+    for line in (
+        "data: 161 documents, ",
+        " tokens prepared\n  plain: 12 .txt files, one document each\n",
+        "\n  news: dropped 1 duplicate, 1 empty, 1 null\n",
+    ):
+        assert line in end
+        assert printed.getvalue().count(line) == 1

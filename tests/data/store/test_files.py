@@ -49,6 +49,26 @@ def test_patterns_find_what_is_in_a_store(bucket: str) -> None:
     assert files.size(f"{bucket}/text/deep/more.jsonl") == 17
 
 
+def test_a_folder_whose_name_has_wildcards_is_taken_as_it_is_written(tmp_path: Path, bucket: str) -> None:
+    names = ["crawl[1]/a.txt", "crawl[1]/deep/b.txt", "crawl1/c.txt", "crawl2/d[0].txt", "crawl2/d0.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+        put(f"{bucket}/odd/{name}", b"text")
+    expected = {
+        "crawl[1]/*.txt": ["crawl[1]/a.txt"],
+        "crawl[1]/**/*.txt": ["crawl[1]/a.txt", "crawl[1]/deep/b.txt"],
+        "crawl[1]/a.txt": ["crawl[1]/a.txt"],
+        "crawl[1]/c.txt": ["crawl1/c.txt"],  # not there as it is written: a pattern
+        "crawl[12]/*.txt": ["crawl1/c.txt", "crawl2/d0.txt", "crawl2/d[0].txt"],
+        "crawl2/d[0].txt": ["crawl2/d[0].txt"],
+        "crawl[3]/*.txt": [],
+    }
+    for place in (str(tmp_path), f"{bucket}/odd"):
+        for pattern, found in expected.items():
+            assert files.find(f"{place}/{pattern}") == [f"{place}/{name}" for name in found], pattern
+
+
 def test_a_store_is_prepared_into_the_same_shards_as_the_files_themselves(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,22 +1,26 @@
-"""Output: every rank has a log in the run directory, and rank 0 is also seen where the run was started.
+"""A rank's log: what a rank prints stands in the run directory, and rank 0 is also seen where the run was started.
 
-Takes a log's path, gives the two descriptors that a rank writes its standard output and error to. For rank 0 they lead
-to a tee, this file run as a program, which shows every byte at once and logs finished lines as plain text: no
-colours, and of a line that overwrote itself (a progress bar) the last state only. A tee ends when the last process
-that writes to it has ended, however that happened, so nothing is lost by kill -9 and none is left over. It ignores the
-signals that ask a run to stop, which SLURM sends to every process of a step. Costs one sleeping process of 10 MB.
+Takes a log's path, gives the two descriptors that a rank writes its standard output and error to: a launcher opens them
+for a rank that it starts (`open_outputs`), and a trainer that nobody opened them for opens its own (`keep_log`). Output
+of C libraries (NCCL's) is logged like Python's. What is also shown leads to a tee, this file run as a program, which
+shows every byte at once and logs finished lines as plain text: no colours, and of a line that overwrote itself (a
+progress bar) the last state only. A tee ends when the last process that writes to it has ended, however that
+happened, so nothing is lost by kill -9 and none is left over. It ignores the signals that ask a run to stop, which
+SLURM sends to every process of a step. Costs one sleeping process of 10 MB. Imports nothing of the project.
 """
 
+import atexit
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 END_SECONDS = 5.0  # for a tee to end after its rank: a child of the rank's may still hold the other end
+ARRANGED = {"BIGMODEL_OUTPUT_LOGGED": "1"}  # in a rank's environment: its starter has opened its outputs
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # ECMA-48: colours, cursor movements
 
@@ -35,6 +39,40 @@ def open_outputs(log: Path, shown: bool) -> tuple[int, int, list["subprocess.Pop
         return output, os.dup(output), [tee]
     errors, other = _start_tee(2, log)
     return output, errors, [tee, other]
+
+
+def keep_log(log: Path) -> None:
+    """From here to its end, log what this process prints and go on showing it, unless its starter logs it (ARRANGED).
+
+    Raises `OSError` if the log cannot be written.
+    """
+    if ARRANGED.items() <= os.environ.items():
+        return
+    shown = terminal_variables(os.environ)
+    if os.isatty(0):
+        shown.pop("COLUMNS", None)  # rich asks the terminal itself, also after it was resized
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(stream) for stream in (1, 2)]
+    output, errors, tees = open_outputs(log, shown=True)
+    os.environ.update(shown)
+    redirect([output, errors])
+    atexit.register(_show_the_rest, before, tees)
+
+
+def _show_the_rest(before: list[int], tees: list["subprocess.Popen[bytes]"]) -> None:
+    """At the end of a process, after a traceback: its tees end when it no longer writes to them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    redirect(before)
+    wait_for(tees)
+
+
+def redirect(descriptors: Sequence[int]) -> None:
+    """Make them this process's standard output and error, and close them."""
+    for stream, descriptor in zip((1, 2), descriptors, strict=True):
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
 
 
 def wait_for(tees: list["subprocess.Popen[bytes]"]) -> None:
@@ -80,7 +118,7 @@ def copy(log: Path) -> None:
 def _start_tee(stream: int, log: Path) -> tuple[int, "subprocess.Popen[bytes]"]:
     """A tee to a stream of ours, and the descriptor that feeds it."""
     theirs, ours = os.pipe()
-    command = [sys.executable, "-ES", __file__, str(log)]
+    command = [sys.executable, "-IS", __file__, str(log)]
     process = subprocess.Popen(command, stdin=theirs, stdout=stream, start_new_session=True)
     os.close(theirs)
     return ours, process
