@@ -13,9 +13,6 @@ the product alone, without a cap score is raw. With p the softmax and dp_s = dou
     dk[s, g] = scale * sum_th draw_s * q[t, h]   dq[t, h] = scale * sum_s draw_s * k[s, g]
     dbias[h, r] = sum of draw over all pairs at that distance
 
-With lse[t, h] = log(sum_s exp(score_s)), -inf where t sees no key, its gradient dlse is one more term of draw: delta
-becomes dout[t, h] . out[t, h] - dlse[t, h].
-
 Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a AttentionMask.
 Gives out (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last offset are written
 (zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
@@ -62,14 +59,6 @@ def attention_reference(
     4 heads, 29 against 35 to 40 with 8 on 4 and K = 64.
     """
     lengths = lengths or document_lengths(mask)
-    return _reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR, with_lse=False)[0]
-
-
-def _reference(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, lengths: tuple[tuple[int, int], ...],
-    scale: float | None, softcap: float | None, bias_HR: Tensor | None, with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """out (T, H, K) and, if wanted, lse (T, H) in fp32 at least."""
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     dtype = q_THK.dtype
     if q_THK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
@@ -86,20 +75,16 @@ def _reference(
         v_SGK.split([*key_split, beyond_S])[:-1],
         strict=True,
     )
-    outs, lses = [], []
+    outs = []
     for number, (q, k, v) in enumerate(documents):
         if q.shape[0] == 0 or k.shape[0] == 0:
             outs.append(torch.zeros_like(q))
-            lses.append(q.new_full(q.shape[:2], -torch.inf))
-        elif softcap is None and bias_HR is None and not with_lse:
+        elif softcap is None and bias_HR is None:
             outs.append(_attend_document(q, k, v, mask, number, scale))
         else:
-            out, lse = _attend_document_by_formula(q, k, v, mask, number, scale, softcap, bias_HR)
-            outs.append(out)
-            lses.append(lse)
+            outs.append(_attend_document_by_formula(q, k, v, mask, number, scale, softcap, bias_HR))
     outs.append(q_THK.new_zeros(beyond_T, *q_THK.shape[1:]))
-    lses.append(q_THK.new_full((beyond_T, q_THK.shape[1]), -torch.inf))
-    return torch.cat(outs).to(dtype), torch.cat(lses) if with_lse else None
+    return torch.cat(outs).to(dtype)
 
 
 def _attend_document(
@@ -122,8 +107,7 @@ def _attend_document(
 def _attend_document_by_formula(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, number: int, scale: float,
     softcap: float | None, bias_HR: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (T, H, K) and lse (T, H)."""
+) -> Tensor:  # fmt: skip
     group = q_THK.shape[1] // k_SGK.shape[1]
     k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
     score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * scale
@@ -137,7 +121,7 @@ def _attend_document_by_formula(
     hidden_TS = ~_visible_in_document(q_THK, k_SGK, mask, number)
     score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
     p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
-    return torch.einsum("hts,shk->thk", p_HTS, v_SHK), score_HTS.logsumexp(-1).T
+    return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
 
 
 def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, mask: AttentionMask, number: int) -> Tensor:
@@ -272,22 +256,16 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def delta_kernel(out, d_out, lse, d_lse, delta, d_out_stride, d_out_head_stride, num_heads, num_rows,
+def delta_kernel(out, d_out, delta, d_out_stride, d_out_head_stride, num_heads, num_rows,
                  CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """delta[head, row] = d_out . out, in fp32; d_lse, of the lse in base 2, may be None. Whatever d_lse is where a row
-    sees nothing, it does not count: 0 * NaN would reach the keys."""
+    """delta[head, row] = d_out . out, in fp32."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first = (tl.program_id(0) // num_heads) * ROWS
     out_MH = load_rows(out + head * CHANNELS, first, num_rows, num_heads * CHANNELS, ROWS, CHANNELS, HEAD, True)
     d_out_MH = load_rows(d_out + head * d_out_head_stride, first, num_rows, d_out_stride, ROWS, CHANNELS, HEAD, True)
     row = first + tl.arange(0, ROWS)
     delta_M = tl.sum(out_MH.to(tl.float32) * d_out_MH.to(tl.float32), 1)
-    place = head * num_rows + row
-    if d_lse is not None:
-        d_lse_M = 1.4426950408889634 * tl.load(d_lse + place, mask=row < num_rows, other=0.0)
-        lse_M = tl.load(lse + place, mask=row < num_rows, other=0.0)
-        delta_M -= tl.where(lse_M == float("-inf"), 0.0, d_lse_M)
-    tl.store(delta + place, delta_M, mask=row < num_rows)
+    tl.store(delta + head * num_rows + row, delta_M, mask=row < num_rows)
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows"])
@@ -543,7 +521,7 @@ def _attention(
 
 @library.custom_op("bigmodel::attention_backward", mutates_args=())
 def _attention_backward(
-    d_out_THK: Tensor, d_lse_HT: Tensor | None, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor,
+    d_out_THK: Tensor, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor,
     k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
     left: int, right: int, scale: float, softcap: float | None, block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -553,12 +531,11 @@ def _attention_backward(
     # loss.sum() sends a d_out whose strides are all 0.
     d_out_THK, q_THK, k_SGK, v_SGK = _with_dense_channels(d_out_THK, q_THK, k_SGK, v_SGK)
     dq_THK, dk_SGK, dv_SGK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_SGK, v_SGK))
-    d_lse_HT = None if d_lse_HT is None else d_lse_HT.contiguous()
     delta_HT = torch.empty_like(lse_HT)
     plain = bias_HR is None and softcap is None
     of_queries, of_keys = (_options(kernel, q_THK, block, plain) for kernel in ("query_gradient", "key_gradient"))
     delta_kernel[(triton.cdiv(num_rows, of_queries["ROWS"]) * num_heads,)](
-        out_THK, d_out_THK, lse_HT, d_lse_HT, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
+        out_THK, d_out_THK, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
         CHANNELS=channels, HEAD=of_queries["HEAD"], ROWS=of_queries["ROWS"],
     )  # fmt: skip
     strides = _strides(q_THK, k_SGK, v_SGK, d_out_THK)
@@ -613,7 +590,7 @@ def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor]:
 
 @_attention_backward.register_fake
 def _(
-    _d_out_THK: Tensor, _d_lse_HT: Tensor | None, bias_is_wanted: bool, _out_THK: Tensor, lse_HT: Tensor,
+    _d_out_THK: Tensor, bias_is_wanted: bool, _out_THK: Tensor, lse_HT: Tensor,
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, *_inputs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d_bias_HR = bias_HR.new_empty(bias_HR.shape) if bias_is_wanted and bias_HR is not None else lse_HT.new_empty(0)
@@ -626,19 +603,19 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.settings = inputs[6:]
 
 
-def _differentiate(ctx: Any, d_out_THK: Tensor | None, d_lse_HT: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_out_THK is None and d_lse_HT is None:
+def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Nobody outside this file has the second output, lse, so it has no gradient."""
+    if d_out_THK is None:
         return (None,) * 11
-    d_out_THK = torch.zeros_like(ctx.saved_tensors[0]) if d_out_THK is None else d_out_THK
     bias_is_wanted = ctx.needs_input_grad[3]
-    *d_rows, d_bias_HR = _attention_backward(d_out_THK, d_lse_HT, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
+    *d_rows, d_bias_HR = _attention_backward(d_out_THK, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
     return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 7)
 
 
 _attention.register_autograd(_differentiate, setup_context=_remember)
 
 
-# Part 5: the public functions.
+# Part 5: the public function.
 
 
 def attention(
@@ -661,36 +638,6 @@ def attention(
     fp32 and up to 256 channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes
     that do not fit. The method is that of FlashAttention-2 (Dao 2023).
     """
-    return _attend(q_THK, k_SGK, v_SGK, mask, tile_metadata, scale, softcap, bias_HR, with_lse=False)[0]
-
-
-def attention_with_lse(
-    q_THK: Tensor,
-    k_SGK: Tensor,
-    v_SGK: Tensor,
-    mask: AttentionMask,
-    tile_metadata: TileMetadata | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    bias_HR: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attention`, and lse (T, H) in fp32 at least: log(sum_s exp(score_s)), -inf where a query sees no key.
-
-    Both are differentiable, so the softmax over two sets of keys can be put together of the attention over each:
-
-        lse = logaddexp(lse_a, lse_b)        out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
-
-    where at least one of the two is finite.
-    """
-    out_THK, lse_TH = _attend(q_THK, k_SGK, v_SGK, mask, tile_metadata, scale, softcap, bias_HR, with_lse=True)
-    assert lse_TH is not None, "lse was asked for"
-    return out_THK, lse_TH
-
-
-def _attend(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, tile_metadata: TileMetadata | None,
-    scale: float | None, softcap: float | None, bias_HR: Tensor | None, with_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     tile_metadata = tile_metadata or make_tile_metadata(mask, q_THK.shape[0], k_SGK.shape[0])
     _check_shapes(q_THK, k_SGK, v_SGK, tile_metadata)
@@ -699,12 +646,11 @@ def _attend(
     _check_scores(q_THK, scale, softcap, bias_HR)
     if tile_metadata.query_tiles_NF is None or tile_metadata.key_tiles_NF is None:
         lengths = tile_metadata.lengths or document_lengths(mask)
-        return _reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR, with_lse)
+        return attention_reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR)
     _check_kernel_can(q_THK)
     tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
     settings = *mask.window, scale, softcap, tile_metadata.block
-    out_THK, lse_HT = _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)
-    return out_THK, lse_HT.T / LOG2_E if with_lse else None
+    return _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)[0]
 
 
 def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, tile_metadata: TileMetadata) -> None:

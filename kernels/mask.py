@@ -120,9 +120,9 @@ def prefix_lm(cu_seqlens: Tensor, prefix_lengths: Tensor, left: int | None = Non
     return AttentionMask(cu_seqlens, cu_seqlens, left=left, right=0, key_prefix=prefix_lengths)
 
 
-def bidirectional(cu_seqlens: Tensor) -> AttentionMask:
-    """Each position sees its whole document."""
-    return AttentionMask(cu_seqlens, cu_seqlens, left=None, right=None)
+def bidirectional(cu_seqlens: Tensor, reach: int | None = None) -> AttentionMask:
+    """Each position sees its whole document; with `reach`, at most that many before and after it."""
+    return AttentionMask(cu_seqlens, cu_seqlens, left=reach, right=reach)
 
 
 def cross(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> AttentionMask:
@@ -130,16 +130,17 @@ def cross(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> AttentionMask:
     return AttentionMask(cu_seqlens_q, cu_seqlens_k, left=None, right=None)
 
 
-def mixed(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor) -> AttentionMask:
+def mixed(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, left: int | None = None) -> AttentionMask:
     """A decoder that sees its own past and its source in one softmax: rows and keys are read backwards.
 
     Forwards, the keys of a document are its source, then its own positions (`mixed_rows`), and the n-th query sees the
     source and its own first n + 1: an interval whose end stands beside no key of its own number. Backwards, the n-th
-    query stands beside its own n-th key and sees it and everything to its right: its past, then the source.
+    query stands beside its own n-th key and sees it and everything to its right: its past, then the source. With
+    `left`, no further back than that many before its own: its past, and where that is shorter, the end of the source.
     """
     cu_seqlens = target_cu_seqlens + source_cu_seqlens
     queries, keys = (edges[-1] - edges.flip(0) for edges in (target_cu_seqlens, cu_seqlens))
-    return AttentionMask(queries, keys, left=0, right=None)
+    return AttentionMask(queries, keys, left=0, right=left)
 
 
 def mixed_rows(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, num_labels: int, num_sources: int) -> Tensor:

@@ -20,7 +20,8 @@ import typer
 from torch import Tensor, nn
 
 from bigmodel.config.settings import ModelSettings
-from bigmodel.model.transformer import FeedForward, RMSNorm, rotary_table, rotate
+from bigmodel.model.rotary import rotary_table, rotate
+from bigmodel.model.transformer import FeedForward, RMSNorm
 from tools.measure import INPUT_SETS, REPEATS, Record, Row, check_device, milliseconds, peak_bytes, sizes
 
 SIZES = {"gpu": [(16_384, 2_048), (16_384, 4_096)], "cpu": [(1_024, 512)], "quick": [(256, 64)]}  # (T, H)
@@ -65,7 +66,7 @@ def pieces(positions: int, settings: ModelSettings, dtype: torch.dtype, device: 
 
     norm = RMSNorm(settings.hidden_size, settings.norm_epsilon).to(device, dtype)
     half = HalfBlock(settings).to(device, dtype)
-    table = rotary_table(torch.arange(positions, device=device), settings.resolved_head_dim, settings.rope_theta)
+    table = rotary_table(torch.arange(positions, device=device), settings)
     return [
         Piece("RMSNorm", norm, random(positions, settings.hidden_size), tuple(norm.parameters())),
         Piece("RoPE", lambda x: rotate(x, table), random(positions, settings.num_heads, settings.resolved_head_dim)),

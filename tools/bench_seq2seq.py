@@ -40,7 +40,8 @@ from bigmodel.data.plan.packing import fullest, pack_two_sides
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.data.randomness import words
 from bigmodel.model.init import init_weights
-from bigmodel.model.transformer import AttentionInputs, Transformer, rotary_table
+from bigmodel.model.rotary import rotary_table
+from bigmodel.model.transformer import AttentionInputs, Transformer
 from tools.measure import Record, Row, check_device, milliseconds, peak_bytes, sizes
 
 MODELS = {  # layers of each side, width, vocabulary
@@ -201,9 +202,8 @@ class Padded(nn.Module):
         return model.head(model.norm(x_NH), batch.targets_BT.flatten(), "loss_sum")
 
     def _view(self, rows: int, width: int, device: torch.device) -> AttentionInputs:
-        settings = self.model.settings
         places = torch.arange(width, device=device).repeat(rows)
-        return AttentionInputs(None, None, rotary_table(places, settings.resolved_head_dim, settings.rope_theta))  # type: ignore[arg-type]
+        return AttentionInputs(None, None, rotary_table(places, self.model.settings))  # type: ignore[arg-type]
 
 
 def attend(

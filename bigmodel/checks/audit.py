@@ -4,6 +4,7 @@ Takes a run directory, gives findings. What is counted is counted again from the
 wall clock, FLOPs with those that torch counts while a batch of the run is computed.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigmodel.config.settings import Settings, UserError, settings_from_table
+from bigmodel.config.settings import ModelSettings, Settings, UserError, settings_from_table
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.objectives.examples import num_special_tokens
@@ -21,6 +22,7 @@ from bigmodel.data.plan.shuffle import Pack
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.metrics.flops import flops
 from bigmodel.metrics.run_accounting import RunAccounting
+from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, read_json_lines
 
@@ -94,7 +96,7 @@ def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
 def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, int, float]:
     """Positions, targets, documents and the model's operations of packs, from their plan."""
     chunks = [chunk for pack in packs for chunk in pack]
-    work = count_work(packs, settings.data)
+    work = count_work(packs, settings.data, partial(visible_pairs, settings=settings.model))
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
     return (
         sum(chunk.num_tokens + chunk.source_positions for chunk in chunks),
@@ -124,12 +126,14 @@ def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
     vocabulary, settings = model.embedding.num_embeddings, model.settings
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(model(batch, "logits"), batch.labels).backward()
-    return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch), (0, 0)).causal
+    return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch, settings), (0, 0)).causal
 
 
-def work_of(batch: Batch) -> Work:
+def work_of(batch: Batch, settings: ModelSettings) -> Work:
     """What torch's counter takes a batch for: every document sees all of itself, and padding is a document."""
     lengths = batch.cu_seqlens.diff().tolist()
     sources = batch.source.cu_seqlens.diff().tolist() if batch.source else [0] * len(lengths)
+    layers, encoder = settings.num_layers + settings.num_mtp_modules, settings.encoder
     squares, crossing = sum(n * n for n in lengths), sum(n * s for n, s in zip(lengths, sources, strict=True))
-    return Work(sum(lengths), sum(sources), squares, squares, sum(s * s for s in sources), crossing)
+    of_sources = encoder.num_layers * sum(s * s for s in sources)
+    return Work(sum(lengths), sum(sources), layers * squares, of_sources, layers * crossing)

@@ -213,8 +213,11 @@ def _outputs(model: Transformer, batch: Batch) -> list[tuple[int, Tensor]]:
     head turns into logits (T, H), and those of the encoder (S, E). Logits themselves would be too large.
     """
     x_TH, x_SE = model.embed(batch)
-    states_TH, inputs, source = model.trunk(x_TH, x_SE, batch)
-    heads = [states_TH, *(block(states_TH, inputs, batch.dropout_seeds, source) for block in model.extra_blocks)]
+    states_TH, views, source = model.trunk(x_TH, x_SE, batch)
+    heads = [
+        states_TH,
+        *(block(states_TH, views[block.kind], batch.dropout_seeds, source) for block in model.extra_blocks),
+    ]
     losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
     outputs = [(0, losses_T), *((0, model.norm(one)) for one in heads)]
     return [*outputs, (1, source.states_SE)] if source else outputs

@@ -27,6 +27,7 @@ from bigmodel.training.optimizers.table import OPTIMIZERS
 
 READ_BY_OPTIMIZER = {"kind": ReadBy(OPTIMIZERS)}
 TWO_SIDES = {"kind": "encoder_decoder"}
+LLAMA3, YARN = {"kind": "llama3"}, {"kind": "yarn"}
 
 
 class RunSettings(Section):
@@ -34,6 +35,57 @@ class RunSettings(Section):
         Path("runs/run"), description="where everything this run writes goes; from the current folder"
     )
     seed: int = Field(1, ge=0, lt=2**63, description="keys every random draw: order, dropout, initial weights")
+
+
+class RopeScalingSettings(Section):
+    """Lower rotary frequencies, for documents longer than a model was trained on. Keys as in Hugging Face's
+    `rope_scaling`: linear (Chen et al. 2023), llama3 (Llama 3.1), yarn (Peng et al. 2023)."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1, description="the lowest frequencies are divided by it; linear: all of them")
+    original_max_position_embeddings: int = setting(
+        0,
+        only_with={"kind": ("llama3", "yarn")},
+        ge=0,
+        description="longest document, in tokens, of the training before",
+    )
+    low_freq_factor: float = setting(
+        1.0, only_with=LLAMA3, gt=0, description="fewer turns in the original length: divided whole"
+    )
+    high_freq_factor: float = setting(
+        4.0, only_with=LLAMA3, gt=0, description="more turns in the original length: left as it is"
+    )
+    beta_fast: float = setting(
+        32.0, only_with=YARN, gt=0, description="more turns in the original length: left as it is"
+    )
+    beta_slow: float = setting(
+        1.0, only_with=YARN, gt=0, description="fewer turns in the original length: divided whole"
+    )
+    truncate: bool = setting(True, only_with=YARN, description="the two limits are rounded outwards to whole channels")
+    attention_factor: float = setting(
+        0.0, only_with=YARN, ge=0, description="of queries and keys after rotation; 0: 0.1 * ln(factor) + 1"
+    )
+
+    @model_validator(mode="after")
+    def _limits_make_sense(self) -> "RopeScalingSettings":
+        if self.kind != "linear" and not self.original_max_position_embeddings:
+            raise ValueError(
+                f"model.rope_scaling.original_max_position_embeddings is missing: kind = {self.kind!r} needs the "
+                "longest document, in tokens, that the model was trained on before"
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"model.rope_scaling.{low} = {getattr(self, low)} must be below {high} = {getattr(self, high)}"
+                )
+        return self
+
+
+ROPE_SCALING_KEYS = {
+    "linear": (),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
 
 
 class ModelSettings(Section):
@@ -75,6 +127,29 @@ class ModelSettings(Section):
     relative_distance: int = setting(
         128, only_with={"position_embedding": "relative_bias"}, ge=4, description="farther is all the same"
     )
+    sliding_window: int = Field(
+        0,
+        ge=0,
+        description="tokens that a query of a sliding layer sees: itself and window - 1 before it (Hugging Face's "
+        "sliding_window); in an encoder itself and window // 2 on either side; cross-attention always sees the whole "
+        "source; 0: all layers see the whole document",
+    )
+    full_attention_every: int = setting(
+        0,
+        only_with={"sliding_window": SET},
+        ge=0,
+        description="layers k, 2k, 3k ... of a stack, counted from 1, see the whole document: "
+        "Gemma 2 has k = 2, Gemma 3 6, OLMo 3 4; 0: no layer does (Mistral)",
+    )
+    sliding_rope_theta: float = setting(
+        0.0,
+        only_with={"position_embedding": "rotary", "sliding_window": SET},
+        ge=0,
+        description="rope_theta of the sliding layers (Gemma 3's rope_local_base_freq); 0: the same",
+    )
+    attention_softcap: float = Field(
+        0.0, ge=0, description="scores of attention become c * tanh(score / c): none passes c (Gemma 2: 50); 0: off"
+    )
     attention_scale: float = Field(0.0, ge=0, description="factor of the scores; 0: 1 / sqrt(head size). T5: 1")
     activation: Literal["silu", "gelu"] = Field("silu", description="of the feed-forward: SwiGLU, or T5 v1.1's GEGLU")
     num_mtp_modules: int = setting(
@@ -96,6 +171,18 @@ class ModelSettings(Section):
         gt=0,
         description="base of the rotary frequencies (Su et al. 2021)",
     )
+    rotary_fraction: float = setting(
+        1.0,
+        only_with={"position_embedding": "rotary"},
+        gt=0,
+        le=1,
+        description="share of a head's channels that turn, the first ones (GPT-NeoX, Phi); 1: all",
+    )
+    rope_scaling: RopeScalingSettings | None = setting(
+        None,
+        only_with={"position_embedding": "rotary"},
+        description="lower rotary frequencies, in the layers that see the whole document",
+    )
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
     dropout: float = Field(0.0, ge=0, lt=1, description="on what each block adds to the residual stream")
@@ -109,11 +196,16 @@ class ModelSettings(Section):
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that turn."""
+        return int(self.resolved_head_dim * self.rotary_fraction)
+
+    @property
     def encoder(self) -> "ModelSettings":
         """The settings of the encoder's blocks."""
         names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size")
         own = {name: getattr(self, f"encoder_{name}") or getattr(self, name) for name in names}
-        return self.model_copy(update={**own, "kind": "encoder"})
+        return self.model_copy(update={**own, "kind": "encoder", "num_mtp_modules": 0})
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +242,12 @@ class ModelSettings(Section):
         _check_heads(self)
         return self
 
+    @model_validator(mode="after")
+    def _windows_and_rotation_make_sense(self) -> "ModelSettings":
+        _check_window(self)
+        _check_rotation(self)
+        return self
+
 
 def _check_heads(model: ModelSettings) -> None:
     if not model.head_dim and model.hidden_size % model.num_heads:
@@ -167,6 +265,39 @@ def _check_heads(model: ModelSettings) -> None:
             f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}; "
             "choose a divisor of the heads"
         )
+
+
+def _check_window(model: ModelSettings) -> None:
+    every = model.full_attention_every
+    if every == 1:
+        raise ValueError(
+            f"model.full_attention_every = 1 leaves no layer to model.sliding_window = {model.sliding_window}; leave "
+            "both out, or set 2 or more"
+        )
+    for stack in (model, model.encoder) if model.kind == "encoder_decoder" else (model,):
+        if every > stack.num_layers:
+            raise ValueError(
+                f"model.full_attention_every = {every} is more than the {stack.num_layers} layers of the "
+                f"{'encoder' if stack is not model else model.kind}: none would see its whole document; set it to 0 "
+                "where that is meant"
+            )
+    for name in ("sliding_rope_theta", "rope_scaling") if model.sliding_window and not every else ():
+        if getattr(model, name):
+            raise ValueError(
+                f"model.{name} needs layers of both kinds, and with model.full_attention_every = 0 all are sliding; "
+                + ("set model.rope_theta itself" if name == "sliding_rope_theta" else "leave it out")
+            )
+
+
+def _check_rotation(model: ModelSettings) -> None:
+    if model.position_embedding != "rotary":
+        return
+    for stack in (model, model.encoder) if model.kind == "encoder_decoder" else (model,):
+        if stack.rotary_channels < 2 or stack.rotary_channels % 2:
+            raise ValueError(
+                f"model.rotary_fraction = {model.rotary_fraction} of a head of {stack.resolved_head_dim} channels is "
+                f"{stack.rotary_channels}; rotary positions turn pairs: choose a fraction that gives an even number"
+            )
 
 
 class ParameterGroupSettings(Section):

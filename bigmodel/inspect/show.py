@@ -20,7 +20,7 @@ from bigmodel.data.advice.packing_advice import (
     whole_share,
 )
 from bigmodel.data.advice.pair_advice import CutPairs, count_cut, suggest_sides
-from bigmodel.data.load.batch import draw, draw_png
+from bigmodel.data.load.batch import draw
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.plan.mixing import mix_lag_tokens
 from bigmodel.data.plan.order import Order
@@ -28,13 +28,14 @@ from bigmodel.data.plan.segments import order_of_segment
 from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.store.manifest import SPLITS, Manifest, in_words, stored_amount
 from bigmodel.data.store.shards import ShardStore
-from bigmodel.kernels.mask import bidirectional, causal, cross, dense, prefix_lm
+from bigmodel.inspect.draw_masks import draw_masks, mask_text
+from bigmodel.model.attention_masks import mask_matrices
 from bigmodel.sizes import byte_size
 from bigmodel.training.checkpoint.format import newest_state
 
 
 def show_batch(settings: Settings, step: int, png: Path | None) -> None:
-    """Draw the first pack of data step `step`, of a run that has checkpoints in the plan that it had at that step.
+    """Draw the first pack of data step `step` and its masks, of a run with checkpoints in the plan that it had then.
 
     Walks the plan from the beginning of its segment, or from the newest checkpoint where that is before the step.
     """
@@ -45,19 +46,13 @@ def show_batch(settings: Settings, step: int, png: Path | None) -> None:
     console = Console(highlight=False, markup=False)
     for line in draw(batch):
         console.print(line, soft_wrap=True)
-    if png is None:
-        return
-    num_labels = len(batch.tokens)
-    if batch.source:
-        visible = dense(cross(batch.cu_seqlens, batch.source.cu_seqlens), num_labels, len(batch.source.tokens))
-    elif settings.model.kind == "encoder":
-        visible = dense(bidirectional(batch.cu_seqlens), num_labels, num_labels)
-    elif batch.prefixes is not None:
-        visible = dense(prefix_lm(batch.cu_seqlens, batch.prefixes), num_labels, num_labels)
-    else:
-        visible = dense(causal(batch.cu_seqlens), num_labels, num_labels)
-    draw_png(batch, visible.numpy(), png)
-    console.print(f"picture: {png}", markup=False, soft_wrap=True)
+    masks = mask_matrices(batch, settings.model)
+    for mask in masks:
+        for line in mask_text(batch, mask):
+            console.print(line, soft_wrap=True)
+    if png:
+        draw_masks(batch, masks, png)
+        console.print(f"picture: {png}", soft_wrap=True)
 
 
 def order_before(

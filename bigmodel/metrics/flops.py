@@ -4,8 +4,8 @@ Pure functions of settings and counts, but for the peak of a CPU, which is measu
 appendix B): a position passes each matrix once forward and twice backward, 2 operations a weight each time; attention
 takes 4 * visible pairs * head width forward for each head, twice that backward. Two conventions of the pairs:
 
-    causal   what the mask lets through: n (n + 1) / 2 for a causal document of n positions, a prefix counted whole
-    full     as published figures count: every position sees as many as a pack has, whatever the documents
+    causal   what the masks let through (`bigmodel.model.attention_masks.visible_pairs`), layer by layer
+    full     as published figures count: every position sees as many as a pack has, whatever the documents and windows
 
 HFU counts what is computed: positions of padding too, attention's backward, which makes its scores again (2.5 times the
 forward, Dao et al. 2022), and with training.activation_checkpointing = "full" the forward of every block a second time
@@ -115,10 +115,10 @@ def flops(
     weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
     linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
     empty = 2 * (weights.of_position * padding[0] + weights.of_source * padding[1])
-    pairs = work.squares if settings.kind == "encoder" else work.pairs
-    visible = _attention(settings, pairs, work.source_pairs, work.cross_pairs)
-    positions, sources = work.positions, work.source_positions
-    every = _attention(settings, positions * pack, sources * source_pack, positions * source_pack)
+    visible = _attention(settings, work.pairs, work.source_pairs, work.cross_pairs)
+    positions, sources, layers = work.positions, work.source_positions, settings.num_layers + settings.num_mtp_modules
+    of_sources = settings.encoder.num_layers * sources * source_pack
+    every = _attention(settings, layers * positions * pack, of_sources, layers * positions * source_pack)
     hardware = 3 * (linear + empty) + 3.5 * visible
     if recomputed:
         hardware += linear + empty - 2 * weights.of_heads * (positions + padding[0]) + visible
@@ -126,13 +126,11 @@ def flops(
 
 
 def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
-    """Forward: scores and their products with the values, 4 operations for a pair and channel."""
-    layers = settings.num_layers + settings.num_mtp_modules
-    forward = 4 * layers * settings.num_heads * settings.resolved_head_dim * pairs
+    """Forward: scores and their products with the values, 4 operations for a pair and channel. Pairs of all layers."""
+    forward = 4 * settings.num_heads * settings.resolved_head_dim * (pairs + cross_pairs)
     if settings.kind == "encoder_decoder":
         encoder = settings.encoder
-        forward += 4 * encoder.num_layers * encoder.num_heads * encoder.resolved_head_dim * source_pairs
-        forward += 4 * layers * settings.num_heads * settings.resolved_head_dim * cross_pairs
+        forward += 4 * encoder.num_heads * encoder.resolved_head_dim * source_pairs
     return forward
 
 

@@ -6,13 +6,15 @@ gate and up, are laid end to end), and a configuration that our model has no cou
 `transformers` itself is not imported: a state dict and its config.json are enough.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from bigmodel.config.settings import ModelSettings, UserError
+from bigmodel.config.settings import ROPE_SCALING_KEYS, ModelSettings, RopeScalingSettings, UserError, explain
 
 Weights = dict[str, Tensor]
 
@@ -34,12 +36,21 @@ def from_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 
 
 def _decoder_settings(config: Mapping[str, Any]) -> ModelSettings:
-    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu", use_sliding_window=False)
+    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    if config["model_type"] == "llama":
+        _refuse(config, use_sliding_window=False)
     rotary = {"rope_theta": config.get("rope_theta", 10_000.0)} | (config.get("rope_parameters") or {})  # from 5 on
-    if config.get("rope_scaling") or rotary.get("rope_type", "default") != "default":
-        said = config.get("rope_scaling") or rotary
-        raise UserError(f"rope_scaling = {said}: rotary positions are not scaled here")
+    scaling = rope_scaling(config.get("rope_scaling") or rotary, config.get("max_position_embeddings", 0))
+    window = _window(config)
+    if scaling and window:
+        raise UserError(
+            f"rope_scaling = {config.get('rope_scaling') or rotary} with sliding_window = {config['sliding_window']}: "
+            "our sliding layers are not scaled, and those of Qwen3 are"
+        )
     return ModelSettings(
+        **window,
+        rope_scaling=scaling,
+        rotary_fraction=rotary.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         num_heads=config["num_attention_heads"],
@@ -51,6 +62,51 @@ def _decoder_settings(config: Mapping[str, Any]) -> ModelSettings:
         tied_embeddings=config["tie_word_embeddings"],
         qk_norm=config["model_type"] == "qwen3",
     )
+
+
+def rope_scaling(theirs: Mapping[str, Any], max_position_embeddings: int = 0) -> RopeScalingSettings | None:
+    """Of `rope_scaling`, or of `rope_parameters` as newer versions write it; None: the positions are not scaled."""
+    kind = theirs.get("rope_type") or theirs.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ROPE_SCALING_KEYS:
+        raise UserError(f"rope_scaling = {dict(theirs)}: cannot be read; {', '.join(ROPE_SCALING_KEYS)} can")
+    table = {name: theirs.get(name) for name in ("factor", *ROPE_SCALING_KEYS[kind])}
+    if kind == "yarn":
+        table["original_max_position_embeddings"] = table["original_max_position_embeddings"] or max_position_embeddings
+        table["attention_factor"] = table["attention_factor"] or _yarn_attention_factor(theirs)
+    try:
+        return RopeScalingSettings(kind=kind, **{name: value for name, value in table.items() if value is not None})
+    except ValidationError as error:
+        raise UserError(f"rope_scaling = {dict(theirs)}: {explain(error, RopeScalingSettings)}") from None
+
+
+def _yarn_attention_factor(theirs: Mapping[str, Any]) -> float:
+    """Of DeepSeek's `mscale` and `mscale_all_dim`; 0, that is our default and theirs, where they are not both there."""
+    scales = theirs.get("mscale"), theirs.get("mscale_all_dim")
+    if not all(scales):
+        return 0.0
+    own, of_all = (0.1 * float(scale or 0) * math.log(theirs["factor"]) + 1.0 for scale in scales)
+    return own / of_all
+
+
+def _window(config: Mapping[str, Any]) -> dict[str, int]:
+    """sliding_window and full_attention_every, of Qwen3's `layer_types` or of `max_window_layers` in older files."""
+    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+        return {}
+    layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)  # Qwen3's default
+    kinds = config.get("layer_types") or [
+        "full_attention" if layer < first else "sliding_attention" for layer in range(layers)
+    ]
+    full = [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"]
+    if len(full) == layers:
+        return {}
+    every = full[0] if full else 0
+    if full != [number for number in range(1, layers + 1) if every and number % every == 0]:
+        raise UserError(
+            f"layer_types = {kinds}: ours are full in every k-th layer (model.full_attention_every) or in none"
+        )
+    return {"sliding_window": config["sliding_window"], "full_attention_every": every}
 
 
 def _decoder_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Weights:

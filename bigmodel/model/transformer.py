@@ -15,6 +15,7 @@ Letters in tensor names: T positions of the micro-batch, S of its source side, H
 heads, G key/value heads, K head width, F feed-forward width, V vocabulary. `x_TH` is a tensor of shape (T, H).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -31,8 +32,10 @@ from bigmodel.kernels.linear_cross_entropy import (
     linear_cross_entropy_and_losses,
     linear_cross_entropy_per_token,
 )
-from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, mixed_rows, prefix_lm
+from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
+from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks, layer_kind
+from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
 CROSS_SALT = 1 << 20  # of dropout: above those of any layer's other two
@@ -68,20 +71,6 @@ class RMSNorm(nn.Module):
         return (wide * inverse_rms * self.weight).to(x.dtype)
 
 
-def rotary_table(positions_T: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of shape (T, 1, K/2), fp32 (Su et al. 2021). Made once per batch: a buffer would be cast to bf16."""
-    exponents = torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width
-    angles = positions_T.float()[:, None] * theta**-exponents
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
-
-
-def rotate(x_TQK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + K/2]) by their position's angle, as Llama's published weights expect."""
-    cos, sin = table
-    first, second = x_TQK.to(torch.promote_types(x_TQK.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TQK.dtype)
-
-
 def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
     """Drop by a hash of (key of the position, salt, channel): the same on any rank, device and at any recomputation.
 
@@ -99,14 +88,17 @@ def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """How an attention looks at a batch: made once, used by all layers of a side."""
+    """How an attention looks at a batch: made once, used by all layers of one kind of a side."""
 
     mask: AttentionMask
     tile_metadata: TileMetadata
-    table: tuple[Tensor, Tensor] | None = None  # rotary, of the queries and of the keys beside them
+    table: Table | None = None  # rotary, of the queries and of the keys beside them
     bias_HR: Tensor | None = None
-    source_table: tuple[Tensor, Tensor] | None = None  # mixed: rotary, of the source's keys
+    source_table: Table | None = None  # mixed: rotary, of the source's keys
     rows: Tensor | None = None  # mixed: where the keys are in the source's and the decoder's rows, last first
+
+
+Views = Mapping[LayerKind, AttentionInputs]
 
 
 class EncoderOutput(NamedTuple):
@@ -137,7 +129,7 @@ class Attention(nn.Module):
             settings.num_kv_heads,
             settings.resolved_head_dim,
         )
-        self.scale = settings.attention_scale or None
+        self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
         self.query_key_value = Linear(settings.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size)
         self.query_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
@@ -153,7 +145,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs) -> Tensor:
         rows = self.project(x_TH, inputs)
-        out_TQK = attention(*rows, inputs.mask, inputs.tile_metadata, self.scale, bias_HR=inputs.bias_HR)
+        out_TQK = attention(*rows, inputs.mask, inputs.tile_metadata, self.scale, self.softcap, inputs.bias_HR)
         return self.output(out_TQK.flatten(1))
 
 
@@ -171,7 +163,7 @@ class MixedAttention(Attention):
         source_k_SGK, source_v_SGK = source_SNK.split(self.num_kv_heads, dim=1)
         source_k_SGK = rotate(self.key_norm(source_k_SGK), inputs.source_table)
         k, v = (torch.cat(sides)[inputs.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
-        out_TQK = attention(q_TQK.flip(0), k, v, inputs.mask, inputs.tile_metadata, self.scale).flip(0)
+        out_TQK = attention(q_TQK.flip(0), k, v, inputs.mask, inputs.tile_metadata, self.scale, self.softcap).flip(0)
         return self.output(out_TQK.flatten(1))
 
 
@@ -185,7 +177,7 @@ class CrossAttention(nn.Module):
             settings.num_kv_heads,
             settings.resolved_head_dim,
         )
-        self.scale = settings.attention_scale or None
+        self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
         self.query = Linear(settings.hidden_size, self.num_heads * self.head_dim)
         self.key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim)
         self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size)
@@ -197,7 +189,7 @@ class CrossAttention(nn.Module):
         q_TQK = self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim))
         k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
         rows = self.query_norm(q_TQK), self.key_norm(k_SGK), v_SGK
-        out_TQK = attention(*rows, source.inputs.mask, source.inputs.tile_metadata, self.scale)
+        out_TQK = attention(*rows, source.inputs.mask, source.inputs.tile_metadata, self.scale, self.softcap)
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
             # No target here has a source: gradients are zero, not absent, for ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
@@ -222,12 +214,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each on a normalised input and added to the residual stream.
 
-    A decoder of an encoder-decoder sees the source in its attention (mixed) or in a second one (cross).
+    A decoder of an encoder-decoder sees the source in its attention (mixed) or in a second one (cross). The inputs that
+    a block is given is that of its kind of layer (`kind`).
     """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, settings.dropout
+        self.layer, self.dropout, self.kind = layer, settings.dropout, layer_kind(settings, layer)
         self.is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
         self.is_cross = settings.kind == "encoder_decoder" and not self.is_mixed
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
@@ -314,22 +307,39 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
 
-    def forward(self, x_SE: Tensor, cu_seqlens: Tensor, positions_S: Tensor, seeds_S: Tensor) -> Tensor:
-        inputs = make_attention_inputs(self, bidirectional(cu_seqlens), positions_S)
+    def forward(self, x_SE: Tensor, masks: Masks, positions_S: Tensor, seeds_S: Tensor) -> Tensor:
+        views = make_views(self, masks, positions_S)
         for block in self.blocks:
-            x_SE = block(x_SE, inputs, seeds_S)
+            x_SE = block(x_SE, views[block.kind], seeds_S)
         return self.norm(x_SE)
 
 
-def make_attention_inputs(stack: nn.Module, mask: AttentionMask, positions_T: Tensor) -> AttentionInputs:
-    """How the self-attention of an encoder's or decoder's blocks looks at a batch."""
+def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor) -> Views:
+    """How the self-attention of an encoder's or decoder's blocks looks at a batch: a inputs for each kind of layer."""
     settings, rows = stack.settings, len(positions_T)
-    tile_metadata = make_tile_metadata(mask, rows, rows)
+    schedules = {kind: make_tile_metadata(mask, rows, rows) for kind, mask in masks.items()}
     if settings.position_embedding == "relative_bias":
-        return AttentionInputs(mask, tile_metadata, bias_HR=stack.relative_bias())
-    return AttentionInputs(
-        mask, tile_metadata, rotary_table(positions_T, settings.resolved_head_dim, settings.rope_theta)
-    )
+        bias_HR = stack.relative_bias()
+        return {kind: AttentionInputs(mask, schedules[kind], bias_HR=bias_HR) for kind, mask in masks.items()}
+    tables = {kind: rotary_table(positions_T, settings, kind) for kind in masks}
+    return {kind: AttentionInputs(mask, schedules[kind], tables[kind]) for kind, mask in masks.items()}
+
+
+def make_mixed_views(settings: ModelSettings, masks: AttentionMasks, batch: Batch) -> Views:
+    """The same for mixed attention. A target's positions go on where its source's end."""
+    assert batch.source, "mixed attention needs a batch with a source side"
+    side, rows = batch.source, len(batch.tokens)
+    behind_T = side.cu_seqlens.diff()[torch.searchsorted(batch.cu_seqlens, _rows(batch.tokens), right=True) - 1]
+    return {
+        kind: AttentionInputs(
+            mask,
+            make_tile_metadata(mask, rows, rows + len(side.tokens)),
+            rotary_table(batch.positions + behind_T, settings, kind),
+            source_table=rotary_table(side.positions, settings, kind),
+            rows=masks.key_rows,
+        )
+        for kind, mask in masks.stack.items()
+    }
 
 
 class Transformer(nn.Module):
@@ -371,13 +381,13 @@ class Transformer(nn.Module):
 
     def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
         """`forward` from embedded tokens on."""
-        x_TH, inputs, source = self.trunk(x_TH, x_SE, batch)
+        x_TH, views, source = self.trunk(x_TH, x_SE, batch)
         result = self.head(self.norm(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups)
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):
             extra = sum(
-                self.head(self.norm(block(x_TH, inputs, batch.dropout_seeds, source)), labels_T, output)
+                self.head(self.norm(block(x_TH, views[block.kind], batch.dropout_seeds, source)), labels_T, output)
                 for block, labels_T in (
                     (block, ahead(batch.labels, batch.cu_seqlens, steps))
                     for steps, block in enumerate(self.extra_blocks, 1)
@@ -391,45 +401,23 @@ class Transformer(nn.Module):
         """Embedded tokens (T, H) to the normalised states (T, H) that the head reads."""
         return self.norm(self.trunk(x_TH, x_SE, batch)[0])
 
-    def trunk(
-        self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch
-    ) -> tuple[Tensor, AttentionInputs, EncoderOutput | None]:
+    def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, Views, EncoderOutput | None]:
         """Through all blocks: the states (T, H) before the last norm, and what the blocks looked at."""
-        inputs, source = self.attention_inputs(x_SE, batch)
+        views, source = self.attention_inputs(x_SE, batch)
         for block in self.blocks:
-            x_TH = block(x_TH, inputs, batch.dropout_seeds, source)
-        return x_TH, inputs, source
+            x_TH = block(x_TH, views[block.kind], batch.dropout_seeds, source)
+        return x_TH, views, source
 
-    def attention_inputs(self, x_SE: Tensor | None, batch: Batch) -> tuple[AttentionInputs, EncoderOutput | None]:
+    def attention_inputs(self, x_SE: Tensor | None, batch: Batch) -> tuple[Views, EncoderOutput | None]:
         """How the blocks look at the batch, and what they see of its source, encoded here."""
-        settings, side = self.settings, batch.source
+        masks, side = attention_masks(batch, self.settings), batch.source
         if side is None or x_SE is None:
-            assert settings.kind != "encoder_decoder", "an encoder-decoder needs a batch with a source side"
-            if settings.kind == "encoder":
-                mask = bidirectional(batch.cu_seqlens)
-            elif batch.prefixes is None:
-                mask = causal(batch.cu_seqlens)
-            else:
-                mask = prefix_lm(batch.cu_seqlens, batch.prefixes)
-            return make_attention_inputs(self, mask, batch.positions), None
-        states_SE = self.encoder(x_SE, side.cu_seqlens, side.positions, side.dropout_seeds)
-        num_labels, num_sources = len(batch.tokens), len(side.tokens)
-        if settings.source_attention == "cross":
-            mask = cross(batch.cu_seqlens, side.cu_seqlens)
-            seen = AttentionInputs(mask, make_tile_metadata(mask, num_labels, num_sources))
-            return make_attention_inputs(self, causal(batch.cu_seqlens), batch.positions), EncoderOutput(
-                states_SE, seen
-            )
-        mask = mixed(batch.cu_seqlens, side.cu_seqlens)
-        behind_T = side.cu_seqlens.diff()[torch.searchsorted(batch.cu_seqlens, _rows(batch.tokens), right=True) - 1]
-        tables = (
-            rotary_table(positions, settings.resolved_head_dim, settings.rope_theta)
-            for positions in (batch.positions + behind_T, side.positions)
-        )
-        own_table, source_table = tables
-        rows = mixed_rows(batch.cu_seqlens, side.cu_seqlens, num_labels, num_sources)
-        tile_metadata = make_tile_metadata(mask, num_labels, num_labels + num_sources)
-        return AttentionInputs(mask, tile_metadata, own_table, None, source_table, rows), EncoderOutput(states_SE, None)
+            return make_views(self, masks.stack, batch.positions), None
+        states_SE = self.encoder(x_SE, masks.encoder, side.positions, side.dropout_seeds)
+        if masks.cross is None:
+            return make_mixed_views(self.settings, masks, batch), EncoderOutput(states_SE, None)
+        seen = AttentionInputs(masks.cross, make_tile_metadata(masks.cross, len(batch.tokens), len(side.tokens)))
+        return make_views(self, masks.stack, batch.positions), EncoderOutput(states_SE, seen)
 
 
 def _rows(tokens_T: Tensor) -> Tensor:

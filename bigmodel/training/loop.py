@@ -37,6 +37,7 @@ from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
+from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (
@@ -281,7 +282,18 @@ def _open_stream(
         nodes = NodeSums(world, place.node, place.num_nodes, speaks)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     pin = world.device.type == "cuda"
-    return Stream(store, order, settings.data, packs_per_micro_batch, place, settings.run.seed, nodes, pin=pin)
+    count_pairs = partial(visible_pairs, settings=settings.model)
+    return Stream(
+        store,
+        order,
+        settings.data,
+        packs_per_micro_batch,
+        place,
+        settings.run.seed,
+        nodes,
+        pin=pin,
+        count_pairs=count_pairs,
+    )
 
 
 def _add_up(

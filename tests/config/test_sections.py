@@ -26,6 +26,8 @@ MASKED = {"objectives": [{"kind": "masked"}]}
 SOURCE = {"sources": [{"name": "web", "files": ["a.jsonl"]}]}
 MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
 TWO = {"kind": "encoder_decoder"}
+LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "llama3", "yarn"))
+LENGTH = {"original_max_position_embeddings": 512}
 
 # By the path of the setting: a value, siblings with which it has no effect, what is said, siblings with which it has.
 CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
@@ -47,16 +49,27 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "data.objectives.0.mean_span": (4.0, {"kind": "masked"}, '"span_corruption"', {"kind": "span_corruption"}),
     **{
         f"model.encoder_{name}": (value, {}, 'with kind = "decoder"; leave it out or set kind = "encoder_decoder"', TWO)
-        for name, value in (("layers", 2), ("width", 768), ("heads", 12), ("num_kv_heads", 6))
+        for name, value in (("num_layers", 2), ("hidden_size", 768), ("num_heads", 12), ("num_kv_heads", 6))
     },
     "model.encoder_intermediate_size": (96, {"kind": "encoder"}, 'with kind = "encoder"', TWO),
     "model.source_attention": ("mixed", {}, 'with kind = "decoder"', TWO),
     "model.separate_embeddings": (True, {"kind": "encoder"}, 'set kind = "encoder_decoder"', TWO),
-    "model.relative_buckets": (16, {}, 'with positions = "rotary"', BUCKETS),
+    "model.relative_buckets": (16, {}, 'with position_embedding = "rotary"', BUCKETS),
     "model.relative_distance": (256, {}, 'set position_embedding = "relative_bias"', BUCKETS),
     "model.num_mtp_modules": (1, {"kind": "encoder"}, "(an encoder predicts no further tokens)", {}),
     "model.mtp_loss_weight": (0.5, {}, "without num_mtp_modules", {"num_mtp_modules": 1}),
     "model.rope_theta": (5e5, BUCKETS, 'with position_embedding = "relative_bias"', {}),
+    "model.full_attention_every": (2, {}, "without sliding_window", {"sliding_window": 8}),
+    "model.sliding_rope_theta": (100.0, {}, "without sliding_window", {"sliding_window": 8, "full_attention_every": 2}),
+    "model.rotary_fraction": (0.5, BUCKETS, 'with position_embedding = "relative_bias"', {}),
+    "model.rope_scaling": ({"kind": "linear", "factor": 2.0}, BUCKETS, 'with position_embedding = "relative_bias"', {}),
+    "model.rope_scaling.original_max_position_embeddings": (512, LINEAR, 'with kind = "linear"', LLAMA3),
+    "model.rope_scaling.low_freq_factor": (2.0, LINEAR, 'set kind = "llama3"', LLAMA3 | LENGTH),
+    "model.rope_scaling.high_freq_factor": (8.0, YARN | LENGTH, 'set kind = "llama3"', LLAMA3 | LENGTH),
+    "model.rope_scaling.beta_fast": (16.0, LINEAR, 'set kind = "yarn"', YARN | LENGTH),
+    "model.rope_scaling.beta_slow": (2.0, LLAMA3 | LENGTH, 'set kind = "yarn"', YARN | LENGTH),
+    "model.rope_scaling.truncate": (False, LINEAR, 'set kind = "yarn"', YARN | LENGTH),
+    "model.rope_scaling.attention_factor": (1.5, LLAMA3 | LENGTH, 'set kind = "yarn"', YARN | LENGTH),
     "optimizer.beta1": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {}),
     "optimizer.beta2": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {"kind": "lion"}),
     "optimizer.epsilon": (1e-3, {"kind": "lion"}, 'with kind = "lion"; leave it out or set', {"kind": "adafactor"}),

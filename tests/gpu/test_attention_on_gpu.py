@@ -11,16 +11,11 @@ from itertools import product
 import pytest
 import torch
 
-from bigmodel.kernels.attention import attention, attention_with_lse, make_tile_metadata
+from bigmodel.kernels.attention import attention, make_tile_metadata
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.tiles import tile_tables_reference
 from tests.kernels.test_mask import int32, offsets_of
-from tests.support.dense_attention import (
-    assert_as_exact_as_plain_torch,
-    assert_lse_and_its_gradient_are_exact,
-    make_inputs,
-    out_and_gradients,
-)
+from tests.support.dense_attention import assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu"
@@ -167,12 +162,6 @@ def test_the_schedule_of_thousands_of_documents_is_that_of_plain_torch() -> None
     mask = causal(offsets_of([1] * 4096).cuda())
     made = make_tile_metadata(mask, 5000, 5000)
     assert torch.equal(made.query_tiles_NF, tile_tables_reference(mask, 5000, 5000, made.block)[0])
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_lse_and_its_gradient_are_exact(dtype: torch.dtype) -> None:
-    inputs = make_inputs(*rules()["causal cross"], (4, 2), 64, dtype)
-    assert_lse_and_its_gradient_are_exact(attention_with_lse, inputs)
 
 
 def test_a_schedule_shared_by_layers_serves_heads_of_any_width() -> None:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +17,17 @@ from triton.compiler import ASTSource
 
 from bigmodel.checks.audit import count_by_torch, work_of
 from bigmodel.config.settings import DataSettings, ModelSettings, Settings
-from bigmodel.data.objectives.examples import Examples
-from bigmodel.data.plan.attention_work import Work, count_work
-from bigmodel.kernels.mask import causal, cross, dense, prefix_lm
+from bigmodel.data.plan.attention_work import Work
 from bigmodel.metrics.flops import flops, known_peak_flops, matrix_weights, measure_peak_flops, step_flops
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.model.test_encoder_decoder import ENCODER_DECODERS, ONE_SIDE, PAIRS, TEXTS, TWO_SIDES
-from tests.support.example_batches import VOCABULARY, batch_of, fragment_of, model_of, text
+from tests.support.example_batches import batch_of, model_of, text
 
 MODELS = {  # of example_batches: 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 40 hidden
     "decoder": {"qk_norm": True},
     "decoder, tied": {"tied_embeddings": True, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1},
+    "decoder, windows and a cap": {"sliding_window": 5, "full_attention_every": 2, "attention_softcap": 3.0},
     "encoder": {"kind": "encoder"},
     **{f"both, {name}": {"kind": "encoder_decoder", **more} for name, more in ENCODER_DECODERS.items()},
 }
@@ -58,7 +56,13 @@ def test_activation_checkpointing_computes_the_blocks_again_or_no_product_at_all
             model(batch).backward()
         counted[kind] = counter.get_total_flops()
     once, twice = (
-        flops(model.settings, model.embedding.num_embeddings, work_of(batch), (0, 0), recomputed=recomputed).hardware
+        flops(
+            model.settings,
+            model.embedding.num_embeddings,
+            work_of(batch, model.settings),
+            (0, 0),
+            recomputed=recomputed,
+        ).hardware
         for recomputed in (False, True)
     )
     assert counted["selective"] == counted["none"]
@@ -75,56 +79,9 @@ def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
     assert matrix_weights(plain, 100).of_position == 2 * (32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 40) + 100 * 32
 
 
-@pytest.mark.parametrize("kind", ["causal", "prefix", "span_corruption", "fill_in_the_middle"])
-@pytest.mark.parametrize("both_ways", [True, False])
-def test_pairs_on_one_side_are_those_that_the_mask_lets_through(kind: str, both_ways: bool) -> None:
-    data = DataSettings(**ONE_SIDE, objectives=[{"kind": kind}], bidirectional_prefix=both_ways)
-    batch, work = batch_of(TEXTS, data), planned(TEXTS, data)
-    masks = causal(batch.cu_seqlens) if batch.prefixes is None else prefix_lm(batch.cu_seqlens, batch.prefixes)
-    assert (batch.prefixes is not None) == (both_ways and kind in ("prefix", "span_corruption"))
-    visible = dense(masks, len(batch.tokens), len(batch.tokens))
-    assert work.pairs == visible[real_rows(batch)].sum()
-    assert work.positions == batch.num_tokens == real_rows(batch).sum()
-    assert work.source_positions == work.source_pairs == work.cross_pairs == 0
-
-
-def test_pairs_on_two_sides_are_those_that_the_masks_let_through() -> None:
-    data = DataSettings(**TWO_SIDES)
-    batch, work = batch_of(PAIRS, data), planned(PAIRS, data)
-    assert batch.source is not None
-    rows = real_rows(batch)
-    visible = dense(cross(batch.cu_seqlens, batch.source.cu_seqlens), len(batch.tokens), len(batch.source.tokens))
-    assert work.cross_pairs == visible[rows].sum()
-    assert work.pairs == dense(causal(batch.cu_seqlens), len(batch.tokens), len(batch.tokens))[rows].sum()
-    lengths = [n for n in batch.source.cu_seqlens.diff().tolist() if n]
-    assert work.source_positions == batch.source.num_tokens
-    assert 0 < work.source_pairs <= sum(n * n for n in lengths)
-
-
-def planned(documents: list, data: DataSettings) -> Work:
-    examples = Examples(data, 1, VOCABULARY)
-    rows = iter(range(100))
-    return count_work(
-        [
-            tuple(fragment_of(row := next(rows), one, examples, row % examples.pairs) for one in pack)
-            for pack in documents
-        ],
-        data,
-    )
-
-
-def real_rows(batch) -> torch.Tensor:
-    """(T,) positions of documents: padding has token 0 and position 0 alone."""
-    real = torch.zeros(len(batch.tokens), dtype=torch.bool)
-    edges = batch.cu_seqlens.tolist()
-    for first, end in pairwise(edges):
-        real[first:end] = bool(batch.tokens[first:end].any())
-    return real
-
-
 def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
     settings = ModelSettings(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=48)
-    work = Work(positions=32, pairs=214, squares=396)  # documents of 9, 1, 17 and 5
+    work = Work(positions=32, pairs=2 * 214)  # documents of 9, 1, 17 and 5, in 2 layers
     found = flops(settings, 40, work, (36, 0), padding=(4, 0))
     weights = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
     assert found.causal == 6 * weights * 32 + 12 * 2 * 4 * 8 * 214
@@ -141,7 +98,7 @@ def test_a_step_counts_the_forward_pass_that_full_checkpointing_does_again(check
     model = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
     table = {"model": model, "data": {"max_document_length": 36, "sequence_length": 36}}
     settings = Settings.model_validate(table | {"training": {"activation_checkpointing": checkpointing}})
-    work = Work(positions=32, pairs=214, squares=396)
+    work = Work(positions=32, pairs=2 * 214)
     step = SimpleNamespace(num_tokens=32, num_padding=4, work=work)
     assert step_flops(settings, 40, step) == flops(settings.model, 40, work, (36, 0), (4, 0), recomputed=again)
 

@@ -12,7 +12,8 @@ from bigmodel.data.load.batch import IGNORED, Batch, exchange_sources
 from bigmodel.data.objectives.examples import Pair
 from bigmodel.kernels.attention import make_tile_metadata
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
-from bigmodel.model.transformer import Attention, AttentionInputs, rotary_table
+from bigmodel.model.rotary import rotary_table
+from bigmodel.model.transformer import Attention, AttentionInputs
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.support.example_batches import batch_of, model_of, text
 
@@ -183,11 +184,11 @@ def test_the_checks_see_a_leak_between_sources(monkeypatch: pytest.MonkeyPatch) 
     batch = batch_of(PAIRS, DataSettings(**TWO_SIDES))
 
     def over_everything(rule):
-        return lambda *cu_seqlens: rule(*(one[[0, -1]] for one in cu_seqlens))
+        return lambda *cu_seqlens: rule(*(one if one is None else one[[0, -1]] for one in cu_seqlens))
 
     for name, rule in (("cross", cross), ("bidirectional", bidirectional), ("causal", causal)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"bigmodel.model.transformer.{name}", over_everything(rule))
+            patch.setattr(f"bigmodel.model.attention_masks.{name}", over_everything(rule))
             model = model_of(kind="encoder_decoder")
             broken = [finding.claim for finding in isolation(model, batch) if not finding.holds]
             assert len(broken) == 3, f"{name} over all documents was not seen"
@@ -204,7 +205,7 @@ def test_the_checks_see_a_target_that_sees_the_source_after_its_own(monkeypatch:
             sources[1] += 1
         return cross(targets, sources)
 
-    monkeypatch.setattr("bigmodel.model.transformer.cross", too_far)
+    monkeypatch.setattr("bigmodel.model.attention_masks.cross", too_far)
     model = model_of(kind="encoder_decoder")
     assert [finding.holds for finding in isolation(model, batch)] == [True, False, False, False]
     assert not any(finding.holds for finding in packed_equals_single(model.double(), batch))
@@ -242,14 +243,14 @@ def test_mixed_attention_is_that_of_a_prefix_lm_whose_prefix_is_the_source() -> 
     attention.source_key_value.weight.data.copy_(attention.query_key_value.weight[32:])  # behind the queries
     random = torch.Generator().manual_seed(3)
     x_TH, x_SE = (torch.randn(len(side.tokens), 32, generator=random).double() for side in (batch, batch.source))
-    found_TH = attention(x_TH, model.attention_inputs(x_SE, batch)[0], x_SE)
+    found_TH = attention(x_TH, model.attention_inputs(x_SE, batch)[0]["full"], x_SE)
 
     edges = zip(pairwise(batch.source.cu_seqlens.tolist()), pairwise(batch.cu_seqlens.tolist()), strict=True)
     texts = [torch.cat([x_SE[slice(*source)], x_TH[slice(*target)]]) for source, target in edges]
     places = torch.cat([torch.arange(len(text)) for text in texts])
     rule = prefix_lm(batch.cu_seqlens + batch.source.cu_seqlens, batch.source.cu_seqlens.diff())
     inputs = AttentionInputs(
-        rule, make_tile_metadata(rule, len(places), len(places)), rotary_table(places, 8, 10_000.0)
+        rule, make_tile_metadata(rule, len(places), len(places)), rotary_table(places, model.settings)
     )
     expected_NH = Attention.forward(attention, torch.cat(texts), inputs)
     is_target = places >= torch.repeat_interleave(batch.source.cu_seqlens.diff(), torch.tensor(list(map(len, texts))))
@@ -287,11 +288,13 @@ def test_extra_heads_are_the_formula() -> None:
     model(batch).backward()
     found = model.embedding.weight.grad.clone()
     model.zero_grad()
-    trunk_TH, inputs, _ = model.trunk(*model.embed(batch), batch)
+    trunk_TH, views, _ = model.trunk(*model.embed(batch), batch)
     loss = model.head(model.norm(trunk_TH), batch.labels, "loss_sum")
     for steps, block in enumerate(model.extra_blocks, 1):
         later = ahead(batch.labels, batch.cu_seqlens, steps)
-        loss = loss + 0.5 / 2 * model.head(model.norm(block(trunk_TH, inputs, batch.dropout_seeds)), later, "loss_sum")
+        loss = loss + 0.5 / 2 * model.head(
+            model.norm(block(trunk_TH, views[block.kind], batch.dropout_seeds)), later, "loss_sum"
+        )
     loss.backward()
     assert torch.allclose(found, model.embedding.weight.grad, rtol=1e-12)
 

@@ -21,6 +21,14 @@ DATA = {"max_document_length": 64, "sequence_length": 128, "max_documents": 4}
 TOLERANCE = 1e-4
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "head_dim": 16}
+
+
 def decoder(kind: str, **changes: Any) -> torch.nn.Module:
     config = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[kind]
     model = {"llama": transformers.LlamaForCausalLM, "qwen3": transformers.Qwen3ForCausalLM}[kind]
@@ -87,8 +95,28 @@ def compare(theirs: torch.nn.Module, batch: Batch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen3", {"head_dim": 20})],
-    ids=["llama", "llama_tied", "qwen3"],
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+        ("llama", {"rope_scaling": LLAMA3}),
+        ("llama", {"rope_scaling": YARN}),
+        ("qwen3", {"head_dim": 20}),
+        ("qwen3", WINDOW | {"max_window_layers": 0}),
+        ("qwen3", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("qwen3", WINDOW | {"max_window_layers": 2}),
+    ],
+    ids=[
+        "llama",
+        "llama_tied",
+        "llama_linear",
+        "llama3",
+        "llama_yarn",
+        "qwen3",
+        "qwen3_sliding",
+        "qwen3_every_second",
+        "qwen3_no_layer_sliding",
+    ],
 )
 def test_a_decoder_is_transformers_own(kind: str, changes: dict[str, Any]) -> None:
     compare(decoder(kind, **changes), batch_of([[text(20), text(1), text(40)], [text(33)]], DataSettings(**DATA)))
@@ -110,8 +138,24 @@ def test_an_encoder_decoder_is_transformers_t5() -> None:
             "tie_word_embeddings = True",
         ),  # the default is left out
         ({"model_type": "mt5", "tie_word_embeddings": True}, "tie_word_embeddings = True"),
-        ({"model_type": "qwen3", "rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = .*llama3"),
+        ({"model_type": "qwen3", "rope_scaling": {"type": "linear"}}, "rope_scaling = .*linear.*: factor"),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling = .*llama3.*original_max_position_embeddings is missing",
+        ),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+            "rope_scaling = .*longrope.*: cannot be read; linear, llama3, yarn can",
+        ),
+        ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window = True"),
+        (
+            {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 1},
+            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\]: ours are full in",
+        ),
+        (
+            {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 0, "rope_scaling": YARN},
+            "rope_scaling = .* with sliding_window = 5: our sliding layers are not scaled",
+        ),
     ],
 )
 def test_what_has_no_counterpart_is_refused(config: dict[str, Any], complaint: str) -> None:
@@ -126,3 +170,12 @@ def test_the_base_of_the_rotary_frequencies_is_found_where_newer_versions_write_
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     assert from_transformers(newer, state)[0] == from_transformers(config, state)[0]
     assert from_transformers(config, state)[0].rope_theta == 5000.0
+
+
+def test_a_part_of_a_head_that_turns_is_read_in_old_and_new_spelling() -> None:
+    model = decoder("llama")
+    config, state = model.config.to_dict(), model.state_dict()
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}
+    for changes in ({"partial_rotary_factor": 0.5}, newer):
+        assert from_transformers(config | changes, state)[0].rotary_fraction == 0.5
+    assert from_transformers(config, state)[0].rotary_fraction == 1.0

@@ -7,7 +7,8 @@ import torch
 
 from bigmodel.config.settings import ModelSettings
 from bigmodel.model.init import init_weights
-from bigmodel.model.transformer import Linear, RMSNorm, Transformer, dropout, rotary_table, rotate
+from bigmodel.model.rotary import rotary_table, rotate
+from bigmodel.model.transformer import Linear, RMSNorm, Transformer, dropout
 from tests.system.test_guarantee_leak import make_batch, make_model
 
 
@@ -24,12 +25,13 @@ def test_rms_norm_is_its_formula() -> None:
 
 
 def test_rotation_turns_pairs_by_position_and_keeps_the_relative_product() -> None:
-    turned = rotate(torch.tensor([[[1.0, 0.0]]]), rotary_table(torch.tensor([1]), 2, theta=10_000.0))
+    turned = rotate(torch.tensor([[[1.0, 0.0]]]), rotary_table(torch.tensor([1]), ModelSettings(head_dim=2)))
     assert turned.flatten().tolist() == pytest.approx([math.cos(1), math.sin(1)])
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    settings = ModelSettings(head_dim=8, rope_theta=100.0)
 
     def product(a: int, b: int) -> float:
-        first, second = (rotate(x, rotary_table(torch.tensor([p]), 8, 100.0)) for x, p in ((q, a), (k, b)))
+        first, second = (rotate(x, rotary_table(torch.tensor([p]), settings)) for x, p in ((q, a), (k, b)))
         return float((first * second).sum())
 
     assert product(3, 1) == pytest.approx(product(12, 10), abs=1e-5)

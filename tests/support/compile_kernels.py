@@ -32,7 +32,7 @@ from tests.kernels.test_mask import int32, offsets_of
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
-POINTERS = {"lse": "*fp32", "d_lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
+POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
 # A bias that reaches 128 places, as T5's. Each alone takes fewer registers than both.
 SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
 PLAIN = ("forward", "query_gradient", "key_gradient")

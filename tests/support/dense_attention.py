@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel.kernels.mask import AttentionMask, causal, cross, dense
+from bigmodel.kernels.mask import AttentionMask, dense
 
 
 def dense_attention(
@@ -18,18 +18,6 @@ def dense_attention(
     bias_HR: Tensor | None = None,
 ) -> Tensor:
     """softmax(score) v over the visible keys, in the type of the inputs; 0 where a query sees nothing."""
-    return dense_attention_with_lse(q_THK, k_SGK, v_SGK, mask, softcap, bias_HR)[0]
-
-
-def dense_attention_with_lse(
-    q_THK: Tensor,
-    k_SGK: Tensor,
-    v_SGK: Tensor,
-    mask: AttentionMask,
-    softcap: float | None = None,
-    bias_HR: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same, and (T, H) log of the sum of the exponentials."""
     group = q_THK.shape[1] // k_SGK.shape[1]
     k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
     score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * q_THK.shape[2] ** -0.5
@@ -42,7 +30,7 @@ def dense_attention_with_lse(
     hidden_TS = ~dense(mask, q_THK.shape[0], k_SGK.shape[0])
     score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
     p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
-    return torch.einsum("hts,shk->thk", p_HTS, v_SHK), score_HTS.logsumexp(-1).T
+    return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
 
 
 def places(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -141,67 +129,6 @@ def out_and_gradients(attend, inputs: Inputs) -> dict[str, Tensor]:
     out_THK = attend(leaves["q"], leaves["k"], leaves["v"], inputs.mask, **extra)
     out_THK.backward(inputs.d_out_THK)
     return {"out": out_THK.detach()} | {f"d{name}": rows.grad for name, rows in leaves.items()}
-
-
-def assert_lse_and_its_gradient_are_exact(attend_with_lse, inputs: Inputs) -> None:
-    """lse and the gradients of a loss of out and lse are those of the formula; rows that see nothing send none back."""
-    d_lse_TH = torch.randn(inputs.q_THK.shape[:2], generator=torch.Generator().manual_seed(11)).to(inputs.q_THK.device)
-    truth = _lse_and_gradients(dense_attention_with_lse, inputs.in_documents(torch.float64), d_lse_TH.double())
-    unseeing_TH = truth["lse"] == -torch.inf
-    assert unseeing_TH.any()
-    assert not unseeing_TH.all()
-    ours = _lse_and_gradients(attend_with_lse, inputs, d_lse_TH.masked_fill(unseeing_TH, torch.nan))
-    assert (
-        truth["dq"] - out_and_gradients(dense_attention, inputs.in_documents(torch.float64))["dq"]
-    ).abs().max() > 0.1
-    for name, exact in truth.items():
-        tolerance = 3e-6 if inputs.q_THK.dtype == torch.float32 else 3e-2
-        error = (ours[name].double() - exact).nan_to_num(nan=0.0 if name == "lse" else torch.inf).abs().max()
-        assert error <= tolerance * exact.nan_to_num(neginf=0.0).abs().max(), name
-    assert torch.equal(ours["lse"] == -torch.inf, unseeing_TH)
-
-
-def _lse_and_gradients(attend_with_lse, inputs: Inputs, d_lse_TH: Tensor) -> dict[str, Tensor]:
-    rows = [getattr(inputs, name).detach().requires_grad_() for name in ROWS[:3]]
-    extra: dict[str, Any] = {} if inputs.softcap is None else {"softcap": inputs.softcap}
-    out_THK, lse_TH = attend_with_lse(*rows, inputs.mask, **extra)
-    gradients = torch.autograd.grad((out_THK, lse_TH), rows, (inputs.d_out_THK, d_lse_TH))
-    return {"lse": lse_TH.detach()} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-
-
-def two_parts_as_one(attend_with_lse, q_THK: Tensor, past_SGK: Tensor, source_SGK: Tensor, past, source) -> Tensor:
-    """One softmax over the keys of two rules, of the attention over each; keys are their own values."""
-    own, own_lse = attend_with_lse(q_THK, past_SGK, past_SGK, past)
-    seen, seen_lse = attend_with_lse(q_THK, source_SGK, source_SGK, source)
-    lse = torch.logaddexp(own_lse, seen_lse)
-    return (own_lse - lse).exp()[..., None] * own + (seen_lse - lse).exp()[..., None] * seen
-
-
-def assert_two_parts_make_one_softmax(attend_with_lse) -> None:
-    """Over a decoder's own past and its source: the formula over both sets of keys side by side."""
-    targets, sources = ([0, 9, 9, 21], [0, 5, 17, 17])
-    past, source = causal(_int32(targets)), cross(_int32(targets), _int32(sources))
-    generator = torch.Generator().manual_seed(4)
-    shapes = [(21, 2, 16), (21, 1, 16), (17, 1, 16)]
-    rows = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    ours = two_parts_as_one(attend_with_lse, *rows, past, source)
-    wide = [one.detach().double().requires_grad_() for one in rows]
-    seen_TS = torch.cat([dense(past, 21, 21), dense(source, 21, 17)], dim=1)
-    keys_S1K = torch.cat(wide[1:])
-    score_HTS = torch.einsum("thk,sgk->hts", wide[0], keys_S1K) / 4
-    p_HTS = score_HTS.masked_fill(~seen_TS, -torch.inf).softmax(-1)
-    exact = torch.einsum("hts,sgk->thk", p_HTS, keys_S1K)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
-    d_out = torch.randn(ours.shape, generator=generator)
-    gradients = zip(
-        torch.autograd.grad(ours, rows, d_out), torch.autograd.grad(exact, wide, d_out.double()), strict=True
-    )
-    for one, truth in gradients:
-        torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-5)
-
-
-def _int32(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 LEAVES = {"q": "THK", "k": "SGK", "v": "SGK", "bias": "HR"}

@@ -12,17 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bigmodel.kernels import attention as kernels
-from bigmodel.kernels.attention import _attention, attention, attention_with_lse, make_tile_metadata
+from bigmodel.kernels.attention import _attention, attention, make_tile_metadata
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
 from tests.kernels.test_mask import int32, offsets_of, random_visibilities
-from tests.support.dense_attention import (
-    Inputs,
-    assert_as_exact_as_plain_torch,
-    assert_lse_and_its_gradient_are_exact,
-    assert_two_parts_make_one_softmax,
-    make_inputs,
-    out_and_gradients,
-)
+from tests.support.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
 
 BLOCK = 32
 FP32, FP16 = torch.float32, torch.float16
@@ -88,19 +81,6 @@ def test_any_batch_is_as_exact_as_plain_torch(case, heads, dtype, softcap, reach
     if case[1] and case[2]:
         inputs = make_inputs(*case, heads, 16, dtype, softcap, reach)
         assert_as_exact_as_plain_torch(partial(attend, block=16), inputs)
-
-
-def attend_with_lse(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, **score):
-    tile_metadata = make_tile_metadata(mask, len(q_THK), len(k_SGK), block=BLOCK)
-    return attention_with_lse(q_THK, k_SGK, v_SGK, mask, tile_metadata, **score)
-
-
-def test_lse_and_its_gradient_are_exact() -> None:
-    assert_lse_and_its_gradient_are_exact(attend_with_lse, make_inputs(*LATE_QUERIES_SEE_NOTHING, softcap=2.0))
-
-
-def test_two_parts_make_one_softmax() -> None:
-    assert_two_parts_make_one_softmax(attend_with_lse)
 
 
 def test_a_kernel_may_take_the_tiles_of_a_schedule_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_padding_has_no_loss_and_no_influence() -> None:
 def test_the_check_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """One document over everything: the claims must break."""
     batch, model = make_batch(), make_model()
-    monkeypatch.setattr("bigmodel.model.transformer.causal", lambda cu_seqlens: causal(cu_seqlens[[0, -1]]))
+    monkeypatch.setattr("bigmodel.model.attention_masks.causal", lambda cu_seqlens, _left: causal(cu_seqlens[[0, -1]]))
     broken = [finding.claim for finding in isolation(model, batch) if not finding.holds]
     assert len(broken) == 3
     assert not any(finding.holds for finding in packed_equals_single(model.double(), batch))

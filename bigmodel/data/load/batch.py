@@ -2,7 +2,7 @@
 
 Takes packs (lists of chunks) and a reader of documents, gives a `Batch` of tensors. Guarantees static shapes,
 boundaries that come from the plan and never from token values, and targets that are ignored exactly at padding.
-Costs about 10 ns a token on one core. Also draws a batch, as text and as a picture.
+Costs about 10 ns a token on one core. Also draws a batch, as text.
 
 Shapes: k packs of T0 = sequence_length positions and at most D0 = max_documents documents make T = k * T0 positions
 and D = k * (D0 + 1) documents: one more per pack, because a pack's padding is laid out as a document of its own.
@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -330,34 +329,7 @@ def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
     return lines
 
 
-def draw_png(batch: Batch, visible_TK: np.ndarray, path: Path, num_packs: int = 1) -> None:
-    """Write a picture: the documents as coloured stretches above who sees whom; with a source side, its documents.
-
-    `visible_TK`: (T, T) bool, or (T, S) with a source side: row = query, column = key; from `bigmodel.kernels.mask`,
-    where the attention rule lives.
-    """
-    from matplotlib.figure import Figure
-
-    keys = batch.source or batch
-    num_tokens, num_keys = len(batch.tokens), len(keys.tokens)
-    assert visible_TK.shape == (num_tokens, num_keys), f"visible is {visible_TK.shape} for {num_tokens} x {num_keys}"
-    documents_K, is_real = _documents(keys), np.array(real_documents(batch))
-    shown_K = np.ma.masked_where(~is_real[documents_K], documents_K % 10)
-    shown_TK = np.ma.masked_where(~np.asarray(visible_TK, dtype=bool), np.tile(shown_K[:, None], num_tokens).T)
-    figure = Figure(figsize=(7, 8), layout="constrained")
-    strip, square = figure.subplots(2, 1, height_ratios=(1, 12), sharex=True)
-    look = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
-    strip.imshow(shown_K[None, :], **look)
-    strip.set(yticks=[], title=f"{batch.num_documents} documents, {keys.num_tokens} of {num_keys} positions")
-    square.imshow(shown_TK, **look)
-    square.set(xlabel="source position" if batch.source else "key position", ylabel="query position")
-    for number in range(num_packs + 1):
-        square.axvline(number * (num_keys // num_packs) - 0.5, color="grey", linewidth=0.5)
-        square.axhline(number * (num_tokens // num_packs) - 0.5, color="grey", linewidth=0.5)
-    figure.savefig(path, dpi=150)
-
-
-def _documents(side: Batch | SourceSide) -> np.ndarray:
+def documents_of(side: Batch | SourceSide) -> np.ndarray:
     """The number of the document, padding's included, at every position: (T,)."""
     lengths = np.diff(side.cu_seqlens.cpu().numpy())
     return np.repeat(np.arange(len(lengths)), lengths)
@@ -366,7 +338,7 @@ def _documents(side: Batch | SourceSide) -> np.ndarray:
 def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str]:
     """A letter for the document at every position of a side, from A in every pack; a dot at padding."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    documents = _documents(side)
+    documents = documents_of(side)
     is_real = np.array(real_documents(batch))[documents]
     size = len(documents) // num_packs
     firsts = np.searchsorted(batch.cu_seqlens.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))

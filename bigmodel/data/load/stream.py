@@ -25,7 +25,7 @@ from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_se
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
-from bigmodel.data.plan.attention_work import Work, count_work
+from bigmodel.data.plan.attention_work import CountPairs, Work, count_work, no_pairs
 from bigmodel.data.plan.order import Order, Position
 from bigmodel.data.plan.packing import best_fit_decreasing, pack_two_sides
 from bigmodel.data.plan.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
@@ -147,11 +147,12 @@ class Stream:
         nodes: Nodes | None = None,
         ahead: int = 2,
         pin: bool = False,
+        count_pairs: CountPairs = no_pairs,
     ) -> None:
         """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
 
         The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more. `pin`:
-        batches lie in memory from which a GPU copies while it computes.
+        batches lie in memory from which a GPU copies while it computes. `count_pairs`: of the model, for `Step.work`.
         """
         assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
         assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
@@ -160,7 +161,7 @@ class Stream:
         self.loss_groups = self._builder.loss_groups  # (objective, source), in the order of a step's loss_groups
         self._sources = store.sources
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
-        self._pin = pin
+        self._pin, self._count_pairs = pin, count_pairs
         self._planned: deque[_Planned | BaseException] = deque()
         self._read_ahead = ReadAhead(store, data.workers)
         self._making = order.step
@@ -292,7 +293,7 @@ class Stream:
             sum(chunk.num_tokens + chunk.source_positions for pack in packs for chunk in pack),
             sum(len(pack) for pack in packs),
             sum(is_document_limited(pack, self._data) for pack in packs),
-            *count_work(packs, self._data),
+            *count_work(packs, self._data, self._count_pairs),
             *self._builder.labels_by_group(packs),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts

@@ -7,7 +7,7 @@ import torch
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.load import batch as batch_module
-from bigmodel.data.load.batch import IGNORED, build_batch, draw, draw_png, make_dropout_seeds
+from bigmodel.data.load.batch import IGNORED, build_batch, draw, make_dropout_seeds
 from bigmodel.data.load.stream import reader
 from bigmodel.data.objectives import causal as causal_module
 from bigmodel.data.objectives.causal import causal
@@ -175,11 +175,3 @@ def test_the_text_picture_of_a_long_pack_is_to_scale():
         "pack    1|AAA.|",
         "3 documents, 12 positions, 4 of padding (.)",
     ]
-
-
-def test_the_picture_is_written(tmp_path):
-    batch = example()
-    document = np.repeat(np.arange(6), np.diff(batch.cu_seqlens.numpy()))
-    visible = np.tril(document[:, None] == document[None, :])
-    draw_png(batch, visible, tmp_path / "batch.png", num_packs=2)
-    assert (tmp_path / "batch.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

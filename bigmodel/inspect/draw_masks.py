@@ -1,0 +1,101 @@
+"""Pictures of attention masks: which tokens of a packed batch see which, as PNG and as text for the terminal.
+
+Takes a batch and the matrices of `bigmodel.model.attention_masks`, which training's masks are made by. Padding, which
+lies in documents of its own, is left white. A mask of more than `MOST_CELLS` tokens is drawn to scale.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigmodel.data.load.batch import Batch, SourceSide, documents_of, real_documents
+from bigmodel.model.attention_masks import MaskMatrix
+
+MOST_CELLS = 1500  # along a side of a picture
+TEXT_COLUMNS = 60
+SHADES = " ░▒▓█"  # nothing seen, up to a third, two thirds, less than all, all
+
+
+def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs: int = 1) -> None:
+    """Write a picture: a panel for each mask, the documents of its keys as a coloured strip above it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2 * len(masks) + 0.8, 7.4), layout="constrained")
+    axes = figure.subplots(2, len(masks), height_ratios=(1, 14), sharex="col", squeeze=False)
+    for mask, strip, square in zip(masks, axes[0], axes[1], strict=True):
+        shown_QK = shown_documents(batch, mask)
+        extent = (-0.5, len(mask.place_K) - 0.5)
+        look: dict[str, Any] = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
+        strip.imshow(_colours_of_keys(batch, mask)[None, :], **look, extent=(*extent, 0, 1))
+        strip.set(yticks=[], title=mask.name)
+        square.imshow(shown_QK, **look, extent=(*extent, len(mask.lo_Q) - 0.5, -0.5))
+        square.set(xlabel=f"keys: {', then '.join(map(_name_of, mask.key_sides))}", ylabel="queries")
+        _lines(square, batch, mask, num_packs)
+    positions = batch.num_tokens + (batch.source.num_tokens if batch.source else 0)
+    places = len(batch.tokens) + (len(batch.source.tokens) if batch.source else 0)
+    figure.suptitle(f"{batch.num_documents} documents, {positions} of {places} positions")
+    figure.savefig(path, dpi=120)
+
+
+def shown_documents(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
+    """(Q, K) the colour of each key that is seen, masked where it is not seen and at padding; to scale where larger
+    than `MOST_CELLS`."""
+    rows, columns = (_sampled(len(side)) for side in (mask.lo_Q, mask.place_K))
+    colours_K = _colours_of_keys(batch, mask)[columns.numpy()]
+    hidden_QK = ~mask.sees(rows, columns).numpy() | np.ma.getmaskarray(colours_K)
+    return np.ma.masked_array(np.broadcast_to(colours_K.data, hidden_QK.shape), hidden_QK)
+
+
+def mask_text(batch: Batch, mask: MaskMatrix) -> list[str]:
+    """The mask in at most `TEXT_COLUMNS` columns and half as many lines, under its name."""
+    seen_QK = ~np.ma.getmaskarray(shown_documents(batch, mask))
+    num_queries, num_keys = len(mask.lo_Q), len(mask.place_K)
+    tokens = max(1.0, num_keys / TEXT_COLUMNS, num_queries / TEXT_COLUMNS)
+    shares = _mean_of_cells(_mean_of_cells(seen_QK, num_queries / (2 * tokens), 0), num_keys / tokens, 1)
+    marks = np.ceil(shares * 3 - 1e-9).astype(int) + (shares > 1 - 1e-9)
+    lines = ["|" + "".join(SHADES[mark] for mark in line) + "|" for line in marks]
+    return [f"{mask.name} (down: queries, across: keys; a mark is {2 * tokens:.4g} x {tokens:.4g})", *lines]
+
+
+def _mean_of_cells(values: np.ndarray, cells: float, axis: int) -> np.ndarray:
+    """Means of about `cells` equal stretches along an axis."""
+    count = min(max(1, round(cells)), values.shape[axis])
+    edges = np.arange(count) * values.shape[axis] // count
+    sizes = np.diff([*edges, values.shape[axis]])
+    sums = np.add.reduceat(values.astype(np.float64), edges, axis=axis)
+    return sums / (sizes[:, None] if axis == 0 else sizes)
+
+
+def _sampled(count: int) -> torch.Tensor:
+    return torch.arange(min(count, MOST_CELLS)) * count // min(count, MOST_CELLS)
+
+
+def _colours_of_keys(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
+    """(K,) the number of the key's document, modulo 10; masked at padding. A document has one colour on all sides."""
+    is_real = np.array(real_documents(batch))
+    documents_K = np.concatenate([documents_of(_side(batch, name)) for name in mask.key_sides])
+    return np.ma.masked_where(~is_real[documents_K], (documents_K % 10).astype(np.int8))
+
+
+def _lines(square: Any, batch: Batch, mask: MaskMatrix, num_packs: int) -> None:
+    """Where packs and sides end."""
+    first = 0
+    for name in mask.key_sides:
+        size = len(_side(batch, name).tokens)
+        for number in range(num_packs + 1):
+            square.axvline(first + number * (size // num_packs) - 0.5, color="grey", linewidth=0.5)
+        first += size
+    for number in range(num_packs + 1):
+        square.axhline(number * (len(mask.lo_Q) // num_packs) - 0.5, color="grey", linewidth=0.5)
+
+
+def _side(batch: Batch, name: str) -> Batch | SourceSide:
+    assert name == "target" or batch.source, "a mask of a source side, and a batch without one"
+    return batch.source if name == "source" and batch.source else batch
+
+
+def _name_of(side: str) -> str:
+    return "source" if side == "source" else "own tokens"

@@ -1,0 +1,188 @@
+"""Attention masks: which keys each query of a batch sees, in every stack and layer. Chosen here and nowhere else.
+
+Takes a batch and the model's settings, gives the masks that training computes with (`attention_masks`), the same masks
+as matrices to draw (`mask_matrices`), and the number of pairs that they let through, from the lengths of the documents
+alone (`visible_pairs`), from which the FLOPs follow. Tests hold all three equal, and equal to what moves in a model
+when its input does. The rules themselves and their pictures are in `kernels/mask.py`.
+
+    stack            whole document ("full")                 in a sliding layer of window w
+    decoder          itself and all before it; all of a      itself and w - 1 before it; inside a prefix also
+                     document sees the prefix, if it has     what is left of the prefix after it
+                     one (data.bidirectional_prefix)
+    decoder, mixed   its source, itself, all before it       itself and w - 1 before it: its past, and where
+                                                             that is shorter, the end of its source
+    encoder          all                                     itself, and w // 2 on either side
+    cross-attention  its whole source                        its whole source
+
+Documents never see one another. Layers k, 2k, 3k ... of a stack, counted from 1, are full, with k =
+`model.full_attention_every`; the blocks of multi-token prediction count on behind the last layer.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigmodel.config.settings import ModelSettings
+from bigmodel.data.load.batch import Batch
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, intervals, mixed, mixed_rows, prefix_lm
+from bigmodel.model.rotary import LayerKind
+
+Masks = Mapping[LayerKind, AttentionMask]  # of the kinds of layers that a stack has
+
+
+class AttentionMasks(NamedTuple):
+    """Of one batch. A mask is made once and shared by all layers that have it."""
+
+    stack: Masks  # of the decoder, or of the only stack
+    encoder: Masks | None = None  # of an encoder-decoder's encoder
+    cross: AttentionMask | None = None  # of the decoder's attention to the source, where that is a second one
+    key_rows: Tensor | None = None  # mixed: `mixed_rows`, where the keys of `stack` lie in the source and the targets
+
+
+def layer_kind(settings: ModelSettings, layer: int) -> LayerKind:
+    """Of a stack's layer, counted from 0."""
+    every = settings.full_attention_every
+    is_full = not settings.sliding_window or (every > 0 and (layer + 1) % every == 0)
+    return "full" if is_full else "sliding"
+
+
+def attention_masks(batch: Batch, settings: ModelSettings) -> AttentionMasks:
+    """The masks of a batch in a model: the one place that chooses them."""
+    side, window = batch.source, settings.sliding_window
+    has_encoder = settings.kind == "encoder_decoder"
+    assert has_encoder == (side is not None), (
+        f"model.kind = {settings.kind!r} and a batch with source: {side is not None}"
+    )
+    before: dict[LayerKind, int | None] = {"full": None, "sliding": window - 1}
+    kinds = kinds_of(settings)
+    if side is None:
+        if settings.kind == "encoder":
+            return AttentionMasks(_both_ways(batch.cu_seqlens, settings))
+        if batch.prefixes is not None:
+            return AttentionMasks({kind: prefix_lm(batch.cu_seqlens, batch.prefixes, before[kind]) for kind in kinds})
+        return AttentionMasks({kind: causal(batch.cu_seqlens, before[kind]) for kind in kinds})
+    encoder = _both_ways(side.cu_seqlens, settings.encoder)
+    if settings.source_attention == "cross":
+        own = {kind: causal(batch.cu_seqlens, before[kind]) for kind in kinds}
+        return AttentionMasks(own, encoder, cross(batch.cu_seqlens, side.cu_seqlens))
+    both = {kind: mixed(batch.cu_seqlens, side.cu_seqlens, before[kind]) for kind in kinds}
+    rows = mixed_rows(batch.cu_seqlens, side.cu_seqlens, len(batch.tokens), len(side.tokens))
+    return AttentionMasks(both, encoder, key_rows=rows)
+
+
+def kinds_of(settings: ModelSettings) -> list[LayerKind]:
+    """The kinds of layers of a stack, extra blocks included, each once."""
+    layers = range(settings.num_layers + settings.num_mtp_modules)
+    return list(dict.fromkeys(layer_kind(settings, layer) for layer in layers))
+
+
+def _both_ways(cu_seqlens: Tensor, settings: ModelSettings) -> Masks:
+    reach: dict[LayerKind, int | None] = {"full": None, "sliding": settings.sliding_window // 2}
+    return {kind: bidirectional(cu_seqlens, reach[kind]) for kind in kinds_of(settings)}
+
+
+# ---- as matrices, to draw ---------------------------------------------------------------------------------------
+
+
+class MaskMatrix(NamedTuple):
+    """One mask in the order of the batch: a row is a query, a column a key."""
+
+    name: str  # "decoder", or "decoder, layer 6, 12: whole document"
+    query_side: Literal["target", "source"]  # "target": the tokens of the batch itself
+    key_sides: tuple[Literal["target", "source"], ...]  # the columns: these sides, one behind the other
+    lo_Q: Tensor  # a query sees the keys of the places lo <= place < hi
+    hi_Q: Tensor
+    place_K: Tensor
+
+    def sees(self, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
+        """(rows, columns) bool: the matrix, or these rows and columns of it."""
+        place_K = self.place_K[columns]
+        return (self.lo_Q[rows, None] <= place_K) & (place_K < self.hi_Q[rows, None])
+
+
+def mask_matrices(batch: Batch, settings: ModelSettings) -> list[MaskMatrix]:
+    """Every mask of the model once: those of the decoder, or of the only stack, cross-attention's, the encoder's."""
+    masks, num_labels = attention_masks(batch, settings), len(batch.tokens)
+    num_sources = len(batch.source.tokens) if batch.source else 0
+    found, seeds_T, seeds_S = [], torch.arange(num_labels), torch.arange(num_sources)
+    for kind, mask in masks.stack.items():
+        name = ("encoder" if settings.kind == "encoder" else "decoder") + _layers_of(settings, kind)
+        lo_Q, hi_Q = intervals(mask, num_labels)
+        if masks.key_rows is None:
+            found.append(MaskMatrix(name, "target", ("target",), lo_Q, hi_Q, seeds_T))
+        else:  # its rows and keys are read backwards
+            places = masks.key_rows.argsort()
+            found.append(MaskMatrix(name, "target", ("source", "target"), lo_Q.flip(0), hi_Q.flip(0), places))
+    if masks.cross is not None:
+        edges = intervals(masks.cross, num_labels)
+        found.append(MaskMatrix("cross-attention", "target", ("source",), *edges, seeds_S))
+    for kind, mask in (masks.encoder or {}).items():
+        name = "encoder" + _layers_of(settings.encoder, kind)
+        found.append(MaskMatrix(name, "source", ("source",), *intervals(mask, num_sources), seeds_S))
+    return found
+
+
+def _layers_of(settings: ModelSettings, kind: LayerKind) -> str:
+    """Which layers of a stack have this kind, counted from 1; nothing where all see the whole document."""
+    if not settings.sliding_window:
+        return ""
+    extent = "whole document" if kind == "full" else f"window of {settings.sliding_window}"
+    if len(kinds_of(settings)) == 1:
+        return f": {extent}"
+    every = settings.full_attention_every
+    full = list(range(every, settings.num_layers + settings.num_mtp_modules + 1, every))
+    listed = ", ".join(map(str, full[:3])) + (" ..." if len(full) > 3 else "")
+    return f", layer {listed}: {extent}" if kind == "full" else f", other layers: {extent}"
+
+
+# ---- counted, from lengths alone ----------------------------------------------------------------------------------
+
+
+class VisiblePairs(NamedTuple):
+    """(query, key) pairs that the masks let through, summed over documents and over the layers of a stack."""
+
+    stack: int  # of the decoder, or of the only stack; with "mixed", the keys of the source too
+    encoder: int
+    cross: int
+
+
+def visible_pairs(
+    tokens_D: np.ndarray, source_tokens_D: np.ndarray, prefixes_D: np.ndarray, settings: ModelSettings
+) -> VisiblePairs:
+    """Of documents of so many tokens, (D,) int64 each: on the decoder's side or the only one, on the source's, and in
+    the prefix that all of a document sees. Closed forms; cost a few operations for a document."""
+    n, s, window = tokens_D, source_tokens_D, settings.sliding_window
+    if settings.kind == "encoder":
+        return VisiblePairs(_both_ways_pairs(n, settings), 0, 0)
+    is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
+    before = s if is_mixed else np.zeros_like(n)  # tokens before the first, that all of a document sees
+    full = _triangle(before + n) - _triangle(before)
+    if settings.kind == "decoder":
+        full = full + _triangle(prefixes_D - 1)  # inside the prefix also what comes after
+    cut = _triangle(before + n - window) - _triangle(before - window)  # what lies too far back
+    own = _over_layers(settings, {"full": full, "sliding": full - cut})
+    if settings.kind != "encoder_decoder":
+        return VisiblePairs(own, 0, 0)
+    layers = settings.num_layers + settings.num_mtp_modules
+    crossing = 0 if is_mixed else layers * int((n * s).sum())
+    return VisiblePairs(own, _both_ways_pairs(s, settings.encoder), crossing)
+
+
+def _both_ways_pairs(n: np.ndarray, settings: ModelSettings) -> int:
+    cut = 2 * _triangle(n - 1 - settings.sliding_window // 2)
+    return _over_layers(settings, {"full": n * n, "sliding": n * n - cut})
+
+
+def _triangle(n: np.ndarray) -> np.ndarray:
+    """1 + 2 + ... + n; 0 from 0 down."""
+    n = np.maximum(n, 0)
+    return n * (n + 1) // 2
+
+
+def _over_layers(settings: ModelSettings, pairs_by_kind: dict[LayerKind, np.ndarray]) -> int:
+    layers = range(settings.num_layers + settings.num_mtp_modules)
+    kinds = [layer_kind(settings, layer) for layer in layers]
+    return sum(kinds.count(kind) * int(pairs.sum()) for kind, pairs in pairs_by_kind.items())
