@@ -21,7 +21,7 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
 	@echo 'make train-seq2seq  the same with an encoder-decoder on pairs: configs/seq2seq.toml'
-	@echo 'make test     set up, run every test (TESTS=... picks some)'
+	@echo 'make test     set up, run every test but the long ones, on two cores (TESTS=... picks some)'
 	@echo 'make test-long  the long and rare tests that make test leaves out (TESTS=... picks some)'
 	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
 	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
@@ -58,7 +58,7 @@ train-seq2seq:
 	@$(MAKE) --no-print-directory train RUN=configs/seq2seq.toml
 
 test: .venv/installed
-	@$(PY) -m pytest $(TESTS)
+	@$(PY) -m pytest $(if $(TESTS),$(TESTS),--numprocesses 2 --dist loadfile)
 
 test-long: .venv/installed
 	@$(PY) -m pytest -m long $(TESTS)

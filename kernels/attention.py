@@ -501,7 +501,7 @@ def _score_settings(bias_HR: Tensor | None, softcap: float | None) -> tuple[Tens
 
 
 @library.custom_op("bigmodel::attention", mutates_args=())
-def _attention(
+def attention_op(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
     left: int, right: int, scale: float, softcap: float | None, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -582,7 +582,7 @@ def _by_distance(d_bias_HALC: Tensor, reach: int) -> Tensor:
     return torch.cat([ends[0], sums_HX[:, first + 1 : last], ends[1]], dim=1)
 
 
-@_attention.register_fake
+@attention_op.register_fake
 def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor]:
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
     return q_THK.new_empty(q_THK.shape), lse_HT
@@ -612,7 +612,7 @@ def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: Tensor | None)
     return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 7)
 
 
-_attention.register_autograd(_differentiate, setup_context=_remember)
+attention_op.register_autograd(_differentiate, setup_context=_remember)
 
 
 # Part 5: the public function.
@@ -650,7 +650,7 @@ def attention(
     _check_kernel_can(q_THK)
     tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
     settings = *mask.window, scale, softcap, tile_metadata.block
-    return _attention(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)[0]
+    return attention_op(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)[0]
 
 
 def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, tile_metadata: TileMetadata) -> None:

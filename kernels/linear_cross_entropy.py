@@ -214,7 +214,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32) if left.dtype in HALF_TYPES else torch.mm(left, right)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in the type of the total (fp32 for 16-bit products: from torch 2.10 on, PR 167931)."""
     if left.dtype in HALF_TYPES:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
@@ -244,7 +244,7 @@ def sums_and_gradients(
         if need_hidden:
             grad_hidden_TH[chunk] = _product(slope_CV, matrix_VH)
         if need_weight:
-            _add_product(grad_weight_VH, slope_CV.T, hidden_CH)
+            add_product(grad_weight_VH, slope_CV.T, hidden_CH)
         del logits_CV, slope_CV  # else two chunks of logits would be alive while the next one is made
     loss_sum, z_sum = (rows_T.sum(dtype=torch.float64).to(wide) for rows_T in (losses_T, z_T))
     return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH, losses_T
@@ -259,10 +259,10 @@ def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
         raise ValueError(f"linear cross-entropy got the label {int(targets_T[~good_T][0])}; {need}")
 
 
-_linear_cross_entropy = library.custom_op("bigmodel::linear_cross_entropy", mutates_args=())(sums_and_gradients)
+linear_cross_entropy_op = library.custom_op("bigmodel::linear_cross_entropy", mutates_args=())(sums_and_gradients)
 
 
-@_linear_cross_entropy.register_fake
+@linear_cross_entropy_op.register_fake
 def _(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, _z: float, _smoothing: float, _softcap: float,
     need_hidden: bool, need_weight: bool, _positions: int,
@@ -299,7 +299,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
 
 
-_linear_cross_entropy.register_autograd(_differentiate, setup_context=_remember)
+linear_cross_entropy_op.register_autograd(_differentiate, setup_context=_remember)
 
 
 # Part 5: the public functions.
@@ -343,7 +343,7 @@ def linear_cross_entropy_and_losses(
     _check(hidden_TH, weight_VH, targets_T, options)
     # Inside an operator gradients look disabled: ask here.
     needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
-    found = _linear_cross_entropy(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
+    found = linear_cross_entropy_op(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
     loss_sum, z_sum, count, _, _, losses_T = found
     return LossSums(loss_sum, z_sum, count), losses_T
 

@@ -184,10 +184,10 @@ def tile_tables(
     return query_table, key_table
 
 
-_tile_tables = library.custom_op("bigmodel::tile_tables", mutates_args=())(tile_tables)
+tile_tables_op = library.custom_op("bigmodel::tile_tables", mutates_args=())(tile_tables)
 
 
-@_tile_tables.register_fake
+@tile_tables_op.register_fake
 def _(
     cu_seqlens_q: Tensor, _key_offsets: Tensor, _query_prefix: Tensor | None, _key_prefix: Tensor | None,
     _left: int, _right: int, num_queries: int, num_keys: int, block: int,
@@ -230,12 +230,12 @@ def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, blo
     cu_seqlens_q, cu_seqlens_k = mask.cu_seqlens_q, mask.cu_seqlens_k
     compiling = torch.compiler.is_compiling()
     if cu_seqlens_q.device.type == "cpu" and not compiling:
-        _check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries)
-        _check_offsets("cu_seqlens_k", cu_seqlens_k, num_keys)
+        check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries)
+        check_offsets("cu_seqlens_k", cu_seqlens_k, num_keys)
     if not _runs_kernels(cu_seqlens_q.device):
         return TileMetadata(mask, num_queries, num_keys, None, None, block, document_lengths(mask))
     # An operator for the compiler and where there is no memory; a direct call is faster.
-    make = _tile_tables if compiling or cu_seqlens_q.device.type == "meta" else tile_tables
+    make = tile_tables_op if compiling or cu_seqlens_q.device.type == "meta" else tile_tables
     query_tiles_NF, key_tiles_NF = make(
         cu_seqlens_q, cu_seqlens_k, mask.query_prefix, mask.key_prefix, *mask.window,
         num_queries, num_keys, block,
@@ -249,7 +249,7 @@ def document_lengths(mask: AttentionMask) -> tuple[tuple[int, int], ...]:
     return tuple(zip(query_lengths, key_lengths, strict=True))
 
 
-def _check_offsets(name: str, cu_seqlens: Tensor, num_rows: int) -> None:
+def check_offsets(name: str, cu_seqlens: Tensor, num_rows: int) -> None:
     if cu_seqlens[0] != 0 or (F.pad(cu_seqlens, (0, 1), value=num_rows).diff() < 0).any():
         need = f"start at 0, never decrease, and end at most at the number of rows, {num_rows}"
         raise ValueError(f"{name} is {cu_seqlens.tolist()}; offsets need to {need}")

@@ -1,14 +1,78 @@
-"""What every test needs set before torch is imported: one thread per process, for several ranks share two cores."""
+"""What every test needs set before torch is imported, and that no test depends on who runs it, where.
+
+One thread per process, because several ranks share two cores. Variables, widths and languages of the user's are
+removed; a test that opens `data/` or `runs/` of the checkout fails (tests/support/guard/sitecustomize.py).
+"""
 
 import os
+import re
+import runpy
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-if os.environ.get("BIGMODEL_GPU_TESTS") != "1":  # for `pytest tests/gpu`; all other tests are about CPUs
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+GUARD = Path(__file__).parent / "support" / "guard"
+KEPT = {"BIGMODEL_GPU_TESTS"}
+USER_S = re.compile(
+    r"(BIGMODEL|AWS|AZURE|GOOGLE|GCS|HF|HUGGINGFACE|WANDB|SLURM|SLURMD|SBATCH|SRUN|OMPI|PMI|PMIX|MPI|MV2|TORCHELASTIC|"
+    r"NCCL|GLOO|TORCH|DS|TRITON|RICH|TYPER|LAUNCH)_\w+|(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|SIZE)|(LOCAL_)?WORLD_SIZE|"
+    r"MASTER_(ADDR|PORT)|COLUMNS|LINES|LANG|LANGUAGE|LC_\w+|(NO|FORCE|CLICOLOR|PY)_?COLORS?|CLICOLOR_FORCE|TTY_\w+|"
+    r"CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|OMP_\w+|MKL_\w+|HADOOP_\w+|CLASSPATH|TOKENIZERS_PARALLELISM"
+)
+FIXED = {
+    "COLUMNS": "80", "LINES": "25", "TERM": "dumb", "LC_ALL": "C.UTF-8", "TZ": "UTC", "OMP_NUM_THREADS": "1",
+    # No configuration from a home folder; no credentials from a cloud's own address.
+    "MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg", "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true",
+    "HF_HOME": os.devnull, "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+def make_independent(environment: MutableMapping[str, str]) -> None:
+    """Remove what is the user's, set what a result may depend on."""
+    for name in [name for name in environment if USER_S.fullmatch(name) and name not in KEPT]:
+        del environment[name]
+    environment.update(FIXED)
+    if environment.get("BIGMODEL_GPU_TESTS") != "1":  # for `pytest tests/gpu`; all other tests are about CPUs
+        environment.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
+    for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
+        environment[name] = ",".join([*filter(None, [environment.get(name)]), "127.0.0.1", "localhost"])
+
+
+# Of a user's it is removed; tests/support/interpreted.py sets it for the pytest that it starts from a test.
+interpreted = os.environ.get("TRITON_INTERPRET") if "TESTS_RECORD" in os.environ else None
+make_independent(os.environ)
+if interpreted:
+    os.environ["TRITON_INTERPRET"] = interpreted
+time.tzset()
+for number in (signal.SIGINT, signal.SIGHUP):  # `make test &` and nohup leave them ignored, and children inherit that
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+_descriptor, _record = tempfile.mkstemp(prefix="tests-record-")
+os.close(_descriptor)
+os.environ["TESTS_RECORD"] = _record
+os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])])
+runpy.run_path(str(GUARD / "sitecustomize.py"))
+_seen = 0
+
+
+def pytest_unconfigure() -> None:
+    Path(_record).unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_user_s_is_opened() -> Iterator[None]:
+    """Also by a fixture of a module: the first test after it fails."""
+    global _seen
+    yield
+    opened = Path(_record).read_text(encoding="utf-8")[_seen:]
+    _seen += len(opened)
+    assert not opened, f"tests must not depend on data/ and runs/ of the checkout:\n{opened}"
 
 
 @pytest.fixture(scope="session")

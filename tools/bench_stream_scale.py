@@ -81,9 +81,9 @@ def rank(folder: Path, number: int, resumes: bool) -> None:
     """Import, start or resume, take steps: each answered by a line, the next when told by one."""
     import bigmodel.training.loop  # noqa: F401 - what a training process has in memory
     from bigmodel.data.load.stream import take_share
-    from bigmodel.data.store.shards import _import_mds
+    from bigmodel.data.store.shards import import_mds
 
-    _import_mds()
+    import_mds()
     place = Place(number, NODES * RANKS, RANKS)
     answer({})
     clock, processor = time.perf_counter(), time.process_time()

@@ -42,7 +42,7 @@ def milliseconds(call: Callable[[int], Any], device: str, repeats: int) -> float
     for number in range(WARM_UP):
         call(number % INPUT_SETS)
     if device == "cpu":
-        return statistics.median(_seconds(call, number % INPUT_SETS) for number in range(repeats)) * 1e3
+        return statistics.median(seconds_of(call, number % INPUT_SETS) for number in range(repeats)) * 1e3
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
     for number, (start, end) in enumerate(pairs):
@@ -53,7 +53,7 @@ def milliseconds(call: Callable[[int], Any], device: str, repeats: int) -> float
     return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
-def _seconds(call: Callable[[int], Any], number: int) -> float:
+def seconds_of(call: Callable[[int], Any], number: int) -> float:
     started = time.perf_counter()
     call(number)
     return time.perf_counter() - started

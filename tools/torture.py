@@ -251,7 +251,7 @@ def _journal_syncs(journal: Path) -> None:
 def _publish_before_the_last_rank(rank: int) -> None:
     """Rank 1 reports what it is going to write."""
     if rank == 1:
-        real = saving._write_share
+        real = saving.write_share
 
         def early(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> Any:
             content = to_safetensors(tensors)
@@ -264,7 +264,7 @@ def _publish_before_the_last_rank(rank: int) -> None:
             threading.Thread(target=write, daemon=True).start()
             return saving._Report(path.name, len(content), saving.hashlib.sha256(content).hexdigest())
 
-        saving._write_share = early
+        saving.write_share = early
 
 
 def _no_sync(rank: int) -> None:

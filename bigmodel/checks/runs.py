@@ -39,7 +39,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
         for world_size in (1, several):
             directory = Path(scratch) / f"ranks-{world_size}"
             shared = f"training.sequence_parallel_ranks={1 if world_size == 1 else sharing}"
-            command = [*overrides, *_short(directory, 2, 2), shared]
+            command = [*overrides, *short_run(directory, 2, 2), shared]
             _finish(_start(run_file, command, world_size, directory, on_cpu), directory)
             traces[world_size] = _trace(directory)
     findings = []
@@ -58,11 +58,11 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
-    world_size = _num_ranks(agree(load_settings(run_file, overrides)))
+    world_size = num_ranks(agree(load_settings(run_file, overrides)))
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
-        _finish(_start(run_file, [*overrides, *_short(whole, 10, 4)], world_size, whole), whole)
-        command = [*overrides, *_short(broken, 10, 4)]
+        _finish(_start(run_file, [*overrides, *short_run(whole, 10, 4)], world_size, whole), whole)
+        command = [*overrides, *short_run(broken, 10, 4)]
         at = _kill_within(_start(run_file, command, world_size, broken), broken, random.randint(5, 8))
         _finish(_start(run_file, command, world_size, broken), broken)
         expected, found = _trace(whole), _trace(broken)
@@ -83,10 +83,10 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """The books of the run directory, if a run is there, and those of a short run that is killed and resumed."""
     settings = load_settings(run_file, overrides)
     findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
-    world_size = _num_ranks(settings)
+    world_size = num_ranks(settings)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "run"
-        command = [*overrides, *_short(directory, 20, 4)]
+        command = [*overrides, *short_run(directory, 20, 4)]
         began = time.time()
         _kill_within(_start(run_file, command, world_size, directory), directory, random.randint(9, 12))
         _finish(_start(run_file, command, world_size, directory), directory)
@@ -94,13 +94,13 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     return [*findings, torch_agrees(settings)]
 
 
-def _num_ranks(settings: Settings) -> int:
+def num_ranks(settings: Settings) -> int:
     """Two where they have work and devices, or as many as share a pack."""
     sharing = settings.training.sequence_parallel_ranks
     return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.global_batch_size)
 
 
-def _short(directory: Path, steps: int, every: int) -> list[str]:
+def short_run(directory: Path, steps: int, every: int) -> list[str]:
     """Overrides that make a short run of a run file, in a directory of its own. It keeps away from the run's store."""
     return [
         f"run.directory={directory}",

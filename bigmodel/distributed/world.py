@@ -159,7 +159,7 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
     rank, size, local_rank, local_size = (
         int(place[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    device = _claim_device(local_rank)
+    device = claim_device(local_rank)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -229,7 +229,7 @@ def _check_numbers(place: dict[str, str]) -> None:
             raise UserError(f"{rank}={place[rank]} in the environment must be below {size}={place[size]}")
 
 
-def _claim_device(local_rank: int) -> torch.device:
+def claim_device(local_rank: int) -> torch.device:
     """The GPU of this local rank, made current; the CPU where there is no GPU.
 
     A single visible GPU is this rank's own, as under SLURM's --gpus-per-task; that no two ranks use one device is for

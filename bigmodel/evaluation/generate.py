@@ -97,7 +97,7 @@ def _continue(
     device: torch.device | str,
 ) -> list[int]:
     for _ in range(tokens):
-        logits_V = forward(_one_document(ids, source).to(device), "logits")[-1].float().cpu()
+        logits_V = forward(one_document(ids, source).to(device), "logits")[-1].float().cpu()
         chosen = _draw(logits_V, temperature, top, generator)
         if chosen == eos:
             break
@@ -113,7 +113,7 @@ def _draw(logits_V: Tensor, temperature: float, top: int, generator: torch.Gener
     return int(ids[torch.multinomial(chances, 1, generator=generator)])
 
 
-def _one_document(ids: list[int], source: list[int] | None = None) -> Batch:
+def one_document(ids: list[int], source: list[int] | None = None) -> Batch:
     """A batch of one document without targets."""
     count = len(ids)
     return Batch(

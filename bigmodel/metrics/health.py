@@ -82,11 +82,14 @@ THROTTLE_REASONS = {
 class Gpus:
     """The ranks' GPUs through NVML; silent where there is none."""
 
-    def __init__(self) -> None:
-        self._nvml: Any = None
+    def __init__(self, nvml: Any = None) -> None:
+        """nvml: a library in the place of pynvml, initialised; None: pynvml, where there is one and a driver."""
+        self._nvml = nvml
         self._handles: dict[str, Any] = {}
         self._events: Any = None
         self._xid_errors: dict[str, int] = {}
+        if nvml is not None:
+            return
         try:
             import pynvml
 

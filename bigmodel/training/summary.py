@@ -48,7 +48,7 @@ def summarize(
         "validation_targets": evaluation.num_labels,
         "bits_per_byte": evaluation.bits_per_byte,
         "bigram_bits_per_byte": bigram_bits_per_byte(settings, segments),
-        "xz_bits_per_byte": _xz_of_validation_text(settings),
+        "xz_bits_per_byte": xz_of_validation_text(settings),
     }
     if wrong_sources:
         summary["nats_per_token_with_wrong_sources"] = wrong_sources.nats_per_token
@@ -60,7 +60,7 @@ def summarize(
     return summary
 
 
-def _xz_of_validation_text(settings: Settings) -> float | None:
+def xz_of_validation_text(settings: Settings) -> float | None:
     store = ShardStore.of_run(settings.data, "validation")
     if store.pair_sources or not Examples(settings.data, 0).is_plain:  # other text
         return None

@@ -141,7 +141,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     if index is None:
         with pytest.raises(UserError, match="LOCAL_RANK=2, but this machine shows 2"):
-            distributed._claim_device(local_rank)
+            distributed.claim_device(local_rank)
     else:
-        assert distributed._claim_device(local_rank) == torch.device("cuda", index)
+        assert distributed.claim_device(local_rank) == torch.device("cuda", index)
         assert current == [index]

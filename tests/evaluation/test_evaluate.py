@@ -45,7 +45,7 @@ def score_fresh(run_file: Path, folder: Path) -> int:
     init_weights(model, 1)
     engine = Engine(model, settings, effective, world)
     evaluation = Validation(settings.data, 1).run(engine.forward, world)
-    assert engine._engine.module.training
+    assert engine.training
     result = [evaluation.nats, evaluation.num_labels, evaluation.text_bytes]
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(result))
     end_world()

@@ -33,7 +33,8 @@ def table_of(folder: Path, stage: int, precision: str, offload: str) -> dict[str
     if offload:
         zero["offload_optimizer"] = {"device": offload}
     table = settings_table(folder, stage, precision, 1, zero=zero, training={"ema_decay": 0.9})
-    return table | {"model": MODEL}
+    data = table["data"] | {"directory": str(folder / "data")}  # none is prepared
+    return table | {"model": MODEL, "data": data}
 
 
 def storages() -> dict[int, torch.UntypedStorage]:

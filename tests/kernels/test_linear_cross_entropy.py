@@ -15,9 +15,9 @@ from bigmodel.inspect.memory import LiveBytes
 from bigmodel.kernels import linear_cross_entropy as module
 from bigmodel.kernels.linear_cross_entropy import (
     Options,
-    _linear_cross_entropy,
     chunk_slices,
     linear_cross_entropy,
+    linear_cross_entropy_op,
     linear_cross_entropy_per_token,
     scaled,
     sums_and_gradients,
@@ -130,7 +130,7 @@ def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch)
     assert asked == [None, torch.float32]
 
     products = []
-    monkeypatch.setattr(module, "_add_product", lambda *_inputs: products.append("weight"))
+    monkeypatch.setattr(module, "add_product", lambda *_inputs: products.append("weight"))
     linear_cross_entropy(hidden_TH, weight_VH.detach(), targets_T)
     assert products == []
     linear_cross_entropy(hidden_TH, weight_VH, targets_T)
@@ -161,7 +161,7 @@ def test_the_gradient_of_a_bf16_weight_is_rounded_once() -> None:
 def test_torch_knows_all_about_the_operator() -> None:
     inputs = make_inputs().leaves()
     for needed in ((True, True), (False, True), (True, False), (False, False)):
-        library.opcheck(_linear_cross_entropy, (*inputs, *EVERYTHING, *needed, 8))
+        library.opcheck(linear_cross_entropy_op, (*inputs, *EVERYTHING, *needed, 8))
 
 
 def test_it_compiles_without_a_break() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -192,7 +193,7 @@ def test_torchrun_s_command_is_printed_for_each_node(tmp_path: Path, shards: Pat
     lines = first.splitlines()
     assert (lines[0], lines[2]) == ("# on a:", "# on b:")
     for node, line in enumerate(lines[1::2]):
-        assert line.startswith(f"{sys.executable} -m torch.distributed.run --nnodes=2 --node-rank={node} ")
+        assert line.startswith(f"{shlex.quote(sys.executable)} -m torch.distributed.run --nnodes=2 --node-rank={node} ")
         assert "--nproc-per-node=1 --master-addr=a --master-port=" in line
         assert line.endswith(f"--rdzv-backend=static --module launcher exec {run_file} --cluster {cluster}")
     wrong = output_of(launch("torchrun", str(run_file), "--cluster", str(cluster), "--node-rank", "2"), 2)
@@ -221,7 +222,7 @@ def test_torchrun_between_machines_with_addresses_of_their_own(
     assert_no_orphans(run)
     script = tmp_path / "torchrun.sh"  # the ready one, adapted: it does the same
     text = (REPOSITORY / "configs" / "clusters" / "torchrun.sh").read_text()
-    changes = [("python -m", f"{sys.executable} -m"), ("--nproc-per-node=8", "--nproc-per-node=1")]
+    changes = [("python -m", f"{shlex.quote(sys.executable)} -m"), ("--nproc-per-node=8", "--nproc-per-node=1")]
     changes += [("=worker-1", f"={machines.addresses[0]}"), ("exec my.toml", f"exec {run_file} {' '.join(steps())}")]
     for before, after in changes:
         assert text.count(before) == 1, before

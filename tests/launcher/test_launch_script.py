@@ -5,6 +5,7 @@ Containers (Pyxis/enroot), EFA and InfiniBand are rendering only: nothing here o
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def test_a_dry_run_shows_the_processors_of_a_rank(tmp_path: Path) -> None:
     words = ["--cluster", str(tmp_path / "cluster.toml"), "--dry-run"]
     first = execute(tmp_path, *words, **step).stdout.splitlines()[0]
     processors = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    assert f" taskset -c {processors} {sys.executable} -m bigmodel train " in first
+    assert f" taskset -c {processors} {shlex.quote(sys.executable)} -m bigmodel train " in first
 
 
 def test_a_requeued_job_still_asks_for_its_new_plan(tmp_path: Path) -> None:

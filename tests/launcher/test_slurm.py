@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_256_tasks_on_32_nodes_know_their_places(cluster: Cluster, tmp_path: Pat
     program = tmp_path / "task.sh"
     program.write_text(
         'echo "truth rank $SLURM_PROCID host $SLURMD_NODENAME node $SLURM_NODEID local $SLURM_LOCALID"\n'
-        f"[ $((SLURM_PROCID % 16)) = 0 ] && {' '.join(LAUNCHER)} exec {run_file} --dry-run\nexit 0\n"
+        f"[ $((SLURM_PROCID % 16)) = 0 ] && {shlex.join(LAUNCHER)} exec {run_file} --dry-run\nexit 0\n"
     )
     printed = cluster.call("srun", "-N32", "--ntasks-per-node=8", "-l", "sh", str(program))
     lines = [line.partition(": ")[2] for line in printed.splitlines()]
@@ -102,7 +103,7 @@ def test_every_task_distribution_is_understood(
     program = tmp_path / "task.sh"
     program.write_text(
         'echo "truth rank $SLURM_PROCID host $SLURMD_NODENAME node $SLURM_NODEID local $SLURM_LOCALID"\n'
-        f"[ $SLURM_PROCID = 0 ] && exec {' '.join(LAUNCHER)} exec {run_file} --dry-run\nexit 0\n"
+        f"[ $SLURM_PROCID = 0 ] && exec {shlex.join(LAUNCHER)} exec {run_file} --dry-run\nexit 0\n"
     )
     more = {"SLURM_HOSTFILE": str(hostfile)} if "arbitrary" in options else {}
     lines = cluster.call("srun", *options, "sh", str(program), **more).splitlines()
@@ -119,7 +120,7 @@ def test_a_het_job_is_one_world_of_all_its_groups(cluster: Cluster, tmp_path: Pa
     script = tmp_path / "het.sbatch"
     script.write_text(
         f"#!/bin/bash\n#SBATCH -N1 -n1 --output={output}\n#SBATCH hetjob\n#SBATCH -N2 --ntasks-per-node=2\n"
-        f"cd {REPOSITORY}\nsrun --het-group=0,1 {' '.join(LAUNCHER)} exec {run_file} --dry-run\n"
+        f"cd {shlex.quote(str(REPOSITORY))}\nsrun --het-group=0,1 {shlex.join(LAUNCHER)} exec {run_file} --dry-run\n"
     )
     job = cluster.call("sbatch", "--parsable", str(script)).strip()
     assert cluster.wait(job) == "COMPLETED", output.read_text()
@@ -140,7 +141,7 @@ def test_every_group_of_a_het_job_is_checked(cluster: Cluster, tmp_path: Path, s
     script.write_text(
         f"#!/bin/bash\n#SBATCH -N1 -n1 --output={output}\n#SBATCH hetjob\n#SBATCH -N2 --ntasks-per-node=2\n"
         f"scontrol show hostnames $SLURM_JOB_NODELIST_HET_GROUP_0,$SLURM_JOB_NODELIST_HET_GROUP_1\n"
-        f"{' '.join(LAUNCHER)} check {run_file} --json\n"
+        f"{shlex.join(LAUNCHER)} check {run_file} --json\n"
     )
     job = cluster.call("sbatch", "--parsable", str(script)).strip()
     cluster.wait(job)  # COMPLETED, or FAILED where this busy machine makes a link slow
@@ -157,7 +158,7 @@ def test_a_het_job_trains(cluster: Cluster, tmp_path: Path, shards: Path, refere
     script = tmp_path / "het.sbatch"
     script.write_text(
         f"#!/bin/bash\n#SBATCH -N1 -n1 --output={output}\n#SBATCH hetjob\n#SBATCH -N1 -n1 --gpus-per-node=1\n"
-        f"srun --het-group=0,1 {' '.join(LAUNCHER)} exec {run_file} {' '.join(steps())}\n"
+        f"srun --het-group=0,1 {shlex.join(LAUNCHER)} exec {run_file} {' '.join(steps())}\n"
     )
     job = cluster.call("sbatch", "--parsable", str(script)).strip()
     assert cluster.wait(job) == "COMPLETED", output.read_text()
@@ -229,7 +230,10 @@ def test_a_submitted_run_survives_a_killed_rank_and_equals_the_local_run(
 def adapt(folder: Path, name: str, run_file: Path, nodes: int = 2, ranks: int = 1, more: str = "") -> Path:
     """A script of configs/clusters/ as it stands, but for this machine's interpreter, the run file and the counts."""
     text = (CLUSTERS / name).read_text()
-    changes = [("python -m ", f"{sys.executable} -m "), (" my.toml", f" {run_file} {' '.join(steps())} {more}")]
+    changes = [
+        ("python -m ", f"{shlex.quote(sys.executable)} -m "),
+        (" my.toml", f" {run_file} {' '.join(steps())} {more}"),
+    ]
     changes += [("--ntasks-per-node=8", f"--ntasks-per-node={ranks}"), ("--nproc-per-node=8", "--nproc-per-node=1")]
     changes += [("--nodes=2", f"--nodes={nodes}"), ("--gpus-per-node=8", "--gpus-per-node=2")]
     for before, after in changes:

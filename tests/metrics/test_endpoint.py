@@ -118,9 +118,10 @@ def exporters(endpoint: str) -> list[int]:
     port = int(endpoint.rpartition(":")[2])
     return [
         process.pid
-        for process in psutil.process_iter(["cmdline", "status"])
+        for process in psutil.process_iter(["cmdline", "status", "uids"])
         if "bigmodel.metrics.exporter" in (process.info["cmdline"] or ())
         and process.info["status"] != psutil.STATUS_ZOMBIE
+        if process.info["uids"].real == os.getuid()  # others' connections may not be looked at
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
     ]

@@ -77,8 +77,8 @@ class Driver:
 
 
 def test_what_the_driver_says_stands_under_the_rank_of_the_gpu() -> None:
-    gpus, driver = Gpus(), Driver()
-    gpus._nvml = driver
+    driver = Driver()
+    gpus = Gpus(driver)
     records = [{"rank": 4, "gpu": "GPU-a"}, {"rank": 5, "gpu": "GPU-b"}, {"rank": 6, "gpu": "GPU-c"}, {"rank": 7}]
     found = gpus.samples(records)
     assert found["device_temperature_celsius"] == [[["4"], 88], [["5"], 40]]
@@ -95,7 +95,6 @@ def test_what_the_driver_says_stands_under_the_rank_of_the_gpu() -> None:
 
 def test_without_a_gpu_the_real_library_is_silent() -> None:
     pytest.importorskip("pynvml")
-    gpus = Gpus()
-    if gpus._nvml is not None:
+    if Path("/dev/nvidiactl").exists():
         pytest.skip("there is an NVIDIA driver here")
-    assert gpus.samples([{"rank": 0, "gpu": "GPU-a"}]) == {}
+    assert Gpus().samples([{"rank": 0, "gpu": "GPU-a"}]) == {}

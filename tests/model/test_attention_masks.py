@@ -294,9 +294,7 @@ def bare_batch(tokens: torch.Tensor, sources: torch.Tensor | None, prefixes: tor
 
     own = side(tokens)
     source = None if sources is None else SourceSide(**side(sources))
-    return Batch(
-        **own, labels=own["tokens"], num_labels=1, num_documents=len(tokens), prefixes=prefixes, source=source
-    )
+    return Batch(**own, labels=own["tokens"], num_labels=1, num_documents=len(tokens), prefixes=prefixes, source=source)
 
 
 # ---- as in Hugging Face's models -----------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def print_variants() -> None:
         fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)
         rows = [part.requires_grad_() for part in fused.split([2, 1, 1], dim=1)]
         bias_HR = torch.zeros(2, 9, requires_grad=True)
-        out_THK, _ = attention._attention(*rows, bias_HR, *tables, *mask.window, 0.125, None, 128)
+        out_THK, _ = attention.attention_op(*rows, bias_HR, *tables, *mask.window, 0.125, None, 128)
         out_THK.sum().backward()
     for name, launches in (kernels | of_schedule).items():
         print(name, len(launches.keys))

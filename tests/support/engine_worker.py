@@ -223,18 +223,6 @@ def state_outside_files(tensors: list[torch.Tensor]) -> int:
     return sum(not any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in tensors)
 
 
-def state_tensors(engine: Engine) -> list[torch.Tensor]:
-    """All that an offload takes off the device: masters, their gradients, moments and averages."""
-    masters = engine._layout.masters()
-    moments = [engine._optimizer.state[master] for master in masters]
-    return [
-        *masters,
-        *(master.grad for master in masters if master.grad is not None),
-        *(tensor for state in moments for name, tensor in state.items() if name != "step"),
-        *engine._averages,
-    ]
-
-
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
     from deepspeed.utils import groups
@@ -262,7 +250,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
             result["saved"] = state_digest(engine)
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
     result |= {"digest": state_digest(engine), "updates": engine.updates, "loss_scale": engine.loss_scale}
-    tensors = state_tensors(engine)
+    tensors = engine.state_tensors()
     result |= {"state_tensors": len(tensors), "state_outside_files": state_outside_files(tensors)}
     result["micro_batches"] = effective["gradient_accumulation_steps"]
     for key in ("weight", "exp_avg", "ema") if expected else ():
@@ -293,7 +281,7 @@ def run_step(
         outputs = [engine.forward(batches[0], kind) for kind in ("loss_sum", "loss_per_position", "logits")]
         result["shapes"] = [list(output.shape) for output in outputs]
         result["evaluated"] = [float(outputs[0]), float(outputs[1].sum())]
-        result["training"] = engine._engine.module.training
+        result["training"] = engine.training
     divisor: Any = 1e-300 if skip else targets
     nats = sum((float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches), 0.0)
     norm = engine.gradient_norm()

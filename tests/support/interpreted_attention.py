@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bigmodel.kernels import attention as kernels
-from bigmodel.kernels.attention import _attention, attention, make_tile_metadata
+from bigmodel.kernels.attention import attention, attention_op, make_tile_metadata
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
 from tests.kernels.test_mask import int32, offsets_of, random_visibilities
 from tests.support.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
@@ -147,7 +147,7 @@ def test_torch_knows_all_about_the_operators() -> None:
     tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
     leaves = [rows.detach().requires_grad_() for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.bias_HR)]
     leaves = [rows.detach().nan_to_num(0.0).requires_grad_() for rows in leaves]
-    library.opcheck(_attention, (*leaves, *tables, *inputs.mask.window, 0.25, 3.0, 16))
+    library.opcheck(attention_op, (*leaves, *tables, *inputs.mask.window, 0.25, 3.0, 16))
 
 
 def assert_compiled_it_gives_the_same(attend_compiled, counter: CompileCounterWithBackend) -> None:

@@ -10,7 +10,7 @@ from bigmodel.kernels import linear_cross_entropy as module
 from bigmodel.kernels.linear_cross_entropy import (
     PLAIN,
     Options,
-    _linear_cross_entropy,
+    linear_cross_entropy_op,
     linear_cross_entropy_per_token,
     softmax_step_reference,
     softmax_step_triton,
@@ -118,4 +118,4 @@ def test_two_runs_agree_bitwise() -> None:
 
 def test_torch_knows_all_about_the_operator() -> None:
     inputs = make_inputs(positions=12, vocabulary=70).leaves()
-    library.opcheck(_linear_cross_entropy, (*inputs, 0.03, 0.2, 2.5, True, True, 4))
+    library.opcheck(linear_cross_entropy_op, (*inputs, 0.03, 0.2, 2.5, True, True, 4))

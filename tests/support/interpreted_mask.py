@@ -129,7 +129,7 @@ def test_the_tables_of_thousands_of_documents(lengths: list[int], monkeypatch: p
 
 @pytest.mark.parametrize("cu_seqlens", [[1, 4], [0, 3, 2, 4], [0, 7]])
 def test_offsets_that_do_not_fit_end_the_kernels(cu_seqlens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile_metadata, "_check_offsets", lambda *_inputs: None)  # as on a GPU
+    monkeypatch.setattr(tile_metadata, "check_offsets", lambda *_inputs: None)  # as on a GPU
     good, bad = offsets_of([2] * (len(cu_seqlens) - 1)), int32(cu_seqlens)
     make_tile_metadata(AttentionMask(good, good, left=None, right=0), 6, 6)
     for mask in (AttentionMask(good, bad, left=None, right=0), AttentionMask(bad, good, left=None, right=0)):
@@ -140,4 +140,4 @@ def test_offsets_that_do_not_fit_end_the_kernels(cu_seqlens: list[int], monkeypa
 def test_torch_knows_all_about_the_operator() -> None:
     cu_seqlens = offsets_of([5, 20])
     for prefix in (None, int32([1, 4])):
-        library.opcheck(tile_metadata._tile_tables, (cu_seqlens, cu_seqlens, None, prefix, 9, 0, 30, 30, 16))
+        library.opcheck(tile_metadata.tile_tables_op, (cu_seqlens, cu_seqlens, None, prefix, 9, 0, 30, 30, 16))

@@ -10,8 +10,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # DeepSpeed imp
 import torch._dynamo  # noqa: F401  # as does the first torch.optim.Optimizer
 
 import bigmodel.training.loop  # noqa: F401
-from bigmodel.data.store.shards import _import_mds
+from bigmodel.data.store.shards import import_mds
 
-_import_mds()
+import_mds()
 
 gc.freeze()  # DeepSpeed collects garbage at each start: 0.4 s with all these modules to walk through

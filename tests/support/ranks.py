@@ -49,12 +49,11 @@ def start_ranks(
 
 def finish(ranks: list[BaseProcess], timeout_seconds: float = 120.0) -> list[int]:
     """Exit codes. A rank still alive at the end of the time is killed; when one fails the others are not waited for."""
-    deadline = time.monotonic() + timeout_seconds
+    deadline, failed = time.monotonic() + timeout_seconds, False
     try:
         while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
-            if any(rank.exitcode for rank in ranks):  # the others notice by themselves, or hang
-                time.sleep(1.0)
-                break
+            if not failed and any(rank.exitcode for rank in ranks):  # the others notice by themselves, or hang
+                deadline, failed = min(deadline, time.monotonic() + 1.0), True
             time.sleep(0.01)
     finally:  # also at Ctrl-C
         kill(ranks)

@@ -107,9 +107,9 @@ def _environment(endpoint: str) -> Iterator[None]:
             "AWS_EC2_METADATA_DISABLED": "true",
         }.items():
             patch.setenv(name, value)
-        files._connect.cache_clear()
+        files.connect.cache_clear()
         yield
-    files._connect.cache_clear()
+    files.connect.cache_clear()
 
 
 def get(url: str) -> bytes:

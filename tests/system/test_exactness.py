@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.engine_worker import launch
-from tests.support.exactness import FACTORS, everything, failures, job_of, name_of, pairwise
+from tests.support.exactness import FACTORS, FEW_STEPS, everything, failures, job_of, name_of, pairwise
 from tools import exactness
 from tools.exactness import RESULTS, TABLE, run_batch, support_table
 from tools.exactness_state import Sources, State, read_rows, read_sources
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(600)  # all cases run in the first test's set-u
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("exactness")
-    jobs = {name_of(case): job_of(case, folder) for case in CASES}
+    jobs = {name_of(case): job_of(case, folder, FEW_STEPS) for case in CASES}
     outcome = launch(list(jobs.values()), 2, folder)
     return {name: jobs[name] | one for name, one in zip(jobs, outcome, strict=True)}
 

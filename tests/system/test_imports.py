@@ -151,6 +151,80 @@ def cycle(root: Path) -> list[str]:
     return []
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_names(root: Path) -> set[str]:
+    """Names with an underscore in front that our code, tools included, gives to something."""
+    found = set()
+    for folder in (*PACKAGES, "tools"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    found.add(node.name)
+                elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return set(filter(private, found))
+
+
+def private_use(node: ast.AST) -> Iterator[str]:
+    """The private names that a node takes from somewhere else: imported, of an object, or to put another in place."""
+    if isinstance(node, ast.ImportFrom):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+        yield node.attr
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+        texts = [one.value for one in node.args[:2] if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        yield from (text.rpartition(".")[2] for text in texts)
+
+
+def forbidden_in_tests(root: Path) -> list[str]:
+    """Every use of a private name of ours in a test, and every import of tools outside a test, as a sentence."""
+    ours, found = private_names(root), []
+    for path in sorted((root / "tests").rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found += [f"{name} uses {used}: it is private" for used in private_use(node) if used in ours]
+        if not path.name.startswith("test_"):
+            tools = [one for one in imports(name, path) if under(one, ("tools", "benchmarks"))]
+            found += [f"{name} imports {one}: tools import what supports tests, never the reverse" for one in tools]
+    return found
+
+
+def test_tests_use_no_private_name_and_what_supports_them_no_tools() -> None:
+    assert forbidden_in_tests(REPOSITORY) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("test_saving.py", "from bigmodel.config.settings import _read", "test_saving.py uses _read"),
+        ("test_saving.py", "def f():\n    from bigmodel.config.settings import _read", "test_saving.py uses _read"),
+        ("test_saving.py", "config._read('x')", "uses _read"),
+        ("test_saving.py", "saver_of(path)._last = 3", "uses _last"),
+        ("test_saving.py", "monkeypatch.setattr(config, '_read', None)", "uses _read"),
+        ("test_saving.py", "monkeypatch.setattr('bigmodel.config.settings._read', None)", "uses _read"),
+        ("launched.py", "config._read('x')", "launched.py uses _read"),
+        ("launched.py", "def f():\n    import tools.torture", "launched.py imports tools.torture"),
+        ("test_torture.py", "from tools.torture import POINTS", None),
+        ("test_saving.py", "os._exit(3); torch._dynamo.reset(); pair._replace(a=1)", None),
+        ("test_saving.py", "class Store:\n    def f(self):\n        self._last = 1", None),
+        ("test_saving.py", "assert samples['seconds_read'] == text['_read']", None),
+    ],
+)
+def test_each_rule_of_tests_is_seen_to_bite(tmp_path: Path, file: str, line: str, complaint: str | None) -> None:
+    for name in ("bigmodel", "tests"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bigmodel/config/settings.py").write_text(
+        "def _read(): ...\nclass Saver:\n    def f(self): self._last = 1\n"
+    )
+    (tmp_path / "tests" / file).write_text(line + "\n")
+    found = forbidden_in_tests(tmp_path)
+    assert len(found) == (complaint is not None), found
+    assert complaint is None or complaint in found[0]
+
+
 def test_every_import_points_down_the_table() -> None:
     assert forbidden(REPOSITORY) == []
 

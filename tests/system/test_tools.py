@@ -138,7 +138,7 @@ def test_every_contender_that_runs_on_a_cpu_computes_the_same() -> None:
 
 def test_the_median_of_the_repeats_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.001, 0.002, 0.9])
-    monkeypatch.setattr("tools.measure._seconds", lambda _call, _number: next(seconds))
+    monkeypatch.setattr("tools.measure.seconds_of", lambda _call, _number: next(seconds))
     assert milliseconds(lambda _number: None, "cpu", 3) == pytest.approx(2.0)
 
 

@@ -83,8 +83,8 @@ def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents:
     is_late = np.arange(len(lengths)) >= num_first
     largest_first = np.lexsort((-(lengths / np.array(budgets)).sum(axis=1), is_late))
     tried = [
-        _fill_one_by_one(lengths, np.arange(len(lengths)), budgets, max_documents),
-        _first_fit(lengths, largest_first, budgets, max_documents),
+        fill_one_by_one(lengths, np.arange(len(lengths)), budgets, max_documents),
+        first_fit(lengths, largest_first, budgets, max_documents),
     ]
     best = min(tried, key=len)
     described = _describe(best, lengths[:, 0], budgets[0], max_documents)
@@ -114,7 +114,7 @@ def fullest(packing: Packing, lengths: np.ndarray, settings: DataSettings) -> np
     return np.argsort(-fill, kind="stable")[:at_best]
 
 
-def _first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], max_documents: int) -> list[list[int]]:
+def first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], max_documents: int) -> list[list[int]]:
     """Each document, in this order, into the first open pack with room on both sides."""
     packs: list[list[int]] = []
     room = np.empty((2, len(order)), dtype=np.int64)  # of the open packs, the first `len(opened)`
@@ -139,7 +139,7 @@ def _first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int],
     return packs
 
 
-def _fill_one_by_one(
+def fill_one_by_one(
     lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], max_documents: int
 ) -> list[list[int]]:
     """One pack after the other: first the largest of the pool, then what leaves the least room on the emptier side."""

@@ -82,7 +82,7 @@ class _Shard:
 
 
 @dataclass
-class _Taken:
+class Taken:
     """What became of a shard: per split the entry of the index (none: no document), lengths and bytes of text."""
 
     sha256: str
@@ -104,7 +104,7 @@ class _Taken:
         )
 
     @classmethod
-    def read(cls, path: Path) -> "_Taken":
+    def read(cls, path: Path) -> "Taken":
         with np.load(path) as arrays:
             lengths = {split: arrays[split] for split in SPLITS if split in arrays}
             return cls(**json.loads(arrays["facts"].tobytes()), lengths=lengths)
@@ -219,17 +219,17 @@ def _settings(adoption: Adoption) -> Settings:
     return settings_from_table(table, Path("adopt"))
 
 
-def _take_all(shards: Sequence[_Shard], progress: Progress) -> list[_Taken]:
+def _take_all(shards: Sequence[_Shard], progress: Progress) -> list[Taken]:
     weights = [files.size(shard.file) for shard in shards]
     number = min(len(os.sched_getaffinity(0)), len(shards)) if sum(weights) > INLINE_BYTES else 1
     if finished := sum(shard.taken.exists() for shard in shards):
         progress.console.print(f"{shards[0].work.parent}: going on from {finished:,} taken shards", markup=False)
     with units.processes(number, progress) as team:
         team.run("adopting", _take, [(shard,) for shard in shards], weights)
-    return [_Taken.read(shard.taken) for shard in shards]
+    return [Taken.read(shard.taken) for shard in shards]
 
 
-def _say(adoption: Adoption, taken: Sequence[_Taken], progress: Progress) -> None:
+def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None:
     documents = sum(len(lengths) for one in taken for lengths in one.lengths.values())
     sums = {
         what: sum(getattr(one, what) for one in taken) for what in ("begins_added", "ends_added", "empty", "linked")
@@ -252,7 +252,7 @@ def _take(shard: _Shard) -> None:
     content = b"".join(files.chunks(shard.file))
     parsed = _parse(shard.file, content)
     tokenizer = Tokenizer.load(shard.work / "tokenizer.json", fast=False)
-    taken = _Taken(hashlib.sha256(content).hexdigest())
+    taken = Taken(hashlib.sha256(content).hexdigest())
     documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     validation_text = []
     for number, ids in enumerate(_read_ids(parsed, shard)):
@@ -305,7 +305,7 @@ def _read_ids(parsed: mds.ShardContent, shard: _Shard) -> list[np.ndarray]:
     return arrays
 
 
-def _with_ends(ids: np.ndarray, tokenizer: Tokenizer, where: str, taken: _Taken) -> np.ndarray:
+def _with_ends(ids: np.ndarray, tokenizer: Tokenizer, where: str, taken: Taken) -> np.ndarray:
     """The document as we store it. Counts what was added."""
     if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocabulary):
         raise UserError(
@@ -359,7 +359,7 @@ def _parse(file: str, content: bytes) -> mds.ShardContent:
 # ---- the folder -----------------------------------------------------------------------------------------------
 
 
-def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[_Shard], taken: Sequence[_Taken]) -> None:
+def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[_Shard], taken: Sequence[Taken]) -> None:
     """The result, made anew from what was taken: numbers without gaps, lengths, indexes, validation text, manifest,
     picture."""
     work = shards[0].work
@@ -402,13 +402,13 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[_Shard], 
     draw_lengths(lengths, result / PICTURE)
 
 
-def _recipe(adoption: Adoption, taken: Sequence[_Taken]) -> dict[str, Any]:
+def _recipe(adoption: Adoption, taken: Sequence[Taken]) -> dict[str, Any]:
     asked = {name: getattr(adoption, name) for name in ("folder", "column", "dtype", "name", "validation")}
     added = {what: sum(getattr(one, what) for one in taken) for what in ("begins_added", "ends_added")}
     return {"adopted": asked | {"validation_share": adoption.validation_share} | added}
 
 
-def _number_shards(source: Path, folder: Path, split: str, taken: Sequence[_Taken]) -> dict[str, int]:
+def _number_shards(source: Path, folder: Path, split: str, taken: Sequence[Taken]) -> dict[str, int]:
     """Put the shards of a split into a folder so that their numbers have no gaps, with lengths and index. Returns its
     counts."""
     folder.mkdir(parents=True)

@@ -134,7 +134,7 @@ def write_embedded_corpus(
         left_out[source][reason]["bytes"] += num_bytes
 
     for path, content in modules:
-        documents = _documents_of(path, content)
+        documents = documents_of_module(path, content)
         if documents is None:
             leave_out("code", "not_parsed", len(content))
             leave_out("docs", "not_parsed", 0)  # the module's bytes count once
@@ -151,7 +151,7 @@ def write_embedded_corpus(
     return left_out
 
 
-def _documents_of(path: str, content: bytes) -> list[tuple[str, str, str]] | None:
+def documents_of_module(path: str, content: bytes) -> list[tuple[str, str, str]] | None:
     """(source, key, text) of a module's documents; None if it is not valid Python."""
     try:
         text = decode_module(content)
@@ -180,7 +180,7 @@ def _topics(tree: ast.Module) -> dict[str, str]:
     return {str(name): prose.strip() for name, prose in topics.items()}
 
 
-_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def module_documentation(tree: ast.Module, name: str) -> str:
@@ -188,12 +188,12 @@ def module_documentation(tree: ast.Module, name: str) -> str:
     sections: list[str] = []
 
     def visit(node: ast.AST, qualified_name: str) -> None:
-        if isinstance(node, _Documented):
+        if isinstance(node, Documented):
             documentation = ast.get_docstring(node)
             if documentation and documentation.strip():
                 sections.append(f"{qualified_name}\n\n{documentation.strip()}\n")
         for child in ast.iter_child_nodes(node):
-            child_name = getattr(child, "name", None) if isinstance(child, _Documented) else None
+            child_name = getattr(child, "name", None) if isinstance(child, Documented) else None
             visit(child, f"{qualified_name}.{child_name}" if child_name else qualified_name)
 
     visit(tree, name)
@@ -207,7 +207,7 @@ def strip_docstrings(text: str, tree: ast.Module | None = None) -> str:
     """
     tree = ast.parse(text) if tree is None else tree
     lines = text.encode("utf-8").split(b"\n")  # ast counts columns in UTF-8 bytes
-    nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented) and ast.get_docstring(node) is not None]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, Documented) and ast.get_docstring(node) is not None]
     for node in sorted(nodes, key=lambda node: node.body[0].lineno, reverse=True):
         first, last = node.body[0].lineno - 1, (node.body[0].end_lineno or 0) - 1
         indent = lines[first][: node.body[0].col_offset]

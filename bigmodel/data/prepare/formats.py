@@ -125,7 +125,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
-    with files.readable(file), _open_lines(file) as stream:
+    with files.readable(file), open_lines(file) as stream:
         try:
             description = mds.read_head(stream)[1]
         except ValueError as error:
@@ -290,7 +290,7 @@ def _read_shard(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
     """The samples of an MDS shard, which is read whole."""
     file = piece.file
     try:
-        with files.readable(file), _open_lines(file) as stream:
+        with files.readable(file), open_lines(file) as stream:
             content = stream.read()
         shard = mds.ShardContent.parse(content)
         for number, raw in enumerate(zip(*(shard.values(column) for column in columns), strict=True), 1):
@@ -320,7 +320,7 @@ def _read_json_lines(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
 
 def _lines(file: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin in the bytes [start, stop); offsets are uncompressed."""
-    with files.readable(file), _open_lines(file) as stream:
+    with files.readable(file), open_lines(file) as stream:
         offset = start
         if start:
             offset = _skip_line(stream, start - 1, stop)
@@ -344,7 +344,7 @@ def _skip_line(stream: io.BufferedReader, offset: int, stop: int | None) -> int:
     return offset
 
 
-def _open_lines(file: str) -> io.BufferedReader:
+def open_lines(file: str) -> io.BufferedReader:
     stream, how = files.open_file(file), compression(file)
     return io.BufferedReader(pyarrow.CompressedInputStream(stream, how) if how else stream, BUFFER_BYTES)
 
@@ -388,7 +388,7 @@ def count_lines(file: str, offsets: list[int]) -> list[int]:
     """The number, from 1, of the line that begins at each of these uncompressed bytes, which rise. Reads the file
     once, up to the last of them."""
     numbers, at, number = [], 0, 1
-    with files.readable(file), _open_lines(file) as stream:
+    with files.readable(file), open_lines(file) as stream:
         for offset in offsets:
             while at < offset and (content := stream.read(min(offset - at, BUFFER_BYTES))):
                 number += content.count(b"\n")

@@ -443,7 +443,7 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
     """Put tokenizer.json in place, after the documents on which its fast path is compared."""
     settings, gate = job.settings, work.folder / "gate.json"
     if not work.tokenizer.exists():
-        sample = _read_sample(team, all_units, scans, settings)
+        sample = read_sample(team, all_units, scans, settings)
         write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
         if settings.tokenizer:
             given = tokenizer_file(settings.tokenizer)
@@ -464,7 +464,7 @@ def keep_boundaries(given: Path, result: Path) -> None:
         write_json(result / "tokenizer_config.json", dict(zip(("bos_token", "eos_token"), named, strict=True)))
 
 
-def _read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], settings: PrepareSettings) -> list[str]:
+def read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], settings: PrepareSettings) -> list[str]:
     rows = cleaning.choose_sample(scans, GATE_BYTES if settings.tokenizer else TRAINING_BYTES)
     chosen = [(unit, mine, settings) for unit, mine in zip(all_units, rows, strict=True) if len(mine)]
     weights = [unit.num_bytes for unit, *_ in chosen]

@@ -58,7 +58,7 @@ def find(pattern: str) -> list[str]:
     if not is_remote(pattern):
         found = (glob.glob(glob.escape(start) + rest, recursive=True) for start, rest in _readings(pattern, "*?["))
         return sorted(next(filter(None, found), []))
-    store, path = _store(pattern)
+    store, path = open_store(pattern)
     with readable(pattern):
         names = next(filter(None, (_matching(store, start, rest) for start, rest in _readings(path, "*["))), [])
     parts = urlsplit(pattern)
@@ -97,7 +97,7 @@ def _matching(store: fs.FileSystem, start: str, rest: str) -> list[str]:
 def is_folder(location: str) -> bool:
     if not is_remote(location):
         return os.path.isdir(location)
-    store, path = _store(location)
+    store, path = open_store(location)
     with readable(location):
         return store.get_file_info(path).type == fs.FileType.Directory
 
@@ -111,7 +111,7 @@ def join(folder: str, name: str) -> str:
 def sizes(folder: str) -> dict[str, int]:
     """Bytes of every file below a folder, by path relative to it, sorted; empty where there is no such folder."""
     if is_remote(folder):
-        store, path = _store(folder)
+        store, path = open_store(folder)
     else:
         store, path = fs.LocalFileSystem(), os.path.abspath(folder)
     start = path.rstrip("/") + "/"
@@ -126,7 +126,7 @@ def size(location: str) -> int:
     with readable(location):
         if not is_remote(location):
             return os.path.getsize(location)
-        store, path = _store(location)
+        store, path = open_store(location)
         information = store.get_file_info(path)
         if information.type == fs.FileType.NotFound:
             raise FileNotFoundError("no such file")
@@ -135,7 +135,7 @@ def size(location: str) -> int:
 
 def identity(location: str) -> str:
     """What changes when a file does, without reading it: its size and the time of its last change."""
-    store, path = _store(location) if is_remote(location) else (fs.LocalFileSystem(), location)
+    store, path = open_store(location) if is_remote(location) else (fs.LocalFileSystem(), location)
     with readable(location):
         information = store.get_file_info(path)
         return f"{information.size} bytes of {information.mtime_ns}"
@@ -146,7 +146,7 @@ def open_file(location: str) -> pyarrow.NativeFile:
     with readable(location):
         if not is_remote(location):
             return pyarrow.OSFile(location)
-        store, path = _store(location)
+        store, path = open_store(location)
         return store.open_input_file(path)
 
 
@@ -159,7 +159,7 @@ def chunks(location: str) -> Iterator[bytes]:
 
 def write(location: str, content: Iterable[bytes]) -> None:
     """Make a file in a store. Raises `UserError` naming it; what `content` raises passes through."""
-    store, path = _store(location)
+    store, path = open_store(location)
     try:
         if not isinstance(store, (fs.S3FileSystem, fs.GcsFileSystem)):  # these have no folders to make
             store.create_dir(path.rpartition("/")[0], recursive=True)
@@ -191,7 +191,7 @@ def _remedy(location: str) -> str:
     return f"see that it is there and that the environment has the credentials ({where})"
 
 
-def _store(location: str) -> tuple[fs.FileSystem, str]:
+def open_store(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of a URL and the file's path in it."""
     parts = urlsplit(location)
     if parts.scheme == "file":
@@ -203,13 +203,13 @@ def _store(location: str) -> tuple[fs.FileSystem, str]:
         query = "&".join([*([query] if query else []), f"retry_limit_seconds={GS_RETRY_SECONDS}"])
     root = f"{parts.scheme}://{parts.netloc}" + (f"?{query}" if query else "")
     with readable(location):
-        store, base = _connect(root)
+        store, base = connect(root)
     path = base.rstrip("/") + parts.path
     return store, path if parts.scheme == "hdfs" else path.lstrip("/")  # only hdfs has a root folder
 
 
 @lru_cache(maxsize=16)
-def _connect(root: str) -> tuple[fs.FileSystem, str]:
+def connect(root: str) -> tuple[fs.FileSystem, str]:
     """Connecting may ask the network where a bucket lies: once per process and bucket."""
     key = os.environ.get("AZURE_STORAGE_KEY")
     if not key or urlsplit(root).scheme not in ("abfs", "abfss") or "credential_kind" in root:

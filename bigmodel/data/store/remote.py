@@ -114,7 +114,7 @@ class Remote:
         for used, name in sorted(here):
             if excess <= 0:
                 break
-            if name in fetched and self._has(name):
+            if name in fetched and self.has(name):
                 if time.time() - used < BUSY_SECONDS and not self._said_busy:
                     self._said_busy = True
                     log.warning(
@@ -128,7 +128,7 @@ class Remote:
                     self.num_deleted += 1
                 excess -= self._shards[name]
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         """Whether the store has a shard, in its size. False also where it does not answer."""
         try:
             return files.size(files.join(self.url, name)) == self._shards[name]

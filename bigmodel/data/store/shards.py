@@ -157,7 +157,7 @@ class ShardStore:
         if opened is None:
             self.file(f"{self.split}/{source}/index.json")
             with _importing:  # by the threads that read ahead, of which several may come here first
-                reader, _ = _import_mds()
+                reader, _ = import_mds()
             path = self.file(name)
             opened = reader.MDSReader.from_json(str(path.parent), None, mds.read_entry(path))
             self._readers[source, shard] = opened
@@ -295,7 +295,7 @@ _PACKAGES = ("streaming", "streaming.base", "streaming.base.format", "streaming.
 
 
 @lru_cache(maxsize=1)
-def _import_mds() -> tuple[Any, Any]:
+def import_mds() -> tuple[Any, Any]:
     """streaming's modules that read MDS files: `mds.reader` and `mds.encodings`, without the packages around them.
 
     Those import torchvision, transformers and the clients of all stores: 4 seconds and 100 MB in every rank. They are
@@ -321,6 +321,6 @@ def _import_mds() -> tuple[Any, Any]:
 def decode_value(encoding: str, value: bytes) -> Any:
     """A value of any MDS encoding, as streaming decodes it; nothing that would run code."""
     with _importing:
-        _, encodings = _import_mds()
+        _, encodings = import_mds()
     assert encodings.is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"
     return encodings.mds_decode(encoding, value)

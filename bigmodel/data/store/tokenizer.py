@@ -137,7 +137,7 @@ class Tokenizer:
         try:
             encoding = _build_fast(description)
             if fast is None:
-                self._compare(encoding, [*PATHOLOGICAL, *sample])
+                self.compare_with(encoding, [*PATHOLOGICAL, *sample])
             self._fast = encoding
         except _NotFast as reason:
             self.slow_reason = str(reason)
@@ -206,7 +206,7 @@ class Tokenizer:
         """Text of the ids; begin and end vanish, bytes that are not UTF-8 become U+FFFD."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def _compare(self, fast: tiktoken.Encoding, texts: Sequence[str]) -> None:
+    def compare_with(self, fast: tiktoken.Encoding, texts: Sequence[str]) -> None:
         exact = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, exact, strict=True):
             try:

@@ -94,7 +94,7 @@ def newest(
         if not problems:
             if world.rank == 0 and damage:
                 report(f"using the older checkpoint {path} instead")
-            return world.on_rank_zero(partial(_open, path))
+            return world.on_rank_zero(partial(open_checkpoint, path))
         damage.append(f"checkpoint {path} is damaged: {'; '.join(problems[:2])}")
         if world.rank == 0:
             report(damage[-1])
@@ -235,7 +235,7 @@ def newest_state(directory: Path) -> dict[str, Any] | None:
     """The state of the newest checkpoint, its weights left unread; None where there is none that can be read."""
     for step in reversed(steps(directory)):
         with contextlib.suppress(OSError, ValueError, LookupError):
-            return _open(path_of(directory, step)).state
+            return open_checkpoint(path_of(directory, step)).state
     return None
 
 
@@ -259,7 +259,8 @@ def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _open(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose files are not verified here; `newest` verifies."""
     description = json.loads((path / "state.json").read_bytes())
     parts = [name for name in sorted(read_manifest(path)[0]["files"]) if name.endswith(".safetensors")]
     return Checkpoint(path, parts, description["state"], description)

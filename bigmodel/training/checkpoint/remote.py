@@ -43,7 +43,7 @@ def upload(path: Path, url: str) -> None:
     """Copy a published checkpoint, its manifest last. Raises `UserError` when every attempt failed."""
     names = sorted((file.name for file in path.iterdir()), key=lambda name: (name == MANIFEST, name))
     for name in names:
-        _retrying(_put, path / name, files.join(url, f"{path.name}/{name}"))
+        _retrying(put, path / name, files.join(url, f"{path.name}/{name}"))
 
 
 class Uploads:
@@ -150,7 +150,7 @@ def _get_file(source: str, part: Path, name: str, facts: dict[str, Any]) -> list
     return []
 
 
-def _put(path: Path, location: str) -> None:
+def put(path: Path, location: str) -> None:
     with open(path, "rb") as file:
         files.write(location, iter(lambda: file.read(files.CHUNK_BYTES), b""))
 

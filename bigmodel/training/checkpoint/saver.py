@@ -281,7 +281,7 @@ class _Flight:
         path = self.part / f"rank-{rank:05d}.safetensors"
 
         def run() -> None:
-            self._report = _write_share(path, tensors, rank, self.step)
+            self._report = write_share(path, tensors, rank, self.step)
             tensors.clear()
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -313,7 +313,7 @@ def _copy(engine: States) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_share(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> _Report:
+def write_share(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> _Report:
     """Write, sync and read back. Never raises for the disk."""
     fault(f"rank-{rank}-starts", step)
     content = to_safetensors(tensors)

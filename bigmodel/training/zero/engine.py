@@ -151,16 +151,12 @@ class Engine:
     @torch.no_grad()
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
         """The model's output in evaluation mode, without gradients; training goes on as if it had not happened."""
-        module = self._engine.module
-        training = module.training
-        module.eval()
-        # Text is generated from batches of all lengths, each of which would be compiled anew.
-        eager = torch.compiler.set_stance("force_eager") if self._compiles and output == "logits" else None
-        try:
-            with eager or contextlib.nullcontext():
-                return self._engine(batch, output)
-        finally:
-            module.train(training)
+        return evaluated(self._engine, batch, output, self._compiles)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode: dropout is on."""
+        return self._engine.module.training
 
     @property
     def loss_scale(self) -> float:
@@ -234,6 +230,17 @@ class Engine:
         shard = self._shards[name]
         chunk = None if shard is None else shard.of(self._flat(shard, key))
         return self._assemble(self._shapes[name], shard, chunk)
+
+    def state_tensors(self) -> list[Tensor]:
+        """All that an offload takes off the device: masters, their gradients, moments and averages; not copies."""
+        masters = self._layout.masters()
+        moments = [self._optimizer.state[master] for master in masters]
+        return [
+            *masters,
+            *(master.grad for master in masters if master.grad is not None),
+            *(tensor for state in moments for name, tensor in state.items() if name != "step"),
+            *self._averages,
+        ]
 
     def _held(self, name: str) -> dict[str, Piece]:
         """By key, what of a parameter's state is here, as views."""
@@ -339,6 +346,20 @@ class Engine:
                 f"fp16: the gradient is not finite at the least loss scale, {scaler.cur_scale:g}: the run diverged; "
                 'lower optimizer.learning_rate, or use training.precision = "bf16"'
             )
+
+
+def evaluated(engine: Any, batch: Any, output: str, compiled: bool) -> Tensor:
+    """The output of DeepSpeed's engine in evaluation mode; afterwards its module is in the mode of before."""
+    module = engine.module
+    training = module.training
+    module.eval()
+    # Text is generated from batches of all lengths, each of which would be compiled anew.
+    eager = torch.compiler.set_stance("force_eager") if compiled and output == "logits" else None
+    try:
+        with eager or contextlib.nullcontext():
+            return engine(batch, output)
+    finally:
+        module.train(training)
 
 
 @contextlib.contextmanager

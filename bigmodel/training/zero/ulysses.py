@@ -40,7 +40,7 @@ class Sequence:
         _require_shareable(settings, self.size)
         self.rank = world.rank % self.size
         groups = [dist.new_group(list(range(first, first + self.size))) for first in range(0, world.size, self.size)]
-        self._ranks = _Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
+        self._ranks = Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
 
     def share(self, batch: Batch) -> Batch:
         """The batch with this rank's positions only; documents are described whole."""
@@ -72,11 +72,11 @@ class Sequence:
         """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
         if k.shape[1] < self.size:
             k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
-        q, k, v = (_Exchange.apply(side, self._ranks, True) for side in (q, k, v))
-        return _Exchange.apply(attention(q, k, v, *rest, **named), self._ranks, False)
+        q, k, v = (Exchange.apply(side, self._ranks, True) for side in (q, k, v))
+        return Exchange.apply(attention(q, k, v, *rest, **named), self._ranks, False)
 
 
-class _Ranks(NamedTuple):
+class Ranks(NamedTuple):
     """Who exchanges, and where the time for it is counted."""
 
     group: Any
@@ -84,11 +84,11 @@ class _Ranks(NamedTuple):
     phases: Phases
 
 
-class _Exchange(torch.autograd.Function):
+class Exchange(torch.autograd.Function):
     """(T/s, H, K) to (T, H/s, K) where `gather`, and back where not; each is the other's gradient."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
+    def forward(context: Any, x: Tensor, ranks: Ranks, gather: bool) -> Tensor:
         context.exchange = (ranks, gather)
         return _exchange(x, ranks, gather)
 
@@ -98,7 +98,7 @@ class _Exchange(torch.autograd.Function):
         return _exchange(gradients[0], ranks, not gather), None, None
 
 
-def _exchange(x: Tensor, ranks: _Ranks, gather: bool) -> Tensor:
+def _exchange(x: Tensor, ranks: Ranks, gather: bool) -> Tensor:
     size = ranks.size
     sent = (x.unflatten(1, (size, -1)).transpose(0, 1) if gather else x.unflatten(0, (size, -1))).contiguous()
     received = torch.empty_like(sent)

@@ -173,14 +173,15 @@ def test_steps_saved_on_one_world_go_on_on_another(streams):
 
 
 class CountingStore(MemoryStore):
-    """Remembers the shards that documents were read from."""
+    """Remembers the shards that documents were read from, and counts the reads."""
 
     def __init__(self):
         super().__init__(LENGTHS)
-        self.read = set()
+        self.read, self.reads = set(), 0
 
     def document(self, source, shard, row):
         self.read.add((source, shard))
+        self.reads += 1
         return super().document(source, shard, row)
 
 
@@ -239,14 +240,18 @@ def test_the_cursor_of_a_step_continues_after_that_step_however_far_ahead_the_th
             assert step.position.cursor() == expected.position.cursor()
 
 
-def test_the_thread_works_ahead_but_not_further_than_told(streams):
-    stream = streams(ahead=2)
+def test_the_thread_works_ahead_but_not_further_than_told(streams, monkeypatch):
+    reads = sum(step.num_documents for step in take(streams(), 3))
+    streams.close()
+    store, planned, plan = CountingStore(), [], Order.next_step
+    monkeypatch.setattr(Order, "next_step", lambda order: planned.append(order.step) or plan(order))
+    stream = streams(store=store, ahead=2)
     patience = time.monotonic() + 30
-    while stream._making < 2 and time.monotonic() < patience:
+    while store.reads < reads and time.monotonic() < patience:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert stream._making == 2  # two ready, one in hand
-    assert len(stream._planned) <= 2  # a window of 3 packs in each of 2 lanes, steps of 10 and 4 packs
+    assert store.reads == reads  # of three steps: two ready, one in hand
+    assert 3 <= len(planned) <= 3 + 2  # a window of 3 packs in each of 2 lanes, steps of 10 and 4 packs
     assert next(stream).number == 0
 
 
@@ -296,11 +301,13 @@ def test_close_returns_while_a_read_hangs(streams, monkeypatch):
 
 
 def test_close_ends_the_thread_while_its_steps_are_not_taken(streams):
+    before = set(threading.enumerate())
     stream = streams(ahead=1)
     time.sleep(0.2)
+    assert "bigmodel-data" in {thread.name for thread in set(threading.enumerate()) - before}
     stream.close()
     stream.close()
-    assert not stream._thread.is_alive()
+    assert "bigmodel-data" not in {thread.name for thread in set(threading.enumerate()) - before}
     with pytest.raises(RuntimeError, match="the data stream is closed"):
         next(stream)
 

@@ -324,8 +324,8 @@ def test_two_sides_are_packed_within_all_limits(lengths: list, num_first: int, d
 @pytest.mark.parametrize(
     ("table", "budgets", "better"),
     [
-        (summaries(600), (512, 2048), "_first_fit"),  # few documents a pack
-        (instructions(1500), (3456, 2048), "_fill_one_by_one"),  # many
+        (summaries(600), (512, 2048), "first_fit"),  # few documents a pack
+        (instructions(1500), (3456, 2048), "fill_one_by_one"),  # many
     ],
 )
 def test_the_rule_that_needs_fewer_packs_is_taken(
@@ -333,12 +333,12 @@ def test_the_rule_that_needs_fewer_packs_is_taken(
 ) -> None:
     both = len(pack_two_sides(table, budgets, 256).packs)
     alone = {}
-    for name, other in (("_first_fit", "_fill_one_by_one"), ("_fill_one_by_one", "_first_fit")):
+    for name, other in (("first_fit", "fill_one_by_one"), ("fill_one_by_one", "first_fit")):
         with monkeypatch.context() as patch:
             patch.setattr(packing, other, lambda lengths, *_: [[index] for index in range(len(lengths))])
             alone[name] = len(pack_two_sides(table, budgets, 256).packs)
     assert both == alone[better] == min(alone.values())
-    assert alone["_first_fit"] != alone["_fill_one_by_one"]
+    assert alone["first_fit"] != alone["fill_one_by_one"]
 
 
 def store_of(table: np.ndarray, num_shards: int = 4) -> PairStore:

@@ -250,16 +250,16 @@ def test_killed_at_any_shard_it_goes_on_from_those_it_has_taken_and_the_result_i
     shards = write_shards(tmp_path / "ids", {"tokens": "ndarray:uint16"}, samples)
     undisturbed = content(take(home, shards, tmp_path / "whole", validation_share=0.2))
     into, kept, calls = tmp_path / "data", [], []
-    write = adopting._Taken.write
+    write = adopting.Taken.write
 
-    def killed_at_the_second(self: adopting._Taken, path: Path, text: bytes) -> None:
+    def killed_at_the_second(self: adopting.Taken, path: Path, text: bytes) -> None:
         calls.append(path.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
         write(self, path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adopting._Taken, "write", killed_at_the_second)
+        patch.setattr(adopting.Taken, "write", killed_at_the_second)
         while not into.exists():
             calls.clear()
             with contextlib.suppress(KeyboardInterrupt):

@@ -257,8 +257,8 @@ def test_the_lines_of_malformed_records_are_counted_in_one_pass(tmp_path: Path, 
     monkeypatch.setattr(formats, "BUFFER_BYTES", 100)
     malformed = [row for row in rows_of(tmp_path / "*.jsonl*") if isinstance(row, Malformed)]
     opened: list[str] = []
-    original = formats._open_lines
-    monkeypatch.setattr(formats, "_open_lines", lambda file: (opened.append(Path(file).name), original(file))[1])
+    original = formats.open_lines
+    monkeypatch.setattr(formats, "open_lines", lambda file: (opened.append(Path(file).name), original(file))[1])
     named = corpus.with_line_numbers(malformed)
     assert opened == ["a.jsonl.gz", "b.jsonl"]
     assert [row.place for row in named] == [

@@ -49,7 +49,7 @@ def test_documentation_is_one_document_with_qualified_names() -> None:
 def test_the_library_without_documentation_strings_is_the_same_program() -> None:
     def without_documentation(tree: ast.AST) -> str:
         for node in ast.walk(tree):
-            if isinstance(node, embedded._Documented) and ast.get_docstring(node) is not None:
+            if isinstance(node, embedded.Documented) and ast.get_docstring(node) is not None:
                 keeps = node.body[0].lineno == getattr(node, "lineno", 0)  # shares the line of its `def`
                 empty = len(node.body) == 1 and not isinstance(node, ast.Module)
                 node.body = node.body if keeps else ([ast.Pass()] if empty else node.body[1:])
@@ -58,7 +58,7 @@ def test_the_library_without_documentation_strings_is_the_same_program() -> None
     modules = [(path, content) for path, content in embedded.standard_library() if path < "c"]
     assert len(modules) > 50
     for path, content in modules:
-        documents = embedded._documents_of(path, content)
+        documents = embedded.documents_of_module(path, content)
         assert documents is not None, path
         code = documents[0][2]
         assert without_documentation(ast.parse(code)) == without_documentation(ast.parse(content)), path

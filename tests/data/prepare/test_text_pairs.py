@@ -21,7 +21,7 @@ from bigmodel.data.store.manifest import TOKENIZER_FILES, Manifest
 from bigmodel.data.store.remote import Remote
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.inspect.show import sources_table
-from bigmodel.training.summary import _xz_of_validation_text
+from bigmodel.training.summary import xz_of_validation_text
 from tests.data.prepare.test_verify import flip_a_bit
 from tests.support.tiny_corpus import text
 
@@ -179,7 +179,7 @@ def test_a_shard_that_another_thread_deleted_first_is_not_counted(
 ) -> None:
     url, sizes = f"file://{home / 'texts'}", [path.stat().st_size for path in (home / "texts").rglob("*.mds")]
     store = ShardStore(tmp_path / "node", "train", url, cache_bytes=max(sizes))
-    monkeypatch.setattr(Remote, "_has", lambda self, name: (self.directory / name).unlink() is None)
+    monkeypatch.setattr(Remote, "has", lambda self, name: (self.directory / name).unlink() is None)
     store.open_shard("pairs", 0)
     store.open_shard("pairs", 1)
     assert not (tmp_path / "node" / "train" / "pairs" / "shard.00000.mds").exists()
@@ -223,7 +223,7 @@ def test_an_encoder_that_would_read_nothing_is_said(home: Path) -> None:
 
 def test_xz_is_a_mark_of_models_that_are_asked_for_the_whole_text(home: Path) -> None:
     def mark(name: str, **data: Any) -> float | None:
-        return _xz_of_validation_text(Settings.model_validate({"data": {"directory": str(home / name)} | data}))
+        return xz_of_validation_text(Settings.model_validate({"data": {"directory": str(home / name)} | data}))
 
     assert 0.1 < (mark("named") or 0) < 8
     assert mark("named", objectives=[{"kind": "span_corruption"}]) is None

@@ -159,10 +159,10 @@ def test_other_stores_without_driver_or_credentials_are_one_message(location: st
 def test_a_store_of_google_that_does_not_answer_is_given_up_after_half_a_minute(monkeypatch) -> None:
     """Its client's own limit is 15 minutes."""
     asked: list[str] = []
-    monkeypatch.setattr(files, "_connect", lambda root: (asked.append(root), ("store", "b/"))[1])
-    assert files._store("gs://b/a.jsonl") == ("store", "b/a.jsonl")
-    assert files._store("gcs://b/a.jsonl?scheme=http") == ("store", "b/a.jsonl")
-    files._store("gs://b/a.jsonl?retry_limit_seconds=5")
+    monkeypatch.setattr(files, "connect", lambda root: (asked.append(root), ("store", "b/"))[1])
+    assert files.open_store("gs://b/a.jsonl") == ("store", "b/a.jsonl")
+    assert files.open_store("gcs://b/a.jsonl?scheme=http") == ("store", "b/a.jsonl")
+    files.open_store("gs://b/a.jsonl?retry_limit_seconds=5")
     assert asked == [
         "gs://b?retry_limit_seconds=30",
         "gcs://b?scheme=http&retry_limit_seconds=30",
@@ -177,8 +177,8 @@ def test_only_hdfs_has_a_root_folder(monkeypatch) -> None:
         ("abfs://account:key@127.0.0.1:10000/container/a/b.jsonl?enable_tls=false", "", "container/a/b.jsonl"),
         ("hdfs://host:8020/a/b.jsonl", "/", "/a/b.jsonl"),
     ):
-        monkeypatch.setattr(files, "_connect", lambda root, base=base: ("store", base))
-        assert files._store(location) == ("store", path)
+        monkeypatch.setattr(files, "connect", lambda root, base=base: ("store", base))
+        assert files.open_store(location) == ("store", path)
 
 
 def test_secrets_in_a_url_are_neither_shown_nor_stored(tmp_path: Path, bucket: str) -> None:
@@ -265,9 +265,9 @@ def test_a_store_of_azure_is_prepared_uploaded_and_fetched_from(tmp_path: Path, 
     with server("azurite-blob", *options) as address:
         monkeypatch.setenv("AZURE_STORAGE_KEY", key)
         root, settings = f"abfs://devstoreaccount1@{address}/shards", "?enable_tls=false"
-        files._store(root + settings)[0].create_dir("shards")
+        files.open_store(root + settings)[0].create_dir("shards")
         check_store(tmp_path, root, settings)
         monkeypatch.setenv("AZURE_STORAGE_KEY", key.replace("E", "F", 1))
-        files._connect.cache_clear()
+        files.connect.cache_clear()
         with pytest.raises(UserError, match=r"cannot be read: .*AZURE_STORAGE_KEY"):
             files.find(f"{root}/text/*{settings}")

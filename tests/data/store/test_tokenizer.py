@@ -140,7 +140,7 @@ def test_a_stored_document_is_begin_text_end_in_the_smallest_dtype() -> None:
 
 
 def test_what_another_process_found_of_the_fast_path_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tokenizer, "_compare", lambda *_: pytest.fail("compared"))
+    monkeypatch.setattr(Tokenizer, "compare_with", lambda *_: pytest.fail("compared"))
     assert Tokenizer(TRAINED, fast=True).is_fast
     assert not Tokenizer(TRAINED, fast=False).is_fast
 

@@ -72,13 +72,13 @@ def test_the_interval_loses_less_than_any_other() -> None:
 def test_a_fixed_interval_is_kept_and_a_measured_one_follows_the_cost(tmp_path: Path, monkeypatch) -> None:
     fixed = saver_of(tmp_path / "fixed", every_steps=4)
     assert [step for step in range(1, 13) if fixed.due(step)] == [4, 8, 12]
-    measured = saver_of(tmp_path / "measured", every_steps=4, hours_between_failures=1.0)
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert not measured.due(1)
-    clock[0] += 30.0  # 10 seconds a step
+    measured = saver_of(tmp_path / "measured", every_steps=4, hours_between_failures=1.0)
     monkeypatch.setattr(interval, "best_interval_seconds", lambda cost, mean: 70.0 if mean == 3600 else 0.0)
-    assert measured.due(4)
+    for step in (1, 4):
+        clock[0] = step * 10.0
+        assert measured.due(step) == (step == 4)
     measured.save(Weights(4), {"step": 4})
     assert [step for step in range(5, 16) if measured.due(step)] == [11, 12, 13, 14, 15]
 
@@ -88,7 +88,7 @@ def test_a_measured_interval_counts_the_steps_of_this_start_and_waits_for_the_sa
 ) -> None:
     """Resumed at step 1,000 at 10 seconds a step; 70 seconds are 7 steps. Each save takes until the step after next."""
     clock = [0.0]
-    monkeypatch.setattr(saving.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(interval, "best_interval_seconds", lambda cost, mean: 70.0)
     saver, begun = saver_of(tmp_path, every_steps=4, hours_between_failures=1.0), []
     for step in range(1001, 1025):
@@ -107,8 +107,8 @@ def test_a_measured_interval_counts_the_steps_of_this_start_and_waits_for_the_sa
 
 
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch) -> None:
-    real, go_on = saving._write_share, threading.Event()
-    monkeypatch.setattr(saving, "_write_share", lambda *arguments: (go_on.wait(10), real(*arguments))[1])
+    real, go_on = saving.write_share, threading.Event()
+    monkeypatch.setattr(saving, "write_share", lambda *arguments: (go_on.wait(10), real(*arguments))[1])
     saver, weights = saver_of(tmp_path), Weights(4)
     saver.begin(weights, {"step": 4})
     for state in weights.state.values():  # the next steps
@@ -183,10 +183,10 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("moment", ["before", "before its share is written", "after its share is written"])
 def test_a_disk_that_turns_read_only_costs_the_save_in_flight_alone(disk: Path, monkeypatch, moment: str) -> None:
-    saver, real, go_on = saver_of(disk, on_failure="continue"), saving._write_share, threading.Event()
+    saver, real, go_on = saver_of(disk, on_failure="continue"), saving.write_share, threading.Event()
     saver.save(Weights(4), {"step": 4})
     before = content_of(disk / "checkpoints/step-00000004")
-    monkeypatch.setattr(saving, "_write_share", lambda *arguments: (go_on.wait(10), real(*arguments))[1])
+    monkeypatch.setattr(saving, "write_share", lambda *arguments: (go_on.wait(10), real(*arguments))[1])
     if moment == "before":
         remount(disk, "ro")
     if moment == "after its share is written":
@@ -482,7 +482,7 @@ def test_a_store_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
 
 def test_the_manifest_goes_last_into_the_store(tmp_path: Path, monkeypatch) -> None:
     sent: list[str] = []
-    monkeypatch.setattr(saving.store, "_put", lambda path, location: sent.append(location))
+    monkeypatch.setattr(saving.store, "put", lambda path, location: sent.append(location))
     saver = saver_of(tmp_path, remote="s3://bucket/run")
     saver.save(Weights(4), {"step": 4})
     saver.close()

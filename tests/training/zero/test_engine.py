@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.distributed.world import ALONE
-from bigmodel.evaluation.generate import _one_document as text_of_ids
+from bigmodel.evaluation.generate import one_document as text_of_ids
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.transformer import Block, Transformer
 from bigmodel.training.zero import ulysses
-from bigmodel.training.zero.engine import Engine
+from bigmodel.training.zero.engine import evaluated
 from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.support.engine_worker import batch_of, launch, new_model, settings_table
-from tests.support.exactness import failures, job_of, with_sequence
+from tests.support.exactness import FEW_STEPS, failures, job_of, with_sequence
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)  # all jobs run in the first test's set-up
@@ -75,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
             "offload": "optimizer to cpu",
             "activation_checkpointing": "none",
         }
-        jobs[f"offloaded {stage}"] = job_of(case, folder) | {"steps": 1}
+        jobs[f"offloaded {stage}"] = job_of(case, folder, steps=1)
     found = {2: run(jobs, 2, folder)}
     alone = initial(folder)
     for kind in MOVING:
@@ -83,11 +83,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
         where = {"resume": True, "checkpoints": str(folder / f"{kind}-3")}
         alone[f"{kind} moved 3 to 0"] = {"settings": table, "steps": 6, **where}
     found[1] = run(alone, 1, folder)
-    hpz = job_of(HPZ, folder, zero_hpz_partition_size=2)
+    hpz = job_of(HPZ, folder, FEW_STEPS, zero_hpz_partition_size=2)
     where = {"checkpoints": str(folder / "muon-1"), "resume": True}
     table = settings_table(folder, 3, "fp32", 1, zero={"zero_hpz_partition_size": 2}, **MOVING["muon"])
     shared = {
-        f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder), ranks)
+        f"{ranks} share at {case['stage']}": with_sequence(job_of(case, folder, FEW_STEPS), ranks)
         for ranks, case in ((2, HPZ), (4, HPZ | {"stage": 1, "precision": "bf16"}), (2, HPZ | {"stage": 2}))
     }
     found[4] = run(shared | {"hpz": hpz, "muon moved 1 to hpz": {"settings": table, "steps": 6, **where}}, 4, folder)
@@ -298,7 +298,7 @@ def test_time_in_ulysses_exchanges_is_communication(monkeypatch) -> None:
     for name in ("forward", "backward"):
         with phases(name):
             if name == "forward":
-                y = ulysses._Exchange.apply(x, ulysses._Ranks(None, 2, phases), True)
+                y = ulysses.Exchange.apply(x, ulysses.Ranks(None, 2, phases), True)
             else:
                 y.sum().backward()
         seconds = phases.take()
@@ -334,12 +334,11 @@ def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch
         wrap_blocks(compiled, settings, stage=1)
         compiled(batch_of(0, range(6)))
         assert len(graphs) == expected
-    engine, graphs[:] = Engine.__new__(Engine), []
-    engine._engine, engine._compiles = SimpleCall(compiled), True
+    engine, graphs[:] = SimpleCall(compiled), []
     for length in (5, 6):  # a text that grows
-        engine.forward(text_of_ids([1] * length), "logits")
+        evaluated(engine, text_of_ids([1] * length), "logits", compiled=True)
     assert graphs == []
-    engine.forward(batch_of(0, range(6)))
+    evaluated(engine, batch_of(0, range(6)), "loss_sum", compiled=True)
     assert len(graphs) == 1  # in evaluation nothing is dropped
     shared = settings.model_copy(
         update={"training": settings.training.model_copy(update={"sequence_parallel_ranks": 2})}

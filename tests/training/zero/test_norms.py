@@ -49,7 +49,9 @@ def test_norms_are_those_of_the_checkpoints(tmp_path: Path, shards: Path, stage:
     arguments = [word for override in overrides for word in ("--set", override)]
     run_ranks(2, command, ["train", str(run_file), *arguments], tmp_path / "printed")
     weights = {
-        step: checkpoint.read_weights(checkpoint._open(checkpoint.path_of(tmp_path / "run" / "checkpoints", step)))
+        step: checkpoint.read_weights(
+            checkpoint.open_checkpoint(checkpoint.path_of(tmp_path / "run" / "checkpoints", step))
+        )
         for step in (1, 2, 3, 4)
     }
     steps = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
