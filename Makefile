@@ -8,8 +8,8 @@ RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 TESTS ?=
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := configs/constraints.txt
+INSTALL := $(PY) tools/install.py .venv/setup.log --constraint $(CONSTRAINTS)
 # Claims that need neither data nor a process group: seconds, so `make check` stays quick.
 QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_directory.py \
 	tests/launcher/test_topology.py tests/metrics/test_recorder.py tests/inspect/test_compare.py
@@ -21,12 +21,14 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
 	@echo 'make train-seq2seq  the same with an encoder-decoder on pairs: configs/seq2seq.toml'
-	@echo 'make test     set up, run every test but the long ones, on two cores (TESTS=... picks some)'
+	@echo 'make test     set up, add the tools of development, run every test but the long ones, two at a time'
+	@echo '              (TESTS=... picks some)'
 	@echo 'make test-long  the long and rare tests that make test leaves out (TESTS=... picks some)'
-	@echo 'make check    set up, formatting, lint, types and the quick tests: under 3 minutes'
+	@echo 'make check    the same set-up, formatting, lint, types and the quick tests: under 3 minutes'
 	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
-	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped); publishes benchmarks/support.md at its end'
-	@echo 'make setup    only create .venv'
+	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped);'
+	@echo '              publishes benchmarks/support.md at its end'
+	@echo 'make setup    only create .venv, with what training needs'
 	@echo 'make format   rewrite the code in the house format'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
 	@echo
@@ -34,7 +36,8 @@ help:  ## list these commands
 
 setup: .venv/installed
 
-# A stamp is written only after success, so an interrupted set-up starts again where it stopped.
+# A stamp is written only after success, so an interrupted set-up starts again where it stopped. Training needs the first
+# only; the tools of development come on top of it.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
 		echo "set-up: PYTHON = $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -1); Python 3.11 or 3.12 is needed."; \
@@ -45,37 +48,42 @@ setup: .venv/installed
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
 		echo '[1/3] creating .venv'; $(PYTHON) -m venv --clear .venv; }
 	@echo '[2/3] installing torch (200 MB for the CPU build, several GB with CUDA)'
-	@$(PIP) install --constraint $(CONSTRAINTS) "$$(sed -n '/^torch==/p' $(CONSTRAINTS))"
-	@echo '[3/3] installing the rest (about 100 packages)'
-	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@$(INSTALL) "$$(sed -n '/^torch==/p' $(CONSTRAINTS))"
+	@echo '[3/3] installing the rest (about 90 packages)'
+	@$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo '[dev] installing the tools of development (about 30 packages)'
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 train: .venv/installed
 	@$(PY) -m bigmodel prepare "$(RUN)"
-	@$(PY) -m launcher local "$(RUN)" --ranks $(RANKS)
+	@$(PY) -m bigmodel launch local "$(RUN)" --ranks $(RANKS)
 
 train-seq2seq:
 	@$(MAKE) --no-print-directory train RUN=configs/seq2seq.toml
 
-test: .venv/installed
+test: .venv/installed-dev
 	@$(PY) -m pytest $(if $(TESTS),$(TESTS),--numprocesses 2 --dist loadfile)
 
-test-long: .venv/installed
+test-long: .venv/installed-dev
 	@$(PY) -m pytest -m long $(TESTS)
 
-check: .venv/installed
+check: .venv/installed-dev
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -m pytest --quiet $(QUICK_TESTS)
 
-torture: .venv/installed
+torture: .venv/installed-dev
 	@$(PY) -m tools.torture
 
-exactness: .venv/installed
+exactness: .venv/installed-dev
 	@$(PY) -m tools.exactness
 
-format: .venv/installed
+format: .venv/installed-dev
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 

@@ -1,8 +1,16 @@
-"""The command line: `python -m bigmodel COMMAND`. Each command imports only what it needs.
+"""The command line: `bigmodel COMMAND`, or `python -m bigmodel COMMAND`. Each command imports only what it needs.
+
+`bigmodel launch` is the launcher's own command line (launcher/__main__.py). Help and shell completion take 0.2 s: they
+import neither the settings nor the launcher.
 
 Exit codes (bigmodel/run_directory.py): 0 done, 1 a bug or the machine, 2 something you can mend (the message says
 what), 3 stopped by a signal and saved.
 """
+
+if __name__ == "__main__":  # before all else: `python3 -m bigmodel` may be any Python
+    from bigmodel.interpreter import require_interpreter
+
+    require_interpreter()
 
 import contextlib
 import errno
@@ -10,29 +18,62 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from bigmodel.config.settings import UserError, load_settings
+from bigmodel.config.user_error import UserError
+from bigmodel.interpreter import end_without, is_dependency
 from bigmodel.rank_log import keep_log
 from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name, make_logs
 
+if TYPE_CHECKING:
+    from bigmodel.config.settings import Settings
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+
+class Launch(TyperGroup):
+    """The launcher's commands, imported when one of them is wanted."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_launch_commands())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _launch_commands().get(cmd_name)
+
+
+@cache
+def _launch_commands() -> dict[str, Any]:
+    from bigmodel.launcher.__main__ import application
+
+    group = typer.main.get_command(application)
+    assert isinstance(group, TyperGroup)
+    return dict(group.commands)
+
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 show = typer.Typer(no_args_is_help=True, help="Draw things: data, a packed batch, a memory plan.")
 app.add_typer(show, name="show")
+launch = typer.Typer(
+    cls=Launch, no_args_is_help=True, help="Start the ranks of a run anywhere, look after them, and end them together."
+)
+app.add_typer(launch, name="launch")
 
 RunFile = Annotated[Path, typer.Argument(help="run file (TOML)", metavar="RUN.toml")]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="override a setting: section.key=value", metavar="KEY=VALUE")
 ]
+
+
+def load_settings(run_file: str | Path, overrides: list[str]) -> "Settings":
+    """A run file and `--set` options; see `bigmodel.config.settings`. Raises `UserError`."""
+    from bigmodel.config.settings import load_settings as load
+
+    return load(run_file, overrides)
 
 
 @app.callback()
@@ -262,7 +303,7 @@ def probe(
 ) -> None:
     """Print what this machine offers, as JSON: devices, memory, versions; with a run file also data, disk and speed.
 
-    `python -m launcher check` runs it on every node and judges.
+    `bigmodel launch check` runs it on every node and judges.
     """
     settings = load_settings(run_file, override) if run_file else None
     if settings and world_size:
@@ -333,6 +374,10 @@ def main() -> None:
         name = "bigmodel" if rank == "0" else f"bigmodel (rank {rank})"
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
+    except ModuleNotFoundError as error:
+        if not is_dependency(error.name or ""):
+            raise
+        end_without(error.name or "")
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bigmodel.config.renamed import NEW_NAMES
-from bigmodel.config.settings import UserError, without_secrets
+from bigmodel.config.user_error import UserError, without_secrets
 
 EXIT_DONE = 0  # the run reached its last step
 EXIT_FAILED = 1  # a bug or the machine

@@ -1,8 +1,13 @@
-"""The launcher's command line: `python -m launcher local|slurm|torchrun|ssh|exec RUN.toml`, and what looks after a run.
+"""The launcher's command line: `bigmodel launch local|slurm|torchrun|ssh|exec RUN.toml`, and what looks after a run.
 
 Takes a run file and a cluster file, gives the exit code of the run. Both are read here first, so that a mistake in them
 costs milliseconds, not the start of every rank. Imports no torch.
 """
+
+if __name__ == "__main__":  # before all else: `python3 -m launcher` may be any Python
+    from bigmodel.interpreter import require_interpreter
+
+    require_interpreter()
 
 import json
 import os
@@ -107,7 +112,7 @@ def slurm_command(
         _print_ranks(_planned_topology(cluster), [*trainer_command(run_file, overrides), *options], cluster)
         return
     number = slurm.submit(job)
-    print(f"job {number} is in the queue; see python -m launcher status|logs|stop {settings.run.directory}")
+    print(f"job {number} is in the queue; see bigmodel launch status|logs|stop {settings.run.directory}")
 
 
 @application.command("torchrun")
@@ -164,7 +169,7 @@ def ssh_command(
     if cluster.check.before_start:
         words = preflight.look_words(run_file, cluster_file, overrides)
         _require_good_nodes(preflight.on_hosts(topology, cluster, words, Path.cwd()), directory, cluster)
-    words = [sys.executable, "-m", "launcher", "node", *_words(run_file, cluster_file, overrides), *options]
+    words = [sys.executable, "-m", "bigmodel", "launch", "node", *_words(run_file, cluster_file, overrides), *options]
     record_launch(directory, topology, "ssh", launcher=True)
     ending = hosts.run_on_hosts(cluster, words, topology, Path.cwd())
     record_end(directory, ending.cause, ending.code, ending.detail)
@@ -180,7 +185,7 @@ def exec_command(
     new_plan: NewPlan = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Be one rank, started by srun, torchrun or mpirun: `srun python -m launcher exec RUN.toml`."""
+    """Be one rank, started by srun, torchrun or mpirun: `srun bigmodel launch exec RUN.toml`."""
     raise typer.Exit(execute(run_file, overrides, _options(fresh, new_plan), cluster_file, dry_run))
 
 

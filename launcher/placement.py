@@ -37,8 +37,8 @@ def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
         return _from_slurm(environment)
     raise UserError(
         "exec: none of RANK, SLURM_PROCID (inside srun) or an MPI's rank is in the environment; start it once per "
-        "rank: srun python -m launcher exec RUN.toml, or torchrun ... -m launcher exec RUN.toml; "
-        "or, on this machine alone: python -m launcher local RUN.toml"
+        "rank: srun bigmodel launch exec RUN.toml, or torchrun ... -m bigmodel launch exec RUN.toml; "
+        "or, on this machine alone: bigmodel launch local RUN.toml"
     )
 
 

@@ -1,6 +1,6 @@
 """Preflight: look at every node before a run, and say which to leave out.
 
-Runs `python -m bigmodel probe RUN.toml` once per node (srun, ssh or here), all at once, so that the nodes also measure
+Runs `bigmodel probe RUN.toml` once per node (srun, ssh or here), all at once, so that the nodes also measure
 the links between them. `judge` is pure: findings from reports. The result is a table, `preflight.json` in the run
 directory, an exit code and the list of nodes to exclude. What needs a GPU (ECC, Xid, NCCL's links) has not been run by
 this project.
@@ -265,7 +265,7 @@ class Runner:
 
 
 def look_words(run_file: Path, cluster_file: Path | None, overrides: Sequence[str]) -> list[str]:
-    words = [sys.executable, "-m", "launcher", "look", str(run_file)]
+    words = [sys.executable, "-m", "bigmodel", "launch", "look", str(run_file)]
     words += ["--cluster", str(cluster_file)] if cluster_file else []
     return words + [word for override in overrides for word in ("--set", override)]
 
@@ -314,7 +314,7 @@ def on_slurm(groups: Sequence[Sequence[str]], cluster: Cluster, words: Sequence[
 def become_probe(
     run_file: Path, overrides: Sequence[str], cluster: Cluster, topology: Topology | None, node: int
 ) -> None:
-    """On a node: `python -m bigmodel probe` as rank `node` among the nodes; prints its report with that number."""
+    """On a node: `bigmodel probe` as rank `node` among the nodes; prints its report with that number."""
     if topology is None:
         topology, node = find_place(os.environ)
     variables = launch_environment(topology, node, cluster.variables())

@@ -48,7 +48,7 @@ def refuse_second_run(directory: Path) -> None:
     if is_held(directory):
         where = describe_launch(read_launch(directory))
         raise UserError(
-            f"run.directory = {directory}: another run is using it now{where}; stop it (python -m launcher stop "
+            f"run.directory = {directory}: another run is using it now{where}; stop it (bigmodel launch stop "
             f"{directory}) or choose another directory"
         )
 

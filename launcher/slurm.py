@@ -45,8 +45,8 @@ class Job:
     python: str = sys.executable
 
     def launcher(self, command: str, python: str = "") -> str:
-        """A `python -m launcher COMMAND RUN.toml ...` line for a shell."""
-        words = [python or self.python, "-m", "launcher", command, str(self.run_file)]
+        """A `bigmodel launch COMMAND RUN.toml ...` line for a shell."""
+        words = [python or self.python, "-m", "bigmodel", "launch", command, str(self.run_file)]
         words += ["--cluster", str(self.cluster_file)] if self.cluster_file else []
         words += [word for override in self.overrides for word in ("--set", override)]
         return shlex.join(words)
@@ -54,7 +54,7 @@ class Job:
 
 def render(job: Job) -> str:
     """The sbatch script."""
-    lines = ["#!/bin/bash", "# Written by `python -m launcher slurm`. `sbatch` of this file does the same again."]
+    lines = ["#!/bin/bash", "# Written by `bigmodel launch slurm`. `sbatch` of this file does the same again."]
     lines += [f"#SBATCH {option}" for option in _options(job)]
     lines += ["", f"cd {shlex.quote(str(job.workdir))} || exit 1"]
     lines += [f"module load {shlex.quote(module)}" for module in job.cluster.slurm.modules]

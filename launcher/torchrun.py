@@ -1,7 +1,7 @@
 """torchrun: the command of each node, with static rendezvous.
 
 With torchrun's usual c10d rendezvous the node of rank 0 is a matter of luck and --node-rank is ignored; here node k is
-node k, and rank 0 listens where the cluster file says. Each rank is `launcher exec`. Pure but for `become`.
+node k, and rank 0 listens where the cluster file says. Each rank is `bigmodel launch exec`. Pure but for `become`.
 """
 
 import os
@@ -25,7 +25,8 @@ def node_command(topology: Topology, node: int, exec_words: Sequence[str]) -> li
         f"--master-port={topology.main_port}",
         "--rdzv-backend=static",
         "--module",
-        "launcher",
+        "bigmodel",
+        "launch",
         *exec_words,
     ]
 

@@ -1,4 +1,4 @@
-"""Audit: do the books of a run close? `python -m bigmodel check RUN.toml accounting`.
+"""Audit: do the books of a run close? `bigmodel check RUN.toml accounting`.
 
 Takes a run directory, gives findings. What is counted is counted again from the data, seconds are compared with the
 wall clock, FLOPs with those that torch counts while a batch of the run is computed.

@@ -1,4 +1,4 @@
-"""The guarantees, proved on a user's own settings and data: `python -m bigmodel check RUN.toml [PROMISE]`.
+"""The guarantees, proved on a user's own settings and data: `bigmodel check RUN.toml [PROMISE]`.
 
 Each guarantee is a function from settings to findings: a claim, whether it holds, and the number behind it. The
 tests run the same functions, with the guarded code broken, to see them fail.

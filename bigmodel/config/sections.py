@@ -1,14 +1,12 @@
 """Typed tables in TOML files: reading them, and saying what is wrong in words that help.
 
 Takes a path and `--set a.b=1` overrides, gives plain values; `explain` turns what pydantic complains of into lines that
-name the setting, its value and the remedy. `UserError` is what everything a user can mend raises: the command line
-prints it without a traceback and exits with code 2.
+name the setting, its value and the remedy.
 """
 
 import difflib
 import json
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -21,22 +19,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from bigmodel.config.renamed import NEW_NAMES, new_keys, old_keys_in
+from bigmodel.config.user_error import UserError as UserError
+from bigmodel.config.user_error import without_secrets as without_secrets
 
 SAVED = {"saved": True}  # validation context of what a run saved: a setting without effect is no error there
 WARNED = "BIGMODEL_OLD_KEYS_WARNED"
-
-
-class UserError(ValueError):
-    """Something the user can mend: printed without a traceback, exit code 2. Secrets inside URLs are not shown."""
-
-    def __str__(self) -> str:
-        return without_secrets(super().__str__())
-
-
-def without_secrets(text: str) -> str:
-    """A text with URLs, as it may be shown or stored: passwords and keys inside them become ***."""
-    text = re.sub(r"(://[^/@?\s]*:)[^/@?\s]*@", r"\1***@", text)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password)[^=&\s]*=)[^&\s'\":;,]+", r"\1***", text)
 
 
 class _Presence:

@@ -28,7 +28,7 @@ REMEDIES = {
     "commit": "bring every node to the same commit",
     "source code": "bring every node to the same files",
     "settings": "start every rank with the same run file and --set",
-    "data": "give every node the same prepared data: see python -m bigmodel verify",
+    "data": "give every node the same prepared data: see bigmodel verify",
     "device": "start all ranks on the same kind of device: see CUDA_VISIBLE_DEVICES",
 }
 

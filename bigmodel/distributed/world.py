@@ -210,7 +210,7 @@ def read_environment(environment: MutableMapping[str, str]) -> dict[str, str]:
         given = ", ".join(f"{name}={environment[name]}" for name in needed if environment.get(name))
         raise UserError(
             f"{given} is set in the environment, but {', '.join(missing)} is not; start through a launcher "
-            "(python -m launcher, torchrun, deepspeed), which sets all of them, or unset them to run one process"
+            "(bigmodel launch, torchrun, deepspeed), which sets all of them, or unset them to run one process"
         )
     place = {name: environment[name] for name in needed}
     place["LOCAL_WORLD_SIZE"] = (

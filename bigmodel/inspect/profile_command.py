@@ -1,4 +1,4 @@
-"""`python -m bigmodel profile RUN_DIR KIND`: ask a live run for profiles, wait for them, say where they are.
+"""`bigmodel profile RUN_DIR KIND`: ask a live run for profiles, wait for them, say where they are.
 
 Exit: `UserError` for a run that does not go on, an unknown kind or rank, and ranks that do not answer in time.
 """
@@ -29,7 +29,7 @@ def profile(run_directory: Path, kind: str, ranks: str, steps: int, seconds: flo
     if silent:
         raise UserError(
             f"rank(s) {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that ends no step "
-            "gives stacks only: python -m bigmodel profile RUN_DIR stacks --ranks all"
+            "gives stacks only: bigmodel profile RUN_DIR stacks --ranks all"
         )
 
 

@@ -138,7 +138,7 @@ METRICS = (*RUN, *RANK, *NODE)
 def reference() -> str:
     """The table as a page of Markdown: configs/prometheus/METRICS.md."""
     parts = [
-        "# Metrics\n\nMade from `bigmodel/metrics/metric_table.py` by `python -m bigmodel show metrics`; "
+        "# Metrics\n\nMade from `bigmodel/metrics/metric_table.py` by `bigmodel show metrics`; "
         "a test keeps it current.\n"
         "The target's labels are `run`, `node`, `host`, `ranks` and, under SLURM, `slurm_job_id`.\n"
     ]

@@ -1,4 +1,4 @@
-"""Profiles on demand: `python -m bigmodel profile RUN_DIR trace|memory|stacks` while the run goes on.
+"""Profiles on demand: `bigmodel profile RUN_DIR trace|memory|stacks` while the run goes on.
 
 A request is a file in the run directory. The exporter of each node sees it and passes it to its own ranks: for stacks
 by SIGUSR2, which faulthandler answers in C, so also in a rank that hangs in a collective or holds the GIL; for trace

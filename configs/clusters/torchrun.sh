@@ -4,4 +4,4 @@
 #   bash configs/clusters/torchrun.sh 1        on worker-2
 exec python -m torch.distributed.run --nnodes=2 --node-rank="$1" --nproc-per-node=8 \
     --rdzv-backend=static --master-addr=worker-1 --master-port=15000 \
-    --module launcher exec my.toml
+    --module bigmodel launch exec my.toml

@@ -28,7 +28,7 @@ CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 
 INFINIBAND = """\
 #!/bin/bash
-# Written by `python -m launcher slurm`. `sbatch` of this file does the same again.
+# Written by `bigmodel launch slurm`. `sbatch` of this file does the same again.
 #SBATCH --job-name=my
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8
@@ -48,24 +48,24 @@ cd '/home/me/big model' || exit 1
 module load cuda/12.8
 
 # Look at the nodes first.
-if ! /venv/bin/python -m launcher check my.toml --cluster c.toml --set training.steps=5; then
-    /venv/bin/python -m launcher ended my.toml --cluster c.toml --set training.steps=5 --code 1 --preflight
+if ! /venv/bin/python -m bigmodel launch check my.toml --cluster c.toml --set training.steps=5; then
+    /venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code 1 --preflight
     exit
 fi
 
 # One task per rank; the first to fail takes the others with it.
 srun --kill-on-bad-exit=1 --cpus-per-task=12 --container-image=/images/bigmodel.sqsh --no-container-mount-home \
 --container-mounts=/data:/data:ro,/runs:/runs '--container-workdir=/home/me/big model' \\
-    python3 -m launcher exec my.toml --cluster c.toml --set training.steps=5 --fresh
+    python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 --fresh
 code=$?
 
 # Record why it ended; requeue if the cluster file says so.
-/venv/bin/python -m launcher ended my.toml --cluster c.toml --set training.steps=5 --code $code
+/venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $code
 """
 
 EFA = """\
 #!/bin/bash
-# Written by `python -m launcher slurm`. `sbatch` of this file does the same again.
+# Written by `bigmodel launch slurm`. `sbatch` of this file does the same again.
 #SBATCH --job-name=my
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -83,11 +83,11 @@ cd '/home/me/big model' || exit 1
 # One task per rank; the first to fail takes the others with it.
 srun --kill-on-bad-exit=1 --container-image=docker://bigmodel:latest --no-container-mount-home \
 --container-mounts=/fsx:/fsx --container-workdir=/fsx/bigmodel \\
-    python3 -m launcher exec my.toml --cluster c.toml --set training.steps=5 --fresh
+    python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 --fresh
 code=$?
 
 # Record why it ended; requeue if the cluster file says so.
-/venv/bin/python -m launcher ended my.toml --cluster c.toml --set training.steps=5 --code $code
+/venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $code
 """
 
 
@@ -110,7 +110,7 @@ def test_defaults_render_to_the_least(tmp_path: Path) -> None:
     options = [line.split("--")[1].split("=")[0] for line in script.splitlines() if line.startswith("#SBATCH")]
     assert options == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "no-requeue"]
     assert "\nulimit -l unlimited\n" in script
-    assert "srun --kill-on-bad-exit=1 \\\n    python3 -m launcher exec my.toml\n" in script
+    assert "srun --kill-on-bad-exit=1 \\\n    python3 -m bigmodel launch exec my.toml\n" in script
 
 
 def test_the_environment_of_a_rank_is_the_fabric_s_and_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -425,7 +425,7 @@ def test_a_writer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: py
 
 def test_the_reference_is_current() -> None:
     file = REPOSITORY / "configs" / "prometheus" / "METRICS.md"
-    assert file.read_text() == reference(), "run: python -m bigmodel show metrics > configs/prometheus/METRICS.md"
+    assert file.read_text() == reference(), "run: bigmodel show metrics > configs/prometheus/METRICS.md"
     assert all(f"| `{full_name(metric)}` |" in reference() for metric in METRICS)
     assert len(NODE) + len(CAUSES) > 10
 

@@ -18,7 +18,7 @@ from tests.support.ranks import command, run_ranks
 from tests.support.tiny_run import write_run
 
 STEPS = 60
-LAUNCHER = [sys.executable, "-m", "launcher"]
+LAUNCHER = [sys.executable, "-m", "bigmodel", "launch"]
 
 
 def train_reference(folder: Path, shards: Path) -> dict[int, dict[str, Any]]:

@@ -60,9 +60,11 @@ ALLOWED = {
         "bigmodel.training.optimizers",
         "bigmodel.training.zero.layouts",
     ),
+    "bigmodel.interpreter": (),
     "bigmodel.launcher": (
         "bigmodel.launcher",
         "bigmodel.config",
+        "bigmodel.interpreter",
         "bigmodel.rank_log",
         "bigmodel.run_directory",
         "bigmodel.sizes",

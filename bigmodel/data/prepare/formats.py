@@ -135,7 +135,7 @@ def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
         if known.get(column, "str") != "str":
             raise UserError(
                 f"{file}: column {column!r} holds {known[column]}, not text; "
-                "shards of tokens are taken in by `python -m bigmodel adopt`"
+                "shards of tokens are taken in by `bigmodel adopt`"
             )
     return list(known)
 

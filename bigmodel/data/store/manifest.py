@@ -26,7 +26,7 @@ SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second where a given one named begin and end
-PREPARE_AGAIN = "delete the folder and run `python -m bigmodel prepare RUN.toml`, or copy the file anew"
+PREPARE_AGAIN = "delete the folder and run `bigmodel prepare RUN.toml`, or copy the file anew"
 
 
 class FileTable(Mapping[str, dict[str, Any]]):
@@ -120,15 +120,13 @@ class Manifest:
         """Raises `UserError` where there is no folder, no manifest, or one that this version cannot read."""
         path = Path(directory) / MANIFEST
         if not Path(directory).is_dir():
-            raise UserError(
-                f"data.directory = {directory}: no such folder; run `python -m bigmodel prepare RUN.toml` first"
-            )
+            raise UserError(f"data.directory = {directory}: no such folder; run `bigmodel prepare RUN.toml` first")
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             raise UserError(
                 f"data.directory = {directory}: has no {MANIFEST}, so it is not a folder of prepared shards; "
-                "run `python -m bigmodel prepare RUN.toml` into another data.directory, or delete this one first"
+                "run `bigmodel prepare RUN.toml` into another data.directory, or delete this one first"
             ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; {PREPARE_AGAIN}") from None

@@ -162,7 +162,7 @@ class Remote:
             raise UserError(
                 f"{location}: what came is not the file of the manifest ({part.tell()} bytes, {recorded['bytes']} "
                 f"expected; SHA-256 {digest.hexdigest()[:12]}, {recorded['sha256'][:12]} expected); "
-                f"see what is damaged with `python -m bigmodel verify {self.url}`, then put that file there anew"
+                f"see what is damaged with `bigmodel verify {self.url}`, then put that file there anew"
             )
 
     def _retrying(self, function: Any, *arguments: Any) -> Any:
@@ -189,7 +189,7 @@ def read_manifest(url: str) -> bytes | None:
 def without_manifest(url: str) -> str:
     return (
         f"{url}: has no {MANIFEST}, so it is not a whole folder of prepared shards; "
-        "put one there with `python -m bigmodel upload RUN.toml`"
+        "put one there with `bigmodel upload RUN.toml`"
     )
 
 

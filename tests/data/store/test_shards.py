@@ -176,7 +176,7 @@ def test_shards_of_another_tokenizer_are_refused(folder: Path) -> None:
 
 
 def test_a_folder_that_is_not_prepared_is_refused_with_the_command_that_prepares_it(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"no such folder; run `python -m bigmodel prepare RUN.toml`"):
+    with pytest.raises(UserError, match=r"no such folder; run `bigmodel prepare RUN.toml`"):
         ShardStore(folder / "nowhere", "train")
     with pytest.raises(UserError, match="no split 'test'"):
         ShardStore(folder, "test")

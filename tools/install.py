@@ -1,0 +1,87 @@
+"""pip with one line of progress: `python tools/install.py LOG PIP_ARGUMENTS...`; the set-up in the Makefile calls it.
+
+All that pip says goes to the log. On a terminal one line shows what pip does now and for how long; elsewhere a line
+appears every 20 s. Where pip fails, the end of the log is shown and the exit code is pip's. Standard library only.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+TERMINAL_SECONDS, PLAIN_SECONDS = 0.5, 20.0  # between two lines of progress
+SHOWN_LINES = 25
+STEP = re.compile(r"\s*((?:Collecting|Downloading|Building|Preparing|Installing) \S+(?: \([\d.]+ \wB\))?)")
+SHARE = re.compile(r"Progress (\d+) of (\d+)$")  # of a download, in bytes: --progress-bar raw
+
+
+class Progress:
+    """What pip does now, read from its output by a thread of its own."""
+
+    def __init__(self, output: IO[bytes], log: IO[bytes]) -> None:
+        self.doing, self.share = "starting", ""
+        self._output, self._log = output, log
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        for line in self._output:
+            text = line.decode(errors="replace").rstrip()
+            if share := SHARE.match(text):
+                self.share = f", {100 * int(share[1]) // max(1, int(share[2]))}%"
+                continue
+            self._log.write(line)
+            self._log.flush()
+            if step := STEP.match(text):
+                self.doing = "Installing" if step[1] == "Installing collected" else step[1]
+                self.share = ""
+
+
+def main() -> int:
+    log, arguments = Path(sys.argv[1]), sys.argv[2:]
+    if tuple(map(int, version("pip").split(".")[:2])) >= (24, 1):
+        arguments = ["--progress-bar", "raw", *arguments]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *arguments]
+    with open(log, "ab") as file:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert process.stdout is not None
+        try:
+            show(Progress(process.stdout, file))
+            code = process.wait()
+        except KeyboardInterrupt:  # pip hears of it too
+            process.wait()
+            print("\nset-up: stopped; the same command goes on", file=sys.stderr)
+            return 130
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
+        print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
+        print(f"set-up: pip failed; {log} has all that it said; the same command goes on", file=sys.stderr)
+    return code
+
+
+def show(progress: Progress) -> None:
+    """Until pip has ended: what it does, on one line of a terminal or now and then on a line of its own."""
+    terminal, started = sys.stderr.isatty(), time.monotonic()
+    while True:
+        progress.thread.join(TERMINAL_SECONDS if terminal else PLAIN_SECONDS)
+        line = f"      {time.monotonic() - started:.0f} s"
+        if progress.thread.is_alive():
+            line += f": {progress.doing}{progress.share}"
+        width = shutil.get_terminal_size().columns - 1
+        print(
+            f"\r\033[K{line[:width]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
+        )
+        if not progress.thread.is_alive():
+            break
+    if terminal:
+        print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
