@@ -16,7 +16,7 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq test test-long check torture exactness format clean
+.PHONY: help setup train train-seq2seq test test-long check torture exactness docs format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
@@ -28,6 +28,7 @@ help:  ## list these commands
 	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
 	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped);'
 	@echo '              publishes benchmarks/support.md at its end'
+	@echo 'make docs     build the documents as a site, strictly: site/index.html'
 	@echo 'make setup    only create .venv, with what training needs'
 	@echo 'make format   rewrite the code in the house format'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
@@ -83,10 +84,15 @@ torture: .venv/installed-dev
 exactness: .venv/installed-dev
 	@$(PY) -m tools.exactness
 
+docs: .venv/installed
+	@$(INSTALL) --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo 'site/index.html'
+
 format: .venv/installed-dev
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find kernels launcher bigmodel tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -218,6 +218,7 @@ def test_tests_use_no_private_name_and_what_supports_them_no_tools() -> None:
 def test_each_rule_of_tests_is_seen_to_bite(tmp_path: Path, file: str, line: str, complaint: str | None) -> None:
     for name in ("bigmodel", "tests"):
         (tmp_path / name).mkdir()
+    (tmp_path / "bigmodel/config").mkdir(parents=True, exist_ok=True)
     (tmp_path / "bigmodel/config/settings.py").write_text(
         "def _read(): ...\nclass Saver:\n    def f(self): self._last = 1\n"
     )

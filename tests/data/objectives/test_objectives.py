@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bigmodel.config.settings import SAVED, DataSettings, ObjectiveSettings, Settings, UserError, load_settings
+from bigmodel.config.settings import (
+    SAVED,
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    Settings,
+    UserError,
+    load_settings,
+)
 from bigmodel.data.objectives import causal, decoder, fill_in_the_middle, masked, pairs, prefix, span_corruption
 from bigmodel.data.objectives.example import (
     IGNORED,
@@ -28,6 +37,7 @@ from bigmodel.data.objectives.span_corruption import restore
 from bigmodel.data.objectives.table import OBJECTIVES, ObjectiveKind
 from bigmodel.data.plan.attention_work import count_work
 from bigmodel.data.plan.shuffle import Chunk
+from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.run_directory import read_json_lines
 from tests.support.example_batches import BOS, EOS, VOCABULARY, fragment_of, text
 from tests.support.ranks import run_ranks
@@ -296,7 +306,9 @@ def test_a_row_in_the_table_is_all_that_another_objective_takes(sides: dict, mon
     assert example.source.tolist() == ([11, 12, 13] if sides is TWO_SIDES else [])
     assert example.labels.tolist() == ([] if sides is TWO_SIDES else [IGNORED] * 3) + [EOS, 15, 14]
     pairs_seen = 6 * 7 // 2 + 4 * 3 // 2 if sides is ONE_SIDE else 3 * 4 // 2  # a source before its targets sees itself
-    assert count_work([(piece,)], data).pairs == pairs_seen
+    one_layer = ModelSettings(kind="decoder" if sides is ONE_SIDE else "encoder_decoder", num_layers=1)
+    work = count_work([(piece,)], data, partial(visible_pairs, settings=one_layer))
+    assert work.pairs == pairs_seen
 
 
 def train_backwards(run_file: Path) -> int:
@@ -317,13 +329,10 @@ def test_and_a_model_is_trained_on_it(tmp_path: Path, shards: Path) -> None:
     assert all(0 < line["targets"] <= line["positions"] / 1.5 for line in steps)
 
 
-def test_the_run_file_of_the_readme_is_one_that_runs() -> None:
+def test_the_run_file_of_the_page_on_objectives_is_one_that_runs() -> None:
     """Budgets, contexts and sentinels fit one another, without a setting that is not shown."""
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    tables = [tomllib.loads(part.partition("```")[0]) for part in readme.split("```toml")[1:]]
-    (table,) = [table for table in tables if "objectives" in table.get("data", {})]
-    for one in tables:
-        Settings.model_validate(one)
+    page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    table = tomllib.loads(page.split("```toml")[1].partition("\n")[2].partition("```")[0])
     data = Settings.model_validate(table).data
     nothing = np.zeros(1, int)
     Examples(data, 1).choose(0, 0, nothing, nothing)
