@@ -1,13 +1,13 @@
 """The command line: `bigmodel COMMAND`, or `python -m bigmodel COMMAND`. Each command imports only what it needs.
 
-`bigmodel launch` is the launcher's own command line (launcher/__main__.py). Help and shell completion take 0.2 s: they
+`bigmodel launch` is the launcher's command line (launcher/__main__.py). Help and shell completion take 0.2 s: they
 import neither the settings nor the launcher.
 
-Exit codes (bigmodel/run_directory.py): 0 done, 1 a bug or the machine, 2 something you can mend (the message says
-what), 3 stopped by a signal and saved.
+Exit codes (bigmodel/run_directory.py): 0 done, 1 a bug or a machine failure, 2 a problem that you can fix (see the
+message), 3 stopped by a signal and saved.
 """
 
-if __name__ == "__main__":  # before all else: `python3 -m bigmodel` may be any Python
+if __name__ == "__main__":  # first, because `python3 -m bigmodel` may be any Python
     from bigmodel.interpreter import require_interpreter
 
     require_interpreter()
@@ -37,7 +37,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Launch(TyperGroup):
-    """The launcher's commands, imported when one of them is wanted."""
+    """The launcher's commands, imported on first use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_launch_commands())
@@ -56,10 +56,10 @@ def _launch_commands() -> dict[str, Any]:
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-show = typer.Typer(no_args_is_help=True, help="Draw things: data, a packed batch, a memory plan.")
+show = typer.Typer(no_args_is_help=True, help="Show the data, a packed batch, a memory plan or all metrics.")
 app.add_typer(show, name="show")
 launch = typer.Typer(
-    cls=Launch, no_args_is_help=True, help="Start the ranks of a run anywhere, look after them, and end them together."
+    cls=Launch, no_args_is_help=True, help="Start the ranks of a run anywhere, watch them, and end them together."
 )
 app.add_typer(launch, name="launch")
 
@@ -70,7 +70,7 @@ Overrides = Annotated[
 
 
 def load_settings(run_file: str | Path, overrides: list[str]) -> "Settings":
-    """A run file and `--set` options; see `bigmodel.config.settings`. Raises `UserError`."""
+    """`bigmodel.config.settings.load_settings`, imported on first use. Raises `UserError`."""
     from bigmodel.config.settings import load_settings as load
 
     return load(run_file, overrides)
@@ -78,8 +78,8 @@ def load_settings(run_file: str | Path, overrides: list[str]) -> "Settings":
 
 @app.callback()
 def bigmodel(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1) -> None:
-    """Pretrain language models: prepare text, train, check, look."""
-    # The deepspeed launcher puts --local_rank before the command; LOCAL_RANK in the environment says the same.
+    """Pretrain language models: prepare text, train, check, inspect."""
+    # The deepspeed launcher puts --local_rank before the command; it equals LOCAL_RANK in the environment.
 
 
 @app.command()
@@ -87,38 +87,38 @@ def prepare(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006 - typer reads the default
     tokenizer: Annotated[
-        str, typer.Option(metavar="train|PATH", help="train one, or a tokenizer.json or Hugging Face folder")
+        str,
+        typer.Option(metavar="train|PATH", help="train a tokenizer, or use a tokenizer.json or Hugging Face folder"),
     ] = "",
-    scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="a Dask scheduler whose workers do it")] = "",
+    scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="use the workers of this Dask scheduler")] = "",
 ) -> None:
-    """Raw text to verified shards: corpus, tokenizer, MDS shards, manifest. Killed, it goes on where it stopped."""
+    """From text to verified shards: corpus, tokenizer, MDS shards, manifest. Resumes after a kill."""
     from bigmodel.data.prepare.pipeline import prepare as run
 
     given = {"tokenizer": tokenizer, "scheduler": scheduler}
     options = [f"prepare.{name}={json.dumps(value)}" for name, value in given.items() if value]
-    with _stopped("finished units are kept"):
+    with _stopped("finished work items are kept"):
         run(load_settings(run_file, [*override, *options]))
 
 
 @contextlib.contextmanager
 def _stopped(kept: str) -> Iterator[None]:
-    """Ctrl-C ends the command with one message: what is kept, and that the same command goes on."""
+    """End the command at Ctrl-C with a message: what is kept, and that the same command resumes."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"bigmodel: stopped; {kept}, the same command goes on from them", file=sys.stderr)
+        print(f"bigmodel: stopped; {kept}, the same command resumes from them", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from None
 
 
 @app.command()
 def verify(
-    location: Annotated[str, typer.Argument(help="prepared shards: a folder, its URL in a store, or a run file")],
+    location: Annotated[str, typer.Argument(help="a prepared folder, its URL in a store, or a run file")],
     override: Overrides = [],  # noqa: B006
 ) -> None:
     """Check every byte and every number of prepared data against its manifest.
 
-    With a run file that has data.remote, that folder in the store is checked, and those of its files that
-    data.directory has.
+    A run file with data.remote: checks that folder in the store, and the files of it that data.directory has.
     """
     from bigmodel.data.prepare.pipeline import live
     from bigmodel.data.prepare.verify import verify as run
@@ -136,64 +136,69 @@ def verify(
         print(problem)
     if problems:
         raise UserError(
-            f"{' and '.join(places)}: {len(problems)} problem(s); copy damaged or missing files anew (with "
-            "data.remote set, delete them: they are fetched), delete those not in the manifest, or prepare again"
+            f"{' and '.join(places)}: {len(problems)} problem(s); copy damaged or missing files again (with "
+            "data.remote set, delete them: they are fetched), delete files not in the manifest, or prepare again"
         )
-    print(f"{' and '.join(places)}: every file is as its manifest says")
+    print(f"{' and '.join(places)}: every file agrees with the manifest")
 
 
 @app.command()
 def adopt(
     folder: Annotated[str, typer.Argument(help="shards of mosaicml-streaming: a folder or URL with index.json")],
-    tokenizer: Annotated[Path, typer.Option(help="the tokenizer that made them: tokenizer.json or its folder")],
-    into: Annotated[Path, typer.Option(help="prepared folder to make")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer of these shards: tokenizer.json or its folder")],
+    into: Annotated[Path, typer.Option(help="new prepared folder")],
     column: Annotated[str, typer.Option(help="column of token ids or of text; default: tokens, input_ids, text")] = "",
-    dtype: Annotated[str, typer.Option(help="type of the ids where the column holds bytes, as int64")] = "",
+    dtype: Annotated[str, typer.Option(help="type of the ids if the column holds bytes, for example int64")] = "",
     name: Annotated[str, typer.Option(help="name of the source")] = "adopted",
-    validation: Annotated[str, typer.Option(help="folder of shards that are the validation split")] = "",
-    validation_share: Annotated[float, typer.Option(help="else: share of documents, by hash, that are")] = 0.02,
+    validation: Annotated[str, typer.Option(help="folder of shards for the validation split")] = "",
+    validation_share: Annotated[
+        float, typer.Option(help="without --validation: share of documents, by hash, for validation")
+    ] = 0.02,
 ) -> None:
-    """Take in MDS shards that others wrote, of token ids or of text, as prepared data.
+    """Import MDS shards of others, of token ids or of text, as prepared data.
 
-    A sample is one document. A begin or end token that a document lacks is added, and how often is said; a document
-    with one of them in its middle is refused. Shards that are stored as ours are, are linked unchanged if --validation
-    is given; others are written anew. Ids are never changed. Text is tokenized, as `prepare` does with a source of
-    .mds files.
+    A sample is one document. Missing begin and end tokens are added and counted; a document with one of them in its
+    middle is an error. With --validation, shards in our own format are linked unchanged; others are rewritten. Ids are
+    never changed. Text is tokenized, as `prepare` does with a source of .mds files.
     """
     from bigmodel.data.prepare.adopt import Adoption
     from bigmodel.data.prepare.adopt import adopt as run
     from bigmodel.data.prepare.pipeline import live
 
-    with _stopped("taken shards are kept"), live() as progress:
+    with _stopped("imported shards are kept"), live() as progress:
         run(Adoption(folder, into, tokenizer, column, dtype, name, validation, validation_share), progress)
-    print(f"{into}: is prepared data; set data.directory to it")
+    print(f"{into}: prepared; set data.directory to it")
 
 
 @app.command()
 def upload(run_file: RunFile, override: Overrides = []) -> None:  # noqa: B006
-    """Copy the prepared folder, data.directory, into a store: to the URL data.remote. Killed, it goes on."""
+    """Copy the prepared folder (data.directory) to a store (the URL data.remote). Resumes after a kill."""
     from bigmodel.data.prepare.pipeline import live
     from bigmodel.data.store.remote import upload as run
 
     data = load_settings(run_file, override).data
     if not data.remote:
-        raise UserError(f"{run_file}: data.remote is not set; name where to, for example s3://bucket/folder")
+        raise UserError(
+            f"{run_file}: data.remote is not set; set it to the destination, for example s3://bucket/folder"
+        )
     with _stopped("uploaded files are kept"), live() as progress:
         run(data.directory, data.remote, progress)
-    print(f"{data.directory}: is at {data.remote}")
+    print(f"{data.directory}: copied to {data.remote}")
 
 
 @app.command()
 def train(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
-    fresh: Annotated[bool, typer.Option(help="set checkpoints aside and start from step 0")] = False,
-    new_plan: Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")] = False,
+    fresh: Annotated[bool, typer.Option(help="move checkpoints aside and start from step 0")] = False,
+    new_plan: Annotated[
+        bool, typer.Option("--new-plan", help="after a change of the data: continue under a new plan")
+    ] = False,
 ) -> None:
-    """Train, going on from the newest checkpoint. Also the program that launchers start once per rank."""
+    """Train from the newest checkpoint on. Launchers start this command once per rank."""
     settings = load_settings(run_file, override)
     if fresh and new_plan:
-        raise UserError("--fresh starts from step 0 and --new-plan goes on from a checkpoint; give one of them")
+        raise UserError("--fresh starts from step 0 and --new-plan continues from a checkpoint; give only one of them")
     rank = os.environ.get("RANK", "")
     log = make_logs(settings.run.directory) / log_name(os.uname().nodename, int(rank) if rank.isdecimal() else 0)
     try:
@@ -211,7 +216,7 @@ def check(
     guarantee: Annotated[str, typer.Argument(help="leak, order, loss, resume, accounting or all")] = "all",
     override: Overrides = [],  # noqa: B006
 ) -> None:
-    """Prove a guarantee on your own settings and data."""
+    """Check a guarantee on your own settings and data."""
     from bigmodel.checks.guarantees import GUARANTEES, run_checks
 
     if guarantee != "all" and guarantee not in GUARANTEES:
@@ -225,12 +230,12 @@ def check(
 def generate(
     run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")],
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="longest continuation")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.8,
-    top: Annotated[int, typer.Option(min=1, help="draw among the likeliest so many")] = 40,
-    seed: Annotated[int, typer.Option(help="another seed, another text")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token")] = 0.8,
+    top: Annotated[int, typer.Option(min=1, help="sample among this many most likely tokens")] = 40,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
-    """Continue a text with the newest checkpoint of a run; an encoder-decoder answers it."""
+    """Continue a prompt with the newest checkpoint of a run; an encoder-decoder reads the prompt as its source."""
     from bigmodel.evaluation.generate import answer, readable
     from bigmodel.evaluation.generate import generate as run
     from bigmodel.training.load_model import load_trained
@@ -238,7 +243,9 @@ def generate(
     trained = load_trained(run_directory)
     kind = trained.settings.model.kind
     if kind == "encoder":
-        raise UserError(f"{run_directory}: model.kind = {kind!r} fills gaps and does not write texts")
+        raise UserError(
+            f"{run_directory}: model.kind = {kind!r} cannot generate text; choose a run of a decoder or encoder-decoder"
+        )
     if kind == "encoder_decoder":
         source = trained.tokenizer.encode(prompt).tolist()
         said = answer(trained.forward, trained.tokenizer, source, tokens, temperature, top, seed)
@@ -261,7 +268,7 @@ def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory
 
 @app.command()
 def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
-    """Draw the loss of a run and where its time went, in the terminal and as loss.png and time.png."""
+    """Draw the loss of a run and its time by cause, in the terminal and as loss.png and time.png."""
     from bigmodel.inspect.report import report as run
 
     run(run_directory)
@@ -271,9 +278,9 @@ def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")
 def compare(
     one: Annotated[Path, typer.Argument(help="a run directory")],
     two: Annotated[Path, typer.Argument(help="another one")],
-    png: Annotated[Path | None, typer.Option(help="also draw a picture, into this file")] = None,
+    png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
-    """Tell the first step at which two runs differ, and draw both curves. Exit code 1 where they differ."""
+    """Print the first step at which two runs differ, and draw both curves. Exit code 1 if they differ."""
     from bigmodel.inspect.compare import compare as run
 
     if run(one, two, png):
@@ -282,13 +289,13 @@ def compare(
 
 @app.command()
 def profile(
-    run_directory: Annotated[Path, typer.Argument(help="the directory of a run that goes on")],
+    run_directory: Annotated[Path, typer.Argument(help="the directory of a running run")],
     kind: Annotated[str, typer.Argument(help="trace, memory or stacks")],
-    ranks: Annotated[str, typer.Option(help="ranks, as 0,3-5; all")] = "0",
+    ranks: Annotated[str, typer.Option(help="ranks, for example 0,3-5, or all")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="recorded steps (trace and memory)")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.0, help="how long to wait for the files")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="longest wait for the files")] = 120.0,
 ) -> None:
-    """Make ranks of a live run record profiler steps, their memory or their stacks, while it goes on."""
+    """Record a profiler trace, the memory or the stacks of ranks of a running run, without stopping it."""
     from bigmodel.inspect.profile_command import profile as run
 
     run(run_directory, kind, ranks, steps, seconds)
@@ -298,12 +305,12 @@ def profile(
 def probe(
     run_file: Annotated[Path | None, typer.Argument(help="run file (TOML)", metavar="[RUN.toml]")] = None,
     override: Overrides = [],  # noqa: B006
-    world_size: Annotated[int, typer.Option(help="only see whether the settings fit so many ranks")] = 0,
+    world_size: Annotated[int, typer.Option(help="only check whether the settings fit this number of ranks")] = 0,
     line: Annotated[bool, typer.Option("--line", help="on one line, after the word PROBE")] = False,
 ) -> None:
-    """Print what this machine offers, as JSON: devices, memory, versions; with a run file also data, disk and speed.
+    """Print devices, memory and versions of this machine as JSON; with a run file also data, disk and speed.
 
-    `bigmodel launch check` runs it on every node and judges.
+    `bigmodel launch check` runs it on every node and compares the reports.
     """
     settings = load_settings(run_file, override) if run_file else None
     if settings and world_size:
@@ -320,9 +327,9 @@ def probe(
 def show_data(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
-    png: Annotated[Path | None, typer.Option(help="also draw the lengths as a picture, into this file")] = None,
+    png: Annotated[Path | None, typer.Option(help="also write a picture of the lengths to this file")] = None,
 ) -> None:
-    """Sources, lengths, mix and packing of the prepared data, and settings that would suit it better."""
+    """Show sources, lengths, mix and packing of the prepared data, and suggest better settings."""
     from bigmodel.inspect.show import show_data as run
 
     run(load_settings(run_file, override), png)
@@ -333,10 +340,10 @@ def show_batch(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
     step: Annotated[int, typer.Option(min=0, help="data step")] = 0,
-    png: Annotated[Path | None, typer.Option(help="also draw a picture, into this file")] = None,
+    png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
-    """Draw the first pack of a step, its documents and attention masks, in the terminal; with --png also as a
-    picture."""
+    """Draw the first packed sequence of a step, its documents and attention masks, in the terminal; with --png also as
+    a picture."""
     from bigmodel.inspect.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)
@@ -346,12 +353,14 @@ def show_batch(
 def show_memory(
     run_file: RunFile,
     override: Overrides = [],  # noqa: B006
-    ranks: Annotated[int, typer.Option(min=1, help="how many ranks share the state")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, help="number of ranks that share the state")] = 8,
     gib: Annotated[float, typer.Option(min=0, help="memory of a device in GiB; 0: do not compare")] = 0,
-    vocabulary: Annotated[int, typer.Option(min=0, help="tokens; 0: the prepared data's, or prepare.vocabulary")] = 0,
-    png: Annotated[Path | None, typer.Option(help="also draw a picture, into this file")] = None,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="tokens; 0: of the prepared data, else prepare.vocabulary")
+    ] = 0,
+    png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
-    """Plan the memory of each rank at each ZeRO stage: needs neither data nor a GPU."""
+    """Plan the memory of each rank at each ZeRO stage. Needs neither data nor a GPU."""
     from bigmodel.inspect.memory import show_memory as run
 
     run(load_settings(run_file, override), ranks, gib, png, vocabulary)
@@ -366,7 +375,7 @@ def show_metrics() -> None:
 
 
 def main() -> None:
-    """Run a command; a `UserError` becomes one message and exit code 2. Typer does the same for a wrong option."""
+    """Run a command. A `UserError` becomes a message and exit code 2, as Typer does for a wrong option."""
     try:
         app()
     except UserError as error:
@@ -382,7 +391,7 @@ def main() -> None:
         if error.errno not in DISK_FULL:
             raise
         where = error.filename or "a file"
-        print(f"bigmodel: {where}: {error.strerror}; free some space and run the same command", file=sys.stderr)
+        print(f"bigmodel: {where}: {error.strerror}; free some space and run the same command again", file=sys.stderr)
         sys.exit(EXIT_USER)
 
 

@@ -1,6 +1,6 @@
-"""The interpreter that runs us: Python new enough, dependencies installed; else one line that says what to do.
+"""Check of the interpreter: a new enough Python, dependencies installed; else one line with the remedy.
 
-A system's `python3` reads this file too, so its syntax is that of Python 3.6. Imports only the standard library.
+Any system's `python3` runs this file, so its syntax is that of Python 3.6. Imports only the standard library.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ CHECKOUT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 def require_interpreter() -> None:
-    """End the program (exit code 2) where Python is too old or lacks what reading a command line needs."""
+    """End the program (exit code 2) if Python is too old or lacks the modules of the command line."""
     if sys.version_info[:2] < OLDEST:
         end(f"is Python {sys.version_info[0]}.{sys.version_info[1]}; 3.11 or 3.12 is needed")
     for name in ("typer", "pydantic"):
@@ -26,7 +26,7 @@ def require_interpreter() -> None:
 
 
 def is_dependency(module: str) -> bool:
-    """Whether a module is one that pip installs with us: its absence is not a bug of ours."""
+    """Whether pip installs this module with us; its absence is then not a bug of ours."""
     return module in DEPENDENCIES.split()
 
 
@@ -36,7 +36,7 @@ def end_without(module: str) -> None:
 
 
 def end(complaint: str) -> None:
-    """Say what is wrong with this interpreter and what to do, in one line."""
+    """Print the problem of this interpreter and its remedy in one line; exit code 2."""
     print(f"bigmodel: {sys.executable or 'python'} {complaint}; {_remedy()}", file=sys.stderr)
     sys.exit(EXIT_USER)
 

@@ -1,12 +1,14 @@
-"""A rank's log: what a rank prints stands in the run directory, and rank 0 is also seen where the run was started.
+"""Logs of ranks: every rank's output goes to a file in the run directory; rank 0's is also shown in the terminal.
 
-Takes a log's path, gives the two descriptors that a rank writes its standard output and error to: a launcher opens them
-for a rank that it starts (`open_outputs`), and a trainer that nobody opened them for opens its own (`keep_log`). Output
-of C libraries (NCCL's) is logged like Python's. What is also shown leads to a tee, this file run as a program, which
-shows every byte at once and logs finished lines as plain text: no colours, and of a line that overwrote itself (a
-progress bar) the last state only. A tee ends when the last process that writes to it has ended, however that
-happened, so nothing is lost by kill -9 and none is left over. It ignores the signals that ask a run to stop, which
-SLURM sends to every process of a step. Costs one sleeping process of 10 MB. Imports nothing of the project.
+In: the path of a log. Out: two descriptors for a rank's standard output and error. A launcher opens them for the ranks
+that it starts (`open_outputs`); a trainer started by something else opens its own (`keep_log`). Output of C libraries
+(NCCL) is logged, too.
+
+Output that is also shown goes through a tee process: this file run as a program. It shows every byte at once and logs
+finished lines as plain text: without colours, and only the last state of a line that overwrites itself (a progress
+bar). Guarantees: a tee ends after the last process that writes to it, however that ended: a kill -9 loses no output and
+leaves no tee. It ignores stop signals, which SLURM sends to every process of a step. Costs one sleeping process of
+10 MB. Imports nothing of the project.
 """
 
 import atexit
@@ -19,16 +21,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-END_SECONDS = 5.0  # for a tee to end after its rank: a child of the rank's may still hold the other end
-ARRANGED = {"BIGMODEL_OUTPUT_LOGGED": "1"}  # in a rank's environment: its starter has opened its outputs
+END_SECONDS = 5.0  # longest wait for a tee after its rank ended: a child of the rank may still hold the pipe
+ARRANGED = {"BIGMODEL_OUTPUT_LOGGED": "1"}  # in a rank's environment: a launcher logs its output
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # ECMA-48: colours, cursor movements
 
 
 def open_outputs(log: Path, shown: bool) -> tuple[int, int, list["subprocess.Popen[bytes]"]]:
-    """Descriptors for a rank's standard output and error, which the caller closes, and the tees behind them.
+    """Descriptors for a rank's standard output and error, to be closed by the caller, and their tee processes.
 
-    `shown`: to this process's own output and error as well. Raises `OSError` if the log cannot be written.
+    shown: also write to the output and error of this process. Raises `OSError` if the log cannot be written.
     """
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     if not shown:
@@ -42,7 +44,7 @@ def open_outputs(log: Path, shown: bool) -> tuple[int, int, list["subprocess.Pop
 
 
 def keep_log(log: Path) -> None:
-    """From here to its end, log what this process prints and go on showing it, unless its starter logs it (ARRANGED).
+    """Log and show all later output of this process, unless a launcher logs it already (ARRANGED).
 
     Raises `OSError` if the log cannot be written.
     """
@@ -50,7 +52,7 @@ def keep_log(log: Path) -> None:
         return
     shown = terminal_variables(os.environ)
     if os.isatty(0):
-        shown.pop("COLUMNS", None)  # rich asks the terminal itself, also after it was resized
+        shown.pop("COLUMNS", None)  # rich asks the terminal itself, also after a resize
     sys.stdout.flush()
     sys.stderr.flush()
     before = [os.dup(stream) for stream in (1, 2)]
@@ -61,7 +63,7 @@ def keep_log(log: Path) -> None:
 
 
 def _show_the_rest(before: list[int], tees: list["subprocess.Popen[bytes]"]) -> None:
-    """At the end of a process, after a traceback: its tees end when it no longer writes to them."""
+    """At exit, after a traceback: stop writing to the tees, so that they end, and wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
     redirect(before)
@@ -69,28 +71,28 @@ def _show_the_rest(before: list[int], tees: list["subprocess.Popen[bytes]"]) -> 
 
 
 def redirect(descriptors: Sequence[int]) -> None:
-    """Make them this process's standard output and error, and close them."""
+    """Make the descriptors this process's standard output and error, and close them."""
     for stream, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, stream)
         os.close(descriptor)
 
 
 def wait_for(tees: list["subprocess.Popen[bytes]"]) -> None:
-    """Wait until everything is shown, if the ranks' last descendants let it."""
+    """Wait until everything is shown, at most END_SECONDS per tee."""
     for tee in tees:
         with suppress(subprocess.TimeoutExpired):
             tee.wait(END_SECONDS)
 
 
 def terminal_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What makes rank 0 draw its progress bar although it writes to a tee: nothing but where that is a terminal."""
+    """Variables that make rank 0 draw its progress bar through a tee; empty if standard output is no terminal."""
     if not os.isatty(1) or environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return {}
     return {"FORCE_COLOR": "1", "COLUMNS": str(os.get_terminal_size(1).columns or 80)}
 
 
 def plain(line: bytes) -> bytes:
-    """A line as it stands in the end.
+    """The final state of a line, as plain text.
 
     >>> plain(b"\\r\\x1b[2Kstep 1\\r\\x1b[2Kstep 2\\x1b[0m\\r")
     b'step 2'
@@ -99,7 +101,7 @@ def plain(line: bytes) -> bytes:
 
 
 def copy(log: Path) -> None:
-    """From standard input to standard output and a log. Goes on with one of them when the other fails."""
+    """Copy standard input to standard output and a log. If one of them fails, the other continues."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     left = b""
@@ -116,7 +118,7 @@ def copy(log: Path) -> None:
 
 
 def _start_tee(stream: int, log: Path) -> tuple[int, "subprocess.Popen[bytes]"]:
-    """A tee to a stream of ours, and the descriptor that feeds it."""
+    """A tee process to our output (1) or error (2), and the descriptor of its input."""
     theirs, ours = os.pipe()
     command = [sys.executable, "-IS", __file__, str(log)]
     process = subprocess.Popen(command, stdin=theirs, stdout=stream, start_new_session=True)

@@ -1,36 +1,37 @@
-"""The run directory: the one place where launcher, trainer and tools meet.
+"""The run directory: the files that launcher, trainer and tools share.
 
     runs/tiny/
-      settings.json  deepspeed.json   what is in force      environment.json  commit, diff, versions, variables
-      data_manifest.json  of the prepared data              starts/0001.json  all of that, of each start
-      checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line a step
-      events.jsonl   starts, stops, skipped steps           logs/             what the ranks printed, see below
-      metrics_endpoint  host:port while it runs             lock              held by the live run
-      restart_generation.json  which start may publish
+      settings.json  deepspeed.json   current values        environment.json  commit, diff, versions, variables
+      data_manifest.json  of the prepared data              starts/0001.json  all of these, for each start
+      checkpoints/step-00000100/      newest verified kept  metrics.jsonl     one line per step
+      events.jsonl   starts, stops, skipped steps           logs/             output of the ranks, see below
+      metrics_endpoint  host:port while it runs             lock              held by the running run
+      incarnation.json  restart generation: the start that may publish checkpoints
       loss.png  sample.txt  summary.json                    at the end
-      profile/                        asked for             tensorboard/ wandb/  if metrics.writers names them
-      world.json     host and device of each rank, and what all share: commit, sources, settings, data, versions
-      launch.json    how the launcher started it last       preflight.json    what `launcher check` found
+      profile/       written by `bigmodel profile`          tensorboard/ wandb/  if in metrics.writers
+      world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
+      launch.json    the last start by the launcher         preflight.json    findings of `bigmodel launch check`
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
-logs/HOST-rank-N.log has what rank N printed on HOST; rank 0 also prints where the run was started, and so does every
-rank that no launcher of ours started (under torchrun, or one process alone). Under `launcher slurm` that is
-logs/slurm-JOB.out (and launch.sbatch is what was submitted). launch.json: by (local, slurm, ssh, torchrun, mpi,
-environment), job (SLURM's number or ""), restart (how often the job was requeued), hosts, node_of_rank (indices into
-hosts), main_address, main_port, and host, pid, pid_started of the process that `launcher stop` may signal.
+logs/HOST-rank-N.log is the output of rank N on HOST. Rank 0 also prints in the terminal, and so does every rank not
+started by our launcher (under torchrun, or a single process). Under `launch slurm` the terminal is logs/slurm-JOB.out,
+and launch.sbatch is the submitted script.
 
-In events.jsonl the launcher adds to the trainer's lines, all with "time" in Unix seconds:
+launch.json: by (local, slurm, ssh, torchrun, mpi, environment), job (SLURM's number or ""), restart (number of
+requeues), hosts, node_of_rank (indices into hosts), main_address, main_port, and host, pid, pid_started of the process
+that `bigmodel launch stop` may signal.
+
+events.jsonl has lines of the trainer and these of the launcher, all with "time" in Unix seconds:
   launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
   launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit;
-                                               since: when a rank first died or was told to stop, where that was seen;
-                                               a watchdog of yours may write one of cause hang alone
-  stop_requested                               by `launcher stop`
-A launch without an end before the next one was lost with whatever watched it: kill -9, a node. Under the user's own
-sbatch script or torchrun nobody writes launch_ended; the trainer's `finished` or `stopped` tells as much
-(`bigmodel.launcher.record.launches` reads all of this).
+                                               since: time of the first death or stop request, if known;
+                                               your own watchdog may write a line with only the cause hang
+  stop_requested                               by `bigmodel launch stop`
+A launch with no launch_ended before the next launch was lost, together with its launcher: kill -9, a node failure.
+Under your own sbatch script or torchrun there is no launch_ended; the trainer's `finished` or `stopped` replaces it
+(`bigmodel.launcher.record.launches` reads all of these).
 
-Guarantees: every file written here whole appears whole (`write_atomically`), also after kill -9.
-Imports no torch.
+Guarantees: a file written by `write_atomically` is always whole, also after kill -9. Imports no torch.
 """
 
 import fcntl
@@ -49,9 +50,9 @@ from bigmodel.config.renamed import NEW_NAMES
 from bigmodel.config.user_error import UserError, without_secrets
 
 EXIT_DONE = 0  # the run reached its last step
-EXIT_FAILED = 1  # a bug or the machine
-EXIT_USER = 2  # a UserError: the text says what to mend
-EXIT_STOPPED = 3  # interrupted by a signal: saved; run the same command to go on
+EXIT_FAILED = 1  # a bug or a machine failure
+EXIT_USER = 2  # a UserError: the message has the remedy
+EXIT_STOPPED = 3  # stopped by a signal and saved; the same command resumes
 
 RESTART_GENERATION = "incarnation.json"
 CLAIM_ATTEMPTS = 5
@@ -69,19 +70,19 @@ SECRET_TEXT = re.compile(  # API_KEY=..., "api_key": "...", of 12 characters or 
 )
 REDACTED = "(redacted)"
 
-Change = tuple[str, Any, Any]  # dotted name, value then, value now
+Change = tuple[str, Any, Any]  # dotted name, old value, new value
 
-# Not .json, .env and the like, which hold credentials.
+# Without .json, .env and the like: they may hold credentials.
 SOURCE_SUFFIXES = (".py", ".pyi", ".toml", ".sh", ".c", ".cc", ".cpp", ".h", ".cu", ".cuh")
-SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # a record is kept of every start
+SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # recorded at every start
 
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
 
 
 def claim(directory: Path) -> None:
-    """Make the run directory and hold it: two runs in one directory would mix their files.
+    """Create the run directory and lock it: two runs in one directory would mix their files.
 
-    Raises `UserError` if another live process holds it or it cannot be written.
+    Raises `UserError` if another running process holds the lock or the directory cannot be written.
     """
     directory = Path(directory)
     try:
@@ -90,7 +91,7 @@ def claim(directory: Path) -> None:
     except OSError as error:
         raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
     busy = "another run is using it now; stop that one or choose another directory"
-    for attempt in range(CLAIM_ATTEMPTS):  # who looks whether the run lives (launcher status) holds it for an instant
+    for attempt in range(CLAIM_ATTEMPTS):  # `launch status` holds the lock for an instant
         try:
             lock(file, f"run.directory = {directory}", busy)
             break
@@ -109,7 +110,7 @@ def make_logs(directory: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"run.directory = {directory}: cannot make {logs}: {error.strerror}; "
-            "name a folder you may write to, for example --set run.directory=/tmp/run"
+            "choose a folder that you can write to, for example --set run.directory=/tmp/run"
         ) from None
     return logs
 
@@ -119,9 +120,9 @@ def log_name(host: str, rank: int) -> str:
 
 
 def take_over(directory: Path) -> str:
-    """Say in the run directory that this start is the one that counts now; gives its token.
+    """Begin a new restart generation in the run directory; returns its token.
 
-    An older process that still lives, on a machine that lost its network or its lock, will find another token.
+    An older process that still runs, on a machine that lost its network or its lock, then finds a different token.
     """
     token = secrets.token_hex(8)
     found = {"token": token, "host": os.uname().nodename, "process": os.getpid(), "time": time.time()}
@@ -130,7 +131,7 @@ def take_over(directory: Path) -> str:
 
 
 def rank_zero(directory: Path) -> tuple[int, str]:
-    """Process and host of rank 0 of the start that counts now; (0, "") before the first one has come so far."""
+    """Process id and host of rank 0 in the current restart generation; (0, "") before the first one."""
     file = Path(directory) / RESTART_GENERATION
     if not file.exists():
         return 0, ""
@@ -139,22 +140,22 @@ def rank_zero(directory: Path) -> tuple[int, str]:
 
 
 def require_restart_generation(directory: Path, token: str) -> None:
-    """Raises `UserError` where another start has taken the run over. An empty token asks for nothing."""
+    """Raises `UserError` if a later start has taken the run over. An empty token is not checked."""
     if not token:
         return
     now = read_json(Path(directory) / RESTART_GENERATION)
     if now["token"] != token:
         raise UserError(
             f"{directory}: a later start, process {now['process']} on {now['host']}, has taken this run over; "
-            "this one saves nothing any more: stop it"
+            "this one cannot save any more: stop it"
         )
 
 
 def lock(file: IO[Any], name: str, busy: str = "") -> None:
-    """Hold an open file against other processes until it is closed or this one ends, kill -9 included.
+    """Lock an open file until it is closed or this process ends, kill -9 included.
 
-    Where another process holds it: raises `UserError` "name: busy", or, without `busy`, waits. `name` also names a
-    file system without locks.
+    If another process holds the lock: raises `UserError` "name: busy"; without `busy`, waits. A file system without
+    locks is a `UserError` that begins with `name`, too.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
@@ -162,15 +163,15 @@ def lock(file: IO[Any], name: str, busy: str = "") -> None:
         raise UserError(f"{name}: {busy}") from None
     except OSError as error:
         raise UserError(
-            f"{name}: its file system has no locks ({error.strerror}); choose another, or mount it with flock"
+            f"{name}: its file system has no locks ({error.strerror}); choose another one, or mount it with flock"
         ) from None
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write, fsync and rename, so that a reader sees the old file or the new one, never a part."""
+    """Write, fsync and rename: a reader finds the old file or the new one, never a part."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    # Machines that share a folder have processes of one number.
+    # Host and process id: machines that share a folder can have equal process ids.
     part = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
@@ -185,7 +186,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make a rename or a new name in this folder survive a power cut."""
+    """Make a rename or a new file in this folder survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -198,7 +199,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises `UserError` naming the file if it is damaged or unreadable."""
+    """The value of a JSON file. Raises `UserError` with the file's name if it is damaged or unreadable."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -206,16 +207,16 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """One line, one write: a line cut by a crash is skipped by `read_json_lines`."""
+    """Append one line in one write. `read_json_lines` skips a line cut by a crash."""
     try:
         with open(path, "ab") as file:
             file.write(json.dumps(value).encode() + b"\n")
-    except OSError as error:  # a full disk is noticed at the flush, whose error names no file
+    except OSError as error:  # the flush finds a full disk, and its error does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; a torn line is skipped. Empty if the file does not exist."""
+    """The complete lines of a JSONL file. Empty if the file does not exist."""
     if not Path(path).exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -227,22 +228,22 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def record_event(directory: Path, kind: str, **details: Any) -> None:
-    """Append to events.jsonl: what happened to this run, and when (Unix seconds)."""
+    """Append an event with its time (Unix seconds) to events.jsonl."""
     append_json_line(Path(directory) / "events.jsonl", {"time": time.time(), "event": kind, **details})
 
 
 def refuse_to_start_over(directory: Path) -> None:
-    """For a start that found no checkpoint. Raises `UserError` where the run has saved one: it is lost, not new."""
+    """For a start without a checkpoint: raises `UserError` if the run has saved one, which is then lost."""
     lines = read_json_lines(Path(directory) / "metrics.jsonl")
     if saved := [line["step"] for line in lines if line["kind"] == "checkpoint"]:
         raise UserError(
-            f"{directory}: this run saved a checkpoint at step {saved[-1]}, and there is none now; put it back into "
-            f"{directory}/checkpoints, or start over from step 0 with --fresh"
+            f"{directory}: this run saved a checkpoint at step {saved[-1]}, but there is none now; put it back into "
+            f"{directory}/checkpoints, or start again from step 0 with --fresh"
         )
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages whose behaviour a run depends on."""
+    """Versions of the packages that can change a run."""
     found = {}
     for name in ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "tokenizers", "pyarrow"):
         try:
@@ -253,10 +254,10 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """Commit, uncommitted changes, versions and variables: what is needed to repeat a run. Never fails.
+    """Commit, uncommitted changes, versions and variables, to repeat a run. Never fails.
 
-    The changes include small source files that git does not know yet; `untracked` names all files of that kind, but for
-    ignored ones. In the changes, what is assigned to a name like that of a secret is left out.
+    The changes include small untracked source files; `untracked` lists all untracked files except ignored ones. Values
+    assigned to names that look like secrets are removed from the changes.
     """
 
     def git(*arguments: str) -> str:
@@ -285,7 +286,7 @@ def _is_small_source(path: Path) -> bool:
 
 
 def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that can change a run, by allow-list; what may be a secret is not among the values."""
+    """The environment variables that can change a run, by an allow-list of prefixes; possible secrets are redacted."""
     return {
         name: REDACTED if SECRET.search(name) else CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", without_secrets(value))
         for name, value in sorted(environment.items())
@@ -294,12 +295,12 @@ def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_secret_texts(text: str) -> str:
-    """Program text without passwords in URLs and without long texts that are given a name like that of a secret."""
+    """Program text without passwords in URLs and without long strings assigned to names that look like secrets."""
     return SECRET_TEXT.sub(lambda found: f"{found[1] or found[2]}{REDACTED}", without_secrets(text))
 
 
 def _without_secrets_inside(value: Any) -> Any:
-    """Plain values, with the passwords and keys inside of URLs masked."""
+    """Plain values with passwords and keys in URLs masked."""
     if isinstance(value, dict):
         return {name: _without_secrets_inside(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -308,10 +309,10 @@ def _without_secrets_inside(value: Any) -> Any:
 
 
 def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> list[Change]:
-    """Write what is in force from this start on, and keep it for every start: RUN_DIR/starts/0001.json ...
+    """Write the values of this start into the run directory, and keep a copy: RUN_DIR/starts/0001.json ...
 
-    data: the prepared folder, whose manifest is copied. Passwords and keys inside of URLs are masked.
-    Gives what has changed since the start before: settings, the DeepSpeed JSON, commit and versions.
+    data: the prepared folder; its manifest is copied. Passwords and keys in URLs are masked.
+    Returns the changes since the previous start: settings, DeepSpeed JSON, commit and versions.
     """
     directory, repository = Path(directory), Path(__file__).parents[1]
     settings, deepspeed = _without_secrets_inside(settings), _without_secrets_inside(deepspeed)
@@ -327,12 +328,12 @@ def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str,
     write_json(start, whole)
     try:
         return changes(_in_force(earlier[-1]), _in_force(start)) if earlier else []
-    except UserError:  # a damaged record of the past stops no run
+    except UserError:  # a damaged record of an earlier start does not stop a run
         return []
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """The values that differ in two nested tables, by dotted name; the directory of a run does not count."""
+    """The values that differ in two nested tables, by dotted name, except run.directory."""
     mine, its = ({NEW_NAMES.get(name, name): value for name, value in _flat(table)} for table in (then, now))
     names = sorted((mine.keys() | its.keys()) - {"run.directory"})
     return [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
@@ -347,7 +348,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _in_force(start: Path) -> dict[str, Any]:
-    """What a start was given, in one table."""
+    """Settings, DeepSpeed JSON, commit and versions of a start, in one table."""
     given = read_json(start)
     names = ("commit", "versions")
     return {

@@ -1,10 +1,10 @@
-"""Numbers as people read them. Imports nothing."""
+"""Readable numbers. Imports nothing."""
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def byte_size(number: float) -> str:
-    """Bytes in three digits and the decimal unit that suits them.
+    """Bytes in three digits and a decimal unit.
 
     >>> [byte_size(number) for number in (0, 950, 999_600, 1_234_567, 5e8, 80e9)]
     ['0 bytes', '950 bytes', '1 MB', '1.23 MB', '500 MB', '80 GB']
@@ -16,7 +16,7 @@ def byte_size(number: float) -> str:
 
 
 def amount(number: float) -> str:
-    """Two places after the point, or two digits where that would be nothing.
+    """A number with two decimals; small ones with two significant digits.
 
     >>> [amount(number) for number in (0.0, 0.0031, 0.5, 12.345, 81920.0)]
     ['0.00', '0.0031', '0.50', '12.35', '81,920.00']

@@ -1,9 +1,9 @@
-"""launcher: starts the ranks of a run anywhere, looks at the nodes first, and ends the ranks together.
+"""launcher: checks the nodes, starts the ranks of a run anywhere, and ends them together.
 
-    cluster, fabric       what a cluster file says            hostlist, placement, topology   who is which rank, where
-    local, hosts          processes here, and over ssh        slurm, torchrun, execute        ... started by others
-    preflight             the nodes before a start            record, watch, drawing          the run after it
-    binding, network      processors, ports and interfaces of a machine
+    cluster, fabric       cluster files                       hostlist, placement, topology   rank numbers and nodes
+    local, hosts          processes here, and over ssh        slurm, torchrun, execute        ranks started by others
+    preflight             check of the nodes before a start   record, watch, drawing          a started run
+    binding, devices, network      processors, GPUs, ports and interfaces of a machine
 
-Never imports torch: it works on a login node.
+Never imports torch, so that it works on a login node.
 """

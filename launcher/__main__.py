@@ -1,10 +1,10 @@
-"""The launcher's command line: `bigmodel launch local|slurm|torchrun|ssh|exec RUN.toml`, and what looks after a run.
+"""The launcher's command line: `bigmodel launch local|slurm|torchrun|ssh|exec RUN.toml`, and status, logs, stop, show.
 
-Takes a run file and a cluster file, gives the exit code of the run. Both are read here first, so that a mistake in them
-costs milliseconds, not the start of every rank. Imports no torch.
+In: a run file and a cluster file. Out: the exit code of the run. Both files are read here first, so that a mistake in
+them costs milliseconds, not the start of every rank. Imports no torch.
 """
 
-if __name__ == "__main__":  # before all else: `python3 -m launcher` may be any Python
+if __name__ == "__main__":  # first, because `python3 -m launcher` may be any Python
     from bigmodel.interpreter import require_interpreter
 
     require_interpreter()
@@ -43,31 +43,31 @@ ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", metavar="CLUSTER.toml", help="the machines: see configs/clusters/")
 ]
 HostFile = Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", help="lines of the form: host slots=8")]
-Ranks = Annotated[int, typer.Option(help="processes in all; 0: one per GPU, or one per node where there is none")]
+Ranks = Annotated[int, typer.Option(help="number of ranks; 0: one per GPU, or one per node without GPUs")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="set checkpoints aside and start from step 0")]
-NewPlan = Annotated[bool, typer.Option("--new-plan", help="data changed: go on in a fresh order of it")]
-PLANNED = "hosts, MASTER_ADDR and MASTER_PORT follow from the allocation and the job's number; as an example"
-EACH_RANK = 16  # ranks of which a dry run prints every command; of more it prints one, and the map by node
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print everything that would run, and run nothing")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="move checkpoints aside and start from step 0")]
+NewPlan = Annotated[bool, typer.Option("--new-plan", help="after a change of the data: continue under a new plan")]
+PLANNED = "example: the job's allocation and number give the real hosts, MASTER_ADDR and MASTER_PORT"
+EACH_RANK = 16  # up to this many ranks a dry run prints every command; above, one command and the map by node
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print all commands and run nothing")]
 
 
 @application.callback()
 def launcher() -> None:
-    """Start the ranks of a training run anywhere, look after them, and end them together."""
+    """Start the ranks of a training run anywhere, watch them, and end them together."""
 
 
 @application.command("local")
 def local_command(
     run_file: RunFile,
-    ranks: Annotated[int, typer.Option(help="processes; 0: one per GPU, or one where there is none")] = 0,
+    ranks: Annotated[int, typer.Option(help="number of ranks; 0: one per GPU, or one without GPUs")] = 0,
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     fresh: Fresh = False,
     new_plan: NewPlan = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train on this machine. Ctrl-C saves and stops; the same command goes on from there."""
+    """Train on this machine. Ctrl-C saves and stops; the same command resumes."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     visible = {**os.environ, **cluster.variables()}.get("CUDA_VISIBLE_DEVICES")
     devices = len(given_devices(os.listdir("/dev"), visible))
@@ -112,7 +112,7 @@ def slurm_command(
         _print_ranks(_planned_topology(cluster), [*trainer_command(run_file, overrides), *options], cluster)
         return
     number = slurm.submit(job)
-    print(f"job {number} is in the queue; see bigmodel launch status|logs|stop {settings.run.directory}")
+    print(f"job {number} is queued; see bigmodel launch status|logs|stop {settings.run.directory}")
 
 
 @application.command("torchrun")
@@ -121,13 +121,13 @@ def torchrun_command(
     cluster_file: ClusterFile = None,
     hostfile: HostFile = None,
     ranks: Ranks = 0,
-    node_rank: Annotated[int, typer.Option(help="run that node's command here; absent: print all of them")] = -1,
+    node_rank: Annotated[int, typer.Option(help="run the command of this node here; absent: print all commands")] = -1,
     overrides: Overrides = [],  # noqa: B006
     fresh: Fresh = False,
     new_plan: NewPlan = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Start with torchrun, static rendezvous: prints the command of each node, or runs this node's."""
+    """Start with torchrun and static rendezvous: prints the command of each node, or runs the one of this node."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
     if not -1 <= node_rank < len(topology.hosts):
@@ -154,7 +154,7 @@ def ssh_command(
     new_plan: NewPlan = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train on the hosts of a host file, over ssh. Ctrl-C saves and stops everywhere."""
+    """Train on the hosts of a host file, over ssh. Ctrl-C saves and stops on all hosts."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
     options = _options(fresh, new_plan)
@@ -185,7 +185,7 @@ def exec_command(
     new_plan: NewPlan = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Be one rank, started by srun, torchrun or mpirun: `srun bigmodel launch exec RUN.toml`."""
+    """Run as one rank, started by srun, torchrun or mpirun: `srun bigmodel launch exec RUN.toml`."""
     raise typer.Exit(execute(run_file, overrides, _options(fresh, new_plan), cluster_file, dry_run))
 
 
@@ -193,7 +193,7 @@ def exec_command(
 def node_command(
     run_file: RunFile,
     world: Annotated[str, typer.Option(help="the topology, as JSON")],
-    node: Annotated[int, typer.Option(help="which of its nodes this is")],
+    node: Annotated[int, typer.Option(help="number of this node in it")],
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006
     fresh: Fresh = False,
@@ -215,12 +215,12 @@ def node_command(
 @application.command("ended")
 def ended_command(
     run_file: RunFile,
-    code: Annotated[int, typer.Option(help="what srun ended with")],
-    preflight: Annotated[bool, typer.Option(help="it was the check of the nodes that failed")] = False,
+    code: Annotated[int, typer.Option(help="exit code of srun")],
+    preflight: Annotated[bool, typer.Option(help="the check of the nodes failed")] = False,
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """The last line of an sbatch script: record why the job ended; requeue it unless it is complete or was stopped."""
+    """Last line of an sbatch script: record why the job ended; requeue it unless the run is complete or was stopped."""
     settings = load_settings(run_file, overrides)
     raise typer.Exit(slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ))
 
@@ -231,13 +231,13 @@ def check_command(
     cluster_file: ClusterFile = None,
     hostfile: HostFile = None,
     overrides: Overrides = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="print what preflight.json holds")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the content of preflight.json")] = False,
 ) -> None:
-    """Look at every node: devices, memory, disk, clock, data, versions, speed, links; name those to exclude.
+    """Check devices, memory, disk, clock, data, versions, speed and links of every node; list the nodes to exclude.
 
-    Inside a SLURM job its nodes, those of every group of a het job; with a host file or `hosts` those, over ssh, or
-    through srun where the cluster file has a partition; with any other cluster file the idle nodes of SLURM; else this
-    machine. Exit code 1 if any is bad.
+    Inside a SLURM job: its nodes, of all groups of a het job. With a host file or `hosts`: those hosts, over ssh, or
+    through srun if the cluster file has a partition. With another cluster file: the idle nodes of SLURM. Else: this
+    machine. Exit code 1 if a node is bad.
     """
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     directory = settings.run.directory
@@ -265,7 +265,7 @@ def check_command(
 def look_command(
     run_file: RunFile,
     world: Annotated[str, typer.Option(help="the nodes, as a topology of one rank each, as JSON")] = "",
-    node: Annotated[int, typer.Option(help="which of them this is")] = 0,
+    node: Annotated[int, typer.Option(help="number of this node in it")] = 0,
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -275,7 +275,7 @@ def look_command(
 
 @application.command("status")
 def status_command(run: Run, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """State, step, loss, tokens per second, and restarts with their causes."""
+    """Print state, step, loss, tokens per second, and restarts with their causes."""
     found = watch.status(run_directory(run))
     if as_json:
         print(json.dumps(found, indent=1))
@@ -286,29 +286,31 @@ def status_command(run: Run, as_json: Annotated[bool, typer.Option("--json", hel
 @application.command("logs")
 def logs_command(
     run: Run,
-    lines: Annotated[int, typer.Option(min=0, help="last lines of each rank")] = 20,
+    lines: Annotated[int, typer.Option(min=0, help="number of last lines of each rank")] = 20,
     rank: Annotated[list[int], typer.Option(help="only this rank; may be repeated")] = [],  # noqa: B006
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl-C")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="print new lines until Ctrl-C")] = False,
 ) -> None:
-    """What the ranks print, each line with its node and rank."""
+    """Print the output of the ranks, each line with its node and rank."""
     watch.print_logs(run_directory(run), lines, rank, follow)
 
 
 @application.command("stop")
 def stop_command(run: Run, now: Annotated[bool, typer.Option("--now", help="without saving")] = False) -> None:
-    """Let a run save and stop, wherever it was started; a SLURM job is not requeued then."""
+    """Make a run save and stop, however it was started; its SLURM job is not requeued."""
     print(watch.stop(run_directory(run), now))
 
 
 @application.command("show")
 def show_command(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a started run; absent: --cluster")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="a started run; absent: that of --cluster")
+    ] = None,
     cluster_file: ClusterFile = None,
     hostfile: HostFile = None,
     ranks: Ranks = 0,
-    png: Annotated[Path | None, typer.Option(help="draw it there too")] = None,
+    png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
-    """Draw the topology: which ranks share a node or a switch."""
+    """Draw the topology: the ranks of each node and the nodes of each switch."""
     cluster = load_cluster(cluster_file)
     if run is None and cluster.slurm.partition and not (hostfile or cluster.hosts):
         topology = _planned_topology(cluster)
@@ -318,7 +320,9 @@ def show_command(
     else:
         launch = read_launch(run_directory(run))
         if not launch.get("hosts"):
-            raise UserError(f"{run}: nothing is known of its ranks: the launcher has not started it yet")
+            raise UserError(
+                f"{run}: its ranks are not known: the launcher has not started it yet; give --cluster instead"
+            )
         names, nodes = launch["hosts"], launch["node_of_rank"]
         place = (launch["main_address"], launch["main_port"], tuple(cluster.switches_of(names)))
         topology = Topology(tuple(names), tuple(nodes), *place)
@@ -329,14 +333,14 @@ def show_command(
 
 
 def _planned_topology(cluster: Cluster) -> Topology:
-    """What a SLURM job of this cluster file will have, but for the names."""
+    """The topology of a SLURM job of this cluster file, with invented host names."""
     names = [f"node{number}" for number in range(cluster.nodes)]
     address, port = cluster.main_address or names[0], cluster.main_port or port_of("0")
     return even_topology(names, cluster.ranks_on_node, address, port, cluster.switches_of(names))
 
 
 def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, directory: Path) -> Topology:
-    """Every node computes the same: without a job's number the port follows from the run directory's name."""
+    """The same on every node: the port is derived from the run directory's name, because there is no job number."""
     names, slots = hosts_and_slots(cluster, hostfile)
     each = ranks_per_node(ranks, len(names), slots) if ranks else slots
     port = cluster.main_port or port_of(str(zlib.crc32(str(directory).encode())))
@@ -344,25 +348,25 @@ def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, dire
 
 
 def _words(run_file: Path, cluster_file: Path | None, overrides: Sequence[str]) -> list[str]:
-    """A command's arguments, for another process."""
+    """Run file, cluster file and overrides as arguments of another process."""
     words = [str(run_file), *(["--cluster", str(cluster_file)] if cluster_file else [])]
     return words + [word for override in overrides for word in ("--set", override)]
 
 
 def _options(fresh: bool, new_plan: bool) -> list[str]:
-    """The trainer's own options, passed on."""
+    """Options of the trainer."""
     return [name for name, given in (("--fresh", fresh), ("--new-plan", new_plan)) if given]
 
 
 def _read_world(text: str) -> Topology:
-    """A topology that another launcher wrote as JSON."""
+    """A topology from another launcher's JSON."""
     table = json.loads(text)
     names, nodes, switches = (tuple(table[name]) for name in ("hosts", "nodes", "switches"))
     return Topology(names, nodes, table["main_address"], table["main_port"], switches)
 
 
 def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
-    """See that the run's DeepSpeed JSON and batch fit so many ranks, before any starts. Raises `UserError`."""
+    """Check, before a start, that the run's DeepSpeed JSON and batch size fit this number of ranks; else `UserError`."""
     words = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -374,11 +378,11 @@ def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Clus
     findings = preflight.check(directory, cluster, runner)
     if preflight.exit_code(findings):
         preflight.print_findings(runner.hosts, findings)
-        raise UserError("nothing was started: check.before_start found bad nodes; leave them out or mend them")
+        raise UserError("nothing was started: check.before_start found bad nodes; exclude or repair them")
 
 
 def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, here: bool = False) -> None:
-    """The ranks' commands and the rank map. GPUs and processors are known of this machine only."""
+    """Print the ranks' commands and the rank map. GPUs and processors are known only for this machine."""
     large = topology.world_size > EACH_RANK
     for rank in range(1 if large else topology.world_size):
         if here:
@@ -389,15 +393,15 @@ def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, h
         else:
             print(describe_rank(command, local.launch_environment(topology, rank, cluster.variables())))
     if large:
-        print(f"# and {topology.world_size - 1} more, which differ in RANK, LOCAL_RANK, LOCAL_WORLD_SIZE and NODE_RANK")
+        print(f"# and {topology.world_size - 1} more; they differ in RANK, LOCAL_RANK, LOCAL_WORLD_SIZE and NODE_RANK")
     if not here:
-        print("# CUDA_VISIBLE_DEVICES: on each node all GPUs that it gives; a rank takes the one numbered LOCAL_RANK")
+        print("# CUDA_VISIBLE_DEVICES: all GPUs of the node; a rank uses the one with number LOCAL_RANK")
         print(f"# binding: {cluster.binding}, among the processors of each node")
     print("\n".join(f"# {line}" for line in (node_map if large else rank_map)(topology)))
 
 
 def main() -> None:
-    """Run a command; a `UserError` becomes one message and exit code 2."""
+    """Run a command. A `UserError` becomes a message and exit code 2."""
     try:
         application()
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Binding: which processors a rank may run on, so that it stays beside its GPU and out of its neighbours' way.
+"""Binding: the processors of a rank, near its GPU and apart from those of other ranks.
 
-Takes what Linux says of the node, gives a set of processors or None (leave it). `divide` is pure. A binding that is
-there already (srun --cpu-bind, taskset) is kept. By default no rank gets fewer than two, one to train and one to read
-data; who asks for "cores" gets them also where there is one for each.
+In: the NUMA nodes and GPUs that Linux reports. Out: a set of processors, or None (no binding). `divide` is pure. An
+existing binding (srun --cpu-bind, taskset) is kept. "device" gives each rank at least two processors, one to train and
+one to read data, else nothing is bound; for "cores" one per rank is enough.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-LEAST = {"device": 2, "cores": 1}  # processors of a rank; below that nothing is bound
+LEAST = {"device": 2, "cores": 1}  # fewest processors of a rank; with fewer nothing is bound
 
 
 def divide(
@@ -23,8 +23,8 @@ def divide(
 ) -> set[int] | None:
     """The processors of one rank; None: no binding.
 
-    `kind` "device": those of the NUMA node of its GPU (`node_of_device[local_rank]`), shared evenly with the ranks
-    whose GPU hangs there too. "cores": an even share of all, NUMA node by NUMA node.
+    kind "device": the processors of its GPU's NUMA node (`node_of_device[local_rank]`), shared evenly among the ranks
+    with GPUs of that NUMA node. "cores": an equal share of all processors, NUMA node by NUMA node.
     """
     if kind == "none":
         return None
@@ -40,7 +40,7 @@ def divide(
 
 
 def processors_to_bind(kind: str, local_rank: int, local_size: int, environment: Mapping[str, str]) -> set[int] | None:
-    """The same for this process on this machine."""
+    """`divide` for this process on this machine."""
     if not hasattr(os, "sched_getaffinity") or environment.get("SLURM_CPU_BIND_TYPE", "none") not in ("none", "quiet"):
         return None
     allowed = sorted(os.sched_getaffinity(0))
@@ -48,7 +48,7 @@ def processors_to_bind(kind: str, local_rank: int, local_size: int, environment:
 
 
 def parse_list(text: str) -> list[int]:
-    """Linux's form of a set: `0-3,8` is [0, 1, 2, 3, 8]."""
+    """Linux's list format: `0-3,8` is [0, 1, 2, 3, 8]."""
     found: list[int] = []
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
         found += range(int(first), int(last or first) + 1)
@@ -68,7 +68,7 @@ def _processors_of_nodes() -> dict[int, list[int]]:
 
 
 def _nodes_of_devices(environment: Mapping[str, str]) -> list[int]:
-    """The NUMA node of each visible NVIDIA GPU, by index; -1 where Linux does not know. Empty where there is none."""
+    """The NUMA node of each visible NVIDIA GPU, by index; -1: unknown to Linux. Empty without GPUs."""
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"), key=lambda card: card.name)
     files = [Path("/sys/bus/pci/devices") / card.name / "numa_node" for card in cards]
     nodes = [int(file.read_text()) if file.exists() else -1 for file in files]
@@ -77,5 +77,5 @@ def _nodes_of_devices(environment: Mapping[str, str]) -> list[int]:
         return nodes
     chosen = visible.split(",")
     if not all(name.strip().isdecimal() and int(name) < len(nodes) for name in chosen):
-        return []  # by UUID, or none: leave it
+        return []  # given by UUID, or none: no binding
     return [nodes[int(name)] for name in chosen]

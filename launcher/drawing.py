@@ -1,4 +1,4 @@
-"""Drawing: a topology as a picture, in the terminal and as PNG: switches hold nodes, nodes hold ranks."""
+"""Pictures of a topology, in the terminal and as PNG: switches contain nodes, nodes contain ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ COLUMNS = 8  # ranks in a row of a node
 
 
 def print_topology(topology: Topology) -> None:
-    """A panel per switch with a line per node; nodes under no known switch come in one panel."""
+    """Print a panel per switch with a line per node; nodes without a known switch share one panel."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(_headline(topology))
     width = max(len(host) for host in topology.hosts)
@@ -27,7 +27,7 @@ def print_topology(topology: Topology) -> None:
 
 
 def draw_topology(topology: Topology, file: Path) -> None:
-    """The same as PNG: a box per node, a square per rank; colours are switches."""
+    """Draw a PNG: a box per node, a square per rank, a colour per switch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +62,7 @@ def draw_topology(topology: Topology, file: Path) -> None:
 
 
 def shorten(ranks: Sequence[int]) -> str:
-    """Runs of ranks: 0-7, or 0,3-6 where they are not neighbours."""
+    """Ranks as ranges: 0-7, or 0,3-6."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][-1] == rank - 1:
@@ -73,7 +73,7 @@ def shorten(ranks: Sequence[int]) -> str:
 
 
 def _headline(topology: Topology) -> str:
-    """The port is 0 where the run has not started yet."""
+    """One line on the whole topology. Port 0: the run has not started yet."""
     port = f":{topology.main_port}" if topology.main_port else ""
     nodes = "1 node" if len(topology.hosts) == 1 else f"{len(topology.hosts)} nodes"
     return f"{topology.world_size} ranks on {nodes}; rank 0 at {topology.main_address}{port}"

@@ -1,9 +1,8 @@
-"""Execute: what each rank runs under srun, torchrun or mpirun: find the place, set the environment, become the trainer.
+"""`launch exec`: each rank under srun, torchrun or mpirun: find the rank number, set the environment, become the trainer.
 
-Takes a run file and the environment of whoever started it. Every rank writes to `logs/HOST-rank-N.log` in the run
-directory; what rank 0 prints also goes where it went before (`bigmodel.rank_log`). The process that srun or torchrun
-knows becomes the trainer (execve), so signals, exit codes and deaths are the trainer's own and nothing stands between.
-Imports no torch.
+In: a run file and the environment from srun, torchrun or mpirun. Every rank logs to `logs/HOST-rank-N.log` in the run
+directory; rank 0 also prints as before (`bigmodel.rank_log`). The process started by srun or torchrun becomes the
+trainer (execve), so that signals and exit codes are the trainer's own. Imports no torch.
 """
 
 import ctypes
@@ -34,7 +33,7 @@ def execute(
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
     topology, rank = find_place(preset(os.environ, cluster))
     restart = int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-    again = [option for option in options if option != "--fresh" or not restart]  # checkpoints are set aside once
+    again = [option for option in options if option != "--fresh" or not restart]  # checkpoints are moved aside once
     command = [*trainer_command(run_file, overrides), *again]
     variables = launch_environment(topology, rank, cluster.variables())
     local_size = topology.local_size(rank)
@@ -49,7 +48,7 @@ def execute(
     directory = settings.run.directory
     logs = make_logs(directory)
     if rank == 0:
-        if by != "torchrun":  # which listens there already
+        if by != "torchrun":  # torchrun itself listens at the port
             check_address(topology)
         refuse_second_run(directory)
         record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
@@ -67,22 +66,22 @@ def execute(
 
 
 def preset(environment: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
-    """The environment with the cluster file's address and port, which come before what the starter would give."""
+    """The environment with the cluster file's address and port; they override those of srun or mpirun."""
     given = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port or "")}
     if "TORCHELASTIC_RUN_ID" in environment:
-        given = {}  # torchrun's own listen already
+        given = {}  # torchrun already listens at its own
     return {**environment, **{name: value for name, value in given.items() if value}}
 
 
 def describe_rank(command: Sequence[str], variables: Mapping[str, str], processors: set[int] | None = None) -> str:
-    """A line that a shell could run: the variables, the processors that it is bound to, then the command."""
+    """A shell line: variables, binding to processors, command."""
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     words += ["taskset", "-c", ",".join(map(str, sorted(processors)))] if processors else []
     return " ".join([*words, shlex.join(command)])
 
 
 def rank_map(topology: Topology) -> list[str]:
-    """A line per rank: its number, host, node and local rank."""
+    """A line per rank: number, host, node and local rank."""
     return [
         f"rank {rank} host {topology.host(rank)} node {topology.nodes[rank]} local {topology.local_rank(rank)}"
         for rank in range(topology.world_size)
@@ -90,7 +89,7 @@ def rank_map(topology: Topology) -> list[str]:
 
 
 def node_map(topology: Topology) -> list[str]:
-    """A line per node: its number, host and ranks."""
+    """A line per node: number, host and ranks."""
     ranks: dict[int, list[int]] = {}
     for rank, node in enumerate(topology.nodes):
         ranks.setdefault(node, []).append(rank)
@@ -98,7 +97,7 @@ def node_map(topology: Topology) -> list[str]:
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """As 0-3,8: consecutive numbers as one run."""
+    """Numbers as ranges: 0-3,8."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:
@@ -109,17 +108,16 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def check_address(topology: Topology) -> None:
-    """On the machine of rank 0, before it starts: raises `UserError` where its address or port cannot be its own."""
+    """On the machine of rank 0, before its start: raises `UserError` if its address or port cannot be used."""
     if not resolves(topology.main_address):
         raise UserError(
-            f"rank 0 runs on {topology.main_address}, a name that has no address here; set main_address in the cluster "
-            "file, or MASTER_ADDR, to an address that all nodes reach"
+            f"rank 0 runs on {topology.main_address}, a name without an address here; set main_address in the cluster "
+            "file, or MASTER_ADDR, to an address that all nodes can reach"
         )
     if not port_is_free(topology.main_port):
         raise UserError(
-            f"port {topology.main_port} of {topology.main_address}, derived from the job's number or the run "
-            "directory's name if nobody chose it, is in use; set main_port in the cluster file, or MASTER_PORT, to a "
-            "free one"
+            f"port {topology.main_port} of {topology.main_address} is in use (by default it is derived from the job's "
+            "number or the run directory's name); set main_port in the cluster file, or MASTER_PORT, to a free port"
         )
 
 
@@ -129,7 +127,7 @@ def _write_to(log: Path, shown: bool) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to kill this process when torchrun dies, kill -9 included: it would leave the ranks running."""
+    """Let Linux kill this process when torchrun dies, kill -9 included; torchrun would leave its ranks running."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == 1:

@@ -1,8 +1,8 @@
-"""Fabrics: the variables that make NCCL use a network, as data files in `launcher/fabrics/`.
+"""Fabrics: variables that make NCCL use a network, as data files in `launcher/fabrics/`.
 
-Takes a name (infiniband, roce, efa, ethernet) or the path of a TOML file of one's own, gives variables. A misspelt NCCL
-variable is ignored by NCCL without a word and the job runs at a tenth of its speed; here it is an error. None of the
-profiles has been run on its fabric by this project.
+In: a name (infiniband, roce, efa, ethernet) or the path of your own TOML file. Out: variables. NCCL silently ignores a
+misspelt variable, and the job runs at a tenth of its speed; here it is an error. This project has not run any of the
+profiles on its fabric.
 """
 
 import difflib
@@ -14,14 +14,14 @@ from pathlib import Path
 from bigmodel.config.settings import UserError
 
 FOLDER = Path(__file__).parent / "fabrics"
-CHECKED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_")  # what begins otherwise is not looked at
+CHECKED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_")  # prefixes of the checked names
 
 
 def fabric_environment(fabric: str) -> dict[str, str]:
     """The variables of a profile. Raises `UserError` for an unknown profile or variable."""
     path = profiles().get(fabric) or Path(fabric)
     if not path.is_file():
-        raise UserError(f"fabric = {fabric}: neither a profile ({', '.join(profiles())}) nor a TOML file")
+        raise UserError(f"fabric = {fabric}: neither a profile ({', '.join(profiles())}) nor an existing TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -40,11 +40,11 @@ def profiles() -> dict[str, Path]:
 
 
 def complain_of_unknown(names: Iterable[str]) -> str:
-    """What is wrong with the first unknown name, or nothing."""
+    """A message on the first unknown name, or ""."""
     for name in names:
         if name.startswith(CHECKED) and name not in known_variables():
             near = difflib.get_close_matches(name, known_variables(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{FOLDER.name}/known_variables.txt lists what is known"
+            hint = f"did you mean {near[0]}?" if near else f"{FOLDER.name}/known_variables.txt lists the known ones"
             return f"{name}: unknown variable; {hint}"
     return ""
 

@@ -1,6 +1,6 @@
-"""SLURM's short forms of lists: `n[1-3,07-10],login` is six hosts, `2(x3),1` is 2, 2, 2, 1.
+"""SLURM's compact lists: `n[1-3,08-10],login` is seven hosts, `2(x3),1` is 2, 2, 2, 1.
 
-Parsed here, not by `scontrol show hostnames`, which containers do not have. Pure functions.
+Parsed here and not by `scontrol show hostnames`, because containers have no scontrol. Pure functions.
 """
 
 import itertools
@@ -16,15 +16,15 @@ COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 def expand_hosts(text: str) -> list[str]:
-    """The hosts of a node list in its order, repeated ones too; numbers keep their leading zeros.
+    """The hosts of a node list in order, with repetitions; numbers keep their leading zeros.
 
-    Raises `UserError` for what is no node list.
+    Raises `UserError` if the text is no node list.
     """
     return [host for word in _split(text) for host in _expand_word(word, text)]
 
 
 def expand_counts(text: str) -> list[int]:
-    """`2(x3),1` as [2, 2, 2, 1]: the form of SLURM_TASKS_PER_NODE. Raises `UserError` for anything else."""
+    """`2(x3),1` as [2, 2, 2, 1]: the format of SLURM_TASKS_PER_NODE. Raises `UserError` for anything else."""
     counts: list[int] = []
     for word in text.split(","):
         match = COUNT.fullmatch(word)
@@ -35,7 +35,7 @@ def expand_counts(text: str) -> list[int]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """The words between commas that stand outside of brackets."""
+    """The words between commas outside of brackets."""
     depth, word = 0, ""
     for character in text:
         depth += (character == "[") - (character == "]")

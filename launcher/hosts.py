@@ -1,13 +1,13 @@
-"""Hosts: a run over machines that have no scheduler, started with ssh from one of them or from elsewhere.
+"""A run over ssh on machines without a scheduler, started from one of them or from another machine.
 
-Takes hosts (a host file in DeepSpeed's form, or a list), starts `launcher node` on each, which runs that node's ranks
-as `launcher local` does. Guarantees: a host that does not answer is named before anything starts; no rank outlives the
-launcher: standard input of each ssh is a control_pipe (see `bigmodel.launcher.local`), which the kernel cuts when the
-launcher dies. The project, its environment and the run directory must be at the same paths everywhere. Costs one ssh
-per host.
+In: hosts (a host file in DeepSpeed's format, or a list). Starts `launch node` on each, which runs that node's ranks as
+`launch local` does. Guarantees: hosts that do not answer are named before anything starts; no rank outlives the
+launcher: standard input of each ssh is a control pipe (see `bigmodel.launcher.local`), and the kernel closes it when
+the launcher dies. The project, its environment and the run directory must have the same paths on all hosts. Costs one
+ssh connection per host.
 
-Not pdsh: it passes no standard input on, so there would be no control_pipe, and nothing else tells a rank on another
-machine that the launcher was killed with -9.
+Not pdsh: it does not forward standard input, so there would be no control pipe, the only way for a rank on another
+machine to learn of a kill -9 of the launcher.
 """
 
 import json
@@ -28,9 +28,9 @@ from bigmodel.launcher.local import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, E
 from bigmodel.launcher.topology import Topology
 from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
-ANSWER_SECONDS = 20.0  # for a host to say that it is there
+ANSWER_SECONDS = 20.0  # longest wait for a host's first answer
 PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TZ", "LANG")
-SSH_FAILED = 255  # ssh's own exit code: the connection, not the program
+SSH_FAILED = 255  # exit code of ssh itself: the connection failed, not the program
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Node:
     ended: int | None = None
 
     def order(self, word: str) -> None:
-        """Send an order down the control_pipe."""
+        """Send an order through the control pipe."""
         with suppress(BrokenPipeError, ValueError):
             assert self.process.stdin is not None
             self.process.stdin.write(word.encode() + b"\n")
@@ -48,14 +48,14 @@ class Node:
 
 
 def remote_command(cluster: Cluster, host: str, words: Sequence[str], folder: Path) -> list[str]:
-    """What runs `words` on a host, in a folder of it."""
+    """The command that runs `words` on a host, in a folder there."""
     variables = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
     line = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *words])}"
     return [*cluster.ssh.command, *cluster.ssh.options, host, line]
 
 
 def reach(cluster: Cluster, hosts: Sequence[str], folder: Path) -> None:
-    """See that every host answers and has this interpreter and folder. Raises `UserError` naming those that do not."""
+    """Check that every host answers and has this interpreter and folder. Raises `UserError` with those that do not."""
     test = ["test", "-x", sys.executable]
     asked = {
         host: subprocess.Popen(
@@ -81,7 +81,7 @@ def reach(cluster: Cluster, hosts: Sequence[str], folder: Path) -> None:
         if process.returncode:
             complaints.append(f"{host}: {reason}")
     if complaints:
-        raise UserError("nothing was started: " + "; ".join(complaints) + "\nleave them out or mend them")
+        raise UserError("nothing was started: " + "; ".join(complaints) + "\nexclude or repair them")
 
 
 def run_on_hosts(
@@ -92,9 +92,9 @@ def run_on_hosts(
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
 ) -> Ending:
-    """Run `launcher node RUN.toml ...` (`words`) on every host until all have ended.
+    """Run `launch node RUN.toml ...` (`words`) on every host until all have ended.
 
-    Output of all hosts comes to this terminal; rank 0's is the trainer's, the others' only what their launchers say.
+    This terminal shows rank 0's output and the messages of every node's launcher.
     """
     nodes: list[Node] = []
     signals: list[int] = []
@@ -128,7 +128,7 @@ def _supervise(nodes: list[Node], signals: list[int], grace_seconds: float, save
             if handled == 1:
                 _say(f"\n{signal.Signals(signals[0]).name}: asked {len(running)} node(s) to save and stop")
                 deadline = min(deadline, time.monotonic() + save_seconds + grace_seconds)
-            _order(nodes, "stop")  # a second one kills, as on one machine
+            _order(nodes, "stop")  # the second one kills, as on one machine
         if time.monotonic() > deadline:
             _cut(nodes)
         time.sleep(POLL_SECONDS)
@@ -153,7 +153,7 @@ def _order(nodes: Sequence[Node], word: str) -> None:
 
 
 def _cut(nodes: Sequence[Node]) -> None:
-    """Let go of every control_pipe and wait until the nodes have ended their ranks; then of the connection itself."""
+    """Close every control pipe, wait until the nodes have ended their ranks, then kill connections that remain."""
     for node in nodes:
         with suppress(BrokenPipeError):
             assert node.process.stdin is not None

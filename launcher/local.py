@@ -1,18 +1,18 @@
-"""Local: all ranks of a run on this machine, started together and ended together.
+"""All ranks of a run on this machine, started and ended together.
 
-Takes a command and a topology, gives an exit code (`bigmodel.run_directory.EXIT_*`). Guarantees, however it ends, that
-no rank is left running: a rank that dies takes the others with it, Ctrl-C and SIGTERM let all ranks save first, and a
-kill -9 of the launcher itself kills the ranks through the kernel (Linux's parent-death signal). Costs one sleeping
-thread that looks at the ranks 20 times a second. Never imports torch.
+In: a command and a topology. Out: an exit code (`bigmodel.run_directory.EXIT_*`). Guarantees that no rank is left
+running, however the run ends: if one rank dies, the others are ended; after Ctrl-C or SIGTERM all ranks save first; a
+kill -9 of the launcher kills the ranks through the kernel (Linux's parent-death signal). Costs a sleeping thread that
+checks the ranks 20 times a second. Never imports torch.
 
     running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
        \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
 
-Every rank writes to `HOST-rank-N.log`; what rank 0 prints is also shown here (`bigmodel.rank_log`).
+Every rank logs to `HOST-rank-N.log`; rank 0's output is also shown here (`bigmodel.rank_log`).
 
-The same runs one node of several, started over ssh: then `control_pipe` is true, and standard input brings the orders
-of the launcher far away, "stop" (save and stop) or "end" (a peer died). Its end, as when that launcher was killed,
-means "end" too.
+This file also runs one of several nodes started over ssh (`control_pipe`): standard input is then the control pipe
+with the orders of the remote launcher, "stop" (save and stop) or "end" (a peer died). The end of the pipe, for example
+because that launcher was killed, also means "end".
 """
 
 import ctypes
@@ -35,19 +35,19 @@ from bigmodel.launcher.topology import Topology, rank_environment
 from bigmodel.rank_log import ARRANGED, open_outputs, terminal_variables, wait_for
 from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name
 
-GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and have nothing to save
-SAVE_SECONDS = 600.0  # for ranks asked to stop: a checkpoint of a large model takes minutes
+GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and cannot save
+SAVE_SECONDS = 600.0  # for ranks that save and stop: a checkpoint of a large model takes minutes
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-END = 0  # among the signals received: the order to end, from the other end of the control_pipe
+END = 0  # among the received signals: the order "end" from the control pipe
 
 
 class Ending(NamedTuple):
-    """How a launch ended: the exit code for the whole, a cause (`bigmodel.launcher.record.CAUSES`), the culprit if any.
+    """The end of a launch: exit code, cause (`bigmodel.launcher.record.CAUSES`), and the culprit if any.
 
-    `since`: Unix time of the first death or of the order to stop; 0: not known.
+    since: Unix time of the first death or stop request; 0: unknown.
     """
 
     code: int
@@ -58,7 +58,7 @@ class Ending(NamedTuple):
 
 @dataclass
 class Rank:
-    """One running process. `ended` is its exit status as subprocess gives it: a code, or minus a signal."""
+    """One process. `ended`: its exit status as in subprocess, a code or minus a signal; None: it runs."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -67,26 +67,26 @@ class Rank:
     ended: int | None = None
 
     def signal(self, number: int) -> None:
-        """Signal the rank's whole process group, so that its own children go too."""
+        """Signal the rank's process group, which includes its children."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
 @dataclass
 class Supervision:
-    """What has happened so far to the ranks of one launch."""
+    """State of the ranks of one launch."""
 
     ranks: list[Rank]
-    tees: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of what is shown here
+    tees: list[subprocess.Popen[bytes]] = field(default_factory=list)  # of output shown here
     signals: list[int] = field(default_factory=list)
-    stopping: bool = False  # a signal told us to stop
+    stopping: bool = False  # a stop signal has come
     culprit: Rank | None = None  # the first rank that died
-    died_stopping: bool = False  # ... and it did so after the signal
-    killed_early: bool = False  # nobody died, but a second signal or the clock cut the saving short
-    abandoned: bool = False  # the order to end came: something happened on another node
+    died_stopping: bool = False  # the culprit died after the stop signal
+    killed_early: bool = False  # no rank died, but a second signal or the deadline interrupted the saving
+    abandoned: bool = False  # the order "end" came: a failure on another node
     world_size: int = 0
-    deadline: float = float("inf")  # then SIGKILL
-    since: float = 0.0  # Unix time of the first death or order to stop
+    deadline: float = float("inf")  # time of the SIGKILL
+    since: float = 0.0  # Unix time of the first death or stop request
 
     @property
     def running(self) -> list[Rank]:
@@ -105,12 +105,12 @@ def run(
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
 ) -> Ending:
-    """Run `command` once per rank of a node until all have ended; return how that went.
+    """Run `command` once per rank of a node until all have ended.
 
-    Code 0: every rank returned 0. 2 (user error) and 3 (stopped and saved): a rank's own, passed through. 1: a rank
-    died; standard error says which, how, and shows the last lines of its log. Call it from the main thread: it
-    handles signals. `logs` is made if need be; a rank's log is appended to. `variables` are set for every rank,
-    `binding` is that of `bigmodel.launcher.binding.divide`.
+    Exit code 0: every rank returned 0. 2 (user error) and 3 (stopped and saved): the code of a rank. 1: a rank died;
+    its number, exit status and last log lines are printed to standard error. Handles signals, so call it from the main
+    thread. `logs` is created if needed; logs are appended to. `variables` are set for every rank; `binding` is the
+    `kind` of `bigmodel.launcher.binding.divide`.
     """
     logs.mkdir(parents=True, exist_ok=True)
     supervision = Supervision([], world_size=topology.world_size)
@@ -131,16 +131,16 @@ def run(
 
 
 def trainer_command(run_file: Path, overrides: Sequence[str]) -> list[str]:
-    """What every rank runs: the same interpreter as the launcher's."""
+    """The command of every rank, with the launcher's interpreter."""
     settings = [word for override in overrides for word in ("--set", override)]
     return [sys.executable, "-m", "bigmodel", "train", str(run_file), *settings]
 
 
 def launch_environment(topology: Topology, rank: int, variables: Mapping[str, str]) -> dict[str, str]:
-    """What is set for a rank: `variables`, its place in the world, PATH beginning with this interpreter's own programs.
+    """Variables of a rank: `variables`, its rank numbers, and a PATH that begins with this interpreter's folder.
 
-    The PATH is for ninja, which DeepSpeed calls by name and which lies beside the interpreter of a virtual
-    environment that nobody activated.
+    The PATH is for ninja: DeepSpeed calls it by name, and it lies beside the interpreter of a virtual environment that
+    may not be activated.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {**variables, **rank_environment(topology, rank, cores, {**os.environ, **variables})}
@@ -150,7 +150,7 @@ def launch_environment(topology: Topology, rank: int, variables: Mapping[str, st
 
 
 def local_environment(topology: Topology, rank: int, variables: Mapping[str, str]) -> dict[str, str]:
-    """The same and the devices, for a rank of this machine. Raises `UserError` if it has too few for its ranks."""
+    """`launch_environment` and the GPUs, for a rank on this machine. Raises `UserError` if it has too few GPUs."""
     found = launch_environment(topology, rank, variables)
     inherited = {**os.environ, **found}
     return {**found, **device_variables(os.listdir("/dev"), topology.local_size(rank), topology.host(rank), inherited)}
@@ -165,7 +165,7 @@ def _start(
     binding: str,
     tees: list[subprocess.Popen[bytes]],
 ) -> Rank:
-    """`tees` gets those of its output."""
+    """Start a rank. The tee processes of its output are added to `tees`."""
     log, shown = logs / log_name(topology.host(number), number), number == 0
     log_start = log.stat().st_size if log.exists() else 0
     processors = processors_to_bind(
@@ -180,37 +180,37 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher only, which forwards it once
+            start_new_session=True,  # Ctrl-C in the terminal reaches only the launcher, which forwards it once
             preexec_fn=_die_with_launcher(os.getpid()),
         )
     finally:
         os.close(output)
         os.close(errors)
     if processors:
-        os.sched_setaffinity(process.pid, processors)  # it has no thread yet but the first: all later ones inherit
+        os.sched_setaffinity(process.pid, processors)  # it has only its first thread; later ones inherit
     return Rank(number, process, log, log_start)
 
 
 def _listen(signals: list[int]) -> None:
-    """Turn the orders on standard input into signals; its end is the order to end."""
-    while orders := os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin, whose lock would outlive this thread
+    """Turn the orders on standard input into signals; its end is the order "end"."""
+    while orders := os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would outlive this thread
         signals += [signal.SIGTERM if order == b"stop" else END for order in orders.split()]
     signals.append(END)
 
 
 def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
-    """What the child runs before the program: ask Linux to kill it when the launcher dies, however that dies.
+    """A function for the child to run before the program: Linux will kill the child when the launcher dies.
 
-    SIGKILL, not SIGTERM: a rank that waits for a dead peer would never act on the milder one. The run then loses
-    the steps since its last checkpoint, as with any kill -9.
+    SIGKILL, not SIGTERM: a rank that waits for a dead peer would never act on SIGTERM. The run then loses the steps
+    since its last checkpoint, as with any kill -9.
     """
     if not sys.platform.startswith("linux"):
         return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork: the child must not take locks
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before the fork: the child must not take locks
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:  # it died between the fork and the line above
+        if os.getppid() != launcher:  # the launcher died between the fork and the line above
             os._exit(EXIT_FAILED)
 
     return ask
@@ -218,9 +218,9 @@ def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
 
 @contextmanager
 def collect_signals(received: list[int]) -> Iterator[None]:
-    """Turn stop signals into entries of a list while the ranks run; put the old handlers back afterwards.
+    """Append stop signals to a list while the ranks run; restore the old handlers afterwards.
 
-    A signal that we were started to ignore (SIGHUP under nohup) stays ignored.
+    A signal that was ignored at our start (SIGHUP under nohup) stays ignored.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -251,12 +251,12 @@ def _collect_the_ended(supervision: Supervision, grace_seconds: float, save_seco
     ended = [rank for rank in supervision.running if _has_ended(rank)]
     died = [rank for rank in ended if rank.ended not in (EXIT_DONE, EXIT_STOPPED)]
     now = time.monotonic()
-    if any(rank.ended == EXIT_STOPPED for rank in ended):  # all ranks agree to stop, so the rest is about to
+    if any(rank.ended == EXIT_STOPPED for rank in ended):  # all ranks stop at the same step: the rest ends soon
         supervision.deadline = min(supervision.deadline, now + save_seconds)
     if died:
         supervision.deadline = min(supervision.deadline, now + grace_seconds)
     if died and supervision.culprit is None:
-        # Two deaths in one look: a peer's death shows as an error, so the one killed by a signal came first.
+        # Several deaths in one poll: a peer's death causes an error, so the rank killed by a signal died first.
         supervision.culprit = min(died, key=lambda rank: (_status(rank) > 0, rank.number))
         supervision.died_stopping = supervision.stopping
         supervision.since = supervision.since or time.time()
@@ -289,7 +289,7 @@ def _end_early(supervision: Supervision) -> None:
 
 
 def _has_ended(rank: Rank) -> bool:
-    """Look without reaping first, so that the group's number is still ours when its stray members are killed."""
+    """Poll without reaping, so that the process group's id is still ours when its remaining members are killed."""
     if os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         return False
     rank.signal(signal.SIGKILL)
@@ -314,28 +314,28 @@ def _verdict(supervision: Supervision) -> Ending:
         saved = all(_status(rank) in (EXIT_DONE, EXIT_STOPPED) for rank in supervision.ranks)
         return Ending(EXIT_STOPPED, "stopped") if saved else Ending(EXIT_FAILED, "failed", "another node failed")
     if supervision.killed_early:
-        _say("killed before every rank had saved; the run goes on from its last checkpoint")
+        _say("killed before every rank had saved; the run resumes from its last checkpoint")
         return Ending(EXIT_FAILED, "failed", "killed before every rank had saved")
     if culprit is None:
         code = max(_status(rank) for rank in supervision.ranks)  # EXIT_DONE or EXIT_STOPPED
         return Ending(code, "finished" if code == EXIT_DONE else "stopped")
     if supervision.died_stopping and _status(culprit) == -signal.SIGTERM:
-        _say("stopped before every rank could save; the run goes on from its last checkpoint, if it had one")
+        _say("stopped before every rank could save; the run resumes from its last checkpoint, if it has one")
         return Ending(EXIT_STOPPED, "stopped", "before every rank could save")
     return _blame(culprit, supervision)
 
 
 def _blame(culprit: Rank, supervision: Supervision) -> Ending:
-    """Say what is known of the first rank that died."""
+    """Print the known facts on the first rank that died."""
     user_error = _status(culprit) == EXIT_USER
     world = supervision.world_size
     death = f"rank {culprit.number} of {world} {_how(_status(culprit))}"
     first = supervision.ranks[0]
     if user_error and first.number == 0 and _status(first) == EXIT_USER:
-        return Ending(EXIT_USER, "user_error", death)  # it has printed the same message here
+        return Ending(EXIT_USER, "user_error", death)  # it has already printed its message here
     others = ["", "; the other rank was ended", "; the other ranks were ended"][min(len(supervision.ranks) - 1, 2)]
     _say(death + others)
-    if culprit.number:  # rank 0's are here already
+    if culprit.number:  # rank 0's lines are shown already
         _say(f"last lines of {culprit.log}:")
         for line in _tail(culprit.log, culprit.log_start):
             _say(f"  | {line}")
@@ -359,12 +359,12 @@ def _how(status: int) -> str:
 
 
 def _tail(log: Path, start: int) -> list[str]:
-    """The last lines that this launch wrote to a log; at most 64 kB are read."""
+    """The last lines of this launch in a log; reads at most 64 kB."""
     with open(log, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(start, size - 65536))
         text = file.read().decode("utf-8", errors="replace")
-    return text.splitlines()[-TAIL_LINES:] or ["(it wrote nothing)"]
+    return text.splitlines()[-TAIL_LINES:] or ["(no output)"]
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Network: ports, names and interfaces of this machine, asked of the kernel."""
+"""Ports, names and network interfaces of this machine, from the kernel."""
 
 import fcntl
 import socket
@@ -8,16 +8,16 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def free_port() -> int:
-    """A TCP port that was free on this machine a moment ago."""
+    """A TCP port that is free on this machine now; another process may take it before its use."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could listen at the port, on all addresses of this machine."""
+    """Whether a server can listen at the port, on all addresses of this machine."""
     with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections that are closing
         try:
             listener.bind(("", port))
         except OSError:
@@ -33,16 +33,16 @@ def resolves(host: str) -> bool:
 
 
 def interface_towards(host: str) -> str:
-    """The interface through which gloo should be reached by others, or "" if it finds it by itself.
+    """The network interface for gloo, or "" if gloo finds it itself.
 
-    Gloo listens where this machine's own name points; on Debian and Ubuntu that is a loopback address, and ranks on
-    other machines then wait for it in vain.
+    Gloo listens at the address of this machine's own name. On Debian and Ubuntu that is a loopback address, which ranks
+    on other machines cannot reach.
     """
     try:
         if not socket.gethostbyname(socket.gethostname()).startswith("127."):
             return ""
     except OSError:
-        pass  # no address at all
+        pass  # the name has no address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # sends nothing; the kernel picks the route
@@ -58,5 +58,5 @@ def _address(probe: socket.socket, interface: str) -> str:
     try:
         answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()))
     except OSError:
-        return ""  # it has none
+        return ""  # no address
     return socket.inet_ntoa(answer[20:24])

@@ -1,8 +1,8 @@
-"""Placement: what a process that somebody else started can learn of its world.
+"""Placement: rank numbers and topology of a process started by srun, torchrun or mpirun.
 
-Takes environment variables of srun, torchrun or mpirun, gives the `Topology` and this process's rank in it. Guarantees:
-the main address is never a silent localhost, and what is computed for all ranks agrees with what the starter says of
-this one; where it does not, that is an error. No scontrol is needed. Costs one small read at most (SLURM_HOSTFILE).
+In: their environment variables. Out: the `Topology` and this process's rank. Guarantees: the main address is never
+silently localhost, and the computed topology agrees with the variables of this rank; else it is an error. Needs no
+scontrol. Costs at most one small read (SLURM_HOSTFILE).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from bigmodel.launcher.topology import Topology, even_topology
 
 FIRST_PORT, NUM_PORTS = 15_000, 16_000  # below the ports that Linux hands out to clients (32768 and up)
 
-# Of each MPI: rank, ranks, rank on the node, ranks on the node.
+# For each MPI: rank, ranks, rank on the node, ranks on the node.
 MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -22,11 +22,11 @@ MPI_VARIABLES = (
 
 
 def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
-    """The world around this process, and its rank.
+    """The topology and the rank of this process.
 
-    RANK, as torchrun sets it, comes first, then MPI's numbers, then SLURM's: mpirun inside of a job starts one SLURM
-    task per node, whose numbers all ranks of the node inherit.
-    Raises `UserError` if nobody set anything, or not enough, or contradictions.
+    Variables in order of precedence: RANK (torchrun), MPI's, SLURM's. mpirun inside a job starts one SLURM task per
+    node, and all ranks of the node inherit that task's SLURM variables.
+    Raises `UserError` if variables are missing or contradict each other.
     """
     by = started_by(environment)
     if by in ("torchrun", "environment"):
@@ -38,12 +38,12 @@ def find_place(environment: Mapping[str, str]) -> tuple[Topology, int]:
     raise UserError(
         "exec: none of RANK, SLURM_PROCID (inside srun) or an MPI's rank is in the environment; start it once per "
         "rank: srun bigmodel launch exec RUN.toml, or torchrun ... -m bigmodel launch exec RUN.toml; "
-        "or, on this machine alone: bigmodel launch local RUN.toml"
+        "or, on one machine: bigmodel launch local RUN.toml"
     )
 
 
 def started_by(environment: Mapping[str, str]) -> str:
-    """Who started this process: "torchrun", "environment" (somebody else set RANK), "mpi", "slurm", or "" nobody."""
+    """The starter of this process: "torchrun", "environment" (RANK is set otherwise), "mpi", "slurm", or "" (none)."""
     if "RANK" in environment:
         return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
     in_step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment
@@ -54,18 +54,18 @@ def started_by(environment: Mapping[str, str]) -> str:
 
 
 def job_of(environment: Mapping[str, str]) -> str:
-    """The number of the scheduler's job around this process, or ""; of a het job the leader's."""
+    """The number of this process's SLURM job, or ""; for a het job the leader's."""
     return environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
 
 
 def job_groups(environment: Mapping[str, str]) -> list[list[str]]:
-    """The hosts of the SLURM job around this process: a list per group of a het job, else one; none without a job."""
+    """The hosts of this process's SLURM job: one list, or a list per group of a het job; empty without a job."""
     names = [f"SLURM_JOB_NODELIST_HET_GROUP_{number}" for number in range(int(environment.get("SLURM_HET_SIZE", "0")))]
     return [expand_hosts(environment[name]) for name in names or ["SLURM_JOB_NODELIST"] if environment.get(name)]
 
 
 def port_of(job: str, step: str = "0") -> int:
-    """A port that every rank derives alike; jobs that follow each other, and steps of one job, get different ones."""
+    """A port, the same on every rank; consecutive jobs and the steps of one job get different ports."""
     digits = int("".join(character for character in job if character.isdigit()) or "0")
     return FIRST_PORT + (8 * digits + int(step if step.isdigit() else 0) % 8) % NUM_PORTS
 
@@ -94,10 +94,10 @@ def _from_slurm(environment: Mapping[str, str]) -> tuple[Topology, int]:
     if len(counts) != len(hosts):
         raise UserError(
             f"SLURM_STEP_NODELIST={environment['SLURM_STEP_NODELIST']} has {len(hosts)} nodes, but "
-            f"SLURM_STEP_TASKS_PER_NODE={tasks} is of {len(counts)}; start it with srun, which sets both"
+            f"SLURM_STEP_TASKS_PER_NODE={tasks} has {len(counts)}; start it with srun, which sets both"
         )
     kind = (environment.get("SLURM_DISTRIBUTION") or "block").lower().split(":")[0].split(",")[0]
-    if "SLURM_HET_SIZE" in environment:  # each group has a distribution of its own, and a task may see another's
+    if "SLURM_HET_SIZE" in environment:  # each group has its own distribution, and a task may get that of another group
         kind = "block"
     rank = _number(environment, "SLURM_PROCID", sum(counts) - 1)
     if kind == "arbitrary":
@@ -120,13 +120,13 @@ def _arbitrary(environment: Mapping[str, str], hosts: Sequence[str], tasks: int)
         return tuple(hosts.index(line) for line in lines)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"SLURM_HOSTFILE={file}: the task distribution is arbitrary, and this file, which says what it is, cannot "
+            f"SLURM_HOSTFILE={file}: the task distribution is arbitrary, and the file with the host of each rank cannot "
             f"be read on this node: {error}; use block, cyclic or plane, or mount the file"
         ) from None
 
 
 def _switches(environment: Mapping[str, str], hosts: Sequence[str]) -> tuple[str, ...]:
-    """This node's own switch is all that SLURM tells a task (SLURM_TOPOLOGY_ADDR, with topology/tree)."""
+    """The switch of this node; SLURM gives a task no others (SLURM_TOPOLOGY_ADDR, with topology/tree)."""
     path = environment.get("SLURM_TOPOLOGY_ADDR", "").split(".")
     name = environment.get("SLURMD_NODENAME", "")
     if len(path) < 2 or name not in hosts:
@@ -142,20 +142,20 @@ def _agree_with_slurm(topology: Topology, rank: int, environment: Mapping[str, s
     for name, value in computed.items():
         if environment.get(name, value) != value:
             raise UserError(
-                f"SLURM says {name}={environment[name]} of rank {rank}, but from its node list "
-                f"{environment['SLURM_STEP_NODELIST']} and the task distribution {kind!r} it is {value!r}; "
+                f"SLURM sets {name}={environment[name]} for rank {rank}, but its node list "
+                f"{environment['SLURM_STEP_NODELIST']} and the task distribution {kind!r} give {value!r}; "
                 "use srun --distribution=block"
             )
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> tuple[Topology, int]:
-    """Whoever sets RANK also sets the rest; the names of other nodes stay unknown."""
+    """The topology from RANK and the other variables of torchrun; the names of other nodes stay unknown."""
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(
-            f"RANK={environment['RANK']} is set in the environment, but {', '.join(missing)} is not; unset RANK, or "
-            "set them all"
+            f"RANK={environment['RANK']} is set in the environment, but {', '.join(missing)} is not; unset RANK, or set "
+            "all of them"
         )
     return _regular(environment, needed[:4])
 
@@ -163,7 +163,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> tuple[Topology, int]:
 def _from_mpi(environment: Mapping[str, str], names: Sequence[str]) -> tuple[Topology, int]:
     missing = [name for name in names if name not in environment]
     if missing:
-        raise UserError(f"{names[0]} is set in the environment, but {', '.join(missing)} is not")
+        raise UserError(f"{names[0]} is set in the environment, but {', '.join(missing)} is not; set all of them")
     size, local_size = _number(environment, names[1]), _number(environment, names[3])
     if size > local_size and not environment.get("MASTER_ADDR"):
         raise UserError(
@@ -174,16 +174,16 @@ def _from_mpi(environment: Mapping[str, str], names: Sequence[str]) -> tuple[Top
 
 
 def _regular(environment: Mapping[str, str], names: Sequence[str]) -> tuple[Topology, int]:
-    """A world of which only the counts are known: as many ranks on every node, one node after the other.
+    """A topology from counts alone: the same number of ranks on every node, consecutive on a node.
 
-    `names`: the variables of rank, ranks, rank on the node, ranks on the node.
+    names: the variables of rank, ranks, rank on the node, ranks on the node.
     """
     size, local_size = _number(environment, names[1]), _number(environment, names[3])
     rank, local_rank = _number(environment, names[0], size - 1), _number(environment, names[2], local_size - 1)
     if local_size == 0 or size % local_size or rank % local_size != local_rank:
         raise UserError(
             f"rank {rank} of {size} is number {local_rank} of {local_size} on its node: ranks must be consecutive on a "
-            "node, and as many on each"
+            "node, and every node needs the same number of ranks"
         )
     hosts = [f"node{node}" for node in range(size // local_size)]
     return even_topology(hosts, local_size, environment["MASTER_ADDR"], _port(environment)), rank
@@ -200,5 +200,5 @@ def _number(environment: Mapping[str, str], name: str, most: int | None = None) 
     text = environment[name]
     if not text.isdecimal() or (most is not None and int(text) > most):
         limit = "" if most is None else f" from 0 to {most}"
-        raise UserError(f"{name}={text} in the environment must be a whole number{limit}; see who sets it")
+        raise UserError(f"{name}={text} in the environment must be a whole number{limit}; correct or unset it")
     return int(text)

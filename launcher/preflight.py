@@ -1,9 +1,9 @@
-"""Preflight: look at every node before a run, and say which to leave out.
+"""Preflight: check every node before a run and list the nodes to exclude.
 
-Runs `bigmodel probe RUN.toml` once per node (srun, ssh or here), all at once, so that the nodes also measure
-the links between them. `judge` is pure: findings from reports. The result is a table, `preflight.json` in the run
-directory, an exit code and the list of nodes to exclude. What needs a GPU (ECC, Xid, NCCL's links) has not been run by
-this project.
+Runs `bigmodel probe RUN.toml` once per node (srun, ssh or here), at the same time on all, so that the nodes also
+measure the links between them. Out: a table, `preflight.json` in the run directory, an exit code and the list of nodes
+to exclude. `judge` is pure: findings from reports. This project has not run the parts that need a GPU (ECC, Xid, NCCL's
+links).
 """
 
 import json
@@ -41,7 +41,7 @@ MATTERS = ("answer", "devices", "health", "versions", "memory", "disk", "clock",
 
 @dataclass(frozen=True)
 class Finding:
-    """One verdict: `host` is "" where a link is at fault and nobody can say which of its ends."""
+    """One result: `host` is "" if a link is bad and it is unknown which of its ends is the cause."""
 
     host: str
     matter: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def check(directory: Path, cluster: Cluster, runner: "Runner") -> list[Finding]:
-    """Probe every node and judge. Writes preflight.json."""
+    """Probe every node and judge the reports. Writes preflight.json."""
     make_logs(directory)
     token = secrets.token_hex(8)
     write_atomically(directory / TOKEN, token)
@@ -67,7 +67,7 @@ def check(directory: Path, cluster: Cluster, runner: "Runner") -> list[Finding]:
 
 
 def exclude(findings: Sequence[Finding]) -> list[str]:
-    """Hosts with anything bad, in their order."""
+    """Hosts with a bad finding, in order."""
     return list(dict.fromkeys(finding.host for finding in findings if finding.host and not finding.good))
 
 
@@ -76,7 +76,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 
 def print_findings(hosts: Sequence[str], findings: Sequence[Finding]) -> None:
-    """A row per host, then what is bad in words, then the hosts to exclude."""
+    """Print a row per host, the bad findings, and the hosts to exclude."""
     table = Table(box=None, pad_edge=False)
     for column in ("host", *MATTERS):
         table.add_column(column, no_wrap=True)
@@ -101,15 +101,17 @@ def judge(
     gpus_per_node: int,
     limits: CheckSettings,
 ) -> list[Finding]:
-    """Every finding of every node, good ones too; `reports` lacks the nodes that did not answer. Pure."""
+    """All findings, good and bad; `reports` lacks the nodes that did not answer. Pure."""
     findings = []
     for host in hosts:
         if host not in reports:
-            findings.append(Finding(host, "answer", False, "no report: it is down, or the probe failed there"))
+            findings.append(Finding(host, "answer", False, "no report: the node is down, or the probe failed there"))
             continue
         findings.append(Finding(host, "answer", True, ""))
         for matter, good, text in _alone(reports[host], token, gpus_per_node, limits):
-            absent = matter == "network" and len(reports) < len(hosts)  # whoever waited for it is not to blame
+            absent = matter == "network" and len(reports) < len(
+                hosts
+            )  # a node that waited for the absent one is not bad
             findings.append(Finding("" if absent else host, matter, good, text))
     findings += _versions(reports)
     findings += _data(reports)
@@ -121,7 +123,7 @@ def judge(
 def _alone(
     report: Mapping[str, Any], token: str, gpus_per_node: int, limits: CheckSettings
 ) -> Iterator[tuple[str, bool, str]]:
-    """Matters that one node decides."""
+    """Findings from the report of one node: matter, whether it is good, text."""
     devices = len(report["devices"])
     yield "devices", devices >= gpus_per_node, f"{devices} GPUs, gpus_per_node = {gpus_per_node}"
     for gpu in report["gpu_health"]:
@@ -140,7 +142,7 @@ def _alone(
     else:
         room, least = run["free_bytes"], limits.free_disk_gigabytes * GIGABYTE
         yield "disk", room >= least, f"{byte_size(room)} free, {byte_size(least)} needed"
-        yield "disk", run["token"] == token, "the run directory is not the one that the other nodes see"
+        yield "disk", run["token"] == token, "the run directory is not the same folder as on the other nodes"
     network = report.get("network", {})
     if "error" in network:
         yield "network", False, network["error"]
@@ -150,7 +152,7 @@ def _alone(
 
 
 def _versions(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Whoever differs from most is wrong."""
+    """A node whose versions differ from those of most nodes is bad."""
     facts = {host: {"python": r["python"], **r["versions"], **_driver(r)} for host, r in reports.items()}
     for name in dict.fromkeys(name for fact in facts.values() for name in fact):
         values = {host: fact.get(name, "none") for host, fact in facts.items()}
@@ -172,7 +174,9 @@ def _data(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     usual = Counter(sound).most_common(1)[0][0] if sound else ""
     for host, text in found.items():
         error = reports[host]["data"].get("error", "")
-        yield Finding(host, "data", text == usual and not error, error or "its prepared data is not that of most nodes")
+        yield Finding(
+            host, "data", text == usual and not error, error or "its prepared data differ from those of most nodes"
+        )
 
 
 def _speed(reports: Mapping[str, Mapping[str, Any]], limits: CheckSettings) -> Iterator[Finding]:
@@ -184,9 +188,9 @@ def _speed(reports: Mapping[str, Mapping[str, Any]], limits: CheckSettings) -> I
 
 
 def _links(hosts: Sequence[str], reports: Mapping[str, Mapping[str, Any]], limits: CheckSettings) -> Iterator[Finding]:
-    """A node whose best link is slow is slow; a slow link between two good nodes is named as such.
+    """A node whose best link is slow is bad; a slow link between two good nodes is a finding without a host.
 
-    With two nodes nobody can say whose fault it is, unless both directions differ: the sender's.
+    Of two nodes, the sender of a slow direction is bad.
     """
     speed = {}  # (from, to) -> bytes per second
     for number, host in enumerate(hosts):
@@ -225,13 +229,13 @@ def _rate(bytes_per_second: float) -> str:
 
 
 class Runner:
-    """How to run `launcher look` on every node: one process each, all at the same time."""
+    """Runs `launch look` on every node at the same time, one process per command."""
 
     def __init__(self, hosts: Sequence[str], commands: Sequence[Sequence[str]], folder: Path) -> None:
         self.hosts, self._commands, self._folder = list(hosts), commands, folder
 
     def reports(self) -> dict[str, dict[str, Any]]:
-        """Host -> what it printed; nodes that failed are missing, their last words go to standard error."""
+        """Host -> its report. Failed nodes are missing; their last lines go to standard error."""
         running = [
             subprocess.Popen(
                 list(command),
@@ -260,7 +264,7 @@ class Runner:
                 process.wait()
         orders = [report.pop("nodes") for report in found.values()]
         if orders and set(orders[0]) == set(self.hosts):
-            self.hosts = orders[0]  # SLURM numbers nodes in an order of its own; links are told by number
+            self.hosts = orders[0]  # SLURM has its own order of nodes, and links are numbered by it
         return found
 
 
@@ -287,10 +291,10 @@ def on_this_machine(words: Sequence[str], folder: Path) -> Runner:
 
 
 def on_slurm(groups: Sequence[Sequence[str]], cluster: Cluster, words: Sequence[str], folder: Path) -> Runner:
-    """One srun task per node, all in one step: inside the allocation that we are in or in one of its own.
+    """One srun task per node, all in one step, in the current allocation or in a new one.
 
-    `groups`: hosts, one list for each group of a het job. Such a step is several commands joined by colons, for srun
-    lays each out over the nodes of its own group.
+    groups: hosts, one list per group of a het job. For a het job the step is several commands joined by colons: srun
+    distributes each over the nodes of one group.
     """
     slurm = cluster.slurm
     options = ["--ntasks-per-node=1", "--wait=30"]
@@ -314,7 +318,7 @@ def on_slurm(groups: Sequence[Sequence[str]], cluster: Cluster, words: Sequence[
 def become_probe(
     run_file: Path, overrides: Sequence[str], cluster: Cluster, topology: Topology | None, node: int
 ) -> None:
-    """On a node: `bigmodel probe` as rank `node` among the nodes; prints its report with that number."""
+    """On a node: run `bigmodel probe` as rank `node` of one rank per node, and print its report with the node's name."""
     if topology is None:
         topology, node = find_place(os.environ)
     variables = launch_environment(topology, node, cluster.variables())

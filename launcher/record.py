@@ -1,8 +1,7 @@
-"""Record: what the launcher leaves in the run directory, so that everyone else can find the run.
+"""The launcher's files in the run directory, from which `status`, `logs`, `stop` and the requeue policy work.
 
-`launch.json` says how the run was started last, where its ranks are and who can be asked about it; `events.jsonl` gets
-`launch` at each start and `launch_ended` with its cause at each end (bigmodel/run_directory.py lists the files).
-`status`, `logs`, `stop` and the requeue policy read nothing else.
+`launch.json` has the last start, the nodes of its ranks and the process to signal; `events.jsonl` gets `launch` at each
+start and `launch_ended` with its cause at each end. bigmodel/run_directory.py lists all files.
 """
 
 import json
@@ -17,13 +16,13 @@ from bigmodel.config.settings import UserError, load_settings
 from bigmodel.launcher.topology import Topology
 from bigmodel.run_directory import lock, read_json, record_event, write_json
 
-# Causes of `launch_ended`. "lost": nobody saw the end, as after kill -9 of everything or the loss of a node. "hang":
-# a watchdog of the user's said so.
+# Causes of `launch_ended`. "lost": the end was not recorded, for example after kill -9 of all processes or a node
+# failure. "hang": written by a watchdog of the user.
 CAUSES = ("finished", "stopped", "user_error", "failed", "lost", "hang")
 
 
 def run_directory(run: Path) -> Path:
-    """The run directory that a run file names, or the directory itself."""
+    """The run directory of a run file, or the given directory itself."""
     if run.is_dir():
         return run
     if run.suffix == ".toml":
@@ -32,19 +31,19 @@ def run_directory(run: Path) -> Path:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a live run holds the directory."""
+    """Whether a running run holds the directory's lock."""
     try:
         with open(directory / "lock", "a") as file:
             lock(file, str(directory), "held")
     except UserError:
         return True
     except OSError:
-        return False  # not made yet
+        return False  # the directory does not exist yet
     return False
 
 
 def refuse_second_run(directory: Path) -> None:
-    """Raises `UserError` if a live run holds the directory: before anything starts."""
+    """Before a start: raises `UserError` if a running run holds the directory's lock."""
     if is_held(directory):
         where = describe_launch(read_launch(directory))
         raise UserError(
@@ -54,7 +53,7 @@ def refuse_second_run(directory: Path) -> None:
 
 
 def read_launch(directory: Path) -> dict[str, Any]:
-    """launch.json, or nothing where the launcher did not start the run."""
+    """launch.json; {} if the launcher has not started the run."""
     file = directory / "launch.json"
     return read_json(file) if file.exists() else {}
 
@@ -71,7 +70,7 @@ def record_launch(
 ) -> None:
     """Write launch.json and a `launch` event. Call it once per start, on rank 0's machine.
 
-    `launcher`: this process waits for the ranks and may be signalled; otherwise it becomes rank 0 itself.
+    launcher: this process waits for the ranks and may be signalled; else it becomes rank 0 itself.
     """
     write_json(
         directory / "launch.json",
@@ -94,7 +93,7 @@ def record_launch(
 
 
 def record_end(directory: Path, cause: str, code: int, detail: str = "", since: float = 0.0) -> None:
-    """A `launch_ended` event. `detail` names the culprit where there is one, `since` is `local.Ending.since`."""
+    """Write a `launch_ended` event. detail: the culprit, if any. since: as in `local.Ending`."""
     assert cause in CAUSES, cause
     step = last_metrics(directory).get("step", 0)
     known = {"since": since} if since else {}
@@ -103,9 +102,9 @@ def record_end(directory: Path, cause: str, code: int, detail: str = "", since: 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a run, as events.jsonl tells it. `cause` is "" while it runs, as far as the events know.
+    """One start of a run, from events.jsonl. cause: "" if no end is recorded yet.
 
-    `step` is the last one of metrics.jsonl at its end, where somebody saw the end.
+    step: the last step of metrics.jsonl at its end, if the end was recorded.
     """
 
     time: float
@@ -119,9 +118,9 @@ class Launch:
 
 
 def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
-    """Every start of a run, oldest first. One that another start followed without a word is "lost".
+    """All starts of a run, the oldest first. One without an end before the next start is "lost".
 
-    `by` is "" of a start that something else than this launcher made: the trainer tells of that one alone.
+    `by` is "" for a start not made by this launcher; only the trainer's events tell of it.
     """
     found: list[Launch] = []
     for event in events:
@@ -146,7 +145,7 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
 
 
 def last_metrics(directory: Path) -> dict[str, Any]:
-    """The newest step line of metrics.jsonl, or nothing. Reads its last 64 kB."""
+    """The newest step line of metrics.jsonl, or {}. Reads its last 64 kB."""
     try:
         with open(directory / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -162,7 +161,7 @@ def last_metrics(directory: Path) -> dict[str, Any]:
 
 
 def process_start(pid: int) -> int:
-    """When a process of this machine began, in ticks since boot: with its number, this names it for ever. 0: gone."""
+    """Start time of a process on this machine, in ticks since boot; unique together with its id. 0: it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,9 +1,8 @@
-"""SLURM: the sbatch script of a run, its submission, and what happens when the job ends.
+"""SLURM: the sbatch script of a run, its submission, and the decision at the job's end.
 
 `render` and `decide` are pure: text from settings, a decision from events. The script starts one srun task per rank,
-each of which becomes `launcher exec`; when they have ended, `launcher ended` records why and may put the job into the
-queue again. It asks the run directory what happened, not srun: with --kill-on-bad-exit the first rank to leave decides
-srun's exit code, and that is a race.
+each running `launch exec`; after them `launch ended` records the cause and may requeue the job. The cause comes from
+the run directory, not from srun's exit code: with --kill-on-bad-exit that is the code of the first rank to end, a race.
 """
 
 import os
@@ -33,7 +32,7 @@ from bigmodel.run_directory import (
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run: words of the command lines, and where."""
+    """The parts of a job's command lines, and its folders."""
 
     run_file: Path
     directory: Path  # the run directory, absolute
@@ -54,27 +53,27 @@ class Job:
 
 def render(job: Job) -> str:
     """The sbatch script."""
-    lines = ["#!/bin/bash", "# Written by `bigmodel launch slurm`. `sbatch` of this file does the same again."]
+    lines = ["#!/bin/bash", "# Written by `bigmodel launch slurm`. `sbatch` of this file submits the run again."]
     lines += [f"#SBATCH {option}" for option in _options(job)]
     lines += ["", f"cd {shlex.quote(str(job.workdir))} || exit 1"]
     lines += [f"module load {shlex.quote(module)}" for module in job.cluster.slurm.modules]
     lines += list(job.cluster.slurm.setup)
     if job.cluster.check.before_start:
         failed = [f"    {job.launcher('ended')} --code 1 --preflight", "    exit"]
-        lines += ["", "# Look at the nodes first.", f"if ! {job.launcher('check')}; then", *failed, "fi"]
-    lines += ["", "# One task per rank; the first to fail takes the others with it.", _srun(job), "code=$?"]
+        lines += ["", "# Check the nodes first.", f"if ! {job.launcher('check')}; then", *failed, "fi"]
+    lines += ["", "# One task per rank; if one fails, srun ends the others.", _srun(job), "code=$?"]
     lines += [
         "",
-        "# Record why it ended; requeue if the cluster file says so.",
+        "# Record why it ended; requeue it as set in the cluster file.",
         f"{job.launcher('ended')} --code $code",
     ]
     return "\n".join(lines) + "\n"
 
 
 def submit(job: Job) -> str:
-    """Give the job to SLURM; returns its number. Raises `UserError` for what SLURM would refuse or never start."""
+    """Submit the job; returns its number. Raises `UserError` for a job that SLURM would refuse or never start."""
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch: not found on this machine; run this on a login node of the cluster")
+        raise UserError("sbatch: not found on this machine; use a login node of the cluster")
     _know_partition(job.cluster.slurm.partition, job.cluster.nodes)
     _refuse_queued(job.directory)
     refuse_second_run(job.directory)
@@ -85,7 +84,7 @@ def submit(job: Job) -> str:
     if answer.returncode:
         raise UserError(f"sbatch refused {script}: {answer.stderr.strip()}")
     number = answer.stdout.strip().partition(";")[0]
-    if read_launch(job.directory).get("job") != number:  # else rank 0 was quicker
+    if read_launch(job.directory).get("job") != number:  # else rank 0 has written it already
         write_json(job.directory / "launch.json", {"by": "slurm", "job": number, "hosts": [], "host": "the queue"})
     return number
 
@@ -98,16 +97,16 @@ class Decision:
 
 
 def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Decision:
-    """What to do at the end of the last of `history`, whose srun gave `code`. Pure.
+    """Whether to requeue after the last launch of `history`, whose srun returned `code`. Pure.
 
-    A failure counts against `no_progress_limit` unless the run got to a step that no earlier launch had reached.
+    A failure counts against `no_progress_limit` unless the launch passed the highest step of all earlier launches.
     """
     last = history[-1] if history else Launch(0, "slurm", "", 0)
     cause = last.cause or ("user_error" if code == EXIT_USER else "failed")
     if cause in ("finished", "user_error"):
-        return Decision(cause, False, "the run is complete" if cause == "finished" else "the message says what to mend")
+        return Decision(cause, False, "the run is complete" if cause == "finished" else "see the error message")
     if last.stop_requested:
-        return Decision(cause, False, "it was told to stop")
+        return Decision(cause, False, "a stop was requested")
     if last.restart >= policy.limit:
         return Decision(cause, False, f"requeue.limit = {policy.limit} is reached")
     if cause in ("failed", "hang") and _failures_without_progress(history) > policy.no_progress_limit:
@@ -116,21 +115,24 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
             False,
             f"more than requeue.no_progress_limit = {policy.no_progress_limit} failures in a row at step {last.step}",
         )
-    return Decision(cause, True, "it goes on from its last checkpoint")
+    return Decision(cause, True, "it resumes from its last checkpoint")
 
 
 def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environment: Mapping[str, str]) -> int:
-    """Record the end of a job from inside of it, requeue it if that is the policy; returns the job's exit code.
+    """Inside a job: record its end, requeue it according to the policy; returns the job's exit code.
 
     Raises `UserError` outside of a job.
     """
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
-        raise UserError("ended: SLURM_JOB_ID is not set; this is for the end of an sbatch script, after srun")
+        raise UserError("ended: SLURM_JOB_ID is not set; use it at the end of an sbatch script, after srun")
     make_logs(directory)
     restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
     history = launches(read_json_lines(directory / "events.jsonl"))
-    if not history or (history[-1].job, history[-1].restart) != (job, restart):  # rank 0 never came to write its own
+    if not history or (history[-1].job, history[-1].restart) != (
+        job,
+        restart,
+    ):  # rank 0 did not get far enough to write it
         record_event(directory, "launch", by="slurm", job=job, restart=restart, world_size=0, hosts=[])
     cause = decide(launches(read_json_lines(directory / "events.jsonl")), code, cluster.requeue).cause
     detail = "preflight" if preflight else "" if cause in ("finished", "stopped") else f"srun ended with {code}"
@@ -147,19 +149,21 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
 
 
 def idle_hosts(partition: str) -> list[str]:
-    """Hosts of a partition (empty: any) that a job could have now. Raises `UserError` if there is none."""
+    """Idle hosts of a partition (empty: of any). Raises `UserError` if there are none."""
     command = ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N", *(["-p", partition] if partition else [])]
     if shutil.which("sinfo") is None:
-        raise UserError("sinfo: not found on this machine; name hosts in the cluster file, or use a login node")
+        raise UserError("sinfo: not found on this machine; set hosts in the cluster file, or use a login node")
     _know_partition(partition)
     hosts = sorted(set(_run(command, Path.cwd()).stdout.split()))
     if not hosts:
-        raise UserError(f"slurm.partition = {partition!r}: no node of it is idle; see sinfo")
+        raise UserError(
+            f"slurm.partition = {partition!r}: none of its nodes is idle; see sinfo, or set hosts in the cluster file"
+        )
     return hosts
 
 
 def queue_state(job: str) -> str:
-    """What squeue says of a job, as "RUNNING" or "PENDING (Resources)"; "" if it is not queued or nobody knows."""
+    """The state of a job in squeue, such as "RUNNING" or "PENDING (Resources)"; "" if it is not queued or unknown."""
     if not job or shutil.which("squeue") is None:
         return ""
     answer = _run(["squeue", "-h", "-j", job, "-o", "%T (%r)"], Path.cwd())
@@ -209,7 +213,7 @@ def _srun(job: Job) -> str:
 
 
 def container_options(container: ContainerSettings, workdir: Path) -> list[str]:
-    """What makes srun run its tasks in the image, with the Pyxis plugin; nothing without an image."""
+    """Options of srun for tasks in the image, with the Pyxis plugin; empty without an image."""
     if not container.image:
         return []
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
@@ -218,7 +222,7 @@ def container_options(container: ContainerSettings, workdir: Path) -> list[str]:
 
 
 def _failures_without_progress(history: Sequence[Launch]) -> int:
-    """How many launches at the end failed without passing the furthest step before them."""
+    """Number of last launches that failed without passing the highest step before them."""
     count = 0
     for number in range(len(history) - 1, -1, -1):
         furthest = max((launch.step for launch in history[:number]), default=0)
@@ -229,7 +233,7 @@ def _failures_without_progress(history: Sequence[Launch]) -> int:
 
 
 def _know_partition(partition: str, nodes: int = 1) -> None:
-    """Raises `UserError` for a partition that is not there or has fewer nodes: a job for it would wait for ever."""
+    """Raises `UserError` for an unknown or too small partition: its job would wait forever."""
     answer = _run(["sinfo", "-h", "-o", "%P %D"], Path.cwd())
     if answer.returncode:
         raise UserError(f"sinfo: SLURM does not answer: {answer.stderr.strip()}")
@@ -243,7 +247,7 @@ def _know_partition(partition: str, nodes: int = 1) -> None:
         raise UserError(f"slurm.partition = {partition!r}: no such partition; {near(partition, sorted(sizes))}")
     name = partition or default
     if name and nodes > sizes[name]:
-        raise UserError(f"nodes = {nodes}: partition {name!r} has {sizes[name]} nodes")
+        raise UserError(f"nodes = {nodes}: partition {name!r} has only {sizes[name]} nodes; lower it")
 
 
 def _refuse_queued(directory: Path) -> None:
@@ -251,8 +255,8 @@ def _refuse_queued(directory: Path) -> None:
     state = queue_state(job)
     if state and not state.startswith("COMPLET"):
         raise UserError(
-            f"run.directory = {directory}: job {job} of this run is in the queue already ({state}); stop it (python -m "
-            f"launcher stop {directory}) or choose another directory"
+            f"run.directory = {directory}: job {job} of this run is already queued ({state}); stop it (bigmodel "
+            f"launch stop {directory}) or choose another directory"
         )
 
 

@@ -1,8 +1,8 @@
-"""Topology: which process gets which number and runs where, and how they find each other.
+"""Topology: rank numbers, their nodes, and the address at which ranks meet.
 
-A `Topology` is computed from a SLURM step, torchrun, mpirun, a host file or settings (`launcher/placement.py`) and
-gives each rank's environment: the variables that torchrun, srun and the deepspeed launcher set too, so the trainer
-cannot tell who started it. Pure functions, no I/O.
+A `Topology` comes from a SLURM step, torchrun, mpirun, a host file or settings (`launcher/placement.py`). It gives each
+rank's environment: the same variables as torchrun, srun and the deepspeed launcher set, so that the trainer does not
+depend on its starter. Pure functions, no I/O.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from bigmodel.config.settings import UserError
 class Topology:
     """Ranks on hosts; rank 0 listens at `main_address:main_port`.
 
-    `nodes[r]` is the node of rank r, an index into `hosts`; ranks of one node are usually neighbours, but need not be
-    (SLURM's cyclic distribution). `switches` names each host's switch, or is empty where nobody knows.
+    `nodes[r]` is the node of rank r, an index into `hosts`; ranks of a node are usually consecutive, but not always
+    (SLURM's cyclic distribution). `switches` has the switch of each host, or is empty if unknown.
 
     >>> topology = Topology(("a", "b"), (0, 0, 1, 1), "a", 15000)
     >>> topology.local_rank(3), topology.local_size(3), topology.ranks_of(1)
@@ -40,7 +40,7 @@ class Topology:
         return [rank for rank, home in enumerate(self.nodes) if home == node]
 
     def local_rank(self, rank: int) -> int:
-        """How many lower ranks its node has."""
+        """Number of lower ranks on the same node."""
         return self.nodes[:rank].count(self.nodes[rank])
 
     def local_size(self, rank: int) -> int:
@@ -50,7 +50,7 @@ class Topology:
         return self.nodes[one] == self.nodes[other]
 
     def share_switch(self, one: int, other: int) -> bool:
-        """Whether both nodes hang on one known switch; a node shares its own."""
+        """Whether the nodes of both ranks share a known switch; True on one node."""
         if self.share_node(one, other):
             return True
         switch = self.switches[self.nodes[one]] if self.switches else ""
@@ -60,37 +60,37 @@ class Topology:
 def even_topology(
     hosts: Sequence[str], ranks_per_node: int, main_address: str, main_port: int, switches: Sequence[str] = ()
 ) -> Topology:
-    """As many ranks on each host, counted through a host before the next: neighbours share the fast links."""
+    """The same number of ranks on each host, consecutive on a host: consecutive ranks share the fast links."""
     nodes = tuple(node for node in range(len(hosts)) for _ in range(ranks_per_node))
     return Topology(tuple(hosts), nodes, main_address, main_port, tuple(switches))
 
 
 def ranks_per_node(ranks: int, nodes: int, devices: int, default: int = 1) -> int:
-    """How many ranks each node gets, of `ranks` in all (0: one per device, or `default`).
+    """Ranks per node, for a total of `ranks` (0: one per device, or `default` without devices).
 
-    Raises `UserError` if they do not divide, or exceed the devices of a node.
+    Raises `UserError` if they do not divide over the nodes, or exceed the devices of a node.
     """
     if ranks < 0:
         raise UserError(f"--ranks {ranks}: at least 1 rank is needed; 0 means one per GPU")
     if ranks % nodes:
         low, high = ranks // nodes * nodes, (ranks // nodes + 1) * nodes
         near = f"{low} or {high}" if low else str(high)
-        raise UserError(f"{ranks} ranks do not divide over {nodes} nodes; ask for {near} ranks, or for other nodes")
+        raise UserError(f"{ranks} ranks do not divide over {nodes} nodes; set {near} ranks, or another number of nodes")
     each = ranks // nodes or devices or default
     if devices and each > devices:
         raise UserError(
-            f"{each} ranks on a node, but it has {devices} GPU(s); a rank needs one of its own: at most "
+            f"{each} ranks on a node, but it has {devices} GPU(s); each rank needs its own: set at most "
             f"{devices * nodes} ranks on {nodes} node(s)"
         )
     return each
 
 
 def rank_environment(topology: Topology, rank: int, cores: int, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set for one rank, on top of those it inherits.
+    """The variables of one rank, in addition to the inherited ones.
 
-    `cores` is what the node offers to all its ranks; each gets an equal share of threads, unless the user set
-    OMP_NUM_THREADS: torch would otherwise start one thread per core in every rank. LAUNCH_HOSTS lets the trainer name
-    the node of a rank that never came. Devices are in `bigmodel.launcher.devices`.
+    cores: processors of the node for all its ranks; each rank gets an equal share of threads, because torch would start
+    one thread per core in every rank. OMP_NUM_THREADS of the user is kept. LAUNCH_HOSTS lets the trainer name the node
+    of a rank that did not start. `bigmodel.launcher.devices` sets the devices.
     """
     assert 0 <= rank < topology.world_size, f"rank {rank} is not in a world of {topology.world_size}"
     variables = {
@@ -109,7 +109,7 @@ def rank_environment(topology: Topology, rank: int, cores: int, inherited: Mappi
 
 
 def host_runs(topology: Topology) -> str:
-    """The host of each rank, runs of one host shortened: "a*8,b*8"."""
+    """The host of each rank, with repetitions counted: "a*8,b*8"."""
     runs: list[tuple[str, int]] = []
     for rank in range(topology.world_size):
         host = topology.host(rank)

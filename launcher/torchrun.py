@@ -1,7 +1,7 @@
 """torchrun: the command of each node, with static rendezvous.
 
-With torchrun's usual c10d rendezvous the node of rank 0 is a matter of luck and --node-rank is ignored; here node k is
-node k, and rank 0 listens where the cluster file says. Each rank is `bigmodel launch exec`. Pure but for `become`.
+torchrun's default c10d rendezvous ignores --node-rank and places rank 0 on any node. With static rendezvous, node k is
+node k, and rank 0 listens at the cluster file's address. Each rank runs `bigmodel launch exec`. Pure, except `become`.
 """
 
 import os
@@ -13,7 +13,7 @@ from bigmodel.launcher.topology import Topology
 
 
 def node_command(topology: Topology, node: int, exec_words: Sequence[str]) -> list[str]:
-    """What to run on one node. `exec_words`: `exec RUN.toml ...`."""
+    """The command of one node. exec_words: `exec RUN.toml ...`."""
     return [
         sys.executable,
         "-m",
@@ -32,6 +32,6 @@ def node_command(topology: Topology, node: int, exec_words: Sequence[str]) -> li
 
 
 def become(command: Sequence[str]) -> NoReturn:
-    """Be torchrun from here on."""
+    """Replace this process by torchrun."""
     sys.stdout.flush()
     os.execv(command[0], list(command))

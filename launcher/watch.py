@@ -1,8 +1,7 @@
-"""Watch: what a run is doing, what its ranks say, and stopping it, all from its run directory.
+"""Status, logs and stopping of a run, from its run directory.
 
-Takes a run directory, reads what trainer and launcher left there (`bigmodel.launcher.record`) and asks SLURM's queue
-where the run is SLURM's. Works on any machine that sees the directory; only `stop` of a run without SLURM must be on
-its machine."""
+Reads the files of trainer and launcher there (`bigmodel.launcher.record`), and SLURM's queue for a SLURM job. Works on
+any machine with access to the directory, except `stop` without SLURM: it must run on the run's own machine."""
 
 import os
 import re
@@ -29,7 +28,7 @@ FOLLOW_SECONDS = 0.5
 
 
 def status(directory: Path) -> dict[str, Any]:
-    """What is known of a run, as plain values. `state`: queued, starting, running, or the cause of its last end."""
+    """The status of a run as plain values. state: queued, starting, running, ending, or the cause of its last end."""
     _require(directory)
     launch, history = read_launch(directory), launches(read_json_lines(directory / "events.jsonl"))
     metrics = last_metrics(directory)
@@ -60,7 +59,7 @@ def print_status(found: dict[str, Any]) -> None:
     nodes = f"{found['ranks']} ranks on {', '.join(found['hosts'][:8])}{' ...' * (len(found['hosts']) > 8)}"
     rows = [
         ("state", f"{found['state']}{_told(found)}"),
-        ("started by", f"{found['by']}{job}" if found["by"] else "something else than the launcher"),
+        ("started by", f"{found['by']}{job}" if found["by"] else "not by the launcher"),
         ("world", nodes if found["hosts"] else "not known yet"),
         ("step", f"{found['step']} of {found['steps']}"),
         ("loss", f"{found['loss']:.4f}" if found["loss"] is not None else "none yet"),
@@ -78,7 +77,7 @@ def print_status(found: dict[str, Any]) -> None:
 
 
 def print_logs(directory: Path, lines: int, ranks: Sequence[int], follow: bool) -> None:
-    """The last lines of every rank's log, each labelled with its node and rank; then what comes, until Ctrl-C."""
+    """Print the last lines of every rank's log, labelled with node and rank; follow: then new lines, until Ctrl-C."""
     _require(directory)
     offsets: dict[Path, int] = {}
     first = True
@@ -96,11 +95,11 @@ def print_logs(directory: Path, lines: int, ranks: Sequence[int], follow: bool) 
         pass
     if not offsets:
         jobs = sorted(str(path) for path in (directory / "logs").glob("slurm-*.out"))
-        print(f"no logs yet: no rank has started; see {', '.join(jobs) or 'where it was started'}")
+        print(f"no logs yet: no rank has started; see {', '.join(jobs) or 'the terminal that started it'}")
 
 
 def stop(directory: Path, now: bool) -> str:
-    """Ask a run to save and stop (`now`: kill it); says what was done. Raises `UserError` if it does not run here."""
+    """Make a run save and stop (now: kill it); returns a message. Raises `UserError` if it does not run here."""
     _require(directory)
     launch = read_launch(directory)
     job = launch.get("job", "")
@@ -109,19 +108,19 @@ def stop(directory: Path, now: bool) -> str:
         record_event(directory, "stop_requested")
         return _stop_job(job, state, now)
     if not is_held(directory):
-        raise UserError(f"{directory}: no run is using it now")
+        raise UserError(f"{directory}: no run is using it now; nothing to stop")
     if job:
-        raise UserError(f"{directory}: belongs to job {job}, but squeue does not know it here; use a login node")
+        raise UserError(f"{directory}: belongs to job {job}, which squeue does not list here; use a login node")
     pid, host, here = launch.get("pid", 0), launch.get("host", ""), os.uname().nodename
     if not pid or (host == here and process_start(pid) != launch["pid_started"]):
-        pid, host = rank_zero(directory)  # another launcher started it: rank 0 hears of it, and all stop together
+        pid, host = rank_zero(directory)  # started by another launcher: signal rank 0, and all ranks stop together
     if not pid:
-        raise UserError(f"{directory}: is only starting; ask again in a moment")
+        raise UserError(f"{directory}: the run is starting; try again in a moment")
     if host != here:
         raise UserError(f"{directory}: was started on {host}; run this there")
     record_event(directory, "stop_requested")
     os.kill(pid, signal.SIGTERM)
-    if now:  # the launcher kills at the second signal; so does the trainer
+    if now:  # launcher and trainer kill at the second signal
         time.sleep(0.2)
         os.kill(pid, signal.SIGTERM)
     return f"asked process {pid} on {host} to {'end at once' if now else 'save and stop'}"
@@ -140,7 +139,7 @@ def _stop_job(job: str, state: str, now: bool) -> str:
 
 def _require(directory: Path) -> None:
     if not (directory / "events.jsonl").exists() and not (directory / "launch.json").exists():
-        raise UserError(f"{directory}: is no run directory: it has neither launch.json nor events.jsonl")
+        raise UserError(f"{directory}: not a run directory: it has neither launch.json nor events.jsonl")
 
 
 def _state(directory: Path, launch: dict[str, Any], cause: str) -> str:
@@ -173,7 +172,7 @@ class _Log:
 
 
 def _logs(directory: Path, ranks: Sequence[int]) -> Iterator[_Log]:
-    """In the order of ranks. What SLURM itself and its batch script say is in logs/slurm-JOB.out."""
+    """Logs in the order of ranks. Output of SLURM and of its batch script is in logs/slurm-JOB.out."""
     folder = directory / "logs"
     found = [(match, path) for path in folder.glob("*.log") if (match := RANK_LOG.fullmatch(path.name))]
     for match, path in sorted(found, key=lambda pair: int(pair[0]["rank"])):
@@ -183,7 +182,7 @@ def _logs(directory: Path, ranks: Sequence[int]) -> Iterator[_Log]:
 
 
 def _read_from(path: Path, offset: int) -> tuple[str, int]:
-    """Whole lines from `offset` on, and where they end; progress lines that overwrite themselves become lines."""
+    """Complete lines from `offset` on, and the new offset; every state of a progress bar becomes a line."""
     with open(path, "rb") as file:
         file.seek(offset)
         data = file.read()

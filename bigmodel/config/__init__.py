@@ -1,1 +1,1 @@
-"""Settings: what a run file, and the DeepSpeed JSON it names, may say. Imports neither torch nor deepspeed."""
+"""Settings of a run file and of its DeepSpeed JSON. Imports neither torch nor deepspeed."""

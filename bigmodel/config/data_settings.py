@@ -1,4 +1,4 @@
-"""Settings of the data: how raw text becomes shards ([prepare]), and how shards become packs ([data])."""
+"""Settings of the data: from text to shards ([prepare]), from shards to packed sequences ([data])."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,30 +17,30 @@ class SourceSettings(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100, description="source name; becomes a folder")
     files: list[str] = Field(
         min_length=1,
-        description="paths, URLs (s3://, gs://, abfs://, hdfs://, what fsspec knows) or glob patterns of .parquet, "
-        ".arrow, .jsonl (also .gz, .zst), .txt (one document a file) or .mds (also .gz, .zstd) files; "
-        "what exists as it is written is no pattern",
+        description="paths, URLs (s3://, gs://, abfs://, hdfs:// and others of fsspec) or glob patterns of .parquet, "
+        ".arrow, .jsonl (also .gz, .zst), .txt (one document per file) or .mds (also .gz, .zstd) files; "
+        "the name of an existing file is not read as a pattern",
     )
     column: str = Field("text", description="column that holds the text; a.b is field b of column a")
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
 
 
 class DecontaminationSettings(Section):
-    """Documents that share a run of words with evaluation text are dropped."""
+    """Drop documents that share an n-gram of words with evaluation text."""
 
-    files: list[str] = Field(min_length=1, description="evaluation files, of the same kinds as a source's")
+    files: list[str] = Field(min_length=1, description="evaluation files, in any format of a source")
     column: str = Field("text", description="column that holds their text")
-    ngram: int = Field(13, ge=1, description="length of the run, in words, without case and punctuation")
+    ngram: int = Field(13, ge=1, description="length of the n-gram in words; case and punctuation are ignored")
 
 
 class PrepareSettings(Section):
-    """How raw text becomes shards."""
+    """From text to shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
     embedded: Literal["text", "pairs"] = setting(
         "text",
         only_with={"sources": UNSET},
-        description="of the embedded corpus: code and documentation, or pairs of a function and what it does",
+        description="content of the embedded corpus: code and documentation, or pairs of function and description",
     )
     vocabulary: int = setting(
         32_000,
@@ -48,28 +48,28 @@ class PrepareSettings(Section):
         why="it has its own vocabulary",
         ge=258,
         le=2**32 - 1,
-        description="tokens in the trained tokenizer, special ones included",
+        description="tokens of the trained tokenizer, special tokens included",
     )
     tokenizer: Path | None = Field(
         None, description='"train", or a tokenizer.json or Hugging Face tokenizer folder to use instead'
     )
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
-    shard_tokens: int = Field(32_000_000, ge=1_000, description="a shard is closed at this many tokens")
+    shard_tokens: int = Field(32_000_000, ge=1_000, description="tokens in a full shard")
     content: Literal["tokens", "text"] = Field(
-        "tokens", description="what shards hold: token ids, or text that is tokenized as it streams"
+        "tokens", description="content of shards: token ids, or text that is tokenized while training"
     )
-    unicode_nfc: bool = Field(False, description="bring text into Unicode's composed normal form")
-    remove_control_characters: bool = Field(False, description="remove them all but tab, line feed, carriage return")
+    unicode_nfc: bool = Field(False, description="convert text to Unicode normal form C (composed)")
+    remove_control_characters: bool = Field(False, description="except tab, line feed and carriage return")
     min_characters: int = Field(0, ge=0, description="shorter documents are dropped")
     max_characters: int = Field(0, ge=0, description="longer documents are dropped; 0: no limit")
-    deduplicate: bool = Field(True, description="keep the first of equal texts over all sources")
+    deduplicate: bool = Field(True, description="of equal texts in all sources, keep the first")
     decontaminate: DecontaminationSettings | None = None
     malformed_share: float = setting(
         0.0,
         only_with={"sources": SET},
         ge=0,
         le=1,
-        description="records of a source that may be malformed (dropped)",
+        description="largest share of a source's records that may be malformed; they are dropped",
     )
     workers: int = setting(
         0,
@@ -78,7 +78,7 @@ class PrepareSettings(Section):
         ge=0,
         description="processes; 0: one per core",
     )
-    scheduler: str = Field("", description="address of a Dask scheduler whose workers do the work; empty: this machine")
+    scheduler: str = Field("", description="address of a Dask scheduler, whose workers are used; empty: this machine")
 
     @field_validator("tokenizer", mode="before")
     @classmethod
@@ -94,48 +94,52 @@ class PrepareSettings(Section):
         if self.max_characters and self.max_characters < self.min_characters:
             raise ValueError(
                 f"prepare.max_characters = {self.max_characters} is below prepare.min_characters = "
-                f"{self.min_characters}: no document would be left; raise it, or set 0 for no limit"
+                f"{self.min_characters}: no document would be left; raise the first, or set it to 0 for no limit"
             )
         return self
 
 
 class CurriculumStage(Section):
-    """A mix that comes into force later."""
+    """A mix that starts later in the run."""
 
-    from_tokens: int = Field(ge=1, description="tokens given before it, over all lanes; holds from the next windows on")
+    from_tokens: int = Field(
+        ge=1, description="tokens of all lanes before this mix starts; it applies from each lane's next packing buffer"
+    )
     mix: dict[str, float] = Field(min_length=1, description="share of tokens per source, as in data.mix")
 
 
 class ObjectiveSettings(Section):
-    """What is asked of a document (`bigmodel.data.objectives` has each with its source)."""
+    """How a chunk becomes an example (`bigmodel.data.objectives`: each objective and the paper it is from)."""
 
     kind: Annotated[str, key_of(OBJECTIVES)] = Field(
         description="; ".join(f"{kind}: {row.about}" for kind, row in OBJECTIVES.items())
     )
     share: float = Field(
-        1.0, gt=0, description="of the texts' tokens, read or asked for, on the average; relative to others"
+        1.0, gt=0, description="mean share of text tokens (inputs and labels), relative to the other objectives"
     )
-    ahead: int = setting(1, only_with=READ_BY_OBJECTIVE, ge=1, description="causal: predict the token so many ahead")
+    ahead: int = setting(
+        1, only_with=READ_BY_OBJECTIVE, ge=1, description="causal: the label is the token this far ahead"
+    )
     prefix_share: float = setting(
         0.5,
         only_with=READ_BY_OBJECTIVE,
         gt=0,
         lt=1,
-        description="prefix: of a document that is read, not predicted",
+        description="prefix: mean share of a document that is read and not predicted",
     )
     spm_share: float = setting(
         0.5,
         only_with=READ_BY_OBJECTIVE,
         ge=0,
         le=1,
-        description="fill_in_the_middle: documents in the order suffix first",
+        description="fill_in_the_middle: share of documents in suffix-prefix-middle order",
     )
     density: float = setting(
         0.15,
         only_with=READ_BY_OBJECTIVE,
         gt=0,
         lt=1,
-        description="span_corruption, masked: share of the tokens that is hidden",
+        description="span_corruption, masked: share of hidden tokens",
     )
     mean_span: float = setting(
         3.0, only_with=READ_BY_OBJECTIVE, ge=1, description="span_corruption: mean length of a hidden span"
@@ -143,83 +147,93 @@ class ObjectiveSettings(Section):
 
 
 class DataSettings(Section):
-    """Which shards to read and how they are packed."""
+    """Which shards are read and how documents are packed."""
 
     section = "data"
 
     directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
     remote: str = Field(
-        "", description="URL of the same folder in a store; what data.directory lacks is fetched from there"
+        "", description="URL of the same folder in a store; files missing in data.directory are fetched from there"
     )
-    max_document_length: int = Field(2048, ge=2, description="longer documents are split into pieces of this length")
-    sequence_length: int = Field(2048, ge=2, description="positions in a pack")
+    max_document_length: int = Field(2048, ge=2, description="longer documents are split into chunks of this length")
+    sequence_length: int = Field(2048, ge=2, description="tokens in a packed sequence")
     source_sequence_length: int = Field(
-        0, ge=0, description="positions in a pack's source side, for an encoder; 0: one side"
+        0, ge=0, description="tokens in the source side of a packed sequence, for an encoder; 0: no source side"
     )
     max_source_length: int = setting(
-        0, only_with={"source_sequence_length": SET}, ge=0, description="longest source; 0: source_sequence_length"
+        0,
+        only_with={"source_sequence_length": SET},
+        ge=0,
+        description="tokens of the longest source; 0: source_sequence_length",
     )
     max_documents: int = Field(
-        0, ge=0, description="documents in a pack, at most; 0: one for 16 of sequence_length, 256 at least"
+        0, ge=0, description="most documents in a packed sequence; 0: sequence_length / 16, at least 256"
     )
-    lanes: int = Field(1, ge=1, description="independent streams of documents; global_batch_size is a multiple")
+    lanes: int = Field(1, ge=1, description="independent streams of documents; must divide global_batch_size")
     packing_buffer: int = Field(
-        500, ge=1, description="packs planned together (of pairs more, see mix); more packs tighter and mixes later"
+        500,
+        ge=1,
+        description="packed sequences of a lane planned together (pairs: more, see mix); a larger buffer packs "
+        "tighter, and a new mix starts later",
     )
     mix: dict[str, float] = Field(
         {},
-        description="share of tokens per source; empty: as much as each holds. Of pairs the tokens of the source text "
-        "are counted here, in curriculum and in packing_buffer",
+        description="share of tokens per source; empty: in proportion to their size. For pairs, mix, curriculum and "
+        "packing_buffer count the tokens of the source text",
     )
     max_epochs: dict[str, int] = Field(
-        {}, description="how often a source is repeated at most, then the others share; 0 or absent: no limit"
+        {}, description="most epochs of a source; then the others take its share; 0 or absent: no limit"
     )
     curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
     objectives: list[ObjectiveSettings] = Field(
-        [], description="for sources of plain text; empty: causal, or span_corruption where there is a source side"
+        [], description="for sources of plain text; empty: causal, or span_corruption with a source side"
     )
     sentinels: int = setting(
         100,
         only_with={"needs_special_tokens": True},
-        why="no objective hides anything or marks it, and data.masked_decoder_share is 0",
+        why="no objective needs special tokens, and data.masked_decoder_share is 0",
         ge=1,
-        description="ids for hidden spans, where an objective needs them",
+        description="token ids for hidden spans, if an objective needs them",
     )
     bidirectional_prefix: bool = setting(
         True,
         only_with={"source_sequence_length": UNSET},
         why="an encoder reads the source",
-        description="one side only: what is read but not predicted sees all of itself (prefix-LM)",
+        description="without a source side: the tokens read but not predicted attend to each other in both directions "
+        "(prefix-LM)",
     )
     fixed_target_tokens: int = setting(
         0,
         only_with={"source_sequence_length": SET},
         ge=0,
-        description="every target cut or padded to this length; 0: targets keep their length (packed)",
+        description="length that every target is cut or padded to; 0: targets keep their length (packed)",
     )
     masked_decoder_share: float = setting(
         0.0,
         only_with={"source_sequence_length": SET},
         ge=0,
         lt=1,
-        description="of decoder inputs replaced by the mask token: the decoder leans on the source",
+        description="share of decoder inputs replaced by the mask token, so that the decoder relies on the source",
     )
     dropped_decoder_share: float = setting(
         0.0,
         only_with={"source_sequence_length": SET},
         ge=0,
         lt=1,
-        description="of decoder positions left out, inputs and targets: long targets cost less",
+        description="share of decoder tokens left out, inputs and labels: long targets cost less",
     )
-    workers: int = Field(2, ge=1, description="threads per rank that fetch, compare and tokenize ahead of the steps")
+    workers: int = Field(2, ge=1, description="threads per rank that fetch, verify and tokenize ahead of the steps")
     cache_bytes: int = setting(
         0,
         only_with={"remote": SET},
         ge=0,
-        description="of shards kept in data.directory, the others are fetched again; 0: all",
+        description="most bytes of shards kept in data.directory; others are fetched again; 0: no limit",
     )
     stall_seconds: float = Field(
-        480.0, gt=0, description="a run whose next batch takes longer ends with an error; ranks wait 600 s for others"
+        480.0,
+        gt=0,
+        description="longest wait for the next batch; then the run fails. Keep it below "
+        "training.collective_timeout_seconds, 600 by default",
     )
 
     @property
@@ -228,20 +242,20 @@ class DataSettings(Section):
 
     @property
     def wanted_objectives(self) -> list[ObjectiveSettings]:
-        """`objectives`, or the one that their absence means."""
+        """`objectives`, or the default one if empty."""
         return self.objectives or [
             ObjectiveSettings(kind="span_corruption" if self.source_sequence_length else "causal")
         ]
 
     @property
     def needs_special_tokens(self) -> bool:
-        """Whether there are ids above the tokenizer's: marks and sentinels."""
+        """Whether there are ids above the tokenizer's: special tokens of objectives, sentinels."""
         wanted = any(OBJECTIVES[one.kind].special_tokens for one in self.wanted_objectives)
         return wanted or self.masked_decoder_share > 0
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether an objective is one for an encoder alone."""
+        """Whether an objective trains an encoder alone."""
         return any(OBJECTIVES[one.kind].trains_encoder for one in self.objectives)
 
     @model_validator(mode="after")
@@ -254,18 +268,18 @@ class DataSettings(Section):
         if self.fixed_target_tokens > self.max_document_length:
             raise ValueError(
                 f"data.fixed_target_tokens = {self.fixed_target_tokens} is above data.max_document_length = "
-                f"{self.max_document_length}; lower it or raise the context"
+                f"{self.max_document_length}; lower the first or raise the second"
             )
         if self.dropped_decoder_share and any(objective.ahead > 1 for objective in self.objectives):
             raise ValueError(
                 f"data.dropped_decoder_share = {self.dropped_decoder_share}: with ahead above 1 in data.objectives "
-                "nobody knows beforehand how many targets are left; set ahead = 1, or leave the share out"
+                "the number of remaining labels is not known before training; set ahead = 1, or remove the share"
             )
         kinds = {objective.kind for objective in self.objectives}
         if self.trains_encoder and (len(kinds) > 1 or self.source_sequence_length):
             alone = next(kind for kind in kinds if OBJECTIVES[kind].trains_encoder)
             raise ValueError(
-                f'data.objectives: kind = "{alone}" is for an encoder alone; it goes with no other kind and without '
+                f'data.objectives: kind = "{alone}" is for an encoder alone; remove the other kinds and '
                 "data.source_sequence_length"
             )
         return self
@@ -282,7 +296,7 @@ class DataSettings(Section):
             raise ValueError(
                 f"data.max_document_length = {self.max_document_length} does not fit data.sequence_length = "
                 f"{self.sequence_length}; "
-                "lower the context or raise the pack"
+                "lower the first or raise the second"
             )
         mixes = [("data.mix", self.mix), *((f"data.curriculum[{n}].mix", s.mix) for n, s in enumerate(self.curriculum))]
         for name, mix in mixes:

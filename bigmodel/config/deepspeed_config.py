@@ -1,10 +1,13 @@
-"""The DeepSpeed JSON that a run really uses, and the settings that agree with it.
+"""The effective DeepSpeed JSON of a run, and settings that agree with it.
 
-Takes `Settings` and the world size; reads the user's JSON file (`training.deepspeed`), or starts from nothing.
-Gives the effective configuration and the settings. Guarantees: a key that the user wrote is never altered, `"auto"`
-is filled, an absent key gets a default from `DEFAULTS`, and where JSON and run file say different things about the
-same matter there is an error that names both. Where only the JSON says it, the settings follow the JSON.
-Imports neither torch nor deepspeed. Written against DeepSpeed 0.19.8.
+In: `Settings`, world size, and the user's JSON file (`training.deepspeed`), if any. Out: the effective JSON and the
+settings. Guarantees: a key that the user wrote is never changed; `"auto"` is filled; an absent key gets its default
+from `DEFAULTS`; JSON and run file with different values are an error that names both; a value only in the JSON
+becomes the setting. Imports neither torch nor deepspeed. Written against DeepSpeed 0.19.8.
+
+    run file: [optimizer] learning_rate unset      JSON: "params": {"lr": 1e-3}      -> learning_rate = 1e-3
+    run file: learning_rate = 3e-4                 JSON: "params": {"lr": "auto"}    -> lr = 3e-4
+    run file: learning_rate = 3e-4                 JSON: "params": {"lr": 1e-3}      -> UserError
 """
 
 import copy
@@ -18,9 +21,9 @@ from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import Settings, UserError, num_micro_batches
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
-# What an absent or "auto" key becomes, and why.
+# Defaults of absent and "auto" keys, with the reason.
 DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
-    ("train_micro_batch_size_per_gpu", lambda s: 1, "one pack of data.sequence_length positions is one sample"),
+    ("train_micro_batch_size_per_gpu", lambda s: 1, "one packed sequence of data.sequence_length tokens is one sample"),
     ("zero_optimization.stage", lambda s: 1, "partitions the moments, costs no extra communication"),
     ("zero_optimization.overlap_comm", lambda s: False, "its data race is open upstream (DeepSpeed issue 5545)"),
     ("bf16.enabled", lambda s: s.training.precision == "bf16", "training.precision"),
@@ -30,15 +33,15 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("gradient_clipping", lambda s: s.optimizer.gradient_clipping, "0.19.8 turned its own default from off to 1.0"),
 )
 
-# The user's optimizer section is compared with [optimizer]; the optimizers are torch's and ours, whatever its flags.
-OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}  # they change no result
+# Flags of the JSON's optimizer section that change no result: the optimizers are always torch's and ours.
+OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}
 
 
 def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, Any], Settings]:
     """The effective DeepSpeed configuration for `world_size` ranks, and settings that agree with it.
 
-    Raises `UserError` naming the JSON file, the key, its value and the remedy: for a file that cannot be read, an
-    unknown, removed or not offered key, and for anything that contradicts the run file.
+    Raises `UserError` with JSON file, key, value and remedy: for an unreadable file, for an unknown, removed or
+    unsupported key, and for a contradiction to the run file.
     """
     assert world_size >= 1, f"world size {world_size}"
     source = Source(settings.training.deepspeed)
@@ -62,9 +65,9 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
 
 
 def agree(settings: Settings) -> Settings:
-    """What the run file and its DeepSpeed JSON say together, for commands that know no number of ranks.
+    """Settings of the run file and its DeepSpeed JSON together, for commands without a number of ranks.
 
-    Raises `UserError` as `resolve_deepspeed` does, but for what depends on that number.
+    Raises `UserError` as `resolve_deepspeed` does, except for keys that depend on the number of ranks.
     """
     source = Source(settings.training.deepspeed)
     config = source.read()
@@ -73,14 +76,14 @@ def agree(settings: Settings) -> Settings:
 
 
 def state_folder(effective: dict[str, Any]) -> Path | None:
-    """Where the optimizer's state lies in files (`offload_optimizer.device = "nvme"`); None where it is in memory."""
+    """Folder of the optimizer's state in files (`offload_optimizer.device = "nvme"`); None: it is in memory."""
     offload = value_at(effective, "zero_optimization.offload_optimizer")
     return Path(offload["nvme_path"]) if device_of(offload) == "nvme" else None
 
 
 def for_deepspeed(effective: dict[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed itself is given, a copy: state in files is our own doing (bigmodel/training/zero/mmap_state.py),
-    and to it an offload to the CPU.
+    """A copy for DeepSpeed itself. State in files is our own (bigmodel/training/zero/mmap_state.py); DeepSpeed gets an
+    offload to the CPU.
     """
     config = copy.deepcopy(effective)
     if state_folder(effective):
@@ -89,12 +92,12 @@ def for_deepspeed(effective: dict[str, Any]) -> dict[str, Any]:
 
 
 def packs_per_micro_batch(effective: dict[str, Any]) -> int:
-    """How many packs a rank runs forward and backward at once."""
+    """Packed sequences that a rank runs forward and backward at once."""
     return effective["train_micro_batch_size_per_gpu"]
 
 
 def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
-    """Compare each matter that both files may decide. An unset setting follows the JSON."""
+    """Compare every value that both files may set. An unset setting follows the JSON."""
     settings = _settle_precision(config, settings, source)
     clipping = source.number(config, "gradient_clipping", float, 0)
     if clipping is not None:
@@ -106,17 +109,17 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
         if batch % settings.data.lanes:
             raise source.error(
                 f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
-                "a step takes the same number of packs from every lane"
+                "a step takes the same number of packed sequences from every lane"
             )
     settings = _settle_optimizer(config, settings, source)
     for problem in without_effect(settings.optimizer).values():
-        source.problems.append(f"optimizer, with what the run file says: {problem}")
+        source.problems.append(f"optimizer, with the settings of the run file: {problem}")
     source.raise_problems()
     return settings
 
 
 def _settle_precision(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
-    """bf16.enabled and fp16.enabled against training.precision; both false means fp32."""
+    """Compare bf16.enabled and fp16.enabled with training.precision; both false: fp32."""
     enabled: dict[str, bool] = {}
     for kind in ("bf16", "fp16"):
         value = value_at(config, f"{kind}.enabled")
@@ -142,7 +145,7 @@ def _settle_optimizer(config: dict[str, Any], settings: Settings, source: Source
         types = {name.lower(): kind for kind, row in OPTIMIZERS.items() for name in row.json_types}
         if str(kind).lower() not in types:
             offered = [row.json_types[0] for row in OPTIMIZERS.values() if row.json_types]
-            raise source.error(f"optimizer.type = {json.dumps(kind)}; {', '.join(offered)} are offered")
+            raise source.error(f"optimizer.type = {json.dumps(kind)} is not supported; choose {' or '.join(offered)}")
         settings = _agree(settings, "optimizer.kind", types[str(kind).lower()], "optimizer.type", kind, source)
     parameters = section.get("params", {})
     if parameters == AUTO:
@@ -150,7 +153,9 @@ def _settle_optimizer(config: dict[str, Any], settings: Settings, source: Source
     if not isinstance(parameters, dict):
         raise source.error(f"optimizer.params = {json.dumps(parameters)} must be an object {{...}}")
     if parameters.get("adam_w_mode") is False:
-        raise source.error("optimizer.params.adam_w_mode = false means L2 instead of decoupled decay; remove the key")
+        raise source.error(
+            "optimizer.params.adam_w_mode = false: only decoupled weight decay is supported, not L2; remove the key"
+        )
     names = {"lr": "learning_rate", "eps": "epsilon", "weight_decay": "weight_decay", "momentum": "momentum"}
     source.refuse_unknown(parameters, {"betas", *names} | OPTIMIZER_FLAGS, "optimizer.params.")
     for key, setting in names.items():
@@ -174,7 +179,7 @@ def _settle_betas(betas: Any, settings: Settings, source: Source) -> Settings:
 
 
 def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, source: Source) -> Settings:
-    """Settings in which `setting` is `meant`; a problem where the run file explicitly says something else."""
+    """Settings with `setting` = `meant`; a problem if the run file explicitly has another value."""
     section_name, name = setting.split(".")
     section = getattr(settings, section_name)
     now = getattr(section, name)
@@ -187,7 +192,7 @@ def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, 
 
 
 def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
-    """Micro-batches follow from packs, ranks and packs per micro-batch; what the user wrote must equal that."""
+    """Compute the micro-batches per step from packs, ranks and packs per micro-batch; a written value must equal it."""
     packs = settings.training.global_batch_size
     per_micro_batch = source.number(config, "train_micro_batch_size_per_gpu", int, 1)
     assert isinstance(per_micro_batch, int), "filled before"
@@ -199,24 +204,24 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     places = world_size // sharing
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
     ranks = f"{world_size} rank(s)" if sharing == 1 else f"{places} group(s) of {sharing} ranks"
-    derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} pack(s) each time"
+    derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} packed sequence(s) per micro-batch"
     written = source.number(config, "gradient_accumulation_steps", int, 1)
     if written is not None and written != micro_batches:
         raise source.error(
-            f"gradient_accumulation_steps = {written}, but the run file's training.{derived} makes {micro_batches}; "
+            f"gradient_accumulation_steps = {written}, but the run file's training.{derived} gives {micro_batches}; "
             f'write "auto" in the JSON, or training.global_batch_size = {written * per_micro_batch * places}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
     batch = source.number(config, "train_batch_size", int, 1)
     if batch is not None and sharing > 1:
         raise source.error(
-            f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed counts each rank "
-            'as one that has packs of its own; write "auto"'
+            f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed would count each "
+            'rank as a data-parallel one; write "auto"'
         )
     if batch is not None and batch != multiplied:
         raise source.error(
-            f"train_batch_size = {batch} does not divide: training.{derived} makes {micro_batches} micro-batch(es), "
-            f'in all {multiplied}; write "auto" in the JSON, and empty packs will fill the step'
+            f"train_batch_size = {batch} does not divide: training.{derived} gives {micro_batches} micro-batch(es), "
+            f'{multiplied} in total; write "auto" in the JSON: empty packed sequences then fill the step'
         )
     _fill(config, "gradient_accumulation_steps", micro_batches)
     _fill(config, "train_batch_size", multiplied)
@@ -248,31 +253,33 @@ def _refuse_impossible_sums(config: dict[str, Any], source: Source) -> None:
         raise source.error(f"zero_optimization.stage = {json.dumps(stage)} must be 0, 1, 2 or 3")
     sums = config["data_types"]["grad_accum_dtype"]
     if sums not in ("fp32", "bf16"):
-        raise source.error(f'data_types.grad_accum_dtype = {json.dumps(sums)} must be "fp32" (right) or "bf16" (less)')
+        raise source.error(
+            f'data_types.grad_accum_dtype = {json.dumps(sums)} must be "fp32" (exact) or "bf16" (less memory)'
+        )
     low = next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), None)
     if low != "bf16" and sums != "fp32":
         raise source.error(
-            f'data_types.grad_accum_dtype = {json.dumps(sums)} with {low or "fp32"} weights; write "fp32"'
+            f'data_types.grad_accum_dtype = {json.dumps(sums)} does not go with {low or "fp32"} weights; write "fp32"'
         )
     zero = config["zero_optimization"]
     for name, least in (("offload_optimizer", 1), ("offload_param", 3), ("zero_hpz_partition_size", 3)):
         if zero.get(name) and device_of(zero[name]) not in ("none", 1) and stage < least:
-            raise source.error(f"zero_optimization.{name} needs zero_optimization.stage >= {least}, and it is {stage}")
+            raise source.error(f"zero_optimization.{name} needs zero_optimization.stage >= {least}; it is {stage}")
     nvme_path = value_at(zero, "offload_optimizer.nvme_path")
     if device_of(zero.get("offload_optimizer")) == "nvme" and not (isinstance(nvme_path, str) and nvme_path[:1] == "/"):
         raise source.error(
             f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(nvme_path)} must be the absolute path of a "
-            "folder on a local disk, for the optimizer's state"
+            "folder on a local disk; it will hold the optimizer's state"
         )
     if stage == 0 and low:
         raise source.error(
-            f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot add gradients up in fp32 there; "
+            f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot accumulate gradients in fp32 there; "
             'use stage 1 (the same on one rank), or training.precision = "fp32"'
         )
 
 
 def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -> None:
-    """What the optimizer's row in the table does not work with."""
+    """Refuse ZeRO stages and offloads that the optimizer's row in the table excludes."""
     kind, zero = settings.optimizer.kind, config["zero_optimization"]
     row, offload = OPTIMIZERS[kind], device_of(zero.get("offload_optimizer"))
     if zero["stage"] not in row.stages:
@@ -284,7 +291,7 @@ def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> None:
-    """Put `value` where the user wrote nothing or "auto"."""
+    """Set an absent or "auto" key to `value`."""
     *sections, name = path.split(".")
     for section in sections:
         config = config.setdefault(section, {})
@@ -293,7 +300,7 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _drop_auto(config: dict[str, Any]) -> None:
-    """An "auto" that nothing here decides becomes DeepSpeed's own default."""
+    """Remove the remaining "auto" keys: DeepSpeed's own defaults apply."""
     for key in [key for key, value in config.items() if value == AUTO]:
         del config[key]
     for value in config.values():

@@ -1,7 +1,7 @@
-"""The user's DeepSpeed JSON as it was written: read, and refused where a key of it cannot serve here.
+"""The user's DeepSpeed JSON: read and checked, not yet completed.
 
-Takes the file that `training.deepspeed` names, gives its content. Guarantees: a key that DeepSpeed does not know, no
-longer knows, or knows and this system does not honour is an error with the remedy, and all of them are told at once.
+In: the file of `training.deepspeed`. Out: its content. Guarantees: a key that DeepSpeed does not know, has removed, or
+that is not supported here is an error with the remedy; all such keys are listed in one message.
 Written against DeepSpeed 0.19.8; a test compares the tables with its source. Imports neither torch nor deepspeed.
 """
 
@@ -17,7 +17,7 @@ from bigmodel.config.settings import UserError
 VERSION = "0.19.8"
 AUTO = "auto"
 
-# Every key that DeepSpeed 0.19.8 reads and that can make sense here.
+# Every key that DeepSpeed 0.19.8 reads and that makes sense here.
 TOP_LEVEL_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "  # noqa: SIM905
     "optimizer scheduler zero_optimization bf16 fp16 torch_autocast data_types gradient_clipping "
@@ -46,38 +46,38 @@ ZERO_KEYS = frozenset(
 )
 SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "optimizer")
 
-# Gone from DeepSpeed since 0.19.7 or 0.19.8; a leftover key would be refused there with less to go on.
+# Removed from DeepSpeed in 0.19.7 or 0.19.8. DeepSpeed refuses them too, without a remedy.
 REMOVED = {
-    "elasticity": "set training.global_batch_size; a run here resumes at any world size",
+    "elasticity": "set training.global_batch_size; a run resumes at any world size",
     "nebula": "checkpoints are bigmodel's own",
     "compression_training": "remove the section",
     "amp": 'use training.precision = "bf16"',
     "quantize_training": "remove the section",
     "sparse_gradients": "remove the key",
     "eigenvalue": "remove the section",
-    "sparse_attention": "remove the section; attention is packed and causal here",
+    "sparse_attention": "remove the section; set model.sliding_window in the run file for local attention",
     "graph_harvesting": "remove the key",
-    "curriculum_learning": "remove the section; the order of documents is [data]'s",
+    "curriculum_learning": "remove the section; [data] of the run file sets the order of documents",
     "progressive_layer_drop": "remove the section",
     "zero_optimization.mics_shard_size": "remove the key",
     "zero_optimization.mics_hierarchical_params_gather": "remove the key",
     "zero_optimization.zeropp_loco_param": "remove the key",
 }
 
-# Tried on two gloo ranks with the op (async_io) built for CPUs: 0.19.8 stopped in a forward pass, "param 16 already
-# assigned swap buffer id 31", and without prefetch in a gather.
+# Measured on two gloo ranks with the async_io op built for CPUs: 0.19.8 failed in a forward pass, "param 16 already
+# assigned swap buffer id 31"; without prefetch it failed in a gather.
 WEIGHTS_ON_NVME = (
     'use "cpu", or offload_optimizer alone; with DeepSpeed\'s ' + VERSION + " the forward pass fails with weights there"
 )
 
 
 def device_of(section: Any) -> Any:
-    """Where an offload section puts things."""
+    """The device of an offload section."""
     return section.get("device", "none") if isinstance(section, dict) else section
 
 
-# Known to DeepSpeed but not to this system: silently ignoring or half honouring them would be a silent mistake.
-# (path, is it in use?, remedy)
+# Keys of DeepSpeed that are not supported here; ignoring them would be a silent mistake.
+# (path, whether a value turns it on, remedy)
 NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("scheduler", bool, "describe the learning rate in [schedule] of the run file (kind, warmup_steps, decay_steps)"),
     ("fp16.auto_cast", bool, "remove the key; batches hold no floating-point numbers"),
@@ -100,13 +100,17 @@ NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("autotuning", bool, "remove the section; autotuning is not offered"),
     ("weight_quantization", bool, "remove the section; it serves inference"),
     ("managed_gradient_accumulation", lambda value: value is not True, "remove the key; the engine sets the boundary"),
-    ("gradient_allreduce_op", lambda value: value != "mean", 'use "mean"; the exact loss counts on it'),
+    ("gradient_allreduce_op", lambda value: value != "mean", 'use "mean"; the exact loss needs it'),
     ("bf16.bf16_master_weights_and_grads", bool, "remove the key; master weights are fp32"),
     ("bf16.bf16_optimizer_states", bool, "remove the key; moments are fp32"),
     ("bf16.immediate_grad_update", bool, "remove the key; it is not offered yet"),
     ("zero_optimization.compute_grad_norm", lambda value: value is not True, "remove the key; the norm is always used"),
     ("zero_optimization.offload_param", lambda value: device_of(value) == "nvme", WEIGHTS_ON_NVME),
-    ("zero_optimization.offload_optimizer.ratio", lambda value: value != 1, "remove it; all or nothing is offloaded"),
+    (
+        "zero_optimization.offload_optimizer.ratio",
+        lambda value: value != 1,
+        "remove it; partial offload is not supported",
+    ),
     ("zero_optimization.cpu_offload", bool, 'write "offload_optimizer": {"device": "cpu"} instead'),
     ("zero_optimization.cpu_offload_param", bool, 'write "offload_param": {"device": "cpu"} instead'),
     ("zero_optimization.zenflow", bool, "remove it; ZenFlow is not offered"),
@@ -115,13 +119,13 @@ NOT_OFFERED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where the JSON came from, which every message names; what is found wrong is told together where it can be."""
+    """The JSON's file, named in every message, and the problems found so far; they are raised together."""
 
     path: Path | None
     problems: list[str] = field(default_factory=list)
 
     def error(self, *last: str) -> UserError:
-        """What was found so far, and `last`, after which nothing further can be looked at."""
+        """An error with all problems so far, and `last`, a problem that ends the check."""
         found, name = [*self.problems, *last], self.path or "the default DeepSpeed configuration"
         if len(found) == 1:
             return UserError(f"{name}: {found[0]}")
@@ -143,18 +147,20 @@ class Source:
         except (OSError, UnicodeDecodeError) as error:
             raise self.error(f"cannot be read as text: {error}") from None
         if not isinstance(config, dict):
-            raise self.error(f"holds a JSON {type(config).__name__}; a DeepSpeed configuration is an object {{...}}")
+            raise self.error(
+                f"contains a JSON {type(config).__name__}; a DeepSpeed configuration must be an object {{...}}"
+            )
         return config
 
     def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         for name in names:
             if names.count(name) > 1:
-                raise self.error(f"{name!r} is written twice in one object; keep one of them")
+                raise self.error(f"{name!r} occurs twice in one object; keep one of them")
         return dict(pairs)
 
     def refuse_unusable(self, config: dict[str, Any]) -> None:
-        """Unknown, removed, misplaced and not offered keys, all at once."""
+        """Raise for all unknown, removed, misplaced and unsupported keys at once."""
         self.refuse_unknown(config, TOP_LEVEL_KEYS, "")
         for section in SECTIONS:
             if not isinstance(config.get(section, {}), dict):
@@ -181,7 +187,7 @@ class Source:
     def number(
         self, config: dict[str, Any], path: str, kind: type[int] | type[float], least: float
     ) -> int | float | None:
-        """The number at `path`, None where it is absent or "auto"."""
+        """The number at `path`; None if absent or "auto"."""
         value = value_at(config, path)
         if value is None or value == AUTO:
             return None
@@ -199,7 +205,7 @@ class Source:
 
 
 def value_at(config: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where any part of the path is missing."""
+    """The value at a dotted path; None if any part of the path is missing."""
     value: Any = config
     for name in path.split("."):
         if not isinstance(value, dict):

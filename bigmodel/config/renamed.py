@@ -1,8 +1,8 @@
-"""Settings that have a new name in version 0.2: the old one is read until 0.3.
+"""Settings renamed in version 0.2; the old names are read until 0.3.
 
-A run file with an old key is read with one warning (`bigmodel.config.settings.load_settings`). What runs have stored,
-settings.json, checkpoints and the identity of a plan, is read under either name without one. The identity of a plan
-is stored, and hashed, under the old names: a checkpoint of version 0.1 goes on.
+A run file with old keys is read with one warning (`bigmodel.config.settings.load_settings`). Files of runs
+(settings.json, checkpoints, the identity of a plan) are read under both names without a warning. The identity of a
+plan is stored and hashed under the old names, so that runs of version 0.1 can resume.
 """
 
 from collections.abc import Mapping
@@ -43,16 +43,16 @@ OLD_NAMES = {new: old for old, new in NEW_NAMES.items()}
 
 
 def new_keys(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of a section under its new keys. Raises ValueError where a key stands under both names."""
+    """The table of a section under its new keys. Raises ValueError if a key is set under both names."""
     renamed = RENAMED.get(section, {})
     for old, new in renamed.items():
         if old in table and new in table:
-            raise ValueError(f"{section}.{old} is the old name of {section}.{new}, and both are set; remove the first")
+            raise ValueError(f"{section}.{old} is the old name of {section}.{new}; both are set: remove the first")
     return {renamed.get(key, key): value for key, value in table.items()}
 
 
 def old_keys_in(table: Mapping[str, Any]) -> list[str]:
-    """The old names, as section.key, that the plain values of a run file use."""
+    """The old names, as section.key, in the plain values of a run file."""
     return [
         name
         for name in NEW_NAMES

@@ -1,7 +1,7 @@
-"""Typed tables in TOML files: reading them, and saying what is wrong in words that help.
+"""Typed sections of TOML files: reading, validation, error messages.
 
-Takes a path and `--set a.b=1` overrides, gives plain values; `explain` turns what pydantic complains of into lines that
-name the setting, its value and the remedy.
+In: a path and `--set a.b=1` overrides. Out: plain values. `explain` turns pydantic's errors into lines with setting,
+value and remedy.
 """
 
 import difflib
@@ -22,12 +22,12 @@ from bigmodel.config.renamed import NEW_NAMES, new_keys, old_keys_in
 from bigmodel.config.user_error import UserError as UserError
 from bigmodel.config.user_error import without_secrets as without_secrets
 
-SAVED = {"saved": True}  # validation context of what a run saved: a setting without effect is no error there
+SAVED = {"saved": True}  # validation context for settings saved by a run: settings without effect are accepted
 WARNED = "BIGMODEL_OLD_KEYS_WARNED"
 
 
 class _Presence:
-    """A value of `only_with` that stands for many: see `setting`."""
+    """Any set or any unset value in `only_with`: see `setting`."""
 
     def __init__(self, is_set: bool) -> None:
         self.is_set = is_set
@@ -38,7 +38,7 @@ SET, UNSET = _Presence(True), _Presence(False)
 
 @dataclass(frozen=True)
 class ReadBy:
-    """A value of `only_with`: the keys of a table whose row has the setting in its `reads`. Rows may be added later."""
+    """In `only_with`: the keys of a table whose rows list the setting in `reads`. Rows may be added later."""
 
     table: Mapping[str, Any]
 
@@ -48,29 +48,29 @@ class ReadBy:
 
 @dataclass(frozen=True)
 class OnlyWith:
-    """When a setting has an effect, as it stands among the metadata of its field."""
+    """The condition under which a setting has an effect; kept in the metadata of its field."""
 
     others: Mapping[str, Any]
     why: str
 
 
 def setting(default: Any, *, only_with: Mapping[str, Any], why: str = "", **field: Any) -> Any:
-    """A field that has an effect only with certain values of other fields of its section; else a plain `Field`.
+    """A `Field` that has an effect only with certain values of other fields of its section.
 
         remote: str = Field("", description="URL of ...")
         cache_bytes: int = setting(0, only_with={"remote": SET}, ge=0, description="shards kept ...")
         decay_steps: int = setting(0, only_with={"kind": "wsd", "unit": "steps"}, ge=0, description="length of ...")
         momentum: float = setting(0.95, only_with={"kind": ReadBy(OPTIMIZERS)}, ge=0, lt=1, description="of ...")
 
-    only_with: name of another field -> the value it needs, a tuple of such values, `SET` (neither 0, empty nor none),
-    `UNSET`, or `ReadBy` of the table whose keys that field names. All of them must hold. A name may be dotted, for a
-    field of a section inside, or be a property of the section, for what no single field says; `why` then says why the
-    setting has no effect, in words for the user.
-    field: what pydantic's `Field` takes: bounds and description.
+    only_with: name of another field -> its required value, a tuple of values, `SET` (not 0, empty or None), `UNSET`,
+    or `ReadBy` of the table whose keys that field holds. All conditions must hold. A dotted name is a field of a
+    nested section; a name may also be a property of the section, and then `why` is required.
+    why: for the user, why the setting has no effect.
+    field: arguments of pydantic's `Field`: bounds and description.
 
-    A setting without effect is refused with the reason and the remedy. Not refused: the default, because a run saves
-    all of its settings; and any value that a run has saved, because earlier versions accepted more (`SAVED`).
-    Each declaration has a case in tests/config/test_sections.py, which shows that it bites.
+    A setting without effect is an error with reason and remedy. Accepted are the default, because a run saves all its
+    settings, and every value saved by a run, because earlier versions accepted more (`SAVED`).
+    Each declaration has a failing case in tests/config/test_sections.py.
     """
     info = Field(default, **field)
     info.metadata.append(OnlyWith(only_with, why))
@@ -78,12 +78,12 @@ def setting(default: Any, *, only_with: Mapping[str, Any], why: str = "", **fiel
 
 
 def condition_of(section: "type[Section]", name: str) -> OnlyWith | None:
-    """What a field was declared with; None: it always has an effect."""
+    """The condition of a field; None: it always has an effect."""
     return next((one for one in section.model_fields[name].metadata if isinstance(one, OnlyWith)), None)
 
 
 def key_of(table: Mapping[str, Any]) -> AfterValidator:
-    """Of a text: that it is a key of the table, which may grow later."""
+    """Validate that a text is a key of the table; keys may be added later."""
 
     def check(value: str) -> str:
         if value not in table:
@@ -97,10 +97,10 @@ def key_of(table: Mapping[str, Any]) -> AfterValidator:
 
 
 class Section(BaseModel):
-    """A table of the run file. Unknown keys are errors; values cannot be changed after reading."""
+    """A section of the run file. Unknown keys are errors; values are frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    section: ClassVar[str] = ""  # its name in the run file, where keys of it were renamed
+    section: ClassVar[str] = ""  # name in the run file; set only if keys were renamed
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +116,7 @@ class Section(BaseModel):
 
 
 def without_effect(section: Section) -> dict[str, str]:
-    """By name, each setting that is not at its default and has no effect: setting, value, reason and remedy."""
+    """Settings that are not at their default and have no effect: name -> message with value, reason and remedy."""
     found = {}
     for name, field in type(section).model_fields.items():
         condition, value = condition_of(type(section), name), getattr(section, name)
@@ -128,7 +128,7 @@ def without_effect(section: Section) -> dict[str, str]:
 
 
 def _reason(section: Section, name: str, other: str, condition: OnlyWith) -> str:
-    """Why a setting has no effect with the value of another field, and the remedy; empty where it has one."""
+    """Why a setting has no effect with the value of another field, and the remedy; empty if it has an effect."""
     now, needed = attrgetter(other)(section), condition.others[other]
     because = f" ({condition.why})" if condition.why else ""
     if isinstance(needed, _Presence):
@@ -148,7 +148,7 @@ def _reason(section: Section, name: str, other: str, condition: OnlyWith) -> str
 
 
 def _toml(value: Any) -> str:
-    """A value as a user would write it."""
+    """A value as written in a run file."""
     return json.dumps(value, default=_plain)
 
 
@@ -173,10 +173,10 @@ def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def with_new_keys(table: dict[str, Any], path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of a run file under the new names of their keys. One warning for all processes of a start."""
+    """The values of a run file under the new names of their keys. Warns once per start, over all processes."""
     old = [*old_keys_in(table), *(key for override in overrides if (key := override.partition("=")[0]) in NEW_NAMES)]
     if old and os.environ.get("RANK", "0") == "0" and WARNED not in os.environ:
-        os.environ[WARNED] = "1"  # the trainers that this process starts do not say it again
+        os.environ[WARNED] = "1"  # inherited by the trainers that this process starts
         names = ", ".join(f"{name} is now {NEW_NAMES[name]}" for name in old)
         print(f"warning: {path}: {names}; old names are read until version 0.3", file=sys.stderr, flush=True)
     try:
@@ -189,7 +189,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = NEW_NAMES.get(key.strip(), key.strip()).split(".")
     if not equals or not all(names):
-        raise UserError(f"--set {override}: needs the form section.key=value, for example --set training.steps=100")
+        raise UserError(f"--set {override}: must have the form section.key=value, for example --set training.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -202,7 +202,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, root: type[Section]) -> str:
-    """What pydantic complains of in a file that should be a `root`, a line each with setting, value and remedy."""
+    """pydantic's errors for a file of type `root`, one per line, with setting, value and remedy."""
     return "\n".join(_explain(line, root) for line in error.errors())
 
 
@@ -219,7 +219,7 @@ def _explain(line: Mapping[str, Any], root: type[Section]) -> str:
 
 
 def _suggestion(location: tuple[Any, ...], root: type[Section]) -> str:
-    """The nearest known name in the section where the unknown one stands; else the section that knows it."""
+    """The most similar name in the same section; else the section that has this name."""
     model: Any = root
     for part in location[:-1]:
         if isinstance(part, int):
