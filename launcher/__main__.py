@@ -366,7 +366,7 @@ def _read_world(text: str) -> Topology:
 
 
 def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
-    """Check, before a start, that the run's DeepSpeed JSON and batch size fit this number of ranks; else `UserError`."""
+    """Before a start: raises `UserError` if the run's DeepSpeed JSON or batch size does not fit the number of ranks."""
     words = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

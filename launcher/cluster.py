@@ -213,8 +213,8 @@ def hosts_and_slots(cluster: Cluster, hostfile: Path | None = None) -> tuple[lis
         if len(set(slots.values())) > 1:
             odd = ", ".join(f"{host} {count}" for host, count in slots.items())
             raise UserError(
-                f"{file}: slots differ between hosts ({odd}); every node needs the same number of ranks: give all hosts "
-                "equal slots"
+                f"{file}: slots differ between hosts ({odd}); every node needs the same number of ranks: give all "
+                "hosts equal slots"
             )
         return list(slots), next(iter(slots.values()))
     if not cluster.hosts:

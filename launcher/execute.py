@@ -1,4 +1,4 @@
-"""`launch exec`: each rank under srun, torchrun or mpirun: find the rank number, set the environment, become the trainer.
+"""`launch exec`, each rank under srun, torchrun or mpirun: find its number, set its environment, become the trainer.
 
 In: a run file and the environment from srun, torchrun or mpirun. Every rank logs to `logs/HOST-rank-N.log` in the run
 directory; rank 0 also prints as before (`bigmodel.rank_log`). The process started by srun or torchrun becomes the

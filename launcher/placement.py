@@ -120,8 +120,8 @@ def _arbitrary(environment: Mapping[str, str], hosts: Sequence[str], tasks: int)
         return tuple(hosts.index(line) for line in lines)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"SLURM_HOSTFILE={file}: the task distribution is arbitrary, and the file with the host of each rank cannot "
-            f"be read on this node: {error}; use block, cyclic or plane, or mount the file"
+            f"SLURM_HOSTFILE={file}: the task distribution is arbitrary, and the file with the host of each rank "
+            f"cannot be read on this node: {error}; use block, cyclic or plane, or mount the file"
         ) from None
 
 
@@ -154,8 +154,8 @@ def _from_torchrun(environment: Mapping[str, str]) -> tuple[Topology, int]:
     missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(
-            f"RANK={environment['RANK']} is set in the environment, but {', '.join(missing)} is not; unset RANK, or set "
-            "all of them"
+            f"RANK={environment['RANK']} is set in the environment, but {', '.join(missing)} is not; unset RANK, or "
+            "set all of them"
         )
     return _regular(environment, needed[:4])
 

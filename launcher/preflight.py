@@ -318,7 +318,7 @@ def on_slurm(groups: Sequence[Sequence[str]], cluster: Cluster, words: Sequence[
 def become_probe(
     run_file: Path, overrides: Sequence[str], cluster: Cluster, topology: Topology | None, node: int
 ) -> None:
-    """On a node: run `bigmodel probe` as rank `node` of one rank per node, and print its report with the node's name."""
+    """On a node: run `bigmodel probe` as rank `node`, with one rank per node; print its report with the node's name."""
     if topology is None:
         topology, node = find_place(os.environ)
     variables = launch_environment(topology, node, cluster.variables())
