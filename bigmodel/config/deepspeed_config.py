@@ -145,7 +145,9 @@ def _settle_optimizer(config: dict[str, Any], settings: Settings, source: Source
         types = {name.lower(): kind for kind, row in OPTIMIZERS.items() for name in row.json_types}
         if str(kind).lower() not in types:
             offered = [row.json_types[0] for row in OPTIMIZERS.values() if row.json_types]
-            raise source.error(f"optimizer.type = {json.dumps(kind)} is not supported; choose {' or '.join(offered)}")
+            raise source.error(
+                f"optimizer.type = {json.dumps(kind)} is not supported; choose one of {', '.join(offered)}"
+            )
         settings = _agree(settings, "optimizer.kind", types[str(kind).lower()], "optimizer.type", kind, source)
     parameters = section.get("params", {})
     if parameters == AUTO:

@@ -53,9 +53,7 @@ def test_a_new_run_file_warns_of_nothing(tmp_path, monkeypatch, capsys):
 
 def test_both_names_of_a_key_are_one_message(tmp_path):
     (tmp_path / "run.toml").write_text("[data]\npack_tokens = 128\nsequence_length = 256\n")
-    with pytest.raises(
-        UserError, match=r"data\.pack_tokens is the old name of data\.sequence_length, and both are set"
-    ):
+    with pytest.raises(UserError, match=r"data\.pack_tokens is the old name of data\.sequence_length; both are set"):
         load_settings(tmp_path / "run.toml")
 
 

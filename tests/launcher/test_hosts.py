@@ -156,7 +156,7 @@ def test_a_host_that_does_not_answer_is_named_before_anything_starts(sshd: Sshd,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ranks", "3"], "3 ranks do not divide over 2 nodes; ask for 2 or 4 ranks"),
+        (["--ranks", "3"], "3 ranks do not divide over 2 nodes; set 2 or 4 ranks"),
         (["--ranks", "4"], "2 ranks on a node, but it has 1 GPU(s)"),
         (["--set", "training.stepz=1"], "training.stepz: unknown setting"),
     ],
@@ -176,7 +176,7 @@ def test_a_dry_run_prints_every_rank_and_starts_nothing(tmp_path: Path, shards: 
     output = output_of(launch("ssh", str(run_file), "--cluster", str(cluster), "--dry-run"), 0)
     assert [line.split(" ")[0] for line in output.splitlines()][:2] == ["NCCL_DEBUG=WARN"] * 2
     assert "RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 NODE_RANK=1 MASTER_ADDR=a" in output
-    assert "# CUDA_VISIBLE_DEVICES: on each node all GPUs that it gives" in output
+    assert "# CUDA_VISIBLE_DEVICES: all GPUs of the node" in output
     assert "# binding: device, among the processors of each node" in output
     assert "# rank 1 host b node 1 local 0" in output
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
 
 INFINIBAND = """\
 #!/bin/bash
-# Written by `bigmodel launch slurm`. `sbatch` of this file does the same again.
+# Written by `bigmodel launch slurm`. `sbatch` of this file submits the run again.
 #SBATCH --job-name=my
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8
@@ -47,25 +47,25 @@ INFINIBAND = """\
 cd '/home/me/big model' || exit 1
 module load cuda/12.8
 
-# Look at the nodes first.
+# Check the nodes first.
 if ! /venv/bin/python -m bigmodel launch check my.toml --cluster c.toml --set training.steps=5; then
     /venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code 1 --preflight
     exit
 fi
 
-# One task per rank; the first to fail takes the others with it.
+# One task per rank; if one fails, srun ends the others.
 srun --kill-on-bad-exit=1 --cpus-per-task=12 --container-image=/images/bigmodel.sqsh --no-container-mount-home \
 --container-mounts=/data:/data:ro,/runs:/runs '--container-workdir=/home/me/big model' \\
     python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 --fresh
 code=$?
 
-# Record why it ended; requeue if the cluster file says so.
+# Record why it ended; requeue it as set in the cluster file.
 /venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $code
 """
 
 EFA = """\
 #!/bin/bash
-# Written by `bigmodel launch slurm`. `sbatch` of this file does the same again.
+# Written by `bigmodel launch slurm`. `sbatch` of this file submits the run again.
 #SBATCH --job-name=my
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -80,13 +80,13 @@ EFA = """\
 
 cd '/home/me/big model' || exit 1
 
-# One task per rank; the first to fail takes the others with it.
+# One task per rank; if one fails, srun ends the others.
 srun --kill-on-bad-exit=1 --container-image=docker://bigmodel:latest --no-container-mount-home \
 --container-mounts=/fsx:/fsx --container-workdir=/fsx/bigmodel \\
     python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 --fresh
 code=$?
 
-# Record why it ended; requeue if the cluster file says so.
+# Record why it ended; requeue it as set in the cluster file.
 /venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $code
 """
 
@@ -183,14 +183,14 @@ def test_a_port_in_use_is_named_before_the_start(tmp_path: Path) -> None:
     for said in (answer, other):
         assert said.returncode == 2
         assert f"port {port} of 127.0.0.1, derived from " in said.stderr
-        assert "is in use; set main_port in the cluster file" in said.stderr
+        assert "set main_port in the cluster file, or MASTER_PORT, to a free port" in said.stderr
     assert not (tmp_path / "run" / "launch.json").exists()
 
 
 def test_an_address_that_nobody_knows_is_named_before_the_start(tmp_path: Path) -> None:
     answer = execute(tmp_path, MASTER_ADDR="no-such-host.invalid")
     assert answer.returncode == 2
-    assert "rank 0 runs on no-such-host.invalid, a name that has no address here; set main_address" in answer.stderr
+    assert "rank 0 runs on no-such-host.invalid, a name without an address here; set main_address" in answer.stderr
     assert not (tmp_path / "run" / "launch.json").exists()
 
 
@@ -247,27 +247,27 @@ def history(*ends: tuple[str, int], stop: bool = False) -> list[Launch]:
     ("ends", "code", "requeue", "reason"),
     [
         ([("finished", 20)], 143, False, "the run is complete"),
-        ([("stopped", 9)], 3, True, "it goes on from its last checkpoint"),  # a time limit, or a preemption
-        ([("user_error", 0)], 2, False, "the message says what to mend"),
-        ([("", 0)], 2, False, "the message says what to mend"),
-        ([("failed", 5)], 1, True, "it goes on"),
-        ([("failed", 5), ("failed", 5), ("failed", 4)], 1, True, "it goes on"),
+        ([("stopped", 9)], 3, True, "it resumes from its last checkpoint"),  # a time limit, or a preemption
+        ([("user_error", 0)], 2, False, "see the error message"),
+        ([("", 0)], 2, False, "see the error message"),
+        ([("failed", 5)], 1, True, "it resumes"),
+        ([("failed", 5), ("failed", 5), ("failed", 4)], 1, True, "it resumes"),
         (
             [("failed", 5), ("failed", 5), ("failed", 4), ("failed", 5)],
             1,
             False,
             "more than requeue.no_progress_limit = 2",
         ),
-        ([("failed", 5), ("failed", 5), ("failed", 4), ("failed", 6)], 1, True, "it goes on"),
+        ([("failed", 5), ("failed", 5), ("failed", 4), ("failed", 6)], 1, True, "it resumes"),
         (
             [("failed", 0), ("lost", 0), ("failed", 0)],
             1,
             False,
             "requeue.no_progress_limit = 2 failures in a row at step 0",
         ),
-        ([("hang", 5)], 1, True, "it goes on"),
+        ([("hang", 5)], 1, True, "it resumes"),
         ([("failed", 5), *[("hang", 5)] * 3], 1, False, "more than requeue.no_progress_limit = 2"),
-        ([("stopped", 5)] * 4, 3, True, "it goes on"),
+        ([("stopped", 5)] * 4, 3, True, "it resumes"),
         ([("stopped", 5)] * 6, 3, False, "requeue.limit = 5 is reached"),
     ],
 )
@@ -279,7 +279,7 @@ def test_the_requeue_policy(ends: list[tuple[str, int]], code: int, requeue: boo
 
 def test_a_run_that_was_told_to_stop_is_not_requeued() -> None:
     decision = decide(history(("stopped", 5), stop=True), 3, RequeueSettings())
-    assert decision == Decision("stopped", False, "it was told to stop")
+    assert decision == Decision("stopped", False, "a stop was requested")
 
 
 @pytest.mark.parametrize(("code", "ended_with"), [(2, 2), (0, 1), (137, 1)])
@@ -334,7 +334,7 @@ def call(*words: str, code: int) -> str:
 
 
 def test_what_cannot_be_stopped_or_shown_is_said(tmp_path: Path) -> None:
-    assert "is no run directory" in call("status", str(tmp_path), code=2)
+    assert "not a run directory" in call("status", str(tmp_path), code=2)
     assert "neither a run directory nor a run file" in call("status", str(tmp_path / "none"), code=2)
     record_launch(tmp_path, even_topology(["a"], 1, "a", 1), "local", launcher=True)
     assert "no run is using it now" in call("stop", str(tmp_path), code=2)
@@ -342,8 +342,8 @@ def test_what_cannot_be_stopped_or_shown_is_said(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "launch.json").read_text())
     for change, message in (
         ({"host": "elsewhere"}, "was started on elsewhere; run this there"),
-        ({"pid_started": 1}, "is only starting; ask again in a moment"),
-        ({"job": "5"}, "belongs to job 5, but squeue does not know it here"),
+        ({"pid_started": 1}, "the run is starting; try again in a moment"),
+        ({"job": "5"}, "belongs to job 5, which squeue does not list here"),
     ):
         (tmp_path / "launch.json").write_text(json.dumps({**record, **change}))
         assert message in call("stop", str(tmp_path), code=2)

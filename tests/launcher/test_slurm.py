@@ -206,7 +206,7 @@ def test_a_submitted_run_survives_a_killed_rank_and_equals_the_local_run(
     job = re.search(r"job (\d+)", cluster.call(*submit))[1]
     again = cluster.run(*submit)
     assert again.returncode == 2
-    assert f"job {job} of this run is in the queue already" in again.stdout
+    assert f"job {job} of this run is already queued" in again.stdout
     wait_for_step(run, 5)
     ranks_of(run)[1].send_signal(signal.SIGKILL)
     output = run / "logs" / f"slurm-{job}.out"
@@ -223,7 +223,7 @@ def test_a_submitted_run_survives_a_killed_rank_and_equals_the_local_run(
     assert len(launch["hosts"]) == 2
     assert launch["main_address"] == launch["hosts"][0]
     assert_logged(run, launch["hosts"])
-    assert "requeued: it goes on from its last checkpoint" in (run / "logs" / f"slurm-{job}.out").read_text()
+    assert "requeued: it resumes from its last checkpoint" in (run / "logs" / f"slurm-{job}.out").read_text()
     assert_no_orphans(run)
 
 
@@ -399,4 +399,4 @@ def test_a_rank_whose_address_nobody_knows_says_so(cluster: Cluster, tmp_path: P
         [*LAUNCHER, "exec", str(run_file)], env={**os.environ, **place}, capture_output=True, text=True, check=False
     )
     assert answer.returncode == 2
-    assert "rank 0 runs on n1, a name that has no address here; set main_address" in answer.stderr
+    assert "rank 0 runs on n1, a name without an address here; set main_address" in answer.stderr

@@ -89,7 +89,7 @@ def test_ranks_must_divide_and_have_devices() -> None:
     assert ranks_per_node(0, 4, 8) == 8
     assert ranks_per_node(0, 4, 0) == 1
     assert ranks_per_node(6, 3, 0) == 2
-    with pytest.raises(UserError, match="7 ranks do not divide over 3 nodes; ask for 6 or 9 ranks"):
+    with pytest.raises(UserError, match="7 ranks do not divide over 3 nodes; set 6 or 9 ranks"):
         ranks_per_node(7, 3, 0)
     with pytest.raises(UserError, match=r"3 ranks on a node, but it has 2 GPU\(s\).*at most 8 ranks on 4 node"):
         ranks_per_node(12, 4, 2)
@@ -280,7 +280,7 @@ def test_a_host_file_is_deepspeed_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w1 slots=8\nw2 slots=4", "slots differ between hosts .w1 8, w2 4.: ranks would not divide evenly"),
+        ("w1 slots=8\nw2 slots=4", "slots differ between hosts .w1 8, w2 4.; every node needs the same number"),
         ("w1 slot=8", "hosts:1: 'w1 slot=8' is not of the form `host slots=8`"),
         ("w1\nw1", "hosts:2: w1 is listed twice"),
         ("w1 slots=0", "hosts:1: w1 has no slots; leave its line out"),
@@ -359,8 +359,8 @@ def test_two_ranks_see_all_that_their_node_was_given(
     [
         ({}, 4, r"4 ranks on n1, where each sees 3 GPU\(s\) \(0,2,10\)"),
         ({"CUDA_VISIBLE_DEVICES": "2"}, 2, r"2 ranks on n1, where each sees 1 GPU\(s\) \(2\)"),
-        ({"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_ON_NODE": "1"}, 2, "a rank needs one of its own"),
-        ({"CUDA_VISIBLE_DEVICES": "0,2", "SLURM_GPUS_ON_NODE": "8"}, 4, "a rank needs one of its own"),
+        ({"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_ON_NODE": "1"}, 2, "each rank needs its own"),
+        ({"CUDA_VISIBLE_DEVICES": "0,2", "SLURM_GPUS_ON_NODE": "8"}, 4, "each rank needs its own"),
     ],
 )
 def test_more_ranks_than_gpus_are_refused(given: dict[str, str], size: int, message: str) -> None:

@@ -491,23 +491,23 @@ def test_the_plan_of_memory_counts_the_tiles_of_both_masks() -> None:
     [
         ({"full_attention_every": 2}, "full_attention_every = 2 has no effect without sliding_window"),
         ({"sliding_rope_theta": 100.0}, "sliding_rope_theta = 100.0 has no effect without sliding_window"),
-        ({"sliding_window": 4, "full_attention_every": 1}, "leaves no layer to model.sliding_window = 4"),
+        ({"sliding_window": 4, "full_attention_every": 1}, "leaves no layer with model.sliding_window = 4"),
         ({"sliding_window": 4, "full_attention_every": 5, "num_layers": 4}, "more than the 4 layers of the decoder"),
         (
             {"sliding_window": 4, "full_attention_every": 5, "kind": "encoder_decoder", "encoder_num_layers": 3},
             "more than the 3 layers of the encoder",
         ),
-        ({"sliding_window": 4, "sliding_rope_theta": 100.0}, "set model.rope_theta itself"),
+        ({"sliding_window": 4, "sliding_rope_theta": 100.0}, "sliding; set model.rope_theta"),
         (
             {"sliding_window": 4, "rope_scaling": {"kind": "linear", "factor": 2.0}},
-            "model.rope_scaling needs layers of both kinds",
+            "model.rope_scaling needs layers with full attention",
         ),
         (
             {"position_embedding": "relative_bias", "rotary_fraction": 0.5},
             'has no effect with position_embedding = "relative_bias"',
         ),
-        ({"rotary_fraction": 0.3, "head_dim": 10}, "is 3; rotary positions turn pairs"),
-        ({"rotary_fraction": 0.01}, "is 0; rotary positions turn pairs"),
+        ({"rotary_fraction": 0.3, "head_dim": 10}, "is 3; it must be an even number"),
+        ({"rotary_fraction": 0.01}, "is 0; it must be an even number"),
     ],
 )
 def test_settings_without_an_effect_are_refused(changes: dict, complaint: str) -> None:

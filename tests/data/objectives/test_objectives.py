@@ -114,9 +114,7 @@ def test_positions_that_are_left_out_cannot_be_counted_where_targets_lie_further
     sparse = TWO_SIDES | {"dropped_decoder_share": 0.4}
     with pytest.raises(ValidationError, match=r"data.dropped_decoder_share = 0.4: with ahead above 1"):
         settings_of(sparse, {"kind": "causal", "ahead": 2})
-    with pytest.raises(
-        ValidationError, match=r"gaps in the targets, in which model.num_mtp_modules would predict others"
-    ):
+    with pytest.raises(ValidationError, match=r"gaps between labels, so that model.num_mtp_modules would not predict"):
         Settings.model_validate({"data": sparse, "model": {"kind": "encoder_decoder", "num_mtp_modules": 1}})
 
 

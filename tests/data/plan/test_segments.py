@@ -104,7 +104,7 @@ def test_the_command_line_passes_it_on_and_refuses_it_beside_fresh(shards: Path,
     assert left.value.code == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "bigmodel train" in line]  # after the rank map
     assert [line.endswith(f"train {run_file} --new-plan") for line in lines] == [True, True]
-    with pytest.raises(UserError, match="--fresh starts from step 0 and --new-plan goes on"):
+    with pytest.raises(UserError, match="--fresh starts from step 0 and --new-plan continues"):
         train_command(run_file, [], fresh=True, new_plan=True)
 
 

@@ -582,7 +582,7 @@ def test_a_signal_stops_it_with_one_message_and_keeps_what_is_finished(tmp_path:
         victim.send_signal(number)
         _, printed = victim.communicate(timeout=30)
         assert victim.returncode == 3
-        assert printed == "bigmodel: stopped; finished units are kept, the same command goes on from them\n"
+        assert printed == "bigmodel: stopped; finished work items are kept, the same command resumes from them\n"
         files = list((tmp_path / f"{number.name}.partial").rglob("*.npz"))
         assert len(files) == 3 + 1  # three row groups read, one tokenized
 

@@ -188,12 +188,12 @@ def test_the_command_names_each_damage_and_the_remedy(
 ) -> None:
     code, printed = run(monkeypatch, capsys, "verify", str(folder))
     assert code == 0
-    assert "every file is as its manifest says" in printed
+    assert "every file agrees with the manifest" in printed
     flip_a_bit(folder / NEWS / "shard.00001.mds", 900)
     (folder / "stray").touch()
     code, printed = run(monkeypatch, capsys, "verify", str(folder))
     assert code == 2
     assert f"{folder / NEWS}/shard.00001.mds: its content differs" in printed
     assert f"{folder}/stray: not in the manifest" in printed
-    assert "2 problem(s); copy damaged or missing files anew" in printed
+    assert "2 problem(s); copy damaged or missing files again" in printed
     assert "Traceback" not in printed

@@ -560,7 +560,7 @@ def test_upload_then_verify_and_show_by_run_file(
         code, printed = run(monkeypatch, capsys, "verify", location)
         assert code == 0, printed
         assert f"{place}" in printed
-        assert "every file is as its manifest says" in printed
+        assert "every file agrees with the manifest" in printed
     node = write_run(tmp_path / "node", tmp_path / "node" / "data", place)
     ShardStore(tmp_path / "node" / "data", "train", place).document("news", 1, 0)
     assert run(monkeypatch, capsys, "verify", node)[0] == 0  # a part of the files is no damage there

@@ -359,7 +359,7 @@ def test_a_start_that_was_replaced_publishes_nothing_and_ends(tmp_path: Path, on
     assert loaded(tmp_path) == 4
     with pytest.raises(UserError, match=r"not saved|has taken this run over"):
         stale.finish()
-    with pytest.raises(UserError, match="has taken this run over; this one saves nothing any more"):
+    with pytest.raises(UserError, match="has taken this run over; this one cannot save any more"):
         stale.begin(Weights(8), {"step": 8})
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
     fresh.save(Weights(6), {"step": 6})

@@ -360,7 +360,7 @@ def test_a_schedule_in_tokens_follows_the_positions_of_a_ramping_batch() -> None
         ({"warmup_steps": 3, "decay_steps": 2}, r"warmup_steps \+ schedule.decay_steps = 5 exceeds training.steps = 4"),
         (
             {"unit": "tokens", "warmup_tokens": 900, "decay_tokens": 301},
-            r"= 1,201 exceeds the 1,200 positions of training.steps = 4; shorten them or train longer",
+            r"= 1,201 exceeds the 1,200 tokens of training.steps = 4; shorten them or train longer",
         ),
     ],
 )
