@@ -145,7 +145,7 @@ def test_a_slurm_cluster_is_drawn_before_it_has_names() -> None:
     answer = launch_command("show", "--cluster", str(CLUSTERS / "slurm-infiniband.toml"))
     assert answer.returncode == 0, answer.stderr
     assert "128 ranks on 16 nodes" in answer.stdout
-    assert "# example: the job's allocation" in answer.stdout
+    assert "example: the job's allocation" in answer.stdout
     assert "node15 120-127" in answer.stdout
 
 

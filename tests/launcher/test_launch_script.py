@@ -182,7 +182,7 @@ def test_a_port_in_use_is_named_before_the_start(tmp_path: Path) -> None:
         other = subprocess.run(local, capture_output=True, text=True, timeout=60, check=False)
     for said in (answer, other):
         assert said.returncode == 2
-        assert f"port {port} of 127.0.0.1, derived from " in said.stderr
+        assert f"port {port} of 127.0.0.1 is in use" in said.stderr
         assert "set main_port in the cluster file, or MASTER_PORT, to a free port" in said.stderr
     assert not (tmp_path / "run" / "launch.json").exists()
 

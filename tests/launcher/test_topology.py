@@ -135,9 +135,9 @@ def test_a_group_of_a_het_job_may_say_another_group_s_distribution() -> None:
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
-        ({"SLURM_NODEID": "0"}, "SLURM says SLURM_NODEID=0 of rank 3, but .* it is '1'; use srun --distribution=block"),
-        ({"SLURMD_NODENAME": "n9"}, "SLURM says SLURMD_NODENAME=n9"),
-        ({"SLURM_NTASKS": "9"}, "SLURM says SLURM_NTASKS=9"),
+        ({"SLURM_NODEID": "0"}, "SLURM sets SLURM_NODEID=0 for rank 3, but .* give '1'; use srun --distribution=block"),
+        ({"SLURMD_NODENAME": "n9"}, "SLURM sets SLURMD_NODENAME=n9"),
+        ({"SLURM_NTASKS": "9"}, "SLURM sets SLURM_NTASKS=9"),
         ({"SLURM_DISTRIBUTION": "cyclic", "SLURM_PROCID": "2"}, "the task distribution 'cyclic'"),
         ({"SLURM_DISTRIBUTION": "arbitrary", "SLURM_HOSTFILE": "/none"}, "SLURM_HOSTFILE=/none: the task distribution"),
     ],
@@ -163,7 +163,7 @@ def test_slurm_without_one_of_its_variables_is_the_same_place_or_an_error(name: 
     [
         ({**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID=x in the environment must be a whole number from 0 to 3"),
         ({**SLURM, "SLURM_PROCID": "4"}, "SLURM_PROCID=4 in the environment must be a whole number from 0 to 3"),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4"}, "has 2 nodes, but SLURM_STEP_TASKS_PER_NODE=4 is of 1"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4"}, "has 2 nodes, but SLURM_STEP_TASKS_PER_NODE=4 has 1"),
         ({**SLURM, "MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment must be a whole number from 0 to"),
         ({**TORCHRUN, "RANK": "one"}, "RANK=one in the environment must be a whole number from 0 to 3"),
         ({**TORCHRUN, "RANK": "4"}, "RANK=4 in the environment must be a whole number from 0 to 3"),
@@ -357,8 +357,8 @@ def test_two_ranks_see_all_that_their_node_was_given(
 @pytest.mark.parametrize(
     ("given", "size", "message"),
     [
-        ({}, 4, r"4 ranks on n1, where each sees 3 GPU\(s\) \(0,2,10\)"),
-        ({"CUDA_VISIBLE_DEVICES": "2"}, 2, r"2 ranks on n1, where each sees 1 GPU\(s\) \(2\)"),
+        ({}, 4, r"4 ranks on n1, with 3 visible GPU\(s\) \(0,2,10\)"),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, 2, r"2 ranks on n1, with 1 visible GPU\(s\) \(2\)"),
         ({"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_ON_NODE": "1"}, 2, "each rank needs its own"),
         ({"CUDA_VISIBLE_DEVICES": "0,2", "SLURM_GPUS_ON_NODE": "8"}, 4, "each rank needs its own"),
     ],
