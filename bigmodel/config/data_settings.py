@@ -125,7 +125,7 @@ class ObjectiveSettings(Section):
         only_with=READ_BY_OBJECTIVE,
         gt=0,
         lt=1,
-        description="prefix: mean share of a document that is read and not predicted",
+        description="prefix: share of a chunk that is read and not predicted",
     )
     spm_share: float = setting(
         0.5,

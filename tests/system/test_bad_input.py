@@ -52,7 +52,10 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
         ("[model]\nkey_value_heads = 5\n", ["model.num_heads = 12", "model.num_kv_heads = 5", "divisor"]),
         ("[training]\nsteps = 'many'\n", ["training.steps = 'many'", "integer"]),
         ("[training]\npacks_per_step = 3\n[data]\nlanes = 2\n", ["global_batch_size = 3", "data.lanes = 2"]),
-        ("[training]\nbatch_ramp = [[5, 3]]\n[data]\nlanes = 2\n", ["batch_ramp: packed sequences = 3", "data.lanes = 2"]),
+        (
+            "[training]\nbatch_ramp = [[5, 3]]\n[data]\nlanes = 2\n",
+            ["batch_ramp: packed sequences = 3", "data.lanes = 2"],
+        ),
         ("[training]\nbatch_ramp = [[5, 8], [5, 16]]\n", ["training.batch_ramp", "[5, 5] must rise"]),
         ("[training]\nbatch_ramp = [[5, 0]]\n", ["training.batch_ramp", "at least 1 pack"]),
         ("[data]\nmax_epochs = { web = -1 }\n", ["data.max_epochs", "-1", "0 (no limit)"]),
