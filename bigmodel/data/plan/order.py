@@ -135,7 +135,7 @@ class Order:
 
         Raises `UserError` where mix, sources or lanes do not fit.
         """
-        self._packs_per_step, self._batch_ramp = global_batch_size, batch_ramp
+        self._global_batch_size, self._batch_ramp = global_batch_size, batch_ramp
         for packs in (global_batch_size, *(packs for _, packs in batch_ramp)):
             assert packs % settings.lanes == 0, f"packs = {packs} is not a multiple of lanes = {settings.lanes}"
         shards = mixed_shards(store, settings)
@@ -173,7 +173,7 @@ class Order:
 
     def packs_at(self, step: int) -> int:
         """Packs in a data step, over all lanes."""
-        return packs_at(step, self._packs_per_step, self._batch_ramp)
+        return packs_at(step, self._global_batch_size, self._batch_ramp)
 
     def next_step(self) -> list[Pack]:
         """The planned lanes' packs of the next data step, in canonical order.
