@@ -203,7 +203,7 @@ def test_what_the_store_holds_instead_of_the_file_is_refused(url: str, tmp_path:
     store = ShardStore(tmp_path / "data", "train", url)
     with pytest.raises(UserError) as error:
         store.document("news", 1, 0)
-    assert f"{url}/{SHARD}: what came is not the file of the manifest" in str(error.value)
+    assert f"{url}/{SHARD}: the received file differs from the manifest" in str(error.value)
     assert f"bigmodel verify {url}" in str(error.value)
     assert store.remote
     assert store.remote.num_failures == 4  # the fifth is the error
