@@ -118,7 +118,7 @@ class Remote:
                 if time.time() - used < BUSY_SECONDS and not self._said_busy:
                     self._said_busy = True
                     log.warning(
-                        "data.cache_bytes = %d is less than the shards in use: %s is deleted for room while in use, and "
+                        "data.cache_bytes = %d is less than the shards in use: %s is deleted for room while in use and "
                         "will be fetched again; raise it",
                         self.cache_bytes,
                         name,

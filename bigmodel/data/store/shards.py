@@ -58,8 +58,8 @@ RECENT_TOKENS = 1 << 22  # of the documents tokenized last, kept for the next ch
 
 
 class ShardStore:
-    """One split of a prepared folder, all its sources. Opens a file at its first use; with `remote` (the same folder in a
-    store, as a URL) fetches it from there.
+    """One split of a prepared folder, all its sources. Opens a file at its first use, fetched from `remote` if given:
+    the URL of the same folder in a store.
 
     Construction reads the manifest and tokenizer.json; raises `UserError` if they do not belong together.
     """

@@ -347,8 +347,8 @@ def _split_pattern(pre_tokenizer: dict[str, Any]) -> str:
 
 
 def _bytes_by_character() -> dict[str, int]:
-    """Byte of each character in a byte-level vocabulary: printable Latin-1 characters are their own bytes; U+0100 and up
-    are the 68 other bytes in order (the map of GPT-2)."""
+    """Byte of each character in a byte-level vocabulary: printable Latin-1 characters are their own bytes; from U+0100
+    come the 68 other bytes in order (the map of GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
