@@ -4,7 +4,8 @@ In: the library's folder. Out: two sources: `code`, a module's program without d
 strings and the topics of the language reference. Or one source of pairs, `summaries`: a function without documentation
 strings, and its entry in a reference: name, arguments, and first paragraph of its documentation.
 
-Guarantees: the key of all documents of a module is its path, so a module is wholly in train or in validation.
+Guarantees: the key of a module's documents is its path (of a topic, also its name), so a module is wholly in train or
+in validation.
 """
 
 import ast

@@ -227,7 +227,7 @@ def _is_made(job: _Job) -> bool:
     if not job.target.exists() or (job.target.is_dir() and not any(job.target.iterdir())):
         return False
     manifest = Manifest.read(job.target)
-    unsaid = {"content": PrepareSettings().content}  # manifests of earlier versions lack it
+    unsaid = {"content": PrepareSettings().content}  # missing in manifests of earlier versions, which did this
     made = manifest.recipe if "adopted" in manifest.recipe else unsaid | manifest.recipe
     differences = [
         f"prepare.{name} was {made.get(name)!r}, is {value!r}"
@@ -508,7 +508,7 @@ def _encode(
     work: Work,
 ) -> None:
     """A task is a unit or, with few units for the processes, some parts of one: each task reads its file from the
-    begin."""
+    start."""
 
     def look(_: None) -> None:
         if shutil.disk_usage(work.folder).free < SPARE_BYTES:

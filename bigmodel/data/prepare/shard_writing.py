@@ -126,7 +126,7 @@ def _plan_shards(
 
 
 def _write_shard(shard: _Shard, result: Path) -> None:
-    """Write a shard and its lengths from the parts' files, the shard last; nothing if the shard exists."""
+    """Write a shard and its lengths from the parts' files, the shard last; nothing if it exists in its size."""
     folder = result / shard.folder
     path = folder / shard.entry["raw_data"]["basename"]
     if path.exists() and path.stat().st_size == shard.entry["raw_data"]["bytes"]:

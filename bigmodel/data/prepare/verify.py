@@ -4,7 +4,7 @@ In: the folder's path or URL. Out: a sentence for every damage: a missing, extra
 between a shard, its lengths, its index and the manifest; a token outside the vocabulary; a document without the begin
 or end token of the manifest; counts that do not add up.
 
-Guarantees: reads every byte of every file; writes nothing, in a store neither.
+Guarantees: reads every byte of every file; writes nothing, neither locally nor in a store.
 
 Costs: about 0.1 GB/s a core, for shards of text the tokenizer's speed (10 MB/s); each process of this machine holds a
 shard in memory.

@@ -1,4 +1,4 @@
-"""Work items: each task runs once, in processes of this machine or workers of a Dask cluster.
+"""Work items: tasks run by processes of this machine or by workers of a Dask cluster.
 
 In: a function and its tasks. Out: the results in the order of the tasks, whatever the order of completion.
 

@@ -151,7 +151,7 @@ def open_file(location: str) -> pyarrow.NativeFile:
 
 
 def chunks(location: str) -> Iterator[bytes]:
-    """The content of a file in blocks, from begin to end."""
+    """The content of a file in blocks, from start to end."""
     with readable(location), open_file(location) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk

@@ -187,7 +187,10 @@ def test_folders_that_cannot_be_adopted_are_one_message(
         ((str(gone), "--dtype", "uint16"), ["shard.00001.mds: missing"]),
         ((str(tmp_path / "odd"),), ["index.json: damaged"]),
         ((str(tmp_path / "nothing"),), ["has no index.json"]),
-        ((folder, "--column", "url", "--validation", folder), ["documents of text shards go to validation by their hash"]),
+        (
+            (folder, "--column", "url", "--validation", folder),
+            ["documents of text shards go to validation by their hash"],
+        ),
     ]:
         code, printed = run(monkeypatch, capsys, "adopt", *arguments, *given)
         assert code == 2, (arguments, printed)
