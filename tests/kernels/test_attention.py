@@ -173,7 +173,10 @@ ROWS = torch.zeros(6, 4, 16)
         ({"softcap": 0.0}, "got softcap 0.0; it needs a positive one, or None"),
         ({"bias_HR": torch.zeros(4, 6)}, r"bias of shape \(4, 6\); it needs \(4 heads, 2 \* reach \+ 1\)"),
         ({"bias_HR": torch.zeros(3, 7)}, r"bias of shape \(3, 7\); it needs \(4 heads"),
-        ({"bias_HR": torch.zeros(4, 4099, requires_grad=True)}, "a bias that reaches 2049 keys and wants a gradient"),
+        (
+            {"bias_HR": torch.zeros(4, 4099, requires_grad=True)},
+            "a bias that reaches 2049 keys and requires a gradient",
+        ),
     ],
 )
 def test_a_cap_or_bias_that_does_not_fit_is_refused(score, message) -> None:
@@ -199,7 +202,7 @@ def test_inputs_that_do_not_fit_are_refused(q, k, v, scale, message) -> None:
 
 def test_a_schedule_of_another_rule_is_refused() -> None:
     cu_seqlens = offsets_of([6])
-    with pytest.raises(ValueError, match="a tile_metadata made for another rule"):
+    with pytest.raises(ValueError, match="a tile_metadata made for another mask"):
         attention(ROWS, ROWS, ROWS, causal(cu_seqlens), make_tile_metadata(prefix_lm(cu_seqlens, int32([3])), 6, 6))
 
 
