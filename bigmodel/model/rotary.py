@@ -69,8 +69,8 @@ def _llama3(frequencies_P: Tensor, scaling: RopeScalingSettings) -> Tensor:
 
 
 def _yarn(frequencies_P: Tensor, theta: float, scaling: RopeScalingSettings) -> Tensor:
-    """YaRN's "NTK by parts" (Peng et al. 2023), by the number of turns of a pair in the original length: unchanged up to
-    the pair of `beta_fast` turns, divided by `factor` from the pair of `beta_slow` turns on, between them a linear ramp
+    """YaRN's "NTK by parts" (Peng et al. 2023), by a pair's number of turns in the original length: unchanged up to the
+    pair of `beta_fast` turns, divided by `factor` from the pair of `beta_slow` turns on, between them a linear ramp
     over pair numbers."""
     pairs = len(frequencies_P)
 

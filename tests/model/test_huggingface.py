@@ -150,7 +150,7 @@ def test_an_encoder_decoder_is_transformers_t5() -> None:
         ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window = True"),
         (
             {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 1},
-            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\]: our model has full attention in",
+            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\]: our model has full",
         ),
         (
             {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 0, "rope_scaling": YARN},
