@@ -1,4 +1,4 @@
-"""Attention masks: which keys each query attends to. No other file decides this.
+"""Attention masks: which keys each query attends to. Masks are defined here, and chosen in the model room.
 
 Queries and keys hold packed documents. Document i has the queries [cu_seqlens_q[i], cu_seqlens_q[i+1]) and the keys
 [cu_seqlens_k[i], cu_seqlens_k[i+1]). The n-th query of a document is aligned with its n-th key. Within its document it
