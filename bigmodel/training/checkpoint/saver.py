@@ -135,7 +135,7 @@ class Saver:
         """Publish the save that is written, begin the save that is due. Yields each result as it comes.
 
         written_votes: number of ranks with `written`. ending: this is the run's last step; wait for its save.
-        state: makes this step's state for `begin`; called only if a save begins. Exhaust the iterator: it does the work.
+        state: the state for `begin`; called only if a save begins. Exhaust the iterator: it does the work.
         Raises `SaveError`, after its `Saved`, if the run cannot continue; and what `begin` raises.
         """
         due = self.due(step)  # called at each step, because it also times the steps
