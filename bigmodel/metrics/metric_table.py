@@ -143,9 +143,9 @@ def reference() -> str:
         "The target's labels are `run`, `node`, `host`, `ranks` and, under SLURM, `slurm_job_id`.\n"
     ]
     for title, metrics in (
-        ("Of the run (node 0; counters go on over restarts)", RUN),
-        ("Of each rank (counters since its start)", RANK),
-        ("Of each node", NODE),
+        ("Metrics of the run (node 0; counters continue over restarts)", RUN),
+        ("Metrics of each rank (counters since its start)", RANK),
+        ("Metrics of each node", NODE),
     ):
         parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
         parts += [f"| `{full_name(m)}` | {m.kind} | {', '.join(m.labels)} | {m.help} |\n" for m in metrics]

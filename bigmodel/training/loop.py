@@ -11,7 +11,7 @@ Guarantees:
   killed and resumed repeats the uninterrupted run.
 - All ranks skip a step together, before the update, if its loss or gradient is not finite. The step is recorded.
 
-Cost beyond the model: one all-reduce of a few numbers per step. It waits for the device.
+Cost of the loop itself: one all-reduce of a few numbers per step; it waits for the device.
 """
 
 import math

@@ -7,7 +7,8 @@ not at all. saver.py writes it, remote.py copies it to an object store.
       state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
       manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
 
-Example: a weight of shape (4, 3) on 2 ranks: rank 0 has weight.NAME@0 with 6 elements, rank 1 weight.NAME@6.
+Example: a weight of shape (4, 3) in equal shards on 2 ranks: rank 0 has weight.NAME@0, 6 elements; rank 1
+weight.NAME@6, 6 elements.
 
 In: a folder on a file system shared by all ranks. Out: a verified checkpoint, loaded into an engine. Guarantees:
 - Only bytes that match their hashes are loaded. A damaged checkpoint is reported and the next older good one is used.
