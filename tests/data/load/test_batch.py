@@ -92,7 +92,7 @@ def test_a_pack_over_a_limit_is_refused():
         example(packs=((FIRST, THIRD),))
     with pytest.raises(AssertionError, match="3 documents; max_documents = 2"):
         example(packs=((FIRST, SECOND, SECOND),))
-    with pytest.raises(AssertionError, match="8 keys for 16 positions"):
+    with pytest.raises(AssertionError, match="8 dropout seeds for 16 positions"):
         build_batch([(), ()], read, SETTINGS, make_dropout_seeds(1, 0, [0], 8))
 
 
