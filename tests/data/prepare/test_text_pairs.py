@@ -219,7 +219,7 @@ def test_the_table_of_sources_counts_both_sides_of_pairs_and_the_passes_of_the_p
 def test_an_encoder_that_would_read_nothing_is_said(home: Path) -> None:
     for name, mix in (("named", {}), ("texts", {"web": 1.0})):
         data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}], mix=mix)
-        with pytest.raises(UserError, match=r"data\.objectives = causal: none gives an encoder anything to read"):
+        with pytest.raises(UserError, match=r"data\.objectives = causal: none gives the encoder a source"):
             suggest_budgets(ShardStore(home / name, "train"), data)
 
 
