@@ -258,7 +258,7 @@ class Stream:
         )
 
     def _plan_ahead(self) -> None:
-        """Plan two steps per built step until a packing buffer lies ahead; the first step waits for its own plan only."""
+        """Plan two steps per built step until a packing buffer lies ahead; the first step waits for its plan only."""
         for _ in range(2):
             packs = self._order.packs_at(self._order.step)
             ended = self._planned and isinstance(self._planned[-1], BaseException)
