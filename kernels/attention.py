@@ -1,30 +1,33 @@
 """Attention over packed documents, forward and backward.
 
-Formula, for query row t of head h, which reads key head g = h // (H // G) and sees the keys lo(t) <= s < hi(t):
+Formula, for query row t of head h, which reads key head g = h // (H // G) and attends to the keys lo(t) <= s < hi(t):
 
-    raw_s = scale * (q[t, h] . k[s, g]) + bias[h, clamp(place(s) - place(t), -reach, reach) + reach]
+    raw_s = scale * (q[t, h] . k[s, g]) + bias[h, clamp(position(s) - position(t), -reach, reach) + reach]
     score_s = cap * tanh(raw_s / cap)            out[t, h] = sum_s softmax(score)_s * v[s, g]
 
-and out[t, h] = 0, with zero gradients, where t sees no key. Places count from 0 in each document. Without a bias raw is
-the product alone, without a cap score is raw. With p the softmax and dp_s = dout[t, h] . v[s, g]:
+and out[t, h] = 0, with zero gradients, where t attends to no key. Positions count from 0 in each document. Without a
+bias raw is the scaled product alone; without a cap score = raw. With p the softmax and dp_s = dout[t, h] . v[s, g]:
 
     dv[s, g] = sum_th p_s * dout[t, h]           delta = dout[t, h] . out[t, h]
     draw_s = p_s * (dp_s - delta) * (1 - (score_s / cap)^2)
     dk[s, g] = scale * sum_th draw_s * q[t, h]   dq[t, h] = scale * sum_s draw_s * k[s, g]
     dbias[h, r] = sum of draw over all pairs at that distance
 
-Takes q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), and a AttentionMask.
-Gives out (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last offset are written
+In: q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), an AttentionMask.
+Out: (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last of cu_seqlens are written
 (zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
-nothing waits for the device, no value of the device decides a shape or a launch, and nothing is compiled again for
-other documents: forward and backward may be captured in a CUDA graph and replayed with other cu_seqlens in the same
+nothing waits for the device, no value on the device decides a shape or a launch, and other documents cause no
+recompilation: forward and backward may be captured in a CUDA graph and replayed with other cu_seqlens in the same
 tensor, and torch.compile sees two operators without graph breaks.
-Costs: 2 matrix products per visible tile forward and 7 backward (5 would need atomics; 9 where a bias wants its
-gradient); memory for out and one fp32 per query row and head. Full tiles run without a mask. A bias costs a load from
-the first-level cache per pair, a cap about fifteen instructions; absent, neither costs anything.
+Costs: 2 matrix products per visited tile forward and 7 backward (5 would need atomics; 9 with the gradient of a bias);
+memory for out and one fp32 per query row and head. Full tiles run without a mask. A bias costs one load from the
+first-level cache per pair, a cap about fifteen instructions; without them the cost is zero.
+
+Example: documents of 3 and 5 tokens, causal, 8 heads on 2 key heads of 64 channels: q (8, 8, 64), k and v (8, 2, 64),
+causal(cu_seqlens = [0, 3, 8]) give out (8, 8, 64); row 3 begins the second document: its output is its own v.
 
 Shape suffixes: T queries, S keys, H query heads, G key heads, K channels of a head, R distances (2 * reach + 1),
-N tiles, F fields of a tile. Inside kernels: M rows of the tile, C columns of the tile visited.
+N tiles, F fields of a tile. Inside kernels: M rows of the tile, C columns of the visited tile.
 """
 
 from typing import Any
@@ -50,13 +53,13 @@ def attention_reference(
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
 ) -> Tensor:
-    """Attention in plain torch, one document at a time; also what runs on CPU. Shapes as `attention`, any float type.
+    """Attention in plain torch, one document at a time; runs on CPU. Shapes as `attention`, any float type.
 
-    `lengths` (queries, keys) of each document save a look at the cu_seqlens. One call per document needs no padding
-    and keeps documents apart bitwise. Against padded groups of documents of like length (one shared core, T = 2048,
-    forward and backward, K = 32 unless marked): lengths around 300, 29 ms against 25 to 35 with 4 heads, 71 against 91
-    to 135 with 8 on 4 and K = 64; 52 documents of 40, the best case for padding, 13 to 19 ms against 9 to 13 with
-    4 heads, 29 against 35 to 40 with 8 on 4 and K = 64.
+    `lengths`: (queries, keys) of each document; saves reading cu_seqlens. One call per document needs no padding and
+    keeps documents apart bitwise. Time, against padded groups of documents of similar length (one shared core,
+    T = 2048, forward and backward, K = 32 unless given): lengths around 300: 29 ms against 25 to 35 with 4 heads, 71
+    against 91 to 135 with 8 on 4 heads and K = 64; 52 documents of 40, the best case for padding: 13 to 19 ms against
+    9 to 13 with 4 heads, 29 against 35 to 40 with 8 on 4 heads and K = 64.
     """
     lengths = lengths or document_lengths(mask)
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
@@ -125,7 +128,7 @@ def _attend_document_by_formula(
 
 
 def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, mask: AttentionMask, number: int) -> Tensor:
-    """(T, S) bool: the rule for the rows of one document."""
+    """(T, S) bool: the mask inside one document."""
     queries, keys = q_THK.shape[0], k_SGK.shape[0]
     cu_seqlens_q, cu_seqlens_k = (
         torch.tensor([0, rows], dtype=torch.int32, device=q_THK.device) for rows in (queries, keys)
@@ -138,14 +141,14 @@ def _visible_in_document(q_THK: Tensor, k_SGK: Tensor, mask: AttentionMask, numb
 
 
 # Part 3: Triton kernels. Scores are in base 2: scale, bias and cap come multiplied by log2(e), as scale2, bias, cap2.
-# A score that must not count is HIDDEN: finite, so that no inf - inf can make a NaN; whatever a row gathers before its
-# first visible key is multiplied by exp2(HIDDEN - real) = 0 when that key comes. HIDDEN is a power of two, for its
-# product with any scale is exact: the compiler fuses one of the two products that are subtracted from one another with
-# the subtraction, and a rounding of 1e30 would be 1e22, of which exp2 is infinite. REACH < 0: no bias.
+# A masked score is HIDDEN. It is finite, so that no inf - inf makes a NaN: what a row sums up before its first unmasked
+# key is multiplied by exp2(HIDDEN - real) = 0 at that key. It is a power of two, so that its product with any scale is
+# exact: the compiler fuses one of two subtracted products with the subtraction, and 1e30 would be rounded by 1e22,
+# whose exp2 is infinite. REACH < 0: no bias.
 
 LOG2_E = 1.4426950408889634
 HIDDEN = tl.constexpr(-(2.0**100))
-MAX_REACH_WITH_GRADIENT = 2048  # the bias gradient takes 210 registers there, and spills at 8,192 (sm_90, 64 channels)
+MAX_REACH_WITH_GRADIENT = 2048  # the bias gradient takes 210 registers here, and spills at 8,192 (sm_90, 64 channels)
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def load_rows(base, first, end, stride, ROWS: tl.constexpr, CHANNELS: tl.constex
               BOUNDED: tl.constexpr):  # fmt: skip
     """Rows [first, first + ROWS) of a head as (ROWS, HEAD): 0 in channels from CHANNELS on, and in rows from `end` on.
 
-    Only BOUNDED loads look at `end`: a full tile lies inside its document.
+    Only BOUNDED loads compare with `end`: a full tile lies inside its document.
     """
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD)
@@ -168,7 +171,7 @@ def load_rows(base, first, end, stride, ROWS: tl.constexpr, CHANNELS: tl.constex
 
 @triton.jit
 def store_rows(base, values, first, end, stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr):
-    """The inverse of `load_rows`: rows from `end` on and channels from CHANNELS on are left as they are."""
+    """The inverse of `load_rows`; does not write rows from `end` on and channels from CHANNELS on."""
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD)
     pointers = base + first.to(tl.int64) * stride + row[:, None] * stride + channel[None, :]
@@ -178,7 +181,7 @@ def store_rows(base, values, first, end, stride, ROWS: tl.constexpr, CHANNELS: t
 
 @triton.jit
 def tanh(x):
-    """Within 2e-7 of itself, relative: 1 - 2 / (1 + exp(2 x)), which is not near 0; there the fifth convergent of
+    """Relative error at most 2e-7: 1 - 2 / (1 + exp(2 x)); near 0, where this is inexact, the fifth convergent of
     Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...)))."""
     square = x * x
     near_zero = x * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
@@ -187,7 +190,7 @@ def tanh(x):
 
 @triton.jit
 def score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH: tl.constexpr, CAPPED: tl.constexpr):
-    """The scores, in base 2, of pairs with these products q . k and distances (place of the key - of the query)."""
+    """Scores in base 2, from the products q . k and the distances (position of the key - position of the query)."""
     score_MC = product_MC * scale2
     if REACH >= 0:
         clamped_MC = tl.minimum(tl.maximum(distance_MC, -REACH), REACH)
@@ -199,7 +202,7 @@ def score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH: tl.conste
 
 @triton.jit
 def raw_gradient(p_MC, dp_MC, delta_MC, score_MC, cap2, CAPPED: tl.constexpr):
-    """What reaches scale * product + bias: back through the softmax and the cap."""
+    """The gradient of scale * product + bias: backward through the softmax and the cap."""
     d_raw_MC = p_MC * (dp_MC - delta_MC)
     if CAPPED:
         tanh_MC = score_MC / cap2
@@ -213,7 +216,7 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
                    GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
                    HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: a tile, or part of one, of queries of one head. Writes out, and lse = log2 of the sum of
-    exp2 of the scores, -inf where a row sees nothing."""
+    exp2 of the scores, -inf for rows without keys."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
         tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
@@ -227,7 +230,7 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
     top_M = tl.full([ROWS], HIDDEN, tl.float32)
     total_M = tl.zeros([ROWS], tl.float32)
     PLAIN: tl.constexpr = REACH < 0 and not CAPPED
-    unit = scale2 if PLAIN else 1.0  # a plain product is scaled inside the exponent, which costs nothing
+    unit = scale2 if PLAIN else 1.0  # plain products are scaled inside the exponent, at no cost
     for part in tl.static_range(2):
         for number in range(count_in_part(part, full_from, full_to, visited)):
             first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
@@ -315,10 +318,9 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_strid
                         GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
                         HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
                         COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: dk and dv of a tile, or part of one, of keys of one key head, summed over the GROUP query heads
-    that read it.
+    """One program: dk and dv of a tile, or part of one, of keys of one key head, summed over its GROUP query heads.
 
-    The rule is transposed: rows are keys, columns are queries, `left` and `right` come exchanged.
+    The mask is transposed: rows are keys, columns are queries, `left` and `right` come exchanged.
     num_heads counts key heads, num_rows queries.
     """
     key_head = (tl.program_id(0) % num_heads).to(tl.int64)
@@ -363,12 +365,12 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stri
                          left, right, scale2, cap2, num_heads, num_rows, num_parts,
                          GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
                          HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """One program: what some of the tiles of queries of one head send to each distance.
+    """One program: the gradient of each distance's bias, from some of the tiles of queries of one head.
 
-    Visits square tiles that start `step` whole tiles after the column beside the first row, so that its diagonal c
-    holds one distance, step * ROWS + c for -ROWS < c < ROWS. To sum diagonals, row m is turned left by m places: then
-    column c holds diagonal c above the turn and diagonal c - ROWS below it. Sums of all tiles of one step share a
-    lane; steps whose distances all pass the reach share the outermost lanes. Writes d_bias[program, head, 0 or 1
+    Visits square tiles that start `step` whole tiles after the column aligned with the first row. So diagonal c of a
+    tile holds one distance, step * ROWS + c for -ROWS < c < ROWS. To sum diagonals, row m is rotated left by m: then
+    column c holds diagonal c above the wrap and diagonal c - ROWS below it. All tiles of one step are summed in one
+    lane; steps whose distances all exceed the reach share the outermost lanes. Writes d_bias[program, head, 0 or 1
     (above, below), lane, column].
     """
     head = (tl.program_id(0) % num_heads).to(tl.int64)
@@ -421,8 +423,8 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stri
 # Part 4: launching and autograd.
 
 # (rows of the tile, columns visited at a time, warps, pipeline stages) for heads of up to 64, 128 and 256 channels: the
-# largest tried that compile without spilling registers (tests/kernels/test_attention.py compiles them all) and fit the
-# shared memory, 227 KB on sm_90 and sm_100, 99 KB elsewhere. Not yet timed.
+# largest of those tried that compile without spilling registers (tests/kernels/test_attention.py compiles them all) and
+# fit into shared memory: 227 KB on sm_90 and sm_100, 99 KB elsewhere. Not yet timed.
 TILE_SHAPES = {
     ("forward", 64): (128, 128, 8, 3),
     ("forward", 128): (128, 64, 8, 3),
@@ -463,7 +465,7 @@ def launch_options(
 ) -> dict[str, Any]:
     """The compile-time arguments of a kernel: CHANNELS, HEAD, ROWS, PARTS, COLUMNS, num_warps, num_stages.
 
-    `block`: the rows of a tile of the tile_metadata; the kernel takes ROWS of them, a PARTS-th. `plain`: no cap, no
+    `block`: rows of a tile in the tile metadata; a program takes ROWS of them, one PARTS-th. `plain`: no cap, no
     bias."""
     head = max(16, 1 << (channels - 1).bit_length())
     width = max(head, 64)
@@ -489,7 +491,7 @@ def _strides(*rows_list: Tensor) -> list[int]:
 
 
 def _with_dense_channels(*rows_list: Tensor) -> list[Tensor]:
-    """The kernels take any stride of rows and heads, and channels that lie side by side."""
+    """The kernels take any strides of rows and heads, but contiguous channels."""
     return [rows if rows.stride(-1) == 1 else rows.contiguous() for rows in rows_list]
 
 
@@ -525,7 +527,7 @@ def _attention_backward(
     k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
     left: int, right: int, scale: float, softcap: float | None, block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dbias); dbias is empty where it is not wanted."""
+    """(dq, dk, dv, dbias); dbias is empty unless `bias_is_wanted`."""
     num_rows, num_heads, channels = q_THK.shape
     num_key_heads = k_SGK.shape[1]
     # loss.sum() sends a d_out whose strides are all 0.
@@ -566,11 +568,11 @@ def _attention_backward(
     return dq_THK, dk_SGK, dv_SGK, _by_distance(d_bias_PHALC.sum(0), reach).to(bias_HR.dtype)
 
 
-BIAS_GRADIENT_PROGRAMS = 64  # for each head: enough to fill a GPU with few heads, few enough to keep their sums small
+BIAS_GRADIENT_PROGRAMS = 64  # per head: enough to fill a GPU with few heads; few enough for a small d_bias
 
 
 def _by_distance(d_bias_HALC: Tensor, reach: int) -> Tensor:
-    """(H, R) from the sums of `bias_gradient_kernel` over all of its programs."""
+    """(H, R) from the output of `bias_gradient_kernel`, summed over its programs."""
     above_HX, below_HX = d_bias_HALC.flatten(2).unbind(1)
     square = d_bias_HALC.shape[3]
     sums_HX = F.pad(above_HX, (square, 0)) + F.pad(below_HX, (0, square))  # by distance, from -(farthest + 1) * square
@@ -604,7 +606,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Nobody outside this file has the second output, lse, so it has no gradient."""
+    """The second output, lse, never leaves this file, so it has no gradient."""
     if d_out_THK is None:
         return (None,) * 11
     bias_is_wanted = ctx.needs_input_grad[3]
@@ -630,19 +632,19 @@ def attention(
 ) -> Tensor:
     """Attention of packed queries (T, H, K) over packed keys and values (S, G, K): (T, H, K), differentiable.
 
-    G divides H; query head h reads key head h // (H // G). `tile_metadata` is `make_tile_metadata` of the same rule,
-    made once per batch (None: made here). `scale` multiplies the scores and is positive (None: 1 / sqrt(K)). `softcap`
-    keeps scores between -softcap and softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: what is
-    added to the scaled scores of the distances -reach to reach (place of the key - place of the query, in their
-    document), its ends to all beyond; `bigmodel.kernels.relative_bias` makes one of T5's table. On a GPU: bf16, fp16 or
-    fp32 and up to 256 channels a head. On CPU: the reference, any float type and head. Raises ValueError for shapes
-    that do not fit. The method is that of FlashAttention-2 (Dao 2023).
+    G divides H; query head h reads key head h // (H // G). `tile_metadata`: `make_tile_metadata` of the same mask, made
+    once per batch (None: made here). `scale` > 0 multiplies the scores (None: 1 / sqrt(K)). `softcap` limits scores to
+    -softcap ... softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: added to the scaled scores by
+    distance, -reach to reach (position of the key - position of the query, in their document); its ends serve all
+    larger distances. `bigmodel.kernels.relative_bias` makes one from T5's table. On a GPU: bf16, fp16 or fp32, up to
+    256 channels a head. On CPU: the reference, any float type and head_dim. Raises ValueError for shapes that do not
+    match. Method: FlashAttention-2 (Dao 2023).
     """
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     tile_metadata = tile_metadata or make_tile_metadata(mask, q_THK.shape[0], k_SGK.shape[0])
     _check_shapes(q_THK, k_SGK, v_SGK, tile_metadata)
     if tile_metadata.mask is not mask:
-        raise ValueError("attention got a tile_metadata made for another rule; give both the same AttentionMask")
+        raise ValueError("attention got a tile_metadata made for another mask; pass the same AttentionMask to both")
     _check_scores(q_THK, scale, softcap, bias_HR)
     if tile_metadata.query_tiles_NF is None or tile_metadata.key_tiles_NF is None:
         lengths = tile_metadata.lengths or document_lengths(mask)
@@ -675,19 +677,19 @@ def _check_scores(q_THK: Tensor, scale: float, softcap: float | None, bias_HR: T
     if bias_HR is not None and (bias_HR.dim() != 2 or bias_HR.shape[0] != heads or bias_HR.shape[1] % 2 == 0):
         raise ValueError(
             f"attention got a bias of shape {tuple(bias_HR.shape)}; it needs ({heads} heads, 2 * reach + 1): a number "
-            "for each distance from -reach to reach"
+            "per distance from -reach to reach"
         )
     if bias_HR is not None and bias_HR.requires_grad and bias_HR.shape[1] // 2 > MAX_REACH_WITH_GRADIENT:
         raise ValueError(
-            f"attention got a bias that reaches {bias_HR.shape[1] // 2} keys and wants a gradient; its kernel holds a "
-            f"sum for each distance in registers, up to a reach of {MAX_REACH_WITH_GRADIENT}"
+            f"attention got a bias that reaches {bias_HR.shape[1] // 2} keys and requires a gradient; its kernel holds "
+            f"one sum per distance in registers and needs a reach of at most {MAX_REACH_WITH_GRADIENT}"
         )
 
 
 def _check_kernel_can(q_THK: Tensor) -> None:
     dtypes = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
     if q_THK.dtype not in dtypes:
-        # Triton's interpreter computes bf16 silently wrong.
+        # Triton's interpreter computes wrong results in bf16, without an error.
         raise ValueError(f"the attention kernels got {q_THK.dtype}; they need one of {dtypes}; cast q, k and v")
     if q_THK.shape[2] > 256:
         raise ValueError(f"the attention kernels got {q_THK.shape[2]} channels a head; use at most 256 (more heads)")

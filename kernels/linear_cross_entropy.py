@@ -1,6 +1,6 @@
-"""Linear cross-entropy: the loss of hidden states under an output matrix, without ever holding all logits.
+"""Linear cross-entropy: the loss of hidden states under an output matrix, without the whole logits in memory.
 
-Formula, for position t with label y, softcap c, smoothing e (each 0 = off) and the vocabulary of V tokens:
+Formula, for position t with label y, softcap c, smoothing e (0 = off for both) and a vocabulary of V tokens:
 
     raw[t, v]   = hidden[t] . weight[v]
     logit[t, v] = c * tanh(raw[t, v] / c)                         raw[t, v] where c = 0
@@ -8,18 +8,21 @@ Formula, for position t with label y, softcap c, smoothing e (each 0 = off) and 
     loss[t]     = lse[t] - (1 - e) * logit[t, y] - e / V * sum_v logit[t, v]
     z[t]        = lse[t]^2
 
-Both are 0 where the label is IGNORED. What is differentiated is sum_t loss[t] + z_loss * z[t]:
+loss and z are 0 where the label is IGNORED. The backward differentiates sum_t loss[t] + z_loss * z[t]:
 
     d raw[t, v] = (softmax_v * (1 + 2 * z_loss * lse[t]) - (1 - e) * [v = y] - e / V) * (1 - (logit[t, v] / c)^2)
 
-Takes hidden (T, H), weight (V, H) of one floating type with any strides and labels (T,) int64. Gives the sums, or the
-loss of each position, in fp32 (fp64 for fp64 inputs). Guarantees: gradients are computed chunk by chunk inside the
-forward, where under ZeRO-3 the weight is whole, and only those that are needed; 16-bit products are added up in fp32,
-over chunks too; two runs agree bitwise; the gradients of ignored positions are exactly zero; nothing waits for a GPU.
-Costs: 3 matrix products (2 V H operations a position each) with gradients, 1 without; one chunk of logits, at most
-CHUNK_BYTES, and until the backward the gradient of hidden and an fp32 gradient of the weight.
+In: hidden (T, H), weight (V, H) of one floating type with any strides, labels (T,) int64. Out: the sums, or the loss
+of each position, in fp32 (fp64 for fp64 inputs). A chunk here is a run of positions. Guarantees: gradients are
+computed chunk by chunk inside the forward, where under ZeRO-3 the weight is whole, and only if needed; 16-bit products
+are accumulated in fp32, also across chunks; two runs agree bitwise; gradients of ignored positions are exactly zero;
+nothing waits for a GPU. Costs: 3 matrix products (2 V H operations a position each) with gradients, 1 without; memory
+for one chunk of logits, at most CHUNK_BYTES, and until the backward the gradient of hidden and an fp32 gradient of the
+weight.
 
-Shape suffixes: T positions, H hidden width, V vocabulary, C positions of one chunk. In kernels: B columns of a block.
+Example: V = 4, all logits 0, labels [2, IGNORED]: losses [log 4, 0], loss_sum = log 4 = 1.386, count = 1.
+
+Shape suffixes: T positions, H hidden_size, V vocabulary, C positions of one chunk. In kernels: B columns of a block.
 """
 
 from collections.abc import Iterator
@@ -31,12 +34,12 @@ from torch import Tensor, library
 from bigmodel.kernels.triton_import import HAS_TRITON, INTERPRETED, tl, triton
 
 IGNORED = -100  # the label of a position without one
-CHUNK_BYTES = 2**29  # of logits: 1,024 positions at V = 128k, 4,096 at V = 32k; enough rows for full-speed products
+CHUNK_BYTES = 2**29  # of logits: 1,024 positions at V = 128k, 4,096 at V = 32k; enough rows for products at full speed
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class Options(NamedTuple):
-    """The constants of a run; 0 turns each off."""
+    """Constants of a run; 0: off."""
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -46,15 +49,15 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
-# Part 2: the reference of the softmax step; also what runs on CPU.
+# Part 2: the reference of the softmax step; runs on CPU.
 
 
 def softmax_step_reference(
     logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(C,) losses, (C,) z, and (C, V) gradients in the raw logits. The logits are lost.
+    """(C,) losses, (C,) z, and (C, V) gradients of the raw logits. Overwrites the logits.
 
-    gradient_type None: no gradients are made, and the third tensor means nothing.
+    gradient_type None: no gradients; the third tensor has no meaning.
     """
     z_loss, smoothing, softcap = options
     target_C1 = targets_C.clamp_min(0)[:, None]
@@ -88,7 +91,7 @@ NUM_WARPS = 8
 
 @triton.jit
 def tanh(x):
-    """tanh to a few units in the last place of fp32: near 0 its series, for 1 - 2 / (exp(2x) + 1) cancels there."""
+    """tanh to a few units in the last place of fp32; near 0 by its series, because 1 - 2 / (exp(2x) + 1) cancels."""
     square = x * x
     tail = square * (-17.0 / 315 + square * (62.0 / 2835))
     near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + tail)))
@@ -109,10 +112,10 @@ def load_logits(row, column, num_columns, SOFTCAP: tl.constexpr):
 def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_stride, num_columns,
                    Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, IGNORED: tl.constexpr,
                    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One program: loss, z and, over the logits, the gradient of one row. An ignored row is not read.
+    """One program: loss, z and the gradient of one row, which overwrites the logits. An ignored row is not read.
 
-    A 16-bit gradient takes the first half of its row's memory. Block n of it lies over logits of the blocks up to n,
-    so blocks are done in order, and nobody writes block n before all threads have read it.
+    A 16-bit gradient takes the first half of its row's memory. Its block n overwrites logits of blocks up to n. So
+    blocks run in order, and no thread writes block n before all threads have read it.
     """
     place = tl.program_id(0).to(tl.int64)
     logits += place * row_stride
@@ -144,7 +147,7 @@ def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_s
     target_logit = tl.load(logits + label)
     if SOFTCAP > 0:
         target_logit = SOFTCAP * tanh(target_logit / SOFTCAP)
-    loss = log_total - (1.0 - SMOOTHING) * (target_logit - top)  # from the top down: lse would round at its height
+    loss = log_total - (1.0 - SMOOTHING) * (target_logit - top)  # relative to top: a large lse would be rounded
     if SMOOTHING > 0:
         loss -= SMOOTHING * (logit_sum / num_columns - top)
     tl.store(losses + place, loss)
@@ -160,14 +163,14 @@ def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_s
                 slope_B -= SMOOTHING / num_columns
             if SOFTCAP > 0:
                 slope_B *= 1.0 - (logit_B / SOFTCAP) * (logit_B / SOFTCAP)
-            tl.debug_barrier()  # every thread of the program has read its part of this block
+            tl.debug_barrier()  # all threads of the program have read their part of this block
             tl.store(gradients + column, slope_B.to(gradients.dtype.element_ty), mask=column < num_columns)
 
 
 def softmax_step_triton(
     logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as `softmax_step_reference` for fp32 logits; the gradients lie in the logits' memory."""
+    """`softmax_step_reference` for fp32 logits; the gradients overwrite the logits."""
     rows, columns = logits_CV.shape
     losses_C, z_C = logits_CV.new_empty(rows), logits_CV.new_empty(rows)
     half = gradient_type in HALF_TYPES
@@ -181,7 +184,7 @@ def softmax_step_triton(
 
 
 def launch_options(columns: int) -> dict[str, int]:
-    """BLOCK and num_warps for a vocabulary."""
+    """BLOCK and num_warps for a vocabulary of this size."""
     return {"BLOCK": min(BLOCK, max(16, 1 << (columns - 1).bit_length())), "num_warps": NUM_WARPS}
 
 
@@ -189,7 +192,7 @@ def launch_options(columns: int) -> dict[str, int]:
 
 
 def chunk_slices(num_tokens: int, vocabulary: int, wide: torch.dtype, chunk_positions: int) -> Iterator[slice]:
-    """The chunks of a batch; chunk_positions 0: multiples of 128 positions whose logits fit into CHUNK_BYTES."""
+    """The chunks of a batch; chunk_positions 0: a multiple of 128 positions whose logits fit into CHUNK_BYTES."""
     fitting = CHUNK_BYTES // (wide.itemsize * vocabulary) // 128 * 128
     positions = chunk_positions or max(128, fitting)
     return (slice(start, start + positions) for start in range(0, num_tokens, positions))
@@ -204,18 +207,18 @@ def _softmax_step(
 
 
 def _multiplied(matrix: Tensor) -> Tensor:
-    """The matrix in the type its products are taken in: fp32 for 16-bit types on a CPU, where bf16 products are 30
-    times slower (1.2 against 32 GFLOP/s on an AVX2 core) and their sums no more exact."""
+    """The matrix in the type of its products: fp32 for 16-bit types on a CPU, where bf16 products are 30 times slower
+    (1.2 against 32 GFLOP/s on an AVX2 core) and no more exact."""
     return matrix.float() if matrix.device.type == "cpu" and matrix.dtype in HALF_TYPES else matrix
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """In fp32 at least: products of 16-bit values are added up in fp32 and not rounded."""
+    """left @ right, in fp32 at least: 16-bit products are accumulated in fp32 and not rounded."""
     return torch.mm(left, right, out_dtype=torch.float32) if left.dtype in HALF_TYPES else torch.mm(left, right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the type of the total (fp32 for 16-bit products: from torch 2.10 on, PR 167931)."""
+    """total += left @ right, in the type of the total (fp32 for 16-bit products: torch 2.10 or later, PR 167931)."""
     if left.dtype in HALF_TYPES:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
@@ -227,8 +230,8 @@ def sums_and_gradients(
     z_loss: float, label_smoothing: float, logit_softcap: float,
     need_hidden: bool, need_weight: bool, chunk_positions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss sum, z sum, count, the gradients in hidden and, in fp32 at least, in the weight (empty: not needed), and the
-    loss of each position."""
+    """Loss sum, z sum, count, the gradients of hidden and (in fp32 at least) of the weight, empty where not needed, and
+    the loss of each position."""
     _check_targets(targets_T, len(weight_VH))
     options = Options(z_loss, label_smoothing, logit_softcap)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
@@ -245,7 +248,7 @@ def sums_and_gradients(
             grad_hidden_TH[chunk] = _product(slope_CV, matrix_VH)
         if need_weight:
             add_product(grad_weight_VH, slope_CV.T, hidden_CH)
-        del logits_CV, slope_CV  # else two chunks of logits would be alive while the next one is made
+        del logits_CV, slope_CV  # otherwise two chunks of logits would be in memory at once
     loss_sum, z_sum = (rows_T.sum(dtype=torch.float64).to(wide) for rows_T in (losses_T, z_T))
     return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH, losses_T
 
@@ -292,9 +295,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_others: Any) -> tuple[Tensor
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in fp32 at least, rounded once to `dtype`. Without a wide copy.
+    """gradient * factor in fp32 at least, rounded once to `dtype`, without an fp32 copy.
 
-    A factor of no dimensions would first be rounded to the gradient's type: off by up to 0.4% in bf16.
+    A zero-dimensional factor would first be rounded to the gradient's type: an error of up to 0.4% in bf16.
     """
     return torch.mul(gradient, factor.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
 
@@ -306,10 +309,10 @@ linear_cross_entropy_op.register_autograd(_differentiate, setup_context=_remembe
 
 
 class LossSums(NamedTuple):
-    """Sums over the positions that have a label, and how many have one.
+    """Sums over the positions with a label, and the number of these positions.
 
-    The backward of `loss_sum` gives the gradient of loss_sum + z_loss * z_sum, so that a reported loss stays
-    comparable whatever z_loss is. z_sum and count have no gradient.
+    The backward of `loss_sum` gives the gradient of loss_sum + z_loss * z_sum, so that reported losses are comparable
+    across values of z_loss. z_sum and count have no gradient.
     """
 
     loss_sum: Tensor
@@ -326,8 +329,8 @@ def linear_cross_entropy(
 ) -> LossSums:
     """The sums of losses and z, and the count of labels; differentiable once in hidden and weight.
 
-    `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for shapes, types, labels or
-    options that do not fit; on a GPU labels are checked by an assertion on the device.
+    `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for wrong shapes, types, labels
+    or options; on a GPU an assertion on the device checks the labels.
     """
     return linear_cross_entropy_and_losses(hidden_TH, weight_VH, targets_T, options, chunk_positions)[0]
 
@@ -339,9 +342,9 @@ def linear_cross_entropy_and_losses(
     options: Options = PLAIN,
     chunk_positions: int = 0,
 ) -> tuple[LossSums, Tensor]:
-    """The same, and the loss of each position, which was computed anyway; it has no gradient."""
+    """`linear_cross_entropy`, and the loss of each position, at no extra cost; that has no gradient."""
     _check(hidden_TH, weight_VH, targets_T, options)
-    # Inside an operator gradients look disabled: ask here.
+    # Inside an operator is_grad_enabled() is False, so it is read here.
     needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
     found = linear_cross_entropy_op(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
     loss_sum, z_sum, count, _, _, losses_T = found
@@ -352,7 +355,7 @@ def linear_cross_entropy_and_losses(
 def linear_cross_entropy_per_token(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, logit_softcap: float = 0.0, chunk_positions: int = 0
 ) -> Tensor:
-    """(T,) losses, 0 at ignored positions; without gradients, z-loss and smoothing: for evaluation."""
+    """(T,) losses, 0 at ignored positions, for evaluation: no gradients, z-loss or smoothing."""
     options = Options(logit_softcap=logit_softcap)
     _check(hidden_TH, weight_VH, targets_T, options)
     _check_targets(targets_T, len(weight_VH))

@@ -1,17 +1,17 @@
-"""The attention rule: which keys each query sees. Nothing else in the tree speaks of masks.
+"""Attention masks: which keys each query attends to. Masks are defined here, and chosen in the model room.
 
-A row of queries and a row of keys hold documents end to end. Document i has the queries
-[cu_seqlens_q[i], cu_seqlens_q[i+1]) and the keys [cu_seqlens_k[i], cu_seqlens_k[i+1]). The n-th query of a
-document stands beside its n-th key, and sees, inside its own document, that key, `left` keys before it and
-`right` keys after it (None: all of them). The first `key_prefix` keys of a document are seen however far they are to
-the right (prefix-LM: the keys of the prefix see one another). So every query sees one contiguous interval of keys,
+Queries and keys hold packed documents. Document i has the queries [cu_seqlens_q[i], cu_seqlens_q[i+1]) and the keys
+[cu_seqlens_k[i], cu_seqlens_k[i+1]). The n-th query of a document is aligned with its n-th key. Within its document it
+attends to that key, `left` keys before it and `right` keys after it (None: no limit). The first `key_prefix` keys of a
+document have no limit on the right (prefix-LM: the keys of the prefix attend to one another). So each query attends to
+one contiguous interval of keys,
 
     lo(q) <= k < hi(q),
 
-and neither end ever moves back from one query of a document to the next; the interval is computed, never stored.
-Causal, bidirectional, prefix-LM, sliding-window and packed cross-attention are settings of a few values. In the
-pictures below a line is a query, a column is a key, and # is "sees". The offsets are 0 3 3 7, those of cross 0 2 5
-and 0 4 7.
+and neither end moves back from one query of a document to the next. The interval is computed, never stored. A few
+values describe causal, bidirectional, prefix-LM, sliding-window and packed cross-attention masks. In the pictures
+below a line is a query, a column is a key, and # means "attends". cu_seqlens are 0 3 3 7; for cross, 0 2 5 (queries)
+and 0 4 7 (keys).
 
     causal            left 1            bidirectional     prefixes 2 0 3    cross
     #.......          #.......          ###.....          ##......          ####....
@@ -23,14 +23,14 @@ and 0 4 7.
     ...####.          .....##.          ...####.          ...####.          ........
     ........          ........          ........          ........          ........
 
-The second document of the first four is empty, and rows and columns beyond the last offset belong to nobody: they see
-nothing and are not seen. Exchanging queries with keys, left with right, and the two prefixes transposes the picture:
+In the first four pictures the second document is empty. Rows and columns beyond the last of cu_seqlens belong to no
+document; their mask is empty. To transpose a mask, exchange queries with keys, left with right, and the two prefixes:
 the first `query_prefix` queries of a document have no limit on the left.
 
-Takes document cu_seqlens. Gives the rule in three forms that a test holds equal: `picture` (the definition, in plain
-Python), `dense` (a bool matrix, for tests and small cases) and the tile form (`tile_table`, read inside Triton
-kernels by `load_tile`; `kernels/tiles.py` makes the same table in two launches). Guarantees that no form mixes
-documents. Cost of the tile form: about one tile more per document than its area.
+In: cu_seqlens of the documents. Out: the mask in three forms, equal by a test: `picture` (the definition, in plain
+Python), `dense` (a bool matrix, for tests and small cases) and tiles (`tile_table`, read inside Triton kernels by
+`load_tile`; `kernels/tiles.py` makes the same table in two launches). Guarantee: no form mixes documents. Cost of the
+tile form: about one tile more per document than its area.
 
 Shape suffixes: Q queries, K keys, R rows of either, D documents, N tiles, F fields of a tile or document.
 """
@@ -44,18 +44,19 @@ from torch import Tensor
 
 from bigmodel.kernels.triton_import import tl, triton
 
-# "No limit" as a number: beyond every position, and position + UNBOUNDED still fits into int32.
+# "No limit" as a number: larger than any position, and position + UNBOUNDED still fits into int32.
 UNBOUNDED = 2**30
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who sees whom. Both cu_seqlens: (D+1,) int32, from 0, never decreasing; a repeated offset is an empty document.
+    """The mask of a batch. Both cu_seqlens: (D+1,) int32, from 0, never decreasing; a repeated value is an empty
+    document.
 
-    `left` and `right` count the keys visible before and after a query's own place; None: all of its document.
-    `key_prefix`, (D,) int32: so many first keys of each document have no limit on the right; any number, from its
-    length on it is the whole document. `query_prefix` is its counterpart in the transposed rule. None: 0.
-    Raises ValueError where shapes or types do not fit one another, or a window is negative.
+    `left` and `right` count keys before and after the query's aligned key; None: the whole document.
+    `key_prefix`, (D,) int32: the number of first keys of each document without a limit on the right; a number above
+    the document's length means the whole document. `query_prefix`: the same in the transposed mask. None: 0.
+    Raises ValueError where shapes or types do not match, or a window is negative.
     """
 
     cu_seqlens_q: Tensor
@@ -76,7 +77,7 @@ class AttentionMask:
             raise ValueError(
                 f"cu_seqlens_q has {self.cu_seqlens_q.numel() - 1} documents and cu_seqlens_k has "
                 f"{self.cu_seqlens_k.numel() - 1}; both sides need the same documents in the same order "
-                "(repeat an offset for a document that is empty on one side)"
+                "(repeat a value for a document that is empty on one side)"
             )
         for name, prefix in (("key_prefix", self.key_prefix), ("query_prefix", self.query_prefix)):
             if prefix is not None and (prefix.shape != (self.num_documents,) or prefix.dtype != torch.int32):
@@ -95,7 +96,7 @@ class AttentionMask:
 
     @property
     def transposed(self) -> "AttentionMask":
-        """The same rule with queries and keys exchanged: which queries see each key."""
+        """The same mask with queries and keys exchanged: which queries attend to each key."""
         return AttentionMask(
             self.cu_seqlens_k, self.cu_seqlens_q, self.right, self.left, self.query_prefix, self.key_prefix
         )
@@ -108,35 +109,35 @@ class AttentionMask:
 
 
 def causal(cu_seqlens: Tensor, left: int | None = None) -> AttentionMask:
-    """Each position sees itself and what came before it in its document; with `left`, at most that many before it."""
+    """Each position attends to itself and all before it in its document; with `left`, at most `left` before it."""
     return AttentionMask(cu_seqlens, cu_seqlens, left=left, right=0)
 
 
 def prefix_lm(cu_seqlens: Tensor, prefix_lengths: Tensor, left: int | None = None) -> AttentionMask:
-    """Causal, except that the first prefix_lengths[i] positions of document i are seen by all of its positions.
+    """Causal, but all positions of document i attend to its first prefix_lengths[i] positions.
 
-    With `left`, no further back than that many before the one that looks.
+    With `left`, at most `left` positions before the query.
     """
     return AttentionMask(cu_seqlens, cu_seqlens, left=left, right=0, key_prefix=prefix_lengths)
 
 
 def bidirectional(cu_seqlens: Tensor, reach: int | None = None) -> AttentionMask:
-    """Each position sees its whole document; with `reach`, at most that many before and after it."""
+    """Each position attends to its whole document; with `reach`, to at most `reach` before and after it."""
     return AttentionMask(cu_seqlens, cu_seqlens, left=reach, right=reach)
 
 
 def cross(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> AttentionMask:
-    """Each query of document i sees every key of document i: a decoder's inputs of a packed encoder."""
+    """Each query of document i attends to every key of document i: a decoder over a packed encoder."""
     return AttentionMask(cu_seqlens_q, cu_seqlens_k, left=None, right=None)
 
 
 def mixed(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, left: int | None = None) -> AttentionMask:
-    """A decoder that sees its own past and its source in one softmax: rows and keys are read backwards.
+    """A decoder that attends to its own past and its source in one softmax: queries and keys are reversed.
 
-    Forwards, the keys of a document are its source, then its own positions (`mixed_rows`), and the n-th query sees the
-    source and its own first n + 1: an interval whose end stands beside no key of its own number. Backwards, the n-th
-    query stands beside its own n-th key and sees it and everything to its right: its past, then the source. With
-    `left`, no further back than that many before its own: its past, and where that is shorter, the end of the source.
+    Forwards, the keys of a document are its source, then its own positions (`mixed_rows`). The n-th query attends to
+    the source and its own first n + 1 keys; this interval does not end at the n-th key. Reversed, the n-th query is
+    aligned with its own n-th key and attends to it and everything on its right: its past, then the source. With
+    `left`, at most `left` keys before its own: its past, and where that is shorter, the end of the source.
     """
     cu_seqlens = target_cu_seqlens + source_cu_seqlens
     queries, keys = (edges[-1] - edges.flip(0) for edges in (target_cu_seqlens, cu_seqlens))
@@ -144,9 +145,10 @@ def mixed(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, left: int | None
 
 
 def mixed_rows(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, num_labels: int, num_sources: int) -> Tensor:
-    """(S + T,) int64: the keys of `mixed`, last first, as rows of the S source rows with the T target rows below.
+    """(S + T,) int64: the keys of `mixed`, last first, as row numbers of the S source rows followed by the T target
+    rows.
 
-    Both offsets end at the number of their rows.
+    Each cu_seqlens ends at the number of its rows.
     """
     device = target_cu_seqlens.device
     source_S, target_T = (torch.arange(rows, device=device, dtype=torch.int32) for rows in (num_sources, num_labels))
@@ -157,11 +159,11 @@ def mixed_rows(target_cu_seqlens: Tensor, source_cu_seqlens: Tensor, num_labels:
     return rows.flip(0)
 
 
-# First form: the picture. It is the definition: slow, and plain enough to be believed.
+# First form: the picture. It is the definition: slow, and simple enough to check by reading.
 
 
 def picture(mask: AttentionMask, num_queries: int, num_keys: int) -> list[str]:
-    """One line per query, one character per key: '#' where the query sees the key, '.' where not."""
+    """One line per query, one character per key: '#' where the query attends to the key, else '.'."""
     queries = [range(*pair) for pair in pairwise(mask.cu_seqlens_q.tolist())]
     keys = [range(*pair) for pair in pairwise(mask.cu_seqlens_k.tolist())]
     left, right = mask.window
@@ -185,16 +187,16 @@ def picture(mask: AttentionMask, num_queries: int, num_keys: int) -> list[str]:
 
 
 def intervals(mask: AttentionMask, num_queries: int) -> tuple[Tensor, Tensor]:
-    """(lo, hi), each (Q,) int32: query q sees the keys lo[q] <= k < hi[q]; none where lo[q] >= hi[q]."""
+    """(lo, hi), each (Q,) int32: query q attends to the keys lo[q] <= k < hi[q]; to none where lo[q] >= hi[q]."""
     row_Q = torch.arange(num_queries, device=mask.cu_seqlens_q.device, dtype=torch.int32)
     document_Q = torch.searchsorted(mask.cu_seqlens_q, row_Q, right=True) - 1
     return _interval(row_Q, _document_fields(mask, num_queries)[:, document_Q], *mask.window)
 
 
 def _document_fields(mask: AttentionMask, num_rows: int) -> Tensor:
-    """(6, D+1): of each document the first row, end row, first column, end column, and the ends of its two prefixes.
+    """(6, D+1): first row, end row, first column, end column and the ends of both prefixes, for each document.
 
-    The rows beyond the last offset come last, as one more document, which has no columns.
+    The rows beyond the last document form one more document, which has no columns.
     """
     row_starts, column_starts = mask.cu_seqlens_q, mask.cu_seqlens_k
     row_ends = F.pad(row_starts[1:], (0, 1), value=num_rows)
@@ -218,7 +220,7 @@ def _interval(row_R: Tensor, fields_FR: Tensor, left: int, right: int) -> tuple[
 
 
 def dense(mask: AttentionMask, num_queries: int, num_keys: int) -> Tensor:
-    """(Q, K) bool: True where the query sees the key."""
+    """(Q, K) bool: True where the query attends to the key."""
     lo_Q, hi_Q = intervals(mask, num_queries)
     key_K = torch.arange(num_keys, device=lo_Q.device)
     return (lo_Q[:, None] <= key_K) & (key_K < hi_Q[:, None])
@@ -228,11 +230,11 @@ def dense(mask: AttentionMask, num_queries: int, num_keys: int) -> Tensor:
 
 
 def tile_table(mask: AttentionMask, num_rows: int, block: int) -> Tensor:
-    """(N, 7) int32: the tiles that cover every row exactly once, those with most columns to visit first.
+    """(N, 7) int32: tiles that cover every row exactly once, sorted by the number of columns to visit, most first.
 
-    Fields: the first row of the tile, then those of its document (`_document_fields`).
-    N = ceil(num_rows / block) + D whatever the cu_seqlens, so shapes are static and nothing waits for the device.
-    Rows are the queries of `mask`; give `mask.transposed` for tiles of keys. Spare tiles have no rows.
+    Fields: the first row of the tile, then the fields of its document (`_document_fields`).
+    N = ceil(num_rows / block) + D for any cu_seqlens: shapes are static and nothing waits for the device.
+    Rows are the queries of `mask`; for tiles of keys pass `mask.transposed`. Spare tiles have no rows.
     """
     fields_FD = _document_fields(mask, num_rows)
     tiles_of_document = (fields_FD[1] - fields_FD[0] + block - 1) // block
@@ -254,11 +256,11 @@ def tile_table(mask: AttentionMask, num_rows: int, block: int) -> Tensor:
 
 @triton.jit
 def load_tile(tiles, part, left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """ROWS rows of a tile of the table, its part number `part` % PARTS, and what they visit.
+    """ROWS rows of a tile (part number `part` % PARTS of it) and the columns that they visit.
 
-    A table of tiles of ROWS * PARTS rows serves kernels that take fewer rows at a time. No rows (row_end <= first_row):
-    a spare tile or part. Gives first_row, row_end, column_end, beside (the column beside the first row), lo and hi
-    (ROWS,), and begin, full_from, full_to, visited of `tile_bounds`.
+    A table of tiles of ROWS * PARTS rows serves kernels that take ROWS rows at a time. row_end <= first_row: a spare
+    tile or part, without rows. Gives first_row, row_end, column_end, beside (the column aligned with the first row),
+    lo and hi (ROWS,), and begin, full_from, full_to, visited of `tile_bounds`.
     """
     field = tiles + (part // PARTS) * 7
     first_row, row_start, row_end = tl.load(field) + (part % PARTS) * ROWS, tl.load(field + 1), tl.load(field + 2)
@@ -279,29 +281,29 @@ def load_tile(tiles, part, left, right, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 @triton.jit
 def interval_lo(row, place, column_start, row_prefix_end, left):
-    """The first column that a row sees; `place` is the column beside it. Vectors or scalars."""
+    """The first column that a row attends to; `place` is the column aligned with it. Vectors or scalars."""
     return tl.where(row < row_prefix_end, column_start, tl.maximum(column_start, place - left))
 
 
 @triton.jit
 def interval_hi(place, column_end, column_prefix_end, right):
-    """The end of what a row sees."""
+    """The end of the columns that a row attends to."""
     return tl.minimum(column_end, tl.maximum(column_prefix_end, place + right + 1))
 
 
 @triton.jit
 def sees(lo, hi, column):
-    """(ROWS, COLUMNS) bool: which of these columns each row sees."""
+    """(ROWS, COLUMNS) bool: which of these columns each row attends to."""
     return (lo[:, None] <= column[None, :]) & (column[None, :] < hi[:, None])
 
 
 @triton.jit
 def tile_bounds(lo_first, hi_first, lo_last, hi_last, COLUMNS: tl.constexpr):
-    """Which columns a tile of rows visits: (begin, full_from, full_to, visited).
+    """The columns that a tile of rows visits: (begin, full_from, full_to, visited).
 
-    Column tile n holds the columns begin + n * COLUMNS and the next COLUMNS - 1. Tiles 0 <= n < visited hold
-    everything that a row of the tile sees; every row sees all of the tiles full_from <= n < full_to.
-    lo and hi never decrease from row to row, so the intervals of the first and the last row decide.
+    Column tile n holds COLUMNS columns from begin + n * COLUMNS on. Tiles 0 <= n < visited hold all columns that any
+    row attends to; all rows attend to all columns of the tiles full_from <= n < full_to.
+    lo and hi never decrease from row to row, so the intervals of the first and the last row suffice.
     """
     visited = (tl.maximum(hi_last - lo_first, 0) + COLUMNS - 1) // COLUMNS
     full_from = tl.minimum((lo_last - lo_first + COLUMNS - 1) // COLUMNS, visited)
@@ -309,12 +311,12 @@ def tile_bounds(lo_first, hi_first, lo_last, hi_last, COLUMNS: tl.constexpr):
     return lo_first, full_from, full_to, visited
 
 
-FULL, PARTIAL = tl.constexpr(0), tl.constexpr(1)  # the two parts of what a tile visits
+FULL, PARTIAL = tl.constexpr(0), tl.constexpr(1)  # parts of the visited column tiles: without and with masking
 
 
 @triton.jit
 def count_in_part(part: tl.constexpr, full_from, full_to, visited):
-    """How many column tiles a part has."""
+    """The number of column tiles in a part."""
     if part == FULL:
         return full_to - full_from
     else:
@@ -323,7 +325,7 @@ def count_in_part(part: tl.constexpr, full_from, full_to, visited):
 
 @triton.jit
 def tile_in_part(part: tl.constexpr, number, full_from, full_to):
-    """The column tile `number` of a part. The partial ones are those left and right of the full ones."""
+    """The column tile `number` of a part. Partial tiles lie left and right of the full ones."""
     if part == FULL:
         return full_from + number
     else:

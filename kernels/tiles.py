@@ -1,18 +1,17 @@
-"""The tile_metadata of a batch: the tiles that the attention kernels visit, made once and shared by all layers.
+"""Tile metadata of a batch: the tiles that the attention kernels visit, made once and shared by all layers.
 
-A tile_metadata is two tables of tiles, of queries and of keys (`tile_table` of the rule and of the transposed rule):
-slot n of a table is a tile of the document in which it falls when the documents' tiles are laid end to end,
+It is two tables, tiles of queries and tiles of keys (`tile_table` of the mask and of the transposed mask). The tiles of
+all documents are first numbered end to end. Slot n is then a tile of
 
-    document(n) = how many documents' tiles end at or before n        tile in it = n - where its tiles start
+    document(n) = number of documents whose tiles end at or before n,   tile in it = n - first slot of the document
 
-and the tiles are then put in the order of the columns they visit, most first, equal ones as they lie: tile i goes to
-place #{j: width_j > width_i} + #{j < i: width_j = width_i}.
+and the tiles are then sorted by the number of columns that they visit, most first, stable: tile i goes to row
+#{j: width_j > width_i} + #{j < i: width_j = width_i}.
 
-Takes the offsets on the device. Gives a TileMetadata. Guarantees: nothing waits for the device; shapes depend on the
-numbers of rows and documents only; equal to `tile_table`, row by row. Costs on a GPU: two launches of ours and one
-assertion (`tile_table` is about 20 small operations for each side); N * D + N^2 comparisons a side for N tiles, 40
-million at 64k tokens in 4,096 documents, 0.8 million in 256. On CPU, where the reference runs, it is the lengths of the
-documents.
+In: cu_seqlens on the device. Out: a TileMetadata. Guarantees: nothing waits for the device; shapes depend on the
+numbers of rows and documents only; equal to `tile_table`, row by row. Costs on a GPU: two kernel launches and one
+assertion (`tile_table` is about 20 small operations a side); N * D + N^2 comparisons a side for N tiles: 40 million at
+64k tokens in 4,096 documents, 0.8 million in 256. On CPU, where the reference runs, it is the documents' lengths.
 
 Shape suffixes: D documents of a block, N tiles of a block, O other tiles, F fields of a tile.
 """
@@ -37,17 +36,17 @@ def tile_tables_reference(mask: AttentionMask, num_queries: int, num_keys: int, 
     return tile_table(mask, num_queries, block), tile_table(mask.transposed, num_keys, block)
 
 
-# Part 3: Triton kernels. Both have a second axis: 0 makes the table of queries, 1 that of keys.
+# Part 3: Triton kernels. Axis 1 of both grids: 0 makes the table of queries, 1 the table of keys.
 
-SLOTS = 32  # tiles that one program makes or places
-AT_ONCE = 512  # documents or other tiles that it looks at together
+SLOTS = 32  # tiles that one program makes or sorts
+AT_ONCE = 512  # documents or other tiles that a program compares with at a time
 NUM_WARPS = 8
-PLAN_FIELDS = tl.constexpr(8)  # the seven of a tile, and how many columns it visits
+PLAN_FIELDS = tl.constexpr(8)  # the seven fields of a tile, and the number of columns that it visits
 
 
 @triton.jit
 def offsets_fit(cu_seqlens, num_documents, num_rows, AT_ONCE: tl.constexpr):
-    """1 if offsets start at 0, never decrease, and end at most at num_rows; else 0."""
+    """1 if cu_seqlens start at 0, never decrease, and end at most at num_rows; else 0."""
     fit = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + num_documents) <= num_rows)
     for first in range(0, num_documents, AT_ONCE):
         place = first + tl.arange(0, AT_ONCE)
@@ -60,7 +59,7 @@ def offsets_fit(cu_seqlens, num_documents, num_rows, AT_ONCE: tl.constexpr):
 
 @triton.jit
 def prefix_end(prefix, document, start, end, num_documents):
-    """Where the prefix of each document ends; the rows beyond the last document have none."""
+    """The end of each document's prefix; the rows beyond the last document have no prefix."""
     if prefix is None:
         return start
     length = tl.load(prefix + document, mask=document < num_documents, other=0)
@@ -70,7 +69,7 @@ def prefix_end(prefix, document, start, end, num_documents):
 @triton.jit
 def plan_side(plan, row_offsets, column_offsets, row_prefix, column_prefix, left, right, num_rows, num_documents,
               num_tiles, BLOCK: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """Writes the tiles of SLOTS slots, unordered, as plan[field, slot]."""
+    """Writes the tiles of SLOTS slots, unsorted, as plan[field, slot]."""
     slot_N = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     document_N = tl.zeros([SLOTS], tl.int32)
     start_N = tl.zeros([SLOTS], tl.int32)  # the first slot of the document
@@ -97,7 +96,7 @@ def plan_side(plan, row_offsets, column_offsets, row_prefix, column_prefix, left
     column_prefix_end = prefix_end(column_prefix, document_N, column_start, column_end, num_documents)
     first_row = tl.minimum(row_start + (slot_N - start_N) * BLOCK, row_end)
     last_row = tl.minimum(first_row + BLOCK, row_end) - 1
-    beside = column_start - row_start  # from a row to the column beside it
+    beside = column_start - row_start  # from a row to the column aligned with it
     lo = interval_lo(first_row, first_row + beside, column_start, row_prefix_end, left)
     hi = interval_hi(last_row + beside, column_end, column_prefix_end, right)
     real = slot_N < num_tiles
@@ -116,7 +115,7 @@ def plan_side(plan, row_offsets, column_offsets, row_prefix, column_prefix, left
 def plan_kernel(plan, fit, cu_seqlens_q, cu_seqlens_k, query_prefix, key_prefix, left, right, num_queries, num_keys,
                 num_documents, query_tiles, key_tiles,
                 BLOCK: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """Writes plan, the query side first, and to fit whether the offsets are what they need to be."""
+    """Writes plan, the query side first, and fit: 1 if both cu_seqlens are valid (`offsets_fit`)."""
     if tl.program_id(1) == 0:
         plan_side(plan, cu_seqlens_q, cu_seqlens_k, query_prefix, key_prefix, left, right, num_queries, num_documents,
                   query_tiles, BLOCK, SLOTS, AT_ONCE)  # fmt: skip
@@ -131,7 +130,7 @@ def plan_kernel(plan, fit, cu_seqlens_q, cu_seqlens_k, query_prefix, key_prefix,
 
 @triton.jit
 def order_side(plan, table, num_tiles, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Copies SLOTS tiles of the plan to their places in the table."""
+    """Copies SLOTS tiles of the plan to their sorted rows of the table."""
     slot_N = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     real = slot_N < num_tiles
     widths = plan + 7 * num_tiles
@@ -150,7 +149,7 @@ def order_side(plan, table, num_tiles, SLOTS: tl.constexpr, AT_ONCE: tl.constexp
 @triton.jit(do_not_specialize=["query_tiles", "key_tiles"])
 def order_kernel(plan, query_table, key_table, query_tiles, key_tiles,
                  SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """Writes the tables: the tiles of the plan, those with most columns to visit first."""
+    """Writes the tables: the tiles of the plan, sorted by columns to visit, most first."""
     if tl.program_id(1) == 0:
         order_side(plan, query_table, query_tiles, SLOTS, AT_ONCE)
     else:
@@ -164,7 +163,7 @@ def tile_tables(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, query_prefix: Tensor | None, key_prefix: Tensor | None,
     left: int, right: int, num_queries: int, num_keys: int, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The tables of queries and of keys, by the kernels; asserts on the device that the offsets fit."""
+    """The tables of queries and of keys, by the kernels; asserts on the device that cu_seqlens are valid."""
     num_documents = cu_seqlens_q.numel() - 1
     query_tiles, key_tiles = (-(-rows // block) + num_documents for rows in (num_queries, num_keys))
     query_table, key_table = (cu_seqlens_q.new_empty(tiles, 7) for tiles in (query_tiles, key_tiles))
@@ -202,7 +201,7 @@ def _(
 
 @dataclass(frozen=True)
 class TileMetadata:
-    """What attention needs to know of a batch: tiles for the kernels, or lengths on the host for the reference."""
+    """Of a batch, for attention: tiles for the kernels, or document lengths on the host for the reference."""
 
     mask: AttentionMask
     num_queries: int
@@ -214,16 +213,15 @@ class TileMetadata:
 
 
 def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, block: int = TILE_ROWS) -> TileMetadata:
-    """The tile_metadata of a batch of `num_queries` query rows and `num_keys` key rows, on the device of the
-    cu_seqlens.
+    """Tile metadata of a batch of `num_queries` query rows and `num_keys` key rows, on the device of cu_seqlens.
 
-    On a GPU it is two tables of tiles of `block` rows, for heads of any width; on CPU the lengths of the documents.
-    On a GPU nothing waits for the device, and shapes depend on the numbers of rows and documents only, so it may be
+    On a GPU: two tables of tiles of `block` rows, for any head_dim; on CPU: the documents' lengths.
+    On a GPU nothing waits for the device, and shapes depend on the numbers of rows and documents only: it may be
     captured in a CUDA graph together with the attention that uses it.
 
-    Raises ValueError for offsets that do not start at 0, decrease, or pass the end of the rows. On a GPU the same is
-    asserted on the device: it costs no waiting, works inside a graph, and ends the process where the attention kernels
-    would read and write what is not theirs.
+    Raises ValueError for cu_seqlens that do not start at 0, decrease, or pass the end of the rows. On a GPU this is an
+    assertion on the device: it waits for nothing, works inside a graph, and ends the process before the attention
+    kernels read or write out of bounds.
     """
     if block < 16 or block & (block - 1):
         raise ValueError(f"block is {block}; tiles need a power of two of rows, at least 16")
@@ -234,7 +232,7 @@ def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, blo
         check_offsets("cu_seqlens_k", cu_seqlens_k, num_keys)
     if not _runs_kernels(cu_seqlens_q.device):
         return TileMetadata(mask, num_queries, num_keys, None, None, block, document_lengths(mask))
-    # An operator for the compiler and where there is no memory; a direct call is faster.
+    # The operator serves torch.compile and meta tensors; a direct call is faster.
     make = tile_tables_op if compiling or cu_seqlens_q.device.type == "meta" else tile_tables
     query_tiles_NF, key_tiles_NF = make(
         cu_seqlens_q, cu_seqlens_k, mask.query_prefix, mask.key_prefix, *mask.window,
@@ -244,7 +242,7 @@ def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, blo
 
 
 def document_lengths(mask: AttentionMask) -> tuple[tuple[int, int], ...]:
-    """(queries, keys) of each document, on the host: waits for the device if the offsets are on one."""
+    """(queries, keys) of each document, on the host; waits for the device if cu_seqlens are on one."""
     query_lengths, key_lengths = mask.cu_seqlens_q.diff().tolist(), mask.cu_seqlens_k.diff().tolist()
     return tuple(zip(query_lengths, key_lengths, strict=True))
 
@@ -252,9 +250,9 @@ def document_lengths(mask: AttentionMask) -> tuple[tuple[int, int], ...]:
 def check_offsets(name: str, cu_seqlens: Tensor, num_rows: int) -> None:
     if cu_seqlens[0] != 0 or (F.pad(cu_seqlens, (0, 1), value=num_rows).diff() < 0).any():
         need = f"start at 0, never decrease, and end at most at the number of rows, {num_rows}"
-        raise ValueError(f"{name} is {cu_seqlens.tolist()}; offsets need to {need}")
+        raise ValueError(f"{name} is {cu_seqlens.tolist()}; it needs to {need}")
 
 
 def _runs_kernels(device: torch.device) -> bool:
-    """Tensors without memory (meta) take the way of a GPU: bigmodel/inspect/memory.py counts what it would need."""
+    """Meta tensors take the GPU path: bigmodel/inspect/memory.py counts the memory that it would need."""
     return HAS_TRITON and (device.type in ("cuda", "meta") or INTERPRETED)

@@ -1,8 +1,7 @@
-"""Kernels: attention and its rule, and the loss of the output head. They know nothing of the rest of the tree.
+"""Import of Triton, or stand-ins for it. Kernels: attention masks, attention, loss; they import no other room.
 
-Every public function runs on any device: Triton where there is a GPU, plain torch elsewhere. Triton exists for
-Linux only, so `triton` and `tl` are taken from here: on other systems they are stand-ins that let the kernel
-files be imported; the kernels in them are never launched there.
+Every public function runs on any device: Triton on a GPU, plain torch elsewhere. Triton exists for Linux only. On
+other systems `triton` and `tl` are stand-ins that let the kernel files be imported; no kernel is launched there.
 """
 
 from types import SimpleNamespace

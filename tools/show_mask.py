@@ -193,7 +193,7 @@ def offsets_of(text: str) -> torch.Tensor:
 RULES = ("causal", "window", "prefix", "bidirectional", "cross")
 
 
-def visibility_of(rule: str, lengths: str, key_lengths: str, left: int) -> AttentionMask:
+def mask_of(rule: str, lengths: str, key_lengths: str, left: int) -> AttentionMask:
     queries = offsets_of(lengths)
     if rule == "cross":
         return cross(queries, offsets_of(key_lengths))
@@ -241,7 +241,7 @@ def main(
         drawings = [
             drawing_of(
                 {"window": f"window, {left} back", "prefix": "prefix of half a document"}.get(one, one),
-                visibility_of(one, lengths, key_lengths, left), padding, tile_rows, tile_columns,
+                mask_of(one, lengths, key_lengths, left), padding, tile_rows, tile_columns,
             )
             for one in rule.split(",")
         ]  # fmt: skip

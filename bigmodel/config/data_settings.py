@@ -285,7 +285,7 @@ class DataSettings(Section):
         return self
 
     @model_validator(mode="after")
-    def _pack_documents_are_known(self) -> "DataSettings":
+    def _max_documents_are_known(self) -> "DataSettings":
         if not self.max_documents:
             object.__setattr__(self, "max_documents", max(256, self.sequence_length // 16))
         return self

@@ -221,7 +221,7 @@ class ModelSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _key_value_heads_follow_heads(cls, table: Any) -> Any:
+    def _kv_heads_follow_heads(cls, table: Any) -> Any:
         if isinstance(table, dict) and "num_heads" in table:
             return {"num_kv_heads": table["num_heads"]} | table
         return table

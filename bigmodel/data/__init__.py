@@ -1,1 +1,1 @@
-"""The journey of the data: text to shards (prepare, store), a planned order (plan), batches (load)."""
+"""The data's journey: text to shards (prepare, store), order (plan), examples (objectives), batches (load)."""

@@ -1,9 +1,9 @@
 """Keyed random words: the same key gives the same words on every machine, rank, process and library version.
 
-Takes a key (made from names and numbers that say what the draw is for), gives 64-bit words and permutations.
+In: a key, made from names and numbers that identify the draw. Out: 64-bit words and permutations.
 The generator is splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"):
-word i of a key is a hash of `key + (i + 1) * GOLDEN`, so any word can be had without those before it. numpy's
-own generators are not used, because numpy does not guarantee that their streams stay as they are.
+word i of a key is a hash of `key + (i + 1) * GOLDEN`, so each word is computed alone. numpy's generators are not used,
+because numpy does not guarantee that their streams stay the same.
 Costs about 5 ns a word on one core.
 """
 
@@ -17,9 +17,9 @@ WORD_MASK = 2**64 - 1
 
 
 def make_key(*parts: int | str) -> int:
-    """A 64-bit key from what a draw is for, e.g. `make_key("packs", seed, lane, window)`.
+    """A 64-bit key from the name and numbers of a draw, e.g. `make_key("packs", seed, lane, window)`.
 
-    The order of the parts counts; integers are taken modulo 2**64, texts by their BLAKE2 hash.
+    The order of the parts matters. Integers are taken modulo 2**64, texts by their BLAKE2 hash.
     """
     key = 0
     for part in parts:

@@ -1,1 +1,1 @@
-"""Ranks: how they meet, what they agree on, which signals end them."""
+"""Ranks: meeting, consistency check, signals."""

@@ -1,8 +1,8 @@
-"""World check: all ranks run the same program on the same data with the same settings, or none runs.
+"""Consistency check: all ranks run the same program on the same data with the same settings, or no rank runs.
 
-Takes the world right after its start, gathers what each rank is and has, and compares: a node with an older checkout,
-another torch or a stale copy of the shards would train on, silently wrong. Leaves `world.json` in the run directory.
-Collective; costs one gather and some milliseconds of hashing.
+In: the world right after its start. Out: `world.json` in the run directory, or an error. Reason: a node with an older
+checkout, another torch or a stale copy of the shards would train silently wrong.
+Collective. Cost: one gather and some milliseconds of hashing.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ REMEDIES = {
 
 
 def check_consistency(world: World, settings: Settings) -> None:
-    """Raises `UserError` on every rank if any two disagree, naming the ranks and nodes that differ from most."""
+    """Raises `UserError` on every rank if any two ranks differ; it names the ranks and nodes that differ from most."""
     identities = world.gather_objects(identify(world, settings))
     complaint = disagreement(identities)
     if complaint:
@@ -46,7 +46,7 @@ def check_consistency(world: World, settings: Settings) -> None:
 
 
 def identify(world: World, settings: Settings) -> dict[str, Any]:
-    """What this rank is and has, as plain values."""
+    """Host, device, source code, settings, data and versions of this rank, as plain values."""
     cuda = world.device.type == "cuda"
     properties = torch.cuda.get_device_properties(world.device) if cuda else None
     return {
@@ -62,7 +62,10 @@ def identify(world: World, settings: Settings) -> dict[str, Any]:
 
 
 def disagreement(identities: Sequence[dict[str, Any]]) -> str:
-    """A sentence about the first matter on which ranks differ; empty if on none. Pure but for the names of ranks."""
+    """The error message for the first property in which ranks differ; empty if all are equal.
+
+    Pure, except that names of ranks come from the environment.
+    """
     for matter, remedy in REMEDIES.items():
         found = [identity[matter] for identity in identities]
         if len(set(found)) > 1:
@@ -84,8 +87,8 @@ def _tell(matter: str, found: Sequence[str], remedy: str) -> str:
     for rank, value in enumerate(found):
         if value != usual:
             odd[value].append(rank)
-    parts = [f"{value or 'none'} of {_names(ranks)}" for value, ranks in odd.items()]
-    return f"nodes differ in {matter}: {usual or 'none'} of most ranks, but {'; '.join(parts)}; {remedy}"
+    parts = [f"{value or 'none'} for {_names(ranks)}" for value, ranks in odd.items()]
+    return f"nodes differ in {matter}: {usual or 'none'} on most ranks, but {'; '.join(parts)}; {remedy}"
 
 
 def _names(ranks: Sequence[int]) -> str:
@@ -93,7 +96,7 @@ def _names(ranks: Sequence[int]) -> str:
 
 
 def _data(settings: Settings) -> str:
-    """The fingerprint of the data, or why there is none: if others have it, that is worth saying of this node."""
+    """The fingerprint of the data, or why it cannot be read, so that a node that lacks the data is named."""
     try:
         return ShardStore(settings.data.directory, "train", settings.data.remote).fingerprint[:16]
     except UserError as error:
@@ -105,11 +108,11 @@ def _commit() -> str:
         command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()[:12]
     except (OSError, subprocess.SubprocessError):
-        return ""  # an installed package or a container; the hash of the sources tells more anyway
+        return ""  # an installed package or a container; the hash of the sources covers these
 
 
 def _hash_sources() -> str:
-    """Of all modules; in a checkout `kernels` and `launcher` are links inside the package, which `os.walk` follows."""
+    """Hash of all modules. `os.walk` follows `kernels` and `launcher`, in a checkout symlinks inside the package."""
     digest = hashlib.sha256()
     folders = os.walk(PACKAGE, followlinks=True)
     for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):

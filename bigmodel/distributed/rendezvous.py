@@ -1,7 +1,7 @@
-"""Rendezvous: all ranks meet at rank 0's store, or it is said which of them, on which node, did not come.
+"""Rendezvous: all ranks meet at rank 0's store, or the error names the absent ranks and their nodes.
 
-Takes where this process stands, gives torch's key-value store for `init_process_group`. torch's own way waits for a
-number of connections and, when one is missing, cannot say whose.
+In: rank, world size and address of rank 0. Out: torch's key-value store for `init_process_group`. torch's own
+rendezvous only counts connections, so it cannot name an absent rank.
 """
 
 import json
@@ -12,13 +12,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-MARGIN_SECONDS = 30.0  # that other ranks wait for rank 0's verdict after its time is up
+MARGIN_SECONDS = 30.0  # other ranks wait this much longer than rank 0, for its list of absent ranks
 
 
 def meet(place: Mapping[str, str], timeout_seconds: float) -> dist.Store:
-    """Wait for every rank. Raises `RuntimeError` naming those that did not come in time, with their nodes."""
+    """Wait for every rank. Raises `RuntimeError` with the ranks and nodes that did not come in time."""
     rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
-    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the port then
+    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun's agent has the port
     server = dist.TCPStore(
         place["MASTER_ADDR"],
         int(place["MASTER_PORT"]),
@@ -41,7 +41,10 @@ def meet(place: Mapping[str, str], timeout_seconds: float) -> dist.Store:
 
 
 def name_rank(rank: int) -> str:
-    """The rank with its host, where the launcher said so (LAUNCH_HOSTS, "a*8,b*8"), or with its node's number."""
+    """The rank with its host, or with its node's number if the launcher set no LAUNCH_HOSTS.
+
+    Example: with LAUNCH_HOSTS = "a*8,b*8", rank 9 is "rank 9 on b".
+    """
     hosts = [
         host
         for run in os.environ.get("LAUNCH_HOSTS", "").split(",")
@@ -55,7 +58,7 @@ def name_rank(rank: int) -> str:
 
 
 def _wait_for_all(store: dist.Store, size: int, timeout_seconds: float) -> list[int]:
-    """Ranks that are not here when the time is up."""
+    """The ranks that are absent after the timeout."""
     deadline = time.monotonic() + timeout_seconds
     absent = list(range(size))
     while True:

@@ -1,8 +1,8 @@
-"""SIGTERM, SIGUSR1 (which SLURM sends ahead of a time limit) and SIGINT: finish the step, save, say how to go on.
+"""SIGTERM, SIGUSR1 (sent by SLURM before a time limit) and SIGINT: finish the step, save, say how to resume.
 
-A Python handler runs only between two lines of Python, so never while the main thread waits in a collective for a
-rank that hangs. A thread is therefore woken by the C handler itself: it gives the run a bounded time to end its step
-and begin to save, and leaves at once on a second signal.
+A Python handler runs only between two bytecodes of the main thread, so never while that thread waits in a collective
+for a hanging rank. Therefore C's signal handler wakes a thread through a pipe. The thread ends the process if the step
+or the save takes too long, and at once on a second signal.
 """
 
 import os
@@ -15,12 +15,12 @@ from types import FrameType
 from bigmodel.run_directory import EXIT_FAILED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-GRACE_SECONDS = 120.0  # from the signal to the begin of the save; a step is far shorter
-SAVE_SECONDS = 900.0  # for the save after that, at most
+GRACE_SECONDS = 120.0  # limit from the signal to the beginning of the save; a step is far shorter
+SAVE_SECONDS = 900.0  # limit for the save after that
 
 
 class StopFlag:
-    """`requested` turns true at the first signal. Make one in the main thread, before the first step."""
+    """`requested` becomes true at the first signal. Make one in the main thread, before the first step."""
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS, save_seconds: float = SAVE_SECONDS) -> None:
         self.requested = False
@@ -33,7 +33,7 @@ class StopFlag:
         threading.Thread(target=self._watch, args=(woken, grace_seconds, save_seconds), daemon=True).start()
 
     def save_begins(self) -> None:
-        """The step has ended: from here on the save has its own, longer time; a second signal ends it at once."""
+        """Call this at the end of the step: the longer limit of the save begins; a second signal still ends it."""
         self._saving.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -50,13 +50,13 @@ class StopFlag:
 
     def _leave(self, reason: str) -> None:
         print(
-            f"bigmodel: {reason}: leaving; the next start resumes from the last checkpoint", file=sys.stderr, flush=True
+            f"bigmodel: {reason}: exiting; the next start resumes from the last checkpoint", file=sys.stderr, flush=True
         )
         os._exit(EXIT_FAILED)
 
 
 def _wait_for_signal(woken: int, seconds: float | None) -> bool:
-    """Whether one of SIGNALS came within the time; the C handler writes each signal's number into the pipe."""
+    """Whether one of SIGNALS came in time; C's handler writes the number of each signal into the pipe."""
     while select.select([woken], [], [], seconds)[0]:
         if any(number in SIGNALS for number in os.read(woken, 64)):
             return True

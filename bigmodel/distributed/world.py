@@ -1,8 +1,8 @@
-"""The world: which rank this process is, and the few words that ranks exchange outside of the engine.
+"""The world: the rank of this process, and the small collectives outside of the engine.
 
-Takes the environment that every launcher sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or none of
-it: then this process is the only one. Gives a `World`. Guarantees: the device is set before torch.distributed
-starts, every wait has a limit, sums are in fp64 and equal on all ranks. Every method of `World` is collective.
+In: the variables that launchers set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or none of them: then
+this process is alone. Out: a `World`. Guarantees: the device is set before torch.distributed starts; every wait has a
+time limit; sums are in fp64 and equal on all ranks. Every method of `World` is collective.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from bigmodel.config.settings import UserError
 from bigmodel.distributed.rendezvous import meet
 
-STEPS_KEPT = 64  # of NodeSums: more than a rank's data thread can be ahead of another's
-TIMEOUT_SECONDS = 600.0  # where no setting says it
+STEPS_KEPT = 64  # of NodeSums: more than one rank's data thread can be ahead of another rank's
+TIMEOUT_SECONDS = 600.0  # default, and limit of NodeSums
 
 Value = TypeVar("Value")
 
@@ -50,7 +50,7 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self.sum_([0.0])
 
     def sum_(self, values: Sequence[float]) -> list[float]:
@@ -60,11 +60,11 @@ class World:
         return total.tolist()
 
     def any_true(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether the flag is true on any rank."""
         return self.sum_([float(flag)])[0] > 0
 
     def on_rank_zero(self, action: Callable[[], Value]) -> Value:
-        """Run `action` on rank 0 alone and hand its result to all. What it raises, every rank raises."""
+        """Run `action` on rank 0 only; every rank returns its result or raises its exception."""
         result: tuple[Any, Exception | None] = (None, None)
         if self.rank == 0:
             try:
@@ -77,7 +77,7 @@ class World:
         return value
 
     def ranks_per_node(self) -> int:
-        """How many ranks each machine has, if they are consecutive and as many on all; else 1."""
+        """Ranks per machine, if they are consecutive and equally many on all machines; else 1."""
         places = self.gather_objects((self.local_rank, self.local_size))
         size = self.local_size
         regular = self.size % size == 0 and places == [(rank % size, size) for rank in range(self.size)]
@@ -85,14 +85,14 @@ class World:
 
 
 class NodeSums:
-    """Sums of small numbers over the nodes, for a thread that works ahead: no rank waits for another one's loop.
+    """Sums of small numbers over the nodes, for a thread that works ahead; no rank waits for another rank's loop.
 
-    Nodes leave their numbers in a key-value store of torch's on rank 0, and read those of the others when they are
-    there. A collective would do, but one that is under way cannot be given up, and then keeps its process from ending.
+    Each node writes its numbers into torch's key-value store on rank 0 and reads the others' numbers. Not a collective:
+    a pending collective cannot be cancelled, so its process could not end.
     """
 
     def __init__(self, world: World, node: int, num_nodes: int, speaks: bool) -> None:
-        """Collective. `speaks`: whether this rank leaves its node's numbers; one per node."""
+        """Collective. `speaks`: whether this rank writes its node's numbers; true on one rank per node."""
         host = os.environ["MASTER_ADDR"]
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
         port = world.broadcast_object(server.port if server else 0)
@@ -100,9 +100,9 @@ class NodeSums:
         self._node, self._num_nodes, self._speaks = node, num_nodes, speaks
 
     def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]:
-        """Each number over the nodes. Waits for the nodes that are not as far yet, until `abandoned()`.
+        """The sum of each number over the nodes. Waits for slower nodes, until `abandoned()`.
 
-        Raises `UserError` with the reason where a node has failed, `TimeoutError` where one is silent.
+        Raises `UserError` with the reason if a node has failed, `TimeoutError` if a node is silent.
         """
         if self._speaks:
             self._store.set(f"{step}/{self._node}", json.dumps(list(values)))
@@ -121,7 +121,7 @@ class NodeSums:
         return [sum(column) for column in zip(*map(json.loads, self._store.multi_get(keys)), strict=True)]
 
     def fail(self, step: int, reason: str) -> None:
-        """Tell the others that this node will never have the numbers of a step."""
+        """Tell the other nodes that this node cannot compute the numbers of a step."""
         with contextlib.suppress(RuntimeError):  # rank 0 may be gone already
             self._store.set("failure", json.dumps([step, reason]))
 
@@ -134,7 +134,7 @@ class NodeSums:
 
 
 class _Alone(World):
-    """A world of one that needs no process group: for looking at a run from outside."""
+    """A world of one process without a process group, for reading a run from outside."""
 
     def broadcast_object(self, value: Value) -> Value:
         return value
@@ -150,9 +150,9 @@ ALONE = _Alone(0, 1, 0, 1, torch.device("cpu"))
 
 
 def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
-    """Join the other processes, or be the only one; sets the device and the default process group.
+    """Join the other processes, if any; sets the device and the default process group.
 
-    Raises `UserError` for a half-set environment, a GPU that does not exist, and peers that do not come in time.
+    Raises `UserError` for an incomplete environment, a GPU that does not exist, and ranks that do not come in time.
     """
     place = read_environment(os.environ)
     os.environ.update(place)
@@ -173,16 +173,16 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
         address = f"{place['MASTER_ADDR']}:{place['MASTER_PORT']}"
         raise UserError(
             f"rank {rank} did not meet all of its {size} processes at {address} within {timeout_seconds:.0f} s: "
-            f"{str(error).splitlines()[0]}; see that every rank was started, with this same address, and that "
+            f"{str(error).splitlines()[0]}; check that every rank was started with this same address, and that "
             "MASTER_PORT is free on rank 0 and open between the machines"
         ) from error
     return World(rank, size, local_rank, local_size, device)
 
 
 def limit_collectives(seconds: float) -> None:
-    """The time limit of all process groups there are. DeepSpeed makes its own with torch's, half an hour on gloo.
+    """Set the time limit of all process groups. DeepSpeed's groups have torch's default, half an hour on gloo.
 
-    torch has no public way to it; `_set_pg_timeout` is the documented private one.
+    torch has no public function for it; `_set_pg_timeout` is private but documented.
     """
     if dist.is_initialized():
         for group in dist.distributed_c10d._world.pg_map:
@@ -190,16 +190,16 @@ def limit_collectives(seconds: float) -> None:
 
 
 def end_world() -> None:
-    """Leave the process group. Harmless where there is none."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def read_environment(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """Where this process stands, complete, as environment variables. Pure but for the choice of a free port.
+    """The complete set of rank variables. Pure, except that it chooses a free port.
 
-    With neither RANK nor WORLD_SIZE this process is alone, on a port of its own. The deepspeed launcher sets no
-    LOCAL_WORLD_SIZE, which mosaicml-streaming reads: it is taken from its LOCAL_SIZE, or else from WORLD_SIZE.
+    With neither RANK nor WORLD_SIZE this process is alone, on a port of its own. mosaicml-streaming reads
+    LOCAL_WORLD_SIZE, which the deepspeed launcher does not set: it is then LOCAL_SIZE, or else WORLD_SIZE.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -209,7 +209,7 @@ def read_environment(environment: MutableMapping[str, str]) -> dict[str, str]:
     if missing:
         given = ", ".join(f"{name}={environment[name]}" for name in needed if environment.get(name))
         raise UserError(
-            f"{given} is set in the environment, but {', '.join(missing)} is not; start through a launcher "
+            f"{given} is set in the environment, but {', '.join(missing)} is not; start with a launcher "
             "(bigmodel launch, torchrun, deepspeed), which sets all of them, or unset them to run one process"
         )
     place = {name: environment[name] for name in needed}
@@ -230,10 +230,10 @@ def _check_numbers(place: dict[str, str]) -> None:
 
 
 def claim_device(local_rank: int) -> torch.device:
-    """The GPU of this local rank, made current; the CPU where there is no GPU.
+    """The GPU of this local rank, made current; the CPU if there is no GPU.
 
-    A single visible GPU is this rank's own, as under SLURM's --gpus-per-task; that no two ranks use one device is for
-    the world check to see.
+    A single visible GPU belongs to this rank, as under SLURM's --gpus-per-task. The consistency check finds two ranks
+    on one device.
     """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -242,8 +242,8 @@ def claim_device(local_rank: int) -> torch.device:
         local_rank = 0
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but this machine shows {torch.cuda.device_count()} GPU(s) to this process; "
-            "start fewer processes per machine or see CUDA_VISIBLE_DEVICES"
+            f"LOCAL_RANK={local_rank}, but this process can use only {torch.cuda.device_count()} GPU(s); "
+            "start fewer processes per machine, or check CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

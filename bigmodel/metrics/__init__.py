@@ -1,1 +1,1 @@
-"""Everything that is measured while a run goes on, and the process that serves it."""
+"""Measurements during a run, and the process that serves them to Prometheus."""

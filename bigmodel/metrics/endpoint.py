@@ -1,9 +1,9 @@
-"""The page: the exporter process of a node as local rank 0 sees it, and where the page is published.
+"""The metrics endpoint of a node: its exporter process, run by local rank 0, and its published address.
 
-Takes a run directory and the folder of the ranks' records; opens the socket, starts bigmodel/metrics/exporter.py with
-it, so that nobody who asks early is refused, starts it again if somebody ended it, and writes the address for people
-and for Prometheus' file_sd. Guarantees: the address is the same at every start where its port is free; what an earlier
-start left is ended first; `close` withdraws everything.
+In: a run directory and the folder of the ranks' records. Opens the socket and passes it to
+bigmodel/metrics/exporter.py, so that early requests wait instead of failing; restarts the exporter if it ended; writes
+the address for people and for Prometheus' file_sd. Guarantees: the address is the same at every start if its port is
+free; the exporter of an earlier start is ended first; `close` ends the exporter and removes all its files.
 """
 
 import os
@@ -20,14 +20,14 @@ from bigmodel.config.settings import MetricsSettings, UserError
 from bigmodel.metrics.rank_record import folders_of, remove_stale, start_ticks
 from bigmodel.run_directory import write_atomically, write_json
 
-CLOSING_SECONDS = 5.0  # for the kernel to take everything from a process that was killed
+CLOSING_SECONDS = 5.0  # time for the kernel to free the port of a killed process
 
 
 class MetricsEndpoint:
-    """Of one node and all of its `ranks`. Make it, `start` it once there are records in `folder`, `close` it.
+    """The endpoint of one node and all of its `ranks`. `start` it when `folder` has records; `close` it at the end.
 
-    The exporter ends by itself when the last rank of its node has, also when all were killed. Raises `UserError` on
-    node 0 if the address cannot be opened; other nodes then take a free port.
+    The exporter ends by itself after the last rank of its node, also if all were killed. Raises `UserError` on node 0
+    if the address cannot be opened; other nodes then take a free port.
     """
 
     def __init__(self, directory: Path, folder: Path, node: int, ranks: range, settings: MetricsSettings) -> None:
@@ -59,18 +59,18 @@ class MetricsEndpoint:
             write_atomically(path, self.endpoint + "\n")
 
     def revive(self) -> None:
-        """Start it again if somebody ended it; looks every five seconds."""
+        """Restart the exporter if it has ended; checks at most every five seconds."""
         if time.monotonic() - self._looked > 5.0:
             self._looked = time.monotonic()
             if self._process is not None and self._process.poll() is not None and self._folder.exists():
                 said = (self._folder / "exporter.log").read_text(errors="replace").splitlines()[-1:] or ["nothing"]
-                how = f"ended with {self._process.returncode}, its last words: {said[0]}"
-                print(f"bigmodel: the metrics exporter {how}; it is started again", file=sys.stderr, flush=True)
+                how = f"ended with exit code {self._process.returncode}; its last line: {said[0]}"
+                print(f"bigmodel: the metrics exporter {how}; it is restarted", file=sys.stderr, flush=True)
                 self._spawn()
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()  # it heeds no other signal, and has nothing to lose
+            self._process.kill()  # it ignores other signals and has no state to save
             self._process.wait()
             self._process = None
         self._socket.close()
@@ -90,23 +90,23 @@ class MetricsEndpoint:
                 stdout=log,
                 stderr=log,
                 pass_fds=[self._socket.fileno()],
-                start_new_session=True,  # what ends a rank's process group must not end the page of the others
+                start_new_session=True,  # a signal to a rank's process group must not end the exporter of all ranks
             )
         write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
 
     def _end_earlier(self, directory: Path, node: int) -> bool:
-        """End the exporter of an earlier start that was just killed: its port is wanted. Whether there was one."""
+        """End the exporter of an earlier, killed start to free its port; returns whether there was one."""
         ended = False
         for folder in folders_of(directory, node):
             file = folder / "exporter.pid"
             if folder != self._folder:
                 try:
                     pid, began = file.read_text().split()
-                except FileNotFoundError:  # it has just ended by itself
+                except FileNotFoundError:  # the exporter has just ended by itself
                     continue
                 ended = True
                 if str(start_ticks(int(pid))) == began:
-                    os.kill(int(pid), signal.SIGKILL)  # it has nothing to lose, and may hang
+                    os.kill(int(pid), signal.SIGKILL)  # it has no state to save, and may hang
                 deadline = time.monotonic() + 5.0
                 while str(start_ticks(int(pid))) == began and time.monotonic() < deadline:
                     time.sleep(0.02)
@@ -115,13 +115,13 @@ class MetricsEndpoint:
 
 
 def _port_of(directory: Path, node: int) -> int:
-    """Where nobody chose: the same at every start, so that Prometheus sees one instance over restarts. Below the ports
-    that Linux gives out by itself."""
+    """The default port: 20,000 to 31,999, below Linux' ephemeral ports. It is the same at every start, so that
+    Prometheus has one instance over all restarts."""
     return 20_000 + zlib.crc32(f"{directory}|{node}".encode()) % 12_000
 
 
 def _listen(host: str, port: int, port_may_differ: bool, patience_seconds: float) -> socket.socket:
-    """`patience_seconds`: for a process that is ending, whose last thread closes the port after its first is gone."""
+    """`patience_seconds`: a process that is ending closes its port only with its last thread."""
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
@@ -148,13 +148,13 @@ def _try_to_listen(host: str, port: int) -> socket.socket:
 
 
 def _advertised(host: str) -> str:
-    """The name others reach us by: our own where we listen on every address."""
+    """The host name for clients: the machine's own name if the socket listens on every address."""
     name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
     return f"[{name}]" if ":" in name else name
 
 
 def _address_problem(port: int, host: str, error: OSError) -> str:
     return (
-        f"metrics.host = {host!r}, metrics.port = {port}: the metrics page cannot listen there: "
-        f"{error.strerror or error}; choose another, or any free port with --set metrics.port=0"
+        f"metrics.host = {host!r}, metrics.port = {port}: the metrics endpoint cannot listen there: "
+        f"{error.strerror or error}; choose another address, or any free port with --set metrics.port=0"
     )

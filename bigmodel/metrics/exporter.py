@@ -1,13 +1,14 @@
 """The exporter: one process per node that serves the metrics of all its ranks. The only file that imports
 prometheus_client.
 
-Takes the folder of rank records (bigmodel/metrics/rank_record.py) and a listening socket that local rank 0 opened;
-gives http://host:port/metrics. Guarantees: it answers as long as one rank of its node lives, whichever died; it ends
-within a second of the last one, withdraws the published address and deletes the folder: nothing is left of a run that
-was killed. It starts no rank and stops none; it passes requests for profiles on (bigmodel/metrics/profiling.py).
-Imports no torch: half a second and 30 MB. A page is made at most ten times a second, however often it is asked for.
+In: the folder of rank records (bigmodel/metrics/rank_record.py) and a listening socket opened by local rank 0. Out:
+http://host:port/metrics. Guarantees: it answers while any rank of its node lives; it ends within a second of the last
+rank, removes the published address and deletes the folder, so a killed run leaves nothing. It starts and stops no
+rank. It passes profile requests to the ranks (bigmodel/metrics/profiling.py).
+Costs: half a second to start and 30 MB, because it imports no torch; at most ten renderings per second, however many
+requests come.
 
-    python -m bigmodel.metrics.exporter FOLDER SOCKET_NUMBER      started by bigmodel/metrics/recorder.py
+    python -m bigmodel.metrics.exporter FOLDER SOCKET_NUMBER      started by bigmodel/metrics/endpoint.py
 """
 
 import json
@@ -33,13 +34,13 @@ from bigmodel.metrics.profiling import Relay
 from bigmodel.metrics.rank_record import is_alive, read_record
 
 POLL_SECONDS = 0.25
-PAGE_SECONDS = 0.1  # how old a page may be
+PAGE_SECONDS = 0.1  # maximum age of a cached response
 Samples = dict[str, list[list[Any]]]
 BUCKET_NAMES = [*map(str, map(float, STEP_BUCKETS_SECONDS)), "+Inf"]
 
 
 class Ranks(Collector):
-    """The last whole record of every rank of the node, as metric families."""
+    """The last complete record of every rank of the node, as metric families."""
 
     def __init__(self, folder: Path, run_directory: Path) -> None:
         self._folder, self._health = folder, Health(run_directory)
@@ -47,7 +48,7 @@ class Ranks(Collector):
 
     def read(self) -> None:
         for path in self._folder.glob("rank-*"):
-            if record := read_record(path) or read_record(path):  # once more: it was being written
+            if record := read_record(path) or read_record(path):  # second try: the rank was writing during the first
                 self.records[record["rank"]] = record
 
     def alive(self) -> list[int]:
@@ -69,7 +70,7 @@ class Ranks(Collector):
 
 
 def families(samples: Samples) -> Iterator[Any]:
-    """The samples in the order of the table; every name must be in it."""
+    """The samples in the order of the table of metrics; every name must be in the table."""
     unknown = set(samples) - {metric.name for metric in METRICS}
     assert not unknown, f"{', '.join(sorted(unknown))} not in bigmodel/metrics/metric_table.py"
     for metric in METRICS:
@@ -88,7 +89,7 @@ def families(samples: Samples) -> Iterator[Any]:
 
 
 def _over_ranks(histograms: list[list[Any]]) -> dict[tuple[str, ...], tuple[list[int], float]]:
-    """Label values -> counts and sum; ranks whose histograms have the same labels are added up."""
+    """Label values -> counts and sum; histograms of ranks with the same labels are added up."""
     found: dict[tuple[str, ...], tuple[list[int], float]] = {}
     for labels, (counts, total) in histograms:
         before, sum_before = found.get(tuple(labels), ([0] * len(counts), 0.0))
@@ -102,7 +103,7 @@ def _running_sums(counts: list[int]) -> list[int]:
 
 
 class Server(ThreadingHTTPServer):
-    """HTTP over a socket that is open already; a page is shared by those who ask within `PAGE_SECONDS`."""
+    """HTTP over a socket that is already open; requests within `PAGE_SECONDS` share one response."""
 
     daemon_threads = True
 
@@ -113,7 +114,7 @@ class Server(ThreadingHTTPServer):
         self._registry = CollectorRegistry()
         self._registry.register(ranks)
         self._lock = threading.Lock()
-        self._pages: dict[str, tuple[float, bytes]] = {}  # content type -> when made, page
+        self._pages: dict[str, tuple[float, bytes]] = {}  # content type -> time of rendering, response
 
     def page(self, accepted: str) -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accepted)
@@ -134,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.partition("?")[0] != "/metrics":
-            self.send_error(404, "the page is /metrics")
+            self.send_error(404, "only /metrics is served")
             return
         page, content_type = self.server.page(self.headers.get("Accept", ""))
         self.send_response(200)
@@ -144,11 +145,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(page)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing: a scrape is no news."""
+        """Log nothing: scrapes are routine."""
 
 
 def withdraw(page: dict[str, Any]) -> None:
-    """Remove what was published, unless a later start has put its own address there."""
+    """Remove the published address, unless a later start has published its own."""
     for name in page["published"]:
         path = Path(name)
         try:
@@ -161,7 +162,7 @@ def withdraw(page: dict[str, Any]) -> None:
 
 def main(folder: Path, descriptor: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # SLURM tells every process of a job; while ranks save, the page goes on
+        signal.signal(number, signal.SIG_IGN)  # SLURM signals all processes of a job; serve on while the ranks save
     page = json.loads((folder / "page.json").read_text())
     ranks = Ranks(folder, Path(page["run_directory"]))
     server = Server(socket.socket(fileno=descriptor), ranks)
@@ -174,7 +175,7 @@ def main(folder: Path, descriptor: int) -> None:
         ranks.read()
     withdraw(page)
     server.shutdown()
-    server.server_close()  # before the folder goes: the next start takes that for "the port is free"
+    server.server_close()  # before the folder is deleted: to the next start, no folder means that the port is free
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,15 +1,18 @@
-"""Accounting: floating-point operations of a step, and what a device could do at most.
+"""Floating-point operations (FLOPs) of a step, and the peak FLOPs per second of a device.
 
-Pure functions of settings and counts, but for the peak of a CPU, which is measured. Formulas (Chowdhery et al. 2022,
-appendix B): a position passes each matrix once forward and twice backward, 2 operations a weight each time; attention
-takes 4 * visible pairs * head width forward for each head, twice that backward. Two conventions of the pairs:
+Pure functions of settings and counts; only the peak of a CPU is measured. Formulas (Chowdhery et al. 2022, appendix B):
+a token passes each matrix once forward and twice backward, each time with 2 operations per weight; attention takes
+4 * pairs of query and key * head_dim per head forward, twice that backward. Two conventions for the pairs:
 
-    causal   what the masks let through (`bigmodel.model.attention_masks.visible_pairs`), layer by layer
-    full     as published figures count: every position sees as many as a pack has, whatever the documents and windows
+    causal   pairs that the masks allow (`bigmodel.model.attention_masks.visible_pairs`), layer by layer
+    full     as in published figures: each token attends to a whole packed sequence, without documents and windows
 
-HFU counts what is computed: positions of padding too, attention's backward, which makes its scores again (2.5 times the
-forward, Dao et al. 2022), and with training.activation_checkpointing = "full" the forward of every block a second time
-(Chen et al. 2016; Korthikanti et al. 2022, who name both ratios). "selective" keeps all products: it adds nothing.
+Example: a matrix of 100 weights and 8 tokens: 2 * 100 * 8 = 1,600 operations forward, 4,800 with the backward.
+
+HFU (hardware FLOPs utilization) counts the operations computed: also padding; attention's backward with recomputed
+scores (2.5 times the forward, Dao et al. 2022); with training.activation_checkpointing = "full" a second forward of
+every block (Chen et al. 2016; Korthikanti et al. 2022 name both ratios). "selective" keeps all products and adds
+nothing.
 """
 
 import re
@@ -23,8 +26,8 @@ from bigmodel.data.load.stream import Step
 from bigmodel.data.plan.attention_work import Work
 from bigmodel.metrics.recorder import Flops
 
-# FLOPs per second of bf16 products with fp32 sums, dense: half of what a data sheet gives "with sparsity". fp16 has the
-# same peak on all of these; fp32 runs are measured against it too, as is the custom. The names are torch's.
+# Dense FLOPs per second of bf16 products with fp32 sums: half of a data sheet's figure "with sparsity". fp16 has the
+# same peak on all of these devices; fp32 runs use it too, as is usual. The names are torch's.
 DEVICE_PEAK_FLOPS = {
     # NVIDIA GB300 NVL72 and HGX B300, GB200 NVL72, Blackwell architecture technical brief (HGX B200)
     "NVIDIA GB300": 2500e12,
@@ -64,20 +67,20 @@ DEVICE_PEAK_FLOPS = {
     "AMD Instinct MI325X": 1307.4e12,
     "AMD Instinct MI355X": 2500e12,
 }
-# What may follow a name of the table and changes no peak. "NVL", "Ti", "D", "Laptop GPU" and "MIG 1g.10gb" would.
+# Suffixes that do not change the peak. Other suffixes do: "NVL", "Ti", "D", "Laptop GPU", "MIG 1g.10gb".
 SAME_CHIP = re.compile(r"([ -](SXM\d?|PCIE|PCIe|\d+GB?|HBM3e?|3e|AC|Generation|OAM|VF))*")
 
 
 class Weights(NamedTuple):
-    """Weights of the matrices that one position is multiplied with: layers and output heads, not the embedding."""
+    """Number of weights that multiply one token: blocks and output matrices, not the embedding."""
 
-    of_position: int  # on the decoder's side, or the only one
-    of_source: int  # on the encoder's side; there too what a decoder makes keys and values of it with
-    of_heads: int  # those of `of_position` that are in output heads, not in blocks
+    of_position: int  # per token of the decoder, or of the only side
+    of_source: int  # per source token: the encoder, and the decoder's key and value matrices of the source
+    of_heads: int  # the part of `of_position` in output matrices
 
 
 def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
-    """Extra heads pass their own blocks and the output head again."""
+    """Each multi-token prediction module adds one block and one more pass of the output matrix."""
     layers, width, head_width = (
         settings.num_layers + settings.num_mtp_modules,
         settings.hidden_size,
@@ -88,7 +91,7 @@ def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
     if settings.kind != "encoder_decoder":
         return Weights(of_position, 0, of_heads)
     encoder = settings.encoder
-    if settings.source_attention == "cross":  # its query and output
+    if settings.source_attention == "cross":  # query and output matrix of cross-attention
         of_position += layers * 2 * width * settings.num_heads * head_width
     keys_and_values = layers * 2 * encoder.hidden_size * settings.num_kv_heads * head_width
     return Weights(of_position, encoder.num_layers * _block_weights(encoder) + keys_and_values, of_heads)
@@ -109,8 +112,8 @@ def flops(
 ) -> Flops:
     """Operations of forward and backward.
 
-    sizes: positions of a pack, on the decoder's and on the source's side; padding: positions computed that held
-    nothing, on each; recomputed: the backward runs the blocks' forward again.
+    sizes: tokens of a packed sequence on the decoder's and the source side; padding: padding tokens computed on each
+    side; recomputed: the backward runs the blocks' forward again.
     """
     weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
     linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
@@ -126,7 +129,7 @@ def flops(
 
 
 def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
-    """Forward: scores and their products with the values, 4 operations for a pair and channel. Pairs of all layers."""
+    """Forward operations of scores and their products with the values: 4 per pair and channel. Pairs: of all layers."""
     forward = 4 * settings.num_heads * settings.resolved_head_dim * (pairs + cross_pairs)
     if settings.kind == "encoder_decoder":
         encoder = settings.encoder
@@ -144,14 +147,14 @@ def step_flops(settings: Settings, vocabulary: int, step: Step) -> Flops:
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """FLOPs per second of one device at most; None for a GPU that the table does not know. A CPU is measured."""
+    """Peak FLOPs per second of one device; None for a GPU that is not in the table. A CPU is measured."""
     if device.type != "cuda":
         return measure_peak_flops()
     return known_peak_flops(torch.cuda.get_device_name(device))
 
 
 def known_peak_flops(name: str) -> float | None:
-    """By torch's name of a device; the longest that fits counts: an "NVIDIA H100 80GB HBM3" is an "NVIDIA H100"."""
+    """The peak by torch's name of a device; the longest match counts: "NVIDIA H100 80GB HBM3" is "NVIDIA H100"."""
     fitting = [
         known for known in DEVICE_PEAK_FLOPS if name.startswith(known) and SAME_CHIP.fullmatch(name.removeprefix(known))
     ]
@@ -159,7 +162,7 @@ def known_peak_flops(name: str) -> float | None:
 
 
 def measure_peak_flops(size: int = 512, repeats: int = 5) -> float:
-    """The best of a few fp32 matrix products on this process's threads: a tenth of a second."""
+    """The best of a few fp32 matrix products on this process's threads; takes a tenth of a second."""
     a, b = torch.rand(size, size), torch.rand(size, size)
     best = float("inf")
     for _ in range(repeats):

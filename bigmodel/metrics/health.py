@@ -1,7 +1,7 @@
-"""Health: the node's memory, disk and network, and what the driver says of the ranks' GPUs.
+"""Health: memory, disk and network of the node, and the driver's readings of the ranks' GPUs.
 
-Takes rank records, gives samples for the page. Runs in the exporter, so a reading costs a training step nothing; it is
-taken at most once a second. Whatever cannot be read is left out: no GPU, no driver library, no InfiniBand.
+In: rank records. Out: samples for the metrics endpoint. Runs in the exporter, so it costs a training step nothing; it
+reads at most once a second. Readings that are not available are left out: no GPU, driver library or InfiniBand.
 """
 
 import time
@@ -36,12 +36,12 @@ def node(run_directory: Path) -> Samples:
         disk = psutil.disk_usage(str(run_directory))
         found |= {"disk_total_bytes": disk.total, "disk_free_bytes": disk.free}
     except OSError:
-        pass  # the run directory was moved or its file system is away
+        pass  # the run directory was moved, or its file system is unavailable
     return {name: [[[], value]] for name, value in found.items()} | network()
 
 
 def network() -> Samples:
-    """Bytes by device: of every network card but the loopback, and of InfiniBand, which counts words of 4."""
+    """Bytes by device: all network cards except loopback, and InfiniBand, which counts words of 4 bytes."""
     received, transmitted = [], []
     for name, count in psutil.net_io_counters(pernic=True).items():
         if name != "lo":
@@ -68,7 +68,7 @@ def processes(records: list[dict[str, Any]], alive: list[int]) -> Samples:
     return {"process_resident_bytes": found}
 
 
-# NVML's nvmlClocksEventReason bits (nvml.h); reasons that only say "idle" or "as asked for" are left out.
+# NVML's nvmlClocksEventReason bits (nvml.h), without the reasons for idle GPUs and for clocks set by the user.
 THROTTLE_REASONS = {
     "power_cap": 0x4,
     "hardware": 0x8,
@@ -80,10 +80,10 @@ THROTTLE_REASONS = {
 
 
 class Gpus:
-    """The ranks' GPUs through NVML; silent where there is none."""
+    """The ranks' GPUs through NVML; no samples without GPUs."""
 
     def __init__(self, nvml: Any = None) -> None:
-        """nvml: a library in the place of pynvml, initialised; None: pynvml, where there is one and a driver."""
+        """nvml: an initialised library in place of pynvml; None: pynvml, if it and a driver are installed."""
         self._nvml = nvml
         self._handles: dict[str, Any] = {}
         self._events: Any = None
@@ -95,7 +95,7 @@ class Gpus:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-        except Exception:  # no library, no driver, no permission: all mean that there is nothing to read
+        except Exception:  # no library, no driver or no permission: nothing to read
             return
 
     def samples(self, records: Iterable[dict[str, Any]]) -> Samples:
@@ -124,7 +124,7 @@ class Gpus:
             try:
                 found.setdefault(name, []).append([labels, read()])
             except (nvml.NVMLError, KeyError):
-                continue  # consumer cards have no ECC counters, some none of the rest
+                continue  # consumer cards have no ECC counters; some lack other readings too
         try:
             bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         except nvml.NVMLError:
@@ -154,6 +154,6 @@ class Gpus:
             try:
                 event = nvml.nvmlEventSetWait_v2(self._events, 0)
             except nvml.NVMLError:
-                return  # a time-out: nothing has happened
+                return  # time-out: no event
             gpu = nvml.nvmlDeviceGetUUID(event.device)
             self._xid_errors[gpu] = self._xid_errors.get(gpu, 0) + 1

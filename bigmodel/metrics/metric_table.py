@@ -1,15 +1,15 @@
-"""The table of metrics: names, kinds, help and labels. The page, its reference and the tests are made from it.
+"""The table of metrics: names, kinds, help and labels. The metrics endpoint, METRICS.md and the tests use it.
 
-Practice of Prometheus: one prefix, base units (seconds, bytes, nats), plain counters, ratios from 0 to 1, no label
-whose values grow without bound. Run, node and job are labels of the scraped target (service discovery), the rank is a
-label of what each rank has of its own. Imports nothing.
+Rules of Prometheus: one prefix, base units (seconds, bytes, nats), plain counters, ratios from 0 to 1, no label with
+unbounded values. Run, node and job are labels of the scraped target (service discovery); rank is a label of metrics
+per rank. Imports nothing.
 """
 
 from typing import Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """A line of the table: its name on the page is `bigmodel_` + `name`, for counters with `_total` after it."""
+    """A row of the table; its exported name is `bigmodel_` + `name`, plus `_total` for counters."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -20,8 +20,8 @@ class Metric(NamedTuple):
 PREFIX = "bigmodel_"
 STEP_BUCKETS_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
-# Of the whole run; on the page of rank 0's node. Counters go on over restarts and never step back: a step that is done
-# again after a restart is not counted again, and its time is lost to "replay".
+# Metrics of the run, served by rank 0's node. Counters continue over restarts and never decrease: a step repeated after
+# a restart is not counted again; its time is lost to "replay".
 RUN = (
     Metric("build_info", "gauge", "Always 1; the label is the version of bigmodel that runs", ("version",)),
     Metric("world_size", "gauge", "Ranks of the run"),
@@ -96,7 +96,7 @@ RUN = (
     Metric("slowest_rank_lag_seconds", "gauge", "How much longer it worked than the rank in the middle"),
 )  # fmt: skip
 
-# Of each rank; on the page of its node. Counters count from the rank's start.
+# Metrics of each rank, served by its node. Counters count from the rank's start.
 RANK = (
     Metric("rank_up", "gauge", "1 while the rank's process lives, else 0", ("rank",)),
     Metric("rank_heartbeat_timestamp_seconds", "gauge", "Unix time of the rank's last sign of life", ("rank",)),
@@ -119,9 +119,9 @@ RANK = (
     Metric("device_xid_errors", "counter", "Critical XID errors of the rank's GPU since the start", ("rank",)),
 )  # fmt: skip
 
-# Of each node; on its own page. Phases are counters per rank, which name the slow one and why; their histogram is over
-# the node's ranks, for a series per rank, phase and bucket would be a hundred more a rank, and quantiles of a phase are
-# asked of the run, not of a rank. Step durations, one phase as it were, have both.
+# Metrics of each node, served by the node. Seconds by phase are counters per rank: they show which rank is slow, and
+# why. The histogram of phases is per node: per rank it would add a hundred series for each rank, and quantiles of a
+# phase are of interest for the run, not for a rank. Step durations have a histogram per rank.
 NODE = (
     Metric("phase_duration_seconds", "histogram", "A step's time in a phase, over the node's ranks", ("phase",)),
     Metric("node_memory_total_bytes", "gauge", "Memory of the node"),
@@ -136,16 +136,16 @@ METRICS = (*RUN, *RANK, *NODE)
 
 
 def reference() -> str:
-    """The table as a page of Markdown: configs/prometheus/METRICS.md."""
+    """The table in Markdown: configs/prometheus/METRICS.md."""
     parts = [
         "# Metrics\n\nMade from `bigmodel/metrics/metric_table.py` by `bigmodel show metrics`; "
         "a test keeps it current.\n"
         "The target's labels are `run`, `node`, `host`, `ranks` and, under SLURM, `slurm_job_id`.\n"
     ]
     for title, metrics in (
-        ("Of the run (node 0; counters go on over restarts)", RUN),
-        ("Of each rank (counters since its start)", RANK),
-        ("Of each node", NODE),
+        ("Metrics of the run (node 0; counters continue over restarts)", RUN),
+        ("Metrics of each rank (counters since its start)", RANK),
+        ("Metrics of each node", NODE),
     ):
         parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
         parts += [f"| `{full_name(m)}` | {m.kind} | {', '.join(m.labels)} | {m.help} |\n" for m in metrics]

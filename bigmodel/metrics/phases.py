@@ -1,11 +1,11 @@
-"""Phases: where a rank's step goes, by the clock of the device that does the work.
+"""Phases: seconds of a rank's step by phase, from the clock of the device that does the work.
 
-    with phases("backward"): ...      names nest: what is inside is not counted outside
+    with phases("backward"): ...      phases nest: inner seconds do not count for the outer phase
     phases.take()                     seconds by phase since the last call
 
-On a CPU, and for phases that belong to the host (waiting for data, evaluation, checkpoint), by the host's clock. On a
-GPU forward, backward, communication and optimizer lie between two CUDA events on the current stream; nothing waits for
-them: an event that has not happened yet is counted by a later `take`. Costs 2 microseconds a phase on a CPU.
+On a CPU, and for phases of the host (waiting for data, evaluation, checkpoint), the host's clock. On a GPU forward,
+backward, communication and optimizer are timed by two CUDA events on the current stream. Nothing waits for an event:
+a later `take` counts it. Cost: 2 microseconds per phase on a CPU.
 """
 
 import statistics
@@ -21,7 +21,7 @@ import torch
 from bigmodel.metrics.recorder import Seat
 
 HOST_PHASES = ("data", "evaluation", "checkpoint")
-BUSY_PHASES = ("forward", "backward", "optimizer")  # what a rank does without waiting for another
+BUSY_PHASES = ("forward", "backward", "optimizer")  # a rank's own work, without waiting for other ranks
 
 
 class Phases:
@@ -31,7 +31,7 @@ class Phases:
         self._on_gpu = device.type == "cuda"
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
-        self._since: Any = None  # when the innermost open phase went on: a host time or an event
+        self._since: Any = None  # when the innermost open phase last started or continued: a host time or an event
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.busy_seconds = 0.0  # of the last `take`
 
@@ -57,7 +57,7 @@ class Phases:
         self._seconds[name] += seconds
 
     def take(self) -> Mapping[str, float]:
-        """Seconds by phase since the last call; those whose events have not happened come with a later one."""
+        """Seconds by phase since the last call; phases with pending events come with a later call."""
         while self._pending and self._pending[0][2].query():
             name, began, ended = self._pending.pop(0)
             self._seconds[name] += began.elapsed_time(ended) / 1000
@@ -66,13 +66,16 @@ class Phases:
         return taken
 
     def busy_row(self, seat: Seat) -> list[float]:
-        """One number per rank, 0 but for this one's busy seconds: added up over the ranks, everybody's."""
+        """One number per rank: this rank's busy seconds, else 0. Summed over the ranks it has all busy seconds.
+
+        Example: rank 1 of 3, busy for 0.5 s: [0.0, 0.5, 0.0].
+        """
         row = [0.0] * seat.world_size
         row[seat.rank] = self.busy_seconds
         return row
 
     def _mark(self) -> None:
-        """The innermost open phase, if any, lasted from the last mark to now."""
+        """Count the time since the last call for the innermost open phase, if any."""
         now: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
         if self._on_gpu:
             now.record()
@@ -84,7 +87,7 @@ class Phases:
 
 
 def slowest(busy_seconds: Sequence[float]) -> tuple[int | None, float | None]:
-    """The rank that was busy longest, and by how much longer than the median rank; None for a single rank."""
+    """The rank with the most busy seconds, and its excess over the median rank; None for a single rank."""
     if len(busy_seconds) < 2:
         return None, None
     rank = max(range(len(busy_seconds)), key=busy_seconds.__getitem__)
@@ -92,7 +95,7 @@ def slowest(busy_seconds: Sequence[float]) -> tuple[int | None, float | None]:
 
 
 class CompileTime:
-    """Seconds that this process has spent in torch.compile and in Triton's compiler, each second once."""
+    """Seconds of this process in torch.compile and Triton's compiler, each second counted once."""
 
     def __init__(self) -> None:
         self._triton = 0.0
@@ -102,17 +105,17 @@ class CompileTime:
 
             knobs.compilation.listener = self._on_triton
         except ImportError:
-            pass  # no Triton here: nothing that it could compile
+            pass  # no Triton, so nothing to compile
 
     def take(self) -> float:
-        """Since the last call."""
+        """Seconds since the last call."""
         total = self._triton + _dynamo_seconds()
         taken, self._told = total - self._told, total
         return taken
 
     def _on_triton(self, *, times: Any, cache_hit: bool, **others: Any) -> None:
-        if torch._guards.CompileContext.current_compile_id() is None:  # else inside of what dynamo times
-            self._triton += max(0, times.total) / 1e6  # Triton goes by the time of day, which can be set back
+        if torch._guards.CompileContext.current_compile_id() is None:  # else dynamo's time includes it
+            self._triton += max(0, times.total) / 1e6  # Triton uses the time of day, which can be set back
 
 
 def _dynamo_seconds() -> float:

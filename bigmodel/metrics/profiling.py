@@ -1,9 +1,10 @@
-"""Profiles on demand: `bigmodel profile RUN_DIR trace|memory|stacks` while the run goes on.
+"""Profiles on demand: `bigmodel profile RUN_DIR trace|memory|stacks` during the run.
 
-A request is a file in the run directory. The exporter of each node sees it and passes it to its own ranks: for stacks
-by SIGUSR2, which faulthandler answers in C, so also in a rank that hangs in a collective or holds the GIL; for trace
-and memory by a file in the node's memory, at which each rank looks once a step. Costs a step one `stat`, a microsecond.
-What goes wrong in a profile is written beside it and never ends the run. torch is imported by ranks only.
+A request is a file in the run directory. The exporter of each node passes it to the node's ranks: for stacks by
+SIGUSR2, which faulthandler handles in C, so it also works for a rank that hangs in a collective or holds the GIL; for
+trace and memory by a file in the node's memory, which each rank checks once per step.
+Cost per step: one `stat`, a microsecond.
+An error in a profile is written beside it and never ends the run. Only ranks import torch.
 
     RUN_DIR/profile/request.json                   the last request
     RUN_DIR/profile/ID/rank-N.trace.json.gz        kernels and operators of a few steps, for Perfetto (ui.perfetto.dev)
@@ -27,11 +28,11 @@ from typing import Any
 
 STACKS_SIGNAL = signal.SIGUSR2
 KINDS = ("trace", "memory", "stacks")
-DUMP_SECONDS = 0.3  # from the signal to the whole dump
+DUMP_SECONDS = 0.3  # from the signal to the complete dump
 
 
 def request(run_directory: Path, kind: str, ranks: Sequence[int], steps: int) -> Path:
-    """Ask for a profile; gives the folder in which the files of the ranks will appear."""
+    """Request a profile; returns the folder in which the files of the ranks will appear."""
     number = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     folder = Path(run_directory) / "profile" / number
     folder.mkdir(parents=True)
@@ -43,7 +44,7 @@ def request(run_directory: Path, kind: str, ranks: Sequence[int], steps: int) ->
 
 
 def wait(folder: Path, ranks: Sequence[int], seconds: float) -> dict[int, Path]:
-    """The file of each rank that came within the time."""
+    """Wait for the file of each rank; returns those that came in time."""
     found: dict[int, Path] = {}
     deadline = time.monotonic() + seconds
     while len(found) < len(ranks) and time.monotonic() < deadline:
@@ -53,7 +54,7 @@ def wait(folder: Path, ranks: Sequence[int], seconds: float) -> dict[int, Path]:
 
 
 def group_stacks(texts: dict[int, str]) -> list[tuple[list[int], str]]:
-    """Ranks with the same main thread, the largest group first: the odd one out is usually the culprit."""
+    """Groups of ranks with the same stack of the main thread, largest first; the smallest is usually the cause."""
     groups: dict[str, list[int]] = {}
     for rank, text in sorted(texts.items()):
         _, _, main = text.rpartition("Current thread")
@@ -62,14 +63,14 @@ def group_stacks(texts: dict[int, str]) -> list[tuple[list[int], str]]:
 
 
 class Relay:
-    """The exporter's part: hand new requests to the ranks of this node."""
+    """The exporter's part: pass new requests to the ranks of this node."""
 
     def __init__(self, folder: Path, run_directory: Path) -> None:
         self._folder, self._requests = folder, run_directory / "profile"
         self._seen = _changed_at(self._requests / "request.json")
 
     def look(self, records: Iterable[dict[str, Any]]) -> None:
-        """`records`: of the ranks that live."""
+        """Pass on a new request, if any. `records`: of the ranks that live."""
         changed = _changed_at(self._requests / "request.json")
         if changed == self._seen:
             return
@@ -89,7 +90,7 @@ class Relay:
     def _dump_stacks(self, records: list[dict[str, Any]], into: Path) -> None:
         files = {record["rank"]: self._folder / f"stacks-{record['rank']}" for record in records}
         for record in records:
-            if files[record["rank"]].exists():  # else the rank has no handler, and the signal would kill it
+            if files[record["rank"]].exists():  # else the rank has no handler and the signal would kill it
                 os.truncate(files[record["rank"]], 0)
                 os.kill(record["pid"], STACKS_SIGNAL)
         time.sleep(DUMP_SECONDS)
@@ -100,22 +101,22 @@ class Relay:
 
 
 class Profiler:
-    """A rank's part. Call `step` once a step, `close` at the end."""
+    """A rank's part. Call `step` once per step, `close` at the end."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._rank, self._request = rank, folder / "profile.json"
         self._seen = _changed_at(self._request)
-        self._left = 0  # steps of the profile under way
+        self._left = 0  # remaining steps of the current profile
         self._asked: dict[str, Any] = {}
         self._recorder: Any = None
         self._stacks_file = folder / f"stacks-{rank}"  # while it exists, the exporter may send the signal
         part = folder / f".stacks-{rank}"
-        self._stacks = open(part, "a")  # noqa: SIM115 - for as long as a signal may come
+        self._stacks = open(part, "a")  # noqa: SIM115 - open as long as a signal may come
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         os.replace(part, self._stacks_file)
 
     def step(self) -> None:
-        """Between two steps: begin what is asked for, end what is done."""
+        """Between two steps: begin a requested profile, end a finished one."""
         if self._left:
             self._left -= 1
             if not self._left:
@@ -131,7 +132,7 @@ class Profiler:
             self._safely(self._end)
         self._stacks_file.unlink(missing_ok=True)
         faulthandler.unregister(STACKS_SIGNAL)
-        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # one that is on its way must not kill
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # a signal already sent must not kill this process
         self._stacks.close()
 
     def _begin(self) -> None:
@@ -172,7 +173,7 @@ class Profiler:
     def _safely(self, action: Any) -> None:
         try:
             action()
-        except Exception as error:  # a boundary: no profile is worth a run
+        except Exception as error:  # a boundary: an error in a profile must not end the run
             self._left, self._recorder = 0, None
             text = f"{type(error).__name__}: {error}"
             print(f"bigmodel: rank {self._rank}: the profile failed: {text}", file=sys.stderr, flush=True)

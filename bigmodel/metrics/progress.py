@@ -1,6 +1,6 @@
 """The live line: step, loss, tokens per second, time left.
 
-A terminal gets one moving line, a log gets a line every few seconds.
+A terminal has one moving line; a log gets a line every LOG_SECONDS.
 """
 
 import time
@@ -36,7 +36,7 @@ class LiveLine:
             (self._bar.console if self._bar else self._console).print(text, soft_wrap=True, markup=False)
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """After `step` steps: loss in nats per token."""
+        """Show the state after `step` steps; loss in nats per token."""
         if not self._enabled:
             return
         news = f"loss {loss:.3f}  {_thousands(tokens_per_second)} tokens/s"

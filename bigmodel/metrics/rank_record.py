@@ -1,10 +1,10 @@
-"""What a rank leaves for the exporter of its node: one small record in memory shared by the node's processes.
+"""A rank's record for the exporter of its node: a small file in shared memory.
 
-Takes plain values, gives them to any reader. Guarantees: a reader sees a record whole or not at all (length and
-checksum before it), also of a rank that was killed while it wrote; nothing is left on a disk. Costs two system calls
-and the JSON, about 30 microseconds. Imports neither torch nor prometheus_client.
+In: plain values. Out: the same values, for any process of the node. Guarantees: a reader gets a complete record or none
+(length and checksum come first), also if the rank was killed while writing; nothing remains on a disk. Cost: two system
+calls and the JSON, about 30 microseconds. Imports neither torch nor prometheus_client.
 
-    /dev/shm/bigmodel-UID-RUN-NODE-START/rank-N     RUN: a hash of the run directory; START: a new word at each start
+    /dev/shm/bigmodel-UID-RUN-NODE-START/rank-N     RUN: a hash of the run directory; START: random, new at each start
 """
 
 import glob
@@ -24,21 +24,21 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def folder_of(run_directory: Path, node: int, start: str) -> Path:
-    """The node's folder of one start of a run, made if need be; nobody else may read it."""
+    """The node's folder of one start of a run; made if it does not exist, readable only by this user."""
     folder = Path(_prefix(run_directory, node) + start)
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 def remove_stale(run_directory: Path, node: int, keep: Path) -> None:
-    """Delete what earlier starts of this run left on this node when all of their processes were killed."""
+    """Delete the folders of earlier starts of this run on this node, left when all processes were killed."""
     for folder in folders_of(run_directory, node):
         if folder != keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def folders_of(run_directory: Path, node: int) -> list[Path]:
-    """Of all starts of a run on this node that left one."""
+    """The existing folders of all starts of a run on this node."""
     return [Path(name) for name in glob.glob(glob.escape(_prefix(run_directory, node)) + "*")]
 
 
@@ -64,7 +64,7 @@ class RankRecord:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record, or None where there is none or it is being written right now."""
+    """The record; None if there is none or it is being written."""
     try:
         data = Path(path).read_bytes()
     except OSError:
@@ -77,7 +77,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process began, in clock ticks since the machine's start; None if it has ended, also as a zombie."""
+    """Start time of a process, in clock ticks since boot; None if it has ended or is a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -86,12 +86,12 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_alive(record: dict[str, Any]) -> bool:
-    """Whether the very process that wrote the record still lives: numbers are used again, beginnings are not."""
+    """Whether the process that wrote the record still lives; a process that reuses its id has another start time."""
     return start_ticks(record["pid"]) == record["began"]
 
 
 def process_start_time() -> float:
-    """Unix time at which this process began, to a hundredth of a second."""
+    """Unix time of this process's start, exact to a hundredth of a second."""
     ticks = start_ticks(os.getpid())
-    assert ticks is not None, "this process lives"
+    assert ticks is not None, "this process has no start time"
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / TICKS)

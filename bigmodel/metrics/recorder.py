@@ -1,18 +1,20 @@
-"""Metrics: what a run did, as one JSON line per event and as a page that Prometheus scrapes.
+"""Records a run's events: one JSON line per event, and the metrics endpoint that Prometheus scrapes.
 
-Takes one record per step, evaluation and checkpoint on every rank. Rank 0 writes the lines; each rank keeps a small
-record in its node's memory; a process of its own on each node, the exporter, serves the records of the node's ranks,
-so that a page outlives any rank. Guarantees: everything the page says of the run follows from metrics.jsonl by the
-fold in `bigmodel.metrics.run_accounting`; totals go on over restarts and never step back; the address is withdrawn when
-the run ends, also when all its ranks were killed; where the exporters were killed too (scancel, a node's end), by the
-next start. Costs: benchmarks/README.md, "Metrics".
+In: one record per step, evaluation and checkpoint on every rank. Rank 0 writes the lines. Each rank keeps a small
+record in its node's memory. On each node a separate process, the exporter, serves these records; it outlives any rank.
+Guarantees:
+- All metrics of the run follow from metrics.jsonl by the fold in `bigmodel.metrics.run_accounting`.
+- Totals continue over restarts and never decrease.
+- The address is removed when the run ends, also if all ranks were killed; if the exporters were killed too (scancel,
+  node failure), the next start removes it.
+Costs: benchmarks/README.md, "Metrics".
 
     RUN_DIR/metrics.jsonl            {"kind": "step", "time": ..., "step": 1, "loss": ..., ...} one line per event
-    RUN_DIR/metrics_endpoint         host:port of node 0's page, while the run is alive
-    RUN_DIR.node-N.prometheus.json   the same of each node for Prometheus' file_sd, with the labels of this run; beside
-                                     the run directory, for file_sd takes a wildcard in a file's name only
+    RUN_DIR/metrics_endpoint         host:port of node 0's endpoint, while the run lives
+    RUN_DIR.node-N.prometheus.json   the endpoint of each node for Prometheus' file_sd, with the labels of this run;
+                                     beside the run directory, because file_sd allows wildcards only in file names
 
-Every line has `lap`, the wall seconds since the line before it, or since the process began: they leave no gap.
+Every line has `lap`, the wall seconds since the previous line or since the process began: the laps have no gaps.
 """
 
 import contextlib
@@ -41,55 +43,55 @@ from bigmodel.run_directory import append_json_line, read_json_lines, write_atom
 
 @dataclass(frozen=True, slots=True)
 class LossGroup:
-    """What one objective on one source contributed to a step, over all ranks."""
+    """The part of a step's loss from one objective on one source, over all ranks."""
 
     objective: str  # as in the run file: "causal", "span_corruption", ...
-    source: str  # of the data
-    nats: float  # loss summed over the targets
-    targets: int
+    source: str
+    nats: float  # loss summed over the labels
+    targets: int  # number of labels
 
 
 class Flops(NamedTuple):
     """Floating-point operations of a step over all ranks: see `bigmodel.metrics.flops`."""
 
-    causal: float  # the model's, attention over visible pairs
-    full: float  # the model's, as if each pack were one sequence without a mask
-    hardware: float  # what was computed
+    causal: float  # of the model, attention over the pairs that the masks allow
+    full: float  # of the model, as if each packed sequence were one sequence without a mask
+    hardware: float  # operations computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One optimizer step, over all ranks. Counts are those of this step alone."""
+    """One optimizer step, over all ranks. Counts are of this step only."""
 
-    step: int  # optimizer steps done so far, this one included: the first is 1
-    loss: float  # nats per target token, mean over the step
+    step: int  # optimizer steps done, this one included: the first is 1
+    loss: float  # nats per label, mean over the step
     gradient_norm: float  # before clipping
     learning_rate: float
-    targets: int  # tokens that were predicted
-    positions: int  # positions that held a token
-    padding: int  # positions that held none
-    documents: int  # documents or fragments of one
-    step_seconds: float  # wall time from the event before, waiting for data included: `Metrics.lap`
-    data_wait_seconds: float  # of that, waiting for the next batch
-    compile_seconds: float = 0.0  # of that, compiling
+    targets: int  # number of labels
+    positions: int  # tokens, without padding
+    padding: int  # padding tokens
+    documents: int  # documents, or chunks of long ones
+    step_seconds: float  # wall time since the previous event, including the wait for data: `Metrics.lap`
+    data_wait_seconds: float  # part of step_seconds: waiting for the next batch
+    compile_seconds: float = 0.0  # part of step_seconds: compiling
     packs_document_limited: int = 0
     fetched_bytes: int = 0  # by rank 0 from data.remote since this process began
-    fetch_failures: int = 0  # of these, transfers that were tried again
+    fetch_failures: int = 0  # transfers that rank 0 retried since this process began
     imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
-    imbalance_undealt: float = 1.0  # what it would be in canonical order
+    imbalance_undealt: float = 1.0  # the same in canonical order
     flops: Flops | None = None
-    skipped: bool = False  # the update was left out
-    skip_reason: str = "not_finite"  # why, if it was: one of a few words
-    parts: tuple[LossGroup, ...] = ()  # the loss by objective and source; their targets add up to `targets`
-    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the targets, also where training.z_loss is 0
+    skipped: bool = False  # no update
+    skip_reason: str = "not_finite"  # if skipped: one of a few words
+    parts: tuple[LossGroup, ...] = ()  # the loss by objective and source; their labels add up to `targets`
+    z_loss: float | None = None  # mean of logsumexp(logits)^2 over the labels, also if training.z_loss is 0
     loss_scale: float | None = None  # of fp16
-    slowest_rank: int | None = None  # of the step before, for it is told together with this step's loss
+    slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss
     slowest_rank_lag_seconds: float | None = None
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm and update_norm, at measured steps
 
 
 class Seat(NamedTuple):
-    """Where this process sits: `local_rank` among the `local_size` consecutive ranks of `node`."""
+    """The place of this process: `local_rank` of the `local_size` consecutive ranks of `node`."""
 
     rank: int = 0
     world_size: int = 1
@@ -99,9 +101,9 @@ class Seat(NamedTuple):
 
 
 def new_start(run_directory: Path) -> str:
-    """A word for the start of a run. Withdraws what earlier starts published, also on nodes that are no longer its own.
+    """A random token for this start of a run. Removes the addresses of earlier starts, also of nodes no longer in use.
 
-    On one rank, before any has its `Metrics`.
+    Call it on one rank, before any rank makes its `Metrics`.
     """
     directory = Path(run_directory).resolve()
     published = directory.parent.glob(f"{glob.escape(directory.name)}.node-*.prometheus.json")
@@ -113,10 +115,10 @@ def new_start(run_directory: Path) -> str:
 class Metrics:
     """Records a run's events until `close`; make one on every rank. Rank 0 writes metrics.jsonl.
 
-    `first_step` is how many steps the run goes on from, `start` a word that all ranks of this start share and no
-    other start has (`new_start`). Lines of later steps are dropped, for they are done again; what they counted stays.
-    `fresh` forgets everything. `endpoint` says where the page is. Raises `UserError` on node 0,
-    before anything is written, if the address cannot be opened; other nodes then take a free port.
+    `first_step`: steps done before this start. Lines of later steps are dropped, because these steps are repeated;
+    their counts stay. `start`: a token shared by all ranks of this start and unique to it (`new_start`). `fresh` drops
+    all lines. `endpoint` is the host:port of the metrics endpoint. Raises `UserError` on node 0, before anything is
+    written, if the address cannot be opened; other nodes then take a free port.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Metrics:
         fresh: bool = False,
         facts: Mapping[str, Any] = {},
     ):
-        """`facts`: parameters and device_peak_flops, for the start's line."""
+        """`facts`: parameters and device_peak_flops, for the line of this start."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
         self._writers = open_writers(settings.writers, self._directory, first_step) if seat.rank == 0 else []
@@ -146,21 +148,21 @@ class Metrics:
             self._page.start()
 
     def lap(self) -> float:
-        """Wall seconds since the last call, by which every event is timed: no time falls between two events."""
+        """Wall seconds since the last call. All events are timed with it, so no time is lost between two events."""
         before, self._lap_began = self._lap_began, time.perf_counter()
         return self._lap_began - before
 
     def spent(self, cause: str) -> None:
-        """The time since the last event was lost to one of `run_accounting.CAUSES`; told with the next event."""
+        """Count the time since the last event for one of `run_accounting.CAUSES`; written with the next event."""
         self._spent[cause] = self._spent.get(cause, 0.0) + self.lap()
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the run's files: it is rank 0."""
+        """Whether this process writes the run's files, that is, is rank 0."""
         return self._seat.rank == 0
 
     def record_step(self, record: StepRecord, phases: Mapping[str, float] = {}) -> None:
-        """`phases`: this rank's own seconds by phase since the last call, also of evaluations and saves."""
+        """`phases`: this rank's seconds by phase since the last call, evaluations and saves included."""
         self._rank.add_step(record, phases)
         line = {**asdict(record), "lap": record.step_seconds}
         line["flops"] = record.flops._asdict() if record.flops else None
@@ -168,7 +170,8 @@ class Metrics:
         self._tell("step", line)
 
     def begins(self, cause: str, step: int) -> None:
-        """An evaluation or a save that training waits for: its time has this cause even if it never comes back."""
+        """Record the beginning of an evaluation or save that training waits for: if it never ends, its time has this
+        cause."""
         if self._ledger:
             line = {"kind": "begin", "time": self._unix_time + self._lap_began, "cause": cause, "step": step}
             append_json_line(self._lines, line)
@@ -186,9 +189,9 @@ class Metrics:
         self._tell("failed_checkpoint", {"step": step, "reason": reason, "lap": self.lap()})
 
     def close(self, ending: str = "failed") -> None:
-        """Stop serving and withdraw the address. `ending`: "finished", "stopped" or "failed". May be repeated."""
+        """Stop serving and remove the address. `ending`: "finished", "stopped" or "failed". May be called again."""
         if self._ledger and not self._closed:
-            with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # what ended the run is to be heard
+            with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # must not hide the first error
                 self._tell("end", {"ending": ending, "lap": self.lap()})
         if self._page:
             self._page.close()
@@ -215,11 +218,11 @@ class Metrics:
                 self._directory, self.folder, seat.node, range(seat.rank, seat.rank + seat.local_size), settings
             )
         except UserError:
-            shutil.rmtree(self.folder, ignore_errors=True)  # other ranks may have put their records there
+            shutil.rmtree(self.folder, ignore_errors=True)  # it may hold the records of other ranks
             raise
 
     def _open_ledger(self, first_step: int, fresh: bool, facts: Mapping[str, Any]) -> RunAccounting:
-        """Fold the lines that are there, open a new start in them, and drop those of steps that are done again."""
+        """Fold the existing lines, append the line of this start, and drop the lines of steps to be repeated."""
         lines = [] if fresh else list(read_json_lines(self._lines))
         before, run_accounting, began = RunAccounting(), RunAccounting(), process_start_time()
         for line in lines:
@@ -227,7 +230,7 @@ class Metrics:
         kept = [line for line in lines if line["kind"] in ("start", "end") or line.get("step", 0) <= first_step]
         carried = before.carry(began, *how_it_ended(self._directory, lines))
         now, self._lap_began = time.time(), time.perf_counter()
-        self._unix_time = now - self._lap_began  # of perf_counter's zero: a clock that is set later moves no line
+        self._unix_time = now - self._lap_began  # Unix time of perf_counter's zero: setting the clock moves no line
         start = {
             "kind": "start",
             "time": now,
@@ -261,15 +264,15 @@ class Metrics:
         samples = self._rank.samples(str(self._seat.rank))
         if self._ledger:
             samples |= self._ledger.samples() | {"build_info": [[[__version__], 1]]}
-        with contextlib.suppress(OSError):  # memory for files is full: no page is worth a run
+        with contextlib.suppress(OSError):  # shared memory is full: an incomplete endpoint must not end the run
             self._record.write({"samples": samples, **self._rank.device()})
 
 
 def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> tuple[str | None, float | None]:
-    """How the last start in these lines ended, None: there was none; and the Unix time of that, where it was seen.
+    """The ending of the last start in these lines, None if there was no start; and its Unix time, if known.
 
-    Its own word, else "died" at the time that our launcher noted in events.jsonl. A watchdog of the user's says there
-    when it ended a run that hung: an event `launch_ended` with cause "hang".
+    The ending that the start recorded itself; else "died", at the time that the launcher recorded in events.jsonl. A
+    user's watchdog records there that it ended a hanging run: an event `launch_ended` with cause "hang".
     """
     marks = [line for line in lines if line["kind"] in ("start", "end")]
     if not marks:
@@ -284,8 +287,8 @@ def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> tuple[str 
 
 
 def _since_last_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was noted after the last start that got so far: by place, for clocks are set back. Without what ended an
-    earlier launch, where the last one did not get so far."""
+    """The events after the last "start" event, by place in the file, because clocks are set back. If the launch before
+    this one did not reach a "start", only the events since that launch."""
     places: dict[str, list[int]] = {"start": [], "launch": []}
     for place, event in enumerate(events):
         places.get(event.get("event", ""), []).append(place)
@@ -339,7 +342,7 @@ class _RankCounts:
         return samples
 
     def device(self) -> dict[str, str]:
-        """The GPU's own name, by which the exporter asks the driver about it."""
+        """The GPU's UUID, for the exporter's queries to the driver."""
         if not self._cuda:
             return {}
         return {"gpu": f"GPU-{self._cuda.get_device_properties(self._cuda.current_device()).uuid}"}

@@ -1,22 +1,27 @@
-"""The run_accounting: what a run did and where its time went, over all its starts.
+"""Run accounting: counts of a run and its seconds by cause, over all its starts.
 
-Takes the lines of metrics.jsonl in their order, gives counts, seconds by cause and the samples of the page. Guarantees:
-a pure fold, so that anyone can audit it; counts never step back; what is done again after a restart (its step is not
-above the highest one counted) is counted once, its time is lost to "replay"; productive and lost seconds add up to
-the wall time from the first start to the last line, because each line holds the time since the line before.
+In: the lines of metrics.jsonl, in order. Out: counts, seconds by cause, samples for the metrics endpoint. Guarantees:
+- A pure fold, so anyone can audit it. Counts never decrease.
+- Work repeated after a restart (its step is not above the highest one counted) counts once; its time is lost to
+  "replay".
+- Productive and lost seconds add up to the wall time from the first start to the last line, because each line holds the
+  time since the previous line.
+
+Example: steps 1 to 4 take 1 s each, the run dies, and steps 3 and 4 are repeated after a restart from step 2: 4 steps,
+4 productive seconds, 2 seconds "replay", the rest "start" and "down".
 
     start       from the beginning of the process to its first step: imports, data, model, reading a checkpoint
-    compile     in torch.compile and Triton
+    compile     torch.compile and Triton
     data        waiting for the next batch
-    checkpoint  saving, as far as training waits
+    checkpoint  saving, while training waits
     evaluation  on the validation split
-    replay      steps, evaluations and checkpoints that had been done before the restart
-    hang        the part of a step above ten times the median of the last 64; all of the time between the last step and
-                a failure, death or order to stop where that is longer than ten of these, or where a watchdog says that
-                it ended a hang. A save or evaluation that had begun keeps its own cause, however it ended
-    skipped     steps whose update was left out
-    stopped     between an orderly end and the next start
-    down        else between the last step, evaluation or save before a death or failure and the next start
+    replay      steps, evaluations and checkpoints repeated after a restart
+    hang        the part of a step above ten times the median of the last 64 steps; the whole time between the last step
+                and a failure, death or order to stop, if it is longer than ten median steps or a watchdog recorded a
+                hang. A save or evaluation that had begun keeps its own cause, however it ended
+    skipped     steps without an update
+    stopped     from an orderly end to the next start
+    down        otherwise: from the last step, evaluation or save before a death or failure to the next start
     finish      after the last step, its evaluation and save
 """
 
@@ -35,8 +40,8 @@ RECENT_STEPS = 64
 MIN_RECENT = 8
 SPIKE_DEVIATIONS = 6.0
 SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
-ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # how a start ended: causes of the next one
-SAVE_FAILURES = ("disk_full", "permission", "io_error")  # reasons of a save that failed
+ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # endings of a start: the causes of the next start
+SAVE_FAILURES = ("disk_full", "permission", "io_error")  # reasons of failed saves
 FROM_ZERO = (
     "steps",
     "target_tokens",
@@ -55,28 +60,28 @@ FROM_ZERO = (
     "spikes|loss",
     "spikes|gradient_norm",
     *(f"restarts|{ending}" for ending in ENDINGS),
-)  # fmt: skip  - a counter that appears with its first event hides that event from rate()
+)  # fmt: skip  - counters start at 0: one that appears with its first event hides that event from rate()
 COUNTED = ("step", "evaluation", "checkpoint")
 Samples = dict[str, list[list[Any]]]  # metric name -> [[label values, value], ...]
 
 
 class RunAccounting:
-    """Add the lines in their order; read `counts`, `seconds` and `samples()` at any time."""
+    """Add the lines in order; read `counts`, `seconds` and `samples()` at any time."""
 
     def __init__(self) -> None:
         self.counts: dict[str, float] = dict.fromkeys(FROM_ZERO, 0)  # metric name, "|" and each label -> total
         self.seconds = dict.fromkeys(("productive", *CAUSES), 0.0)
-        self.counted = dict.fromkeys(COUNTED, 0)  # the highest step of each kind that is in the counts
-        self.began: float | None = None  # Unix time of the first process, earlier where the clock was set back since
-        self.time = 0.0  # of the last line
-        self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of it
+        self.counted = dict.fromkeys(COUNTED, 0)  # kind -> highest step in the counts
+        self.began: float | None = None  # Unix time of the first process; earlier if the clock was set back since
+        self.time = 0.0  # Unix time of the last line
+        self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of that kind
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._hung = False  # the start that failed last
-        self._under_way: str | None = None  # the cause of what the last line says has begun
+        self._hung = False  # whether the last start hung before it failed
+        self._under_way: str | None = None  # the cause in the last line, if that line is a "begin"
         self._signals = {name: deque[float](maxlen=SPIKE_STEPS) for name in ("loss", "gradient_norm")}
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Enter one line; a kind we do not know is left to those who do."""
+        """Add one line; unknown kinds are ignored."""
         kind = line["kind"]
         if kind == "begin":
             self._under_way = line["cause"]
@@ -89,7 +94,7 @@ class RunAccounting:
             self.seconds["start"] += line["lap"]
         elif kind == "end":
             self._end(line)
-        elif kind == "failed_checkpoint":  # counted each time: it was tried again
+        elif kind == "failed_checkpoint":  # counted even for a repeated step: each attempt counts
             self._count("checkpoint_failures", 1, line["reason"])
             self.seconds["checkpoint"] += line["lap"]
         elif again:
@@ -106,13 +111,13 @@ class RunAccounting:
             self.last["norms"] = line
 
     def carry(self, began: float, ending: str | None, ended: float | None = None) -> dict[str, Any]:
-        """The state to open a new start with: the pause since the last line is entered under how that start ended.
+        """The state for the line of a new start; the cause of the pause since the last line follows from `ending`.
 
-        `began`: Unix time at which the new process began. `ending`: one of ENDINGS; None for the first start.
-        `ended`: Unix time of that ending, where somebody saw it and the start did not tell.
+        `began`: Unix time of the new process's beginning. `ending`: of the last start, one of ENDINGS; None for the
+        first start. `ended`: Unix time of that ending, if the launcher or a watchdog recorded it and not the start.
         """
         if ending is not None:
-            if self.began is not None and began < self.time:  # the clock was set back: a pause of unknown length, none
+            if self.began is not None and began < self.time:  # the clock was set back: the unknown pause counts as 0
                 self.began -= self.time - began
             pause = max(0.0, began - self.time)
             stood = min(max(0.0, (ended or self.time) - self.time), pause)
@@ -133,11 +138,11 @@ class RunAccounting:
 
     @property
     def wall_seconds(self) -> float:
-        """From the beginning of the first process to the last line."""
+        """Wall seconds from the beginning of the first process to the last line."""
         return self.time - self.began if self.began is not None else 0.0
 
     def samples(self) -> Samples:
-        """Everything the page says of the run, as [label values, value] under the name of each metric."""
+        """All metrics of the run: name -> [[label values, value], ...]."""
         found: Samples = {"productive_seconds": [[[], self.seconds["productive"]]]}
         found["lost_seconds"] = [[[cause], self.seconds[cause]] for cause in CAUSES]
         for key, value in self.counts.items():
@@ -206,7 +211,7 @@ class RunAccounting:
         return seconds > self._longest_step()
 
     def _longest_step(self) -> float:
-        """Of those that are not said to hang."""
+        """Seconds above which a step hangs: ten times the median; infinite before MIN_RECENT steps."""
         return HANG_FACTOR * statistics.median(self._durations) if len(self._durations) >= MIN_RECENT else math.inf
 
     def _add_evaluation(self, line: Mapping[str, Any]) -> None:
@@ -222,7 +227,7 @@ class RunAccounting:
 
 
 def is_spike(value: float, recent: deque[float]) -> bool:
-    """Whether a value is 6 standard deviations above the mean of those before it, of which there are at least 32."""
+    """Whether a value is 6 standard deviations above the mean of the values before it, at least 32 of them."""
     if len(recent) < MIN_SPIKE_STEPS or not math.isfinite(value):
         return False
     mean = statistics.fmean(recent)
@@ -277,7 +282,7 @@ def _utilization(step: Mapping[str, Any], start: Mapping[str, Any]) -> Samples:
 def _of_evaluation(line: Mapping[str, Any]) -> Samples:
     return {
         "validation_loss_nats": [[[], line["nats_per_token"]]],
-        "validation_compression_ratio": [[[], line["bits_per_byte"] / 8]],  # bytes are Prometheus' unit, not bits
+        "validation_compression_ratio": [[[], line["bits_per_byte"] / 8]],  # Prometheus' unit is bytes, not bits
     }
 
 

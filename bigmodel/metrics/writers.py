@@ -1,8 +1,8 @@
-"""Writers: the same numbers for those who look at TensorBoard or Weights & Biases.
+"""Writers: the same numbers for TensorBoard and Weights & Biases.
 
-Takes the lines of metrics.jsonl as they come, gives event files under the run directory: `tensorboard/`, `wandb/`
-(offline: `wandb sync` uploads them when you want). Optional: metrics.writers names them, and their packages are
-imported only then. A resumed run goes on in the same folders; TensorBoard forgets the steps that are done again.
+In: the lines of metrics.jsonl as they come. Out: event files under the run directory: `tensorboard/`, `wandb/`
+(offline; `wandb sync` uploads them). Optional: only writers in metrics.writers are used and their packages imported. A
+resumed run continues in the same folders; TensorBoard drops the steps that are repeated.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from bigmodel.config.settings import UserError
 
 
 class Writer(Protocol):
-    """Somewhere to put scalars."""
+    """A destination for scalars."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -40,7 +40,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """An offline run in RUN_DIR/wandb; each start is a part of one run of the directory's name."""
+    """An offline run in RUN_DIR/wandb, named like the directory; each start is a part of the same run."""
 
     package = "wandb"
 
@@ -63,7 +63,7 @@ WRITERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases
 
 
 def open_writers(names: Sequence[str], run_directory: Path, first_step: int) -> list[Writer]:
-    """Raises `UserError` for a package that is not installed."""
+    """Open the named writers. Raises `UserError` for a package that is not installed."""
     for name in names:
         if importlib.util.find_spec(WRITERS[name].package) is None:
             raise UserError(
@@ -74,7 +74,7 @@ def open_writers(names: Sequence[str], run_directory: Path, first_step: int) -> 
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """What of a line is drawn: names in groups, as both programs like them."""
+    """The scalars of a line, with grouped names ("training/loss") for both programs."""
     if line["kind"] == "step":
         names = ("loss", "gradient_norm", "learning_rate", "z_loss", "loss_scale", "step_seconds", "data_wait_seconds")
         yield from ((f"training/{name}", line[name]) for name in names if line[name] is not None)

@@ -1,1 +1,1 @@
-"""The model: architecture, initial weights, weights of Hugging Face models."""
+"""The model: architecture, attention masks, initial weights, Hugging Face weights."""

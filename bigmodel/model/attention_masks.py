@@ -1,21 +1,21 @@
-"""Attention masks: which keys each query of a batch sees, in every stack and layer. Chosen here and nowhere else.
+"""Attention masks of a batch, for every stack and layer. Only this file chooses them.
 
-Takes a batch and the model's settings, gives the masks that training computes with (`attention_masks`), the same masks
-as matrices to draw (`mask_matrices`), and the number of pairs that they let through, from the lengths of the documents
-alone (`visible_pairs`), from which the FLOPs follow. Tests hold all three equal, and equal to what moves in a model
-when its input does. The rules themselves and their pictures are in `kernels/mask.py`.
+In: a batch and the model's settings. Out: the masks that training uses (`attention_masks`), the same masks as matrices
+to draw (`mask_matrices`), and the number of attended pairs from document lengths alone (`visible_pairs`), from which
+FLOPs follow. Guarantee: tests hold all three equal, and equal to the outputs that change when an input changes.
+`kernels/mask.py` defines and pictures the masks. A query attends to:
 
-    stack            whole document ("full")                 in a sliding layer of window w
-    decoder          itself and all before it; all of a      itself and w - 1 before it; inside a prefix also
-                     document sees the prefix, if it has     what is left of the prefix after it
-                     one (data.bidirectional_prefix)
+    stack            full layer (whole document)             sliding layer of window w
+    decoder          itself and all before it; also to       itself and w - 1 before it; inside a prefix also
+                     the whole prefix, if the document       the rest of the prefix after it
+                     has one (data.bidirectional_prefix)
     decoder, mixed   its source, itself, all before it       itself and w - 1 before it: its past, and where
                                                              that is shorter, the end of its source
     encoder          all                                     itself, and w // 2 on either side
     cross-attention  its whole source                        its whole source
 
-Documents never see one another. Layers k, 2k, 3k ... of a stack, counted from 1, are full, with k =
-`model.full_attention_every`; the blocks of multi-token prediction count on behind the last layer.
+Documents never attend to one another. Layers k, 2k, 3k ... of a stack, counted from 1, are full, with k =
+`model.full_attention_every`; multi-token prediction (MTP) modules are numbered after the last layer.
 """
 
 from collections.abc import Mapping
@@ -30,27 +30,27 @@ from bigmodel.data.load.batch import Batch
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, intervals, mixed, mixed_rows, prefix_lm
 from bigmodel.model.rotary import LayerKind
 
-Masks = Mapping[LayerKind, AttentionMask]  # of the kinds of layers that a stack has
+Masks = Mapping[LayerKind, AttentionMask]  # of a stack, by kind of layer
 
 
 class AttentionMasks(NamedTuple):
-    """Of one batch. A mask is made once and shared by all layers that have it."""
+    """Masks of one batch, each made once and shared by all layers of its kind."""
 
     stack: Masks  # of the decoder, or of the only stack
     encoder: Masks | None = None  # of an encoder-decoder's encoder
-    cross: AttentionMask | None = None  # of the decoder's attention to the source, where that is a second one
-    key_rows: Tensor | None = None  # mixed: `mixed_rows`, where the keys of `stack` lie in the source and the targets
+    cross: AttentionMask | None = None  # of the decoder's cross-attention, if it has one
+    key_rows: Tensor | None = None  # mixed: `mixed_rows`, row numbers of the keys of `stack` in source and target
 
 
 def layer_kind(settings: ModelSettings, layer: int) -> LayerKind:
-    """Of a stack's layer, counted from 0."""
+    """The kind of a stack's layer, counted from 0."""
     every = settings.full_attention_every
     is_full = not settings.sliding_window or (every > 0 and (layer + 1) % every == 0)
     return "full" if is_full else "sliding"
 
 
 def attention_masks(batch: Batch, settings: ModelSettings) -> AttentionMasks:
-    """The masks of a batch in a model: the one place that chooses them."""
+    """The masks of a batch in a model."""
     side, window = batch.source, settings.sliding_window
     has_encoder = settings.kind == "encoder_decoder"
     assert has_encoder == (side is not None), (
@@ -74,7 +74,7 @@ def attention_masks(batch: Batch, settings: ModelSettings) -> AttentionMasks:
 
 
 def kinds_of(settings: ModelSettings) -> list[LayerKind]:
-    """The kinds of layers of a stack, extra blocks included, each once."""
+    """The kinds of layers of a stack, MTP modules included, each once."""
     layers = range(settings.num_layers + settings.num_mtp_modules)
     return list(dict.fromkeys(layer_kind(settings, layer) for layer in layers))
 
@@ -88,23 +88,23 @@ def _both_ways(cu_seqlens: Tensor, settings: ModelSettings) -> Masks:
 
 
 class MaskMatrix(NamedTuple):
-    """One mask in the order of the batch: a row is a query, a column a key."""
+    """One mask in the batch's order: a row is a query, a column a key."""
 
     name: str  # "decoder", or "decoder, layer 6, 12: whole document"
     query_side: Literal["target", "source"]  # "target": the tokens of the batch itself
-    key_sides: tuple[Literal["target", "source"], ...]  # the columns: these sides, one behind the other
-    lo_Q: Tensor  # a query sees the keys of the places lo <= place < hi
+    key_sides: tuple[Literal["target", "source"], ...]  # the columns: these sides, end to end
+    lo_Q: Tensor  # a query attends to the keys with lo <= place < hi
     hi_Q: Tensor
     place_K: Tensor
 
     def sees(self, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
-        """(rows, columns) bool: the matrix, or these rows and columns of it."""
+        """(rows, columns) bool: the matrix, or the given rows and columns."""
         place_K = self.place_K[columns]
         return (self.lo_Q[rows, None] <= place_K) & (place_K < self.hi_Q[rows, None])
 
 
 def mask_matrices(batch: Batch, settings: ModelSettings) -> list[MaskMatrix]:
-    """Every mask of the model once: those of the decoder, or of the only stack, cross-attention's, the encoder's."""
+    """Every mask of the model once: of the decoder (or the only stack), cross-attention, the encoder."""
     masks, num_labels = attention_masks(batch, settings), len(batch.tokens)
     num_sources = len(batch.source.tokens) if batch.source else 0
     found, seeds_T, seeds_S = [], torch.arange(num_labels), torch.arange(num_sources)
@@ -113,7 +113,7 @@ def mask_matrices(batch: Batch, settings: ModelSettings) -> list[MaskMatrix]:
         lo_Q, hi_Q = intervals(mask, num_labels)
         if masks.key_rows is None:
             found.append(MaskMatrix(name, "target", ("target",), lo_Q, hi_Q, seeds_T))
-        else:  # its rows and keys are read backwards
+        else:  # mixed: queries and keys are reversed
             places = masks.key_rows.argsort()
             found.append(MaskMatrix(name, "target", ("source", "target"), lo_Q.flip(0), hi_Q.flip(0), places))
     if masks.cross is not None:
@@ -126,7 +126,7 @@ def mask_matrices(batch: Batch, settings: ModelSettings) -> list[MaskMatrix]:
 
 
 def _layers_of(settings: ModelSettings, kind: LayerKind) -> str:
-    """Which layers of a stack have this kind, counted from 1; nothing where all see the whole document."""
+    """The layers of this kind, counted from 1, as text; empty where all attend to the whole document."""
     if not settings.sliding_window:
         return ""
     extent = "whole document" if kind == "full" else f"window of {settings.sliding_window}"
@@ -142,9 +142,9 @@ def _layers_of(settings: ModelSettings, kind: LayerKind) -> str:
 
 
 class VisiblePairs(NamedTuple):
-    """(query, key) pairs that the masks let through, summed over documents and over the layers of a stack."""
+    """Attended (query, key) pairs, summed over documents and over the layers of a stack."""
 
-    stack: int  # of the decoder, or of the only stack; with "mixed", the keys of the source too
+    stack: int  # of the decoder, or of the only stack; with "mixed", source keys included
     encoder: int
     cross: int
 
@@ -152,17 +152,17 @@ class VisiblePairs(NamedTuple):
 def visible_pairs(
     tokens_D: np.ndarray, source_tokens_D: np.ndarray, prefixes_D: np.ndarray, settings: ModelSettings
 ) -> VisiblePairs:
-    """Of documents of so many tokens, (D,) int64 each: on the decoder's side or the only one, on the source's, and in
-    the prefix that all of a document sees. Closed forms; cost a few operations for a document."""
+    """Pairs from the documents' lengths, (D,) int64 each: tokens (decoder or only stack), source tokens, prefix tokens.
+    Closed forms: a few operations per document."""
     n, s, window = tokens_D, source_tokens_D, settings.sliding_window
     if settings.kind == "encoder":
         return VisiblePairs(_both_ways_pairs(n, settings), 0, 0)
     is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
-    before = s if is_mixed else np.zeros_like(n)  # tokens before the first, that all of a document sees
+    before = s if is_mixed else np.zeros_like(n)  # tokens before the document's first, attended to by all of it
     full = _triangle(before + n) - _triangle(before)
     if settings.kind == "decoder":
-        full = full + _triangle(prefixes_D - 1)  # inside the prefix also what comes after
-    cut = _triangle(before + n - window) - _triangle(before - window)  # what lies too far back
+        full = full + _triangle(prefixes_D - 1)  # inside the prefix also the later keys
+    cut = _triangle(before + n - window) - _triangle(before - window)  # keys too far back
     own = _over_layers(settings, {"full": full, "sliding": full - cut})
     if settings.kind != "encoder_decoder":
         return VisiblePairs(own, 0, 0)
@@ -177,7 +177,7 @@ def _both_ways_pairs(n: np.ndarray, settings: ModelSettings) -> int:
 
 
 def _triangle(n: np.ndarray) -> np.ndarray:
-    """1 + 2 + ... + n; 0 from 0 down."""
+    """1 + 2 + ... + n; 0 for n <= 0."""
     n = np.maximum(n, 0)
     return n * (n + 1) // 2
 

@@ -1,8 +1,8 @@
-"""Interchange: models of Hugging Face transformers as ours, weight by weight.
+"""Hugging Face models as ours: conversion of settings and weights.
 
-Takes the configuration and the weights of a Llama, Qwen3 or T5 v1.1 (also Flan-T5, mT5) model as `transformers`
-names them, gives our settings and weights. Guarantees: every weight goes to one of ours (queries, keys and values, and
-gate and up, are laid end to end), and a configuration that our model has no counterpart for is an error that names it.
+In: the configuration and weights of a Llama, Qwen3 or T5 v1.1 (also Flan-T5, mT5) model, under `transformers`' names.
+Out: our settings and weights. Guarantees: every weight goes to one of ours (queries, keys and values are concatenated,
+likewise gate and up); a configuration without a counterpart here is an error that names the key.
 `transformers` itself is not imported: a state dict and its config.json are enough.
 """
 
@@ -22,14 +22,14 @@ Weights = dict[str, Tensor]
 def from_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[ModelSettings, Weights]:
     """`config`: as `model.config.to_dict()` or config.json; `state`: as `model.state_dict()`.
 
-    Raises `UserError` for another kind of model and for settings of these that ours has not.
+    Raises `UserError` for other kinds of models, and for settings that our model lacks.
     """
     kind = config.get("model_type")
     if kind in ("llama", "qwen3"):
         return _decoder_settings(config), _decoder_weights(config, state)
     if kind in ("t5", "mt5"):
         return _t5_settings(config), _t5_weights(config, state)
-    raise UserError(f"model_type = {kind!r}: cannot be read; llama, qwen3, t5 (version 1.1) and mt5 can")
+    raise UserError(f"model_type = {kind!r}: cannot be read; needed: llama, qwen3, t5 (version 1.1) or mt5")
 
 
 # ---- Llama and Qwen3 ------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def _decoder_settings(config: Mapping[str, Any]) -> ModelSettings:
     if scaling and window:
         raise UserError(
             f"rope_scaling = {config.get('rope_scaling') or rotary} with sliding_window = {config['sliding_window']}: "
-            "our sliding layers are not scaled, and those of Qwen3 are"
+            "our sliding layers do not scale rotary positions, Qwen3's do; convert a model with only one of the two"
         )
     return ModelSettings(
         **window,
@@ -65,12 +65,12 @@ def _decoder_settings(config: Mapping[str, Any]) -> ModelSettings:
 
 
 def rope_scaling(theirs: Mapping[str, Any], max_position_embeddings: int = 0) -> RopeScalingSettings | None:
-    """Of `rope_scaling`, or of `rope_parameters` as newer versions write it; None: the positions are not scaled."""
+    """From `rope_scaling`, or `rope_parameters` of newer versions; None: positions are not scaled."""
     kind = theirs.get("rope_type") or theirs.get("type") or "default"
     if kind == "default":
         return None
     if kind not in ROPE_SCALING_KEYS:
-        raise UserError(f"rope_scaling = {dict(theirs)}: cannot be read; {', '.join(ROPE_SCALING_KEYS)} can")
+        raise UserError(f"rope_scaling = {dict(theirs)}: cannot be read; kinds read: {', '.join(ROPE_SCALING_KEYS)}")
     table = {name: theirs.get(name) for name in ("factor", *ROPE_SCALING_KEYS[kind])}
     if kind == "yarn":
         table["original_max_position_embeddings"] = table["original_max_position_embeddings"] or max_position_embeddings
@@ -82,7 +82,7 @@ def rope_scaling(theirs: Mapping[str, Any], max_position_embeddings: int = 0) ->
 
 
 def _yarn_attention_factor(theirs: Mapping[str, Any]) -> float:
-    """Of DeepSeek's `mscale` and `mscale_all_dim`; 0, that is our default and theirs, where they are not both there."""
+    """From DeepSeek's `mscale` and `mscale_all_dim`; 0 (the default, here and there) unless both are given."""
     scales = theirs.get("mscale"), theirs.get("mscale_all_dim")
     if not all(scales):
         return 0.0
@@ -91,7 +91,7 @@ def _yarn_attention_factor(theirs: Mapping[str, Any]) -> float:
 
 
 def _window(config: Mapping[str, Any]) -> dict[str, int]:
-    """sliding_window and full_attention_every, of Qwen3's `layer_types` or of `max_window_layers` in older files."""
+    """sliding_window and full_attention_every, from Qwen3's `layer_types`, in older files from `max_window_layers`."""
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return {}
     layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)  # Qwen3's default
@@ -104,7 +104,8 @@ def _window(config: Mapping[str, Any]) -> dict[str, int]:
     every = full[0] if full else 0
     if full != [number for number in range(1, layers + 1) if every and number % every == 0]:
         raise UserError(
-            f"layer_types = {kinds}: ours are full in every k-th layer (model.full_attention_every) or in none"
+            f"layer_types = {kinds}: our model has full attention in every k-th layer (model.full_attention_every) or "
+            "in none"
         )
     return {"sliding_window": config["sliding_window"], "full_attention_every": every}
 
@@ -135,7 +136,7 @@ def _decoder_weights(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
 
 
 def _t5_settings(config: Mapping[str, Any]) -> ModelSettings:
-    if config["model_type"] == "t5":  # what a config.json leaves out is as in version 1.0; mT5's own are as needed
+    if config["model_type"] == "t5":  # a missing key means version 1.0, which is refused; mT5's defaults are as needed
         config = {"feed_forward_proj": "relu", "tie_word_embeddings": True} | dict(config)
     _refuse(config, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     return ModelSettings(
@@ -198,4 +199,4 @@ def _joined(state: Mapping[str, Tensor], prefix: str, *names: str) -> Tensor:
 def _refuse(config: Mapping[str, Any], **needed: Any) -> None:
     for name, value in needed.items():
         if config.get(name, value) != value:
-            raise UserError(f"{name} = {config[name]!r}: our model has {value!r} only")
+            raise UserError(f"{name} = {config[name]!r}: our model supports only {value!r}")

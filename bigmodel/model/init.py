@@ -1,4 +1,4 @@
-"""Initial weights: one function, one table, every value fixed by (seed, parameter name)."""
+"""Initial weights: one function and its table; every value depends on (seed, parameter name) only."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ from bigmodel.config.settings import ModelSettings
 def init_weights(
     model: nn.Module, seed: int, whole: Callable[[nn.Parameter], AbstractContextManager] | None = None
 ) -> None:
-    """Fill every parameter in place, in fp32. `whole` makes a partitioned one whole while it is filled.
+    """Fill every parameter in place, in fp32. `whole` gathers a partitioned parameter while it is filled.
 
     | parameter                            | distribution                        | source                        |
     |--------------------------------------|-------------------------------------|-------------------------------|
@@ -26,11 +26,12 @@ def init_weights(
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
     | norms                                | 1                                   |                               |
 
-    A is 2 a layer, 3 in a decoder with cross-attention; the encoder counts its own. With model.attention_scale set,
-    queries come scaled by it times sqrt(head size) less, as T5's do, so that scores begin as they would without.
+    A is 2 per layer, 3 in a decoder with cross-attention; the encoder counts its own layers. With
+    model.attention_scale set, query weights are divided by it and by sqrt(head_dim), as in T5, so that initial scores
+    are the same as without.
 
-    Each parameter has its own random stream, keyed by seed and name, so that a value depends on neither the
-    order of creation nor the number of ranks.
+    Each parameter has its own random stream, keyed by seed and name: values depend on neither the order of creation nor
+    the number of ranks.
     """
     for name, parameter in model.named_parameters():
         with whole(parameter) if whole else contextlib.nullcontext():

@@ -1,11 +1,11 @@
-"""Rotary positions: the angle by which each pair of channels turns from token to token, and the turning itself.
+"""Rotary position embedding (RoPE): the angle of each pair of channels at each token, and the rotation.
 
-Takes the model's settings and the positions of a batch, gives tables of cos and sin, made once per batch and kind of
-layer and shared by its layers. With `model.rotary_fraction` only the first channels of a head turn.
-`model.rope_scaling` lowers the frequencies of the layers that see their whole document; sliding layers keep theirs, as
-in Gemma 3 and OLMo 3. The numbers are those of `transformers.modeling_rope_utils`; a test holds them equal.
+In: the model's settings and a batch's positions. Out: tables of cos and sin, made once per batch and kind of layer
+and shared by its layers. With `model.rotary_fraction` only the first channels of a head rotate. `model.rope_scaling`
+lowers the frequencies of full-attention layers; sliding layers keep theirs, as in Gemma 3 and OLMo 3. Guarantee: the
+numbers are those of `transformers.modeling_rope_utils`, by a test.
 
-Letters in tensor names: T tokens, N heads, K channels of a head, P pairs of channels that turn.
+Letters in tensor names: T tokens, N heads, K channels of a head, P pairs of rotated channels.
 """
 
 import math
@@ -21,7 +21,7 @@ LayerKind = Literal["full", "sliding"]
 
 
 def rotary_table(positions_T: Tensor, settings: ModelSettings, kind: LayerKind = "full") -> Table:
-    """Of the layers of one kind. Made once per batch: a buffer of the model would be cast to bf16."""
+    """The table for layers of one kind. Made once per batch: a buffer of the model would be cast to bf16."""
     frequencies_P, factor = rotary_frequencies(settings, kind, positions_T.device)
     angles_TP = positions_T.float()[:, None] * frequencies_P
     cos_TP, sin_TP = angles_TP.cos(), angles_TP.sin()
@@ -31,8 +31,8 @@ def rotary_table(positions_T: Tensor, settings: ModelSettings, kind: LayerKind =
 
 
 def rotate(x_TNK: Tensor, table: Table) -> Tensor:
-    """Turn the pairs (x[i], x[i + P]) by their token's angle, as Llama's published weights expect; the channels from
-    2 P on stay as they are."""
+    """Rotate the pairs (x[i], x[i + P]) by their token's angle, as Llama's published weights expect; channels from 2 P
+    on are unchanged."""
     cos, sin = table
     pairs = cos.shape[-1]
     wide = x_TNK.to(torch.promote_types(x_TNK.dtype, torch.float32))
@@ -44,7 +44,7 @@ def rotate(x_TNK: Tensor, table: Table) -> Tensor:
 def rotary_frequencies(
     settings: ModelSettings, kind: LayerKind = "full", device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:
-    """(P,) fp32 radians per token: theta^(-2 p / channels) (Su et al. 2021), scaled; and YaRN's factor of cos, sin."""
+    """(P,) fp32 radians per token: theta^(-2 p / channels) (Su et al. 2021), scaled; YaRN's factor of cos and sin."""
     channels, scaling = settings.rotary_channels, settings.rope_scaling
     theta = (settings.sliding_rope_theta if kind == "sliding" else 0.0) or settings.rope_theta
     exponents_P = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
@@ -60,8 +60,8 @@ def rotary_frequencies(
 
 
 def _llama3(frequencies_P: Tensor, scaling: RopeScalingSettings) -> Tensor:
-    """Divided by `factor` where a pair turns fewer than `low_freq_factor` times in the original length, as they are
-    above `high_freq_factor` turns, between these a mean weighted by the turns (Llama 3.1)."""
+    """Llama 3.1's scaling, by the number of turns of a pair in the original length: below `low_freq_factor` turns
+    divided by `factor`, above `high_freq_factor` unchanged, between them a mean weighted by the turns."""
     turns_P = scaling.original_max_position_embeddings * frequencies_P / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -69,18 +69,19 @@ def _llama3(frequencies_P: Tensor, scaling: RopeScalingSettings) -> Tensor:
 
 
 def _yarn(frequencies_P: Tensor, theta: float, scaling: RopeScalingSettings) -> Tensor:
-    """Divided by `factor` from the pair on that turns `beta_slow` times in the original length, as they are up to that
-    of `beta_fast` turns, between these on a ramp over the pairs' numbers ("NTK by parts", Peng et al. 2023)."""
+    """YaRN's "NTK by parts" (Peng et al. 2023), by a pair's number of turns in the original length: unchanged up to the
+    pair of `beta_fast` turns, divided by `factor` from the pair of `beta_slow` turns on, between them a linear ramp
+    over pair numbers."""
     pairs = len(frequencies_P)
 
     def pair_of(turns: float) -> float:
-        """The number of the pair that turns so often: that of frequency 2 pi turns / length."""
+        """The number of the pair with this many turns in the original length: frequency 2 pi turns / length."""
         return pairs * math.log(scaling.original_max_position_embeddings / (2 * math.pi * turns)) / math.log(theta)
 
     first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * pairs - 1)  # the published code bounds by channels, not by pairs
+    first, last = max(first, 0), min(last, 2 * pairs - 1)  # bounded by channels, as in the published code, not by pairs
     width = last - first or 0.001
     divided_P = ((torch.arange(pairs, device=frequencies_P.device, dtype=torch.float32) - first) / width).clamp(0, 1)
     return frequencies_P * (1 - divided_P + divided_P / scaling.factor)

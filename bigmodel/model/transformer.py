@@ -1,18 +1,21 @@
-"""The transformer: a flat run of packed documents in, the loss of every document out.
+"""The transformer: packed documents in, their loss out.
 
-Takes a `Batch` (one flat run of T positions; for an encoder-decoder another of S source positions), gives the summed
-loss, the loss of each position, or logits. Guarantees: documents cannot influence one another (attention, positions
-and loss restart at each boundary) and dropout depends on the batch's keys only, never on rank or call order. The
-model does not know how many machines there are: ZeRO is applied from outside.
+In: a `Batch` of T positions (for an encoder-decoder also S source positions). Out: the summed loss, the loss of each
+position, or logits. Guarantees: documents cannot influence one another (attention, positions and loss restart at each
+boundary); dropout depends on the batch's dropout seeds only, not on rank or call order. The model does not know the
+number of machines: ZeRO is applied from outside.
 
     tokens -> embedding -> [ norm -> attention -> + -> norm -> feed-forward -> + ] x layers -> norm -> head -> loss
 
-A decoder is causal (what `batch.prefixes` counts is seen by its whole document), an encoder sees both ways. An
-encoder-decoder is an encoder of the source and a decoder whose blocks see the encoder's states: by a second attention
-(`cross`), or in one softmax with their own past (`mixed`).
+Example: cu_seqlens [0, 5, 7, 8], hidden_size 64, vocabulary 32,000: tokens (8,) -> hidden states (8, 64) -> loss sum
+() over the labels of three documents; the logits (8, 32000) exist only if `output` asks for them.
 
-Letters in tensor names: T positions of the micro-batch, S of its source side, H hidden width, E the encoder's, Q query
-heads, G key/value heads, K head width, F feed-forward width, V vocabulary. `x_TH` is a tensor of shape (T, H).
+A decoder is causal (all positions of a document attend to its prefix, `batch.prefixes`), an encoder bidirectional. An
+encoder-decoder is an encoder of the source and a decoder whose blocks attend to the encoder's states: by a second
+attention (`cross`), or in one softmax with their own past (`mixed`).
+
+Letters in tensor names: T positions of the micro-batch, S of its source side, H hidden_size, E the encoder's, Q query
+heads, G key/value heads, K head_dim, F intermediate_size, V vocabulary. `x_TH` is a tensor of shape (T, H).
 """
 
 from collections.abc import Mapping
@@ -38,14 +41,14 @@ from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_mask
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
-CROSS_SALT = 1 << 20  # of dropout: above those of any layer's other two
+CROSS_SALT = 1 << 20  # added to the dropout salt of cross-attention: larger than all other salts
 
 
 class Linear(nn.Linear):
     """A matrix product without bias. bf16 on a CPU is multiplied in fp32 and rounded once.
 
     CPUs without bf16 instructions multiply bf16 about 30 times slower than fp32 (1.2 against 32 GFLOP/s on
-    one AVX2 core); the result is the one a GPU gives, which also adds bf16 products in fp32.
+    one AVX2 core). The result equals that of a GPU, which also adds bf16 products in fp32.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -72,7 +75,7 @@ class RMSNorm(nn.Module):
 
 
 def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
-    """Drop by a hash of (key of the position, salt, channel): the same on any rank, device and at any recomputation.
+    """Dropout by a hash of (seed of the position, salt, channel): equal on any rank and device and when recomputed.
 
     The hash is the finalizer of splitmix64 (Steele et al. 2014); its top 31 bits are compared with the rate.
     """
@@ -88,28 +91,28 @@ def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """How an attention looks at a batch: made once, used by all layers of one kind of a side."""
+    """Mask, tile metadata and positions of a batch: made once, used by all layers of one kind in a stack."""
 
     mask: AttentionMask
     tile_metadata: TileMetadata
-    table: Table | None = None  # rotary, of the queries and of the keys beside them
+    table: Table | None = None  # rotary, of the queries and their aligned keys
     bias_HR: Tensor | None = None
     source_table: Table | None = None  # mixed: rotary, of the source's keys
-    rows: Tensor | None = None  # mixed: where the keys are in the source's and the decoder's rows, last first
+    rows: Tensor | None = None  # mixed: row numbers of the keys in source and decoder rows, last first (`mixed_rows`)
 
 
 Views = Mapping[LayerKind, AttentionInputs]
 
 
 class EncoderOutput(NamedTuple):
-    """What a decoder sees of an encoder: its states (S, E) and, for cross-attention, how it looks at them."""
+    """For a decoder: the encoder's states (S, E) and, with cross-attention, its attention inputs."""
 
     states_SE: Tensor
     inputs: AttentionInputs | None
 
 
 class RelativeBias(nn.Embedding):
-    """T5's learned bias by distance, (H, R), for all layers of a side."""
+    """T5's learned bias by distance, (H, R), for all layers of a stack."""
 
     def __init__(self, settings: ModelSettings, sees_both_ways: bool) -> None:
         super().__init__(settings.relative_buckets, settings.num_heads)
@@ -150,14 +153,14 @@ class Attention(nn.Module):
 
 
 class MixedAttention(Attention):
-    """A decoder's own past and its source in one softmax. A source stands before its targets, as in a prefix-LM."""
+    """A decoder's own past and its source in one softmax. The source comes before the target, as in a prefix-LM."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
         self.source_key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim)
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, states_SE: Tensor) -> Tensor:  # type: ignore[override]
-        assert inputs.source_table is not None, "a inputs for mixed attention"
+        assert inputs.source_table is not None, "mixed attention needs inputs from make_mixed_views"
         q_TQK, k_TGK, v_TGK = self.project(x_TH, inputs)
         source_SNK = self.source_key_value(states_SE).unflatten(-1, (2 * self.num_kv_heads, self.head_dim))
         source_k_SGK, source_v_SGK = source_SNK.split(self.num_kv_heads, dim=1)
@@ -168,7 +171,7 @@ class MixedAttention(Attention):
 
 
 class CrossAttention(nn.Module):
-    """Every position of a target sees the whole of its own source; no positions, as in T5."""
+    """Every position of a target attends to its whole source; no position embedding, as in T5."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -185,19 +188,19 @@ class CrossAttention(nn.Module):
         self.key_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
 
     def forward(self, x_TH: Tensor, source: EncoderOutput) -> Tensor:
-        assert source.inputs is not None, "a inputs for cross-attention"
+        assert source.inputs is not None, "cross-attention needs an encoder output with attention inputs"
         q_TQK = self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim))
         k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
         rows = self.query_norm(q_TQK), self.key_norm(k_SGK), v_SGK
         out_TQK = attention(*rows, source.inputs.mask, source.inputs.tile_metadata, self.scale, self.softcap)
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
-            # No target here has a source: gradients are zero, not absent, for ranks reduce them together.
+            # No target here has a source: gradients must be zero, not absent, because all ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
         return self.output(out_TQK.flatten(1))
 
 
 class FeedForward(nn.Module):
-    """A gated layer (Shazeer 2020): (silu(x W_gate) * (x W_up)) W_down, or gelu; the first two as one product."""
+    """A gated layer (Shazeer 2020): (silu(x W_gate) * (x W_up)) W_down, or gelu; W_gate and W_up are one product."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -214,8 +217,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each on a normalised input and added to the residual stream.
 
-    A decoder of an encoder-decoder sees the source in its attention (mixed) or in a second one (cross). The inputs that
-    a block is given is that of its kind of layer (`kind`).
+    In an encoder-decoder, decoder blocks attend to the source in the same attention (mixed) or in a second one (cross).
+    `inputs` are the attention inputs of the block's `kind` of layer.
     """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
@@ -244,25 +247,25 @@ class Block(nn.Module):
         return x_TH + self.drop(thought_TH, seeds_T, 2, 1)
 
     def drop(self, x_TH: Tensor, seeds_T: Tensor, times: int, plus: int = 0) -> Tensor:
-        """Dropout of salt times * layer + plus. Without dropout the layer's number is not looked at: torch.compile then
-        has one graph for all layers."""
+        """Dropout of salt times * layer + plus. Without dropout the layer's number is not read: torch.compile then has
+        one graph for all layers."""
         if not (self.training and self.dropout):
             return x_TH
         return dropout(x_TH, self.dropout, seeds_T, salt=times * self.layer + plus)
 
 
 class Head(nn.Module):
-    """From hidden states to the loss, without ever holding T x V logits.
+    """From hidden states to the loss, without T x V logits in memory.
 
-    The loss is taken inside this module's own forward: under ZeRO-3 the weight is whole only there. The value of
-    loss_sum leaves the z-loss out, its gradient has it; loss_per_position is the plain cross-entropy.
+    The loss is computed inside this module's forward: under ZeRO-3 the weight is whole only there. The value of
+    loss_sum excludes the z-loss, its gradient includes it; loss_per_position is the plain cross-entropy.
     """
 
     def __init__(self, weight_VH: nn.Parameter, options: Options) -> None:
         super().__init__()
         self.weight = weight_VH
         self.options = options
-        self.z_sum: Tensor | float = 0.0  # of the last loss_sum: logsumexp(logits)^2 over its targets
+        self.z_sum: Tensor | float = 0.0  # of the last loss_sum: sum of logsumexp(logits)^2 over its labels
 
     def forward(
         self, x_TH: Tensor, labels_T: Tensor, output: Output, groups_T: Tensor | None = None, num_loss_groups: int = 1
@@ -279,14 +282,14 @@ class Head(nn.Module):
 
 
 def _by_group(loss_sum: Tensor, losses_T: Tensor, groups_T: Tensor, num_loss_groups: int) -> Tensor:
-    """(parts,) sums of the positions' losses; the gradient of their sum is that of `loss_sum`."""
+    """(loss groups,) sums of the positions' losses; the gradient of their sum is that of `loss_sum`."""
     is_of_PT = groups_T == torch.arange(num_loss_groups, device=groups_T.device)[:, None]
-    sums_P = (losses_T.double() * is_of_PT).sum(1).to(losses_T.dtype)  # no atomics: the same bits every time
+    sums_P = (losses_T.double() * is_of_PT).sum(1).to(losses_T.dtype)  # no atomics: repeats bitwise
     return sums_P + (loss_sum - loss_sum.detach()) / num_loss_groups
 
 
 def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int) -> Tensor:
-    """(T,) the target `steps` positions on in the same document; IGNORED where that is none."""
+    """(T,) the label `steps` positions later in the same document; IGNORED beyond its end."""
     row_T = _rows(labels_T)
     document_T = torch.searchsorted(cu_seqlens, row_T, right=True)
     later_T = (row_T + steps).clamp(max=len(row_T) - 1)
@@ -295,7 +298,7 @@ def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """The source side of an encoder-decoder: embedded sources (S, E) to the normalised states that decoders see."""
+    """The source side of an encoder-decoder: embedded sources (S, E) to normalised states for the decoder."""
 
     def __init__(self, settings: ModelSettings, vocabulary: int) -> None:
         super().__init__()
@@ -315,7 +318,7 @@ class Encoder(nn.Module):
 
 
 def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor) -> Views:
-    """How the self-attention of an encoder's or decoder's blocks looks at a batch: a inputs for each kind of layer."""
+    """Attention inputs of an encoder's or decoder's self-attention, one for each kind of layer."""
     settings, rows = stack.settings, len(positions_T)
     schedules = {kind: make_tile_metadata(mask, rows, rows) for kind, mask in masks.items()}
     if settings.position_embedding == "relative_bias":
@@ -326,7 +329,7 @@ def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor) -> Views:
 
 
 def make_mixed_views(settings: ModelSettings, masks: AttentionMasks, batch: Batch) -> Views:
-    """The same for mixed attention. A target's positions go on where its source's end."""
+    """Attention inputs of mixed attention. A target's positions continue those of its source."""
     assert batch.source, "mixed attention needs a batch with a source side"
     side, rows = batch.source, len(batch.tokens)
     behind_T = side.cu_seqlens.diff()[torch.searchsorted(batch.cu_seqlens, _rows(batch.tokens), right=True) - 1]
@@ -343,10 +346,10 @@ def make_mixed_views(settings: ModelSettings, masks: AttentionMasks, batch: Batc
 
 
 class Transformer(nn.Module):
-    """The model. `forward(batch)` gives the loss summed over the batch's targets, in fp32, in nats: a scalar, or
-    one sum for each part of the batch (`batch.loss_groups`), which add up to it.
+    """The model. `forward(batch)` gives the loss summed over the batch's labels, in fp32, in nats: a scalar, or one sum
+    per loss group (`batch.loss_groups`), which add up to it.
 
-    z_loss, label_smoothing and extra heads shape the gradient of that sum, not its value (Options).
+    z_loss and MTP modules change the gradient of that sum, not its value; label_smoothing changes both (Options).
     """
 
     def __init__(
@@ -366,21 +369,21 @@ class Transformer(nn.Module):
         untied = not settings.tied_embeddings
         weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
         self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
-        self.z_sum: Tensor | float = 0.0  # since somebody set it to 0: of the micro-batches of a step
+        self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
-        """loss_sum: () or (parts,); loss_per_position: (T,), 0 where nothing is asked; logits: (T, V). All fp32."""
+        """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V). All fp32."""
         return self.read_out(*self.embed(batch), batch, output)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Embedded tokens (T, H), and sources (S, E) where there are any."""
+        """Embedded tokens (T, H), and embedded sources (S, E) or None."""
         if batch.source is None:
             return self.embedding(batch.tokens), None
         of_source = self.encoder.embedding if self.settings.separate_embeddings else self.embedding
         return self.embedding(batch.tokens), of_source(batch.source.tokens)
 
     def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
-        """`forward` from embedded tokens on."""
+        """The rest of `forward`, after the embedding."""
         x_TH, views, source = self.trunk(x_TH, x_SE, batch)
         result = self.head(self.norm(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups)
         if output == "loss_sum" and self.training:
@@ -398,18 +401,18 @@ class Transformer(nn.Module):
         return result
 
     def hidden(self, x_TH: Tensor, batch: Batch, x_SE: Tensor | None = None) -> Tensor:
-        """Embedded tokens (T, H) to the normalised states (T, H) that the head reads."""
+        """Embedded tokens (T, H) to the normalised states (T, H), the head's input."""
         return self.norm(self.trunk(x_TH, x_SE, batch)[0])
 
     def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, Views, EncoderOutput | None]:
-        """Through all blocks: the states (T, H) before the last norm, and what the blocks looked at."""
+        """Through all blocks: the states (T, H) before the last norm, the attention inputs, the encoder's output."""
         views, source = self.attention_inputs(x_SE, batch)
         for block in self.blocks:
             x_TH = block(x_TH, views[block.kind], batch.dropout_seeds, source)
         return x_TH, views, source
 
     def attention_inputs(self, x_SE: Tensor | None, batch: Batch) -> tuple[Views, EncoderOutput | None]:
-        """How the blocks look at the batch, and what they see of its source, encoded here."""
+        """The blocks' attention inputs, and the encoder's output; runs the encoder."""
         masks, side = attention_masks(batch, self.settings), batch.source
         if side is None or x_SE is None:
             return make_views(self, masks.stack, batch.positions), None

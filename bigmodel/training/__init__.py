@@ -1,1 +1,1 @@
-"""The training loop and what it drives."""
+"""The training loop, the learning rate, the summary at the end of a run."""

@@ -1,7 +1,9 @@
-"""The learning rate of each step: pure functions of its number and the settings.
+"""The learning rate of each step: a pure function of the step number and the settings.
 
-Time is counted in steps or in positions (`schedule.unit`): with a batch that ramps, a schedule in positions keeps its
-shape over the data. Positions are those the plan gives a step, packs x sequence_length, padding included.
+Time is counted in steps or in tokens (`schedule.unit`). A schedule in tokens keeps its shape over the data while the
+batch size ramps up. Tokens of a step: packed sequences x sequence_length, padding included.
+
+Example: peak 1.0, 10 warm-up steps, cosine to 0.1 over 100 steps: 0.1 at step 0, 1.0 at step 9, 0.1 at step 99.
 """
 
 import math
@@ -13,7 +15,7 @@ from bigmodel.config.settings import Settings, positions_before
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a step ends, and how long warm-up, decay and the whole run are, all in one unit."""
+    """The end of a step, and the lengths of warm-up, decay and the whole run, all in one unit."""
 
     done: float
     warmup: float
@@ -24,30 +26,30 @@ class Clock:
 def cosine(clock: Clock, final_ratio: float) -> float:
     """r + (1 - r) * (1 + cos(pi * p)) / 2, p = (done - warmup) / (total - warmup). Loshchilov & Hutter 2017.
 
-    p is 0 at the last step of the warm-up and 1 at the last of all.
+    p is 0 at the last step of the warm-up and 1 at the last step of the run.
     """
     return final_ratio + (1.0 - final_ratio) * (1.0 + math.cos(math.pi * _progress(clock))) / 2.0
 
 
 def linear(clock: Clock, final_ratio: float) -> float:
-    """1 - (1 - r) * p with the p of `cosine`."""
+    """1 - (1 - r) * p, p as in `cosine`."""
     return 1.0 - (1.0 - final_ratio) * _progress(clock)
 
 
 def wsd(clock: Clock, final_ratio: float) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): 1, then 1 - (1 - r) * p over the last `decay`; p ends at 1."""
+    """Warm-up, stable, decay (Hu et al. 2024): 1, then 1 - (1 - r) * p during the last `decay`; p ends at 1."""
     into_decay = clock.done - (clock.total - clock.decay)
     progress = min(into_decay / clock.decay, 1.0) if into_decay > 0 and clock.decay else 0.0
     return 1.0 - (1.0 - final_ratio) * progress
 
 
 def inverse_square_root(clock: Clock, final_ratio: float) -> float:
-    """sqrt(warmup / done), and r at the least (Vaswani et al. 2017)."""
+    """max(r, sqrt(warmup / done)) (Vaswani et al. 2017)."""
     return max(final_ratio, math.sqrt(max(clock.warmup, 1.0) / clock.done))
 
 
 def constant(clock: Clock, final_ratio: float) -> float:
-    """The peak after the warm-up, to the end."""
+    """1: the peak from the warm-up to the end."""
     return 1.0
 
 
@@ -61,9 +63,9 @@ SCHEDULES: dict[str, Callable[[Clock, float], float]] = {
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """The learning rate of the update of step `step`, counted from 0.
+    """The learning rate for the update of step `step`, counted from 0.
 
-    Linear warm-up first: peak * done / warmup, so that the first update already moves something.
+    Linear warm-up: peak * done / warmup, above 0 already in the first update.
     """
     clock, schedule = _clock(step, settings), settings.schedule
     peak = settings.optimizer.learning_rate

@@ -1,4 +1,4 @@
-"""A trained model, loaded from a run directory into one process, without DeepSpeed."""
+"""Loads a trained model from a run directory into one process, without DeepSpeed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights in fp32, in evaluation mode, on the GPU where there is one."""
+    """fp32 weights, in evaluation mode, on the GPU if there is one."""
 
     settings: Settings
     step: int
@@ -44,7 +44,7 @@ def load_trained(run_directory: Path) -> Trained:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = checkpoint.read_weights(found)
     model = Transformer(settings.model, len(weights["embedding.weight"]))
-    for name, parameter in model.named_parameters():  # a tied head is the embedding: stored once
+    for name, parameter in model.named_parameters():  # a tied output matrix is stored once, as the embedding
         parameter.data.copy_(weights[name])
     model.eval().to(device)
     store = ShardStore.of_run(settings.data, "validation")

@@ -1,10 +1,17 @@
 """The training loop: shards in, checkpoints out, one straight line.
 
-Takes settings, gives an exit code (run_directory.EXIT_*). Every rank runs this same function; rank 0 alone prints,
-exports metrics and writes the run directory. Guarantees: what happens at step N stands between `for step` and
-the end of that block; data, dropout and learning rate of a step depend on the seed and its number alone, so a
-run that was killed and resumed retraces the uninterrupted one. A step without a finite loss and gradient is
-skipped by all ranks together, before the update, and recorded.
+In: settings. Out: an exit code (run_directory.EXIT_*), checkpoints, metrics. Every rank runs `train`; only rank 0
+prints and writes the run directory.
+
+A step: forward and backward of each micro-batch -> one sum over the ranks -> gradient norm -> update -> metrics ->
+evaluation, checkpoint. All of it stands between `for step` and the end of that block.
+
+Guarantees:
+- Data, dropout and learning rate of a step depend only on the seed, the step number and the settings. A run that is
+  killed and resumed repeats the uninterrupted run.
+- All ranks skip a step together, before the update, if its loss or gradient is not finite. The step is recorded.
+
+Cost of the loop itself: one all-reduce of a few numbers per step; it waits for the device.
 """
 
 import math
@@ -56,16 +63,16 @@ from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.zero.engine import Engine, creation
 from bigmodel.training.zero.norms import Norms
 
-SAMPLE_TOKENS = 200  # of generated text at the end
-NUM_EXAMPLES = 3  # shown at the end of an encoder-decoder's training
-MAX_BAD_STEPS = 10  # so many in a row without a finite gradient: diverged; fp16 first lowers its scale to the end
+SAMPLE_TOKENS = 200  # length of the text generated at the end of the run
+NUM_EXAMPLES = 3  # examples shown at the end of an encoder-decoder's run
+MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a start of the run begins: the steps done before, the data that comes, the plans so far."""
+    """Where this start begins: number of steps done, the order of the coming data, the plans so far."""
 
     step: int
     order: Order
@@ -74,23 +81,23 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What a step came to over all ranks."""
+    """Sums of a step over all ranks."""
 
-    nats_by_group: list[float]  # by objective and source
+    nats_by_group: list[float]  # loss by objective and source
     z_loss: float
-    stop_votes: float  # ranks that were told to stop
-    written_votes: float  # ranks whose save in flight is written
-    busy_seconds: list[float]  # by rank, of the step before
+    stop_votes: float  # number of ranks that got a signal to stop
+    written_votes: float  # number of ranks that have written their file of the checkpoint being saved
+    busy_seconds: list[float]  # by rank, in the previous step
 
 
 def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> int:
-    """Train to `training.steps`, going on from the newest good checkpoint in the run directory.
+    """Train to `training.steps`, from the newest good checkpoint in the run directory or from step 0.
 
-    `fresh` sets checkpoints aside. `new_plan` goes on in a fresh order of the data: see `bigmodel.data.plan.segments`.
+    `fresh` sets checkpoints aside. `new_plan` continues with a new data order: see `bigmodel.data.plan.segments`.
 
-    Raises `UserError` for what a user can mend: contradicting settings, damaged data or checkpoints, a full disk.
+    Raises `UserError` for what a user can fix: contradicting settings, damaged data or checkpoints, a full disk.
     """
-    with ExitStack() as closing:  # however the run ends: no thread, no hidden cursor, no metrics address stays behind
+    with ExitStack() as closing:  # however the run ends, no thread, hidden terminal cursor or metrics address remains
         return _train(settings, fresh, new_plan, closing)
 
 
@@ -103,7 +110,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     restart_generation = world.on_rank_zero(lambda: take_over(directory))
     check_consistency(world, settings)
 
-    # What to train on and what to train.
+    # The data and the model.
     effective, settings = resolve_deepspeed(settings, world.size)
     store = ShardStore.of_run(settings.data, "train")
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
@@ -114,7 +121,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     engine = Engine(model, settings, effective, world, phases)
     limit_collectives(settings.training.collective_timeout_seconds)
 
-    # Where to go on, and what reports it.
+    # The place to start from, and the reports.
     start = _find_start(settings, store, place, engine, world, fresh, new_plan)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
@@ -136,7 +143,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         phases.add("data", stream.wait_seconds)
         done = step.number + 1
 
-        # Forward and backward: every micro-batch adds its part of the step's one mean loss and gradient.
+        # Forward and backward: each micro-batch adds its share of the step's mean loss and gradient.
         nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
         model.z_sum = 0.0
         for number, batch in enumerate(step.micro_batches, start=1):
@@ -147,7 +154,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
 
-        # Update, unless the step is bad; loss and norm are equal on all ranks, so all decide alike.
+        # Update, unless the step is bad. Loss and norm are equal on all ranks, so all ranks decide alike.
         bad = not math.isfinite(loss + gradient_norm)
         rate = learning_rate(step.number, settings)
         norms.before_update(done)
@@ -210,7 +217,10 @@ def _refuse_wide_heads(settings: Settings, world: World) -> None:
 
 
 def _seats(world: World, sharing: int) -> tuple[Place, Seat]:
-    """This rank's place in the data, and in the machines. sharing: ranks that share each pack. Collective."""
+    """This rank's place in the data and on the machines. Collective.
+
+    sharing: number of ranks that share each packed sequence.
+    """
     ranks_per_node = world.ranks_per_node()
     node, local_rank = divmod(world.rank, ranks_per_node)
     place = Place.of_rank(world.rank, world.size, ranks_per_node, sharing)
@@ -227,7 +237,7 @@ def _new_model(settings: Settings, effective: dict[str, Any], vocabulary: int) -
 def _find_start(
     settings: Settings, store: ShardStore, place: Place, engine: Engine, world: World, fresh: bool, new_plan: bool
 ) -> _Start:
-    """Load the newest good checkpoint into the engine, if there is one. Collective. Raises what `train` raises."""
+    """Load the newest good checkpoint, if any, into the engine. Collective. Raises what `train` raises."""
     directory, remote = settings.run.directory, settings.checkpoint.remote
     checkpoints = directory / "checkpoints"
     if fresh:
@@ -246,7 +256,7 @@ def _find_start(
 def _open_metrics(
     settings: Settings, first_step: int, seat: Seat, fresh: bool, engine: Engine, world: World
 ) -> Metrics:
-    """Collective: the ranks of a start share a word."""
+    """Collective: all ranks of a start share one random token."""
     directory = settings.run.directory
     start = world.on_rank_zero(lambda: new_start(directory))
     return Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
@@ -261,7 +271,7 @@ def _report_start(
     metrics: Metrics,
     line: LiveLine,
 ) -> None:
-    """The files, events and lines of a start, on rank 0."""
+    """Write the files and events of a start and print its lines; on rank 0."""
     directory, segments = settings.run.directory, start.segments
     changed = record_start(directory, to_toml_table(settings), effective, settings.data.directory)
     record_event(directory, "start", step=start.step, world_size=world.size)
@@ -275,7 +285,7 @@ def _report_start(
 def _open_stream(
     settings: Settings, effective: dict[str, Any], store: ShardStore, order: Order, place: Place, world: World
 ) -> Stream:
-    """The steps of this rank, read ahead from here on. Collective where no node plans all lanes."""
+    """The steps of this rank; reading ahead begins here. Collective if the lanes are planned by several nodes."""
     nodes = None
     if place.num_nodes > 1 and settings.data.lanes > 1:
         speaks = place.rank_in_node == 0 and world.rank % settings.training.sequence_parallel_ranks == 0
@@ -299,7 +309,7 @@ def _open_stream(
 def _add_up(
     world: World, nats: Tensor, z_sum: Tensor | float, stop: bool, written: bool, busy_row: Sequence[float]
 ) -> _Sums:
-    """One sum over the ranks of all that a step has to say. Waits for the device. Collective."""
+    """All sums of a step over the ranks, in one all-reduce. Waits for the device. Collective."""
     votes = [float(stop), float(written)]
     told = world.sum_([*nats.tolist(), float(z_sum), *votes, *busy_row])
     by_part, (z_loss_sum, stop_votes, written_votes, *busy) = told[: len(nats)], told[len(nats) :]
@@ -351,7 +361,7 @@ def _report_skipped(
     directory: Path,
     line: LiveLine,
 ) -> None:
-    """The event and the line of a step without an update, with its documents of all nodes. Collective."""
+    """Record a step without an update, with its documents on all nodes, and print a line. Collective."""
     done = step.number + 1
     parts = _of_all_nodes(_documents(store, step), place, world)
     if world.rank == 0:
@@ -366,7 +376,7 @@ def _is_evaluated(done: int, settings: Settings) -> bool:
 
 
 def _refuse_divergence(bad_steps: int, done: int, settings: Settings) -> None:
-    """bad_steps: in a row, up to the step `done`."""
+    """bad_steps: number of bad steps in a row that end with step `done`."""
     if bad_steps == MAX_BAD_STEPS:
         raise UserError(
             f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
@@ -382,7 +392,7 @@ def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line:
         metrics.record_checkpoint(news.step, news.bytes, news.seconds)
     else:
         if not news.ends_run:
-            line.say(f"step {news.step}: {news.error}; training goes on, as checkpoint.on_failure says")
+            line.say(f"step {news.step}: {news.error}; training continues because of checkpoint.on_failure")
         if metrics.writes:
             record_event(directory, "checkpoint_failed", step=news.step, error=news.error, reason=news.reason)
         metrics.record_failed_checkpoint(news.step, news.reason)
@@ -396,7 +406,7 @@ def _evaluate_at_end(
     metrics: Metrics,
     segments: Sequence[Segment],
 ) -> None:
-    """The whole validation split, a sample of text, and where everything is. Collective."""
+    """Evaluate the whole validation split, generate a sample, write and print the summary. Collective."""
     metrics.begins("evaluation", settings.training.steps)
     evaluation = validation.run(engine.forward, world)
     tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
@@ -414,7 +424,7 @@ def _evaluate_at_end(
 
 
 def _end(done: int, settings: Settings, metrics: Metrics, world: World) -> int:
-    """Record how the run ended after `done` steps; gives the exit code. Collective."""
+    """Record the end of the run after `done` steps; returns the exit code. Collective."""
     directory, steps = settings.run.directory, settings.training.steps
     stopped = done < steps
     metrics.close("stopped" if stopped else "finished")
@@ -428,7 +438,7 @@ def _end(done: int, settings: Settings, metrics: Metrics, world: World) -> int:
 
 
 def _facts(engine: Engine, world: World) -> dict[str, Any]:
-    """What the page says of the run as a whole; measured on rank 0, which tells it."""
+    """Run-level gauges for the metrics endpoint; computed on rank 0, empty on other ranks."""
     if world.rank > 0:
         return {}
     parameters = sum(math.prod(engine.shape(name)) for name in engine.names())
@@ -436,7 +446,7 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
 
 
 def _state(step: Step, segments: Sequence[Segment], place: Place, world: World) -> dict[str, Any]:
-    """What a checkpoint knows of the data: where all lanes stand, how far they are through the sources. Collective."""
+    """State of the data for a checkpoint: cursors of all lanes, progress through the sources. Collective."""
     position = step.position
     told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
     lanes = {number: lane for _, part in told for number, lane in part.items()}
@@ -454,7 +464,7 @@ def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
 
 
 def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
-    """[source, shard, row, first position, positions] of every chunk in a step: what a skipped step left out."""
+    """[source, shard, row, first token, number of tokens] of each chunk of a step; recorded for a skipped step."""
     return [
         [store.sources[chunk.source], chunk.shard, chunk.row, chunk.start, chunk.length]
         for pack in step.packs

@@ -1,7 +1,7 @@
-"""The end of a run: how good it is against simple special_tokens, and where everything is.
+"""The summary at the end of a run: the model against simple baselines, and the paths of all results.
 
-Takes a finished run, writes summary.json, sample.txt, loss.png and time.png into the run directory. The special_tokens:
-a smoothed bigram model counted on the very tokens this run trained on, and `xz -9` of the validation text.
+Writes summary.json, sample.txt, loss.png and time.png into the run directory. The baselines: a smoothed bigram model,
+counted on exactly the tokens that the run trained on, and `xz -9` of the validation text.
 """
 
 import math
@@ -26,8 +26,8 @@ from bigmodel.inspect.report import loss_curve, terminal_curve
 from bigmodel.inspect.step_time import draw_times
 from bigmodel.run_directory import write_atomically, write_json
 
-XZ_BYTES = 200_000_000  # above this xz is left out, at 2 MB/s
-BIGRAM_TOKENS = 100_000_000  # above this the bigram is left out: counting would take minutes
+XZ_BYTES = 200_000_000  # no xz baseline above this: xz compresses 2 MB/s
+BIGRAM_TOKENS = 100_000_000  # no bigram baseline above this: counting would take minutes
 
 
 def summarize(
@@ -37,9 +37,9 @@ def summarize(
     segments: Sequence[Segment],
     wrong_sources: Evaluation | None = None,
 ) -> dict[str, Any]:
-    """Compute the special_tokens, write the files, give what summary.json holds: bits per byte of validation text.
+    """Compute the baselines and write the files; returns the content of summary.json.
 
-    `wrong_sources`: of an encoder-decoder, how well it does when sources are exchanged between documents.
+    `wrong_sources`: evaluation of an encoder-decoder with the sources exchanged between documents.
     """
     directory = settings.run.directory
     summary = {
@@ -62,14 +62,16 @@ def summarize(
 
 def xz_of_validation_text(settings: Settings) -> float | None:
     store = ShardStore.of_run(settings.data, "validation")
-    if store.pair_sources or not Examples(settings.data, 0).is_plain:  # other text
+    if store.pair_sources or not Examples(settings.data, 0).is_plain:  # the labels are not the validation text
         return None
     return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
 
 
 def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> float | None:
-    """The bigram on the validation split, after the tokens that the run trained on, of pairs on their targets; None for
-    very long runs, where an earlier segment had data that is no longer there, and for other objectives than causal."""
+    """Bits per byte of the bigram model on the validation split; of text pairs, only the target texts count.
+
+    None for runs above BIGRAM_TOKENS, if the data of an earlier segment is gone, and for objectives other than causal.
+    """
     training = settings.training
     packs = sum(packs_at(step, training.global_batch_size, training.batch_ramp) for step in range(training.steps))
     if packs * settings.data.sequence_length > BIGRAM_TOKENS:
@@ -89,14 +91,14 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
 
 
 def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
-    """Print the curve, the special_tokens, the sample and where everything is."""
+    """Print the loss curve, the baselines, the sample and the paths of all results."""
     directory = settings.run.directory
     console = Console(highlight=False, markup=False)
     console.print(terminal_curve(directory, console.width), markup=False)
     table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
     names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
     if "bits_per_byte_with_wrong_sources" in summary:
-        names["bits_per_byte_with_wrong_sources"] = "this model, each target with another one's source"
+        names["bits_per_byte_with_wrong_sources"] = "this model, each target with the source of another document"
     for name, words in names.items():
         table.add_row(words, "not counted" if summary[name] is None else f"{summary[name]:.3f}")
     console.print(table)
@@ -114,7 +116,7 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
 
 
 def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Iterator[Pair]:
-    """(inputs, targets) of every chunk of every step, replayed from the plans of the run's segments."""
+    """(inputs, labels) of every chunk of every step, replayed from the plans of the run's segments."""
     ends = [*(order.first_step for order in orders[1:]), steps]
     for order, end in zip(orders, ends, strict=True):
         while order.step < end:

@@ -44,14 +44,14 @@ def test_each_matter_names_the_odd_ranks_and_their_node(matter: str) -> None:
     found = identities()
     found[3][matter] = "odd"
     said = disagreement(found)
-    assert f"nodes differ in {matter}: {IDENTITY[matter]} of most ranks, but odd of rank 3 on n2; " in said
+    assert f"nodes differ in {matter}: {IDENTITY[matter]} on most ranks, but odd for rank 3 on n2; " in said
 
 
 @pytest.mark.usefixtures("two_hosts")
 def test_another_version_or_a_missing_library_is_named() -> None:
     found = identities()
     found[2]["versions"]["torch"] = "2.11.0"
-    assert "the version of torch: 2.13.0 of most ranks, but 2.11.0 of rank 2 on n2" in disagreement(found)
+    assert "the version of torch: 2.13.0 on most ranks, but 2.11.0 for rank 2 on n2" in disagreement(found)
     found = identities()
     del found[0]["versions"]["NCCL"]
     assert "the version of NCCL" in disagreement(found)
@@ -115,8 +115,8 @@ def assert_refused(folder: Path, matter: str) -> None:
     for rank in range(2):
         printed = Path(f"{folder}/printed.{rank}").read_text()
         assert f"nodes differ in {matter}: " in printed
-        assert "of most ranks, but " in printed
-        assert "of rank 1 on n7; " in printed
+        assert "on most ranks, but " in printed
+        assert "for rank 1 on n7; " in printed
         assert "Traceback" not in printed
     assert not (folder / "run" / "metrics.jsonl").exists()
 

@@ -140,7 +140,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     if index is None:
-        with pytest.raises(UserError, match="LOCAL_RANK=2, but this machine shows 2"):
+        with pytest.raises(UserError, match="LOCAL_RANK=2, but this process can use only 2"):
             distributed.claim_device(local_rank)
     else:
         assert distributed.claim_device(local_rank) == torch.device("cuda", index)

@@ -50,12 +50,12 @@ def visibilities(draw, longest: int = 9, most: int = 5) -> tuple[AttentionMask, 
     return mask, int(cu_seqlens_q[-1]) + draw(beyond), int(cu_seqlens_k[-1]) + draw(beyond)
 
 
-def random_visibilities(longest: int, most: int) -> some.SearchStrategy[tuple[AttentionMask, int, int]]:
+def random_masks(longest: int, most: int) -> some.SearchStrategy[tuple[AttentionMask, int, int]]:
     """The same, drawn evenly: of a few dozen that hypothesis draws by itself most are empty or without a window."""
-    return some.integers(0, 2**32).map(lambda seed: _random_visibility(Random(seed), longest, most))
+    return some.integers(0, 2**32).map(lambda seed: _random_mask(Random(seed), longest, most))
 
 
-def _random_visibility(random: Random, longest: int, most: int) -> tuple[AttentionMask, int, int]:
+def _random_mask(random: Random, longest: int, most: int) -> tuple[AttentionMask, int, int]:
     count = random.randint(1, most)
     queries, others = ([random.choice([0, *[random.randint(1, longest)] * 4]) for _ in range(count)] for _ in range(2))
     keys = random.choice([queries, queries, others])

@@ -66,7 +66,7 @@ def test_mistakes_are_told_before_anything_starts(
 
 def test_a_world_that_the_deepspeed_json_excludes_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 2}')
-    file = write_run_file(tmp_path, "[training]\npacks_per_step = 8\ndeepspeed = 'ds.json'\n")
+    file = write_run_file(tmp_path, "[training]\nglobal_batch_size = 8\ndeepspeed = 'ds.json'\n")
     answer = launch_command("local", str(file), "--ranks", "3")
     assert answer.returncode == 2
     assert answer.stderr.startswith("launcher: 3 ranks: ")
@@ -117,7 +117,7 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_dry_run_refuses_what_the_start_would(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_accumulation_steps": 2}')
-    file = write_run_file(tmp_path, "[training]\npacks_per_step = 8\ndeepspeed = 'ds.json'\n")
+    file = write_run_file(tmp_path, "[training]\nglobal_batch_size = 8\ndeepspeed = 'ds.json'\n")
     (tmp_path / "cluster.toml").write_text("nodes = 3\nranks_per_node = 1\n[slurm]\npartition = 'p'\n")
     for words in (
         ["local", str(file), "--ranks", "3"],
@@ -131,7 +131,7 @@ def test_a_dry_run_refuses_what_the_start_would(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_of_128_ranks_prints_one_command_and_a_line_per_node(tmp_path: Path) -> None:
-    file = write_run_file(tmp_path, "[training]\npacks_per_step = 128\n")
+    file = write_run_file(tmp_path, "[training]\nglobal_batch_size = 128\n")
     answer = launch_command("slurm", str(file), "--cluster", str(CLUSTERS / "slurm-infiniband.toml"), "--dry-run")
     assert answer.returncode == 0, answer.stderr
     lines = answer.stdout.splitlines()

@@ -69,7 +69,7 @@ def test_activation_checkpointing_computes_the_blocks_again_or_no_product_at_all
     assert counted["full"] - counted["none"] == twice - once > 1e5
 
 
-def test_extra_heads_pass_their_blocks_and_the_head_again() -> None:
+def test_mtp_modules_pass_their_blocks_and_the_head_again() -> None:
     plain, more = (
         ModelSettings(num_layers=2, hidden_size=32, num_heads=4, intermediate_size=40, num_mtp_modules=n)
         for n in (0, 2)
@@ -103,7 +103,7 @@ def test_a_step_counts_the_forward_pass_that_full_checkpointing_does_again(check
     assert step_flops(settings, 40, step) == flops(settings.model, 40, work, (36, 0), (4, 0), recomputed=again)
 
 
-def test_the_model_adds_up_z_over_micro_batches_without_its_extra_heads() -> None:
+def test_the_model_adds_up_z_over_micro_batches_without_its_mtp_modules() -> None:
     model, data = model_of(num_mtp_modules=1), DataSettings(**ONE_SIDE)
     expected = 0.0
     for batch in (batch_of(TEXTS, data), batch_of(TEXTS[1:], data)):

@@ -53,8 +53,8 @@ ENCODER_DECODERS = {
         "encoder_num_kv_heads": 3,
         "separate_embeddings": True,
     },
-    "tied_extra_heads_dropout": {"tied_embeddings": True, "num_mtp_modules": 2, "dropout": 0.2},
-    "mixed_extra_heads_dropout": {"source_attention": "mixed", "num_mtp_modules": 2, "dropout": 0.2},
+    "tied_mtp_dropout": {"tied_embeddings": True, "num_mtp_modules": 2, "dropout": 0.2},
+    "mixed_mtp_dropout": {"source_attention": "mixed", "num_mtp_modules": 2, "dropout": 0.2},
 }
 DECODERS = {
     "causal": [{"kind": "causal"}],
@@ -269,7 +269,7 @@ def test_targets_do_not_see_their_own_future() -> None:
         assert difference[10:21].min() > 0
 
 
-def test_extra_heads_shape_the_gradient_and_not_the_loss() -> None:
+def test_mtp_modules_shape_the_gradient_and_not_the_loss() -> None:
     batch = batch_of(TEXTS, DataSettings(**ONE_SIDE))
     plain, extra = model_of(), model_of(num_mtp_modules=2)
     assert float(plain(batch)) == float(extra(batch))
@@ -279,7 +279,7 @@ def test_extra_heads_shape_the_gradient_and_not_the_loss() -> None:
     assert all(bool(p.grad.any()) for p in extra.extra_blocks.parameters())
 
 
-def test_extra_heads_are_the_formula() -> None:
+def test_mtp_modules_are_the_formula() -> None:
     """The gradient is that of loss + weight * mean over heads of the loss of the token further on."""
     from bigmodel.model.transformer import ahead
 

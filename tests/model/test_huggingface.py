@@ -145,16 +145,16 @@ def test_an_encoder_decoder_is_transformers_t5() -> None:
         ),
         (
             {"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
-            "rope_scaling = .*longrope.*: cannot be read; linear, llama3, yarn can",
+            "rope_scaling = .*longrope.*: cannot be read; kinds read: linear, llama3, yarn",
         ),
         ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window = True"),
         (
             {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 1},
-            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\]: ours are full in",
+            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\]: our model has full",
         ),
         (
             {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 0, "rope_scaling": YARN},
-            "rope_scaling = .* with sliding_window = 5: our sliding layers are not scaled",
+            "rope_scaling = .* with sliding_window = 5: our sliding layers do not scale rotary positions",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from bigmodel.model.transformer import Linear, RMSNorm, Transformer, dropout
 from tests.system.test_guarantee_leak import make_batch, make_model
 
 
-def test_key_value_heads_are_as_many_as_heads_where_nothing_is_said() -> None:
+def test_kv_heads_are_as_many_as_heads_where_nothing_is_said() -> None:
     assert ModelSettings(num_heads=6, hidden_size=48).num_kv_heads == 6
     assert ModelSettings(num_heads=6, hidden_size=48, num_kv_heads=2).num_kv_heads == 2
     assert ModelSettings().num_kv_heads == ModelSettings().num_heads

@@ -4,8 +4,8 @@ Prints what they take.
     kernel  architecture  type  channels  score | registers  stack bytes  shared bytes
 
 A kernel that spills registers to memory has a stack. Run by test_attention.py; `python -m
-tests.support.compile_kernels`. With the argument `variants` it prints, for each kernel, how often a GPU would compile
-it for very different batches."""
+tests.support.compile_kernels`. Numbers choose architectures: `compile_kernels 90`. With the argument `variants` it
+prints, for each kernel, how often a GPU would compile it for very different batches."""
 
 import re
 import subprocess
@@ -166,4 +166,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["variants"]:
         print_variants()
     else:
-        print_usage(CONFIGURATIONS + (OTHERS if sys.argv[1:] == ["all"] else []))
+        chosen = [int(word) for word in sys.argv[1:] if word.isdecimal()] or ARCHITECTURES
+        print_usage([one for one in CONFIGURATIONS + OTHERS * ("all" in sys.argv) if one[0] in chosen])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bigmodel.kernels import attention as kernels
 from bigmodel.kernels.attention import attention, attention_op, make_tile_metadata
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
-from tests.kernels.test_mask import int32, offsets_of, random_visibilities
+from tests.kernels.test_mask import int32, offsets_of, random_masks
 from tests.support.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
 
 BLOCK = 32
@@ -71,7 +71,7 @@ def test_the_kernels_are_as_exact_as_plain_torch(case) -> None:
 # Shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    random_visibilities(longest=24, most=3),
+    random_masks(longest=24, most=3),
     some.sampled_from([(1, 1), (2, 1), (2, 2)]),
     some.sampled_from([FP32, FP16]),
     some.sampled_from([None, 0.5, 20.0]),

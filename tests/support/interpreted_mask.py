@@ -1,4 +1,4 @@
-"""The tile form of the attention rule draws the same picture as the dense form. Run by test_visibility.py."""
+"""The tile form of the attention rule draws the same picture as the dense form. Run by test_mask.py."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from bigmodel.kernels.mask import (
 )
 from bigmodel.kernels.tiles import make_tile_metadata, tile_tables_reference
 from bigmodel.kernels.triton_import import tl, triton
-from tests.kernels.test_mask import int32, offsets_of, random_visibilities
+from tests.kernels.test_mask import int32, offsets_of, random_masks
 
 BY_MASK, BY_FULL_TILE = 1, 16
 
@@ -62,7 +62,7 @@ def drawn(
 
 # Shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(random_visibilities(longest=11, most=5), some.sampled_from([1, 2]))
+@given(random_masks(longest=11, most=5), some.sampled_from([1, 2]))
 def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[AttentionMask, int, int], parts: int) -> None:
     mask, num_queries, num_keys = case
     drawing = drawn(mask, num_queries, num_keys, 4 // parts, 4, parts)
@@ -113,7 +113,7 @@ def assert_the_kernels_make_the_tables_of_torch(mask: AttentionMask, num_queries
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(random_visibilities(longest=70, most=9), some.sampled_from([4, 1024]), some.sampled_from([4, 32]))
+@given(random_masks(longest=70, most=9), some.sampled_from([4, 1024]), some.sampled_from([4, 32]))
 def test_the_kernels_make_the_tables_of_torch(case: tuple[AttentionMask, int, int], at_once: int, slots: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_metadata, "AT_ONCE", at_once)

@@ -49,9 +49,9 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
         ("[model]\nlayer = 2\n", ["model.layer: unknown setting", "did you mean 'layers'?"]),
         ("[training]\nlearning_rate = 1\n", ["did you mean 'optimizer.learning_rate'?"]),
         ("[model]\nnum_heads = 5\n", ["model.hidden_size = 768", "model.num_heads = 5"]),
-        ("[model]\nkey_value_heads = 5\n", ["model.num_heads = 12", "model.num_kv_heads = 5", "divisor"]),
+        ("[model]\nnum_kv_heads = 5\n", ["model.num_heads = 12", "model.num_kv_heads = 5", "divisor"]),
         ("[training]\nsteps = 'many'\n", ["training.steps = 'many'", "integer"]),
-        ("[training]\npacks_per_step = 3\n[data]\nlanes = 2\n", ["global_batch_size = 3", "data.lanes = 2"]),
+        ("[training]\nglobal_batch_size = 3\n[data]\nlanes = 2\n", ["global_batch_size = 3", "data.lanes = 2"]),
         (
             "[training]\nbatch_ramp = [[5, 3]]\n[data]\nlanes = 2\n",
             ["batch_ramp: packed sequences = 3", "data.lanes = 2"],
@@ -64,7 +64,10 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
             "[data]\ncurriculum = [{ from_tokens = 9, mix = { a = 1.0 } }, { from_tokens = 5, mix = { a = 1.0 } }]\n",
             ["data.curriculum: from_tokens = [9, 5] must rise"],
         ),
-        ("[data]\ncontext_tokens = 99\npack_tokens = 9\n", ["max_document_length = 99", "sequence_length = 9"]),
+        (
+            "[data]\nmax_document_length = 99\nsequence_length = 9\n",
+            ["max_document_length = 99", "sequence_length = 9"],
+        ),
     ],
 )
 def test_a_wrong_run_file(tmp_path: Path, content: str, words: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""Suggestions of `show data`: settings that would suit the data better."""
+"""Suggestions of `show data`: settings that suit the data better."""

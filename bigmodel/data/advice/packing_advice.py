@@ -1,9 +1,10 @@
-"""Planned: what settings make of prepared data, and which would suit it better.
+"""Packing advice: how full packs are under the settings, and settings that fill them better.
 
-Takes a store's lengths and the settings of the data. Gives how full the packs are, measured on packs that the order
-itself plans, and a suggestion for each setting that depends on the lengths, with the number that speaks for it.
+In: a store's lengths, data settings. Out: the fill of packs, measured on packs of the real order, and a suggestion with
+its reason for each setting that depends on lengths.
 
-Costs: planning some thousand packs for each of a dozen settings: seconds, and a pass over all lengths each.
+Costs: for each of a dozen settings planning 1,000 packs or 3 packing buffers, whichever is more: seconds; and a pass
+over all lengths.
 """
 
 from dataclasses import dataclass
@@ -17,28 +18,28 @@ from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Lengths, has_pairs
 from bigmodel.data.store.manifest import Manifest
 
-MEASURED_WINDOWS, MEASURED_PACKS = 3, 1000  # the more of the two
+MEASURED_WINDOWS, MEASURED_PACKS = 3, 1000  # packing buffers, packs: whichever is more
 SEED = 1
 CONTEXTS = tuple(2**exponent for exponent in range(7, 14))  # 128 to 8,192
 PACK_CONTEXTS = (1, 2, 4, 8)
 WINDOWS = (50, 100, 200, 500, 1000, 2000)
-WHOLE_SHARE = 0.9  # of the tokens in documents that are not split: what a suggested context gives
-FILLED_SHARE = 0.99  # of the positions of a pack: what a suggested pack gives
-SPARE_SHARE = 0.001  # of the positions: what a smaller window may lose
+WHOLE_SHARE = 0.9  # suggested max_document_length: share of tokens in documents that are not split
+FILLED_SHARE = 0.99  # suggested sequence_length: share of positions filled
+SPARE_SHARE = 0.001  # share of positions that a smaller packing buffer may lose
 SHARDS_A_LANE = 4
 LARGEST_SHARD_TOKENS = 32_000_000
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Packs as planned."""
+    """Measurements of planned packs."""
 
     num_packs: int
-    filled: float  # share of their positions
-    documents: float  # a pack, chunks of long ones counted each
-    document_limited: float  # share of the packs that data.max_documents closed
-    source_filled: float  # share of the positions on the source side; 0 where there is none
-    positions: dict[str, float]  # of the documents of each source, a pack; of pairs, those of their source texts
+    filled: float  # share of positions
+    documents: float  # per pack; each chunk of a long document counts
+    document_limited: float  # share of packs closed by data.max_documents
+    source_filled: float  # share of positions of the source side; 0 without one
+    positions: dict[str, float]  # per source: positions per pack; for pairs, of their source texts
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Suggestion:
 
 
 def measure_packing(store: Lengths, data: DataSettings) -> Packed:
-    """Plan packs as training does and look at them; caps on epochs do not apply, for they would end the packs."""
+    """Measure packs planned as in training; without data.max_epochs, which would end the packs."""
     order = Order(store, data.model_copy(update={"max_epochs": {}}), data.lanes, SEED)
     wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.packing_buffer)
     packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
@@ -67,12 +68,12 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
 
 
 def whole_share(positions: np.ndarray, max_document_length: int) -> float:
-    """Share of all positions that lie in documents of at most `max_document_length`."""
+    """Share of positions in documents of at most `max_document_length`."""
     return float(positions[positions <= max_document_length].sum() / max(1, positions.sum()))
 
 
 def all_positions(store: Lengths) -> np.ndarray:
-    """Of every document, as it lies in packs of one side: of a pair, those of both texts."""
+    """Positions of every document in packs of one side; for a pair, of both texts."""
     positions = []
     for source in store.sources:
         for shard in range(len(store.shard_sizes(source))):
@@ -83,7 +84,7 @@ def all_positions(store: Lengths) -> np.ndarray:
 
 
 def suggest(store: Lengths, manifest: Manifest, data: DataSettings) -> list[Suggestion]:
-    """One for each setting, also where it is as suggested; later ones assume the earlier ones."""
+    """One per setting, even where it fits already; each assumes the suggestions before it."""
     positions = all_positions(store)
     context = suggest_context(positions, data)
     settings = data.model_copy(update={"max_document_length": context.suggested})
@@ -98,23 +99,23 @@ def suggest_context(positions: np.ndarray, data: DataSettings) -> Suggestion:
     now = whole_share(positions, data.max_document_length)
     reason = f"{shares[suggested]:.1%} of the tokens are in documents that are not split, now {now:.1%}"
     if shares[suggested] < WHOLE_SHARE:
-        reason += f"; {CONTEXTS[-1]:,} is the longest that is suggested"
+        reason += f"; {CONTEXTS[-1]:,} is the longest suggestion"
     return Suggestion("data.max_document_length", data.max_document_length, suggested, reason)
 
 
 def _suggest_pack(store: Lengths, data: DataSettings) -> Suggestion:
-    """`data` has the suggested context; its pack is what is set now."""
+    """`data` has the suggested max_document_length and the current sequence_length."""
     filled = {
         size: measure_packing(store, _with_packs_of(data, size)).filled
         for size in (data.max_document_length * number for number in PACK_CONTEXTS)
     }
     suggested = _first(filled, FILLED_SHARE)
-    reason = f"{filled[suggested]:.2%} of the positions filled, with that context"
+    reason = f"{filled[suggested]:.2%} of the positions filled, with that max_document_length"
     return Suggestion("data.sequence_length", data.sequence_length, suggested, reason)
 
 
 def _with_packs_of(data: DataSettings, sequence_length: int) -> DataSettings:
-    """The same with other packs, and with the documents that these may hold by default where that is more."""
+    """`data` with this sequence_length, and max_documents raised to its default for it if that is more."""
     automatic = DataSettings(
         max_document_length=data.max_document_length, sequence_length=sequence_length
     ).max_documents
@@ -133,7 +134,7 @@ def suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
 
 
 def _first(filled: dict[int, float], enough: float) -> int:
-    """The smallest that fills enough, else the one that fills most."""
+    """The smallest with enough filled, else the one with most."""
     return next((key for key, share in filled.items() if share >= enough), max(filled, key=lambda key: filled[key]))
 
 
@@ -145,18 +146,18 @@ def suggest_shard(manifest: Manifest, lanes: int) -> Suggestion:
         f"the smallest source, {source}, has {tokens[source]:,} tokens: at least {SHARDS_A_LANE} shards for each of "
         f"{lanes} lanes"
         if suggested < LARGEST_SHARD_TOKENS
-        else "every lane has shards enough, and a shard is read and fetched whole"
+        else "every lane has enough shards, and a shard is read and fetched whole"
     )
     return Suggestion("prepare.shard_tokens", int(manifest.recipe.get("shard_tokens", 0)), suggested, reason)
 
 
 def _round_down(number: int) -> int:
-    """To one digit and zeros."""
+    """To one significant digit."""
     scale = 10 ** (len(str(max(1, number))) - 1)
     return number // scale * scale
 
 
 def mix_shares(tokens: dict[str, int], mix: dict[str, float]) -> dict[str, float]:
-    """Share of the tokens trained on that comes from each source."""
+    """Each source's share of the trained tokens."""
     weights = {source: mix.get(source, 0.0) if mix else float(tokens[source]) for source in tokens}
     return {source: weight / sum(weights.values()) for source, weight in weights.items()}

@@ -1,9 +1,9 @@
-"""Sides: how the budgets of packs with a source and a target side suit the data.
+"""Pair advice: budgets of packs with a source and a target side that suit the data.
 
-Takes a store's lengths and the settings. Gives how many pairs are cut, and suggested contexts and budgets: a ratio of
-the two that does not fit the data leaves one side of every pack empty by as much.
+In: a store's lengths, data settings. Out: how many pairs are cut, and suggested longest texts and budgets. A ratio of
+the budgets that is off by some share leaves that share of one side empty in every pack.
 
-Costs: a pass over all lengths, and planning some thousand packs for each budget tried.
+Costs: a pass over all lengths, and for each budget tried planning 1,000 packs or 3 packing buffers.
 """
 
 from dataclasses import dataclass
@@ -33,15 +33,15 @@ BUDGETS_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class CutPairs:
-    """Pairs that are longer than a pack allows, of all."""
+    """Numbers of pairs, and of texts that lose their end."""
 
     num_pairs: int
-    sources: int  # of which the source text loses its end
-    targets: int
+    sources: int  # source texts cut
+    targets: int  # target texts cut
 
 
 def pair_positions(store: Lengths) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of all source and target texts of pairs, each with its end."""
+    """Positions of all source and target texts of pairs, EOS included."""
     places = [
         (name, shard)
         for name in store.sources
@@ -59,13 +59,13 @@ def count_cut(store: Lengths, data: DataSettings) -> CutPairs:
     columns = Examples(data, SEED).measure_pairs(sources, targets)
     kept = columns[:, 2]
     read = columns[:, 3] if data.source_sequence_length else columns[:, 1] - columns[:, 2]
-    if data.fixed_target_tokens or data.dropped_decoder_share:  # a target is shorter there without being cut
+    if data.fixed_target_tokens or data.dropped_decoder_share:  # planned targets are shorter there without being cut
         kept = np.minimum(targets, data.fixed_target_tokens or data.max_document_length)
     return CutPairs(len(sources), int((read < sources).sum()), int((kept < targets).sum()))
 
 
 def suggest_sides(store: Lengths, data: DataSettings) -> list[Suggestion]:
-    """Budgets and window for the contexts as they are set; and, of pairs, contexts that cut few of them."""
+    """Budgets and packing buffer for the current longest texts; for pairs, also longest texts that cut few."""
     sources, targets = pair_positions(store)
     settings, suggestions = suggest_budgets(store, data)
     suggestions.append(suggest_window(store, settings))
@@ -85,7 +85,7 @@ def _suggest_context(setting: str, positions: np.ndarray, now: int) -> Suggestio
 
 
 def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, list[Suggestion]]:
-    """The smallest packs that fill on both sides, with one budget in proportion to the other.
+    """The smallest packs that fill on both sides; the budgets are in the ratio of the data.
 
     Raises `UserError` where no document has a source side.
     """
@@ -93,7 +93,7 @@ def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, l
     if not source_positions:
         kinds = ", ".join(objective.settings.kind for objective in objectives_of(data))
         raise UserError(
-            f"data.objectives = {kinds}: none gives an encoder anything to read, and no source of the mix has pairs; "
+            f"data.objectives = {kinds}: none gives the encoder a source, and no data source of the mix has pairs; "
             'add an objective such as span_corruption, prefix or ul2, or set model.kind = "decoder" and '
             "data.source_sequence_length = 0"
         )

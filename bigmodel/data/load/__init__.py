@@ -1,1 +1,1 @@
-"""Batches: what the model gets, built ahead of the step that trains on it."""
+"""Batches, built ahead of the step that trains on them."""

@@ -1,12 +1,12 @@
-"""Batch: what the model gets, one micro-batch as one flat run of tokens.
+"""Batch: the input of the model, one micro-batch as one flat run of tokens. Also draws a batch as text.
 
-Takes packs (lists of chunks) and a reader of documents, gives a `Batch` of tensors. Guarantees static shapes,
-boundaries that come from the plan and never from token values, and targets that are ignored exactly at padding.
-Costs about 10 ns a token on one core. Also draws a batch, as text.
+In: packs (tuples of chunks), a reader of documents. Out: a `Batch` of tensors; its docstring has worked examples.
+Guarantees static shapes, and boundaries from the plan, never from token values. Labels of plain text are IGNORED at
+padding only. Costs about 10 ns a token on one core.
 
 Shapes: k packs of T0 = sequence_length positions and at most D0 = max_documents documents make T = k * T0 positions
-and D = k * (D0 + 1) documents: one more per pack, because a pack's padding is laid out as a document of its own.
-Packs with a source side have S = k * source_sequence_length positions more, in the same D documents.
+and D = k * (D0 + 1) documents: one more per pack, because the padding of a pack is a document of its own.
+Packs with a source side have S = k * source_sequence_length source positions, in the same D documents.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from bigmodel.data.objectives.examples import Document, Examples
 from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
 from bigmodel.data.randomness import make_key, words
 
-Reader = Callable[[Chunk], Document]  # the stored tokens of the whole document, or pair, that a chunk is of
+Reader = Callable[[Chunk], Document]  # a chunk -> the stored tokens of its whole document, or pair
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch. Padding has token 0, target -100 and position 0, and lies in documents of its own.
+    """A micro-batch. Padding has token 0, label -100 and position 0, and is a document of its own in each pack.
 
-    Two packs of 8 positions and at most 2 documents, from three documents of 5, 4 and 6 stored tokens (1 opens a
-    document, 2 ends it):
+    Two packs of 8 positions and at most 2 documents, from three documents of 5, 4 and 6 stored tokens (1 = BOS,
+    2 = EOS):
 
     >>> documents = [[1, 11, 12, 13, 2], [1, 21, 22, 2], [1, 31, 32, 33, 34, 2]]
     >>> first, second, third = (Chunk(0, 0, row, 0, len(documents[row]) - 1, 0) for row in range(3))
@@ -48,13 +48,13 @@ class Batch:
     [11, 12, 13, 2, 21, 22, 2, -100, 31, 32, 33, 34, 2, -100, -100, -100]
     >>> batch.positions.tolist()
     [0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 0]
-    >>> batch.cu_seqlens.tolist()  # 4, 3, 1 of padding; 5, 3 of padding; one more that is empty
+    >>> batch.cu_seqlens.tolist()  # 4, 3, padding 1; 5, padding 3; one empty
     [0, 4, 7, 8, 13, 16, 16]
     >>> batch.num_tokens, batch.num_labels, batch.num_documents
     (12, 12, 3)
 
     A pack with a source side, of 8 target and 6 source positions. Two pairs: source texts 11 12 13 and 21, target
-    texts 31 32 and 41 42 43. Each source is read with its end, each target begins with the start token:
+    texts 31 32 and 41 42 43. Each source ends with EOS, each decoder input begins with BOS:
 
     >>> from bigmodel.data.objectives.examples import Examples, Pair
     >>> pairs = [([1, 11, 12, 13, 2], [1, 31, 32, 2]), ([1, 21, 2], [1, 41, 42, 43, 2])]
@@ -66,25 +66,23 @@ class Batch:
     >>> batch = build_batch([(first, second)], read, settings, keys, Examples(settings, seed=1), source_seeds)
     >>> batch.tokens.tolist(), batch.labels.tolist()
     ([1, 31, 32, 1, 41, 42, 43, 0], [31, 32, 2, 41, 42, 43, 2, -100])
-    >>> batch.cu_seqlens.tolist()  # 3, 4, 1 of padding
+    >>> batch.cu_seqlens.tolist()  # 3, 4, padding 1
     [0, 3, 7, 8]
     >>> batch.source.tokens.tolist(), batch.source.cu_seqlens.tolist()  # 4, 2, no padding
     ([11, 12, 13, 2, 21, 2], [0, 4, 6, 6])
     """
 
     tokens: Tensor  # (T,) int64
-    labels: Tensor  # (T,) int64: what is asked for at this position; IGNORED at padding and where nothing is
+    labels: Tensor  # (T,) int64: the token to predict; IGNORED at padding and at unlabelled positions
     positions: Tensor  # (T,) int64: from 0 in every document
-    cu_seqlens: Tensor  # (D+1,) int32: document i is [cu_seqlens[i], cu_seqlens[i+1]); the first is 0, the last T
-    dropout_seeds: Tensor  # (T,) int64: a random word for each position, the same at every world size
+    cu_seqlens: Tensor  # (D+1,) int32: document i is [cu_seqlens[i], cu_seqlens[i+1]); first 0, last T
+    dropout_seeds: Tensor  # (T,) int64: one random word per position, the same at every world size
     num_tokens: int  # without padding
     num_labels: int
     num_documents: int  # without padding; a chunk of a long document counts as one
-    prefixes: Tensor | None = None  # (D,) int32: so many first positions of a document are seen by all of it
-    source: "SourceSide | None" = None  # what the encoder reads
-    loss_groups: Tensor | None = (
-        None  # (T,) int64: the part of the loss, 0 to num_loss_groups - 1, that a position counts in
-    )
+    prefixes: Tensor | None = None  # (D,) int32: length of each document's bidirectional prefix
+    source: "SourceSide | None" = None  # the encoder's input
+    loss_groups: Tensor | None = None  # (T,) int64: loss group of each position, 0 to num_loss_groups - 1
     num_loss_groups: int = 1
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -93,7 +91,7 @@ class Batch:
         return replace(self, **moved, source=self.source.to(device) if self.source else None)
 
     def pinned(self) -> "Batch":
-        """This batch in page-locked memory: `to` a GPU then returns at once and copies while others compute."""
+        """This batch in page-locked memory: `to` a GPU then returns at once and copies during computation."""
         pinned = {name: tensor.pin_memory() for name, tensor in tensors_of(self).items()}
         return replace(self, **pinned, source=self.source.pinned() if self.source else None)
 
@@ -134,9 +132,9 @@ def tensors_of(side: Batch | SourceSide) -> dict[str, Tensor]:
 def make_dropout_seeds(
     seed: int, step: int, numbers: Sequence[int], tokens: int, side: str = "positions"
 ) -> np.ndarray:
-    """Random words for the positions of the packs of these numbers, `tokens` each, in a data step: (T,) int64.
+    """Dropout seeds of packs, `tokens` positions each, in a data step: (T,) int64.
 
-    The number is the pack's own, whatever rank and micro-batch it is computed in. Sides have words of their own.
+    `numbers`: of the packs in the step; they do not depend on rank and micro-batch. Each side has its own words.
     """
     keys = [words(make_key(side, seed, step, number), tokens) for number in numbers]
     return np.concatenate(keys).view(np.int64)
@@ -154,9 +152,9 @@ def build_batch(
 ) -> Batch:
     """Lay packs end to end, each at its multiple of sequence_length. An empty pack is all padding.
 
-    `keys`: (T,) int64, from `make_dropout_seeds`; `source_seeds`: (S,) where there is a source side. `examples` is
-    needed where documents are more than plain text in causal order. `loss_group_of`: the part of the loss that a chunk
-    counts in. Raises what `read` raises.
+    `keys`: dropout seeds, (T,) int64, from `make_dropout_seeds`; `source_seeds`: (S,), for a source side. `examples`:
+    needed for all but plain text in causal order. `loss_group_of`: the loss group of a chunk. Raises what `read`
+    raises.
     """
     target_side = _Side(len(packs), settings.sequence_length)
     source_side = _Side(len(packs), settings.source_sequence_length)
@@ -172,7 +170,7 @@ def build_batch(
         for chunk in pack:
             if chunk.objective == PLAIN:
                 document = read(chunk)
-                assert isinstance(document, np.ndarray), f"{chunk} is planned as plain text, and is a pair"
+                assert isinstance(document, np.ndarray), f"{chunk} is planned as plain text but is a pair"
                 tokens, targets = causal(document, chunk.start, chunk.length)
                 place = target_side.add(tokens, number)
                 labels_T[place] = targets
@@ -200,13 +198,17 @@ def build_batch(
         source_side.ends = target_side.ends
     num_documents = len(packs) * (settings.max_documents + 1)
     found = int(np.count_nonzero(labels_T != IGNORED))
-    assert keys.shape == target_side.tokens.shape, f"{keys.shape[0]} keys for {len(target_side.tokens)} positions"
-    assert found == num_labels, f"{found} targets where {num_labels} were planned: one is ignored outside the padding"
-    assert len(source_side.ends) == len(target_side.ends), "the sides hold other documents"
+    assert keys.shape == target_side.tokens.shape, (
+        f"{keys.shape[0]} dropout seeds for {len(target_side.tokens)} positions"
+    )
+    assert found == num_labels, f"{found} labels where {num_labels} were planned"
+    assert len(source_side.ends) == len(target_side.ends), "the two sides hold different documents"
     source = None
     if not is_one_sided:
-        assert source_seeds is not None, "no keys for the source side"
-        assert source_seeds.shape == source_side.tokens.shape, f"{len(source_seeds)} keys for the source side"
+        assert source_seeds is not None, "no dropout seeds for the source side"
+        assert source_seeds.shape == source_side.tokens.shape, (
+            f"{len(source_seeds)} dropout seeds do not fit the source side"
+        )
         source = SourceSide(
             tokens=torch.from_numpy(source_side.tokens),
             positions=torch.from_numpy(source_side.positions),
@@ -231,7 +233,7 @@ def build_batch(
 
 
 class _Side:
-    """One side of a micro-batch while it is laid out."""
+    """One side of a micro-batch under construction."""
 
     def __init__(self, num_packs: int, size: int) -> None:
         self.size, self.place, self.ends = size, 0, [0]
@@ -240,7 +242,7 @@ class _Side:
         self._count = np.arange(size)
 
     def add(self, tokens: np.ndarray, pack: int, places: np.ndarray | None = None) -> slice:
-        """Lay a document behind the others of its pack."""
+        """Append a document to its pack."""
         length = len(tokens)
         end = self.place + length
         assert end <= (pack + 1) * self.size, f"a pack of more than sequence_length = {self.size} positions on a side"
@@ -252,12 +254,12 @@ class _Side:
         return taken
 
     def pad(self, pack: int) -> bool:
-        """Go to the end of this pack; whether there was room left."""
+        """Move to the end of this pack; True if there was room left."""
         begun, self.place = self.place, (pack + 1) * self.size
         return begun < self.place
 
     def cu_seqlens(self, num_documents: int) -> np.ndarray:
-        """(D+1,) int32; documents that are not there are empty and last."""
+        """(D+1,) int32; unused documents are empty and last."""
         cu_seqlens = np.full(num_documents + 1, len(self.tokens), dtype=np.int32)
         cu_seqlens[: len(self.ends)] = self.ends
         return cu_seqlens
@@ -267,13 +269,13 @@ def _example(chunk: Chunk, read: Reader, examples: Examples | None) -> Example:
     assert examples, f"{chunk} has an objective; give build_batch the run's examples"
     example = examples.make(chunk, read(chunk))
     assert (len(example.tokens), len(example.source)) == (chunk.num_tokens, chunk.source_positions), (
-        f"{chunk} was planned with other lengths than {len(example.tokens)} and {len(example.source)}"
+        f"the example of {chunk} has {len(example.tokens)} tokens and {len(example.source)} source tokens"
     )
     return example
 
 
 def _prefix(example: Example) -> int:
-    """Positions that are read before the first that is asked for, and that one's own: a source laid before targets."""
+    """Length of the bidirectional prefix: a source and the first input with a label; 0 without a source."""
     if len(example.labels) and example.labels[0] != IGNORED:
         return 0
     return int((example.labels != IGNORED).argmax()) + 1
@@ -284,7 +286,7 @@ def _padded(values: list[int], count: int) -> Tensor:
 
 
 def exchange_sources(batch: Batch) -> Batch:
-    """Each document with the source of the next one, the last with the first's: what a model makes of wrong sources."""
+    """Give each document the source of the next one, the last the first's: tests a model with wrong sources."""
     assert batch.source, "the batch has no source side"
     edges = list(pairwise(batch.source.cu_seqlens.tolist()))
     real = [number for number, is_real in enumerate(real_documents(batch)) if is_real]
@@ -298,16 +300,16 @@ def exchange_sources(batch: Batch) -> Batch:
 
 
 def real_documents(batch: Batch) -> list[bool]:
-    """Of each document whether something is asked for in it: padding is a document in which nothing is."""
+    """For each document whether it has a label; padding has none."""
     asked = torch.nn.functional.pad((batch.labels != IGNORED).cumsum(0), (1, 0))
     return (asked[batch.cu_seqlens.long()].diff() > 0).tolist()
 
 
 def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
-    """A text picture, a line per pack and side: a letter per document, dots for padding; a table too where it is short.
+    """A text picture, one line per pack and side: a letter per document, dots for padding; short packs get a table too.
 
-    A pack of more than `width` positions is drawn to scale. Letters begin anew in each pack and repeat after 52; a
-    document has the same one on both sides.
+    A pack of more than `width` positions is drawn to scale. Letters start at A in each pack and repeat after 52; a
+    document has the same letter on both sides.
     """
     sides: list[tuple[str, Batch | SourceSide, tuple[str, ...]]] = [("pack", batch, ("tokens", "labels", "positions"))]
     if batch.source:
@@ -330,13 +332,13 @@ def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
 
 
 def documents_of(side: Batch | SourceSide) -> np.ndarray:
-    """The number of the document, padding's included, at every position: (T,)."""
+    """The number of the document at every position, padding documents included: (T,)."""
     lengths = np.diff(side.cu_seqlens.cpu().numpy())
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str]:
-    """A letter for the document at every position of a side, from A in every pack; a dot at padding."""
+    """The letter of the document at every position of a side, from A in every pack; a dot at padding."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     documents = documents_of(side)
     is_real = np.array(real_documents(batch))[documents]

@@ -1,12 +1,12 @@
-"""Read-ahead: threads fetch, compare, open and tokenize what the planned steps will read, before it is asked for.
+"""Read-ahead: threads fetch, verify, open and tokenize the documents of planned steps.
 
-Takes the documents of steps as they are planned, up to one window ahead of the step that is built; gives each
-document when it is asked for. A shard that a node lacks is fetched while earlier steps train; documents of text shards
-are tokenized, each once however many of its chunks the planned steps hold, and forgotten after its last chunk.
+In: the documents of planned steps, up to one packing buffer ahead of the step under construction. Out: each document on
+request. A missing shard is fetched while earlier steps train. A document of a text shard is tokenized once, however
+many of its chunks the planned steps hold, and dropped after its last chunk.
 
-Guarantees: no influence on what is read. A thread that fails leaves its error to the reader who needs the document or
-the shard; the threads are daemons, so that one which hangs in a file system or a library keeps no process alive.
-Memory: the tokens of one window of this rank, for text shards; for token shards nothing.
+Guarantees: no influence on what is read. An error in a thread is raised where the document or shard is read. The
+threads are daemons, so a hang in a file system or library keeps no process alive.
+Memory: for text shards the tokens of one packing buffer of this rank; for token shards nothing.
 """
 
 import queue
@@ -18,30 +18,30 @@ from typing import Any, Protocol
 from bigmodel.config.settings import UserError
 from bigmodel.data.objectives.examples import Document
 
-REOPEN_SECONDS = 5.0  # how often a shard in use is marked as such, and fetched again where it was deleted for room
+REOPEN_SECONDS = 5.0  # how often a shard in use is marked as used, and fetched again if it was deleted for room
 
 Place = tuple[str, int, int]  # source, shard, row
 
 
 class Store(Protocol):
-    """What reading needs of a store: see `ShardStore`. One without `open_shard`, in memory, is not read ahead."""
+    """The part of `ShardStore` that reading uses. A store without `open_shard`, in memory, is not read ahead."""
 
     def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class _Awaited:
-    """A document that planned steps hold: how many of its chunks are still to be read, and its tokens or error."""
+    """A document of planned steps: the number of its chunks still to be read, and its tokens or error."""
 
     def __init__(self) -> None:
         self.chunks = 0
-        self.begun = threading.Lock()  # held by whoever tokenizes it, for ever
+        self.begun = threading.Lock()  # taken by the thread that tokenizes it, never released
         self.done = threading.Event()
         self.tokens: Document | None = None
         self.error: BaseException | None = None
 
 
 class ReadAhead:
-    """`expect` what will be read, then read it by `document`; `close` stops the threads after what they are at."""
+    """`expect` documents, then read them with `document`; `close` stops the threads after their current task."""
 
     def __init__(self, store: Store, workers: int) -> None:
         self._store = store
@@ -49,8 +49,8 @@ class ReadAhead:
         self._text_sources: dict[str, bool] = {}
         self._closed = False
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._opened: dict[tuple[str, int], float] = {}  # when
-        self._awaited: dict[Place, _Awaited] = {}  # used by the reader's thread alone
+        self._opened: dict[tuple[str, int], float] = {}  # time of opening
+        self._awaited: dict[Place, _Awaited] = {}  # used by the reading thread only
         self._threads = [
             threading.Thread(target=self._work, name=f"bigmodel-read-{number}", daemon=True)
             for number in range(workers)
@@ -59,7 +59,7 @@ class ReadAhead:
             thread.start()
 
     def expect(self, chunks: Iterable[Place]) -> None:
-        """These will be read, one `document` call each, in about this order."""
+        """Announce chunks: one `document` call each will follow, in about this order."""
         if self._open is None:
             return
         now = time.monotonic()
@@ -76,7 +76,7 @@ class ReadAhead:
     def _is_text(self, source: str) -> bool:
         try:
             self._text_sources[source] = self._store.is_text(source)  # type: ignore[attr-defined]
-        except (UserError, OSError):  # met again, and raised, by whoever reads from the source
+        except (UserError, OSError):  # occurs again, and is raised, when the source is read
             return False
         return self._text_sources[source]
 
@@ -88,7 +88,7 @@ class ReadAhead:
         awaited.chunks -= 1
         if not awaited.chunks:
             del self._awaited[source, shard, row]
-        self._read((source, shard, row), awaited)  # itself, where no thread has begun
+        self._read((source, shard, row), awaited)  # here, if no thread has begun it
         awaited.done.wait()
         if awaited.error is not None:
             raise awaited.error
@@ -106,9 +106,9 @@ class ReadAhead:
                 self._read(*task)
                 continue
             try:
-                assert self._open is not None, "no shard is expected of a store without files"
+                assert self._open is not None, "a store without files has no shard to open"
                 self._open(*task)
-            except BaseException:  # met again, and raised, by whoever reads from the shard
+            except BaseException:  # occurs again, and is raised, when the shard is read
                 self._opened.pop(task, None)
 
     def _read(self, document: Place, awaited: _Awaited) -> None:

@@ -1,13 +1,18 @@
-"""Stream: the steps that one rank trains on, read ahead by a background thread.
+"""Stream: the steps of one rank, built ahead by a background thread. Also the validation batches.
 
-Takes an order of this node's lanes, a store and this rank's place in the world; gives `Step`s, each with the
-position that continues after it. Guarantees: every rank has the same number of micro-batches of the same shape; the
-counts of a step are those of all ranks: from the plan alone where one node plans all lanes, else added up over the
-nodes by the thread, ahead of the step that needs them; an error of the thread is raised where the steps are taken,
-never swallowed as an early end; a step that does not come in data.stall_seconds is an error that names what is being
-read. Also deals out validation documents, each exactly once.
-Costs: a thread, and data.workers that read ahead; `ahead` + 1 steps of this rank's batches in memory; the plan of a
-window, by which steps are planned ahead of the one that is built.
+In: an order of this node's lanes, a store, this rank's place in the world. Out: `Step`s, each with the position that
+continues after it.
+
+Guarantees:
+- Every rank has the same number of micro-batches of the same shape.
+- The counts of a step are over all ranks: from the plan where one node plans all lanes, else summed over the nodes by
+  the thread, ahead of the step that needs them.
+- An error of the thread is raised by `next`, never swallowed as an early end. A step that is not ready in
+  data.stall_seconds is an error that names the document being read.
+- Each validation document occurs exactly once.
+
+Costs: a thread, and data.workers threads that read ahead; `ahead` + 1 steps of this rank's batches in memory; the plan
+of one packing buffer, because steps are planned that far ahead.
 """
 
 import queue
@@ -41,19 +46,19 @@ from bigmodel.data.plan.shuffle import (
     sizes,
 )
 
-VALIDATION_SEED = 0  # validation is the same whatever run.seed
+VALIDATION_SEED = 0  # validation does not depend on run.seed
 NO_PACK = -1  # the number of an empty pack
-CLOSE_SECONDS = 5.0  # how long close() waits for a read that is under way; the thread is a daemon
+CLOSE_SECONDS = 5.0  # how long close() waits for a running read; the thread is a daemon
 
 
 class Documents(Lengths, Protocol):
-    """What reading needs of a store: see `ShardStore`."""
+    """The part of `ShardStore` that the stream uses."""
 
     def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class Nodes(Protocol):
-    """How nodes tell each other what their packs hold: see `bigmodel.distributed.world.NodeSums`."""
+    """Sums counts over nodes: see `bigmodel.distributed.world.NodeSums`."""
 
     def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]: ...
 
@@ -62,25 +67,25 @@ class Nodes(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One data step as one rank sees it. All counts are over all ranks."""
+    """One data step on one rank. All counts are over all ranks."""
 
     number: int  # data step, from 0
     packs: list[Pack]  # of this rank's node, in canonical order
     micro_batches: list[Batch]  # this rank's
     num_labels: int  # the divisor of the loss
-    labels_by_group: list[int]  # the same by objective and source: see `Stream.loss_groups`
+    labels_by_group: list[int]  # the same per loss group: see `Stream.loss_groups`
     num_tokens: int
     num_documents: int  # a chunk of a long document counts as one
-    num_padding: int  # positions without a document, those of empty packs included
-    num_document_limited: int  # packs with room left that are full by data.max_documents
-    work: Work  # what attention has to look at
-    imbalance: float  # of attention work in this node: 1 is even; see `sharing.imbalance`
-    imbalance_undealt: float  # what it would be in canonical order
-    position: Position  # after this step: its cursor, of all nodes, belongs into the checkpoint of this step
+    num_padding: int  # positions without a document, empty packs included
+    num_document_limited: int  # packs with room left, closed by data.max_documents
+    work: Work  # (query, key) pairs of attention, and tokens
+    imbalance: float  # of attention work within this node: 1 is even; see `sharing.imbalance`
+    imbalance_undealt: float  # the same without balancing: packs dealt in canonical order
+    position: Position  # after this step; its cursor, merged over nodes, goes into this step's checkpoint
 
 
 def reader(store: Documents) -> Reader:
-    """Reads the document, or pair, that a chunk is of."""
+    """A function that reads the document, or pair, of a chunk."""
     return lambda chunk: store.document(store.sources[chunk.source], chunk.shard, chunk.row)
 
 
@@ -88,11 +93,11 @@ class Builder:
     """Makes the batches of a run from planned packs."""
 
     def __init__(self, store: Documents, data: DataSettings, seed: int, read: Reader | None = None) -> None:
-        """`read`: None reads from the store."""
+        """`read` None: from the store."""
         vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
         self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
         self._data, self._seed, examples = data, seed, self._examples
-        numbered = []  # the loss_groups of the loss, by number of the objective and of the source
+        numbered = []  # (objective number, source number, loss group)
         for source, name in enumerate(store.sources):
             numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
             numbered += [(number, source, (examples.names[number], name)) for number in numbers]
@@ -101,7 +106,7 @@ class Builder:
         self._places |= {(PLAIN, source): place for (number, source), place in self._places.items() if number == 0}
 
     def build(self, packs: Sequence[Pack], step: int, numbers: Sequence[int]) -> Batch:
-        """The micro-batch of these packs, whose numbers in the data step are given; an empty one is all padding."""
+        """The micro-batch of these packs; `numbers`: theirs in the data step. An empty pack is all padding."""
         data = self._data
         source_seeds = None
         if data.source_sequence_length:
@@ -122,7 +127,7 @@ class Builder:
         )
 
     def loss_group_of(self, chunk: Chunk) -> int:
-        """The part of the loss, by its place in `loss_groups`: (objective, source)."""
+        """Index into `loss_groups` of the chunk's (objective, source)."""
         return self._places[chunk.objective, chunk.source]
 
     def labels_by_group(self, packs: Sequence[Pack]) -> list[int]:
@@ -134,7 +139,7 @@ class Builder:
 
 
 class Stream:
-    """Iterates over the steps of one rank, from the order's position on. From then on the order is the stream's."""
+    """Iterates over the steps of one rank from the order's position on. Nothing else may use the order afterwards."""
 
     def __init__(
         self,
@@ -149,14 +154,16 @@ class Stream:
         pin: bool = False,
         count_pairs: CountPairs = no_pairs,
     ) -> None:
-        """Starts the thread, which works at most `ahead` steps ahead: restore the order before.
+        """Starts the thread, which builds at most `ahead` steps ahead; restore the order first.
 
-        The order plans `place.lanes` or more. `nodes` is needed where there are several and it plans no more. `pin`:
-        batches lie in memory from which a GPU copies while it computes. `count_pairs`: of the model, for `Step.work`.
+        The order plans `place.lanes` or more. `nodes` is needed unless the order plans all lanes. `pin`: batches in
+        page-locked memory, from which a GPU copies while it computes. `count_pairs`: of the model, for `Step.work`.
         """
-        assert ahead >= 1, f"ahead = {ahead}; the thread works at least 1 step ahead"
-        assert nodes or len(order.lanes) == data.lanes, "an order of some lanes knows the counts of its node only"
-        self.wait_seconds = 0.0  # how long the last step was waited for
+        assert ahead >= 1, f"ahead = {ahead}; the thread needs at least 1"
+        assert nodes or len(order.lanes) == data.lanes, (
+            "an order of some lanes needs `nodes`: it knows the counts of its own node only"
+        )
+        self.wait_seconds = 0.0  # wait for the last step
         self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
         self.loss_groups = self._builder.loss_groups  # (objective, source), in the order of a step's loss_groups
         self._sources = store.sources
@@ -165,7 +172,7 @@ class Stream:
         self._planned: deque[_Planned | BaseException] = deque()
         self._read_ahead = ReadAhead(store, data.workers)
         self._making = order.step
-        self._reading: tuple[str, int, int] | None = None  # what the thread is at, for the message of a stall
+        self._reading: tuple[str, int, int] | None = None  # source, shard, row being read, for the message of a stall
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -176,19 +183,21 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        """The next step. Raises what the thread raised, again on every further call; the stream has no end.
+        """The next step; the stream has no end. Raises an error of the thread, on every further call too.
 
-        Raises `UserError` where no step comes in data.stall_seconds.
+        Raises `UserError` if no step is ready in data.stall_seconds.
         """
         began = time.perf_counter()
         while self._failure is None:
             if self._closed.is_set():
-                raise RuntimeError("the data stream is closed; make a new one to go on")
+                raise RuntimeError("the data stream is closed; make a new one to continue")
             try:
                 item = self._ready.get(timeout=0.1)
             except queue.Empty:
                 if not (self._closed.is_set() or self._thread.is_alive()) and self._ready.empty():
-                    raise RuntimeError("the data thread ended without a word; a bug: please report it") from None
+                    raise RuntimeError(
+                        "the data thread ended without an error; this is a bug: please report it"
+                    ) from None
                 if time.perf_counter() - began > self._data.stall_seconds:
                     raise UserError(self._describe_stall()) from None
                 continue
@@ -199,19 +208,19 @@ class Stream:
         raise self._failure
 
     def close(self) -> None:
-        """Stop the thread. Returns within `CLOSE_SECONDS`, also while a read hangs; harmless when called twice."""
+        """Stop the thread. Returns within `CLOSE_SECONDS` even if a read hangs; may be called twice."""
         self._closed.set()
         self._read_ahead.close()
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
     def _describe_stall(self) -> str:
-        what = "planning, or waiting for what other nodes plan"
+        what = "planning, or waiting for the counts of other nodes"
         if self._reading:
             what = "reading document {2} of shard {1} of source {0!r}".format(*self._reading)
         return (
-            f"data.stall_seconds = {self._data.stall_seconds:g}: the next batch was not ready after so long; the data "
-            f"thread is {what}; see that the disk of data.directory and data.remote answer, or wait longer"
+            f"data.stall_seconds = {self._data.stall_seconds:g}: the next batch was not ready in time; the data thread "
+            f"is {what}; check that the disk of data.directory and data.remote respond, or raise data.stall_seconds"
         )
 
     def _work(self) -> None:
@@ -235,11 +244,11 @@ class Stream:
                 continue
 
     def _plan_step(self) -> None:
-        """Plan one more step and have what this rank reads for it read ahead. An error keeps its turn."""
+        """Plan one more step and start reading its documents of this rank. An error is raised at that step."""
         number = self._order.step
         try:
             node = take_share(self._order, self._data.lanes, self._place, self._packs_per_micro_batch)
-        except BaseException as error:  # raised when the steps before are made
+        except BaseException as error:  # raised after the steps before are built
             self._planned.append(error)
             return
         self._planned.append(_Planned(number, node, self._order.position()))
@@ -249,7 +258,7 @@ class Stream:
         )
 
     def _plan_ahead(self) -> None:
-        """Two steps for one that is made, until a window lies ahead: the first step waits for no more than itself."""
+        """Plan two steps per built step until a packing buffer lies ahead; the first step waits for its plan only."""
         for _ in range(2):
             packs = self._order.packs_at(self._order.step)
             ended = self._planned and isinstance(self._planned[-1], BaseException)
@@ -287,7 +296,7 @@ class Stream:
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
-        """Positions, documents, packs limited by documents, `Work`, and targets by part, over all nodes."""
+        """Positions, documents, packs limited by documents, `Work`, and labels per loss group, over all nodes."""
         packs = node.packs if self._nodes else node.planned
         counts = [
             sum(chunk.num_tokens + chunk.source_positions for pack in packs for chunk in pack),
@@ -299,7 +308,7 @@ class Stream:
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
 
     def _build(self, step: int, node: "NodeShare", slot: Sequence[int]) -> Batch:
-        """A micro-batch of the packs at these places of the node's share, filled up with empty ones."""
+        """A micro-batch of these packs of the node, filled up with empty packs."""
         empty = self._packs_per_micro_batch - len(slot)
         numbers = [node.numbers[place] for place in slot] + [NO_PACK] * empty
         packs = [node.packs[place] for place in slot]
@@ -315,18 +324,18 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class NodeShare:
-    """What one node computes of a step."""
+    """One node's share of a step."""
 
-    planned: list[Pack]  # of the order's lanes, which may be more than the node's share
+    planned: list[Pack]  # of all lanes of the order; may be more than the node's share
     numbers: range  # of the node's packs in the step
     packs: list[Pack]
     work: list[int]  # of attention, per pack
-    slots: Slots  # who computes which of them
+    slots: Slots  # which rank and micro-batch computes which of them
 
 
 @dataclass(frozen=True, eq=False)
 class _Planned:
-    """A step to make: its node's share, and where the order stands after it."""
+    """A planned step: the node's share, and the position after it."""
 
     number: int
     node: NodeShare
@@ -334,13 +343,13 @@ class _Planned:
 
 
 def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:
-    """Take the next step from an order that plans `place.lanes` or more, and deal the node's share of it."""
+    """Take the next step from an order that plans `place.lanes` or more, and deal the node's share to its ranks."""
     num_packs = order.packs_at(order.step)
     planned = order.next_step()
     first = order.lanes[0] * (num_packs // num_lanes)  # the number of the first planned pack
     numbers = place.share(num_packs)
     packs = planned[numbers.start - first : numbers.stop - first]
-    assert len(packs) == len(numbers), f"the order plans lanes {order.lanes}, packs {numbers} are wanted"
+    assert len(packs) == len(numbers), f"the order plans lanes {order.lanes}, which do not hold packs {numbers}"
     num_rounds = num_micro_batches(num_packs, place.world_size, packs_per_micro_batch)
     work = [attention_work(pack) for pack in packs]
     return NodeShare(
@@ -349,7 +358,7 @@ def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch
 
 
 def is_document_limited(pack: Pack, data: DataSettings) -> bool:
-    """Whether the pack has room left but is full by data.max_documents."""
+    """Whether data.max_documents closed the pack although it has room left."""
     if len(pack) < data.max_documents or sum(chunk.num_tokens for chunk in pack) == data.sequence_length:
         return False
     return (
@@ -358,7 +367,7 @@ def is_document_limited(pack: Pack, data: DataSettings) -> bool:
 
 
 class ValidationBatches(Sequence[Batch]):
-    """Validation packs in groups of one micro-batch each, built when asked for: deal the numbers to ranks."""
+    """Validation micro-batches, built on access; deal their indices to ranks."""
 
     def __init__(self, packs: list[Pack], builder: Builder, packs_per_micro_batch: int) -> None:
         self._packs, self._builder, self._size = packs, builder, packs_per_micro_batch
@@ -382,10 +391,10 @@ class ValidationBatches(Sequence[Batch]):
 def validation_batches(
     store: Documents, data: DataSettings, packs_per_micro_batch: int, max_packs: int = 0
 ) -> ValidationBatches:
-    """Every document of the store exactly once, in packs that follow from lengths and pack settings alone.
+    """Every document of the store exactly once, in packs that depend on lengths and pack settings only.
 
     One plan over all sources (data.mix does not apply), in groups of `packs_per_micro_batch` packs, the same at every
-    world size; empty packs fill the last group. Objectives are drawn as in training, but always the same. `max_packs`
+    world size; empty packs fill the last group. Objectives are drawn as in training, but with a fixed seed. `max_packs`
     > 0 takes that many packs at even distances in the plan, so of all lengths. Raises `UserError` if no document has 2
     tokens.
     """
@@ -407,8 +416,7 @@ def validation_batches(
 
 
 def all_fragments(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
-    """A table of every chunk of a store, source by source and shard by shard, as in epoch 0; `only`: of these
-    sources, if there are any."""
+    """A table of every chunk of a store in epoch 0, by source, shard and row. `only`: these sources; empty: all."""
     examples = Examples(data, seed)
     wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
     tables = [chunk_table([], wide)]

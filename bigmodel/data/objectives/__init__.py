@@ -1,1 +1,1 @@
-"""Objectives: from a chunk of a document to an example, what the model reads and what it predicts."""
+"""Objectives: from a chunk of a document to an example, the inputs and labels of the model."""

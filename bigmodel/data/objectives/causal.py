@@ -1,4 +1,4 @@
-"""Causal: each token from those before it; `ahead` = k: the one k further on."""
+"""Causal: predict the next token; with `ahead` = k the token k positions ahead."""
 
 import numpy as np
 
@@ -17,10 +17,10 @@ from bigmodel.data.objectives.example import (
 
 
 def causal(document: np.ndarray, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, (length,) each, of the positions [start, start + length) of a stored document. Views.
+    """Inputs and labels, (length,) each, of positions [start, start + length) of a stored document; views, no copy.
 
-    The target of a position is the token after it. Where a long document was cut, the last target of a piece
-    is the first input of the next piece: nothing is lost and nothing comes from another document.
+    The label of a position is the next token. The last label of a chunk is the first input of the next chunk of the
+    document: no token is lost, none comes from another document.
 
     >>> causal(np.array([1, 11, 12, 13, 2]), 0, 4)
     (array([ 1, 11, 12, 13]), array([11, 12, 13,  2]))
@@ -30,12 +30,12 @@ def causal(document: np.ndarray, start: int, length: int) -> tuple[np.ndarray, n
 
 
 def ahead_targets(lengths: np.ndarray, remaining: np.ndarray, ahead: int) -> np.ndarray:
-    """How many positions of a piece have a token `ahead` of them in the document; `remaining`: positions after it."""
+    """The number of a chunk's positions with a token `ahead` of them; `remaining`: document positions after it."""
     return np.clip(lengths + remaining - (ahead - 1), 0, lengths)
 
 
 def causal_ahead(piece: ChunkText, ahead: int) -> Example:
-    """Each position's target is the token `ahead` of it; IGNORED where the document has none.
+    """The label of a position is the token `ahead` of it; IGNORED where the document has none.
 
     >>> from bigmodel.data.objectives.example import piece_of
     >>> causal_ahead(piece_of(np.array([1, 11, 12, 13, 2]), 0, 4), 2)[1:3]

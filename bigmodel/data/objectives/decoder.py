@@ -1,4 +1,4 @@
-"""What the decoder reads of an example: laid out on one side, of a fixed length, masked or sparse."""
+"""Decoder inputs of an example: source and target on one side, fixed length, masked or dropped inputs."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from bigmodel.data.randomness import make_key, permutation
 
 
 def one_side(example: Example) -> Example:
-    """The same for a decoder alone: start token, source, targets, one after the other; only the targets are asked for.
+    """The example for a decoder alone: start token, source, target in a row; labels on the target only.
 
     >>> one_side(Example(np.array([11, 2]), np.array([1, 21]), np.array([21, 2])))[1:3]
     (array([ 1, 11,  2, 21]), array([-100, -100,   21,    2]))
@@ -23,7 +23,7 @@ def one_side(example: Example) -> Example:
 
 
 def fixed(example: Example, length: int) -> Example:
-    """Targets cut or padded to `length`; padding is read as token 0 and not asked for."""
+    """The target cut or padded to `length`; padding has token 0 and label IGNORED."""
     missing = max(0, length - len(example.labels))
     tokens, targets = (
         np.concatenate([side[:length], np.full(missing, filling)])
@@ -36,7 +36,7 @@ def fixed(example: Example, length: int) -> Example:
 
 
 def mask_inputs(example: Example, share: float, key: int, mask: int) -> Example:
-    """Replace this share of the decoder inputs, but never the start token (word dropout: Bowman et al. 2016)."""
+    """Mask this share of the decoder inputs, never the start token (word dropout: Bowman et al. 2016)."""
     others = len(example.tokens) - 1
     places = permutation(make_key("masked inputs", key), others)[: round(share * others)] + 1
     tokens = example.tokens.astype(np.int64)
@@ -45,12 +45,12 @@ def mask_inputs(example: Example, share: float, key: int, mask: int) -> Example:
 
 
 def num_kept(targets: np.ndarray, share: float) -> np.ndarray:
-    """Positions left after `drop_positions`."""
+    """Positions that `drop_positions` keeps."""
     return targets - np.rint(share * (targets - 1)).astype(np.int64)
 
 
 def drop_positions(example: Example, share: float, key: int) -> Example:
-    """Leave this share of the decoder positions out, but never the first. The others keep their places."""
+    """Drop this share of the decoder positions, never the first. The others keep their position numbers."""
     count = len(example.tokens)
     kept = int(num_kept(np.array(count), share)) - 1
     places = np.sort(np.concatenate([[0], permutation(make_key("kept", key), count - 1)[:kept] + 1]))

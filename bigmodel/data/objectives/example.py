@@ -1,24 +1,25 @@
-"""Objectives: from a piece of a document to what the model reads and what it has to say.
+"""The example of a chunk: its types, its conventions, and the `Rule` of an objective.
 
-Takes a piece of a stored document (`[BOS] text [EOS]`), the objective's settings and the key of a random stream; gives
-an `Example`: a source, which is read as a whole, and inputs with their targets. Every function is pure. Guarantees that
-the lengths of an example follow from those of the piece alone, so that packs are planned exactly before any token is
-read; the lengths of each `Rule` compute them, for many pieces at a time. Each objective has a file beside this one,
-the table of all is in bigmodel/data/objectives/table.py.
+In: a chunk of a stored document (`[BOS] text [EOS]`), the objective's settings, a random key. Out: an `Example`: a
+source, and decoder inputs with labels. Every function is pure. Guarantee: the lengths of an example depend only on
+those of its chunk, so packs are planned exactly before any token is read; `Rule.lengths` computes them for many chunks
+at once. Each objective has a file in this folder; bigmodel/data/objectives/table.py lists them.
 
-    causal              x1 x2 x3 ...: each token from those before it; `ahead` = k: the one k further on
-    prefix              the first part of the piece is the source, the rest is predicted (prefix-LM: Raffel et al. 2020)
+    causal              predict the next token; with `ahead` = k the token k positions ahead
+    prefix              the first part of the chunk is the source, the rest is predicted (prefix-LM: Raffel et al. 2020)
     fill_in_the_middle  [PRE] a [SUF] c [MID] b or [PRE] [SUF] c [MID] a b, causal (Bavarian et al. 2022: PSM and SPM)
-    span_corruption     spans are hidden and predicted (T5: Raffel et al. 2020); with a mode token, UL2's R and X
+    span_corruption     hidden spans are predicted (T5: Raffel et al. 2020); with a mode token, UL2's R and X
     masked              some tokens are hidden, each is predicted in its place (BERT: Devlin et al. 2019)
     pairs               a source text and its target
 
-Conventions. A piece's own tokens are those after its first input, so pieces overlap in nothing. A source of pairs or of
-span corruption ends with EOS, also where the piece is not the end of its document, and so do their targets; a prefix
-has no EOS, for the text goes on. Span corruption is that of T5's paper: the text begins with a visible span and ends
-with a hidden one; span n is replaced by sentinel n; the target is each sentinel with what it stands for, then one more
-sentinel, then EOS; sentinel 0 has the highest id of all and the others count down. The first decoder input is BOS,
-where T5 takes its padding token.
+Conventions:
+- A chunk's own tokens are those after its first input, so chunks do not overlap.
+- Source and target of pairs and of span corruption end with EOS, even where the chunk is not the end of its document.
+  A prefix has no EOS, because the text continues.
+- Span corruption follows T5's paper. The text begins with a visible span and ends with a hidden one. Sentinel n
+  replaces span n. The target is each sentinel with its span, then one more sentinel, then EOS. Sentinel 0 has the
+  highest id, the others count down.
+- The first decoder input is BOS; T5 uses its padding token.
 """
 
 from collections.abc import Callable
@@ -31,22 +32,22 @@ import numpy as np
 from bigmodel.config.settings import ObjectiveSettings
 from bigmodel.data.objectives.table import OBJECTIVES
 
-IGNORED = -100  # the target of a position without one: torch's default ignore_index
+IGNORED = -100  # label of a position without a label: torch's default ignore_index
 NO_TOKENS = np.empty(0, dtype=np.int64)
-NUM_MARKS = 7  # ids above the tokenizer's, before the sentinels
+NUM_MARKS = 7  # special tokens above the tokenizer's ids, before the sentinels: mask, R, S, X, prefix, suffix, middle
 
 
 def num_tokens(num_tokens: np.ndarray | int) -> np.ndarray:
     """Positions of a document of `num_tokens` stored tokens: int64, of the shape given.
 
-    Every token but the first is asked for. A document of 0 or 1 tokens has no position, so it is in no pack. Of a pair,
-    it is the positions of the source text that are counted.
+    Every token but the first is a label. A document of 0 or 1 tokens has no position and is in no pack. For a pair,
+    the positions of the source text count.
     """
     return np.maximum(np.asarray(num_tokens, dtype=np.int64) - 1, 0)
 
 
 class SpecialTokens(NamedTuple):
-    """The ids of special tokens: two of the tokenizer's, the others from its vocabulary on."""
+    """Ids of special tokens: two of the tokenizer, the others above its vocabulary."""
 
     bos: int
     eos: int
@@ -63,7 +64,7 @@ class SpecialTokens(NamedTuple):
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The special_tokens of prefix, suffix and middle."""
+        """The special tokens of prefix, suffix and middle."""
         return self.vocabulary + 4, self.vocabulary + 5, self.vocabulary + 6
 
     def sentinel(self, number: np.ndarray | int) -> np.ndarray:
@@ -71,11 +72,11 @@ class SpecialTokens(NamedTuple):
 
 
 class ChunkText(NamedTuple):
-    """Positions [start, start + length) of a stored document: the tokens asked for, and what stands around them."""
+    """Positions [start, start + length) of a stored document: their labels, and the tokens around them."""
 
     before: int  # the token before the first
     tokens: np.ndarray  # (length,)
-    after: np.ndarray  # the rest of the document; empty: the last of `tokens` is its EOS
+    after: np.ndarray  # the rest of the document; empty: `tokens` ends with EOS
 
     @property
     def text(self) -> np.ndarray:
@@ -84,9 +85,9 @@ class ChunkText(NamedTuple):
 
 
 class Example(NamedTuple):
-    """`tokens` (D,) are the inputs of `targets` (D,); both follow on `source` (E,), which may be empty.
+    """Decoder inputs `tokens` (D,) with `labels` (D,), after a `source` (E,), which may be empty.
 
-    Where some of the inputs were left out, `places` (D,) are those that the others have; None: 0 to D - 1.
+    `places` (D,): the position numbers of the inputs where some were dropped; None: 0 to D - 1.
     """
 
     source: np.ndarray
@@ -101,9 +102,9 @@ def piece_of(document: np.ndarray, start: int, length: int) -> ChunkText:
 
 
 def check_piece(document: np.ndarray, start: int, length: int) -> int:
-    """The end of a piece, which its document must have."""
+    """The end of a chunk. Asserts that the document holds it."""
     end = start + length
-    assert 0 <= start < end, f"positions [{start}, {end}) are none of a document's"
+    assert 0 <= start < end, f"positions [{start}, {end}) are no range of a document"
     assert end < len(document), (
         f"the plan wants positions [{start}, {end}) of a document of {len(document)} stored tokens: "
         "the length index does not belong to these shards"
@@ -112,7 +113,7 @@ def check_piece(document: np.ndarray, start: int, length: int) -> int:
 
 
 def teacher_forced(source: np.ndarray, start: int, targets: np.ndarray) -> Example:
-    """The inputs are the targets moved by one, after a start token."""
+    """An example whose inputs are a start token and the labels but the last."""
     return Example(source, np.concatenate([[start], targets[:-1]]), targets)
 
 
@@ -120,11 +121,11 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Denoiser(NamedTuple):
-    """One of the objectives that a kind stands for."""
+    """One objective of a kind: ul2 has several."""
 
     name: str  # in metrics
     settings: ObjectiveSettings
-    mode: str = ""  # UL2's, in front of the source
+    mode: str = ""  # UL2's mode token before the source: R, S or X
 
 
 def _itself(settings: ObjectiveSettings) -> list[Denoiser]:
@@ -133,13 +134,14 @@ def _itself(settings: ObjectiveSettings) -> list[Denoiser]:
 
 @dataclass(frozen=True)
 class Rule:
-    """How an objective makes examples of pieces. All are pure functions, `settings` is the objective's.
+    """How an objective makes examples of chunks: pure functions, `settings` are the objective's.
 
-    lengths(settings, mode, lengths, remaining): (source, decoder positions, targets) of pieces of so many tokens;
-    `remaining`: those that its document has after it; all (n,). make(settings, mode, piece, key, special_tokens): the
-    example, of these lengths; key: of its random stream. num_sentinels(settings, longest): how many a piece of so many
-    tokens needs. is_plain(settings): whether its examples are the pieces themselves, in causal order. denoisers: the
-    objectives that it stands for, with equal shares.
+    lengths(settings, mode, lengths, remaining): (source tokens, decoder tokens, labels) of chunks of `lengths` tokens;
+    `remaining`: tokens of their documents after them; all (n,).
+    make(settings, mode, piece, key, special_tokens): the example of a chunk, of these lengths; `key`: for its draws.
+    num_sentinels(settings, longest): sentinels that a chunk of `longest` tokens needs.
+    is_plain(settings): whether its examples are the chunks themselves, in causal order.
+    denoisers(settings): the objectives of the kind, with equal shares.
     """
 
     lengths: Callable[[ObjectiveSettings, str, np.ndarray, np.ndarray], Columns]
@@ -154,5 +156,5 @@ def rule_of(kind: str) -> Rule:
 
 
 def num_texts(lengths: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-    """Tokens of pieces without the EOS of their documents, which the last piece of each has."""
+    """Tokens of chunks without the document's EOS, which only its last chunk has."""
     return lengths - (remaining == 0)

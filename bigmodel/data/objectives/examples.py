@@ -1,12 +1,14 @@
-"""Examples: which objective a document is given, how long its examples are, and what is in them.
+"""Examples of a run: the objective of each document, the lengths of its examples, the examples.
 
-Takes the data settings and the run's seed. Gives, for pieces of documents, the columns that the plan needs
-(`Chunk`'s last four) and, for one piece and its document, an `Example`. Guarantees: what is planned follows from
-(seed, source, epoch, shard, row) and lengths; what is drawn follows from these and the piece's start. Neither rank,
-step nor pack occurs, so an example is the same in any world and after any restart.
+In: data settings, the run's seed. Out: for chunks, the columns of the plan (`Chunk`'s last four); for a chunk and its
+document, an `Example`. Example: span corruption of BOS 11 12 13 14 EOS that hides 12 and 14 is planned as 5 source
+tokens and 6 labels; `make` gives the source 11 S0 13 S1 EOS and the labels S0 12 S1 14 S2 EOS.
 
-With one side (`data.source_sequence_length` = 0) a source is laid before its targets; with two it goes to the encoder.
-Costs: nothing for causal language modelling, whose plan has no further columns (`plain`).
+Guarantees: the plan depends on (seed, source, epoch, shard, row) and lengths only, random draws on these and the
+chunk's start. Rank, step and pack do not occur, so an example is the same at any world size and after any restart.
+
+With one side (`data.source_sequence_length` = 0) the source comes before the target; with two it goes to the encoder.
+Costs nothing for causal language modelling, whose plan has no further columns (`is_plain`).
 """
 
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ Document = np.ndarray | Pair
 
 
 class Planned(Protocol):
-    """What making needs of a `bigmodel.data.plan.shuffle.Chunk`."""
+    """The fields of `bigmodel.data.plan.shuffle.Chunk` that `Examples.make` uses."""
 
     @property
     def source(self) -> int: ...
@@ -56,11 +58,11 @@ class Planned(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """An objective as the plan numbers them."""
+    """An objective with its share; the plan refers to it by number."""
 
     name: str  # in metrics; UL2's are ul2_r, ul2_s and ul2_x
     settings: ObjectiveSettings
-    share: float  # of all documents, and on the average of their tokens
+    share: float  # of all documents, and on average of their tokens
     mode: str = ""
 
     @property
@@ -69,7 +71,7 @@ class Objective:
 
 
 def objectives_of(data: DataSettings) -> list[Objective]:
-    """In the order of their numbers; the number after the last is that of pairs."""
+    """In the order of their numbers; the next number is that of pairs."""
     total = sum(one.share for one in data.wanted_objectives)
     found = []
     for one in data.wanted_objectives:
@@ -85,10 +87,10 @@ def num_special_tokens(data: DataSettings) -> int:
 
 
 def nothing_asked(where: str, data: DataSettings) -> str:
-    """An error for the user: documents too short for what is asked of them."""
+    """An error for the user: documents too short to have labels."""
     asked = ", ".join(_in_words(one) for one in data.objectives)
     return (
-        f"data.objectives = {asked}: nothing is asked in {where}, whose documents have no token so far ahead, or none "
+        f"data.objectives = {asked}: no label in {where}, whose documents have no token that far ahead, or none "
         "to hide; set a smaller ahead, add another objective, or drop short documents (prepare.min_characters)"
     )
 
@@ -99,10 +101,10 @@ def _in_words(objective: ObjectiveSettings) -> str:
 
 
 class Examples:
-    """The examples of a run. `vocabulary` is the tokenizer's; the plan alone needs none."""
+    """The examples of a run. `vocabulary`: the tokenizer's size; not needed to plan."""
 
     def __init__(self, data: DataSettings, seed: int, vocabulary: int = 0) -> None:
-        """Raises `UserError` where a pack holds no example of an objective."""
+        """Raises `UserError` if an objective's shortest example does not fit a pack."""
         self.data, self._seed, self._vocabulary = data, seed, vocabulary
         self.objectives = objectives_of(data)
         self._bounds = np.cumsum([objective.share for objective in self.objectives])[:-1]
@@ -110,7 +112,7 @@ class Examples:
 
     @property
     def is_plain(self) -> bool:
-        """Whether documents are plain text in causal order and one side: their pieces are their examples."""
+        """Whether chunks are their own examples: plain text in causal order, one side."""
         first = self.objectives[0]
         return len(self.objectives) == 1 and first.rule.is_plain(first.settings) and not self._two_sides
 
@@ -121,23 +123,23 @@ class Examples:
 
     @cached_property
     def names(self) -> list[str]:
-        """By number."""
+        """Names of objectives by number."""
         return [*(objective.name for objective in self.objectives), PAIRS]
 
     @property
     def _two_sides(self) -> bool:
         return self.data.source_sequence_length > 0
 
-    # ---- planned ----
+    # ---- plan ----
 
     def choose(self, source: int, epoch: int, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The number of the objective of each document, by shares, drawn anew in every epoch: (n,).
+        """The objective's number of each document, drawn by shares in every epoch: (n,).
 
-        A document's draw knows neither its length nor other draws, so that it is the same in any lane and order. The
-        share s of an objective is then one of documents, and of tokens on the average: of n documents whose lengths
-        deviate by c times their mean, the share of tokens deviates by sqrt(s (1 - s) (1 + c^2) / n).
+        A draw does not depend on the document's length or on other draws, so it is the same in any lane and order. A
+        share s is thus one of documents, and on average of tokens: over n documents whose lengths have the standard
+        deviation c times the mean, the share of tokens deviates by sqrt(s (1 - s) (1 + c^2) / n).
 
-        Raises `UserError` where the sentinels are too few for the longest piece.
+        Raises `UserError` if the sentinels are too few for the longest chunk.
         """
         self._check_sentinels()
         if len(self.objectives) == 1:
@@ -150,9 +152,9 @@ class Examples:
         return chosen
 
     def measure(self, numbers: np.ndarray, lengths: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-        """(n, 4) of pieces of plain text: `Chunk`'s objective, positions, targets and source positions.
+        """(n, 4) for chunks of plain text: `Chunk`'s objective, tokens, labels and source positions.
 
-        lengths: positions of each piece; remaining: those that its document has after it.
+        `lengths`: positions of each chunk; `remaining`: positions of its document after it.
         """
         columns = np.empty((len(numbers), 4), dtype=np.int64)
         for number in np.unique(numbers).tolist():
@@ -161,7 +163,7 @@ class Examples:
         return columns
 
     def measure_pairs(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The same of pairs, whose texts have so many positions each."""
+        """The same for pairs whose texts have these numbers of positions."""
         data = self.data
         read, said = pair_lengths(sources, targets, data.longest_source, data.max_document_length)
         return self._columns(self.pairs, read, said, said)
@@ -169,7 +171,7 @@ class Examples:
     def _lengths(
         self, number: int, lengths: np.ndarray, remaining: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, decoder positions, targets) of pieces under an objective."""
+        """(source tokens, decoder tokens, labels) of chunks under an objective."""
         objective = self.objectives[number]
         return objective.rule.lengths(objective.settings, objective.mode, lengths, remaining)
 
@@ -185,7 +187,7 @@ class Examples:
         return np.stack([np.full_like(source, number), decoder, asked, source], axis=1)
 
     def _longest_piece(self, objective: Objective) -> int:
-        """The most positions of a document whose example fits a pack's limits on one document."""
+        """The most positions of a chunk whose example fits the limits on one document."""
         data, number = self.data, self.objectives.index(objective)
         lengths = np.arange(1, data.max_document_length + data.longest_source + 1)
         source, decoder, _ = self._lengths(number, lengths, np.ones_like(lengths))
@@ -204,15 +206,15 @@ class Examples:
             needed = objective.rule.num_sentinels(objective.settings, longest)
             if needed > self.data.sentinels:
                 raise UserError(
-                    f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a piece of {longest} "
+                    f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a chunk of {longest} "
                     f"tokens has {needed - 1} hidden spans; set data.sentinels = {needed} or a shorter "
                     "data.max_document_length"
                 )
 
-    # ---- made ----
+    # ---- make ----
 
     def make(self, chunk: Planned, document: Document) -> Example:
-        """What the model reads of a chunk and is asked for, laid out for one side or two."""
+        """The example of a chunk of `document`, for one side or two."""
         place = (chunk.source, chunk.epoch, chunk.shard, chunk.row, chunk.start)
         key = make_key("example", self._seed, *place)
         if isinstance(document, Pair):

@@ -17,7 +17,7 @@ from bigmodel.data.randomness import words
 
 
 def fill_in_the_middle(piece: ChunkText, spm_share: float, key: int, special_tokens: SpecialTokens) -> Example:
-    """Two cuts at random places; text + 4 positions. Of `spm_share` of the pieces the suffix comes first."""
+    """Two random cuts; text + 4 positions. In `spm_share` of the chunks the suffix comes first."""
     text, (pre, suf, mid) = piece.text, special_tokens.fill
     first, second, order = words(key, 3).tolist()
     low, high = sorted((first % (len(text) + 1), second % (len(text) + 1)))

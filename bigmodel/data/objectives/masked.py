@@ -21,7 +21,7 @@ def masked_targets(texts: np.ndarray, density: float) -> np.ndarray:
 
 
 def masked(piece: ChunkText, density: float, key: int, special_tokens: SpecialTokens) -> Example:
-    """BOS and the piece, with some of the text's tokens hidden: 80% by the mask token, 10% by any token, 10% not."""
+    """BOS and the chunk with some text tokens to predict: 80% are masked, 10% any token, 10% unchanged."""
     tokens = np.concatenate([[special_tokens.bos], piece.tokens]).astype(np.int64)
     count = int(masked_targets(np.array(len(piece.text)), density))
     places = permutation(make_key("places", key), len(piece.text))[:count] + 1

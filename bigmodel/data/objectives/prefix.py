@@ -1,4 +1,4 @@
-"""Prefix-LM (Raffel et al. 2020): the first part of the piece is the source, the rest is predicted."""
+"""Prefix-LM (Raffel et al. 2020): the first part of the chunk is the source, the rest is predicted."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from bigmodel.data.objectives.example import ChunkText, Columns, Example, Rule, 
 
 
 def prefix_lengths(lengths: np.ndarray, prefix_share: float, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """(source, targets): at least one token is predicted."""
+    """(source tokens, labels); at least one label."""
     source = np.minimum((lengths * prefix_share).astype(np.int64), lengths - 1)
     return source + bool(mode), lengths - source
 

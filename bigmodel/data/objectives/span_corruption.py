@@ -1,4 +1,4 @@
-"""Span corruption (T5: Raffel et al. 2020): spans are hidden and predicted; with a mode token, UL2's R and X."""
+"""Span corruption (T5: Raffel et al. 2020): hidden spans are predicted; with a mode token, UL2's R and X."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from bigmodel.data.randomness import make_key, permutation
 
 
 def noise_counts(texts: np.ndarray, density: float, mean_span: float) -> tuple[np.ndarray, np.ndarray]:
-    """(hidden tokens, spans) of texts of so many tokens; 0 and 0 below 2 tokens, else at least 1 is visible."""
+    """(hidden tokens, spans) of texts of these lengths: 0 and 0 below 2 tokens, else at least 1 token stays visible."""
     several = texts >= 2
     hidden = np.where(several, np.clip(np.rint(texts * density), 1, np.maximum(texts - 1, 1)), 0).astype(np.int64)
     spans = np.clip(np.rint(hidden / mean_span), 1, np.maximum(np.minimum(hidden, texts - hidden), 1))
@@ -27,7 +27,7 @@ def noise_counts(texts: np.ndarray, density: float, mean_span: float) -> tuple[n
 def span_corruption_lengths(
     texts: np.ndarray, density: float, mean_span: float, mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(source, targets)."""
+    """(source tokens, labels)."""
     hidden, spans = noise_counts(texts, density, mean_span)
     return texts - hidden + spans + 1 + bool(mode), hidden + spans + 2
 
@@ -35,7 +35,7 @@ def span_corruption_lengths(
 def span_corruption(
     piece: ChunkText, density: float, mean_span: float, mode: str, key: int, special_tokens: SpecialTokens
 ) -> Example:
-    """Hidden and visible spans take turns; their lengths are drawn evenly from all that add up, as in T5.
+    """Visible and hidden spans alternate; their lengths are drawn uniformly from all with the right sum, as in T5.
 
     >>> from bigmodel.data.objectives.example import piece_of
     >>> document = np.array([1, 11, 12, 13, 14, 2])
@@ -61,7 +61,7 @@ def span_corruption(
 
 
 def restore(source: np.ndarray, targets: np.ndarray, special_tokens: SpecialTokens) -> np.ndarray:
-    """The text that `span_corruption` made these of, without a mode token.
+    """The text that `span_corruption` turned into these, without a mode token.
 
     >>> restore(np.array([11, 66, 13, 65, 2]), np.array([66, 12, 65, 14, 64, 2]), SpecialTokens(1, 2, 50, 10)).tolist()
     [11, 12, 13, 14]
@@ -73,13 +73,13 @@ def restore(source: np.ndarray, targets: np.ndarray, special_tokens: SpecialToke
     visible, hidden = (np.split(side, np.flatnonzero(side >= first)) for side in (source, targets))
     parts = [visible[0]]
     for hole, answer in zip(visible[1:], hidden[1:], strict=False):
-        assert hole[0] == answer[0], f"sentinel {hole[0]} is answered by {answer[0]}"
+        assert hole[0] == answer[0], f"the target has {answer[0]} where the source has sentinel {hole[0]}"
         parts += [answer[1:], hole[1:]]
     return np.concatenate(parts)
 
 
 def _random_lengths(key: int, total: int, parts: int) -> np.ndarray:
-    """`parts` lengths of at least 1 that add up to `total`."""
+    """`parts` random lengths of at least 1 with the sum `total`."""
     if parts == 0:
         return np.zeros(0, dtype=np.int64)
     cuts = np.sort(permutation(key, total - 1)[: parts - 1]) + 1
@@ -97,7 +97,7 @@ def _make(settings: ObjectiveSettings, mode: str, piece: ChunkText, key: int, sp
 
 
 def _num_sentinels(settings: ObjectiveSettings, longest: int) -> int:
-    """One for each hidden span, and one for the end."""
+    """One per hidden span, and one for the end."""
     _, spans = noise_counts(np.array(longest), settings.density, settings.mean_span)
     return int(spans) + 1
 

@@ -1,11 +1,15 @@
-"""The objectives that `kind` in `data.objectives` names: all that the rest of the system needs to know of each.
+"""The table of objectives: the values of `kind` in `data.objectives`, and their properties.
 
-To add one: a file beside this one with a `Rule` (`bigmodel.data.objectives.example`): its lengths, which must follow
-from those of the piece alone, and its example; a row in `OBJECTIVES`; a field in `ObjectiveSettings` for each new
-setting (declared with `only_with=READ_BY_OBJECTIVE`, see `bigmodel.config.sections.setting`); and a test that its
-examples have the planned lengths (KINDS in tests/data/objectives/test_objectives.py). From the row follow: the plan,
-batches, special tokens and the size of the vocabulary, the count of work, metrics by name, which models it trains, and
-which settings are refused with which kind. Imports neither numpy nor torch: settings are checked against this table.
+To add an objective:
+- a file in this folder with a `Rule` (`bigmodel.data.objectives.example`): its lengths, which must depend on those of
+  the chunk only, and its example;
+- a row in `OBJECTIVES`;
+- a field in `ObjectiveSettings` for each new setting, declared with `only_with=READ_BY_OBJECTIVE` (see
+  `bigmodel.config.sections.setting`);
+- a test that its examples have the planned lengths (KINDS in tests/data/objectives/test_objectives.py).
+
+The row decides the plan, batches, special tokens, vocabulary size, attention work, metric names, the models it trains,
+and the settings that each kind refuses. Imports neither numpy nor torch: settings are checked against this table.
 """
 
 from dataclasses import dataclass
@@ -13,19 +17,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ObjectiveKind:
-    """What the rest of the system needs to know of an objective."""
+    """Properties of an objective."""
 
     about: str
     rule: str  # "module:NAME" of its `Rule`
-    reads: tuple[str, ...] = ()  # settings of the objective that it reads, but for kind and share
-    has_source: bool = False  # it has a source, which on one side stands before the targets
-    special_tokens: bool = False  # it needs ids above the tokenizer's: special_tokens and sentinels
-    trains_encoder: bool = False  # it trains an encoder alone, and goes with no other kind
+    reads: tuple[str, ...] = ()  # its settings, besides kind and share
+    has_source: bool = False  # it has a source; with one side it comes before the target
+    special_tokens: bool = False  # it needs ids above the tokenizer's: special tokens and sentinels
+    trains_encoder: bool = False  # it trains an encoder alone; cannot be combined with other kinds
 
 
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "causal": ObjectiveKind(
-        about="each token from those before it",
+        about="the next token",
         rule="bigmodel.data.objectives.causal:CAUSAL",
         reads=("ahead",),
     ),
@@ -49,7 +53,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         special_tokens=True,
     ),
     "ul2": ObjectiveKind(
-        about="stands for its seven denoisers",
+        about="UL2's seven denoisers, with equal shares",
         rule="bigmodel.data.objectives.ul2:UL2",
         has_source=True,
         special_tokens=True,

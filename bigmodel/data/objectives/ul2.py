@@ -21,7 +21,7 @@ def _denoisers(settings: ObjectiveSettings) -> list[Denoiser]:
 
 
 def _none(*arguments: object) -> Never:
-    raise AssertionError("ul2 has no examples of its own: its denoisers have")
+    raise AssertionError("ul2 has no examples of its own; its denoisers make them")
 
 
 UL2 = Rule(_none, _none, denoisers=_denoisers)

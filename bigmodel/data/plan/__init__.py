@@ -1,1 +1,1 @@
-"""The plan: which document comes when, in which pack, on which rank. Pure functions of settings and seed."""
+"""The plan: which chunk comes when, in which pack, on which rank. Pure functions of seed, lengths and settings."""

@@ -1,7 +1,8 @@
-"""Lanes: which shards of which sources each of the endless streams holds.
+"""Lanes: which shards of each source a lane holds.
 
-Takes the sizes of all shards, as the manifest has them; gives each lane its shards of every source. Guarantees: a
-pure function of sizes and settings; the lanes hold about the same number of positions of each source. Opens no file.
+In: shard sizes from the manifest, settings. Out: the shards of each lane and source.
+Guarantees: a pure function of sizes and settings; each lane holds about the same number of positions of each source.
+Opens no file.
 """
 
 import heapq
@@ -13,7 +14,7 @@ from bigmodel.data.plan.shuffle import Lengths, Shard, read_shards
 
 
 def mixed_shards(store: Lengths, settings: DataSettings) -> dict[str, list[Shard]]:
-    """The shards of every source that is trained on. Raises `UserError` where the settings name others."""
+    """The shards of every source in the mix. Raises `UserError` for a source name that the data lacks."""
     mixes: list[tuple[str, Mapping[str, float]]] = [("data.mix", settings.mix)]
     mixes += [(f"data.curriculum[{number}].mix", stage.mix) for number, stage in enumerate(settings.curriculum)]
     for setting, shares in [*mixes, ("data.max_epochs", settings.max_epochs)]:
@@ -50,10 +51,10 @@ def deal(shards: Mapping[str, Sequence[Shard]], lanes: int) -> dict[str, list[li
 
 
 def deal_shards(source: str, shards: Sequence[Shard], loads: list[int]) -> list[list[Shard]]:
-    """The shards of a source for each lane: the largest first, each to the lane with the fewest of its positions.
+    """The shards of a source for each lane: largest first, each to the lane with the fewest positions of this source.
 
-    `loads` are the positions that the lanes hold of the sources dealt before; they break ties, and are raised by
-    what is dealt. Raises `UserError` if there are fewer shards with positions than lanes.
+    `loads`: positions per lane of the sources dealt before; they break ties and are updated in place.
+    Raises `UserError` if there are fewer shards with positions than lanes.
     """
     lanes = len(loads)
     filled = [shard for shard in shards if shard.positions]
@@ -75,7 +76,7 @@ def deal_shards(source: str, shards: Sequence[Shard], loads: list[int]) -> list[
 
 
 def packs_in_smallest_lane(settings: DataSettings, dealt: Mapping[str, list[list[Shard]]]) -> int | None:
-    """Packs that every lane can give at least, if none were filled less than whole; None: no end."""
+    """The least number of packs of any lane, if every pack were full; None: endless."""
     supplies = []
     for number in range(settings.lanes):
         positions = [sum(shard.positions for shard in lanes[number]) for lanes in dealt.values()]

@@ -1,11 +1,13 @@
 """Mixing: which source the next chunk of a lane comes from.
 
-Takes the lane's streams and the mix in force; gives the next chunks of the lane, always from the source that is
-furthest behind its share of tokens (of a pair: the tokens of its source text). Guarantees: a pure function of the
-cursors. A source that has given
-`data.max_epochs` is left out, and the others share what it would have had in their own proportions. The curriculum
-(`data.curriculum`) changes the mix at window edges: the first window of a lane that starts at or after a stage's
-share of `from_tokens` is mixed by that stage, and shares are kept from there on.
+In: a lane's streams and the current mix. Out: the next chunks of the lane, each from the source furthest behind its
+share of tokens (a pair counts the tokens of its source text). Example: shares 0.75 and 0.25 and chunks of equal
+length give A B A A, A B A A, ...
+
+Guarantees: a pure function of the cursors. A source that has given `data.max_epochs` drops out; the others split its
+share in their own proportions. The curriculum (`data.curriculum`) changes the mix between packing buffers: a stage
+begins with the first buffer of a lane that starts at or after the lane's part of `from_tokens`, and shares are counted
+from there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +21,14 @@ from bigmodel.data.plan.shuffle import SourceCursor, SourceStream, chunk_table, 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A mix in force in one lane: from which of the lane's positions on, and each source's share (0: left out)."""
+    """A mix of one lane: the lane position where it begins, and the share of each source (0: left out)."""
 
     from_positions: float
     shares: tuple[float, ...]
 
 
 def stages(settings: DataSettings, names: Sequence[str], positions: Sequence[int]) -> list[Stage]:
-    """The stages of a lane that holds so many positions of each source: data.mix, then data.curriculum."""
+    """The stages of a lane: data.mix, then data.curriculum; `positions`: held by the lane, per source."""
     mixes: list[tuple[float, Mapping[str, float]]] = [(0.0, settings.mix)]
     mixes += [(later.from_tokens / settings.lanes, later.mix) for later in settings.curriculum]
     made = []
@@ -37,9 +39,9 @@ def stages(settings: DataSettings, names: Sequence[str], positions: Sequence[int
 
 
 def mix_lag_tokens(settings: DataSettings) -> int:
-    """Tokens, as `from_tokens` counts them, that come at most between it and the first pack of a curriculum's stage.
+    """The most tokens between a stage's `from_tokens` and its first pack.
 
-    Each lane finishes the window under way; what that window carries on may come later still, at most a few packs.
+    Each lane finishes its packing buffer first; chunks carried over may come up to a few packs later.
     """
     return settings.lanes * settings.packing_buffer * (settings.sequence_length + settings.source_sequence_length)
 
@@ -51,14 +53,14 @@ def mix(
     wanted: int,
     since: Sequence[int] = (),
 ) -> tuple[np.ndarray, tuple[SourceCursor, ...]]:
-    """The next chunks of a lane: a table, and the cursors after them.
+    """The next chunks of a lane as a table, and the cursors after them.
 
-    At least `wanted` positions in all, fewer only where every source with a share has reached its end. `since`: the
-    positions that each source had given when these shares began; none: 0.
+    Gives at least `wanted` positions, fewer only where every source with a share has ended. `since`: positions that
+    each source had given when these shares began; empty: 0.
 
-    The next chunk always comes from the source that is furthest behind its share: the smallest (positions
-    taken since) / share, the first of equals. With C = the longest chunk and k sources, a source of share s has
-    had between s * N - s * k * C and s * N + C of the first N positions of a lane, for every N.
+    The next chunk comes from the source with the smallest (positions given since) / share, the first of equals. With
+    C = the longest chunk and k sources, a source of share s has given between s * N - s * k * C and s * N + C of the
+    first N positions of a lane, for every N.
     """
     if wanted <= 0:
         return chunk_table([], streams[0].wide), tuple(cursors)
@@ -87,7 +89,7 @@ def _look_ahead(
     taken: Sequence[int],
     wanted: int,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each stream what it could give while `wanted` positions are taken; more of the others where one ends."""
+    """For each stream the chunks that `wanted` positions could need; more of the others where one ends."""
     found = [stream.ahead(cursor, 0) for stream, cursor in zip(streams, cursors, strict=True)]
     live, ended = {number for number, share in enumerate(shares) if share}, 0
     total = sum(before for before, share in zip(taken, shares, strict=True) if share) + wanted
@@ -108,7 +110,7 @@ def _look_ahead(
 
 
 def supply(lane_stages: Sequence[Stage], held: Sequence[float]) -> float:
-    """Positions that a lane can give in all, when a source ends after `held` of them (infinite: never ends)."""
+    """All positions that a lane can give, when each source ends after `held` (infinite: never)."""
     left, given = list(held), 0.0
     ends = [stage.from_positions for stage in lane_stages[1:]] + [float("inf")]
     for stage, end in zip(lane_stages, ends, strict=True):

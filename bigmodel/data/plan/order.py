@@ -1,18 +1,19 @@
-"""Order: which documents are trained on, in which pack of which step.
+"""Order: the packs of every step.
 
-Takes the sizes of all shards, the lengths of documents, the settings and a seed; gives packs, step by step, without
-end. Shards are dealt to lanes; each lane is an endless stream in which documents are shuffled in blocks, sources are
-mixed by tokens, long documents are split, and windows of the stream are packed:
+In: shard sizes, document lengths, settings, a seed. Out: packs, step by step, without end.
 
-    shards of a source --deal--> lanes --shuffle--> blocks --split--> chunks --mix--> windows --pack--> packs
+    shards of a source --deal--> lanes --shuffle--> blocks --split--> chunks --mix--> packing buffers --pack--> packs
 
-A step takes the same number of packs from every lane: its canonical order is lane 0's packs, lane 1's, and so on. An
-`Order` may plan some lanes only: it then gives their packs, and opens the length files of their shards alone.
+Each lane is an endless stream. A step takes the same number of packs from every lane; its canonical order is lane 0's
+packs, then lane 1's, and so on. Example: 2 lanes, `global_batch_size` = 4: step 0 has packs 0 and 1 of lane 0, then
+packs 0 and 1 of lane 1; step 1 has packs 2 and 3 of each. An `Order` may plan some lanes only: it gives their packs and
+opens the length files of their shards only.
 
-Guarantees: a pure function of (seed, lengths, settings): neither world size, rank nor process occurs in it.
-In an epoch of a source every position of every document of at least 2 stored tokens is in exactly one pack. The
-cursor is small plain JSON, and restoring it plans one window per lane again, whatever the step.
-Costs about 2 microseconds a document; memory: one window and at most two blocks per planned lane and source.
+Guarantees: a pure function of (seed, lengths, settings), independent of world size, rank and process. In an epoch of a
+source every position of every document of at least 2 stored tokens is in exactly one pack. The cursor is small plain
+JSON; restoring it plans one packing buffer per lane, whatever the step.
+Costs about 2 microseconds a document. Memory: one packing buffer per planned lane, and at most two blocks per planned
+lane and source.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, make_lan
 from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, chunk_table, has_pairs
 from bigmodel.data.randomness import make_key
 
-ORDER_VERSION = 1  # raised by every change that gives another order from the same input
-EXAMPLES = {  # settings that decide what documents become; in a plan's identity where they are not as they used to be
+ORDER_VERSION = 1  # raise it with every change that gives another order from the same input
+EXAMPLES = {  # settings of examples; in a plan's identity only where they differ from their defaults
     "source_sequence_length",
     "max_source_length",
     "objectives",
@@ -45,10 +46,10 @@ EXAMPLES = {  # settings that decide what documents become; in a plan's identity
 
 @dataclass(frozen=True, slots=True)
 class SourceProgress:
-    """How far the packs given so far are through a source."""
+    """Progress through a source of the packs given so far."""
 
-    epochs_complete: int  # epochs of which every lane has given every position
-    positions: int  # given so far, all epochs
+    epochs_complete: int  # every lane has given every position of them
+    positions: int  # given so far, over all epochs
     passes: float  # positions given / positions in one epoch
 
 
@@ -57,9 +58,9 @@ LaneProgress = dict[str, tuple[int, int]]  # per source: epochs complete, positi
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an order follows from, as it stands in every checkpoint."""
+    """The inputs of an order; stored in every checkpoint."""
 
-    identity: dict[str, Any]  # by the names under which the user knows it
+    identity: dict[str, Any]  # by names of settings
     num_lanes: int
     source_positions: dict[str, int]  # per mixed source, in one epoch
 
@@ -70,14 +71,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the planned lanes stand after `step` data steps. Cheap to keep; the JSON is made when asked for."""
+    """The planned lanes after `step` data steps. Cheap to keep; `cursor` makes the JSON."""
 
     plan: Plan
     step: int
     lanes: Mapping[int, LanePosition] = field(repr=False)
 
     def cursor(self) -> dict[str, Any]:
-        """Plain JSON, a few hundred bytes a lane plus its carried chunks; null for lanes not planned here."""
+        """Plain JSON: a few hundred bytes a lane plus its carried chunks; null for lanes not planned here."""
         lanes = [
             self._describe(self.lanes[number]) if number in self.lanes else None
             for number in range(self.plan.num_lanes)
@@ -90,7 +91,7 @@ class Position:
         }
 
     def lane_progress(self) -> dict[int, LaneProgress]:
-        """Per planned lane and source: epochs of which the lane has given every position, positions given."""
+        """Per planned lane and source: complete epochs, positions given."""
         progress: dict[int, LaneProgress] = {}
         for number, at in self.lanes.items():
             progress[number] = {}
@@ -115,7 +116,7 @@ class Position:
 
 
 class Order:
-    """The endless sequence of steps. `next_step` gives the packs of a step, `state` the cursor after it."""
+    """The endless sequence of steps: `next_step` gives the packs of a step, `state` the cursor after it."""
 
     def __init__(
         self,
@@ -128,14 +129,14 @@ class Order:
         segment: int = 0,
         first_step: int = 0,
     ) -> None:
-        """Plan the given lanes, or all; opens no length file before the first step.
+        """Plan the given lanes; None: all. Opens no length file before the first step.
 
-        `global_batch_size` and `batch_ramp` are training's. Segment n > 0 is a fresh plan that begins at `first_step`,
+        `global_batch_size` and `batch_ramp`: of [training]. Segment n > 0 is a fresh plan that begins at `first_step`,
         after a change of data or settings.
 
-        Raises `UserError` where mix, sources or lanes do not fit.
+        Raises `UserError` where mix, sources or lanes do not fit the data.
         """
-        self._packs_per_step, self._batch_ramp = global_batch_size, batch_ramp
+        self._global_batch_size, self._batch_ramp = global_batch_size, batch_ramp
         for packs in (global_batch_size, *(packs for _, packs in batch_ramp)):
             assert packs % settings.lanes == 0, f"packs = {packs} is not a multiple of lanes = {settings.lanes}"
         shards = mixed_shards(store, settings)
@@ -143,22 +144,24 @@ class Order:
         totals = {name: sum(shard.positions for shard in shards[name]) for name in shards}
         self.plan = Plan(identity, settings.lanes, totals)
         self.num_skipped_documents = sum(shard.skipped for parts in shards.values() for shard in parts)
-        self.step = self.first_step = first_step  # data steps given, by this segment and those before
+        self.step = self.first_step = first_step  # data steps given by this and earlier segments
         key = make_key("segment", seed, segment) if segment else seed
         dealt = deal(shards, settings.lanes)
         examples = Examples(settings, seed)
         wide = not examples.is_plain or any(has_pairs(store, name) for name in dealt)
-        self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, of plain text; None: no end
+        self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, for plain text; None: endless
         self._wide = wide
         self._lanes = {
             number: make_lane(number, store, dealt, settings, key, examples if wide else None)
             for number in (range(settings.lanes) if lanes is None else sorted(lanes))
         }
-        self._at: dict[int, LanePosition] = {}  # filled when first needed: a restored order plans one window, not two
+        self._at: dict[
+            int, LanePosition
+        ] = {}  # filled on first use: a restored order plans one packing buffer, not two
 
     @classmethod
     def of_run(cls, store: Lengths, settings: Settings, **place: Any) -> "Order":
-        """The order of a run file's training; `place`: lanes, segment, first_step."""
+        """The order of a run file; `place`: lanes, segment, first_step."""
         training = settings.training
         return cls(store, settings.data, training.global_batch_size, settings.run.seed, training.batch_ramp, **place)
 
@@ -168,17 +171,17 @@ class Order:
 
     @property
     def lanes(self) -> list[int]:
-        """The planned ones, ascending."""
+        """The planned lanes, ascending."""
         return list(self._lanes)
 
     def packs_at(self, step: int) -> int:
         """Packs in a data step, over all lanes."""
-        return packs_at(step, self._packs_per_step, self._batch_ramp)
+        return packs_at(step, self._global_batch_size, self._batch_ramp)
 
     def next_step(self) -> list[Pack]:
         """The planned lanes' packs of the next data step, in canonical order.
 
-        Raises `UserError` where data.max_epochs leaves none in some lane; then no lane has moved.
+        Raises `UserError` where data.max_epochs leaves too few in a lane; then no lane has moved.
         """
         share, before = self.packs_at(self.step) // self.plan.num_lanes, dict(self._at)
         try:
@@ -190,17 +193,17 @@ class Order:
         return packs
 
     def position(self) -> Position:
-        """Where the planned lanes stand after the last step given."""
+        """The position after the last step given."""
         return Position(self.plan, self.step, {number: self._lane_at(number) for number in self._lanes})
 
     def state(self) -> dict[str, Any]:
-        """The cursor after the last step given: see `Position.cursor`."""
+        """The cursor after the last step given; see `Position.cursor`."""
         return self.position().cursor()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue after the step whose `state` this is, of all lanes. Plans one window per planned lane.
+        """Continue after the step of `state`, which must hold all lanes. Plans one packing buffer per planned lane.
 
-        Raises `UserError` naming what differs, if the state was made from other data or settings.
+        Raises `UserError` with the differences if the state was made from other data or settings.
         """
         if state["fingerprint"] != self.fingerprint and in_force(state["identity"]) != in_force(self.plan.identity):
             raise UserError(describe_difference(state["identity"], self.plan.identity))
@@ -213,14 +216,14 @@ class Order:
         self.step = state["step"]
 
     def progress(self) -> dict[str, SourceProgress]:
-        """Per mixed source: epochs complete over the planned lanes, positions given, passes over the source."""
+        """Per mixed source: progress over the planned lanes."""
         return total_progress(self.plan, self.position().lane_progress())
 
     def require(self, steps: int) -> None:
         """Raise `UserError` if data.max_epochs leaves too few packs for data steps up to `steps`.
 
-        Where the sizes of shards do not say that there are enough, what the planned lanes have left is planned, as far
-        as it is needed: 2 microseconds a document, 20 to 40 with two sides.
+        Where shard sizes cannot prove that there are enough, this plans the rest of the planned lanes as far as needed:
+        2 microseconds a document, 20 to 40 with two sides.
         """
         if self._packs_in_lane is None:
             return
@@ -250,7 +253,7 @@ class Order:
                 if not at.window.packs:
                     raise UserError(
                         f"data.max_epochs: lane {number} has no pack left for step {self.step + 1}: every source of "
-                        "its mix was given as often as allowed; train fewer steps, or raise data.max_epochs"
+                        "its mix has reached its limit; train fewer steps, or raise data.max_epochs"
                     )
             more = at.window.packs[at.packs_given : at.packs_given + count - len(packs)]
             packs += more
@@ -259,7 +262,7 @@ class Order:
 
 
 def merge_cursors(cursors: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """The cursor of all lanes, from those of orders that planned some each, at the same step."""
+    """The cursor of all lanes, from cursors of some lanes each, at the same step."""
     known = [cursor for cursor in cursors if cursor]
     merged: dict[str, Any] = {**known[0], "lanes": list(known[0]["lanes"])}
     for cursor in known:
@@ -273,7 +276,7 @@ def merge_cursors(cursors: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]
 
 
 def total_progress(plan: Plan, lanes: Mapping[int, LaneProgress]) -> dict[str, SourceProgress]:
-    """Progress of the sources over these lanes."""
+    """Progress of the sources, summed over these lanes."""
     progress = {}
     for name, positions in plan.source_positions.items():
         given = sum(lane[name][1] for lane in lanes.values())
@@ -290,7 +293,7 @@ def _identity(
     seed: int,
     segment: int,
 ) -> dict[str, Any]:
-    """What the order follows from, by the names of the settings; renamed ones by the old name, which is stored."""
+    """The inputs of the order by setting; a renamed setting keeps its old name in stored identities."""
     examples = settings.model_dump(include=EXAMPLES, exclude_defaults=True)
     names = ("max_document_length", "sequence_length", "max_documents", "lanes", "packing_buffer", "mix")
     planned = {f"data.{name}": getattr(settings, name) for name in names}
@@ -313,7 +316,7 @@ def _identity(
 
 
 def in_force(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without the settings that had no effect, which earlier versions accepted."""
+    """An identity without settings that have no effect; earlier versions accepted and stored them."""
     named = {NEW_NAMES.get(name, name): value for name, value in identity.items()}
     given = {name: named[f"data.{name}"] for name in DataSettings.model_fields if f"data.{name}" in named}
     data = DataSettings.model_validate(given, context=SAVED)
@@ -327,15 +330,15 @@ def in_force(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """What differs between two identities, as an error for the user."""
+    """The differences between two identities, as an error for the user."""
     lines = [
         f"  {NEW_NAMES.get(name, name)}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
         for name in sorted({*saved, *current})
         if saved.get(name) != current.get(name)
     ]
     return (
-        "the saved position belongs to another order of the data, in which going on would repeat and skip documents:\n"
+        "the saved position belongs to another order of the data; to continue would repeat and skip documents:\n"
         + "\n".join(lines or ["  the saved position itself was altered"])
-        + "\nset these back, go on from this step with a new plan that forgets what was given (--new-plan), or start a "
-        "new run in another run.directory"
+        + "\nset these back, continue from this step with a new plan, which may repeat documents (--new-plan), or "
+        "start a new run in another run.directory"
     )

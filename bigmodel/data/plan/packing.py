@@ -1,11 +1,12 @@
-"""Packing: which documents share a pack.
+"""Packing: which examples share a packed sequence.
 
-Takes the lengths of a window's documents and a pack's limits (positions, documents), gives packs as lists
-of indices. Best-fit decreasing: the longest document first, each into the open pack where the least room is
-left over. Packs with two sides, a source and a target of each document, are filled by two rules, of which the one
-with fewer packs is taken. Guarantees that every index is in exactly one pack, that no pack is over a limit, and that
-equal input gives equal output. Costs about half a microsecond a document with one side (stdlib `bisect`; numpy per item
-is slower), 20 to 40 with two.
+In: the lengths of the examples of a packing buffer, the limits of a pack (positions, documents). Out: packs as lists of
+indices. Best-fit decreasing: longest first, each into the open pack where the least room is left. Example: lengths 5,
+2, 8, 1 and `sequence_length` = 8 give [2] and [0, 1, 3]. Packs with two sides, source and target, are filled by two
+rules; the result with fewer packs wins.
+
+Guarantees: every index is in exactly one pack, no pack exceeds a limit, equal input gives equal output.
+Costs about half a microsecond a document with one side (stdlib `bisect`; numpy per item is slower), 20 to 40 with two.
 """
 
 from bisect import bisect_left, insort
@@ -17,27 +18,25 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings
 
-POOL = 4096  # documents among which the greedy rule looks for the next of a pack
+POOL = 4096  # documents from which the greedy rule picks the next one
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Packs of one window, in the order in which they were opened."""
+    """The packs of one packing buffer, in the order in which they were opened."""
 
     packs: list[list[int]]  # indices into the lengths, longest document first
     num_tokens: np.ndarray  # (packs,) int64: positions filled
     num_documents: np.ndarray  # (packs,) int64
-    num_document_limited: int  # packs with room left that are full by the limit on documents
-    num_sources: np.ndarray | None = None  # (packs,) int64: positions filled on the source side, where there is one
+    num_document_limited: int  # packs with room left, closed by max_documents
+    num_sources: np.ndarray | None = None  # (packs,) int64: source positions filled; None: no source side
 
 
 def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents: int, num_first: int = 0) -> Packing:
     """Pack documents of `lengths` positions, (n,) integers >= 1, by best-fit decreasing.
 
-    The first `num_first` are packed before the others, so that their packs are among those that fill well.
-
-    Of documents of equal length the earlier goes first; of packs with equal room the one that came to that room
-    last takes the document.
+    The first `num_first` are packed before the others, so their packs fill well. Of documents of equal length the
+    earlier goes first; of packs with equal room the one that reached it last takes the document.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= sequence_length), (
@@ -47,7 +46,7 @@ def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents
     order = np.lexsort((-lengths, is_late))
     packs: list[list[int]] = []
     packs_by_room: defaultdict[int, list[list[int]]] = defaultdict(list)
-    rooms: list[int] = []  # those that an open pack has, ascending: what bisect needs
+    rooms: list[int] = []  # distinct rooms of open packs, ascending for bisect
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect_left(rooms, length)
         if place < len(rooms):
@@ -71,10 +70,10 @@ def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents
 def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents: int, num_first: int = 0) -> Packing:
     """Pack documents of (n, 2) lengths, (target, source), into packs of two `budgets`.
 
-    First-fit decreasing by the sum of the shares of both budgets leaves least with few documents a pack; filling one
-    pack after the other with what keeps its two rooms even, with many (bin-centric greedy: Panigrahy et al. 2011; of
-    their and other scores the largest room left was best on translation, summaries and instructions). Both are tried.
-    A length may be 0. The first `num_first` are packed before the others.
+    Tries two rules. First-fit decreasing, by the sum of the shares of both budgets, wastes least with few documents a
+    pack. Filling one pack at a time and keeping its two rooms even wastes least with many (bin-centric greedy:
+    Panigrahy et al. 2011; of their and other scores, the largest room left was best on translation, summaries and
+    instructions). A length may be 0. The first `num_first` are packed before the others.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert lengths.size == 0 or (lengths.min() >= 0 and (lengths.max(axis=0) <= budgets).all()), (
@@ -100,14 +99,14 @@ def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents:
 
 
 def fullest(packing: Packing, lengths: np.ndarray, settings: DataSettings) -> np.ndarray:
-    """The numbers of the fullest packs, as many as documents of (n, sides) `lengths` could fill at best."""
+    """Indices of the fullest packs: as many as examples of (n, sides) `lengths` could fill at best."""
     budgets = settings.sequence_length, settings.source_sequence_length
     at_best = max(1, len(lengths) // settings.max_documents)
     for total, budget in zip(lengths.sum(axis=0, dtype=np.int64).tolist(), budgets, strict=False):
         at_best = max(at_best, total // budget)
     fill = packing.num_tokens * settings.max_documents
     limit = settings.sequence_length
-    if packing.num_sources is not None:  # in units of both budgets together
+    if packing.num_sources is not None:  # in units of both budgets' product
         fill = fill * budgets[1] + packing.num_sources * settings.max_documents * budgets[0]
         limit = 2 * budgets[0] * budgets[1]
     fill = np.maximum(fill, packing.num_documents * limit)
@@ -118,7 +117,7 @@ def first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], 
     """Each document, in this order, into the first open pack with room on both sides."""
     packs: list[list[int]] = []
     room = np.empty((2, len(order)), dtype=np.int64)  # of the open packs, the first `len(opened)`
-    opened: list[int] = []  # their numbers, in the order in which they were opened
+    opened: list[int] = []  # their indices, in the order in which they were opened
     least = lengths.min(axis=0) if len(order) else np.zeros(2)
     for index in order.tolist():
         length = lengths[index]
@@ -134,7 +133,7 @@ def first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], 
             room[:, place] = budgets
         room[:, place] -= length
         if len(packs[opened[place]]) == max_documents or (room[:, place] < least).any():
-            del opened[place]  # nothing fits any more
+            del opened[place]  # nothing fits
             room[:, place : len(opened)] = room[:, place + 1 : len(opened) + 1]
     return packs
 
@@ -142,7 +141,7 @@ def first_fit(lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], 
 def fill_one_by_one(
     lengths: np.ndarray, order: np.ndarray, budgets: tuple[int, int], max_documents: int
 ) -> list[list[int]]:
-    """One pack after the other: first the largest of the pool, then what leaves the least room on the emptier side."""
+    """One pack at a time: first the largest of the pool, then what leaves the least room on the emptier side."""
     packs: list[list[int]] = []
     shares = lengths / np.array(budgets)
     pool, ahead = order[:POOL], POOL
@@ -162,7 +161,7 @@ def fill_one_by_one(
             taken[place] = True
             room_target -= int(targets[place])
             room_source -= int(sources[place])
-            targets[place] = budgets[0] + 1  # fits nowhere any more
+            targets[place] = budgets[0] + 1  # fits nowhere
         packs.append(pack)
         pool = np.concatenate([pool[~taken], order[ahead : ahead + len(pack)]])
         ahead += len(pack)

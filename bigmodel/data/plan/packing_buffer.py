@@ -1,10 +1,13 @@
-"""Windows: the packs of one lane, window after window.
+"""Packing buffers: the packs of one lane, buffer after buffer. In code a planned buffer is a `Window`.
 
-Takes the lane's shards of every mixed source; gives windows of packs, each with where the next one starts:
+In: a lane's shards of every mixed source. Out: per buffer its packs and the cursor of the next buffer.
 
-    shards of a source --shuffle--> blocks --split--> chunks --mix--> windows --pack--> packs
+    shards of a source --shuffle--> blocks --split--> chunks --mix--> packing buffers --pack--> packs
 
-Guarantees: a pure function of where a window starts; every chunk is in one pack, or carried into the next window.
+Example: `packing_buffer` = 2, `sequence_length` = 8, chunks of 5, 2, 8, 1, 6 and 3 positions in this order. The first
+buffer takes 5, 2, 8 and 1, at least 16 positions, and gives two full packs: 8, and 5 + 2 + 1. The next begins at 6.
+
+Guarantees: a pure function of a buffer's cursor; every chunk is in one pack or carried into the next buffer.
 """
 
 from collections.abc import Mapping
@@ -19,15 +22,15 @@ from bigmodel.data.plan.packing import best_fit_decreasing, fullest, pack_two_si
 from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceCursor, SourceStream, chunk_table, sizes
 from bigmodel.data.randomness import make_key, permutation
 
-NO_EPOCH = 2**62  # later than any
+NO_EPOCH = 2**62  # later than any epoch
 
 
 @dataclass(frozen=True, slots=True)
 class LaneCursor:
-    """Where a window starts: its number, each mixed source's cursor, the chunks carried in.
+    """The start of a packing buffer: its number, the cursor of each mixed source, the chunks carried in.
 
-    `stage`: the stage of the curriculum that the window before was mixed by; `since`: the positions that each source
-    had given when it began, none for stage 0.
+    `stage`: the curriculum stage of the buffer before; `since`: the positions that each source had given when that
+    stage began, empty for stage 0.
     """
 
     window: int
@@ -39,20 +42,20 @@ class LaneCursor:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One planned window of a lane: its P packs in training order, and where the next window starts.
+    """A planned packing buffer: its P packs in training order, and the start of the next buffer.
 
-    What is pending once p packs are given, per mixed source, chunks carried on included:
+    `pending_*[p]`: the chunks not yet given after p packs, per mixed source, carried ones included.
     """
 
     packs: list[Pack]
     following: LaneCursor
     pending_positions: np.ndarray  # (P + 1, sources) int64
-    pending_epochs: np.ndarray  # (P + 1, sources) int64: the oldest epoch, NO_EPOCH where nothing is pending
+    pending_epochs: np.ndarray  # (P + 1, sources) int64: the oldest epoch; NO_EPOCH: nothing pending
 
 
 @dataclass(frozen=True, slots=True)
 class LanePosition:
-    """Where a lane stands: in a window, after so many of its packs."""
+    """A lane's place in the plan: a packing buffer, and how many of its packs were given."""
 
     start: LaneCursor
     window: Window
@@ -60,7 +63,7 @@ class LanePosition:
 
 
 class Lane:
-    """One endless stream of windows: the lane's part of every mixed source."""
+    """An endless stream of packing buffers over the lane's shards of every mixed source."""
 
     def __init__(self, number: int, streams: list[SourceStream], settings: DataSettings, seed: int) -> None:
         self.streams, self.wide = streams, streams[0].wide
@@ -71,11 +74,11 @@ class Lane:
         return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), chunk_table([], self.wide))
 
     def enter(self, start: LaneCursor) -> LanePosition:
-        """The beginning of the window that starts there."""
+        """Plan the packing buffer of this cursor; none of its packs is given."""
         return LanePosition(start, self.plan(start))
 
     def packs_left(self, at: LanePosition, at_most: int) -> int:
-        """The packs from there to the lane's end, `at_most` where there are more. Plans them, a window at a time."""
+        """Packs from `at` to the lane's end, at most `at_most`. Plans them, one packing buffer at a time."""
         left = -at.packs_given
         while at.window.packs and left + len(at.window.packs) < at_most:
             left += len(at.window.packs)
@@ -83,12 +86,12 @@ class Lane:
         return min(at_most, left + len(at.window.packs))
 
     def plan(self, start: LaneCursor) -> Window:
-        """Pack one window: about packing_buffer * sequence_length positions, those carried in among them.
+        """Pack one buffer: about packing_buffer * sequence_length positions, chunks carried in included.
 
-        Given are the fullest packs, as many as the chunks could fill at best, and every pack with a
-        chunk that was carried in: so nothing is carried twice. The chunks of the others are carried on.
-        Where the sources end, all packs are given. Of packs with two sides, the window is as many positions of
-        documents as both sides of its packs hold; of pairs the source text's are counted, so it holds more packs.
+        Gives the fullest packs, as many as the chunks could fill at best, and every pack with a chunk that was carried
+        in: no chunk is carried twice. The chunks of the other packs are carried over. Where the sources end, all packs
+        are given. With two sides the buffer holds as many document positions as both sides of its packs; pairs count
+        only positions of the source text, so their buffer holds more packs.
         """
         settings = self._settings
         stage, since = self._stage(start)
@@ -121,7 +124,7 @@ class Lane:
         )
 
     def _stage(self, start: LaneCursor) -> tuple[int, tuple[int, ...]]:
-        """The stage of the curriculum that a window is mixed by, and what each source had given when it began."""
+        """The curriculum stage of a packing buffer, and the positions that each source had given when it began."""
         given = sum(cursor.positions for cursor in start.sources) - int(start.carried[:, 4].sum())
         stage = max(number for number, stage in enumerate(self._stages) if stage.from_positions <= given)
         if stage == start.stage:
@@ -129,8 +132,8 @@ class Lane:
         return stage, tuple(cursor.positions for cursor in start.sources)
 
     def _pending(self, table: np.ndarray, members: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and oldest epochs of `Window`, of packs made of these rows of the table."""
-        turns = np.full(len(table), len(members))  # what is in no pack stays pending after the last
+        """`Window.pending_*` of packs whose chunks are these rows of the table."""
+        turns = np.full(len(table), len(members))  # a chunk in no pack stays pending after the last
         for turn, pack in enumerate(members):
             turns[pack] = turn
         columns = np.searchsorted([stream.source for stream in self.streams], table[:, 0])

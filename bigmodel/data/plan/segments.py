@@ -1,8 +1,8 @@
-"""Segments: the plans that a run went through, one after the other.
+"""Segments: the successive plans of a run.
 
-A checkpoint goes on in the plan that it was made in. Where data or settings have changed since, going on would
-repeat and skip documents, so it is refused; `--new-plan` begins a segment instead: a fresh plan from that step on,
-with random draws of its own. Exactly once holds within a segment; the checkpoint lists all of them.
+A run continues from a checkpoint in that checkpoint's plan. After a change of data or settings this would repeat and
+skip documents, so it is refused. `--new-plan` begins a segment: a fresh plan from that step on, with its own random
+draws. "Each token once" holds within a segment; the checkpoint lists all segments.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError
 from bigmodel.data.plan.order import EXAMPLES, Order, describe_difference
 from bigmodel.data.plan.shuffle import Lengths
 
-OPTIONAL = ("max_epochs", "curriculum", *sorted(EXAMPLES))  # what a plan's identity has only where it is not default
+OPTIONAL = ("max_epochs", "curriculum", *sorted(EXAMPLES))  # in a plan's identity only where not default
 Segment = dict[str, Any]  # first_step, and the identity of its plan
 
 
@@ -24,14 +24,14 @@ def resume_order(
     new_plan: bool = False,
     lanes: Iterable[int] | None = None,
 ) -> tuple[Order, list[Segment]]:
-    """The order to go on with and the run's segments, its own last. `state`: of the checkpoint, if there is one.
+    """The order to continue and the run's segments, its own last. `state`: of the checkpoint; None: a new run.
 
-    Raises `UserError` where the plan differs and none was asked for, and where one was asked for without need. In a
-    segment that is under way already, asking for one changes nothing: a job that is restarted keeps its command.
+    Raises `UserError` where the plan differs and `new_plan` is not set, and where `new_plan` is set without need. In a
+    later segment whose plan fits, `new_plan` changes nothing, because a restarted job keeps its command.
     """
     if state is None:
         if new_plan:
-            raise UserError("--new-plan: there is no checkpoint to go on from, so the plan is new anyway; leave it out")
+            raise UserError("--new-plan: no checkpoint to continue from, so the plan is new anyway; leave it out")
         order = Order.of_run(store, settings, lanes=lanes)
         return order, [_segment(order)]
     segments, cursor = list(state["segments"]), state["cursor"]
@@ -41,10 +41,10 @@ def resume_order(
         order = Order.of_run(store, settings, lanes=lanes, segment=len(segments), first_step=cursor["step"])
         return order, [*segments, _segment(order)]
     order.restore(cursor)
-    if new_plan and len(segments) == 1:  # in a later one, this is the same command once more: a restarted job
+    if new_plan and len(segments) == 1:  # in a later segment: a restarted job with the same command
         raise UserError(
             "--new-plan: data and settings are those of the checkpoint, and a new plan would repeat documents for "
-            "nothing; leave it out to go on"
+            "nothing; leave it out to continue"
         )
     return order, segments
 
@@ -52,10 +52,9 @@ def resume_order(
 def order_of_segment(
     store: Lengths, data: DataSettings, segments: Sequence[Segment], number: int
 ) -> tuple[DataSettings, Order]:
-    """One of a run's segments, its settings and its plan from its first step on, by what the checkpoint says of it:
-    settings that were changed since do not matter, data that was does.
+    """The settings and the order of one segment, from its first step on, as the checkpoint stores them.
 
-    Raises `UserError` saying what differs.
+    Later changes of settings do not matter. Raises `UserError` with the differences where the data has changed.
     """
     identity = segments[number]["identity"]
     fields = DataSettings.model_fields

@@ -1,12 +1,14 @@
 """Sharing: which rank computes which packs of a step, and in which micro-batch.
 
-Takes a rank's place in the world and the lengths of a step's packs. Nodes take contiguous shares of the step, so a
-node reads the shards of its own lanes only. Within a node packs are dealt so that attention work, the sum over
-documents of length squared, is even over the micro-batches that run at the same time.
+In: a step's packs in canonical order, a rank's place in the world. Out: the packs of each rank and micro-batch.
+Nodes take contiguous shares of the step, so a node reads only the shards of its own lanes. Within a node, packs are
+dealt so that attention work (the sum over documents of length squared) is even over the micro-batches that run at the
+same time. Example: 2 ranks of one node, one pack per micro-batch, work 9, 1, 4, 8: rank 0 computes packs 0 and 1, rank
+1 packs 3 and 2; in the first round 9 runs beside 8, in the second 1 beside 4.
 
 Guarantees: a pure function, the same on every rank; each pack of a step has exactly one slot; every rank has the same
-number of micro-batches of the same size, those without a pack filled up with padding. Nothing of what a pack is
-(its number in the step, its bytes, its random words) depends on it. Costs a microsecond a pack and slot.
+number of micro-batches of the same size, filled up with padding. A pack's number in the step, its bytes and its dropout
+seeds do not depend on the rank. Costs a microsecond a pack and slot.
 """
 
 import heapq
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 
 from bigmodel.data.plan.shuffle import Pack
 
-Slots = list[list[list[int]]]  # [rank in the node][micro-batch] -> places of packs in the node's share, ascending
+Slots = list[list[list[int]]]  # [rank in the node][micro-batch] -> indices into the node's packs, ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Place:
 
     @classmethod
     def of_rank(cls, rank: int, world_size: int, ranks_per_node: int, sharing: int) -> "Place":
-        """Where `sharing` consecutive ranks have the same packs, and so one place. Where these do not lie within one
-        machine, each is a node."""
+        """The place of a rank when `sharing` consecutive ranks get the same packs and so count as one. If they do not
+        lie within one machine, each such group is a node."""
         whole = ranks_per_node % sharing == 0
         return cls(rank // sharing, world_size // sharing, ranks_per_node // sharing if whole else 1)
 
@@ -50,19 +52,19 @@ class Place:
         return self.rank % self.node_size
 
     def share(self, global_batch_size: int) -> range:
-        """The pack numbers of this rank's node: contiguous, as many as on other nodes or one more or less."""
+        """The pack numbers of this rank's node: contiguous; nodes differ by one pack at most."""
         first, end = (global_batch_size * node // self.num_nodes for node in (self.node, self.node + 1))
         return range(first, end)
 
     def lanes(self, num_lanes: int) -> range:
-        """The lanes that the node's packs come from, whatever the number of packs per step."""
+        """The lanes of the node's packs, for any number of packs per step."""
         return range(num_lanes * self.node // self.num_nodes, -(-num_lanes * (self.node + 1) // self.num_nodes))
 
 
 def attention_work(pack: Pack) -> int:
-    """What attention costs, but for a constant: the sum over documents of length squared.
+    """Attention cost up to a constant factor: the sum over documents of length squared.
 
-    Of a source and its targets: each with itself, and the targets with the source.
+    With two sides: source x source, target x target and target x source.
     """
     return sum(
         chunk.num_tokens**2 + chunk.source_positions * (chunk.source_positions + chunk.num_tokens) for chunk in pack
@@ -70,7 +72,7 @@ def attention_work(pack: Pack) -> int:
 
 
 def deal_contiguously(num_packs: int, num_ranks: int, num_rounds: int, size: int) -> Slots:
-    """Packs in canonical order: rank 0's micro-batches, rank 1's, and so on; each rank takes ceil(packs / ranks)."""
+    """Packs in canonical order: rank 0's micro-batches, then rank 1's, and so on; ceil(packs / ranks) per rank."""
     each = -(-num_packs // num_ranks)
     assert each <= num_rounds * size, f"{num_packs} packs over {num_ranks} ranks, {num_rounds} times {size}"
     shares = [range(min(rank * each, num_packs), min((rank + 1) * each, num_packs)) for rank in range(num_ranks)]
@@ -78,10 +80,10 @@ def deal_contiguously(num_packs: int, num_ranks: int, num_rounds: int, size: int
 
 
 def deal_evenly(work: Sequence[int], num_ranks: int, num_rounds: int, size: int) -> Slots:
-    """The packs, `work` each, in num_ranks * num_rounds micro-batches of at most `size`.
+    """Deal packs of this `work` to num_ranks * num_rounds micro-batches of at most `size` packs.
 
-    The heaviest pack first, each to the micro-batch with the least work that has room; then micro-batches of like
-    work run in the same round, and in each round the heaviest goes to the rank that has the least so far.
+    Heaviest pack first, each to the micro-batch with the least work that has room. Then micro-batches of similar work
+    run in the same round; in each round the heaviest goes to the rank with the least work so far.
     """
     assert len(work) <= num_ranks * num_rounds * size, f"{len(work)} packs for {num_ranks} x {num_rounds} x {size}"
     slots: list[list[int]] = [[] for _ in range(num_ranks * num_rounds)]
@@ -101,9 +103,9 @@ def deal_evenly(work: Sequence[int], num_ranks: int, num_rounds: int, size: int)
 
 
 def imbalance(work: Sequence[int], slots: Slots) -> float:
-    """How much longer attention takes than with work dealt perfectly, when ranks wait for each other every round.
+    """Attention time over that of perfectly even work, when ranks wait for each other every round.
 
-    1 is perfect; also where there is no work.
+    1 is perfect; 1 where there is no work.
     """
     rounds = zip(*([_sum(work, slot) for slot in rank] for rank in slots), strict=True)
     return sum(max(loads) for loads in rounds) * len(slots) / (sum(work) or 1) if any(work) else 1.0

@@ -1,15 +1,16 @@
-"""Shuffle: the documents of one source in one lane, epoch after epoch, in an order of its own.
+"""Shuffle: the documents of one source in one lane, reshuffled in every epoch.
 
-Takes the lane's shards of a source; gives chunks, endlessly or up to a number of epochs. In each epoch the shards
-are laid end to end in a new order, cut into blocks, and the documents of a block are shuffled. Long documents are
-split into chunks of at most `max_document_length` positions.
+In: a lane's shards of a source. Out: chunks, endlessly or for a number of epochs. Each epoch lays the shards end to end
+in a new order, cuts them into blocks and shuffles the documents of each block. Long documents are split into chunks of
+at most `max_document_length` positions. A position is an input token with its label: a document of 10 stored tokens has
+9, and gives chunks of 8 and 1 where `max_document_length` = 8.
 
-Guarantees: a pure function of (key, lengths, max_document_length); a cursor, five small numbers, is all that is needed
-to go on. Costs: the lengths of a block are read when the stream comes to it; one block is in memory (1 MB), two where a
-window reaches over its end.
+Guarantees: a pure function of (key, lengths, max_document_length); a cursor of four small numbers is enough to
+continue. Costs: a block's lengths are read when the stream reaches it; one block is in memory (1 MB), two where a
+packing buffer crosses its end.
 
-A table of chunks is an int64 array of shape (n, 10) whose columns are the fields of `Chunk`; where all
-documents are plain text in causal order the last four follow from the others and are left out: (n, 6).
+A table of chunks is an int64 array of shape (n, 10); its columns are the fields of `Chunk`. For plain text in causal
+order the last four follow from the others and are left out: (n, 6).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,20 +23,20 @@ from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.randomness import make_key, permutation
 
-PLAIN = -1  # the objective of a chunk that is its own example
+PLAIN = -1  # "objective" of a chunk that is its own example: causal
 NARROW, WIDE = 6, 10  # columns of a table
-BLOCK_DOCUMENTS = 65_536  # documents shuffled together: about one or two shards, so that reading stays local
+BLOCK_DOCUMENTS = 65_536  # shuffled together; about one or two shards, so reads stay local
 
 
 class Chunk(NamedTuple):
-    """Consecutive positions of one document: [start, start + length) of its positions.
+    """Positions [start, start + length) of one document.
 
-    `source` counts in `store.sources`, `shard` in the source, `row` in the shard; `epoch` is the source's. Of a pair,
-    the positions are those of its source text, and it is one chunk.
+    `source` is an index into `store.sources`, `shard` into the source, `row` into the shard; `epoch` is the source's.
+    A pair is one chunk; its positions are those of its source text.
 
-    What it becomes in a batch (`bigmodel.data.objectives.examples`): `objective` by number, so many `positions` and
-    `targets` where the decoder reads, and `source_positions` where an encoder does. PLAIN: causal, a position and a
-    target for each position of the document.
+    Its example (`bigmodel.data.objectives.examples`): the number of its `objective`, `planned_tokens` and
+    `planned_labels` of the decoder, `source_positions` of the encoder. PLAIN: causal, one token and one label per
+    position.
     """
 
     source: int
@@ -62,12 +63,12 @@ Pack = tuple[Chunk, ...]
 
 
 def sizes(table: np.ndarray) -> np.ndarray:
-    """(n, 2): the positions and source positions of a table of chunks; (n, 1) of a narrow one."""
+    """(n, 2): tokens and source positions of each chunk's example; (n, 1) for a narrow table."""
     return table[:, [7, 9]] if table.shape[1] == WIDE else table[:, 4:5]
 
 
 class Lengths(Protocol):
-    """What the plan needs of a store: see `ShardStore`."""
+    """The part of `ShardStore` that the plan uses."""
 
     @property
     def sources(self) -> list[str]: ...
@@ -81,7 +82,7 @@ class Lengths(Protocol):
 
 
 def has_pairs(store: Lengths, source: str) -> bool:
-    """Whether a source has pairs: then `store.target_lengths` has their targets' lengths."""
+    """Whether a source holds pairs; `store.target_lengths` then has the lengths of their targets."""
     return source in getattr(store, "pair_sources", ())
 
 
@@ -103,7 +104,7 @@ class SourceCursor:
     positions: int = 0
 
 
-# Documents of a block, positions of each one's chunk and those left after it, (n,) each -> (n, 4).
+# (documents of a block, positions of their chunks, positions after the chunks), (n,) each -> (n, 4)
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -116,7 +117,7 @@ def make_block(
     positions: np.ndarray,
     examples: Examples,
 ) -> "Block":
-    """The block of these documents of a source, (n,) each, under the objectives."""
+    """A block of documents of a source, (n,) each, with the lengths of their examples."""
     if has_pairs(store, source):
         targets = np.empty(len(rows), dtype=np.int64)
         for shard in np.unique(shards).tolist():
@@ -140,7 +141,7 @@ def make_block(
 
 
 class Block:
-    """Documents of one source that are shuffled together, in shuffled order; split into chunks on demand."""
+    """Documents of one source in shuffled order; split into chunks on demand."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class Block:
         max_document_length: np.ndarray | int,
         measure: Measure | None = None,
     ) -> None:
-        """Arrays of shape (documents,): where each document is, its positions (at least 1), its longest chunk.
+        """Arrays (documents,): place of each document, its positions (at least 1), the most positions of its chunks.
 
         `measure` gives the last four columns of a wide table.
         """
@@ -161,12 +162,12 @@ class Block:
         self.num_fragments = int(self._first_fragments[-1])
 
     def fragments_covering(self, first: int, positions: int) -> int:
-        """The end of a range of chunks from `first` on that holds `positions` positions, or the block's end."""
+        """The end of the chunks from `first` on that hold `positions` positions, or the block's end."""
         if first == self.num_fragments:
             return first
         document = np.searchsorted(self._first_fragments, first, side="right") - 1
         offset = (first - self._first_fragments[document]) * self._max_document_length[document]
-        first_positions = starts_of(self._positions)  # made again for each window: kept, it would be a third of a block
+        first_positions = starts_of(self._positions)  # recomputed: stored, it would be a third of the block
         target = first_positions[document] + offset + positions
         end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
         return int(self._first_fragments[end])
@@ -189,7 +190,7 @@ class Block:
 
 
 class SourceStream:
-    """One source in one lane: epoch after epoch of its shards, blocks of documents shuffled anew in each."""
+    """The chunks of one source in one lane, epoch after epoch."""
 
     def __init__(
         self,
@@ -201,19 +202,19 @@ class SourceStream:
         max_epochs: int = 0,
         examples: Examples | None = None,
     ) -> None:
-        """`max_epochs`: the stream ends after so many; 0: never. `examples` None: plain text in causal order."""
+        """`max_epochs`: the stream ends after them; 0: never. `examples` None: plain text in causal order."""
         self.name, self.source = name, store.sources.index(name)
         self.positions = sum(shard.positions for shard in shards)
         self._store, self._shards, self._max_document_length, self._key = store, shards, max_document_length, key
         self._examples, self.wide = examples, examples is not None
         self._max_epochs = max_epochs
         self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
-        self._blocks: dict[tuple[int, int], Block] = {}  # those that a window may begin in or looked into, two at most
+        self._blocks: dict[tuple[int, int], Block] = {}  # in use by the current packing buffer, two at most
 
     def ahead(self, cursor: SourceCursor, positions: int) -> tuple[np.ndarray, np.ndarray]:
-        """At least `positions` positions from the cursor on, fewer only at the stream's end.
+        """A table of at least `positions` positions from the cursor on, and the (epoch, block, chunk) of each row.
 
-        A table, and the (epoch, block, chunk) of each row.
+        Fewer only at the stream's end.
         """
         tables, places = [], []
         epoch, number, first = cursor.epoch, cursor.block, cursor.fragment
@@ -234,7 +235,7 @@ class SourceStream:
         return np.concatenate(tables), np.concatenate(places)
 
     def advance(self, cursor: SourceCursor, taken: np.ndarray, places: np.ndarray) -> SourceCursor:
-        """The cursor after the chunks `taken`, a table whose rows stand at `places`."""
+        """The cursor after the chunks `taken`; `places`: (epoch, block, chunk) of its rows."""
         if not len(taken):
             return cursor
         epoch, number, chunk = (int(value) for value in places[len(taken) - 1])
@@ -257,7 +258,7 @@ class SourceStream:
         return self._blocks[epoch, number]
 
     def _read_block(self, epoch: int, number: int) -> Block:
-        """The documents [number, number + 1) * BLOCK_DOCUMENTS of the epoch's shards laid end to end, shuffled."""
+        """Documents [number, number + 1) * BLOCK_DOCUMENTS of the epoch's shards laid end to end, shuffled."""
         first, end = number * BLOCK_DOCUMENTS, (number + 1) * BLOCK_DOCUMENTS
         shards, rows, positions = [], [], []
         for index in permutation(make_key("shards", self._key, epoch), len(self._shards)).tolist():
@@ -280,15 +281,15 @@ class SourceStream:
 
 
 def read_shards(store: Lengths, source: str) -> list[Shard]:
-    """Every shard of a source, in their order. Opens no length file."""
+    """All shards of a source, in order. Opens no length file."""
     return [Shard(number, *sizes) for number, sizes in enumerate(store.shard_sizes(source).tolist())]
 
 
 def neighbour_distance(chunks: Sequence[Chunk]) -> float:
-    """How well a stretch of training order is shuffled: 1 as by chance, near 0 where neighbours stay neighbours.
+    """Quality of the shuffle of some chunks: 1 is random, near 0 means that neighbours stay neighbours.
 
-    The median distance, in places of the stretch, between documents that lie side by side in a shard, over the
-    distance that chance would give: (1 - sqrt(1/2)) times the number of documents. 1 where no two are neighbours.
+    The median distance between documents that lie side by side in a shard, over that of a random order:
+    (1 - sqrt(1/2)) times the number of documents. 1 where no two are neighbours.
     """
     places: dict[tuple[int, int, int, int], int] = {}
     for chunk in chunks:
@@ -302,7 +303,7 @@ def neighbour_distance(chunks: Sequence[Chunk]) -> float:
 
 
 def starts_of(sizes: np.ndarray) -> np.ndarray:
-    """Where runs of these sizes start when laid end to end, and where the last one ends: (n + 1,)."""
+    """Starts of runs of these sizes laid end to end, and the last end: (n + 1,)."""
     return np.concatenate([[0], np.cumsum(sizes)])
 
 

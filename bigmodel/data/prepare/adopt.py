@@ -1,20 +1,19 @@
-"""Adopt: shards that others wrote with mosaicml-streaming become a prepared folder.
+"""Adopt: import shards of mosaicml-streaming, written elsewhere, as a prepared folder.
 
-Takes a folder of MDS shards (compressed or not, here or in a store) with a column of token ids or of text, and the
-tokenizer that made the ids. Gives the folder that `bigmodel.data.store.shards` describes, as `prepare` does from text.
+In: a folder of MDS shards (compressed or not, local or in a store) with a column of token ids or of text, and the
+tokenizer that made the ids. Out: the folder described in `bigmodel.data.store.shards`, as `prepare` makes it from text.
 
-A column of text is handed to `prepare`, of which such shards are a source; what follows is about token ids.
+A column of text goes to `prepare`, with the shards as its source. The rest of this file imports token ids.
 
-A sample is taken as one document. Where a document does not begin with the tokenizer's begin token or does not end
-with its end token, that token is added, and how often is said. A document with one of them in its middle is refused:
-such samples are several documents in one, and training would let them see each other.
+A sample is one document. A missing begin or end token is added, and the number of additions is printed. A document with
+one of them in its middle is an error: such a sample is several documents, and their tokens would attend to each other.
 
-Guarantees: every document is kept but empty ones, in the order in which it is stored, and ids are never changed. A
-shard whose every document is stored as ours are, uncompressed, and goes to one split, is linked (copied between
-disks), else written anew. The folder appears whole, by one rename. Killed, it goes on from the shards that it has
-taken, in `<into>.partial`, if shards, tokenizer and versions are the same.
+Guarantees: every document but empty ones is kept, in stored order, with unchanged ids. An uncompressed shard whose
+documents are all stored as here and go to one split is linked (copied between disks); any other is rewritten. The
+folder appears whole, by one rename. Killed, the next run continues from the imported shards in `<into>.partial`, if
+shards, tokenizer and versions are the same.
 
-Costs: about 1 MB of text a second and core: the documents are decoded, for the bytes of their text are counted.
+Costs: about 1 MB of text a second and core, because documents are decoded to count the bytes of their text.
 """
 
 import hashlib
@@ -45,16 +44,16 @@ from bigmodel.data.store.shards import decode_value, length_statistics, measure_
 from bigmodel.data.store.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
 from bigmodel.run_directory import write_atomically
 
-TOKEN_COLUMNS = ("tokens", "input_ids")  # names that are looked for
+TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
 COMPRESSIONS = {".zstd": "zstd", ".gz": "gzip", ".br": "brotli"}
-FORMAT = 1  # raise it when what is kept of a taken shard changes
+FORMAT = 1  # raise it when the files of a taken shard change
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 
 
 @dataclass(frozen=True)
 class Adoption:
-    """What is asked for. `dtype` is for a column of bytes. Documents go to validation by their hash, or none does and
-    `validation` is a folder that does as a whole."""
+    """The settings of an import. `dtype`: of the ids in a column of bytes. `validation`: a folder of shards for the
+    validation split; without one, documents go to it by their hash."""
 
     folder: str
     into: Path
@@ -68,7 +67,7 @@ class Adoption:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard to take in. `split`: where all of it goes; empty: each document by its hash."""
+    """One shard to import. `split`: of all its documents; empty: of each document by its hash."""
 
     file: str
     number: int
@@ -83,7 +82,7 @@ class _Shard:
 
 @dataclass
 class Taken:
-    """What became of a shard: per split the entry of the index (none: no document), lengths and bytes of text."""
+    """An imported shard. By split: the index entry (none: no document), lengths and bytes of text."""
 
     sha256: str
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -111,7 +110,7 @@ class Taken:
 
 
 def find_column(adoption: Adoption) -> tuple[str, str]:
-    """Name and encoding of the column that is asked for, or of the one that must be meant."""
+    """Name and encoding of the requested column, or of the likely one."""
     first = list_shards(adoption.folder)[0]
     shard = _parse(first, b"".join(files.chunks(first)))
     names, encodings = (shard.description[f"column_{what}"] for what in ("names", "encodings"))
@@ -119,23 +118,26 @@ def find_column(adoption: Adoption) -> tuple[str, str]:
     column = likely[0] if likely else names[0]
     if not adoption.column and f"target_{column}" in names:
         raise UserError(
-            f"{adoption.folder}: holds pairs, {column!r} with 'target_{column}', and one column is taken; prepare "
-            f"pairs from their texts by prepare.sources with a target_column, or take one side by --column {column}"
+            f"{adoption.folder}: holds pairs, {column!r} with 'target_{column}', but only one column can be adopted; "
+            "prepare pairs from their texts by prepare.sources with a target_column, or adopt one side by "
+            f"--column {column}"
         )
     if (adoption.column and column != adoption.column) or (len(names) > 1 and not likely):
         raise UserError(
             f"{adoption.folder}: no column {adoption.column or ' or '.join(TOKEN_COLUMNS)!r}; it has "
-            f"{', '.join(map(repr, names))}: name the one with the tokens or the text by --column"
+            f"{', '.join(map(repr, names))}: name the column of tokens or text by --column"
         )
     return column, encodings[names.index(column)]
 
 
 def list_shards(folder: str) -> list[str]:
-    """The files of the shards that a folder's index.json lists, in order. Raises `UserError` where one is missing."""
+    """The files of the shards in a folder's index.json, in order. Raises `UserError` if one is missing."""
     index = files.join(folder, "index.json")
     there = files.sizes(folder)
     if "index.json" not in there:
-        raise UserError(f"{folder}: has no index.json, so no shards of mosaicml-streaming; name a folder with one")
+        raise UserError(
+            f"{folder}: has no index.json, so it holds no shards of mosaicml-streaming; name a folder with one"
+        )
     try:
         entries = json.loads(b"".join(files.chunks(index)))["shards"]
         stored = [[entry[key]["basename"] for key in ("raw_data", "zip_data") if entry[key]] for entry in entries]
@@ -146,12 +148,12 @@ def list_shards(folder: str) -> list[str]:
         raise UserError(f"{index}: lists {', '.join(sorted(kinds)) or 'no'} shards; only MDS shards can be adopted")
     for names in stored:
         if not set(names) & set(there):
-            raise UserError(f"{files.join(folder, names[0])}: missing, but index.json lists it; make the folder whole")
+            raise UserError(f"{files.join(folder, names[0])}: missing, but index.json lists it; restore the file")
     return [files.join(folder, next(name for name in names if name in there)) for names in stored]
 
 
 def adopt(adoption: Adoption, progress: Progress) -> Path:
-    """Make `adoption.into` and return it. Raises `UserError` for shards, columns and documents that cannot be taken."""
+    """Make `adoption.into` and return it. Raises `UserError` for shards, columns and documents that do not fit."""
     into = adoption.into.absolute()
     if into.exists():
         raise UserError(f"--into {into}: exists already; choose another folder, or delete this one")
@@ -160,7 +162,7 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
     settings = _settings(adoption)
     if encoding == "str" and adoption.validation:
         raise UserError(
-            f"--validation {adoption.validation}: of shards of text each document goes to validation by its hash; "
+            f"--validation {adoption.validation}: documents of text shards go to validation by their hash; "
             "leave it out, and set --validation-share"
         )
     if encoding == "str":
@@ -183,7 +185,7 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
 
 
 def _all_shards(adoption: Adoption, partial: Path) -> list[_Shard]:
-    """The shards to take in, with the folder for this way of taking them."""
+    """The shards to import, with the staging folder for these shards, tokenizer and versions."""
     first = SPLITS[0] if adoption.validation else ""
     places = [(file, first) for file in list_shards(adoption.folder)]
     if adoption.validation:
@@ -212,7 +214,7 @@ def _make(adoption: Adoption, shards: Sequence[_Shard], progress: Progress) -> N
 
 
 def _settings(adoption: Adoption) -> Settings:
-    """The run file that would do the same with shards of text. Raises `UserError` for a name or share that none has."""
+    """The run file that imports the same shards as text. Raises `UserError` for an invalid name or share."""
     source = {"name": adoption.name, "files": list_shards(adoption.folder), "column": adoption.column}
     section = {"sources": [source], "tokenizer": adoption.tokenizer, "validation_share": adoption.validation_share}
     table = {"prepare": section, "data": {"directory": adoption.into}}
@@ -245,8 +247,7 @@ def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None
 
 
 def _take(shard: _Shard) -> None:
-    """Store a shard's documents by split, under the shard's own number, and last what became of it; unless that is
-    done."""
+    """Store a shard's documents by split, under the shard's own number, and last its `Taken`; nothing if it exists."""
     if is_whole(shard.taken):
         return
     content = b"".join(files.chunks(shard.file))
@@ -282,31 +283,31 @@ def _take(shard: _Shard) -> None:
 
 
 def _read_ids(parsed: mds.ShardContent, shard: _Shard) -> list[np.ndarray]:
-    """The ids of every sample, (n,) integers."""
+    """(n,) integer ids of every sample."""
     column, dtype = shard.adoption.column, shard.adoption.dtype
     if column not in parsed.description["column_names"]:
         raise UserError(f"{shard.file}: has no column {column!r}, which the first shard has")
     encoding = parsed.encoding(column)
     if encoding == "bytes" and not dtype:
-        raise UserError(f"{shard.file}: column {column!r} holds bytes; say of which type its ids are, as --dtype int64")
+        raise UserError(f"{shard.file}: column {column!r} holds bytes; name the type of its ids, as --dtype int64")
     if encoding != "bytes" and not encoding.startswith("ndarray"):
         raise UserError(f"{shard.file}: column {column!r} holds {encoding}; token ids are ndarray or bytes")
     try:
         values = list(parsed.values(column))
         arrays = [np.frombuffer(v, dtype) if encoding == "bytes" else decode_value(encoding, v) for v in values]
     except (ValueError, TypeError) as error:
-        raise UserError(f"{shard.file}: column {column!r}: {error}; see that --dtype and the shard are right") from None
+        raise UserError(f"{shard.file}: column {column!r}: {error}; check --dtype and the shard") from None
     wrong = next((array for array in arrays if array.ndim != 1 or array.dtype.kind not in "iu"), None)
     if wrong is not None:
         raise UserError(
             f"{shard.file}: column {column!r} holds arrays of {wrong.dtype} with {wrong.ndim} axes; "
-            "token ids are integers along one"
+            "token ids need one axis of integers"
         )
     return arrays
 
 
 def _with_ends(ids: np.ndarray, tokenizer: Tokenizer, where: str, taken: Taken) -> np.ndarray:
-    """The document as we store it. Counts what was added."""
+    """The document as stored here. Counts added begin and end tokens in `taken`."""
     if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocabulary):
         raise UserError(
             f"{where}: holds token {ids.min() if ids.min() < 0 else ids.max()}, the tokenizer has "
@@ -318,9 +319,8 @@ def _with_ends(ids: np.ndarray, tokenizer: Tokenizer, where: str, taken: Taken) 
     inner = inner[1:] if has_begin else inner
     if len(inner) and np.isin(inner, (tokenizer.bos, tokenizer.eos)).any():
         raise UserError(
-            f"{where}: has a begin or end token in its middle, so it is several documents in one; such samples cannot "
-            "be adopted, for each would be trained on as one document: write the shards with one document a sample, or "
-            "prepare from the text"
+            f"{where}: has a begin or end token in its middle, so it is several documents in one sample, which would "
+            "be trained as one document; write the shards with one document per sample, or prepare from the text"
         )
     if len(inner):
         taken.begins_added += not has_begin
@@ -334,9 +334,9 @@ def _falls_to_validation(document: np.ndarray, adoption: Adoption) -> bool:
 
 
 def _link(shard: _Shard, parsed: mds.ShardContent, folder: Path) -> dict[str, Any]:
-    """Put the very file, or its bytes, into the folder; returns its entry of the index."""
+    """Link the file into the folder, or write its bytes there; returns its index entry."""
     target = folder / mds.shard_name(shard.number)
-    target.unlink(missing_ok=True)  # of a process that was killed
+    target.unlink(missing_ok=True)  # left by a killed process
     try:
         os.link(shard.file, target)
     except OSError:  # another disk, or a store
@@ -353,14 +353,14 @@ def _parse(file: str, content: bytes) -> mds.ShardContent:
             content = pyarrow.CompressedInputStream(io.BytesIO(content), compression).read()
         return mds.ShardContent.parse(content)
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read: {error}; make it whole or leave it out") from None
+        raise UserError(f"{file}: cannot be read: {error}; restore the file or leave it out") from None
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------
 
 
 def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[_Shard], taken: Sequence[Taken]) -> None:
-    """The result, made anew from what was taken: numbers without gaps, lengths, indexes, validation text, manifest,
+    """Write the result from all imported shards: numbers without gaps, lengths, indexes, validation text, manifest,
     picture."""
     work = shards[0].work
     result = work / "result"
@@ -409,8 +409,7 @@ def _recipe(adoption: Adoption, taken: Sequence[Taken]) -> dict[str, Any]:
 
 
 def _number_shards(source: Path, folder: Path, split: str, taken: Sequence[Taken]) -> dict[str, int]:
-    """Put the shards of a split into a folder so that their numbers have no gaps, with lengths and index. Returns its
-    counts."""
+    """Put the shards of a split into a folder, numbered without gaps, with lengths and index. Returns the counts."""
     folder.mkdir(parents=True)
     entries: list[dict[str, Any]] = []
     for number, one in enumerate(taken):

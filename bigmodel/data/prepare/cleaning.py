@@ -1,15 +1,19 @@
-"""Cleaning: which rows are kept, as what text, and on which side of the validation split.
+"""Cleaning: which rows are kept, with which text, and in which split.
 
-Takes the rows of a unit and the `prepare` settings. Gives a `Scan` of the unit, and over all scans the duplicates,
-the counts and a sample.
+In: the rows of a unit and the `prepare` settings. Out: a `Scan` of the unit; over all scans the duplicates, the counts
+and a sample for the tokenizer. Example, with `min_characters = 3`:
 
-Guarantees: a row is kept or dropped for one named reason, so kept + dropped = read, in documents and in bytes; a text
-is kept once over all sources (exact after cleaning, by the first 128 bits of its SHA-256; the first one in reading
-order stays); whether a document is for validation depends on its own key or text alone, so adding data moves nothing.
+    ("A cat.",)   kept           counts: read 4 = kept 1 + duplicate 1 + too_short 1 + null 1
+    ("A cat.",)   duplicate
+    ("Hi",)       too_short
+    (None,)       null
 
-Costs: 34 bytes a row in memory, and 57 more while duplicates are looked for, in one process. Decontamination hashes
-every word. Finding texts that are nearly equal is not done here: run datatrove first and name its
-output as a source.
+Guarantees: every row is kept, or dropped for one named reason: kept + dropped = read, in documents and in bytes. A text
+is kept once over all sources (exact after cleaning, by the first 128 bits of its SHA-256); the first in reading order
+stays. Only its own key or text decides whether a document is for validation, so added data moves no document.
+
+Costs: 34 bytes a row in memory, and 57 more during the search for duplicates, in one process. Decontamination hashes
+every word. Near-duplicates are not found: run datatrove first and name its output as a source.
 """
 
 import hashlib
@@ -36,8 +40,8 @@ from bigmodel.run_directory import write_atomically
 
 REASONS = ("kept", "null", "empty", "malformed", "too_short", "too_long", "contaminated", "duplicate")
 KEPT, NULL, EMPTY, MALFORMED, TOO_SHORT, TOO_LONG, CONTAMINATED, DUPLICATE = range(len(REASONS))
-SEPARATOR = b"\xff"  # between the texts of a pair where they are hashed: occurs in no UTF-8
-LISTED = 1000  # malformed records named, at most
+SEPARATOR = b"\xff"  # between the texts of a pair in its hash: never part of UTF-8
+LISTED = 1000  # malformed records, at most
 # C0 and C1 and delete, but not tab, line feed and carriage return.
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 WORD = re.compile(r"\w+")
@@ -46,8 +50,8 @@ MULTIPLIER = 0x9E3779B97F4A7C15  # odd, 2**64 over the golden ratio: spreads the
 
 @dataclass(slots=True)
 class Scan:
-    """One entry per row of a unit: (n,) status, (n, 2) digest words, (n,) for validation?, (n,) UTF-8 bytes as read
-    and as kept; and the first malformed records."""
+    """Verdicts on the rows of a unit: (n,) status, (n, 2) digest words, (n,) whether for validation, (n,) UTF-8 bytes
+    as read and as kept; and the first malformed records."""
 
     status: np.ndarray
     digests: np.ndarray
@@ -77,7 +81,7 @@ class Scan:
 
 
 class Part(NamedTuple):
-    """A stretch of a unit's rows, [first, end), that is tokenized into one file."""
+    """Rows [first, end) of a unit, tokenized into one file."""
 
     number: int
     first: int
@@ -85,18 +89,18 @@ class Part(NamedTuple):
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Named arrays in one file, whole or not there at all, with a checksum for each."""
+    """Named arrays in one file, written atomically, with a checksum for each."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     write_atomically(path, content.getvalue())
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of arrays is there, every checksum is right and every array can be loaded. Reads all of it."""
+    """Whether a file of arrays exists, with right checksums and loadable arrays. Reads all of it."""
     try:
         with zipfile.ZipFile(path) as file, np.load(path) as arrays:
             return file.testzip() is None and all(arrays[name] is not None for name in arrays)
-    except Exception:  # damage in a header has many faces: NotImplementedError, struct.error, SyntaxError ...
+    except Exception:  # a damaged header raises many types: NotImplementedError, struct.error, SyntaxError ...
         return False
 
 
@@ -104,7 +108,7 @@ def is_whole(path: Path) -> bool:
 
 
 def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | None = None) -> Scan:
-    """Judge every row of a unit by itself (duplicates are found later, over all units). `contaminated`: hashes of
+    """Judge each row of a unit on its own; duplicates are found later, over all units. `contaminated`: the result of
     `evaluation_hashes`."""
     status, digests, validation = bytearray(), bytearray(), bytearray()
     read_bytes, kept_bytes = array("q"), array("q")
@@ -130,14 +134,14 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
 
 
 def joined(texts: tuple[str, ...]) -> bytes:
-    """A row's texts as they are hashed."""
+    """The bytes of a row's texts for its hash."""
     return SEPARATOR.join(text.encode() for text in texts)
 
 
 def judge(
     row: tuple[str | None, ...], settings: PrepareSettings, contaminated: np.ndarray | None = None
 ) -> tuple[int, tuple[str, ...]]:
-    """A row's verdict and, if it is kept, its cleaned texts."""
+    """A row's verdict and, if kept, its cleaned texts."""
     if any(text is None for text in row):
         return NULL, ()
     texts = tuple(clean(text, settings) for text in row if text is not None)
@@ -161,7 +165,7 @@ def clean(text: str, settings: PrepareSettings) -> str:
 
 
 def is_validation(key: str | None, text_digest: bytes, validation_share: float) -> bool:
-    """Whether a document is kept for validation: 64 bits of a hash, as a fraction, fall below the share."""
+    """Whether a document is for validation: 64 bits of a hash, as a fraction, are below the share."""
     digest = text_digest if key is None else hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[16:24], "little") < validation_share * 2**64
 
@@ -172,8 +176,8 @@ def is_validation(key: str | None, text_digest: bytes, validation_share: float) 
 def evaluation_hashes(settings: DecontaminationSettings) -> np.ndarray:
     """Sorted hashes of every run of `ngram` words in the evaluation files. A text of fewer words has none.
 
-    Raises `UserError` as a source of documents does, for a malformed record, and for a file without any such run:
-    nothing would be compared with it.
+    Raises `UserError` for the errors of `corpus.find_source`, a malformed record, and a file without any such run,
+    which would have no effect.
     """
     named = SourceSettings(name="evaluation", files=settings.files, column=settings.column)
     source = corpus.find_source(named, "prepare.decontaminate")
@@ -187,20 +191,20 @@ def _file_hashes(source: Source, length: int) -> np.ndarray:
         for row, _ in corpus.read_unit(unit):
             if isinstance(row, Malformed):
                 (named,) = corpus.with_line_numbers([row])
-                raise UserError(f"prepare.decontaminate: {row.file}: {named.place}: {row.reason}; mend or drop it")
+                raise UserError(f"prepare.decontaminate: {row.file}: {named.place}: {row.reason}; correct or drop it")
             found += [run_hashes(text, length) for text in row if text is not None]
     hashes = np.concatenate(found)
     if not len(hashes):
         raise UserError(
-            f"prepare.decontaminate.ngram = {length}: {source.files[0]} has no text of so many words, so nothing would "
-            "be compared with it; lower it, or leave the file out"
+            f"prepare.decontaminate.ngram = {length}: {source.files[0]} has no text of that many words, so the file "
+            "would have no effect; lower it, or leave the file out"
         )
     return hashes
 
 
 def run_hashes(text: str, length: int) -> np.ndarray:
-    """(words - length + 1,) uint64: a hash of each run of words, without case, punctuation, control characters and
-    forms of one character; the same anywhere, whatever cleaning did to the text."""
+    """(words - length + 1,) uint64 hashes of the runs of words. Case, punctuation, control characters and variant
+    forms of a character do not count, so hashes before and after cleaning are equal."""
     words = WORD.findall(unicodedata.normalize("NFKC", CONTROL.sub("", text)).lower())
     if len(words) < length:
         return np.zeros(0, np.uint64)
@@ -212,7 +216,7 @@ def run_hashes(text: str, length: int) -> np.ndarray:
 
 
 def shares_a_run(text: str, length: int, contaminated: np.ndarray) -> bool:
-    """Whether a run of words in the text is among the sorted hashes `contaminated`."""
+    """Whether the hash of any run of words in the text is in the sorted `contaminated`."""
     runs = run_hashes(text, length)
     places = np.searchsorted(contaminated, runs)
     inside = places < len(contaminated)
@@ -228,9 +232,9 @@ def _hash_word(word: str) -> int:
 
 
 def mark_duplicates(scans: Sequence[Scan]) -> np.ndarray:
-    """Set DUPLICATE, over all scans in order, on every kept row whose digest a kept row before it has.
+    """Set DUPLICATE on every kept row with the digest of an earlier kept row, over all scans in order.
 
-    Returns the numbers of those rows, counted over all scans, sorted.
+    Returns the sorted numbers of these rows, counted over all scans.
     """
     if not scans:
         return np.zeros(0, np.int64)
@@ -247,7 +251,7 @@ def mark_duplicates(scans: Sequence[Scan]) -> np.ndarray:
 
 
 def first_rows(scans: Iterable[Scan]) -> list[int]:
-    """Of each scan, the number of its first row, counted over all scans."""
+    """Number of each scan's first row, counted over all scans."""
     starts = [0]
     for scan in scans:
         starts.append(starts[-1] + len(scan.status))
@@ -255,7 +259,7 @@ def first_rows(scans: Iterable[Scan]) -> list[int]:
 
 
 def cut(scan: Scan, part_bytes: int) -> list[Part]:
-    """Parts of a unit, each with at most so many bytes of kept text or with one kept row; together they hold all."""
+    """All kept rows of a unit in parts, each of at most `part_bytes` of kept text or of one row."""
     kept = np.flatnonzero(scan.status == KEPT)
     ends = np.cumsum(scan.kept_bytes[kept])
     parts: list[Part] = []
@@ -269,7 +273,7 @@ def cut(scan: Scan, part_bytes: int) -> list[Part]:
 
 
 def mark_rows(scan: Scan, start: int, duplicates: np.ndarray) -> None:
-    """Set DUPLICATE on the rows of a scan, whose first has number `start`, that are in the sorted `duplicates`."""
+    """Set DUPLICATE on the rows of a scan that are in the sorted `duplicates`. `start`: number of its first row."""
     first, last = np.searchsorted(duplicates, [start, start + len(scan.status)])
     mine = duplicates[first:last] - start
     scan.status[mine] = DUPLICATE
@@ -277,10 +281,10 @@ def mark_rows(scan: Scan, start: int, duplicates: np.ndarray) -> None:
 
 
 def count_reasons(scans: Iterable[Scan]) -> tuple[dict[str, int], dict[str, int]]:
-    """Documents and bytes: read, kept, and dropped by reason. Every row is in exactly one of the last two.
+    """Documents and UTF-8 bytes: read, kept, and dropped by reason. Every row is either kept or dropped.
 
-    Bytes are UTF-8; those that cleaning took out of kept documents are `cleaned` (below 0 where the composed form of
-    a character is longer), so that kept + cleaned + dropped = read.
+    `cleaned`: bytes that cleaning removed from kept documents (below 0 where the composed form of a character is
+    longer), so kept + cleaned + dropped = read.
     """
     documents, read, kept = np.zeros((3, len(REASONS)), np.int64)
     for scan in scans:
@@ -295,7 +299,7 @@ def count_reasons(scans: Iterable[Scan]) -> tuple[dict[str, int], dict[str, int]
 
 
 def list_malformed(sources: Iterable[str], scans: Iterable[Scan]) -> Iterator[dict[str, str]]:
-    """Source, file, place and reason of malformed records, in reading order; `LISTED` at most."""
+    """Source, file, place and reason of malformed records, in reading order, at most `LISTED`."""
     found = ((source, record) for source, scan in zip(sources, scans, strict=True) for record in scan.malformed)
     listed = list(islice(found, LISTED))
     named = corpus.with_line_numbers([record for _, record in listed])
@@ -304,9 +308,9 @@ def list_malformed(sources: Iterable[str], scans: Iterable[Scan]) -> Iterator[di
 
 
 def choose_sample(scans: Sequence[Scan], limit_bytes: int) -> list[np.ndarray]:
-    """Rows of each unit, of the train split only, that together hold at most `limit_bytes` of text (at least one
-    document). A larger corpus is sampled by digest: the same documents whatever their order. Documents above a
-    sixteenth of the limit are left out where there are others: one would crowd out all that come after it."""
+    """Rows of each unit's train split, together at most `limit_bytes` of text and at least one document. A larger
+    corpus is sampled by digest: the same documents in any order of files. Documents above a sixteenth of the limit are
+    left out if there are smaller ones, because one of them would exclude all later documents."""
     rows = [np.flatnonzero((scan.status == KEPT) & ~scan.validation) for scan in scans]
     digests = np.concatenate([scan.digests[chosen, 0] for scan, chosen in zip(scans, rows, strict=True)])
     sizes = np.concatenate([scan.kept_bytes[chosen] for scan, chosen in zip(scans, rows, strict=True)])

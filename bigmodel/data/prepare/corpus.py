@@ -1,12 +1,12 @@
-"""Documents: from the user's files to rows of text, a unit at a time.
+"""Corpus: the user's files as units of rows.
 
-Takes the sources of a run file. Gives units, of some 16 MB, that any process can read, judge and tokenize by itself.
-What is inside the files is the business of `bigmodel.data.prepare.formats`.
+In: the sources of a run file. Out: units of about 16 MB, each a work item that any process can read, clean and tokenize
+on its own. `bigmodel.data.prepare.formats` reads the files.
 
-Guarantees: how a source is cut depends on its files alone, and a unit gives the same rows in the same order whoever
-reads it; small files and small pieces of files share a unit, so that their number costs nothing.
+Guarantees: units depend on the files of a source alone. A unit gives the same rows in the same order in any process.
+Small files and small pieces share a unit, so their number costs nothing.
 
-Costs: a file is opened once to look into it and once to cut it, 16 at a time.
+Costs: a file is opened once for its columns and once for its pieces, 16 files at a time.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from bigmodel.data.prepare.formats import Malformed, Piece, Row
 from bigmodel.data.store import files
 
 UNIT_BYTES = 16 << 20  # about a second of tokenizing
-LOOKS_AT_ONCE = 16  # files: a store answers each request after a while
-CHANGED = "changed while it was prepared; prepare again when nothing writes to it"
+LOOKS_AT_ONCE = 16  # files, because a store answers each request after a delay
+CHANGED = "changed while it was prepared; prepare again when no process writes to it"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A named list of files. `columns` holds the text's, and for pairs the target's after it. `key_column` decides
-    train or validation where there is one, else the text does."""
+    """A named list of files. `columns`: of the text and, for pairs, of the target. The value of `key_column`, or the
+    text without one, decides between train and validation."""
 
     name: str
     files: tuple[str, ...]
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one process reads in one go: neighbouring pieces of a source, together of 16 MB, or one larger piece."""
+    """The work item of one process: neighbouring pieces of a source, together up to 16 MB, or one larger piece."""
 
     source: str
     pieces: tuple[Piece, ...]
@@ -54,17 +54,17 @@ class Unit:
 
 
 def find_source(settings: SourceSettings, where: str = "prepare.sources") -> Source:
-    """Resolve the paths, URLs and patterns of a source and look into each file's schema.
+    """Resolve the paths, URLs and patterns of a source and check each file's columns.
 
-    Raises `UserError` for a pattern that matches nothing, a folder, an unknown extension, an unreadable file, and a
-    column that a Parquet or Arrow file or the first lines of a JSONL file do not have.
+    Raises `UserError` for a pattern without matches, a folder, an unknown extension, an unreadable file, and a column
+    missing from the schema of a file or from the first lines of a JSONL file.
     """
     where = f"{where} {settings.name!r}"
     found: dict[str, None] = {}
     for pattern in settings.files:
         matches = files.find(pattern)
         if not matches:
-            looked = "" if files.is_remote(pattern) else f" (looked from {Path.cwd()})"
+            looked = "" if files.is_remote(pattern) else f" (in {Path.cwd()})"
             raise UserError(
                 f"{where}: files = {pattern!r} matches nothing{looked}; give a path, URL or pattern of existing files"
             )
@@ -87,7 +87,7 @@ def _check_file(where: str, file: str, columns: tuple[str, ...]) -> None:
     if files.is_folder(file):
         raise UserError(f"{where}: {file} is a folder; name its files, for example {file}/*.parquet")
     if not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
-        raise UserError(f"{where}: {file} is a pipe or device, which can be read once only; write it into a file first")
+        raise UserError(f"{where}: {file} is a pipe or device, which can be read only once; write it to a file first")
     kind = formats.kind(file)
     if kind == "":
         raise UserError(f"{where}: {file}: unknown extension; known are {', '.join(formats.KINDS)}")
@@ -99,14 +99,14 @@ def _check_file(where: str, file: str, columns: tuple[str, ...]) -> None:
     for setting, column in zip(("column", "target_column"), columns, strict=False):
         if known and column not in known:
             raise UserError(
-                f"{where}: {file} has no column {column!r}; it has {', '.join(map(repr, known))}: "
+                f"{where}: {file} has no column {column!r}; it has {', '.join(map(repr, known))}; "
                 f"set `{setting}` of this source to the one that holds the text"
             )
 
 
 def corpus_hash(sources: Sequence[Source]) -> str:
-    """SHA-256 over the sources' names, columns and files, in order: of a local file the content (about 1 GB/s and
-    core), of a remote one the size and the time of its last change."""
+    """SHA-256 over the sources' names, columns and files, in order: the content of local files (about 1 GB/s and core),
+    size and time of the last change of remote ones."""
     total = hashlib.sha256()
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         for source in sources:
@@ -117,8 +117,8 @@ def corpus_hash(sources: Sequence[Source]) -> str:
 
 
 def base_name(file: str) -> str:
-    """What a result may say of a file: where it lies, and by what settings of a URL it is reached, differs between
-    machines that make the same result."""
+    """Name of a file in the result. Its folder and URL settings are left out: they differ between machines that make
+    the same result."""
     return files.without_settings(file).rpartition("/")[2]
 
 
@@ -127,7 +127,7 @@ def _identity(file: str) -> str:
 
 
 def identities(sources: Sequence[Source]) -> dict[str, str]:
-    """What changes when a file does, without reading it."""
+    """`files.identity` of every file: detects changed files without reading them."""
     names = [file for source in sources for file in source.files]
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         return dict(zip(names, pool.map(files.identity, names), strict=True))
@@ -143,7 +143,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def plan_units(source: Source) -> list[Unit]:
-    """Cut a source into units; depends on the files alone, never on how many processes read them."""
+    """Cut a source into units; depends on the files alone, not on the number of processes."""
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         cut = list(pool.map(lambda file: formats.cut(file, UNIT_BYTES), source.files))
     pieces = (piece for of_file in cut for piece in of_file)
@@ -151,7 +151,7 @@ def plan_units(source: Source) -> list[Unit]:
 
 
 def _group_by_size(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
-    """Neighbours together, as far as they stay below the size of a unit: a unit costs some file operations."""
+    """Groups of neighbours up to the size of a unit, because each unit costs some file operations."""
     group: list[Piece] = []
     num_bytes = 0
     for piece in pieces:
@@ -165,13 +165,13 @@ def _group_by_size(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
 
 
 def read_unit(unit: Unit) -> Iterator[Row]:
-    """Every row of a unit, in file order. Raises `UserError` naming the file that cannot be read."""
+    """Rows of a unit, in file order. Raises `UserError` naming a file that cannot be read."""
     for piece in unit.pieces:
         yield from formats.read_piece(piece, unit.columns, unit.key_column)
 
 
 def with_line_numbers(records: Sequence[Malformed]) -> list[Malformed]:
-    """The same records; of lines, the place is the line's number. Reads each file that has one at most once."""
+    """The same records, with line numbers as places of JSONL lines. Reads each file with such a record once."""
     offsets: dict[str, list[int]] = {}
     for record in records:
         if record.offset >= 0:

@@ -1,9 +1,11 @@
-"""The embedded corpus: real text that every machine with Python has, the standard library's own.
+"""The embedded corpus: text that every machine with Python has, its standard library.
 
-Takes the library's folder. Gives two sources: `code`, a module's program without its documentation strings, and
-`docs`, those strings and the topics of the language reference; or one source of pairs, `summaries`: a function without
-its documentation strings, and its entry in a reference: name, arguments, and the first paragraph of its documentation.
-All are under the module's path as key, so that a module falls to one side of the validation split as a whole.
+In: the library's folder. Out: two sources: `code`, a module's program without documentation strings, and `docs`, these
+strings and the topics of the language reference. Or one source of pairs, `summaries`: a function without documentation
+strings, and its entry in a reference: name, arguments, and first paragraph of its documentation.
+
+Guarantees: the key of a module's documents is its path (of a topic, also its name), so a module is wholly in train or
+in validation.
 """
 
 import ast
@@ -19,7 +21,7 @@ import pyarrow.parquet
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.corpus import Source
 
-SHORTEST_DOCS_CHARACTERS = 200  # documentation shorter than this is a heading and a phrase, not a document
+SHORTEST_DOCS_CHARACTERS = 200  # shorter documentation is a heading and a phrase, not a document
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 TOPICS = "pydoc_data/topics.py"  # one dict literal: the language reference, topic by topic
 
@@ -27,8 +29,8 @@ TOPICS = "pydoc_data/topics.py"  # one dict literal: the language reference, top
 def standard_library() -> list[tuple[str, bytes]]:
     """(path below the library's folder, content) of every module, sorted by path.
 
-    Left out: tests, third-party packages, and the build's own settings (`config-*`, `_sysconfigdata*`), which
-    differ from machine to machine. Raises `UserError` where Python came without its library as files.
+    Left out: tests, third-party packages, and build settings (`config-*`, `_sysconfigdata*`), which differ between
+    machines. Raises `UserError` if this Python has no library files.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     modules = []
@@ -53,18 +55,17 @@ def embedded_hash(modules: Sequence[tuple[str, bytes]]) -> str:
 
 
 def embedded_sources(directory: Path) -> list[Source]:
-    """The two sources in a folder that `write_embedded_corpus` filled."""
+    """The two sources in a folder of `write_embedded_corpus`."""
     return [Source(name, (str(directory / f"{name}.parquet"),), ("text",), "key") for name in ("code", "docs")]
 
 
 def pair_sources(directory: Path) -> list[Source]:
-    """The source of pairs in a folder that `write_embedded_pairs` filled."""
+    """The source of pairs in a folder of `write_embedded_pairs`."""
     return [Source("summaries", (str(directory / "summaries.parquet"),), ("text", "target"), "key")]
 
 
 def write_embedded_pairs(directory: Path, modules: Sequence[tuple[str, bytes]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Write summaries.parquet (columns text, target, key = module path); returns what was left out, as
-    `write_embedded_corpus`."""
+    """Write summaries.parquet (columns text, target, key = module path); returns counts as `write_embedded_corpus`."""
     left_out = {"not_parsed": {"documents": 0, "bytes": 0}}
     rows = []
     for path, content in modules:
@@ -103,7 +104,7 @@ def _functions(tree: ast.Module) -> list[_Function]:
 
 
 def reference_entry(node: _Function) -> str:
-    """`name(arguments): first paragraph of the documentation`, on one line; empty where nothing is documented.
+    """`name(arguments): first paragraph of the documentation`, on one line; empty without documentation.
 
     Defaults, annotations, self and cls are left out.
     """
@@ -120,9 +121,8 @@ def write_embedded_corpus(
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Write code.parquet and docs.parquet (columns text, key = module path) into `directory`.
 
-    A module's code, without its documentation strings, is one document; its documentation strings, each under
-    its qualified name, are another; each topic of the language reference is one more. Returns, per source and
-    reason, the documents and bytes that were left out.
+    Documents: a module's code without documentation strings; its documentation strings, each under its qualified name;
+    each topic of the language reference. Returns the documents and bytes left out, by source and reason.
     """
     rows: dict[str, list[tuple[str, str]]] = {"code": [], "docs": []}
     left_out: dict[str, dict[str, dict[str, int]]] = {
@@ -152,7 +152,7 @@ def write_embedded_corpus(
 
 
 def documents_of_module(path: str, content: bytes) -> list[tuple[str, str, str]] | None:
-    """(source, key, text) of a module's documents; None if it is not valid Python."""
+    """(source, key, text) of a module's documents; None for invalid Python."""
     try:
         text = decode_module(content)
         tree = ast.parse(text)
@@ -201,7 +201,7 @@ def module_documentation(tree: ast.Module, name: str) -> str:
 
 
 def strip_docstrings(text: str, tree: ast.Module | None = None) -> str:
-    """The source text without documentation strings; a body that held nothing else becomes `pass`.
+    """The source text without documentation strings; a body of nothing else becomes `pass`.
 
     A documentation string that shares a line with code stays. `text` has "\\n" line ends.
     """

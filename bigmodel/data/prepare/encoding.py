@@ -1,12 +1,11 @@
-"""Encoding: what a process does with one unit, from rows to tokens, each stage's result in a file of its own.
+"""Encoding: one process turns one unit from rows into tokens; each stage writes a file.
 
-Takes a unit and the folder of the preparation. Gives the files `scan/00000.npz` (the rows, judged) and, for every 16
-MB of kept text, `encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and their
-texts' bytes in all, and the validation text. Where shards are to hold text: the texts end to end and their sizes
-instead of the tokens.
+In: a unit and the staging folder. Out: `scan/00000.npz` (verdicts on the rows) and, for every 16 MB of kept text,
+`encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and the total bytes of their
+texts, and the validation text. For shards of text: the texts end to end and their sizes, instead of the tokens.
 
-Guarantees: a file is a pure function of the unit, the settings and, for the second, of the duplicates and the
-tokenizer; it is there whole or not at all; one that is there and whole is not made again.
+Guarantees: a file is a pure function of the unit and the settings; an encoded file also of the duplicates and the
+tokenizer. It is written atomically, and not again if it exists undamaged.
 
 Costs: a process holds 34 bytes for each row of its unit, and the tokens of 16 MB of text or of one longer document.
 """
@@ -32,14 +31,14 @@ from bigmodel.data.store.manifest import SPLITS
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.run_directory import write_atomically
 
-TOKEN_COLUMNS = ("tokens", "target_tokens")  # in the shards: of a source's column, of its target column
-TEXT_COLUMNS = {"tokens": "text", "target_tokens": "target_text"}  # what stands for them in shards of text
+TOKEN_COLUMNS = ("tokens", "target_tokens")  # names in the shards, of a source's column and its target column
+TEXT_COLUMNS = {"tokens": "text", "target_tokens": "target_text"}  # the same in shards of text
 ENCODED_TOGETHER = 64  # documents
 
 
 @dataclass(frozen=True)
 class Work:
-    """The folder of one preparation under way, named absolutely: any process may be handed it."""
+    """The staging folder of one preparation; an absolute path, so that it is valid in any process."""
 
     folder: Path
 
@@ -66,17 +65,17 @@ class Work:
         return self.folder / "encoded" / f"{unit:05}-{part:04}.npz"
 
     def finished(self) -> int:
-        """Units' files that are there."""
+        """Number of finished files of units."""
         return sum(1 for stage in ("scan", "encoded") for _ in (self.folder / stage).glob("*.npz"))
 
 
 def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) -> Malformed | None:
-    """Judge a unit's rows, unless that is done; returns the first malformed record."""
+    """Judge a unit's rows, unless its file exists; returns the first malformed record."""
     path = work.scan(number)
     if not path.parent.exists():
         raise UserError(
-            f"{path.parent}: is not there on {socket.gethostname()}; data.directory must be on a file system that "
-            "every worker of prepare.scheduler sees under the same path"
+            f"{path.parent}: does not exist on {socket.gethostname()}; data.directory must be on a file system that "
+            "every worker of prepare.scheduler has under the same path"
         )
     if cleaning.is_whole(path):
         scan = Scan.read(path)
@@ -101,8 +100,8 @@ def read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[s
 def encode_parts(
     number: int, unit: Unit, parts: Sequence[Part], start: int, settings: PrepareSettings, fast: bool, work: Work
 ) -> None:
-    """Tokenize the kept rows of some neighbouring parts of a unit, where that is not done. `start`: the number of the
-    unit's first row among all."""
+    """Tokenize the kept rows of neighbouring parts of a unit, except finished parts. `start`: number of the unit's
+    first row, counted over all units."""
     missing = [part for part in parts if not cleaning.is_whole(work.encoded(number, part.number))]
     if not missing:
         return
@@ -148,8 +147,8 @@ def _encode(
 def kept_rows(
     unit: Unit, scan: Scan, settings: PrepareSettings, first: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The rows in [first, end), by default all, that the scan kept, cleaned. Raises `UserError` if the unit is not what
-    was scanned."""
+    """The cleaned rows that the scan kept, of those in [first, end), by default all. Raises `UserError` if the unit
+    changed after the scan."""
     end = len(scan.status) if end is None else end
     read = 0
     for number, (row, _) in enumerate(corpus.read_unit(unit)):
@@ -173,7 +172,7 @@ def _changed(unit: Unit) -> UserError:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path, sha256: str, fast: bool) -> Tokenizer:
-    """One tokenizer per process; the hash keeps a test's next tokenizer at the same path apart."""
+    """One tokenizer per process; the hash separates another tokenizer at the same path (in tests)."""
     tokenizer = Tokenizer.load(path, fast=fast)
     assert tokenizer.sha256 == sha256, f"{path} changed"
     return tokenizer

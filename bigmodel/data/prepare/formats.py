@@ -1,15 +1,18 @@
-"""Formats: one file of documents, looked into, cut into pieces and read row by row.
+"""Formats: the columns, pieces and rows of one file of documents.
 
-Takes a file (Parquet, Arrow, JSONL, text, MDS; here or in a store) and the columns that are wanted. Gives the columns
-that it has, the pieces that can be read apart, and the rows of a piece.
+In: a file (Parquet, Arrow, JSONL, text, MDS; local or in a store) and the wanted columns. Out: the columns that it has,
+the pieces that can be read independently, and the rows of a piece. Example, a file a.jsonl with the lines
+`{"text": "A cat."}` and `{"text": 5}`, column `text`:
 
-Guarantees: how a file is cut depends on the file alone; a piece gives the same rows in the same order whoever reads it;
-a record that is not what its format or column guarantees comes out as `Malformed`, with its place and the reason; what
-cannot be read at all is a `UserError`.
+    (("A cat.",), None)                                                                   # texts, key
+    (Malformed("a.jsonl", "byte 19", "'text' is int, not text", num_bytes=12, offset=19), None)
 
-Costs: reading holds, beside a row, some MB of a Parquet column however large its row groups are, a record batch of
-Arrow with all its columns, a line of JSONL, a text file, an MDS shard. A compressed JSONL file and an Arrow stream
-cannot be cut: each is one piece, and whoever wants its last rows decompresses it up to there.
+Guarantees: pieces depend on the file alone. A piece gives the same rows in the same order in any process. A record that
+violates its format or column becomes `Malformed`, with place and reason; an unreadable file raises `UserError`.
+
+Costs: beside a row, reading holds some MB of a Parquet column whatever the size of its row groups, a record batch of
+Arrow with all its columns, a line of JSONL, a text file, or an MDS shard. A compressed JSONL file and an Arrow stream
+cannot be cut: each is one piece, and reading its last rows decompresses all rows before them.
 """
 
 import io
@@ -27,8 +30,8 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.store import files, mds
 
 BATCH_ROWS = 256  # Parquet or Arrow rows decoded together: bounds memory at long documents
-BUFFER_BYTES = 1 << 20  # read at once: a remote store answers each read separately
-FIRST_LINES = 100  # of a JSONL file, in which a well-formed line must show the columns
+BUFFER_BYTES = 1 << 20  # per read: a remote store answers each read separately
+FIRST_LINES = 100  # of a JSONL file: the well-formed ones among them show its columns
 KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -46,8 +49,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Of a Parquet file the row group `start`, of an Arrow file the record batch `start`, of a plain JSONL file the
-    lines that begin in the bytes [start, stop), of any other the whole. `num_bytes` is its weight in the display."""
+    """A part of a file that is read on its own. Parquet: row group `start`. Arrow: record batch `start`. Plain JSONL:
+    the lines that begin in the bytes [start, stop). Others: the whole file. `num_bytes`: its weight in the progress
+    bar."""
 
     file: str
     start: int
@@ -57,8 +61,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A record that its format or column does not allow: where it stands, why, and how long it is. A line of JSONL has
-    its place from `offset`, the byte where it begins; counting the lines before it is for whoever shows it."""
+    """A record that violates its format or column: place, reason and size. A line of JSONL has its first byte in
+    `offset`; `corpus.with_line_numbers` turns it into a line number."""
 
     file: str
     place: str
@@ -67,12 +71,12 @@ class Malformed:
     offset: int = -1
 
 
-# A row's texts (two for a pair), each None where it is null; and its key.
+# A row's texts (two for a pair; None: null), and its key.
 Row = tuple[tuple[str | None, ...] | Malformed, str | None]
 
 
 def kind(file: str) -> str:
-    """What sort of file this is by its name; empty where no reader is for it."""
+    """Kind of a file by its name; empty without a reader for it."""
     name = files.without_settings(file)
     return next((one for ending, one in KINDS.items() if name.endswith(ending)), "")
 
@@ -82,12 +86,12 @@ def compression(file: str) -> str:
     return next((one for ending, one in COMPRESSIONS.items() if name.endswith(ending)), "")
 
 
-# ---- looking ----------------------------------------------------------------------------------------------------
+# ---- columns ----------------------------------------------------------------------------------------------------
 
 
 def find_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
-    """Every column's name, nested ones dotted; none where the first lines of a JSONL file are malformed. Raises
-    `UserError` where a wanted one does not hold text."""
+    """Names of all columns, nested ones dotted; none if the first lines of a JSONL file are malformed. Raises
+    `UserError` if a wanted column does not hold text."""
     look = {"lines": _first_line_columns, "shard": _shard_columns}.get(kind(file), _schema_columns)
     return look(file, wanted)
 
@@ -100,7 +104,7 @@ def _schema_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
         if column in known and not _is_text(known[column]):
             raise UserError(f"{file}: column {column!r} holds {known[column]}, not text; set `column` to a text column")
         if column in known and not _index_path(list(schema), column):
-            raise UserError(f"{file}: has two columns {column!r}; write it anew with a name for each")
+            raise UserError(f"{file}: has two columns {column!r}; rewrite it with a different name for each")
     return list(known)
 
 
@@ -135,7 +139,7 @@ def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
         if known.get(column, "str") != "str":
             raise UserError(
                 f"{file}: column {column!r} holds {known[column]}, not text; "
-                "shards of tokens are taken in by `bigmodel adopt`"
+                "import shards of tokens with `bigmodel adopt`"
             )
     return list(known)
 
@@ -161,7 +165,7 @@ def _dotted(value: dict[str, Any], before: str = "") -> list[str]:
 
 
 def cut(file: str, piece_bytes: int) -> list[Piece]:
-    """The pieces of a file, in order; `piece_bytes`: of plain JSONL."""
+    """The pieces of a file, in order; `piece_bytes`: their size in plain JSONL."""
     size = files.size(file)
     if kind(file) == "parquet":
         with files.readable(file), files.open_file(file) as stream:
@@ -182,7 +186,7 @@ def cut(file: str, piece_bytes: int) -> list[Piece]:
 
 
 def read_piece(piece: Piece, columns: tuple[str, ...], key_column: str | None) -> Iterator[Row]:
-    """Every row of a piece, in file order. Raises `UserError` naming a file that cannot be read."""
+    """Rows of a piece, in file order. Raises `UserError` naming a file that cannot be read."""
     readers = {"parquet": _read_row_group, "arrow": _read_record_batches}
     of_kind = kind(piece.file)
     if of_kind in readers:
@@ -200,7 +204,7 @@ def _read_text(piece: Piece, _: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _read_row_group(piece: Piece, columns: tuple[str, ...], key_column: str | None) -> Iterator[Row]:
-    """Buffered and not read ahead, which together are what keeps pyarrow from loading the row group whole."""
+    """Buffered and without pre-buffering: only both together keep pyarrow from loading the whole row group."""
     with files.readable(piece.file), files.open_file(piece.file) as stream:
         parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         wanted = [*columns, *([key_column] if key_column else [])]
@@ -209,7 +213,7 @@ def _read_row_group(piece: Piece, columns: tuple[str, ...], key_column: str | No
 
 
 def _read_record_batches(piece: Piece, columns: tuple[str, ...], key_column: str | None) -> Iterator[Row]:
-    """The record batch of a file, or all of a stream."""
+    """One record batch of a file, or a whole stream."""
     with files.readable(piece.file), files.open_file(piece.file) as stream:
         if _is_arrow_file(stream):
             batches = iter([pyarrow.ipc.open_file(stream).get_batch(piece.start)])
@@ -222,7 +226,7 @@ def _read_record_batches(piece: Piece, columns: tuple[str, ...], key_column: str
 
 
 def _is_arrow_file(stream: pyarrow.NativeFile) -> bool:
-    """Arrow's file form begins with its name; its stream form, as Hugging Face datasets write it, does not."""
+    """Arrow's file format begins with ARROW1; its stream format, which Hugging Face datasets write, does not."""
     magic = stream.read(6)
     stream.seek(0)
     return magic == b"ARROW1"
@@ -245,13 +249,13 @@ def _rows(
 
 
 def _column(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
-    """A column by its name, or by its dotted path through structs; where a struct is null so are its fields."""
+    """A column by its name, or by its dotted path through structs; the fields of a null struct are null."""
     outer, *inner = _index_path(list(batch.schema), name)
     return pyarrow.compute.struct_field(batch.column(outer), inner) if inner else batch.column(outer)
 
 
 def _index_path(fields: list[pyarrow.Field], path: str) -> list[int]:
-    """Where a column stands: its number, and inside structs the fields' numbers; empty if not there once."""
+    """Number of a column, and of the fields inside structs; empty unless exactly one matches."""
     names = [field.name for field in fields]
     for name, rest in _splits(path):
         if names.count(name) == 1:
@@ -264,7 +268,7 @@ def _index_path(fields: list[pyarrow.Field], path: str) -> list[int]:
 
 
 def _splits(path: str) -> Iterator[tuple[str, str]]:
-    """A dotted path cut in two at every dot, the longest first name first: names may have dots of their own."""
+    """A dotted path split at each dot, longest first name first: names may contain dots."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         yield ".".join(parts[:count]), ".".join(parts[count:])
@@ -287,7 +291,7 @@ def _decoded(raw: bytes) -> str | bytes:
 
 
 def _read_shard(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
-    """The samples of an MDS shard, which is read whole."""
+    """Samples of an MDS shard; reads the whole shard."""
     file = piece.file
     try:
         with files.readable(file), open_lines(file) as stream:
@@ -302,7 +306,7 @@ def _read_shard(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: cannot be read: {error}; make it whole or leave it out") from None
+        raise UserError(f"{file}: cannot be read: {error}; restore the file or leave it out") from None
 
 
 # ---- lines ------------------------------------------------------------------------------------------------------
@@ -333,7 +337,7 @@ def _lines(file: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes
 
 
 def _skip_line(stream: io.BufferedReader, offset: int, stop: int | None) -> int:
-    """Where the line after the one at `offset` begins; `stop` or less is read of a line, however long it is."""
+    """Start of the line after the one at `offset`; reads at most up to `stop`, however long the line is."""
     stream.seek(offset)
     piece = b""
     while not piece.endswith(b"\n") and (stop is None or offset < stop):
@@ -350,7 +354,7 @@ def open_lines(file: str) -> io.BufferedReader:
 
 
 def _parse_line(offset: int, line: bytes) -> dict[str, Any] | str:
-    """The object of a line, or in words why it is none."""
+    """The JSON object of a line, or the reason why it is none."""
     try:
         value = json.loads(line.removeprefix(b"" if offset else BYTE_ORDER_MARK).decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -361,7 +365,7 @@ def _parse_line(offset: int, line: bytes) -> dict[str, Any] | str:
 
 
 def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | None, ...] | str:
-    """The texts of a record, or in words why one is not text."""
+    """The texts of a record, or the reason why one is not text."""
     texts = []
     for column in columns:
         text = _walk(value, column)
@@ -370,7 +374,7 @@ def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | No
         try:
             text is None or text.encode("utf-8")
         except UnicodeEncodeError:
-            return f"{column!r} holds half of a surrogate pair, which no encoding has"
+            return f"{column!r} holds half of a surrogate pair, which UTF-8 cannot encode"
         texts.append(text)
     return tuple(texts)
 
@@ -385,8 +389,8 @@ def _walk(value: Any, path: str) -> Any:
 
 
 def count_lines(file: str, offsets: list[int]) -> list[int]:
-    """The number, from 1, of the line that begins at each of these uncompressed bytes, which rise. Reads the file
-    once, up to the last of them."""
+    """Number, from 1, of the line that begins at each of these rising uncompressed offsets. Reads the file once, up to
+    the last offset."""
     numbers, at, number = [], 0, 1
     with files.readable(file), open_lines(file) as stream:
         for offset in offsets:

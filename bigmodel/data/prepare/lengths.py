@@ -1,7 +1,7 @@
-"""Lengths: how long the documents are, as a picture.
+"""Lengths: a picture of the distribution of document lengths.
 
-Takes the stored lengths of all documents; gives a PNG. The picture is no data: it lies beside the manifest and is
-not in it, for its bytes depend on the version of matplotlib.
+In: the stored lengths of all documents. Out: a PNG, beside the manifest and not listed in it, because its bytes depend
+on the version of matplotlib.
 """
 
 import io
@@ -17,8 +17,8 @@ BINS_PER_DOUBLING = 4
 
 
 def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length: int = 0) -> None:
-    """Shares of documents and of tokens over length, and below what share lies in documents of at most so long.
-    `max_document_length`: drawn as a mark where above 0."""
+    """Shares of documents and of tokens by length; below it their cumulative shares. `max_document_length`: a vertical
+    line, if above 0."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
@@ -35,7 +35,7 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length:
     if edges[0] < max_document_length < edges[-1]:
         for panel in (axes, sums):
             panel.axvline(max_document_length, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        late = max_document_length**2 > edges[0] * edges[-1]  # right of the middle: the words go to the left
+        late = max_document_length**2 > edges[0] * edges[-1]  # right of the middle: the label goes to the left
         axes.annotate(
             f" max_document_length = {max_document_length:,} ",
             (max_document_length, 0.97),
@@ -47,11 +47,11 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length:
         )
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, 1.25 * max(share.max() for share in shares.values()))  # the legend has room of its own
+    axes.set_ylim(0, 1.25 * max(share.max() for share in shares.values()))  # room for the legend
     axes.set_title(f"Lengths of {len(all_lengths):,} documents", loc="left", fontsize=13, color=INK, fontweight="bold")
     axes.legend(frameon=False, loc="upper left", labelcolor=INK)
     axes.set_ylabel("share in each bar", color=INK)
-    sums.set_ylabel("in documents\nat most so long", color=INK)
+    sums.set_ylabel("cumulative share", color=INK)
     sums.set_ylim(0, 1)
     sums.set_xlabel("tokens of a document, begin and end included", color=INK)
     for panel in (axes, sums):
@@ -67,7 +67,7 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length:
 
 
 def share_by_length(lengths: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Edges of the bars, a quarter of a doubling each, and the share of documents and of tokens between them."""
+    """Edges of the bars, a quarter of a doubling each, and the shares of documents and tokens in each bar."""
     first, last = (int(np.log2(length)) for length in (lengths.min(), lengths.max()))
     edges = 2.0 ** np.linspace(first, last + 1, (last + 1 - first) * BINS_PER_DOUBLING + 1)
     documents, _ = np.histogram(lengths, edges)

@@ -1,20 +1,20 @@
 """Preparing data: sources -> corpus -> cleaning -> tokenizer -> shards -> manifest.
 
-Takes the run file's `prepare` and `data.directory`. Gives the folder that `bigmodel.data.store.shards` describes.
+In: the run file's `prepare` and `data.directory`. Out: the folder described in `bigmodel.data.store.shards`. Staging:
 
     <directory>.partial/<fingerprint of text, settings and versions>/
-      scan/00000.npz ...           a unit's rows, judged      duplicates.npy   over all units
-      encoded/00000-0000.npz ...   its tokens, 16 MB of       result/          what becomes <directory>
-                                   text a part, by split
+      scan/00000.npz ...           verdicts on a unit's rows   duplicates.npy   over all units
+      encoded/00000-0000.npz ...   tokens of a part of a       result/          becomes <directory>
+                                   unit (16 MB of text), by split
 
-Guarantees: the same text, settings and versions give the same bytes, whatever the number of processes, machines and
-interruptions: every file of a unit and every shard is a pure function of those, and is written whole by whoever does
-it. Killed at any moment, the next run goes on from the finished ones. The folder appears whole, by one rename, or not
-at all; an existing folder is never altered.
+Guarantees: the same text, settings and versions give the same bytes, with any number of processes, machines and
+interruptions: every file of a unit and every shard is a pure function of these, and is written atomically by any
+process. Killed at any moment, the next run continues from the finished files. The folder appears whole, by one rename,
+or not at all; an existing folder is never altered.
 
-Costs: the text is read three times (hash, scan, tokenize), by every core; tokenizing takes a second per 10 MB and
-core. The tokens are written twice, so until the end they take twice their room. The tokenizer is trained on at most
-64 MB of the train split.
+Costs: every core reads the text three times (hash, scan, tokenize); tokenizing takes a second per 10 MB and core.
+The tokens are written twice and need twice their disk space until the end. The tokenizer is trained on at most 64 MB
+of the train split.
 """
 
 import contextlib
@@ -70,22 +70,22 @@ from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, read_toke
 from bigmodel.run_directory import read_json, write_atomically, write_json
 from bigmodel.sizes import byte_size
 
-UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older ones are not taken
-TRAINING_BYTES = 64 << 20  # text the tokenizer is trained on, at most
-GATE_DOCUMENTS = 64  # real documents on which the fast tokenizer is compared with the exact one
+UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older files are not reused
+TRAINING_BYTES = 64 << 20  # at most, of training text for the tokenizer
+GATE_DOCUMENTS = 64  # for the comparison of the fast tokenizer with the exact one
 GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
-GATE_BYTES = 1 << 20  # of text they are chosen from where no tokenizer is trained
+GATE_BYTES = 1 << 20  # of text to choose them from if no tokenizer is trained
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
-TASKS_A_PROCESS = 4  # at least, where a unit's parts allow: the last ones end together
-READS_OF_A_UNIT = 8  # while its parts are tokenized, at most: half of each is spent on finding the place
+TASKS_A_PROCESS = 4  # at least, if a unit has enough parts: then all processes end together
+READS_OF_A_UNIT = 8  # at most, while its parts are tokenized: half of each read only skips to the part
 EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
 NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What to prepare, settled before anything is written. `modules` is the embedded corpus, empty for own sources."""
+    """What to prepare, checked before anything is written. `modules`: the embedded corpus; empty with own sources."""
 
     target: Path
     settings: PrepareSettings
@@ -93,7 +93,7 @@ class _Job:
     modules: list[tuple[str, bytes]]
     recipe: dict[str, Any]
     corpus_sha256: str
-    identities: dict[str, str]  # of every file that is read, taken before its content was
+    identities: dict[str, str]  # of every file, taken before its content is read
 
     @property
     def partial(self) -> Path:
@@ -101,19 +101,19 @@ class _Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that the bytes of the result depend on."""
+        """Hash of everything that determines the bytes of the result."""
         everything = [UNIT_FORMAT, corpus.UNIT_BYTES, self.recipe, self.corpus_sha256, units.versions()]
         everything += [list(self.identities.values())]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Path:
-    """Make the folder `data.directory` and return it; does nothing if it is already made from the same text and
-    settings. `progress`: where to show what happens; none: a live display of its own; `quiet()` shows nothing.
+    """Make the folder `data.directory` and return it; does nothing if it exists with the same text and settings.
+    `progress`: None: a live display of its own; `quiet()`: none.
 
-    Raises `UserError` for sources that cannot be read or are empty, a vocabulary the text cannot fill, a folder
-    made from something else, another preparation under way, and a disk that is or becomes full. SIGTERM is taken
-    as Ctrl-C: `KeyboardInterrupt`. Whatever ends it, finished units are kept for the next run.
+    Raises `UserError` for unreadable or empty sources, a vocabulary too large for the text, a folder of other text or
+    settings, another running preparation, and a full disk. SIGTERM acts as Ctrl-C: `KeyboardInterrupt`. Finished
+    units always stay for the next run.
     """
     with contextlib.ExitStack() as stack:
         if progress is None:
@@ -124,7 +124,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
             conclude(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
         if not made or (job.partial.exists() and not foreign(job.partial)):
             with claimed(job.partial), stoppable():
-                if not _is_made(job):  # another run may have finished between
+                if not _is_made(job):  # another run may have finished meanwhile
                     _build_whole(job, progress)
                 if job.partial.exists():
                     shutil.rmtree(job.partial)
@@ -146,7 +146,7 @@ def quiet() -> Progress:
 
 
 def conclude(progress: Progress, line: str) -> None:
-    """Say what came of it, below the bars, which end."""
+    """End the progress bars and print a line below them."""
     progress.live.stop()
     _say(progress, line)
 
@@ -156,7 +156,7 @@ def _say(progress: Progress, line: str) -> None:
 
 
 def _summary(job: _Job) -> str:
-    """What was prepared, what was dropped and why, and which sources have a file for each document."""
+    """Amounts prepared, rows dropped by reason, and sources with one file per document."""
     manifest = Manifest.read(job.target)
     splits = [of_split for of_source in manifest.counts.values() for of_split in of_source.values()]
     documents = sum(of_split["documents"] for of_split in splits)
@@ -177,16 +177,15 @@ def _texts_in_words(source: Source) -> str:
     return "1 .txt file, which is one document" if number == 1 else f"{number:,} .txt files, one document each"
 
 
-# ---- what is asked for, and is it there -----------------------------------------------------------------------
+# ---- the request ----------------------------------------------------------------------------------------------
 
 
 def _settle(settings: Settings) -> _Job:
     wanted = settings.prepare
-    target = settings.data.directory.resolve()  # what a link names is made, the link stays
+    target = settings.data.directory.resolve()  # the target of a link is made, the link stays
     if target.is_mount() and not (target / MANIFEST).exists():
         raise UserError(
-            f"data.directory = {target}: is where a file system is mounted, which no rename can put in place; "
-            "choose a folder inside it"
+            f"data.directory = {target}: is a mount point, which a rename cannot replace; choose a folder inside it"
         )
     if wanted.shard_tokens > mds.LARGEST_SHARD_TOKENS:
         raise UserError(
@@ -224,11 +223,11 @@ def _describe_tokenizer(path: Path) -> dict[str, Any]:
 
 
 def _is_made(job: _Job) -> bool:
-    """Whether the target is there and is what was asked for. Raises `UserError` if it is something else."""
+    """Whether the target exists with this text and these settings. Raises `UserError` if it holds other data."""
     if not job.target.exists() or (job.target.is_dir() and not any(job.target.iterdir())):
         return False
     manifest = Manifest.read(job.target)
-    unsaid = {"content": PrepareSettings().content}  # by the versions before it: what they did
+    unsaid = {"content": PrepareSettings().content}  # missing in manifests of earlier versions, which did this
     made = manifest.recipe if "adopted" in manifest.recipe else unsaid | manifest.recipe
     differences = [
         f"prepare.{name} was {made.get(name)!r}, is {value!r}"
@@ -240,23 +239,23 @@ def _is_made(job: _Job) -> bool:
         differences = [f"{what} other content now"]
     if differences:
         raise UserError(
-            f"data.directory = {job.target}: already prepared otherwise ({'; '.join(differences)}); "
+            f"data.directory = {job.target}: already prepared from other text or settings ({'; '.join(differences)}); "
             "choose another data.directory, or delete this one"
         )
     return True
 
 
-# ---- the folder under way -------------------------------------------------------------------------------------
+# ---- the staging folder ---------------------------------------------------------------------------------------
 
 
 def _work_folder(job: _Job, progress: Progress) -> Work:
-    """The folder for this text and these settings, with what an earlier run finished; others' are deleted."""
+    """The staging folder of this text and these settings, with the finished units of earlier runs; deletes others."""
     work = Work(job.partial / job.fingerprint)
     leftovers = folders_in(job.partial)
     with writable(job.partial):
         for leftover in leftovers:
             if leftover != work.folder:
-                _say(progress, f"{leftover}: left by other text, settings or versions; deleted, starting over")
+                _say(progress, f"{leftover}: made from other text, settings or versions; deleted, starting over")
                 shutil.rmtree(leftover)
         for folder in (work.folder / "scan", work.folder / "encoded", work.result):
             folder.mkdir(parents=True, exist_ok=True)
@@ -338,7 +337,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
 def _collect_embedded(
     modules: list[tuple[str, bytes]], pairs: bool, work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
-    """The embedded corpus as files of the result, and what was left out of them."""
+    """The embedded corpus as files of the result, and the counts of what was left out."""
     write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
     folder, record = work.result / "corpus", work.folder / "left_out.json"
     if not record.exists():  # written last
@@ -366,7 +365,7 @@ def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work
     def look(malformed: Malformed | None) -> None:
         if malformed and not settings.malformed_share:
             (named,) = corpus.with_line_numbers([malformed])
-            raise UserError(f"{_in_one_line(named)}; mend or drop it, or set prepare.malformed_share above 0")
+            raise UserError(f"{_in_one_line(named)}; correct or drop it, or set prepare.malformed_share above 0")
 
     tasks = [(number, unit, settings, work) for number, unit in enumerate(all_units)]
     team.run("reading", encoding.scan_unit, tasks, [unit.num_bytes for unit in all_units], look)
@@ -381,7 +380,7 @@ def _in_one_line(malformed: Malformed) -> str:
 
 
 def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
-    """Raise `UserError` for the first source with more malformed records than allowed, and leave a list of them."""
+    """Raise `UserError` for the first source with more malformed records than allowed, and write a list of them."""
     for source in dict.fromkeys(unit.source for unit in all_units):
         mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source]
         malformed = sum(int((scan.status == cleaning.MALFORMED).sum()) for scan in mine)
@@ -392,7 +391,7 @@ def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: 
             _write_malformed(listed, cleaning.list_malformed([unit.source for unit in all_units], scans))
             raise UserError(
                 f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
-                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; mend them or raise the "
+                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; correct them or raise the "
                 f"share; {listed} lists them"
             )
 
@@ -409,7 +408,7 @@ def _count_rows(
     scans: Sequence[Scan],
     left_out: dict[str, dict[str, dict[str, int]]],
 ) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """Per source, in documents and in bytes: read, kept, dropped by reason. Raises `UserError` for a source or split
+    """Documents and bytes of each source: read, kept, dropped by reason. Raises `UserError` for a source or split
     without documents."""
     rows, row_bytes = {}, {}
     for source in sources:
@@ -432,7 +431,7 @@ def _count_rows(
         if not number:
             of_texts = [_texts_in_words(source) for source in sources if _num_texts(source)]
             raise UserError(
-                f"prepare.validation_share: none of the {len(kept)} documents fell to the {split} split; "
+                f"prepare.validation_share: none of the {len(kept)} documents fell into the {split} split; "
                 f"{'lower' if split == 'train' else 'raise'} it, or add documents"
                 + (f" ({', '.join(of_texts)})" if of_texts else "")
             )
@@ -440,7 +439,7 @@ def _count_rows(
 
 
 def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:
-    """Put tokenizer.json in place, after the documents on which its fast path is compared."""
+    """Write tokenizer.json, and before it the documents for the comparison of its fast path."""
     settings, gate = job.settings, work.folder / "gate.json"
     if not work.tokenizer.exists():
         sample = read_sample(team, all_units, scans, settings)
@@ -458,7 +457,7 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
 
 
 def keep_boundaries(given: Path, result: Path) -> None:
-    """What a Hugging Face folder says of begin and end goes with its tokenizer.json."""
+    """Copy the names of begin and end tokens from a Hugging Face folder beside its tokenizer.json."""
     named = named_boundaries(given)
     if named:
         write_json(result / "tokenizer_config.json", dict(zip(("bos_token", "eos_token"), named, strict=True)))
@@ -473,8 +472,8 @@ def read_sample(team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], se
 
 
 def _check_space(job: _Job, work: Work, scans: Sequence[Scan], parts: Sequence[list[Part]], dtype: np.dtype) -> None:
-    """Refuse before writing what would not fit: the tokens are written twice, once by part and once by shard. Parts
-    that are encoded already say how large the others become; without any, two bytes of text a token do."""
+    """Raise before writing if the tokens would not fit on the disk: they are written twice, in parts and in shards. The
+    size of the encoded parts predicts that of the others; without any, a token is assumed for two bytes of text."""
     a_byte = 1.0 if job.settings.content == "text" else dtype.itemsize / 2
     amounts = []
     for number, (scan, of_unit) in enumerate(zip(scans, parts, strict=True)):
@@ -508,8 +507,8 @@ def _encode(
     fast: bool,
     work: Work,
 ) -> None:
-    """A task is a unit; where there are few units for the processes, some parts of a large one: each task reads the
-    file from its begin."""
+    """A task is a unit or, with few units for the processes, some parts of one: each task reads its file from the
+    start."""
 
     def look(_: None) -> None:
         if shutil.disk_usage(work.folder).free < SPARE_BYTES:
@@ -527,7 +526,7 @@ def _encode(
 
 
 def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], encoded: dict[str, list[Path]], work: Work) -> None:
-    """The validation text end to end, and the malformed records if there are any."""
+    """Write the validation text end to end, and the list of malformed records if there are any."""
     (work.result / "text").mkdir(exist_ok=True)
     with open(work.result / "text" / "validation.txt", "wb") as file:
         for path in (path for of_source in encoded.values() for path in of_source):
@@ -535,5 +534,5 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], encoded: dict
     malformed = cleaning.list_malformed([unit.source for unit in all_units], scans)
     records = (record | {"file": corpus.base_name(record["file"])} for record in malformed)
     _write_malformed(work.result / "malformed.jsonl", records)
-    for part in work.result.rglob(".*.part*"):  # of a process that was killed while it wrote
+    for part in work.result.rglob(".*.part*"):  # left by a process killed while writing
         part.unlink()

@@ -1,11 +1,12 @@
-"""Assembly: shards from the files of encoded parts, each by any process.
+"""Shard writing: shards from the files of encoded parts, each shard by any process.
 
-Takes the encoded parts. Gives the shards of every source and split with their lengths and indexes.
+In: the tokens of all units, in files of parts. Out: the shards of every source and split, with length files and
+indexes. Example, `shard_tokens = 10`, stored documents of 5, 4, 3 and 12 tokens: shards [5, 4], [3], [12].
 
-Guarantees: the documents of a source and split, in reading order, are cut into shards by their lengths alone, so that
-neither the parts nor who writes which shard can be seen in the result. A shard that is there is not written again.
+Guarantees: shards are cut by the lengths of the documents of a source and split in reading order, and by nothing else:
+neither the parts nor the processes change a byte. An existing shard is not written again.
 
-Costs: a process holds two shards' bytes and a part.
+Costs: a process holds the bytes of two shards and a part.
 """
 
 from bisect import bisect_left, bisect_right
@@ -28,10 +29,10 @@ from bigmodel.run_directory import write_atomically
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard: what index.json says of it, and of which parts' documents it is made, in order: (part, first
-    document, end)."""
+    """One shard to write. `entry`: of index.json. `parts`: the origin of its documents, in order: (file of a part,
+    first document, end)."""
 
-    folder: str  # below the result: split/source
+    folder: str  # in the result: split/source
     split: str
     number: int
     columns: tuple[str, ...]
@@ -48,10 +49,10 @@ def assemble(
     dtype: np.dtype | None,
     result: Path,
 ) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, list[np.ndarray]]]:
-    """Write all shards and their indexes; `encoded`: each source's files of parts, in order. Returns counts by source
-    and split, and all documents' lengths by column.
+    """Write all shards and their indexes. Returns counts by source and split, and all documents' lengths by column.
 
-    `dtype`: of the tokens; None: the shards hold text, cut where shards of tokens would be.
+    `encoded`: each source's files of parts, in order. `dtype`: of the tokens; None: the shards hold text, with the
+    same documents as shards of tokens.
     """
     counts: dict[str, dict[str, dict[str, int]]] = {source.name: {} for source in sources}
     shards: list[_Shard] = []
@@ -95,7 +96,7 @@ def _plan_shards(
     dtype: np.dtype | None,
 ) -> list[_Shard]:
     """Cut the documents of all parts, end to end, into shards: each closes before the document that would bring it
-    above `shard_tokens`. `sizes`: of what is stored of each document, in its values."""
+    above `shard_tokens`. `sizes`: stored values of each document: tokens, or bytes of text."""
     joined = {column: np.concatenate(parts) for column, parts in lengths.items()}
     stored = {column: np.concatenate(parts) for column, parts in sizes.items()}
     tokens = sum(part.astype(np.int64) for part in joined.values())
@@ -125,7 +126,7 @@ def _plan_shards(
 
 
 def _write_shard(shard: _Shard, result: Path) -> None:
-    """Write a shard and its lengths from the parts' files, unless that is done: the shard comes last."""
+    """Write a shard and its lengths from the parts' files, the shard last; nothing if it exists in its size."""
     folder = result / shard.folder
     path = folder / shard.entry["raw_data"]["basename"]
     if path.exists() and path.stat().st_size == shard.entry["raw_data"]["bytes"]:

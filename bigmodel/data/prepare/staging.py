@@ -1,7 +1,8 @@
-"""Partial: the folder in which prepared data is made before it appears whole, `<directory>.partial`.
+"""Staging: `<directory>.partial`, in which prepared data is made before it appears whole as `<directory>`.
 
-Each way of making it has a folder of its own inside, named by 16 hexadecimal digits. Guarantees: one process at a time
-works there, and what was put there by others is never deleted.
+Each combination of text, settings and versions has a folder of its own inside, named by 16 hexadecimal digits.
+
+Guarantees: one process at a time works there; files of others are never deleted.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ def partial_of(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def claimed(partial: Path) -> Iterator[None]:
-    """Hold the folder `partial` against other processes; the lock ends with this one, kill -9 included. It is on a
-    file beside the folder: some network file systems lock only what is open for writing."""
+    """Lock the folder `partial` against other processes; the lock ends with this process, also by kill -9. The lock is
+    a file beside the folder, because some network file systems lock only files open for writing."""
     path = partial.with_name(partial.name + ".lock")
     busy = "another process is preparing this data now; wait for it or stop it"
     with writable(partial):
@@ -37,7 +38,7 @@ def claimed(partial: Path) -> Iterator[None]:
     with file:
         lock(file, str(partial), busy)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise UserError(f"{partial}: {busy}")  # another run removed it between our open and our lock
+            raise UserError(f"{partial}: {busy}")  # another run removed it between open and lock
         try:
             yield
         finally:
@@ -46,7 +47,7 @@ def claimed(partial: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does. Signals belong to the main thread: elsewhere nothing is changed."""
+    """SIGTERM acts as Ctrl-C. Only the main thread can set signals: in others this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,7 +64,7 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(partial: Path) -> Iterator[None]:
-    """What keeps the folder from being written, but for a full disk, becomes a `UserError`."""
+    """Errors of writing the folder, except a full disk, become a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -73,27 +74,27 @@ def writable(partial: Path) -> Iterator[None]:
 
 
 def foreign(partial: Path) -> list[str]:
-    """Names in the folder that are not ours."""
+    """Names in the folder that no preparation made."""
     entries = sorted(partial.iterdir()) if partial.is_dir() else [partial]
     return [entry.name for entry in entries if not (OURS.fullmatch(entry.name) and entry.is_dir())]
 
 
 def folders_in(partial: Path) -> list[Path]:
-    """Make the folder, and list what is in it. Raises `UserError` where something is that we did not put there."""
+    """Make the folder and list its contents. Raises `UserError` if it has files or folders of others."""
     with writable(partial):
         partial.mkdir(exist_ok=True)
     if names := foreign(partial):
         raise UserError(
-            f"{partial}: holds what no preparation put there ({', '.join(names[:5])}); move it away, or choose another "
-            "data.directory"
+            f"{partial}: holds files that no preparation made ({', '.join(names[:5])}); move them away, or choose "
+            "another data.directory"
         )
     return sorted(partial.iterdir())
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Rename, once every file and folder in `made` would survive a power cut."""
+    """Sync every file and folder in `made` to disk, so that it survives a power cut, then rename it to `target`."""
     for folder, _, names in os.walk(made):
         for path in [*(Path(folder) / name for name in names), Path(folder)]:
-            fsync_directory(path)  # opens read-only and syncs: right for files as well
+            fsync_directory(path)  # opens read-only and syncs: works for files too
     os.rename(made, target)
     fsync_directory(target.parent)

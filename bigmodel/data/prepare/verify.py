@@ -1,13 +1,13 @@
-"""Verify: is a prepared folder what its manifest says, on this machine or in a store?
+"""Verify: compares a prepared folder, local or in a store, with its manifest.
 
-Takes the folder's path or URL. Gives a sentence for every damage: a file that is missing, extra, cut or altered; a
-shard, its lengths, its index and the manifest that disagree; a token outside the vocabulary; a document that does not
-begin and end as the manifest says; counts that do not add up.
+In: the folder's path or URL. Out: a sentence for every damage: a missing, extra, cut or altered file; a contradiction
+between a shard, its lengths, its index and the manifest; a token outside the vocabulary; a document without the begin
+or end token of the manifest; counts that do not add up.
 
-Guarantees: every byte of every file is read. Nothing is written, also where a store is verified.
+Guarantees: reads every byte of every file; writes nothing, neither locally nor in a store.
 
-Costs: about 0.1 GB/s a core, of shards of text the tokenizer's speed (10 MB/s), in processes of this machine, each
-with a shard in memory.
+Costs: about 0.1 GB/s a core, for shards of text the tokenizer's speed (10 MB/s); each process of this machine holds a
+shard in memory.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ INLINE_BYTES = 64 << 20  # below this, starting processes costs more than it sav
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard to check. `manifest` lists the shard and its lengths, no other file: it is sent to another process."""
+    """A shard to check. `manifest` lists only the shard and its lengths, because it is sent to another process."""
 
     location: str
     folder: str  # split/source
@@ -55,22 +55,22 @@ class _Shard:
     columns: tuple[str, ...]
     entry: dict[str, Any]  # of index.json
     manifest: Manifest
-    has_tokenizer: bool  # whole: without it the tokens of texts are not counted
+    has_tokenizer: bool  # undamaged; without it the tokens of texts are not counted
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """What a shard was found to be: its problems, and the lengths of its documents by column."""
+    """Problems of a shard, and the lengths of its documents by column."""
 
     problems: list[str]
     lengths: dict[str, np.ndarray]
 
 
 def verify(location: str, progress: Progress, partly: bool = False) -> list[str]:
-    """Every way in which a prepared folder differs from its manifest; empty if it is whole.
+    """All differences between a prepared folder and its manifest; empty if it is whole.
 
-    `partly`: files may be missing, as in the folder of a node that fetches what it needs. Raises `UserError` where
-    there is no readable manifest.
+    `partly`: files may be missing, as on a node that fetches them when needed. Raises `UserError` without a readable
+    manifest.
     """
     manifest = _load_manifest(location)
     there = files.sizes(location)
@@ -104,7 +104,7 @@ def _load_manifest(location: str) -> Manifest:
 def _compare_names(
     location: str, manifest: Manifest, there: dict[str, int], partly: bool
 ) -> tuple[list[str], set[str]]:
-    """Problems with names and sizes, and the files that have none."""
+    """Problems with names and sizes, and the files without problems."""
     problems = [
         f"{files.join(location, name)}: not in the manifest"
         for name in there
@@ -127,7 +127,7 @@ def _compare_names(
 
 
 def _find_shards(location: str, manifest: Manifest, whole: set[str]) -> list[_Shard]:
-    """The shards that the indexes list, as far as they, their lengths and their index are there in the right size."""
+    """The shards in the indexes that, with their lengths and index, exist in the right size."""
     shards = []
     has_tokenizer = all(
         name in whole and not find_damage(location, name, manifest.files[name])
@@ -152,7 +152,7 @@ def lengths_name(column: str, number: int) -> str:
 
 
 def _read_index(location: str, name: str, manifest: Manifest, whole: set[str]) -> list[dict[str, Any]]:
-    """The entries of an index; none where it is absent or damaged, which is reported with the other files."""
+    """The entries of an index; none if it is missing or damaged, which is reported with the other files."""
     if name not in whole or find_damage(location, name, manifest.files[name]):
         return []
     return json.loads(_read(location, name))["shards"]
@@ -188,7 +188,7 @@ def _check_shard(shard: _Shard) -> _Checked:
 
 
 def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, np.ndarray]) -> Iterator[str]:
-    """What is wrong inside a shard whose bytes are those of the manifest."""
+    """Problems inside a shard whose size and SHA-256 are right."""
     samples, manifest = len(content.bounds) - 1, shard.manifest
     if samples != shard.entry["samples"] or len(content.content) != shard.entry["raw_data"]["bytes"]:
         yield f"index.json says {shard.entry['samples']} documents in {shard.entry['raw_data']['bytes']} bytes"
@@ -210,7 +210,7 @@ def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, 
 
 
 def _check_texts(shard: _Shard, content: mds.ShardContent, column: str, lengths: np.ndarray) -> Iterator[str]:
-    """Texts of a shard are UTF-8 and as many tokens as their lengths say."""
+    """Problems of texts: not UTF-8, or other numbers of tokens than in the length file."""
     try:
         texts = [value.decode() for value in content.values(TEXT_COLUMNS[column])]
     except UnicodeDecodeError as error:
@@ -225,7 +225,7 @@ def _check_texts(shard: _Shard, content: mds.ShardContent, column: str, lengths:
 
 
 def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest) -> Iterator[str]:
-    """Documents end to end, and how long each is."""
+    """Problems of tokens. `tokens`: the documents end to end; `lengths`: of each document."""
     if len(tokens) and tokens.max() >= manifest.vocabulary:
         yield f"holds token {tokens.max()}, the vocabulary has {manifest.vocabulary}"
     ends = np.cumsum(lengths)
@@ -242,7 +242,7 @@ def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest) -
 
 
 def _compare_counts(location: str, manifest: Manifest, shards: list[_Shard], checked: list[_Checked]) -> list[str]:
-    """Where the manifest's numbers disagree with the shards or with each other; for a folder of whole files."""
+    """Numbers of the manifest that contradict the shards or each other; for a folder of undamaged files."""
     name = files.join(location, MANIFEST)
     found = [*_count_documents(manifest, shards, checked), *_count_rows(manifest)]
     text = manifest.files.get("text/validation.txt", {}).get("bytes")
@@ -271,7 +271,7 @@ def _count_documents(manifest: Manifest, shards: list[_Shard], checked: list[_Ch
 
 
 def _count_rows(manifest: Manifest) -> Iterator[str]:
-    """kept + dropped = read, and what was kept is what is stored; in documents and in bytes."""
+    """Violations of kept + dropped = read and kept = stored, in documents and in bytes."""
     for what, table in (("documents", manifest.rows), ("text_bytes", manifest.row_bytes)):
         for source in manifest.sources:
             rows = table[source]
@@ -289,7 +289,7 @@ def _same_tokenizer(location: str, sha256: str, fast: bool) -> Tokenizer:
 
 
 def _tokenizer(location: str, fast: bool) -> Tokenizer:
-    """Of a folder; `fast`: which path, without a comparison of the two."""
+    """A folder's tokenizer; `fast`: its path, without a comparison of the two."""
     there = files.sizes(location)
     named = json.loads(_read(location, "tokenizer_config.json")) if "tokenizer_config.json" in there else None
     boundaries = (named["bos_token"], named["eos_token"]) if named else None

@@ -1,13 +1,12 @@
-"""Units of work, done once each by processes of this machine or by the workers of a Dask cluster.
+"""Work items: tasks run by processes of this machine or by workers of a Dask cluster.
 
-Takes a function and its tasks, gives the results in the order of the tasks, whatever the order in which they end.
-A task leaves its own result in a file, whole or not there; so any process may be killed, and a task that ran twice
-did no harm.
+In: a function and its tasks. Out: the results in the order of the tasks, whatever the order of completion.
 
-Guarantees: Ctrl-C, an error in one task and the death of the parent end all processes of this machine at once; a
-killed process is an error here, and on a cluster its tasks go to another worker.
+Guarantees: a task writes its result atomically to a file, so any process may be killed, and a task may run twice.
+Ctrl-C, an error in one task or the death of the parent end all processes of this machine at once. A killed process is
+an error here; on a cluster its tasks go to another worker.
 
-A cluster is one that is already there: `dask scheduler` and `dask worker`, or under SLURM dask-jobqueue:
+The cluster must already run: `dask scheduler` and `dask worker`, or under SLURM dask-jobqueue:
 
     from dask_jobqueue import SLURMCluster
     cluster = SLURMCluster(cores=1, processes=1, memory="8GB", walltime="08:00:00")
@@ -15,7 +14,7 @@ A cluster is one that is already there: `dask scheduler` and `dask worker`, or u
     print(cluster.scheduler_address)      # prepare.scheduler, or --scheduler
 
 Its workers need this package, the same versions, and the sources and data.directory under the same paths. One thread
-a worker is best: tokenizing holds the interpreter.
+per worker is best, because tokenizing holds Python's global interpreter lock.
 """
 
 import contextlib
@@ -45,14 +44,14 @@ CONNECT_SECONDS = 20  # to a Dask scheduler
 
 
 class Interrupted(UserError):
-    """The work ended through no fault of the text or the settings: the same command goes on from what is finished."""
+    """The work ended for a reason other than text or settings: the same command continues from the finished units."""
 
 
 class Team:
-    """Runs functions over tasks; without an executor in this process."""
+    """Runs functions over tasks; without an executor, in this process."""
 
     def __init__(self, executor: Executor | None, progress: Progress, size: int = 1, elsewhere: bool = False) -> None:
-        """`size`: about how many tasks run at once. `elsewhere`: the processes may be of other installations."""
+        """`size`: approximate number of tasks at once. `elsewhere`: other installations, whose versions are checked."""
         self._executor, self._progress, self._elsewhere = executor, progress, elsewhere
         self.size = size
 
@@ -64,8 +63,8 @@ class Team:
         weights: Sequence[int],
         look: Callable[[Any], None] = lambda _: None,
     ) -> list[Any]:
-        """Results in the order of the tasks. `weights` in bytes are for the display; `look` sees each result as it
-        comes and may raise to stop everything."""
+        """Results in the order of the tasks. `weights`: bytes of each task, for the display. `look` gets each result
+        when it arrives and may raise to stop all tasks."""
         shown = _Shown(self._progress, title, sum(weights))
         results: list[Any] = [None] * len(tasks)
         for number, result in self._results(function, tasks):
@@ -86,11 +85,11 @@ class Team:
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BrokenProcessPool:
-            raise Interrupted("a process was killed, most likely for want of memory; lower prepare.workers") from None
+            raise Interrupted("a process was killed, most likely out of memory; lower prepare.workers") from None
 
 
 class _Shown:
-    """How far a stage is: a bar on a terminal, a line every few seconds in a log."""
+    """Progress of a stage: a bar on a terminal, a line every 10 seconds in a log."""
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         self._progress, self._title, self._total = progress, title, total
@@ -117,7 +116,7 @@ class _Shown:
 
 @contextlib.contextmanager
 def processes(number: int, progress: Progress) -> Iterator[Team]:
-    """A team of processes of this machine; of this one alone where `number` is 1.
+    """A team of `number` processes of this machine; with 1, this process.
 
     Processes are spawned, not forked: the caller may hold torch and its threads.
     """
@@ -130,14 +129,14 @@ def processes(number: int, progress: Progress) -> Iterator[Team]:
     try:
         yield Team(pool, progress, number)
     except BaseException:
-        ours.close()  # ends the processes at once: what they have not finished is not there
+        ours.close()  # ends the processes at once; unfinished files do not appear
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_process(parents_end: Connection) -> None:
-    """Leave Ctrl-C to the parent, keep the tokenizer library to one thread, end when the parent says so or dies."""
+    """Ignore Ctrl-C, limit the tokenizer library to one thread, and end when the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = parent_process()
@@ -152,7 +151,7 @@ def _start_process(parents_end: Connection) -> None:
 
 @contextlib.contextmanager
 def cluster(scheduler: str, progress: Progress) -> Iterator[Team]:
-    """The workers of a Dask cluster as a team. Raises `UserError` where there is none or it is lost."""
+    """The workers of a Dask cluster as a team. Raises `UserError` if it is missing or lost."""
     try:
         import distributed
     except ImportError:
@@ -162,27 +161,29 @@ def cluster(scheduler: str, progress: Progress) -> Iterator[Team]:
     try:
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise Interrupted(f"prepare.scheduler = {scheduler!r}: cannot be reached: {error}; see that it runs") from None
+        raise Interrupted(
+            f"prepare.scheduler = {scheduler!r}: cannot be reached: {error}; check that it runs"
+        ) from None
     try:
         _wait_for_worker(client, scheduler)
         yield Team(client.get_executor(pure=False), progress, sum(client.nthreads().values()), elsewhere=True)
     except distributed.KilledWorker as error:
         raise Interrupted(f"a unit killed every worker that took it: {error}; give the workers more memory") from None
     except CancelledError:
-        raise Interrupted(f"prepare.scheduler = {scheduler!r}: was lost; see that it runs") from None
+        raise Interrupted(f"prepare.scheduler = {scheduler!r}: was lost; check that it runs") from None
     finally:
         client.close(timeout=CONNECT_SECONDS)
 
 
 @lru_cache
 def versions() -> tuple[tuple[str, str], ...]:
-    """Of what decides the bytes of the result, in this process."""
+    """Versions in this process of everything that determines the bytes of the result."""
     found = [(name, version(name)) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")]
     return (("python", platform.python_version()), ("unicode", unicodedata.unidata_version), *found)
 
 
 def _with_versions(ours: tuple[tuple[str, str], ...], function: Callable[..., Any], *task: Any) -> Any:
-    """Run a task on a worker, which may have joined at any time, if it makes what the caller would make."""
+    """Run a task on a worker if its versions are those of the caller; workers may join at any time."""
     differences = [
         f"{name} {theirs} for {mine}"
         for (name, mine), (_, theirs) in zip(ours, versions(), strict=True)
@@ -190,8 +191,8 @@ def _with_versions(ours: tuple[tuple[str, str], ...], function: Callable[..., An
     ]
     if differences:
         raise UserError(
-            f"a worker on {socket.gethostname()} has {', '.join(differences)}; the result would depend on who does "
-            "what: install the same versions there"
+            f"a worker on {socket.gethostname()} has {', '.join(differences)}, so the result would depend on the "
+            "worker; install the same versions there"
         )
     return function(*task)
 

@@ -1,13 +1,13 @@
-"""Files: on this machine, or in a store that is named by a URL.
+"""Files on this machine or in a store named by a URL.
 
-Takes paths and URLs. s3://, gs://, abfs:// and hdfs:// go through pyarrow, any other scheme through fsspec where it
-has a driver for it. Credentials come from the environment, as each store's own tools expect them; pyarrow's settings of
-a store go behind the question mark of a URL.
+In: paths and URLs. s3://, gs://, abfs:// and hdfs:// go through pyarrow, other schemes through their fsspec driver.
+Credentials come from the environment, as each store's own tools expect them; pyarrow's settings of a store follow the
+question mark of a URL.
 
-Guarantees: whatever stops a file from being found or read is a `UserError` that names it.
+Guarantees: a file that cannot be found or read raises a `UserError` that names it.
 
-Tried: s3:// against moto's server in the tests; gs:// against fake-gcs-server and abfs:// against Azurite where these
-are installed (else their tests are skipped); fsspec's memory://. Of hdfs:// only the error without a JVM.
+Tested: s3:// against moto's server; gs:// against fake-gcs-server and abfs:// against Azurite where these are
+installed (else the tests are skipped); fsspec's memory://; of hdfs:// only the error without a JVM.
 """
 
 import glob
@@ -26,8 +26,8 @@ from pyarrow import fs
 from bigmodel.config.settings import UserError
 
 PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
-GS_RETRY_SECONDS = 30  # its client's own is 15 minutes, in which nothing is said
-CHUNK_BYTES = 4 << 20  # read at once: a store answers each read separately
+GS_RETRY_SECONDS = 30  # the client's default is 15 minutes without a message
+CHUNK_BYTES = 4 << 20  # per read: a store answers each read separately
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -41,19 +41,19 @@ def is_remote(location: str) -> bool:
 
 
 def without_settings(location: str) -> str:
-    """A URL without what follows its question mark; a path as it is."""
+    """A URL without its question mark and settings; a path unchanged."""
     return location.partition("?")[0] if is_remote(location) else location
 
 
 def absolute(location: str) -> str:
-    """The same file, named so that a process in any folder of the machine finds it."""
+    """The same file under a name that is valid in any working directory of the machine."""
     return location if is_remote(location) else os.path.abspath(location)
 
 
 def find(pattern: str) -> list[str]:
-    """The files that a path, URL or glob pattern names, sorted.
+    """Files that match a path, URL or glob pattern, sorted.
 
-    A folder or file whose name has wildcards is taken as it is written where it exists: `/data/crawl[1]/*.txt`.
+    An existing folder or file whose name contains wildcards is taken literally: `/data/crawl[1]/*.txt`.
     """
     if not is_remote(pattern):
         found = (glob.glob(glob.escape(start) + rest, recursive=True) for start, rest in _readings(pattern, "*?["))
@@ -62,13 +62,13 @@ def find(pattern: str) -> list[str]:
     with readable(pattern):
         names = next(filter(None, (_matching(store, start, rest) for start, rest in _readings(path, "*["))), [])
     parts = urlsplit(pattern)
-    start = path.removesuffix(parts.path.lstrip("/"))  # the bucket or container, which the URL has in its own way
+    start = path.removesuffix(parts.path.lstrip("/"))  # bucket or container; the URL names it in its own form
     query = f"?{parts.query}" if parts.query else ""
     return [f"{parts.scheme}://{parts.netloc}/{name.removeprefix(start)}{query}" for name in names]
 
 
 def _readings(path: str, wildcards: str) -> Iterator[tuple[str, str]]:
-    """Where a path is cut into a beginning that is taken as it is written and a pattern, the longest beginning first.
+    """Splits of a path into a literal beginning and a pattern, longest beginning first.
 
     >>> list(_readings("crawl[1]/*.txt", "*?["))
     [('crawl[1]/*.txt', ''), ('crawl[1]/', '*.txt'), ('', 'crawl[1]/*.txt')]
@@ -81,9 +81,9 @@ def _readings(path: str, wildcards: str) -> Iterator[tuple[str, str]]:
 
 
 def _matching(store: fs.FileSystem, start: str, rest: str) -> list[str]:
-    """What matches the pattern `rest` below `start`, or `start` itself where there is none, if it exists.
+    """Files below `start` that match the pattern `rest`; with an empty `rest`, `start` itself if it exists.
 
-    fsspec's own search is not used: where it may not look it finds nothing.
+    fsspec's own glob is not used: without permission it finds nothing and raises nothing.
     """
     if not rest:
         return [] if store.get_file_info(start).type == fs.FileType.NotFound else [start]
@@ -103,13 +103,13 @@ def is_folder(location: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """A file below a folder; a URL's settings after the question mark stay behind."""
+    """A file below a folder; a URL's settings stay at its end."""
     path, mark, settings = folder.partition("?") if is_remote(folder) else (folder, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{settings}"
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by path relative to it, sorted; empty where there is no such folder."""
+    """Bytes of every file below a folder by relative path, sorted; empty without such a folder."""
     if is_remote(folder):
         store, path = open_store(folder)
     else:
@@ -134,7 +134,7 @@ def size(location: str) -> int:
 
 
 def identity(location: str) -> str:
-    """What changes when a file does, without reading it: its size and the time of its last change."""
+    """Size and time of the last change: detects a changed file without reading it."""
     store, path = open_store(location) if is_remote(location) else (fs.LocalFileSystem(), location)
     with readable(location):
         information = store.get_file_info(path)
@@ -142,7 +142,7 @@ def identity(location: str) -> str:
 
 
 def open_file(location: str) -> pyarrow.NativeFile:
-    """The file as stored, for reading at any place."""
+    """The file as stored, open for random access."""
     with readable(location):
         if not is_remote(location):
             return pyarrow.OSFile(location)
@@ -151,17 +151,17 @@ def open_file(location: str) -> pyarrow.NativeFile:
 
 
 def chunks(location: str) -> Iterator[bytes]:
-    """The content of a file, from begin to end."""
+    """The content of a file in blocks, from start to end."""
     with readable(location), open_file(location) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
 
 
 def write(location: str, content: Iterable[bytes]) -> None:
-    """Make a file in a store. Raises `UserError` naming it; what `content` raises passes through."""
+    """Create a file in a store. Raises `UserError` naming it; errors of `content` pass through."""
     store, path = open_store(location)
     try:
-        if not isinstance(store, (fs.S3FileSystem, fs.GcsFileSystem)):  # these have no folders to make
+        if not isinstance(store, (fs.S3FileSystem, fs.GcsFileSystem)):  # these have no folders
             store.create_dir(path.rpartition("/")[0], recursive=True)
         with store.open_output_stream(path) as stream:
             for chunk in content:
@@ -172,7 +172,7 @@ def write(location: str, content: Iterable[bytes]) -> None:
 
 @contextmanager
 def readable(location: str) -> Iterator[None]:
-    """What goes wrong with this file inside becomes a `UserError` with its name and the remedy."""
+    """Errors of reading this file become a `UserError` with its name and the remedy."""
     try:
         yield
     except (OSError, EOFError, pyarrow.ArrowException) as error:
@@ -185,10 +185,10 @@ def _first_line(error: BaseException) -> str:
 
 def _remedy(location: str) -> str:
     if not is_remote(location):
-        return "make it whole or leave it out"
+        return "restore the file or leave it out"
     scheme = {"gcs": "gs", "abfss": "abfs"}.get(urlsplit(location).scheme, urlsplit(location).scheme)
-    where = CREDENTIALS.get(scheme, f"what fsspec's driver for {scheme}:// asks for")
-    return f"see that it is there and that the environment has the credentials ({where})"
+    where = CREDENTIALS.get(scheme, f"those of fsspec's driver for {scheme}://")
+    return f"check that it exists and that the environment has the credentials ({where})"
 
 
 def open_store(location: str) -> tuple[fs.FileSystem, str]:
@@ -210,18 +210,18 @@ def open_store(location: str) -> tuple[fs.FileSystem, str]:
 
 @lru_cache(maxsize=16)
 def connect(root: str) -> tuple[fs.FileSystem, str]:
-    """Connecting may ask the network where a bucket lies: once per process and bucket."""
+    """Connect once per process and bucket: connecting may query the bucket's region over the network."""
     key = os.environ.get("AZURE_STORAGE_KEY")
     if not key or urlsplit(root).scheme not in ("abfs", "abfss") or "credential_kind" in root:
         return fs.FileSystem.from_uri(root)
-    # pyarrow takes no key from a URL: it asks Azure's identity service instead, which wants TLS.
+    # pyarrow accepts no key in a URL and would query Azure's identity service instead, which requires TLS.
     store, base = fs.FileSystem.from_uri(f"{root}{'&' if '?' in root else '?'}credential_kind=anonymous")
     _, (options,) = store.__reduce__()
     return fs.AzureFileSystem(**options | {"account_key": key}), base
 
 
 def _fsspec_store(location: str) -> tuple[fs.FileSystem, str]:
-    with readable(location):  # some drivers connect at once
+    with readable(location):  # some drivers connect here
         try:
             driver, path = fsspec.core.url_to_fs(location)
         except (ImportError, ValueError) as error:

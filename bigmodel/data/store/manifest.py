@@ -1,7 +1,9 @@
-"""The manifest: what a prepared folder holds, and whether a file is the one it speaks of.
+"""The manifest: content of a prepared folder, with size and SHA-256 of its files.
 
-Takes a folder, on this machine or in a store; gives its `Manifest`. It is written last, so a folder that has one is
-whole. It holds size and SHA-256 of every file but itself and the picture of the lengths, whose bytes are not data.
+In: a folder on this machine or in a store. Out: its `Manifest`.
+
+Guarantees: the manifest is written last, so a folder that has one is whole. It lists every file but itself and the
+picture of the lengths, whose bytes are not data.
 
 Costs: comparing a file reads it, about 1 GB/s.
 """
@@ -25,13 +27,13 @@ PICTURE = "lengths.png"
 SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second where a given one named begin and end
-PREPARE_AGAIN = "delete the folder and run `bigmodel prepare RUN.toml`, or copy the file anew"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second: where a given tokenizer named begin and end
+PREPARE_AGAIN = "delete the folder and run `bigmodel prepare RUN.toml`, or copy the file again"
 
 
 class FileTable(Mapping[str, dict[str, Any]]):
-    """Size and SHA-256 of files by path, sorted. Takes 100 bytes a file; as dicts, the files of a billion documents
-    would take 25 MB in every rank."""
+    """Size and SHA-256 of files by path, sorted. Takes 100 bytes a file; dicts would take 25 MB in every rank for the
+    files of a billion documents."""
 
     def __init__(self, files: Mapping[str, tuple[int, str]]) -> None:
         names = sorted(files)
@@ -62,23 +64,28 @@ def in_words(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. `counts[source][split]` has documents, tokens (stored ones) and text_bytes;
-    `shards[source][split]` has what `shards.measure_shard` says of each, in their order: the plan deals shards to lanes
-    by it, so that no rank opens the lengths of shards that others read; `files[path]` has bytes and sha256, path
-    relative to the folder; `recipe` is what the user asked for; `statistics` is of all splits and sources.
+    """Content of a prepared folder.
 
-    A source of pairs (`target_column`) has both texts of a pair in one sample, so that they cannot part:
+    - `counts[source][split]`: documents, tokens (stored ones), text_bytes
+    - `shards[source][split]`: `shards.measure_shard` of each shard, in order. The plan deals shards to lanes by these
+      numbers, so no rank opens the lengths of shards that others read.
+    - `files[path]`: bytes and sha256; the path is relative to the folder
+    - `recipe`: the user's settings
+    - `statistics`: over all splits and sources
 
-        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]; of
+    A source of pairs (`target_column`) has both texts of a pair in one sample, so that they stay together:
+
+        shard.00000.mds           columns `tokens` (the source text) and `target_tokens`, each [bos] text [eos]; in
                                   shards of text `text` and `target_text`
         lengths.00000.npy         (samples,) uint32 stored tokens of the source text
         target_lengths.00000.npy  (samples,) uint32 stored tokens of the target text
-        counts[source][split]     target_tokens, target_text_bytes; tokens and text_bytes are the source text's
-        shards[source][split]     of the source text alone
-        statistics["target"]      of all target texts; absent where no source has any
-        rows, row_bytes           a pair is one row; its bytes are both texts'; a pair with one empty text is `empty`
+        counts[source][split]     target_tokens, target_text_bytes; tokens and text_bytes count the source text
+        shards[source][split]     the source text alone
+        statistics["target"]      all target texts; absent if no source has any
+        rows, row_bytes           a pair is one row; its bytes count both texts; a pair with one empty text is `empty`
 
-    A shard closes by the sum of both texts' tokens. A source has pairs where its counts have target_tokens.
+    The tokens of both texts together count towards the size of a shard. A source has pairs if its counts have
+    target_tokens.
     """
 
     tokenizer_sha256: str
@@ -89,7 +96,7 @@ class Manifest:
     counts: dict[str, dict[str, dict[str, int]]]
     shards: dict[str, dict[str, list[list[int]]]]
     rows: dict[str, dict[str, int]]  # per source: documents read, kept, and dropped by reason
-    row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: taken out of kept documents
+    row_bytes: dict[str, dict[str, int]]  # the same in bytes of UTF-8; `cleaned`: removed from kept documents
     statistics: dict[str, Any]
     files: Mapping[str, dict[str, Any]]
     recipe: dict[str, Any]
@@ -108,7 +115,7 @@ class Manifest:
         return sum(counts[split][what] for counts in self.counts.values())
 
     def dropped(self, source: str) -> dict[str, int]:
-        """How many rows of a source were dropped, by reason; reasons that none had are left out."""
+        """Dropped rows of a source by reason, without reasons of count 0."""
         return {name: count for name, count in self.rows[source].items() if count and name not in ("read", "kept")}
 
     def write(self, directory: Path) -> None:
@@ -117,7 +124,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
-        """Raises `UserError` where there is no folder, no manifest, or one that this version cannot read."""
+        """Raises `UserError` without a folder or manifest, and for a manifest that this version cannot read."""
         path = Path(directory) / MANIFEST
         if not Path(directory).is_dir():
             raise UserError(f"data.directory = {directory}: no such folder; run `bigmodel prepare RUN.toml` first")
@@ -126,7 +133,7 @@ class Manifest:
         except FileNotFoundError:
             raise UserError(
                 f"data.directory = {directory}: has no {MANIFEST}, so it is not a folder of prepared shards; "
-                "run `bigmodel prepare RUN.toml` into another data.directory, or delete this one first"
+                "run `bigmodel prepare RUN.toml` with another data.directory, or delete this one first"
             ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; {PREPARE_AGAIN}") from None
@@ -134,7 +141,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> "Manifest":
-        """`name` stands for the file in errors."""
+        """`name`: of the file, for errors."""
         try:
             table = json.loads(content, object_hook=_shortened)
         except ValueError as error:
@@ -152,18 +159,18 @@ class Manifest:
 
 
 def _shortened(table: dict[str, Any]) -> Any:
-    """What is said of a file, as `FileTable` takes it: with a dict each, reading it would take twice the memory."""
+    """A file's entry as a tuple for `FileTable`: a dict for each would double the memory of reading."""
     is_file = table.keys() == {"bytes", "sha256"} and isinstance(table["sha256"], str)  # no sources of these names
     return (table["bytes"], table["sha256"]) if is_file else table
 
 
 def stored_amount(counts: dict[str, int], what: str) -> int:
-    """Documents, tokens or text_bytes of a source and split, of pairs both sides together."""
+    """Documents, tokens or text_bytes of a source and split; both sides of pairs together."""
     return counts[what] + counts.get(f"target_{what}", 0)
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder that belongs into its manifest, by relative path, sorted."""
+    """Size and SHA-256 of every file below a folder that its manifest lists, by relative path, sorted."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     paths = [path for path in paths if path not in (directory / MANIFEST, directory / PICTURE)]
     with ThreadPoolExecutor() as pool:
@@ -175,8 +182,7 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_damage(folder: Path | str, name: str, recorded: dict[str, Any] | None) -> str:
-    """What is wrong with one file of a folder, also of one in a store, against its entry in the manifest; empty if
-    nothing."""
+    """How one file of a folder, local or in a store, differs from its entry in the manifest; empty if it does not."""
     location = files.join(str(folder), name)
     if recorded is None:
         return f"{location}: not in the manifest"

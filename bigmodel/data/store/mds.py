@@ -5,9 +5,10 @@
     a column, `ndarray:<dtype>` of one axis: 4 + code: 1 byte | length: 1, 2 or 4 bytes by the code 0, 1, 2 | values
     a column, `str`: UTF-8
 
-Takes the documents of a whole shard, gives its file's content and its entry in index.json. The bytes are those that
-MDSWriter writes (a test compares them). Written here because a shard is then a pure function of its documents that
-any process can write alone and at once, and none of them imports streaming, which takes seconds.
+In: the documents of a whole shard. Out: the content of its file and its entry in index.json.
+
+Guarantees: the bytes equal those of MDSWriter (tested). Written here so that a shard is a pure function of its
+documents: any process writes it alone and in one go, and none imports streaming, which takes seconds.
 """
 
 import io
@@ -23,13 +24,13 @@ import numpy as np
 Value = np.ndarray | bytes  # an array of one axis, or a text as UTF-8
 
 LARGEST_SHARD_BYTES = 2**32 - 1  # samples are addressed by uint32 byte offsets
-LARGEST_SHARD_TOKENS = 500_000_000  # of 4 bytes; with the overhead of the shortest documents below the bound above
+LARGEST_SHARD_TOKENS = 500_000_000  # at 4 bytes, plus the overhead of the shortest documents: below the bound above
 COLUMN_FACTS = ("names", "encodings", "sizes")
 SETTINGS: dict[str, Any] = {"compression": None, "format": "mds", "hashes": [], "size_limit": None, "version": 2}
 
 
 def encode_shard(columns: Mapping[str, Sequence[Value]]) -> bytes:
-    """A shard's content. Each column has one value for every sample: non-empty arrays of one axis, all of one dtype, or
+    """Content of a shard file. Each column has one value per sample: non-empty arrays of one axis and one dtype, or
     texts as UTF-8."""
     names = sorted(columns)
     samples = [_encode_sample(values) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -42,8 +43,8 @@ def encode_shard(columns: Mapping[str, Sequence[Value]]) -> bytes:
 
 
 def shard_entry(number: int, columns: Mapping[str, np.ndarray], dtype: np.dtype | None) -> dict[str, Any]:
-    """What index.json says of shard `number`; `columns` has the lengths of each column's arrays. `dtype` None: of
-    texts, in bytes."""
+    """Entry of shard `number` in index.json; `columns`: lengths of each column's arrays. `dtype` None: columns of text,
+    lengths in bytes."""
     configuration = _configuration(dict.fromkeys(sorted(columns), f"ndarray:{dtype.name}" if dtype else "str"))
     samples = len(next(iter(columns.values())))
     size = 4 + 4 * (samples + 1) + len(json.dumps(configuration, sort_keys=True).encode())
@@ -93,7 +94,7 @@ def _encode_array(array: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class ShardContent:
-    """A shard's bytes, found to be one: what it says of its columns, and where its samples lie."""
+    """The checked bytes of a shard, its description of the columns, and the bounds of its samples."""
 
     content: bytes
     bounds: list[int]  # of the samples, in bytes
@@ -101,7 +102,7 @@ class ShardContent:
 
     @classmethod
     def parse(cls, content: bytes) -> "ShardContent":
-        """Raises `ValueError` saying why the bytes are not a shard. Any shard of MDSWriter's will do, decompressed."""
+        """Accepts any decompressed shard of MDSWriter. Raises `ValueError` with the reason for other bytes."""
         bounds, description = read_head(io.BytesIO(content))
         if bounds[-1] != len(content) or sorted(bounds) != bounds:
             raise ValueError("its samples do not fill it")
@@ -111,7 +112,7 @@ class ShardContent:
         return self.description["column_encodings"][self.description["column_names"].index(column)]
 
     def values(self, column: str) -> Iterator[bytes]:
-        """A column's bytes as stored, sample by sample. Raises `ValueError` where a sample does not fill its place."""
+        """A column's bytes as stored, sample by sample. Raises `ValueError` if a sample's columns do not fill it."""
         place = self.description["column_names"].index(column)
         starts, ends = np.array(self.bounds[:-1], np.int64), np.array(self.bounds[1:], np.int64)
         sizes = np.zeros((len(starts), len(self.description["column_sizes"])), np.int64)
@@ -135,7 +136,7 @@ class ShardContent:
 
 
 def read_head(stream: IO[bytes]) -> tuple[list[int], dict[str, Any]]:
-    """A shard's bounds and description, without its samples. Raises `ValueError` if it is no shard."""
+    """Bounds and description of a shard, without its samples. Raises `ValueError` if it is no shard."""
     try:
         count = int.from_bytes(stream.read(4), "little")
         bounds = np.frombuffer(stream.read(4 * (count + 1)), "<u4", count + 1).tolist()
@@ -149,8 +150,7 @@ def read_head(stream: IO[bytes]) -> tuple[list[int], dict[str, Any]]:
 
 
 def read_entry(path: Path) -> dict[str, Any]:
-    """What index.json says of a shard that is not compressed, from the shard itself. Raises `ValueError` if it is no
-    shard."""
+    """Entry of an uncompressed shard in index.json, from the shard itself. Raises `ValueError` if it is no shard."""
     with open(path, "rb") as stream:
         bounds, description = read_head(stream)
     raw = {"basename": path.name, "bytes": bounds[-1], "hashes": {}}
@@ -158,7 +158,7 @@ def read_entry(path: Path) -> dict[str, Any]:
 
 
 def decode_array(value: bytes, dtype: np.dtype) -> np.ndarray:
-    """An array as `encode_shard` stores it. Raises `ValueError` if it is none."""
+    """Inverse of `encode_shard` for one array. Raises `ValueError` if the bytes are no array of one axis."""
     code = value[0] - 4 if value else -1
     head = 1 + (1 << code) if code in (0, 1, 2) else 0
     if not head or int.from_bytes(value[1:head], "little") * dtype.itemsize != len(value) - head:

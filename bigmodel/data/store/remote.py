@@ -1,17 +1,17 @@
-"""Remote: a prepared folder in a store, brought to a node file by file as files are needed, or put there.
+"""Remote: fetches a prepared folder from a store file by file, when a file is needed; uploads one.
 
-Takes the URL of the folder in the store (`data.remote`) and the folder of this node (`data.directory`).
+In: the URL of the folder in the store (`data.remote`) and the folder on this node (`data.directory`).
 
-Guarantees: a file appears in the node's folder by one rename, after its size and SHA-256 were compared with the
-manifest; of all processes of a node that want it one fetches it and the others wait; a process killed on the way
-leaves only a hidden `.NAME.part`, which the next run deletes, but not while a live process holds it. In the store the
-manifest is written last, so a folder that has one is whole.
+Guarantees: a file appears in the node's folder by one rename, after size and SHA-256 were compared with the manifest.
+Of all processes of a node that need it, one fetches it and the others wait. A killed process leaves only a hidden
+`.NAME.part`, which the next run deletes unless a live process holds it. An upload writes the manifest last, so a folder
+in the store that has one is whole.
 
-With a limit (`data.cache_bytes`) the shards used longest ago are deleted before another is fetched: those alone that
-were fetched from the store (`.fetched` lists them), and that the store has in the right size when it is asked.
+With a limit (`data.cache_bytes`) the least recently used shards are deleted before another is fetched: only shards that
+were fetched from the store (`.fetched` lists them) and that the store still has in the right size.
 
-Costs: a transfer that fails is tried 5 times, each failure logged and counted; the waits between are 10 seconds in
-all, and a client that retries by itself, as that of S3 does at a host that does not answer, adds its own.
+Costs: a failed transfer is tried 5 times in all, each failure logged and counted, with 10 seconds of waits in total. A
+client with retries of its own adds them, as that of S3 does at a host that does not answer.
 """
 
 import contextlib
@@ -36,15 +36,15 @@ from bigmodel.run_directory import lock
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
 UPLOADS_AT_ONCE = 8
-FETCHED = ".fetched"  # names of shards that came from the store, a line each
-BUSY_SECONDS = 30.0  # a shard used within is missed soon after it is deleted: the limit is too low, which is said
+FETCHED = ".fetched"  # names of shards fetched from the store, one per line
+BUSY_SECONDS = 30.0  # a shard used more recently is needed again soon: deleting it warns that the limit is too low
 
 log = logging.getLogger(__name__)
 
 
 class Remote:
-    """Fetches files of one prepared folder. `num_files`, `num_bytes`, `num_failures` and `num_deleted` count what it
-    did. `cache_bytes`: see above; 0: no limit."""
+    """Fetches files of one prepared folder. `num_files` and `num_bytes` count what was fetched, `num_failures` failed
+    attempts, `num_deleted` shards deleted for room. `cache_bytes`: see above; 0: no limit."""
 
     def __init__(self, url: str, directory: Path, cache_bytes: int = 0) -> None:
         self.url, self.directory, self.cache_bytes = url, directory, cache_bytes
@@ -53,13 +53,13 @@ class Remote:
         self._shards: dict[str, int] = {}
 
     def begin(self, manifest: Manifest) -> None:
-        """Delete what killed processes left of fetches. Raises `UserError` where a shard alone is above the limit."""
+        """Delete unfinished fetches of killed processes. Raises `UserError` if a single shard exceeds the limit."""
         self._shards = {name: file["bytes"] for name, file in manifest.files.items() if name.endswith(".mds")}
         largest = max(self._shards, key=lambda name: self._shards[name], default="")
         if largest and 0 < self.cache_bytes < self._shards[largest]:
             raise UserError(
                 f"data.cache_bytes = {self.cache_bytes}: {largest} alone has {self._shards[largest]} bytes; raise it "
-                "to what a few shards for every lane take, or prepare again with smaller prepare.shard_tokens"
+                "to the size of a few shards per lane, or prepare again with smaller prepare.shard_tokens"
             )
         for part in self.directory.glob("**/.*.part"):
             name = part.relative_to(self.directory).with_name(part.name[1 : -len(".part")])
@@ -67,8 +67,8 @@ class Remote:
                 _delete_unless_held(part)
 
     def fetch_manifest(self) -> None:
-        """Put the store's manifest into the folder, unless there is one already: where all files are there too, the
-        store is not asked for anything. Raises `UserError` if the store has none."""
+        """Put the store's manifest into the folder unless it has one: a folder with all files needs no request to the
+        store. Raises `UserError` if the store has no manifest."""
         path = self.directory / MANIFEST
         if not path.exists():
             content = self._read_manifest()
@@ -80,13 +80,13 @@ class Remote:
                     _put_in_place(part, path)
 
     def fetch(self, name: str, recorded: dict[str, Any]) -> None:
-        """Put one file into the folder, whole, unless another process does so first. `recorded`: its entry in the
-        manifest. Raises `UserError` when every attempt failed."""
+        """Put one whole file into the folder, unless another process does so first. `recorded`: its entry in the
+        manifest. Raises `UserError` after the last failed attempt."""
         path = self.directory / name
         with _named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _held(path) as part:
-                if find_damage(self.directory, name, recorded):  # none: another process was first
+                if find_damage(self.directory, name, recorded):  # no damage: another process was first
                     self._compare_manifests()
                     if name in self._shards and self.cache_bytes:
                         self._make_room()
@@ -99,8 +99,8 @@ class Remote:
                     self.num_bytes += recorded["bytes"]
 
     def _make_room(self) -> None:
-        """Delete shards, those used longest ago first, until what is here and on its way, to whichever process of this
-        node, is within the limit."""
+        """Delete shards, least recently used first, until the shards of this node and those being fetched by any of its
+        processes are within the limit."""
         noted = self.directory / FETCHED
         fetched = set(noted.read_text().split("\n")) if noted.exists() else set()
         here, excess = [], -self.cache_bytes
@@ -118,8 +118,8 @@ class Remote:
                 if time.time() - used < BUSY_SECONDS and not self._said_busy:
                     self._said_busy = True
                     log.warning(
-                        "data.cache_bytes = %d is less than what is read at the same time: %s is deleted for room "
-                        "while it is in use, and will be fetched again; raise it",
+                        "data.cache_bytes = %d is less than the shards in use: %s is deleted for room while in use and "
+                        "will be fetched again; raise it",
                         self.cache_bytes,
                         name,
                     )
@@ -129,20 +129,20 @@ class Remote:
                 excess -= self._shards[name]
 
     def has(self, name: str) -> bool:
-        """Whether the store has a shard, in its size. False also where it does not answer."""
+        """Whether the store has the shard in the right size. False also if the store does not answer."""
         try:
             return files.size(files.join(self.url, name)) == self._shards[name]
         except UserError:
             return False
 
     def _compare_manifests(self) -> None:
-        """Once, before the first file. Raises `UserError` where the store holds other data than the folder."""
+        """Once, before the first file. Raises `UserError` if store and folder hold different data."""
         if self._is_same_data:
             return
         if (self.directory / MANIFEST).read_bytes() != self._read_manifest():
             raise UserError(
                 f"data.directory = {self.directory}: holds other data than data.remote = {self.url} (their {MANIFEST} "
-                "differ); choose another data.directory, or delete this one to fetch it anew"
+                "differ); choose another data.directory, or delete this one to fetch it again"
             )
         self._is_same_data = True
 
@@ -160,9 +160,9 @@ class Remote:
             digest.update(chunk)
         if (part.tell(), digest.hexdigest()) != (recorded["bytes"], recorded["sha256"]):
             raise UserError(
-                f"{location}: what came is not the file of the manifest ({part.tell()} bytes, {recorded['bytes']} "
+                f"{location}: the received file differs from the manifest ({part.tell()} bytes, {recorded['bytes']} "
                 f"expected; SHA-256 {digest.hexdigest()[:12]}, {recorded['sha256'][:12]} expected); "
-                f"see what is damaged with `bigmodel verify {self.url}`, then put that file there anew"
+                f"list the damage with `bigmodel verify {self.url}`, then upload that file again"
             )
 
     def _retrying(self, function: Any, *arguments: Any) -> Any:
@@ -181,7 +181,7 @@ class Remote:
 
 
 def read_manifest(url: str) -> bytes | None:
-    """The manifest of a folder in a store; None if it has none."""
+    """The manifest of a folder in a store, or None."""
     location = files.join(url, MANIFEST)
     return b"".join(files.chunks(location)) if files.find(location) else None
 
@@ -189,7 +189,7 @@ def read_manifest(url: str) -> bytes | None:
 def without_manifest(url: str) -> str:
     return (
         f"{url}: has no {MANIFEST}, so it is not a whole folder of prepared shards; "
-        "put one there with `bigmodel upload RUN.toml`"
+        "upload one with `bigmodel upload RUN.toml`"
     )
 
 
@@ -205,7 +205,7 @@ def _put_in_place(part: BinaryIO, path: Path) -> None:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[BinaryIO]:
-    """The file that becomes `path`, held against every other process of this node; it is its own lock, and the lock
+    """The open file that becomes `path`, locked against all other processes of this node. It is its own lock; the lock
     ends with the process."""
     name = _part_of(path)
     while True:
@@ -213,7 +213,7 @@ def _held(path: Path) -> Iterator[BinaryIO]:
         lock(part, str(name))
         if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
             break
-        part.close()  # the process before us renamed it: it is `path` now
+        part.close()  # the process that held it renamed it to `path`
     with part:
         try:
             yield part
@@ -223,7 +223,7 @@ def _held(path: Path) -> Iterator[BinaryIO]:
 
 
 def _delete_unless_held(part: Path) -> None:
-    """Delete the rest of a fetch, unless a live process is at it."""
+    """Delete an unfinished fetch, unless a live process holds it."""
     with contextlib.suppress(OSError), open(part, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), part.stat()):
@@ -232,7 +232,7 @@ def _delete_unless_held(part: Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A full disk is reported with the file's name; what else keeps the folder from being written is a `UserError`."""
+    """Errors of writing name the file: missing permission as a `UserError`, others (a full disk) as `OSError`."""
     try:
         yield
     except PermissionError as error:
@@ -243,20 +243,20 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-# ---- the other way --------------------------------------------------------------------------------------------
+# ---- upload ----------------------------------------------------------------------------------------------------
 
 
 def upload(directory: Path, url: str, progress: Progress) -> None:
-    """Put a prepared folder into a store, the manifest last. What is there already and right is not sent again.
+    """Put a prepared folder into a store, the manifest last. Files that the store has undamaged are not sent again.
 
-    Raises `UserError` for a file that is not as the manifest says, for other data in the store, and for what the
-    store refuses.
+    Raises `UserError` for a local file that differs from the manifest, other data in the store, and an error of the
+    store.
     """
     manifest = Manifest.read(directory)
     content = (directory / MANIFEST).read_bytes()
     there = files.sizes(url)
     if MANIFEST in there and read_manifest(url) != content:
-        raise UserError(f"{url}: holds other prepared data; choose another data.remote, or delete what is there")
+        raise UserError(f"{url}: holds other prepared data; choose another data.remote, or delete that data")
     task = progress.add_task("uploading", total=sum(record["bytes"] for record in manifest.files.values()))
 
     def send(name: str) -> None:
@@ -271,7 +271,7 @@ def upload(directory: Path, url: str, progress: Progress) -> None:
 
 
 def _checked(directory: Path, name: str, recorded: dict[str, Any]) -> Iterator[bytes]:
-    """The content of a file; raises `UserError` at its end if it is not what the manifest says."""
+    """The content of a file; raises `UserError` at its end if it differs from the manifest."""
     digest, location = hashlib.sha256(), str(directory / name)
     for chunk in files.chunks(location):
         digest.update(chunk)

@@ -1,29 +1,33 @@
-"""Shards: tokenized documents on disk, read through mosaicml-streaming (the only file that does).
+"""Shards: tokenized documents on disk, read through mosaicml-streaming (no other file imports it).
 
     DIR/manifest.json   DIR/tokenizer.json   DIR/text/validation.txt   DIR/corpus/*.parquet (embedded corpus only)
-    DIR/tokenizer_config.json (a given tokenizer's names of begin and end)   DIR/malformed.jsonl (if there were any)
+    DIR/tokenizer_config.json (begin and end tokens named by a given tokenizer)   DIR/malformed.jsonl (if any)
     DIR/<split>/<source>/index.json   shard.00000.mds ...   lengths.00000.npy ...
 
-Takes stored documents (`[bos] + text + [eos]`), gives them back by (source, shard, row). The MDS column is
-`tokens`; beside each shard lies a uint32 array of its documents' lengths, which is all that planning reads. A
-source of pairs has a second column, `target_tokens`, and target_lengths.00000.npy ...
+In: (source, shard, row). Out: the stored document, `[bos] + text + [eos]`, from the MDS column `tokens`. Beside each
+shard lies a uint32 array of its documents' lengths; planning reads nothing else. A source of pairs has a second column,
+`target_tokens`, and target_lengths.00000.npy ... Example, a document of two tokens:
 
-Shards may hold text instead (`prepare.content = "text"`, columns `text` and `target_text`), which is tokenized when it
-is read. The lengths are those in tokens all the same: `prepare` counts them once. So the plan of text shards is exact
-before any of it is tokenized, equal to that of token shards of the same documents (same cuts, lanes, windows and
-packs), and going on from a cursor tokenizes nothing again but the documents of the steps to come. Were lengths found
-while streaming, neither the dealing of shards to lanes nor the share of a source would be known at the start. Each
-document's tokens are counted when it is read: another tokenizer, or another version of its library, is an error.
+    store = ShardStore(directory, "train")
+    store.lengths("news", 0)[3]      # 4
+    store.document("news", 0, 3)     # array([0, 812, 77, 1], dtype=uint16)
 
-Guarantees: a file is compared with the manifest, size and SHA-256, before its first use in a process, so a cut,
-altered or missing file is an error and never other data; a folder without a manifest is not prepared data. With a
-remote, a file that the folder lacks or has damaged is fetched instead, so a node holds the shards it reads.
+Shards may hold text instead (`prepare.content = "text"`, columns `text` and `target_text`), tokenized when read. Their
+lengths still count tokens: `prepare` counts them once. So the plan is known exactly before any text is tokenized, it
+equals the plan of token shards of the same documents (chunks, lanes, packing buffers, packs), and a resumed run
+tokenizes only the documents of the steps to come. Lengths found while streaming would be too late to deal shards to
+lanes or to know a source's share. A document's tokens are counted when it is read: another tokenizer, or another
+version of its library, is an error.
 
-Costs: the first use of a shard reads it once (1 GB/s); after that a document costs one open and two reads, and where
-it is text its tokenization (3 M tokens/s in a thread). A document read again soon after is not tokenized again.
-What a shard holds is read from its own head: the index.json of a billion documents would take 35 MB in every rank.
-Of streaming only the reader of MDS files is imported. Its StreamingDataset is not used here: its iteration ends
-silently where a shard is missing (version 0.13.0).
+Guarantees: size and SHA-256 of a file are compared with the manifest before its first use in a process, so a cut,
+altered or missing file is an error and never other data. A folder without a manifest is not prepared data. With a
+remote, a file that is missing or damaged is fetched, so a node holds only the shards that it reads.
+
+Costs: the first use of a shard reads it once (1 GB/s). After that a document costs one open and two reads, and a
+document of text its tokenization (3 M tokens/s in a thread), unless it was read shortly before. A shard's layout is
+read from its own head: the index.json of a billion documents would take 35 MB in every rank. Only the MDS reader of
+streaming is imported. Its StreamingDataset is not used: its iteration ends silently at a missing shard (version
+0.13.0).
 """
 
 import contextlib
@@ -50,18 +54,18 @@ from bigmodel.data.store.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES,
 from bigmodel.data.store.remote import Remote
 from bigmodel.data.store.tokenizer import Tokenizer
 
-RECENT_TOKENS = 1 << 22  # of documents tokenized last, kept for the next piece of a long one
+RECENT_TOKENS = 1 << 22  # of the documents tokenized last, kept for the next chunk of a long one
 
 
 class ShardStore:
-    """One split of a prepared folder, all its sources. Opens files when they are asked for, and fetches them from
-    `remote`, the URL of the same folder in a store, where there is one.
+    """One split of a prepared folder, all its sources. Opens a file at its first use, fetched from `remote` if given:
+    the URL of the same folder in a store.
 
-    Construction reads the manifest and tokenizer.json and raises `UserError` where they do not belong together.
+    Construction reads the manifest and tokenizer.json; raises `UserError` if they do not belong together.
     """
 
     def __init__(self, directory: Path, split: str, remote: str = "", cache_bytes: int = 0) -> None:
-        """`cache_bytes`: of shards that were fetched, kept in the folder; 0: all."""
+        """`cache_bytes`: limit of fetched shards in the folder; 0: no limit."""
         self.directory = Path(directory)
         self.split = split
         if split not in SPLITS:
@@ -83,17 +87,19 @@ class ShardStore:
 
     @classmethod
     def of_run(cls, data: DataSettings, split: str) -> "ShardStore":
-        """What a run file's [data] names."""
+        """The store that a run file's [data] names."""
         return cls(data.directory, split, data.remote, data.cache_bytes)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the hashes of the split's files and the tokenizer: equal if and only if the data is."""
+        """SHA-256 over the hashes of the split's files and the tokenizer: equal if and only if the data is equal."""
         files = self.manifest.files
         fixing = [name for name in files if name.startswith(f"{self.split}/")]
         if self.manifest.recipe.get("content") == "text" and TOKENIZER_FILES[1] in files:
-            fixing.append(TOKENIZER_FILES[1])  # says how each text begins and ends
-        digest = hashlib.sha256(f"[{json.dumps(self.manifest.tokenizer_sha256)}, {{".encode())  # JSON, never held whole
+            fixing.append(TOKENIZER_FILES[1])  # names the begin and end of each text
+        digest = hashlib.sha256(
+            f"[{json.dumps(self.manifest.tokenizer_sha256)}, {{".encode()
+        )  # JSON, never whole in memory
         for number, name in enumerate(sorted(fixing)):
             entry = f"{json.dumps(name)}: {json.dumps(files[name], sort_keys=True)}"
             digest.update(f"{', ' if number else ''}{entry}".encode())
@@ -102,7 +108,7 @@ class ShardStore:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of what a model is asked for: the split's documents, of pairs the target texts."""
+        """UTF-8 bytes of the predicted text: the split's documents; of pairs, the target texts."""
         return sum(self._asked_for(source, "text_bytes") for source in self.sources)
 
     @property
@@ -111,7 +117,7 @@ class ShardStore:
 
     @property
     def num_labels(self) -> int:
-        """Tokens a causal model is asked for in one epoch: a stored text of n tokens has n - 1."""
+        """Labels of a causal model in one epoch: a stored text of n tokens has n - 1."""
         return sum(self._asked_for(source, "tokens") for source in self.sources) - self.num_documents
 
     def _asked_for(self, source: str, what: str) -> int:
@@ -122,22 +128,22 @@ class ShardStore:
         return len(self.manifest.shards[source][self.split])
 
     def shard_sizes(self, source: str) -> np.ndarray:
-        """(shards, 3) int64 from the manifest, no other file is opened: what `measure_shard` says of each shard."""
+        """(shards, 3) int64: `measure_shard` of each shard, from the manifest alone."""
         return np.array(self.manifest.shards[source][self.split], dtype=np.int64).reshape(-1, 3)
 
     def lengths(self, source: str, shard: int) -> np.ndarray:
         """(documents in the shard,) uint32 memory map: stored tokens of each document.
 
-        A new map at each call, closed when it is dropped: maps that are kept would hold a file descriptor each.
+        A new map at each call, closed when dropped: each map that is kept would hold a file descriptor.
         """
         return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
 
     def target_lengths(self, source: str, shard: int) -> np.ndarray:
-        """Of a source of pairs: the stored tokens of each target, as `lengths`."""
+        """As `lengths`, of the target texts of a source of pairs."""
         return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
 
     def document(self, source: str, shard: int, row: int) -> Document:
-        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, both texts'."""
+        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, those of both texts."""
         sample = self._sample(source, shard, row)
         if source not in self.pair_sources:
             return self._tokens_of(sample, source, shard, row, "")
@@ -148,42 +154,42 @@ class ShardStore:
         return sample[name] if name in sample else self._tokenized(source, shard, row, sample[f"{side}text"], side)
 
     def is_text(self, source: str) -> bool:
-        """Whether the source's documents are tokenized when they are read."""
+        """Whether the source's shards hold text, tokenized at reading."""
         return source in self.sources and self.manifest.recipe.get("content") == "text"
 
     def open_shard(self, source: str, shard: int) -> Any:
-        """Have a shard here, compared and open, before it is read; mark it as used now. Gives its reader."""
+        """The reader of a shard that is on this node, compared with the manifest and open; marks it as used now."""
         name, opened = self._shard_name(source, shard), self._readers.get((source, shard))
         if opened is None:
             self.file(f"{self.split}/{source}/index.json")
-            with _importing:  # by the threads that read ahead, of which several may come here first
+            with _importing:  # several read-ahead threads may arrive here first
                 reader, _ = import_mds()
             path = self.file(name)
             opened = reader.MDSReader.from_json(str(path.parent), None, mds.read_entry(path))
             self._readers[source, shard] = opened
         self.file(name)
         if self.remote and self.remote.cache_bytes:
-            with contextlib.suppress(OSError):  # another user's file, or deleted just now
+            with contextlib.suppress(OSError):  # the file of another user, or just deleted
                 os.utime(self.directory / name)
         return opened
 
     def _sample(self, source: str, shard: int, row: int) -> dict[str, Any]:
         while True:
             try:
-                opened = self._readers.get((source, shard))  # another thread may forget it now
+                opened = self._readers.get((source, shard))  # another thread may forget it meanwhile
                 return (self.open_shard(source, shard) if opened is None else opened)[row]
-            except FileNotFoundError:  # deleted for room, or by somebody
+            except FileNotFoundError:  # deleted, for room or by a user
                 self._forget(source, shard)
             except UserError:
                 raise
-            except (LookupError, ValueError):  # cut or overwritten since it was compared?
+            except (LookupError, ValueError):  # cut or overwritten after the comparison?
                 name = self._shard_name(source, shard)
                 if not find_damage(self.directory, name, self.manifest.files[name]):
                     raise
                 self._forget(source, shard)
 
     def _forget(self, source: str, shard: int) -> None:
-        """Compare, or fetch, and open a shard anew when it is read next."""
+        """At the next read, compare or fetch the shard and open it again."""
         self._checked.discard(self._shard_name(source, shard))
         self._readers.pop((source, shard), None)
 
@@ -196,8 +202,8 @@ class ShardStore:
         if len(tokens) != expected:
             raise UserError(
                 f"{self.directory / self._shard_name(source, shard)}: document {row} is {len(tokens)} tokens, its "
-                f"length file says {expected}: this version of the tokenizer library makes other tokens than the one "
-                f"that prepared the data; install that one, or {PREPARE_AGAIN}"
+                f"length file says {expected}: this version of the tokenizer library gives other tokens than the one "
+                f"that prepared the data; install that version, or {PREPARE_AGAIN}"
             )
         with self._recent_lock:
             self._recent_tokens += len(tokens) if document not in self._recent else 0
@@ -219,10 +225,10 @@ class ShardStore:
         return f"{self.split}/{source}/{mds.shard_name(shard)}"
 
     def file(self, name: str) -> Path:
-        """A file of the folder, by its relative path, whole and as the manifest says. Raises `UserError` if it is
-        neither here nor in the remote."""
+        """A file of the folder by relative path, compared with the manifest. Raises `UserError` if neither folder nor
+        remote has it."""
         recorded = self.manifest.files.get(name)
-        if name not in self._checked or not (self.directory / name).exists():  # deleted since, for room or by somebody
+        if name not in self._checked or not (self.directory / name).exists():  # deleted since, for room or by a user
             damage = find_damage(self.directory, name, recorded)
             if damage and recorded and self.remote:
                 self.remote.fetch(name, recorded)
@@ -235,14 +241,14 @@ class ShardStore:
         path = self.directory / "tokenizer.json"
         if self.remote:
             self.file("tokenizer.json")
-        if TOKENIZER_FILES[1] in self.manifest.files:  # it says which tokens begin and end a text
+        if TOKENIZER_FILES[1] in self.manifest.files:  # names the tokens that begin and end a text
             self.file(TOKENIZER_FILES[1])
         if not path.exists():
             raise UserError(f"{path}: missing; {PREPARE_AGAIN}")
         if sha256_of(str(path)) != self.manifest.tokenizer_sha256:
             raise UserError(
                 f"{path}: is not the tokenizer that made these shards (its SHA-256 differs from the manifest's); "
-                "put the right tokenizer.json back, or delete the folder and prepare again"
+                "restore the right tokenizer.json, or delete the folder and prepare again"
             )
 
 
@@ -250,20 +256,20 @@ class ShardStore:
 
 
 def measure_shard(lengths: np.ndarray) -> list[int]:
-    """Documents of a shard, the positions they are trained on, and how many of them have none (0 or 1 token)."""
+    """Documents of a shard, the tokens that they train, and the number of documents that train none (0 or 1 token)."""
     positions = num_tokens(lengths)
     return [len(lengths), int(positions.sum()), len(lengths) - int(np.count_nonzero(positions))]
 
 
 def measure_shards(directory: Path, source: str, split: str) -> list[list[int]]:
-    """`measure_shard` of every shard of a source, from its length files, in their order."""
+    """`measure_shard` of every shard of a source, in order, from its length files."""
     files = sorted((directory / split / source).glob("lengths.*.npy"), key=lambda path: int(path.name.split(".")[1]))
     return [measure_shard(np.load(path, mmap_mode="r")) for path in files]
 
 
 def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[str, Any]:
-    """Of stored documents: mean, median, 90th percentile, longest (tokens), bytes per text token, and how many
-    documents have at most 2, 4, 8 ... tokens but more than half of that."""
+    """Mean, median, 90th percentile and maximum of the stored documents' lengths (tokens), bytes per text token, and a
+    histogram: documents of at most 2, 4, 8 ... tokens, but more than half of that."""
     all_lengths = np.concatenate([*lengths, np.zeros(0, np.uint32)]).astype(np.int64)
     bins = np.bincount(np.ceil(np.log2(all_lengths)).astype(np.int64))
     return {
@@ -279,7 +285,7 @@ def length_statistics(lengths: Sequence[np.ndarray], text_bytes: int) -> dict[st
 def all_statistics(
     lengths: Mapping[str, Sequence[np.ndarray]], counts: Mapping[str, Mapping[str, Mapping[str, int]]]
 ) -> dict[str, Any]:
-    """`length_statistics` of the stored texts, and of pairs' target texts under "target". `lengths`: by column."""
+    """`length_statistics` of the stored texts; of the target texts of pairs under "target". `lengths`: by column."""
     found = {}
     for prefix in ("", "target_"):
         if any(map(len, lengths.get(f"{prefix}tokens", ()))):
@@ -296,10 +302,10 @@ _PACKAGES = ("streaming", "streaming.base", "streaming.base.format", "streaming.
 
 @lru_cache(maxsize=1)
 def import_mds() -> tuple[Any, Any]:
-    """streaming's modules that read MDS files: `mds.reader` and `mds.encodings`, without the packages around them.
+    """streaming's modules `mds.reader` and `mds.encodings`, without the packages around them.
 
-    Those import torchvision, transformers and the clients of all stores: 4 seconds and 100 MB in every rank. They are
-    left out of `sys.modules` afterwards, where an `import streaming` finds nothing and imports it whole.
+    These packages import torchvision, transformers and the clients of all stores: 4 seconds and 100 MB in every rank.
+    `sys.modules` is restored afterwards, so a later `import streaming` imports the whole package.
     """
     found = importlib.util.find_spec("streaming")
     assert found is not None, "mosaicml-streaming is not installed"
@@ -319,7 +325,7 @@ def import_mds() -> tuple[Any, Any]:
 
 
 def decode_value(encoding: str, value: bytes) -> Any:
-    """A value of any MDS encoding, as streaming decodes it; nothing that would run code."""
+    """A value decoded by streaming, of any MDS encoding that cannot run code."""
     with _importing:
         _, encodings = import_mds()
     assert encodings.is_mds_encoding_safe(encoding), f"{encoding} is not decoded: it may run code"

@@ -1,15 +1,17 @@
-"""The tokenizer: trained here or given, text to token ids and back.
+"""The tokenizer, trained here or given: text to token ids and back.
 
-Takes text. Gives token ids of a byte-level BPE (or of whatever a given tokenizer.json describes), and whole
-stored documents `[bos] + text + [eos]`.
+In: text. Out: ids of a byte-level BPE (or of whatever a given tokenizer.json describes), and whole stored documents
+`[bos] + text + [eos]`. Example, trained with a vocabulary of 258 (the 256 bytes, no merges):
 
-Guarantees: training is deterministic; the text of a special token inside a document is plain text and never
-becomes that token, so no document can fake the end of another; both paths below give the same ids on every
-sample they were compared on.
+    tokenizer.encode("Hi")               # [41, 74]
+    tokenizer.encode_document("Hi")      # [0, 41, 74, 1]
 
-Costs: the fast path, tiktoken built from our own tokenizer.json without a download, encodes 10 to 13 MB/s a
-core; the `tokenizers` library 2 to 3. The fast path serves byte-level BPE whose ids are in merge order; it is
-taken only after an equality check, and `slow_reason` says why when it is not.
+Guarantees: training is deterministic. The text of a special token inside a document stays plain text and never becomes
+that token, so no document can fake the end of another. Both paths below gave the same ids on every text compared.
+
+Costs: the fast path is tiktoken, built from our own tokenizer.json without a download: 10 to 13 MB/s a core. The exact
+path is the `tokenizers` library: 2 to 3 MB/s. The fast path serves byte-level BPE with ids in merge order, and is used
+only after an equality check; otherwise `slow_reason` has the reason.
 """
 
 import codecs
@@ -27,7 +29,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.run_directory import read_json
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-# Names of (begin, end) that a given tokenizer may use, in order of preference.
+# Names of (begin, end) in given tokenizers, in order of preference.
 BOUNDARY_NAMES = (
     (BOS, EOS),
     ("<s>", "</s>"),
@@ -40,7 +42,7 @@ BOUNDARY_NAMES = (
 # Where a text may be cut before merging: contractions, words with the space before them, up to three digits,
 # runs of punctuation with the line ends after them, line ends with the blank space before them, other space.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# What the `tokenizers` library cuts with where ByteLevel has use_regex (the pattern of GPT-2).
+# The `tokenizers` library's pattern where ByteLevel has use_regex (that of GPT-2).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATHOLOGICAL = (
     "",
@@ -62,9 +64,9 @@ PATHOLOGICAL = (
 
 
 def train(texts: Iterable[str], vocabulary: int) -> str:
-    """Train a byte-level BPE of `vocabulary` tokens: id 0 begins, id 1 ends a document, 256 bytes, then merges.
+    """Train a byte-level BPE of `vocabulary` tokens: begin (id 0), end (id 1), 256 bytes, then merges.
 
-    Returns the content of tokenizer.json. Raises `UserError` if the text is too small to fill the vocabulary.
+    Returns the content of tokenizer.json. Raises `UserError` if the text has too few repeated pairs.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
@@ -87,19 +89,19 @@ def train(texts: Iterable[str], vocabulary: int) -> str:
     reached = tokenizer.get_vocab_size()
     if reached < vocabulary:
         raise UserError(
-            f"prepare.vocabulary = {vocabulary}: the training text has repeated pairs for {reached} tokens only; "
+            f"prepare.vocabulary = {vocabulary}: the training text has repeated pairs for only {reached} tokens; "
             f"set prepare.vocabulary to {reached} or less, or add text"
         )
     return tokenizer.to_str(pretty=True) + "\n"
 
 
 class Tokenizer:
-    """Text to ids and back. Safe to use from several threads; load it anew in each process.
+    """Text to ids and back. Safe in several threads; each process loads its own.
 
-    `json_text`: content of a tokenizer.json. `sample`: documents on which the fast path is compared, beside a
-    list of awkward strings. `name` stands for the file in errors. `boundaries`: names of the tokens that begin and
-    end a document, where the tokenizer's maker says which; else well-known names are looked for. `fast`: what another
-    process found when it compared the paths; None: compare them now.
+    `json_text`: content of a tokenizer.json. `sample`: documents for the comparison of the two paths, beside a list of
+    awkward strings. `name`: of the file, for errors. `boundaries`: names of the begin and end tokens, if the
+    tokenizer's maker states them; else well-known names are tried. `fast`: result of the comparison in another
+    process; None: compare now.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class Tokenizer:
         self.slow_reason = ""
         self._fast: tiktoken.Encoding | None = None
         if fast is False:
-            self.slow_reason = "decided before"
+            self.slow_reason = "chosen by an earlier comparison"
             return
         try:
             encoding = _build_fast(description)
@@ -144,9 +146,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, sample: Sequence[str] = (), fast: bool | None = None) -> "Tokenizer":
-        """Read a tokenizer.json or a Hugging Face tokenizer folder, which names begin and end in a file beside it.
+        """Read a tokenizer.json or a Hugging Face tokenizer folder; a file beside it may name begin and end.
 
-        Raises `UserError` if it is missing, not one, or lacks begin and end tokens.
+        Raises `UserError` if it is missing, is no tokenizer, or lacks begin and end tokens.
         """
         path = tokenizer_file(path)
         try:
@@ -160,8 +162,8 @@ class Tokenizer:
         return self._fast is not None
 
     def use_exact(self) -> None:
-        """Leave the fast path, for instance because another process found a difference."""
-        self._fast, self.slow_reason = None, "asked for"
+        """Give up the fast path, for instance because another process found a difference."""
+        self._fast, self.slow_reason = None, "chosen by the caller"
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint32 ids of the text alone, without begin and end."""
@@ -173,25 +175,25 @@ class Tokenizer:
         return self._as_text(self._exact.encode(text, add_special_tokens=False).ids)
 
     def encode_document(self, text: str) -> np.ndarray:
-        """(n,) ids as stored: begin, text, end; n >= 2; in the smallest dtype that holds the vocabulary."""
+        """(n,) ids as stored: begin, text, end; n >= 2; uint16 if the vocabulary fits, else uint32."""
         return self._stored(self.encode(text))
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Several at once: the exact path is twice as fast where it need not say which letters a token covers."""
+        """Several at once: the exact path is twice as fast without character offsets."""
         if self._fast is not None:
             return [self.encode_document(text) for text in texts]
         encodings = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._stored(self._as_text(encoding.ids)) for encoding in encodings]
 
     def _as_text(self, ids: np.ndarray | list[int]) -> np.ndarray:
-        """(n,) ids of a text in which a boundary that the model itself finds in it, as Unigram does, is spelled out."""
+        """(n,) ids of a text, with boundary tokens that the model finds in it (Unigram does) spelled out as text."""
         ids = np.asarray(ids, np.uint32)
         for boundary, spelled in self._spelled.items():
             if (ids == boundary).any():
                 if not spelled:
                     raise UserError(
-                        f"{self._name}: makes {self._exact.id_to_token(boundary)!r} inside a text its own begin or end "
-                        "token, and has no other tokens for it; take another tokenizer"
+                        f"{self._name}: reads {self._exact.id_to_token(boundary)!r} inside a text as its begin or end "
+                        "token, and has no other tokens for these characters; use another tokenizer"
                     )
                 parts = [spelled if one == boundary else [one] for one in ids.tolist()]
                 ids = np.array([one for part in parts for one in part], np.uint32)
@@ -203,7 +205,7 @@ class Tokenizer:
         return stored
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; begin and end vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Text of the ids, without begin and end; bytes that are not UTF-8 become U+FFFD."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def compare_with(self, fast: tiktoken.Encoding, texts: Sequence[str]) -> None:
@@ -218,23 +220,23 @@ class Tokenizer:
 
 
 class _NotFast(Exception):
-    """Why the fast path cannot serve a tokenizer."""
+    """The reason why tiktoken cannot replace a tokenizer."""
 
 
 def read_tokenizer(file: Path) -> bytes:
-    """The JSON of a tokenizer.json; a byte order mark, which `tokenizers` does not read, is left out."""
+    """The JSON of a tokenizer.json, without a byte order mark, which `tokenizers` does not accept."""
     return file.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer.json that a path names: itself, or the one in a folder."""
+    """The path itself, or the tokenizer.json in the folder that it names."""
     return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
 
 
 def named_boundaries(folder: Path) -> tuple[str, str] | None:
-    """Names of the begin and end tokens in the files that Hugging Face puts beside a tokenizer.json.
+    """Names of the begin and end tokens in the files that Hugging Face puts beside a tokenizer.json, or None.
 
-    A tokenizer that names an end only begins documents with it too, as GPT-2 does. None: nothing is named.
+    If only an end token is named, documents begin with it too, as for GPT-2.
     """
     named: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -275,8 +277,8 @@ def _exact(json_text: str) -> tokenizers.Tokenizer:
 
 
 def _hide_boundaries(description: dict[str, Any], names: set[str]) -> bool:
-    """Mark begin and end as special where they are added as plain text, which would be found in any document. Whether
-    there was anything to mark."""
+    """Mark begin and end tokens that were added as plain text as special: else any document could contain them. Returns
+    whether any was marked."""
     plain = [token for token in description.get("added_tokens", []) if token["content"] in names]
     plain = [token for token in plain if not token["special"]]
     for token in plain:
@@ -285,7 +287,7 @@ def _hide_boundaries(description: dict[str, Any], names: set[str]) -> bool:
 
 
 def _spell(tokenizer: tokenizers.Tokenizer, boundary: int, boundaries: set[int]) -> list[int]:
-    """Ids of a boundary's name as text, its first character apart from the others; empty where the model has none."""
+    """Ids of a boundary's name as text, its first character apart; empty if the model cannot spell it."""
     name = tokenizer.id_to_token(boundary)
     try:
         tokens = [token for piece in (name[:1], name[1:]) for token in tokenizer.model.tokenize(piece)]
@@ -296,7 +298,7 @@ def _spell(tokenizer: tokenizers.Tokenizer, boundary: int, boundaries: set[int])
 
 
 def _build_fast(description: dict[str, Any]) -> tiktoken.Encoding:
-    """tiktoken's encoding of a tokenizer.json; raises `_NotFast` where it cannot mean the same.
+    """tiktoken's encoding of a tokenizer.json; raises `_NotFast` if the two cannot be equal.
 
     tiktoken merges the pair whose result has the lowest id, so ids must be in merge order.
     """
@@ -319,7 +321,7 @@ def _build_fast(description: dict[str, Any]) -> tiktoken.Encoding:
             if token not in special
         }
     except KeyError as error:
-        raise _NotFast(f"a token holds {error}, which stands for no byte") from None
+        raise _NotFast(f"a token contains {error}, which is no byte's character") from None
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise _NotFast("it lacks tokens for single bytes")
     if len(set(ranks.values())) < len(ranks):  # tiktoken panics, which is no Exception
@@ -345,8 +347,8 @@ def _split_pattern(pre_tokenizer: dict[str, Any]) -> str:
 
 
 def _bytes_by_character() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, inverted: printable Latin-1 stands for
-    itself, the 68 others for U+0100 upwards in order (the map of GPT-2)."""
+    """Byte of each character in a byte-level vocabulary: printable Latin-1 characters are their own bytes; from U+0100
+    come the 68 other bytes in order (the map of GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, how they are written, their copy in an object store."""
+"""Checkpoints: format, saver, copies in an object store."""

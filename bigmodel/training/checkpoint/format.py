@@ -1,18 +1,21 @@
-"""Checkpoints: the whole state of a run, by parameter name, visible only when it is complete. Reading is here,
-writing in bigmodel/training/checkpoint/saver.py, the copy in an object store in bigmodel/training/checkpoint/remote.py.
+"""Checkpoint format and reading. A checkpoint is the whole state of a run, by parameter name; it appears complete or
+not at all. saver.py writes it, remote.py copies it to an object store.
 
     checkpoints/step-00000100/
-      rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the shards that the rank owns, flat and
-                                   in fp32; START is the first element's place in the flattened tensor
+      rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the rank's shards of parameters, flat,
+                                   fp32; START is the index of the first element in the flattened tensor
       state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
       manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
 
-Takes folders on a file system that all ranks see, gives a verified checkpoint and puts it into an engine. Guarantees:
-- nothing is loaded whose bytes are not those that were written; a damaged checkpoint is named and the next older
-  good one is used; where none is good there is an error, never a silent start from step 0;
-- world size, ZeRO stage and accumulation do not occur in the format: load at any of them. No pickle, which is why
-  torch.distributed.checkpoint does not serve: its metadata is a pickle, and it knows neither hashes nor publication.
-Costs: a read of all bytes at every resume, shared by the ranks; then each rank reads what it holds and no more.
+Example: a weight of shape (4, 3) in equal shards on 2 ranks: rank 0 has weight.NAME@0, 6 elements; rank 1
+weight.NAME@6, 6 elements.
+
+In: a folder on a file system shared by all ranks. Out: a verified checkpoint, loaded into an engine. Guarantees:
+- Only bytes that match their hashes are loaded. A damaged checkpoint is reported and the next older good one is used.
+  If all are damaged, that is an error, never a silent start from step 0.
+- The format is independent of world size, ZeRO stage and accumulation: a checkpoint loads under any of them.
+- No pickle. torch.distributed.checkpoint is not used: its metadata is a pickle; it has no hashes and no publication.
+Cost: each resume reads all bytes once, shared by the ranks; then each rank reads only its own shards.
 """
 
 import contextlib
@@ -46,7 +49,7 @@ Piece = tuple[str, int, int, str]  # "key.name", start, numel, file name
 
 
 class States(Protocol):
-    """What a checkpoint needs of the engine (bigmodel/training/zero/engine.py)."""
+    """The part of the engine (bigmodel/training/zero/engine.py) that checkpoints use."""
 
     updates: int
 
@@ -60,10 +63,10 @@ class States(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is what was given when it was saved."""
+    """A verified checkpoint. `state` is the caller's state of the save."""
 
     path: Path
-    parts: list[str]  # files of tensors, as the manifest names them: what else lies in the folder was not verified
+    parts: list[str]  # the tensor files named in the manifest; other files in the folder are not verified
     state: dict[str, Any]
     description: dict[str, Any]  # updates, model, optimizer, shapes, keys, scaler
 
@@ -71,13 +74,13 @@ class Checkpoint:
 def newest(
     directory: Path, world: World | None = None, report: Callable[[str], None] | None = None, remote: str = ""
 ) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as written; None where there is none at all. Collective.
+    """The newest checkpoint with every byte verified; None if there is no checkpoint. Collective.
 
-    world: of the run that owns the folder; it also removes the partial folders that a kill left. None: one process
-    that only looks, perhaps while the run goes on. report: told (on rank 0) of each damaged checkpoint that is
-    passed over; by default it goes to stderr. remote: a folder in a store; what is missing or damaged here is
-    fetched from there, and passed over where it is damaged there too.
-    Raises `UserError` where there are checkpoints and all are damaged, and where the store cannot be read.
+    world: of the run that owns the folder; staging folders left by a kill are removed. None: one process that only
+    reads, perhaps while the run continues. report: called on rank 0 for each damaged checkpoint; default: print to
+    stderr. remote: a folder in a store; missing or damaged local checkpoints are fetched from it. A checkpoint that is
+    damaged in both places is skipped.
+    Raises `UserError` if all checkpoints are damaged or the store cannot be read.
     """
     report = report or (lambda text: print(f"bigmodel: {text}", file=sys.stderr, flush=True))
     if world:
@@ -107,9 +110,9 @@ def newest(
 
 
 def verify(path: Path, world: World) -> list[str]:
-    """What is wrong with a checkpoint, one line per file; empty when every byte is as written. Collective.
+    """The problems of a checkpoint, one line per file; empty if all hashes match. Collective.
 
-    The files are dealt to the ranks, so the reading is shared.
+    Each rank reads its share of the files.
     """
     manifest, problem = world.on_rank_zero(lambda: read_manifest(path))
     if problem:
@@ -122,9 +125,9 @@ def verify(path: Path, world: World) -> list[str]:
 
 
 def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: World) -> None:
-    """Put a verified checkpoint into the engine. Collective; works from any world size and stage to any other.
+    """Load a verified checkpoint into the engine, from any world size and ZeRO stage to any other. Collective.
 
-    Raises `UserError` naming the first model setting, optimizer or parameter that differs; nothing is changed then.
+    Raises `UserError` with the first model setting, optimizer or parameter that differs; the engine is unchanged then.
     """
     _compare_model(checkpoint, settings)
     _compare_shapes(checkpoint, engine)
@@ -136,9 +139,9 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
 
 
 def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint by parameter name, for use without an engine. No collective.
+    """The fp32 weights of a checkpoint by parameter name, without an engine. Not collective.
 
-    key: "ema" gives their average over the updates, where the run kept it.
+    key: "ema" for the average of the weights over the updates, if the run kept one.
     """
     description = checkpoint.description
     chunks = [chunk for name in checkpoint.parts for chunk in _pieces(checkpoint.path / name)]
@@ -151,15 +154,15 @@ def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tenso
 
 
 def set_aside(directory: Path, remote: str = "") -> Path | None:
-    """Rename the folder of checkpoints (for --fresh), so that nothing resumes from it; gives the new name.
+    """Rename the folder of checkpoints (for --fresh), so that no start resumes from it; returns the new path.
 
-    One process only. The old checkpoints stay readable under the new name until the user removes them.
-    Raises `UserError` where a store still has some: the next start would go on from those.
+    Call it in one process. The old checkpoints stay readable under the new name until the user removes them.
+    Raises `UserError` if the store has checkpoints: the next start would resume from them.
     """
     if remote and (there := store.steps(remote)):
         raise UserError(
-            f"--fresh: checkpoint.remote = {remote} has the checkpoint of step {max(there)}, from which the next start "
-            "would go on; give the new run another checkpoint.remote"
+            f"--fresh: checkpoint.remote = {remote} has the checkpoint of step {max(there)}; the next start would "
+            "resume from it; give the new run another checkpoint.remote"
         )
     if not directory.exists():
         return None
@@ -185,7 +188,7 @@ def steps(directory: Path) -> list[int]:
 
 
 def remove_partials(directory: Path) -> None:
-    """Take away what a killed save left. Each is renamed first: a stale rank 0 that still lives cannot publish it."""
+    """Remove the staging folders of killed saves. Each is renamed first, so that a stale rank 0 cannot publish it."""
     partials = Path(directory).glob("step-*.partial-*") if Path(directory).is_dir() else iter(())
     for path in partials:
         doomed = path if path.name.endswith(".doomed") else path.with_name(f"{path.name}.doomed")
@@ -199,20 +202,20 @@ def size_of(path: Path) -> int:
 
 
 def plain(value: Any) -> bytes:
-    """JSON of one form only, so that equal content is equal bytes."""
+    """Canonical JSON: equal content gives equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest, and what is wrong with it or nothing. Its bytes must be the ones that its content gives."""
+    """The manifest and its problem, or "". Its bytes must equal the canonical JSON of its content."""
     try:
         raw = (path / "manifest.json").read_bytes()
         manifest = json.loads(raw)
         content = {key: value for key, value in manifest.items() if key != "sha256"}
         if raw != plain(manifest) or manifest["sha256"] != hashlib.sha256(plain(content)).hexdigest():
-            return {}, "manifest.json does not have the content that it was written with"
+            return {}, "manifest.json has changed since it was written"
         if manifest["format"] != FORMAT:
-            return {}, f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
+            return {}, f"manifest.json has format {manifest['format']}, this version reads format {FORMAT}"
         return manifest, ""
     except OSError as error:
         return {}, f"manifest.json cannot be read: {error.strerror}"
@@ -221,7 +224,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def looks_whole(path: Path) -> bool:
-    """Manifest right and every file of its size: cheap, for retention; loading checks every byte."""
+    """Whether the manifest is valid and every file has its size. Cheap, for retention; loading checks every byte."""
     manifest, problem = read_manifest(path)
     if problem:
         return False
@@ -232,7 +235,7 @@ def looks_whole(path: Path) -> bool:
 
 
 def newest_state(directory: Path) -> dict[str, Any] | None:
-    """The state of the newest checkpoint, its weights left unread; None where there is none that can be read."""
+    """The state of the newest readable checkpoint, without its weights; None if there is none."""
     for step in reversed(steps(directory)):
         with contextlib.suppress(OSError, ValueError, LookupError):
             return open_checkpoint(path_of(directory, step)).state
@@ -260,7 +263,7 @@ def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint whose files are not verified here; `newest` verifies."""
+    """Open a checkpoint without verifying its files; `newest` verifies them."""
     description = json.loads((path / "state.json").read_bytes())
     parts = [name for name in sorted(read_manifest(path)[0]["files"]) if name.endswith(".safetensors")]
     return Checkpoint(path, parts, description["state"], description)
@@ -270,11 +273,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Model settings must be those of the checkpoint, but for dropout, which changes no weight, and for those that had
-    no effect there, which earlier versions accepted."""
+    """Model settings must equal those of the checkpoint. Exceptions: dropout, which changes no weight, and settings
+    without effect there, which earlier versions accepted."""
     now = settings.model.model_dump(mode="json")
     saved = new_keys("model", checkpoint.description["model"])
-    then = ModelSettings().model_dump(mode="json") | saved  # settings that did not exist then had their default
+    then = ModelSettings().model_dump(mode="json") | saved  # settings newer than the checkpoint have their default
     pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
     free = {"model.dropout", *(f"model.{name}" for name in without_effect(ModelSettings.model_construct(**then)))}
     pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
@@ -293,27 +296,27 @@ def _compare_shapes(checkpoint: Checkpoint, engine: States) -> None:
         if now.get(name) != then.get(name):
             raise UserError(
                 f"parameter {name} is {now.get(name, 'absent')} in this model and {then.get(name, 'absent')} in "
-                f"checkpoint {checkpoint.path}; another vocabulary or model: use the data and settings that it was "
-                "made with, or start over with --fresh"
+                f"checkpoint {checkpoint.path}; another vocabulary or model: use the data and settings of the "
+                "checkpoint, or start over with --fresh"
             )
     for name in now:
         lacking = set(engine.keys(name)) - set(checkpoint.description["keys"][name]) - {"ema"}
         if lacking:
             raise UserError(
-                f"optimizer.groups: {name} needs {', '.join(sorted(lacking))}, which checkpoint {checkpoint.path} does "
-                "not have; set the groups back, or start over with --fresh"
+                f"optimizer.groups: {name} needs {', '.join(sorted(lacking))}, missing in checkpoint "
+                f"{checkpoint.path}; set the groups back, or start over with --fresh"
             )
 
 
 def _read_or_begin(
     keys: Mapping[str, Sequence[str]], read: Read, name: str, key: str, start: int, numel: int
 ) -> Tensor:
-    """An average that begins now begins with the weights."""
+    """Read a tensor; an average that the checkpoint lacks begins with the weights."""
     return read(name, key if key in keys[name] else "weight", start, numel)
 
 
 def _pieces(file: Path) -> list[Piece]:
-    """What lies in a file."""
+    """The shards in a file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             found = [(name, tensors.get_slice(name).get_shape()[0]) for name in tensors.keys()]  # noqa: SIM118 - no dict
@@ -323,7 +326,7 @@ def _pieces(file: Path) -> list[Piece]:
 
 
 class Reader:
-    """Reads runs of elements, from whichever files hold them; few files are open at a time."""
+    """Reads ranges of elements from the files that hold them; at most 64 files are open."""
 
     def __init__(self, path: Path, chunks: Sequence[Piece]) -> None:
         self._path = path

@@ -1,7 +1,9 @@
-"""The interval between two saves: fixed in steps, or the one that loses least time to failures.
+"""The interval between two saves: a fixed number of steps, or the interval that loses the least time to failures.
 
-Takes the settings and, after each save, the seconds for which it held training; gives the steps at which a save is
-due. Guarantees: the answer is equal on all ranks, for rank 0 measures and decides.
+In: settings and, after each save, the seconds that it paused training. Out: the steps with a save.
+Guarantee: equal on all ranks, because rank 0 measures and decides.
+
+Example: a save costs 10 s, failures come every 24 h on average: save every 22 minutes.
 """
 
 import math
@@ -12,22 +14,22 @@ from bigmodel.distributed.world import World
 
 
 class Interval:
-    """When the next save is due. Make one on every rank; `plan` is collective."""
+    """Decides when the next save is due. Make one on every rank; `plan` is collective."""
 
     def __init__(self, settings: CheckpointSettings, world: World) -> None:
         self._settings, self._world = settings, world
-        self._next_step = 0  # with a measured interval; 0: not measured yet
-        self._last: tuple[int, float] | None = None  # a step of this start and when it ended: steps are timed from it
+        self._next_step = 0  # for a measured interval; 0: not measured yet
+        self._last: tuple[int, float] | None = None  # a step of this start and its end time: the base of step timing
 
     def due(self, step: int, in_flight: bool) -> bool:
-        """Whether the interval ends at this step; asked at the end of each. in_flight: a save is not finished yet."""
+        """Whether the interval ends at this step; call it at the end of each step. in_flight: a save is unfinished."""
         self._last = self._last or (step, time.perf_counter())
         if self._next_step:
-            return step >= self._next_step and not in_flight  # the one in flight sets the next
+            return step >= self._next_step and not in_flight  # the save in flight sets the next step
         return step % self._settings.every_steps == 0
 
     def plan(self, step: int, began: float, held_seconds: float) -> None:
-        """With `hours_between_failures`: the step of the next save, from what the save of `step` cost."""
+        """With `hours_between_failures`: set the step of the next save from the cost of the save of `step`."""
         mean = self._settings.hours_between_failures * 3600
         before, then = self._last or (step, began)
         self._last = (step, began)
@@ -38,9 +40,10 @@ class Interval:
 
 
 def best_interval_seconds(cost: float, mean_between_failures: float) -> float:
-    """Time from one save to the next that loses least: Daly 2006, eq. 37, whose first term is Young 1974.
+    """Time between two saves that loses the least time: Daly 2006, eq. 37; its first term is Young 1974.
 
-    cost: seconds that a save holds training. sqrt(2CM) * (1 + sqrt(C/2M)/3 + (C/2M)/9) - C; M where C >= 2M.
+    sqrt(2CM) * (1 + sqrt(C/2M)/3 + (C/2M)/9) - C; M if C >= 2M. C (cost): seconds that a save pauses training;
+    M: mean seconds between failures.
     """
     ratio = cost / (2 * mean_between_failures)
     if ratio >= 1:

@@ -1,9 +1,11 @@
-"""The copy of checkpoints in an object store: put there after each save, fetched where a node has lost its own.
+"""Copies of checkpoints in an object store: uploaded after each save, fetched if the local checkpoint is lost.
 
-Takes the URL of a folder (`checkpoint.remote`; the file systems of bigmodel/data/store/files.py). Guarantees: the
-manifest is written last, so a checkpoint without one is none; what is fetched appears under its name by one rename,
-after its files' sizes and hashes were compared with the manifest; a damaged checkpoint is told apart from a store that
-does not answer. Nothing is ever deleted there: leave that to the store's own rules of expiry.
+In: the URL of a folder (`checkpoint.remote`; file systems of bigmodel/data/store/files.py). Guarantees:
+- The manifest is uploaded last; a folder without a manifest is not a checkpoint.
+- A fetched checkpoint gets its name by one rename, after all sizes and hashes match the manifest.
+- A damaged checkpoint and a store that does not answer are different errors.
+- Nothing is deleted in the store; use the store's own lifecycle rules.
+Cost: the upload runs in a thread beside training.
 """
 
 import hashlib
@@ -30,45 +32,45 @@ FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
 
 log = logging.getLogger(__name__)
 
-ReadManifest = Callable[[Path], tuple[dict[str, Any], str]]  # of a folder: its manifest, and what is wrong with it
+ReadManifest = Callable[[Path], tuple[dict[str, Any], str]]  # folder -> its manifest, the manifest's problem or ""
 
 
 def steps(url: str) -> list[int]:
-    """Steps of the whole checkpoints there, ascending. Raises `UserError` where the store cannot be read."""
+    """Steps of the complete checkpoints in the store, ascending. Raises `UserError` if the store cannot be read."""
     found = (re.fullmatch(rf"step-(\d{{8,}})/{re.escape(MANIFEST)}", name) for name in _retrying(files.sizes, url))
     return sorted(int(match[1]) for match in found if match)
 
 
 def upload(path: Path, url: str) -> None:
-    """Copy a published checkpoint, its manifest last. Raises `UserError` when every attempt failed."""
+    """Copy a published checkpoint, its manifest last. Raises `UserError` if every attempt fails."""
     names = sorted((file.name for file in path.iterdir()), key=lambda name: (name == MANIFEST, name))
     for name in names:
         _retrying(put, path / name, files.join(url, f"{path.name}/{name}"))
 
 
 class Uploads:
-    """The copies of a run's published checkpoints, made by a thread, one at a time. Nothing here is collective.
+    """Uploads published checkpoints in a thread, one at a time. Not collective.
 
-    Where one is under way the next checkpoint waits, or a newer one in its place. A copy that fails is logged, never
-    raised: the local checkpoint is good.
+    During an upload only the newest checkpoint waits. A failed upload is logged, never raised: the local checkpoint is
+    good.
     """
 
     def __init__(self, url: str, run_directory: Path, restart_generation: str) -> None:
         self._url, self._run_directory, self._restart_generation = url, run_directory, restart_generation
         self._thread: threading.Thread | None = None
-        self._path: Path | None = None  # that the thread copies
+        self._path: Path | None = None  # the checkpoint that the thread copies
         self._waiting: Path | None = None
 
     @property
     def under_way(self) -> Path | None:
-        """The checkpoint that is being copied: it must not be removed now."""
+        """The checkpoint that is being uploaded; it must not be removed."""
         return self._path if self._thread and self._thread.is_alive() else None
 
     def begin(self, path: Path) -> None:
         self._waiting = None
         if self.under_way:
             self._waiting = path
-            log.warning("%s: not copied to checkpoint.remote yet: the one before is still on its way", path)
+            log.warning("%s: waits for its upload to checkpoint.remote: the previous upload is still running", path)
             return
         self._path = path
         self._thread = threading.Thread(target=self._copy, args=(path,), name="checkpoint upload", daemon=True)
@@ -87,14 +89,14 @@ class Uploads:
             require_restart_generation(self._run_directory, self._restart_generation)
             upload(path, self._url)
         except (UserError, OSError) as error:
-            log.warning("%s: not copied to checkpoint.remote: %s", path, error)
+            log.warning("%s: not uploaded to checkpoint.remote: %s", path, error)
 
 
 def fetch(url: str, path: Path, world: World, read_manifest: ReadManifest) -> list[str]:
-    """Bring a checkpoint back to `path`, in place of a damaged one. Collective: the files are dealt to the ranks.
+    """Fetch a checkpoint to `path`; it replaces a damaged one. Collective: each rank fetches its share of the files.
 
-    Gives what is damaged there, one line per file; then nothing was changed here. Raises `UserError` on every rank
-    where the store does not give a file that it has, or there is no room for it.
+    Returns the problems of the remote checkpoint, one line per file; then nothing local has changed. Raises `UserError`
+    on every rank if a file cannot be fetched or the disk is full.
     """
     source = files.join(url, path.name)
     part, manifest, problems = world.on_rank_zero(lambda: _begin(source, path, read_manifest))
@@ -140,7 +142,7 @@ def _finish(source: str, part: Path, path: Path, problems: list[str], errors: li
 
 
 def _get_file(source: str, part: Path, name: str, facts: dict[str, Any]) -> list[str]:
-    """Empty when the file is here and as the manifest says."""
+    """Fetch a file; returns its problems, none if it matches the manifest."""
     content = _retrying(_get, files.join(source, name))
     if len(content) != facts["bytes"]:
         return [f"{name} has {len(content):,} bytes instead of {facts['bytes']:,}"]

@@ -1,21 +1,23 @@
-"""Saving: a checkpoint that appears whole or not at all, written while training goes on.
+"""Saving: a checkpoint appears complete or not at all, and is written while training continues.
 
-Takes an engine and a small plain state at the end of a step, gives a published folder (its format is described in
-bigmodel/training/checkpoint/format.py) some steps later, and a copy of it in a store if one is named.
+In: an engine and a small plain state at the end of a step. Out: a published folder some steps later (format: see
+bigmodel/training/checkpoint/format.py) and, with `checkpoint.remote`, its copy in a store.
 
-    begin     every rank copies what it owns, and a thread writes it, syncs it, reads it back and hashes it
-    publish   once every rank has reported: state, manifest, sync, rename; then the oldest beyond what is kept go
-    step      both of them at the end of a training step, where they are due
+    begin     every rank copies its shards; a thread writes, syncs, reads back and hashes them
+    publish   after the reports of all ranks: state, manifest, sync, rename; then checkpoints beyond `keep` are removed
+    step      both, at the end of a training step, if they are due
+
+Example: a save begins at the end of step 100 in step-00000100.partial-1f2e3d4c. At the end of step 103 all ranks have
+written their files, and the folder is renamed to step-00000100.
 
 Guarantees:
-- a folder is named step-... only after every rank has written, synced and read back its file; until then it is
-  step-....partial-TOKEN. A kill at any instant leaves the older checkpoints as they were;
-- a failure on one rank is the same error on all ranks, removes the partial folder and touches nothing else;
-- a process that another start has replaced (`run_directory.take_over`) publishes nothing: it looks before the rename,
-and
-  the newer start has renamed its partial folder before reading what there is;
-- the newest is never removed, and every published one was read back, so the newest good one is never removed.
-Costs: the loop is held for the copy and the publication; a rank's share twice in memory while it is written.
+- A folder gets the name step-... only after every rank has written, synced and read back its file. Until then it is a
+  staging folder, step-....partial-TOKEN. A kill at any instant leaves the older checkpoints unchanged.
+- A failure on one rank raises the same error on all ranks and removes the staging folder, nothing else.
+- A process replaced by another start (`run_directory.take_over`) publishes nothing: it checks its restart generation
+  before the rename, and the newer start renames the old staging folder before it reads the checkpoints.
+- The newest good checkpoint is never removed: the newest is never removed, and every published one was read back.
+Costs: training pauses for the copy and the publication; a rank's shards are twice in memory while they are written.
 """
 
 import contextlib
@@ -62,7 +64,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class SaveError(UserError):
-    """The checkpoint of a step was not saved; `reason` is one of `ledger.SAVE_FAILURES`."""
+    """The checkpoint of a step was not saved; `reason` is one of `run_accounting.SAVE_FAILURES`."""
 
     def __init__(self, message: str, step: int = 0, code: int = errno.EIO) -> None:
         super().__init__(message)
@@ -72,10 +74,10 @@ class SaveError(UserError):
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint just published: its size in bytes over all ranks, and how long training was held for it.
+    """The result of a save: bytes over all ranks, and seconds that it paused training.
 
-    error: why it was not; reason: the same in a word (SaveError). ends_run: `checkpoint.on_failure` or the end of the
-    run make the error fatal.
+    error: why nothing was published, else empty; reason: the same in one word (SaveError). ends_run: the error is
+    fatal because of `checkpoint.on_failure` or because the run ends.
     """
 
     path: Path
@@ -89,20 +91,20 @@ class Saved:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Training stands still from here on until the save of a step ends."""
+    """Training pauses from here until the save of a step ends."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank has to say of its file: size and hash, or what went wrong."""
+    """A rank's report on its file: size and hash, or an error."""
 
     name: str
     bytes: int
     sha256: str = ""
     error: str = ""
-    code: int = 0  # errno, 0 for what is not the operating system's
+    code: int = 0  # errno; 0 if the error is not from the operating system
 
 
 class Saver:
@@ -116,9 +118,9 @@ class Saver:
         restart_generation: str = "",
         phases: Phases | None = None,
     ) -> None:
-        """restart_generation: what `run_directory.take_over` gave; empty: nobody can replace this process.
+        """restart_generation: the result of `run_directory.take_over`; empty: no other start can replace this process.
 
-        phases: the timers in which `step` counts its seconds, as "checkpoint".
+        phases: the timers; `step` adds its seconds to "checkpoint".
         """
         self._directory, self._settings, self._world = Path(directory), settings, world
         self._restart_generation = restart_generation
@@ -130,16 +132,16 @@ class Saver:
     def step(
         self, engine: States, step: int, written_votes: float, ending: bool, state: Callable[[], dict[str, Any]]
     ) -> Iterator[Saved | Waiting]:
-        """The saves of one training step: publish what is written, begin what is due. Every result, as it comes.
+        """Publish the save that is written, begin the save that is due. Yields each result as it comes.
 
-        written_votes: on how many ranks `written` held. ending: this step is the run's last; its save is waited for.
-        state: of this step, for `begin`; called only where a save begins. Use up the iterator: the work is in it.
-        Raises `SaveError` after its `Saved` where the run cannot go on, and what `begin` raises.
+        written_votes: number of ranks with `written`. ending: this is the run's last step; wait for its save.
+        state: the state for `begin`; called only if a save begins. Exhaust the iterator: it does the work.
+        Raises `SaveError`, after its `Saved`, if the run cannot continue; and what `begin` raises.
         """
-        due = self.due(step)  # at each step: it times them
+        due = self.due(step)  # called at each step, because it also times the steps
         begins = due or ending
         waits = ending or not self._settings.checkpoint.asynchronous
-        if begins or written_votes == self._world.size:  # one save at a time: what is in flight is published first
+        if begins or written_votes == self._world.size:  # one save at a time: publish the one in flight first
             yield from self._result_of(lambda: self.finish(must=False))
         if begins and waits:
             yield Waiting(step)
@@ -149,20 +151,20 @@ class Saver:
             yield from self._result_of(lambda: self.finish(must=ending))
 
     def due(self, step: int) -> bool:
-        """Whether the interval ends at this step; asked at the end of each. Equal on all ranks."""
+        """Whether the interval ends at this step; call it at the end of each step. Equal on all ranks."""
         return self._interval.due(step, self._flight is not None)
 
     @property
     def written(self) -> bool:
-        """Whether this rank has nothing left to write: when all say so, `finish` does not wait."""
+        """Whether this rank has written its file; if all ranks have, `finish` does not wait. Not collective."""
         return self._flight is not None and self._flight.is_written
 
     def begin(self, engine: States, state: dict[str, Any]) -> None:
-        """Start the save of step `state["step"]`. One in flight must be finished first.
+        """Start the save of step `state["step"]`. Finish the save in flight first.
 
-        A good checkpoint of that step that is there already is left alone; a damaged one will be replaced.
-        Raises `UserError` on every rank where another start has taken over, and where the folder cannot be made unless
-        `checkpoint.on_failure` lets the run go on: then `finish` tells.
+        An existing good checkpoint of that step is kept; a damaged one is replaced.
+        Raises `UserError` on every rank if another start has taken over, and if the folder cannot be made. With
+        `checkpoint.on_failure` = "continue", `finish` returns that second error instead.
         """
         assert self._flight is None, "one save at a time"
         world, started = self._world, time.perf_counter()
@@ -181,9 +183,9 @@ class Saver:
         self._flight.start(_copy(engine), world.rank)
 
     def finish(self, must: bool = True) -> Saved | None:
-        """Wait for the save in flight and publish it; None where there is none.
+        """Wait for the save in flight and publish it; None if there is none.
 
-        must: raise `UserError` on every rank when it failed, whatever `checkpoint.on_failure` says.
+        must: raise `UserError` on every rank if the save failed, whatever `checkpoint.on_failure` is.
         """
         flight, self._flight = self._flight, None
         if flight is None:
@@ -199,7 +201,7 @@ class Saver:
         return saved
 
     def save(self, engine: States, state: dict[str, Any]) -> Saved:
-        """`begin` and `finish`, after whatever is in flight."""
+        """Finish the save in flight, then `begin` and `finish`."""
         self.finish(must=False)
         self.begin(engine, state)
         saved = self.finish()
@@ -211,7 +213,7 @@ class Saver:
         self._uploads.close()
 
     def _result_of(self, action: Callable[[], Saved | None]) -> Iterator[Saved]:
-        """What the action gives, if it does; a save that ends the run is a result before it is raised."""
+        """Yield the result of the action, if any; an error that ends the run is yielded before it is raised."""
         with self._phases("checkpoint"):
             try:
                 saved = action()
@@ -242,7 +244,7 @@ class Saver:
         return Saved(flight.final, flight.step, total, held)
 
     def _make_partial(self, final: Path, step: int) -> tuple[Path, SaveError | None]:
-        """The partial folder, and why it could not be made or nothing."""
+        """Make the staging folder; returns it, and the error or None."""
         require_restart_generation(self._directory.parent, self._restart_generation)
         part = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
         try:
@@ -250,7 +252,8 @@ class Saver:
             part.mkdir()
         except OSError as error:
             return part, SaveError(
-                f"run.directory: cannot make {part}: {error.strerror}; free space or permission, or another directory",
+                f"run.directory: cannot make {part}: {error.strerror}; "
+                "free some space, change the permissions, or choose another directory",
                 step,
                 error.errno or errno.EIO,
             )
@@ -258,7 +261,7 @@ class Saver:
 
 
 class _Flight:
-    """One save under way on this rank."""
+    """One save in flight on this rank."""
 
     def __init__(
         self,
@@ -268,7 +271,7 @@ class _Flight:
         started: float,
         error: SaveError | None = None,
     ) -> None:
-        """part None: nothing is written, for the checkpoint is there already or its folder could not be made."""
+        """part None: nothing is written, because the checkpoint exists or its staging folder could not be made."""
         self.final, self.part, self.description, self.error = final, part, description, error
         self.step = int(final.name[5:])
         self.started = started
@@ -295,17 +298,17 @@ class _Flight:
     def wait(self) -> _Report:
         if self._thread is not None:
             self._thread.join()
-        assert self._report is not None, "the thread that writes died without a word"
+        assert self._report is not None, "the writing thread died without a report"
         return self._report
 
 
 def save(directory: Path, engine: States, state: dict[str, Any], settings: Settings, world: World) -> Saved:
-    """One checkpoint, written and published before this returns. Collective. Raises what `Saver` raises."""
+    """Write and publish one checkpoint before returning. Collective. Raises what `Saver` raises."""
     return Saver(directory, settings, world).save(engine, state)
 
 
 def _copy(engine: States) -> dict[str, Tensor]:
-    """What this rank owns, on the CPU, apart from what training will change."""
+    """A copy of this rank's shards on the CPU; later updates do not change it."""
     tensors: dict[str, Tensor] = {}
     for name in engine.names():
         for key, (start, tensor) in engine.owned(name).items():
@@ -314,7 +317,7 @@ def _copy(engine: States) -> dict[str, Tensor]:
 
 
 def write_share(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> _Report:
-    """Write, sync and read back. Never raises for the disk."""
+    """Write, sync and read back this rank's file. Errors of the disk are reported, not raised."""
     fault(f"rank-{rank}-starts", step)
     content = to_safetensors(tensors)
     digest = hashlib.sha256(content).hexdigest()
@@ -326,10 +329,10 @@ def write_share(path: Path, tensors: dict[str, Tensor], rank: int, step: int) ->
             file.write(content[len(content) // 2 :])
             file.flush()
             os.fsync(file.fileno())
-            with contextlib.suppress(OSError):  # so that reading back asks the disk
+            with contextlib.suppress(OSError):  # drop the page cache, so that reading back reads the disk
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if hash_file(path) != digest:
-            raise OSError(errno.EIO, "what was read back is not what was written")
+            raise OSError(errno.EIO, "the bytes read back differ from the bytes written")
     except OSError as error:
         reason = f"rank {rank} could not write {path}: {error.strerror}"
         return _Report(path.name, len(content), error=reason, code=error.errno or errno.EIO)
@@ -345,7 +348,7 @@ def _publish(
     world_size: int,
     restart_generation: str,
 ) -> int:
-    """State, manifest, sync, rename: the one place where a checkpoint becomes visible. Rank 0 only."""
+    """State, manifest, sync, rename: the only place that publishes a checkpoint. Rank 0 only."""
     step = description["state"]["step"]
     fault("before-manifest", step)
     damaged = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
@@ -355,10 +358,10 @@ def _publish(
         files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
         write_atomically(part / "state.json", state)
         fault("before-rename-of-manifest", step)
-        write_atomically(part / "manifest.json", _manifest(files, world_size))  # syncs the folder, all names in it
+        write_atomically(part / "manifest.json", _manifest(files, world_size))  # also syncs all names in the folder
         fault("before-rename", step)
         require_restart_generation(final.parent.parent, restart_generation)
-        if final.exists():  # seen to be damaged at the start of the save
+        if final.exists():  # `begin` found it damaged
             os.rename(final, damaged)
         os.rename(part, final)
         fault("after-rename", step)
@@ -374,7 +377,7 @@ def _publish(
 
 
 def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
-    """Remove the partial folder and say what failed first, how much room is needed and how much there is."""
+    """Remove the staging folder; raise the first error, with the bytes needed and the bytes free."""
     directory = part.parent
     first = next(one for one in reports if one.error)
     needed = sum(one.bytes for one in reports)
@@ -382,10 +385,10 @@ def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
     free = shutil.disk_usage(directory).free
     kept = "the older checkpoints are untouched"
     if first.code not in DISK_FULL:
-        raise SaveError(f"checkpoint not saved: {first.error}; {kept}; see to {directory} and resume", step, first.code)
+        raise SaveError(f"checkpoint not saved: {first.error}; {kept}; repair {directory} and resume", step, first.code)
     raise SaveError(
         f"checkpoint not saved: {first.error}; {directory} needs {needed:,} bytes and has {free:,} free (a quota or "
-        f"file size limit may be lower); {kept}; free some, lower checkpoint.keep, or move run.directory, and resume",
+        f"file size limit may be lower); {kept}; free space, lower checkpoint.keep, or move run.directory, and resume",
         step,
         first.code,
     )
@@ -411,9 +414,9 @@ def _manifest(files: dict[str, Any], world_size: int) -> bytes:
 
 
 def retain(directory: Path, step: int, settings: CheckpointSettings, uploading: Path | None = None) -> None:
-    """Remove the oldest beyond what the settings keep, counting from the one just saved; only what looks whole counts.
+    """Remove the oldest checkpoints beyond `checkpoint.keep`, counted back from `step`; only complete ones count.
 
-    Later steps than the saved one were passed over as damaged: they neither count nor are removed.
+    Checkpoints of later steps were found damaged at the start: they do not count and are not removed.
     """
     kept = 1
     for older in reversed([other for other in steps(directory) if other < step]):
@@ -433,7 +436,7 @@ def retain(directory: Path, step: int, settings: CheckpointSettings, uploading: 
 
 
 def _age_hours(path: Path) -> float:
-    """Since the checkpoint was saved; without end where its manifest does not say."""
+    """Hours since the checkpoint was saved; infinite if its manifest is not valid."""
     manifest, problem = read_manifest(path)
     return math.inf if problem else (time.time() - manifest["saved_at"]) / 3600
 

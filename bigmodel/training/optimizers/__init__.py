@@ -1,1 +1,1 @@
-"""Optimizers, as DeepSpeed runs them on flat fp32 masters."""
+"""Optimizers on DeepSpeed's flat fp32 masters."""

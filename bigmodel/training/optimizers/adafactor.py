@@ -11,14 +11,15 @@ from bigmodel.training.optimizers.shards import Part, Shards
 
 
 class Adafactor(torch.optim.Optimizer):
-    """The second moments of a matrix as rows times columns (Shazeer & Stern 2018), by the rules of torch's Adafactor.
+    """The second moments of a matrix as rows times columns, by the rules of torch's Adafactor.
 
-    beta2 = 1 - t^beta2_decay; R, C = means of g^2 over each row and column, averaged by beta2; V = R C / mean(R), a
-    vector's own V; u = g / max(sqrt(V), epsilon); w = (1 - rate * decay) * w - min(rate, 1/sqrt(t)) *
-    max(least_scale, rms(w)) * u / max(1, rms(u) / clip). State: rows + columns floats a matrix, on every rank.
-    Masters are flat and may hold parts of matrices: `shards` tells which, and adds up over the ranks that have the
-    others; twice a call, which is for one group (ZeRO 1 and 2), or sub-group (3). The engine sets it. The gradient
-    becomes the update in place.
+    beta2 = 1 - t^beta2_decay; R, C = means of g^2 over each row and column, averaged by beta2; V = R C / mean(R) for a
+    matrix, averaged g^2 for a vector; u = g / max(sqrt(V), epsilon); w = (1 - rate * decay) * w - min(rate, 1/sqrt(t))
+    * max(least_scale, rms(w)) * u / max(1, rms(u) / clip).
+
+    State: rows + columns floats per matrix, on every rank. Masters are flat and may hold parts of matrices; `shards`,
+    set by the engine, describes the parts and sums over ranks: two sums per step of a group (ZeRO 1 and 2) or sub-group
+    (ZeRO 3). The update overwrites the gradient.
     """
 
     shards: Shards
@@ -48,9 +49,9 @@ class Adafactor(torch.optim.Optimizer):
                 here.addcmul_(part.shard.of(master.grad), size)
 
     def _move(self, master: Tensor, part: Part, squares: Tensor) -> Tensor:
-        """Average the second moments, turn the shard's gradient into its update; gives the sum of its squares.
+        """Update the second moments and replace the shard's gradient by its update; gives the update's sum of squares.
 
-        squares: of the gradient, by row and by column, over all ranks.
+        squares: sums of squares of the gradient, by row and by column, over all ranks.
         """
         share = float(self.state[master]["step"]) ** self._beta2_decay
         if part.vectors:

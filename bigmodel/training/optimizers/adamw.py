@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019): torch's, in its fused form, one pass over memory."""
+"""AdamW (Loshchilov & Hutter 2019): torch's fused version, one pass over memory."""
 
 from typing import Any
 
@@ -12,6 +12,6 @@ def build(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.op
 
 
 def arguments(settings: OptimizerSettings) -> dict[str, Any]:
-    """What torch's AdamW takes beside the groups."""
+    """The arguments of torch's AdamW, except the groups."""
     betas = (settings.beta1, settings.beta2)
     return {"lr": settings.learning_rate, "betas": betas, "eps": settings.epsilon, "fused": True}

@@ -1,13 +1,13 @@
 """AdEMAMix (Pagliardini et al. 2024, "The AdEMAMix Optimizer: Better, Faster, Older"): AdamW with two moments.
 
-The fast moment follows the gradient, the slow one remembers tens of thousands of updates. With g the gradient of
+The fast moment follows the gradient, the slow one averages over tens of thousands of updates. With g the gradient of
 update t, counted from 1, and T = `ema_warmup_steps`:
 
     m1 = beta1 m1 + (1 - beta1) g;  m2 = beta3(t) m2 + (1 - beta3(t)) g;  v = beta2 v + (1 - beta2) g^2
     w -= rate * ((m1 / (1 - beta1^t) + alpha(t) m2) / (sqrt(v / (1 - beta2^t)) + epsilon) + decay w)
 
-The slow moment has no bias correction: its warm-ups take that place. Costs: three fp32 numbers a parameter, one more
-than AdamW.
+The slow moment has no bias correction; its warm-ups replace it. Costs: three fp32 numbers per parameter, one more than
+AdamW.
 """
 
 import math
@@ -19,7 +19,7 @@ from bigmodel.config.settings import OptimizerSettings
 
 
 class AdEMAMix(torch.optim.Optimizer):
-    """Elementwise, so that parts of parameters are updated as whole ones are. States exist before the first update."""
+    """Elementwise: shards are updated like whole parameters. The engine makes the states before the first update."""
 
     def __init__(self, groups: list[dict[str, Any]], settings: OptimizerSettings) -> None:
         super().__init__(groups, {"lr": settings.learning_rate})
@@ -51,8 +51,8 @@ def warm_alpha(update: int, settings: OptimizerSettings) -> float:
 
 
 def warm_beta3(update: int, settings: OptimizerSettings) -> float:
-    """beta3(t): 1 / log of it goes from that of beta1 to that of beta3, linear in t, so that the time over which m2
-    remembers grows evenly; beta3 from T on, and never above."""
+    """beta3(t): 1 / log beta3(t) goes linearly from 1 / log beta1 to 1 / log beta3, so that the averaging time of m2
+    grows evenly; beta3 from T on, never above."""
     progress = _progress(update, settings)
     if progress == 1:
         return settings.beta3

@@ -1,9 +1,9 @@
-"""What an update is made of: parameter groups, and the optimizer that DeepSpeed runs on flat fp32 masters.
+"""Parameter groups, and the optimizer that DeepSpeed runs on flat fp32 masters.
 
-Takes a model and settings, gives a `torch.optim.Optimizer` whose states are known before the first update
-(`states_of`), so that they can be read and written by parameter name. The rule of weight decay: matrices decay;
-embeddings and one-dimensional parameters (norms) do not; `optimizer.groups` says otherwise for the parameters that it
-names. A head that is tied to the embedding counts as embedding, an untied head as a matrix.
+In: a model and settings. Out: a `torch.optim.Optimizer` whose states are known before the first update (`states_of`),
+so that they can be read and written by parameter name. Weight decay: matrices decay; embeddings and one-dimensional
+parameters (norms) do not; `optimizer.groups` overrides this for the parameters that it names. A head tied to the
+embedding counts as embedding, an untied head as a matrix.
 """
 
 from fnmatch import fnmatchcase
@@ -17,11 +17,11 @@ from bigmodel.training.optimizers.table import OPTIMIZERS, State
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Groups of equal treatment for `torch.optim`. Every trained parameter is in exactly one.
+    """Parameter groups for `torch.optim`. Every trained parameter is in exactly one.
 
-    A group has `weight_decay`, `rate_factor` (times the schedule's rate) and `matrices`: whether the optimizer treats
-    its parameters as matrices, as Muon does with hidden ones and Adafactor with all.
-    Raises `UserError` where a pattern of `optimizer.groups` fits no parameter.
+    A group has `weight_decay`, `rate_factor` (multiplies the scheduled learning rate) and `matrices`: whether the
+    optimizer treats its parameters as matrices (Muon: hidden matrices; Adafactor: all matrices).
+    Raises `UserError` where a pattern of `optimizer.groups` matches no parameter.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -44,7 +44,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
         if given.parameters not in met:
             names = [name for name, _ in model.named_parameters()]
             raise UserError(
-                f'optimizer.groups: parameters = "{given.parameters}" fits no parameter; '
+                f'optimizer.groups: parameters = "{given.parameters}" matches no parameter; '
                 f"names are for example {', '.join(names[:3])} and {names[-1]}"
             )
     return [
@@ -54,10 +54,10 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
 
 
 def states_of(settings: OptimizerSettings, group: dict[str, Any]) -> tuple[State, ...]:
-    """What the optimizer keeps for each parameter of a group."""
+    """The optimizer's states for each parameter of a group."""
     return OPTIMIZERS[settings.kind].states_of(group["matrices"])
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer that `optimizer.kind` names, on the model's parameter groups."""
+    """The optimizer of `optimizer.kind`, on the model's parameter groups."""
     return OPTIMIZERS[settings.kind].builder(parameter_groups(model, settings), settings)

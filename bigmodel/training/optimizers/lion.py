@@ -8,7 +8,7 @@ from bigmodel.config.settings import OptimizerSettings
 
 
 class Lion(torch.optim.Optimizer):
-    """Sign of an interpolated momentum (Chen et al. 2023): one moment instead of two, half of AdamW's memory.
+    """The sign of an interpolated momentum: one moment instead of two, half of AdamW's state.
 
     u = sign(beta1 * m + (1 - beta1) * g); w -= rate * (u + decay * w); m = beta2 * m + (1 - beta2) * g.
     """

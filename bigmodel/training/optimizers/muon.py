@@ -11,11 +11,11 @@ from bigmodel.training.optimizers.shards import Shards
 
 
 class Muon(torch.optim.AdamW):
-    """Orthogonalised Nesterov momentum for hidden matrices (Jordan et al. 2024), AdamW for all else.
+    """Orthogonalised Nesterov momentum for hidden matrices, AdamW for all other parameters.
 
     m = mu * m + g; O = the nearest semi-orthogonal matrix to g + mu * m; w -= rate * (0.2 * sqrt(max(rows, columns))
-    * O + decay * w): that factor gives an update of AdamW's size, so that one rate serves both (Liu et al. 2025).
-    Masters are flat and may hold parts of matrices: `shards` puts them together. The engine sets it.
+    * O + decay * w). The factor before O gives updates of AdamW's size, so that one rate serves both (Liu et al. 2025).
+    Masters are flat and may hold parts of matrices; `shards`, set by the engine, assembles them.
     """
 
     shards: Shards
@@ -47,7 +47,7 @@ def _orthogonal_update(matrix: Tensor) -> Tensor:
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """The polar factor of a matrix by Newton-Schulz iteration with the quintic of Jordan et al. 2024.
 
-    Singular values end between 0.7 and 1.2. In bf16 on a GPU, where it is fast, in fp32 elsewhere.
+    The result's singular values are between 0.7 and 1.2. In bf16 on a GPU, where that is fast, otherwise in fp32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)

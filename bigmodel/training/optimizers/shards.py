@@ -1,4 +1,4 @@
-"""What an optimizer that crosses ranks gets from the engine: masters are flat and may hold parts of parameters."""
+"""The engine's interface for optimizers that cross ranks: masters are flat and may hold parts of parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,20 +14,21 @@ WholeMatrices = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """What of one parameter lies in a master on this rank, shard None: nothing; the parameter has a part on all."""
+    """This rank's shard of one parameter of a master. Every rank has a Part of each parameter; shard None: no
+    elements."""
 
     shape: tuple[int, ...]
     shard: ParameterShard | None
-    vectors: tuple[Tensor, ...]  # states of rows and of columns, whole on every rank; empty where there are none
+    vectors: tuple[Tensor, ...]  # states of rows and of columns, whole on every rank; may be empty
 
     def rows(self) -> slice:
-        """The rows of the matrix in which the shard lies; the first and the last may be there in part."""
+        """The matrix rows that the shard touches; it may hold the first and the last in part."""
         assert self.shard is not None
         columns = self.shape[1]
         return slice(self.shard.start // columns, -(-(self.shard.start + self.shard.numel) // columns))
 
     def sums(self, master: Tensor, gradient: Tensor) -> Tensor:
-        """Squares of the shard, added up: of the weights, and of the gradient by row and by column."""
+        """Sums of squares over the shard: of the weights, and of the gradient by row and by column."""
         rows, columns = self.shape if self.vectors else (0, 0)
         sums = master.new_zeros(1 + rows + columns)
         if self.shard is not None:
@@ -40,22 +41,22 @@ class Part:
         return sums
 
     def estimate(self, epsilon: float) -> Tensor:
-        """Second moments of the shard's elements: row times column over the mean of all rows."""
+        """Second moments of the shard's elements: row * column / mean of all rows."""
         assert self.shard is not None
         (row_var, col_var), (first, _) = self.vectors, self._margins()
         of_rows = row_var[self.rows()] / row_var.mean().clamp(min=epsilon)
         return torch.outer(of_rows, col_var).flatten().narrow(0, first, self.shard.numel)
 
     def _margins(self) -> tuple[int, int]:
-        """Elements that the shard lacks of its first row and of its last."""
+        """The numbers of elements missing before the shard in its first row, and after it in its last."""
         assert self.shard is not None
         columns = self.shape[1]
         return self.shard.start % columns, -(self.shard.start + self.shard.numel) % columns
 
 
 class Shards(NamedTuple):
-    """The engine's answers. All are collective: each rank calls them in the same order."""
+    """Functions of the engine. All are collective: each rank calls them in the same order."""
 
-    whole_matrices: WholeMatrices  # (master, flat, change): `change` of each matrix of which `flat` holds a part
-    parts: Callable[[Tensor], list[Part]]  # what lies in a master of each of its parameters
-    sum_: Callable[[Tensor], Tensor]  # added up over the ranks, where these hold different elements
+    whole_matrices: WholeMatrices  # (master, flat, change): applies `change` to each matrix of which `flat` has a part
+    parts: Callable[[Tensor], list[Part]]  # one Part for each parameter of a master
+    sum_: Callable[[Tensor], Tensor]  # sum over ranks, if their masters are partitioned

@@ -1,11 +1,11 @@
-"""The optimizers that `optimizer.kind` names: all that the rest of the system needs to know of each, in one table.
+"""The optimizers of `optimizer.kind`, one row each, with all facts that other files need.
 
-To add one: a file beside this one with its class and `build(groups, settings)`, a row in `OPTIMIZERS`, a field in
+To add one: a file in this folder with its class and `build(groups, settings)`; a row in `OPTIMIZERS`; a field in
 `OptimizerSettings` for each new setting (declared with `only_with=READ_BY_OPTIMIZER`, see
-`bigmodel.config.sections.setting`), and a test of one update against the paper. From the row follow: the states that
-the engine makes, shards and saves by parameter name; the memory plan; the names in a DeepSpeed JSON; which settings are
-refused with which kind; and the cases in which tests compare the engine with plain torch at every ZeRO stage
-(tests/support/exactness.py). Imports neither torch nor deepspeed: settings are checked against this table.
+`bigmodel.config.sections.setting`); a test of one update against the paper. The row decides: the states that the engine
+makes, shards and saves by parameter name; the memory plan; the names in a DeepSpeed JSON; the settings that are errors
+with other kinds; the cases in which tests compare the engine with plain torch at every ZeRO stage
+(tests/support/exactness.py). Imports neither torch nor deepspeed, because settings are checked against this table.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 
 class State(NamedTuple):
-    """A tensor that an optimizer keeps for each parameter, in fp32, beginning with zeros.
+    """A tensor that an optimizer keeps for each parameter, in fp32, initially zero.
 
-    shape: "parameter": of the parameter's shape, and lies where the parameter's master lies, sharded as that is.
-    "rows", "columns": a vector with an element for each row or column of a matrix, whole on every rank. "number":
-    the number of updates, equal on all ranks; it is not saved, it follows from the engine's.
+    shape "parameter": that of the parameter; on the device of its master and sharded like it. "rows", "columns": a
+    vector with one element per row or column of a matrix, whole on every rank. "number": the number of updates, equal
+    on all ranks; not saved, because it follows from the engine's.
     """
 
     key: str
@@ -33,22 +33,22 @@ ADAMW = (STEP, MOMENT, State("exp_avg_sq"))
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What the rest of the system needs to know of an optimizer."""
+    """A row of the table."""
 
-    about: str  # its paper, and what it keeps
-    build: str  # "module:function", which takes parameter groups and `OptimizerSettings`, gives a torch optimizer
-    reads: tuple[str, ...]  # settings of [optimizer] that it reads, but for those that all read
+    about: str  # its paper and its states
+    build: str  # "module:function": parameter groups and `OptimizerSettings` to a torch optimizer
+    reads: tuple[str, ...]  # settings of [optimizer] that it reads, without those that all read
     states: tuple[State, ...]  # of a parameter
     matrices: Literal["none", "hidden", "all"] = "none"  # the matrices that have `states_of_matrices` instead
     states_of_matrices: tuple[State, ...] = ()
-    crosses_ranks: bool = False  # it needs whole matrices or sums over ranks: the engine sets its attribute `shards`
+    crosses_ranks: bool = False  # needs whole matrices or sums over ranks: the engine sets its attribute `shards`
     json_types: tuple[str, ...] = ()  # optimizer.type in a DeepSpeed JSON; "auto" becomes the first
-    stages: tuple[int, ...] = (0, 1, 2, 3)  # of ZeRO that it works with
-    offloads: tuple[str, ...] = ("cpu", "nvme")  # where its states may lie
-    limits: str = ""  # why not with the other stages and offloads
+    stages: tuple[int, ...] = (0, 1, 2, 3)  # supported ZeRO stages
+    offloads: tuple[str, ...] = ("cpu", "nvme")  # supported devices of offloaded states
+    limits: str = ""  # the reason why other stages and offloads are not supported
 
     def states_of(self, matrices: bool) -> tuple[State, ...]:
-        """The states of a parameter that is treated as a matrix, or not."""
+        """The states of a parameter; `matrices`: it is treated as a matrix."""
         return self.states_of_matrices if matrices else self.states
 
     @property
@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         json_types=("Muon",),
     ),
     "adafactor": Optimizer(
-        about="Adafactor (Shazeer & Stern 2018), a row and a column for each matrix",
+        about="Adafactor (Shazeer & Stern 2018), a vector of rows and one of columns for each matrix",
         build="bigmodel.training.optimizers.adafactor:build",
         reads=("epsilon", "beta2_decay", "update_clipping", "least_scale"),
         states=(STEP, State("variance")),

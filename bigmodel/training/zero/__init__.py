@@ -1,1 +1,1 @@
-"""The DeepSpeed boundary: ZeRO, the state of each rank, sequence parallelism."""
+"""The boundary to DeepSpeed: engine, ZeRO layouts, optimizer state in files, sequence parallelism."""

@@ -1,15 +1,18 @@
 """The engine: a model and its update under DeepSpeed ZeRO. The only file that imports deepspeed.
 
-Takes a model whose forward gives a summed loss, and batches; gives loss sums, the global gradient norm and updated
+In: a model whose forward gives a summed loss; micro-batches. Out: loss sums, the global gradient norm, updated
 weights. Guarantees, for ZeRO 0 to 3:
-- the gradient is that of (sum of all losses of the step) / (number of all targets of the step), whatever the
-  number of ranks and micro-batches: the loss is a sum, divided once by a count that the plan knows;
-- gradients are added up in fp32, also under bf16 and fp16;
+- the gradient is that of (sum of all losses of the step) / (number of all labels of the step), for any number of ranks
+  and micro-batches: the loss is a sum, divided once by a count from the plan;
+- gradients are accumulated in fp32, also under bf16 and fp16;
 - the norm is known before the update and equal on all ranks; a skipped update leaves weights and moments bitwise
-  as they were;
-- the state is read and written by parameter name, in fp32 and to the last bit, so that a checkpoint knows
-  nothing of ranks and stages. A rank gives what lies on it, without asking the others.
-Costs: DeepSpeed's own. How each stage keeps its state is in bigmodel/training/zero/layouts.py.
+  unchanged;
+- state is read and written by parameter name, in fp32, exactly: a checkpoint depends on neither ranks nor stages. Each
+  rank gives its own part, without communication.
+Costs: DeepSpeed's own. bigmodel/training/zero/layouts.py knows where each stage keeps its state.
+
+Example: 2 ranks with 2 micro-batches each, of 3, 5, 4 and 0 labels. Each call is micro_batch(batch, num_labels=12,
+last=...); the gradient is that of (sum of 12 losses) / 12, as on one rank with one batch.
 """
 
 import contextlib
@@ -36,8 +39,8 @@ from bigmodel.training.zero.mmap_state import MappedFiles
 from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import wrap_blocks
 
-WEIGHT, AVERAGE = "weight", "ema"  # keys of the state beside the optimizer's own
-LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's keeps
+WEIGHT, AVERAGE = "weight", "ema"  # keys of the state, in addition to the optimizer's
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # state of DeepSpeed's loss scaler
 COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "wait",
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
@@ -47,10 +50,10 @@ Piece = tuple[int, Tensor]  # the first element in the flattened tensor, and the
 
 
 class Engine:
-    """One model in training. Make it on every rank at the same place; its methods are collective, but for `owned`
-    and what needs no tensor.
+    """One model in training. Construction is collective, and so are its methods, except `owned` and those that need no
+    tensor.
 
-    updates: how many updates were applied since the weights were new; skipped ones do not count.
+    updates: the number of updates applied since initialization, without skipped ones.
     """
 
     def __init__(
@@ -86,20 +89,19 @@ class Engine:
         self._norm: float | None = None
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
-        self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # whole on every rank
+        self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # replicated on all ranks
         folder = state_folder(effective)
         self._make_states(MappedFiles(folder).place if folder else lambda tensor: tensor)
         if OPTIMIZERS[settings.optimizer.kind].crosses_ranks:
             self._optimizer.shards = Shards(self._whole_matrices, self._parts, self._sum)
 
     def micro_batch(self, batch: Any, num_labels: int, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; gives its loss sum, or a sum for each part of it, detached.
+        """Forward and backward of one micro-batch; gives its loss sum, or one sum per loss group, detached.
 
-        num_labels: of the whole step, over all ranks and micro-batches. last: of this rank's in this step.
-        DeepSpeed averages over ranks, hence the factor of the world size; its own division by the number of
-        micro-batches is off.
+        num_labels: of the whole step, over all ranks and micro-batches. last: this rank's last micro-batch of the step.
+        DeepSpeed averages over ranks, hence the factor world size; its division by the number of micro-batches is off.
         """
-        assert num_labels > 0, "a step has at least one target"
+        assert num_labels > 0, "a step needs at least one label"
         self._engine.set_gradient_accumulation_boundary(last)
         with self._sequence.shared() if self._sequence else contextlib.nullcontext():
             with self.phases("forward"):
@@ -110,7 +112,7 @@ class Engine:
         return loss_sum.detach()
 
     def gradient_norm(self) -> float:
-        """The L2 norm of the whole gradient, before clipping, after the last micro-batch; may be inf or nan."""
+        """The global L2 norm of the gradient, before clipping, after the last micro-batch; may be inf or nan."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for gradient in [chunk for chunks in self._layout.gradients() for chunk in chunks]:
             for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
@@ -129,9 +131,9 @@ class Engine:
         return self._assemble(self._shapes[name], shard, chunk) / self.loss_scale
 
     def update(self, learning_rate: float, skip: bool = False) -> None:
-        """Clip as configured and take one step; `skip` drops the gradient, and in fp16 lowers the loss scale.
+        """Clip as configured and apply one update; `skip` drops the gradient, and in fp16 lowers the loss scale.
 
-        Raises `UserError` where the loss scale of fp16 cannot be lowered any further.
+        Raises `UserError` where the fp16 loss scale is already at its minimum.
         """
         assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
         assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
@@ -150,7 +152,7 @@ class Engine:
 
     @torch.no_grad()
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
-        """The model's output in evaluation mode, without gradients; training goes on as if it had not happened."""
+        """The model's output in evaluation mode, without gradients; no effect on training."""
         return evaluated(self._engine, batch, output, self._compiles)
 
     @property
@@ -160,12 +162,12 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        """What fp16 multiplies the loss by; 1 in bf16 and fp32."""
+        """The factor of the loss in fp16; 1 in bf16 and fp32."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
     @property
     def scales_loss(self) -> bool:
-        """Whether a gradient that is not finite may be the loss scale's fault: then `update` lowers it."""
+        """Whether the loss scale is dynamic: it may cause a non-finite gradient, and `update(skip=True)` lowers it."""
         return bool(self.scaler_state())
 
     # --- the state, by parameter name
@@ -175,23 +177,23 @@ class Engine:
         return list(self._parameters)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole parameter's shape, also where only a part of it is here."""
+        """The whole parameter's shape, on every rank."""
         return self._shapes[name]
 
     def keys(self, name: str) -> list[str]:
-        """What there is of a parameter: "weight", the optimizer's states, "ema" where it is kept."""
+        """Keys of a parameter's state: "weight", the optimizer's states, "ema" if averages are kept."""
         states = [state.key for state in self._states[name] if state.shape != "number"]
         return [WEIGHT, *states, *([AVERAGE] if self._averages else [])]
 
     @torch.no_grad()
     def owned(self, name: str) -> dict[str, Piece]:
-        """By key, the elements that this rank answers for, as views; a key is absent where others do.
+        """By key, the elements that this rank owns, as views; a key without such elements is absent.
 
-        Each element is owned by exactly one rank.
+        Each element has exactly one owner.
         """
         chunks = {}
         for key, (first, elements) in self._held(name).items():
-            if key in self._vectors[name] or not self._layout.partitioned:  # all have all: each answers for a share
+            if key in self._vectors[name] or not self._layout.partitioned:  # replicated: each rank owns a share
                 edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
                 first, elements = first + edges[0], elements[edges[0] : edges[1]]
             if elements.numel():
@@ -202,7 +204,7 @@ class Engine:
     def write(self, read: Callable[[str, str, int, int], Tensor], updates: int, scaler: dict[str, float]) -> None:
         """Replace the whole state. Collective.
 
-        read(name, key, start, numel): those elements of the flattened tensor in fp32; asked for what lies here.
+        read(name, key, start, numel): these elements of the flattened tensor in fp32; called for this rank's elements.
         """
         for name in self.names():
             for key, (first, elements) in self._held(name).items():
@@ -216,7 +218,7 @@ class Engine:
             setattr(self._engine.optimizer.loss_scaler, name, value)
 
     def scaler_state(self) -> dict[str, float]:
-        """What fp16's loss scaling must remember; empty where there is none."""
+        """The state of dynamic loss scaling in fp16; otherwise empty."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if scaler is None or not scaler.dynamic:
             return {}
@@ -224,7 +226,7 @@ class Engine:
 
     @torch.no_grad()
     def whole(self, name: str, key: str) -> Tensor:
-        """One tensor of a parameter's state, whole, in fp32, a copy, on every rank. Collective."""
+        """A whole tensor of a parameter's state, in fp32, copied to every rank. Collective."""
         if key in self._vectors[name]:
             return self._vectors[name][key].clone()
         shard = self._shards[name]
@@ -232,7 +234,7 @@ class Engine:
         return self._assemble(self._shapes[name], shard, chunk)
 
     def state_tensors(self) -> list[Tensor]:
-        """All that an offload takes off the device: masters, their gradients, moments and averages; not copies."""
+        """All tensors that offloading moves off the device: masters, their gradients, moments, averages; no copies."""
         masters = self._layout.masters()
         moments = [self._optimizer.state[master] for master in masters]
         return [
@@ -243,7 +245,7 @@ class Engine:
         ]
 
     def _held(self, name: str) -> dict[str, Piece]:
-        """By key, what of a parameter's state is here, as views."""
+        """By key, this rank's elements of a parameter's state, as views."""
         shard, held = self._shards[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
         if shard is not None:
             for key in [key for key in self.keys(name) if key not in held]:
@@ -257,9 +259,9 @@ class Engine:
         return self._averages[shard.master] if key == AVERAGE else self._optimizer.state[master][key]
 
     def _assemble(self, shape: tuple[int, ...], shard: ParameterShard | None, chunk: Tensor | None) -> Tensor:
-        """Put the ranks' chunks together by adding their bits: each element is on one rank, 0 on the others.
+        """The whole tensor, by adding the ranks' bits as integers: each element is on one rank, 0 on the others.
 
-        Adding floats, as DeepSpeed's own reading does, turns -0.0 into 0.0.
+        Adding floats, as DeepSpeed does, would turn -0.0 into 0.0.
         """
         flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.world.device)
         if shard is not None and chunk is not None:
@@ -270,9 +272,9 @@ class Engine:
         return flat.view(shape)
 
     def _whole_matrices(self, master: Tensor, flat: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """`change` applied to each matrix of which `flat`, of the master's shape, holds a part. Collective.
+        """Apply `change` to each whole matrix of which `flat`, of the master's shape, holds a part. Collective.
 
-        Matrices are taken in rounds of as many as there are ranks; each rank changes one and hands it to all.
+        In rounds of as many matrices as ranks; each rank changes one and broadcasts it.
         """
         names = self._names_in(master)
         changed = torch.zeros_like(flat)
@@ -294,7 +296,7 @@ class Engine:
         return changed
 
     def _names_in(self, master: Tensor) -> list[str]:
-        """The parameters that lie in a master on some rank, in the same order on all."""
+        """The parameters of a master on any rank, in the same order on all ranks."""
         pairs = zip(self._layout.masters(), self._layout.members(), strict=True)
         members = next(members for one, members in pairs if one is master)
         return [self._names[id(parameter)] for parameter in members]
@@ -306,7 +308,7 @@ class Engine:
         ]
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Added up over the ranks, where these hold different elements."""
+        """The sum over ranks, if their masters are partitioned."""
         if not self._layout.partitioned:
             return values
         total = values.to(self.world.device)  # masters may lie on the CPU
@@ -314,8 +316,8 @@ class Engine:
         return total.to(values.device)
 
     def _make_states(self, place: Callable[[Tensor], Tensor]) -> None:
-        """Optimizers make their states at the first update; here they exist from the start, so they can be read.
-        `place` puts a tensor where it shall lie.
+        """Make the optimizer's states now, not at the first update, so that a checkpoint can fill them. `place` moves a
+        tensor to its final memory.
         """
         for master, members in zip(self._layout.masters(), self._layout.members(), strict=True):
             master.data = place(master.data)
@@ -343,17 +345,17 @@ class Engine:
             and scaler.cur_hysteresis <= 1
         ):
             raise UserError(
-                f"fp16: the gradient is not finite at the least loss scale, {scaler.cur_scale:g}: the run diverged; "
+                f"fp16: the gradient is not finite at the smallest loss scale, {scaler.cur_scale:g}: the run diverged; "
                 'lower optimizer.learning_rate, or use training.precision = "bf16"'
             )
 
 
 def evaluated(engine: Any, batch: Any, output: str, compiled: bool) -> Tensor:
-    """The output of DeepSpeed's engine in evaluation mode; afterwards its module is in the mode of before."""
+    """The output of DeepSpeed's engine in evaluation mode; restores the module's mode afterwards."""
     module = engine.module
     training = module.training
     module.eval()
-    # Text is generated from batches of all lengths, each of which would be compiled anew.
+    # Generation has batches of many lengths; each length would be compiled anew.
     eager = torch.compiler.set_stance("force_eager") if compiled and output == "logits" else None
     try:
         with eager or contextlib.nullcontext():
@@ -364,8 +366,9 @@ def evaluated(engine: Any, batch: Any, output: str, compiled: bool) -> Tensor:
 
 @contextlib.contextmanager
 def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any]]:
-    """Make a model inside; under ZeRO-3 each parameter is partitioned as soon as its module is made, so that no rank
-    ever holds the whole. Gives what makes one parameter whole while it is filled, with equal values on every rank.
+    """Construct a model inside; under ZeRO-3 each parameter is partitioned as soon as its module exists, so that no
+    rank ever holds the whole model. Gives a context manager that gathers one parameter while it is filled, with equal
+    values on every rank.
     """
     if effective["zero_optimization"]["stage"] != 3:
         yield lambda parameter: contextlib.nullcontext()
@@ -380,7 +383,7 @@ def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any
 
 @contextlib.contextmanager
 def _made_whole(parameter: Any) -> Iterator[None]:
-    """A partitioned parameter, whole inside; afterwards each rank keeps its share of what was put there."""
+    """Gather a partitioned parameter; afterwards each rank keeps its share of the new values."""
     parameter.all_gather()
     try:
         yield
@@ -391,7 +394,7 @@ def _made_whole(parameter: Any) -> Iterator[None]:
 def _initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, effective: dict[str, Any], settings: Settings
 ) -> Any:
-    """deepspeed.initialize, quiet; what it refuses in the configuration becomes a `UserError`."""
+    """deepspeed.initialize, without its output; an error in the configuration becomes a `UserError`."""
     with _quiet():
         deepspeed = _import_deepspeed()
         from deepspeed.runtime.config import DeepSpeedConfigError
@@ -411,14 +414,14 @@ def _initialize(
             if "not supported on your device" not in str(error):
                 raise
             raise UserError(
-                f"training.precision = {settings.training.precision}: this device does not compute in it; use fp32, or "
-                "bf16 where that works"
+                f"training.precision = {settings.training.precision}: this device does not support it; use fp32, or "
+                "bf16 where supported"
             ) from None
     return engine
 
 
 class _Timed:
-    """DeepSpeed's backend, or a handle of its: time inside a collective, or waiting for one, is communication."""
+    """DeepSpeed's backend, or one of its handles; counts time in or waiting for a collective as communication."""
 
     def __init__(self, inner: Any, phases: Phases) -> None:
         self._inner, self._phases = inner, phases
@@ -437,39 +440,39 @@ class _Timed:
 
 
 def _time_communication(phases: Phases) -> None:
-    """DeepSpeed speaks to torch.distributed through one object, looked up at each call."""
+    """Replace the one object through which DeepSpeed calls torch.distributed; it is looked up at each call."""
     from deepspeed.comm import comm
 
     comm.cdb = _Timed(comm.cdb._inner if isinstance(comm.cdb, _Timed) else comm.cdb, phases)
 
 
 def _import_deepspeed() -> Any:
-    # torch 2.13 renames collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
+    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
     for words in (r"`torch\.distributed\.\w+` is deprecated", ".*is deprecated.*Please use .torch.distributed"):
         warnings.filterwarnings("ignore", words, FutureWarning)
     import deepspeed
 
-    # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference calls.
-    # Declared unbuildable, it is left alone, and a kill during that build cannot leave a lock behind.
+    # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference uses.
+    # Declared incompatible, it is not built, and a kill during the build cannot leave a lock behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     return deepspeed
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "untested optimizer" not in record.getMessage()  # ours are compared with plain torch at every stage
+    return "untested optimizer" not in record.getMessage()  # tests compare ours with plain torch at every stage
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints progress of its own; errors still come as exceptions, warnings through logging."""
+    """Suppress what DeepSpeed prints; errors still come as exceptions, warnings through logging."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def _frozen(optimizer: Any) -> Iterator[None]:
-    """DeepSpeed's step with an optimizer that does nothing. A learning rate of 0 would still move the moments."""
+    """Make the optimizer's step do nothing inside. A learning rate of 0 would still change the moments."""
     optimizer.step = lambda *arguments, **named: None
     try:
         yield

@@ -1,9 +1,12 @@
-"""Parameter shards: what this rank holds of the fp32 state under each ZeRO stage, in one form.
+"""ZeRO layouts: this rank's shards of the fp32 state under each stage, in one form.
 
-Takes the optimizer that DeepSpeed wrapped around ours. Gives, for every parameter, the run of its elements that lies
-here and where: a flat fp32 *master* tensor that the base optimizer updates. Moments have the masters' shape, so one
-place serves weight, moments and gradient alike. All that knows how a stage keeps its state is in this file; it rests
-on internals of DeepSpeed 0.19.8, which is why that version is pinned and tests compare every stage with plain torch.
+In: the optimizer that DeepSpeed wrapped around ours. Out: for every parameter, the range of its elements on this rank
+and its offset in a *master*, a flat fp32 tensor that the base optimizer updates. Moments have the masters' shape, so
+one offset serves weight, moments and gradient. Only this file knows how a stage keeps its state. It depends on
+internals of DeepSpeed 0.19.8; therefore that version is pinned, and tests compare every stage with plain torch.
+
+Example, stage 3 on 2 ranks: of a parameter of 10 elements at offset 20, rank 1 has ParameterShard(start=5, numel=5,
+master=0, offset=20): elements 20 to 24 of its master 0.
 """
 
 from dataclasses import dataclass
@@ -15,32 +18,32 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Elements start ... start + numel of a flattened parameter lie in a master from `offset` on."""
+    """Elements [start, start + numel) of a flattened parameter lie in a master from `offset` on."""
 
     start: int
     numel: int
-    master: int  # its number
+    master: int  # index in `Layout.masters`
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The shard's elements in the master itself, a moment or a gradient of its shape: a view."""
+        """The shard's elements of `flat`, a master, or a moment or gradient of its shape: a view."""
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
 class Layout(Protocol):
-    """One stage's masters and what lies in them."""
+    """The masters of one stage and their contents."""
 
-    partitioned: bool  # whether the ranks' masters differ; else each has all
-    offloaded: bool  # whether masters and gradients lie on the CPU
+    partitioned: bool  # whether ranks hold different masters; otherwise each rank holds all
+    offloaded: bool  # whether masters and gradients are on the CPU
 
     def masters(self) -> list[Tensor]: ...
 
     def members(self) -> list[list[nn.Parameter]]:
-        """For each master, the parameters that lie in it on some rank, in the same order on all."""
+        """For each master, its parameters on any rank, in the same order on all ranks."""
         ...
 
     def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
-        """None where no element is here."""
+        """None if this rank has no element."""
         ...
 
     def gradients(self) -> list[list[Tensor]]:
@@ -48,7 +51,7 @@ class Layout(Protocol):
         ...
 
     def publish(self) -> None:
-        """Round the masters into the weights that the forward pass reads, on every rank."""
+        """Copy the masters, rounded, to the weights of the forward pass, on every rank."""
         ...
 
 
@@ -74,11 +77,11 @@ class Whole:
         return [[torch.zeros_like(p) if p.grad is None else p.grad] for p in self._parameters]
 
     def publish(self) -> None:
-        """Nothing to do: the masters are what the forward pass reads."""
+        """Nothing to do: the masters are the weights of the forward pass."""
 
 
 class Runs:
-    """Stages 1 and 2: each rank owns one run of a flat master; a parameter may lie on several ranks."""
+    """Stages 1 and 2: each rank owns one range of a flat master; a parameter may be spread over several ranks."""
 
     partitioned = True
 
@@ -109,7 +112,7 @@ class Runs:
 
 
 class RunsInBf16(Runs):
-    """Stage 1 in bf16 with fp32 sums, which DeepSpeed gives to its BF16_Optimizer: gradients are whole there."""
+    """Stage 1 in bf16 with fp32 sums, DeepSpeed's BF16_Optimizer: each master has one whole gradient tensor."""
 
     def masters(self) -> list[Tensor]:
         return list(self._zero.fp32_groups_flat_partition)
@@ -149,7 +152,7 @@ class Shares:
         return [list(self._zero.averaged_gradients[number]) for number in range(len(self.masters()))]
 
     def publish(self) -> None:
-        """The partitioned weights, those kept whole, and hpZ's second copies."""
+        """Partitioned weights, persistent (unpartitioned) ones, and hpZ's second copies."""
         for number in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(number)
         kept_whole = self._zero.persistent_parameters
@@ -167,9 +170,9 @@ LAYOUTS: dict[str, Any] = {
 
 
 def layout_of(engine: Any, optimizer: torch.optim.Optimizer) -> Layout:
-    """The layout of what DeepSpeed chose; `engine` is its engine, `optimizer` the base optimizer that it wraps."""
+    """The layout of DeepSpeed's choice of optimizer; `engine` is DeepSpeed's, `optimizer` the base optimizer."""
     if engine.optimizer is optimizer:
         return Whole(engine, optimizer)
     kind = type(engine.optimizer).__name__
-    assert kind in LAYOUTS, f"DeepSpeed chose {kind}, which the engine does not know"
+    assert kind in LAYOUTS, f"DeepSpeed chose {kind}, which has no layout in LAYOUTS"
     return LAYOUTS[kind](engine, optimizer)

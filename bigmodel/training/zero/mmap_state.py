@@ -1,12 +1,12 @@
-"""Optimizer state in files: what `offload_optimizer.device = "nvme"` does here.
+"""Optimizer state in memory-mapped files: our `offload_optimizer.device = "nvme"`.
 
-DeepSpeed's own swapper empties masters, moments and gradients between updates and hands them back a part at a time in
-buffers of its own; the norm, averages of weights and checkpoints, which go by parameter name, would all have to go
-through it. Here the tensors stay where everything looks for them, and their memory is a file: the kernel writes pages
-out when memory is short and reads them back when they are touched. Exact by construction; nothing else changes.
-Costs: 16 bytes of disk per element of a rank's share with two moments (20 with an average of weights); reads and
-writes go through the page cache, so an update is as fast as the disk once the state is larger than the free memory.
-At the start DeepSpeed makes masters and gradients in memory (8 bytes per element) before they move.
+DeepSpeed's swapper empties masters, moments and gradients between updates and returns them part by part in its own
+buffers; the norm, weight averages and checkpoints, which work by parameter name, would all have to use it. Here tensors
+stay ordinary tensors, and their memory is a file: the operating system writes pages out when memory is short and reads
+them back on access. Exact by construction; no other code changes. Costs: 16 bytes of disk per element of a rank's share
+with two moments (20 with weight averages); reads and writes go through the page cache, so an update is as fast as the
+disk once the state exceeds free memory. At the start DeepSpeed makes masters and gradients in memory (8 bytes per
+element) before they move.
 """
 
 import os
@@ -20,9 +20,9 @@ from bigmodel.config.settings import UserError
 
 
 class MappedFiles:
-    """Tensors of one rank whose memory lies in files of `folder`.
+    """Tensors of one rank whose memory is files in `folder`.
 
-    The files have no name after they were made, so they are gone with the process, whatever ended it.
+    The files are unlinked once mapped: they vanish with the process, however it ends.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,8 +31,8 @@ class MappedFiles:
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape, type and values, whose memory is a new file.
 
-        Raises `UserError` where the folder cannot be written or has not the space, all of which is taken at once:
-        a full disk is found here and not at a later write.
+        Raises `UserError` where the folder cannot be written or lacks space. All space is allocated at once: a full
+        disk fails here, not at a later write.
         """
         size = tensor.numel() * tensor.element_size()
         if size == 0:
@@ -49,7 +49,7 @@ class MappedFiles:
             raise UserError(
                 f"zero_optimization.offload_optimizer.nvme_path = {self._folder}: cannot make a file of {size:,} bytes "
                 f"there for the optimizer's state ({error}); give a folder on a local disk that exists on every node, "
-                "may be written and has about 16 bytes per parameter and rank's share free"
+                "is writable and has about 16 bytes free per parameter of its ranks' shares"
             ) from None
         flat.copy_(tensor.detach().view(-1))
         return flat.view(tensor.shape)

@@ -1,7 +1,7 @@
-"""Norms: how large weights are and how far an update moves them, by kind of layer.
+"""L2 norms of weights and of updates, by kind of layer.
 
-Takes the engine, gives L2 norms at every so many steps. Costs, at those steps only: a copy of this rank's share of the
-weights, two passes over it and one small sum over the ranks.
+In: the engine. Out: norms every `every_steps` steps. Costs, at those steps only: a copy of this rank's share of the
+weights, two passes over it and one small all-reduce.
 """
 
 from collections import defaultdict
@@ -12,18 +12,18 @@ from torch import Tensor
 from bigmodel.distributed.world import World
 from bigmodel.training.zero.engine import WEIGHT, Engine
 
-KINDS = ("embedding", "attention", "feed_forward", "norm", "head")  # what else there is counts as "other"
+KINDS = ("embedding", "attention", "feed_forward", "norm", "head")  # everything else is "other"
 
 
 class Norms:
-    """Call `before_update` and `after_update` around each update, on every rank. every_steps 0: never measured."""
+    """Call `before_update` and `after_update` around each update, on every rank. every_steps 0: off."""
 
     def __init__(self, engine: Engine, world: World, every_steps: int) -> None:
         self._engine, self._world, self._every_steps = engine, world, every_steps
         self._before: dict[str, Tensor] | None = None
 
     def before_update(self, step: int) -> None:
-        """`step` counts from 1. Keeps the weights if the update of this step is to be measured."""
+        """`step` counts from 1. Copies the weights if this step is measured."""
         self._before = None
         if self._every_steps and step % self._every_steps == 0:
             self._before = {name: weights.clone() for name, weights in self._weights()}
@@ -47,13 +47,13 @@ class Norms:
         }
 
     def _weights(self) -> list[tuple[str, Tensor]]:
-        """What this rank answers for of each parameter, in fp32."""
+        """The weights that this rank owns, by parameter, in fp32."""
         owned = ((name, self._engine.owned(name)) for name in self._engine.names())
         return [(name, mine[WEIGHT][1]) for name, mine in owned if WEIGHT in mine]
 
 
 def kind_of(name: str) -> str:
-    """The kind of layer that a parameter belongs to, by its name: "blocks.0.attention.output.weight" is attention."""
+    """The kind of layer of a parameter, by its name: "blocks.0.attention.output.weight" is attention."""
     parts = name.split(".")
     if any(part.endswith("norm") for part in parts):
         return "norm"

@@ -1,15 +1,17 @@
-"""Ulysses: several ranks share a pack, for documents too long for one (Jacobs et al. 2023, "DeepSpeed Ulysses").
+"""Ulysses sequence parallelism: several ranks share a packed sequence too long for one (Jacobs et al. 2023).
 
-Takes the model and how many consecutive ranks share (`training.sequence_parallel_ranks`, s). In training each of them
-computes one s-th of the positions of a micro-batch, whatever documents lie there; around attention, and only there,
-positions meet: an exchange gives every rank all positions of one s-th of the heads, and a second one brings them back.
-Guarantees: the very loss and gradient of one rank, for what a rank adds up is its positions' losses, and the sum over
-ranks is divided by the number of targets as always. Costs 2 exchanges of q, k, v and the output per layer and pass.
-Evaluation is not shared: a rank scores its own packs whole.
+In: the model and the number of consecutive ranks that share, s (`training.sequence_parallel_ranks`). In training each
+of them computes one s-th of the positions of a micro-batch, across document boundaries. Only attention needs all
+positions: one all-to-all exchange gives each rank all positions of one s-th of the heads, a second one reverses it.
+Guarantee: the loss and gradient of one rank: a rank sums the losses of its positions, and the sum over ranks is divided
+by the number of labels as always. Costs: 2 exchanges (q, k, v; the output) per layer and pass. Evaluation is not
+shared: each rank scores its own packed sequences whole.
 
-The model knows nothing of it: where it calls attention and makes its tile_metadata, it meets what `Sequence` puts
-there. DeepSpeed's own DistributedAttention is for (batch, sequence, heads) and wants a mesh of its own; this is two
-functions."""
+Example: s = 2, 8 positions, 4 heads of 64 channels: each rank computes q (4, 4, 64), exchanges it for (8, 2, 64),
+attends over whole documents, and exchanges the output (8, 2, 64) back for (4, 4, 64).
+
+The model does not know of this: `Sequence` replaces the functions that it calls for attention and tile metadata.
+DeepSpeed's DistributedAttention is made for (batch, sequence, heads) and needs its own mesh; this is two functions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,15 +29,15 @@ from bigmodel.kernels.attention import attention, make_tile_metadata
 from bigmodel.metrics.phases import Phases
 from bigmodel.model import transformer
 
-OF_DOCUMENTS = ("cu_seqlens", "prefixes")  # fields of a batch that are not one value a position
+OF_DOCUMENTS = ("cu_seqlens", "prefixes")  # fields of a batch with one value per document, not per position
 
 
 class Sequence:
-    """The ranks that share this rank's packs."""
+    """The ranks that share this rank's packed sequences."""
 
     def __init__(self, settings: Settings, world: World, phases: Phases | None = None) -> None:
         """Collective. `phases` counts the exchanges as communication. Raises `UserError` where heads or positions
-        cannot be shared."""
+        cannot be divided."""
         self.size = settings.training.sequence_parallel_ranks
         _require_shareable(settings, self.size)
         self.rank = world.rank % self.size
@@ -43,7 +45,7 @@ class Sequence:
         self._ranks = Ranks(groups[world.rank // self.size], self.size, phases or Phases(world.device))
 
     def share(self, batch: Batch) -> Batch:
-        """The batch with this rank's positions only; documents are described whole."""
+        """The batch with this rank's positions only, but the cu_seqlens and prefixes of whole documents."""
         count = len(batch.tokens) // self.size
         mine = slice(self.rank * count, (self.rank + 1) * count)
         values = {field.name: getattr(batch, field.name) for field in fields(batch)}
@@ -58,7 +60,7 @@ class Sequence:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside, the model's attention is over the positions of all ranks that share."""
+        """Inside, the model's attention covers the positions of all sharing ranks."""
         _let_the_model_call(self._attention, self._make_schedule)
         try:
             yield
@@ -77,7 +79,7 @@ class Sequence:
 
 
 class Ranks(NamedTuple):
-    """Who exchanges, and where the time for it is counted."""
+    """The exchanging ranks, and the phases that count their time."""
 
     group: Any
     size: int
@@ -85,7 +87,7 @@ class Ranks(NamedTuple):
 
 
 class Exchange(torch.autograd.Function):
-    """(T/s, H, K) to (T, H/s, K) where `gather`, and back where not; each is the other's gradient."""
+    """`gather`: (T/s, H, K) to (T, H/s, K); otherwise back. Each is the other's gradient."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, ranks: Ranks, gather: bool) -> Tensor:
@@ -114,7 +116,10 @@ def _let_the_model_call(attend: Any, tile_metadata: Any) -> None:
 def _require_shareable(settings: Settings, size: int) -> None:
     model, name = settings.model, f"training.sequence_parallel_ranks = {size}"
     if model.kind == "encoder_decoder" or model.position_embedding != "rotary" or model.num_mtp_modules:
-        raise UserError(f"{name}: is for decoder-only models with rotary positions and no extra heads; set it to 1")
+        raise UserError(
+            f"{name}: needs a decoder-only model with rotary positions and without MTP modules "
+            "(model.num_mtp_modules = 0); set it to 1"
+        )
     if model.num_heads % size or (model.num_kv_heads % size and size % model.num_kv_heads):
         raise UserError(
             f"{name} does not fit model.num_heads = {model.num_heads} and model.num_kv_heads = "

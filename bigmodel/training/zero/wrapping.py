@@ -1,10 +1,10 @@
-"""What is done to the model's blocks from outside: activation checkpointing and torch.compile.
+"""Module wrapping: activation checkpointing and torch.compile, applied to the model's blocks from outside.
 
-Takes a model whose repeated blocks stand in `nn.ModuleList`s, which is all it knows of it, and wraps their forward.
-Guarantees: loss and gradients are the same to the last bit with and without checkpointing, dropout included, for
-dropout is keyed and not drawn from a generator. Full checkpointing keeps each block's input only and costs a second
-forward (a third more arithmetic, Chen et al. 2016); selective keeps the results of products and attention too, and
-computes norms, rotary positions, activations and dropout again, which is cheap.
+In: a model with its repeated blocks in `nn.ModuleList`s; their forward is wrapped. Guarantee: loss and gradients are
+bitwise equal with and without checkpointing, dropout included, because dropout is keyed and not drawn from a generator.
+Costs: full checkpointing keeps only each block's input and needs a second forward (a third more arithmetic, Chen et al.
+2016); selective also keeps the results of products and attention, and recomputes norms, rotary positions, activations
+and dropout, which is cheap.
 """
 
 from functools import partial
@@ -36,25 +36,25 @@ GRAPHS_PER_BLOCK = 4  # training and evaluation, each with and without prefixes
 
 
 def wrap_blocks(model: nn.Module, settings: Settings, stage: int) -> None:
-    """Wrap every block's forward as `training.compile` and `training.activation_checkpointing` say.
+    """Wrap every block's forward according to `training.compile` and `training.activation_checkpointing`.
 
-    Raises `UserError` for torch.compile under ZeRO-3 and with packs that ranks share.
+    Raises `UserError` for torch.compile under ZeRO-3 or with sequence parallelism.
     """
     training = settings.training
     if training.compile and stage == 3:
         raise UserError(
             "training.compile = true with ZeRO stage 3: DeepSpeed gathers weights in hooks that torch.compile cannot "
-            "look through; use stage 1 or 2, or compile = false"
+            "trace; use stage 1 or 2, or compile = false"
         )
     blocks = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
     if training.compile:
         if training.sequence_parallel_ranks > 1:
             raise UserError(
                 f"training.compile = true with training.sequence_parallel_ranks = {training.sequence_parallel_ranks}: "
-                "the exchange between ranks is not compiled; leave one of them out"
+                "the exchange between ranks is not compiled; use one of them only"
             )
-        # With dropout each layer has a graph of its own, in training and in evaluation. Above its limit torch.compile
-        # leaves a layer uncompiled, and 8, its default, is less than a model has.
+        # With dropout each layer has its own graph, in training and in evaluation. Above its limit torch.compile leaves
+        # a layer uncompiled; the default, 8, is too small for a model.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(blocks))
     for block in blocks:
@@ -68,7 +68,7 @@ def _checkpointed(forward: Any, selective: bool, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs)
     more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
-    # Under ZeRO-3 the recomputation must run to its end, or weights gathered for it would stay whole.
+    # Under ZeRO-3 the recomputation must run to its end, or the weights that it gathered would stay gathered.
     with set_checkpoint_early_stop(False):
         return checkpoint(
             forward, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **more

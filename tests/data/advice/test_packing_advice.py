@@ -48,7 +48,7 @@ def test_the_suggested_context_leaves_nine_tenths_of_the_tokens_whole() -> None:
     books = suggest_context(np.array([100_000]), settings())
     assert books.suggested == 8192
     assert "0% of the tokens" in books.reason
-    assert "the longest that is suggested" in books.reason
+    assert "the longest suggestion" in books.reason
 
 
 def test_the_suggested_pack_and_window_are_the_smallest_that_fill_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

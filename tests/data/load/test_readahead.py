@@ -230,7 +230,7 @@ def test_a_damaged_file_ends_the_stream_with_its_name_and_never_early(
         path.write_bytes(bytes(content) if damage == "flipped" else bytes(content[:-7]))
     expected, _ = take(make(request.getfixturevalue(kind)), STEPS)
     stream, taken = make(folder), []
-    with pytest.raises(UserError, match=rf"train/news/{name}: .*(copy the file anew|prepare)"):
+    with pytest.raises(UserError, match=rf"train/news/{name}: .*(copy the file again|prepare)"):
         taken.extend(stream)
     stream.close()
     assert len(taken) < STEPS

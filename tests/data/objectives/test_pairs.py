@@ -205,12 +205,12 @@ def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_z
     store = MemoryStore({"web": [[2] * 400]})  # begin and end
     data = DataSettings(max_document_length=48, sequence_length=48, objectives=[objective])
     stream = Stream(store, Order(store, data, 4, seed=5), data, 4, Place(0, 1), seed=5)
-    with pytest.raises(UserError, match=r"data\.objectives = .*: nothing is asked in step 1, whose documents"):
+    with pytest.raises(UserError, match=r"data\.objectives = .*: no label in step 1, whose documents"):
         next(stream)
     stream.close()
     store.num_labels, store.text_bytes = 400, 400
     monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
-    with pytest.raises(UserError, match="nothing is asked in the validation split"):
+    with pytest.raises(UserError, match="no label in the validation split"):
         evaluate.Validation(data, 1).run(lambda batch, _output: torch.zeros(len(batch.tokens)), ALONE)
 
 

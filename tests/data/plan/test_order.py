@@ -286,7 +286,7 @@ def test_packs_are_at_least_999_permille_full_on_web_like_lengths():
     assert filled / (len(packs) * 2048) >= 0.999
 
 
-def test_packs_per_step_follow_the_ramp_and_the_packs_are_those_without_it():
+def test_packs_of_a_step_follow_the_ramp_and_the_packs_are_those_without_it():
     plain, ramped = small_order(), Order(MemoryStore(TWO_SOURCES), SMALL, 2, 7, batch_ramp=[(1, 4), (3, 8)])
     steps = [ramped.next_step() for _ in range(5)]
     assert [len(step) for step in steps] == [2, 4, 4, 8, 8]

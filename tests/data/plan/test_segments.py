@@ -89,7 +89,7 @@ def test_a_third_plan_follows_the_second() -> None:
 
 def test_a_new_plan_without_a_change_or_a_checkpoint_is_refused() -> None:
     store = MemoryStore(TWO_SOURCES)
-    with pytest.raises(UserError, match="--new-plan: there is no checkpoint"):
+    with pytest.raises(UserError, match="--new-plan: no checkpoint to continue"):
         resume_order(store, run(), None, new_plan=True)
     _, state = walked(run(), store, 2)
     with pytest.raises(UserError, match="--new-plan: data and settings are those of the checkpoint"):

@@ -187,7 +187,10 @@ def test_folders_that_cannot_be_adopted_are_one_message(
         ((str(gone), "--dtype", "uint16"), ["shard.00001.mds: missing"]),
         ((str(tmp_path / "odd"),), ["index.json: damaged"]),
         ((str(tmp_path / "nothing"),), ["has no index.json"]),
-        ((folder, "--column", "url", "--validation", folder), ["each document goes to validation by its hash"]),
+        (
+            (folder, "--column", "url", "--validation", folder),
+            ["documents of text shards go to validation by their hash"],
+        ),
     ]:
         code, printed = run(monkeypatch, capsys, "adopt", *arguments, *given)
         assert code == 2, (arguments, printed)
@@ -211,7 +214,7 @@ def test_mds_files_that_are_no_source_of_text_are_refused(home: Path, tokenizer:
     damaged.write_bytes(damaged.read_bytes().replace(b"\x7f\x7f", b"\xff\xff"))
     (tmp_path / "none.mds").write_bytes(b"nothing of the kind")
     for file, column, message in [
-        (f"{tokens}/*.mds", "tokens", "holds ndarray:uint16, not text; shards of tokens are taken in by .*adopt"),
+        (f"{tokens}/*.mds", "tokens", "holds ndarray:uint16, not text; import shards of tokens with .*adopt"),
         (f"{tokens}/*.mds", "text", "has no column 'text'; it has 'tokens'"),
         (str(tmp_path / "none.mds"), "text", "none.mds: cannot be read: its head is not that of an MDS shard"),
         (str(damaged), "text", "shard.00000.mds: sample 10: not UTF-8"),
@@ -230,7 +233,7 @@ def test_what_others_put_beside_it_is_kept_and_two_at_once_are_refused(
     (tmp_path / "data.partial").mkdir()
     thesis = tmp_path / "data.partial" / "thesis.txt"
     thesis.write_text("years of work")
-    with pytest.raises(UserError, match=r"data.partial: holds what no preparation put there \(thesis.txt\)"):
+    with pytest.raises(UserError, match=r"data.partial: holds files that no preparation made \(thesis.txt\)"):
         take(home, shards, into)
     assert thesis.read_text() == "years of work"
     thesis.unlink()

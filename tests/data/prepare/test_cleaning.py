@@ -139,7 +139,7 @@ def test_an_evaluation_file_that_compares_with_nothing_is_refused(tmp_path: Path
     whole = write_jsonl(tmp_path / "whole.jsonl", ["What is the capital of France?"])
     for name, values, message in (
         ("list.jsonl", [["What is the capital of France?"]], r"list\.jsonl: line 1: 'text' is list, not text; mend"),
-        ("short.jsonl", ["too short", None], r"ngram = 5: .*short\.jsonl has no text of so many words"),
+        ("short.jsonl", ["too short", None], r"ngram = 5: .*short\.jsonl has no text of that many words"),
     ):
         file = write_jsonl(tmp_path / name, values)
         with pytest.raises(UserError, match=message):

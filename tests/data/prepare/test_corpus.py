@@ -245,7 +245,7 @@ def test_malformed_records_come_out_with_place_and_reason(tmp_path: Path, monkey
         ("line 4", "a list, not a JSON object"),
         ("line 5", "not UTF-8"),
         ("line 6", "'text' is int, not text"),
-        ("line 7", "'text' holds half of a surrogate pair, which no encoding has"),
+        ("line 7", "'text' holds half of a surrogate pair, which UTF-8 cannot encode"),
     ]
 
 

@@ -343,7 +343,7 @@ def test_what_other_settings_or_other_text_left_is_not_taken(
         interrupt(elsewhere(tiny_settings(home, **changes), tmp_path), monkeypatch)
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     prepare(elsewhere(tiny_settings(home), tmp_path), Progress(console=console, disable=True))
-    assert "left by other text, settings or versions; deleted, starting over" in console.export_text()
+    assert "made from other text, settings or versions; deleted, starting over" in console.export_text()
     assert content(tmp_path / "data") == content(home / "data")
 
 
@@ -368,7 +368,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
     news.write_bytes(b'{"body": 3}\n' + (home / "text" / "news.jsonl").read_bytes() + b'\xff\n{"body": "last"}\n[]\n')
     sources[0]["files"] = [str(news)]
     with pytest.raises(
-        UserError, match=r"news.jsonl: line 1: 'body' is int, not text; mend or drop it, or set prepare.m"
+        UserError, match=r"news.jsonl: line 1: 'body' is int, not text; correct or drop it, or set prepare.m"
     ):
         prepared(tmp_path, sources=sources)
     with pytest.raises(
@@ -461,7 +461,7 @@ def test_a_folder_called_partial_that_is_not_ours_is_kept(tmp_path: Path) -> Non
     (theirs / "thesis.txt").write_text("precious")
     prepared(tmp_path)  # made already: nothing to do, there neither
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(UserError, match=r"data\.partial: holds what no preparation put there \(thesis\.txt\)"):
+    with pytest.raises(UserError, match=r"data\.partial: holds files that no preparation made \(thesis\.txt\)"):
         prepared(tmp_path)
     assert content(theirs) == {"thesis.txt": b"precious"}
 
@@ -474,7 +474,7 @@ def test_a_link_is_followed_and_a_mount_point_is_refused(tmp_path: Path, monkeyp
     assert (tmp_path / "scratch" / "manifest.json").exists()
     (tmp_path / "mount" / "data").mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "mount" / "data")
-    with pytest.raises(UserError, match=r"where a file system is mounted.*choose a folder inside it"):
+    with pytest.raises(UserError, match=r"is a mount point.*choose a folder inside it"):
         prepare(elsewhere(tiny_settings(tmp_path), tmp_path / "mount"), quiet())
 
 
@@ -595,7 +595,7 @@ def test_sources_without_documents_and_empty_splits_are_refused(tmp_path: Path) 
     empty.write_text("")
     with pytest.raises(UserError, match=r"has no documents \(0 read\)"):
         prepared(tmp_path, sources=[{"name": "void", "files": [str(empty)]}])
-    with pytest.raises(UserError, match=r"none of the 150 documents fell to the validation split; raise it"):
+    with pytest.raises(UserError, match=r"none of the 150 documents fell into the validation split; raise it"):
         prepared(tmp_path, validation_share=1e-9)
     with pytest.raises(UserError, match=r"prepare.shard_tokens = 2000000000: a shard file is at most 4 GiB"):
         prepared(tmp_path, shard_tokens=2_000_000_000)

@@ -194,7 +194,9 @@ def test_a_shard_that_another_thread_deleted_first_is_not_counted(
 def test_pairs_are_not_adopted_by_one_side_unasked(home: Path, content: str) -> None:
     folder = str(home / content / "train" / "pairs")
     column = "text" if content == "texts" else "tokens"
-    with pytest.raises(UserError, match=f"holds pairs, '{column}' with 'target_{column}', and one column is taken"):
+    with pytest.raises(
+        UserError, match=f"holds pairs, '{column}' with 'target_{column}', but only one column can be adopted"
+    ):
         find_column(Adoption(folder, home / "into", home / "given"))
     assert find_column(Adoption(folder, home / "into", home / "given", column=column))[0] == column
 
@@ -217,7 +219,7 @@ def test_the_table_of_sources_counts_both_sides_of_pairs_and_the_passes_of_the_p
 def test_an_encoder_that_would_read_nothing_is_said(home: Path) -> None:
     for name, mix in (("named", {}), ("texts", {"web": 1.0})):
         data = DataSettings(**TWO_SIDES, objectives=[{"kind": "causal"}], mix=mix)
-        with pytest.raises(UserError, match=r"data\.objectives = causal: none gives an encoder anything to read"):
+        with pytest.raises(UserError, match=r"data\.objectives = causal: none gives the encoder a source"):
             suggest_budgets(ShardStore(home / name, "train"), data)
 
 
@@ -241,5 +243,7 @@ def test_shards_of_a_version_that_knew_no_shards_of_text_are_still_what_is_asked
     made = (folder / "manifest.json").read_bytes()
     make(folder, sources=sources, vocabulary=300)
     assert (folder / "manifest.json").read_bytes() == made
-    with pytest.raises(UserError, match=r"already prepared otherwise \(prepare.content was 'tokens', is 'text'\)"):
+    with pytest.raises(
+        UserError, match=r"already prepared from other text or settings \(prepare.content was 'tokens', is 'text'\)"
+    ):
         make(folder, sources=sources, vocabulary=300, content="text")

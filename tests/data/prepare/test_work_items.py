@@ -121,7 +121,7 @@ def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     from bigmodel.data.prepare.corpus import Unit
     from bigmodel.data.prepare.encoding import Work, scan_unit
 
-    with pytest.raises(UserError, match=r"elsewhere/scan: is not there on .*every worker of prepare.scheduler sees"):
+    with pytest.raises(UserError, match=r"elsewhere/scan: does not exist on .*every worker of prepare.scheduler has"):
         scan_unit(0, Unit("a", (), ("text",), None), PrepareSettings(), Work(tmp_path / "elsewhere"))
 
 

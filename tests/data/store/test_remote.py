@@ -203,7 +203,7 @@ def test_what_the_store_holds_instead_of_the_file_is_refused(url: str, tmp_path:
     store = ShardStore(tmp_path / "data", "train", url)
     with pytest.raises(UserError) as error:
         store.document("news", 1, 0)
-    assert f"{url}/{SHARD}: what came is not the file of the manifest" in str(error.value)
+    assert f"{url}/{SHARD}: the received file differs from the manifest" in str(error.value)
     assert f"bigmodel verify {url}" in str(error.value)
     assert store.remote
     assert store.remote.num_failures == 4  # the fifth is the error
@@ -257,7 +257,7 @@ def test_the_cache_keeps_to_its_limit_by_deleting_what_was_used_longest_ago(
     for number in (1, 0, 2, 1, 1, 0):  # what was deleted comes again, and is the same
         assert np.array_equal(store.document("news", number, 1), local.document("news", number, 1))
         assert sum(sizes[name] for name in shards_in(tmp_path / "data")) <= limit
-    assert any("is deleted for room while it is in use" in record.getMessage() for record in caplog.records)
+    assert any("is deleted for room while in use" in record.getMessage() for record in caplog.records)
 
 
 def test_what_other_processes_are_fetching_counts_towards_the_limit(whole: Path, url: str, tmp_path: Path) -> None:

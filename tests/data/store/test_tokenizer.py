@@ -98,7 +98,7 @@ def test_a_boundary_that_the_model_itself_finds_in_a_text_is_spelled_out() -> No
             assert tokenizer.decode(ids) == text
     words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(UserError, match=r"makes '<s>' inside a text its own begin or end token, and has no other"):
+    with pytest.raises(UserError, match=r"reads '<s>' inside a text as its begin or end token, and has no other"):
         Tokenizer(words.to_str())
 
 

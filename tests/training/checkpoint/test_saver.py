@@ -210,7 +210,7 @@ def test_a_disk_that_turns_read_only_costs_the_save_in_flight_alone(disk: Path, 
 
 def test_a_file_that_reads_back_wrong_is_not_published(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
-    with pytest.raises(UserError, match="what was read back is not what was written"):
+    with pytest.raises(UserError, match="the bytes read back differ from the bytes written"):
         saver_of(tmp_path).save(Weights(4), {"step": 4})
     assert kept(tmp_path) == []
 
@@ -508,5 +508,5 @@ def test_a_store_that_refuses_leaves_the_local_checkpoint(tmp_path: Path, monkey
     saver = saver_of(tmp_path, remote="s3://nowhere/run")
     saver.save(Weights(4), {"step": 4})
     saver.close()
-    assert "not copied to checkpoint.remote: refused" in caplog.text
+    assert "not uploaded to checkpoint.remote: refused" in caplog.text
     assert loaded(tmp_path) == 4
