@@ -232,7 +232,9 @@ def main(
     padding: Annotated[int, typer.Option(min=0, help="rows and columns after the last document")] = 4,
     tile_rows: Annotated[int, typer.Option(min=1, help="queries in a tile")] = 8,
     tile_columns: Annotated[int, typer.Option(min=1, help="keys in a tile")] = 4,
-    cell: Annotated[int, typer.Option(min=0, help="terminal: pairs per character along each side; 0: fit the width")] = 0,
+    cell: Annotated[
+        int, typer.Option(min=0, help="terminal: pairs per character along each side; 0: fit the width")
+    ] = 0,
     png: Annotated[Path, typer.Option(help="path of the picture")] = Path("mask.png"),
 ) -> None:
     """Draw the tiles of a packed batch, in the terminal and as PNG."""

@@ -72,7 +72,9 @@ def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Find
         again = _order(settings, store)
         again.restore(state)
         differing += again.next_step() != order.next_step()
-    return Finding("a saved cursor continues with the same packed sequences, at every step", differing == 0, f"{steps} cursors")
+    return Finding(
+        "a saved cursor continues with the same packed sequences, at every step", differing == 0, f"{steps} cursors"
+    )
 
 
 def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:

@@ -14,9 +14,7 @@ def profile(run_directory: Path, kind: str, ranks: str, steps: int, seconds: flo
     if kind not in KINDS:
         raise UserError(f"profile {kind}: no such kind; choose one of {', '.join(KINDS)}")
     if not (run_directory / "metrics_endpoint").exists():
-        raise UserError(
-            f"{run_directory}: no live run (no metrics_endpoint); name the directory of a live run"
-        )
+        raise UserError(f"{run_directory}: no live run (no metrics_endpoint); name the directory of a live run")
     chosen = parse_ranks(ranks, _world_size(run_directory))
     folder = request(run_directory, kind, chosen, steps)
     found = wait(folder, chosen, seconds)
