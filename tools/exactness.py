@@ -84,7 +84,7 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows: the case, its differences from the oracle with their bounds, and the failures. `folder` keeps the oracles."""
+    """Rows: the case, its differences from the oracle with their bounds, the failures. `folder` keeps the oracles."""
     from tests.support.engine_worker import launch
     from tests.support.exactness import differences, failures, job_of, with_sequence
 

@@ -91,7 +91,7 @@ def check_device(device: str) -> None:
 
 
 class Record:
-    """The rows of one benchmark, in `directory`/`name`.json, with what is needed to repeat them."""
+    """The rows of one benchmark in `directory`/`name`.json, with command, date, commit and hardware."""
 
     def __init__(self, directory: Path, name: str, device: str) -> None:
         self.rows: list[Row] = []

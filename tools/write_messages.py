@@ -55,7 +55,7 @@ def messages() -> dict[str, list[str]]:
 def _texts(
     node: ast.expr, functions: Mapping[str, ast.FunctionDef], given: Mapping[str, ast.expr], depth: int = 0
 ) -> Iterator[str]:
-    """Possible texts of an expression: a literal, both branches of a choice, the results of one of our functions, or the
+    """Possible texts of an expression: a literal, both branches of a choice, the results of a function of ours, or the
     value of a name in the same file."""
     if isinstance(node, ast.JoinedStr | ast.BinOp) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
         yield re.sub(rf"{VALUE}(?:{VALUE})+", VALUE, " ".join(_text(node).split()))

@@ -41,7 +41,7 @@ def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs:
 
 
 def shown_documents(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
-    """(Q, K) the colour of each visible key; masked where not visible and at padding; scaled down above `MOST_CELLS`."""
+    """(Q, K) colour of each visible key; masked where not visible and at padding; scaled down above `MOST_CELLS`."""
     rows, columns = (_sampled(len(side)) for side in (mask.lo_Q, mask.place_K))
     colours_K = _colours_of_keys(batch, mask)[columns.numpy()]
     hidden_QK = ~mask.sees(rows, columns).numpy() | np.ma.getmaskarray(colours_K)

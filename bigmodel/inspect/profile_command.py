@@ -26,8 +26,8 @@ def profile(run_directory: Path, kind: str, ranks: str, steps: int, seconds: flo
     silent = [rank for rank in chosen if rank not in found]
     if silent:
         raise UserError(
-            f"rank(s) {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that finishes no step "
-            "gives stacks only: bigmodel profile RUN_DIR stacks --ranks all"
+            f"rank(s) {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that finishes no "
+            "step gives stacks only: bigmodel profile RUN_DIR stacks --ranks all"
         )
 
 
