@@ -167,7 +167,7 @@ def _mixed(colour: str, share: float) -> tuple[float, float, float]:
 
 
 def text_of(drawing: Drawing, cell: int) -> list[str]:
-    """A character per `cell` x `cell` pairs: # full tile, + visible in a partial tile, - masked there, . not visited."""
+    """A character per `cell` x `cell` pairs: # full tile, + visible in a partial tile, - masked, . not visited."""
     state_QK = np.zeros(drawing.sees_QK.shape, int)
     for tile in drawing.tiles:
         state_QK[np.ix_(tile.rows, tile.columns)] = 3 if tile.state == FULL else 1
