@@ -86,11 +86,11 @@ def isolation(model: Transformer, batch: Batch) -> list[Finding]:
     moved = min(way.moved for way in ways)
     reached = sum(way.reached for way in ways)
     return [
-        Finding("the edit changes the edited document's own losses", moved > 0, f"by up to {moved:.3g} nats"),
+        Finding("an edit changes the losses of the edited document", moved > 0, f"by up to {moved:.3g} nats"),
         Finding(
             "editing one document leaves every other document's losses bitwise equal",
             all(way.same_losses for way in ways),
-            f"{sum(way.num_others for way in ways)} positions",
+            f"{sum(way.num_others for way in ways)} tokens",
         ),
         Finding(
             "editing one document leaves all parameter gradients of another one's loss bitwise equal",

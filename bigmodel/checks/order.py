@@ -32,7 +32,7 @@ def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     reference = _step_fingerprints(settings, store, steps, 1, 1)
     findings = [
         Finding(
-            f"{steps} steps are the same bytes, each pack once, on {size} ranks in nodes of {node_size} as on one",
+            f"{steps} steps have the same bytes on {size} ranks, {node_size} per node, as on one; each pack once",
             _step_fingerprints(settings, store, steps, size, node_size) == reference,
             f"{sum(map(len, reference))} packs",
         )
@@ -107,11 +107,11 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     finished = _epoch_complete(order)
     return [
         Finding(
-            "each position of each document occurs exactly once in an epoch"
+            "each token of each document occurs exactly once in an epoch"
             if finished
-            else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
+            else f"no token occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
             max(seen.values()) == 1 and (all(whole) or not finished),
-            f"{positions:,} positions, {len(seen):,} chunks of documents",
+            f"{positions:,} tokens, {len(seen):,} chunks of documents",
         ),
         Finding(
             "neighbours in a shard are far apart in training",
