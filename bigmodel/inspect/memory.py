@@ -156,9 +156,7 @@ def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: 
     with LiveBytes() as bytes_:
         model(batch.to("meta")).backward()
     logits = min(CHUNK_BYTES, WIDE * len(batch.tokens) * vocabulary)
-    chunk = (
-        logits + logits // WIDE * TYPES[settings.training.precision].itemsize
-    )  # logits inside the loss, and their gradient
+    chunk = logits + logits // WIDE * TYPES[settings.training.precision].itemsize  # logits and their gradient
     return (bytes_.peak + chunk) // settings.training.sequence_parallel_ranks
 
 
