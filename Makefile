@@ -1,5 +1,5 @@
-# The whole way from a fresh clone to a trained model: `make train`. `make` alone lists what there is.
-# Needs python3 (3.11 or 3.12) and a package index; pip's own settings (index, proxy, cache) hold.
+# From a fresh clone to a trained model: `make train`. `make` lists the commands.
+# Needs python3 (3.11 or 3.12) and a package index; pip's settings (index, proxy, cache) apply.
 
 PYTHON ?= python3
 RUN ?= configs/tiny.toml
@@ -10,7 +10,7 @@ TESTS ?=
 PY := .venv/bin/python
 CONSTRAINTS := configs/constraints.txt
 INSTALL := $(PY) tools/install.py .venv/setup.log --constraint $(CONSTRAINTS)
-# Claims that need neither data nor a process group: seconds, so `make check` stays quick.
+# Tests without data or a process group: they take seconds.
 QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_directory.py \
 	tests/launcher/test_topology.py tests/metrics/test_recorder.py tests/inspect/test_compare.py
 
@@ -19,26 +19,26 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 .PHONY: help setup train train-seq2seq test test-long check torture exactness docs format clean
 
 help:  ## list these commands
-	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; run again: it resumes'
-	@echo 'make train-seq2seq  the same with an encoder-decoder on pairs: configs/seq2seq.toml'
-	@echo 'make test     set up, add the tools of development, run every test but the long ones, two at a time'
-	@echo '              (TESTS=... picks some)'
-	@echo 'make test-long  the long and rare tests that make test leaves out (TESTS=... picks some)'
-	@echo 'make check    the same set-up, formatting, lint, types and the quick tests: under 3 minutes'
-	@echo 'make torture  kill, cut off and flip checkpoints by the thousand (minutes)'
-	@echo 'make exactness  every engine setting against plain torch (hours; goes on where it stopped);'
-	@echo '              publishes benchmarks/support.md at its end'
-	@echo 'make docs     build the documents as a site, strictly: site/index.html'
-	@echo 'make setup    only create .venv, with what training needs'
-	@echo 'make format   rewrite the code in the house format'
+	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; a second call resumes'
+	@echo 'make train-seq2seq  the same for an encoder-decoder on pairs: configs/seq2seq.toml'
+	@echo 'make test     set up, install the development tools, run all tests except the long ones, two at a time'
+	@echo '              (TESTS=... selects tests)'
+	@echo 'make test-long  the long tests, which make test leaves out (TESTS=... selects tests)'
+	@echo 'make check    set up, check format, lint and types, run the quick tests: under 3 minutes'
+	@echo 'make torture  thousands of kills, power cuts and flipped bits in checkpoints (minutes)'
+	@echo 'make exactness  every engine setting against plain torch (hours; a stopped run goes on);'
+	@echo '              writes benchmarks/support.md at the end'
+	@echo 'make docs     build the site of the documents, warnings are errors: site/index.html'
+	@echo 'make setup    create .venv with the packages that training needs'
+	@echo 'make format   format the code'
 	@echo 'make clean    remove .venv and caches; data/ and runs/ stay'
 	@echo
 	@echo 'RUN=path.toml and RANKS=n choose another run; PYTHON=/path/to/python3.12 chooses the interpreter.'
 
 setup: .venv/installed
 
-# A stamp is written only after success, so an interrupted set-up starts again where it stopped. Training needs the first
-# only; the tools of development come on top of it.
+# A stamp is written only after success, so an interrupted set-up goes on where it stopped. Training needs the first
+# stamp only; the second adds the development tools.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
 		echo "set-up: PYTHON = $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -1); Python 3.11 or 3.12 is needed."; \
@@ -55,7 +55,7 @@ setup: .venv/installed
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@echo '[dev] installing the tools of development (about 30 packages)'
+	@echo '[dev] installing the development tools (about 30 packages)'
 	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 

@@ -1,7 +1,7 @@
-"""What every test needs set before torch is imported, and that no test depends on who runs it, where.
+"""Settings of all tests, made before torch is imported; no test depends on the user or the machine.
 
-One thread per process, because several ranks share two cores. Variables, widths and languages of the user's are
-removed; a test that opens `data/` or `runs/` of the checkout fails (tests/support/guard/sitecustomize.py).
+One thread per process, because several ranks share two cores. Variables, terminal widths and languages of the user
+are removed. A test that opens `data/` or `runs/` of the checkout fails (tests/support/guard/sitecustomize.py).
 """
 
 import os
@@ -25,7 +25,7 @@ USER_S = re.compile(
 )
 FIXED = {
     "COLUMNS": "80", "LINES": "25", "TERM": "dumb", "LC_ALL": "C.UTF-8", "TZ": "UTC", "OMP_NUM_THREADS": "1",
-    # No configuration from a home folder; no credentials from a cloud's own address.
+    # No configuration from a home folder; no credentials from a cloud's metadata address.
     "MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg", "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true",
     "HF_HOME": os.devnull, "HF_HUB_OFFLINE": "1",
@@ -33,23 +33,23 @@ FIXED = {
 
 
 def make_independent(environment: MutableMapping[str, str]) -> None:
-    """Remove what is the user's, set what a result may depend on."""
+    """Remove the user's variables; set those that a result may depend on."""
     for name in [name for name in environment if USER_S.fullmatch(name) and name not in KEPT]:
         del environment[name]
     environment.update(FIXED)
-    if environment.get("BIGMODEL_GPU_TESTS") != "1":  # for `pytest tests/gpu`; all other tests are about CPUs
+    if environment.get("BIGMODEL_GPU_TESTS") != "1":  # set for `pytest tests/gpu`; all other tests use CPUs
         environment.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})
-    for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
+    for name in ("no_proxy", "NO_PROXY"):  # the tests' servers are on this machine
         environment[name] = ",".join([*filter(None, [environment.get(name)]), "127.0.0.1", "localhost"])
 
 
-# Of a user's it is removed; tests/support/interpreted.py sets it for the pytest that it starts from a test.
+# Removed if the user set it; tests/support/interpreted.py sets it for the pytest that it starts.
 interpreted = os.environ.get("TRITON_INTERPRET") if "TESTS_RECORD" in os.environ else None
 make_independent(os.environ)
 if interpreted:
     os.environ["TRITON_INTERPRET"] = interpreted
 time.tzset()
-for number in (signal.SIGINT, signal.SIGHUP):  # `make test &` and nohup leave them ignored, and children inherit that
+for number in (signal.SIGINT, signal.SIGHUP):  # `make test &` and nohup ignore them, and children inherit that
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
@@ -67,7 +67,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_of_the_user_s_is_opened() -> Iterator[None]:
-    """Also by a fixture of a module: the first test after it fails."""
+    """Fixtures of a module count too: the first test after them fails."""
     global _seen
     yield
     opened = Path(_record).read_text(encoding="utf-8")[_seen:]

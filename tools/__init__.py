@@ -1,2 +1,2 @@
-"""Programs for whoever works on bigmodel: benchmarks and drawings. Each runs as `python -m tools.NAME`. Nothing
-imports them."""
+"""Programs for developers: benchmarks, fault injection, generators of documents. Run as `python -m tools.NAME`.
+Nothing imports them."""

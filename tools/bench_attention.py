@@ -1,14 +1,16 @@
-"""Attention over packed documents, every contender side by side in one process.
+"""Benchmark of attention over packed documents: all contenders in one process.
 
     python -m tools.bench_attention                        # all cases on the GPU
-    python -m tools.bench_attention --device cpu --quick   # small sizes on the CPU, with what runs there
+    python -m tools.bench_attention --device cpu --quick   # small sizes on the CPU, with the contenders that run there
 
-A row is one contender on one case: milliseconds of forward, backward and both (the median, inputs rotated, random
-normal data), TFLOP/s on the pairs that see each other (4 * pairs * channels a query head forward, 2.5 times that
-backward), the time to prepare a batch (our tile_metadata, FlexAttention's BlockMask), of ours also without the time
-that Python takes to launch it (`preparation_device_ms`: a CUDA graph of it), peak memory of forward and backward, and
-the error against float64 on a smaller case of the same kind. Padded contenders get their inputs already padded, which
-is in their favour. `forward_prepared_ms` is a forward together with preparing its batch.
+A row is one contender on one case:
+- milliseconds of forward, backward and both: median, inputs rotated, random normal data;
+- TFLOP/s on visible pairs: 4 * pairs * channels per query head forward, 2.5 times that backward;
+- time to prepare a batch (our tile metadata, FlexAttention's BlockMask); for ours also without the launches by
+  Python (`preparation_device_ms`, from a CUDA graph); `forward_prepared_ms` is preparation plus forward;
+- peak memory of forward and backward;
+- error against float64 on a smaller case of the same kind.
+Padded contenders get their inputs already padded, which is in their favour.
 """
 
 import inspect
@@ -43,7 +45,7 @@ from tools.measure import (
 
 @dataclass(frozen=True)
 class Case:
-    """Documents packed end to end. key_lengths None: self-attention, causal, `left` keys back at most."""
+    """Documents packed end to end. key_lengths None: causal self-attention, at most `left` keys back."""
 
     name: str
     lengths: tuple[int, ...]
@@ -62,18 +64,18 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """How many (query, key) pairs see each other."""
+        """Number of visible (query, key) pairs."""
         if self.is_cross:
             return sum(queries * keys for queries, keys in zip(self.lengths, self.keys, strict=True))
         return sum(causal_pairs(length, self.left) for length in self.lengths)
 
     @property
     def flops(self) -> int:
-        """Of the forward: two products, a multiplication and an addition for each channel of each pair."""
+        """FLOPs of the forward pass: two products, a multiplication and an addition per channel and pair."""
         return 4 * self.pairs * self.channels * self.heads[0]
 
     def smaller(self) -> "Case":
-        """The same kind of batch, small enough for float64 with all scores in memory."""
+        """A batch of the same kind, small enough for float64 with all scores in memory."""
         count = max(1, min(len(self.lengths), 12))
         shrink = max(1, sum(self.lengths[:count]) // 600, sum(self.keys[:count]) // 600)
         queries, keys = (tuple(-(-one // shrink) for one in side[:count]) for side in (self.lengths, self.keys))
@@ -87,7 +89,7 @@ class Case:
 
 
 def causal_pairs(length: int, left: int | None) -> int:
-    """Pairs of one causal document: row i sees i + 1 keys, at most left + 1."""
+    """Pairs of one causal document: row i attends to i + 1 keys, at most left + 1."""
     most = length if left is None else min(length, left + 1)
     return most * (most + 1) // 2 + (length - most) * most
 
@@ -98,7 +100,7 @@ def offsets_of(lengths: tuple[int, ...], device: str) -> Tensor:
 
 
 def lognormal_lengths(total: int, mean: int, seed: int) -> tuple[int, ...]:
-    """Documents of `mean` tokens on the average, lognormal with sigma 1, that fill `total` tokens."""
+    """Lengths with this mean, lognormal with sigma 1, that fill `total` tokens."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.empty(total // mean).log_normal_(0.0, 1.0, generator=generator)
     lengths = (drawn / drawn.sum() * total).int().clamp(min=1)
@@ -107,7 +109,7 @@ def lognormal_lengths(total: int, mean: int, seed: int) -> tuple[int, ...]:
 
 
 def cross_lengths(total: int, mean: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Decoder documents that fill `total`, and as many encoder documents four times as long on the average."""
+    """Decoder documents that fill `total`, and encoder documents with four times their mean length."""
     return lognormal_lengths(total, mean, seed=1), lognormal_lengths(4 * total, 4 * mean, seed=2)
 
 
@@ -116,7 +118,7 @@ def tiny_lengths(count: int) -> tuple[int, ...]:
 
 
 def cases(size: str) -> list[Case]:
-    """In order of importance: a run cut short has done the first. `size` is one of `tools.measure.sizes`."""
+    """Cases, most important first, in case the run is cut short. `size` is one of `tools.measure.sizes`."""
     scale = {"gpu": 1, "cpu": 32, "quick": 64}[size]
     whole, grouped, channels = ((16, 16), (32, 8), 128) if size == "gpu" else ((2, 2), (4, 1), 32)
     mean = max(16, 1_000 // scale)
@@ -136,12 +138,12 @@ def cases(size: str) -> list[Case]:
     ]
 
 
-# Contenders. Each takes packed (T, H, K) tensors to its own layout, prepares a batch once, and attends.
+# Contenders. Each converts packed (T, H, K) tensors to its own layout, prepares a batch once, and attends.
 
 
 @dataclass(frozen=True)
 class Contender:
-    """layout: packed rows and their lengths to what it takes; packed: the inverse, for the output."""
+    """layout: from packed rows and their lengths to its own layout; packed: the inverse, for the output."""
 
     name: str
     prepare: Callable[[Case, str], Any]
@@ -172,7 +174,7 @@ def prepare_ours(case: Case, device: str) -> tuple[AttentionMask, Any]:
 
 @cache
 def offsets_on_device(case: Case, device: str) -> AttentionMask:
-    """The cu_seqlens come with the batch: making them is no part of the preparation."""
+    """The cu_seqlens come with the batch, so their cost does not count as preparation."""
     return case.mask(device)
 
 
@@ -181,7 +183,7 @@ def attend_ours(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[AttentionMask, 
 
 
 def prepare_padded(case: Case, device: str) -> Tensor | None:
-    """The mask over padded documents, or none where a causal mask hides the padding anyway."""
+    """The mask over padded documents, or None if a causal mask already hides the padding."""
     if not case.is_cross and case.left is None:
         return None
     masks = torch.zeros(len(case.lengths), 1, max(case.lengths), max(case.keys), dtype=torch.bool, device=device)
@@ -203,7 +205,7 @@ def padded_contender(name: str, backend: SDPBackend, refusal: Callable[[Case, st
 
 def no_mask_on_gpu(case: Case, device: str) -> str | None:
     masked = case.is_cross or case.left is not None
-    return only_cuda(case, device) or ("takes no mask, which padding needs here" if masked else None)
+    return only_cuda(case, device) or ("takes no mask; padding needs one here" if masked else None)
 
 
 def prepare_varlen(case: Case, device: str) -> tuple[Any, ...]:
@@ -228,7 +230,7 @@ def compiled_flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def prepare_flex(case: Case, device: str) -> Any:
-    """A BlockMask of the rule, by the compiled create_block_mask."""
+    """A BlockMask of the rule from the compiled create_block_mask."""
     mask = offsets_on_device(case, device)
     query_document, query_place = places_of(mask.cu_seqlens_q, sum(case.lengths))
     key_document, key_place = places_of(mask.cu_seqlens_k, sum(case.keys))
@@ -245,7 +247,7 @@ def prepare_flex(case: Case, device: str) -> Any:
 
 
 def places_of(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Of each row: its document, and its place in it."""
+    """The document of each row, and its position there."""
     row_T = torch.arange(num_rows, device=cu_seqlens.device)
     document_T = torch.searchsorted(cu_seqlens, row_T, right=True) - 1
     return document_T, row_T - cu_seqlens[document_T]
@@ -263,7 +265,7 @@ def autotuned_flex() -> Callable[..., Any]:
 
 
 def attend_autotuned_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """The compiler chooses tile shapes by timing them; loads through TMA where there is one."""
+    """The compiler chooses tile shapes by timing them; loads through TMA if the GPU has it."""
     options = {"USE_TMA": True} if torch.cuda.get_device_capability()[0] >= 9 else {}
     return autotuned_flex()(
         q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options or None
@@ -303,13 +305,13 @@ CONTENDERS = [
     ),
 ]  # fmt: skip
 
-# Its tuning takes a minute a case and cannot be interrupted: after all others, on the cases of the pass marks.
+# Its tuning takes a minute per case and cannot be interrupted: it runs last, on the cases with a target only.
 AUTOTUNED = Contender("FlexAttention, autotuned", prepare_flex, attend_autotuned_flex, flat, unflat, only_cuda)
 AUTOTUNED_CASES = 3
 
 
 def order_of(all_cases: list[Case]) -> list[tuple[Case, Contender]]:
-    """What is measured, in this order."""
+    """(case, contender) pairs in the order of measurement."""
     first = [(case, contender) for case in all_cases for contender in CONTENDERS]
     return first + [(case, AUTOTUNED) for case in all_cases[:AUTOTUNED_CASES]]
 
@@ -347,7 +349,7 @@ def measure(contender: Contender, case: Case, dtype: torch.dtype, device: str, r
         }
     except torch.OutOfMemoryError:
         return {"not_run": "out of memory"}
-    except Exception as error:  # of a contender: its row says so, the others go on
+    except Exception as error:  # of a contender: recorded in its row; the others go on
         return {"not_run": f"refuses: {str(error).strip().splitlines()[0][:90]}"}
 
 
@@ -398,7 +400,7 @@ def graph_of(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def errors(contender: Contender, case: Case, dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Relative L2 errors of the output, and the worst of the three gradients, against float64."""
+    """Relative L2 error against float64: of the output, and the worst of the three gradients."""
     packed = packed_inputs(case, dtype, device, seed=9)
     q, k, v, d_out = in_layout(contender, case, packed)
     out = contender.attend(q, k, v, contender.prepare(case, device))
@@ -414,7 +416,7 @@ def errors(contender: Contender, case: Case, dtype: torch.dtype, device: str) ->
 
 
 def exact_attention(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask_TS: Tensor) -> Tensor:
-    """The formula; a row that sees nothing is 0."""
+    """The formula; a row without visible keys is 0."""
     group = q_THK.shape[1] // k_SGK.shape[1]
     k_SHK, v_SHK = (rows.repeat_interleave(group, 1) for rows in (k_SGK, v_SGK))
     score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * q_THK.shape[2] ** -0.5
@@ -430,12 +432,12 @@ COLUMNS = [
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    quick: Annotated[bool, typer.Option(help="small sizes and few repeats, to see that it runs")] = False,
-    only: Annotated[str, typer.Option(help="cases and contenders whose name has this")] = "",
-    seconds: Annotated[float, typer.Option(help="start no new row after so long")] = 1e9,
+    quick: Annotated[bool, typer.Option(help="small sizes and few repeats, as a smoke test")] = False,
+    only: Annotated[str, typer.Option(help="only cases or contenders whose name contains this")] = "",
+    seconds: Annotated[float, typer.Option(help="start no new row after this time")] = 1e9,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the plot")] = Path("benchmarks"),
 ) -> None:
-    """Time every contender on every case; rows are written as they come."""
+    """Time every contender on every case; each row is written at once."""
     check_device(device)
     started = time.monotonic()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

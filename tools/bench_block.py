@@ -1,11 +1,11 @@
-"""RMSNorm, RoPE, SwiGLU and a whole feed-forward half of a block: as written against torch.compile.
+"""Benchmark of RMSNorm, RoPE, SwiGLU and the feed-forward half of a block: eager against torch.compile.
 
     python -m tools.bench_block                        # on the GPU
     python -m tools.bench_block --device cpu --quick   # small sizes on the CPU
 
-Nothing here has a kernel of ours: these numbers say whether one would be worth writing. A row is one piece, as written
-(eager) or compiled: milliseconds of forward and of forward and backward (the median, inputs rotated, random normal
-data), the bytes that must be read and written once (inputs, outputs and gradients) over that time, and the peak memory.
+None of these has a Triton kernel of ours; the numbers say whether one would pay. A row is one operation, eager or
+compiled: milliseconds of forward and of forward and backward (median, inputs rotated, random normal data), the bytes
+of inputs, outputs and gradients, read or written once, over that time, and the peak memory.
 """
 
 import time
@@ -29,7 +29,7 @@ SIZES = {"gpu": [(16_384, 2_048), (16_384, 4_096)], "cpu": [(1_024, 512)], "quic
 
 @dataclass(frozen=True)
 class Piece:
-    """call: what runs; inputs(seed): its tensors; parameters: what else gets a gradient."""
+    """An operation. call: the function; inputs(seed): its tensors; parameters: further tensors with a gradient."""
 
     name: str
     call: Callable[..., Tensor]
@@ -55,7 +55,7 @@ class HalfBlock(nn.Module):
 
 
 def pieces(positions: int, settings: ModelSettings, dtype: torch.dtype, device: str) -> list[Piece]:
-    """The pieces at one size: RMSNorm, RoPE on all query heads, SwiGLU without its products, half a block."""
+    """The operations at one size: RMSNorm, RoPE on all query heads, SwiGLU without its products, half a block."""
 
     def random(*shape: int) -> Callable[[int], list[Tensor]]:
         def make(seed: int) -> list[Tensor]:
@@ -98,12 +98,12 @@ def measure(piece: Piece, call: Callable[..., Tensor], device: str, repeats: int
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    quick: Annotated[bool, typer.Option(help="small sizes and few repeats, to see that it runs")] = False,
+    quick: Annotated[bool, typer.Option(help="small sizes and few repeats, as a smoke test")] = False,
     compiler: Annotated[str, typer.Option(help="backend of torch.compile: inductor or aot_eager")] = "inductor",
-    seconds: Annotated[float, typer.Option(help="start no new row after so long")] = 1e9,
+    seconds: Annotated[float, typer.Option(help="start no new row after this time")] = 1e9,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the plot")] = Path("benchmarks"),
 ) -> None:
-    """Time every piece, as written and compiled; rows are written as they come."""
+    """Time every operation, eager and compiled; each row is written at once."""
     check_device(device)
     started = time.monotonic()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -1,12 +1,14 @@
-"""The loss of the output head, every contender side by side in one process.
+"""Benchmark of the loss of the output head: all contenders in one process.
 
     python -m tools.bench_linear_cross_entropy                        # all cases on the GPU
     python -m tools.bench_linear_cross_entropy --device cpu --quick   # small sizes on the CPU
 
-A row is one contender on one case of T positions, hidden width H and vocabulary V: milliseconds of the forward alone
-(evaluation), and of forward and backward (the median, inputs rotated, random normal data, 2% of the labels ignored),
-TFLOP/s of the latter counted as 6 * T * H * V for every contender, whatever it computes again, peak memory above inputs
-(the gradients of hidden and weight included), and the error of both gradients against float64 on a smaller case.
+A row is one contender on one case of T tokens, hidden size H and vocabulary V:
+- milliseconds of the forward alone (evaluation) and of forward and backward: median, inputs rotated, random normal
+  data, 2% of the labels ignored;
+- TFLOP/s of forward and backward, counted as 6 * T * H * V for every contender, without recomputation;
+- peak memory above the inputs, with the gradients of hidden states and weight;
+- error of both gradients against float64 on a smaller case.
 """
 
 import importlib.util
@@ -36,7 +38,7 @@ from tools.measure import (
     sizes,
 )
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, H), weight (V, H), labels (T,): the sum of the losses
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, H), weight (V, H), labels (T,) -> sum of the losses
 CHUNK = 4_096
 
 
@@ -55,7 +57,7 @@ class Case:
         return 6 * self.positions * self.width * self.vocabulary
 
 
-CASES = {  # in order of importance: a run cut short has done the first
+CASES = {  # most important first, in case the run is cut short
     "gpu": [Case(8_192, 4_096, 131_072), Case(32_768, 4_096, 131_072), Case(16_384, 2_048, 50_304)],
     "cpu": [Case(1_024, 256, 8_192), Case(512, 128, 16_000)],
     "quick": [Case(256, 64, 2_000), Case(192, 32, 5_003)],
@@ -76,7 +78,7 @@ def compiled_all_logits(compiler: str) -> Loss:
 
 
 def chunked(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
-    """A loss per chunk, its logits computed again in the backward."""
+    """A loss per chunk of tokens; the backward pass recomputes its logits."""
     chunks = zip(hidden_TH.split(CHUNK), labels_T.split(CHUNK), strict=True)
     losses = [checkpoint(all_logits, hidden, weight_VH, labels, use_reentrant=False) for hidden, labels in chunks]
     return torch.stack(losses).sum()
@@ -93,7 +95,7 @@ def ours(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
 
 
 def contenders(device: str, compiler: str) -> dict[str, Loss | str]:
-    """Each contender, or why it does not run here."""
+    """Name -> contender, or the reason why it does not run here."""
     found: dict[str, Loss | str] = {
         "ours": ours,
         "all logits": all_logits,
@@ -124,18 +126,18 @@ def measure(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: in
         return times(loss, case, dtype, device, repeats) | {"gradient_error": gradient_error(loss, dtype, device)}
     except torch.OutOfMemoryError:
         return {"not_run": "out of memory"}
-    except Exception as error:  # of a contender: its row says so, the others go on
+    except Exception as error:  # of a contender: recorded in its row; the others go on
         return {"not_run": f"refuses: {str(error).strip().splitlines()[0][:90]}"}
 
 
 def times(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: int) -> Row:
-    weight_VH = inputs_of(case, dtype, device, 0)[1]  # a model has one
+    weight_VH = inputs_of(case, dtype, device, 0)[1]  # a model has one weight
     sets = [inputs_of(case, dtype, device, seed) for seed in range(INPUT_SETS)]
     sets = [(hidden_TH, weight_VH, labels_T) for hidden_TH, _, labels_T in sets]
 
     def forward(number: int) -> Tensor:
         hidden_TH, weight_VH, labels_T = sets[number]
-        with torch.no_grad():  # detached too: Liger makes gradients for inputs that want some
+        with torch.no_grad():  # detached too: Liger computes gradients for inputs that require them
             return loss(hidden_TH.detach(), weight_VH.detach(), labels_T)
 
     def both(number: int) -> tuple[Tensor, ...]:
@@ -153,7 +155,7 @@ def times(loss: Loss, case: Case, dtype: torch.dtype, device: str, repeats: int)
 
 
 def gradient_error(loss: Loss, dtype: torch.dtype, device: str) -> float:
-    """The worse relative L2 error of the two gradients against float64."""
+    """The larger relative L2 error of the two gradients against float64."""
     hidden_TH, weight_VH, labels_T = inputs_of(ERROR_CASE, dtype, device, seed=9)
     wide: list[Any] = [rows.detach().double().requires_grad_() for rows in (hidden_TH, weight_VH)]
     exact = F.cross_entropy(wide[0] @ wide[1].T, labels_T, ignore_index=IGNORED, reduction="sum")
@@ -166,12 +168,12 @@ COLUMNS = ["case", "contender", "forward_ms", "both_ms", "both_tflops", "peak_gb
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    quick: Annotated[bool, typer.Option(help="small sizes and few repeats, to see that it runs")] = False,
+    quick: Annotated[bool, typer.Option(help="small sizes and few repeats, as a smoke test")] = False,
     compiler: Annotated[str, typer.Option(help="backend of torch.compile: inductor or aot_eager")] = "inductor",
-    seconds: Annotated[float, typer.Option(help="start no new row after so long")] = 1e9,
+    seconds: Annotated[float, typer.Option(help="start no new row after this time")] = 1e9,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the plot")] = Path("benchmarks"),
 ) -> None:
-    """Time every contender on every case; rows are written as they come."""
+    """Time every contender on every case; each row is written at once."""
     check_device(device)
     started = time.monotonic()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -1,11 +1,11 @@
-"""What watching costs: CPU milliseconds per scrape and per step, each over 10,000 calls and more.
+"""Cost of metrics: CPU milliseconds per scrape and per step, each over at least 10,000 calls.
 
     python -m tools.bench_metrics [--calls 10000]      writes benchmarks/bench_metrics.json
 
-CPU seconds of the process that does the work, not wall time: on a shared machine only those can be compared. The
-records are those of a run with 8 ranks on the node and 20 sources. A step's cost is that of the calls the loop makes:
-phases (as many as with 8 micro-batches), the record, the compile clock and the look for a request; on rank 0, which
-also writes the line, and on another rank.
+Measured in CPU seconds of the working process, because wall time on a shared machine is not comparable. Records are
+those of a run with 8 ranks on the node and 20 sources. The cost of a step is the cost of the loop's calls: phases (of
+8 micro-batches), the record, the compile clock and the check for a profile request; on rank 0, which also writes the
+line, and on another rank.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def step_record(step: int, seconds: float) -> StepRecord:
 
 
 def a_step(metrics: Metrics, phases: Phases, profiler: Profiler, compile_time: CompileTime) -> Callable[[int], None]:
-    """What the training loop and the engine call in a step, around nothing."""
+    """The calls of the training loop and the engine in a step, without training."""
 
     def step(number: int) -> None:
         profiler.step()
@@ -80,7 +80,7 @@ def milliseconds_a_call(call: Callable[[int], object], calls: int) -> float:
 
 @contextmanager
 def a_node(directory: Path) -> Iterator[Metrics]:
-    """Rank 0 with its exporter, and the records of seven more ranks, which this process plays."""
+    """Rank 0 with its exporter, and the records of seven more ranks, written by this process."""
     with Metrics(directory, seat=Seat(0, RANKS, 0, 0, RANKS), start="bench") as metrics:
         others = []
         for rank in range(1, RANKS):
@@ -130,7 +130,7 @@ def render(ranks: Ranks) -> bytes:
 
 
 def scrapes(metrics: Metrics, calls: int) -> dict[str, float]:
-    """CPU of the exporter process over `calls` HTTP requests one after the other."""
+    """CPU time of the exporter process over `calls` sequential HTTP requests."""
     port = int(metrics.endpoint.rpartition(":")[2])
     exporter = next(
         process

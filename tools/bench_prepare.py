@@ -1,22 +1,22 @@
-"""How fast is `prepare`? Against its tokenizer alone, and against the usual one-process conversion.
+"""Speed of `prepare`, compared with its tokenizer alone and with the usual one-process conversion.
 
     python -m tools.bench_prepare --megabytes 32 --repeats 3
 
     python -m tools.bench_prepare --memory --megabytes 400
 
-Text: Python's standard library, repeated with its lines shuffled, so that no document is a duplicate, as Parquet.
-All ways use the same tokenizer.json, trained before. Each is a process of its own; they take turns, and the median
-counts. Writes benchmarks/prepare.json and prepare.png and prints the table for benchmarks/README.md.
+Text: Python's standard library as Parquet, repeated with shuffled lines, so no document is a duplicate. All methods
+use the same tokenizer.json, trained before. Each runs in its own process; they alternate, and the median counts.
+Writes benchmarks/prepare.json and prepare.png and prints the table for benchmarks/README.md.
 
 - `tokenizers alone`: encode_batch_fast on all cores, text in memory; nothing is read or written.
-- `tiktoken alone`: the same ids by our fast path, a process a core, text in memory.
-- `one process`: what llm-foundry's converter does: read a row, tokenize it, give it to MDSWriter.
+- `tiktoken alone`: the same ids by our fast path, one process per core, text in memory.
+- `one process`: like llm-foundry's converter: read a row, tokenize it, give it to MDSWriter.
 - `prepare`: the whole command, from the start of Python to the renamed folder: hash, scan, deduplicate, tokenize,
   shards, length index, manifest.
-- `prepare, exact`: the same where the fast path does not serve, so that the tokenizers library does the work.
+- `prepare, exact`: the same without the fast path: the tokenizers library does the work.
 
-`--memory`: the most resident memory of `prepare` in one process, with the text as one file of each kind that cannot be
-cut or has one row group. Prints a table.
+`--memory`: peak resident memory of `prepare` in one process, with the text as one file of each kind that cannot be
+split or has one row group. Prints a table.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ROW_GROUP = 64  # documents: about 1 MB
 
 
 def write_text(folder: Path, megabytes: int) -> int:
-    """text.parquet with about so many megabytes; returns its bytes of text."""
+    """Write text.parquet of about `megabytes`; return its bytes of text."""
     import pyarrow
     import pyarrow.parquet
 
@@ -65,13 +65,13 @@ def write_text(folder: Path, megabytes: int) -> int:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json, and exact.json: the same ids, but of a form that tiktoken cannot serve."""
+    """Write tokenizer.json, and exact.json: the same ids in a form that tiktoken does not support."""
     from bigmodel.data.store.tokenizer import train
 
     text = train(read_texts(folder)[:3000], VOCABULARY)
     (folder / "tokenizer.json").write_text(text)
     description = json.loads(text)
-    description["model"]["byte_fallback"] = True  # means nothing where every byte is a token
+    description["model"]["byte_fallback"] = True  # has no effect if every byte is a token
     (folder / "exact.json").write_text(json.dumps(description))
 
 
@@ -81,7 +81,7 @@ def read_texts(folder: Path) -> list[str]:
     return pyarrow.parquet.read_table(folder / "text.parquet")["text"].to_pylist()
 
 
-# ---- the ways -------------------------------------------------------------------------------------------------
+# ---- the methods -------------------------------------------------------------------------------------------------
 
 
 def tokenizers_alone(folder: Path) -> dict[str, float]:
@@ -149,7 +149,7 @@ def whole_prepare(folder: Path, tokenizer: str, file: str = "text.parquet", more
 
 
 class Clock:
-    """Seconds by the wall, and seconds of processors in this process and its ended children."""
+    """Wall seconds, and CPU seconds of this process and its ended children."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), _processor_seconds()
@@ -262,7 +262,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"MB of text a second, {result['cores']} cores; median of {len(result['runs']['prepare'])}")
+    axes.set_xlabel(f"MB of text per second, {result['cores']} cores; median of {len(result['runs']['prepare'])}")
     figure.savefig(path, dpi=120)
 
 
@@ -271,8 +271,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--way", help="run one way and print its seconds")
-    parser.add_argument("--folder", type=Path, help="with --way: where the text is")
+    parser.add_argument("--way", help="run one method and print its seconds")
+    parser.add_argument("--folder", type=Path, help="with --way: folder of the text")
     arguments = parser.parse_args()
     if arguments.way:
         kind = arguments.way.removeprefix("prepare, ")

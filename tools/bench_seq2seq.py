@@ -1,21 +1,20 @@
-"""Encoder-decoder training: packed pairs against padded batches of the same pairs, with the same weights.
+"""Benchmark of encoder-decoder training: packed pairs against padded batches of the same pairs, same weights.
 
     python -m tools.bench_seq2seq                        # on the GPU
     python -m tools.bench_seq2seq --device cpu           # a small model on the CPU
     python -m tools.bench_seq2seq --device cpu --quick
 
-Pairs have lengths like those of translations, of summaries and of instructions (lognormal, their means below). A row is
-one way to batch the same pairs: forward and backward of all of them, and how many of their tokens (source and target,
-without padding) go through in a second. `loss_error` says how far the summed loss is from the packed one's, relative:
-all contenders compute the same. Padded batches hold as many pairs as a pack does on average, are right-padded and use
-torch's scaled_dot_product_attention with a mask where it needs one; sorted ones hold pairs of like length, as bucketing
-does, which also means that batches are no longer random. A quarter of the pairs a batch leaves less to pad, and less to
-multiply at once. On the CPU seconds are CPU seconds of one thread.
+Lengths of pairs are like those of translations, summaries and instructions (lognormal, means below). A row is one way
+to batch the same pairs: time of forward and backward of all pairs, and tokens per second (source and target, without
+padding). `loss_error` is the relative difference of the summed loss from that of packed pairs: all contenders compute
+the same loss. Padded batches hold as many pairs as a packed sequence does on average, are right-padded and use torch's
+scaled_dot_product_attention, with a mask if it needs one. Sorted batches hold pairs of similar length, as bucketing
+does, so batches are not random. Batches with a quarter of the pairs have less padding and smaller matrix products.
+On the CPU, seconds are CPU seconds of one thread.
 
-`real_share` is the share of a row's positions that holds a token: where time goes with positions, packing wins its own
-share over another's, and more where attention, which grows with their square, weighs. `real_share_of_many` is that of
-the same way on all POOL pairs of the case, of which the sorted ones find far more neighbours of like length than in the
-few that are timed.
+`real_share` is the share of positions without padding. If time is linear in positions, the speedup of packing is the
+ratio of two shares; it is larger if attention, which is quadratic, dominates. `real_share_of_many` is the share on all
+POOL pairs of the case; there sorting finds far more pairs of similar length than among the few timed pairs.
 """
 
 import statistics
@@ -44,14 +43,14 @@ from bigmodel.model.rotary import rotary_table
 from bigmodel.model.transformer import AttentionInputs, Transformer
 from tools.measure import Record, Row, check_device, milliseconds, peak_bytes, sizes
 
-MODELS = {  # layers of each side, width, vocabulary
+MODELS = {  # layers of each side, hidden size, vocabulary
     "gpu": (12, 1024, 32_000),
     "cpu": (2, 128, 1_000),
     "quick": (1, 32, 100),
 }
 PACKS = {"gpu": 8, "cpu": 2, "quick": 1}
 REPEATS = {"gpu": 10, "cpu": 3, "quick": 1}
-POOL = 4_000  # pairs that packs are planned of
+POOL = 4_000  # pairs in the plan
 LONGEST, SORTED = "padded to the longest in the batch", "the same, sorted by length"
 QUARTER, ALLOWED = "sorted by length, a quarter of the pairs a batch", "padded to the longest allowed"
 
@@ -60,7 +59,7 @@ QUARTER, ALLOWED = "sorted by length, a quarter of the pairs a batch", "padded t
 
 
 def lognormal(seed: int, count: int, mean: float, deviation: float, least: int, most: int) -> np.ndarray:
-    """Lengths of this mean, by inverse transform of words."""
+    """Lengths with this mean, by inverse transform of random words."""
     normal = NormalDist(float(np.log(mean)) - deviation**2 / 2, deviation)
     uniform = (words(seed, count) >> np.uint64(11)).astype(float) / 2**53
     drawn = [np.exp(normal.inv_cdf(min(max(value, 1e-9), 1 - 1e-9))) for value in uniform.tolist()]
@@ -68,18 +67,18 @@ def lognormal(seed: int, count: int, mean: float, deviation: float, least: int, 
 
 
 def translations(count: int) -> np.ndarray:
-    """(n, 2) target and source lengths of sentences and their translations, about as long; source mean 30."""
+    """(n, 2) target and source lengths of translated sentences, about equal; source mean 30."""
     source = lognormal(1, count, 30, 0.7, 2, 256)
     return np.stack([np.clip(source * lognormal(2, count, 100, 0.2, 50, 200) // 95, 2, 256), source], axis=1)
 
 
 def summaries(count: int) -> np.ndarray:
-    """Of articles of 780 tokens and their summaries of 60."""
+    """(n, 2) lengths of articles of 780 tokens and their summaries of 60, on average."""
     return np.stack([lognormal(3, count, 60, 0.5, 2, 256), lognormal(4, count, 780, 0.5, 2, 2048)], axis=1)
 
 
 def instructions(count: int) -> np.ndarray:
-    """Of instructions of 120 tokens and answers of 200, both of very different lengths."""
+    """(n, 2) lengths of instructions of 120 tokens and answers of 200 on average, both with a large spread."""
     return np.stack([lognormal(5, count, 200, 1.0, 2, 2048), lognormal(6, count, 120, 1.2, 2, 2048)], axis=1)
 
 
@@ -87,7 +86,7 @@ def instructions(count: int) -> np.ndarray:
 class Case:
     name: str
     lengths: Callable[[int], np.ndarray]
-    budgets: tuple[int, int]  # target, source: in the proportion of the data
+    budgets: tuple[int, int]  # target, source: in the ratio of the data
     longest: tuple[int, int]
 
 
@@ -102,7 +101,7 @@ CASES = (
 
 
 def make_pairs(case: Case, num_packs: int, vocabulary: int) -> tuple[list[list[Pair]], DataSettings]:
-    """Pairs in packs, some of a plan of many, of those that training would take; budgets of the case."""
+    """Pairs of some packed sequences from a plan of POOL pairs, packed as in training, with the case's budgets."""
     data = DataSettings(
         max_document_length=case.longest[0],
         sequence_length=max(case.budgets[0], case.longest[0]),
@@ -170,7 +169,7 @@ def padded(pairs: Sequence[Pair], size: int, longest: tuple[int, int] | None = N
 
 
 class Padded(nn.Module):
-    """The model's own weights and layers on padded batches: (B, T, H) through products, masks in the attention."""
+    """The model's weights and layers on padded batches: (B, T, H) in matrix products, masks in attention."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -218,7 +217,7 @@ def attend(
 
 
 def measure(forward: nn.Module, batches: Sequence[Batch | PaddedBatch], device: str, repeats: int) -> Row:
-    """Milliseconds of forward and backward of all batches, the summed loss, peak memory of the largest."""
+    """Milliseconds of forward and backward of all batches, the summed loss, peak memory of the largest batch."""
     moved = [batch.to(device) for batch in batches]
 
     def one(batch: Batch | PaddedBatch) -> float:
@@ -262,7 +261,7 @@ def contenders(case: Case, pairs: list[list[Pair]], data: DataSettings) -> dict[
 
 
 def positions_of(batches: Sequence[Batch | PaddedBatch]) -> int:
-    """On both sides, padding included."""
+    """Positions on both sides, padding included."""
     count = 0
     for batch in batches:
         if isinstance(batch, PaddedBatch):
@@ -274,7 +273,7 @@ def positions_of(batches: Sequence[Batch | PaddedBatch]) -> int:
 
 
 def real_shares(case: Case, size: int, data: DataSettings) -> dict[str, float]:
-    """Of each contender the share of positions that hold a token, when it takes POOL pairs, `size` a batch."""
+    """Contender -> share of positions without padding, over POOL pairs in batches of `size`."""
     lengths = case.lengths(POOL)
     packs = len(pack_two_sides(lengths, (data.sequence_length, data.source_sequence_length), data.max_documents).packs)
     by_length = lengths[np.lexsort((lengths[:, 0], lengths[:, 1]))]
@@ -295,11 +294,11 @@ def real_shares(case: Case, size: int, data: DataSettings) -> dict[str, float]:
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    quick: Annotated[bool, typer.Option(help="a tiny model and few pairs, to see that it runs")] = False,
-    seconds: Annotated[float, typer.Option(help="start no new row after so long")] = 1e9,
+    quick: Annotated[bool, typer.Option(help="a tiny model and few pairs, as a smoke test")] = False,
+    seconds: Annotated[float, typer.Option(help="start no new row after this time")] = 1e9,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the plot")] = Path("benchmarks"),
 ) -> None:
-    """Train on the same pairs in every way; rows are written as they come."""
+    """Train on the same pairs with every contender; each row is written at once."""
     check_device(device)
     if device == "cpu":
         torch.set_num_threads(1)
@@ -312,7 +311,7 @@ def main(
     )  # fmt: skip
     model = Transformer(settings, vocabulary)
     init_weights(model, seed=1)
-    model.embedding.weight.data.mul_(10)  # else every loss is that of a uniform guess, whatever the attention does
+    model.embedding.weight.data.mul_(10)  # else every loss is that of a uniform guess, with any attention
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     record = Record(out, "bench_seq2seq" if device == "cuda" else "bench_seq2seq_cpu", device)
     for case in CASES:

@@ -1,17 +1,17 @@
-"""How fast, how full, how even and how large is the stream?
+"""Benchmark of the data stream: packing efficiency, balance over ranks, speed.
 
     python -m tools.bench_stream packing            efficiency at contexts of 2k, 8k and 32k, and balance over ranks
     python -m tools.bench_stream speed              tokens/s on one core from shards to batches, against others
-    python -m tools.bench_stream text               tokens/s where shards hold text, tokenized while they stream
+    python -m tools.bench_stream text               tokens/s from text shards, tokenized while they stream
 
 Each writes benchmarks/stream_<name>.json (packing also a plot) and prints the table for benchmarks/README.md.
 Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
 
-- packing: `pad each`: a document (or its chunk) a row; `next-fit`: in order, a new pack where a chunk does not fit;
-  `ours`: the order as it is in training, whatever is carried on left uncounted.
-- speed: each way is a process of its own; they take turns; the median counts. Tokens over processor seconds of the
-  whole process, imports left out. `iterate, concatenate` and `iterate, bin-pack` are StreamingDataset.__iter__ with a
-  collator that joins and cuts, and one that packs each 256 documents first-fit decreasing and drops nothing.
+- packing: `pad each`: one document or chunk per row; `next-fit`: in order, a new packed sequence when a chunk does not
+  fit; `ours`: the order of training, without the chunks carried to the next buffer.
+- speed: each method runs in its own process; they alternate; the median counts. Tokens over CPU seconds of the whole
+  process, without imports. `iterate, concatenate` and `iterate, bin-pack` are StreamingDataset.__iter__ with a
+  collator that joins and cuts, and one that packs groups of 256 documents first-fit decreasing and drops nothing.
 - text: the embedded corpus, prepared as text and as tokens with a vocabulary of 8,192, through the same stream.
 """
 
@@ -45,14 +45,14 @@ CONTEXT = 2048
 
 
 def lognormal(key: int, count: int) -> np.ndarray:
-    """Stored tokens of documents: lognormal, made of words of a key, so that they are the same everywhere."""
+    """Stored tokens of documents: lognormal, from random words of a key, so equal on every machine."""
     uniform = ((words(key, 2 * count) >> np.uint64(11)).astype(float) + 1) / 2**53
     normal = np.sqrt(-2 * np.log(uniform[:count])) * np.cos(2 * np.pi * uniform[count:])
     return (np.exp(6.0 + 1.1 * normal).astype(np.int64) + 2).astype(np.uint32)
 
 
 def write_manifest(folder: Path, shards: list[list[int]], files: dict[str, Any]) -> None:
-    """Describe one source, `web`, of these shards."""
+    """Write the manifest of one source, `web`, with these shards."""
     (folder / "tokenizer.json").write_text("{}")
     documents, positions, _ = (sum(column) for column in zip(*shards, strict=True))
     counts = {"documents": documents, "tokens": positions + documents, "text_bytes": 0}
@@ -80,7 +80,7 @@ def write_manifest(folder: Path, shards: list[list[int]], files: dict[str, Any])
 
 
 def write_shards(folder: Path, num_tokens: int) -> None:
-    """train/web in shards of 8 million tokens."""
+    """Write train/web in shards of 8 million tokens."""
     source = folder / "train" / "web"
     source.mkdir(parents=True)
     lengths = lognormal(5, num_tokens // 740)
@@ -98,7 +98,7 @@ def write_shards(folder: Path, num_tokens: int) -> None:
 
 
 def ours(folder: Path) -> Iterator[int]:
-    """Tokens of each step's batches, the stream working as in training, verification included."""
+    """Tokens of each step's batches, from the stream as in training, with verification."""
     from bigmodel.data.load.stream import Stream
 
     data = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT)
@@ -134,7 +134,7 @@ def next_fit_of_our_reader(folder: Path) -> Iterator[int]:
 
 
 def streamed(folder: Path) -> Iterator[np.ndarray]:
-    """Documents as StreamingDataset iterates over them, shuffled by its default."""
+    """Documents in the order of StreamingDataset, with its default shuffle."""
     from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
@@ -166,7 +166,7 @@ def concatenated(folder: Path) -> Iterator[int]:
 
 
 def bin_packed(folder: Path) -> Iterator[int]:
-    """Each 256 documents, cut at the context, first-fit decreasing into rows, padded."""
+    """Groups of 256 documents, cut at the context, packed into rows first-fit decreasing, padded."""
     import torch
 
     waiting: list[np.ndarray] = []
@@ -195,20 +195,20 @@ def bin_packed(folder: Path) -> Iterator[int]:
 
 
 def make_rows(tokens: Any, owners: Any) -> dict[str, Any]:
-    """What a packing collator hands over: tokens, shifted labels that stop at documents' ends, sequence ids."""
+    """Output of a packing collator: tokens, shifted labels that stop at the ends of documents, sequence ids."""
     labels = tokens.roll(-1, 1)
     labels[owners != owners.roll(-1, 1)] = -100
     return {"input_ids": tokens, "labels": labels, "sequence_id": owners}
 
 
 def text(seconds: float) -> dict[str, Any]:
-    """Rates of the stream over shards of tokens and of text, by wall clock and by processor, with 1 and 2 workers."""
+    """Tokens per wall second and per CPU second from token shards and text shards, with 1 and 2 workers."""
     from bigmodel.config.settings import Settings
     from bigmodel.data.load.stream import Stream
     from bigmodel.data.prepare.pipeline import prepare, quiet
     from bigmodel.data.store import shards
 
-    shards.RECENT_TOKENS = 0  # the corpus is small: its next epoch would be remembered
+    shards.RECENT_TOKENS = 0  # the corpus is small: the cache would serve its next epoch
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         for content in ("tokens", "text"):
@@ -240,7 +240,7 @@ WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
 
 
 def one_way(way: str, folder: Path, seconds: float) -> dict[str, float]:
-    """Tokens and processor seconds after the first batch, which pays for imports and first reads of code."""
+    """Tokens and CPU seconds after the first batch, which includes imports."""
     batches = WAYS[way](folder)
     next(batches)
     wall, processor, tokens = time.perf_counter(), time.process_time(), 0
@@ -271,7 +271,7 @@ def speed(num_tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
 
 
 class InMemory:
-    """A store of lengths only, in shards of 10,000 documents."""
+    """A store with lengths only, in shards of 10,000 documents."""
 
     sources = ["web"]
     fingerprint = "lognormal"
@@ -357,14 +357,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.annotate(f"{100 * list(points.values())[-1]:.2f}", (list(points)[-1], 100 * list(points.values())[-1]))
     axes.set_xscale("log", base=2)
     axes.set_xticks([2048, 8192, 32768], ["2k", "8k", "32k"])
-    axes.set(xlabel="context, tokens", ylabel="% of positions that are real", ylim=(0, 105))
+    axes.set(xlabel="context, tokens", ylabel="% of positions without padding", ylim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def record(name: str, result: dict[str, Any], load: float) -> None:
-    """Write benchmarks/stream_<name>.json, with where it was measured, and print it. `load`: before the run."""
+    """Write benchmarks/stream_<name>.json with the hardware, and print it. `load`: system load before the run."""
     result |= {"load_before": load, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     result["commit"] = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -383,13 +383,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300_000, help="packing: documents")
     parser.add_argument("--tokens", type=int, default=24_000_000, help="speed: tokens in the shards")
     parser.add_argument("--seconds", type=float, default=4.0, help="speed: length of one run")
-    parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each way")
+    parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each method")
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "way":
         print(json.dumps(one_way(arguments.way, arguments.folder, arguments.seconds)), flush=True)
-        os._exit(0)  # streaming's threads and shared memory are the resource tracker's to clean
+        os._exit(0)  # the resource tracker cleans up streaming's threads and shared memory
     load = os.getloadavg()[0]
     runs = {
         "packing": lambda: packing(arguments.documents),

@@ -1,17 +1,16 @@
-"""What do a billion documents cost a node: start, resume, memory and steps?
+"""Costs of a billion documents on one node: start, resume, memory and steps.
 
     python -m tools.bench_stream_scale       writes benchmarks/stream_scale.json
 
-A prepared folder of 1e9 documents in 23,256 shards: manifest, index and length files are real and read, compared and
-mapped as in training; the length files are links to sixteen, and the shards' tokens are left out. 64 lanes, 8 nodes of
-8 ranks; node 3 is run: 8 processes, each of which imports what a training process imports, plans the node's lanes and
-keeps the steps of a window, as `Stream` does. They work at the same time, so the seconds are those of 8 processes on
-the cores there are. It is run twice: from the beginning, and from a cursor written by hand, half-way through the
-second epoch, just before a block ends.
+A prepared folder of 1e9 documents in 23,256 shards: manifest, index and length files are real and are read, verified
+and mapped as in training. The length files are links to sixteen files; the shards have no tokens. 64 lanes, 8 nodes
+of 8 ranks; node 3 is run: 8 processes, each with the imports of a training process, plan the node's lanes and keep
+the steps of a packing buffer, as `Stream` does. They run at the same time, so seconds are those of 8 processes on
+this machine's cores. Two runs: from the beginning, and from a hand-written cursor half-way through the second epoch,
+just before a block ends.
 
-Memory is the sum over the processes of PSS (/proc/PID/smaps_rollup), in which a page that n processes share counts 1/n
-in each: what the node has resident. It is looked at all the time; the most counts. `after_imports` is before there is
-a plan.
+Memory is the resident memory of the node: the sum of PSS over its processes (/proc/PID/smaps_rollup; a page shared by
+n processes counts 1/n in each), sampled all the time; the peak counts. `after_imports` is before planning.
 """
 
 import argparse
@@ -41,14 +40,14 @@ from bigmodel.data.store.shards import ShardStore, measure_shard
 from tools.bench_stream import CONTEXT, ROOT, lognormal, record, write_manifest
 
 DOCUMENTS, SHARD_DOCUMENTS, LANES, NODES, RANKS, NODE = 10**9, 43_000, 64, 8, 8, 3
-NUM_LISTS = 16  # of different lengths
+NUM_LISTS = 16  # different length files
 PACKS_PER_STEP = NODES * RANKS * 16
 STEPS = 300
 DATA = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT, lanes=LANES)
 
 
 def write_folder(folder: Path, num_shards: int) -> int:
-    """The prepared folder without the shards' tokens. Gives its documents."""
+    """Write the prepared folder without tokens; return its number of documents."""
     source = folder / "train" / "web"
     source.mkdir(parents=True)
     lists = [lognormal(make_key("list", number), SHARD_DOCUMENTS) for number in range(NUM_LISTS)]
@@ -78,8 +77,8 @@ def write_folder(folder: Path, num_shards: int) -> int:
 
 
 def rank(folder: Path, number: int, resumes: bool) -> None:
-    """Import, start or resume, take steps: each answered by a line, the next when told by one."""
-    import bigmodel.training.loop  # noqa: F401 - what a training process has in memory
+    """Import, start or resume, take steps. Each phase starts on a line of input and ends with a line of output."""
+    import bigmodel.training.loop  # noqa: F401 - imports of a training process
     from bigmodel.data.load.stream import take_share
     from bigmodel.data.store.shards import import_mds
 
@@ -92,20 +91,20 @@ def rank(folder: Path, number: int, resumes: bool) -> None:
     if resumes:
         order.restore(deep_cursor(order))
     first = take_share(order, LANES, place, 1)
-    store.file("train/web/index.json")  # compared before the first document is read
+    store.file("train/web/index.json")  # verified before the first document is read
     took = {"seconds": time.perf_counter() - clock, "processor": time.process_time() - processor}
     answer({**took, "packs": len(first.packs)})
     answer(step_milliseconds(order, place))
 
 
 def answer(result: dict[str, Any]) -> None:
-    """Answer what was told, and wait for more."""
+    """Print the result, and wait for the next line of input."""
     print(json.dumps(result), flush=True)
     sys.stdin.readline()
 
 
 def deep_cursor(order: Order) -> dict[str, Any]:
-    """Half-way through the second epoch, before the end of a block."""
+    """A cursor half-way through the second epoch, before the end of a block."""
     positions = order.plan.source_positions["web"]
     block = DOCUMENTS // LANES // BLOCK_DOCUMENTS // 2
     deep = {"epoch": 1, "block": block, "fragment": BLOCK_DOCUMENTS, "positions": 3 * positions // 2 // LANES}
@@ -130,7 +129,7 @@ def step_milliseconds(order: Order, place: Place) -> dict[str, float]:
 
 
 class Watch:
-    """Looks at the memory of processes all the time, in a thread."""
+    """Samples the memory of processes in a thread."""
 
     def __init__(self, processes: list["subprocess.Popen[str]"]) -> None:
         self._processes, self._ended, self.most = processes, threading.Event(), 0
@@ -148,7 +147,7 @@ class Watch:
 
 
 def resident_bytes(processes: list["subprocess.Popen[str]"], what: str = "Pss") -> int:
-    """The sum over the processes of a line of smaps_rollup."""
+    """The sum of a line of smaps_rollup over the processes."""
     total = 0
     for process in processes:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
@@ -157,7 +156,7 @@ def resident_bytes(processes: list["subprocess.Popen[str]"], what: str = "Pss") 
 
 
 def run_node(folder: str, resumes: bool) -> dict[str, Any]:
-    """Eight ranks, from their imports to the end of their steps."""
+    """Run eight ranks from their imports to their last step."""
     command = [sys.executable, "-m", "tools.bench_stream_scale", "--folder", folder]
     command += ["--resumes"] if resumes else []
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -1,7 +1,7 @@
-"""What mkdocs needs beside `docs/`: a hook that adds the documents which lie elsewhere in the tree, with pictures.
+"""Hook of mkdocs: adds documents and pictures from outside `docs/`.
 
-Takes the files of `docs/`, adds those of `ELSEWHERE`, and rewrites links between documents to their places on the site.
-A link to a file that is no page, such as a run file, becomes its text: the site does not hold the source.
+Adds the files of `ELSEWHERE` to those of `docs/` and rewrites links between documents for the site. A link to a file
+without a page, such as a run file, becomes its text, because the site does not contain the source.
 """
 
 import os
@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Called by mkdocs for each page: its links, from the tree's places to the site's."""
+    """Called by mkdocs for each page: rewrites its links from paths in the tree to paths on the site."""
     return rewritten(markdown, page.file.src_uri, {file.src_uri for file in files})
 
 

@@ -1,9 +1,9 @@
-"""The drawing of rooms in ARCHITECTURE.md, from the imports of the source: `python -m tools.draw_rooms [PNG]`.
+"""Draws the rooms of ARCHITECTURE.md from the imports of the source: `python -m tools.draw_rooms [PNG]`.
 
-A room is a folder of Python files; loose files of `bigmodel/` are a room each. A room stands above all rooms that it
-imports, and an arrow points from a room to one it imports; arrows that follow from others are left out. Where rooms
-form a ring (their files never do), its thinnest arrow is dashed and points up. `--text` prints each room with what it
-imports.
+A room is a folder of Python files; each loose file of `bigmodel/` is a room. A room stands above all rooms that it
+imports. An arrow points from a room to a room that it imports; arrows that follow from others are left out. If rooms
+import each other in a ring (files never do), the arrow with the fewest imports is dashed and points up. `--text`
+prints each room with its imports.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 PNG = REPOSITORY / "docs" / "rooms.png"
 TOPS = ("bigmodel", "kernels", "launcher")
-COLORS = {"data": "#cfe3f5", "training": "#d9ead3", "other": "#eeeeee"}  # by what the room is about
+COLORS = {"data": "#cfe3f5", "training": "#d9ead3", "other": "#eeeeee"}  # by subject of the room
 Rooms = dict[str, set[str]]
 
 
 def files() -> dict[str, Path]:
-    """Dotted name -> file, of everything that is imported as bigmodel."""
+    """Dotted name -> file, for all modules imported as bigmodel."""
     found = {}
     for top in TOPS:
         for path in sorted((REPOSITORY / top).rglob("*.py")):
@@ -47,7 +47,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def rooms() -> tuple[Rooms, Counter[tuple[str, str]], Counter[str]]:
-    """Room -> the rooms it imports; how many imports that is; and the number of its files."""
+    """Room -> imported rooms; (room, imported room) -> number of imports; room -> number of files."""
     known = files()
     sizes = Counter(map(room_of, known))
     counts = Counter(
@@ -58,7 +58,7 @@ def rooms() -> tuple[Rooms, Counter[tuple[str, str]], Counter[str]]:
 
 
 def without_rings(found: Rooms, counts: Counter[tuple[str, str]]) -> tuple[Rooms, list[tuple[str, str]]]:
-    """The rooms without the thinnest arrow of each ring, and these arrows."""
+    """The rooms without the arrow with the fewest imports of each ring, and these arrows."""
     found = {room: set(others) for room, others in found.items()}
     left_out: list[tuple[str, str]] = []
     while True:
@@ -73,7 +73,7 @@ def without_rings(found: Rooms, counts: Counter[tuple[str, str]]) -> tuple[Rooms
 
 
 def floors(found: Rooms) -> dict[str, int]:
-    """0 for a room that imports none, else one above the highest that it imports. No ring may be left."""
+    """0 for a room without imports, else one above the highest imported room. There must be no ring."""
     height: dict[str, int] = {}
     for room in graphlib.TopologicalSorter(found).static_order():
         height[room] = 1 + max((height[other] for other in found[room]), default=-1)
@@ -94,7 +94,7 @@ def needed_arrows(found: Rooms) -> list[tuple[str, str]]:
 
 
 def places(height: Mapping[str, int], arrows: list[tuple[str, str]]) -> dict[str, tuple[float, float]]:
-    """x and y of each room: on its floor, near the rooms it has arrows with."""
+    """x and y of each room: on its floor, near the rooms that its arrows touch."""
     rows = defaultdict(list)
     for room in sorted(height):
         rows[height[room]].append(room)

@@ -1,15 +1,14 @@
-"""The exactness suite in full, and the table of what is supported that follows from it.
+"""The full exactness suite, and the support table made from its results.
 
-    make exactness                       run what is missing, publish when the full matrix is complete
+    make exactness             run the missing cases, publish when the full matrix is complete
     python -m tools.exactness --quick    the pairwise cases of CI
-    python -m tools.exactness publish    write benchmarks/exactness.jsonl and benchmarks/support.md from what was run
+    python -m tools.exactness publish  write benchmarks/exactness.jsonl and benchmarks/support.md from the results
     python -m tools.exactness table      write benchmarks/support.md again from benchmarks/exactness.jsonl
 
-Every combination of ZeRO stage, precision, optimizer, recomputation and offload, on every world size, with the other
-settings dealt among them (each combination draws its own, by its hash), against plain torch in one process
-(tests/support/exactness.py). Results are kept after each batch of cases under runs/exactness/
-(tools/exactness_state.py), so that a run which was stopped goes on. Exit code 0 where every case that ran was exact, 1
-where one was not, 2 where nothing can be published.
+Compares every combination of ZeRO stage, precision, optimizer, recomputation and offload, on every world size, with
+plain torch in one process (tests/support/exactness.py). Each combination draws the other settings by its hash. Results
+are kept under runs/exactness/ after each batch of cases (tools/exactness_state.py), so a stopped run can go on. Exit
+code 0: all cases that ran were exact; 1: one was not; 2: nothing can be published.
 """
 
 import hashlib
@@ -66,7 +65,7 @@ REFUSED = {
 
 
 def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
-    """The cases of one world size; four ranks are for hpZ and for sharing packs."""
+    """The cases of one world size; four ranks serve hpZ and shared packed sequences."""
     from tests.support.exactness import everything, pairwise
 
     if quick:
@@ -85,7 +84,7 @@ def matrix(world_size: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows: the case, how far it was from the oracle and may be, and what failed. `folder` keeps the oracles."""
+    """Rows: the case, its differences from the oracle with their bounds, the failures. `folder` keeps the oracles."""
     from tests.support.engine_worker import launch
     from tests.support.exactness import differences, failures, job_of, with_sequence
 
@@ -105,7 +104,7 @@ def run_batch(cases: list[dict[str, Any]], world_size: int, folder: Path) -> lis
 
 
 def support_table(rows: list[Row], about: dict[str, Any]) -> str:
-    """Markdown: for each value of each setting and each stage, how many cases ran and whether all were exact."""
+    """Markdown: for each value of each setting and each stage, the number of cases and whether all were exact."""
     missing = about.get("missing", 0)
     lines = [
         "# What is supported",
@@ -150,8 +149,7 @@ def _row(title: str, rows: list[dict[str, Any]]) -> str:
 
 
 def missing_cases(state: State) -> dict[int, tuple[int, int]]:
-    """Number of ranks -> how many cases of the full matrix did not run, and how many there are; only where some did
-    not."""
+    """Number of ranks -> (missing cases, all cases) of the full matrix, if any are missing."""
     counts = {}
     for size in WORLD_SIZES:
         cases = matrix(size, quick=False)
@@ -161,9 +159,9 @@ def missing_cases(state: State) -> dict[int, tuple[int, int]]:
 
 
 def publish_state(state: State, partial: bool = False, uncommitted: bool = False) -> None:
-    """Write RESULTS and TABLE. partial, uncommitted: also where cases are missing, where sources were not committed.
+    """Write RESULTS and TABLE. partial: also with missing cases. uncommitted: also with uncommitted sources.
 
-    Raises `UserError` that says what is missing; then nothing is written.
+    Otherwise raises `UserError` and writes nothing.
     """
     missing = missing_cases(state)
     reasons = []
@@ -184,9 +182,9 @@ def publish_state(state: State, partial: bool = False, uncommitted: bool = False
 
 
 def run_missing(state: State, world_sizes: list[int], quick: bool) -> None:
-    """Run the cases that the state lacks, a few of every world size in turn, and keep each batch.
+    """Run the missing cases, a few of each world size in turn; results are kept after each batch.
 
-    Raises `UserError` where the sources change meanwhile; the batch under way is not kept.
+    Raises `UserError` if the sources change meanwhile; the current batch is not kept.
     """
     batches = []
     for size in world_sizes:
@@ -218,7 +216,7 @@ def run(
     worlds: Annotated[str, typer.Option(help="numbers of ranks")] = ",".join(map(str, WORLD_SIZES)),
     quick: Annotated[bool, typer.Option(help="the pairwise cases of CI")] = False,
 ) -> None:
-    """Run what is missing; publish a full matrix that is complete."""
+    """Run the missing cases; publish when the full matrix is complete."""
     if context.invoked_subcommand:
         return
     try:
@@ -246,10 +244,10 @@ def run(
 
 @app.command()
 def publish(
-    partial: Annotated[bool, typer.Option(help="also where cases of the full matrix are missing")] = False,
-    uncommitted: Annotated[bool, typer.Option(help="also where the sources were not committed")] = False,
+    partial: Annotated[bool, typer.Option(help="also if cases of the full matrix are missing")] = False,
+    uncommitted: Annotated[bool, typer.Option(help="also if the sources were not committed")] = False,
 ) -> None:
-    """Write benchmarks/exactness.jsonl and benchmarks/support.md from what was run with the present sources."""
+    """Write benchmarks/exactness.jsonl and benchmarks/support.md from the results of the current sources."""
     try:
         publish_state(State(STATE, read_sources(ROOT)), partial, uncommitted)
     except UserError as error:
@@ -259,7 +257,7 @@ def publish(
 
 @app.command()
 def table() -> None:
-    """Write benchmarks/support.md again from benchmarks/exactness.jsonl, after its words have changed."""
+    """Write benchmarks/support.md again from benchmarks/exactness.jsonl, after a change of its wording."""
     about, rows = read_rows(RESULTS)
     TABLE.write_text(support_table(rows, about))
 

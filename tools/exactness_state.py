@@ -1,10 +1,10 @@
-"""The state of an exactness run: one JSON line per case that is done, apart from what is published.
+"""State of an exactness run: one JSON line per finished case, separate from the published results.
 
     runs/exactness/COMMIT.jsonl                  {"about": {"date": ..., "commit": ..., "hardware": ...}}
     runs/exactness/COMMIT-changed-HASH.jsonl     {"world_size": 1, "case": {...}, "differences": {...}, "failures": []}
 
-One file per state of the sources: the commit, and a hash of what is not committed. Results of other sources are never
-taken up. Lines are appended whole; a line that a kill cut off is left out, and its case runs again.
+One file per state of the sources: the commit and a hash of uncommitted changes. Results of other sources are never
+used. Lines are appended whole; a line cut off by a kill is ignored, and its case runs again.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from typing import Any
 from bigmodel.config.settings import UserError
 from bigmodel.run_directory import append_json_line, read_json_lines, write_atomically
 
-SOURCES = ("bigmodel", "kernels", "launcher", "tests", "tools", "configs", "pyproject.toml")  # what can change a result
+SOURCES = ("bigmodel", "kernels", "launcher", "tests", "tools", "configs", "pyproject.toml")  # can change a result
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """commit: seven or more hexadecimal digits. changes: a hash of what is not committed; empty where nothing is."""
+    """commit: seven or more hexadecimal digits. changes: a hash of uncommitted changes; empty without any."""
 
     commit: str
     changes: str = ""
@@ -35,7 +35,7 @@ class Sources:
 
 
 def read_sources(root: Path) -> Sources:
-    """What is in the checkout at `root` now. Raises `UserError` where it is not a git checkout."""
+    """The sources in the checkout at `root` now. Raises `UserError` if it is not a git checkout."""
     commit = _git(root, "rev-parse", "--short", "HEAD").decode().strip()
     there = [name for name in SOURCES if (root / name).exists()]
     changed = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", *there)
@@ -56,12 +56,12 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 
 def key_of(world_size: int, case: dict[str, Any]) -> str:
-    """What makes two rows the same case."""
+    """Key of a case: two rows with the same key are the same case."""
     return json.dumps([world_size, case], sort_keys=True)
 
 
 class State:
-    """The rows of one state of the sources, in the order in which they were done."""
+    """The rows of one state of the sources, in the order of their runs."""
 
     def __init__(self, folder: Path, sources: Sources) -> None:
         self.path, self.sources = folder / f"{sources}.jsonl", sources
@@ -76,7 +76,7 @@ class State:
         return key_of(world_size, case) in self._rows
 
     def begin(self, hardware: str) -> None:
-        """Make the file, or mend its end after a kill."""
+        """Create the file, or repair its end after a kill."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
             with open(self.path, "ab") as file:
@@ -92,13 +92,13 @@ class State:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """What a file says about its rows, and the rows; both empty where there is no file."""
+    """The `about` table of a file and its rows; both empty if there is no file."""
     lines = list(read_json_lines(path))
     abouts = [line["about"] for line in lines if "about" in line]
     return (abouts[0] if abouts else {}), [line for line in lines if "case" in line]
 
 
 def write_rows(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """A whole file at once, compact."""
+    """Write the whole file at once, in compact JSON."""
     lines = [json.dumps(line, separators=(",", ":")) for line in ({"about": about}, *rows)]
     write_atomically(path, "\n".join(lines) + "\n")

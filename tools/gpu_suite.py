@@ -1,12 +1,12 @@
-"""One command for a short loan of a GPU: is it right, and how fast is it.
+"""One command for a short time on a GPU: correctness, then speed.
 
     python -m tools.gpu_suite
 
-First the tests in tests/gpu, those in bf16 before those of other types, then every benchmark and the tile shapes, the
-most important first, each in a process of its own with its own time limit; at most 9 minutes in all. Each part writes
-as it goes, so that what was measured before a kill is kept: the benchmarks their rows, this program gpu_suite.json and
-gpu_suite.md. A part that fails or runs out of time does not stop the others. Exit code: 0 if the tests passed, 1 if
-not; 2 where there is no GPU.
+First the tests in tests/gpu, bf16 before other types, then every benchmark and the tile shapes, most important first.
+Each part runs in its own process with its own time limit; at most 9 minutes in all. Results are written at once, so a
+kill loses only the running measurement: benchmarks write their rows, this program gpu_suite.json and gpu_suite.md. A
+part that fails or runs out of time does not stop the others. Exit code: 0 if the tests passed, 1 if not; 2 without a
+GPU.
 """
 
 import json
@@ -24,13 +24,13 @@ import typer
 
 from tools.measure import ROOT, hardware
 
-# Above the time a benchmark gives itself: for starting, the last row and the plot.
+# Beyond a benchmark's own time limit: for its start, the last row and the plot.
 GRACE_SECONDS = 35
 
 
 @dataclass(frozen=True)
 class Part:
-    """`arguments` of python; a benchmark is told `seconds` and stopped GRACE_SECONDS later."""
+    """`arguments` of python; a benchmark gets `seconds` as its limit and is killed GRACE_SECONDS later."""
 
     name: str
     arguments: tuple[str, ...]
@@ -42,7 +42,7 @@ class Part:
         return self.seconds + (GRACE_SECONDS if self.is_benchmark else 0)
 
 
-# Verbose, so that the log of a run that was stopped says how far it came; compiling is most of its time.
+# Verbose, so the log of a stopped run shows its progress; compilation takes most of the time.
 CORRECTNESS: tuple[str, ...] = (
     *("-m", "pytest", "-v", "--maxfail", "10", "--no-header", "-p", "no:cacheprovider", "--durations", "10"),
     *("tests/gpu/test_linear_cross_entropy_on_gpu.py", "tests/gpu/test_attention_on_gpu.py"),
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def run_part(part: Part, out: Path) -> Outcome:
-    """Runs one part; its whole output goes into `out`/NAME.log."""
+    """Run one part; its output goes into `out`/NAME.log."""
     options = ["--out", str(out), "--seconds", str(part.seconds)] if part.is_benchmark else []
     log = out / f"{part.name}.log"
     environment = os.environ | {"BIGMODEL_GPU_TESTS": "1"}
@@ -80,7 +80,7 @@ def run_part(part: Part, out: Path) -> Outcome:
         try:
             state = "passed" if process.wait(part.limit_seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the compiler's processes
+            os.killpg(process.pid, signal.SIGKILL)  # also kills the compiler's processes
             process.wait()
             state = f"out of time ({part.limit_seconds} s)"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -88,7 +88,7 @@ def run_part(part: Part, out: Path) -> Outcome:
 
 
 def write_summary(outcomes: list[Outcome], device: str, out: Path) -> None:
-    """gpu_suite.json and gpu_suite.md: what ran so far, and the rows of every benchmark that wrote some."""
+    """Write gpu_suite.json and gpu_suite.md: the parts that ran so far, and the rows of their benchmarks."""
     (out / "gpu_suite.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     lines = [f"# GPU suite: {device}", "", "| part | state | seconds |", "|---|---|---|"]
     lines += [f"| {outcome.name} | {outcome.state} | {outcome.seconds:.0f} |" for outcome in outcomes]

@@ -1,7 +1,7 @@
-"""pip with one line of progress: `python tools/install.py LOG PIP_ARGUMENTS...`; the set-up in the Makefile calls it.
+"""pip with one line of progress: `python tools/install.py LOG PIP_ARGUMENTS...`; called by the Makefile's set-up.
 
-All that pip says goes to the log. On a terminal one line shows what pip does now and for how long; elsewhere a line
-appears every 20 s. Where pip fails, the end of the log is shown and the exit code is pip's. Standard library only.
+The output of pip goes to the log. On a terminal one line shows pip's current action and its time; elsewhere a line
+appears every 20 s. If pip fails, the end of the log is shown and the exit code is pip's. Standard library only.
 """
 
 import re
@@ -21,7 +21,7 @@ SHARE = re.compile(r"Progress (\d+) of (\d+)$")  # of a download, in bytes: --pr
 
 
 class Progress:
-    """What pip does now, read from its output by a thread of its own."""
+    """The current action of pip, read from its output by a thread."""
 
     def __init__(self, output: IO[bytes], log: IO[bytes]) -> None:
         self.doing, self.share = "starting", ""
@@ -54,19 +54,19 @@ def main() -> int:
         try:
             show(Progress(process.stdout, file))
             code = process.wait()
-        except KeyboardInterrupt:  # pip hears of it too
+        except KeyboardInterrupt:  # pip gets the signal too
             process.wait()
             print("\nset-up: stopped; the same command goes on", file=sys.stderr)
             return 130
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
-        print(f"set-up: pip failed; {log} has all that it said; the same command goes on", file=sys.stderr)
+        print(f"set-up: pip failed; {log} has its whole output; the same command goes on", file=sys.stderr)
     return code
 
 
 def show(progress: Progress) -> None:
-    """Until pip has ended: what it does, on one line of a terminal or now and then on a line of its own."""
+    """Show pip's current action until it ends: in place on a terminal, else as a new line every 20 s."""
     terminal, started = sys.stderr.isatty(), time.monotonic()
     while True:
         progress.thread.join(TERMINAL_SECONDS if terminal else PLAIN_SECONDS)

@@ -1,8 +1,8 @@
-"""What the benchmarks share: timing, peak memory, and a record that survives a kill.
+"""Shared code of the benchmarks: timing, peak memory, and a record that survives a kill.
 
-Takes functions to call, gives milliseconds and bytes; takes rows, gives a JSON file, a table and a plot. Guarantees:
-the file is whole after each row, so that a run cut short keeps what it had. On a GPU times are those between two CUDA
-events around a call: for very small work that is the time Python takes to launch it, not the kernel's.
+In: functions; out: milliseconds and bytes. In: rows; out: a JSON file, a table and a plot. Guarantees: the file is
+complete after each row, so a run cut short keeps its rows. On a GPU, time is measured between two CUDA events around
+a call: for very small kernels that is the launch time of Python, not the kernel's time.
 """
 
 import json
@@ -33,12 +33,12 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3
 REPEATS = {"gpu": 50, "cpu": 10, "quick": 5}
-INPUT_SETS = 3  # inputs are rotated, so that no call finds its own in the cache
+INPUT_SETS = 3  # inputs are rotated, so no call finds its inputs in the cache
 Row = dict[str, Any]
 
 
 def milliseconds(call: Callable[[int], Any], device: str, repeats: int) -> float:
-    """The median of `repeats` calls; each is given the number of the input set to use."""
+    """The median of `repeats` calls; the argument of a call is the number of its input set."""
     for number in range(WARM_UP):
         call(number % INPUT_SETS)
     if device == "cpu":
@@ -60,7 +60,7 @@ def seconds_of(call: Callable[[int], Any], number: int) -> float:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """Memory that a call takes above what is there before it; None on CPU, where nobody counts."""
+    """Peak memory of a call above the memory in use before it; None on a CPU, which has no counter."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()
@@ -72,18 +72,18 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
 
 
 def relative_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest |ours - exact| / |exact| in the L2 norm, of several tensors."""
+    """The largest |ours - exact| / |exact| of several tensors, in the L2 norm."""
     pairs = zip(ours, exact, strict=True)
     return max(((one.double() - truth).norm() / truth.norm()).item() for one, truth in pairs)
 
 
 def sizes(device: str, quick: bool) -> str:
-    """Which sizes to run, and how often: "gpu", "cpu" (a thirtieth or so) or "quick"."""
+    """Name of the sizes to run: "gpu", "cpu" (about a thirtieth) or "quick"."""
     return "quick" if quick else {"cuda": "gpu"}.get(device, device)
 
 
 def check_device(device: str) -> None:
-    """Ends the program with one line where the device is not there."""
+    """End the program with one line if the device is missing."""
     if device not in ("cpu", "cuda"):
         raise SystemExit(f"--device {device}: choose cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -91,7 +91,7 @@ def check_device(device: str) -> None:
 
 
 class Record:
-    """The rows of one benchmark, in `directory`/`name`.json, with what is needed to repeat them."""
+    """The rows of one benchmark in `directory`/`name`.json, with command, date, commit and hardware."""
 
     def __init__(self, directory: Path, name: str, device: str) -> None:
         self.rows: list[Row] = []
@@ -115,7 +115,7 @@ class Record:
         print(f"{row['case']}: {row['contender']}: {row.get('not_run', 'done')}", flush=True)
 
     def show(self, columns: Sequence[str]) -> None:
-        """Print the rows as a table, a line between cases; who never ran stands below it with the reason."""
+        """Print the rows as a table with a line between cases; below it contenders that never ran, with the reason."""
         able = {row["contender"] for row in self.rows if "not_run" not in row}
         absent = {row["contender"]: row["not_run"] for row in self.rows if row["contender"] not in able}
         shown = [row for row in self.rows if row["contender"] not in absent]
@@ -132,9 +132,9 @@ class Record:
         Console(markup=False, width=max(200, shutil.get_terminal_size().columns)).print(table)
 
     def plot(self, panels: dict[str, str], unit: str) -> str:
-        """Bars: a panel for each of `panels` (column: title), a group for each case, a colour for each contender.
+        """Bar chart: a panel per item of `panels` (column: title), a group per case, a colour per contender.
 
-        Gives the picture's path, or why there is none.
+        Returns the path of the picture, or the reason why there is none.
         """
         able = [row for row in self.rows if "not_run" not in row]
         cases, contenders = _in_order(able, "case"), _in_order(able, "contender")

@@ -1,16 +1,15 @@
-"""Draws who sees whom in a packed batch, with the tiles that the attention kernels visit.
+"""Draws the attention mask of a packed batch and the tiles that the attention kernels visit.
 
     python -m tools.show_mask --lengths 5,23,1,19
     python -m tools.show_mask --rule cross --lengths 12,20,9 --key-lengths 24,8,17 --png cross.png
     python -m tools.show_mask --rule causal,window,prefix,cross --left 12
 
-A line is a query, a column is a key. In the picture a square is one pair. A full tile (every row sees every column:
-computed without a mask) is dark; a partial one is light where it sees and hatched where the mask hides; what no tile
-visits is empty. In the terminal a pair of characters stands for `--cell` x `--cell` pairs.
+A line is a query, a column is a key. In the picture a square is one pair. A full tile (every pair visible, computed
+without a mask) is dark. A partial tile is light at visible pairs and hatched at masked ones. Pairs that no tile visits
+are empty. In the terminal two characters stand for `--cell` x `--cell` pairs.
 
-The tiles are those of the kernels: rows from `tile_table`, columns from the intervals of a tile's first and last row,
-as `tile_bounds` takes them. Every drawing is checked against the dense form of the rule; a contradiction ends the
-program.
+The tiles are those of the kernels: rows from `tile_table`, columns from the intervals of a tile's first and last row
+by `tile_bounds`. Every drawing is checked against the dense form of the rule; a contradiction ends the program.
 """
 
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class Tile:
 
 
 def tiles_of(mask: AttentionMask, num_queries: int, num_keys: int, rows: int, columns: int) -> list[Tile]:
-    """Every tile that a kernel with tiles of `rows` x `columns` visits; columns past the last key are cut off."""
+    """All tiles that a kernel with tiles of `rows` x `columns` visits, cut at the last key."""
     lo_Q, hi_Q = (side.tolist() for side in intervals(mask, num_queries))
     document_ends = sorted({*mask.cu_seqlens_q.tolist(), num_queries})
     found = []
@@ -67,14 +66,14 @@ def tiles_of(mask: AttentionMask, num_queries: int, num_keys: int, rows: int, co
 
 
 def check_tiles(tiles: list[Tile], sees_QK: np.ndarray) -> None:
-    """Full tiles see everywhere, what is seen is visited, and no pair is visited twice. Raises AssertionError."""
+    """Asserts that all pairs of full tiles are visible and that every visible pair is visited once."""
     visits_QK = np.zeros(sees_QK.shape, int)
     for tile in tiles:
         place = np.ix_(tile.rows, tile.columns)
         visits_QK[place] += 1
-        assert tile.state != FULL or sees_QK[place].all(), f"{tile} hides something"
+        assert tile.state != FULL or sees_QK[place].all(), f"{tile} has a masked pair"
     assert visits_QK.max(initial=0) <= 1, "a pair is visited twice"
-    assert (visits_QK[sees_QK] == 1).all(), "a pair that is seen is not visited"
+    assert (visits_QK[sees_QK] == 1).all(), "a visible pair is not visited"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Drawing:
 
 
 def draw(drawings: list[Drawing], png: Path) -> None:
-    """The picture, a panel each: documents as coloured bands, tiles as rectangles."""
+    """Draw the picture with a panel per drawing: documents as coloured bands, tiles as rectangles."""
     figure, axes = plt.subplots(
         1, len(drawings), figsize=(6.4 * len(drawings), 7.2), facecolor=PAPER, squeeze=False, layout="constrained"
     )
@@ -100,7 +99,7 @@ def draw(drawings: list[Drawing], png: Path) -> None:
     dark, light = "#6b7580", _mixed("#6b7580", 0.45)
     handles = [
         Patch(facecolor=dark, edgecolor=INK, label="full tile: no mask needed"),
-        Patch(facecolor=light, edgecolor=INK, label="partial tile: sees"),
+        Patch(facecolor=light, edgecolor=INK, label="partial tile: visible"),
         Patch(facecolor=PAPER, edgecolor="#9aa4af", hatch="////", label="partial tile: masked"),
         Patch(facecolor=EMPTY, edgecolor=GRID, label="never visited"),
     ]
@@ -117,7 +116,7 @@ def _panel(axis: Axes, drawing: Drawing) -> None:
     counts = f"{drawing.count(FULL)} full tiles, {drawing.count(PARTIAL)} partial"
     axis.set_title(drawing.title, color=INK, fontsize=13, fontweight="bold", pad=14)
     axis.text(
-        0.5, -0.02, f"{counts}; {100 * drawing.sees_QK.mean():.0f}% of the pairs see", transform=axis.transAxes,
+        0.5, -0.02, f"{counts}; {100 * drawing.sees_QK.mean():.0f}% of the pairs visible", transform=axis.transAxes,
         ha="center", va="top", color=INK, fontsize=10,
     )  # fmt: skip
     axis.set(xlim=(-0.045 * num_keys, num_keys), ylim=(num_queries, -0.045 * num_queries), aspect="equal")
@@ -148,7 +147,7 @@ def _pairs(axis: Axes, drawing: Drawing) -> None:
 
 
 def _bands(axis: Axes, mask: AttentionMask, num_queries: int, num_keys: int) -> None:
-    """A coloured band along both sides for each document, and where documents end."""
+    """A coloured band per document along both sides, and lines at the ends of documents."""
     thick_x, thick_y = 0.025 * num_keys, 0.025 * num_queries
     queries, keys = mask.cu_seqlens_q.tolist(), mask.cu_seqlens_k.tolist()
     for number in range(len(queries) - 1):
@@ -162,13 +161,13 @@ def _bands(axis: Axes, mask: AttentionMask, num_queries: int, num_keys: int) -> 
 
 
 def _mixed(colour: str, share: float) -> tuple[float, float, float]:
-    """The colour, mixed with so much white."""
+    """The colour, mixed with `share` of white."""
     red, green, blue = matplotlib.colors.to_rgb(colour)
     return tuple(1 - share * (1 - one) for one in (red, green, blue))  # type: ignore[return-value]
 
 
 def text_of(drawing: Drawing, cell: int) -> list[str]:
-    """A mark for `cell` x `cell` pairs: # in a full tile, + seen in a partial one, - masked in it, . not visited."""
+    """A character per `cell` x `cell` pairs: # full tile, + visible in a partial tile, - masked, . not visited."""
     state_QK = np.zeros(drawing.sees_QK.shape, int)
     for tile in drawing.tiles:
         state_QK[np.ix_(tile.rows, tile.columns)] = 3 if tile.state == FULL else 1
@@ -216,7 +215,7 @@ def drawing_of(title: str, mask: AttentionMask, padding: int, rows: int, columns
 
 
 def print_drawing(drawing: Drawing, cell: int) -> None:
-    """In the terminal; cell 0: the smallest that fits its width."""
+    """Print to the terminal; cell 0: the smallest cell that fits its width."""
     console = Console(highlight=False, markup=False)
     cell = cell or -(-2 * drawing.sees_QK.shape[1] // console.width)
     styles = {"#": "bold blue", "+": "cyan", "-": "dim cyan", ".": "dim"}
@@ -229,12 +228,14 @@ def main(
     lengths: Annotated[str, typer.Option(help="lengths of the documents (of the queries, for cross)")] = "21,34,3,14",
     rule: Annotated[str, typer.Option(help=f"one or more of {', '.join(RULES)}")] = "causal",
     key_lengths: Annotated[str, typer.Option(help="cross: lengths on the side of the keys")] = "28,16,6,22",
-    left: Annotated[int, typer.Option(min=0, help="window: how many keys back a query sees")] = 16,
+    left: Annotated[int, typer.Option(min=0, help="window: keys before a query that it attends to")] = 16,
     padding: Annotated[int, typer.Option(min=0, help="rows and columns after the last document")] = 4,
     tile_rows: Annotated[int, typer.Option(min=1, help="queries in a tile")] = 8,
     tile_columns: Annotated[int, typer.Option(min=1, help="keys in a tile")] = 4,
-    cell: Annotated[int, typer.Option(min=0, help="terminal: pairs to a mark, along each side; 0: what fits")] = 0,
-    png: Annotated[Path, typer.Option(help="where the picture goes")] = Path("mask.png"),
+    cell: Annotated[
+        int, typer.Option(min=0, help="terminal: pairs per character along each side; 0: fit the width")
+    ] = 0,
+    png: Annotated[Path, typer.Option(help="path of the picture")] = Path("mask.png"),
 ) -> None:
     """Draw the tiles of a packed batch, in the terminal and as PNG."""
     try:
@@ -249,7 +250,7 @@ def main(
         raise SystemExit(f"show_mask: {error}") from None
     for drawing in drawings:
         print_drawing(drawing, cell)
-    print("# full tile   + partial tile, sees   - partial tile, masked   . never visited")
+    print("# full tile   + partial tile, visible   - partial tile, masked   . never visited")
     draw(drawings, png)
     print(png)
 

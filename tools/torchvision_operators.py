@@ -1,4 +1,4 @@
-"""torchvision's operators, for packages that import it beside a CPU build of torch: streaming and transformers."""
+"""Operators of torchvision for packages that import it with a CPU build of torch: streaming and transformers."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -9,11 +9,10 @@ _library: list[Any] = []  # torch forgets definitions whose Library object is go
 
 
 def define_missing_torchvision_operators() -> None:
-    """Let packages that import torchvision load beside a CPU build of torch.
+    """Let packages that import torchvision load with a CPU build of torch.
 
-    A torchvision built for CUDA cannot load its compiled part there, and its import then fails on two operators
-    that are never called. Where the compiled part loads, nothing is done. Call before importing streaming or
-    transformers.
+    A torchvision built for CUDA cannot load its compiled part there, and its import fails on two operators that are
+    never called. If the compiled part loads, nothing is done. Call this before importing streaming or transformers.
     """
     import torch
     from torch import library

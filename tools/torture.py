@@ -1,15 +1,15 @@
-"""Torture for checkpoints: kills, power cuts and flipped bits, by the thousand, on real files.
+"""Fault injection for checkpoints: thousands of kills, power cuts and flipped bits, on real files.
 
     make torture        (python -m tools.torture --kills 200 --flips 1000 --processes 5)
 
-- kills: two processes save a small checkpoint as two ranks; one is killed with SIGKILL at a named point of the save, or
-  both at a random instant. For every second kill the power goes too: what was not synced by then is lost.
+- kills: two processes save a small checkpoint as two ranks; SIGKILL kills one at a named point of the save, or both
+  at a random time. Every second kill is also a power cut: data that was not synced is lost.
 - flips: one random bit of a checkpoint is flipped, and it is loaded.
-- processes: a real run on two ranks is killed at a random instant and resumed (`bigmodel check resume`).
+- processes: a real run on two ranks is killed at a random time and resumed (`bigmodel check resume`).
 
-After each: every published checkpoint verifies, the newest is not older than the last that was reported saved, and it
-gives back the very tensors that were saved. `--defect` plants a defect, and then this must fail: a torture that finds
-nothing is worth what it would find. Exit code 0 where everything held, else 1.
+After each fault: every published checkpoint verifies, the newest is at least as new as the last one reported saved,
+and it loads exactly the saved tensors. `--defect` plants a defect; the program must then fail. Exit code 0 if every
+guarantee held, else 1.
 """
 
 import json
@@ -47,11 +47,11 @@ SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
 POINTS = [f"rank-{rank}-{point}" for rank in (0, 1) for point in ("starts", "half", "wrote")]
 POINTS += ["before-manifest", "before-rename-of-manifest", "before-rename", "after-rename"]
 POINTS += ["before-removal", "in-removal", "at random"]
-RANDOM_SECONDS = 0.02  # about what a save takes here
+RANDOM_SECONDS = 0.02  # about the time of a save here
 
 
 class Weights:
-    """Stands for an engine: tensors that depend on the step, of which each rank owns a share."""
+    """In place of an engine: tensors that depend on the step; each rank owns a share."""
 
     def __init__(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, world: World = checkpoint.ALONE) -> None:
         self.updates, self._shapes, self._world = step, shapes, world
@@ -93,7 +93,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Pair(World):
-    """Two ranks that speak through a socket: a world starts in milliseconds. A dead peer ends this process too."""
+    """Two ranks connected by a socket: they start in milliseconds. A dead peer ends this process too."""
 
     link: socket.socket
 
@@ -122,7 +122,7 @@ class Pair(World):
 
 @dataclass
 class Bench:
-    """A folder of checkpoints under torture; what is wrong with it is a list of sentences."""
+    """A folder of checkpoints under fault injection; methods return broken guarantees as sentences."""
 
     folder: Path
     defect: str = ""
@@ -134,12 +134,12 @@ class Bench:
         self.journal = self.folder / "journal"
         self.step = 0
         defect, self.defect = self.defect, ""
-        for _ in range(2):  # something to fall back on
+        for _ in range(2):  # older checkpoints to fall back on
             self.kill("", lose_power=False)
         self.defect = defect
 
     def kill(self, point: str, lose_power: bool) -> list[str]:
-        """One save of the next step, killed at a point ("": not at all); gives what broke."""
+        """Save the next step, killed at a point ("": not killed); return broken guarantees."""
         self.step += 1
         ends = socket.socketpair()
         ranks = [self._fork(rank, ends, point) for rank in (0, 1)]
@@ -159,11 +159,11 @@ class Bench:
         if not point and codes != [0, 0]:
             wrong.append(f"an undisturbed save ended with {codes}")
         if point and point != "at random" and -signal.SIGKILL not in codes:
-            wrong.append(f"nobody was killed at {point}: {codes}")
+            wrong.append(f"no rank was killed at {point}: {codes}")
         return [f"step {self.step}, killed {point or 'never'}: {line}" for line in wrong]
 
     def wrong(self) -> list[str]:
-        """What does not hold of the folder now."""
+        """Broken guarantees of the folder now."""
         alone = checkpoint.ALONE
         found = [
             f"{path.name} is published and broken: {problems[0]}"
@@ -179,7 +179,7 @@ class Bench:
         weights = Weights(0)
         checkpoint.load(newest, weights, SETTINGS, alone)
         if not weights.same_as(Weights(newest.state["step"])):
-            found.append(f"step {newest.state['step']} is loaded with other content than was saved")
+            found.append(f"step {newest.state['step']} does not load the saved content")
         return found
 
     def flip(self) -> list[str]:
@@ -198,18 +198,18 @@ class Bench:
         try:
             found = checkpoint.newest(self.checkpoints, report=told.append)
             silent = found is None or found.path == path or not any(file.name in line for line in told)
-        except Exception:  # whatever it says: it is not silent
+        except Exception:  # any error will do: the damage was noticed
             silent = False
         finally:
             file.write_bytes(content)
-        return [f"bit {bit} of {file.name} was flipped and nobody noticed"] if silent else []
+        return [f"bit {bit} of {file.name} was flipped without an error"] if silent else []
 
     def _fork(self, rank: int, ends: tuple[socket.socket, socket.socket], point: str) -> int:
         sys.stdout.flush()
         if child := os.fork():
             return child
         try:
-            ends[1 - rank].close()  # or the death of the other would never be seen
+            ends[1 - rank].close()  # else the death of the other rank would not close the socket
             os.environ[saving.FAULT_VARIABLE] = f"{point}@{self.step}"
             _journal_syncs(self.journal)
             DEFECTS[self.defect](rank)
@@ -222,7 +222,7 @@ class Bench:
         os._exit(3)
 
     def _lose_power(self) -> None:
-        """Files that were not synced are empty; names that were not in their folder when it was synced are gone."""
+        """Empty all unsynced files; remove names that were not in their folder at its last sync."""
         entries = [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
         synced = {entry["inode"] for entry in entries}
         names = {(entry["inode"], name) for entry in entries for name in entry["names"]}
@@ -235,7 +235,7 @@ class Bench:
 
 
 def _journal_syncs(journal: Path) -> None:
-    """Make every fsync of this process leave a line: the inode, and the names where it is a folder."""
+    """Log every fsync of this process: the inode, and the names if it is a folder."""
     real = os.fsync
 
     def fsync(descriptor: Any) -> None:
@@ -249,7 +249,7 @@ def _journal_syncs(journal: Path) -> None:
 
 
 def _publish_before_the_last_rank(rank: int) -> None:
-    """Rank 1 reports what it is going to write."""
+    """Rank 1 reports its write before it happens."""
     if rank == 1:
         real = saving.write_share
 
@@ -272,7 +272,7 @@ def _no_sync(rank: int) -> None:
 
 
 def _hash_unchecked(rank: int) -> None:
-    """Takes effect in the process that loads: see `planted`."""
+    """Has its effect in the loading process: see `planted`."""
 
 
 DEFECTS: dict[str, Callable[[int], None]] = {
@@ -285,7 +285,7 @@ DEFECTS: dict[str, Callable[[int], None]] = {
 
 @contextmanager
 def planted(defect: str) -> Any:
-    """In the process that loads."""
+    """The defect in the loading process."""
     real = checkpoint._check_file
     if defect == "hash unchecked":
         checkpoint._check_file = lambda path, facts: []
@@ -296,7 +296,7 @@ def planted(defect: str) -> Any:
 
 
 def torture(folder: Path, kills: int, flips: int, defect: str = "", progress: Progress | None = None) -> list[str]:
-    """`kills` at each point of a save and `flips` flipped bits; gives what broke, none where everything held."""
+    """`kills` at each point of a save and `flips` flipped bits; return broken guarantees."""
     bench, wrong = Bench(folder / "bench", defect), []
     bar = progress.add_task("kills and flips", total=kills * len(POINTS) + flips) if progress else None
     with planted(defect):

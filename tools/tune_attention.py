@@ -1,13 +1,13 @@
-"""Tile shapes for the attention kernels, tried on a GPU: which are faster than those that ship.
+"""Timing of tile shapes for the attention kernels on a GPU, compared with the shipped shapes.
 
     python -m tools.tune_attention                                                  # on the GPU
-    TRITON_INTERPRET=1 python -m tools.tune_attention --device cpu --quick          # to see that it runs: says nothing
+    TRITON_INTERPRET=1 python -m tools.tune_attention --device cpu --quick          # smoke test; times mean nothing
 
 A row is one shape (rows x columns, warps, stages) of one kernel: milliseconds of the whole forward or backward with
-the other kernels as they ship, TFLOP/s on visible pairs, and the relative difference of its output from that of the
-shipped shape. The case is that of the pass marks: packed lognormal documents, 32 heads on 8. Shapes are tried for 128
-channels, then 64, then 256. What wins here is written by hand into TILE_SHAPES of kernels/attention.py, if it also
-compiles without spilling (`python -m tests.support.compile_kernels`); what was tried stays in the record.
+the other kernels as shipped, TFLOP/s on visible pairs, and the relative difference of the output from that of the
+shipped shape. The case is the one with a target: packed lognormal documents, 32 heads on 8. Shapes are tried for 128
+channels, then 64, then 256. The winner is copied by hand into TILE_SHAPES of kernels/attention.py if it also compiles
+without spilling (`python -m tests.support.compile_kernels`); all results stay in the record.
 """
 
 import time
@@ -26,7 +26,7 @@ from tools.bench_attention import Case, lognormal_lengths, packed_inputs
 from tools.measure import REPEATS, Record, Row, check_device, milliseconds, relative_error, sizes
 
 Shape = tuple[int, int, int, int]
-# The shipped shape comes first in each list; the largest that cannot fit or spill are left in: a GPU decides.
+# The shipped shape is first in each list. Shapes that may spill or not fit are kept: a GPU decides.
 CANDIDATES: dict[str, list[Shape]] = {
     "forward": [
         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3),
@@ -74,7 +74,7 @@ class Work:
 
 
 def measure(work: Work, case: Case, kernel: str, shape: Shape, exact: list[Tensor], device: str, repeats: int) -> Row:
-    """The row of one shape, which stands in the tables while it is measured."""
+    """The row of one shape; it is put into the tables while it is measured."""
     call, factor = (work.forward, 1.0) if kernel == "forward" else (work.backward, 2.5)
     for table in (kernels.TILE_SHAPES, kernels.TILE_SHAPES_IN_99_KB):
         table[kernel, case.channels] = shape
@@ -82,18 +82,18 @@ def measure(work: Work, case: Case, kernel: str, shape: Shape, exact: list[Tenso
         difference = relative_error(call(0), exact)
         took = milliseconds(call, device, repeats)
         return {"ms": took, "tflops": factor * case.flops / took / 1e9, "difference": difference}
-    except Exception as error:  # too much shared memory, or too few rows for the warps: its row says so
+    except Exception as error:  # too much shared memory, or too few rows for the warps: recorded in its row
         return {"not_run": f"refuses: {str(error).strip().splitlines()[0][:90]}"}
 
 
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu under TRITON_INTERPRET=1")] = "cuda",
-    quick: Annotated[bool, typer.Option(help="a tiny case and few repeats, to see that it runs")] = False,
-    only: Annotated[str, typer.Option(help="kernels whose name has this")] = "",
-    seconds: Annotated[float, typer.Option(help="start no new row after so long")] = 1e9,
+    quick: Annotated[bool, typer.Option(help="a tiny case and few repeats, as a smoke test")] = False,
+    only: Annotated[str, typer.Option(help="only kernels whose name contains this")] = "",
+    seconds: Annotated[float, typer.Option(help="start no new row after this time")] = 1e9,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("benchmarks"),
 ) -> None:
-    """Try every shape of every kernel; rows are written as they come."""
+    """Time every shape of every kernel; each row is written at once."""
     check_device(device)
     if device == "cpu" and not INTERPRETED:
         raise SystemExit("--device cpu: on a CPU the kernels run under TRITON_INTERPRET=1 only")

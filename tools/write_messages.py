@@ -1,12 +1,12 @@
-"""The messages on docs/troubleshooting.md, collected from the source: `python -m tools.write_messages`.
+"""Writes the messages of docs/troubleshooting.md from the source: `python -m tools.write_messages`.
 
-Takes every text that the source raises as an error, gives the lists between the page's markers,
+In: the texts of all errors in the source. Out: the lists between the markers of the page,
 
     <!-- messages: bigmodel/data/plan/* launcher/hosts.py -->  ...  <!-- end -->
 
-each with the messages of the files that its patterns name; values are shown as an ellipsis. What a group means stands
-beside its marker, written by hand. A file with messages that no group names is an error, so that no message is left
-out, and a test compares the page with what this makes.
+each with the messages of the files that match its patterns; values become an ellipsis. The text beside a marker is
+written by hand. A file with messages but without a group is an error, so no message is missing. A test compares the
+page with the output of this program.
 """
 
 import ast
@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 ROOTS = ("bigmodel", "launcher", "kernels")
-ERRORS = re.compile(r"(UserError|SaveError|ValueError|error|contradiction)$")  # what is called to make one
+ERRORS = re.compile(r"(UserError|SaveError|ValueError|error|contradiction)$")  # names of functions that make an error
 GROUP = re.compile(r"(<!-- messages: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = "…"
-MAX_DEPTH = 3  # of functions that return what another one says
+MAX_DEPTH = 3  # of functions that return another function's message
 
 
 def messages() -> dict[str, list[str]]:
@@ -55,8 +55,8 @@ def messages() -> dict[str, list[str]]:
 def _texts(
     node: ast.expr, functions: Mapping[str, ast.FunctionDef], given: Mapping[str, ast.expr], depth: int = 0
 ) -> Iterator[str]:
-    """What an expression may say: a text, either branch of a choice, what a function of ours returns, or what a name
-    was given in the same file."""
+    """Possible texts of an expression: a literal, both branches of a choice, the results of a function of ours, or the
+    value of a name in the same file."""
     if isinstance(node, ast.JoinedStr | ast.BinOp) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
         yield re.sub(rf"{VALUE}(?:{VALUE})+", VALUE, " ".join(_text(node).split()))
     elif isinstance(node, ast.IfExp):
@@ -71,7 +71,7 @@ def _texts(
 
 
 def _called(node: ast.Call) -> str:
-    """The last name of what is called: `error` of `source.error(...)`."""
+    """The last name of the called function: `error` of `source.error(...)`."""
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
@@ -86,7 +86,7 @@ def _text(node: ast.expr) -> str:
 
 
 def page(text: str) -> str:
-    """The page with its lists made anew. Raises `ValueError` where a file belongs to no group, or to two."""
+    """The page with new lists. Raises `ValueError` if a file belongs to no group or to two."""
     found = messages()
     groups = [patterns.split() for _, patterns, _ in GROUP.findall(text)]
     for name in found:

@@ -1,7 +1,7 @@
-"""The reference of all settings, docs/settings.md: `python -m tools.write_settings_reference`.
+"""Writes the reference of all settings, docs/settings.md: `python -m tools.write_settings_reference`.
 
-Takes the models of run files and cluster files, gives Markdown: a table for each section with type, default and
-meaning. A test compares the page with what this makes, so a new setting is in the reference or the test fails.
+In: the models of run files and cluster files. Out: Markdown, a table per section with type, default and meaning. A
+test compares the page with the output, so a new setting must be in the reference.
 """
 
 import json
@@ -67,7 +67,7 @@ def _sections(root: type[Section], path: str) -> Iterator[str]:
 
 
 def _tables(section: type[Section], path: str, title: str) -> Iterator[str]:
-    """A section's own table, then those of the sections inside it."""
+    """The table of a section, then those of the sections inside it."""
     yield f"## `{title}`\n" if title.startswith("[") else f"## {title}\n"
     about = section.__doc__ if section.__doc__ and section.__doc__ != Section.__doc__ else ""
     if about:
@@ -88,7 +88,7 @@ def _tables(section: type[Section], path: str, title: str) -> Iterator[str]:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, itself or as the items of a list."""
+    """The section type of a field, or of the items of its list."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -142,13 +142,13 @@ def default_of(field: FieldInfo) -> str:
 
 
 def meaning_of(section: type[Section], name: str, field: FieldInfo) -> str:
-    """The description, and with which values of other settings it has an effect where the field says so."""
+    """The description, and the values of other settings with which it has an effect, if any are declared."""
     told = [field.description] if field.description else []
     for condition in field.metadata:
         for other, needed in getattr(
             condition, "others", {}
         ).items():  # `only_with` of bigmodel.config.sections.setting
-            if other.partition(".")[0] in section.model_fields:  # else a property, which the description speaks of
+            if other.partition(".")[0] in section.model_fields:  # else a property, explained in the description
                 told.append(f"only {_condition(name, other, needed)}")
     return "; ".join(told)
 

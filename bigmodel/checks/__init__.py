@@ -1,1 +1,1 @@
-"""The five guarantees, checked on a user's own settings and data."""
+"""Checks of the five guarantees on a user's settings and data."""

@@ -1,7 +1,7 @@
-"""Audit: do the books of a run close? `bigmodel check RUN.toml accounting`.
+"""Audit of the run accounting: `bigmodel check RUN.toml accounting`.
 
-Takes a run directory, gives findings. What is counted is counted again from the data, seconds are compared with the
-wall clock, FLOPs with those that torch counts while a batch of the run is computed.
+In: a run directory. Out: findings. Tokens and documents are counted again from the data, seconds are compared with
+the wall clock, FLOPs with torch's count while it computes a batch of the run.
 """
 
 from functools import partial
@@ -27,11 +27,11 @@ from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, read_json_lines
 
 CLOSES_WITHIN = 0.01  # of the wall time
-MAX_STEPS = 20_000  # planned anew for the comparison
+MAX_STEPS = 20_000  # planned again for the comparison
 
 
 class Finding(NamedTuple):
-    """One claim, whether it held, and the evidence."""
+    """A claim, whether it holds, and the evidence."""
 
     claim: str
     holds: bool
@@ -39,9 +39,9 @@ class Finding(NamedTuple):
 
 
 def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> list[Finding]:
-    """The books of a run, going on or ended. Raises `UserError` where there are none.
+    """Audit a running or ended run. Raises `UserError` if it has no step.
 
-    observed: Unix times of the run's beginning and end by somebody else's clock; else those in the books.
+    observed: Unix times of start and end by another clock; by default those in metrics.jsonl.
     """
     run_directory = Path(run_directory)
     lines = list(read_json_lines(run_directory / "metrics.jsonl"))
@@ -54,7 +54,7 @@ def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> l
         ledger.add(line)
     findings = [_seconds(ledger, observed), _once(lines)]
     if not any(event["event"] == "new_plan" for event in read_json_lines(run_directory / "events.jsonl")):
-        findings.append(_counts(lines, settings))  # else the settings no longer say what the earlier steps read
+        findings.append(_counts(lines, settings))  # else the settings do not describe the data of earlier steps
     return findings
 
 
@@ -72,11 +72,11 @@ def _seconds(ledger: RunAccounting, observed: tuple[float, float] | None) -> Fin
 
 def _once(lines: list[dict[str, Any]]) -> Finding:
     steps = [line["step"] for line in lines if line["kind"] == "step"]
-    return Finding("every step stands in the books once", steps == list(range(1, steps[-1] + 1)), f"{len(steps)} steps")
+    return Finding("metrics.jsonl has every step once", steps == list(range(1, steps[-1] + 1)), f"{len(steps)} steps")
 
 
 def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
-    """Tokens, documents and operations of every step, from the plan of the data alone."""
+    """Tokens, documents and FLOPs of every step, computed from the plan alone."""
     store = ShardStore.of_run(settings.data, "train")
     vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     order = Order.of_run(store, settings)
@@ -94,7 +94,7 @@ def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
 
 
 def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, int, float]:
-    """Positions, targets, documents and the model's operations of packs, from their plan."""
+    """(tokens, labels, documents, model FLOPs) of packed sequences, from their plan."""
     chunks = [chunk for pack in packs for chunk in pack]
     work = count_work(packs, settings.data, partial(visible_pairs, settings=settings.model))
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
@@ -107,7 +107,7 @@ def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, 
 
 
 def torch_agrees(settings: Settings) -> Finding:
-    """Compute a pack of the data under torch's counter, which takes all pairs of a document for attention."""
+    """Compute a packed sequence under torch's FLOP counter, which counts attention over all pairs of a document."""
     store = ShardStore.of_run(settings.data, "train")
     vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     pack = Order.of_run(store, settings).next_step()[0]
@@ -115,14 +115,14 @@ def torch_agrees(settings: Settings) -> Finding:
     model = Transformer(settings.model.model_copy(update={"dropout": 0.0, "num_mtp_modules": 0}), vocabulary)
     counted, expected = count_by_torch(model, batch)
     return Finding(
-        "the formula's FLOPs are those that torch counts while a pack is computed",
+        "the formula's FLOPs equal torch's count for a packed sequence",
         counted == expected,
         f"{counted:,} counted, {expected:,.0f} by formula; torch takes attention over whole documents",
     )
 
 
 def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
-    """Operations of forward and backward of a batch: counted, and by formula for the pairs that torch counts."""
+    """FLOPs of a batch, forward and backward: torch's count, and the formula over the pairs that torch counts."""
     vocabulary, settings = model.embedding.num_embeddings, model.settings
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(model(batch, "logits"), batch.labels).backward()
@@ -130,7 +130,7 @@ def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
 
 
 def work_of(batch: Batch, settings: ModelSettings) -> Work:
-    """What torch's counter takes a batch for: every document sees all of itself, and padding is a document."""
+    """The work that torch counts: every document attends to all of itself, and padding is a document."""
     lengths = batch.cu_seqlens.diff().tolist()
     sources = batch.source.cu_seqlens.diff().tolist() if batch.source else [0] * len(lengths)
     layers, encoder = settings.num_layers + settings.num_mtp_modules, settings.encoder

@@ -1,13 +1,13 @@
-"""The guarantees, proved on a user's own settings and data: `bigmodel check RUN.toml [PROMISE]`.
+"""Checks of the guarantees on a user's settings and data: `bigmodel check RUN.toml [GUARANTEE]`.
 
-Each guarantee is a function from settings to findings: a claim, whether it holds, and the number behind it. The
-tests run the same functions, with the guarded code broken, to see them fail.
+Each check is a function from settings to findings: a claim, whether it holds, and the evidence in numbers. Tests
+break the guarded code and see the same functions fail.
 
-    leak    a document cannot influence another one in its pack: outputs, loss, gradients
+    leak    a document cannot influence another one in its packed sequence: outputs, loss, gradients
     order   the batches of each step are the same bytes at any world size; each position of an epoch occurs once
-    loss    loss and gradient norm of the same steps agree over ranks, also where these share packs
-    resume  killed and resumed, a run retraces the uninterrupted one, to the last bit
-    accounting  every token, second and FLOP of a run that was killed and resumed is accounted for
+    loss    loss and gradient norm of a step agree on any number of ranks, also if ranks share packed sequences
+    resume  a killed and resumed run equals the uninterrupted one to the last bit
+    accounting  every token, second and FLOP of a killed and resumed run is accounted for
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ GUARANTEES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
 
 
 def run_checks(run_file: Path, overrides: Sequence[str], guarantees: Sequence[str]) -> int:
-    """Run the named guarantees, print each finding, give the number of broken claims."""
+    """Check the named guarantees, print each finding, return the number of broken claims."""
     console = Console(highlight=False, markup=False)
     broken = 0
     for guarantee in guarantees:

@@ -1,7 +1,7 @@
-"""Leak: a document cannot influence another one in its pack: not in outputs, loss or gradients.
+"""Leak check: a document cannot influence the outputs, loss or gradients of another one in its packed sequence.
 
-Takes a pack of the user's own data. Costs: a few steps of the model on one pack, and its documents once more, one at a
-time, in float64 on the CPU.
+In: a packed sequence of the user's data. Costs a few model steps on it, and each of its documents alone, in float64
+on the CPU.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
-SAME = 1e-9  # relative, in float64: orders of summing differ
+SAME = 1e-9  # relative, in float64: the order of sums differs
 
 
 def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Take a pack of the user's data with at least two documents and edit each of them."""
+    """Edit each document of a packed sequence with at least two documents of the user's data."""
     settings = agree(load_settings(run_file, overrides))
     store = ShardStore.of_run(settings.data, "train")
     pack = _pack_of_several(settings, store)
@@ -45,21 +45,21 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
-    """A pack in which something is asked of two documents."""
+    """A packed sequence in which two documents have labels."""
     order = Order.of_run(store, settings)
     for _ in range(10):
         for pack in order.next_step():
             if sum(chunk.num_labels > 0 for chunk in pack) > 1:
                 return pack
     raise UserError(
-        f"no pack of the first 10 steps holds two documents: data.sequence_length = "
+        f"no packed sequence of the first 10 steps holds two documents: data.sequence_length = "
         f"{settings.data.sequence_length} is about "
-        "the length of one; nothing can leak, and nothing can be checked"
+        "the length of one; a leak check needs two"
     )
 
 
 class Place(NamedTuple):
-    """Where a document lies: its number among the batch's, and its positions on both sides."""
+    """A document's number in the batch and its slices on both sides."""
 
     number: int
     targets: slice
@@ -67,7 +67,7 @@ class Place(NamedTuple):
 
 
 def documents(batch: Batch) -> list[Place]:
-    """Where the documents are in which something is asked; padding, which lies in documents of its own, is left out."""
+    """Places of all documents with labels. Padding lies in documents of its own and is left out."""
     edges = batch.cu_seqlens.tolist()
     source_edges = batch.source.cu_seqlens.tolist() if batch.source else [0] * len(edges)
     sides = zip(pairwise(edges), pairwise(source_edges), real_documents(batch), strict=True)
@@ -78,19 +78,19 @@ def documents(batch: Batch) -> list[Place]:
 
 
 def isolation(model: Transformer, batch: Batch) -> list[Finding]:
-    """Edit the first of two documents; look at the second one's losses and gradients, and for a gradient at the first.
-    Then the other way round. With a source side, the source is edited too.
+    """Edit the first of two documents: losses and gradients of the second must not change, and its loss must have no
+    gradient at the first. Then with the roles exchanged. The source side, if any, is edited too.
     """
     first, second = documents(batch)[:2]
     ways = [_edit(model, batch, *way) for way in ((first, second), (second, first))]
     moved = min(way.moved for way in ways)
     reached = sum(way.reached for way in ways)
     return [
-        Finding("the edit changes the edited document's own losses", moved > 0, f"by up to {moved:.3g} nats"),
+        Finding("an edit changes the losses of the edited document", moved > 0, f"by up to {moved:.3g} nats"),
         Finding(
             "editing one document leaves every other document's losses bitwise equal",
             all(way.same_losses for way in ways),
-            f"{sum(way.num_others for way in ways)} positions",
+            f"{sum(way.num_others for way in ways)} tokens",
         ),
         Finding(
             "editing one document leaves all parameter gradients of another one's loss bitwise equal",
@@ -106,14 +106,14 @@ def isolation(model: Transformer, batch: Batch) -> list[Finding]:
 
 
 class _Edit(NamedTuple):
-    """What editing one document did to another one, and to the edited one itself."""
+    """Effect of an edit on another document and on the edited one."""
 
     moved: float  # nats, of a loss of the edited document
-    num_others: int  # positions outside the edited document
+    num_others: int  # tokens outside the edited document
     same_losses: bool  # of these
     same_gradients: bool  # of the parameters, from the other document's loss
-    reached: float  # gradient from the other document's loss at the edited one's embeddings, summed
-    reached_itself: bool  # and at its own
+    reached: float  # gradient of the other document's loss at the edited one's embeddings, summed
+    reached_itself: bool  # gradient of the other document's loss at its own embeddings
 
 
 def _edit(model: Transformer, batch: Batch, edited: Place, other: Place) -> _Edit:
@@ -122,7 +122,7 @@ def _edit(model: Transformer, batch: Batch, edited: Place, other: Place) -> _Edi
     others_T[edited.targets] = False
     same_gradients = all(torch.equal(a, b) for a, b in zip(before.parameters, after.parameters, strict=True))
     sides = list(zip(before.inputs, edited[1:], other[1:], strict=False))
-    own = [gradient[its] for gradient, _, its in sides if its.start < its.stop]  # or it has no source
+    own = [gradient[its] for gradient, _, its in sides if its.start < its.stop]  # empty without a source
     return _Edit(
         moved=float((before.losses[edited.targets] - after.losses[edited.targets]).abs().max()),
         num_others=int(others_T.sum()),
@@ -134,7 +134,7 @@ def _edit(model: Transformer, batch: Batch, edited: Place, other: Place) -> _Edi
 
 
 def _edited(model: Transformer, batch: Batch, place: Place) -> Batch:
-    """The batch with every token of a document changed; targets stay."""
+    """The batch with every token of a document changed; labels stay."""
     tokens = batch.tokens.clone()
     tokens[place.targets] = (tokens[place.targets] + 1) % model.embedding.num_embeddings
     if batch.source is None:
@@ -152,7 +152,7 @@ class _Traced:
 
 
 def _losses_and_gradients(model: Transformer, batch: Batch, place: Place) -> _Traced:
-    """Losses of all positions; gradients of the loss of one document only."""
+    """Losses of all tokens; gradients of the loss of one document."""
     model.train()
     model.zero_grad(set_to_none=True)
     targets = torch.full_like(batch.labels, IGNORED)
@@ -172,9 +172,9 @@ def _losses_and_gradients(model: Transformer, batch: Batch, place: Place) -> _Tr
 
 
 def packed_equals_single(model: Transformer, batch: Batch) -> list[Finding]:
-    """In float64, a pack gives the outputs, the loss and the gradients of its documents run one at a time.
+    """In float64, a packed sequence has the outputs, loss and gradients of its documents computed one at a time.
 
-    As in training: extra heads have their losses, and dropout, which is drawn by position, is the same alone.
+    As in training: MTP modules have their losses, and dropout is drawn by position, so it is the same alone.
     """
     model.train()
     places = documents(batch)
@@ -197,10 +197,10 @@ def packed_equals_single(model: Transformer, batch: Batch) -> list[Finding]:
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of the tensors' differences, each relative to what is expected of it, which counts as a millionth of
-    the largest at least: where a gradient is zero (queries that see one key), both have the rounding only.
+    """The largest relative difference of the tensors; NaN stays NaN.
 
-    Not a number stays so.
+    Each is relative to its expected tensor, or to a millionth of the largest one if that is more: a gradient that is
+    zero (queries with one visible key) holds rounding errors only.
     """
     sizes = torch.stack([tensor.norm() for tensor in expected])
     differences = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)])
@@ -209,8 +209,8 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def _outputs(model: Transformer, batch: Batch) -> list[tuple[int, Tensor]]:
-    """What a model makes of each position, with the side (0: targets, 1: source): the losses (T,), the states that each
-    head turns into logits (T, H), and those of the encoder (S, E). Logits themselves would be too large.
+    """(side, output) pairs, side 0 is the target, 1 the source: losses (T,), states before the logits of each head
+    (T, H), states of the encoder (S, E). Logits would be too large.
     """
     x_TH, x_SE = model.embed(batch)
     states_TH, views, source = model.trunk(x_TH, x_SE, batch)
@@ -237,7 +237,7 @@ def _backward(loss: Tensor) -> float:
 
 
 def _alone(batch: Batch, place: Place) -> Batch:
-    """One document of a batch as a batch of its own."""
+    """One document of a batch as a batch."""
     number, target, source = place
     moved = {
         name: tensor[target] for name, tensor in tensors_of(batch).items() if name not in ("cu_seqlens", "prefixes")

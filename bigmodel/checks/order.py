@@ -1,6 +1,6 @@
-"""Order: the batches of each step are the same bytes at any world size; each position of an epoch occurs once.
+"""Order check: same batch bytes in each step at any world size; each token of an epoch occurs once.
 
-Takes the plan of the user's settings and data; simulates worlds and nodes in one process, trains nothing.
+In: the plan of the user's settings and data. Simulates ranks and nodes in one process; trains nothing.
 """
 
 import json
@@ -20,19 +20,19 @@ from bigmodel.data.store.shards import ShardStore
 
 WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
 ORDER_STEPS = 20  # compared byte for byte
-EPOCH_POSITIONS = 200_000_000  # a whole epoch is walked up to this size, a part of it above
-SHUFFLED = 0.01  # of the distance by chance, below which data is called not shuffled
+EPOCH_POSITIONS = 200_000_000  # a longer epoch is walked up to this number
+SHUFFLED = 0.01  # share of the random distance; below it, data counts as not shuffled
 
 
 def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Walk the plan of the user's data at several world sizes, from a saved cursor, and over an epoch."""
+    """Walk the plan at several world sizes, from a saved cursor, and over an epoch."""
     settings = agree(load_settings(run_file, overrides))
     store = ShardStore.of_run(settings.data, "train")
     steps = min(ORDER_STEPS, settings.training.steps)
     reference = _step_fingerprints(settings, store, steps, 1, 1)
     findings = [
         Finding(
-            f"{steps} steps are the same bytes, each pack once, on {size} ranks in nodes of {node_size} as on one",
+            f"{steps} steps have the same bytes on {size} ranks, {node_size} per node, as on one; each pack once",
             _step_fingerprints(settings, store, steps, size, node_size) == reference,
             f"{sum(map(len, reference))} packs",
         )
@@ -48,7 +48,7 @@ def _order(settings: Settings, store: ShardStore) -> Order:
 def _step_fingerprints(
     settings: Settings, store: ShardStore, steps: int, world_size: int, node_size: int
 ) -> list[list[tuple[int, str]]]:
-    """Per step, (number, fingerprint) of its packs as the ranks would build them, sorted.
+    """Per step, sorted (number, fingerprint) of its packed sequences as the ranks build them.
 
     Each node has an order of its own lanes, as in training.
     """
@@ -72,13 +72,15 @@ def _cursor_continues(settings: Settings, store: ShardStore, steps: int) -> Find
         again = _order(settings, store)
         again.restore(state)
         differing += again.next_step() != order.next_step()
-    return Finding("a saved cursor continues with the same packs, at every step", differing == 0, f"{steps} cursors")
+    return Finding(
+        "a saved cursor continues with the same packed sequences, at every step", differing == 0, f"{steps} cursors"
+    )
 
 
 def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
-    """Count how often each (source, document, position, epoch) occurs until an epoch of every source is complete.
+    """Count each (source, document, position, epoch) until an epoch of every source is complete.
 
-    Also says how well that stretch is shuffled.
+    Also measures how well these documents are shuffled.
     """
     order = _order(settings, store)
     seen: Counter[tuple[int, int, int, int, int]] = Counter()
@@ -88,7 +90,7 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     while positions < EPOCH_POSITIONS and not _epoch_complete(order):
         try:
             packs = order.next_step()
-        except UserError:  # data.max_epochs leaves no more
+        except UserError:  # data.max_epochs is used up
             break
         for chunk in (chunk for pack in packs for chunk in pack):
             seen[chunk.source, chunk.shard, chunk.row, chunk.start, chunk.epoch] += 1
@@ -105,16 +107,16 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     finished = _epoch_complete(order)
     return [
         Finding(
-            "each position of each document occurs exactly once in an epoch"
+            "each token of each document occurs exactly once in an epoch"
             if finished
-            else f"no position occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
+            else f"no token occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
             max(seen.values()) == 1 and (all(whole) or not finished),
-            f"{positions:,} positions, {len(seen):,} chunks of documents",
+            f"{positions:,} tokens, {len(seen):,} chunks of documents",
         ),
         Finding(
-            "documents that lie side by side in a shard land far apart",
+            "neighbours in a shard are far apart in training",
             (distance := neighbour_distance(given)) > SHUFFLED,
-            f"{distance:.2f} of the distance that chance would give",
+            f"{distance:.2f} of the random distance",
         ),
     ]
 

@@ -1,6 +1,6 @@
-"""Loss, resume and accounting: real training processes, compared, killed and resumed, and audited.
+"""Loss, resume and accounting checks: real training processes are compared, killed, resumed and audited.
 
-Takes the user's run file, shortened to a few steps in a directory of its own. Costs: minutes for a large model.
+In: the user's run file, shortened to a few steps in a directory of its own. Costs minutes for a large model.
 """
 
 import hashlib
@@ -23,17 +23,18 @@ from bigmodel.rank_log import ARRANGED
 from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
 
-PROCESS_SECONDS = 600  # bound on a training process started by a check
+PROCESS_SECONDS = 600  # limit of a training process
 
 
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Train two steps on one rank and on several, which share packs if the run's do; these add in another order."""
+    """Train two steps on one rank and on several, which share packed sequences if the run's ranks do. Several ranks add
+    in another order."""
     training = agree(load_settings(run_file, overrides)).training
     sharing = training.sequence_parallel_ranks
     several = max(2, sharing)
-    # Ranks that share a pack multiply fewer rows at once; the products may be rounded otherwise where they are rounded.
+    # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
     slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
-    on_cpu = torch.cuda.device_count() < several  # each needs a GPU, and one must not be compared with a CPU
+    on_cpu = torch.cuda.device_count() < several  # each rank needs a GPU; a GPU is not compared with a CPU
     with tempfile.TemporaryDirectory() as scratch:
         traces = {}
         for world_size in (1, several):
@@ -57,7 +58,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """Ten steps undisturbed; ten steps killed with SIGKILL at a random instant after the first save, and resumed."""
+    """Ten undisturbed steps against ten steps killed by SIGKILL at a random time after the first save, and resumed."""
     world_size = num_ranks(agree(load_settings(run_file, overrides)))
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
@@ -80,7 +81,7 @@ def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
-    """The books of the run directory, if a run is there, and those of a short run that is killed and resumed."""
+    """Audit the run directory, if it has a run, and a short run that is killed and resumed."""
     settings = load_settings(run_file, overrides)
     findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
     world_size = num_ranks(settings)
@@ -95,13 +96,13 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 
 def num_ranks(settings: Settings) -> int:
-    """Two where they have work and devices, or as many as share a pack."""
+    """Two if there is work and a device for both, or the number that shares a packed sequence."""
     sharing = settings.training.sequence_parallel_ranks
     return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.global_batch_size)
 
 
 def short_run(directory: Path, steps: int, every: int) -> list[str]:
-    """Overrides that make a short run of a run file, in a directory of its own. It keeps away from the run's store."""
+    """Overrides for a short run of a run file in a directory of its own, without the run's remote store."""
     return [
         f"run.directory={directory}",
         f"training.steps={steps}",
@@ -120,7 +121,7 @@ def short_run(directory: Path, steps: int, every: int) -> list[str]:
 def _start(
     run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
 ) -> list[subprocess.Popen]:
-    """One process per rank, in one process group, printing into the run directory."""
+    """One process per rank, in one process group; output goes into the run directory."""
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
     for override in overrides:
@@ -140,7 +141,7 @@ def _start(
         }
         if on_cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child's own
+        output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child owns it
         group = ranks[0].pid if ranks else 0
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=group)
@@ -149,7 +150,7 @@ def _start(
 
 
 def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
-    """Wait for all ranks. Raises `UserError` with the failing rank's last words."""
+    """Wait for all ranks. Raises `UserError` with the last output of a failed rank."""
     try:
         for number, rank in enumerate(ranks):
             if rank.wait(timeout=PROCESS_SECONDS):
@@ -162,7 +163,7 @@ def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
 
 
 def _kill_within(ranks: Sequence[subprocess.Popen], directory: Path, step: int) -> int:
-    """SIGKILL all ranks at a random instant after `step` steps and a checkpoint; gives the last step recorded."""
+    """SIGKILL all ranks at a random time after `step` steps and a checkpoint; return the last recorded step."""
     deadline = time.monotonic() + PROCESS_SECONDS
     try:
         while not (trace := _trace(directory)) or trace[-1]["step"] < step or not _has_saved(directory):
@@ -192,7 +193,7 @@ def _has_saved(directory: Path) -> bool:
 
 
 def _learned(line: dict) -> tuple[float, ...]:
-    """What must not differ: not the seconds."""
+    """Values that must not differ; seconds may."""
     return tuple(line[name] for name in ("step", "loss", "gradient_norm", "learning_rate", "targets", "positions"))
 
 

@@ -1,1 +1,1 @@
-"""How good a model is: validation loss, generated text, baselines."""
+"""Quality of a model: validation loss, generated text, baselines."""

@@ -1,16 +1,16 @@
-"""Two marks that a language model must pass: a smoothed bigram model, and `xz -9`.
+"""Two baselines that a language model must beat: a smoothed bigram model and `xz -9`.
 
-The bigram model takes pairs of neighbouring tokens, counts them, and predicts with interpolated modified
-Kneser-Ney smoothing (Chen & Goodman 1998): with c(v, w) the count of w after v,
+The bigram model counts pairs of neighbouring tokens and predicts with interpolated modified Kneser-Ney smoothing
+(Chen & Goodman 1998): with c(v, w) the count of w after v,
 
     P(w | v) = (c(v, w) - D(c(v, w))) / c(v)  +  G(v) * P1(w)
     P1(w)    = (k(w) - d(k(w))) / K           +  g * 1 / V
 
-where k(w) is in how many different contexts w was seen and K their sum; the discounts D and d for counts 1, 2 and
-more come in closed form from how many counts are 1, 2, 3 and 4, and G and g hand on exactly what was discounted.
-Nothing is tuned, and nothing is taken from the tokens that are scored.
+where k(w) is the number of different contexts of w and K the sum of all k. The discounts D and d for counts of 1, 2
+and more follow in closed form from the numbers of counts of 1, 2, 3 and 4. G and g pass on exactly the discounted
+mass. Nothing is tuned, and nothing is taken from the scored tokens.
 
-Costs: 16 bytes a distinct pair, found by binary search; V x V is never allocated. About 3 M pairs/s.
+Costs: 16 bytes per distinct pair, binary search; V x V is never allocated. About 3 M pairs/s.
 """
 
 import lzma
@@ -26,32 +26,32 @@ from bigmodel.config.settings import UserError
 if TYPE_CHECKING:
     from bigmodel.data.store.shards import ShardStore
 
-Pair = tuple[np.ndarray, np.ndarray]  # (n,) tokens and (n,) the tokens that follow them
+Pair = tuple[np.ndarray, np.ndarray]  # (n,) tokens and (n,) their next tokens
 CHUNK_PAIRS = 1 << 22  # pairs sorted together
 
 
 class Bigram:
-    """Predicts a token from the one before it. `vocabulary`: ids are 0 to vocabulary - 1."""
+    """Predicts a token from its predecessor. `vocabulary`: ids are 0 to vocabulary - 1."""
 
     def __init__(self, vocabulary: int) -> None:
         if not 0 < vocabulary <= 2**31:
             raise UserError(f"a bigram model of {vocabulary} tokens: needs 1 to 2**31")
         self._vocabulary = vocabulary
-        self._keys = np.zeros(0, np.int64)  # context * vocabulary + target, sorted, distinct
+        self._keys = np.zeros(0, np.int64)  # context * vocabulary + label, sorted, distinct
         self._counts = np.zeros(0, np.int64)
 
     def fit(self, pairs: Iterable[Pair]) -> "Bigram":
-        """Count (inputs, targets); may be called again to count more."""
+        """Count (inputs, labels); further calls add counts."""
         for keys in self._chunks(pairs):
             found, counts = np.unique(keys, return_counts=True)
             self._keys, self._counts = _add_counts(self._keys, self._counts, found, counts)
         if not len(self._keys):
-            raise UserError("a bigram model needs at least one pair of tokens; train on more steps or more text")
+            raise UserError("a bigram model needs at least one pair of tokens; use more text")
         self._prepare()
         return self
 
     def score(self, pairs: Iterable[Pair]) -> tuple[float, int]:
-        """(nats, count): the sum of -ln P(target | input) over all pairs, and how many there are."""
+        """(nats, count): the sum of -ln P(label | input) over all pairs, and their number."""
         nats, count = 0.0, 0
         for keys in self._chunks(pairs):
             nats -= float(np.log(self._probabilities(keys)).sum())
@@ -59,7 +59,7 @@ class Bigram:
         return nats, count
 
     def bits(self, pairs: Iterable[Pair]) -> float:
-        """The same sum in bits."""
+        """The sum of -log2 P(label | input) over all pairs."""
         return self.score(pairs)[0] / math.log(2)
 
     def probabilities(self, context: int) -> np.ndarray:
@@ -72,7 +72,7 @@ class Bigram:
         size = 0
         for inputs, targets in pairs:
             if len(inputs) != len(targets):
-                raise ValueError(f"a bigram needs as many inputs as targets, got {len(inputs)} and {len(targets)}")
+                raise ValueError(f"a bigram needs as many inputs as labels, got {len(inputs)} and {len(targets)}")
             waiting.append(np.asarray(inputs, np.int64) * self._vocabulary + np.asarray(targets, np.int64))
             size += len(inputs)
             if size >= CHUNK_PAIRS:
@@ -87,7 +87,7 @@ class Bigram:
         removed = _discounts(self._counts)[np.minimum(self._counts, 3)]
         self._context_counts = np.bincount(contexts, self._counts, vocabulary)
         self._kept = (self._counts - removed) / self._context_counts[contexts]
-        # A context never seen hands everything on.
+        # An unseen context passes on all its mass.
         handed_on = np.bincount(contexts, removed, vocabulary)
         seen = self._context_counts > 0
         self._handed_on = np.where(seen, handed_on / np.where(seen, self._context_counts, 1), 1.0)
@@ -103,8 +103,8 @@ class Bigram:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """(4,) what to take from a count of 0, 1, 2 and 3 or more: Chen & Goodman's estimate from the counts of
-    counts; half a count where the text is too small for it."""
+    """(4,) discounts of counts 0, 1, 2 and 3 or more: Chen & Goodman's estimate from the counts of counts, or half a
+    count if the text is too small for it."""
     n1, n2, n3, n4 = (int(np.count_nonzero(counts == size)) for size in (1, 2, 3, 4))
     if not (n1 and n2 and n3 and n4):
         return np.array([0.0, 0.5, 0.5, 0.5])
@@ -114,13 +114,13 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
 
 
 def _add_counts(keys: np.ndarray, counts: np.ndarray, more: np.ndarray, more_counts: np.ndarray) -> Pair:
-    """Merge two sorted lists of distinct keys, adding the counts of those in both."""
+    """Merge two sorted arrays of distinct keys; counts of keys in both are added."""
     merged, places = np.unique(np.concatenate([keys, more]), return_inverse=True)
     return merged, np.bincount(places, np.concatenate([counts, more_counts])).astype(np.int64)
 
 
 def token_pairs(store: "ShardStore") -> Iterator[Pair]:
-    """(inputs, targets) of every document of a split, of pairs every target, whole: what one epoch asks a model for."""
+    """(inputs, labels) of every whole document of a split, for pairs of every target text: one epoch."""
     for source in store.sources:
         for shard in range(store.num_shards(source)):
             for row in range(len(store.lengths(source, shard))):
@@ -130,7 +130,7 @@ def token_pairs(store: "ShardStore") -> Iterator[Pair]:
 
 
 def xz_bits_per_byte(path: Path) -> float:
-    """Bits that `xz -9` spends on a byte of a file. It sees the whole file, but no training text.
+    """Bits per byte of a file under `xz -9`, which reads the whole file but no training text.
 
     Raises `UserError` if the file is missing or empty. About 2 MB/s and 700 MB of memory.
     """
@@ -144,5 +144,5 @@ def xz_bits_per_byte(path: Path) -> float:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; prepare the data again") from None
     if not size:
-        raise UserError(f"{path}: is empty, so nothing can be compressed; prepare the data again")
+        raise UserError(f"{path}: is empty; prepare the data again")
     return 8 * (compressed + len(compressor.flush())) / size

@@ -1,8 +1,8 @@
-"""Evaluation: how well the model predicts the validation split.
+"""Evaluation: loss of the model on the validation split.
 
-Takes a forward function and the validation split, gives a sum of nats and a count of targets. Guarantees: every
-document is scored once; packs are cut into the same groups at any world size, each group's losses are summed in
-fp64 and the groups are added in their order, so sum and count are equal to the last bit on 1, 2 or 64 world.
+In: a forward function, the validation split. Out: a sum of nats and a number of labels.
+Guarantees: every document is scored once. Packed sequences form the same groups at any world size; the losses of a
+group are summed in fp64 and the groups are added in order, so sum and count are bitwise equal on 1, 2 or 64 ranks.
 """
 
 import math
@@ -25,7 +25,7 @@ Forward = Callable[[Batch, str], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nats` summed over `num_labels` predicted tokens, which stand for `text_bytes` bytes of text."""
+    """`nats` summed over `num_labels` predicted tokens, which encode `text_bytes` bytes of text."""
 
     nats: float
     num_labels: int
@@ -41,12 +41,12 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Independent of the tokenizer: nats / ln 2 / bytes, the end-of-document tokens' nats included."""
+        """nats / ln 2 / bytes, end-of-document tokens included; independent of the tokenizer."""
         return self.nats / math.log(2) / self.text_bytes
 
 
 class Validation:
-    """The validation split in canonical groups of packs. `packs` bounds how many are used; 0: all."""
+    """The validation split in canonical groups of packed sequences. `packs`: the most that are used; 0: all."""
 
     def __init__(self, data: DataSettings, packs_per_micro_batch: int) -> None:
         self._store = ShardStore.of_run(data, "validation")
@@ -54,9 +54,9 @@ class Validation:
         self._packs_per_micro_batch = packs_per_micro_batch
 
     def run(self, forward: Forward, world: World, packs: int = 0) -> Evaluation:
-        """Score the split; collective over all world. `forward(batch, "loss_per_position")` must not train.
+        """Score the split; collective over all ranks. `forward(batch, "loss_per_position")` must not train.
 
-        Raises `UserError` where nothing is asked in it.
+        Raises `UserError` if the split has no labels.
         """
         found = self._score(forward, world, packs, lambda batch: batch)
         if not found.num_labels:
@@ -64,9 +64,9 @@ class Validation:
         return found
 
     def run_with_wrong_sources(self, forward: Forward, world: World) -> Evaluation | None:
-        """The same, each document of a micro-batch with the source of another one (`exchange_sources`).
+        """Like `run`, with the sources exchanged between documents of a micro-batch (`exchange_sources`).
 
-        A document alone in its micro-batch has none to exchange with, and is left out; None: all are alone.
+        A document alone in its micro-batch is left out. None: all documents are alone.
         """
         found = self._score(forward, world, 0, _exchanged)
         return found if found.num_labels else None
@@ -76,7 +76,7 @@ class Validation:
         mine: dict[int, tuple[float, int]] = {}
         groups = validation_batches(self._store, self._data, self._packs_per_micro_batch, packs)
         for first in range(0, len(groups), world.size):
-            # Under ZeRO-3 a forward is collective: a rank without a group runs the last one again, uncounted.
+            # A forward pass is collective under ZeRO-3: a rank without a group repeats the last one, uncounted.
             number = first + world.rank
             batch = change(groups[min(number, len(groups) - 1)])
             nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
@@ -89,12 +89,12 @@ class Validation:
         return Evaluation(nats, num_labels, num_labels * self.bytes_per_target, time.perf_counter() - started)
 
     def first_batch(self) -> Batch:
-        """Its first micro-batch, for examples."""
+        """The first micro-batch, for examples."""
         return validation_batches(self._store, self._data, self._packs_per_micro_batch)[0]
 
     @property
     def bytes_per_target(self) -> float:
-        """Bytes of text behind one predicted token, over the whole split."""
+        """Bytes of text per predicted token, over the whole split."""
         return self._store.text_bytes / self._store.num_labels
 
 

@@ -1,8 +1,8 @@
-"""Text from a model: one token after another, drawn by a key.
+"""Text generation, token by token; draws are keyed by a seed.
 
-Takes a forward function, so that it serves the training engine (under ZeRO-3, where a forward is collective, all
-ranks generate the same text) and a model loaded from a checkpoint alike. Costs one whole forward pass per token:
-there is no cache of keys and values, which is right for samples of a few hundred tokens.
+In: a forward function, of the training engine or of a model from a checkpoint. Out: text. Under ZeRO-3 a forward
+pass is collective, and all ranks generate the same text. Costs one whole forward pass per token: there is no
+key-value cache; samples have a few hundred tokens.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from bigmodel.data.load.batch import IGNORED, Batch, SourceSide, real_documents
 from bigmodel.data.store.tokenizer import Tokenizer
 
 Forward = Callable[[Batch, str], Tensor]
-ANSWER_TOKENS = 48  # of an example
-SHOWN_CHARACTERS = 400  # of each text of an example
+ANSWER_TOKENS = 48  # per example
+SHOWN_CHARACTERS = 400  # per text of an example
 
 
 def generate(
@@ -30,10 +30,10 @@ def generate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Continue `prompt` by at most `tokens` tokens, ending early at the end-of-document token.
+    """Continue `prompt` by at most `tokens` tokens; the end-of-document token ends it early.
 
-    temperature: 0 takes the likeliest token. top: draw among the likeliest so many.
-    The text depends on the weights, the prompt and `seed` only.
+    temperature: 0 takes the likeliest token. top: draw among the `top` likeliest tokens.
+    The text depends only on weights, prompt and `seed`.
     """
     ids = [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
     drawing = temperature, top, torch.Generator().manual_seed(seed)
@@ -50,18 +50,18 @@ def answer(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[int]:
-    """What an encoder-decoder says to the ids of a source text: ids, without begin and end."""
+    """Ids that an encoder-decoder generates for the ids of a source text, without begin and end tokens."""
     generator = torch.Generator().manual_seed(seed)
     return _answer(forward, tokenizer, [*source, tokenizer.eos], tokens, temperature, top, generator, device)
 
 
 def _answer(forward: Forward, tokenizer: Tokenizer, source: list[int], *how: Any) -> list[int]:
-    """`answer` to what the encoder reads, as it is: the source of a prefix has no end."""
+    """Like `answer`, for the exact source ids: the source of a prefix has no end token."""
     return _continue(forward, [tokenizer.bos], source, tokenizer.eos, *how)[1:]
 
 
 def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, device: torch.device | str) -> str:
-    """Of the first documents of a batch with a source side: source, target, and what the model says."""
+    """Source, target and generated text of the first `number` documents of a batch with a source side."""
     assert batch.source, "the batch has no source side"
     edges = zip(pairwise(batch.source.cu_seqlens.tolist()), pairwise(batch.cu_seqlens.tolist()), strict=True)
     real = [edge for edge, is_real in zip(edges, real_documents(batch), strict=True) if is_real]
@@ -77,7 +77,7 @@ def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, 
 
 
 def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Text of the ids; the objectives' own marks by their numbers, as <61>."""
+    """Text of the ids; special tokens of the objectives by number, as <61>."""
     parts = []
     for is_mark, group in groupby(ids, key=lambda token: token >= tokenizer.vocabulary):
         run = list(group)
@@ -114,7 +114,7 @@ def _draw(logits_V: Tensor, temperature: float, top: int, generator: torch.Gener
 
 
 def one_document(ids: list[int], source: list[int] | None = None) -> Batch:
-    """A batch of one document without targets."""
+    """A batch of one document without labels."""
     count = len(ids)
     return Batch(
         tokens=torch.tensor(ids),

@@ -1,1 +1,1 @@
-"""Looking at a run before it starts and after it ends: data, batches, memory, loss, time."""
+"""Inspection before and after a run: data, batches, memory, loss, time."""

@@ -1,7 +1,7 @@
-"""Compare: the first step at which two runs differ, in what, and both curves.
+"""Comparison of two runs: the first step that differs, the value that differs, both loss curves.
 
-Takes two run directories, reads their metrics.jsonl and settings.json; gives text and, where a file is named, a PNG.
-What training computes and what it was given are compared to the last bit; seconds are not. Imports no torch.
+In: metrics.jsonl and settings.json of two run directories. Out: text, and a PNG if a path is given.
+Data and results of each step are compared to the last bit; seconds are not compared. Imports no torch.
 """
 
 import math
@@ -18,7 +18,7 @@ COMPARED = ("positions", "targets", "documents", "padding", "learning_rate", "lo
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step that differs: what differs in it first, data before results, and both values."""
+    """The first step that differs: the first different value, data before results, in both runs."""
 
     step: int
     name: str
@@ -27,9 +27,9 @@ class Difference:
 
 
 def compare(one: Path, two: Path, png: Path | None = None) -> Difference | None:
-    """Print what differs and both curves; `png`: draw them too. Gives the first difference.
+    """Print the differences and both curves, draw them into `png` if given; return the first difference.
 
-    Raises `UserError` for what is no run.
+    Raises `UserError` if a directory is not a run.
     """
     difference, shared = first_difference(one, two)
     print(_sentence(difference, shared))
@@ -44,11 +44,11 @@ def compare(one: Path, two: Path, png: Path | None = None) -> Difference | None:
 
 
 def first_difference(one: Path, two: Path) -> tuple[Difference | None, int]:
-    """The first difference among the steps that both runs have, and how many those are."""
+    """The first difference among the steps in both runs, and the number of these steps."""
     mine, its = _steps(one), _steps(two)
     shared = sorted(mine.keys() & its.keys())
     if not shared:
-        raise UserError(f"{one} and {two} have no step in common; compare runs that both trained some")
+        raise UserError(f"{one} and {two} have no step in common; compare runs that share steps")
     for step in shared:
         for name in COMPARED:
             a, b = mine[step].get(name), its[step].get(name)
@@ -58,12 +58,12 @@ def first_difference(one: Path, two: Path) -> tuple[Difference | None, int]:
 
 
 def setting_differences(one: Path, two: Path) -> list[Change]:
-    """(setting, value in one, value in two); the run's own name and directory do not count."""
+    """(setting, value in one, value in two), without the name and directory of the run."""
     return changes(*(read_json(Path(run) / "settings.json") for run in (one, two)))
 
 
 def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None:
-    """Both smoothed losses above, how far apart they are below; a line where they part."""
+    """Both smoothed losses above, their difference below, a vertical line at the first difference."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,7 +84,7 @@ def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None
         axes.axvline(difference.step if difference else 0, color=GREY, linewidth=1.0, linestyle=(0, (5, 3)))
     above.set_title(_title(difference, len(shared)), loc="left", fontsize=12, color=INK, fontweight="bold")
     above.set_ylabel("loss, smoothed (nats per token)", color=INK)
-    below.set_ylabel("apart, each step", color=INK)
+    below.set_ylabel("difference, each step", color=INK)
     below.set_xlabel("optimizer step", color=INK)
     for axes in (above, below):
         axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)

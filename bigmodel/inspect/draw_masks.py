@@ -1,7 +1,7 @@
-"""Pictures of attention masks: which tokens of a packed batch see which, as PNG and as text for the terminal.
+"""Pictures of attention masks: which key tokens each query token attends to, as PNG and as text for the terminal.
 
-Takes a batch and the matrices of `bigmodel.model.attention_masks`, which training's masks are made by. Padding, which
-lies in documents of its own, is left white. A mask of more than `MOST_CELLS` tokens is drawn to scale.
+In: a batch and the matrices of `bigmodel.model.attention_masks`, the same code that makes the masks of training.
+Padding lies in documents of its own and stays white. A mask of more than `MOST_CELLS` tokens is scaled down.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ import torch
 from bigmodel.data.load.batch import Batch, SourceSide, documents_of, real_documents
 from bigmodel.model.attention_masks import MaskMatrix
 
-MOST_CELLS = 1500  # along a side of a picture
+MOST_CELLS = 1500  # along one side of the picture
 TEXT_COLUMNS = 60
-SHADES = " ░▒▓█"  # nothing seen, up to a third, two thirds, less than all, all
+SHADES = " ░▒▓█"  # share of visible keys: none, up to a third, up to two thirds, less than all, all
 
 
 def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs: int = 1) -> None:
-    """Write a picture: a panel for each mask, the documents of its keys as a coloured strip above it."""
+    """Write a picture with a panel per mask; a coloured strip above each panel shows the documents of the keys."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2 * len(masks) + 0.8, 7.4), layout="constrained")
@@ -36,13 +36,12 @@ def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs:
         _lines(square, batch, mask, num_packs)
     positions = batch.num_tokens + (batch.source.num_tokens if batch.source else 0)
     places = len(batch.tokens) + (len(batch.source.tokens) if batch.source else 0)
-    figure.suptitle(f"{batch.num_documents} documents, {positions} of {places} positions")
+    figure.suptitle(f"{batch.num_documents} documents, {positions} of {places} tokens")
     figure.savefig(path, dpi=120)
 
 
 def shown_documents(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
-    """(Q, K) the colour of each key that is seen, masked where it is not seen and at padding; to scale where larger
-    than `MOST_CELLS`."""
+    """(Q, K) colour of each visible key; masked where not visible and at padding; scaled down above `MOST_CELLS`."""
     rows, columns = (_sampled(len(side)) for side in (mask.lo_Q, mask.place_K))
     colours_K = _colours_of_keys(batch, mask)[columns.numpy()]
     hidden_QK = ~mask.sees(rows, columns).numpy() | np.ma.getmaskarray(colours_K)
@@ -50,7 +49,7 @@ def shown_documents(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
 
 
 def mask_text(batch: Batch, mask: MaskMatrix) -> list[str]:
-    """The mask in at most `TEXT_COLUMNS` columns and half as many lines, under its name."""
+    """The mask in at most `TEXT_COLUMNS` columns and half as many lines, below its name."""
     seen_QK = ~np.ma.getmaskarray(shown_documents(batch, mask))
     num_queries, num_keys = len(mask.lo_Q), len(mask.place_K)
     tokens = max(1.0, num_keys / TEXT_COLUMNS, num_queries / TEXT_COLUMNS)
@@ -61,7 +60,7 @@ def mask_text(batch: Batch, mask: MaskMatrix) -> list[str]:
 
 
 def _mean_of_cells(values: np.ndarray, cells: float, axis: int) -> np.ndarray:
-    """Means of about `cells` equal stretches along an axis."""
+    """Means of about `cells` intervals of equal length along an axis."""
     count = min(max(1, round(cells)), values.shape[axis])
     edges = np.arange(count) * values.shape[axis] // count
     sizes = np.diff([*edges, values.shape[axis]])
@@ -74,14 +73,14 @@ def _sampled(count: int) -> torch.Tensor:
 
 
 def _colours_of_keys(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
-    """(K,) the number of the key's document, modulo 10; masked at padding. A document has one colour on all sides."""
+    """(K,) number of each key's document, modulo 10; masked at padding. A document has one colour on both sides."""
     is_real = np.array(real_documents(batch))
     documents_K = np.concatenate([documents_of(_side(batch, name)) for name in mask.key_sides])
     return np.ma.masked_where(~is_real[documents_K], (documents_K % 10).astype(np.int8))
 
 
 def _lines(square: Any, batch: Batch, mask: MaskMatrix, num_packs: int) -> None:
-    """Where packs and sides end."""
+    """Draw the ends of packed sequences and of sides."""
     first = 0
     for name in mask.key_sides:
         size = len(_side(batch, name).tokens)
@@ -93,7 +92,7 @@ def _lines(square: Any, batch: Batch, mask: MaskMatrix, num_packs: int) -> None:
 
 
 def _side(batch: Batch, name: str) -> Batch | SourceSide:
-    assert name == "target" or batch.source, "a mask of a source side, and a batch without one"
+    assert name == "target" or batch.source, "the mask has a source side, the batch has none"
     return batch.source if name == "source" and batch.source else batch
 
 

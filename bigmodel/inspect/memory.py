@@ -1,12 +1,12 @@
-"""A memory plan: what each rank will hold before anybody has a GPU for it, and which ZeRO stage fits.
+"""Memory plan: bytes on each rank by ZeRO stage, computed without a GPU.
 
-Takes a run file's settings and a number of ranks; builds the model on torch's meta device, whose tensors have shapes
-and no memory. Weights, gradients, masters and moments are counted from its parameters; activations by running one real
-micro-batch forward and backward, checkpointing included, and following every tensor that the code makes (the kernels'
-own way, as on a GPU). Tests compare the counts with what an engine holds at each stage.
+In: settings of a run file, number of ranks. Out: bytes per rank, by part and stage.
+The model is built on torch's meta device: tensors have shapes but no memory. Weights, gradients, masters and moments
+are counted from its parameters. Activations are counted by one micro-batch forward and backward, with activation
+checkpointing and the kernels' GPU path; every tensor is followed. Tests compare the counts with engines of each stage.
 
-Not counted: the CUDA context and libraries (one or two GB), buffers of NCCL, what the allocator loses to shards.
-Formulas: Rajbhandari et al. 2020 (ZeRO), with the fp32 sums of gradients that are kept here.
+Not counted: the CUDA context and libraries (one or two GB), buffers of NCCL, fragmentation of the allocator.
+Formulas: Rajbhandari et al. 2020 (ZeRO), plus our fp32 sums of gradients.
 """
 
 import copy
@@ -48,12 +48,12 @@ PARTS = {
     "average of weights": "#c3d94e",
     "activations": "#8a5fc0",
 }
-# DeepSpeed 0.19.8's own values of what a JSON leaves out, in elements.
+# Defaults of DeepSpeed 0.19.8 for keys that are absent from the JSON, in elements.
 DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of every storage made inside, while it lives. `peak`: the most at any time."""
+    """Counts the bytes of all live storages made inside the context. `peak`: their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one rank by part: on its device, and in its node's memory or files where something is offloaded."""
+    """Bytes of one rank by part: on its device, and offloaded to memory or files of its node."""
 
     device: dict[str, int]
     host: dict[str, int]
@@ -95,7 +95,7 @@ def model_without_memory(settings: Settings, vocabulary: int) -> Transformer:
 
 
 def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> Plan:
-    """What lies on a rank between and during steps, but for activations."""
+    """Bytes of a rank between and during steps, without activations."""
     model, zero, low = model_without_memory(settings, vocabulary), effective["zero_optimization"], 2
     numel, stage = sum(parameter.numel() for parameter in model.parameters()), zero["stage"]
     width = WIDE if settings.training.precision == "fp32" else low
@@ -121,15 +121,15 @@ def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, 
         live = buckets["stage3_max_live_parameters"] + buckets["stage3_prefetch_bucket_size"]
         device["gathered weights"] = width * min(numel, live)
     offload = _is_offloaded(zero.get("offload_optimizer"))
-    sums = WIDE * share  # in fp32; below stage 2 whole until the last micro-batch
+    sums = WIDE * share  # in fp32; below stage 2 not sharded until the last micro-batch
     in_flight = low * numel if stage == 1 and settings.training.precision == "bf16" and not offload else 0
     device["gradients"] = WIDE * numel + in_flight if stage < 2 else sums
     device["reduce buckets"] = WIDE * buckets["reduce_bucket_size"]
     if offload:
-        # The fp32 sums lie beside the masters, and from stage 2 on once more where micro-batches are added up.
+        # The fp32 sums lie beside the masters; from stage 2 on, accumulation of micro-batches needs a second copy.
         host = state | {"gradients": sums if stage < 2 else 2 * sums}
         device["gradients"] = device["gradients"] if stage < 2 else 0
-        if stage < 3:  # new weights and gradients pass through memory of their own
+        if stage < 3:  # new weights and gradients pass through extra memory
             largest = width * max(parameter.numel() for parameter in model.parameters())
             host |= {"weights": width * share, "gradients": host["gradients"] + largest}
             device["reduce buckets"] += largest
@@ -146,17 +146,17 @@ def _is_offloaded(section: Any) -> bool:
 
 
 def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int) -> int:
-    """The most that tensors of one micro-batch take, forward and backward, on a GPU."""
+    """Peak bytes of the tensors of one micro-batch, forward and backward, on a GPU."""
     model = model_without_memory(settings, vocabulary).to(TYPES[settings.training.precision])
     wrap_blocks(model, settings.model_copy(update={"training": _eager(settings)}), stage=1)
     for parameter in model.parameters():
-        # A gradient is added to the sums, or put into a bucket, as soon as it is there.
+        # A gradient is added to the sums or put into a bucket as soon as it is computed.
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
     batch = _empty_batch(settings, packs_per_micro_batch(effective))
     with LiveBytes() as bytes_:
         model(batch.to("meta")).backward()
     logits = min(CHUNK_BYTES, WIDE * len(batch.tokens) * vocabulary)
-    chunk = logits + logits // WIDE * TYPES[settings.training.precision].itemsize  # inside the loss, and its gradient
+    chunk = logits + logits // WIDE * TYPES[settings.training.precision].itemsize  # logits and their gradient
     return (bytes_.peak + chunk) // settings.training.sequence_parallel_ranks
 
 
@@ -184,7 +184,7 @@ def _read_nothing(shard: Any) -> Any:
 
 
 def plans(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> dict[int, Plan]:
-    """By ZeRO stage; a stage that the precision or an offload does not allow is left out."""
+    """Plans by ZeRO stage, without the stages that the precision or an offload forbids."""
     activations = activation_bytes(settings, effective, vocabulary)
     found = {}
     for stage in range(4):
@@ -203,9 +203,9 @@ def plans(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks:
 def show_memory(
     settings: Settings, ranks: int, device_gib: float, png: Path | None = None, vocabulary: int = 0
 ) -> None:
-    """Print a table: a column for each stage, the run's own marked. `png`: draw it too.
+    """Print a table with a column per stage; the run's own stage is marked. `png`: draw it too.
 
-    A vocabulary that is not given is that of the prepared data; before there is any, `prepare.vocabulary`.
+    Default of `vocabulary`: that of the prepared data, or `prepare.vocabulary` before data exist.
     """
     effective, settings = resolve_deepspeed(settings, ranks)
     vocabulary = vocabulary or _vocabulary(settings)
@@ -220,7 +220,7 @@ def show_memory(
         *(Column(f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", justify="right") for stage in by_stage),
         title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
         f"{settings.optimizer.kind}, {ranks} rank(s), "
-        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} positions",
+        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} tokens",
         title_justify="left",
     )
     for part in PARTS:
@@ -236,7 +236,7 @@ def show_memory(
         table.add_row("off the device", *(amount(sum(p.host.values()) / unit) for p in by_stage.values()))
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print("Not counted: the CUDA context, buffers of NCCL, what the allocator loses to shards.")
+    console.print("Not counted: the CUDA context, buffers of NCCL, fragmentation of the allocator.")
     if png:
         draw_memory(by_stage, chosen, device_bytes, png, unit, name)
         console.print(f"picture: {png}", markup=False, soft_wrap=True)
@@ -251,7 +251,7 @@ def _vocabulary(settings: Settings) -> int:
 def draw_memory(
     by_stage: dict[int, Plan], chosen: int, device_bytes: int, png: Path, unit: int = GIB, name: str = "GiB"
 ) -> None:
-    """A bar for each stage, made of its parts; what an offload takes off the device stands below, hatched."""
+    """A bar per stage, stacked by part; offloaded parts as a hatched bar below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""What this machine offers, measured, as plain values: how the launcher, which imports no torch, learns of a node.
+"""Probe: measured facts about this node as plain values, for the launcher, which imports no torch.
 
-Takes a run file or none, gives a table that can be written as JSON. With RANK and WORLD_SIZE in the environment (one
-process per node) it also meets the other nodes and measures clocks and links. It judges nothing: `launcher check` does.
-Costs a second or two for torch, and about two seconds of measuring.
+In: a run file or none. Out: a dict for JSON. With RANK and WORLD_SIZE in the environment (one process per node) it
+also joins the other nodes and measures clocks and links. Verdicts are made by `launcher check`.
+Costs one or two seconds to import torch and about two seconds to measure.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from typing import Any
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.run_directory import package_versions
 
-STALE_SECONDS = 60.0  # younger files in shared memory may belong to a process that is about to open them
+STALE_SECONDS = 60.0  # a process may be about to open younger files in shared memory
 STALE_NAMES = re.compile(r"nccl-.+|torch_\d+_\d+_\d+|\d{6}_(?:barrier|locals|cache_filelock|shard_.+|next_epoch)")
 MEASURE_SECONDS = 0.3
 FIRST_BYTES, MOST_BYTES = 1 << 20, 1 << 28
 MEET_SECONDS = 60.0
-ALL_PAIRS = 16  # nodes; of more only a hypercube of links is measured
+ALL_PAIRS = 16  # nodes; above that only a hypercube of links is measured
 TOKEN = "preflight.token"
 
 
 def probe(settings: Settings | None = None) -> dict[str, Any]:
-    """Host, processors, memory (bytes), devices and versions; with settings also what the run will need."""
+    """Host, processors, memory (bytes), devices and versions; with settings also data and run directory."""
     import torch
 
     found: dict[str, Any] = {
@@ -55,7 +55,7 @@ def probe(settings: Settings | None = None) -> dict[str, Any]:
 
 
 def gpu_health() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU, and the kernel's Xid messages; empty where there is none."""
+    """Output of nvidia-smi per GPU and the kernel's Xid messages; empty without GPUs."""
     names = ["driver_version", "ecc.errors.uncorrected.volatile.total", "retired_pages.pending", "temperature.gpu"]
     table = _ask("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits")
     rows = [dict(zip(names, map(str.strip, line.split(",")), strict=False)) for line in table.splitlines()]
@@ -64,9 +64,9 @@ def gpu_health() -> list[dict[str, str]]:
 
 
 def remove_stale_shared_memory(folder: Path) -> list[str]:
-    """Remove what dead ranks of this user left in shared memory, where it takes room and trips the next start.
+    """Remove files of dead ranks of this user from shared memory: they take space and break the next start.
 
-    Only names that NCCL, torch and streaming use, that no process has open, and that are a minute old.
+    Removes only names of NCCL, torch and streaming that no process has open and that are at least a minute old.
     """
     oldest = time.time() - STALE_SECONDS
     candidates = [path for path in folder.iterdir() if STALE_NAMES.fullmatch(path.name)]
@@ -106,10 +106,10 @@ def _matmul_tflops(device: str) -> float:
 
 
 def network() -> dict[str, Any]:
-    """Meet the other nodes, then measure: seconds that their clocks are ahead of node 0's, and bytes per second.
+    """Join the other nodes and measure: seconds by which a clock is ahead of node 0's, and bytes per second.
 
-    `links[node]` is [to, from] that node: by NCCL from the memory of the first GPU, by gloo where there is none. A
-    failure to meet is an entry "error".
+    `links[node]` is [to, from] that node: by NCCL from the memory of the first GPU, by gloo without GPUs.
+    If the nodes cannot connect, the result has an entry "error".
     """
     import torch
     import torch.distributed as dist
@@ -129,7 +129,7 @@ def network() -> dict[str, Any]:
             peer = partners.get(rank)
             if peer is not None:
                 links[str(peer)] = _exchange(rank, peer)
-            dist.all_reduce(torch.zeros(1))  # no round begins before the last has ended
+            dist.all_reduce(torch.zeros(1))  # a barrier between rounds
         reduced = _all_reduce_speed()
         dist.destroy_process_group()
     except RuntimeError as error:
@@ -138,9 +138,9 @@ def network() -> dict[str, Any]:
 
 
 def rounds(size: int) -> list[dict[int, int]]:
-    """Who measures with whom, round by round: disjoint pairs, so that no link disturbs another one.
+    """Pairs of nodes that measure, round by round; pairs of a round are disjoint, so links do not disturb each other.
 
-    All pairs of up to 16 nodes (the circle method of tournaments); of more, the edges of a hypercube.
+    Up to 16 nodes: all pairs (circle method of tournaments). Above: the edges of a hypercube.
 
     >>> rounds(3)
     [{1: 2, 2: 1}, {0: 2, 2: 0}, {0: 1, 1: 0}]
@@ -148,7 +148,7 @@ def rounds(size: int) -> list[dict[int, int]]:
     if size > ALL_PAIRS:
         bits = [1 << bit for bit in range((size - 1).bit_length())]
         return [{node: node ^ bit for node in range(size) if node ^ bit < size} for bit in bits]
-    seats = size + size % 2  # an odd node out sits a round out
+    seats = size + size % 2  # with an odd number, one node pauses each round
     found = []
     for turn in range(seats - 1):
         ring = [(turn + place) % (seats - 1) for place in range(seats - 1)]
@@ -159,7 +159,7 @@ def rounds(size: int) -> list[dict[int, int]]:
 
 
 def _exchange(rank: int, peer: int) -> list[float]:
-    """Bytes per second to and from a peer, one way after the other, which both sides measure together."""
+    """Bytes per second to and from a peer, one direction after the other; both nodes call it."""
     import torch
     import torch.distributed as dist
 
@@ -176,7 +176,7 @@ def _exchange(rank: int, peer: int) -> list[float]:
 
 
 def _transfer(sending: bool, peer: int, size: int) -> float:
-    """Seconds until the receiver has said that it has all."""
+    """Seconds until the receiver has confirmed all bytes."""
     import torch
     import torch.distributed as dist
 
@@ -198,7 +198,7 @@ def _all_reduce_speed() -> float:
     import torch.distributed as dist
 
     data = torch.ones(FIRST_BYTES // 4, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(data)  # the first one makes connections
+    dist.all_reduce(data)  # the first one opens connections
     start = time.perf_counter()
     for _ in range(4):
         dist.all_reduce(data)
@@ -207,7 +207,7 @@ def _all_reduce_speed() -> float:
 
 
 def _clock_skew(rank: int, size: int) -> float:
-    """How far this clock is ahead of node 0's: the question that was answered fastest counts (Cristian 1989)."""
+    """Seconds by which this clock is ahead of node 0's, from the fastest of several round trips (Cristian 1989)."""
     import torch
     import torch.distributed as dist
 
@@ -229,7 +229,7 @@ def _clock_skew(rank: int, size: int) -> float:
 
 
 def _run_directory(settings: Settings) -> dict[str, Any]:
-    """Whether it can be written here, its room, and the token that the launcher put there for all nodes to see."""
+    """Whether it is writable, its free space, and the launcher's token, which all nodes must see."""
     directory = settings.run.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _run_directory(settings: Settings) -> dict[str, Any]:
 
 
 def _data(settings: Settings) -> dict[str, Any]:
-    """The fingerprint of the prepared data as this node sees it."""
+    """Fingerprint of the prepared data on this node."""
     from bigmodel.data.store.manifest import Manifest
 
     if settings.data.remote:
@@ -277,7 +277,7 @@ def _ask(*command: str) -> str:
 
 
 def _open_files() -> set[str]:
-    """Files that any process whose table we may read has mapped or open."""
+    """Files that any process has mapped or open, as far as we may read its tables."""
     found: set[str] = set()
     looks: list[Callable[[Path], None]] = [
         lambda process: found.update(re.findall(r"(/dev/shm/\S+)", (process / "maps").read_text())),

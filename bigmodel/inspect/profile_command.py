@@ -1,6 +1,6 @@
-"""`bigmodel profile RUN_DIR KIND`: ask a live run for profiles, wait for them, say where they are.
+"""`bigmodel profile RUN_DIR KIND`: request profiles from a live run, wait for them, print their paths.
 
-Exit: `UserError` for a run that does not go on, an unknown kind or rank, and ranks that do not answer in time.
+Raises `UserError` if the run is not live, a kind or rank is unknown, or a rank does not answer in time.
 """
 
 from pathlib import Path
@@ -14,9 +14,7 @@ def profile(run_directory: Path, kind: str, ranks: str, steps: int, seconds: flo
     if kind not in KINDS:
         raise UserError(f"profile {kind}: no such kind; choose one of {', '.join(KINDS)}")
     if not (run_directory / "metrics_endpoint").exists():
-        raise UserError(
-            f"{run_directory}: no run goes on there (no metrics_endpoint); name the directory of a live run"
-        )
+        raise UserError(f"{run_directory}: no live run (no metrics_endpoint); name the directory of a live run")
     chosen = parse_ranks(ranks, _world_size(run_directory))
     folder = request(run_directory, kind, chosen, steps)
     found = wait(folder, chosen, seconds)
@@ -28,13 +26,13 @@ def profile(run_directory: Path, kind: str, ranks: str, steps: int, seconds: flo
     silent = [rank for rank in chosen if rank not in found]
     if silent:
         raise UserError(
-            f"rank(s) {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that ends no step "
-            "gives stacks only: bigmodel profile RUN_DIR stacks --ranks all"
+            f"rank(s) {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that finishes no "
+            "step gives stacks only: bigmodel profile RUN_DIR stacks --ranks all"
         )
 
 
 def parse_ranks(text: str, world_size: int) -> list[int]:
-    """ "all", or numbers and ranges: "0,3-5". Raises `UserError` for what is not a rank of this run."""
+    """ "all", or numbers and ranges: "0,3-5". Raises `UserError` for a rank that the run does not have."""
     if text == "all":
         return list(range(world_size))
     chosen: set[int] = set()
@@ -52,5 +50,5 @@ def parse_ranks(text: str, world_size: int) -> list[int]:
 def _world_size(run_directory: Path) -> int:
     starts = [line for line in read_json_lines(run_directory / "metrics.jsonl") if line["kind"] == "start"]
     if not starts:
-        raise UserError(f"{run_directory}: metrics.jsonl has no start yet; wait until the run's first line")
+        raise UserError(f"{run_directory}: metrics.jsonl has no start yet; wait for the run's first line")
     return starts[-1]["world_size"]

@@ -1,8 +1,8 @@
-"""Report: a finished or running run as a picture, a plot in the terminal and a table.
+"""Report of a run: a picture, a plot in the terminal and a table.
 
-Takes a run directory, reads `metrics.jsonl` and, where it exists, `summary.json`; gives `loss.png` and plain text.
-Works at any time, also while the run is going on or after it was killed. Imports no torch; matplotlib is imported
-only when a picture is drawn (half a second).
+In: `metrics.jsonl` of a run directory and `summary.json` if it exists. Out: `loss.png` and plain text.
+Works at any time, also during the run and after a kill. Imports no torch; matplotlib is imported only to draw a
+picture (half a second).
 """
 
 import math
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 FAINT, BLUE, ORANGE, GREY, INK = "#b9cdea", "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode 2800: row, column in a cell
-SMOOTHING_SHARE = 0.02  # the smoothed curve looks back over about this share of the run
+SMOOTHING_SHARE = 0.02  # the smoothed curve averages about this share of the run
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run recorded, in the order of its steps. Losses in nats per target token."""
+    """Records of a run in order of steps. Losses in nats per label."""
 
     steps: list[int]
     losses: list[float]
@@ -37,11 +37,11 @@ class Curve:
     evaluated_steps: list[int]
     validation_losses: list[float]
     bits_per_nat: float | None  # (bits per byte of text) per (nat per token), from the last evaluation
-    marks: dict[str, float]  # name -> bits per byte
+    marks: dict[str, float]  # baselines: name -> bits per byte
 
 
 def report(run_directory: Path) -> None:
-    """Print the table of a run, its loss and where its time went; draw its loss.png and time.png."""
+    """Print a run's table, loss curve and times; draw loss.png and time.png."""
     run_directory = Path(run_directory)
     print(table(run_directory))
     print()
@@ -52,7 +52,7 @@ def report(run_directory: Path) -> None:
 
 
 def read_curve(run_directory: Path) -> Curve:
-    """Read what `bigmodel.metrics.recorder` wrote. Raises `UserError` where there is no step yet."""
+    """Read the metrics.jsonl of `bigmodel.metrics.recorder`. Raises `UserError` if it has no step yet."""
     lines = list(read_json_lines(Path(run_directory) / "metrics.jsonl"))
     steps = [line for line in lines if line["kind"] == "step"]
     if not steps:
@@ -73,7 +73,7 @@ def read_curve(run_directory: Path) -> Curve:
 
 
 def loss_curve(run_directory: Path) -> Path:
-    """Draw RUN_DIR/loss.png: training loss faint and smoothed, validation, marks; learning rate below."""
+    """Draw RUN_DIR/loss.png: training loss raw and smoothed, validation loss, baselines; learning rate below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -99,10 +99,10 @@ def loss_curve(run_directory: Path) -> Path:
 
 
 def terminal_curve(run_directory: Path, width: int | None = None, height: int = 12, beside: Path | None = None) -> str:
-    """The smoothed training loss as text: braille dots, loss upward, steps to the right.
+    """The smoothed training loss as text in braille dots: loss upward, steps to the right.
 
-    `width` is in characters, by default the terminal's; `height` in lines of the plot itself. The axes have room for
-    the run `beside` it too, so that curves drawn one under another can be compared.
+    `width` in characters, by default the terminal's; `height` in lines of the plot without axes. The axes also cover
+    the run `beside`, so two plots can be compared.
     """
     width = width or shutil.get_terminal_size((80, 24)).columns
     known = _smoothed(run_directory)
@@ -121,7 +121,7 @@ def terminal_curve(run_directory: Path, width: int | None = None, height: int = 
 
 
 def table(run_directory: Path) -> str:
-    """The run in numbers: steps, tokens, time and where it went, loss and marks. Plain text, aligned."""
+    """The run in numbers: steps, tokens, times, loss and baselines. Plain text, aligned."""
     lines = list(read_json_lines(Path(run_directory) / "metrics.jsonl"))
     curve = read_curve(run_directory)
     steps = [line for line in lines if line["kind"] == "step"]
@@ -149,9 +149,9 @@ def table(run_directory: Path) -> str:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean of what came before, unbiased at the start; values that are not finite are passed over.
+    """Exponential moving average, unbiased at the start; values that are not finite are skipped.
 
-    It looks back over 2% of the run, at least 5 steps: enough to see the trend, too little to hide a spike that lasts.
+    It covers 2% of the run, at least 5 steps: the trend shows, and a lasting spike still shows.
     """
     decay = 1 - 1 / max(5.0, SMOOTHING_SHARE * len(values))
     total = weight = 0.0
@@ -202,7 +202,7 @@ def _draw_loss(axes: "Axes", curve: Curve) -> None:
 
 
 def _draw_marks(axes: "Axes", marks: dict[str, float], bits_per_nat: float) -> None:
-    """A dashed line per mark, its name at the left end on a white ground: early curves are far above."""
+    """A dashed line per baseline, its name at the left end on white: early losses are far above."""
     for name, bits in marks.items():
         height = bits / bits_per_nat
         axes.axhline(height, color=GREY, linewidth=1.1, linestyle=(0, (5, 3)))
@@ -240,7 +240,7 @@ def _quiet(axes: "Axes") -> None:
 
 
 def _loss_range(curve: Curve) -> tuple[float, float]:
-    """From just below the lowest value to the smoothed start, so that a single spike does not flatten the rest."""
+    """From just below the lowest value to the smoothed start, so a single spike does not flatten the curve."""
     heights = [mark / curve.bits_per_nat for mark in curve.marks.values()] if curve.bits_per_nat else []
     calm = [value for value in (*smooth(curve.losses), *curve.validation_losses, *heights) if math.isfinite(value)]
     if not calm:
@@ -251,7 +251,7 @@ def _loss_range(curve: Curve) -> tuple[float, float]:
 
 
 def _smoothed(run_directory: Path) -> list[tuple[int, float]]:
-    """(step, smoothed loss), where that is finite."""
+    """(step, smoothed loss), finite values only."""
     curve = read_curve(run_directory)
     points = zip(curve.steps, smooth(curve.losses), strict=True)
     return [(step, loss) for step, loss in points if math.isfinite(loss)]
@@ -260,9 +260,9 @@ def _smoothed(run_directory: Path) -> list[tuple[int, float]]:
 def _braille(
     points: Sequence[tuple[int, float]], steps: tuple[int, int], values: tuple[float, float], columns: int, height: int
 ) -> list[str]:
-    """A curve in a grid of braille cells, 2 dots wide and 4 high; columns between points are joined by lines.
+    """A curve in a grid of braille cells of 2 x 4 dots; lines join neighbouring points.
 
-    steps, values: least and most that the grid has room for.
+    steps, values: (minimum, maximum) of the axes.
     """
     dots_wide, dots_high = 2 * columns, 4 * height
     span, reach = (values[1] - values[0]) or 1.0, (steps[1] - steps[0]) or 1
@@ -278,7 +278,7 @@ def _braille(
 
 
 def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """Dots from start to end, both included, without gaps."""
+    """Dots from start to end, both included, without gaps between them."""
     count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
     return [
         (round(start[0] + (end[0] - start[0]) * part / count), round(start[1] + (end[1] - start[1]) * part / count))

@@ -1,4 +1,4 @@
-"""What enters the model: prepared data in numbers and as planned, a packed batch as a picture."""
+"""`bigmodel show data` and `show batch`: prepared data and its packing in numbers, a packed batch as a picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +35,10 @@ from bigmodel.training.checkpoint.format import newest_state
 
 
 def show_batch(settings: Settings, step: int, png: Path | None) -> None:
-    """Draw the first pack of data step `step` and its masks, of a run with checkpoints in the plan that it had then.
+    """Draw the first packed sequence of data step `step` and its masks.
 
-    Walks the plan from the beginning of its segment, or from the newest checkpoint where that is before the step.
+    If the run has checkpoints, the plan is the one of that step. The plan is walked from the start of its segment, or
+    from the newest checkpoint if that is before the step.
     """
     settings = agree(settings)
     store = ShardStore.of_run(settings.data, "train")
@@ -58,9 +59,9 @@ def show_batch(settings: Settings, step: int, png: Path | None) -> None:
 def order_before(
     store: ShardStore, settings: Settings, step: int, state: Mapping[str, Any] | None
 ) -> tuple[Order, DataSettings]:
-    """The order that gives data step `step` next, and its settings. `state`: of the run's newest checkpoint.
+    """The order whose next data step is `step`, and its settings. `state`: from the run's newest checkpoint.
 
-    Settings that are not those of the run's last plan are planned as for a new run.
+    If the settings differ from the run's last plan, they are planned as for a new run.
     """
     data, order = settings.data, Order.of_run(store, settings)
     segments = state["segments"] if state else []
@@ -79,11 +80,11 @@ def order_before(
 
 
 def show_data(settings: Settings, png: Path | None = None) -> None:
-    """Print sources, lengths, mix, packing and suggestions; draw the lengths if there is a `png` to draw into."""
+    """Print sources, lengths, mix, packing and suggestions; draw the lengths if `png` is given."""
     settings = agree(settings)
     data = settings.data
     store = ShardStore.of_run(data, "train")
-    packed = measure_packing(store, data)  # first: it complains of a wrong mix
+    packed = measure_packing(store, data)  # first, because it refuses a wrong mix
     console = Console(highlight=False, markup=False)
     console.print(sources_table(settings, store.manifest, packed))
     for source in store.manifest.sources:
@@ -108,8 +109,11 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
 
 
 def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Table:
-    """Sources and splits with their documents, tokens and text, of pairs both sides'; of the train split the share in
-    training, how often this run passes over it if all its packs are like `packed`, and the rows that were dropped."""
+    """Sources and splits: documents, tokens and text (of both sides for pairs).
+
+    For the train split also the share in training, the epochs of this run if all packed sequences are like `packed`,
+    and the dropped rows.
+    """
     title = f"{settings.data.directory}: vocabulary {manifest.vocabulary:,}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("source")
@@ -138,8 +142,7 @@ def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Tab
 
 
 def lengths_text(manifest: Manifest) -> str:
-    """Of documents, and of pairs' targets: length statistics in a line, then a line per power of two: up to so many
-    tokens, a bar, how many."""
+    """Length statistics of documents and of targets of pairs: one line, then a bar with a count per power of two."""
     of_all = _lengths_text("document", manifest.statistics)
     targets = manifest.statistics.get("target")
     return "\n".join([of_all, _lengths_text("target of a pair", targets)]) if targets else of_all
@@ -160,15 +163,15 @@ def _lengths_text(what: str, statistics: dict[str, Any]) -> str:
 
 def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     data = settings.data
-    sides = f"{packed.filled:.2%} of the positions filled"
+    sides = f"{packed.filled:.2%} of the tokens filled"
     size, split = f"{data.sequence_length:,} tokens", f"\n  {whole:.1%} of the tokens in documents not split or cut by "
     if data.source_sequence_length:
-        sides = f"{packed.filled:.2%} of the target and {packed.source_filled:.2%} of the source positions filled"
+        sides = f"{packed.filled:.2%} of the target tokens and {packed.source_filled:.2%} of the source tokens filled"
         size = f"{data.sequence_length:,} target and {data.source_sequence_length:,} source tokens"
     return (
-        f"packing, as planned for {packed.num_packs:,} packs of {size}:\n"
-        f"  {sides}, {packed.documents:.1f} documents a pack\n"
-        f"  {packed.document_limited:.1%} of the packs closed by data.max_documents = {data.max_documents}"
+        f"packing, as planned for {packed.num_packs:,} packed sequences of {size}:\n"
+        f"  {sides}, {packed.documents:.1f} documents per packed sequence\n"
+        f"  {packed.document_limited:.1%} of the packed sequences closed by data.max_documents = {data.max_documents}"
         + ("" if data.source_sequence_length else f"{split}data.max_document_length = {data.max_document_length:,}")
     )
 
@@ -181,12 +184,12 @@ def cut_text(cut: CutPairs) -> str:
 
 
 def window_text(data: DataSettings, packed: Packed) -> str:
-    """What settings that count tokens make of pairs."""
+    """How settings in tokens count pairs."""
     planned = data.packing_buffer * (data.sequence_length + data.source_sequence_length)
     together = planned / sum(packed.positions.values())
     return (
         "  of pairs, data.mix, data.curriculum and data.packing_buffer count the tokens of the source text alone: with "
-        f"data.packing_buffer = {data.packing_buffer:,}\n  about {together:,.0f} packs are planned together"
+        f"data.packing_buffer = {data.packing_buffer:,}\n  about {together:,.0f} packed sequences are planned together"
     )
 
 

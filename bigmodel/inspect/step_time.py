@@ -1,9 +1,8 @@
-"""A step's time: which phases a step is made of, and what all of the run's time went to.
+"""Time of a run: phases of a step, and all seconds of the run by cause.
 
-Takes a run directory, reads `metrics.jsonl`; gives `time.png` and plain text. Phases are rank 0's, by its device's
-clock (bigmodel/metrics/phases.py), "rest" is what no phase covers
-(all of a step that was recorded without them); causes are those of the ledger, over all starts.
-Works while the run goes on. Imports no torch.
+In: `metrics.jsonl` of a run directory. Out: `time.png` and plain text. Works during the run. Imports no torch.
+Phases are those of rank 0, by the clock of its device (bigmodel/metrics/phases.py). "rest" is the time outside all
+phases: the whole step if no phases were recorded. Causes are those of the run accounting, over all starts.
 """
 
 import shutil
@@ -19,7 +18,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 
-COLOURS = {  # one for each meaning, in both panels
+COLOURS = {  # one per meaning, in both panels
     "forward": "#1f5fbf",
     "backward": "#6d9be0",
     "optimizer": "#2f9e77",
@@ -39,14 +38,14 @@ COLOURS = {  # one for each meaning, in both panels
     "finish": "#b5d334",
 }
 PHASES = ("forward", "backward", "optimizer", "communication", "data", "compile", "rest")
-RECENT = 100  # steps whose mean is told in numbers
-BINS = 200  # means that a picture shows
+RECENT = 100  # steps in the printed mean
+BINS = 200  # means in the picture
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of the steps in their order, those that were done again left out: numbers, and seconds (steps,) by phase."""
+    """Steps in order, each repeated step once: numbers, and seconds (steps,) by phase."""
 
     steps: list[int]
     seconds: dict[str, NDArray[np.float64]]
@@ -54,7 +53,7 @@ class StepTimes:
 
 
 def read_times(run_directory: Path) -> StepTimes:
-    """Raises `UserError` where there is no step yet."""
+    """Raises `UserError` if there is no step yet."""
     ledger, lines = RunAccounting(), []
     for line in read_json_lines(Path(run_directory) / "metrics.jsonl"):
         if line["kind"] == "step" and line["step"] > ledger.counted["step"]:
@@ -79,7 +78,7 @@ def _row(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def step_time(run_directory: Path, width: int | None = None) -> str:
-    """Both as bars in text: the mean of the last steps by phase, the run by cause. `width` in characters."""
+    """Text bars: the mean of the last steps by phase, the run by cause. `width` in characters."""
     times = read_times(run_directory)
     width = width or shutil.get_terminal_size((80, 24)).columns
     last = min(RECENT, len(times.steps))
@@ -129,10 +128,10 @@ def draw_times(run_directory: Path) -> Path:
         if means.any():
             above.stairs(floor + means, ends, baseline=floor, fill=True, color=COLOURS[phase], label=phase)
         floor = floor + means
-    # A first step that loads and compiles would flatten all others.
+    # The first step loads and compiles; it would flatten all others.
     above.set_ylim(0, 1.25 * max(float(np.quantile(floor, 0.98)), 1e-9))
     above.set_xlim(ends[0], ends[-1])
-    above.set_ylabel("milliseconds a step, rank 0")
+    above.set_ylabel("milliseconds per step, rank 0")
     above.set_xlabel("optimizer step")
     above.set_title(f"{run_directory.name}: where a step's time goes", loc="left", fontsize=13, fontweight="bold")
     above.legend(frameon=False, ncols=len(PHASES), loc="upper right", fontsize=9)

@@ -110,7 +110,7 @@ def test_a_vocabulary_of_32000_takes_memory_for_the_pairs_seen_only() -> None:
 def test_a_bigram_of_nothing_and_unequal_pairs_are_errors() -> None:
     with pytest.raises(UserError, match="needs at least one pair"):
         Bigram(V).fit([])
-    with pytest.raises(ValueError, match="as many inputs as targets, got 2 and 3"):
+    with pytest.raises(ValueError, match="as many inputs as labels, got 2 and 3"):
         Bigram(V).fit([(np.zeros(2, np.int64), np.zeros(3, np.int64))])
 
 

@@ -118,7 +118,7 @@ def test_a_layer_keeps_what_its_checkpointing_says() -> None:
 
 def test_what_the_loss_makes_is_counted() -> None:
     """A chunk of logits and its gradient, and until the backward pass the weight's gradient in fp32."""
-    settings = settings_of("full", num_layers=1)
+    settings = settings_of("full", layers=1)
     effective = resolve_deepspeed(settings, 1)[0]
     small, large = (activation_bytes(settings, effective, vocabulary) for vocabulary in (2**15, 2**17))
     grown, more = large - small, 2**17 - 2**15

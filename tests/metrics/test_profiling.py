@@ -33,7 +33,7 @@ def test_other_ranks_are_refused_by_name(text: str) -> None:
 def test_a_run_that_does_not_go_on_and_an_unknown_kind_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"profile flames: no such kind; choose one of trace, memory, stacks"):
         profile(tmp_path, "flames", "0", 1, 1.0)
-    with pytest.raises(UserError, match="no run goes on there"):
+    with pytest.raises(UserError, match="no live run"):
         profile(tmp_path, "trace", "0", 1, 1.0)
     assert not list(tmp_path.iterdir())
 

@@ -1,11 +1,11 @@
-"""Compiles the kernels of attention and its tile_metadata, as shipped, for Ampere, Hopper and Blackwell without a GPU.
-Prints what they take.
+"""Compiles the shipped kernels of attention and tile metadata for Ampere, Hopper and Blackwell without a GPU, and
+prints their resources.
 
     kernel  architecture  type  channels  score | registers  stack bytes  shared bytes
 
-A kernel that spills registers to memory has a stack. Run by test_attention.py; `python -m
+A kernel that spills registers to memory has a stack. Run by test_attention.py and `python -m
 tests.support.compile_kernels`. Numbers choose architectures: `compile_kernels 90`. With the argument `variants` it
-prints, for each kernel, how often a GPU would compile it for very different batches."""
+prints, for each kernel, the number of compilations on a GPU for very different batches."""
 
 import re
 import subprocess
@@ -33,13 +33,13 @@ from tests.kernels.test_mask import int32, offsets_of
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
 POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
-# A bias that reaches 128 places, as T5's. Each alone takes fewer registers than both.
+# A bias with a reach of 128 positions, as in T5. Cap or bias alone takes fewer registers than both.
 SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
 PLAIN = ("forward", "query_gradient", "key_gradient")
 SCHEDULE = ("plan", "order")
 KERNELS = ("forward", "delta", "query_gradient", "key_gradient", "bias_gradient")
 ARCHITECTURES = (80, 90, 100)
-# Every kernel in every shape of bf16; of the other types some. The argument `all` adds the rest of those.
+# Every kernel in every shape for bf16, some for the other types. The argument `all` adds the rest.
 CONFIGURATIONS = [
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
@@ -57,7 +57,7 @@ OTHERS = [
 
 
 def compiled_schedule(name: str, architecture: int, score: str):
-    """The kernel of the tile_metadata, with prefixes or without."""
+    """The compiled kernel of the tile metadata, with or without prefixes."""
     kernel = getattr(tile_metadata, f"{name}_kernel")
     constants: dict[str, Any] = {
         "BLOCK": tile_metadata.TILE_ROWS,
@@ -74,7 +74,7 @@ def compiled_schedule(name: str, architecture: int, score: str):
 
 
 def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
-    """The kernel for a group of 2 query heads, compiled as a launch with aligned tensors would."""
+    """The kernel for a group of 2 query heads, compiled as for a launch with aligned tensors."""
     if name in SCHEDULE:
         return compiled_schedule(name, architecture, score)
     kernel = getattr(attention, f"{name}_kernel")
@@ -121,13 +121,13 @@ def row(architecture: int, dtype: str, channels: int, score: str, name: str) -> 
 
 
 def print_usage(configurations: list[tuple]) -> None:
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("fork")) as pool:  # nothing has a thread yet
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("fork")) as pool:  # there are no threads yet
         for line in pool.map(row, *zip(*configurations, strict=True)):
             print(line, flush=True)
 
 
 class Launches:
-    """Stands in for a kernel: runs nothing, and keeps what a launch on a GPU would look up in the kernel's cache."""
+    """In place of a kernel: runs nothing and records the cache keys that a launch on a GPU would look up."""
 
     def __init__(self, kernel: Any) -> None:
         self.specialize = create_function_from_signature(
@@ -150,7 +150,7 @@ def print_variants() -> None:
         tables = tile_tables_reference(mask, num_rows, num_rows, 128)
         no_prefix = torch.zeros(mask.num_documents, dtype=torch.int32)
         prefixes = no_prefix, no_prefix if mask.key_prefix is None else mask.key_prefix
-        with suppress(RuntimeError):  # nobody wrote whether the offsets fit
+        with suppress(RuntimeError):  # no kernel wrote whether the cu_seqlens fit
             tile_metadata.tile_tables(mask.cu_seqlens_q, mask.cu_seqlens_k, *prefixes, *mask.window,
                                  num_rows, num_rows, 128)  # fmt: skip
         fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)

@@ -1,9 +1,9 @@
-"""Compiles the softmax kernel, as shipped, for Ampere, Hopper and Blackwell without a GPU, and prints what it takes.
+"""Compiles the shipped softmax kernel for Ampere, Hopper and Blackwell without a GPU, and prints its resources.
 
     architecture  gradient  vocabulary  options  order | registers  stack bytes  shared bytes
 
-A kernel that spills registers to memory has a stack. `order` is "ordered" where the machine code of a 16-bit gradient
-reads a block, waits for all threads, and only then writes. Run by test_linear_cross_entropy.py;
+A kernel that spills registers to memory has a stack. `order` is "ordered" if the machine code of a 16-bit gradient
+reads a block, waits for all threads, and only then writes. Run by test_linear_cross_entropy.py and
 `python -m tests.support.compile_linear_cross_entropy`.
 """
 
@@ -21,7 +21,7 @@ VOCABULARIES = {"128k": 131_072, "odd": 50_257}
 
 
 def compiled(architecture: int, gradient: str, vocabulary: int, options: Options):
-    """The kernel as a launch would compile it; `gradient` is a type, or none for evaluation."""
+    """The kernel, compiled as for a launch; `gradient` is a type, or none for evaluation."""
     launch = launch_options(vocabulary)
     constants = {
         "Z_LOSS": options.z_loss, "SMOOTHING": options.label_smoothing, "SOFTCAP": options.logit_softcap,
@@ -41,7 +41,7 @@ def compiled(architecture: int, gradient: str, vocabulary: int, options: Options
 
 
 def order(ptx: str) -> str:
-    """Whether loads, a barrier and stores follow one another, in this order and with nothing between."""
+    """Whether loads, a barrier and stores follow each other directly, in this order."""
     marks = {"ld.global": "L", "bar.sync": "B", "st.global": "S"}
     sequence = "".join(marks[found] for found in re.findall(r"ld\.global|bar\.sync|st\.global", ptx))
     return "ordered" if re.search("L{2,}BS{2,}", sequence) else "unordered"

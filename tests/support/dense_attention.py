@@ -1,4 +1,4 @@
-"""What the attention tests measure against: the formula with a dense mask, and inputs surrounded by NaN."""
+"""Reference of the attention tests: the formula with a dense mask, and inputs surrounded by NaN."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ def dense_attention(
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
 ) -> Tensor:
-    """softmax(score) v over the visible keys, in the type of the inputs; 0 where a query sees nothing."""
+    """softmax(score) v over the visible keys, in the type of the inputs; 0 for a query without visible keys."""
     group = q_THK.shape[1] // k_SGK.shape[1]
     k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
     score_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * q_THK.shape[2] ** -0.5
@@ -34,7 +34,7 @@ def dense_attention(
 
 
 def places(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """The place of every row inside its document; some number for the rows beyond the last offset."""
+    """The position of every row in its document; any number for rows beyond the last cu_seqlens."""
     row = torch.arange(rows, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, row.to(torch.int32), right=True) - 1
     return row - cu_seqlens[document].long()
@@ -42,7 +42,7 @@ def places(cu_seqlens: Tensor, rows: int) -> Tensor:
 
 @dataclass
 class Inputs:
-    """q, k, v and the gradient of the output. Rows beyond the last offset and everything around them is NaN."""
+    """q, k, v and the gradient of the output. Rows beyond the last cu_seqlens and surrounding memory are NaN."""
 
     mask: AttentionMask
     q_THK: Tensor
@@ -53,18 +53,18 @@ class Inputs:
     bias_HR: Tensor | None = None
 
     def in_documents(self, dtype: torch.dtype) -> "Inputs":
-        """A copy whose rows beyond the last offset are 0: what a formula that touches every row can be given."""
+        """A copy with 0 in the rows beyond the last cu_seqlens, for formulas that read every row."""
         bias_HR = None if self.bias_HR is None else self.bias_HR.to(dtype)
         rows = {name: getattr(self, name).nan_to_num(0.0).to(dtype) for name in ROWS}
         return replace(self, bias_HR=bias_HR, **rows)
 
 
 def cancelled(inputs: Inputs) -> dict[str, float]:
-    """The largest sums of magnitudes in gradients that rows seeing one key alone make exactly zero.
+    """Largest sums of magnitudes in gradients that are exactly zero for rows with one visible key.
 
-    Such a row has p = 1, and its score the gradient d_out . v - d_out . out with out = v. Plain torch subtracts equal
-    bits, so that its error is 0 and no multiple of it a bound; whoever adds the two products in another order, as the
-    formula with the row sum of d_out * out does, is left with eps times their magnitude.
+    Such a row has p = 1, and the gradient of its score is d_out . v - d_out . out with out = v. Plain torch subtracts
+    equal bits: its error is 0, so no multiple of it is a bound. Another order of the two sums, as in the formula with
+    the row sum of d_out * out, leaves eps times their magnitude.
     """
     wide = inputs.in_documents(torch.float64)
     seen_TS = dense(wide.mask, len(wide.q_THK), len(wide.k_SGK))
@@ -94,8 +94,8 @@ def make_inputs(
     softcap: float | None = None,
     reach: int | None = None,
 ) -> Inputs:
-    """Random inputs, with a bias if a reach is given. q, k and v of one length are slices of one fused tensor, as a
-    fused projection gives them. They are made on the device of the cu_seqlens."""
+    """Random inputs on the device of the cu_seqlens, with a bias if a reach is given. q, k and v of one length are
+    slices of one tensor, as from a fused projection."""
     device = mask.cu_seqlens_q.device
     generator = torch.Generator().manual_seed(7)
     num_heads, num_key_heads = heads
@@ -135,8 +135,8 @@ LEAVES = {"q": "THK", "k": "SGK", "v": "SGK", "bias": "HR"}
 
 
 def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
-    """Errors against float64 are at most 2 (out) and 3 (gradients) times those of plain torch in the inputs' type, and
-    what rounding leaves where exact terms cancel."""
+    """Asserts errors against float64 of at most 2 (out) and 3 (gradients) times those of plain torch in the inputs'
+    type, plus rounding errors where exact terms cancel."""
     dtype = inputs.q_THK.dtype
     truth = out_and_gradients(dense_attention, inputs.in_documents(torch.float64))
     plain = out_and_gradients(dense_attention, inputs.in_documents(dtype))
@@ -153,4 +153,4 @@ def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
         assert our_error <= bound, f"{name}: error {our_error:.2e}, plain torch {torch_error:.2e}, bound {bound:.2e}"
         if name != "dbias":
             cu_seqlens = inputs.mask.cu_seqlens_q if name in ("out", "dq") else inputs.mask.cu_seqlens_k
-            assert (ours[name][cu_seqlens[-1] :] == 0).all(), f"{name}: rows beyond the last offset are not 0"
+            assert (ours[name][cu_seqlens[-1] :] == 0).all(), f"{name}: rows beyond the last cu_seqlens are not 0"

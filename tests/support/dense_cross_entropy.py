@@ -1,4 +1,4 @@
-"""What the tests of linear cross-entropy measure against: the formula with all logits, by torch's own functions."""
+"""Reference of the tests of linear cross-entropy: the formula with all logits, by torch's functions."""
 
 from typing import NamedTuple
 
@@ -29,12 +29,12 @@ class Inputs(NamedTuple):
         return Inputs(*(one.detach().to(device) for one in self))
 
     def leaves(self) -> "Inputs":
-        """The same values, collecting gradients."""
+        """The same values as leaves that collect gradients."""
         return Inputs(*(one.detach().clone().requires_grad_() for one in self[:2]), self.labels_T)
 
 
 class Results(NamedTuple):
-    """The sums, and the gradients of 3 * (loss_sum + z_loss * z_sum)."""
+    """Sums, and gradients of 3 * (loss_sum + z_loss * z_sum)."""
 
     loss_sum: Tensor
     z_sum: Tensor
@@ -81,7 +81,7 @@ def our_results(inputs: Inputs, options: Options = PLAIN, chunk_positions: int =
 
 
 def assert_as_exact_as_plain_torch(ours: Results, inputs: Inputs, options: Options = PLAIN) -> None:
-    """Sums are exact to fp32; the errors of gradients against float64 at most 3 times those of plain torch."""
+    """Asserts sums exact to fp32, and gradient errors against float64 of at most 3 times those of plain torch."""
     dtype = inputs.hidden_TH.dtype
     truth, plain = dense_results(inputs.to(torch.float64), options), dense_results(inputs, options)
     assert ours.count.item() == truth.count.item() > 0
@@ -100,7 +100,7 @@ def assert_as_exact_as_plain_torch(ours: Results, inputs: Inputs, options: Optio
 
 
 def assert_losses_as_exact_as_plain_torch(losses_T: Tensor, inputs: Inputs, softcap: float) -> None:
-    """The error of single losses against float64 is at most twice that of plain torch; ignored ones are 0."""
+    """Asserts single losses with at most twice plain torch's error against float64; ignored losses are 0."""
     exact_T, torch_T = (
         F.cross_entropy(dense_logits(one, softcap), inputs.labels_T, ignore_index=IGNORED, reduction="none").double()
         for one in (inputs.to(torch.float64), inputs)

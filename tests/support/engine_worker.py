@@ -1,8 +1,8 @@
-"""One rank of the engine's and the checkpoints' tests: runs a list of jobs in one process group.
+"""One rank of the tests of engine and checkpoints: runs a list of jobs in one process group.
 
-`launch(jobs, world_size, folder)` starts the ranks, waits and gives one result per job. A job trains a small real
-Transformer with dropout for some steps on documents that depend on the step alone, and reports what it saw.
-Starting processes is what costs, so tests put all the jobs of a world size into one launch.
+`launch(jobs, world_size, folder)` starts the ranks, waits and returns one result per job. A job trains a small real
+Transformer with dropout for some steps, on documents that depend on the step alone, and reports its results.
+Process starts are expensive, so tests put all jobs of a world size into one launch.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from bigmodel.training.zero.engine import Engine, creation
 from tests.support.ranks import run_ranks
 
 VOCABULARY = 67
-PACKS = 6  # per step; over 2 ranks and 2 packs a time, one micro-batch of each step is half empty
+PACKS = 6  # per step; with 2 ranks and micro-batches of 2, one micro-batch of each step is half empty
 DATA = {"max_document_length": 24, "sequence_length": 24, "max_documents": 4}
 
 
 def settings_table(
     folder: Path, stage: int, precision: str, packs_per_micro_batch: int, **other: Any
 ) -> dict[str, Any]:
-    """A run file's table and, beside it, the DeepSpeed JSON it names."""
+    """The table of a run file; also writes the DeepSpeed JSON that it names."""
     zero = {"stage": stage, "stage3_param_persistence_threshold": other.pop("persistence", 0)} | other.pop("zero", {})
     text = json.dumps(
         {
@@ -60,7 +60,7 @@ def settings_table(
     model = model | {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
-    # A large epsilon keeps the update smooth in the gradient: sums in another order stay apart by roundings only.
+    # A large epsilon keeps the update smooth in the gradient: another order of sums differs by rounding only.
     optimizer = {"learning_rate": 3e-3, "gradient_clipping": other.pop("clipping", 1.0)}
     optimizer |= other.pop("optimizer", {})
     if "epsilon" in OPTIMIZERS[optimizer.get("kind", "adamw")].reads:
@@ -71,14 +71,14 @@ def settings_table(
 
 
 def documents_of(step: int, pack: int) -> list[list[int]]:
-    """Stored tokens of the documents of one pack; a function of step and pack alone. Packs differ in their fill."""
+    """Stored tokens of the documents of one pack, a function of step and pack alone. Packs differ in padding."""
     generator = torch.Generator().manual_seed(1000 * step + pack)
     lengths = [[9, 12, 4], [25], [3, 3], [16, 8], [5], [7, 2, 11]][pack]
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 def batch_of(step: int, packs: range, end: int = PACKS) -> Batch:
-    """The micro-batch of these packs; a pack number beyond `end` is an empty pack."""
+    """The micro-batch of these packs; packs from number `end` on are empty."""
     documents = [documents_of(step, pack) if pack < end else [] for pack in packs]
     flat = [document for pack in documents for document in pack]
     rows = iter(range(len(flat)))
@@ -111,11 +111,11 @@ def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Tr
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**10
 FP16 = {"initial_scale_power": 10, "hysteresis": 1}
-KEPT_STEPS = 2  # of which the oracle keeps the gradients
+KEPT_STEPS = 2  # steps whose gradients the oracle keeps
 
 
 def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """torch's own optimizer where torch has it; the others are ours, compared with the papers in test_optim.py."""
+    """torch's optimizer if torch has it, else ours, which tests/training/optimizers compares with the papers."""
     if settings.kind == "adafactor":
         groups, epsilons = parameter_groups(model, settings), (settings.epsilon, settings.least_scale)
         return torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
@@ -124,7 +124,7 @@ def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Op
 
 
 def alone(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """States as the engine makes them, where every parameter is its own master."""
+    """Makes the states as the engine does, with every parameter as its own master."""
     optimizer.shards = Shards(lambda master, flat, change: change(flat), lambda master: [], lambda sums: sums)
     for group in optimizer.param_groups:
         for master in group["params"]:
@@ -137,10 +137,10 @@ def alone(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> torc
 def oracle(
     settings: Settings, steps: int, path: Path, packs_at_once: int = PACKS, wide: bool = False
 ) -> list[dict[str, float]]:
-    """Plain torch in one process: losses and norms; gradients, weights and states go into `path`.
+    """Train with plain torch in one process; return losses and norms; write gradients, weights and states to `path`.
 
-    In bf16 and fp16, gradients of micro-batches of `packs_at_once` packs are added up in fp32 and the masters are
-    fp32. wide: all in float64, from the weights that the precision begins with.
+    In bf16 and fp16, gradients of micro-batches of `packs_at_once` packs are summed in fp32, and masters are fp32.
+    wide: all in float64, from the initial weights of the precision.
     """
     low = LOW.get(settings.training.precision)
     model, masters = new_model(settings), new_model(settings)
@@ -186,7 +186,7 @@ def oracle(
 
 
 def plain_evaluation(settings: Settings) -> float:
-    """The loss sum of step 0 under the initial weights, without dropout, from plain torch."""
+    """The loss sum of step 0 by plain torch with the initial weights, without dropout."""
     with torch.no_grad():
         return float(new_model(settings).eval()(batch_of(0, range(PACKS))))
 
@@ -200,7 +200,7 @@ def state_digest(engine: Engine) -> str:
 
 
 def keeps_signed_zeros(engine: Engine) -> bool:
-    """Whether -0.0 comes back as -0.0 from every tensor. Ruins the state: do it last."""
+    """Whether every tensor of the state keeps -0.0. Destroys the state: call it last."""
     engine.write(lambda name, key, start, numel: torch.full((numel,), -0.0), 0, {})
     states = [engine.whole(name, key) for name in engine.names() for key in engine.keys(name)]
     return all(bool(torch.signbit(tensor).all()) for tensor in states)
@@ -217,17 +217,17 @@ def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
 
 
 def state_outside_files(tensors: list[torch.Tensor]) -> int:
-    """How many of the tensors do not lie in a file that the state was placed in."""
+    """Number of tensors that are not in a file of the state."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/bigmodel-state-" in line]
     ranges = [tuple(int(edge, 16) for edge in line[0].split("-")) for line in lines]
     return sum(not any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in tensors)
 
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
-    """Train as the job says. Result: per step loss, norm, gradient error; at the end digest and weight error."""
+    """Run a job. Result: per step loss, norm and gradient error; at the end digest and weight error."""
     from deepspeed.utils import groups
 
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of hpZ: a process has it once, and here many engines
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of hpZ: one per process, but here are many engines
     effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     engine = Engine(new_model(settings, effective), settings, effective, world)
@@ -239,7 +239,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
         assert found is not None, f"no checkpoint in {checkpoints}"
         used: dict[str, list[float]] = {
             key: [] for key in ("losses", "norms")
-        }  # stage 3 keeps small weights whole after a first update
+        }  # stage 3 keeps small weights whole after the first update
         run_step(0, {}, engine, settings, packs_per_micro_batch, {}, used)
         checkpoint.load(found, engine, settings, world)
         result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}
@@ -273,7 +273,7 @@ def run_step(
     expected: dict[str, torch.Tensor],
     result: dict[str, Any],
 ) -> None:
-    """One step as the loop does it. A step in `skip_at` gets an infinite gradient and is skipped."""
+    """One step as in the loop. A step in `skip_at` gets an infinite gradient and is skipped."""
     world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
     sharing = settings.training.sequence_parallel_ranks
     batches = micro_batches_of(step, world.rank // sharing, world.size // sharing, packs_per_micro_batch)
@@ -311,7 +311,7 @@ def launch(
 
 
 def run_jobs(folder: Path) -> None:
-    """One rank. DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes in it on all, slowly."""
+    """One rank. DeepSpeed refuses fp16 on CPUs without fp16 instructions; torch computes fp16 on all CPUs, slowly."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True

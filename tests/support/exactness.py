@@ -1,8 +1,8 @@
-"""The cases in which the engine is compared with plain torch, and what is asked of each.
+"""Cases that compare the engine with plain torch, and their error bounds.
 
-A case is one value for every factor below. `pairwise` gives a few cases in which every two values of two factors
-meet (CI); `everything` gives all of them (`make exactness`). The oracle is one process of plain torch; in bf16 and
-fp16 it is float64, and the engine may be twice as far from it as one process of that precision.
+A case is one value for every factor below. `pairwise` gives few cases that contain every valid pair of values (CI);
+`everything` gives all cases (`make exactness`). The oracle is one process of plain torch. For bf16 and fp16 it
+computes in float64, and the engine's error may be twice that of one process of that precision.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from bigmodel.training.optimizers.table import OPTIMIZERS
 from tests.support.engine_worker import PACKS, distance, oracle, settings_table
 
 STEPS = 20
-FEW_STEPS = 8  # in the test suite: moments, averages and bias corrections have come in, at two fifths of the cost
+FEW_STEPS = 8  # in the test suite: moments, averages and bias corrections have an effect, at two fifths of the cost
 FACTORS: dict[str, tuple[Any, ...]] = {
     "stage": (0, 1, 2, 3),
     "precision": ("fp32", "bf16", "fp16"),
@@ -36,7 +36,7 @@ GROUPS = [{"parameters": "blocks.0.*", "learning_rate_factor": 0.5}, {"parameter
 
 
 def valid(case: Case) -> bool:
-    """What the configuration accepts (bigmodel/config/deepspeed_config.py refuses the rest with a reason)."""
+    """Whether the configuration accepts it (bigmodel/config/deepspeed_config.py refuses the rest with a reason)."""
     low, offload, stage = case["precision"] != "fp32", case["offload"], case["stage"]
     row, device = OPTIMIZERS[case["optimizer"]], offload.rpartition(" ")[2]
     return (
@@ -55,7 +55,7 @@ def everything() -> list[Case]:
 
 
 def pairwise(seed: int = 1) -> list[Case]:
-    """Few cases that together hold every valid pair of values: greedy, from random candidates."""
+    """Few cases that together contain every valid pair of values: greedy, from random candidates."""
     cases, draw = everything(), random.Random(seed)
     missing = set().union(*(_pairs(case) for case in cases))
     chosen = []
@@ -78,7 +78,7 @@ def name_of(case: Case) -> str:
 
 
 def table_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
-    """The run file's table of a case."""
+    """The run file of a case, as a table."""
     if case["offload"] != "none":
         files = {"device": "nvme", "nvme_path": str(folder)}
         zero["offload_optimizer"] = files if case["offload"] == "optimizer to nvme" else {"device": "cpu"}
@@ -103,7 +103,7 @@ def table_of(case: Case, folder: Path, **zero: Any) -> dict[str, Any]:
 def _oracle(
     folder: Path, precision: str, optimizer: str, ema: float, groups: bool, tied: bool, packs: int, steps: int
 ) -> Any:
-    """Where the oracle's tensors are, its losses and norms, and how far one process of that precision is from it."""
+    """Path of the oracle's tensors, its losses and norms, and the errors of one process of that precision."""
     case = {"stage": 1, "precision": precision, "optimizer": optimizer, "activation_checkpointing": "none"}
     case |= {"offload": "none", "packs_at_once": 1, "persistence": 0, "ema": ema, "groups": groups, "tied": tied}
     settings = Settings.model_validate(table_of(case, folder))
@@ -126,7 +126,7 @@ def _oracle(
 
 
 def job_of(case: Case, folder: Path, steps: int = STEPS, **zero: Any) -> dict[str, Any]:
-    """What `tests.support.engine_worker.launch` runs."""
+    """The job for `tests.support.engine_worker.launch`."""
     facts = [case[key] for key in ("precision", "optimizer", "ema", "groups", "tied")]
     packs = case["packs_at_once"] if case["precision"] != "fp32" else PACKS
     path, seen, allowed = _oracle(folder, *facts, packs, steps)
@@ -135,13 +135,13 @@ def job_of(case: Case, folder: Path, steps: int = STEPS, **zero: Any) -> dict[st
 
 
 def with_sequence(job: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """The job with packs shared by so many ranks."""
+    """The job with packs shared by `ranks` ranks."""
     settings = job["settings"]
     return job | {"settings": settings | {"training": settings["training"] | {"sequence_parallel_ranks": ranks}}}
 
 
 def differences(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """How far from the oracle, and how far it may be: by what was compared."""
+    """Compared quantity -> (difference from the oracle, its bound)."""
     first, seen, allowed = 0, result["seen"], result["allowed"]
     loss = abs(result["losses"][first] / seen[first]["loss"] - 1)
     norm = abs(result["norms"][first] / seen[first]["norm"] - 1)
@@ -155,7 +155,7 @@ def differences(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
         }
     return {
         "gradient": (result["gradient_distances"][0], 2 * allowed["0"]),
-        "norm": (norm, max(2 * allowed["norm"], allowed["0"])),  # a norm may be right by chance
+        "norm": (norm, max(2 * allowed["norm"], allowed["0"])),  # one process's norm may be right by chance
         "loss": (loss, max(2 * allowed["loss"], 1e-3)),
         "weights": (result["weight_distance"], 2 * allowed["weight"]),
     }
@@ -166,6 +166,6 @@ def failures(result: dict[str, Any]) -> list[str]:
     found += [] if result["updates"] == result["steps"] else [f"{result['updates']} updates in {result['steps']} steps"]
     nvme = "nvme" in Path(result["settings"]["training"]["deepspeed"]).read_text()
     outside = 0 if nvme else result["state_tensors"]
-    found += [] if result["state_outside_files"] == outside else ["state lies elsewhere than the offload says"]
-    found += [] if result["keeps_signed_zeros"] else ["the state does not come back to the last bit"]
+    found += [] if result["state_outside_files"] == outside else ["the state is not where the offload places it"]
+    found += [] if result["keeps_signed_zeros"] else ["the state is not restored to the last bit"]
     return found

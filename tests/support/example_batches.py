@@ -1,4 +1,4 @@
-"""Batches of made-up documents under any objective, for tests: no store, no plan, the same examples as in training."""
+"""Batches of made-up documents with any objective: no store, no plan, the same examples as in training."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from bigmodel.data.plan.shuffle import Chunk, Pack
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
-VOCABULARY = 60  # of the tokenizer: 1 begins and 2 ends a document
+VOCABULARY = 60  # of the tokenizer; 1 begins and 2 ends a document
 BOS, EOS = 1, 2
 
 
@@ -31,7 +31,7 @@ def fragment_of(row: int, document: Document, examples: Examples, objective: int
 
 
 def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, **more: object) -> Batch:
-    """One pack for each list of documents; documents of plain text take the objectives in turn."""
+    """One pack per list of documents; plain documents take the objectives in turn."""
     examples = Examples(data, seed, VOCABULARY)
     documents = [document for pack in packs for document in pack]
     rows = iter(range(len(documents)))
@@ -46,7 +46,7 @@ def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int 
 
 
 def model_of(vocabulary: int = 400, seed: int = 5, **changes: object) -> Transformer:
-    """A small model with initial weights; 400 holds the tokenizer's ids and all marks."""
+    """A small model with initial weights; 400 covers the tokenizer's ids and all special tokens."""
     size = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 40}
     model = Transformer(ModelSettings(**(size | changes)), vocabulary)
     init_weights(model, seed)

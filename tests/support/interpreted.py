@@ -1,7 +1,7 @@
-"""Runs test files under Triton's interpreter, or without it, in a process of their own.
+"""Runs test files in a separate process, with or without Triton's interpreter.
 
-Whether a kernel is interpreted is decided when its file is imported, so it cannot change within a test session.
-Files named interpreted_*.py hold tests that pytest does not collect by itself; `run_interpreted` runs them.
+Triton decides at the import of a kernel's file whether it is interpreted, so a test session cannot change it.
+pytest does not collect tests in files named interpreted_*.py; `run_interpreted` runs them.
 """
 
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_python(arguments: list[str], interpret: bool) -> str:
-    """Runs python in the repository's root; gives what it printed. Fails with that text if it failed."""
+    """Run python in the repository's root; return its output. Fails with the output if python fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -23,7 +23,7 @@ def run_python(arguments: list[str], interpret: bool) -> str:
 
 
 def run_interpreted(file: str) -> int:
-    """Runs the tests of a file under the interpreter; gives how many passed."""
+    """Run the tests of a file under the interpreter; return the number of passed tests."""
     printed = run_python(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", file], interpret=True)
     passed = re.search(r"(\d+) passed", printed)
     assert passed is not None, printed

@@ -23,7 +23,7 @@ FP32, FP16 = torch.float32, torch.float16
 
 @pytest.fixture(autouse=True, scope="module")
 def _new_tensors_hold_nan() -> Iterator[None]:
-    """In deterministic mode torch.empty gives NaN: a row that a kernel does not write shows."""
+    """Deterministic mode fills torch.empty with NaN, so rows that a kernel does not write are detected."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -68,7 +68,7 @@ def test_the_kernels_are_as_exact_as_plain_torch(case) -> None:
     assert_as_exact_as_plain_torch(attend, make_inputs(*case))
 
 
-# Shrinking and explaining trace every line of the interpreter: minutes.
+# hypothesis's shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     random_masks(longest=24, most=3),
@@ -129,7 +129,7 @@ def test_few_programs_sum_the_bias_gradient_of_many_tiles(monkeypatch: pytest.Mo
 
 def test_any_strides_will_do() -> None:
     inputs = make_inputs(causal(offsets_of([33])), 33, 33, (2, 1), 16, FP32)
-    # The gradient of a sum has stride 0 everywhere; q has its channels apart; k its heads outermost.
+    # The gradient of a sum has stride 0 everywhere; q has strided channels; k has its heads outermost.
     q_THK = inputs.q_THK.transpose(1, 2).contiguous().transpose(1, 2)
     k_SGK = inputs.k_SGK.transpose(0, 1).contiguous().transpose(0, 1)
     d_out_THK = torch.ones(()).expand(33, 2, 16)

@@ -28,7 +28,7 @@ from tests.support.dense_cross_entropy import (
 
 @pytest.fixture(autouse=True)
 def _kernels_alone_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 64 columns; the reference is out of reach; torch.empty gives NaN, so that what is not written shows."""
+    """Blocks of 64 columns; no reference; torch.empty gives NaN, so unwritten values are detected."""
     assert INTERPRETED
     monkeypatch.setattr(module, "BLOCK", 64)
     monkeypatch.delattr(module, "softmax_step_reference")
@@ -38,7 +38,7 @@ def _kernels_alone_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterat
     torch.use_deterministic_algorithms(False)
 
 
-# One block that is not full, full blocks only, a last block of one column.
+# One partial block; full blocks only; a last block of one column.
 @pytest.mark.parametrize("vocabulary", [50, 128, 193])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_in_fp32_the_kernel_is_as_exact_as_plain_torch(options: Options, vocabulary: int) -> None:
@@ -60,7 +60,7 @@ def test_losses_of_single_positions(softcap: float) -> None:
 
 
 def surrounded_logits(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Random fp32 logits inside a larger matrix of NaN, and that matrix."""
+    """Random fp32 logits as a slice of a larger matrix of NaN, and that matrix."""
     whole = torch.full((rows + 2, columns + 10), torch.nan)
     whole[1:-1, :columns] = 3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
     return whole[1:-1, :columns], whole

@@ -1,4 +1,4 @@
-"""The tile form of the attention rule draws the same picture as the dense form. Run by test_mask.py."""
+"""The tile form of the attention mask draws the same picture as the dense form. Run by tests/kernels/test_mask.py."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ BY_MASK, BY_FULL_TILE = 1, 16
 @triton.jit
 def draw_kernel(
     drawing, tiles, left, right, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
-):  # one program: one part of a tile of the table
-    """Adds 1 to every pair seen in a partial tile, and 16 to every pair of a full tile, without any mask on columns."""
+):  # one program: one part of a tile
+    """Adds 1 to every visible pair of a partial tile, 16 to every pair of a full tile, without a mask on columns."""
     first_row, row_end, _column_end, _beside, lo, hi, begin, full_from, full_to, visited = load_tile(
         tiles, tl.program_id(0), left, right, ROWS, COLUMNS, PARTS
     )
@@ -60,7 +60,7 @@ def drawn(
     return drawing
 
 
-# Shrinking and explaining trace every line of the interpreter: minutes.
+# hypothesis's shrinking and explaining trace every line of the interpreter: minutes.
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(random_masks(longest=11, most=5), some.sampled_from([1, 2]))
 def test_tiles_visit_every_visible_pair_once_and_no_other(case: tuple[AttentionMask, int, int], parts: int) -> None:
@@ -99,7 +99,7 @@ def test_a_window_leaves_tiles_on_both_sides_unvisited_and_has_full_tiles_betwee
     assert (drawing[32] == torch.tensor([0] * 8 + [1] * 8 + [16] * 16 + [1] + [0] * 31)).all()
 
 
-# The tile_metadata.
+# Tile metadata.
 
 
 def assert_the_kernels_make_the_tables_of_torch(mask: AttentionMask, num_queries: int, num_keys: int) -> None:
@@ -123,7 +123,7 @@ def test_the_kernels_make_the_tables_of_torch(case: tuple[AttentionMask, int, in
 
 @pytest.mark.parametrize("lengths", [[1] * 4096, [0] * 1500 + [3000] + [40, 0] * 20])
 def test_the_tables_of_thousands_of_documents(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile_metadata, "SLOTS", 1024)  # a program costs the interpreter the same whatever its size
+    monkeypatch.setattr(tile_metadata, "SLOTS", 1024)  # the interpreter's cost per program does not depend on its size
     assert_the_kernels_make_the_tables_of_torch(causal(offsets_of(lengths)), sum(lengths) + 3, sum(lengths) + 3)
 
 

@@ -1,4 +1,4 @@
-"""What tests of the ways to start a run share: the run, what it must equal, and that nothing of it is left."""
+"""Shared code of the launcher tests: the run, its reference, and checks for leftover processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LAUNCHER = [sys.executable, "-m", "bigmodel", "launch"]
 
 
 def train_reference(folder: Path, shards: Path) -> dict[int, dict[str, Any]]:
-    """The lines of the same run, by ranks that the test forks: two nodes of one rank each; with its batches."""
+    """Lines and batches of the same run by ranks that the test forks: two nodes of one rank each."""
     run_file = write_run(folder, shards)
     run_ranks(2, train_recorded, run_file, folder / "printed", ranks_per_node=1)
     batches = batches_of(folder / "run")
@@ -30,13 +30,13 @@ def train_reference(folder: Path, shards: Path) -> dict[int, dict[str, Any]]:
 
 
 def train_recorded(run_file: Path, printed: Path) -> int:
-    """On a rank."""
+    """Train on a rank and record its batches."""
     record_batches(run_file)
     return command(["train", str(run_file), *steps()], printed)
 
 
 def record_batches(run_file: Path) -> None:
-    """In a trainer: a line for each batch that enters the model, in RUN.batches beside the run directory."""
+    """In a trainer: write a line per batch of the model into RUN.batches beside the run directory."""
     from bigmodel.data.load.stream import Stream
     from bigmodel.model.transformer import Transformer
 
@@ -67,7 +67,7 @@ def recording(environment: dict[str, str]) -> dict[str, str]:
 
 
 def batches_of(run: Path) -> dict[int, list[str]]:
-    """Per step the hashes of the tensors that entered the model on any rank, sorted; a step done again counts once."""
+    """Step -> sorted hashes of the model's input tensors over all ranks; a repeated step counts once."""
     found = defaultdict(list)
     for file in run.with_suffix(".batches").iterdir():
         lines = list(read_json_lines(file))
@@ -88,26 +88,27 @@ def steps_of(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def assert_same_training(run: Path, reference: dict[int, dict[str, Any]], exact: bool = True) -> None:
-    """Every step got the same tensors, bit by bit; with as many ranks the losses are the same bits, else they agree.
+    """Asserts bitwise equal tensors in every step, and losses that are bitwise equal on the same number of ranks, else
+    close.
 
-    Not `exact`: more ranks than packs of a step, so that empty packs fill, which count as padding.
+    exact = False: a step has fewer packs than ranks; empty packs fill it and count as padding.
     """
     found = steps_of(run)
     assert sorted(found) == sorted(reference) == list(range(1, STEPS + 1))
     batches = batches_of(run)
     for step, line in reference.items():
-        assert len(line["batches"]) == 4  # a pack each
+        assert len(line["batches"]) == 4  # one pack each
         assert batches[step] == line["batches"], step
         for name in ("targets", "documents", *(("positions", "padding") if exact else ())):
             assert found[step][name] == line[name], (step, name)
         if exact:
             assert found[step]["loss"] == line["loss"], step
-        else:  # the same tokens and weights at step 1; then sums in another order, and training that amplifies them
+        else:  # same tokens and weights at step 1; then sums in another order, amplified by training
             assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-6 if step == 1 else 1e-3), step
 
 
 def assert_logged(run: Path, hosts: list[str]) -> None:
-    """Every rank has its log, named by its host, and `launcher logs` shows what rank 0 said to whoever started it."""
+    """Asserts that every rank has a log named by its host, and that `launcher logs` shows rank 0's first line."""
     names = {path.name for path in (run / "logs").glob("*.log")}
     assert names >= {f"{host}-rank-{rank}.log" for rank, host in enumerate(hosts)}, names
     shown = subprocess.run([*LAUNCHER, "logs", str(run)], capture_output=True, text=True, check=True).stdout
@@ -115,7 +116,7 @@ def assert_logged(run: Path, hosts: list[str]) -> None:
 
 
 def left_of(run: Path) -> list[str]:
-    """Processes that still work for a run: their command line names its run file, or a log of it."""
+    """Live processes of a run: their command line names its run file or one of its logs."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = " ".join(process.info["cmdline"] or [])
@@ -125,7 +126,7 @@ def left_of(run: Path) -> list[str]:
 
 
 def ranks_of(run: Path) -> dict[int, psutil.Process]:
-    """The trainers of a run, by rank."""
+    """Rank -> trainer process of a run."""
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []

@@ -1,4 +1,4 @@
-"""A store in memory with the interface of `ShardStore`, whose tokens say where they come from."""
+"""A store in memory with the interface of `ShardStore`; a token encodes its place in the store."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,7 @@ class MemoryStore:
     def __init__(self, lengths: Lengths) -> None:
         self._lengths = lengths
         self.sources = sorted(name for name, shards in lengths.items() if any(shards))
-        self.opened: set[tuple[str, int]] = set()  # shards whose lengths were asked for
+        self.opened: set[tuple[str, int]] = set()  # shards whose lengths were read
         self.fingerprint = hashlib.sha256(repr(sorted(lengths.items())).encode()).hexdigest()
 
     def num_shards(self, source: str) -> int:
@@ -31,7 +31,7 @@ class MemoryStore:
         return np.array(self._lengths[source][shard], dtype=np.uint32)
 
     def document(self, source: str, shard: int, row: int) -> np.ndarray:
-        """Tokens that occur once in the store: decimal digits source, shard (2), row (3), place (3)."""
+        """Tokens that are unique in the store; decimal digits: source, shard (2), row (3), position (3)."""
         length = self._lengths[source][shard][row]
         tokens = token(self.sources.index(source), shard, row, np.arange(length))
         return tokens.astype(np.uint32)
@@ -42,7 +42,7 @@ def token(source: int, shard: int, row: int, place: np.ndarray) -> np.ndarray:
 
 
 def corpus_positions(store: MemoryStore, source: str) -> set[tuple[int, int, int, int]]:
-    """Every (source, shard, row, position) of a source that an epoch has to give once."""
+    """All (source, shard, row, position) of a source; an epoch has each once."""
     number = store.sources.index(source)
     return {
         (number, shard, row, position)
@@ -53,7 +53,7 @@ def corpus_positions(store: MemoryStore, source: str) -> set[tuple[int, int, int
 
 
 def given_positions(packs: Iterable[Pack]) -> Counter[tuple[int, int, int, int, int]]:
-    """How often each (source, shard, row, position, epoch) is in the packs."""
+    """Count of each (source, shard, row, position, epoch) in the packs."""
     return Counter(
         (chunk.source, chunk.shard, chunk.row, chunk.start + offset, chunk.epoch)
         for pack in packs
@@ -63,7 +63,7 @@ def given_positions(packs: Iterable[Pack]) -> Counter[tuple[int, int, int, int, 
 
 
 def lognormal_lengths(seed: int, count: int) -> list[int]:
-    """Stored tokens of web-like documents: lognormal, mean 740, median 403. Made by inverse transform of words."""
+    """Stored tokens of web-like documents: lognormal, mean 740, median 403, by inverse transform of random words."""
     from statistics import NormalDist
 
     from bigmodel.data.randomness import words

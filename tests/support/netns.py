@@ -1,7 +1,7 @@
-"""Machines for tests: network namespaces of this machine, each with an address of its own, joined by a bridge.
+"""Machines for tests: network namespaces of this machine with their own addresses, joined by a bridge.
 
-Needs root and Debian's `iproute2`; `Sshd` also `openssh-server`. Processes in different namespaces share files and
-process numbers, but reach each other only through the bridge, whose links can be slowed down.
+Needs root and Debian's `iproute2`; `Sshd` also needs `openssh-server`. Processes in different namespaces share files
+and process numbers, but connect only through the bridge, whose links can be slowed down.
 """
 
 import os
@@ -25,7 +25,7 @@ PermitRootLogin yes
 
 
 def missing_namespaces() -> str:
-    """Why there can be none here; empty if there can."""
+    """The reason why namespaces are not possible here; empty if they are."""
     if shutil.which("ip", path=PATH) is None or shutil.which("tc", path=PATH) is None:
         return "no ip and tc: apt-get install iproute2"
     if os.geteuid():
@@ -69,7 +69,7 @@ class Machines:
             _ip("-n", name, "link", "set", "lo", "up")
 
     def slow_down(self, number: int, rate: str) -> None:
-        """Limit what machine `number` (from 0) sends, as "20mbit"."""
+        """Limit the sending rate of machine `number` (from 0), as "20mbit"."""
         limit = ["rate", rate, "burst", "32kbit", "latency", "50ms"]
         self.call(number, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
 
@@ -86,7 +86,7 @@ class Machines:
 
 
 class Sshd:
-    """An sshd with a key of its own, which `options` let a client use."""
+    """An sshd with its own key; a client with `options` uses this key."""
 
     def __init__(self, folder: Path, port: int, addresses: Sequence[str], prefix: Sequence[str] = ()) -> None:
         os.makedirs("/run/sshd", exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the server of tests/support/ranks.py imports before it forks ranks: all that a training process would import."""
+"""Imports of the server of tests/support/ranks.py before it forks ranks: all imports of a training process."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # DeepSpeed imports it, and with it torch.compile, late
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # DeepSpeed imports it late, and torch.compile with it
 import torch._dynamo  # noqa: F401  # as does the first torch.optim.Optimizer
 
 import bigmodel.training.loop  # noqa: F401
@@ -14,4 +14,4 @@ from bigmodel.data.store.shards import import_mds
 
 import_mds()
 
-gc.freeze()  # DeepSpeed collects garbage at each start: 0.4 s with all these modules to walk through
+gc.freeze()  # DeepSpeed collects garbage at each start: 0.4 s over all these modules

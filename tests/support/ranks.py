@@ -1,6 +1,6 @@
-"""Real ranks for tests: processes forked from a server that has imported torch and DeepSpeed already.
+"""Real ranks for tests: processes forked from a server that has already imported torch and DeepSpeed.
 
-Start-up is what costs (8 s of imports a process); the server pays it once, a world then starts in under a second.
+Imports cost 8 s per process. The server pays them once; then ranks start in under a second.
 """
 
 import multiprocessing
@@ -23,9 +23,9 @@ _context.set_forkserver_preload(["torch", "tests.support.preload"])
 def start_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, ranks_per_node: int = 0
 ) -> list[BaseProcess]:
-    """`function(*arguments)` on `world_size` ranks with the environment that a launcher sets. Must be importable.
+    """Run `function(*arguments)`, importable, on `world_size` ranks with a launcher's environment.
 
-    `ranks_per_node`: as if they were on machines of so many each; 0: all on one.
+    `ranks_per_node`: number of ranks on each simulated node; 0: all on one.
     """
     ranks_per_node = ranks_per_node or world_size
     with socket.socket() as probe:
@@ -48,14 +48,14 @@ def start_ranks(
 
 
 def finish(ranks: list[BaseProcess], timeout_seconds: float = 120.0) -> list[int]:
-    """Exit codes. A rank still alive at the end of the time is killed; when one fails the others are not waited for."""
+    """Exit codes. Ranks alive after the timeout are killed; after a failure the others are not waited for."""
     deadline, failed = time.monotonic() + timeout_seconds, False
     try:
         while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
-            if not failed and any(rank.exitcode for rank in ranks):  # the others notice by themselves, or hang
+            if not failed and any(rank.exitcode for rank in ranks):  # the others end by themselves, or hang
                 deadline, failed = min(deadline, time.monotonic() + 1.0), True
             time.sleep(0.01)
-    finally:  # also at Ctrl-C
+    finally:  # also on Ctrl-C
         kill(ranks)
     return [rank.exitcode or 0 for rank in ranks]
 
@@ -67,13 +67,13 @@ def run_ranks(
     timeout_seconds: float = 120.0,
     ranks_per_node: int = 0,
 ) -> None:
-    """Run to the end; every rank must leave with 0."""
+    """Run to the end; asserts exit code 0 of every rank."""
     codes = finish(start_ranks(world_size, function, *arguments, ranks_per_node=ranks_per_node), timeout_seconds)
     assert codes == [0] * world_size, f"exit codes of the ranks: {codes}"
 
 
 def kill(ranks: list[BaseProcess]) -> None:
-    """SIGKILL whoever lives."""
+    """SIGKILL all live ranks."""
     for rank in ranks:
         if rank.is_alive():
             rank.kill()
@@ -93,7 +93,7 @@ def _enter(environment: dict[str, str], function: Callable[..., Any], arguments:
 
 
 def command(arguments: list[str], output: Path) -> int:
-    """On a rank: `python -m bigmodel ARGUMENTS`, printing into `output`.0, `output`.1 ...; gives the exit code."""
+    """On a rank: `python -m bigmodel ARGUMENTS` with output into `output`.0, `output`.1 ...; returns the exit code."""
     from bigmodel.__main__ import main
 
     descriptor = os.open(f"{output}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

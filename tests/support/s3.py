@@ -1,4 +1,4 @@
-"""S3 servers on loopback, found through the environment alone: a real one, and one that refuses."""
+"""S3 servers on loopback, found through the environment: a real one, a refusing one, a faulty one."""
 
 import os
 import threading
@@ -14,12 +14,12 @@ import pytest
 from bigmodel.data.store import files
 
 BUCKET = "shards"
-STATUS = {"refused": 403, "busy": 503}  # answers by the name of a fault
+STATUS = {"refused": 403, "busy": 503}  # fault -> HTTP status
 
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The URL of a fresh bucket; the environment holds what reaches it, also for processes started meanwhile."""
+    """The URL of a fresh bucket; the environment has its address and keys, also for child processes."""
     boto3 = pytest.importorskip("boto3")
     from moto.server import ThreadedMotoServer
 
@@ -34,7 +34,7 @@ def s3_server() -> Iterator[str]:
 
 @contextmanager
 def refusing_server() -> Iterator[None]:
-    """A store that answers every request with 403, as for credentials that it does not know."""
+    """A store that answers every request with 403, as for unknown credentials."""
 
     class Refuses(BaseHTTPRequestHandler):
         def answer(self) -> None:
@@ -56,11 +56,11 @@ def refusing_server() -> Iterator[None]:
 
 @contextmanager
 def faulty_server(seconds: float, failures: int, of: str, fault: str = "refused") -> Iterator[list[str]]:
-    """The store that the environment names, behind a door that takes `seconds` for every answer.
+    """The store of the environment, behind a proxy that takes `seconds` per answer.
 
-    It answers the first `failures` requests of files whose name ends with `of` with 403, which no client tries again;
-    or, by `fault`, with 503 ("busy"), or with half the content, the connection broken off ("cut"). Gives the paths
-    asked for, as they come.
+    The first `failures` requests of files whose names end with `of` fail: with 403, which no client retries; with 503
+    (`fault` "busy"); or with half the content and a closed connection ("cut"). Yields the list of requested paths,
+    which grows.
     """
     store = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
     asked: list[str] = []

@@ -1,8 +1,8 @@
-"""A real SLURM cluster for tests: slurmctld and some slurmd on this one machine, as this user, in a folder.
+"""A real SLURM cluster for tests: slurmctld and several slurmd on this machine, as this user, in a folder.
 
-Needs Debian's `slurmctld slurmd slurm-client munge`, and root. No systemd, no cgroups: every node pretends to have 16
-processors and up to 8 GPUs (character devices that every Linux has). Nodes are named n1, n2 ... and resolve, each to an
-address of its own in 127.0.1.0/24, through an /etc/hosts that only the cluster's processes see.
+Needs Debian's `slurmctld slurmd slurm-client munge`, and root; no systemd, no cgroups. Every node pretends to have 16
+processors and up to 8 GPUs (character devices of any Linux). Nodes are named n1, n2 ... and resolve to their own
+addresses in 127.0.1.0/24 through an /etc/hosts that only the cluster's processes see.
 """
 
 import os
@@ -64,7 +64,7 @@ PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=1
 
 
 def missing() -> str:
-    """Why no cluster can be made here; empty if one can."""
+    """The reason why a cluster is not possible here; empty if it is."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=ENVIRONMENT["PATH"]) is None]
     if absent:
         return f"no {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge"
@@ -75,7 +75,7 @@ def missing() -> str:
 
 
 class Cluster:
-    """Running nodes n1 to nN. Every command goes through `call`, with the environment that finds this cluster."""
+    """Running nodes n1 to nN. Every command goes through `call`, with the environment of this cluster."""
 
     def __init__(self, folder: Path, nodes: int, gpus: int = 8) -> None:
         self.folder, self.nodes = folder, nodes
@@ -109,7 +109,7 @@ class Cluster:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        for words in (["--signal=KILL", "--full"], []):  # a test that failed may have left a job: all its processes end
+        for words in (["--signal=KILL", "--full"], []):  # a failed test may have left a job: all its processes end
             self.call("scancel", *words, "-u", "root", check=False)
         deadline = time.monotonic() + 20
         while self.call("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
@@ -124,7 +124,7 @@ class Cluster:
                 daemon.wait()
 
     def call(self, *command: str, check: bool = True, **more: str) -> str:
-        """What a command on the login node prints, both streams together."""
+        """Output of a command on the login node, both streams together."""
         done = self.run(*command, **more)
         assert not check or done.returncode == 0, done.stdout
         return done.stdout
@@ -141,7 +141,7 @@ class Cluster:
         )
 
     def wait(self, job: str, seconds: float = 200) -> str:
-        """The last state of a job, when it has one."""
+        """Wait for the final state of a job and return it."""
         deadline = time.monotonic() + seconds
         while True:
             text = self.call("scontrol", "show", "job", job, check=False)
@@ -152,10 +152,12 @@ class Cluster:
             time.sleep(0.2)
 
     def start_now(self, job: str) -> None:
-        """Do not let a requeued job wait the two minutes that SLURM gives it."""
+        """Start a requeued job without SLURM's wait of two minutes."""
         while "JobState=PENDING" not in self.call("scontrol", "show", "job", job):
             time.sleep(0.1)
-        time.sleep(2.0)  # a credential is revoked by the second: one of the requeue's own second could not start
+        time.sleep(
+            2.0
+        )  # credentials are revoked with a resolution of 1 s: one from the second of the requeue could not start
         self.call("scontrol", "update", f"job={job}", "StartTime=now")
 
     def _inside(self, command: Sequence[str]) -> list[str]:
@@ -175,7 +177,7 @@ class Cluster:
             )
 
     def _start_munge(self) -> None:
-        """A munged of this cluster's own: key, socket and log in its folder, which only its own user may write."""
+        """Start a munged for this cluster: key, socket and log in its folder, which only its user may write."""
         home = self.folder / "munge"
         (home / "key").write_bytes(os.urandom(1024))
         account = pwd.getpwnam("munge")
@@ -192,7 +194,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of some neighbouring ports that are all free, below those that the kernel hands out."""
+    """The first of `count` neighbouring free ports, below the kernel's range of ephemeral ports."""
     for first in range(21000 + os.getpid() % 5000, 32000, count):
         sockets = [socket.socket() for _ in range(count)]
         try:

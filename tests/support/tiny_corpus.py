@@ -1,4 +1,4 @@
-"""A small corpus on disk and the settings that prepare it: two sources, 150 documents, about 15,000 tokens."""
+"""A small corpus on disk and settings to prepare it: two sources, 150 documents, about 15,000 tokens."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 
 
 def text(number: int) -> str:
-    """Document `number`: distinct, 3 to 150 words, with an accent and a special token's name in some."""
+    """Document `number`: distinct, 3 to 150 words; some with an accent and the name of a special token."""
     words = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(3 + (number * 37) % 148)]
     tail = " été <|eos|>" if number % 10 == 0 else ""
     return f"Document {number}: " + " ".join(words) + tail + "\n"
@@ -25,9 +25,9 @@ LETTERS = [text(number) for number in range(100, 150)]
 
 
 def write_sources(folder: Path) -> list[dict[str, Any]]:
-    """news.jsonl and letters.parquet below `folder`, and the `prepare.sources` that name them."""
+    """Write news.jsonl and letters.parquet below `folder`; return their `prepare.sources`."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "letters.parquet").exists():  # a file written again is a changed one
+    if not (folder / "letters.parquet").exists():  # a rewritten file counts as changed
         lines = [json.dumps({"body": value}) for value in [*NEWS, None, "", NEWS[3]]]
         (folder / "news.jsonl").write_text("\n".join(lines) + "\n")
         table = pyarrow.table({"text": LETTERS})
@@ -48,5 +48,5 @@ def tiny_settings(folder: Path, **changes: Any) -> Settings:
 
 
 def prepared(folder: Path, **changes: Any) -> Path:
-    """The prepared folder of `tiny_settings`."""
+    """Prepare `tiny_settings` and return the folder."""
     return prepare(tiny_settings(folder, **changes), quiet())

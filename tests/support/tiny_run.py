@@ -45,7 +45,7 @@ every_steps = 4
 
 
 def write_run(folder: Path, shards: Path, precision: str = "fp32", stage: int = 1, name: str = "run") -> Path:
-    """`folder`/`name`.toml, which trains into `folder`/`name`; its DeepSpeed JSON has ZeRO `stage`."""
+    """Write `folder`/`name`.toml, which trains into `folder`/`name`, and its DeepSpeed JSON with ZeRO `stage`."""
     deepspeed = folder / f"{name}-deepspeed.json"
     deepspeed.write_text(f'{{"zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0}}}}')
     run_file = folder / f"{name}.toml"

@@ -72,7 +72,7 @@ COUNTS = "tokens"
     ("change", "claims"),
     [
         (lambda lines: lines, []),
-        (without(12), ["every step stands in the books once", COUNTS]),
+        (without(12), ["metrics.jsonl has every step once", COUNTS]),
         (altered("step", "positions", 2), [COUNTS]),
         (altered("step", "documents", 3), [COUNTS]),
         (altered("start", "lap", 1.5), [SECONDS]),

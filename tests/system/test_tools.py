@@ -61,7 +61,7 @@ def test_the_terminal_shows_one_document_as_expected() -> None:
 @pytest.mark.parametrize(
     ("tiles", "complaint"),
     [
-        ([Tile(range(2), range(2), FULL)], "hides something"),
+        ([Tile(range(2), range(2), FULL)], "has a masked pair"),
         ([Tile(range(2), range(2), PARTIAL), Tile(range(1), range(1), PARTIAL)], "visited twice"),
         ([Tile(range(1), range(2), PARTIAL)], "is not visited"),
     ],

@@ -131,7 +131,7 @@ def test_show_data_prints_sources_mix_packing_and_suggestions(
         "dropped from news: 1 duplicate, 1 empty, 1 null",
         "longest 236",
         "up to       256",
-        "packs of 64 tokens",
+        "packed sequences of 64 tokens",
         "data.max_document_length",
         "data.sequence_length",
         "data.packing_buffer",

@@ -393,7 +393,7 @@ def test_what_is_told_of_a_window_of_pairs_is_what_is_planned() -> None:
     while (at := order.position().lanes[0]).start.window < 2:
         order.next_step()
     assert 190 < len(at.window.packs) < 210
-    assert abs(int(told.split()[-5]) - len(at.window.packs)) <= 5
+    assert abs(int(told.split()[-6]) - len(at.window.packs)) <= 5
     assert "data.packing_buffer = 50" in told
 
 

@@ -1,9 +1,9 @@
-"""What every Python of the tests runs first: it records which files of the user's the process opens.
+"""Run first by every Python process of the tests: records accesses to the user's files.
 
-The user's are `data/` and `runs/` of the checkout, whether they exist or not. A test that reads them passes or fails by
-what the user has prepared and trained. `TESTS_RECORD` names the file that takes a line for each opened path; without it
-nothing is watched. tests/conftest.py puts this folder on PYTHONPATH and fails the test whose record grew. Files that a
-compiled library opens by itself (pyarrow, safetensors) are not seen.
+The user's files are `data/` and `runs/` of the checkout, whether they exist or not: a test that reads them depends on
+the user's data and runs. `TESTS_RECORD` names the file that gets a line per access; without it nothing is recorded.
+tests/conftest.py puts this folder on PYTHONPATH and fails a test whose record grew. Files opened inside a compiled
+library (pyarrow, safetensors) are not detected.
 """
 
 import os
@@ -24,7 +24,7 @@ def is_the_user_s(path: Any) -> bool:
 
 
 def watch(record: str) -> None:
-    """Append a line to `record` whenever this process opens, lists, makes or removes something of the user's."""
+    """Append a line to `record` whenever this process opens, lists, makes or removes a user's file."""
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and is_the_user_s(arguments[0]):
