@@ -17,10 +17,10 @@ from typing import IO
 TERMINAL_SECONDS, PLAIN_SECONDS = 0.5, 20.0  # between two lines of progress
 SHOWN_LINES = 25
 STEP = re.compile(r"\s*((?:Collecting|Downloading|Building|Preparing|Installing) \S+(?: \([\d.]+ \wB\))?)")
-SHARE = re.compile(r"Progress (\d+) of (\d+)$")  # of a download, in bytes: --progress-bar raw
+SHARE = re.compile(r"PipOutput (\d+) of (\d+)$")  # of a download, in bytes: --progress-bar raw
 
 
-class Progress:
+class PipOutput:
     """The current action of pip, read from its output by a thread."""
 
     def __init__(self, output: IO[bytes], log: IO[bytes]) -> None:
@@ -52,7 +52,7 @@ def main() -> int:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdout is not None
         try:
-            show(Progress(process.stdout, file))
+            show(PipOutput(process.stdout, file))
             code = process.wait()
         except KeyboardInterrupt:  # pip gets the signal too
             process.wait()
@@ -65,7 +65,7 @@ def main() -> int:
     return code
 
 
-def show(progress: Progress) -> None:
+def show(progress: PipOutput) -> None:
     """Show pip's current action until it ends: in place on a terminal, else as a new line every 20 s."""
     terminal, started = sys.stderr.isatty(), time.monotonic()
     while True:

@@ -187,7 +187,8 @@ def with_new_keys(table: dict[str, Any], path: Path, overrides: Sequence[str]) -
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    names = NEW_NAMES.get(key.strip(), key.strip()).split(".")
+    names = key.strip().split(".")
+    names[:2] = NEW_NAMES.get(".".join(names[:2]), ".".join(names[:2])).split(".")
     if not equals or not all(names):
         raise UserError(f"--set {override}: must have the form section.key=value, for example --set training.steps=100")
     try:

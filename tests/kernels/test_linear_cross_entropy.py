@@ -79,7 +79,7 @@ def test_a_z_loss_changes_the_gradient_and_not_the_loss() -> None:
 
 def test_ignored_positions_have_no_gradient_and_no_influence() -> None:
     inputs = make_inputs()
-    ignored_T = inputs.targets_T == IGNORED
+    ignored_T = inputs.labels_T == IGNORED
     before = our_results(inputs, EVERYTHING)
     assert (before.grad_hidden_TH[ignored_T] == 0).all()
     assert (before.grad_hidden_TH[~ignored_T] != 0).any(-1).all()
@@ -101,39 +101,37 @@ def test_editing_a_position_leaves_the_gradients_of_others_bitwise_as_they_were(
 
 def test_a_batch_without_any_target_is_zero() -> None:
     inputs = make_inputs()
-    inputs.targets_T[:] = IGNORED
+    inputs.labels_T[:] = IGNORED
     assert [float(one.abs().sum()) for one in our_results(inputs, EVERYTHING)] == [0.0] * 5
 
 
 def test_the_weight_may_be_the_embedding_too() -> None:
     inputs = make_inputs(torch.float64).leaves()
-    tokens_T = inputs.targets_T.clamp_min(0).roll(1)
+    tokens_T = inputs.labels_T.clamp_min(0).roll(1)
     linear_cross_entropy(torch.tanh(inputs.weight_VH[tokens_T]), *inputs[1:]).loss_sum.backward()
     tied = inputs.weight_VH.detach().clone().requires_grad_()
-    F.cross_entropy(
-        torch.tanh(tied[tokens_T]) @ tied.T, inputs.targets_T, ignore_index=-100, reduction="sum"
-    ).backward()
+    F.cross_entropy(torch.tanh(tied[tokens_T]) @ tied.T, inputs.labels_T, ignore_index=-100, reduction="sum").backward()
     torch.testing.assert_close(inputs.weight_VH.grad, tied.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden_TH, weight_VH, targets_T = make_inputs().leaves()
-    linear_cross_entropy(hidden_TH, weight_VH.detach(), targets_T).loss_sum.backward()
+    hidden_TH, weight_VH, labels_T = make_inputs().leaves()
+    linear_cross_entropy(hidden_TH, weight_VH.detach(), labels_T).loss_sum.backward()
     assert hidden_TH.grad is not None
 
     asked = []
     real = module.softmax_step_reference
     monkeypatch.setattr(module, "softmax_step_reference", lambda *inputs: asked.append(inputs[3]) or real(*inputs))
     with torch.no_grad():
-        linear_cross_entropy(hidden_TH, weight_VH, targets_T)
-    linear_cross_entropy(hidden_TH, weight_VH, targets_T)
+        linear_cross_entropy(hidden_TH, weight_VH, labels_T)
+    linear_cross_entropy(hidden_TH, weight_VH, labels_T)
     assert asked == [None, torch.float32]
 
     products = []
     monkeypatch.setattr(module, "add_product", lambda *_inputs: products.append("weight"))
-    linear_cross_entropy(hidden_TH, weight_VH.detach(), targets_T)
+    linear_cross_entropy(hidden_TH, weight_VH.detach(), labels_T)
     assert products == []
-    linear_cross_entropy(hidden_TH, weight_VH, targets_T)
+    linear_cross_entropy(hidden_TH, weight_VH, labels_T)
     assert products == ["weight"]
 
 
@@ -170,8 +168,8 @@ def test_it_compiles_without_a_break() -> None:
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> tuple[Tensor, ...]:
-        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, EVERYTHING)
+    def compiled(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> tuple[Tensor, ...]:
+        return linear_cross_entropy(hidden_TH, weight_VH, labels_T, EVERYTHING)
 
     leaves = inputs.leaves()
     sums = compiled(*leaves)
@@ -213,9 +211,9 @@ def peak_bytes(monkeypatch: pytest.MonkeyPatch, chunk_positions: int) -> tuple[i
     monkeypatch.setattr(module, "INTERPRETED", True)  # the step of the kernel, not of the reference
     hidden_TH = torch.empty(32_768, 4_096, dtype=torch.bfloat16, device="meta")
     weight_VH = torch.empty(131_072, 4_096, dtype=torch.bfloat16, device="meta")
-    targets_T = torch.empty(32_768, dtype=torch.int64, device="meta")
+    labels_T = torch.empty(32_768, dtype=torch.int64, device="meta")
     with LiveBytes() as forward:
-        saved = sums_and_gradients(hidden_TH, weight_VH, targets_T, *EVERYTHING, True, True, chunk_positions)
+        saved = sums_and_gradients(hidden_TH, weight_VH, labels_T, *EVERYTHING, True, True, chunk_positions)
     del saved
     assert forward.live == 0
     gradients = torch.empty_like(hidden_TH), torch.empty_like(weight_VH, dtype=torch.float32)
@@ -297,7 +295,7 @@ def test_the_options_reach_the_gradient_of_the_model_and_not_its_evaluation(tied
     batch = make_batch()
     states_TH = model.hidden(model.embedding(batch.tokens), batch)
     exact = dense_results(make_inputs(torch.float64)._replace(
-        hidden_TH=states_TH, weight_VH=model.head.weight, targets_T=batch.labels
+        hidden_TH=states_TH, weight_VH=model.head.weight, labels_T=batch.labels
     ), EVERYTHING)  # fmt: skip
 
     states_TH.retain_grad()

@@ -195,7 +195,7 @@ def test_torchrun_s_command_is_printed_for_each_node(tmp_path: Path, shards: Pat
     for node, line in enumerate(lines[1::2]):
         assert line.startswith(f"{shlex.quote(sys.executable)} -m torch.distributed.run --nnodes=2 --node-rank={node} ")
         assert "--nproc-per-node=1 --master-addr=a --master-port=" in line
-        assert line.endswith(f"--rdzv-backend=static --module launcher exec {run_file} --cluster {cluster}")
+        assert line.endswith(f"--rdzv-backend=static --module bigmodel launch exec {run_file} --cluster {cluster}")
     wrong = output_of(launch("torchrun", str(run_file), "--cluster", str(cluster), "--node-rank", "2"), 2)
     assert "--node-rank 2: there are 2 nodes, counted from 0" in wrong
 

@@ -43,7 +43,8 @@ NODES = 32
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
-    for path in (folder, *folder.parents[:2]):
+    base = tmp_path_factory.getbasetemp()
+    for path in (folder, base, base.parent, base.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else base):
         path.chmod(0o755)  # munged runs as another user
     cluster = Cluster(folder / "cluster", NODES)
     cluster.environment |= recording(cluster.environment)

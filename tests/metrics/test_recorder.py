@@ -16,6 +16,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
 from bigmodel.metrics.exporter import BUCKET_NAMES, families
 from bigmodel.metrics.metric_table import METRICS, NODE, full_name, reference
@@ -94,7 +95,7 @@ def record_all(metrics: Metrics) -> None:
 
 FACTS = {"parameters": 123, "device_peak_flops": 1e9}
 EXPECTED = {
-    "build_info|0.1.0": 1,
+    f"build_info|{__version__}": 1,
     "world_size": 1,
     "parameters": 123,
     "device_peak_flops": 1e9,

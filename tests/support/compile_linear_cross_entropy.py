@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from bigmodel.kernels.linear_cross_entropy import IGNORED, Options, launch_options, softmax_kernel
 from tests.support.compile_kernels import usage
 
-POINTERS = {"logits": "*fp32", "targets": "*i64", "losses": "*fp32", "zs": "*fp32"}
+POINTERS = {"logits": "*fp32", "labels": "*i64", "losses": "*fp32", "zs": "*fp32"}
 VOCABULARIES = {"128k": 131_072, "odd": 50_257}
 
 

@@ -46,7 +46,7 @@ def test_the_real_command_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
     [
         ("[model\n", ["not valid TOML", "line 1"]),
         ("[modle]\nnum_layers = 2\n", ["modle: unknown setting", "did you mean 'model'?"]),
-        ("[model]\nlayer = 2\n", ["model.layer: unknown setting", "did you mean 'layers'?"]),
+        ("[model]\nlayer = 2\n", ["model.layer: unknown setting", "did you mean 'num_layers'?"]),
         ("[training]\nlearning_rate = 1\n", ["did you mean 'optimizer.learning_rate'?"]),
         ("[model]\nnum_heads = 5\n", ["model.hidden_size = 768", "model.num_heads = 5"]),
         ("[model]\nnum_kv_heads = 5\n", ["model.num_heads = 12", "model.num_kv_heads = 5", "divisor"]),

@@ -89,7 +89,7 @@ def take(stream, count):
 
 def cut(batch, num_packs):
     """The batch's packs as bytes and document lengths, so that they compare whatever micro-batch they were in."""
-    size, offsets = len(batch.tokens) // num_packs, batch.offsets.tolist()
+    size, offsets = len(batch.tokens) // num_packs, batch.cu_seqlens.tolist()
     return [
         (
             *(

@@ -303,7 +303,7 @@ WORLDS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (8, 2), (8, 8), (64, 8
 @given(cases(), st.sampled_from(WORLDS), st.integers(1, 3))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_all_ranks_together_compute_each_pack_once_and_their_cursors_make_the_whole(case, world, packs_at_once):
-    from bigmodel.data.stream import take_share  # imports torch, which planning does without
+    from bigmodel.data.load.stream import take_share  # imports torch, which planning does without
 
     store, data, global_batch_size, seed, block_documents = case
     ramp = [(2, global_batch_size + data.lanes), (5, data.lanes)]

@@ -229,7 +229,7 @@ def test_two_threads_may_open_the_first_shard_at_the_same_time(tmp_path: Path) -
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from pathlib import Path\n"
         "import time\n"
-        "from bigmodel.data import shards\n"
+        "from bigmodel.data.store import shards\n"
         "from bigmodel.data.store.shards import ShardStore\n"
         "make = shards.ModuleType\n"
         "shards.ModuleType = lambda name: (time.sleep(0.1), make(name))[1]  # time for the other thread\n"

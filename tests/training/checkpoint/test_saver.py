@@ -15,8 +15,8 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import refuse_to_start_over, take_over
-from bigmodel.training import interval
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint import interval
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.checkpoint.interval import best_interval_seconds
 from bigmodel.training.checkpoint.saver import Saved, SaveError, Saver, Waiting
