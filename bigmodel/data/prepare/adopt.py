@@ -238,7 +238,7 @@ def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None
     }
     conclude(
         progress,
-        f"{adoption.folder}: {documents:,} documents; begin added to {sums['begins_added']:,}, end to "
+        f"{adoption.folder}: {counted_noun(documents, 'document')}; begin added to {sums['begins_added']:,}, end to "
         f"{sums['ends_added']:,}; {sums['empty']:,} empty ones left out; {sums['linked']:,} shards linked unchanged",
     )
 

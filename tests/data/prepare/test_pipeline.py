@@ -595,7 +595,8 @@ def test_sources_without_documents_and_empty_splits_are_refused(tmp_path: Path) 
     empty.write_text("")
     with pytest.raises(UserError, match=r"has no documents \(0 read\)"):
         prepared(tmp_path, sources=[{"name": "void", "files": [str(empty)]}])
-    with pytest.raises(UserError, match=r"none of the 150 documents fell into the validation split; raise it"):
+    remedy = r"none of the 150 documents fell into the validation split; set prepare.validation_share = 0.03, or add"
+    with pytest.raises(UserError, match=remedy):
         prepared(tmp_path, validation_share=1e-9)
     with pytest.raises(UserError, match=r"prepare.shard_tokens = 2000000000: a shard file is at most 4 GiB"):
         prepared(tmp_path, shard_tokens=2_000_000_000)
