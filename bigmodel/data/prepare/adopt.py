@@ -43,6 +43,7 @@ from bigmodel.data.store.manifest import PICTURE, SPLITS, Manifest, describe_fil
 from bigmodel.data.store.shards import decode_value, length_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
 from bigmodel.run_directory import write_atomically
+from bigmodel.sizes import counted_noun
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
 COMPRESSIONS = {".zstd": "zstd", ".gz": "gzip", ".br": "brotli"}

@@ -147,8 +147,11 @@ def quiet() -> Progress:
 
 
 def conclude(progress: Progress, line: str) -> None:
-    """End the progress bars and print a line below them."""
+    """End the progress bars, each on its own line also in a file, and print a line below them."""
     progress.live.stop()
+    if progress.tasks and not progress.disable and not progress.console.is_interactive:
+        progress.console.print()  # without a terminal the bars end without a line break
+    progress.disable = True  # the end of the display prints no further line
     _say(progress, line)
 
 

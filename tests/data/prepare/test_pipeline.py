@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -854,3 +855,12 @@ def test_what_came_of_it_stands_below_the_bars_with_why_rows_were_dropped(tmp_pa
     ):
         assert line in end
         assert printed.getvalue().count(line) == 1
+
+
+def test_in_a_file_the_summary_starts_a_line_of_its_own(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    with Progress(console=Console(file=printed, force_terminal=False, width=200)) as progress:
+        prepare(tiny_settings(tmp_path, sources=write_sources(tmp_path / "text")), progress)
+    assert "100%" in printed.getvalue()
+    assert re.search(r"^\S*data: \d+ documents, ", printed.getvalue(), re.MULTILINE)
+    assert not printed.getvalue().endswith("\n\n")
