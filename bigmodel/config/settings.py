@@ -385,7 +385,12 @@ class ScheduleSettings(Section):
     unit: Literal["steps", "tokens"] = Field(
         "steps", description="tokens: counted as in training.global_batch_size, padding included"
     )
-    warmup_steps: int = setting(100, only_with={"unit": "steps"}, ge=0)
+    warmup_steps: int = setting(
+        100,
+        only_with={"unit": "steps"},
+        ge=0,
+        description="absent, and 100 does not fit into training.steps: training.steps / 10",
+    )
     decay_steps: int = setting(
         0, only_with={"kind": "wsd", "unit": "steps"}, ge=0, description="length of the final decay"
     )
@@ -545,6 +550,15 @@ class Settings(Section):
                 "data.dropped_decoder_share needs positions that count the dropped tokens; set "
                 'model.position_embedding = "rotary"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _default_warmup_fits(self) -> "Settings":
+        schedule, steps = self.schedule, self.training.steps
+        fits = schedule.warmup_steps + schedule.decay_steps <= steps
+        if schedule.unit == "steps" and "warmup_steps" not in schedule.model_fields_set and not fits:
+            shorter = schedule.model_copy(update={"warmup_steps": min(schedule.warmup_steps, steps // 10)})
+            object.__setattr__(self, "schedule", shorter)
         return self
 
     @model_validator(mode="after")
