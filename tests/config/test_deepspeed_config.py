@@ -219,7 +219,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (
         {"gradient_accumulation_steps": 3},
         {"training": {"global_batch_size": 8}},
-        ["gradient_accumulation_steps = 3", "global_batch_size = 8", "2 rank(s)", "gives 4", "global_batch_size = 6"],
+        ["gradient_accumulation_steps = 3", "global_batch_size = 8", "2 ranks", "gives 4", "global_batch_size = 6"],
     ),
     ({"train_batch_size": 5}, {"training": {"global_batch_size": 5}}, ["train_batch_size = 5", "6 in total", '"auto"']),
     ({"optimizer": {"params": {"lr": 1e-3}}}, {"optimizer": {"learning_rate": 2e-3}}, ["params.lr = 0.001", "0.002"]),
