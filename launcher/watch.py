@@ -66,7 +66,9 @@ def _world(directory: Path, launch: dict[str, Any], history: Sequence[Launch]) -
 def print_status(found: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     job = f" job {found['job']}" if found["job"] else ""
-    nodes = f"{counted_noun(found['ranks'], 'rank')} on {', '.join(found['hosts'][:8])}{' ...' * (len(found['hosts']) > 8)}"
+    nodes = (
+        f"{counted_noun(found['ranks'], 'rank')} on {', '.join(found['hosts'][:8])}{' ...' * (len(found['hosts']) > 8)}"
+    )
     rows = [
         ("state", f"{found['state']}{_told(found)}"),
         ("started by", f"{found['by']}{job}" if found["by"] else "not by the launcher"),

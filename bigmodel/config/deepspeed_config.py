@@ -202,7 +202,8 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     sharing = settings.training.sequence_parallel_ranks
     if world_size % sharing:
         raise UserError(
-            f"training.sequence_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; choose a divisor"
+            f"training.sequence_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; "
+            "choose a divisor"
         )
     places = world_size // sharing
     micro_batches = num_micro_batches(packs, places, per_micro_batch)

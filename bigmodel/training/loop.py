@@ -486,8 +486,9 @@ def padding_warning(packs: int, places: int, per_micro_batch: int) -> str:
     if room == packs:
         return ""
     return (
-        f"warning: {(room - packs) / room:.0%} of the computed packed sequences are empty: {counted_noun(places, 'rank')} with "
-        f"micro-batches of {per_micro_batch} compute {room} per step, and a step has {packs}; "
+        f"warning: {(room - packs) / room:.0%} of the computed packed sequences are empty: "
+        f"{counted_noun(places, 'rank')} with micro-batches of {per_micro_batch} compute {room} per step, "
+        f"and a step has {packs}; "
         f"set training.global_batch_size = {room}, or use fewer ranks"
     )
 

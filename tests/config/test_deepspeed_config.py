@@ -183,7 +183,7 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
         resolve(tmp_path, {}, 3, training=training)
     assert 'write "auto"' in refusal(tmp_path, {"train_batch_size": 8}, 4, training=training)
     words = refusal(tmp_path, {"gradient_accumulation_steps": 8}, 4, training=training)
-    assert "global_batch_size = 8 over 2 group(s) of 2 ranks" in words
+    assert "global_batch_size = 8 over 2 groups of 2 ranks" in words
     assert words.endswith("training.global_batch_size = 16")
 
 
