@@ -110,7 +110,10 @@ class ModelSettings(Section):
     hidden_size: int = Field(768, ge=2, description="size of the hidden state")
     num_heads: int = Field(12, ge=1, description="query heads")
     num_kv_heads: int = Field(
-        12, ge=1, description="key and value heads; must divide num_heads (grouped-query attention); absent: num_heads"
+        12,
+        ge=1,
+        description="key and value heads; must divide num_heads (grouped-query attention); absent: the value of "
+        "num_heads, which is 12 by default",
     )
     head_dim: int = Field(0, ge=0, description="channels of a head; 0: hidden_size / num_heads")
     intermediate_size: int = Field(2048, ge=1, description="size of the gated feed-forward layer")
@@ -403,7 +406,7 @@ class ScheduleSettings(Section):
         only_with={"kind": ("cosine", "wsd", "linear", "inverse_square_root")},
         ge=0,
         le=1,
-        description="last learning rate divided by the highest; inverse_square_root: the lowest",
+        description="final (inverse_square_root: lowest) learning rate, divided by optimizer.learning_rate",
     )
 
 
