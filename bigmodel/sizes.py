@@ -15,6 +15,14 @@ def byte_size(number: float) -> str:
     return f"{number:.0f} bytes"
 
 
+def counted_noun(number: int, noun: str) -> str:
+    """
+    >>> counted_noun(1, "rank"), counted_noun(1200, "rank")
+    ('1 rank', '1,200 ranks')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def amount(number: float) -> str:
     """A number with two decimals; small ones with two significant digits.
 

@@ -84,7 +84,7 @@ class Expectations(Section):
 
 
 class CheckSettings(Section):
-    before_start: bool = Field(False, description="run `launcher check` on the nodes before each start")
+    before_start: bool = Field(False, description="run `bigmodel launch check` on the nodes before each start")
     free_disk_gigabytes: float = Field(1, ge=0, description="least free space for the run directory")
     free_shared_memory_gigabytes: float = Field(0.5, ge=0, description="least free space in /dev/shm")
     clock_skew_seconds: float = Field(2, gt=0, description="largest difference of the nodes' clocks")

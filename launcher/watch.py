@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config.settings import UserError
-from bigmodel.launcher.record import is_held, last_metrics, launches, process_start, read_launch
+from bigmodel.launcher.record import Launch, is_held, last_metrics, launches, process_start, read_launch
 from bigmodel.launcher.slurm import queue_state
 from bigmodel.run_directory import rank_zero, read_json, read_json_lines, record_event
+from bigmodel.sizes import counted_noun
 
 RANK_LOG = re.compile(r"(?P<host>.+)-rank-(?P<rank>\d+)\.log")
 FOLLOW_SECONDS = 0.5
@@ -32,14 +33,15 @@ def status(directory: Path) -> dict[str, Any]:
     _require(directory)
     launch, history = read_launch(directory), launches(read_json_lines(directory / "events.jsonl"))
     metrics = last_metrics(directory)
+    world = _world(directory, launch, history)
     settings = directory / "settings.json"
     seconds = metrics.get("step_seconds", 0.0)
     return {
         "state": _state(directory, launch, history[-1].cause if history else ""),
         "by": launch.get("by", "") if not history or history[-1].by else "",
         "job": launch.get("job", ""),
-        "hosts": launch.get("hosts", []),
-        "ranks": len(launch.get("node_of_rank", [])),
+        "hosts": list(dict.fromkeys(world)),
+        "ranks": len(world),
         "step": metrics.get("step", 0),
         "steps": read_json(settings)["training"]["steps"] if settings.exists() else 0,
         "loss": metrics.get("loss"),
@@ -53,10 +55,20 @@ def status(directory: Path) -> dict[str, Any]:
     }
 
 
+def _world(directory: Path, launch: dict[str, Any], history: Sequence[Launch]) -> list[str]:
+    """The host of each rank: of the launcher's start, else from the trainer's world.json; empty: not known yet."""
+    file = directory / "world.json"
+    if (launch and (not history or history[-1].by)) or not file.exists():
+        return [launch["hosts"][node] for node in launch.get("node_of_rank", [])]
+    return [rank["host"] for rank in read_json(file)["ranks"]]
+
+
 def print_status(found: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     job = f" job {found['job']}" if found["job"] else ""
-    nodes = f"{found['ranks']} ranks on {', '.join(found['hosts'][:8])}{' ...' * (len(found['hosts']) > 8)}"
+    nodes = (
+        f"{counted_noun(found['ranks'], 'rank')} on {', '.join(found['hosts'][:8])}{' ...' * (len(found['hosts']) > 8)}"
+    )
     rows = [
         ("state", f"{found['state']}{_told(found)}"),
         ("started by", f"{found['by']}{job}" if found["by"] else "not by the launcher"),

@@ -19,7 +19,7 @@ class SourceSettings(Section):
         min_length=1,
         description="paths, URLs (s3://, gs://, abfs://, hdfs:// and others of fsspec) or glob patterns of .parquet, "
         ".arrow, .jsonl (also .gz, .zst), .txt (one document per file) or .mds (also .gz, .zstd) files; "
-        "the name of an existing file is not read as a pattern",
+        "a path that exists is taken literally, even with * or [ ]",
     )
     column: str = Field("text", description="column that holds the text; a.b is field b of column a")
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
@@ -51,7 +51,9 @@ class PrepareSettings(Section):
         description="tokens of the trained tokenizer, special tokens included",
     )
     tokenizer: Path | None = Field(
-        None, description='"train", or a tokenizer.json or Hugging Face tokenizer folder to use instead'
+        None,
+        description='absent or "train": a tokenizer is trained; else the path of a tokenizer.json or of a Hugging Face '
+        "tokenizer folder",
     )
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
     shard_tokens: int = Field(32_000_000, ge=1_000, description="tokens in a full shard")
@@ -103,7 +105,8 @@ class CurriculumStage(Section):
     """A mix that starts later in the run."""
 
     from_tokens: int = Field(
-        ge=1, description="tokens of all lanes before this mix starts; it applies from each lane's next packing buffer"
+        ge=1,
+        description="the mix starts after this many tokens, over all lanes, at each lane's next packing buffer",
     )
     mix: dict[str, float] = Field(min_length=1, description="share of tokens per source, as in data.mix")
 
@@ -167,14 +170,14 @@ class DataSettings(Section):
         description="tokens of the longest source; 0: source_sequence_length",
     )
     max_documents: int = Field(
-        0, ge=0, description="most documents in a packed sequence; 0: sequence_length / 16, at least 256"
+        0, ge=0, description="most documents in a packed sequence; 0: sequence_length / 16, but at least 256"
     )
     lanes: int = Field(1, ge=1, description="independent streams of documents; must divide global_batch_size")
     packing_buffer: int = Field(
         500,
         ge=1,
-        description="packed sequences of a lane planned together (pairs: more, see mix); a larger buffer packs "
-        "tighter, and a new mix starts later",
+        description="packed sequences of a lane planned together (pairs: more, see mix); a larger buffer leaves "
+        "less padding, and a new mix of the curriculum starts later",
     )
     mix: dict[str, float] = Field(
         {},
@@ -232,8 +235,8 @@ class DataSettings(Section):
     stall_seconds: float = Field(
         480.0,
         gt=0,
-        description="longest wait for the next batch; then the run fails. Keep it below "
-        "training.collective_timeout_seconds, 600 by default",
+        description="longest wait for the next batch; then the run fails and names the document; keep it "
+        "below training.collective_timeout_seconds, else that ends the run first",
     )
 
     @property

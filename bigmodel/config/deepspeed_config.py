@@ -19,6 +19,7 @@ from typing import Any
 from bigmodel.config.deepspeed_json import AUTO, VERSION, Source, device_of, value_at
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import Settings, UserError, num_micro_batches
+from bigmodel.sizes import counted_noun
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
 # Defaults of absent and "auto" keys, with the reason.
@@ -201,11 +202,12 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     sharing = settings.training.sequence_parallel_ranks
     if world_size % sharing:
         raise UserError(
-            f"training.sequence_parallel_ranks = {sharing} does not divide the {world_size} rank(s); choose a divisor"
+            f"training.sequence_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; "
+            "choose a divisor"
         )
     places = world_size // sharing
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
-    ranks = f"{world_size} rank(s)" if sharing == 1 else f"{places} group(s) of {sharing} ranks"
+    ranks = counted_noun(world_size, "rank") if sharing == 1 else f"{counted_noun(places, 'group')} of {sharing} ranks"
     derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} packed sequence(s) per micro-batch"
     written = source.number(config, "gradient_accumulation_steps", int, 1)
     if written is not None and written != micro_batches:

@@ -174,11 +174,12 @@ def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def with_new_keys(table: dict[str, Any], path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The values of a run file under the new names of their keys. Warns once per start, over all processes."""
-    old = [*old_keys_in(table), *(key for override in overrides if (key := override.partition("=")[0]) in NEW_NAMES)]
+    in_file = [f"{path}: {name} is now {NEW_NAMES[name]}" for name in old_keys_in(table)]
+    names = [override.partition("=")[0].strip() for override in overrides]
+    old = in_file + [f"--set {name} is now {NEW_NAMES[name]}" for name in names if name in NEW_NAMES]
     if old and os.environ.get("RANK", "0") == "0" and WARNED not in os.environ:
         os.environ[WARNED] = "1"  # inherited by the trainers that this process starts
-        names = ", ".join(f"{name} is now {NEW_NAMES[name]}" for name in old)
-        print(f"warning: {path}: {names}; old names are read until version 0.3", file=sys.stderr, flush=True)
+        print(f"warning: {', '.join(old)}; old names are read until version 0.3", file=sys.stderr, flush=True)
     try:
         return {name: new_keys(name, value) if isinstance(value, dict) else value for name, value in table.items()}
     except ValueError as error:

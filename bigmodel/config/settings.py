@@ -110,7 +110,10 @@ class ModelSettings(Section):
     hidden_size: int = Field(768, ge=2, description="size of the hidden state")
     num_heads: int = Field(12, ge=1, description="query heads")
     num_kv_heads: int = Field(
-        12, ge=1, description="key and value heads; must divide num_heads (grouped-query attention); absent: num_heads"
+        12,
+        ge=1,
+        description="key and value heads; must divide num_heads (grouped-query attention); absent: the value of "
+        "num_heads, which is 12 by default",
     )
     head_dim: int = Field(0, ge=0, description="channels of a head; 0: hidden_size / num_heads")
     intermediate_size: int = Field(2048, ge=1, description="size of the gated feed-forward layer")
@@ -385,7 +388,12 @@ class ScheduleSettings(Section):
     unit: Literal["steps", "tokens"] = Field(
         "steps", description="tokens: counted as in training.global_batch_size, padding included"
     )
-    warmup_steps: int = setting(100, only_with={"unit": "steps"}, ge=0)
+    warmup_steps: int = setting(
+        100,
+        only_with={"unit": "steps"},
+        ge=0,
+        description="absent, and 100 does not fit into training.steps: training.steps / 10",
+    )
     decay_steps: int = setting(
         0, only_with={"kind": "wsd", "unit": "steps"}, ge=0, description="length of the final decay"
     )
@@ -398,7 +406,7 @@ class ScheduleSettings(Section):
         only_with={"kind": ("cosine", "wsd", "linear", "inverse_square_root")},
         ge=0,
         le=1,
-        description="last learning rate divided by the highest; inverse_square_root: the lowest",
+        description="final (inverse_square_root: lowest) learning rate, divided by optimizer.learning_rate",
     )
 
 
@@ -545,6 +553,15 @@ class Settings(Section):
                 "data.dropped_decoder_share needs positions that count the dropped tokens; set "
                 'model.position_embedding = "rotary"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _default_warmup_fits(self) -> "Settings":
+        schedule, steps = self.schedule, self.training.steps
+        fits = schedule.warmup_steps + schedule.decay_steps <= steps
+        if schedule.unit == "steps" and "warmup_steps" not in schedule.model_fields_set and not fits:
+            shorter = schedule.model_copy(update={"warmup_steps": min(schedule.warmup_steps, steps // 10)})
+            object.__setattr__(self, "schedule", shorter)
         return self
 
     @model_validator(mode="after")

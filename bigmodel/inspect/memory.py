@@ -31,7 +31,7 @@ from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
 from bigmodel.model.transformer import Transformer
-from bigmodel.sizes import amount
+from bigmodel.sizes import amount, counted_noun
 from bigmodel.training.optimizers.groups import parameter_groups, states_of
 from bigmodel.training.zero.wrapping import wrap_blocks
 
@@ -219,7 +219,7 @@ def show_memory(
         f"{name} on each rank",
         *(Column(f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", justify="right") for stage in by_stage),
         title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
-        f"{settings.optimizer.kind}, {ranks} rank(s), "
+        f"{settings.optimizer.kind}, {counted_noun(ranks, 'rank')}, "
         f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} tokens",
         title_justify="left",
     )

@@ -1,7 +1,7 @@
 """Probe: measured facts about this node as plain values, for the launcher, which imports no torch.
 
 In: a run file or none. Out: a dict for JSON. With RANK and WORLD_SIZE in the environment (one process per node) it
-also joins the other nodes and measures clocks and links. Verdicts are made by `launcher check`.
+also joins the other nodes and measures clocks and links. Verdicts are made by `bigmodel launch check`.
 Costs one or two seconds to import torch and about two seconds to measure.
 """
 

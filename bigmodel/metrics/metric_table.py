@@ -35,7 +35,7 @@ RUN = (
     ),
     Metric("positions", "counter", "Positions trained on that held a token"),
     Metric("padding_positions", "counter", "Positions computed that held no token"),
-    Metric("documents", "counter", "Documents, or pieces of long ones, trained on"),
+    Metric("documents", "counter", "Documents, or chunks of long ones, trained on"),
     Metric("packs_document_limited", "counter", "Packs with room left that were full by data.max_documents"),
     Metric(
         "model_flops", "counter", "Floating-point operations the model needs: attention counted over visible pairs "

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import Settings, UserError, to_toml_table
+from bigmodel.config.settings import Settings, UserError, num_micro_batches, to_toml_table
 from bigmodel.data.load.stream import Step, Stream
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order, merge_cursors, total_progress
@@ -56,6 +56,7 @@ from bigmodel.run_directory import (
     refuse_to_start_over,
     take_over,
 )
+from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.learning_rate import learning_rate
@@ -277,7 +278,11 @@ def _report_start(
     record_event(directory, "start", step=start.step, world_size=world.size)
     if len(segments) > 1 and segments[-1]["first_step"] == start.step:
         record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
-    line.say(_opening(settings, model, world.size, start.step, start.order.packs_at(start.step), metrics.endpoint))
+    packs = start.order.packs_at(start.step)
+    line.say(_opening(settings, model, world.size, start.step, packs, metrics.endpoint))
+    places = world.size // settings.training.sequence_parallel_ranks
+    if warning := padding_warning(packs, places, effective["train_micro_batch_size_per_gpu"]):
+        line.say(warning)
     if start.step and changed:
         line.say("changed since the last start: " + ", ".join(f"{name} {a!r} -> {b!r}" for name, a, b in changed))
 
@@ -472,12 +477,28 @@ def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
     ]
 
 
+def padding_warning(packs: int, places: int, per_micro_batch: int) -> str:
+    """A warning if a step's packs do not fill the micro-batches of all places; empty if they do.
+
+    places: ranks, or groups of ranks that share their packs.
+    """
+    room = num_micro_batches(packs, places, per_micro_batch) * per_micro_batch * places
+    if room == packs:
+        return ""
+    return (
+        f"warning: {(room - packs) / room:.0%} of the computed packed sequences are empty: "
+        f"{counted_noun(places, 'rank')} with micro-batches of {per_micro_batch} compute {room} per step, "
+        f"and a step has {packs}; "
+        f"set training.global_batch_size = {room}, or use fewer ranks"
+    )
+
+
 def _opening(
     settings: Settings, model: Transformer, world_size: int, first_step: int, packs: int, endpoint: str
 ) -> str:
     size = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size:,} parameters, {world_size} rank(s), {packs} packs of "
+        f"{start}: {size:,} parameters, {counted_noun(world_size, 'rank')}, {counted_noun(packs, 'pack')} of "
         f"{settings.data.sequence_length} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

@@ -183,7 +183,7 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
         resolve(tmp_path, {}, 3, training=training)
     assert 'write "auto"' in refusal(tmp_path, {"train_batch_size": 8}, 4, training=training)
     words = refusal(tmp_path, {"gradient_accumulation_steps": 8}, 4, training=training)
-    assert "global_batch_size = 8 over 2 group(s) of 2 ranks" in words
+    assert "global_batch_size = 8 over 2 groups of 2 ranks" in words
     assert words.endswith("training.global_batch_size = 16")
 
 
@@ -219,7 +219,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (
         {"gradient_accumulation_steps": 3},
         {"training": {"global_batch_size": 8}},
-        ["gradient_accumulation_steps = 3", "global_batch_size = 8", "2 rank(s)", "gives 4", "global_batch_size = 6"],
+        ["gradient_accumulation_steps = 3", "global_batch_size = 8", "2 ranks", "gives 4", "global_batch_size = 6"],
     ),
     ({"train_batch_size": 5}, {"training": {"global_batch_size": 5}}, ["train_batch_size = 5", "6 in total", '"auto"']),
     ({"optimizer": {"params": {"lr": 1e-3}}}, {"optimizer": {"learning_rate": 2e-3}}, ["params.lr = 0.001", "0.002"]),

@@ -40,8 +40,8 @@ def test_an_old_run_file_is_read_with_one_warning_that_names_the_new_keys(tmp_pa
     load_settings(file)
     said = capsys.readouterr().err
     assert said.count("warning") == 1
-    for old, new in (("data.pack_tokens", "data.sequence_length"), ("model.key_value_heads", "model.num_kv_heads")):
-        assert f"{old} is now {new}" in said
+    assert f"{file}: data.pack_tokens is now data.sequence_length, " in said
+    assert "--set model.key_value_heads is now model.num_kv_heads; " in said
 
 
 def test_a_new_run_file_warns_of_nothing(tmp_path, monkeypatch, capsys):

@@ -132,7 +132,7 @@ def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: py
     show_memory(settings, 8, 0.5, tmp_path / "memory.png")
     printed = capsys.readouterr().out
     assert f"vocabulary {settings.prepare.vocabulary:,}, " in printed
-    for words in ("ZeRO 1", "ZeRO 3 (yours)", "off the device", "activations", "fits", "8 rank(s)"):
+    for words in ("ZeRO 1", "ZeRO 3 (yours)", "off the device", "activations", "fits", "8 ranks"):
         assert words in printed, words
     assert "ZeRO 0" not in printed, "bf16 is not possible there"
     picture = (255 * imread(tmp_path / "memory.png")[..., :3]).astype(int)

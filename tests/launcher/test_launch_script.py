@@ -324,6 +324,16 @@ def test_the_status_of_a_run_follows_its_record(tmp_path: Path) -> None:
     assert status(tmp_path)["state"] == "finished"
 
 
+def test_the_status_of_a_start_without_the_launcher_has_the_world_of_the_trainer(tmp_path: Path) -> None:
+    record_event(tmp_path, "start", step=0, world_size=3)
+    assert (status(tmp_path)["hosts"], status(tmp_path)["ranks"]) == ([], 0)
+    (tmp_path / "world.json").write_text(json.dumps({"ranks": [{"host": "a"}, {"host": "a"}, {"host": "b"}]}))
+    assert (status(tmp_path)["hosts"], status(tmp_path)["ranks"]) == (["a", "b"], 3)
+    record_event(tmp_path, "finished", step=7)
+    record_launch(tmp_path, even_topology(["c"], 1, "c", 1), "local", launcher=True)
+    assert (status(tmp_path)["hosts"], status(tmp_path)["ranks"]) == (["c"], 1)
+
+
 def call(*words: str, code: int) -> str:
     done = subprocess.run(
         [*LAUNCHER, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False

@@ -14,6 +14,7 @@ import pytest
 
 from bigmodel.config.settings import load_settings
 from bigmodel.run_directory import read_json_lines
+from bigmodel.training.loop import padding_warning
 from tests.support.ranks import command, finish, kill, run_ranks, start_ranks
 from tests.support.tiny_corpus import write_sources
 from tests.support.tiny_run import write_run
@@ -180,7 +181,7 @@ def test_the_same_program_runs_under_other_launchers(tmp_path: Path, shards: Pat
         port = str(probe.getsockname()[1])
     words = [port if word == "{port}" else word for word in starter]
     printed = call(*words, "train", str(write_run(tmp_path, shards)), "--set", "training.steps=3")
-    assert f"{1 if starter == ['-m', 'bigmodel'] else 2} rank(s)" in printed
+    assert f"{'1 rank' if starter == ['-m', 'bigmodel'] else '2 ranks'}, " in printed
     assert trained_step(tmp_path / "run") == 3
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
     ranks = range(1 if starter == ["-m", "bigmodel"] else 2)
@@ -189,6 +190,14 @@ def test_the_same_program_runs_under_other_launchers(tmp_path: Path, shards: Pat
     for line in ("starting", "step 3/3"):
         assert line in logs[0].read_text()
         assert line in printed
+
+
+def test_a_batch_that_leaves_micro_batches_empty_is_warned_of() -> None:
+    assert padding_warning(8, 4, 2) == padding_warning(8, 8, 1) == padding_warning(2, 1, 1) == ""
+    warning = padding_warning(2, 8, 1)
+    assert "75% of the computed packed sequences are empty: 8 ranks" in warning
+    assert "set training.global_batch_size = 8" in warning
+    assert "1 rank with micro-batches of 4 compute 4 per step" in padding_warning(3, 1, 4)
 
 
 def test_a_later_start_adds_to_the_log_of_its_rank_and_errors_are_in_it(tmp_path: Path, shards: Path) -> None:

@@ -43,6 +43,7 @@ from bigmodel.data.store.manifest import PICTURE, SPLITS, Manifest, describe_fil
 from bigmodel.data.store.shards import decode_value, length_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
 from bigmodel.run_directory import write_atomically
+from bigmodel.sizes import counted_noun
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
 COMPRESSIONS = {".zstd": "zstd", ".gz": "gzip", ".br": "brotli"}
@@ -238,7 +239,7 @@ def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None
     }
     conclude(
         progress,
-        f"{adoption.folder}: {documents:,} documents; begin added to {sums['begins_added']:,}, end to "
+        f"{adoption.folder}: {counted_noun(documents, 'document')}; begin added to {sums['begins_added']:,}, end to "
         f"{sums['ends_added']:,}; {sums['empty']:,} empty ones left out; {sums['linked']:,} shards linked unchanged",
     )
 

@@ -21,6 +21,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -68,7 +69,7 @@ from bigmodel.data.store.manifest import MANIFEST, PICTURE, SPLITS, Manifest, de
 from bigmodel.data.store.shards import all_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, read_tokenizer, tokenizer_file, train
 from bigmodel.run_directory import read_json, write_atomically, write_json
-from bigmodel.sizes import byte_size
+from bigmodel.sizes import byte_size, counted_noun
 
 UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older files are not reused
 TRAINING_BYTES = 64 << 20  # at most, of training text for the tokenizer
@@ -146,8 +147,11 @@ def quiet() -> Progress:
 
 
 def conclude(progress: Progress, line: str) -> None:
-    """End the progress bars and print a line below them."""
+    """End the progress bars, each on its own line also in a file, and print a line below them."""
     progress.live.stop()
+    if progress.tasks and not progress.disable and not progress.console.is_interactive:
+        progress.console.print()  # without a terminal the bars end without a line break
+    progress.disable = True  # the end of the display prints no further line
     _say(progress, line)
 
 
@@ -161,7 +165,7 @@ def _summary(job: _Job) -> str:
     splits = [of_split for of_source in manifest.counts.values() for of_split in of_source.values()]
     documents = sum(of_split["documents"] for of_split in splits)
     tokens = sum(stored_amount(of_split, "tokens") for of_split in splits)
-    lines = [f"{job.target}: {documents:,} documents, {tokens:,} tokens prepared"]
+    lines = [f"{job.target}: {counted_noun(documents, 'document')}, {tokens:,} tokens prepared"]
     lines += [f"  {source.name}: {_texts_in_words(source)}" for source in job.sources if _num_texts(source)]
     dropped = {name: manifest.dropped(name) for name in manifest.sources}
     lines += [f"  {name}: dropped {in_words(counts)}" for name, counts in dropped.items() if counts]
@@ -296,7 +300,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
         scans = _scan(team, all_units, job.settings, work)
-        rows, row_bytes = _count_rows(sources, all_units, scans, left_out)
+        rows, row_bytes = _count_rows(sources, all_units, scans, left_out, job.settings.validation_share)
         tokenizer = _make_tokenizer(job, team, all_units, scans, work)
         if not tokenizer.is_fast:
             _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
@@ -407,6 +411,7 @@ def _count_rows(
     all_units: Sequence[Unit],
     scans: Sequence[Scan],
     left_out: dict[str, dict[str, dict[str, int]]],
+    share: float,
 ) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
     """Documents and bytes of each source: read, kept, dropped by reason. Raises `UserError` for a source or split
     without documents."""
@@ -430,12 +435,18 @@ def _count_rows(
     for split, number in (("train", np.count_nonzero(~kept)), ("validation", np.count_nonzero(kept))):
         if not number:
             of_texts = [_texts_in_words(source) for source in sources if _num_texts(source)]
+            enough = _enough(share, len(kept))
+            remedy = f"set prepare.validation_share = {enough:g}" if split == "validation" else "lower it"
             raise UserError(
-                f"prepare.validation_share: none of the {len(kept)} documents fell into the {split} split; "
-                f"{'lower' if split == 'train' else 'raise'} it, or add documents"
-                + (f" ({', '.join(of_texts)})" if of_texts else "")
+                f"prepare.validation_share = {share:g}: none of the {counted_noun(len(kept), 'document')} fell into "
+                f"the {split} split; {remedy}, or add documents" + (f" ({', '.join(of_texts)})" if of_texts else "")
             )
     return rows, row_bytes
+
+
+def _enough(share: float, num_documents: int) -> float:
+    """A validation share for 4 expected documents or more, at most 0.4, and at least twice `share`."""
+    return min(0.4, max(math.ceil(400 / num_documents) / 100, round(2 * share, 2)))
 
 
 def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:

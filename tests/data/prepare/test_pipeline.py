@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -595,7 +596,8 @@ def test_sources_without_documents_and_empty_splits_are_refused(tmp_path: Path) 
     empty.write_text("")
     with pytest.raises(UserError, match=r"has no documents \(0 read\)"):
         prepared(tmp_path, sources=[{"name": "void", "files": [str(empty)]}])
-    with pytest.raises(UserError, match=r"none of the 150 documents fell into the validation split; raise it"):
+    remedy = r"none of the 150 documents fell into the validation split; set prepare.validation_share = 0.03, or add"
+    with pytest.raises(UserError, match=remedy):
         prepared(tmp_path, validation_share=1e-9)
     with pytest.raises(UserError, match=r"prepare.shard_tokens = 2000000000: a shard file is at most 4 GiB"):
         prepared(tmp_path, shard_tokens=2_000_000_000)
@@ -853,3 +855,12 @@ def test_what_came_of_it_stands_below_the_bars_with_why_rows_were_dropped(tmp_pa
     ):
         assert line in end
         assert printed.getvalue().count(line) == 1
+
+
+def test_in_a_file_the_summary_starts_a_line_of_its_own(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    with Progress(console=Console(file=printed, force_terminal=False, width=200)) as progress:
+        prepare(tiny_settings(tmp_path, sources=write_sources(tmp_path / "text")), progress)
+    assert "100%" in printed.getvalue()
+    assert re.search(r"^\S*data: \d+ documents, ", printed.getvalue(), re.MULTILINE)
+    assert not printed.getvalue().endswith("\n\n")

@@ -373,6 +373,16 @@ def test_a_schedule_longer_than_the_run_is_refused(schedule: dict, words: str) -
         Settings.model_validate(table | {"schedule": {"kind": "wsd"} | schedule})
 
 
+def test_the_default_warm_up_is_shortened_only_where_it_does_not_fit() -> None:
+    found = [Settings.model_validate({"training": {"steps": steps}}).schedule.warmup_steps for steps in (5, 99, 100)]
+    assert found == [0, 9, 100]
+    assert Settings().schedule.warmup_steps == 100
+    decays = {"training": {"steps": 120}, "schedule": {"kind": "wsd", "decay_steps": 50}}
+    assert Settings.model_validate(decays).schedule.warmup_steps == 12
+    with pytest.raises(ValueError, match=r"= 100 exceeds training.steps = 5"):
+        Settings.model_validate({"training": {"steps": 5}, "schedule": {"warmup_steps": 100}})
+
+
 @pytest.mark.parametrize("kind", list(SCHEDULES))
 def test_a_run_that_is_all_warm_up_ends_at_the_peak(kind: str) -> None:
     assert rates(3, kind=kind, warmup_steps=3) == pytest.approx([1 / 3, 2 / 3, 1.0])
