@@ -18,7 +18,12 @@ OURS = ("bigmodel", "kernels", "launcher", "tools", "tests", "benchmarks")
 # everything below it. Where a room has no line here, the line of the room around it holds.
 ALLOWED = {
     "bigmodel.kernels": ("bigmodel.kernels",),
-    "bigmodel.config": ("bigmodel.config", "bigmodel.data.objectives.table", "bigmodel.training.optimizers.table"),
+    "bigmodel.config": (
+        "bigmodel.config",
+        "bigmodel.sizes",
+        "bigmodel.data.objectives.table",
+        "bigmodel.training.optimizers.table",
+    ),
     "bigmodel.data.objectives.table": (),
     "bigmodel.training.optimizers.table": (),
     "bigmodel.sizes": (),

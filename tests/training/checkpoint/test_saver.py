@@ -397,7 +397,7 @@ def test_a_partial_folder_loses_its_name_before_its_files(tmp_path: Path, monkey
 def test_lost_checkpoints_are_not_a_new_run(tmp_path: Path) -> None:
     refuse_to_start_over(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 9}\n{"kind": "checkpoint", "step": 8}\n')
-    with pytest.raises(UserError, match=r"saved a checkpoint at step 8, and there is none now.*--fresh"):
+    with pytest.raises(UserError, match=r"saved a checkpoint at step 8, but there is none now.*--fresh"):
         refuse_to_start_over(tmp_path)
 
 
