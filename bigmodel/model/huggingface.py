@@ -14,7 +14,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from bigmodel.config.settings import ROPE_SCALING_KEYS, ModelSettings, RopeScalingSettings, UserError, explain
+from bigmodel.config.model_settings import ROPE_SCALING_KEYS, ModelSettings, RopeScalingSettings
+from bigmodel.config.settings import UserError, explain
 
 Weights = dict[str, Tensor]
 

@@ -1,0 +1,285 @@
+"""Settings of the model: architecture, attention windows, rotary positions ([model])."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from bigmodel.config.sections import SET, Section, setting
+
+TWO_SIDES = {"kind": "encoder_decoder"}
+LLAMA3, YARN = {"kind": "llama3"}, {"kind": "yarn"}
+
+
+class RopeScalingSettings(Section):
+    """Lower rotary frequencies, for documents longer than those of the previous training. Keys as in Hugging Face's
+    `rope_scaling`: linear (Chen et al. 2023), llama3 (Llama 3.1), yarn (Peng et al. 2023)."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1, description="divisor of the lowest frequencies; linear: of all frequencies")
+    original_max_position_embeddings: int = setting(
+        0,
+        only_with={"kind": ("llama3", "yarn")},
+        ge=0,
+        description="longest document of the previous training, in tokens",
+    )
+    low_freq_factor: float = setting(
+        1.0,
+        only_with=LLAMA3,
+        gt=0,
+        description="frequencies with fewer turns in the original length are divided by factor",
+    )
+    high_freq_factor: float = setting(
+        4.0, only_with=LLAMA3, gt=0, description="frequencies with more turns in the original length are unchanged"
+    )
+    beta_fast: float = setting(
+        32.0, only_with=YARN, gt=0, description="frequencies with more turns in the original length are unchanged"
+    )
+    beta_slow: float = setting(
+        1.0,
+        only_with=YARN,
+        gt=0,
+        description="frequencies with fewer turns in the original length are divided by factor",
+    )
+    truncate: bool = setting(True, only_with=YARN, description="round both limits outwards to whole channels")
+    attention_factor: float = setting(
+        0.0, only_with=YARN, ge=0, description="factor of queries and keys after rotation; 0: 0.1 * ln(factor) + 1"
+    )
+
+    @model_validator(mode="after")
+    def _limits_make_sense(self) -> "RopeScalingSettings":
+        if self.kind != "linear" and not self.original_max_position_embeddings:
+            raise ValueError(
+                f"model.rope_scaling.original_max_position_embeddings is missing: kind = {self.kind!r} needs the "
+                "longest document, in tokens, of the previous training"
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"model.rope_scaling.{low} = {getattr(self, low)} must be below {high} = {getattr(self, high)}"
+                )
+        return self
+
+
+ROPE_SCALING_KEYS = {
+    "linear": (),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+
+
+class ModelSettings(Section):
+    """A transformer: decoder, encoder-decoder or encoder. The vocabulary comes from the data's manifest.
+
+    `encoder_...` = 0: the encoder of an encoder-decoder has the decoder's value.
+    """
+
+    section = "model"
+
+    kind: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
+    num_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=2, description="size of the hidden state")
+    num_heads: int = Field(12, ge=1, description="query heads")
+    num_kv_heads: int = Field(
+        12,
+        ge=1,
+        description="key and value heads; must divide num_heads (grouped-query attention); absent: the value of "
+        "num_heads, which is 12 by default",
+    )
+    head_dim: int = Field(0, ge=0, description="channels of a head; 0: hidden_size / num_heads")
+    intermediate_size: int = Field(2048, ge=1, description="size of the gated feed-forward layer")
+    encoder_num_layers: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_hidden_size: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_num_heads: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_num_kv_heads: int = setting(0, only_with=TWO_SIDES, ge=0)
+    encoder_intermediate_size: int = setting(0, only_with=TWO_SIDES, ge=0)
+    source_attention: Literal["cross", "mixed"] = setting(
+        "cross",
+        only_with=TWO_SIDES,
+        description="attention of the decoder to the source: a second layer (cross), or one softmax over source and "
+        "previous decoder tokens (mixed)",
+    )
+    separate_embeddings: bool = setting(
+        False, only_with=TWO_SIDES, description="the encoder has its own embedding matrix"
+    )
+    position_embedding: Literal["rotary", "relative_bias"] = Field(
+        "rotary", description="rotary (Su et al. 2021), or T5's relative bias, shared by the layers of a side"
+    )
+    relative_buckets: int = setting(
+        32, only_with={"position_embedding": "relative_bias"}, ge=4, description="learned distances per head"
+    )
+    relative_distance: int = setting(
+        128, only_with={"position_embedding": "relative_bias"}, ge=4, description="longer distances share one bucket"
+    )
+    sliding_window: int = Field(
+        0,
+        ge=0,
+        description="tokens that a query of a sliding layer attends to: itself and window - 1 before it (Hugging "
+        "Face's sliding_window); in an encoder itself and window // 2 on each side; cross-attention always covers the "
+        "whole source; 0: all layers attend to the whole document",
+    )
+    full_attention_every: int = setting(
+        0,
+        only_with={"sliding_window": SET},
+        ge=0,
+        description="k: layers k, 2k, 3k ... of a stack, counted from 1, attend to the whole document; "
+        "Gemma 2: 2, Gemma 3: 6, OLMo 3: 4; 0: no layer does (Mistral)",
+    )
+    sliding_rope_theta: float = setting(
+        0.0,
+        only_with={"position_embedding": "rotary", "sliding_window": SET},
+        ge=0,
+        description="rope_theta of the sliding layers (Gemma 3's rope_local_base_freq); 0: rope_theta",
+    )
+    attention_softcap: float = Field(
+        0.0, ge=0, description="c: attention scores become c * tanh(score / c), at most c (Gemma 2: 50); 0: off"
+    )
+    attention_scale: float = Field(0.0, ge=0, description="factor of attention scores; 0: 1 / sqrt(head_dim); T5: 1")
+    activation: Literal["silu", "gelu"] = Field(
+        "silu", description="feed-forward: silu is SwiGLU, gelu T5 v1.1's GEGLU"
+    )
+    num_mtp_modules: int = setting(
+        0,
+        only_with={"kind": ("decoder", "encoder_decoder")},
+        why="an encoder predicts no further tokens",
+        ge=0,
+        description="multi-token prediction (MTP) modules: each is a block that predicts one token further ahead",
+    )
+    mtp_loss_weight: float = setting(
+        0.3,
+        only_with={"num_mtp_modules": SET},
+        gt=0,
+        description="weight, in the gradient, of the mean loss of the MTP modules",
+    )
+    rope_theta: float = setting(
+        10_000.0,
+        only_with={"position_embedding": "rotary"},
+        gt=0,
+        description="base of the rotary frequencies (Su et al. 2021)",
+    )
+    rotary_fraction: float = setting(
+        1.0,
+        only_with={"position_embedding": "rotary"},
+        gt=0,
+        le=1,
+        description="share of a head's channels that are rotated, the first ones (GPT-NeoX, Phi); 1: all",
+    )
+    rope_scaling: RopeScalingSettings | None = setting(
+        None,
+        only_with={"position_embedding": "rotary"},
+        description="lower rotary frequencies, in the layers that attend to the whole document",
+    )
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
+    tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of each block's output, before it is added to the residual stream"
+    )
+    norm_epsilon: float = Field(1e-5, gt=0)
+    logit_softcap: float = Field(0.0, ge=0, description="c: logits become c * tanh(logit / c), at most c; 0: off")
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Rotated channels of a head."""
+        return int(self.resolved_head_dim * self.rotary_fraction)
+
+    @property
+    def encoder(self) -> "ModelSettings":
+        """The settings of the encoder's blocks."""
+        names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size")
+        own = {name: getattr(self, f"encoder_{name}") or getattr(self, name) for name in names}
+        return self.model_copy(update={**own, "kind": "encoder", "num_mtp_modules": 0})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kv_heads_follow_heads(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "num_heads" in table:
+            return {"num_kv_heads": table["num_heads"]} | table
+        return table
+
+    @model_validator(mode="after")
+    def _sides_make_sense(self) -> "ModelSettings":
+        if self.kind == "encoder_decoder":
+            _check_heads(self.encoder)
+            if self.encoder.hidden_size != self.hidden_size and not self.separate_embeddings:
+                raise ValueError(
+                    f"model.encoder_hidden_size = {self.encoder_hidden_size} differs from model.hidden_size = "
+                    f"{self.hidden_size}: the two sides cannot share an embedding matrix; set "
+                    "model.separate_embeddings = true"
+                )
+            if self.source_attention == "mixed" and self.position_embedding != "rotary":
+                raise ValueError(
+                    'model.source_attention = "mixed" needs model.position_embedding = "rotary": a relative bias needs '
+                    "a distance between target and source tokens, and there is none"
+                )
+        buckets = self.relative_buckets
+        if buckets % 4 or buckets // 2 >= self.relative_distance:
+            raise ValueError(
+                f"model.relative_buckets = {buckets} must be a multiple of 4 and below twice "
+                f"model.relative_distance = {self.relative_distance}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        _check_heads(self)
+        return self
+
+    @model_validator(mode="after")
+    def _windows_and_rotation_make_sense(self) -> "ModelSettings":
+        _check_window(self)
+        _check_rotation(self)
+        return self
+
+
+def _check_heads(model: ModelSettings) -> None:
+    if not model.head_dim and model.hidden_size % model.num_heads:
+        raise ValueError(
+            f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_heads = {model.num_heads}; "
+            f"the nearest multiple is {max(1, model.hidden_size // model.num_heads) * model.num_heads}"
+        )
+    if model.resolved_head_dim % 2 and model.position_embedding == "rotary":
+        raise ValueError(
+            f"model.hidden_size / model.num_heads = {model.resolved_head_dim} is odd; rotary positions need an even "
+            "model.head_dim"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise ValueError(
+            f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}; "
+            "choose a divisor of the heads"
+        )
+
+
+def _check_window(model: ModelSettings) -> None:
+    every = model.full_attention_every
+    if every == 1:
+        raise ValueError(
+            f"model.full_attention_every = 1 leaves no layer with model.sliding_window = {model.sliding_window}; "
+            "remove both, or set it to 2 or more"
+        )
+    for stack in (model, model.encoder) if model.kind == "encoder_decoder" else (model,):
+        if every > stack.num_layers:
+            raise ValueError(
+                f"model.full_attention_every = {every} is more than the {stack.num_layers} layers of the "
+                f"{'encoder' if stack is not model else model.kind}: no layer would attend to the whole document; set "
+                "it to 0 if that is intended"
+            )
+    for name in ("sliding_rope_theta", "rope_scaling") if model.sliding_window and not every else ():
+        if getattr(model, name):
+            raise ValueError(
+                f"model.{name} needs layers with full attention, and model.full_attention_every = 0 makes all of them "
+                "sliding; " + ("set model.rope_theta" if name == "sliding_rope_theta" else "remove it")
+            )
+
+
+def _check_rotation(model: ModelSettings) -> None:
+    if model.position_embedding != "rotary":
+        return
+    for stack in (model, model.encoder) if model.kind == "encoder_decoder" else (model,):
+        if stack.rotary_channels < 2 or stack.rotary_channels % 2:
+            raise ValueError(
+                f"model.rotary_fraction = {model.rotary_fraction} of a head of {stack.resolved_head_dim} channels is "
+                f"{stack.rotary_channels}; it must be an even number of channels, at least 2: choose another fraction"
+            )
