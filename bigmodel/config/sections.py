@@ -166,24 +166,44 @@ def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    table = with_new_keys(table, path, overrides)
+    warn_of_old_keys(table, path, overrides)
+    table = with_new_keys(table, path)
     for override in overrides:
         _apply_override(table, override)
     return table
 
 
-def with_new_keys(table: dict[str, Any], path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of a run file under the new names of their keys. Warns once per start, over all processes."""
+def warn_of_old_keys(table: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> None:
+    """Warn of old names in a run file and in `--set`, once per start, over all processes."""
     in_file = [f"{path}: {name} is now {NEW_NAMES[name]}" for name in old_keys_in(table)]
-    names = [override.partition("=")[0].strip() for override in overrides]
-    old = in_file + [f"--set {name} is now {NEW_NAMES[name]}" for name in names if name in NEW_NAMES]
+    in_set = [f"--set {name} is now {NEW_NAMES[name]}" for override in overrides for name in _old_keys_set_by(override)]
+    old = list(dict.fromkeys(in_file + in_set))
     if old and os.environ.get("RANK", "0") == "0" and WARNED not in os.environ:
         os.environ[WARNED] = "1"  # inherited by the trainers that this process starts
         print(f"warning: {', '.join(old)}; old names are read until version 0.3", file=sys.stderr, flush=True)
+
+
+def with_new_keys(table: Mapping[str, Any], origin: object) -> dict[str, Any]:
+    """The values of a run file under the new names of their keys."""
     try:
         return {name: new_keys(name, value) if isinstance(value, dict) else value for name, value in table.items()}
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{origin}: {error}") from None
+
+
+def _old_keys_set_by(override: str) -> list[str]:
+    """The old names in a `--set`, also in a whole section: model={ width = 96 }."""
+    key, _, text = override.partition("=")
+    name = ".".join(key.strip().split(".")[:2])
+    return [name] if name in NEW_NAMES else old_keys_in({name: _value_of(text)})
+
+
+def _value_of(text: str) -> Any:
+    """A value in TOML syntax; a text that is no TOML is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -192,10 +212,9 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     names[:2] = NEW_NAMES.get(".".join(names[:2]), ".".join(names[:2])).split(".")
     if not equals or not all(names):
         raise UserError(f"--set {override}: must have the form section.key=value, for example --set training.steps=100")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = _value_of(text)
+    if len(names) == 1:  # a whole section
+        value = with_new_keys({names[0]: value}, f"--set {override}")[names[0]]
     for name in names[:-1]:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):

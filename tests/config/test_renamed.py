@@ -27,6 +27,7 @@ packs = 3
 
 def test_an_old_run_file_is_read_with_one_warning_that_names_the_new_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(WARNED, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     file = tmp_path / "old.toml"
     file.write_text(OLD)
     settings = load_settings(file, ["model.key_value_heads=2", "training.global_batch_size=8"])
@@ -42,6 +43,26 @@ def test_an_old_run_file_is_read_with_one_warning_that_names_the_new_keys(tmp_pa
     assert said.count("warning") == 1
     assert f"{file}: data.pack_tokens is now data.sequence_length, " in said
     assert "--set model.key_value_heads is now model.num_kv_heads; " in said
+
+
+def test_an_old_name_in_a_whole_section_of_set_is_read_with_the_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(WARNED, raising=False)
+    (tmp_path / "run.toml").write_text("")
+    model = load_settings(tmp_path / "run.toml", ["model={ width = 96, heads = 4 }"]).model
+    assert (model.hidden_size, model.num_heads, model.num_kv_heads) == (96, 4, 4)
+    assert "--set model.width is now model.hidden_size, --set model.heads is now model.num_heads; " in (
+        capsys.readouterr().err
+    )
+
+
+def test_one_rank_warns(tmp_path, monkeypatch, capsys):
+    """Under torchrun every rank reads the run file."""
+    (tmp_path / "old.toml").write_text(OLD)
+    for rank in ("0", "1"):
+        monkeypatch.delenv(WARNED, raising=False)
+        monkeypatch.setenv("RANK", rank)
+        load_settings(tmp_path / "old.toml")
+        assert capsys.readouterr().err.count("warning") == (rank == "0")
 
 
 def test_a_new_run_file_warns_of_nothing(tmp_path, monkeypatch, capsys):
