@@ -261,10 +261,13 @@ def _check_window(model: ModelSettings) -> None:
         )
     for stack in (model, model.encoder) if model.kind == "encoder_decoder" else (model,):
         if every > stack.num_layers:
+            remedy = "set it to 0 if that is intended"
+            if stack is not model:
+                remedy = f"use at most {stack.num_layers}, or more model.encoder_num_layers"
             raise ValueError(
                 f"model.full_attention_every = {every} is more than the {stack.num_layers} layers of the "
-                f"{'encoder' if stack is not model else model.kind}: no layer would attend to the whole document; set "
-                "it to 0 if that is intended"
+                f"{'encoder' if stack is not model else model.kind}: no layer would attend to the whole document; "
+                f"{remedy}"
             )
     for name in ("sliding_rope_theta", "rope_scaling") if model.sliding_window and not every else ():
         if getattr(model, name):

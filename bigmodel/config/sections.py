@@ -24,6 +24,7 @@ from bigmodel.config.user_error import without_secrets as without_secrets
 
 SAVED = {"saved": True}  # validation context for settings saved by a run: settings without effect are accepted
 WARNED = "BIGMODEL_OLD_KEYS_WARNED"
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and ours, srun, mpirun
 
 
 class _Presence:
@@ -178,7 +179,8 @@ def warn_of_old_keys(table: Mapping[str, Any], path: Path, overrides: Sequence[s
     in_file = [f"{path}: {name} is now {NEW_NAMES[name]}" for name in old_keys_in(table)]
     in_set = [f"--set {name} is now {NEW_NAMES[name]}" for override in overrides for name in _old_keys_set_by(override)]
     old = list(dict.fromkeys(in_file + in_set))
-    if old and os.environ.get("RANK", "0") == "0" and WARNED not in os.environ:
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
+    if old and rank == "0" and WARNED not in os.environ:
         os.environ[WARNED] = "1"  # inherited by the trainers that this process starts
         print(f"warning: {', '.join(old)}; old names are read until version 0.3", file=sys.stderr, flush=True)
 

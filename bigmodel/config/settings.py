@@ -302,7 +302,8 @@ class Settings(Section):
         ramp = self.schedule.warmup_steps + self.schedule.decay_steps
         if self.schedule.unit == "steps" and ramp > self.training.steps:
             raise ValueError(
-                f"schedule.warmup_steps + schedule.decay_steps = {ramp} exceeds "
+                f"schedule.warmup_steps + schedule.decay_steps = {self.schedule.warmup_steps} + "
+                f"{self.schedule.decay_steps} exceeds "
                 f"training.steps = {self.training.steps}; shorten them or train longer"
             )
         tokens = positions_before(self.training.steps, self)

@@ -35,8 +35,8 @@ def test_phases_add_up_to_the_step_and_causes_to_the_run(tmp_path: Path) -> None
     assert times.steps == list(range(1, 21))
     assert sum(times.seconds.values()) == pytest.approx([1.0] * 19 + [5.0])
     assert times.seconds["rest"] == pytest.approx([0.1] * 20)
-    assert times.causes == run.ledger.seconds
-    assert sum(times.causes.values()) == pytest.approx(run.ledger.wall_seconds)
+    assert times.causes == run.run_accounting.seconds
+    assert sum(times.causes.values()) == pytest.approx(run.run_accounting.wall_seconds)
 
 
 def test_compiling_is_taken_out_of_the_forward_pass_that_did_it(tmp_path: Path) -> None:

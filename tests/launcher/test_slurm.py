@@ -370,7 +370,7 @@ def test_status_logs_and_stop_from_the_run_directory(cluster: Cluster, tmp_path:
     ("machines", "message"),
     [
         ("[slurm]\npartition = 'trian'", "slurm.partition = 'trian': no such partition; did you mean 'train'?"),
-        ("nodes = 99", "nodes = 99: partition 'train' has 32 nodes"),
+        ("nodes = 99", "nodes = 99: partition 'train' has only 32 nodes"),
         ("[slurm]\ntime_limit = 'soon'", "sbatch refused"),
         ("ranks_per_node = 4\ngpus_per_node = 2", "ranks_per_node = 4 exceeds gpus_per_node = 2"),
         ("[slurm]\nparttion = 'train'", "slurm.parttion: unknown setting; did you mean 'partition'?"),

@@ -151,7 +151,7 @@ def test_failed_saves_are_on_the_page_while_the_run_goes_on_and_after_a_restart(
     assert (events[0]["step"], events[0]["reason"]) == (4, "disk_full")
     printed = run_file.with_suffix(".printed").read_text()
     assert "step 4: checkpoint not saved: rank 0 could not write" in printed
-    assert "training goes on" in printed
+    assert "training continues" in printed
     before = ledger_of(run).counts["checkpoint_failures|disk_full"]
     ranks = start_ranks(1, train, run_file)
     try:

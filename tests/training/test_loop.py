@@ -223,7 +223,7 @@ def test_the_fresh_option_sets_checkpoints_aside(tmp_path: Path, shards: Path) -
     assert (tmp_path / "run" / "checkpoints-set-aside-1" / "step-00000002").is_dir()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert finish(start_ranks(1, command, arguments, output), 60) == [2], "lost checkpoints are not a new run"
-    assert "saved a checkpoint at step 2, and there is none now" in Path(f"{output}.0").read_text()
+    assert "saved a checkpoint at step 2, but there is none now" in Path(f"{output}.0").read_text()
     assert [path.name for path in sorted((tmp_path / "run" / "starts").iterdir())] == ["0001.json", "0002.json"]
 
 

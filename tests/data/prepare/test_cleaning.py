@@ -138,7 +138,11 @@ def test_evaluation_text_and_documents_are_compared_in_the_same_form(tmp_path: P
 def test_an_evaluation_file_that_compares_with_nothing_is_refused(tmp_path: Path) -> None:
     whole = write_jsonl(tmp_path / "whole.jsonl", ["What is the capital of France?"])
     for name, values, message in (
-        ("list.jsonl", [["What is the capital of France?"]], r"list\.jsonl: line 1: 'text' is list, not text; mend"),
+        (
+            "list.jsonl",
+            [["What is the capital of France?"]],
+            r"list\.jsonl: line 1: 'text' is list, not text; correct or drop it",
+        ),
         ("short.jsonl", ["too short", None], r"ngram = 5: .*short\.jsonl has no text of that many words"),
     ):
         file = write_jsonl(tmp_path / name, values)

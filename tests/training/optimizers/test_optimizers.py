@@ -359,7 +359,10 @@ def test_a_schedule_in_tokens_follows_the_positions_of_a_ramping_batch() -> None
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ({"warmup_steps": 3, "decay_steps": 2}, r"warmup_steps \+ schedule.decay_steps = 5 exceeds training.steps = 4"),
+        (
+            {"warmup_steps": 3, "decay_steps": 2},
+            r"warmup_steps \+ schedule.decay_steps = 3 \+ 2 exceeds training.steps = 4",
+        ),
         (
             {"unit": "tokens", "warmup_tokens": 900, "decay_tokens": 301},
             r"= 1,201 exceeds the 1,200 tokens of training.steps = 4; shorten them or train longer",
@@ -379,7 +382,7 @@ def test_the_default_warm_up_is_shortened_only_where_it_does_not_fit() -> None:
     assert Settings().schedule.warmup_steps == 100
     decays = {"training": {"steps": 120}, "schedule": {"kind": "wsd", "decay_steps": 50}}
     assert Settings.model_validate(decays).schedule.warmup_steps == 12
-    with pytest.raises(ValueError, match=r"= 100 exceeds training.steps = 5"):
+    with pytest.raises(ValueError, match=r"= 100 \+ 0 exceeds training.steps = 5"):
         Settings.model_validate({"training": {"steps": 5}, "schedule": {"warmup_steps": 100}})
 
 
