@@ -22,7 +22,7 @@ from bigmodel.data.advice.packing_advice import (
     suggest_window,
     whole_share,
 )
-from bigmodel.data.load.stream import all_fragments
+from bigmodel.data.load.stream import all_chunks
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples, objectives_of
 from bigmodel.data.plan.shuffle import Lengths, has_pairs, sizes
@@ -89,7 +89,7 @@ def suggest_budgets(store: Lengths, data: DataSettings) -> tuple[DataSettings, l
 
     Raises `UserError` where no document has a source side.
     """
-    target_positions, source_positions = sizes(all_fragments(store, data, SEED, data.mix)).sum(axis=0).tolist()
+    target_positions, source_positions = sizes(all_chunks(store, data, SEED, data.mix)).sum(axis=0).tolist()
     if not source_positions:
         kinds = ", ".join(objective.settings.kind for objective in objectives_of(data))
         raise UserError(

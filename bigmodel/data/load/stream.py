@@ -398,7 +398,7 @@ def validation_batches(
     > 0 takes that many packs at even distances in the plan, so of all lengths. Raises `UserError` if no document has 2
     tokens.
     """
-    table = all_fragments(store, data, VALIDATION_SEED)
+    table = all_chunks(store, data, VALIDATION_SEED)
     if not len(table):
         raise UserError(
             f"{data.directory}: the validation split holds no document of at least 2 tokens; "
@@ -415,7 +415,7 @@ def validation_batches(
     return ValidationBatches(packs, Builder(store, data, VALIDATION_SEED), packs_per_micro_batch)
 
 
-def all_fragments(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
+def all_chunks(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
     """A table of every chunk of a store in epoch 0, by source, shard and row. `only`: these sources; empty: all."""
     examples = Examples(data, seed)
     wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
@@ -429,5 +429,5 @@ def all_fragments(store: Lengths, data: DataSettings, seed: int, only: Collectio
                 block = make_block(store, source, 0, *documents, examples)
             else:
                 block = Block(*documents, data.max_document_length)
-            tables.append(block.table(0, block.num_fragments, number, 0))
+            tables.append(block.table(0, block.num_chunks, number, 0))
     return np.concatenate(tables)

@@ -96,12 +96,12 @@ class Example(NamedTuple):
     places: np.ndarray | None = None
 
 
-def piece_of(document: np.ndarray, start: int, length: int) -> ChunkText:
-    end = check_piece(document, start, length)
+def chunk_text_of(document: np.ndarray, start: int, length: int) -> ChunkText:
+    end = check_chunk(document, start, length)
     return ChunkText(int(document[start]), document[start + 1 : end + 1], document[end + 1 :])
 
 
-def check_piece(document: np.ndarray, start: int, length: int) -> int:
+def check_chunk(document: np.ndarray, start: int, length: int) -> int:
     """The end of a chunk. Asserts that the document holds it."""
     end = start + length
     assert 0 <= start < end, f"positions [{start}, {end}) are no range of a document"
@@ -138,7 +138,7 @@ class Rule:
 
     lengths(settings, mode, lengths, remaining): (source tokens, decoder tokens, labels) of chunks of `lengths` tokens;
     `remaining`: tokens of their documents after them; all (n,).
-    make(settings, mode, piece, key, special_tokens): the example of a chunk, of these lengths; `key`: for its draws.
+    make(settings, mode, chunk, key, special_tokens): the example of a chunk, of these lengths; `key`: for its draws.
     num_sentinels(settings, longest): sentinels that a chunk of `longest` tokens needs.
     is_plain(settings): whether its examples are the chunks themselves, in causal order.
     denoisers(settings): the objectives of the kind, with equal shares.

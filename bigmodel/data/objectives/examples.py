@@ -19,7 +19,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
 from bigmodel.data.objectives import decoder as decoder_inputs
-from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, piece_of, rule_of
+from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, chunk_text_of, rule_of
 from bigmodel.data.objectives.pairs import pair, pair_lengths
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.randomness import make_key, words
@@ -224,9 +224,9 @@ class Examples:
             example = pair(*document, int(read[0]), int(said[0]), special_tokens.bos)
         else:
             special_tokens = self._marks(document)
-            piece = piece_of(document, chunk.start, chunk.length)
+            chunk_text = chunk_text_of(document, chunk.start, chunk.length)
             objective = self.objectives[chunk.objective]
-            example = objective.rule.make(objective.settings, objective.mode, piece, key, special_tokens)
+            example = objective.rule.make(objective.settings, objective.mode, chunk_text, key, special_tokens)
         return self._laid_out(example, key, special_tokens)
 
     def _marks(self, document: np.ndarray) -> SpecialTokens:

@@ -16,9 +16,9 @@ from bigmodel.data.objectives.example import (
 from bigmodel.data.randomness import words
 
 
-def fill_in_the_middle(piece: ChunkText, spm_share: float, key: int, special_tokens: SpecialTokens) -> Example:
+def fill_in_the_middle(chunk: ChunkText, spm_share: float, key: int, special_tokens: SpecialTokens) -> Example:
     """Two random cuts; text + 4 positions. In `spm_share` of the chunks the suffix comes first."""
-    text, (pre, suf, mid) = piece.text, special_tokens.fill
+    text, (pre, suf, mid) = chunk.text, special_tokens.fill
     first, second, order = words(key, 3).tolist()
     low, high = sorted((first % (len(text) + 1), second % (len(text) + 1)))
     a, b, c = text[:low], text[low:high], text[high:]
@@ -36,8 +36,8 @@ def _lengths(settings: ObjectiveSettings, mode: str, lengths: np.ndarray, remain
     return np.zeros_like(lengths), decoder, decoder
 
 
-def _make(settings: ObjectiveSettings, mode: str, piece: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
-    return fill_in_the_middle(piece, settings.spm_share, key, special_tokens)
+def _make(settings: ObjectiveSettings, mode: str, chunk: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
+    return fill_in_the_middle(chunk, settings.spm_share, key, special_tokens)
 
 
 FILL_IN_THE_MIDDLE = Rule(_lengths, _make)

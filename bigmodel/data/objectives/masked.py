@@ -20,11 +20,11 @@ def masked_targets(texts: np.ndarray, density: float) -> np.ndarray:
     return np.where(texts >= 1, np.clip(np.rint(texts * density), 1, np.maximum(texts, 1)), 0).astype(np.int64)
 
 
-def masked(piece: ChunkText, density: float, key: int, special_tokens: SpecialTokens) -> Example:
+def masked(chunk: ChunkText, density: float, key: int, special_tokens: SpecialTokens) -> Example:
     """BOS and the chunk with some text tokens to predict: 80% are masked, 10% any token, 10% unchanged."""
-    tokens = np.concatenate([[special_tokens.bos], piece.tokens]).astype(np.int64)
-    count = int(masked_targets(np.array(len(piece.text)), density))
-    places = permutation(make_key("places", key), len(piece.text))[:count] + 1
+    tokens = np.concatenate([[special_tokens.bos], chunk.tokens]).astype(np.int64)
+    count = int(masked_targets(np.array(len(chunk.text)), density))
+    places = permutation(make_key("places", key), len(chunk.text))[:count] + 1
     targets = np.full(len(tokens), IGNORED, dtype=np.int64)
     targets[places] = tokens[places]
     how = words(make_key("how", key), count) % np.uint64(10)
@@ -38,8 +38,8 @@ def _lengths(settings: ObjectiveSettings, mode: str, lengths: np.ndarray, remain
     return np.zeros_like(lengths), lengths + 1, targets
 
 
-def _make(settings: ObjectiveSettings, mode: str, piece: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
-    return masked(piece, settings.density, key, special_tokens)
+def _make(settings: ObjectiveSettings, mode: str, chunk: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
+    return masked(chunk, settings.density, key, special_tokens)
 
 
 MASKED = Rule(_lengths, _make)

@@ -33,17 +33,17 @@ def span_corruption_lengths(
 
 
 def span_corruption(
-    piece: ChunkText, density: float, mean_span: float, mode: str, key: int, special_tokens: SpecialTokens
+    chunk: ChunkText, density: float, mean_span: float, mode: str, key: int, special_tokens: SpecialTokens
 ) -> Example:
     """Visible and hidden spans alternate; their lengths are drawn uniformly from all with the right sum, as in T5.
 
-    >>> from bigmodel.data.objectives.example import piece_of
+    >>> from bigmodel.data.objectives.example import chunk_text_of
     >>> document = np.array([1, 11, 12, 13, 14, 2])
-    >>> example = span_corruption(piece_of(document, 0, 5), 0.5, 1.0, "", 0, SpecialTokens(1, 2, 50, 10))
+    >>> example = span_corruption(chunk_text_of(document, 0, 5), 0.5, 1.0, "", 0, SpecialTokens(1, 2, 50, 10))
     >>> example.source.tolist(), example.labels.tolist()
     ([11, 66, 13, 65, 2], [66, 12, 65, 14, 64, 2])
     """
-    text = piece.text
+    text = chunk.text
     hidden, spans = (int(count) for count in noise_counts(np.array(len(text)), density, mean_span))
     visible_spans = _random_lengths(make_key("visible", key), len(text) - hidden, spans)
     hidden_spans = _random_lengths(make_key("hidden", key), hidden, spans)
@@ -92,8 +92,8 @@ def _lengths(settings: ObjectiveSettings, mode: str, lengths: np.ndarray, remain
     return source, targets, targets
 
 
-def _make(settings: ObjectiveSettings, mode: str, piece: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
-    return span_corruption(piece, settings.density, settings.mean_span, mode, key, special_tokens)
+def _make(settings: ObjectiveSettings, mode: str, chunk: ChunkText, key: int, special_tokens: SpecialTokens) -> Example:
+    return span_corruption(chunk, settings.density, settings.mean_span, mode, key, special_tokens)
 
 
 def _num_sentinels(settings: ObjectiveSettings, longest: int) -> int:

@@ -96,9 +96,9 @@ class Position:
         for number, at in self.lanes.items():
             progress[number] = {}
             for column, name in enumerate(self.plan.source_positions):
-                cursor = at.window.following.sources[column]
-                given = cursor.positions - int(at.window.pending_positions[at.packs_given, column])
-                epochs = min(cursor.epoch, int(at.window.pending_epochs[at.packs_given, column]))
+                cursor = at.buffer.following.sources[column]
+                given = cursor.positions - int(at.buffer.pending_positions[at.packs_given, column])
+                epochs = min(cursor.epoch, int(at.buffer.pending_epochs[at.packs_given, column]))
                 progress[number][name] = (epochs, given)
         return progress
 
@@ -107,7 +107,7 @@ class Position:
         names = self.plan.source_positions
         later = {"stage": start.stage, "since": list(start.since)} if start.stage else {}
         return {
-            "window": start.window,
+            "window": start.buffer,  # the stored name
             "packs_given": at.packs_given,
             "sources": {name: asdict(cursor) for name, cursor in zip(names, start.sources, strict=True)},
             "carried": start.carried.tolist(),
@@ -248,14 +248,14 @@ class Order:
         packs: list[Pack] = []
         while len(packs) < count:
             at = self._lane_at(number)
-            if at.packs_given == len(at.window.packs):
-                at = self._lanes[number].enter(at.window.following)
-                if not at.window.packs:
+            if at.packs_given == len(at.buffer.packs):
+                at = self._lanes[number].enter(at.buffer.following)
+                if not at.buffer.packs:
                     raise UserError(
                         f"data.max_epochs: lane {number} has no pack left for step {self.step + 1}: every source of "
                         "its mix has reached its limit; train fewer steps, or raise data.max_epochs"
                     )
-            more = at.window.packs[at.packs_given : at.packs_given + count - len(packs)]
+            more = at.buffer.packs[at.packs_given : at.packs_given + count - len(packs)]
             packs += more
             self._at[number] = replace(at, packs_given=at.packs_given + len(more))
         return packs

@@ -1,4 +1,4 @@
-"""Packing buffers: the packs of one lane, buffer after buffer. In code a planned buffer is a `Window`.
+"""Packing buffers: the packs of one lane, buffer after buffer.
 
 In: a lane's shards of every mixed source. Out: per buffer its packs and the cursor of the next buffer.
 
@@ -33,7 +33,7 @@ class LaneCursor:
     stage began, empty for stage 0.
     """
 
-    window: int
+    buffer: int
     sources: tuple[SourceCursor, ...]
     carried: np.ndarray  # table of chunks
     stage: int = 0
@@ -41,7 +41,7 @@ class LaneCursor:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class PackingBuffer:
     """A planned packing buffer: its P packs in training order, and the start of the next buffer.
 
     `pending_*[p]`: the chunks not yet given after p packs, per mixed source, carried ones included.
@@ -58,7 +58,7 @@ class LanePosition:
     """A lane's place in the plan: a packing buffer, and how many of its packs were given."""
 
     start: LaneCursor
-    window: Window
+    buffer: PackingBuffer
     packs_given: int = 0
 
 
@@ -80,12 +80,12 @@ class Lane:
     def packs_left(self, at: LanePosition, at_most: int) -> int:
         """Packs from `at` to the lane's end, at most `at_most`. Plans them, one packing buffer at a time."""
         left = -at.packs_given
-        while at.window.packs and left + len(at.window.packs) < at_most:
-            left += len(at.window.packs)
-            at = self.enter(at.window.following)
-        return min(at_most, left + len(at.window.packs))
+        while at.buffer.packs and left + len(at.buffer.packs) < at_most:
+            left += len(at.buffer.packs)
+            at = self.enter(at.buffer.following)
+        return min(at_most, left + len(at.buffer.packs))
 
-    def plan(self, start: LaneCursor) -> Window:
+    def plan(self, start: LaneCursor) -> PackingBuffer:
         """Pack one buffer: about packing_buffer * sequence_length positions, chunks carried in included.
 
         Gives the fullest packs, as many as the chunks could fill at best, and every pack with a chunk that was carried
@@ -113,13 +113,13 @@ class Lane:
         given[fullest(packing, lengths, settings)] = True
         given |= np.fromiter(map(min, packing.packs), dtype=np.int64, count=len(given)) < num_carried
         chosen = np.flatnonzero(given)
-        chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.window), len(chosen))]
+        chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.buffer), len(chosen))]
         members = [sorted(packing.packs[number]) for number in chosen.tolist()]
         left = sorted(index for number in np.flatnonzero(~given).tolist() for index in packing.packs[number])
         chunks = list(map(Chunk, *table.T.tolist())) if len(table) else []
-        return Window(
+        return PackingBuffer(
             [tuple([chunks[index] for index in pack]) for pack in members],
-            LaneCursor(start.window + 1, cursors, table[left], stage, since),
+            LaneCursor(start.buffer + 1, cursors, table[left], stage, since),
             *self._pending(table, members),
         )
 
@@ -132,7 +132,7 @@ class Lane:
         return stage, tuple(cursor.positions for cursor in start.sources)
 
     def _pending(self, table: np.ndarray, members: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """`Window.pending_*` of packs whose chunks are these rows of the table."""
+        """`PackingBuffer.pending_*` of packs whose chunks are these rows of the table."""
         turns = np.full(len(table), len(members))  # a chunk in no pack stays pending after the last
         for turn, pack in enumerate(members):
             turns[pack] = turn

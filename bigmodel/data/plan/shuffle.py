@@ -100,7 +100,7 @@ class SourceCursor:
 
     epoch: int = 0
     block: int = 0
-    fragment: int = 0
+    fragment: int = 0  # the chunk in the block; the stored name
     positions: int = 0
 
 
@@ -158,26 +158,26 @@ class Block:
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
         self._max_document_length = np.broadcast_to(np.asarray(max_document_length), positions.shape)
         self._measure = measure
-        self._first_fragments = starts_of(-(-positions // max_document_length)).astype(np.int32)
-        self.num_fragments = int(self._first_fragments[-1])
+        self._first_chunks = starts_of(-(-positions // max_document_length)).astype(np.int32)
+        self.num_chunks = int(self._first_chunks[-1])
 
     def fragments_covering(self, first: int, positions: int) -> int:
         """The end of the chunks from `first` on that hold `positions` positions, or the block's end."""
-        if first == self.num_fragments:
+        if first == self.num_chunks:
             return first
-        document = np.searchsorted(self._first_fragments, first, side="right") - 1
-        offset = (first - self._first_fragments[document]) * self._max_document_length[document]
+        document = np.searchsorted(self._first_chunks, first, side="right") - 1
+        offset = (first - self._first_chunks[document]) * self._max_document_length[document]
         first_positions = starts_of(self._positions)  # recomputed: stored, it would be a third of the block
         target = first_positions[document] + offset + positions
         end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
-        return int(self._first_fragments[end])
+        return int(self._first_chunks[end])
 
     def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
         """Chunks [first, end) as a table."""
         chunks = np.arange(first, end)
-        documents = np.searchsorted(self._first_fragments, chunks, side="right") - 1
+        documents = np.searchsorted(self._first_chunks, chunks, side="right") - 1
         longest = self._max_document_length[documents]
-        starts = (chunks - self._first_fragments[documents]) * longest
+        starts = (chunks - self._first_chunks[documents]) * longest
         lengths = np.minimum(self._positions[documents] - starts, longest)
         table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
         for column, values in enumerate(
@@ -228,7 +228,7 @@ class SourceStream:
                 places.append(np.stack(np.broadcast_arrays(epoch, number, np.arange(first, end)), axis=1))
                 positions -= int(tables[-1][:, 4].sum())
             first = end
-            if first == block.num_fragments:
+            if first == block.num_chunks:
                 epoch, number, first = self._after(epoch, number)
         if not tables:
             return chunk_table([], self.wide), np.empty((0, 3), np.int64)
@@ -240,7 +240,7 @@ class SourceStream:
             return cursor
         epoch, number, chunk = (int(value) for value in places[len(taken) - 1])
         chunk += 1
-        while not self._ended(epoch) and chunk == self._block(epoch, number).num_fragments:
+        while not self._ended(epoch) and chunk == self._block(epoch, number).num_chunks:
             epoch, number, chunk = self._after(epoch, number)
         return SourceCursor(epoch, number, chunk, cursor.positions + int(taken[:, 4].sum()))
 

@@ -29,7 +29,7 @@ from bigmodel.data.objectives.example import (
     Example,
     Rule,
     SpecialTokens,
-    piece_of,
+    chunk_text_of,
     teacher_forced,
 )
 from bigmodel.data.objectives.examples import Examples, Pair, num_special_tokens, objectives_of
@@ -124,7 +124,7 @@ def test_span_corruption_loses_nothing(length: int, density: float, mean_span: f
     document, special_tokens = text(length), SpecialTokens(BOS, EOS, VOCABULARY, 400)
     for mode in ("", "X"):
         example = span_corruption.span_corruption(
-            piece_of(document, 0, length + 1), density, mean_span, mode, key, special_tokens
+            chunk_text_of(document, 0, length + 1), density, mean_span, mode, key, special_tokens
         )
         assert restore(example.source, example.labels, special_tokens).tolist() == document[1:-1].tolist()
 
@@ -132,7 +132,7 @@ def test_span_corruption_loses_nothing(length: int, density: float, mean_span: f
 def test_span_corruption_is_that_of_the_paper() -> None:
     """Raffel et al. 2020, figure 2: sentinels in order, visible first and hidden last, one more sentinel at the end."""
     document = text(200)
-    example = span_corruption.span_corruption(piece_of(document, 0, 201), 0.15, 3.0, "", 7, MARKS)
+    example = span_corruption.span_corruption(chunk_text_of(document, 0, 201), 0.15, 3.0, "", 7, MARKS)
     sentinels = MARKS.sentinel(np.arange(11)).tolist()
     assert sentinels[:2] == [VOCABULARY + 7 + 99, VOCABULARY + 7 + 98]  # the highest id of all first
     assert [token for token in example.source.tolist() if token >= VOCABULARY] == sentinels[:10]
@@ -146,7 +146,7 @@ def test_span_corruption_is_that_of_the_paper() -> None:
 
 def test_spans_are_drawn_by_key_and_cover_every_place() -> None:
     document, special_tokens = np.array([1, *range(100, 160), 2]), SpecialTokens(BOS, EOS, 200, 100)
-    piece = piece_of(document, 0, 61)
+    piece = chunk_text_of(document, 0, 61)
     sources = [
         span_corruption.span_corruption(piece, 0.3, 3.0, "", key, special_tokens).source.tolist() for key in range(400)
     ]
@@ -160,7 +160,7 @@ def test_spans_are_drawn_by_key_and_cover_every_place() -> None:
 
 def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
     document = text(30)
-    piece, (pre, suf, mid) = piece_of(document, 0, 31), MARKS.fill
+    piece, (pre, suf, mid) = chunk_text_of(document, 0, 31), MARKS.fill
     for spm_share, first in ((0.0, [pre]), (1.0, [pre, suf])):
         for key in range(20):
             said = fill_in_the_middle.fill_in_the_middle(piece, spm_share, key, MARKS).labels.tolist()
@@ -177,7 +177,7 @@ def test_fill_in_the_middle_holds_the_text_in_both_orders() -> None:
 
 def test_masked_tokens_are_asked_for_in_their_places() -> None:
     document = text(3000)
-    example = masked.masked(piece_of(document, 0, 3001), 0.15, 5, MARKS)
+    example = masked.masked(chunk_text_of(document, 0, 3001), 0.15, 5, MARKS)
     asked = np.flatnonzero(example.labels != IGNORED)
     assert len(asked) == 450
     assert (example.labels[asked] == document[asked]).all()
@@ -190,7 +190,7 @@ def test_masked_tokens_are_asked_for_in_their_places() -> None:
 def test_a_piece_predicts_across_its_end_and_not_across_its_documents() -> None:
     """The token `ahead` may lie in the next piece of the same document."""
     document = np.array([1, 11, 12, 13, 14, 15, 2])
-    first, last = (causal.causal_ahead(piece_of(document, start, 3), 3) for start in (0, 3))
+    first, last = (causal.causal_ahead(chunk_text_of(document, start, 3), 3) for start in (0, 3))
     assert (first.tokens.tolist(), first.labels.tolist()) == ([1, 11, 12], [13, 14, 15])
     assert (last.tokens.tolist(), last.labels.tolist()) == ([13, 14, 15], [2, IGNORED, IGNORED])
 

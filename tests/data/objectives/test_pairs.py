@@ -390,10 +390,10 @@ def test_what_is_told_of_a_window_of_pairs_is_what_is_planned() -> None:
     told = window_text(data, measure_packing(store, data))
     order = Order(store, data, 1, 1)
     order.next_step()
-    while (at := order.position().lanes[0]).start.window < 2:
+    while (at := order.position().lanes[0]).start.buffer < 2:
         order.next_step()
-    assert 190 < len(at.window.packs) < 210
-    assert abs(int(told.split()[-6]) - len(at.window.packs)) <= 5
+    assert 190 < len(at.buffer.packs) < 210
+    assert abs(int(told.split()[-6]) - len(at.buffer.packs)) <= 5
     assert "data.packing_buffer = 50" in told
 
 
