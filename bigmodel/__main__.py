@@ -251,7 +251,7 @@ def generate(
         said = answer(trained.forward, trained.tokenizer, source, tokens, temperature, top, seed)
         print(readable(trained.tokenizer, said))
         return
-    print(prompt + run(trained.forward, trained.tokenizer, prompt, tokens, temperature, top, seed))
+    print(run(trained.forward, trained.tokenizer, prompt, tokens, temperature, top, seed))
 
 
 @app.command()

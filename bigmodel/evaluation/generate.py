@@ -30,7 +30,7 @@ def generate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Continue `prompt` by at most `tokens` tokens; the end-of-document token ends it early.
+    """The prompt and at most `tokens` tokens after it; the end-of-document token ends it early.
 
     temperature: 0 takes the likeliest token. top: draw among the `top` likeliest tokens.
     The text depends only on weights, prompt and `seed`.

@@ -97,7 +97,10 @@ def test_from_text_to_a_trained_model_by_the_launcher(tmp_path: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["bits_per_byte"] == summary["bits_per_byte"]
     scored = on_ranks(1, tmp_path, "evaluate", str(run))
     assert f"step 30: {summary['nats_per_token']:.1f}" in scored  # fp32 here, bf16 there
-    assert len(on_ranks(1, tmp_path, "generate", str(run), "--prompt", "Document 1")) > len("Document 1")
+    said = on_ranks(1, tmp_path, "generate", str(run), "--prompt", "Document 1", "--tokens", "5", "--temperature", "0")
+    assert said.startswith("Document 1")
+    assert len(said) > len("Document 1")
+    assert "Document 1Document 1" not in said
 
 
 def test_a_save_is_published_while_training_goes_on(tmp_path: Path, shards: Path) -> None:
