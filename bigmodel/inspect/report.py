@@ -67,7 +67,7 @@ def read_curve(run_directory: Path) -> Curve:
         [line["learning_rate"] for line in steps],
         [line["step"] for line in evaluations],
         [line["nats_per_token"] for line in evaluations],
-        last["bits_per_byte"] / last["nats_per_token"] if last and last["nats_per_token"] > 0 else None,
+        _bits_per_nat(last) if last else None,
         _marks(Path(run_directory) / "summary.json"),
     )
 
@@ -142,7 +142,8 @@ def table(run_directory: Path) -> str:
     if evaluations:
         last = evaluations[-1]
         rows.append(("validation loss", f"{last['nats_per_token']:.4f} nats per token at step {last['step']}"))
-        rows.append(("validation", f"{last['bits_per_byte']:.4f} bits per byte"))
+        bits = last["bits_per_byte"]
+        rows.append(("validation", "bits per byte not counted" if bits is None else f"{bits:.4f} bits per byte"))
     rows += [(name, f"{bits:.4f} bits per byte") for name, bits in curve.marks.items()]
     names = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
@@ -162,6 +163,12 @@ def smooth(values: Sequence[float]) -> list[float]:
             weight = decay * weight + (1 - decay)
         smoothed.append(total / weight if weight else math.nan)
     return smoothed
+
+
+def _bits_per_nat(evaluation: dict[str, Any]) -> float | None:
+    """None where the bytes are not known, or the loss is 0."""
+    bits, nats = evaluation["bits_per_byte"], evaluation["nats_per_token"]
+    return bits / nats if bits is not None and nats > 0 else None
 
 
 def _marks(summary_file: Path) -> dict[str, float]:

@@ -177,7 +177,8 @@ class Metrics:
             append_json_line(self._lines, line)
             self._ledger.add(line)
 
-    def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float, seconds: float) -> None:
+    def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float | None, seconds: float) -> None:
+        """`bits_per_byte` None: the bytes behind the labels are not known."""
         values = {"step": step, "nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "seconds": seconds}
         self._tell("evaluation", {**values, "lap": self.lap()})
 

@@ -280,10 +280,10 @@ def _utilization(step: Mapping[str, Any], start: Mapping[str, Any]) -> Samples:
 
 
 def _of_evaluation(line: Mapping[str, Any]) -> Samples:
-    return {
-        "validation_loss_nats": [[[], line["nats_per_token"]]],
-        "validation_compression_ratio": [[[], line["bits_per_byte"] / 8]],  # Prometheus' unit is bytes, not bits
-    }
+    samples: Samples = {"validation_loss_nats": [[[], line["nats_per_token"]]]}
+    if line["bits_per_byte"] is not None:
+        samples["validation_compression_ratio"] = [[[], line["bits_per_byte"] / 8]]  # Prometheus' unit is bytes
+    return samples
 
 
 def _of_checkpoint(line: Mapping[str, Any]) -> Samples:

@@ -87,6 +87,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for layers, norms in (line["norms"] or {}).items():
             yield from ((f"{name}/{layers}", value) for name, value in norms.items())
     elif line["kind"] == "evaluation":
-        yield from ((f"validation/{name}", line[name]) for name in ("nats_per_token", "bits_per_byte"))
+        found = {name: line[name] for name in ("nats_per_token", "bits_per_byte")}
+        yield from ((f"validation/{name}", value) for name, value in found.items() if value is not None)
     elif line["kind"] == "checkpoint":
         yield from ((f"checkpoint/{name}", line[name]) for name in ("bytes", "seconds"))

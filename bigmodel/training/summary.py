@@ -95,7 +95,7 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     directory = settings.run.directory
     console = Console(highlight=False, markup=False)
     console.print(terminal_curve(directory, console.width), markup=False)
-    table = Table("bits per byte of validation text", "", title="lower is better", title_justify="left")
+    table = Table("bits per byte of predicted text", "", title="lower is better", title_justify="left")
     names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}
     if "bits_per_byte_with_wrong_sources" in summary:
         names["bits_per_byte_with_wrong_sources"] = "this model, each target with the source of another document"

@@ -62,6 +62,16 @@ def test_the_curve_is_what_was_recorded(tmp_path: Path) -> None:
     assert curve.marks == {}
 
 
+def test_a_loss_without_a_count_of_bytes_is_drawn_without_an_axis_of_bits(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [4.0, 3.0])
+    evaluation = {"kind": "evaluation", "step": 2, "nats_per_token": 2.5, "bits_per_byte": None}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(evaluation) + "\n")
+    assert read_curve(run).bits_per_nat is None
+    assert loss_curve(run).exists()
+    assert "bits per byte not counted" in table(run)
+
+
 def test_smoothing_is_unbiased_looks_back_only_and_passes_over_nan() -> None:
     assert smooth([3.0] * 40) == pytest.approx([3.0] * 40)
     spike = [1.0] * 10 + [9.0] + [1.0] * 10

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bigmodel.metrics.run_accounting import CAUSES, RunAccounting
+from bigmodel.metrics.writers import scalars
 
 Line = dict[str, Any]
 
@@ -321,3 +322,14 @@ def test_a_ledger_from_the_file_equals_the_one_that_was_kept(torn: int) -> None:
         run.run_accounting.seconds,
         run.run_accounting.samples(),
     )
+
+
+def test_bits_per_byte_that_are_not_known_are_given_to_nobody() -> None:
+    line = {"kind": "evaluation", "step": 2, "nats_per_token": 2.0, "bits_per_byte": None, "seconds": 6.0, "lap": 7.0}
+    run = Run()
+    run.start(0, None)
+    run.add(line)
+    samples = run.run_accounting.samples()
+    assert samples["validation_loss_nats"] == [[[], 2.0]]
+    assert "validation_compression_ratio" not in samples
+    assert dict(scalars(line)) == {"validation/nats_per_token": 2.0}

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ def test_texts_of_no_to_three_tokens_have_examples_under_every_objective(source_
 
 @pytest.mark.parametrize("objective", [{"kind": "causal", "ahead": 90}, {"kind": "masked"}])
 def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_zero(
-    objective: dict, monkeypatch: pytest.MonkeyPatch
+    objective: dict, monkeypatch: pytest.MonkeyPatch, shards: Path
 ) -> None:
     store = MemoryStore({"web": [[2] * 400]})  # begin and end
     data = DataSettings(max_document_length=48, sequence_length=48, objectives=[objective])
@@ -208,16 +209,18 @@ def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_z
     with pytest.raises(UserError, match=r"data\.objectives = .*: no label in step 1, whose documents"):
         next(stream)
     stream.close()
-    store.num_labels, store.text_bytes = 400, 400
+    store.directory = shards  # of the tokenizer
     monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
     with pytest.raises(UserError, match="no label in the validation split"):
         evaluate.Validation(data, 1).run(lambda batch, _output: torch.zeros(len(batch.tokens)), ALONE)
 
 
-def test_a_document_that_is_alone_in_its_micro_batch_has_no_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_is_alone_in_its_micro_batch_has_no_wrong_source(
+    monkeypatch: pytest.MonkeyPatch, shards: Path
+) -> None:
     """Its own would be taken for one that makes no difference."""
     store, asked = a_store(), []
-    store.num_labels, store.text_bytes = 100, 300
+    store.directory = shards  # of the tokenizer
     monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
 
     def forward(batch: Batch, _output: str) -> torch.Tensor:
