@@ -1,5 +1,7 @@
 """The world: what the environment means, and what ranks tell one another."""
 
+import ast
+import math
 import os
 import time
 from pathlib import Path
@@ -86,6 +88,60 @@ def exchange(folder: Path) -> None:
 def test_ranks_agree_and_share_errors(tmp_path: Path) -> None:
     run_ranks(2, exchange, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done-0", "done-1"]
+
+
+def add_up_awkward_numbers(folder: Path) -> None:
+    """Four gloo ranks: each value on each rank and at each place of the vector."""
+    world = start_world(timeout_seconds=30)
+    for bad in (math.nan, math.inf, -math.inf):
+        for rank in range(4):
+            for place in range(5):
+                mine = [bad if rank == world.rank and at == place else 1.0 for at in range(5)]
+                found = world.sum_(mine)
+                assert [math.isfinite(value) for value in found] == [at != place for at in range(5)]
+    assert math.isnan(world.sum_([math.inf if world.rank == 1 else -math.inf if world.rank == 3 else 0.0])[0])
+    for rank in range(4):
+        assert world.any_true(world.rank == rank)
+    parts = [2.0**53 - 3, 1.0, 1.0, 1.0]  # counts: exact below 2^53, in any order
+    for shift in range(4):
+        assert world.sum_([parts[(world.rank + shift) % 4]] * 7) == [2.0**53] * 7
+    values = [math.sin(100.0 * world.rank + place) * 10.0 ** (place % 9) for place in range(999)]
+    sums, told = world.sum_(values), world.gather_objects(values)
+    assert world.gather_objects(sums) == [sums] * 4, "equal on all ranks, to the last bit"
+    for total, column in zip(sums, zip(*told, strict=True), strict=True):
+        assert abs(total - math.fsum(column)) <= 4 * 2.0**-53 * sum(map(abs, column))
+    (folder / f"done-{world.rank}").touch()
+    end_world()
+
+
+def test_no_sum_rests_on_the_order_of_ranks_and_none_loses_a_number_that_is_not_finite(tmp_path: Path) -> None:
+    """gloo adds in an order that depends on the place in the vector, and its MAX may lose a NaN."""
+    run_ranks(4, add_up_awkward_numbers, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+ARITHMETIC = {  # every reduction of ours; all others only move bytes
+    "bigmodel/distributed/world.py": ["all_reduce"],  # World.sum_, fp64
+    "bigmodel/training/zero/engine.py": [
+        "all_reduce",  # bits as int32, each on one rank and 0 on the others: exact
+        "all_reduce",  # Adafactor's sums of squares, fp32: equal on all ranks, equal to rounding at another world size
+    ],
+    "bigmodel/inspect/probe.py": ["all_reduce"] * 3,  # a barrier, and measured zeros
+}
+
+
+def test_every_reduction_of_ours_is_a_sum_whose_order_is_accounted_for() -> None:
+    root = Path(distributed.__file__).parents[2]
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / "bigmodel").rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            if name.startswith(("dist.all_reduce", "dist.reduce")):
+                plain = len(call.args) == 1 and not any(keyword.arg == "op" for keyword in call.keywords)
+                assert plain, f"{path}: {ast.unparse(call)} is no plain sum"
+                found.setdefault(path.relative_to(root).as_posix(), []).append(name.removeprefix("dist."))
+    assert found == ARITHMETIC
 
 
 def add_up_over_nodes(folder: Path) -> None:

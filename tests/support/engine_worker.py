@@ -244,8 +244,9 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
         checkpoint.load(found, engine, settings, world)
         result |= {"first": found.state["step"], "loaded": state_digest(engine), "loaded_state": found.state}
     for step in range(result["first"], job["steps"]):
-        if step not in job.get("leave_out", []):
-            run_step(step, job, engine, settings, packs_per_micro_batch, expected, result)
+        for bad_rank in job["bad_ranks"] if "bad_ranks" in job and step in job["skip_at"] else [None]:
+            if step not in job.get("leave_out", []):
+                run_step(step, job, engine, settings, packs_per_micro_batch, expected, result, bad_rank)
         if job.get("save_at") == step + 1:
             result["saved"] = state_digest(engine)
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
@@ -272,8 +273,9 @@ def run_step(
     packs_per_micro_batch: int,
     expected: dict[str, torch.Tensor],
     result: dict[str, Any],
+    bad_rank: int | None = None,
 ) -> None:
-    """One step as in the loop. A step in `skip_at` gets an infinite gradient and is skipped."""
+    """One step as in the loop. A step in `skip_at` gets an infinite gradient, on `bad_rank` or all, and is skipped."""
     world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
     sharing = settings.training.sequence_parallel_ranks
     batches = micro_batches_of(step, world.rank // sharing, world.size // sharing, packs_per_micro_batch)
@@ -282,9 +284,11 @@ def run_step(
         result["shapes"] = [list(output.shape) for output in outputs]
         result["evaluated"] = [float(outputs[0]), float(outputs[1].sum())]
         result["training"] = engine.training
-    divisor: Any = 1e-300 if skip else targets
+    divisor: Any = 1e-300 if skip and bad_rank in (None, world.rank) else targets
     nats = sum((float(engine.micro_batch(batch, divisor, batch is batches[-1])) for batch in batches), 0.0)
     norm = engine.gradient_norm()
+    if skip:
+        result.setdefault("taken_for_finite", []).append(any(world.gather_objects(math.isfinite(norm))))
     if not math.isfinite(norm):
         result.setdefault("skipped", []).append(step)
         skip = True

@@ -53,7 +53,9 @@ def other_jobs(folder: Path) -> Jobs:
         jobs[f"bf16 zero{stage}"] = {"settings": table, "steps": 1, "oracle": path, "seen": seen}
     for stage, precision in SHARDED_AND_PRECISE:
         table = settings_table(folder, stage, precision, 2)
-        jobs[f"skipped zero{stage} {precision}"] = {"settings": table, "steps": 3, "skip_at": [1], "evaluate_at": [2]}
+        jobs[f"skipped zero{stage} {precision}"] = {
+            "settings": table, "steps": 3, "skip_at": [1], "bad_ranks": [0, 1], "evaluate_at": [2]
+        }  # fmt: skip
         jobs[f"absent zero{stage} {precision}"] = {"settings": table, "steps": 3, "leave_out": [1]}
     return jobs
 
@@ -120,6 +122,12 @@ def test_a_skipped_step_leaves_the_state_bitwise_as_if_it_had_not_been(results, 
     assert skipped["updates"] == absent["updates"] == 2
     assert skipped["losses"] == absent["losses"]
     assert skipped["digest"] == absent["digest"]
+
+
+@pytest.mark.parametrize(("stage", "precision"), SHARDED_AND_PRECISE)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_so_for_all(results, stage: int, precision: str) -> None:
+    """First on rank 0, then on rank 1: the verdict rests on a sum, and no number added to NaN or inf is finite."""
+    assert results[2][f"skipped zero{stage} {precision}"]["taken_for_finite"] == [False, False]
 
 
 def test_an_evaluation_is_that_of_plain_torch_without_dropout(results) -> None:
