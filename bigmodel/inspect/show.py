@@ -10,6 +10,7 @@ from rich.table import Table
 
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import DataSettings, Settings, packs_at
+from bigmodel.data.advice.lane_advice import lane_warning, repeat_warning
 from bigmodel.data.advice.packing_advice import (
     Packed,
     Suggestion,
@@ -99,6 +100,8 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
         console.print(window_text(data, packed), markup=False)
     suggestions = suggest_sides(store, data) if data.source_sequence_length else suggest(store, store.manifest, data)
     console.print(suggestions_table(suggestions))
+    for warning in filter(None, (lane_warning(store, settings), repeat_warning(store, settings))):
+        console.print(warning, markup=False)
     if data.curriculum:
         lag = f"a stage of data.curriculum takes effect at most {mix_lag_tokens(data):,} tokens after its from_tokens"
         console.print(lag, markup=False)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError, num_micro_batches, to_toml_table
+from bigmodel.data.advice.lane_advice import lane_warning
 from bigmodel.data.load.stream import Step, Stream
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order, merge_cursors, total_progress
@@ -59,6 +60,7 @@ from bigmodel.run_directory import (
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
+from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
 from bigmodel.training.learning_rate import learning_rate
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.zero.engine import Engine, creation
@@ -66,7 +68,6 @@ from bigmodel.training.zero.norms import Norms
 
 SAMPLE_TOKENS = 200  # length of the text generated at the end of the run
 NUM_EXAMPLES = 3  # examples shown at the end of an encoder-decoder's run
-MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
 
 Value = TypeVar("Value")
 
@@ -132,6 +133,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     closing.callback(line.close)
     if world.rank == 0:
         _report_start(settings, effective, model, world, start, metrics, line)
+        if warning := lane_warning(store, settings):
+            line.say(warning)
     stream = _open_stream(settings, effective, store, start.order, place, world)
     closing.callback(stream.close)
     norms = Norms(engine, world, settings.metrics.norms_every_steps)
@@ -157,6 +160,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
         # Update, unless the step is bad. Loss and norm are equal on all ranks, so all ranks decide alike.
         bad = not math.isfinite(loss + gradient_norm)
+        if bad and engine.is_at_smallest_scale:
+            refuse_smallest_scale(engine.loss_scale, settings, world)
         rate = learning_rate(step.number, settings)
         norms.before_update(done)
         with phases("optimizer"):
@@ -183,7 +188,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         )
         metrics.record_step(record, phases.take())
         line.update(done, loss, step.num_tokens / record.step_seconds)
-        _refuse_divergence(bad_steps, done, settings)
+        refuse_divergence(bad_steps, done, settings, world)
 
         # Evaluate and save.
         ending = sums.stop_votes > 0 or done == settings.training.steps
@@ -378,16 +383,6 @@ def _report_skipped(
 def _is_evaluated(done: int, settings: Settings) -> bool:
     every_steps = settings.evaluation.every_steps
     return every_steps > 0 and done % every_steps == 0
-
-
-def _refuse_divergence(bad_steps: int, done: int, settings: Settings) -> None:
-    """bad_steps: number of bad steps in a row that end with step `done`."""
-    if bad_steps == MAX_BAD_STEPS:
-        raise UserError(
-            f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
-            f"lower optimizer.learning_rate = {settings.optimizer.learning_rate} and resume from "
-            f"{settings.run.directory / 'checkpoints'}"
-        )
 
 
 def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line: LiveLine) -> None:

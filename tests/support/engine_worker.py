@@ -251,6 +251,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
             result["saved"] = state_digest(engine)
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
     result |= {"digest": state_digest(engine), "updates": engine.updates, "loss_scale": engine.loss_scale}
+    result["is_at_smallest_scale"] = engine.is_at_smallest_scale
     tensors = engine.state_tensors()
     result |= {"state_tensors": len(tensors), "state_outside_files": state_outside_files(tensors)}
     result["micro_batches"] = effective["gradient_accumulation_steps"]

@@ -75,13 +75,18 @@ def deal_shards(source: str, shards: Sequence[Shard], loads: list[int]) -> list[
     return dealt
 
 
-def packs_in_smallest_lane(settings: DataSettings, dealt: Mapping[str, list[list[Shard]]]) -> int | None:
-    """The least number of packs of any lane, if every pack were full; None: endless."""
-    supplies = []
+def supplies(settings: DataSettings, dealt: Mapping[str, list[list[Shard]]]) -> list[float]:
+    """The positions that each lane can give under data.max_epochs; infinite: endless."""
+    found = []
     for number in range(settings.lanes):
         positions = [sum(shard.positions for shard in lanes[number]) for lanes in dealt.values()]
         caps = [settings.max_epochs.get(name, 0) or float("inf") for name in dealt]
         held = [epochs * count for epochs, count in zip(caps, positions, strict=True)]
-        supplies.append(supply(stages(settings, list(dealt), positions), held))
-    least = min(supplies)
+        found.append(supply(stages(settings, list(dealt), positions), held))
+    return found
+
+
+def packs_in_smallest_lane(settings: DataSettings, dealt: Mapping[str, list[list[Shard]]]) -> int | None:
+    """The least number of packs of any lane, if every pack were full; None: endless."""
+    least = min(supplies(settings, dealt))
     return None if least == float("inf") else -(-int(least) // settings.sequence_length)

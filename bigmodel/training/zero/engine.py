@@ -131,14 +131,10 @@ class Engine:
         return self._assemble(self._shapes[name], shard, chunk) / self.loss_scale
 
     def update(self, learning_rate: float, skip: bool = False) -> None:
-        """Clip as configured and apply one update; `skip` drops the gradient, and in fp16 lowers the loss scale.
-
-        Raises `UserError` where the fp16 loss scale is already at its minimum.
-        """
+        """Clip as configured and apply one update; `skip` drops the gradient, and in fp16 lowers the loss scale."""
         assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
         assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
-        if skip:
-            self._refuse_to_sink()
+        assert not (skip and self.is_at_smallest_scale), "the loss scale cannot be lowered: stop the run"
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
         with _frozen(self._optimizer) if skip else contextlib.nullcontext():
@@ -169,6 +165,14 @@ class Engine:
     def scales_loss(self) -> bool:
         """Whether the loss scale is dynamic: it may cause a non-finite gradient, and `update(skip=True)` lowers it."""
         return bool(self.scaler_state())
+
+    @property
+    def is_at_smallest_scale(self) -> bool:
+        """Whether the dynamic loss scale of fp16 cannot be lowered again."""
+        if not self.scales_loss:
+            return False
+        scaler = self._engine.optimizer.loss_scaler
+        return bool(scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
 
     # --- the state, by parameter name
 
@@ -335,19 +339,6 @@ class Engine:
                         self._vectors[name][key] = master.new_zeros(self._shapes[name][shape == "columns"])
             if self._ema_decay:
                 self._averages.append(place(master.detach().clone()))
-
-    def _refuse_to_sink(self) -> None:
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if (
-            scaler is not None
-            and scaler.dynamic
-            and scaler.cur_scale <= scaler.min_scale
-            and scaler.cur_hysteresis <= 1
-        ):
-            raise UserError(
-                f"fp16: the gradient is not finite at the smallest loss scale, {scaler.cur_scale:g}: the run diverged; "
-                'lower optimizer.learning_rate, or use training.precision = "bf16"'
-            )
 
 
 def evaluated(engine: Any, batch: Any, output: str, compiled: bool) -> Tensor:

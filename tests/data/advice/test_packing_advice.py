@@ -120,6 +120,12 @@ def test_show_data_prints_sources_mix_packing_and_suggestions(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    few = {"lanes": "2", "max_epochs": "{ news = 1, letters = 1 }"}
+    code, printed = run(
+        monkeypatch, capsys, "show", "data", write_run(tmp_path, whole, **few), "--set", "training.global_batch_size=2"
+    )
+    assert code == 0, printed
+    assert "of the data cannot be reached: data.max_epochs ends the run with the lane that holds least" in printed
     run_file = write_run(tmp_path, whole, mix="{ news = 3.0, letters = 1.0 }")
     code, printed = run(monkeypatch, capsys, "show", "data", run_file, "--png", str(tmp_path / "lengths.png"))
     assert code == 0, printed

@@ -58,6 +58,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
     for stage in (1, 2, 3):
         table = settings_table(folder, stage, "fp16", 3, fp16={"initial_scale_power": 28})
         where = str(folder / f"fp16-{stage}")
+        lowest = settings_table(folder, stage, "fp16", 3, fp16={"initial_scale_power": 0})
+        jobs[f"lowest {stage}"] = {"settings": lowest, "steps": 1}
         jobs[f"scaled {stage}"] = {"settings": table, "steps": 20, "save_at": 14, "checkpoints": where}
         jobs[f"scaled again {stage}"] = {"settings": table, "steps": 20, "resume": True, "checkpoints": where}
     for kind, stage in itertools.product(MOVING, (1, 3)):
@@ -165,6 +167,12 @@ def test_fp16_lowers_its_loss_scale_until_gradients_are_finite_and_resumes_there
     assert one["updates"] == 20 - len(skipped)
     assert (again["digest"], again["loss_scale"]) == (one["digest"], one["loss_scale"])
     assert one["losses"][-len(again["losses"]) :] == again["losses"] != []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loss_scale_of_1_is_the_smallest(results, stage: int) -> None:
+    found = [results[2][f"{name} {stage}"] for name in ("lowest", "scaled")]
+    assert [(one["loss_scale"] == 1.0, one["is_at_smallest_scale"]) for one in found] == [(True, True), (False, False)]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
