@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -28,6 +29,8 @@ from bigmodel.config.settings import UserError
 PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 GS_RETRY_SECONDS = 30  # the client's default is 15 minutes without a message
 CHUNK_BYTES = 4 << 20  # per read: a store answers each read separately
+NEVER_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]")  # backslash and control characters
+SETTINGS_OF_URL = re.compile("[?#]")  # in a name they would choose another host
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -106,6 +109,34 @@ def join(folder: str, name: str) -> str:
     """A file below a folder; a URL's settings stay at its end."""
     path, mark, settings = folder.partition("?") if is_remote(folder) else (folder, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{settings}"
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name that was read from a file (a manifest, an index) is a path inside that file's folder.
+
+    >>> [is_inside(name) for name in ("train/web/shard.00000.mds", "../x", "a/../../x", "/etc/x", "")]
+    [True, False, False, False, False]
+    """
+    plain = isinstance(name, str) and not NEVER_IN_NAMES.search(name)
+    return plain and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def inside(folder: str, name: str) -> str:
+    """The location of a file in a folder, by a name that was read from a file. Links within the folder are followed.
+
+    Raises `UserError` for a name that leads outside, by itself or through a symbolic link.
+    """
+    if not is_inside(name) or (is_remote(folder) and SETTINGS_OF_URL.search(name)):
+        raise UserError(f"{folder}: {name!r} is not the path of a file inside; make this folder anew")
+    location = join(folder, name)
+    if not is_remote(folder) or urlsplit(folder).scheme == "file":
+        root, target = (os.path.realpath(without_settings(one).removeprefix("file://")) for one in (folder, location))
+        if os.path.commonpath([root, target]) != root:
+            raise UserError(
+                f"{location}: leads outside {folder}, through a symbolic link to {target}; put the file itself there "
+                "(cp -rL makes such a copy of a folder)"
+            )
+    return location
 
 
 def sizes(folder: str) -> dict[str, int]:

@@ -153,9 +153,16 @@ class Manifest:
         if set(table) != expected:
             raise UserError(f"{name}: damaged: {', '.join(sorted(set(table) ^ expected))}; {PREPARE_AGAIN}")
         try:
-            return cls(**table | {"files": FileTable(table["files"])})
+            outside = [path for path in table["files"] if not files.is_inside(path)]
+            outside += [source for source in table["counts"] if "/" in source or not files.is_inside(source)]
+            listed = FileTable({} if outside else table["files"])
         except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: damaged: files; {PREPARE_AGAIN}") from None
+        if outside:
+            raise UserError(
+                f"{name}: names {outside[0]!r}, which is no file or source inside its folder; {PREPARE_AGAIN}"
+            )
+        return cls(**table | {"files": listed})
 
 
 def _shortened(table: dict[str, Any]) -> Any:

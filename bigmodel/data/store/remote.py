@@ -5,7 +5,8 @@ In: the URL of the folder in the store (`data.remote`) and the folder on this no
 Guarantees: a file appears in the node's folder by one rename, after size and SHA-256 were compared with the manifest.
 Of all processes of a node that need it, one fetches it and the others wait. A killed process leaves only a hidden
 `.NAME.part`, which the next run deletes unless a live process holds it. An upload writes the manifest last, so a folder
-in the store that has one is whole.
+in the store that has one is whole. A name in the manifest, or a symbolic link, that leads outside the folder is an
+error before anything is written or sent.
 
 With a limit (`data.cache_bytes`) the least recently used shards are deleted before another is fetched: only shards that
 were fetched from the store (`.fetched` lists them) and that the store still has in the right size.
@@ -82,7 +83,7 @@ class Remote:
     def fetch(self, name: str, recorded: dict[str, Any]) -> None:
         """Put one whole file into the folder, unless another process does so first. `recorded`: its entry in the
         manifest. Raises `UserError` after the last failed attempt."""
-        path = self.directory / name
+        path = Path(files.inside(str(self.directory), name))
         with _named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _held(path) as part:
@@ -131,7 +132,7 @@ class Remote:
     def has(self, name: str) -> bool:
         """Whether the store has the shard in the right size. False also if the store does not answer."""
         try:
-            return files.size(files.join(self.url, name)) == self._shards[name]
+            return files.size(files.inside(self.url, name)) == self._shards[name]
         except UserError:
             return False
 
@@ -153,7 +154,7 @@ class Remote:
         return content
 
     def _download(self, name: str, recorded: dict[str, Any], part: BinaryIO) -> None:
-        digest, location = hashlib.sha256(), files.join(self.url, name)
+        digest, location = hashlib.sha256(), files.inside(self.url, name)
         part.truncate(0)
         for chunk in files.chunks(location):
             part.write(chunk)
@@ -262,7 +263,7 @@ def upload(directory: Path, url: str, progress: Progress) -> None:
     def send(name: str) -> None:
         recorded = manifest.files[name]
         if there.get(name) != recorded["bytes"] or find_damage(url, name, recorded):
-            files.write(files.join(url, name), _checked(directory, name, recorded))
+            files.write(files.inside(url, name), _checked(directory, name, recorded))
         progress.advance(task, recorded["bytes"])
 
     with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
@@ -272,7 +273,7 @@ def upload(directory: Path, url: str, progress: Progress) -> None:
 
 def _checked(directory: Path, name: str, recorded: dict[str, Any]) -> Iterator[bytes]:
     """The content of a file; raises `UserError` at its end if it differs from the manifest."""
-    digest, location = hashlib.sha256(), str(directory / name)
+    digest, location = hashlib.sha256(), files.inside(str(directory), name)
     for chunk in files.chunks(location):
         digest.update(chunk)
         yield chunk

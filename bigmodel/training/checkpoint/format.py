@@ -37,6 +37,7 @@ from torch import Tensor
 from bigmodel.config.renamed import new_keys
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import ModelSettings, Settings, UserError
+from bigmodel.data.store.files import is_inside
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
 from bigmodel.training.checkpoint import remote as store
@@ -216,6 +217,8 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
             return {}, "manifest.json has changed since it was written"
         if manifest["format"] != FORMAT:
             return {}, f"manifest.json has format {manifest['format']}, this version reads format {FORMAT}"
+        if wrong := [name for name in manifest["files"] if "/" in name or not is_inside(name)]:
+            return {}, f"manifest.json names the file {wrong[0]!r}, which is not inside the checkpoint"
         return manifest, ""
     except OSError as error:
         return {}, f"manifest.json cannot be read: {error.strerror}"

@@ -42,10 +42,12 @@ def steps(url: str) -> list[int]:
 
 
 def upload(path: Path, url: str) -> None:
-    """Copy a published checkpoint, its manifest last. Raises `UserError` if every attempt fails."""
+    """Copy a published checkpoint, its manifest last. Raises `UserError` if every attempt fails, and
+    before the first if a symbolic link leads outside the folder."""
     names = sorted((file.name for file in path.iterdir()), key=lambda name: (name == MANIFEST, name))
-    for name in names:
-        _retrying(put, path / name, files.join(url, f"{path.name}/{name}"))
+    places = [Path(files.inside(str(path), name)) for name in names]
+    for place in places:
+        _retrying(put, place, files.join(url, f"{path.name}/{place.name}"))
 
 
 class Uploads:
@@ -143,7 +145,7 @@ def _finish(source: str, part: Path, path: Path, problems: list[str], errors: li
 
 def _get_file(source: str, part: Path, name: str, facts: dict[str, Any]) -> list[str]:
     """Fetch a file; returns its problems, none if it matches the manifest."""
-    content = _retrying(_get, files.join(source, name))
+    content = _retrying(_get, files.inside(source, name))
     if len(content) != facts["bytes"]:
         return [f"{name} has {len(content):,} bytes instead of {facts['bytes']:,}"]
     if hashlib.sha256(content).hexdigest() != facts["sha256"]:
