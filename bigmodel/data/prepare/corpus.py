@@ -19,6 +19,7 @@ from bigmodel.config.settings import SourceSettings, UserError
 from bigmodel.data.prepare import formats
 from bigmodel.data.prepare.formats import Malformed, Piece, Row
 from bigmodel.data.store import files
+from bigmodel.data.store.mds_index import Listed, listed_beside
 
 UNIT_BYTES = 16 << 20  # about a second of tokenizing
 LOOKS_AT_ONCE = 16  # files, because a store answers each request after a delay
@@ -73,6 +74,11 @@ def find_source(settings: SourceSettings, where: str = "prepare.sources") -> Sou
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         list(pool.map(lambda file: _check_file(where, file, columns), found))
     return Source(settings.name, tuple(found), columns)
+
+
+def listed_shards(sources: Sequence[Source]) -> list[Listed]:
+    """The MDS shards of sources that an index.json beside them lists."""
+    return listed_beside([file for source in sources for file in source.files if formats.kind(file) == "shard"])
 
 
 def _named(where: str, file: str) -> str:

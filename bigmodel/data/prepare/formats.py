@@ -40,8 +40,7 @@ KINDS = {
     ".jsonl.zst": "lines",
     ".txt": "text",
     ".mds": "shard",
-    ".mds.gz": "shard",
-    ".mds.zstd": "shard",
+    **{f".mds{ending}": "shard" for ending in mds.COMPRESSIONS},
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -129,9 +128,9 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
-    with files.readable(file), open_lines(file) as stream:
+    with files.readable(file), files.open_file(file) as stream:
         try:
-            description = mds.read_head(stream)[1]
+            description = mds.read_head(mds.open_head(mds.compression(files.without_settings(file)), stream))[1]
         except ValueError as error:
             raise OSError(str(error)) from None
     known = dict(zip(description["column_names"], description["column_encodings"], strict=True))
@@ -294,9 +293,7 @@ def _read_shard(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
     """Samples of an MDS shard; reads the whole shard."""
     file = piece.file
     try:
-        with files.readable(file), open_lines(file) as stream:
-            content = stream.read()
-        shard = mds.ShardContent.parse(content)
+        shard = mds.ShardContent.of_file(files.without_settings(file), b"".join(files.chunks(file)))
         for number, raw in enumerate(zip(*(shard.values(column) for column in columns), strict=True), 1):
             texts = tuple(map(_decoded, raw))
             if all(isinstance(text, str) for text in texts):

@@ -52,6 +52,7 @@ from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Source, Unit
 from bigmodel.data.prepare.encoding import Work, read_array, save_array
 from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare.indexes import compare_with_indexes
 from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.prepare.staging import (
     DISK_FULL,
@@ -299,6 +300,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
+        compare_with_indexes(corpus.listed_shards(sources), team, progress)
         scans = _scan(team, all_units, job.settings, work)
         rows, row_bytes = _count_rows(sources, all_units, scans, left_out, job.settings.validation_share)
         tokenizer = _make_tokenizer(job, team, all_units, scans, work)

@@ -111,6 +111,12 @@ def join(folder: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}{mark}{settings}"
 
 
+def parent(location: str) -> str:
+    """The folder of a file; a URL's settings stay at its end."""
+    path, mark, settings = location.partition("?") if is_remote(location) else (location, "", "")
+    return f"{path.rpartition('/')[0] or '.'}{mark}{settings}"
+
+
 def is_inside(name: Any) -> bool:
     """Whether a name that was read from a file (a manifest, an index) is a path inside that file's folder.
 

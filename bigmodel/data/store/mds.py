@@ -11,21 +11,28 @@ Guarantees: the bytes equal those of MDSWriter (tested). Written here so that a 
 documents: any process writes it alone and in one go, and none imports streaming, which takes seconds.
 """
 
+import bz2
+import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pyarrow
+import snappy
 
 Value = np.ndarray | bytes  # an array of one axis, or a text as UTF-8
 
 LARGEST_SHARD_BYTES = 2**32 - 1  # samples are addressed by uint32 byte offsets
 LARGEST_SHARD_TOKENS = 500_000_000  # at 4 bytes, plus the overhead of the shortest documents: below the bound above
 COLUMN_FACTS = ("names", "encodings", "sizes")
+COMPRESSIONS = {".br": "brotli", ".bz2": "bz2", ".gz": "gzip", ".snappy": "snappy", ".zst": "zstd", ".zstd": "zstd"}
+BEGINNINGS = {b"BZh": "bz2", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SETTINGS: dict[str, Any] = {"compression": None, "format": "mds", "hashes": [], "size_limit": None, "version": 2}
 
 
@@ -89,6 +96,54 @@ def _encode_array(array: np.ndarray) -> bytes:
     return bytes([4 + code]) + length.to_bytes(1 << code, "little") + array.tobytes()
 
 
+# ---- compression ------------------------------------------------------------------------------------------------
+
+
+def compression(file: str) -> str:
+    """How a shard is compressed, by its name; empty if it is not."""
+    return next((one for ending, one in COMPRESSIONS.items() if file.endswith(ending)), "")
+
+
+def decompress(how: str, content: bytes) -> bytes:
+    """The shard in the content of a file. Raises `ValueError` with the reason why it cannot be decompressed."""
+    if not content:
+        raise ValueError("the file is empty")
+    whole: dict[str, Callable[[bytes], bytes]] = {
+        "": bytes,
+        "bz2": bz2.decompress,
+        "gzip": gzip.decompress,
+        "snappy": snappy.decompress,
+    }
+    try:
+        if how in whole:  # the first two allow zeros behind the data, as their programs do
+            return whole[how](content)
+        return pyarrow.CompressedInputStream(io.BytesIO(content), how).read()
+    except (OSError, EOFError, ValueError, zlib.error, snappy.UncompressError) as error:
+        raise ValueError(_reason(how, content, error)) from None
+
+
+def open_head(how: str, stream: IO[bytes]) -> IO[bytes]:
+    """A shard from its start on, decompressed no further than it is read; snappy's is decompressed whole."""
+    if how == "snappy":
+        return io.BytesIO(decompress(how, stream.read()))
+    return pyarrow.CompressedInputStream(stream, how) if how else stream
+
+
+def _reason(how: str, content: bytes, error: Exception) -> str:
+    if other := _other_compression(how, content):
+        return other
+    if "too much memory" in str(error):
+        return "its zstd window is above 128 MiB, the most that is read; compress it again without --long"
+    if isinstance(error, EOFError) or "runcated" in str(error) or "end-of-stream" in str(error):
+        return f"it is cut: its {how} data has no end"
+    return f"its {how} data is damaged{f' ({error})' if str(error) else ''}"
+
+
+def _other_compression(how: str, content: bytes) -> str:
+    found = next((one for start, one in BEGINNINGS.items() if content.startswith(start)), how)
+    return "" if found == how else f"its content is compressed by {found}, its name ends otherwise; rename it"
+
+
 # ---- reading a whole shard ------------------------------------------------------------------------------------
 
 
@@ -103,10 +158,18 @@ class ShardContent:
     @classmethod
     def parse(cls, content: bytes) -> "ShardContent":
         """Accepts any decompressed shard of MDSWriter. Raises `ValueError` with the reason for other bytes."""
-        bounds, description = read_head(io.BytesIO(content))
+        try:
+            bounds, description = read_head(io.BytesIO(content))
+        except ValueError as error:
+            raise ValueError(_other_compression("", content) or str(error)) from None
         if bounds[-1] != len(content) or sorted(bounds) != bounds:
             raise ValueError("its samples do not fill it")
         return cls(content, bounds, description)
+
+    @classmethod
+    def of_file(cls, file: str, content: bytes) -> "ShardContent":
+        """As `parse`, of the content of a file as stored; its name says how it is compressed."""
+        return cls.parse(decompress(compression(file), content))
 
     def encoding(self, column: str) -> str:
         return self.description["column_encodings"][self.description["column_names"].index(column)]

@@ -21,8 +21,8 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.data.prepare.test_pipeline import content
 from tests.data.store.test_remote import run
+from tests.support.mds_shards import write_shards
 from tests.support.tiny_corpus import NEWS, prepared
-from tools.torchvision_operators import define_missing_torchvision_operators
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(home: Path) -> Tokenizer:
     return Tokenizer.load(home / "data" / "tokenizer.json")
-
-
-def write_shards(folder: Path, columns: dict[str, str], samples: Sequence[dict[str, Any]], **options: Any) -> str:
-    define_missing_torchvision_operators()
-    from streaming import MDSWriter
-
-    with MDSWriter(columns=columns, out=str(folder), size_limit=4000, **options) as writer:
-        for sample in samples:
-            writer.write(sample)
-    return str(folder)
 
 
 def take(home: Path, folder: str, into: Path, **options: Any) -> Path:
@@ -180,7 +170,9 @@ def test_folders_that_cannot_be_adopted_are_one_message(
     for arguments, words in [
         ((folder,), ["holds bytes", "--dtype int64"]),
         ((folder, "--dtype", "int65"), ["int65"]),
-        ((folder, "--dtype", "uint8"), ["document 0", "end token in its middle"]),
+        ((folder, "--dtype", "float32"), ["--dtype float32: no type of integers"]),
+        ((folder, "--dtype", "uint8"), ["the samples of", "also fit uint16", "ids below 300", "set --dtype uint16"]),
+        ((folder, "--dtype", "int64"), ["do not fit it, but int16", "ids below 300", "set --dtype int16"]),
         ((folder, "--column", "ids"), ["no column 'ids'; it has 'tokens', 'url'", "--column"]),
         ((folder, "--name", "Web/1"), ["name", "Web/1"]),
         ((str(cut), "--dtype", "uint16"), ["shard.00000.mds", "its samples do not fill it"]),
