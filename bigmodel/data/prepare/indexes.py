@@ -13,6 +13,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.work_items import Team
 from bigmodel.data.store import files
 from bigmodel.data.store.mds_index import RESTORE, Listed, compare, in_lines
+from bigmodel.sizes import counted_noun
 
 
 def compare_with_indexes(shards: Sequence[Listed], team: Team, progress: Progress) -> None:
@@ -23,9 +24,8 @@ def compare_with_indexes(shards: Sequence[Listed], team: Team, progress: Progres
     found = team.run("comparing with index.json", compare, [(shard,) for shard in shards], weights)
     differences = [difference for one in found for difference in one.differences]
     if differences:
-        raise UserError(
-            f"index.json and its shards differ in {len(differences):,} points:\n  {in_lines(differences)}\n{RESTORE}"
-        )
+        points = counted_noun(len(differences), "point")
+        raise UserError(f"index.json and its shards differ in {points}:\n  {in_lines(differences)}\n{RESTORE}")
     if unknown := sorted(set().union(*(one.unknown for one in found))):
         names = ", ".join(unknown)
         progress.console.print(f"index.json: hashes by {names} are not compared: not known here", markup=False)

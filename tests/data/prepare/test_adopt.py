@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def test_shards_of_whole_documents_are_linked_unchanged(home: Path, tokenizer: T
     [
         ("ndarray:int32", "", {}),
         ("ndarray", "", {"compression": "zstd:3"}),
-        ("bytes", "int64", {}),
+        ("bytes", "int64", {"compression": "snappy"}),
         ("ndarray:uint16", "", {"hashes": ["sha1"], "compression": "gz"}),
     ],
 )
@@ -111,8 +112,8 @@ def test_shards_of_text_are_tokenized_as_any_source(home: Path, tokenizer: Token
     both = stored(directory, "train") + stored(directory, "validation")
     assert sorted(both) == sorted(one.tolist() for one in whole(tokenizer))
     assert verify(str(directory), quiet()) == []
-    packed = write_shards(tmp_path / "packed", {"text": "str"}, [{"text": t} for t in NEWS], compression="zstd:3")
-    source = {"name": "adopted", "files": [f"{packed}/*.mds.zstd"]}
+    packed = write_shards(tmp_path / "packed", {"text": "str"}, [{"text": t} for t in NEWS], compression="bz2")
+    source = {"name": "adopted", "files": [f"{packed}/*.mds.bz2"]}
     again = prepared(tmp_path / "again", sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
     assert stored(again, "train") == stored(directory, "train")
 
@@ -196,6 +197,58 @@ def test_folders_that_cannot_be_adopted_are_one_message(
     assert (code, "exists already" in printed) == (2, True)
 
 
+@pytest.mark.parametrize(("column", "encoding"), [("tokens", "ndarray:uint16"), ("text", "str")])
+def test_shards_that_are_not_what_their_index_says_are_not_taken(
+    column: str, encoding: str, home: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A flipped bit in one shard, another number of samples in the next: one error names both."""
+    samples = [{column: one} for one in (NEWS if column == "text" else whole(tokenizer))]
+    folder = Path(write_shards(tmp_path / "ids", {column: encoding}, samples, hashes=["sha1"], compression="snappy"))
+    index = json.loads((folder / "index.json").read_bytes())
+    index["shards"][2]["samples"] = 75
+    (folder / "index.json").write_text(json.dumps(index))
+    flip(folder / "shard.00001.mds.snappy")
+    with pytest.raises(UserError, match=r"index.json and its shards differ in 3 points") as error:
+        take(home, str(folder), tmp_path / "data")
+    assert "shard.00001.mds.snappy: index.json says sha1" in str(error.value)
+    assert "its decompressed content has" in str(error.value)
+    assert "shard.00002.mds.snappy: index.json says 75 samples" in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_source_of_shards_is_compared_with_the_index_beside_it(home: Path, tmp_path: Path) -> None:
+    folder = Path(
+        write_shards(tmp_path / "theirs", {"text": "str"}, [{"text": text} for text in NEWS], hashes=["xxh64"])
+    )
+    flip(folder / "shard.00001.mds")
+    source = {"name": "news", "files": [f"{folder}/*.mds"]}
+    with pytest.raises(UserError, match=r"differ in 1 point:\n  \S+shard.00001.mds: index.json says xxh64"):
+        prepared(tmp_path, sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
+    assert not (tmp_path / "data").exists()
+
+
+def flip(file: Path) -> None:
+    """The last bit."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_linked_shard_is_the_file_itself_where_theirs_is_a_symbolic_link(
+    home: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    columns, documents = {"tokens": "ndarray:uint16"}, whole(tokenizer)
+    theirs = Path(write_shards(tmp_path / "theirs", columns, [{"tokens": one} for one in documents]))
+    (theirs / "real").mkdir()
+    shard = theirs / "shard.00000.mds"
+    shard.rename(theirs / "real" / "first")
+    shard.symlink_to("real/first")
+    directory = take(home, str(theirs), tmp_path / "data", validation=str(theirs))
+    assert stored(directory, "train") == [one.tolist() for one in documents]
+    linked = directory / "train" / "adopted" / "shard.00000.mds"
+    assert linked.samefile(shard)
+    assert not linked.is_symlink()
+
+
 def test_mds_files_that_are_no_source_of_text_are_refused(home: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokens = write_shards(tmp_path / "ids", {"tokens": "ndarray:uint16"}, [{"tokens": whole(tokenizer)[0]}])
     cut = Path(write_shards(tmp_path / "cut", {"text": "str"}, [{"text": text} for text in NEWS[:9]]))
@@ -213,6 +266,8 @@ def test_mds_files_that_are_no_source_of_text_are_refused(home: Path, tokenizer:
         (str(cut), "text", "shard.00000.mds: cannot be read: its samples do not fill it"),
     ]:
         source = {"name": "adopted", "files": [file], "column": column}
+        for index in tmp_path.glob("*/index.json"):
+            index.unlink()  # compared before: here the files alone are told
         with pytest.raises(UserError, match=message):
             prepared(tmp_path / "run", sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
 

@@ -6,7 +6,7 @@ import pytest
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.id_types import check_type, fitting_types
 
-IDS = [np.arange(number, 3 * number) % 300 for number in range(1, 40)]  # odd and even numbers of ids
+IDS = [np.arange(number, 3 * number) * 7 % 300 for number in range(1, 40)]  # odd and even numbers of ids
 
 
 @pytest.mark.parametrize("vocabulary", [300, 50_000])

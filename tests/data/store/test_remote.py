@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.prepare.pipeline import quiet
 from bigmodel.data.store import files, remote
+from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.remote import upload
 from bigmodel.data.store.shards import ShardStore
 from tests.support.s3 import delete, faulty_server, get, put, refusing_server, s3_server
@@ -215,6 +217,66 @@ def test_a_file_that_vanished_is_named(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{SHARD}: cannot be read: .*credentials"):
         ShardStore(tmp_path / "data", "train", url).document("news", 1, 0)
     assert not (tmp_path / "data" / SHARD).exists()
+
+
+# ---- names and links that lead outside ------------------------------------------------------------------------
+
+
+def test_a_manifest_that_names_a_file_outside_its_folder_writes_nothing_there(url: str, tmp_path: Path) -> None:
+    content = json.loads(get(f"{url}/manifest.json"))
+    content["files"]["../../outside.mds"] = content["files"][SHARD]
+    put(f"{url}/manifest.json", json.dumps(content).encode())
+    with pytest.raises(UserError, match=r"manifest.json: names '../../outside.mds', which is no file or source inside"):
+        ShardStore(tmp_path / "deep" / "er" / "data", "train", url)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["manifest.json"]
+
+
+def test_a_name_that_is_no_path_inside_is_refused_in_every_manifest(whole: Path) -> None:
+    content = json.loads((whole / "manifest.json").read_bytes())
+    assert len(Manifest.parse(json.dumps(content).encode(), "m.json").files) > 15
+    for table, names in (
+        (
+            "files",
+            ["/tmp/x", "train/../../x", "..", ".", "./x", "", "train//x", "train/", "a\\b", "a\0b", "a\nb", "s3://b/x"],
+        ),
+        ("counts", ["../news", "a/b", ".."]),
+    ):
+        for name in names:
+            changed = content | {table: content[table] | {name: next(iter(content[table].values()))}}
+            with pytest.raises(UserError, match=r"^m.json: names '.*', which is no file or source inside its folder"):
+                Manifest.parse(json.dumps(changed).encode(), "m.json")
+
+
+def test_nothing_is_fetched_through_a_link_that_leads_outside(url: str, tmp_path: Path) -> None:
+    """The settings at a URL's end cannot be changed by a name either."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "outside")
+    store = ShardStore(tmp_path / "data", "train", url)
+    with pytest.raises(UserError, match=r"leads outside \S+/data, through a symbolic link to \S+/outside/news/index"):
+        store.document("news", 1, 0)
+    assert list((tmp_path / "outside").rglob("*")) == []
+    for name in ("x?endpoint_override=127.0.0.1:9", "x#y", "../x"):
+        with pytest.raises(UserError, match=r"is not the path of a file inside; make this folder anew"):
+            files.inside(url, name)
+
+
+def test_an_upload_sends_what_a_link_inside_names_and_refuses_one_that_leads_outside(
+    whole: Path, bucket: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "data"))
+    shard = folder / SHARD
+    shard.rename(folder / "elsewhere")
+    shard.symlink_to(folder / "elsewhere")
+    upload(folder, f"{bucket}/linked", quiet())
+    assert get(f"{bucket}/linked/{SHARD}") == (whole / SHARD).read_bytes()
+    shard.unlink()
+    shard.symlink_to(whole / SHARD)
+    with pytest.raises(UserError, match=rf"{SHARD}: leads outside \S+/data, through a symbolic link to {whole}"):
+        upload(folder, f"{bucket}/outside", quiet())
+    assert "manifest.json" not in files.sizes(f"{bucket}/outside")
+    read = [ShardStore(directory, "train").document("news", 1, 0) for directory in (folder, whole)]
+    assert np.array_equal(*read)  # links of the user's own are read
 
 
 # ---- a node's cache -------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Saving: the interval, retention, the fence, the copy in a store, and a run that goes on after a failed save."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -17,6 +19,7 @@ from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import refuse_to_start_over, take_over
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import interval
+from bigmodel.training.checkpoint import remote as copies
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.checkpoint.interval import best_interval_seconds
 from bigmodel.training.checkpoint.saver import Saved, SaveError, Saver, Waiting
@@ -402,6 +405,45 @@ def test_lost_checkpoints_are_not_a_new_run(tmp_path: Path) -> None:
 
 
 # --- a copy elsewhere
+
+
+def test_a_checkpoint_that_names_a_file_outside_is_neither_fetched_nor_read(tmp_path: Path) -> None:
+    """The manifest's own hash is right: whoever writes a manifest can compute it."""
+    here, store = tmp_path / "here", tmp_path / "store"
+    saver = saver_of(here)
+    saver.save(Weights(4), {"step": 4})
+    saver.close()
+    path = checkpoint.path_of(here / "checkpoints", 4)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    manifest["files"]["../../../outside.safetensors"] = manifest["files"]["state.json"]
+    manifest["sha256"] = hashlib.sha256(checkpoint.plain(manifest)).hexdigest()
+    (path / "manifest.json").write_bytes(checkpoint.plain(manifest))
+    shutil.copytree(here / "checkpoints", store)
+    shutil.copy(path / "state.json", tmp_path / "outside.safetensors")
+    for run, remote in ((here, ""), (tmp_path / "elsewhere", f"file://{store}")):
+        with pytest.raises(UserError, match=r"names the file '../../../outside.safetensors', which is not inside the"):
+            checkpoint.newest(run / "checkpoints", ALONE, remote=remote)
+    assert [path.name for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()] == []
+
+
+def test_an_upload_follows_links_inside_a_checkpoint_and_none_that_leads_outside(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path / "here")
+    saver.save(Weights(4), {"step": 4})
+    saver.close()
+    path = checkpoint.path_of(tmp_path / "here/checkpoints", 4)
+    (path / "copy.json").symlink_to("state.json")
+    copies.upload(path, f"file://{tmp_path}/store")
+    copied = tmp_path / "store" / path.name / "copy.json"
+    assert copied.read_bytes() == (path / "state.json").read_bytes()
+    (tmp_path / "secret").write_text("mine")
+    (path / "copy.json").unlink()
+    (path / "copy.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        UserError, match=r"copy.json: leads outside \S+step-00000004, through a symbolic link to \S+secret"
+    ):
+        copies.upload(path, f"file://{tmp_path}/again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_run_resumes_where_only_the_copy_in_a_store_is_left(tmp_path: Path) -> None:
