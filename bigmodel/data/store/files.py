@@ -29,8 +29,7 @@ from bigmodel.config.settings import UserError
 PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 GS_RETRY_SECONDS = 30  # the client's default is 15 minutes without a message
 CHUNK_BYTES = 4 << 20  # per read: a store answers each read separately
-NEVER_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]")  # backslash and control characters
-SETTINGS_OF_URL = re.compile("[?#]")  # in a name they would choose another host
+NEVER_IN_NAMES = re.compile(r"[?#\\\x00-\x1f\x7f]")  # ? and # begin settings of a URL, as that of its host
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a store other than Amazon's",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -132,7 +131,7 @@ def inside(folder: str, name: str) -> str:
 
     Raises `UserError` for a name that leads outside, by itself or through a symbolic link.
     """
-    if not is_inside(name) or (is_remote(folder) and SETTINGS_OF_URL.search(name)):
+    if not is_inside(name):
         raise UserError(f"{folder}: {name!r} is not the path of a file inside; make this folder anew")
     location = join(folder, name)
     if not is_remote(folder) or urlsplit(folder).scheme == "file":

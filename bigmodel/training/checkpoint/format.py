@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         return manifest, ""
     except OSError as error:
         return {}, f"manifest.json cannot be read: {error.strerror}"
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return {}, "manifest.json is not a manifest"
 
 

@@ -21,8 +21,8 @@ from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.data.prepare.test_pipeline import content
+from tests.data.store.test_mds import write_shards
 from tests.data.store.test_remote import run
-from tests.support.mds_shards import write_shards
 from tests.support.tiny_corpus import NEWS, prepared
 
 

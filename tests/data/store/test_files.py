@@ -1,5 +1,6 @@
 """Sources in stores: listed, read and prepared as local ones, by any process; what fails is named."""
 
+import ast
 import contextlib
 import json
 import shutil
@@ -67,6 +68,30 @@ def test_a_folder_whose_name_has_wildcards_is_taken_as_it_is_written(tmp_path: P
     for place in (str(tmp_path), f"{bucket}/odd"):
         for pattern, found in expected.items():
             assert files.find(f"{place}/{pattern}") == [f"{place}/{name}" for name in found], pattern
+
+
+# Where a name that is no constant is put behind a folder, and why it cannot lead outside.
+NAMES_PUT_BEHIND_FOLDERS = {
+    ("bigmodel/data/store/manifest.py", "name"),  # of a Manifest, which refuses the names of other files
+    ("bigmodel/data/prepare/verify.py", "name"),  # the same, or found in the folder
+    ("bigmodel/data/store/mds_index.py", "name"),  # of `read_index`, which refuses them too
+    ("bigmodel/training/checkpoint/remote.py", "path.name"),  # of the checkpoint's own folder
+    ("bigmodel/training/checkpoint/remote.py", "f'{path.name}/{place.name}'"),  # found in the folder
+}
+
+
+def test_every_name_that_a_file_gives_is_held_to_its_folder() -> None:
+    """A new place calls `files.inside`, or joins the table with its reason."""
+    root, found = Path(files.__file__).parents[3], set()
+    for path in (root / "bigmodel").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "files.join":
+                name = ast.unparse(node.args[1])
+                found |= set() if name.isupper() else {(path.relative_to(root).as_posix(), name)}
+    assert found == NAMES_PUT_BEHIND_FOLDERS
+    for name in ("../x", "/x", "", None, 5):
+        with pytest.raises(UserError, match=r"^/data: .* is not the path of a file inside; make this folder anew"):
+            files.inside("/data", name)
 
 
 def test_a_store_is_prepared_into_the_same_shards_as_the_files_themselves(

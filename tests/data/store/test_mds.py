@@ -1,7 +1,9 @@
 """Our shards are those of mosaicml-streaming, byte for byte."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,17 @@ from tools.torchvision_operators import define_missing_torchvision_operators
 COLUMNS = {"one": ["tokens"], "two": ["tokens", "target_tokens"]}
 TEXTS = ["a", "", "été <|eos|>\n", "漢字" * 40_000]
 LENGTHS = [1, 2, 255, 256, 700, 65_535, 65_536, 70_000, 3]
+
+
+def write_shards(folder: Path, columns: dict[str, str], samples: Sequence[dict[str, Any]], **options: Any) -> str:
+    """Write samples as MDSWriter's shards of at most 4,000 bytes with their index.json; returns the folder."""
+    define_missing_torchvision_operators()
+    from streaming import MDSWriter
+
+    with MDSWriter(columns=columns, out=str(folder), **{"size_limit": 4000} | options) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from bigmodel.data.prepare.pipeline import quiet
 from bigmodel.data.prepare.work_items import processes
 from bigmodel.data.store import mds
 from bigmodel.data.store.mds_index import compare, list_shards, listed_beside
-from tests.support.mds_shards import write_shards
+from tests.data.store.test_mds import write_shards
 
 COMPRESSIONS = {"br": ".br", "bz2:1": ".bz2", "gz": ".gz", "snappy": ".snappy", "zstd:7": ".zstd"}
 SAMPLES = [{"tokens": np.arange(number, number + 9, dtype=np.uint16), "url": "x" * number} for number in range(60)]
