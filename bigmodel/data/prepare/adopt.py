@@ -8,13 +8,14 @@ A column of text goes to `prepare`, with the shards as its source. The rest of t
 A sample is one document. A missing begin or end token is added, and the number of additions is printed. A document with
 one of them in its middle is an error: such a sample is several documents, and their tokens would attend to each other.
 
-Guarantees: what index.json says of the shards holds: all that differs is one error, before a document is taken. Every
-document but empty ones is kept, in stored order, with unchanged ids. An uncompressed shard whose
-documents are all stored as here and go to one split is linked (copied between disks); any other is rewritten. The
-folder appears whole, by one rename. Killed, the next run continues from the imported shards in `<into>.partial`, if
-shards, tokenizer and versions are the same.
+Guarantees: what index.json says of the shards is true: all that differs is one error, before a document is taken.
+Every document but empty ones is kept, in stored order, with unchanged ids. An uncompressed shard whose documents are
+all stored as here and go to one split is linked (copied between disks); any other is rewritten. The folder appears
+whole, by one rename. Killed, the next run continues from the imported shards in `<into>.partial`, if shards, index,
+tokenizer and versions are the same.
 
-Costs: about 1 MB of text a second and core, because documents are decoded to count the bytes of their text.
+Costs: shards are read once to be compared and once, or twice with --dtype, to be taken; taking them is about 1 MB of
+text a second and core, because documents are decoded to count the bytes of their text.
 """
 
 import hashlib
@@ -77,9 +78,12 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
     into = adoption.into.absolute()
     if into.exists():
         raise UserError(f"--into {into}: exists already; choose another folder, or delete this one")
-    if adoption.dtype:
-        id_type(adoption.dtype)
     column, encoding = find_column(adoption)
+    if adoption.dtype and encoding != "bytes" and encoding.split(":")[1:2] != [id_type(adoption.dtype).name]:
+        raise UserError(
+            f"--dtype {adoption.dtype}: column {column!r} holds {encoding}, and only bytes do not say their type; "
+            "leave it out"
+        )
     adoption = replace(adoption, column=column)
     settings = _settings(adoption)
     if encoding == "str" and adoption.validation:

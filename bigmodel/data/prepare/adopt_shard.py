@@ -17,7 +17,7 @@ import numpy as np
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.cleaning import is_validation, is_whole, write_arrays
-from bigmodel.data.prepare.id_types import fitting_types
+from bigmodel.data.prepare.id_types import CANDIDATES, fitting_types
 from bigmodel.data.store import files, mds
 from bigmodel.data.store.manifest import SPLITS
 from bigmodel.data.store.mds_index import Listed
@@ -152,8 +152,6 @@ def _values(parsed: mds.ShardContent, shard: Shard) -> list[bytes]:
         raise UserError(f"{shard.file}: column {column!r} holds bytes; name the type of its ids, as --dtype int64")
     if encoding != "bytes" and not encoding.startswith("ndarray"):
         raise UserError(f"{shard.file}: column {column!r} holds {encoding}; token ids are ndarray or bytes")
-    if dtype and encoding not in ("bytes", f"ndarray:{dtype}"):
-        raise UserError(f"--dtype {dtype}: column {column!r} is {encoding}, which says its own type; leave it out")
     try:
         return list(parsed.values(column))
     except ValueError as error:
@@ -201,9 +199,11 @@ def _link(shard: Shard, parsed: mds.ShardContent, folder: Path) -> dict[str, Any
 
 
 def fitting_types_of(shard: Shard, vocabulary: int) -> set[str]:
-    """`fitting_types` of a column of bytes."""
+    """`fitting_types` of a column of bytes; arrays, which say their type, fit all."""
     parsed = _parse(shard.file, b"".join(files.chunks(shard.file)))
-    return fitting_types(_values(parsed, shard), vocabulary)
+    values = _values(parsed, shard)
+    is_typed = parsed.encoding(shard.adoption.column) != "bytes"
+    return set(CANDIDATES) if is_typed else fitting_types(values, vocabulary)
 
 
 def _parse(file: str, content: bytes) -> mds.ShardContent:

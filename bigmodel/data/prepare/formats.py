@@ -128,9 +128,9 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
-    with files.readable(file), files.open_file(file) as stream:
+    with files.readable(file):
         try:
-            description = mds.read_head(mds.open_head(mds.compression(files.without_settings(file)), stream))[1]
+            description = mds.describe(files.without_settings(file), lambda: files.open_file(file))
         except ValueError as error:
             raise OSError(str(error)) from None
     known = dict(zip(description["column_names"], description["column_encodings"], strict=True))

@@ -12,6 +12,7 @@ documents: any process writes it alone and in one go, and none imports streaming
 """
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -122,11 +123,15 @@ def decompress(how: str, content: bytes) -> bytes:
         raise ValueError(_reason(how, content, error)) from None
 
 
-def open_head(how: str, stream: IO[bytes]) -> IO[bytes]:
-    """A shard from its start on, decompressed no further than it is read; snappy's is decompressed whole."""
-    if how == "snappy":
-        return io.BytesIO(decompress(how, stream.read()))
-    return pyarrow.CompressedInputStream(stream, how) if how else stream
+def describe(file: str, open_file: Callable[[], IO[bytes]]) -> dict[str, Any]:
+    """The description of a shard's columns, from the start of its file. Raises `ValueError` with the reason if it has
+    none; only then, and of a shard compressed by snappy, the file is read whole."""
+    how = compression(file)
+    if how != "snappy":
+        with contextlib.suppress(OSError, ValueError), open_file() as stream:
+            return read_head(pyarrow.CompressedInputStream(stream, how) if how else stream)[1]
+    with open_file() as stream:
+        return ShardContent.of_file(file, stream.read()).description
 
 
 def _reason(how: str, content: bytes, error: Exception) -> str:

@@ -6,7 +6,7 @@ Guarantees: a file appears in the node's folder by one rename, after size and SH
 Of all processes of a node that need it, one fetches it and the others wait. A killed process leaves only a hidden
 `.NAME.part`, which the next run deletes unless a live process holds it. An upload writes the manifest last, so a folder
 in the store that has one is whole. A name in the manifest, or a symbolic link, that leads outside the folder is an
-error before anything is written or sent.
+error before that file is written or sent.
 
 With a limit (`data.cache_bytes`) the least recently used shards are deleted before another is fetched: only shards that
 were fetched from the store (`.fetched` lists them) and that the store still has in the right size.

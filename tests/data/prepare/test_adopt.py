@@ -22,6 +22,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.data.prepare.test_pipeline import content
 from tests.data.store.test_mds import write_shards
+from tests.data.store.test_mds_index import LARGE_WINDOW
 from tests.data.store.test_remote import run
 from tests.support.tiny_corpus import NEWS, prepared
 
@@ -174,6 +175,7 @@ def test_folders_that_cannot_be_adopted_are_one_message(
         ((folder, "--dtype", "float32"), ["--dtype float32: no type of integers"]),
         ((folder, "--dtype", "uint8"), ["the samples of", "also fit uint16", "ids below 300", "set --dtype uint16"]),
         ((folder, "--dtype", "int64"), ["do not fit it, but int16", "ids below 300", "set --dtype int16"]),
+        ((folder, "--column", "url", "--dtype", "int32"), ["--dtype int32: column 'url' holds str", "leave it out"]),
         ((folder, "--column", "ids"), ["no column 'ids'; it has 'tokens', 'url'", "--column"]),
         ((folder, "--name", "Web/1"), ["name", "Web/1"]),
         ((str(cut), "--dtype", "uint16"), ["shard.00000.mds", "its samples do not fill it"]),
@@ -258,16 +260,18 @@ def test_mds_files_that_are_no_source_of_text_are_refused(home: Path, tokenizer:
     damaged = Path(latin) / "shard.00000.mds"
     damaged.write_bytes(damaged.read_bytes().replace(b"\x7f\x7f", b"\xff\xff"))
     (tmp_path / "none.mds").write_bytes(b"nothing of the kind")
+    (tmp_path / "far.mds.zstd").write_bytes(LARGE_WINDOW)
+    for index in tmp_path.glob("*/index.json"):
+        index.unlink()  # the files alone are judged
     for file, column, message in [
         (f"{tokens}/*.mds", "tokens", "holds ndarray:uint16, not text; import shards of tokens with .*adopt"),
         (f"{tokens}/*.mds", "text", "has no column 'text'; it has 'tokens'"),
         (str(tmp_path / "none.mds"), "text", "none.mds: cannot be read: its head is not that of an MDS shard"),
+        (str(tmp_path / "far.mds.zstd"), "text", "far.mds.zstd: cannot be read: its zstd window is above 128 MiB"),
         (str(damaged), "text", "shard.00000.mds: sample 10: not UTF-8"),
         (str(cut), "text", "shard.00000.mds: cannot be read: its samples do not fill it"),
     ]:
         source = {"name": "adopted", "files": [file], "column": column}
-        for index in tmp_path.glob("*/index.json"):
-            index.unlink()  # compared before: here the files alone are told
         with pytest.raises(UserError, match=message):
             prepared(tmp_path / "run", sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
 
