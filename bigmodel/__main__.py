@@ -159,7 +159,8 @@ def adopt(
 
     A sample is one document. Missing begin and end tokens are added and counted; a document with one of them in its
     middle is an error. With --validation, shards in our own format are linked unchanged; others are rewritten. Ids are
-    never changed. Text is tokenized, as `prepare` does with a source of .mds files.
+    never changed. Text is tokenized, as `prepare` does with a source of .mds files. What differs from index.json is an
+    error.
     """
     from bigmodel.data.prepare.adopt import Adoption
     from bigmodel.data.prepare.adopt import adopt as run

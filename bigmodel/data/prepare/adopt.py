@@ -49,7 +49,7 @@ from bigmodel.run_directory import write_atomically
 from bigmodel.sizes import counted_noun
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
-FORMAT = 2  # raise it when the files of a taken shard change
+FORMAT = 1  # raise it when the files of a taken shard change
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 
 
