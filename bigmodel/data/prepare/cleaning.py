@@ -35,8 +35,9 @@ import numpy as np
 from bigmodel.config.settings import DecontaminationSettings, PrepareSettings, SourceSettings, UserError
 from bigmodel.data.prepare import corpus
 from bigmodel.data.prepare.corpus import Source, Unit
-from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare.rows import Malformed
 from bigmodel.run_directory import write_atomically
+from bigmodel.sizes import counted_noun
 
 REASONS = ("kept", "null", "empty", "malformed", "too_short", "too_long", "contaminated", "duplicate")
 KEPT, NULL, EMPTY, MALFORMED, TOO_SHORT, TOO_LONG, CONTAMINATED, DUPLICATE = range(len(REASONS))
@@ -176,30 +177,40 @@ def is_validation(key: str | None, text_digest: bytes, validation_share: float) 
 def evaluation_hashes(settings: DecontaminationSettings) -> np.ndarray:
     """Sorted hashes of every run of `ngram` words in the evaluation files. A text of fewer words has none.
 
-    Raises `UserError` for the errors of `corpus.find_source`, a malformed record, and a file without any such run,
+    Raises `UserError` for the errors of `corpus.find_source`, malformed records, and a file without any such run,
     which would have no effect.
     """
     named = SourceSettings(name="evaluation", files=settings.files, column=settings.column)
     source = corpus.find_source(named, "prepare.decontaminate")
-    found = [_file_hashes(replace(source, files=(file,)), settings.ngram) for file in source.files]
+    malformed: list[Malformed] = []
+    found = [
+        _file_hashes(replace(source, files=(file,), formats=(form,)), settings.ngram, malformed)
+        for file, form in zip(source.files, source.formats, strict=True)
+    ]
+    if malformed:
+        raise UserError(
+            f"prepare.decontaminate: its files hold {counted_noun(len(malformed), 'malformed record')}; correct or "
+            f"drop them\n{corpus.in_lines(malformed)}"
+        )
+    for file, hashes in zip(source.files, found, strict=True):
+        if not len(hashes):
+            raise UserError(
+                f"prepare.decontaminate.ngram = {settings.ngram}: {file} has no text of that many words, so the file "
+                "would have no effect; lower it, or leave the file out"
+            )
     return np.unique(np.concatenate(found))
 
 
-def _file_hashes(source: Source, length: int) -> np.ndarray:
+def _file_hashes(source: Source, length: int, malformed: list[Malformed]) -> np.ndarray:
+    """Hashes of a file's runs of words; its malformed records are added to the list."""
     found = [np.zeros(0, np.uint64)]
     for unit in corpus.plan_units(source):
         for row, _ in corpus.read_unit(unit):
             if isinstance(row, Malformed):
-                (named,) = corpus.with_line_numbers([row])
-                raise UserError(f"prepare.decontaminate: {row.file}: {named.place}: {row.reason}; correct or drop it")
-            found += [run_hashes(text, length) for text in row if text is not None]
-    hashes = np.concatenate(found)
-    if not len(hashes):
-        raise UserError(
-            f"prepare.decontaminate.ngram = {length}: {source.files[0]} has no text of that many words, so the file "
-            "would have no effect; lower it, or leave the file out"
-        )
-    return hashes
+                malformed.append(row)
+            else:
+                found += [run_hashes(text, length) for text in row if text is not None]
+    return np.concatenate(found)
 
 
 def run_hashes(text: str, length: int) -> np.ndarray:

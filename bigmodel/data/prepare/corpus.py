@@ -6,22 +6,24 @@ on its own. `bigmodel.data.prepare.formats` reads the files.
 Guarantees: units depend on the files of a source alone. A unit gives the same rows in the same order in any process.
 Small files and small pieces share a unit, so their number costs nothing.
 
-Costs: a file is opened once for its columns and once for its pieces, 16 files at a time.
+Costs: a file is opened once each for its format, its columns and its pieces, 16 files at a time.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigmodel.config.settings import SourceSettings, UserError
 from bigmodel.data.prepare import formats
-from bigmodel.data.prepare.formats import Malformed, Piece, Row
+from bigmodel.data.prepare.json_text import count_lines
+from bigmodel.data.prepare.rows import Format, Malformed, Piece, Row
 from bigmodel.data.store import files
 from bigmodel.data.store.mds_index import Listed, listed_beside
 
 UNIT_BYTES = 16 << 20  # about a second of tokenizing
+SHOWN = 5  # malformed records in a message
 LOOKS_AT_ONCE = 16  # files, because a store answers each request after a delay
 CHANGED = "changed while it was prepared; prepare again when no process writes to it"
 
@@ -29,11 +31,12 @@ CHANGED = "changed while it was prepared; prepare again when no process writes t
 @dataclass(frozen=True, slots=True)
 class Source:
     """A named list of files. `columns`: of the text and, for pairs, of the target. The value of `key_column`, or the
-    text without one, decides between train and validation."""
+    text without one, decides between train and validation. `formats`: of the files, in order."""
 
     name: str
     files: tuple[str, ...]
     columns: tuple[str, ...]
+    formats: tuple[Format, ...]
     key_column: str | None = None
 
 
@@ -54,16 +57,19 @@ class Unit:
 # ---- finding files --------------------------------------------------------------------------------------------
 
 
-def find_source(settings: SourceSettings, where: str = "prepare.sources") -> Source:
-    """Resolve the paths, URLs and patterns of a source and check each file's columns.
+def find_source(
+    settings: SourceSettings, where: str = "prepare.sources", say: Callable[[str], None] = lambda _: None
+) -> Source:
+    """Resolve the paths, URLs and patterns of a source and check each file's columns. `say` gets a line about what
+    was passed over.
 
-    Raises `UserError` for a pattern without matches, a folder, an unknown extension, an unreadable file, and a column
-    missing from the schema of a file or from the first lines of a JSONL file.
+    Raises `UserError` for a pattern without matches, a folder, an unknown format, an unreadable file, and a column
+    missing from the schema of a file or from the first records of a JSON file.
     """
     where = f"{where} {settings.name!r}"
     found: dict[str, None] = {}
     for pattern in settings.files:
-        matches = files.find(pattern)
+        matches = files.find(pattern, say)
         if not matches:
             looked = "" if files.is_remote(pattern) else f" (in {Path.cwd()})"
             raise UserError(
@@ -72,13 +78,14 @@ def find_source(settings: SourceSettings, where: str = "prepare.sources") -> Sou
         found.update(dict.fromkeys(_named(where, files.absolute(match)) for match in matches))
     columns = (settings.column, *([settings.target_column] if settings.target_column else []))
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        list(pool.map(lambda file: _check_file(where, file, columns), found))
-    return Source(settings.name, tuple(found), columns)
+        known = pool.map(lambda file: _check_file(where, file, settings.format, columns), found)
+        return Source(settings.name, tuple(found), columns, tuple(known))
 
 
 def listed_shards(sources: Sequence[Source]) -> list[Listed]:
     """The MDS shards of sources that an index.json beside them lists."""
-    return listed_beside([file for source in sources for file in source.files if formats.kind(file) == "shard"])
+    named = [pair for source in sources for pair in zip(source.files, source.formats, strict=True)]
+    return listed_beside([file for file, form in named if form.kind == "mds"])
 
 
 def _named(where: str, file: str) -> str:
@@ -89,25 +96,22 @@ def _named(where: str, file: str) -> str:
     return file
 
 
-def _check_file(where: str, file: str, columns: tuple[str, ...]) -> None:
+def _check_file(where: str, file: str, told: str, columns: tuple[str, ...]) -> Format:
     if files.is_folder(file):
         raise UserError(f"{where}: {file} is a folder; name its files, for example {file}/*.parquet")
     if not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{where}: {file} is a pipe or device, which can be read only once; write it to a file first")
-    kind = formats.kind(file)
-    if kind == "":
-        raise UserError(f"{where}: {file}: unknown extension; known are {', '.join(formats.KINDS)}")
-    if kind == "text":
-        if len(columns) > 1:
-            raise UserError(f"{where}: {file}: a text file has no columns, so no target_column; use JSONL or Parquet")
-        return
-    known = formats.find_columns(file, columns)
+    form = formats.recognize(file, told)
+    if form.kind == "text" and len(columns) > 1:
+        raise UserError(f"{where}: {file}: a text file has no columns, so no target_column; use JSONL or Parquet")
+    known = formats.find_columns(file, form, columns)
     for setting, column in zip(("column", "target_column"), columns, strict=False):
         if known and column not in known:
             raise UserError(
                 f"{where}: {file} has no column {column!r}; it has {', '.join(map(repr, known))}; "
                 f"set `{setting}` of this source to the one that holds the text"
             )
+    return form
 
 
 def corpus_hash(sources: Sequence[Source]) -> str:
@@ -151,7 +155,7 @@ def hash_file(path: str | Path) -> str:
 def plan_units(source: Source) -> list[Unit]:
     """Cut a source into units; depends on the files alone, not on the number of processes."""
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        cut = list(pool.map(lambda file: formats.cut(file, UNIT_BYTES), source.files))
+        cut = list(pool.map(lambda file, form: formats.cut(file, form, UNIT_BYTES), source.files, source.formats))
     pieces = (piece for of_file in cut for piece in of_file)
     return [Unit(source.name, group, source.columns, source.key_column) for group in _group_by_size(pieces)]
 
@@ -185,9 +189,15 @@ def with_line_numbers(records: Sequence[Malformed]) -> list[Malformed]:
     numbers = {
         (file, offset): number
         for file, of_file in offsets.items()
-        for offset, number in zip(sorted(of_file), formats.count_lines(file, sorted(of_file)), strict=True)
+        for offset, number in zip(sorted(of_file), count_lines(file, sorted(of_file)), strict=True)
     }
     return [
         replace(record, place=f"line {numbers[record.file, record.offset]}") if record.offset >= 0 else record
         for record in records
     ]
+
+
+def in_lines(records: Sequence[Malformed]) -> str:
+    """The first malformed records, each with file, place and reason."""
+    shown = [f"  {one.file}: {one.place}: {one.reason}" for one in with_line_numbers(records[:SHOWN])]
+    return "\n".join([*shown, *(["  ..."] if len(records) > SHOWN else [])])

@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.corpus import Source
+from bigmodel.data.prepare.rows import Format
 
 SHORTEST_DOCS_CHARACTERS = 200  # shorter documentation is a heading and a phrase, not a document
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
@@ -56,12 +57,14 @@ def embedded_hash(modules: Sequence[tuple[str, bytes]]) -> str:
 
 def embedded_sources(directory: Path) -> list[Source]:
     """The two sources in a folder of `write_embedded_corpus`."""
-    return [Source(name, (str(directory / f"{name}.parquet"),), ("text",), "key") for name in ("code", "docs")]
+    files = {name: str(directory / f"{name}.parquet") for name in ("code", "docs")}
+    return [Source(name, (file,), ("text",), (Format("parquet"),), "key") for name, file in files.items()]
 
 
 def pair_sources(directory: Path) -> list[Source]:
     """The source of pairs in a folder of `write_embedded_pairs`."""
-    return [Source("summaries", (str(directory / "summaries.parquet"),), ("text", "target"), "key")]
+    file = str(directory / "summaries.parquet")
+    return [Source("summaries", (file,), ("text", "target"), (Format("parquet"),), "key")]
 
 
 def write_embedded_pairs(directory: Path, modules: Sequence[tuple[str, bytes]]) -> dict[str, dict[str, dict[str, int]]]:

@@ -26,7 +26,7 @@ from bigmodel.config.settings import PrepareSettings, UserError
 from bigmodel.data.prepare import cleaning, corpus
 from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Unit
-from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare.rows import Malformed
 from bigmodel.data.store.manifest import SPLITS
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.run_directory import write_atomically
@@ -69,21 +69,17 @@ class Work:
         return sum(1 for stage in ("scan", "encoded") for _ in (self.folder / stage).glob("*.npz"))
 
 
-def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) -> Malformed | None:
-    """Judge a unit's rows, unless its file exists; returns the first malformed record."""
+def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) -> None:
+    """Judge a unit's rows, unless its file exists."""
     path = work.scan(number)
     if not path.parent.exists():
         raise UserError(
             f"{path.parent}: does not exist on {socket.gethostname()}; data.directory must be on a file system that "
             "every worker of prepare.scheduler has under the same path"
         )
-    if cleaning.is_whole(path):
-        scan = Scan.read(path)
-    else:
+    if not cleaning.is_whole(path):
         contaminated = np.load(work.contaminated, mmap_mode="r") if settings.decontaminate else None
-        scan = cleaning.scan_unit(unit, settings, contaminated)
-        scan.write(path)
-    return scan.malformed[0] if scan.malformed else None
+        cleaning.scan_unit(unit, settings, contaminated).write(path)
 
 
 def read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[str]:

@@ -21,12 +21,12 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from bigmodel.data.prepare import (
     corpus,
     embedded,
     encoding,
-    formats,
 )
 from bigmodel.data.prepare import (
     shard_writing as assembly,
@@ -50,10 +49,10 @@ from bigmodel.data.prepare import (
 )
 from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Source, Unit
-from bigmodel.data.prepare.encoding import Work, read_array, save_array
-from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare.encoding import Work, read_array
 from bigmodel.data.prepare.indexes import compare_with_indexes
 from bigmodel.data.prepare.lengths import draw_lengths
+from bigmodel.data.prepare.scanning import count_rows, num_texts, scan_all, texts_in_words, write_malformed
 from bigmodel.data.prepare.staging import (
     DISK_FULL,
     claimed,
@@ -120,7 +119,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
     with contextlib.ExitStack() as stack:
         if progress is None:
             progress = stack.enter_context(live())
-        job = _settle(settings)
+        job = _settle(settings, partial(_say, progress))
         made = _is_made(job)
         if made:
             conclude(progress, f"{job.target}: already prepared from this text and these settings; nothing to do")
@@ -167,25 +166,16 @@ def _summary(job: _Job) -> str:
     documents = sum(of_split["documents"] for of_split in splits)
     tokens = sum(stored_amount(of_split, "tokens") for of_split in splits)
     lines = [f"{job.target}: {counted_noun(documents, 'document')}, {tokens:,} tokens prepared"]
-    lines += [f"  {source.name}: {_texts_in_words(source)}" for source in job.sources if _num_texts(source)]
+    lines += [f"  {source.name}: {texts_in_words(source)}" for source in job.sources if num_texts(source)]
     dropped = {name: manifest.dropped(name) for name in manifest.sources}
     lines += [f"  {name}: dropped {in_words(counts)}" for name, counts in dropped.items() if counts]
     return "\n".join(lines)
 
 
-def _num_texts(source: Source) -> int:
-    return sum(formats.kind(file) == "text" for file in source.files)
-
-
-def _texts_in_words(source: Source) -> str:
-    number = _num_texts(source)
-    return "1 .txt file, which is one document" if number == 1 else f"{number:,} .txt files, one document each"
-
-
 # ---- the request ----------------------------------------------------------------------------------------------
 
 
-def _settle(settings: Settings) -> _Job:
+def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
     wanted = settings.prepare
     target = settings.data.directory.resolve()  # the target of a link is made, the link stays
     if target.is_mount() and not (target / MANIFEST).exists():
@@ -197,17 +187,17 @@ def _settle(settings: Settings) -> _Job:
             f"prepare.shard_tokens = {wanted.shard_tokens}: a shard file is at most 4 GiB; "
             f"set it to {mds.LARGEST_SHARD_TOKENS} or less"
         )
-    sources = [corpus.find_source(source) for source in wanted.sources]
+    sources = [corpus.find_source(source, say=say) for source in wanted.sources]
     read = list(sources)
     modules = [] if sources else embedded.standard_library()
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
-        "sources": [source.model_dump() for source in wanted.sources] or EMBEDDED[wanted.embedded],
+        "sources": [_describe_source(source) for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
         "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
     }
     if wanted.decontaminate:
         against = SourceSettings(name="evaluation", **wanted.decontaminate.model_dump(include={"files", "column"}))
-        read.append(corpus.find_source(against, "prepare.decontaminate"))
+        read.append(corpus.find_source(against, "prepare.decontaminate", say))
     identities = corpus.identities(read)
     if wanted.decontaminate:
         recipe["evaluation_sha256"] = corpus.corpus_hash(read[-1:])
@@ -220,6 +210,11 @@ def _check_unchanged(job: _Job) -> None:
     for file, identity in job.identities.items():
         if files.identity(file) != identity:
             raise UserError(f"{file}: {corpus.CHANGED}")
+
+
+def _describe_source(source: SourceSettings) -> dict[str, Any]:
+    """Its settings in the recipe; those without a value that came later are left out, as in earlier recipes."""
+    return source.model_dump(exclude=set() if source.format else {"format"})
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:
@@ -301,8 +296,8 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
         compare_with_indexes(corpus.listed_shards(sources), team, progress)
-        scans = _scan(team, all_units, job.settings, work)
-        rows, row_bytes = _count_rows(sources, all_units, scans, left_out, job.settings.validation_share)
+        scans = scan_all(team, all_units, job.settings, work)
+        rows, row_bytes = count_rows(sources, all_units, scans, left_out, job.settings.validation_share)
         tokenizer = _make_tokenizer(job, team, all_units, scans, work)
         if not tokenizer.is_fast:
             _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
@@ -362,93 +357,6 @@ def _team(
     number = min(settings.workers or len(os.sched_getaffinity(0)), len(all_units))
     small = sum(unit.num_bytes for unit in all_units) < INLINE_BYTES
     return units.processes(1 if small else number, progress)
-
-
-def _scan(team: Team, all_units: Sequence[Unit], settings: PrepareSettings, work: Work) -> list[Scan]:
-    if settings.decontaminate:
-        save_array(work.contaminated, cleaning.evaluation_hashes(settings.decontaminate))
-
-    def look(malformed: Malformed | None) -> None:
-        if malformed and not settings.malformed_share:
-            (named,) = corpus.with_line_numbers([malformed])
-            raise UserError(f"{_in_one_line(named)}; correct or drop it, or set prepare.malformed_share above 0")
-
-    tasks = [(number, unit, settings, work) for number, unit in enumerate(all_units)]
-    team.run("reading", encoding.scan_unit, tasks, [unit.num_bytes for unit in all_units], look)
-    scans = [Scan.read(work.scan(number)) for number in range(len(all_units))]
-    _check_malformed(all_units, scans, settings.malformed_share, work)
-    save_array(work.duplicates, cleaning.mark_duplicates(scans) if settings.deduplicate else np.zeros(0, np.int64))
-    return scans
-
-
-def _in_one_line(malformed: Malformed) -> str:
-    return f"{malformed.file}: {malformed.place}: {malformed.reason}"
-
-
-def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: float, work: Work) -> None:
-    """Raise `UserError` for the first source with more malformed records than allowed, and write a list of them."""
-    for source in dict.fromkeys(unit.source for unit in all_units):
-        mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source]
-        malformed = sum(int((scan.status == cleaning.MALFORMED).sum()) for scan in mine)
-        read = sum(len(scan.status) for scan in mine)
-        if malformed > allowed * read:
-            (first,) = corpus.with_line_numbers([record for scan in mine for record in scan.malformed][:1])
-            listed = work.folder / "malformed.jsonl"
-            _write_malformed(listed, cleaning.list_malformed([unit.source for unit in all_units], scans))
-            raise UserError(
-                f"prepare.sources {source!r}: {malformed:,} of {read:,} records are malformed, which is above "
-                f"prepare.malformed_share = {allowed}; the first is {_in_one_line(first)}; correct them or raise the "
-                f"share; {listed} lists them"
-            )
-
-
-def _write_malformed(path: Path, records: Iterable[dict[str, str]]) -> None:
-    lines = [json.dumps(record) + "\n" for record in records]
-    if lines:
-        write_atomically(path, "".join(lines))
-
-
-def _count_rows(
-    sources: Sequence[Source],
-    all_units: Sequence[Unit],
-    scans: Sequence[Scan],
-    left_out: dict[str, dict[str, dict[str, int]]],
-    share: float,
-) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """Documents and bytes of each source: read, kept, dropped by reason. Raises `UserError` for a source or split
-    without documents."""
-    rows, row_bytes = {}, {}
-    for source in sources:
-        mine = [scan for unit, scan in zip(all_units, scans, strict=True) if unit.source == source.name]
-        counted = cleaning.count_reasons(mine)
-        if not counted[0]["kept"]:
-            some = {reason: count for reason, count in counted[0].items() if count or reason == "read"}
-            raise UserError(
-                f"prepare.sources {source.name!r}: has no documents ({in_words(some)}); "
-                "name files that hold text, or leave the source out"
-            )
-        for counts, what in zip(counted, ("documents", "bytes"), strict=True):
-            early = {reason: numbers[what] for reason, numbers in left_out.get(source.name, {}).items()}
-            counts |= early | {"read": counts["read"] + sum(early.values())}
-            accounted = sum(count for reason, count in counts.items() if reason != "read")
-            assert accounted == counts["read"], f"{source.name}: {counts} does not add up"
-        rows[source.name], row_bytes[source.name] = counted
-    kept = np.concatenate([scan.validation[scan.status == cleaning.KEPT] for scan in scans])
-    for split, number in (("train", np.count_nonzero(~kept)), ("validation", np.count_nonzero(kept))):
-        if not number:
-            of_texts = [_texts_in_words(source) for source in sources if _num_texts(source)]
-            enough = _enough(share, len(kept))
-            remedy = f"set prepare.validation_share = {enough:g}" if split == "validation" else "lower it"
-            raise UserError(
-                f"prepare.validation_share = {share:g}: none of the {counted_noun(len(kept), 'document')} fell into "
-                f"the {split} split; {remedy}, or add documents" + (f" ({', '.join(of_texts)})" if of_texts else "")
-            )
-    return rows, row_bytes
-
-
-def _enough(share: float, num_documents: int) -> float:
-    """A validation share for 4 expected documents or more, at most 0.4, and at least twice `share`."""
-    return min(0.4, max(math.ceil(400 / num_documents) / 100, round(2 * share, 2)))
 
 
 def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:
@@ -546,6 +454,6 @@ def _write_lists(all_units: Sequence[Unit], scans: Sequence[Scan], encoded: dict
             file.write(read_array(path, "validation_text").tobytes())
     malformed = cleaning.list_malformed([unit.source for unit in all_units], scans)
     records = (record | {"file": corpus.base_name(record["file"])} for record in malformed)
-    _write_malformed(work.result / "malformed.jsonl", records)
+    write_malformed(work.result / "malformed.jsonl", records)
     for part in work.result.rglob(".*.part*"):  # left by a process killed while writing
         part.unlink()

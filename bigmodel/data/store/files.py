@@ -10,10 +10,9 @@ Tested: s3:// against moto's server; gs:// against fake-gcs-server and abfs:// a
 installed (else the tests are skipped); fsspec's memory://; of hdfs:// only the error without a JVM.
 """
 
-import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -25,6 +24,7 @@ from fsspec.utils import glob_translate
 from pyarrow import fs
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.store import tree
 
 PYARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 GS_RETRY_SECONDS = 30  # the client's default is 15 minutes without a message
@@ -52,18 +52,21 @@ def absolute(location: str) -> str:
     return location if is_remote(location) else os.path.abspath(location)
 
 
-def find(pattern: str) -> list[str]:
-    """Files that match a path, URL or glob pattern, sorted.
+def find(pattern: str, say: Callable[[str], None] = lambda _: None) -> list[str]:
+    """Files that match a path, URL or glob pattern, sorted; below `**` of a local one, each real file once, and `say`
+    gets a line about what was passed over.
 
     An existing folder or file whose name contains wildcards is taken literally: `/data/crawl[1]/*.txt`.
     """
     if not is_remote(pattern):
-        found = (glob.glob(glob.escape(start) + rest, recursive=True) for start, rest in _readings(pattern, "*?["))
+        found = (tree.matching(start, rest, say) for start, rest in _readings(pattern, "*?["))
         return sorted(next(filter(None, found), []))
+    parts = urlsplit(pattern)
+    if parts.scheme == "file":
+        return [f"file://{name}" for name in find(parts.path, say)]
     store, path = open_store(pattern)
     with readable(pattern):
         names = next(filter(None, (_matching(store, start, rest) for start, rest in _readings(path, "*["))), [])
-    parts = urlsplit(pattern)
     start = path.removesuffix(parts.path.lstrip("/"))  # bucket or container; the URL names it in its own form
     query = f"?{parts.query}" if parts.query else ""
     return [f"{parts.scheme}://{parts.netloc}/{name.removeprefix(start)}{query}" for name in names]

@@ -140,8 +140,8 @@ def test_an_evaluation_file_that_compares_with_nothing_is_refused(tmp_path: Path
     for name, values, message in (
         (
             "list.jsonl",
-            [["What is the capital of France?"]],
-            r"list\.jsonl: line 1: 'text' is list, not text; correct or drop it",
+            [["What is the capital of France?"], 7],
+            r"2 malformed records.*drop them\n .*list\.jsonl: line 1: 'text' is list, not text\n .*: line 2: 'text' is",
         ),
         ("short.jsonl", ["too short", None], r"ngram = 5: .*short\.jsonl has no text of that many words"),
     ):

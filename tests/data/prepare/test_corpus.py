@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from bigmodel.config.settings import SourceSettings, UserError
-from bigmodel.data.prepare import corpus, formats
-from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare import compression, corpus, formats, rows
+from bigmodel.data.prepare.rows import Malformed
 
 TEXTS = [f"document {number}: " + "été " * number for number in range(40)]
 
@@ -23,7 +23,7 @@ def units_of(*files: Path | str, column: str = "text", name: str = "a", target: 
     return corpus.plan_units(corpus.find_source(settings))
 
 
-def pieces_of(*files: Path | str) -> list[formats.Piece]:
+def pieces_of(*files: Path | str) -> list[rows.Piece]:
     return [piece for unit in units_of(*files) for piece in unit.pieces]
 
 
@@ -188,7 +188,7 @@ def test_of_a_line_longer_than_its_unit_no_more_than_the_unit_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "UNIT_BYTES", 1000)
-    monkeypatch.setattr(formats, "BUFFER_BYTES", 100)
+    monkeypatch.setattr(compression, "BUFFER_BYTES", 100)
     file = write_jsonl(tmp_path / "a.jsonl", ["x" * 10_000, "last"])
     read: list[int] = []
 
@@ -197,7 +197,7 @@ def test_of_a_line_longer_than_its_unit_no_more_than_the_unit_is_read_again(
             read.append(len(line := super().readline(size)))
             return line
 
-    monkeypatch.setattr(formats.io, "BufferedReader", Counted)
+    monkeypatch.setattr(compression.io, "BufferedReader", Counted)
     units = units_of(file)
     read.clear()
     assert [list(corpus.read_unit(unit)) for unit in units[1:10]] == [[]] * 9
@@ -254,11 +254,13 @@ def test_the_lines_of_malformed_records_are_counted_in_one_pass(tmp_path: Path, 
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
     (tmp_path / "b.jsonl").write_bytes(b"".join(lines[5:]))
     monkeypatch.setattr(corpus, "UNIT_BYTES", 500)
-    monkeypatch.setattr(formats, "BUFFER_BYTES", 100)
+    monkeypatch.setattr(compression, "BUFFER_BYTES", 100)
     malformed = [row for row in rows_of(tmp_path / "*.jsonl*") if isinstance(row, Malformed)]
     opened: list[str] = []
-    original = formats.open_lines
-    monkeypatch.setattr(formats, "open_lines", lambda file: (opened.append(Path(file).name), original(file))[1])
+    original = compression.opened
+    monkeypatch.setattr(
+        compression, "opened", lambda file, how: (opened.append(Path(file).name), original(file, how))[1]
+    )
     named = corpus.with_line_numbers(malformed)
     assert opened == ["a.jsonl.gz", "b.jsonl"]
     assert [row.place for row in named] == [
@@ -334,7 +336,7 @@ def test_the_corpus_hash_changes_with_content_order_and_column(tmp_path: Path) -
     a, b = write_jsonl(tmp_path / "a.jsonl", ["x"]), write_jsonl(tmp_path / "b.jsonl", ["y"])
 
     def digest(*files: Path, column: str = "text") -> str:
-        return corpus.corpus_hash([corpus.Source("s", tuple(map(str, files)), (column,))])
+        return corpus.corpus_hash([corpus.Source("s", tuple(map(str, files)), (column,), ())])
 
     digests = [digest(a), digest(a, b), digest(b, a), digest(a, column="id")]
     write_jsonl(a, ["z"])

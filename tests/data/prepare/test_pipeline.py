@@ -27,10 +27,11 @@ from rich.progress import Progress
 
 from bigmodel.__main__ import app, main
 from bigmodel.config.settings import Settings, UserError
-from bigmodel.data.prepare import cleaning, corpus, embedded, encoding
+from bigmodel.data.prepare import cleaning, corpus, embedded, encoding, scanning
 from bigmodel.data.prepare import pipeline as preparing
 from bigmodel.data.prepare import work_items as units
 from bigmodel.data.prepare.pipeline import prepare, quiet
+from bigmodel.data.prepare.rows import Format
 from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import Manifest
@@ -173,7 +174,7 @@ def disk_is_full(*_: object, **__: object) -> None:
     ("place", "kept"),
     [
         ((cleaning, "write_arrays"), 0),
-        ((preparing, "save_array"), 7),
+        ((scanning, "save_array"), 7),
         ((mds, "encode_shard"), 14),
         ((preparing, "describe_files"), 14),
     ],
@@ -365,24 +366,37 @@ def test_units_of_a_file_that_was_changed_since_are_not_taken(tmp_path: Path, mo
 
 def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, tmp_path: Path) -> None:
     sources = tiny_settings(home).prepare.model_dump()["sources"]
-    news = tmp_path / "news.jsonl"
+    news = tmp_path / "in" / "news.jsonl"
+    news.parent.mkdir()
+    (news.parent / "loop").symlink_to(news.parent)
     news.write_bytes(b'{"body": 3}\n' + (home / "text" / "news.jsonl").read_bytes() + b'\xff\n{"body": "last"}\n[]\n')
-    sources[0]["files"] = [str(news)]
-    with pytest.raises(
-        UserError, match=r"news.jsonl: line 1: 'body' is int, not text; correct or drop it, or set prepare.m"
-    ):
-        prepared(tmp_path, sources=sources)
-    with pytest.raises(
-        UserError, match=r"'news': 3 of 107 records are malformed.*malformed_share = 0.02; the first is"
-    ):
-        prepared(tmp_path, sources=sources, malformed_share=0.02)
+    sources[0]["files"] = [f"{news.parent}/**/*.jsonl"]
+    for allowed in (0, 0.02):
+        with pytest.raises(UserError) as stop:
+            prepared(tmp_path, sources=sources, malformed_share=allowed)
+        assert str(stop.value).splitlines()[:-1] == [
+            "prepare.sources 'news': 3 of 107 records malformed (2.8%)",
+            f"  {news}: line 1: 'body' is int, not text",
+            f"  {news}: line 105: not UTF-8: invalid start byte",
+            f"  {news}: line 107: a list, not a JSON object",
+        ]
+        assert (
+            str(stop.value)
+            .splitlines()[-1]
+            .startswith(
+                f"This is above prepare.malformed_share = {allowed}. Correct or drop these records, or set "
+                "prepare.malformed_share = 0.029; "
+            )
+        )
     lists = [file.read_text() for file in (tmp_path / "data.partial").rglob("malformed.jsonl")]
     assert [len(text.splitlines()) for text in lists] == [3]
     assert str(news) in lists[0]
     console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
     prepare(settings, Progress(console=console, disable=True))
-    assert "going on from 7 finished units" in console.export_text()
+    printed = console.export_text()
+    assert "going on from 7 finished units" in printed
+    assert "in/loop: read under another name" in printed.replace("\n", "")
     manifest = Manifest.read(tmp_path / "data")
     assert (manifest.rows["news"]["malformed"], manifest.rows["news"]["kept"]) == (3, 101)
     assert manifest.row_bytes["news"]["malformed"] == len(b'{"body": 3}\n\xff\n[]\n')
@@ -393,6 +407,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
         ("news", "news.jsonl", "line 107"),
     ]
     assert "malformed.jsonl" in manifest.files
+    assert "format" not in manifest.recipe["sources"][0]  # as in folders of earlier versions
     assert verify(str(tmp_path / "data"), quiet()) == []
 
 
@@ -696,7 +711,7 @@ def test_the_command_takes_a_hugging_face_folder_and_keeps_its_names(
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one"}\n{"text": "two"}\n')
-    unit = corpus.plan_units(corpus.Source("a", (str(file),), ("text",)))[0]
+    unit = corpus.plan_units(corpus.Source("a", (str(file),), ("text",), (Format("jsonl"),)))[0]
     settings = tiny_settings(tmp_path).prepare
     scan = cleaning.scan_unit(unit, settings)
     assert [texts for _, texts in encoding.kept_rows(unit, scan, settings)] == [("one",), ("two",)]
