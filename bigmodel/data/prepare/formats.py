@@ -4,7 +4,7 @@ In: a file (Parquet, Arrow, JSONL, JSON, text, MDS; local or in a store) and the
 columns that it has, the pieces that can be read independently, and the rows of a piece (`rows`).
 
 A name tells the kind of file, or the `format` of its source does; upper and lower case are the same. The first bytes
-tell the compression, of which the name's ending is only a habit, and Parquet and Arrow under another name. A .json file
+tell the compression (of MDS shards the name does), and Parquet and Arrow under another name. A .json file
 with an object on each line is read as JSONL.
 
 Guarantees: pieces depend on the file alone. A piece gives the same rows in the same order in any process. A record that
