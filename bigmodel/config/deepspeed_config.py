@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config.deepspeed_json import AUTO, VERSION, Source, device_of, value_at
+from bigmodel.config.deepspeed_json import AUTO, VERSION, Source, device_of, passed, value_at, written
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import Settings, UserError, num_micro_batches
 from bigmodel.sizes import counted_noun
@@ -37,6 +37,22 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
 # Flags of the JSON's optimizer section that change no result: the optimizers are always torch's and ours.
 OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}
 
+# Keys of ZeRO++.
+ZEROPP = (
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
+
+# A monitor of DeepSpeed -> our writer, and which of its keys are which settings of [metrics].
+MONITORS: dict[str, tuple[str, dict[str, str]]] = {
+    "tensorboard": ("tensorboard", {}),
+    "wandb": ("wandb", {"project": "project", "group": "group", "team": "team"}),
+    "csv_monitor": ("csv", {}),
+    "comet": ("comet", {"project": "project", "workspace": "team"}),
+}
+
 
 def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, Any], Settings]:
     """The effective DeepSpeed configuration for `world_size` ranks, and settings that agree with it.
@@ -47,8 +63,9 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     assert world_size >= 1, f"world size {world_size}"
     source = Source(settings.training.deepspeed)
     config = source.read()
-    source.refuse_unusable(config)
+    source.check(config)
     settings = _settle(config, settings, source)
+    source.raise_problems()
     for path, default, _reason in DEFAULTS:
         _fill(config, path, default(settings))
     if settings.training.precision == "fp16":
@@ -60,8 +77,9 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     _settle_batch(config, settings, world_size, source)
     _fill_optimizer(config, settings)
     _drop_auto(config)
-    _refuse_impossible_sums(config, source)
+    _refuse_combinations(config, settings, source)
     _refuse_limits(config, settings, source)
+    source.raise_problems()
     return config, settings
 
 
@@ -72,8 +90,10 @@ def agree(settings: Settings) -> Settings:
     """
     source = Source(settings.training.deepspeed)
     config = source.read()
-    source.refuse_unusable(config)
-    return _settle(config, settings, source)
+    source.check(config)
+    settings = _settle(config, settings, source)
+    source.raise_problems()
+    return settings
 
 
 def state_folder(effective: dict[str, Any]) -> Path | None:
@@ -83,10 +103,10 @@ def state_folder(effective: dict[str, Any]) -> Path | None:
 
 
 def for_deepspeed(effective: dict[str, Any]) -> dict[str, Any]:
-    """A copy for DeepSpeed itself. State in files is our own (bigmodel/training/zero/mmap_state.py); DeepSpeed gets an
-    offload to the CPU.
+    """The part of the configuration that DeepSpeed gets, without its monitors and what has no effect. State in files is
+    our own (bigmodel/training/zero/mmap_state.py); DeepSpeed gets an offload to the CPU.
     """
-    config = copy.deepcopy(effective)
+    config = copy.deepcopy(passed(effective))
     if state_folder(effective):
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return config
@@ -100,42 +120,57 @@ def packs_per_micro_batch(effective: dict[str, Any]) -> int:
 def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
     """Compare every value that both files may set. An unset setting follows the JSON."""
     settings = _settle_precision(config, settings, source)
-    clipping = source.number(config, "gradient_clipping", float, 0)
-    if clipping is not None:
-        path = "optimizer.gradient_clipping"
-        settings = _agree(settings, path, float(clipping), "gradient_clipping", clipping, source)
-    batch = source.number(config, "train_batch_size", int, 1)
-    if batch is not None:
-        settings = _agree(settings, "training.global_batch_size", batch, "train_batch_size", batch, source)
-        if batch % settings.data.lanes:
-            raise source.error(
-                f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
-                "a step takes the same number of packed sequences from every lane"
-            )
+    for path, setting, kind in (
+        ("gradient_clipping", "optimizer.gradient_clipping", float),
+        ("train_batch_size", "training.global_batch_size", int),
+        ("sequence_parallel_size", "training.sequence_parallel_ranks", int),
+    ):
+        value = written(config, path)
+        if value is not None:
+            settings = _agree(settings, setting, kind(value), path, value, source)
+    batch = written(config, "train_batch_size")
+    if batch is not None and batch % settings.data.lanes:
+        source.problems.append(
+            f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
+            "a step takes the same number of packed sequences from every lane"
+        )
+    settings = _settle_monitors(config, settings, source)
     settings = _settle_optimizer(config, settings, source)
     for problem in without_effect(settings.optimizer).values():
         source.problems.append(f"optimizer, with the settings of the run file: {problem}")
-    source.raise_problems()
     return settings
 
 
 def _settle_precision(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
-    """Compare bf16.enabled and fp16.enabled with training.precision; both false: fp32."""
-    enabled: dict[str, bool] = {}
-    for kind in ("bf16", "fp16"):
-        value = value_at(config, f"{kind}.enabled")
-        if value is not None and value != AUTO:
-            if not isinstance(value, bool):
-                raise source.error(f'{kind}.enabled = {json.dumps(value)} must be true, false or "auto"')
-            enabled[kind] = value
+    """Compare bf16.enabled, fp16.enabled and data_types.param_dtype with training.precision; both false: fp32."""
+    enabled = {kind: written(config, f"{kind}.enabled") for kind in ("bf16", "fp16")}
     on = [kind for kind, value in enabled.items() if value]
     if len(on) == 2:
-        raise source.error("bf16.enabled and fp16.enabled are both true; choose one")
-    if on:
-        return _agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True, source)
-    for kind in enabled:
+        source.problems.append("bf16.enabled and fp16.enabled are both true; choose one")
+    elif on:
+        settings = _agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True, source)
+    for kind in [kind for kind, value in enabled.items() if value is False and not on]:
         if settings.training.precision == kind or (kind == "bf16" and settings.training.precision != "fp16"):
             settings = _agree(settings, "training.precision", "fp32", f"{kind}.enabled", False, source)
+    weights = written(config, "data_types.param_dtype")
+    if weights not in (None, settings.training.precision):
+        source.contradiction("data_types.param_dtype", weights, "training.precision", settings.training.precision)
+    return settings
+
+
+def _settle_monitors(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
+    """DeepSpeed's monitors become our writers, in addition to those of the run file."""
+    for block, (writer, names) in MONITORS.items():
+        if not written(config, f"{block}.enabled"):
+            continue
+        metrics = settings.metrics
+        if writer not in metrics.writers:
+            metrics = metrics.model_copy(update={"writers": [*metrics.writers, writer]})
+            settings = settings.model_copy(update={"metrics": metrics})
+        for key, setting in names.items():
+            value = written(config, f"{block}.{key}")
+            if value:
+                settings = _agree(settings, f"metrics.{setting}", value, f"{block}.{key}", value, source)
     return settings
 
 
@@ -197,8 +232,7 @@ def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, 
 def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
     """Compute the micro-batches per step from packs, ranks and packs per micro-batch; a written value must equal it."""
     packs = settings.training.global_batch_size
-    per_micro_batch = source.number(config, "train_micro_batch_size_per_gpu", int, 1)
-    assert isinstance(per_micro_batch, int), "filled before"
+    per_micro_batch = config["train_micro_batch_size_per_gpu"]
     sharing = settings.training.sequence_parallel_ranks
     if world_size % sharing:
         raise UserError(
@@ -209,14 +243,14 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
     ranks = counted_noun(world_size, "rank") if sharing == 1 else f"{counted_noun(places, 'group')} of {sharing} ranks"
     derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} packed sequence(s) per micro-batch"
-    written = source.number(config, "gradient_accumulation_steps", int, 1)
-    if written is not None and written != micro_batches:
+    steps = written(config, "gradient_accumulation_steps")
+    if steps is not None and steps != micro_batches:
         raise source.error(
-            f"gradient_accumulation_steps = {written}, but the run file's training.{derived} gives {micro_batches}; "
-            f'write "auto" in the JSON, or training.global_batch_size = {written * per_micro_batch * places}'
+            f"gradient_accumulation_steps = {steps}, but the run file's training.{derived} gives {micro_batches}; "
+            f'write "auto" in the JSON, or training.global_batch_size = {steps * per_micro_batch * places}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
-    batch = source.number(config, "train_batch_size", int, 1)
+    batch = written(config, "train_batch_size")
     if batch is not None and sharing > 1:
         raise source.error(
             f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed would count each "
@@ -251,34 +285,36 @@ def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
             section["params"][key] = value
 
 
-def _refuse_impossible_sums(config: dict[str, Any], source: Source) -> None:
-    stage = config["zero_optimization"]["stage"]
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise source.error(f"zero_optimization.stage = {json.dumps(stage)} must be 0, 1, 2 or 3")
-    sums = config["data_types"]["grad_accum_dtype"]
-    if sums not in ("fp32", "bf16"):
-        raise source.error(
-            f'data_types.grad_accum_dtype = {json.dumps(sums)} must be "fp32" (exact) or "bf16" (less memory)'
-        )
-    low = next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), None)
-    if low != "bf16" and sums != "fp32":
-        raise source.error(
-            f'data_types.grad_accum_dtype = {json.dumps(sums)} does not go with {low or "fp32"} weights; write "fp32"'
-        )
-    zero = config["zero_optimization"]
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3), ("zero_hpz_partition_size", 3)):
+def _refuse_combinations(config: dict[str, Any], settings: Settings, source: Source) -> None:
+    """Values that are right by themselves and cannot go together."""
+    zero, problems = config["zero_optimization"], source.problems
+    stage, precision, sums = zero["stage"], settings.training.precision, config["data_types"]["grad_accum_dtype"]
+    if precision != "bf16" and sums != "fp32":
+        problems.append(f'data_types.grad_accum_dtype = "{sums}" does not go with {precision} weights; write "fp32"')
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3), *((name, 3) for name in ZEROPP)):
         if zero.get(name) and device_of(zero[name]) not in ("none", 1) and stage < least:
-            raise source.error(f"zero_optimization.{name} needs zero_optimization.stage >= {least}; it is {stage}")
+            problems.append(f"zero_optimization.{name} needs zero_optimization.stage >= {least}; it is {stage}")
     nvme_path = value_at(zero, "offload_optimizer.nvme_path")
     if device_of(zero.get("offload_optimizer")) == "nvme" and not (isinstance(nvme_path, str) and nvme_path[:1] == "/"):
-        raise source.error(
+        problems.append(
             f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(nvme_path)} must be the absolute path of a "
             "folder on a local disk; it will hold the optimizer's state"
         )
-    if stage == 0 and low:
-        raise source.error(
-            f"zero_optimization.stage = 0 with {low}: DeepSpeed {VERSION} cannot accumulate gradients in fp32 there; "
-            'use stage 1 (the same on one rank), or training.precision = "fp32"'
+    if stage == 0 and precision != "fp32":
+        problems.append(
+            f"zero_optimization.stage = 0 with {precision}: DeepSpeed {VERSION} cannot accumulate gradients in fp32 "
+            'there; use stage 1 (the same on one rank), or training.precision = "fp32"'
+        )
+    scales = config.get("prescale_gradients", False) or config.get("gradient_predivide_factor", 1) != 1
+    if scales and zero.get("reduce_scatter", True) and (stage > 1 or (stage == 1 and precision != "bf16")):
+        problems.append(
+            f"prescale_gradients or gradient_predivide_factor with zero_optimization.stage = {stage}: DeepSpeed "
+            f"{VERSION} needs zero_optimization.reduce_scatter = false; or remove them, sums over ranks are in fp32"
+        )
+    if config.get("zero_allow_untested_optimizer") is False and settings.optimizer.kind != "adamw":
+        problems.append(
+            f'zero_allow_untested_optimizer = false with optimizer.kind = "{settings.optimizer.kind}": DeepSpeed does '
+            "not know this optimizer; remove the key, tests compare it with plain torch"
         )
 
 
@@ -287,9 +323,11 @@ def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -
     kind, zero = settings.optimizer.kind, config["zero_optimization"]
     row, offload = OPTIMIZERS[kind], device_of(zero.get("offload_optimizer"))
     if zero["stage"] not in row.stages:
-        raise source.error(f'zero_optimization.stage = {zero["stage"]} with optimizer.kind = "{kind}": {row.limits}')
+        source.problems.append(
+            f'zero_optimization.stage = {zero["stage"]} with optimizer.kind = "{kind}": {row.limits}'
+        )
     if offload not in ("none", None, *row.offloads):
-        raise source.error(
+        source.problems.append(
             f'zero_optimization.offload_optimizer.device = "{offload}" with optimizer.kind = "{kind}": {row.limits}'
         )
 

@@ -111,7 +111,7 @@ def test_all_that_is_wrong_with_the_keys_is_told_at_once_and_so_are_all_contradi
     keys = {"zero_optimisation": {"stage": 1}, "amp": {"enabled": True}, "compile": True, "bf16": {"enabled": True}}
     told = refusal(tmp_path, keys)
     assert len(told.splitlines()) == 4
-    for words in ("zero_optimisation is not a key", "amp was removed", "compile = true: remove the section"):
+    for words in ("zero_optimisation is not a key", "removed from DeepSpeed", "compile = true: remove the section"):
         assert words in told
     both = {"gradient_clipping": 0.5, "optimizer": {"type": "Lion", "params": {"lr": 0.1, "betas": [0.8, 0.9]}}}
     optimizer = {"gradient_clipping": 1.0, "kind": "adamw", "learning_rate": 0.2, "beta2": 0.9}
@@ -251,15 +251,15 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"gradient_cliping": 1}, ["gradient_cliping", "did you mean gradient_clipping?"]),
     ({"zero_optimization": {"overlap_com": True}}, ["did you mean zero_optimization.overlap_comm?"]),
     ({"optimizer": {"params": {"learning_rate": 1}}}, ["optimizer.params.learning_rate"]),
-    ({"zero_optimization": True}, ["zero_optimization = True", "object"]),
+    ({"zero_optimization": True}, ["zero_optimization = true", "object"]),
     ({"zero_optimization": {"stage": 4}}, ["stage = 4", "0, 1, 2 or 3"]),
     ({"zero_optimization": {"stage": 0}}, ["stage = 0 with bf16", "0.19.8", "stage 1"]),
     ({"data_types": {"grad_accum_dtype": "half"}}, ['grad_accum_dtype = "half"', '"fp32"']),
     ({"bf16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}}, ["with fp32 weights"]),
     ({"bfloat16": {"enabled": True}}, ['old name of "bf16"']),
-    ({"bf16": {"enabled": 1}}, ["bf16.enabled = 1", "true, false"]),
+    ({"bf16": {"enabled": 1}}, ["bf16.enabled = 1", "true or false"]),
     ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["bf16.enabled and fp16.enabled", "choose one"]),
-    ({"fp16": {"enabled": "yes"}}, ['fp16.enabled = "yes"', "true, false"]),
+    ({"fp16": {"enabled": "yes"}}, ['fp16.enabled = "yes"', "true or false"]),
     ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, ["stage = 0 with fp16", "stage 1"]),
     ({"fp16": {"enabled": True, "auto_cast": True}}, ["fp16.auto_cast"]),
     ({"activation_checkpointing": {"partition_activations": True}}, ["training.activation_checkpointing"]),
@@ -271,9 +271,9 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"gradient_clipping": -1}, ["gradient_clipping = -1", "at least 0"]),
     ({"train_micro_batch_size_per_gpu": 0}, ["train_micro_batch_size_per_gpu = 0", "at least 1"]),
     ({"train_micro_batch_size_per_gpu": 1.5}, ["a whole number"]),
-    ({"elasticity": {"enabled": True}}, ["elasticity was removed", "0.19.8", "any world size"]),
-    ({"nebula": {"enabled": True}}, ["nebula was removed"]),
-    ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size was removed"]),
+    ({"elasticity": {"enabled": True}}, ["elasticity = ", "removed from DeepSpeed", "0.19.8", "any world size"]),
+    ({"nebula": {"enabled": True}}, ["nebula = ", "removed from DeepSpeed"]),
+    ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size = 2: removed from DeepSpeed"]),
     ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage >= 1"]),
     (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
