@@ -8,7 +8,7 @@
       metrics_endpoint  host:port while it runs             lock              held by the running run
       incarnation.json  restart generation: the start that may publish checkpoints
       loss.png  sample.txt  summary.json                    at the end
-      profile/       written by `bigmodel profile`          tensorboard/ wandb/  if in metrics.writers
+      profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
       launch.json    the last start by the launcher         preflight.json    findings of `bigmodel launch check`
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node

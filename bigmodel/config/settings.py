@@ -226,6 +226,10 @@ class CheckpointSettings(Section):
     )
 
 
+NO_PROJECT = "only the writers wandb and comet have projects"
+NO_GROUP = "only the writer wandb has groups"
+
+
 class MetricsSettings(Section):
     port: int = Field(
         0,
@@ -235,9 +239,31 @@ class MetricsSettings(Section):
     )
     host: str = Field("127.0.0.1", description="address of the metrics endpoint; 0.0.0.0: other machines can scrape it")
     norms_every_steps: int = Field(100, ge=0, description="steps between measurements of weight norms; 0: never")
-    writers: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="further formats written into the run directory; wandb stays offline; install their packages"
+    writers: list[Literal["tensorboard", "wandb", "csv", "comet"]] = Field(
+        [],
+        description="further formats written into the run directory; wandb and comet stay offline; install the "
+        "packages of all but csv",
     )
+    project: str = setting(
+        "bigmodel", only_with={"has_project": (True,)}, why=NO_PROJECT, min_length=1, description="project of the run"
+    )
+    group: str = setting(
+        "", only_with={"has_group": (True,)}, why=NO_GROUP, description="wandb: group of runs; empty: none"
+    )
+    team: str = setting(
+        "",
+        only_with={"has_project": (True,)},
+        why=NO_PROJECT,
+        description="wandb: entity, comet: workspace of the run; empty: the default of who uploads",
+    )
+
+    @property
+    def has_project(self) -> bool:
+        return bool({"wandb", "comet"} & {*self.writers})
+
+    @property
+    def has_group(self) -> bool:
+        return "wandb" in self.writers
 
 
 class Settings(Section):

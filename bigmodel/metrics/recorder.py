@@ -134,7 +134,7 @@ class Metrics:
         """`facts`: parameters and device_peak_flops, for the line of this start."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
-        self._writers = open_writers(settings.writers, self._directory, first_step) if seat.rank == 0 else []
+        self._writers = open_writers(settings, self._directory, first_step) if seat.rank == 0 else []
         self._lap_began = time.perf_counter()
         self._spent: dict[str, float] = {}
         self._rank = _RankCounts()

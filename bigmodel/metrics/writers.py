@@ -1,16 +1,21 @@
-"""Writers: the same numbers for TensorBoard and Weights & Biases.
+"""Writers: the same numbers for TensorBoard, Weights & Biases, Comet and as CSV.
 
-In: the lines of metrics.jsonl as they come. Out: event files under the run directory: `tensorboard/`, `wandb/`
-(offline; `wandb sync` uploads them). Optional: only writers in metrics.writers are used and their packages imported. A
-resumed run continues in the same folders; TensorBoard drops the steps that are repeated.
+In: the lines of metrics.jsonl as they come. Out: files under the run directory: `tensorboard/`, `wandb/` (offline;
+`wandb sync` uploads them), `csv/`, `comet/` (offline; `comet upload` uploads them). Optional: only writers in
+metrics.writers are used and their packages imported. A resumed run continues in the same folders; TensorBoard and CSV
+drop the steps that are repeated. Comet writes its archive when the run ends: kill -9 loses it, metrics.jsonl stays.
 """
 
+import csv
+import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.run_directory import write_atomically
 
 
 class Writer(Protocol):
@@ -26,7 +31,7 @@ class TensorBoard:
 
     package = "tensorboard"
 
-    def __init__(self, run_directory: Path, first_step: int) -> None:
+    def __init__(self, run_directory: Path, first_step: int, settings: MetricsSettings) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step + 1)
@@ -44,12 +49,12 @@ class WeightsAndBiases:
 
     package = "wandb"
 
-    def __init__(self, run_directory: Path, first_step: int) -> None:
+    def __init__(self, run_directory: Path, first_step: int, settings: MetricsSettings) -> None:
         import wandb
 
         self._run = wandb.init(
-            mode="offline", dir=str(run_directory), project="bigmodel", name=run_directory.name, id=run_directory.name,
-            resume="allow", settings=wandb.Settings(console="off", silent=True),
+            mode="offline", dir=str(run_directory), project=settings.project, group=settings.group or None,
+            entity=settings.team or None, name=run_directory.name, id=run_directory.name, resume="allow", settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -59,22 +64,84 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-WRITERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+class Csv:
+    """A table per quantity in RUN_DIR/csv, such as training_loss.csv: a row per step."""
+
+    package = "csv"  # Python's own
+
+    def __init__(self, run_directory: Path, first_step: int, settings: MetricsSettings) -> None:
+        self._folder = run_directory / "csv"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("*.csv"):
+            head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+            whole = [(row, row.split(",")[0]) for row in rows if row.endswith("\n")]
+            kept = [row for row, step in whole if step.isdigit() and int(step) <= first_step]
+            write_atomically(path, "".join([head, *kept]))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            with (self._folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', name)}.csv").open("a", encoding="utf-8") as file:
+                rows = csv.writer(file, lineterminator="\n")
+                if file.tell() == 0:
+                    rows.writerow(["step", name])
+                rows.writerow([step, value])
+
+    def close(self) -> None:
+        """Each row was written at once."""
 
 
-def open_writers(names: Sequence[str], run_directory: Path, first_step: int) -> list[Writer]:
-    """Open the named writers. Raises `UserError` for a package that is not installed."""
-    for name in names:
+class Comet:
+    """An offline archive in RUN_DIR/comet for each start; all belong to one experiment, named like the directory."""
+
+    package = "comet_ml"
+
+    def __init__(self, run_directory: Path, first_step: int, settings: MetricsSettings) -> None:
+        import comet_ml
+
+        folder = run_directory / "comet"
+        folder.mkdir(parents=True, exist_ok=True)
+        quiet = dict.fromkeys(
+            ("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "parse_args"), False
+        )
+        self._experiment = comet_ml.start(
+            online=False,
+            project_name=settings.project,
+            workspace=settings.team or None,
+            experiment_key=hashlib.sha256(str(run_directory).encode()).hexdigest()[:32],
+            experiment_config=comet_ml.ExperimentConfig(
+                offline_directory=str(folder),
+                name=run_directory.name,
+                auto_output_logging=False,
+                auto_param_logging=False,
+                auto_metric_logging=False,
+                display_summary_level=0,
+                **quiet,
+            ),
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._experiment.log_metrics(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._experiment.end()
+
+
+WRITERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "csv": Csv, "comet": Comet}
+
+
+def open_writers(settings: MetricsSettings, run_directory: Path, first_step: int) -> list[Writer]:
+    """Open the writers of `settings`. Raises `UserError` for a package that is not installed."""
+    for name in settings.writers:
         if importlib.util.find_spec(WRITERS[name].package) is None:
             raise UserError(
                 f'metrics.writers: "{name}" needs the package {WRITERS[name].package}, which is not installed; '
                 f"pip install 'bigmodel[{name}]', or leave it out: metrics.jsonl has the same numbers"
             )
-    return [WRITERS[name](run_directory, first_step) for name in names]
+    return [WRITERS[name](run_directory, first_step, settings) for name in settings.writers]
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The scalars of a line, with grouped names ("training/loss") for both programs."""
+    """The scalars of a line, with grouped names ("training/loss")."""
     if line["kind"] == "step":
         names = ("loss", "gradient_norm", "learning_rate", "z_loss", "loss_scale", "step_seconds", "data_wait_seconds")
         yield from ((f"training/{name}", line[name]) for name in names if line[name] is not None)

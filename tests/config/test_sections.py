@@ -85,6 +85,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "schedule.warmup_tokens": (5, {}, 'with unit = "steps"; leave it out or set unit = "tokens"', {"unit": "tokens"}),
     "schedule.decay_tokens": (5, {"kind": "wsd"}, 'set unit = "tokens"', MANY_TOKENS | {"kind": "wsd"}),
     "schedule.final_ratio": (0.5, {"kind": "constant"}, 'with kind = "constant"', {"kind": "wsd"}),
+    "metrics.project": ("mine", {"writers": ["csv"]}, "only the writers wandb and comet", {"writers": ["comet"]}),
+    "metrics.group": ("small", {"writers": ["comet"]}, "only the writer wandb", {"writers": ["wandb"]}),
+    "metrics.team": ("us", {}, "only the writers wandb and comet have projects", {"writers": ["wandb"]}),
     "evaluation.sequences": (5, {}, "without every_steps (the end uses all)", {"every_steps": 10}),
 }
 CLUSTER_CASES = {

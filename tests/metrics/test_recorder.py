@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -407,11 +408,42 @@ def test_tensorboard_gets_the_same_numbers_and_forgets_steps_that_are_done_again
 
 def test_wandb_writes_offline_into_the_run_directory(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed (optional, not in the development set)")
-    with Metrics(tmp_path, MetricsSettings(writers=["wandb"])) as metrics:
+    settings = MetricsSettings(writers=["wandb"], project="tongues", group="small", team="linguists")
+    with Metrics(tmp_path, settings) as metrics:
         record_all(metrics)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     words = (b"training/loss", b"validation/bits_per_byte", b"training_loss/causal/news")
+    words += (b"tongues", b"small", b"linguists")
     until(lambda: all(word in file.read_bytes() for word in words), "wandb's own process to write")
+
+
+def test_csv_has_a_table_per_quantity_and_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
+    settings = MetricsSettings(writers=["csv"])
+    with Metrics(tmp_path, settings) as metrics:
+        record_all(metrics)
+    table = tmp_path / "csv" / "training_loss.csv"
+    assert table.read_text() == "step,training/loss\n1,5.0\n2,2.5\n3,1.6666666666666667\n"
+    with table.open("a") as file:
+        file.write("4,1.")  # a row that a kill cut off
+    with Metrics(tmp_path, settings, first_step=2, start="again") as metrics:
+        metrics.record_step(replace(STEPS[2], loss=9.0))
+    assert table.read_text() == "step,training/loss\n1,5.0\n2,2.5\n3,9.0\n"
+    assert (tmp_path / "csv" / "validation_bits_per_byte.csv").read_text() == "step,validation/bits_per_byte\n2,1.75\n"
+
+
+def test_comet_writes_an_offline_archive_into_the_run_directory(tmp_path: Path) -> None:
+    pytest.importorskip("comet_ml", reason="comet_ml is not installed (optional, not in the development set)")
+    settings = MetricsSettings(writers=["comet"], project="tongues", team="linguists")
+    with Metrics(tmp_path, settings) as metrics:
+        record_all(metrics)
+    (file,) = (tmp_path / "comet").glob("*.zip")
+    with zipfile.ZipFile(file) as archive:
+        about, told = (archive.read(name).decode() for name in ("experiment.json", "messages.json"))
+    experiment = json.loads(about)
+    assert (experiment["project_name"], experiment["workspace"]) == ("tongues", "linguists")
+    metrics_told = [json.loads(line)["payload"]["metric"] for line in told.splitlines() if '"metric_msg"' in line]
+    losses = [(one["step"], one["metricValue"]) for one in metrics_told if one["metricName"] == "training/loss"]
+    assert losses == [(1, 5.0), (2, 2.5), (3, 5.0 / 3)]
 
 
 def test_a_writer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
