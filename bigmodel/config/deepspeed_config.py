@@ -38,12 +38,8 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
 OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}
 
 # Keys of ZeRO++.
-ZEROPP = (
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-)
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+ZEROPP = ("zero_hpz_partition_size", *QUANTIZED)
 
 # A monitor of DeepSpeed -> our writer, and which of its keys are which settings of [metrics].
 MONITORS: dict[str, tuple[str, dict[str, str]]] = {

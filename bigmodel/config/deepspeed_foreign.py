@@ -2,13 +2,13 @@
 
 GPT-NeoX writes hyphens or underscores; both are found. Imports neither torch nor deepspeed.
 
-    answer("pipe-parallel-size")    # "pipeline parallelism is not offered; use ZeRO stage 3"
+    answer("pipe-parallel-size")    # "remove it: pipeline parallelism is not offered, ..."
     answer("num_layers")            # "set model.num_layers in the run file"
 """
 
-_PIPELINE = "pipeline parallelism is not offered; use ZeRO stage 3"
-_TENSOR = "tensor parallelism is not offered; use ZeRO stage 3"
-_EXPERTS = "mixture of experts is not offered"
+_PIPELINE = "remove it: pipeline parallelism is not offered, ZeRO stage 3 splits large models"
+_TENSOR = "remove it: tensor parallelism is not offered, ZeRO stage 3 splits large models"
+_EXPERTS = "remove it: mixture of experts is not offered"
 _DATA = "`bigmodel prepare` reads text and makes shards: set prepare.sources and data.directory in the run file"
 
 # Key with underscores -> setting of the run file that has its meaning.

@@ -103,7 +103,7 @@ TOP_LEVEL = {
     "sequence_parallel_size": ours(whole(1), "training.sequence_parallel_ranks (Ulysses)"),
     "data_parallel_size": refused("remove the key; it follows from the number of ranks", only()),
     "communication_data_type": used(DTYPE, "of sums over ranks; default fp32", nullable=True),
-    "seq_parallel_communication_data_type": idle(DTYPE, "sequence parallelism is bigmodel's own"),
+    "seq_parallel_communication_data_type": idle(DTYPE, "sequence parallelism is bigmodel's own", nullable=True),
     "prescale_gradients": used(FLAG, "only without reduce_scatter"),
     "gradient_predivide_factor": used(number(1e-9), "only without reduce_scatter"),
     "gradient_allreduce_op": refused('use "mean"; the exact loss needs it', only("mean", "MEAN", "Mean")),
@@ -305,7 +305,7 @@ OFF_ONLY = {
         f"remove the key; {NO_CHECKPOINTS}",
         inside="type io_buffer_size io_buffer_double show_statistics data_parallel decoupled io_multiplier",
     ),
-    "datastates_ckpt": refused("remove the section; checkpoints are bigmodel's own", inside="host_cache_size"),
+    "datastates_ckpt": refused("remove the section; checkpoints are bigmodel's own"),
     "compile": refused(
         "remove the section; DeepCompile is not offered: set training.compile in the run file",
         _enabled_by("deepcompile", False),
@@ -348,8 +348,9 @@ OFF_ONLY = {
     "tensor_parallel": refused(
         "remove the section; tensor parallelism is not offered: use ZeRO stage 3",
         _enabled_by("autotp_size", 0, 1),
-        "dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tensor_parallel tp "
-        "tp.tp_size tp.tp_grain_size tp.mpu tp.tp_group injection_policy_tuple partition_config preset_model "
+        "dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend "
+        "tp tp.tp_size tp.tp_grain_size tp.mpu tp.tp_group tensor_parallel tensor_parallel.tp_size "
+        "tensor_parallel.tp_grain_size tensor_parallel.mpu tensor_parallel.tp_group injection_policy_tuple partition_config preset_model "
         "keep_module_on_host replace_with_kernel_inject kernel_inject",
     ),
     "expert_parallel": refused(

@@ -26,8 +26,8 @@ def whole(least: int = 0, most: int = LARGEST, multiple_of: int = 1) -> Value:
     """A whole number; 5e8 is one, too."""
 
     def read(value: Any) -> int:
-        _refuse_unless(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
-        _refuse_unless(value == int(value) and least <= value <= most and int(value) % multiple_of == 0)
+        _refuse_unless(isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most)
+        _refuse_unless(value == int(value) and int(value) % multiple_of == 0)
         return int(value)
 
     name = "an even number" if multiple_of == 2 else "a whole number"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
+from bigmodel.config.deepspeed_json import without_effect
 from bigmodel.config.settings import Settings, UserError, num_micro_batches, to_toml_table
 from bigmodel.data.advice.lane_advice import lane_warning
 from bigmodel.data.load.stream import Step, Stream
@@ -209,6 +210,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             break
     stop.save_begins()
     line.close()
+    engine.report_collectives()
     if settings.evaluation.at_end and done >= settings.training.steps:
         _evaluate_at_end(settings, validation, engine, world, metrics, start.segments)
     return _end(done, settings, metrics, world)
@@ -288,6 +290,8 @@ def _report_start(
     places = world.size // settings.training.sequence_parallel_ranks
     if warning := padding_warning(packs, places, effective["train_micro_batch_size_per_gpu"]):
         line.say(warning)
+    if ignored := list(without_effect(effective)):
+        line.say(f"no effect here, {settings.training.deepspeed}: " + "; ".join(ignored))
     if start.step and changed:
         line.say("changed since the last start: " + ", ".join(f"{name} {a!r} -> {b!r}" for name, a, b in changed))
 

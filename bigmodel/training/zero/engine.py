@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigmodel.config.deepspeed_config import for_deepspeed, state_folder
+from bigmodel.config.deepspeed_config import QUANTIZED, for_deepspeed, state_folder
+from bigmodel.config.deepspeed_json import value_at
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
@@ -90,6 +91,7 @@ class Engine:
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
         self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # replicated on all ranks
+        self._counts_collectives = bool(value_at(effective, "comms_logger.enabled"))
         folder = state_folder(effective)
         self._make_states(MappedFiles(folder).place if folder else lambda tensor: tensor)
         if OPTIMIZERS[settings.optimizer.kind].crosses_ranks:
@@ -150,6 +152,13 @@ class Engine:
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
         """The model's output in evaluation mode, without gradients; no effect on training."""
         return evaluated(self._engine, batch, output, self._compiles)
+
+    def report_collectives(self) -> None:
+        """Print DeepSpeed's table of all collectives so far, if the JSON's `comms_logger` is on. Collective."""
+        if self._counts_collectives:
+            from deepspeed import comm
+
+            comm.log_summary()
 
     @property
     def training(self) -> bool:
@@ -366,6 +375,7 @@ def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any
         return
     with _quiet():
         deepspeed = _import_deepspeed()
+        _refuse_quantization_without_kernels(effective)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
         context = deepspeed.zero.Init(config_dict_or_path=for_deepspeed(effective))
     with context:
@@ -388,6 +398,7 @@ def _initialize(
     """deepspeed.initialize, without its output; an error in the configuration becomes a `UserError`."""
     with _quiet():
         deepspeed = _import_deepspeed()
+        _refuse_quantization_without_kernels(effective)
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
@@ -401,6 +412,11 @@ def _initialize(
             if isinstance(error, ValidationError):
                 lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
             raise UserError(f"{source}: DeepSpeed refuses {'; '.join(lines)}") from None
+        except (AssertionError, NotImplementedError) as error:  # of values that do not go together
+            if not str(error):
+                raise
+            source = settings.training.deepspeed or "the default DeepSpeed configuration"
+            raise UserError(f"{source}: DeepSpeed refuses this configuration: {error}") from None
         except ValueError as error:
             if "not supported on your device" not in str(error):
                 raise
@@ -409,6 +425,22 @@ def _initialize(
                 "bf16 where supported"
             ) from None
     return engine
+
+
+def _refuse_quantization_without_kernels(effective: dict[str, Any]) -> None:
+    """ZeRO++ quantizes with a CUDA kernel, which DeepSpeed builds at its first use."""
+    asked = [name for name in QUANTIZED if effective["zero_optimization"].get(name)]
+    if not asked:
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    try:
+        get_accelerator().create_op_builder("QuantizerBuilder").load()
+    except Exception as error:  # whatever a compiler, a loader or DeepSpeed says
+        raise UserError(
+            f"zero_optimization.{asked[0]} = true: this machine cannot build or load DeepSpeed's CUDA kernel for it "
+            f"({str(error).strip() or type(error).__name__}); remove the key, or run on GPUs with a CUDA compiler"
+        ) from None
 
 
 class _Timed:
