@@ -61,7 +61,6 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     config = source.read()
     source.check(config)
     settings = _settle(config, settings, source)
-    source.raise_problems()
     for path, default, _reason in DEFAULTS:
         _fill(config, path, default(settings))
     if settings.training.precision == "fp16":
@@ -70,10 +69,12 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
         _fill(config, "zero_allow_untested_optimizer", True)  # tests compare it with plain torch
     if device_of(value_at(config, "zero_optimization.offload_optimizer")) in ("cpu", "nvme"):
         _fill(config, "zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own needs a C++ compiler
-    _settle_batch(config, settings, world_size, source)
+    if not source.tells_of("train_", "gradient_accumulation_steps", "sequence_parallel_size"):
+        _settle_batch(config, settings, world_size, source)
     _fill_optimizer(config, settings)
     _drop_auto(config)
-    _refuse_combinations(config, settings, source)
+    if not source.tells_of("zero_optimization.stage", "zero_optimization ="):
+        _refuse_combinations(config, settings, source)
     _refuse_limits(config, settings, source)
     source.raise_problems()
     return config, settings
@@ -231,29 +232,33 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     per_micro_batch = config["train_micro_batch_size_per_gpu"]
     sharing = settings.training.sequence_parallel_ranks
     if world_size % sharing:
-        raise UserError(
+        problem = (
             f"training.sequence_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; "
             "choose a divisor"
         )
+        if source.path is None:
+            raise UserError(problem)
+        source.problems.append(problem)
+        return
     places = world_size // sharing
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
     ranks = counted_noun(world_size, "rank") if sharing == 1 else f"{counted_noun(places, 'group')} of {sharing} ranks"
     derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} packed sequence(s) per micro-batch"
     steps = written(config, "gradient_accumulation_steps")
     if steps is not None and steps != micro_batches:
-        raise source.error(
+        source.problems.append(
             f"gradient_accumulation_steps = {steps}, but the run file's training.{derived} gives {micro_batches}; "
             f'write "auto" in the JSON, or training.global_batch_size = {steps * per_micro_batch * places}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
     batch = written(config, "train_batch_size")
     if batch is not None and sharing > 1:
-        raise source.error(
+        source.problems.append(
             f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed would count each "
             'rank as a data-parallel one; write "auto"'
         )
     if batch is not None and batch != multiplied:
-        raise source.error(
+        source.problems.append(
             f"train_batch_size = {batch} does not divide: training.{derived} gives {micro_batches} micro-batch(es), "
             f'{multiplied} in total; write "auto" in the JSON: empty packed sequences then fill the step'
         )

@@ -43,6 +43,10 @@ class Source:
         if self.problems:
             raise self.error()
 
+    def tells_of(self, *keys: str) -> bool:
+        """Whether a problem is about a key that begins so: what follows from its value is unknown."""
+        return any(problem.startswith(keys) for problem in self.problems)
+
     def read(self) -> dict[str, Any]:
         if self.path is None:
             return {}

@@ -112,6 +112,43 @@ def test_a_save_is_published_while_training_goes_on(tmp_path: Path, shards: Path
     assert lines[-1] == ("checkpoint", 24)
 
 
+BROUGHT = {
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8, "reduce_bucket_size": "auto"},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": True,
+    "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
+    "comms_logger": {"enabled": True},
+    "csv_monitor": {"enabled": True, "output_path": "logs_of_deepspeed", "job_name": "mine"},
+}
+
+
+def test_a_deepspeed_file_does_what_it_says_and_writes_into_the_run_directory(tmp_path: Path, shards: Path) -> None:
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    (tmp_path / "run-deepspeed.json").write_text(json.dumps(BROUGHT))
+    printed = on_ranks(2, tmp_path, "train", str(run_file), "--set", "training.steps=3", "--fresh")
+    rows = (run / "csv" / "training_loss.csv").read_text().splitlines()
+    losses = [line["loss"] for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "step"]
+    assert rows == ["step,training/loss", *(f"{step},{loss!r}" for step, loss in enumerate(losses, start=1))]
+    assert "steps_per_print (each step is in metrics.jsonl and on the terminal); csv_monitor.output_path (" in printed
+    assert "fwd_microstep" in printed, "wall_clock_breakdown"
+    table = printed[printed.index("Comm. Op") :]
+    assert all(name in table for name in ("all_reduce", "Message Size", "Total Latency"))
+    assert not Path("logs_of_deepspeed").exists()
+    quantized = BROUGHT | {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
+    (tmp_path / "run-deepspeed.json").write_text(json.dumps(quantized))
+    [code] = finish(start_ranks(1, command, ["train", str(run_file), "--fresh"], tmp_path / "refused"))
+    refused = (tmp_path / "refused.0").read_text()
+    assert code == 2
+    assert "zero_optimization.zero_quantized_weights = true: this machine cannot build or load" in refused
+    assert "Traceback" not in refused
+
+
 def trained_step(run: Path) -> int:
     steps = [line["step"] for line in read_json_lines(run / "metrics.jsonl") if line["kind"] == "step"]
     return steps[-1] if steps else 0
