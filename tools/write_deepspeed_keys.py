@@ -6,7 +6,8 @@ In: `bigmodel.config.deepspeed_keys.KEYS`. Out: Markdown, a table per section. A
 from pathlib import Path
 
 from bigmodel.config.deepspeed_foreign import REASONS, SETTINGS
-from bigmodel.config.deepspeed_keys import KEYS, REFUSED, VERSION, Key
+from bigmodel.config.deepspeed_keys import KEYS, VERSION
+from bigmodel.config.deepspeed_row import REFUSED, Key
 
 PAGE = Path(__file__).parents[1] / "docs" / "deepspeed-keys.md"
 HEAD = f"""# Keys of a DeepSpeed JSON
@@ -19,7 +20,7 @@ DeepSpeed.
 | here | meaning |
 |---|---|
 | given to DeepSpeed | DeepSpeed does what the value says |
-| agrees with the run file | a setting of the run file means the same; an unset one follows the JSON, another value is an error |
+| agrees with the run file | a setting means the same; an unset one follows the JSON, another value is an error |
 | done by bigmodel | a setting or a part of bigmodel does it; DeepSpeed does not see the key |
 | no effect here | accepted; a run names it at its start if it turns something on |
 | refused | an error where it turns something on; `false`, `null`, `{{}}` and `{{"enabled": false}}` are accepted |

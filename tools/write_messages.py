@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 ROOTS = ("bigmodel", "launcher", "kernels")
-ERRORS = re.compile(r"(UserError|SaveError|ValueError|error|contradiction)$")  # names of functions that make an error
+ERRORS = re.compile(
+    r"(UserError|SaveError|ValueError|error|problem|contradiction)$"
+)  # names of functions that make an error
 GROUP = re.compile(r"(<!-- messages: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = "…"
 MAX_DEPTH = 3  # of functions that return another function's message

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config.deepspeed_json import AUTO, VERSION, Source, device_of, passed, value_at, written
+from bigmodel.config.deepspeed_json import Source, device_of, passed, value_at, written
+from bigmodel.config.deepspeed_keys import VERSION
+from bigmodel.config.deepspeed_row import AUTO
 from bigmodel.config.sections import without_effect
-from bigmodel.config.settings import Settings, UserError, num_micro_batches
+from bigmodel.config.settings import Settings, num_micro_batches
 from bigmodel.sizes import counted_noun
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
@@ -127,14 +129,14 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
             settings = _agree(settings, setting, kind(value), path, value, source)
     batch = written(config, "train_batch_size")
     if batch is not None and batch % settings.data.lanes:
-        source.problems.append(
+        source.problem(
             f"train_batch_size = {batch} is not a multiple of data.lanes = {settings.data.lanes} in the run file; "
             "a step takes the same number of packed sequences from every lane"
         )
     settings = _settle_monitors(config, settings, source)
     settings = _settle_optimizer(config, settings, source)
     for problem in without_effect(settings.optimizer).values():
-        source.problems.append(f"optimizer, with the settings of the run file: {problem}")
+        source.problem(f"optimizer, with the settings of the run file: {problem}")
     return settings
 
 
@@ -143,15 +145,15 @@ def _settle_precision(config: dict[str, Any], settings: Settings, source: Source
     enabled = {kind: written(config, f"{kind}.enabled") for kind in ("bf16", "fp16")}
     on = [kind for kind, value in enabled.items() if value]
     if len(on) == 2:
-        source.problems.append("bf16.enabled and fp16.enabled are both true; choose one")
+        source.problem("bf16.enabled and fp16.enabled are both true; choose one")
     elif on:
         settings = _agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True, source)
     for kind in [kind for kind, value in enabled.items() if value is False and not on]:
         if settings.training.precision == kind or (kind == "bf16" and settings.training.precision != "fp16"):
             settings = _agree(settings, "training.precision", "fp32", f"{kind}.enabled", False, source)
-    weights = written(config, "data_types.param_dtype")
-    if weights not in (None, settings.training.precision):
-        source.contradiction("data_types.param_dtype", weights, "training.precision", settings.training.precision)
+    path = "data_types.param_dtype"
+    if written(config, path) not in (None, settings.training.precision):
+        source.contradiction(path, written(config, path), "training.precision", settings.training.precision)
     return settings
 
 
@@ -232,13 +234,10 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     per_micro_batch = config["train_micro_batch_size_per_gpu"]
     sharing = settings.training.sequence_parallel_ranks
     if world_size % sharing:
-        problem = (
+        source.problem(
             f"training.sequence_parallel_ranks = {sharing} does not divide the {counted_noun(world_size, 'rank')}; "
             "choose a divisor"
         )
-        if source.path is None:
-            raise UserError(problem)
-        source.problems.append(problem)
         return
     places = world_size // sharing
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
@@ -246,19 +245,19 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} packed sequence(s) per micro-batch"
     steps = written(config, "gradient_accumulation_steps")
     if steps is not None and steps != micro_batches:
-        source.problems.append(
+        source.problem(
             f"gradient_accumulation_steps = {steps}, but the run file's training.{derived} gives {micro_batches}; "
             f'write "auto" in the JSON, or training.global_batch_size = {steps * per_micro_batch * places}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
     batch = written(config, "train_batch_size")
     if batch is not None and sharing > 1:
-        source.problems.append(
+        source.problem(
             f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed would count each "
             'rank as a data-parallel one; write "auto"'
         )
     if batch is not None and batch != multiplied:
-        source.problems.append(
+        source.problem(
             f"train_batch_size = {batch} does not divide: training.{derived} gives {micro_batches} micro-batch(es), "
             f'{multiplied} in total; write "auto" in the JSON: empty packed sequences then fill the step'
         )
@@ -288,32 +287,32 @@ def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
 
 def _refuse_combinations(config: dict[str, Any], settings: Settings, source: Source) -> None:
     """Values that are right by themselves and cannot go together."""
-    zero, problems = config["zero_optimization"], source.problems
+    zero = config["zero_optimization"]
     stage, precision, sums = zero["stage"], settings.training.precision, config["data_types"]["grad_accum_dtype"]
     if precision != "bf16" and sums != "fp32":
-        problems.append(f'data_types.grad_accum_dtype = "{sums}" does not go with {precision} weights; write "fp32"')
+        source.problem(f'data_types.grad_accum_dtype = "{sums}" does not go with {precision} weights; write "fp32"')
     for name, least in (("offload_optimizer", 1), ("offload_param", 3), *((name, 3) for name in ZEROPP)):
         if zero.get(name) and device_of(zero[name]) not in ("none", 1) and stage < least:
-            problems.append(f"zero_optimization.{name} needs zero_optimization.stage >= {least}; it is {stage}")
+            source.problem(f"zero_optimization.{name} needs zero_optimization.stage >= {least}; it is {stage}")
     nvme_path = value_at(zero, "offload_optimizer.nvme_path")
     if device_of(zero.get("offload_optimizer")) == "nvme" and not (isinstance(nvme_path, str) and nvme_path[:1] == "/"):
-        problems.append(
+        source.problem(
             f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(nvme_path)} must be the absolute path of a "
             "folder on a local disk; it will hold the optimizer's state"
         )
     if stage == 0 and precision != "fp32":
-        problems.append(
+        source.problem(
             f"zero_optimization.stage = 0 with {precision}: DeepSpeed {VERSION} cannot accumulate gradients in fp32 "
             'there; use stage 1 (the same on one rank), or training.precision = "fp32"'
         )
     scales = config.get("prescale_gradients", False) or config.get("gradient_predivide_factor", 1) != 1
     if scales and zero.get("reduce_scatter", True) and (stage > 1 or (stage == 1 and precision != "bf16")):
-        problems.append(
+        source.problem(
             f"prescale_gradients or gradient_predivide_factor with zero_optimization.stage = {stage}: DeepSpeed "
             f"{VERSION} needs zero_optimization.reduce_scatter = false; or remove them, sums over ranks are in fp32"
         )
     if config.get("zero_allow_untested_optimizer") is False and settings.optimizer.kind != "adamw":
-        problems.append(
+        source.problem(
             f'zero_allow_untested_optimizer = false with optimizer.kind = "{settings.optimizer.kind}": DeepSpeed does '
             "not know this optimizer; remove the key, tests compare it with plain torch"
         )
@@ -324,11 +323,9 @@ def _refuse_limits(config: dict[str, Any], settings: Settings, source: Source) -
     kind, zero = settings.optimizer.kind, config["zero_optimization"]
     row, offload = OPTIMIZERS[kind], device_of(zero.get("offload_optimizer"))
     if zero["stage"] not in row.stages:
-        source.problems.append(
-            f'zero_optimization.stage = {zero["stage"]} with optimizer.kind = "{kind}": {row.limits}'
-        )
+        source.problem(f'zero_optimization.stage = {zero["stage"]} with optimizer.kind = "{kind}": {row.limits}')
     if offload not in ("none", None, *row.offloads):
-        source.problems.append(
+        source.problem(
             f'zero_optimization.offload_optimizer.device = "{offload}" with optimizer.kind = "{kind}": {row.limits}'
         )
 

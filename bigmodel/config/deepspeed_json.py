@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.config.deepspeed_foreign import answer
-from bigmodel.config.deepspeed_keys import AUTO, IDLE, KEYS, REFUSED, SETTING, USED, VERSION, Key, turned_on
+from bigmodel.config.deepspeed_keys import KEYS, VERSION
+from bigmodel.config.deepspeed_row import AUTO, IDLE, REFUSED, SETTING, USED, Key, turned_on
 from bigmodel.config.deepspeed_values import OBJECT, shown, unquoted
 from bigmodel.config.settings import UserError
 
@@ -34,10 +35,14 @@ class Source:
 
     def error(self, *last: str) -> UserError:
         """An error with all problems so far, and `last`, a problem that ends the check."""
-        found, name = [*self.problems, *last], self.path or "the default DeepSpeed configuration"
+        found, name = [*self.problems, *last], self.path or "the run file, with the default DeepSpeed configuration"
         if len(found) == 1:
             return UserError(f"{name}: {found[0]}")
         return UserError(f"{name}:" + "".join(f"\n  {problem}" for problem in found))
+
+    def problem(self, text: str) -> None:
+        """Note a problem."""
+        self.problems.append(text)
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -87,12 +92,12 @@ class Source:
             elif value == AUTO and key.value is not OBJECT:
                 continue
             elif key.asks(value):
-                self.problems.append(f"{path} = {'...' if path in SECRET else shown(value)}: {key.reason}")
+                self.problem(f"{path} = {'...' if path in SECRET else shown(value)}: {key.reason}")
             elif value is not None or not key.nullable:
                 try:
                     config[name] = key.value.read(value)
                 except ValueError:
-                    self.problems.append(f"{path} = {shown(value)} must be {key.value.words}{_remedy(value, key)}")
+                    self.problem(f"{path} = {shown(value)} must be {key.value.words}{_remedy(value, key)}")
                 else:
                     if isinstance(value, dict) and _has_rows(path):
                         self.check(value, f"{path}.")
@@ -105,11 +110,11 @@ class Source:
             if key in known:
                 continue
             if meant := answer(path):
-                self.problems.append(f"{path} is not a key of DeepSpeed; {meant}")
+                self.problem(f"{path} is not a key of DeepSpeed; {meant}")
                 continue
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            self.problems.append(f"{path} is not a key that DeepSpeed {VERSION} knows{hint}")
+            self.problem(f"{path} is not a key that DeepSpeed {VERSION} knows{hint}")
 
     def number(
         self, config: dict[str, Any], path: str, kind: type[int] | type[float], least: float
@@ -125,7 +130,7 @@ class Source:
         return value
 
     def contradiction(self, path: str, value: Any, setting: str, other: Any) -> None:
-        self.problems.append(
+        self.problem(
             f"{path} = {json.dumps(value)}, but the run file has {setting} = {json.dumps(other)}; "
             'make them equal, or write "auto" in the JSON to follow the run file'
         )

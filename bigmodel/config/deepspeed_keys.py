@@ -3,84 +3,21 @@
 `docs/deepspeed-keys.md` is made from this table. Written against DeepSpeed 0.19.8. Imports neither torch nor deepspeed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from bigmodel.config.deepspeed_values import ANYTHING, FLAG, OBJECT, TEXT, TEXTS, Value, choice, number, whole
+from bigmodel.config.deepspeed_row import (
+    USED,
+    Key,
+    agrees,
+    enabled_by,
+    idle,
+    only,
+    ours,
+    refused,
+    unless_disabled,
+    used,
+)
+from bigmodel.config.deepspeed_values import ANYTHING, FLAG, OBJECT, TEXT, TEXTS, choice, number, whole
 
 VERSION = "0.19.8"
-AUTO = "auto"
-
-# What becomes of a key.
-USED = "given to DeepSpeed"
-SETTING = "agrees with the run file"  # and given to DeepSpeed
-OURS = "done by bigmodel"
-IDLE = "no effect here"
-REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Key:
-    """fate: one of the five above. note: for the user, more about it; for a refused key reason and remedy.
-    asks: whether a value is refused. nullable: null means absent. inside: names of keys below a refused section.
-    """
-
-    fate: str
-    value: Value
-    note: str = ""
-    asks: Callable[[Any], bool] = lambda value: False
-    reason: str = ""
-    nullable: bool = False
-    inside: str = ""
-
-
-def used(value: Value, note: str = "", nullable: bool = False) -> Key:
-    return Key(USED, value, note, nullable=nullable)
-
-
-def agrees(value: Value, note: str, nullable: bool = False) -> Key:
-    return Key(SETTING, value, note, nullable=nullable)
-
-
-def ours(value: Value, note: str, nullable: bool = False) -> Key:
-    return Key(OURS, value, note, nullable=nullable)
-
-
-def idle(value: Value, note: str, nullable: bool = False) -> Key:
-    return Key(IDLE, value, note, nullable=nullable)
-
-
-def refused(reason: str, asks: "Callable[[Any], bool] | None" = None, inside: str = "") -> Key:
-    """A key that is an error where its value turns something on."""
-    return Key(REFUSED, ANYTHING, reason, asks or turned_on, reason, nullable=True, inside=inside)
-
-
-def only(*values: Any) -> Callable[[Any], bool]:
-    """Accepted are these values alone; 0 is not false."""
-    return lambda value: not any(type(value) is type(one) and value == one for one in values)
-
-
-def turned_on(value: Any) -> bool:
-    """Whether a value asks for something: false, 0, "none", {} and {"enabled": false} do not, nor do objects of
-    such alone."""
-    if isinstance(value, dict):
-        if "enabled" in value:
-            return value["enabled"] not in (False, AUTO, None)
-        return any(turned_on(one) for one in value.values())
-    return value not in (False, None, AUTO, "none", "None", "", [])
-
-
-def _enabled_by(name: str, *off: Any) -> Callable[[Any], bool]:
-    """For a section that one key turns on."""
-
-    def asks(section: Any) -> bool:
-        if not isinstance(section, dict):
-            return turned_on(section)
-        return section.get("enabled", True) is not False and section.get(name, off[0]) not in (*off, AUTO, None)
-
-    return asks
-
 
 NO_SWAPPER = "DeepSpeed's swapper is not used; state is in memory-mapped files"
 NO_DATA = "data is read and ordered by [data] of the run file"
@@ -204,8 +141,8 @@ ZERO = {
     "offload_optimizer.super_offload": refused("remove it; SuperOffload brings its own optimizer"),
     "offload_optimizer.cpuadam_cores_perc": idle(number(0, 1), "it belongs to super_offload"),
     "zenflow": refused(
-        "remove it; ZenFlow is not offered", lambda value: value.get("enabled", True) if isinstance(value, dict) else
-        turned_on(value),
+        "remove it; ZenFlow is not offered",
+        unless_disabled,
         inside="topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio "
         "full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch",
     ),
@@ -278,7 +215,9 @@ PROFILING = {
 _RECOMPUTE = "training.activation_checkpointing in the run file turns recomputation on"
 ACTIVATIONS = {
     "": ours(OBJECT, f"turns nothing on, as in DeepSpeed; {_RECOMPUTE}"),
-    "partition_activations": refused(f"remove the key; there are no tensor-parallel ranks to split them over. {_RECOMPUTE}"),
+    "partition_activations": refused(
+        f"remove the key; there are no tensor-parallel ranks to split them over. {_RECOMPUTE}"
+    ),
     "cpu_checkpointing": refused(f"remove the key; activations are not moved to the CPU: {_RECOMPUTE}"),
     "contiguous_memory_optimization": refused(f"remove the key; it needs partition_activations. {_RECOMPUTE}"),
     "number_checkpoints": idle(whole(0), "it belongs to contiguous_memory_optimization", nullable=True),
@@ -308,7 +247,7 @@ OFF_ONLY = {
     "datastates_ckpt": refused("remove the section; checkpoints are bigmodel's own"),
     "compile": refused(
         "remove the section; DeepCompile is not offered: set training.compile in the run file",
-        _enabled_by("deepcompile", False),
+        enabled_by("deepcompile", False),
         "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
         "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log "
         "offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather "
@@ -316,7 +255,7 @@ OFF_ONLY = {
     ),
     "autotuning": refused(
         "set enabled = false; the number of packed sequences at once is yours to choose: `bigmodel show memory`",
-        _enabled_by("enabled", False),
+        enabled_by("enabled", False),
         "enabled fast results_dir exps_dir overwrite start_profile_step end_profile_step metric metric_path tuner_type "
         "tuner_early_stopping tuner_num_trials arg_mappings model_info model_info.profile model_info.num_params "
         "model_info.hidden_size model_info.num_layers model_info_path mp_size max_train_batch_size "
@@ -325,7 +264,7 @@ OFF_ONLY = {
     ),
     "data_efficiency": refused(
         "set enabled = false; data is read and ordered by [data] of the run file, which has a curriculum",
-        _enabled_by("enabled", False),
+        enabled_by("enabled", False),
         "enabled seed data_sampling data_sampling.enabled data_sampling.num_epochs data_sampling.num_workers "
         "data_sampling.pin_memory data_sampling.curriculum_learning data_sampling.curriculum_learning.enabled "
         "data_sampling.dynamic_batching data_sampling.dynamic_batching.enabled "
@@ -336,26 +275,26 @@ OFF_ONLY = {
     ),
     "hybrid_engine": refused(
         "set enabled = false; it serves reinforcement learning",
-        _enabled_by("enabled", False),
+        enabled_by("enabled", False),
         "enabled max_out_tokens inference_tp_size release_inference_cache pin_parameters tp_gather_partition_size "
         "enable_cuda_graph",
     ),
     "pipeline": refused(
         "remove the section; pipeline parallelism is not offered: use ZeRO stage 3",
-        _enabled_by("stages", 1),
+        enabled_by("stages", 1),
         "stages partition seed_layers activation_checkpoint_interval pipe_partitioned grad_partitioned",
     ),
     "tensor_parallel": refused(
         "remove the section; tensor parallelism is not offered: use ZeRO stage 3",
-        _enabled_by("autotp_size", 0, 1),
+        enabled_by("autotp_size", 0, 1),
         "dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend "
         "tp tp.tp_size tp.tp_grain_size tp.mpu tp.tp_group tensor_parallel tensor_parallel.tp_size "
-        "tensor_parallel.tp_grain_size tensor_parallel.mpu tensor_parallel.tp_group injection_policy_tuple partition_config preset_model "
-        "keep_module_on_host replace_with_kernel_inject kernel_inject",
+        "tensor_parallel.tp_grain_size tensor_parallel.mpu tensor_parallel.tp_group injection_policy_tuple "
+        "partition_config preset_model keep_module_on_host replace_with_kernel_inject kernel_inject",
     ),
     "expert_parallel": refused(
         "set enabled = false; mixture of experts is not offered",
-        _enabled_by("enabled", False),
+        enabled_by("enabled", False),
         "enabled autoep_size expert_tensor_parallel_size validate_folding_routing async_split_plan preset_model "
         "moe_layer_pattern expert_pattern router_pattern use_grouped_mm disable_triton_grouped_mm route_norm "
         "route_scale score_apply combine_impl row_weighting_impl gate_up_impl comm_backend comm_num_sm comm_qp_margin "
@@ -365,7 +304,7 @@ OFF_ONLY = {
     ),
     "weight_quantization": refused(
         "remove the section; it serves inference",
-        lambda value: value.get("enabled", True) if isinstance(value, dict) else turned_on(value),
+        unless_disabled,
         "enabled num_bits q_type q_groups quantized_initialization post_init_quant",
     ),
 }

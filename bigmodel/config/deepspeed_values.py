@@ -1,7 +1,7 @@
 """What may stand at a key of the DeepSpeed JSON: a type and a range, in words and as a function.
 
-    whole(1).read(5e8)       # 500000000: JSON has one type of numbers
-    whole(1).read("5e8")     # ValueError: quotes make it a text
+whole(1).read(5e8)       # 500000000: JSON has one type of numbers
+whole(1).read("5e8")     # ValueError: quotes make it a text
 """
 
 import json
@@ -50,7 +50,9 @@ def choice(*names: str | int) -> Value:
 
     def read(value: Any) -> Any:
         folded = value.lower() if isinstance(value, str) else value
-        _refuse_unless(not isinstance(value, bool) and any(type(one) is type(folded) and one == folded for one in names))
+        _refuse_unless(
+            not isinstance(value, bool) and any(type(one) is type(folded) and one == folded for one in names)
+        )
         return folded
 
     words = [json.dumps(name) for name in names]

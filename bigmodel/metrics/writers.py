@@ -53,9 +53,16 @@ class WeightsAndBiases:
         import wandb
 
         self._run = wandb.init(
-            mode="offline", dir=str(run_directory), project=settings.project, group=settings.group or None,
-            entity=settings.team or None, name=run_directory.name, id=run_directory.name, resume="allow", settings=wandb.Settings(console="off", silent=True),
-        )  # fmt: skip
+            mode="offline",
+            dir=str(run_directory),
+            project=settings.project,
+            group=settings.group or None,
+            entity=settings.team or None,
+            name=run_directory.name,
+            id=run_directory.name,
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True),
+        )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({**scalars, "step": step})

@@ -9,7 +9,8 @@ import pytest
 from bigmodel.config.deepspeed_config import for_deepspeed, resolve_deepspeed
 from bigmodel.config.deepspeed_foreign import REASONS, SETTINGS, answer
 from bigmodel.config.deepspeed_json import Source, without_effect
-from bigmodel.config.deepspeed_keys import IDLE, KEYS, OURS, REFUSED, REMOVED, SETTING, USED, Key
+from bigmodel.config.deepspeed_keys import KEYS, REMOVED
+from bigmodel.config.deepspeed_row import IDLE, OURS, REFUSED, SETTING, USED, Key
 from bigmodel.config.deepspeed_values import ANYTHING, FLAG, OBJECT, TEXT
 from bigmodel.config.settings import Settings, UserError
 from tests.support.deepspeed_schema import write_schema
@@ -62,7 +63,7 @@ def test_a_value_of_a_wrong_type_is_told_with_the_right_one() -> None:
     for path, key in checked.items():
         for value in wrong_values(key):
             told = [one for one in problems(nested(path, value)) if one.startswith(f"{path} = ")]
-            assert told and f"must be {key.value.words}" in told[0], f"{path} = {value!r}: {told}"
+            assert f"must be {key.value.words}" in "".join(told), f"{path} = {value!r}: {told}"
 
 
 @pytest.mark.parametrize(
