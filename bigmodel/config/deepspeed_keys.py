@@ -20,6 +20,7 @@ from bigmodel.config.deepspeed_values import ANYTHING, FLAG, OBJECT, TEXT, TEXTS
 VERSION = "0.19.8"
 
 NO_SWAPPER = "DeepSpeed's swapper is not used; state is in memory-mapped files"
+OWN_OPTIMIZERS = "optimizers are bigmodel's and torch's own"
 NO_DATA = "data is read and ordered by [data] of the run file"
 NO_CHECKPOINTS = "checkpoints are bigmodel's own and hold whole weights, see [checkpoint] of the run file"
 RUN_DIRECTORY = "the files are in the run directory, which also names the run"
@@ -46,7 +47,9 @@ TOP_LEVEL = {
     "gradient_allreduce_op": refused('use "mean"; the exact loss needs it', only("mean", "MEAN", "Mean")),
     "disable_allgather": idle(FLAG, f"DeepSpeed {VERSION} does not use it"),
     "zero_allow_untested_optimizer": used(FLAG, "true by default where the optimizer is not AdamW"),
-    "zero_force_ds_cpu_optimizer": refused("remove the key; optimizers are bigmodel's and torch's own", only(False)),
+    "zero_force_ds_cpu_optimizer": Key(
+        USED, FLAG, f"true is refused: {OWN_OPTIMIZERS}", lambda value: value is True, f"remove the key; {OWN_OPTIMIZERS}"
+    ),
     "steps_per_print": idle(whole(1), "each step is in metrics.jsonl and on the terminal", nullable=True),
     "wall_clock_breakdown": used(FLAG, "prints times of forward, backward and step; waits for the device at each"),
     "memory_breakdown": used(FLAG, "prints the memory before and after forward, backward and step"),
@@ -60,7 +63,7 @@ TOP_LEVEL = {
     "optimizer": agrees(OBJECT, "[optimizer]"),
     "optimizer.type": agrees(TEXT, "optimizer.kind"),
     "optimizer.params": agrees(ANYTHING, "keys of [optimizer]; an unknown or contradicting one is an error"),
-    "optimizer.legacy_fusion": idle(FLAG, "optimizers are bigmodel's and torch's own"),
+    "optimizer.legacy_fusion": idle(FLAG, OWN_OPTIMIZERS),
     "scheduler": refused("describe the learning rate in [schedule] of the run file (kind, warmup_steps, decay_steps)",
                          inside="type params"),
     "bf16": used(OBJECT),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bigmodel.config.deepspeed_config import DEFAULTS, num_micro_batches, resolve_deepspeed
+from bigmodel.config.deepspeed_config import DEFAULTS, for_deepspeed, num_micro_batches, resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError, settings_from_table, to_toml_table
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
@@ -44,6 +44,7 @@ def test_without_a_file_the_defaults_hold() -> None:
         "communication_data_type": "fp32",
         "gradient_clipping": 1.0,
     }
+    assert for_deepspeed(effective) == effective
     assert settings.training.global_batch_size == 8
 
 
@@ -137,6 +138,7 @@ def test_fp16_lion_and_offload_bring_the_keys_that_deepspeed_wants(tmp_path: Pat
     assert effective["bf16"]["enabled"] is False
     assert effective["zero_allow_untested_optimizer"] is True
     assert effective["zero_force_ds_cpu_optimizer"] is False
+    assert for_deepspeed(effective) == effective, "DeepSpeed's own defaults differ"
     assert resolve(tmp_path, {"fp16": {"enabled": True}})[1].training.precision == "fp16"
     assert resolve(tmp_path, {"bf16": {"enabled": False}, "fp16": {"enabled": False}})[1].training.precision == "fp32"
 
