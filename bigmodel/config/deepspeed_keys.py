@@ -4,7 +4,6 @@
 """
 
 from bigmodel.config.deepspeed_row import (
-    USED,
     Key,
     agrees,
     enabled_by,
@@ -14,6 +13,7 @@ from bigmodel.config.deepspeed_row import (
     refused,
     unless_disabled,
     used,
+    used_but,
 )
 from bigmodel.config.deepspeed_values import ANYTHING, FLAG, OBJECT, TEXT, TEXTS, choice, number, whole
 
@@ -47,9 +47,7 @@ TOP_LEVEL = {
     "gradient_allreduce_op": refused('use "mean"; the exact loss needs it', only("mean", "MEAN", "Mean")),
     "disable_allgather": idle(FLAG, f"DeepSpeed {VERSION} does not use it"),
     "zero_allow_untested_optimizer": used(FLAG, "true by default where the optimizer is not AdamW"),
-    "zero_force_ds_cpu_optimizer": Key(
-        USED, FLAG, f"true is refused: {OWN_OPTIMIZERS}", lambda value: value is True, f"remove the key; {OWN_OPTIMIZERS}"
-    ),
+    "zero_force_ds_cpu_optimizer": used_but(FLAG, True, f"remove the key; {OWN_OPTIMIZERS}"),
     "steps_per_print": idle(whole(1), "each step is in metrics.jsonl and on the terminal", nullable=True),
     "wall_clock_breakdown": used(FLAG, "prints times of forward, backward and step; waits for the device at each"),
     "memory_breakdown": used(FLAG, "prints the memory before and after forward, backward and step"),
@@ -123,10 +121,7 @@ ZERO = {
     "pipeline_loading_checkpoint": idle(FLAG, NO_CHECKPOINTS),
     "stage3_gather_fp16_weights_on_model_save": idle(FLAG, NO_CHECKPOINTS),
     "offload_param": used(OBJECT, "stage 3", nullable=True),
-    "offload_param.device": Key(
-        USED, choice("none", "cpu", "nvme"), f"nvme is refused: {WEIGHTS_ON_NVME}",
-        lambda value: value == "nvme", WEIGHTS_ON_NVME,
-    ),
+    "offload_param.device": used_but(choice("none", "cpu", "nvme"), "nvme", WEIGHTS_ON_NVME),
     "offload_param.pin_memory": used(FLAG),
     "offload_param.nvme_path": idle(TEXT, "weights cannot be on NVMe", nullable=True),
     "offload_param.buffer_count": idle(whole(0), "weights cannot be on NVMe"),

@@ -1,5 +1,6 @@
 """A row of the table of DeepSpeed's keys (`bigmodel.config.deepspeed_keys`): what becomes of a key, and its values."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,16 @@ class Key:
 
 def used(value: Value, note: str = "", nullable: bool = False) -> Key:
     return Key(USED, value, note, nullable=nullable)
+
+
+def used_but(value: Value, refused_value: Any, reason: str) -> Key:
+    """Given to DeepSpeed, except for one value, in any case."""
+
+    def asks(written: Any) -> bool:
+        folded = written.lower() if isinstance(written, str) else written
+        return type(folded) is type(refused_value) and folded == refused_value
+
+    return Key(USED, value, f"{json.dumps(refused_value)} is refused: {reason}", asks, reason)
 
 
 def agrees(value: Value, note: str, nullable: bool = False) -> Key:

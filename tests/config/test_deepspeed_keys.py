@@ -85,6 +85,8 @@ def test_a_value_of_a_wrong_type_is_told_with_the_right_one() -> None:
         ("zero_optimization.offload_optimizer.device", "disk", 'must be "none", "cpu" or "nvme"'),
         ("optimizer.typ", "AdamW", "did you mean optimizer.type?"),
         ("comet.api_key", "k3y", "comet.api_key = ...: remove it from the file"),
+        ("zero_optimization.offload_param.device", "NVMe", "offload_optimizer alone"),
+        ("zero_force_ds_cpu_optimizer", True, "remove the key; optimizers are"),
         ("zero_optimization.leaf_module", {"names": ["blocks"]}, "mixtures of experts"),
         ("torch_autocast", {"enabled": True}, "torch_autocast.enabled = true"),
         ("flops_profiler", {"enabled": True, "profile_step": 1}, "bigmodel profile RUN trace"),
