@@ -100,7 +100,7 @@ STAGE3 = {
     "max_reuse_distance": used(whole(0)),
     "gather_16bit_weights_on_model_save": idle(FLAG, NO_CHECKPOINTS),
     "module_granularity_threshold": refused(
-        f"remove the key; the backward pass of DeepSpeed {VERSION} fails with it on these models", only(0)
+        f"remove the key; in DeepSpeed {VERSION} the backward pass failed here with modules fetched as a whole", only(0)
     ),
     "use_all_reduce_for_fetch_params": used(FLAG),
     "allgather_sequential": used(FLAG),
@@ -200,7 +200,8 @@ PROFILING = {
     "comms_logger.verbose": used(FLAG, 'a line for each collective, with log_level = "info"'),
     "comms_logger.debug": used(FLAG, "names the caller of each collective"),
     "flops_profiler": refused(
-        "set enabled = false; it does not see bigmodel's kernels. metrics.jsonl has the FLOPs of each step, "
+        f"set enabled = false; it does not see bigmodel's kernels, and {VERSION} prints 1.8 Gs for the whole model. "
+        "metrics.jsonl has the FLOPs of each step, "
         "`bigmodel profile RUN trace` the time of each operation",
         inside="enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
     ),
