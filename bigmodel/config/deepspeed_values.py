@@ -91,7 +91,10 @@ def unquoted(value: Any) -> str:
         inside = json.loads(value.strip().lower()) if isinstance(value, str) else None
     except (ValueError, RecursionError):
         return ""
-    return f"; write {json.dumps(inside)} without quotes" if isinstance(inside, int | float) else ""
+    if not isinstance(inside, int | float) or not abs(inside) <= LARGEST:
+        return ""
+    short = int(inside) if isinstance(inside, float) and inside == int(inside) else inside
+    return f"; write {json.dumps(short)} without quotes"
 
 
 def _up_to(most: float, none: float) -> str:

@@ -71,7 +71,7 @@ def test_a_value_of_a_wrong_type_is_told_with_the_right_one() -> None:
     [
         ("gradient_clipping", None, 'gradient_clipping = null must be a number of at least 0 (or "auto"); or remove'),
         ("communication_data_type", "fp64", 'communication_data_type = "fp64" must be "fp32", "bf16" or "fp16"'),
-        ("zero_optimization.reduce_bucket_size", "5e8", '(or "auto"); write 500000000.0 without quotes'),
+        ("zero_optimization.reduce_bucket_size", "5e8", '(or "auto"); write 500000000 without quotes'),
         ("zero_optimization.reduce_bucket_size", -1, "must be a whole number of at least 1"),
         ("zero_optimization.reduce_bucket_size", 0.5, "must be a whole number of at least 1"),
         ("zero_optimization.allgather_bucket_size", 7, "must be an even number of at least 0"),
