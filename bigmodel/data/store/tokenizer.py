@@ -7,25 +7,29 @@ In: text. Out: ids of a byte-level BPE (or of whatever a given tokenizer.json de
     tokenizer.encode_document("Hi")      # [0, 41, 74, 1]
 
 Guarantees: training is deterministic. The text of a special token inside a document stays plain text and never becomes
-that token, so no document can fake the end of another. Both paths below gave the same ids on every text compared.
+that token, so no document can fake the end of another. Both paths give the same ids. BPE dropout is never applied.
 
 Costs: the fast path is tiktoken, built from our own tokenizer.json without a download: 10 to 13 MB/s a core. The exact
 path is the `tokenizers` library: 2 to 3 MB/s. The fast path serves byte-level BPE with ids in merge order, and is used
-only after an equality check; otherwise `slow_reason` has the reason.
+only where `fast_tokenizer.py` proves it equal and a comparison on texts finds it so; otherwise `slow_reason` has the
+reason.
 """
 
 import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 import tokenizers
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.store import unknown_text
+from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast
+from bigmodel.data.store.unknown_text import in_code_points
 from bigmodel.run_directory import read_json
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -39,11 +43,6 @@ BOUNDARY_NAMES = (
     ("<|startoftext|>", "<|endoftext|>"),
     ("<|endoftext|>", "<|endoftext|>"),
 )
-# Where a text may be cut before merging: contractions, words with the space before them, up to three digits,
-# runs of punctuation with the line ends after them, line ends with the blank space before them, other space.
-WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# The `tokenizers` library's pattern where ByteLevel has use_regex (that of GPT-2).
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATHOLOGICAL = (
     "",
     " ",
@@ -101,7 +100,10 @@ class Tokenizer:
     `json_text`: content of a tokenizer.json. `sample`: documents for the comparison of the two paths, beside a list of
     awkward strings. `name`: of the file, for errors. `boundaries`: names of the begin and end tokens, if the
     tokenizer's maker states them; else well-known names are tried. `fast`: result of the comparison in another
-    process; None: compare now.
+    process; None: compare now. `proven`: see `FastPath`.
+
+    `unknown`: id of the unknown token, None without one. `dropout`: of BPE in the file, which is never applied here.
+    `drops_text`: whether characters without a token vanish: see `find_dropped`.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Tokenizer:
         name: str = "tokenizer.json",
         boundaries: tuple[str, str] | None = None,
         fast: bool | None = None,
+        proven: bool = True,
     ) -> None:
         try:
             self._exact = _exact(json_text)
@@ -122,30 +125,35 @@ class Tokenizer:
         self.vocabulary: int = max(self._exact.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eos = _boundaries(self._exact, name, boundaries)
         description = json.loads(json_text)
-        if _hide_boundaries(description, {self._exact.id_to_token(token) for token in (self.bos, self.eos)}):
+        self.dropout = float(description["model"].get("dropout") or 0)
+        hidden = _hide_boundaries(description, {self._exact.id_to_token(token) for token in (self.bos, self.eos)})
+        if hidden or self.dropout:
+            description["model"]["dropout"] = None
             self._exact = _exact(json.dumps(description))
         self._name = name
+        self.unknown = unknown_text.unknown_id(description["model"])
+        self._lacking = description if unknown_text.lacks_tokens(description) else None
+        self.drops_text = self._lacking is not None and unknown_text.drops(description["model"])
         self._spelled = {token: _spell(self._exact, token, {self.bos, self.eos}) for token in (self.bos, self.eos)}
-        for token in (self.bos, self.eos):
-            content = self._exact.id_to_token(token)
-            for text in (content, f" {content} ", f"a{content}b"):
-                self._as_text(self._exact.encode(text, add_special_tokens=False).ids)
+        self._check_spelling()
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
         self.slow_reason = ""
-        self._fast: tiktoken.Encoding | None = None
+        self._fast: FastPath | None = None
         if fast is False:
             self.slow_reason = "chosen by an earlier comparison"
             return
         try:
-            encoding = _build_fast(description)
+            path = FastPath(description, proven)
             if fast is None:
-                self.compare_with(encoding, [*PATHOLOGICAL, *sample])
-            self._fast = encoding
-        except _NotFast as reason:
+                self._compare(path, [*PATHOLOGICAL, *sample])
+            self._fast = path
+        except NotFast as reason:
             self.slow_reason = str(reason)
 
     @classmethod
-    def load(cls, path: Path, sample: Sequence[str] = (), fast: bool | None = None) -> "Tokenizer":
+    def load(
+        cls, path: Path, sample: Sequence[str] = (), fast: bool | None = None, proven: bool = True
+    ) -> "Tokenizer":
         """Read a tokenizer.json or a Hugging Face tokenizer folder; a file beside it may name begin and end.
 
         Raises `UserError` if it is missing, is no tokenizer, or lacks begin and end tokens.
@@ -155,7 +163,17 @@ class Tokenizer:
             json_text = read_tokenizer(path).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
-        return cls(json_text, sample, str(path), named_boundaries(path.parent), fast)
+        return cls(json_text, sample, str(path), named_boundaries(path.parent), fast, proven)
+
+    def _check_spelling(self) -> None:
+        """Raise `UserError` if the names of the boundaries, written in a text, become boundaries."""
+        for content in map(self._exact.id_to_token, (self.bos, self.eos)):
+            for text in (content, f" {content} ", f"a{content}b"):
+                try:
+                    ids = self._exact.encode(text, add_special_tokens=False).ids
+                except Exception:  # bare, of the library: no token for a part of the name
+                    continue
+                self._as_text(ids)
 
     @property
     def is_fast(self) -> bool:
@@ -167,12 +185,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint32 ids of the text alone, without begin and end."""
-        if self._fast is not None:
-            try:
-                return self._as_text(self._fast.encode_to_numpy(text, disallowed_special=()))
-            except ValueError:  # the pattern's backtracking limit, at about a million spaces in a row
-                pass
-        return self._as_text(self._exact.encode(text, add_special_tokens=False).ids)
+        ids = self._fast.encode(text) if self._fast is not None else None
+        return self._as_text(self._encode_exactly([text])[0] if ids is None else ids)
 
     def encode_document(self, text: str) -> np.ndarray:
         """(n,) ids as stored: begin, text, end; n >= 2; uint16 if the vocabulary fits, else uint32."""
@@ -182,8 +196,35 @@ class Tokenizer:
         """Several at once: the exact path is twice as fast without character offsets."""
         if self._fast is not None:
             return [self.encode_document(text) for text in texts]
-        encodings = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._stored(self._as_text(encoding.ids)) for encoding in encodings]
+        return [self._stored(self._as_text(ids)) for ids in self._encode_exactly(texts)]
+
+    def _encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids by the library. Raises `UserError` for a text with a piece that has no token, if the model has no unknown
+        token."""
+        try:
+            return [one.ids for one in self._exact.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exception
+            if self._lacking is None or self.drops_text:
+                raise
+            piece = next(piece for text in texts for piece in self._find_tokenless(text))
+            raise UserError(
+                f"{self._name}: has no token for {in_code_points(piece)}, and {unknown_text.reason(self._lacking)} "
+                f"({error}); add that token to the file, or use another tokenizer"
+            ) from None
+
+    def find_dropped(self, text: str) -> list[str]:
+        """The characters of a text that the model has no token for and drops; `drops_text` says whether there can be
+        any."""
+        return self._find_tokenless(text) if self.drops_text else []
+
+    def _find_tokenless(self, text: str) -> list[str]:
+        return unknown_text.find_tokenless(*self._with_unknown_token, text)
+
+    @cached_property
+    def _with_unknown_token(self) -> tuple[tokenizers.Tokenizer, str]:
+        assert self._lacking is not None, "every text has tokens"
+        description, name = unknown_text.with_unknown_token(self._lacking)
+        return _exact(json.dumps(description)), name
 
     def _as_text(self, ids: np.ndarray | list[int]) -> np.ndarray:
         """(n,) ids of a text, with boundary tokens that the model finds in it (Unigram does) spelled out as text."""
@@ -208,19 +249,13 @@ class Tokenizer:
         """Text of the ids, without begin and end; bytes that are not UTF-8 become U+FFFD."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def compare_with(self, fast: tiktoken.Encoding, texts: Sequence[str]) -> None:
+    def _compare(self, fast: FastPath, texts: Sequence[str]) -> None:
+        """Raises `NotFast` for a text on which the two paths differ."""
         exact = self._exact.encode_batch_fast(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, exact, strict=True):
-            try:
-                equal = fast.encode(text, disallowed_special=()) == encoding.ids
-            except ValueError as error:
-                raise _NotFast(f"tiktoken cannot encode {text[:40]!r}: {error}") from None
-            if not equal:
-                raise _NotFast(f"tiktoken and tokenizers differ on {text[:40]!r}")
-
-
-class _NotFast(Exception):
-    """The reason why tiktoken cannot replace a tokenizer."""
+            ids = fast.encode(text)
+            if ids is not None and ids.tolist() != encoding.ids:
+                raise NotFast(f"tiktoken and tokenizers differ on {text[:40]!r}")
 
 
 def read_tokenizer(file: Path) -> bytes:
@@ -295,60 +330,3 @@ def _spell(tokenizer: tokenizers.Tokenizer, boundary: int, boundaries: set[int])
         return []
     ids = [token.id for token in tokens]
     return ids if "".join(token.value for token in tokens) == name and not boundaries.intersection(ids) else []
-
-
-def _build_fast(description: dict[str, Any]) -> tiktoken.Encoding:
-    """tiktoken's encoding of a tokenizer.json; raises `_NotFast` if the two cannot be equal.
-
-    tiktoken merges the pair whose result has the lowest id, so ids must be in merge order.
-    """
-    model = description["model"]
-    if model.get("type") != "BPE" or model.get("dropout") or model.get("byte_fallback"):
-        raise _NotFast("it is not a plain byte-level BPE")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise _NotFast("its tokens carry prefixes or suffixes")
-    if description.get("normalizer"):
-        raise _NotFast("it has a normalizer")
-    if any(not token["special"] for token in description.get("added_tokens", [])):
-        raise _NotFast("it has added tokens that are plain text")
-    pattern = _split_pattern(description.get("pre_tokenizer") or {})
-    special = {token["content"] for token in description.get("added_tokens", [])}
-    byte_of = _bytes_by_character()
-    try:
-        ranks = {
-            bytes(byte_of[character] for character in token): rank
-            for token, rank in model["vocab"].items()
-            if token not in special
-        }
-    except KeyError as error:
-        raise _NotFast(f"a token contains {error}, which is no byte's character") from None
-    if not all(bytes([byte]) in ranks for byte in range(256)):
-        raise _NotFast("it lacks tokens for single bytes")
-    if len(set(ranks.values())) < len(ranks):  # tiktoken panics, which is no Exception
-        raise _NotFast("two of its tokens have one id")
-    try:
-        return tiktoken.Encoding("bigmodel", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except ValueError as error:
-        raise _NotFast(f"tiktoken cannot read its pattern: {error}") from None
-
-
-def _split_pattern(pre_tokenizer: dict[str, Any]) -> str:
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    byte_level = steps[-1]
-    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
-        raise _NotFast("its pre-tokenizer is not ByteLevel without a prefix space")
-    if len(steps) == 1 and byte_level.get("use_regex", True):
-        return GPT2_PATTERN
-    split = steps[0]
-    plain = split.get("type") == "Split" and split.get("behavior") == "Isolated" and not split.get("invert")
-    if len(steps) == 2 and plain and not byte_level.get("use_regex", True) and "Regex" in split["pattern"]:
-        return split["pattern"]["Regex"]
-    raise _NotFast("its pre-tokenizer is more than one pattern and ByteLevel")
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """Byte of each character in a byte-level vocabulary: printable Latin-1 characters are their own bytes; from U+0100
-    come the 68 other bytes in order (the map of GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
