@@ -59,6 +59,20 @@ class PrepareSettings(Section):
         description='absent or "train": a tokenizer is trained; else the path of a tokenizer.json or of a Hugging Face '
         "tokenizer folder",
     )
+    dropped_characters_share: float = setting(
+        0.0,
+        only_with={"tokenizer": SET},
+        why="a trained tokenizer has tokens for all characters",
+        ge=0,
+        le=1,
+        description="largest share of the characters that the tokenizer may drop because it has no token for them",
+    )
+    bpe_dropout: Literal["refuse", "off"] = setting(
+        "refuse",
+        only_with={"tokenizer": SET},
+        why="a trained tokenizer has none",
+        description="what to do with a tokenizer whose BPE leaves out merges at random: refuse it, or use all merges",
+    )
     validation_share: float = Field(0.02, gt=0, lt=0.5, description="share of documents, by hash, kept for validation")
     shard_tokens: int = Field(32_000_000, ge=1_000, description="tokens in a full shard")
     content: Literal["tokens", "text"] = Field(

@@ -2,7 +2,8 @@
 
 In: a unit and the staging folder. Out: `scan/00000.npz` (verdicts on the rows) and, for every 16 MB of kept text,
 `encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and the total bytes of their
-texts, and the validation text. For shards of text: the texts end to end and their sizes, instead of the tokens.
+texts; the validation text; what has no token. For shards of text: the texts end to end and their sizes, instead of the
+tokens.
 
 Guarantees: a file is a pure function of the unit and the settings; an encoded file also of the duplicates and the
 tokenizer. It is written atomically, and not again if it exists undamaged.
@@ -27,6 +28,7 @@ from bigmodel.data.prepare import cleaning, corpus
 from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Unit
 from bigmodel.data.prepare.rows import Malformed
+from bigmodel.data.prepare.tokenless import Tokenless
 from bigmodel.data.store.manifest import SPLITS
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.run_directory import write_atomically
@@ -119,7 +121,7 @@ def _encode(
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
     lengths: dict[str, list[int]] = {name: [] for name in stored}
     sizes: dict[str, list[int]] = {name: [] for name in stored}
-    validation_text = []
+    validation_text, tokenless = [], Tokenless()
     while together := list(islice(rows, ENCODED_TOGETHER)):
         encoded = iter(encoder.encode_documents([text for _, texts in together for text in texts]))
         for row, texts in together:
@@ -127,6 +129,9 @@ def _encode(
             for column, text in zip(columns, texts, strict=True):
                 name, tokens, content = f"{split}_{column}", next(encoded), text.encode()
                 stored[name].append(np.frombuffer(content, np.uint8) if as_text else tokens)
+                tokenless.characters += len(text)
+                tokenless.unknown += int((tokens[1:-1] == encoder.unknown).sum())
+                tokenless.dropped.update(encoder.find_dropped(text))
                 lengths[name].append(len(tokens))
                 sizes[name].append(len(content))
             if split == "validation":
@@ -137,7 +142,7 @@ def _encode(
     arrays |= {f"{name}_bytes": np.array(sum(numbers)) for name, numbers in sizes.items()}
     if as_text:
         arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
-    return arrays | {"validation_text": np.frombuffer(b"".join(validation_text), np.uint8)}
+    return arrays | tokenless.arrays() | {"validation_text": np.frombuffer(b"".join(validation_text), np.uint8)}
 
 
 def kept_rows(

@@ -63,15 +63,26 @@ from bigmodel.data.prepare.staging import (
     stoppable,
     writable,
 )
+from bigmodel.data.prepare.tokenless import count_tokenless
 from bigmodel.data.prepare.work_items import Team
 from bigmodel.data.store import files, mds
-from bigmodel.data.store.manifest import MANIFEST, PICTURE, SPLITS, Manifest, describe_files, in_words, stored_amount
+from bigmodel.data.store.manifest import (
+    EXACT,
+    MANIFEST,
+    PICTURE,
+    PROVEN,
+    SPLITS,
+    Manifest,
+    describe_files,
+    in_words,
+    stored_amount,
+)
 from bigmodel.data.store.shards import all_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, read_tokenizer, tokenizer_file, train
 from bigmodel.run_directory import read_json, write_atomically, write_json
 from bigmodel.sizes import byte_size, counted_noun
 
-UNIT_FORMAT = 3  # raise it when the files of a unit change, so that older files are not reused
+UNIT_FORMAT = 4  # raise it when the files of a unit change, so that older files are not reused
 TRAINING_BYTES = 64 << 20  # at most, of training text for the tokenizer
 GATE_DOCUMENTS = 64  # for the comparison of the fast tokenizer with the exact one
 GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
@@ -81,7 +92,10 @@ SPARE_BYTES = 16 << 20  # left free on the disk
 TASKS_A_PROCESS = 4  # at least, if a unit has enough parts: then all processes end together
 READS_OF_A_UNIT = 8  # at most, while its parts are tokenized: half of each read only skips to the part
 EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
-NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"}
+NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"} | {
+    "dropped_characters_share",
+    "bpe_dropout",
+}
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,9 @@ def _summary(job: _Job) -> str:
     lines += [f"  {source.name}: {texts_in_words(source)}" for source in job.sources if num_texts(source)]
     dropped = {name: manifest.dropped(name) for name in manifest.sources}
     lines += [f"  {name}: dropped {in_words(counts)}" for name, counts in dropped.items() if counts]
+    for name, counts in manifest.without_token.items():
+        if some := {what: count for what, count in counts.items() if count}:
+            lines.append(f"  {name}: text without a token: {in_words(some)}")
     return "\n".join(lines)
 
 
@@ -193,7 +210,7 @@ def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
         "sources": [_describe_source(source) for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
-        "tokenizer": _describe_tokenizer(wanted.tokenizer) if wanted.tokenizer else None,
+        "tokenizer": _describe_tokenizer(wanted.tokenizer, wanted.bpe_dropout) if wanted.tokenizer else None,
     }
     if wanted.decontaminate:
         against = SourceSettings(name="evaluation", **wanted.decontaminate.model_dump(include={"files", "column"}))
@@ -217,8 +234,13 @@ def _describe_source(source: SourceSettings) -> dict[str, Any]:
     return source.model_dump(exclude=set() if source.format else {"format"})
 
 
-def _describe_tokenizer(path: Path) -> dict[str, Any]:
+def _describe_tokenizer(path: Path, dropout: str) -> dict[str, Any]:
     tokenizer = Tokenizer.load(path, fast=False)
+    if tokenizer.dropout and dropout != "off":
+        raise UserError(
+            f"prepare.tokenizer = {path}: its BPE has dropout = {tokenizer.dropout}: it leaves out merges at random, "
+            'so that each time the ids are others; set prepare.bpe_dropout = "off" to use all merges'
+        )
     return {"sha256": tokenizer.sha256, "bos": tokenizer.bos, "eos": tokenizer.eos}
 
 
@@ -301,6 +323,8 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         tokenizer = _make_tokenizer(job, team, all_units, scans, work)
         if not tokenizer.is_fast:
             _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
+        if tokenizer.dropout:
+            _say(progress, f"the tokenizer's BPE dropout of {tokenizer.dropout} is off: all merges are used")
         _check_unchanged(job)
         parts = [cleaning.cut(scan, corpus.UNIT_BYTES) for scan in scans]
         _check_space(job, work, scans, parts, tokenizer.dtype)
@@ -308,6 +332,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         encoded: dict[str, list[Path]] = {source.name: [] for source in sources}
         for number, unit in enumerate(all_units):
             encoded[unit.source] += [work.encoded(number, part.number) for part in parts[number]]
+        without_token = count_tokenless(encoded, job.settings)
         dtype = None if job.settings.content == "text" else tokenizer.dtype
         counts, lengths = assembly.assemble(team, sources, encoded, job.settings.shard_tokens, dtype, work.result)
     _write_lists(all_units, scans, encoded, work)
@@ -329,7 +354,8 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         files=describe_files(work.result),
         recipe=job.recipe,
         corpus_sha256=job.corpus_sha256,
-        encoder="tiktoken" if tokenizer.is_fast else "tokenizers",
+        encoder=PROVEN if tokenizer.is_fast else EXACT,
+        without_token=without_token,
         python=platform.python_version(),
     ).write(work.result)
     draw_lengths(lengths["tokens"], work.result / PICTURE)

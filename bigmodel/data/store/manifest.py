@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ PICTURE = "lengths.png"
 SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
+OPTIONAL = {"without_token"}  # missing in manifests of earlier versions
+EXACT, PROVEN, UNPROVEN = "tokenizers", "tiktoken+tokenizers", "tiktoken"  # encoders; the last: of earlier versions
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second: where a given tokenizer named begin and end
 PREPARE_AGAIN = "delete the folder and run `bigmodel prepare RUN.toml`, or copy the file again"
 
@@ -72,6 +74,9 @@ class Manifest:
     - `files[path]`: bytes and sha256; the path is relative to the folder
     - `recipe`: the user's settings
     - `statistics`: over all splits and sources
+    - `encoder`: the libraries that made the ids
+    - `without_token[source]`: unknown_tokens, ids of the tokenizer's unknown token in the documents, and
+      dropped_characters, of documents and not in any id; empty for adopted ids and in earlier versions
 
     A source of pairs (`target_column`) has both texts of a pair in one sample, so that they stay together:
 
@@ -103,6 +108,7 @@ class Manifest:
     corpus_sha256: str
     encoder: str
     python: str
+    without_token: dict[str, dict[str, int]] = field(default_factory=dict)
     document: str = "[bos] text [eos]"
     schema_version: int = SCHEMA_VERSION
 
@@ -119,7 +125,7 @@ class Manifest:
         return {name: count for name, count in self.rows[source].items() if count and name not in ("read", "kept")}
 
     def write(self, directory: Path) -> None:
-        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        table = {one.name: getattr(self, one.name) for one in fields(self)}
         write_json(directory / MANIFEST, table | {"files": dict(self.files)})
 
     @classmethod
@@ -146,12 +152,12 @@ class Manifest:
             table = json.loads(content, object_hook=_shortened)
         except ValueError as error:
             raise UserError(f"{name}: damaged: {error}; {PREPARE_AGAIN}") from None
-        expected = {field.name for field in fields(cls)}
+        expected = {one.name for one in fields(cls)}
         version = table.get("schema_version") if isinstance(table, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(f"{name}: schema version {version}, this program reads {SCHEMA_VERSION}; {PREPARE_AGAIN}")
-        if set(table) != expected:
-            raise UserError(f"{name}: damaged: {', '.join(sorted(set(table) ^ expected))}; {PREPARE_AGAIN}")
+        if wrong := (set(table) ^ expected) - (OPTIONAL - set(table)):
+            raise UserError(f"{name}: damaged: {', '.join(sorted(wrong))}; {PREPARE_AGAIN}")
         try:
             outside = [path for path in table["files"] if not files.is_inside(path)]
             outside += [source for source in table["counts"] if "/" in source or not files.is_inside(source)]

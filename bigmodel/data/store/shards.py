@@ -50,7 +50,16 @@ from bigmodel.config.settings import DataSettings, UserError
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Pair
 from bigmodel.data.store import mds
-from bigmodel.data.store.manifest import PREPARE_AGAIN, SPLITS, TOKENIZER_FILES, Manifest, find_damage, sha256_of
+from bigmodel.data.store.manifest import (
+    PREPARE_AGAIN,
+    PROVEN,
+    SPLITS,
+    TOKENIZER_FILES,
+    UNPROVEN,
+    Manifest,
+    find_damage,
+    sha256_of,
+)
 from bigmodel.data.store.remote import Remote
 from bigmodel.data.store.tokenizer import Tokenizer
 
@@ -214,7 +223,10 @@ class ShardStore:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.directory / "tokenizer.json", fast=self.manifest.encoder == "tiktoken")
+        encoder = self.manifest.encoder
+        return Tokenizer.load(
+            self.directory / "tokenizer.json", fast=encoder in (PROVEN, UNPROVEN), proven=encoder != UNPROVEN
+        )
 
     @cached_property
     def _text_lengths(self) -> Any:

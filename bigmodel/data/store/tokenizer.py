@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from bigmodel.config.settings import UserError
-from bigmodel.data.store import unknown_text
+from bigmodel.data.store import foreign_tokenizers, unknown_text
 from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast
 from bigmodel.data.store.unknown_text import in_code_points
 from bigmodel.run_directory import read_json
@@ -151,18 +151,20 @@ class Tokenizer:
             self.slow_reason = str(reason)
 
     @classmethod
-    def load(
-        cls, path: Path, sample: Sequence[str] = (), fast: bool | None = None, proven: bool = True
-    ) -> "Tokenizer":
+    def load(cls, path: Path, sample: Sequence[str] = (), fast: bool | None = None, proven: bool = True) -> "Tokenizer":
         """Read a tokenizer.json or a Hugging Face tokenizer folder; a file beside it may name begin and end.
 
         Raises `UserError` if it is missing, is no tokenizer, or lacks begin and end tokens.
         """
-        path = tokenizer_file(path)
+        given, path = Path(path), tokenizer_file(path)
         try:
-            json_text = read_tokenizer(path).decode("utf-8")
+            content = read_tokenizer(path)
+            if not content.lstrip().startswith(b"{") and (it := foreign_tokenizers.what_it_is(path, content)):
+                raise UserError(f"{path}: {it}")
+            json_text = content.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as a tokenizer: {error}") from None
+            it = foreign_tokenizers.what_is_there(given) if isinstance(error, FileNotFoundError) else ""
+            raise UserError(f"{path}: {it or f'cannot be read as a tokenizer: {error}'}") from None
         return cls(json_text, sample, str(path), named_boundaries(path.parent), fast, proven)
 
     def _check_spelling(self) -> None:

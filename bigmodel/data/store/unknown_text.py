@@ -88,7 +88,7 @@ def with_unknown_token(description: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def find_tokenless(tokenizer: tokenizers.Tokenizer, name: str, text: str) -> list[str]:
-    """The pieces of a text without a token, each place once. `tokenizer`: of `with_unknown_token`, which gave `name`."""
+    """The pieces of a text without a token, each place once. `tokenizer`, `name`: of `with_unknown_token`."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     unknown = tokenizer.token_to_id(name)
     places = {place for one, place in zip(encoding.ids, encoding.offsets, strict=True) if one == unknown}
