@@ -24,6 +24,7 @@ SIDES = {"source_sequence_length": 4096}
 BUCKETS = {"position_embedding": "relative_bias"}
 MASKED = {"objectives": [{"kind": "masked"}]}
 SOURCE = {"sources": [{"name": "web", "files": ["a.jsonl"]}]}
+GIVEN = {"tokenizer": "t.json"}
 MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
 TWO = {"kind": "encoder_decoder"}
 LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "llama3", "yarn"))
@@ -33,6 +34,8 @@ LENGTH = {"original_max_position_embeddings": 512}
 CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "prepare.embedded": ("pairs", SOURCE, "with sources = [{", {}),
     "prepare.vocabulary": (500, {"tokenizer": "t.json"}, 'with tokenizer = "t.json" (it has its own', {}),
+    "prepare.dropped_characters_share": (0.1, {}, "without tokenizer (a trained tokenizer has tokens", GIVEN),
+    "prepare.bpe_dropout": ("off", {}, "without tokenizer (a trained tokenizer has none); leave it out", GIVEN),
     "prepare.malformed_share": (0.1, {}, "without sources; leave it out or set sources", SOURCE),
     "prepare.workers": (3, {"scheduler": "tcp://a:1"}, 'with scheduler = "tcp://a:1"', {}),
     "data.max_source_length": (9, {}, "without source_sequence_length", SIDES),

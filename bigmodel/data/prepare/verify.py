@@ -28,6 +28,7 @@ from bigmodel.data.prepare import work_items as units
 from bigmodel.data.prepare.encoding import TEXT_COLUMNS, TOKEN_COLUMNS
 from bigmodel.data.store import files, mds
 from bigmodel.data.store.manifest import (
+    EXACT,
     MANIFEST,
     OTHER_CONTENT,
     PICTURE,
@@ -36,6 +37,7 @@ from bigmodel.data.store.manifest import (
     Manifest,
     find_damage,
     find_wrong_size,
+    path_of,
     stored_amount,
 )
 from bigmodel.data.store.remote import FETCHED, read_manifest, without_manifest
@@ -218,7 +220,7 @@ def _check_texts(shard: _Shard, content: mds.ShardContent, column: str, lengths:
         return
     if not shard.has_tokenizer:  # reported with the other files
         return
-    tokenizer = _same_tokenizer(shard.location, shard.manifest.tokenizer_sha256, shard.manifest.encoder == "tiktoken")
+    tokenizer = _same_tokenizer(shard.location, shard.manifest.tokenizer_sha256, shard.manifest.encoder)
     found = np.array([len(document) for document in tokenizer.encode_documents(texts)], np.int64)
     if not np.array_equal(found, lengths):
         yield f"the documents' lengths in tokens are not those of {lengths_name(column, shard.number)}"
@@ -284,23 +286,24 @@ def _count_rows(manifest: Manifest) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1)
-def _same_tokenizer(location: str, sha256: str, fast: bool) -> Tokenizer:
-    return _tokenizer(location, fast)
+def _same_tokenizer(location: str, sha256: str, encoder: str) -> Tokenizer:
+    return _tokenizer(location, encoder)
 
 
-def _tokenizer(location: str, fast: bool) -> Tokenizer:
-    """A folder's tokenizer; `fast`: its path, without a comparison of the two."""
+def _tokenizer(location: str, encoder: str) -> Tokenizer:
+    """A folder's tokenizer, on the path of the manifest's `encoder`."""
     there = files.sizes(location)
     named = json.loads(_read(location, "tokenizer_config.json")) if "tokenizer_config.json" in there else None
     boundaries = (named["bos_token"], named["eos_token"]) if named else None
-    return Tokenizer(_read(location, "tokenizer.json").decode(), boundaries=boundaries, fast=fast)
+    fast, proven = path_of(encoder)
+    return Tokenizer(_read(location, "tokenizer.json").decode(), boundaries=boundaries, fast=fast, proven=proven)
 
 
 def _compare_tokenizer(location: str, manifest: Manifest) -> Iterator[str]:
     if manifest.files["tokenizer.json"]["sha256"] != manifest.tokenizer_sha256:
         yield "tokenizer_sha256 is not that of tokenizer.json"
         return
-    tokenizer = _tokenizer(location, fast=False)
+    tokenizer = _tokenizer(location, EXACT)
     for what in ("vocabulary", "bos", "eos"):
         if getattr(tokenizer, what) != getattr(manifest, what):
             yield f"{what} = {getattr(manifest, what)}, tokenizer.json has {getattr(tokenizer, what)}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KINDS = {1: "Unigram", 2: "BPE", 3: "words", 4: "characters"}
-CONVERT = 'python -c "from transformers import {} as T; T({}).save_pretrained(\'{}\')"'
+CONVERT = "python -c \"from transformers import {} as T; T({}).save_pretrained('{}')\""
 NEEDS = "pip install sentencepiece protobuf"
 
 

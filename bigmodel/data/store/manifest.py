@@ -177,6 +177,11 @@ def _shortened(table: dict[str, Any]) -> Any:
     return (table["bytes"], table["sha256"]) if is_file else table
 
 
+def path_of(encoder: str) -> tuple[bool, bool]:
+    """The arguments `fast` and `proven` of a `Tokenizer` that makes the ids of a manifest's `encoder`."""
+    return encoder in (PROVEN, UNPROVEN), encoder != UNPROVEN
+
+
 def stored_amount(counts: dict[str, int], what: str) -> int:
     """Documents, tokens or text_bytes of a source and split; both sides of pairs together."""
     return counts[what] + counts.get(f"target_{what}", 0)

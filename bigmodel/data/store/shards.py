@@ -52,12 +52,11 @@ from bigmodel.data.objectives.examples import Document, Pair
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import (
     PREPARE_AGAIN,
-    PROVEN,
     SPLITS,
     TOKENIZER_FILES,
-    UNPROVEN,
     Manifest,
     find_damage,
+    path_of,
     sha256_of,
 )
 from bigmodel.data.store.remote import Remote
@@ -223,10 +222,8 @@ class ShardStore:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        encoder = self.manifest.encoder
-        return Tokenizer.load(
-            self.directory / "tokenizer.json", fast=encoder in (PROVEN, UNPROVEN), proven=encoder != UNPROVEN
-        )
+        fast, proven = path_of(self.manifest.encoder)
+        return Tokenizer.load(self.directory / "tokenizer.json", fast=fast, proven=proven)
 
     @cached_property
     def _text_lengths(self) -> Any:

@@ -95,7 +95,7 @@ def test_the_manifest_counts_what_is_there(home: Path) -> None:
         assert counts["kept"] == sum(manifest.counts[name][split]["text_bytes"] for split in ("train", "validation"))
         assert counts["read"] == sum(number for reason, number in counts.items() if reason != "read")
     assert manifest.row_bytes["news"]["duplicate"] == len(NEWS[3].encode())
-    assert (manifest.vocabulary, manifest.dtype, manifest.encoder) == (300, "uint16", "tiktoken")
+    assert (manifest.vocabulary, manifest.dtype, manifest.encoder) == (300, "uint16", "tiktoken+tokenizers")
     assert sum(manifest.statistics["histogram"].values()) == 150
 
 
