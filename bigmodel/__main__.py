@@ -115,6 +115,13 @@ def _stopped(kept: str) -> Iterator[None]:
 def verify(
     location: Annotated[str, typer.Argument(help="a prepared folder, its URL in a store, or a run file")],
     override: Overrides = [],  # noqa: B006
+    retokenize: Annotated[
+        bool, typer.Option("--retokenize", help="also compare the ids of some documents with the tokenizers library")
+    ] = False,
+    share: Annotated[
+        float | None,
+        typer.Option(help="with --retokenize: share of the documents; default 0.01", min=0, max=1, show_default=False),
+    ] = None,
 ) -> None:
     """Check every byte and every number of prepared data against its manifest.
 
@@ -123,14 +130,17 @@ def verify(
     from bigmodel.data.prepare.pipeline import live
     from bigmodel.data.prepare.verify import verify as run
 
+    if share is not None and not retokenize:
+        raise UserError(f"--share {share}: has no effect without --retokenize; leave it out or give both")
     data = load_settings(location, override).data if location.endswith(".toml") else None
     places = [location] if data is None else [place for place in (data.remote, str(data.directory)) if place]
     partly = data is not None and bool(data.remote)
+    asked = (0.01 if share is None else share) if retokenize else 0.0
     with live() as progress:
         problems = [
             problem
             for number, place in enumerate(places)
-            for problem in run(place, progress, partly=partly and number == 1)
+            for problem in run(place, progress, partly=partly and number == 1, share=asked)
         ]
     for problem in problems:
         print(problem)

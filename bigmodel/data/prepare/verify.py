@@ -4,6 +4,8 @@ In: the folder's path or URL. Out: a sentence for every damage: a missing, extra
 between a shard, its lengths, its index and the manifest; a token outside the vocabulary; a document without the begin
 or end token of the manifest; counts that do not add up.
 
+With a share of the documents to tokenize again (`retokenize.py`), also other ids than the exact library gives.
+
 Guarantees: reads every byte of every file; writes nothing, neither locally nor in a store.
 
 Costs: about 0.1 GB/s a core, for shards of text the tokenizer's speed (10 MB/s); each process of this machine holds a
@@ -15,7 +17,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 from rich.progress import Progress
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.prepare import retokenize
 from bigmodel.data.prepare import work_items as units
 from bigmodel.data.prepare.encoding import TEXT_COLUMNS, TOKEN_COLUMNS
 from bigmodel.data.store import files, mds
@@ -43,6 +46,7 @@ from bigmodel.data.store.manifest import (
 from bigmodel.data.store.remote import FETCHED, read_manifest, without_manifest
 from bigmodel.data.store.shards import all_statistics, measure_shard
 from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.sizes import counted_noun
 
 INLINE_BYTES = 64 << 20  # below this, starting processes costs more than it saves
 
@@ -58,26 +62,30 @@ class _Shard:
     entry: dict[str, Any]  # of index.json
     manifest: Manifest
     has_tokenizer: bool  # undamaged; without it the tokens of texts are not counted
+    share: float = 0.0  # of the documents, to tokenize again
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """Problems of a shard, and the lengths of its documents by column."""
+    """Problems of a shard, and the lengths of its documents by column. `compared`: documents tokenized again.
+    `digests`: of all documents, if the texts must be read from the sources."""
 
     problems: list[str]
     lengths: dict[str, np.ndarray]
+    compared: int = 0
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
-def verify(location: str, progress: Progress, partly: bool = False) -> list[str]:
+def verify(location: str, progress: Progress, partly: bool = False, share: float = 0.0) -> list[str]:
     """All differences between a prepared folder and its manifest; empty if it is whole.
 
-    `partly`: files may be missing, as on a node that fetches them when needed. Raises `UserError` without a readable
-    manifest.
+    `partly`: files may be missing, as on a node that fetches them when needed. `share`: of the documents, to tokenize
+    again; what was compared is printed. Raises `UserError` without a readable manifest.
     """
     manifest = _load_manifest(location)
     there = files.sizes(location)
     problems, whole = _compare_names(location, manifest, there, partly)
-    shards = _find_shards(location, manifest, whole)
+    shards = _find_shards(location, manifest, whole, share)
     of_shards = {name for shard in shards for name in shard.manifest.files}
     others = [name for name in manifest.files if name in whole and name not in of_shards]
     number = len(os.sched_getaffinity(0)) if sum(there[name] for name in whole) > INLINE_BYTES else 1
@@ -89,6 +97,8 @@ def verify(location: str, progress: Progress, partly: bool = False) -> list[str]
         damages = team.run("checking other files", find_damage, tasks, [there[name] for name in others])
     problems += [damage for damage in damages if damage]
     problems += [problem for shard in checked for problem in shard.problems]
+    if share and shards and shards[0].has_tokenizer:
+        problems += _conclude_retokenizing(location, manifest, share, checked, progress)
     if problems or partly:
         return sorted(problems)
     return _compare_counts(location, manifest, shards, checked)
@@ -128,7 +138,7 @@ def _compare_names(
 # ---- shards ---------------------------------------------------------------------------------------------------
 
 
-def _find_shards(location: str, manifest: Manifest, whole: set[str]) -> list[_Shard]:
+def _find_shards(location: str, manifest: Manifest, whole: set[str], share: float) -> list[_Shard]:
     """The shards in the indexes that, with their lengths and index, exist in the right size."""
     shards = []
     has_tokenizer = all(
@@ -145,7 +155,7 @@ def _find_shards(location: str, manifest: Manifest, whole: set[str]) -> list[_Sh
                 names += [f"{folder}/{lengths_name(column, number)}" for column in columns]
                 if whole.issuperset(names):
                     mine = replace(manifest, files={name: manifest.files[name] for name in names})
-                    shards.append(_Shard(location, folder, number, columns, entry, mine, has_tokenizer))
+                    shards.append(_Shard(location, folder, number, columns, entry, mine, has_tokenizer, share))
     return shards
 
 
@@ -182,11 +192,16 @@ def _check_shard(shard: _Shard) -> _Checked:
     lengths = {
         column: np.load(io.BytesIO(content[other])) for column, other in zip(shard.columns, lengths_names, strict=True)
     }
+    checked = _Checked([], lengths)
     try:
-        problems = list(_check_content(shard, mds.ShardContent.parse(content[name]), lengths))
+        parsed = mds.ShardContent.parse(content[name])
+        problems = list(_check_content(shard, parsed, lengths))
+        if shard.share and shard.has_tokenizer and not problems:
+            checked = _retokenize(shard, parsed, lengths)
     except ValueError as error:
         problems = [str(error)]
-    return _Checked([f"{files.join(shard.location, name)}: {problem}" for problem in problems], lengths)
+    problems += checked.problems
+    return replace(checked, problems=[f"{files.join(shard.location, name)}: {problem}" for problem in problems])
 
 
 def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, np.ndarray]) -> Iterator[str]:
@@ -224,6 +239,57 @@ def _check_texts(shard: _Shard, content: mds.ShardContent, column: str, lengths:
     found = np.array([len(document) for document in tokenizer.encode_documents(texts)], np.int64)
     if not np.array_equal(found, lengths):
         yield f"the documents' lengths in tokens are not those of {lengths_name(column, shard.number)}"
+
+
+def _retokenize(shard: _Shard, content: mds.ShardContent, lengths: dict[str, np.ndarray]) -> _Checked:
+    """Compare the ids of a share of an undamaged shard's documents, or only take the digests of all."""
+    manifest, dtype = shard.manifest, np.dtype(shard.manifest.dtype)
+    exact = _same_tokenizer(shard.location, manifest.tokenizer_sha256, EXACT)
+    problems: list[str] = []
+    digests: list[int] = []
+    compared = 0
+    for column in shard.columns:
+        rows = retokenize.choose(len(content.bounds) - 1, shard.share, f"{shard.folder}/{shard.number}")
+        if TEXT_COLUMNS[column] in content.description["column_names"]:
+            values = list(content.values(TEXT_COLUMNS[column]))
+            texts = [values[row].decode() for row in rows]
+            path = _same_tokenizer(shard.location, manifest.tokenizer_sha256, manifest.encoder)
+            documents = path.encode_documents(texts)
+        else:
+            stored = [mds.decode_array(value, dtype) for value in content.values(column)]
+            if not exact.gives_back_text:
+                digests += [retokenize.digest(column, document) for document in stored]
+                continue
+            documents = [stored[row] for row in rows]
+            texts = [exact.decode(document) for document in documents]
+        compared += len(rows)
+        problems += retokenize.find_differences(exact, rows, documents, texts)
+    return _Checked(problems, lengths, compared, np.array(digests, np.uint64))
+
+
+def _conclude_retokenizing(
+    location: str, manifest: Manifest, share: float, checked: list[_Checked], progress: Progress
+) -> list[str]:
+    """Compare with the sources if ids and texts do not suffice, print what was compared, and return the problems."""
+    stored = np.concatenate([one.digests for one in checked])
+    compared = sum(one.compared for one in checked)
+    problems: list[str] = []
+    how = "by their stored text" if manifest.recipe.get("content") == "text" else "by the text of their ids"
+    if len(stored):
+        exact = _tokenizer(location, EXACT)
+        try:
+            compared, problems = retokenize.compare_with_sources(manifest, exact, share, TOKEN_COLUMNS, stored)
+            how = "read again from the sources"
+        except UserError as error:
+            how = f"the ids do not give back their text, and it cannot be read again: {error}"
+    number = sum(len(one) for shard in checked for one in shard.lengths.values())
+    progress.console.print(
+        f"{location}: the library tokenized {counted_noun(compared, 'text')} again, {how}; {number:,} are stored",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return problems
 
 
 def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest) -> Iterator[str]:
@@ -285,7 +351,7 @@ def _count_rows(manifest: Manifest) -> Iterator[str]:
                 yield f"{source}: kept {rows['kept']} {what}, stored {stored}"
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _same_tokenizer(location: str, sha256: str, encoder: str) -> Tokenizer:
     return _tokenizer(location, encoder)
 

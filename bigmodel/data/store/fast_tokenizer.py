@@ -97,6 +97,17 @@ class FastPath:
         return ids if self._decides_all or not self._unproven[ids].any() else None
 
 
+def gives_back_text(description: Mapping[str, Any]) -> bool:
+    """Whether the ids of a text decode to this text, whatever it is."""
+    try:
+        _check_kind(description)
+        _split_pattern(description.get("pre_tokenizer") or {})
+    except NotFast:
+        return False
+    decoder = description.get("decoder") or {}
+    return decoder.get("type") == "ByteLevel" and has_all_bytes(description["model"]["vocab"])
+
+
 def _check_kind(description: Mapping[str, Any]) -> None:
     model = description["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):

@@ -28,7 +28,7 @@ import tokenizers
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import foreign_tokenizers, unknown_text
-from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast
+from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast, gives_back_text
 from bigmodel.data.store.unknown_text import in_code_points
 from bigmodel.run_directory import read_json
 
@@ -241,6 +241,11 @@ class Tokenizer:
                 parts = [spelled if one == boundary else [one] for one in ids.tolist()]
                 ids = np.array([one for part in parts for one in part], np.uint32)
         return ids
+
+    @cached_property
+    def gives_back_text(self) -> bool:
+        """Whether `decode` restores every text from its ids."""
+        return gives_back_text(json.loads(self._exact.to_str()))
 
     def _stored(self, ids: np.ndarray) -> np.ndarray:
         stored = np.empty(len(ids) + 2, self.dtype)
