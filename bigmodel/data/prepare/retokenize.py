@@ -59,7 +59,7 @@ def compare_with_sources(
     settings = _settings(manifest.recipe)
     sources = [corpus.find_source(source) for source in settings.sources]
     if corpus.corpus_hash(sources) != manifest.corpus_sha256:
-        raise UserError("the source files have other content now")
+        raise UserError("prepare.sources: the files have other content now")
     contaminated = cleaning.evaluation_hashes(settings.decontaminate) if settings.decontaminate else None
     known, compared = np.sort(stored), 0
     problems: list[str] = []
@@ -85,7 +85,7 @@ def compare_with_sources(
 def _settings(recipe: dict[str, Any]) -> PrepareSettings:
     """The settings that made a folder, as far as they decide which texts are kept."""
     if not isinstance(recipe.get("sources"), list):
-        raise UserError("the manifest names no source files")
+        raise UserError("manifest.json: names no source files")
     table = {name: value for name, value in recipe.items() if name in PrepareSettings.model_fields}
     return PrepareSettings.model_validate({**table, "tokenizer": None, "vocabulary": 32_000}, context={"saved": True})
 

@@ -19,6 +19,10 @@ CONVERT = "python -c \"from transformers import {} as T; T({}).save_pretrained('
 NEEDS = "pip install sentencepiece protobuf"
 
 
+class NotSentencePiece(Exception):
+    """The content is no sentencepiece model."""
+
+
 @dataclass(frozen=True)
 class SentencePiece:
     """What of a sentencepiece model decides about its conversion (sentencepiece_model.proto)."""
@@ -31,16 +35,16 @@ class SentencePiece:
 
     @classmethod
     def parse(cls, content: bytes) -> "SentencePiece":
-        """Raises `ValueError` if the content is no model."""
+        """Raises `NotSentencePiece` if the content is no model."""
         model = _messages(content)
         if 1 not in model or 2 not in model:
-            raise ValueError("has no pieces or no training settings")
+            raise NotSentencePiece
         if not all(isinstance(part, bytes) for number in (1, 2, 3) for part in model.get(number, [])):
-            raise ValueError("has numbers where messages are expected")
+            raise NotSentencePiece
         trainer, normalizer = _messages(model[2][-1]), _messages((model.get(3) or [b""])[-1])
         kind = KINDS.get(trainer.get(3, [1])[-1])
         if kind is None:
-            raise ValueError("has an unknown model type")
+            raise NotSentencePiece
         return cls(
             kind,
             bool(trainer.get(35, [0])[-1]),
@@ -59,7 +63,7 @@ class SentencePiece:
 
 
 def _messages(content: bytes) -> dict[int, list]:
-    """The values of a message of protocol buffers by field number. Raises `ValueError` if it is none."""
+    """The values of a message of protocol buffers by field number. Raises `NotSentencePiece` if it is none."""
     found: dict[int, list] = {}
     for number, value in _fields(content):
         found.setdefault(number, []).append(value)
@@ -79,7 +83,7 @@ def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
         if kind == 2:
             size, place = _varint(content, place)
         if size is None or place + size > len(content):
-            raise ValueError("is no message of protocol buffers")
+            raise NotSentencePiece
         yield tag >> 3, content[place : place + size]
         place += size
 
@@ -93,14 +97,14 @@ def _varint(content: bytes, place: int) -> tuple[int, int]:
         place += 1
         if content[place - 1] < 0x80:
             return value, place
-    raise ValueError("is no message of protocol buffers")
+    raise NotSentencePiece
 
 
 def what_it_is(path: Path, content: bytes) -> str:
     """What a file that is no tokenizer.json is, and the remedy; empty if it is nothing known."""
     try:
         model = SentencePiece.parse(content)
-    except ValueError:
+    except NotSentencePiece:
         return _is_of_tiktoken(path, content)
     it = f"is a sentencepiece model ({model.kind}), not a tokenizer.json"
     name = model.tokenizer_class()

@@ -89,7 +89,7 @@ def test_texts_that_ids_do_not_give_back_are_read_again_from_the_sources(
     with open(tmp_path / "text" / "news.jsonl", "a") as file:
         file.write(json.dumps({"body": "more"}) + "\n")
     printed, problems = verified(folder)
-    assert "tokenized 0 texts again, the ids do not give back their text, and it cannot be read again: the" in printed
+    assert "tokenized 0 texts again, the ids do not give back their text, and it cannot be read again: prep" in printed
     assert problems == []
 
 

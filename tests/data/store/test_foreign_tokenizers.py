@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bigmodel.config.settings import UserError
-from bigmodel.data.store.foreign_tokenizers import SentencePiece
+from bigmodel.data.store.foreign_tokenizers import NotSentencePiece, SentencePiece
 from bigmodel.data.store.tokenizer import Tokenizer
 
 
@@ -69,5 +69,5 @@ def test_a_damaged_model_is_none() -> None:
         for content in (LLAMA[:end], LLAMA[:end] + b"\xff" + LLAMA[end + 1 :]):
             try:
                 SentencePiece.parse(content)
-            except ValueError:
+            except NotSentencePiece:
                 continue
