@@ -103,7 +103,8 @@ class Tokenizer:
     process; None: compare now. `proven`: see `FastPath`.
 
     `unknown`: id of the unknown token, None without one. `dropout`: of BPE in the file, which is never applied here.
-    `drops_text`: whether characters without a token vanish: see `find_dropped`.
+    `drops_text`: whether characters without a token vanish: see `find_dropped`. `gives_back_text`: whether `decode`
+    restores every text from its ids.
     """
 
     def __init__(
@@ -125,12 +126,14 @@ class Tokenizer:
         self.vocabulary: int = max(self._exact.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eos = _boundaries(self._exact, name, boundaries)
         description = json.loads(json_text)
+        description["model"].setdefault("type", type(self._exact.model).__name__)  # old files lack it
         self.dropout = float(description["model"].get("dropout") or 0)
         hidden = _hide_boundaries(description, {self._exact.id_to_token(token) for token in (self.bos, self.eos)})
         if hidden or self.dropout:
             description["model"]["dropout"] = None
             self._exact = _exact(json.dumps(description))
         self._name = name
+        self.gives_back_text = gives_back_text(description)
         self.unknown = unknown_text.unknown_id(description["model"])
         self._lacking = description if unknown_text.lacks_tokens(description) else None
         self.drops_text = self._lacking is not None and unknown_text.drops(description["model"])
@@ -206,11 +209,12 @@ class Tokenizer:
         try:
             return [one.ids for one in self._exact.encode_batch_fast(list(texts), add_special_tokens=False)]
         except Exception as error:  # the library raises bare Exception
-            if self._lacking is None or self.drops_text:
+            mute = self._lacking is None or self.drops_text
+            pieces = [] if mute else [piece for text in texts for piece in self._find_tokenless(text)]
+            if not pieces or self._lacking is None:
                 raise
-            piece = next(piece for text in texts for piece in self._find_tokenless(text))
             raise UserError(
-                f"{self._name}: has no token for {in_code_points(piece)}, and {unknown_text.reason(self._lacking)} "
+                f"{self._name}: has no token for {in_code_points(pieces[0])}, and {unknown_text.reason(self._lacking)} "
                 f"({error}); add that token to the file, or use another tokenizer"
             ) from None
 
@@ -241,11 +245,6 @@ class Tokenizer:
                 parts = [spelled if one == boundary else [one] for one in ids.tolist()]
                 ids = np.array([one for part in parts for one in part], np.uint32)
         return ids
-
-    @cached_property
-    def gives_back_text(self) -> bool:
-        """Whether `decode` restores every text from its ids."""
-        return gives_back_text(json.loads(self._exact.to_str()))
 
     def _stored(self, ids: np.ndarray) -> np.ndarray:
         stored = np.empty(len(ids) + 2, self.dtype)

@@ -122,6 +122,12 @@ def test_a_pattern_that_tiktoken_cannot_read_keeps_the_exact_path() -> None:
     assert tokenizer.decode(tokenizer.encode("two words")) == "two words"
 
 
+def test_a_file_of_an_early_version_of_the_library_does_not_name_its_kind_of_model() -> None:
+    description = json.loads(TRAINED)
+    del description["model"]["type"]
+    assert Tokenizer(json.dumps(description)).is_fast
+
+
 def test_an_empty_vocabulary_is_refused() -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: its vocabulary is empty"):
         Tokenizer(tokenizers.Tokenizer(models.BPE()).to_str())
