@@ -21,7 +21,7 @@ import numpy as np
 
 from bigmodel.config.settings import PrepareSettings, UserError
 from bigmodel.data.prepare import cleaning, corpus
-from bigmodel.data.prepare.formats import Malformed
+from bigmodel.data.prepare.rows import Malformed
 from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.tokenizer import Tokenizer
 
