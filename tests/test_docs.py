@@ -22,7 +22,7 @@ from bigmodel.launcher.cluster import Cluster
 from tools import write_messages, write_settings_reference
 
 REPOSITORY = Path(__file__).parents[1]
-OURS = ("bigmodel", "kernels", "launcher", "tools", "tests", "configs", "docs", "benchmarks")
+OURS = ("bigmodel", "kernels", "launcher", "tools", "tests", "configs", "docs", "benchmarks", "findings")
 FENCE = re.compile(r"^([ ]*)```([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 HISTORY = ("CHANGELOG.md", "benchmarks/README.md")  # they also speak of what is no more
 
