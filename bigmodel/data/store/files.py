@@ -268,4 +268,5 @@ def _fsspec_store(location: str) -> tuple[fs.FileSystem, str]:
                 f"{location}: no driver for this kind of URL: {_first_line(error)}; name a path, or a URL of "
                 f"{', '.join(PYARROW_SCHEMES)}"
             ) from None
+    driver.invalidate_cache()  # fsspec keeps drivers, and many keep their listings: new files would stay unseen
     return fs.PyFileSystem(fs.FSSpecHandler(driver)), path

@@ -300,7 +300,7 @@ class Engine:
                 chunk = shard.of(flat) if shard else None
                 matrices.append(self._assemble(self._shapes[name], shard, chunk))
             if rank < len(turn):
-                matrices[rank] = change(matrices[rank])
+                matrices[rank] = change(matrices[rank]).contiguous()  # broadcast sends memory, in its own order
             for owner, name in enumerate(turn):
                 if self._layout.partitioned:
                     dist.broadcast(matrices[owner], owner)

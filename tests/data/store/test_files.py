@@ -10,8 +10,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import fsspec.implementations.local
 import pytest
 
 from bigmodel.config.settings import UserError
@@ -131,6 +133,33 @@ def test_a_store_that_wants_other_credentials_is_named_with_the_variables_it_rea
                 files.find(f"s3://private/{name}")
             assert f"s3://private/{name}: cannot be read" in str(error.value)
             assert "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(error.value)
+
+
+class KeepsListings(fsspec.implementations.local.LocalFileSystem):
+    """A driver with fsspec's own cache of listings, as those of stores have."""
+
+    protocol = "keeps-listings"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(use_listings_cache=True, **options)
+
+    def ls(self, path: str, detail: bool = False, **options: Any) -> list[Any]:
+        path = self._strip_protocol(path)
+        if path not in self.dircache:
+            self.dircache[path] = super().ls(path, detail=True, **options)
+        return self.dircache[path] if detail else [entry["name"] for entry in self.dircache[path]]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+
+def test_new_files_are_seen_though_a_driver_keeps_its_listings(tmp_path: Path) -> None:
+    fsspec.register_implementation("keeps-listings", KeepsListings, clobber=True)
+    folder = f"keeps-listings://{tmp_path}"
+    (tmp_path / "a").write_bytes(b"1")
+    assert files.sizes(folder) == {"a": 1}
+    (tmp_path / "b").write_bytes(b"22")
+    assert files.sizes(folder) == {"a": 1, "b": 2}
 
 
 def test_what_fsspec_has_a_driver_for_is_read_and_what_it_has_not_is_said(tmp_path: Path) -> None:
