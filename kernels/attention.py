@@ -87,7 +87,15 @@ def attention_reference(
         else:
             outs.append(_attend_document_by_formula(q, k, v, mask, number, scale, softcap, bias_HR))
     outs.append(q_THK.new_zeros(beyond_T, *q_THK.shape[1:]))
-    return torch.cat(outs).to(dtype)
+    out_THK = torch.cat(outs)
+    if not any(queries and keys for queries, keys in lengths):
+        out_THK = out_THK + _zero_of(q_THK, k_SGK, v_SGK, bias_HR)
+    return out_THK.to(dtype)
+
+
+def _zero_of(*inputs: Tensor | None) -> Tensor:
+    """0 with a gradient of zeros at every input: the sum of none of their elements, which may be NaN."""
+    return torch.stack([rows[:0].sum() for rows in inputs if rows is not None]).sum()
 
 
 def _attend_document(

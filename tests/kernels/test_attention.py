@@ -73,6 +73,24 @@ def test_editing_a_document_leaves_the_others_bitwise_as_they_were(left: int | N
         assert not torch.equal(old[20:57], new[20:57])
 
 
+@pytest.mark.parametrize("score", [(None, None), (1.5, 2)], ids=["plain", "capped and biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([0, 0], [0, 0]), ([0, 4], [0, 0]), ([0, 0], [0, 4]), ([0, 0, 4], [0, 4, 4])],
+    ids=["nothing", "queries", "keys", "documents of one side each"],
+)
+@pytest.mark.parametrize("beyond", [0, 3], ids=["", "rows beyond"])
+def test_where_no_document_has_queries_and_keys_every_gradient_is_zero(queries, keys, dtype, score, beyond) -> None:
+    mask = cross(int32(queries), int32(keys))
+    inputs = make_inputs(mask, queries[-1] + beyond, keys[-1] + beyond, (4, 2), 16, dtype, *score)
+    found = out_and_gradients(attention, inputs)
+    assert found.keys() == {"out", "dq", "dk", "dv"} | ({"dbias"} if inputs.bias_HR is not None else set())
+    assert found["out"].shape == inputs.q_THK.shape
+    assert found["out"].dtype == dtype
+    assert all((one == 0).all() for one in found.values())
+
+
 def test_4096_documents_of_one_token_give_their_values() -> None:
     rows = torch.randn(4100, 1, 16, requires_grad=True)
     out = attention(rows, rows, rows, causal(offsets_of([1] * 4096)))
