@@ -10,7 +10,6 @@ line, and on another rank.
 
 import argparse
 import os
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.metrics.exporter import Ranks
 from bigmodel.metrics.phases import CompileTime, Phases
 from bigmodel.metrics.profiling import Profiler
@@ -98,8 +98,8 @@ def main() -> None:
     calls = parser.parse_args().calls
     record = Record(ROOT / "benchmarks", "bench_metrics", "cpu")
     phases, compile_time = Phases(torch.device("cpu")), CompileTime()
-    with tempfile.TemporaryDirectory() as scratch, a_node(Path(scratch)) as metrics:
-        other = Metrics(Path(scratch), seat=Seat(1, RANKS, 0, 1, RANKS), start="bench")
+    with scratch_folder() as scratch, a_node(scratch) as metrics:
+        other = Metrics(scratch, seat=Seat(1, RANKS, 0, 1, RANKS), start="bench")
         for name, one in (("rank 0", metrics), ("another rank", other)):
             profiler = Profiler(one.folder, 0)
             cost = milliseconds_a_call(a_step(one, phases, profiler, compile_time), calls)
@@ -107,7 +107,7 @@ def main() -> None:
             record.add({"case": "step", "contender": name, "cpu_ms": round(cost, 4), "calls": calls})
         cost = milliseconds_a_call(lambda number: look(other.folder), calls)
         record.add({"case": "look for a request", "contender": "one stat", "cpu_ms": round(cost, 5), "calls": calls})
-        ranks = Ranks(metrics.folder, Path(scratch))
+        ranks = Ranks(metrics.folder, scratch)
         few = max(1, calls // 10)
         cost = milliseconds_a_call(lambda number: render(ranks), few)
         record.add({"case": "page made", "contender": "8 ranks", "cpu_ms": round(cost, 4), "calls": few})

@@ -28,12 +28,13 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from bigmodel.checks.scratch import scratch_folder
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 32_000
@@ -127,7 +128,7 @@ def one_process(folder: Path) -> dict[str, float]:
     from streaming import MDSWriter
 
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    with tempfile.TemporaryDirectory(dir=folder) as out:
+    with scratch_folder(parent=folder) as out:
         clock = Clock()
         with MDSWriter(columns={"tokens": "ndarray:uint16"}, out=f"{out}/shards") as writer:
             for batch in pyarrow.parquet.ParquetFile(folder / "text.parquet").iter_batches(1000):
@@ -137,8 +138,8 @@ def one_process(folder: Path) -> dict[str, float]:
 
 
 def whole_prepare(folder: Path, tokenizer: str, file: str = "text.parquet", more: str = "") -> dict[str, float]:
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        run_file = Path(out) / "run.toml"
+    with scratch_folder(parent=folder) as out:
+        run_file = out / "run.toml"
         run_file.write_text(
             f'[data]\ndirectory = "{out}/data"\n[prepare]\ntokenizer = "{folder}/{tokenizer}"\n{more}'
             f'[[prepare.sources]]\nname = "text"\nfiles = ["{folder}/{file}"]\n'
@@ -176,15 +177,14 @@ WAYS = {
 
 
 def compare(megabytes: int, repeats: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         size = write_text(folder, megabytes)
         write_tokenizer(folder)
         load = os.getloadavg()[0]
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for _ in range(repeats):
             for way in WAYS:
-                command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", name]
+                command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", str(folder)]
                 done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
                 runs[way].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{way}: {runs[way][-1]['wall']:.1f} s", file=sys.stderr)
@@ -211,8 +211,7 @@ def measure_memory(megabytes: int) -> None:
     import pyarrow.parquet
 
     print("| one file | most resident MB | CPU s |\n|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         write_text(folder, megabytes)
         write_tokenizer(folder)
         text = pyarrow.parquet.read_table(folder / "text.parquet")
@@ -229,7 +228,7 @@ def measure_memory(megabytes: int) -> None:
                     for one in text["text"]:
                         stream.write(json.dumps({"text": one.as_py()}).encode() + b"\n")
             way = f"prepare, {kind}"
-            command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", name]
+            command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", str(folder)]
             done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             print(f"| {kind}, {file.stat().st_size / 1e6:.0f} MB | {found['resident']:.0f} | {found['cpu']:.0f} |")

@@ -23,7 +23,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place, attention_work, deal_contiguously, deal_evenly, imbalance
@@ -210,14 +210,14 @@ def text(seconds: float) -> dict[str, Any]:
 
     shards.RECENT_TOKENS = 0  # the corpus is small: the cache would serve its next epoch
     rates = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for content in ("tokens", "text"):
             section = {"vocabulary": 8192, "content": content, "shard_tokens": 1_000_000}
             made = {"prepare": section, "data": {"directory": f"{folder}/{content}"}}
             prepare(Settings.model_validate(made), quiet())
             for workers in (1, 2):
                 data = DataSettings(max_document_length=CONTEXT, sequence_length=CONTEXT, workers=workers)
-                store = ShardStore(Path(folder) / content, "train")
+                store = ShardStore(folder / content, "train")
                 stream = Stream(store, Order(store, data, 64, 1), data, 8, Place(0, 1), seed=1)
                 next(stream)
                 wall, processor, tokens = time.perf_counter(), time.process_time(), 0
@@ -253,11 +253,11 @@ def one_way(way: str, folder: Path, seconds: float) -> dict[str, float]:
 
 def speed(num_tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), num_tokens)
+    with scratch_folder() as folder:
+        write_shards(folder, num_tokens)
         for _ in range(repeats):
             for way in WAYS:
-                command = [sys.executable, "-m", "tools.bench_stream", "way", "--way", way, "--folder", folder]
+                command = [sys.executable, "-m", "tools.bench_stream", "way", "--way", way, "--folder", str(folder)]
                 done = subprocess.run(
                     [*command, "--seconds", str(seconds)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
                 )

@@ -19,7 +19,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
@@ -155,9 +155,9 @@ def resident_bytes(processes: list["subprocess.Popen[str]"], what: str = "Pss") 
     return 1024 * total
 
 
-def run_node(folder: str, resumes: bool) -> dict[str, Any]:
+def run_node(folder: Path, resumes: bool) -> dict[str, Any]:
     """Run eight ranks from their imports to their last step."""
-    command = [sys.executable, "-m", "tools.bench_stream_scale", "--folder", folder]
+    command = [sys.executable, "-m", "tools.bench_stream_scale", "--folder", str(folder)]
     command += ["--resumes"] if resumes else []
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     processes = [
@@ -192,11 +192,11 @@ def run_node(folder: str, resumes: bool) -> dict[str, Any]:
 
 def node(documents: int) -> dict[str, Any]:
     num_shards = -(-documents // SHARD_DOCUMENTS)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         return {
-            "documents": write_folder(Path(folder), num_shards),
+            "documents": write_folder(folder, num_shards),
             "shards": num_shards,
-            "manifest_bytes": (Path(folder) / "manifest.json").stat().st_size,
+            "manifest_bytes": (folder / "manifest.json").stat().st_size,
             "processes": RANKS,
             "start": run_node(folder, resumes=False),
             "resume": run_node(folder, resumes=True),

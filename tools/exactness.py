@@ -13,7 +13,6 @@ code 0: all cases that ran were exact; 1: one was not; 2: nothing can be publish
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_json import VERSION
 from bigmodel.config.settings import UserError
 from tools.exactness_state import Row, State, read_rows, read_sources, write_rows
@@ -195,11 +195,11 @@ def run_missing(state: State, world_sizes: list[int], quick: bool) -> None:
     state.begin(hardware("cpu"))
     with (
         Progress(console=Console(markup=False)) as progress,
-        tempfile.TemporaryDirectory(prefix="exactness-") as folder,
+        scratch_folder("exactness-") as folder,
     ):
         bar = progress.add_task("cases", total=total)
         for _, size, cases in sorted(batches, key=lambda batch: batch[0]):
-            rows = run_batch(cases, size, Path(folder))
+            rows = run_batch(cases, size, folder)
             if (now := read_sources(ROOT)) != state.sources:
                 raise UserError(f"the sources changed from {state.sources} to {now} during the run; run again")
             for row in rows:

@@ -16,12 +16,10 @@ import json
 import os
 import pickle
 import random
-import shutil
 import signal
 import socket
 import struct
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +35,7 @@ from rich.progress import Progress
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.training.checkpoint import format as checkpoint
@@ -334,13 +333,10 @@ def main(
     processes: Annotated[int, typer.Option(help="real runs killed and resumed")] = 5,
     defect: Annotated[str, typer.Option(help=f"plant one of: {', '.join(list(DEFECTS)[1:])}")] = "",
 ) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="torture-"))
-    try:
+    with scratch_folder("torture-") as folder:
         with Progress(console=Console(markup=False)) as progress:
             wrong = torture(folder, kills, flips, defect, progress)
         wrong += process_kills(folder, processes)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     done = f"{kills} kills at each of {len(POINTS)} points, {flips} flipped bits, {processes} runs killed and resumed"
     print("\n".join(wrong[:20]))
     print(f"{done}: {f'{len(wrong)} broken guarantees' if wrong else 'every guarantee held'}")

@@ -9,14 +9,15 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from bigmodel.checks.audit import Finding, audit, torch_agrees
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.rank_log import ARRANGED
@@ -35,13 +36,13 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
     slack = 1 if sharing == 1 or training.precision == "fp32" else 1000
     on_cpu = torch.cuda.device_count() < several  # each rank needs a GPU; a GPU is not compared with a CPU
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         traces = {}
         for world_size in (1, several):
-            directory = Path(scratch) / f"ranks-{world_size}"
+            directory = scratch / f"ranks-{world_size}"
             shared = f"training.sequence_parallel_ranks={1 if world_size == 1 else sharing}"
             command = [*overrides, *short_run(directory, 2, 2), shared]
-            _finish(_start(run_file, command, world_size, directory, on_cpu), directory)
+            _train(run_file, command, world_size, directory, on_cpu)
             traces[world_size] = _trace(directory)
     findings = []
     for name, bound in (("loss", 1e-6), ("gradient_norm", 1e-5)):
@@ -60,12 +61,12 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten undisturbed steps against ten steps killed by SIGKILL at a random time after the first save, and resumed."""
     world_size = num_ranks(agree(load_settings(run_file, overrides)))
-    with tempfile.TemporaryDirectory() as scratch:
-        whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
-        _finish(_start(run_file, [*overrides, *short_run(whole, 10, 4)], world_size, whole), whole)
+    with scratch_folder() as scratch:
+        whole, broken = scratch / "whole", scratch / "broken"
+        _train(run_file, [*overrides, *short_run(whole, 10, 4)], world_size, whole)
         command = [*overrides, *short_run(broken, 10, 4)]
-        at = _kill_within(_start(run_file, command, world_size, broken), broken, random.randint(5, 8))
-        _finish(_start(run_file, command, world_size, broken), broken)
+        at = _train_until_killed(run_file, command, world_size, broken, random.randint(5, 8))
+        _train(run_file, command, world_size, broken)
         expected, found = _trace(whole), _trace(broken)
         differing = [a["step"] for a, b in zip(expected, found, strict=False) if _learned(a) != _learned(b)]
         same_weights = _file_hashes(whole) == _file_hashes(broken)
@@ -85,12 +86,12 @@ def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     settings = load_settings(run_file, overrides)
     findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
     world_size = num_ranks(settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "run"
+    with scratch_folder() as scratch:
+        directory = scratch / "run"
         command = [*overrides, *short_run(directory, 20, 4)]
         began = time.time()
-        _kill_within(_start(run_file, command, world_size, directory), directory, random.randint(9, 12))
-        _finish(_start(run_file, command, world_size, directory), directory)
+        _train_until_killed(run_file, command, world_size, directory, random.randint(9, 12))
+        _train(run_file, command, world_size, directory)
         findings += audit(directory, (began, (directory / "metrics.jsonl").stat().st_mtime))
     return [*findings, torch_agrees(settings)]
 
@@ -118,63 +119,72 @@ def short_run(directory: Path, steps: int, every: int) -> list[str]:
     ]
 
 
-def _start(
-    run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
-) -> list[subprocess.Popen]:
-    """One process per rank, in one process group; output goes into the run directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
-    for override in overrides:
-        command += ["--set", override]
-    port = _free_port()
-    ranks: list[subprocess.Popen] = []
-    for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            **ARRANGED,
-        }
-        if on_cpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child owns it
-        group = ranks[0].pid if ranks else 0
-        ranks.append(
-            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=group)
-        )
-    return ranks
+def _train(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False) -> None:
+    """Train to the end."""
+    with _ranks(run_file, overrides, world_size, directory, on_cpu) as ranks:
+        _finish(ranks, directory)
 
 
-def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
-    """Wait for all ranks. Raises `UserError` with the last output of a failed rank."""
-    try:
-        for number, rank in enumerate(ranks):
-            if rank.wait(timeout=PROCESS_SECONDS):
-                words = (directory / f"rank-{number}.txt").read_text(errors="replace").splitlines()[-15:]
-                raise UserError(
-                    f"rank {number} of a check's training run failed with code {rank.returncode}:\n" + "\n".join(words)
-                )
-    finally:
-        _kill(ranks)
-
-
-def _kill_within(ranks: Sequence[subprocess.Popen], directory: Path, step: int) -> int:
+def _train_until_killed(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, step: int) -> int:
     """SIGKILL all ranks at a random time after `step` steps and a checkpoint; return the last recorded step."""
     deadline = time.monotonic() + PROCESS_SECONDS
-    try:
+    with _ranks(run_file, overrides, world_size, directory) as ranks:
         while not (trace := _trace(directory)) or trace[-1]["step"] < step or not _has_saved(directory):
             if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
                 _finish(ranks, directory)
                 raise UserError(f"a check's training run ended before step {step}")
             time.sleep(0.002)
         time.sleep(random.uniform(0, trace[-1]["step_seconds"]))
+    return _trace(directory)[-1]["step"]
+
+
+@contextmanager
+def _ranks(
+    run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
+) -> Iterator[list[subprocess.Popen]]:
+    """One process per rank, in one process group; output goes into the run directory. Those left at the end are
+    killed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
+    for override in overrides:
+        command += ["--set", override]
+    port = _free_port()
+    ranks: list[subprocess.Popen] = []
+    try:
+        for rank in range(world_size):
+            output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child owns it
+            variables, group = _variables(rank, world_size, port, on_cpu), ranks[0].pid if ranks else 0
+            ranks.append(
+                subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, process_group=group)
+            )
+        yield ranks
     finally:
         _kill(ranks)
-    return _trace(directory)[-1]["step"]
+
+
+def _variables(rank: int, world_size: int, port: int, on_cpu: bool) -> dict[str, str]:
+    """The environment of a rank."""
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        **ARRANGED,
+    }
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
+
+
+def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
+    """Wait for all ranks. Raises `UserError` with the last output of a failed rank."""
+    for number, rank in enumerate(ranks):
+        if rank.wait(timeout=PROCESS_SECONDS):
+            words = (directory / f"rank-{number}.txt").read_text(errors="replace").splitlines()[-15:]
+            raise UserError(
+                f"rank {number} of a check's training run failed with code {rank.returncode}:\n" + "\n".join(words)
+            )
 
 
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:
