@@ -24,9 +24,9 @@ import typer
 from bigmodel.config.settings import UserError, load_settings
 from bigmodel.launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
 from bigmodel.launcher.binding import processors_to_bind
-from bigmodel.launcher.cluster import Cluster, hosts_and_slots, load_cluster
+from bigmodel.launcher.cluster import Cluster, host_of, hosts_and_slots, load_cluster
 from bigmodel.launcher.devices import given_devices
-from bigmodel.launcher.execute import check_address, describe_rank, execute, node_map, rank_map
+from bigmodel.launcher.execute import check_address, check_name, describe_rank, execute, node_map, rank_map
 from bigmodel.launcher.hostlist import expand_hosts
 from bigmodel.launcher.local import trainer_command
 from bigmodel.launcher.network import free_port
@@ -136,6 +136,7 @@ def torchrun_command(
     commands = [torchrun.node_command(topology, node, words) for node in range(len(topology.hosts))]
     _require_fit(run_file, overrides, topology.world_size)
     if node_rank >= 0 and not dry_run:
+        check_name(topology)
         torchrun.become(commands[node_rank])
     for host, command in zip(topology.hosts, commands, strict=True):
         print(f"# on {host}:\n{describe_rank(command, {})}")
@@ -165,13 +166,14 @@ def ssh_command(
     directory = settings.run.directory
     make_logs(directory)
     refuse_second_run(directory)
-    hosts.reach(cluster, topology.hosts, Path.cwd())
+    targets = hosts_and_slots(cluster, hostfile)[0]
+    hosts.reach(cluster, targets, topology.main_address, Path.cwd())
     if cluster.check.before_start:
         words = preflight.look_words(run_file, cluster_file, overrides)
-        _require_good_nodes(preflight.on_hosts(topology, cluster, words, Path.cwd()), directory, cluster)
+        _require_good_nodes(preflight.on_hosts(topology, cluster, targets, words, Path.cwd()), directory, cluster)
     words = [sys.executable, "-m", "bigmodel", "launch", "node", *_words(run_file, cluster_file, overrides), *options]
     record_launch(directory, topology, "ssh", launcher=True)
-    ending = hosts.run_on_hosts(cluster, words, topology, Path.cwd())
+    ending = hosts.run_on_hosts(cluster, targets, words, topology, Path.cwd())
     record_end(directory, ending.cause, ending.code, ending.detail)
     raise typer.Exit(ending.code)
 
@@ -247,7 +249,7 @@ def check_command(
         runner = preflight.on_slurm(inside, cluster, words, Path.cwd())
     elif hostfile or cluster.ssh.hostfile or (cluster.hosts and not cluster.slurm.partition):
         topology = _topology_of_hosts(cluster, hostfile, 0, directory)
-        runner = preflight.on_hosts(topology, cluster, words, Path.cwd())
+        runner = preflight.on_hosts(topology, cluster, hosts_and_slots(cluster, hostfile)[0], words, Path.cwd())
     elif cluster_file:
         asked = expand_hosts(cluster.hosts) if cluster.hosts else slurm.idle_hosts(cluster.slurm.partition)
         runner = preflight.on_slurm([asked], cluster, words, Path.cwd())
@@ -341,7 +343,8 @@ def _planned_topology(cluster: Cluster) -> Topology:
 
 def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, directory: Path) -> Topology:
     """The same on every node: the port is derived from the run directory's name, because there is no job number."""
-    names, slots = hosts_and_slots(cluster, hostfile)
+    targets, slots = hosts_and_slots(cluster, hostfile)
+    names = list(map(host_of, targets))
     each = ranks_per_node(ranks, len(names), slots) if ranks else slots
     port = cluster.main_port or port_of(str(zlib.crc32(str(directory).encode())))
     return even_topology(names, each, cluster.main_address or names[0], port, cluster.switches_of(names))

@@ -177,7 +177,10 @@ def _resolve(section: Any, name: str, folder: Path) -> None:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> slots, from a file with lines like `worker-1 slots=4`; # begins a comment. Raises `UserError`."""
+    """Host -> slots, from a file with lines like `worker-1 slots=4` or `user@worker-1`; # begins a comment.
+
+    Raises `UserError`.
+    """
     found: dict[str, int] = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -192,10 +195,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise UserError(f"{path}:{number}: {line.strip()!r} is not of the form `host slots=8`")
         if slots and int(slots) == 0:
             raise UserError(f"{path}:{number}: {words[0]} has no slots; leave its line out")
-        if words[0].startswith("-"):  # an option for ssh
+        host = host_of(words[0])
+        if not host or words[0][0] in "-@":  # - begins an option of ssh
             raise UserError(f"{path}:{number}: {words[0]!r} is no host name")
-        if words[0] in found:
-            raise UserError(f"{path}:{number}: {words[0]} is listed twice; give it one line with all its slots")
+        if host in map(host_of, found):
+            raise UserError(f"{path}:{number}: {host} is listed twice; give it one line with all its slots")
         found[words[0]] = int(slots or 1)
     if not found:
         raise UserError(f"{path}: lists no host; a line is `host slots=8`")
@@ -203,7 +207,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def hosts_and_slots(cluster: Cluster, hostfile: Path | None = None) -> tuple[list[str], int]:
-    """Hosts in order, and the number of ranks on each: from the host file or from `hosts`.
+    """Hosts (`host` or `user@host`) in order, and the number of ranks on each: from the host file or from `hosts`.
 
     Raises `UserError` without hosts, or for unequal numbers of slots.
     """
@@ -220,10 +224,16 @@ def hosts_and_slots(cluster: Cluster, hostfile: Path | None = None) -> tuple[lis
     if not cluster.hosts:
         raise UserError("no hosts: give --hostfile FILE, or set hosts or ssh.hostfile in the cluster file")
     hosts = expand_hosts(cluster.hosts)
-    repeated = next((host for host in hosts if hosts.count(host) > 1), "")
+    names = list(map(host_of, hosts))
+    repeated = next((name for name in names if names.count(name) > 1), "")
     if repeated:
         raise UserError(f"hosts = {cluster.hosts!r}: {repeated} is listed twice; set ranks_per_node instead")
     return hosts, cluster.ranks_on_node
+
+
+def host_of(target: str) -> str:
+    """The host's name without the user: `user@host` is for ssh alone."""
+    return target.rpartition("@")[2]
 
 
 def near(name: str, known: Mapping[str, Any] | list[str]) -> str:

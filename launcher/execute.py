@@ -109,15 +109,20 @@ def _runs(numbers: Sequence[int]) -> str:
 
 def check_address(topology: Topology) -> None:
     """On the machine of rank 0, before its start: raises `UserError` if its address or port cannot be used."""
-    if not resolves(topology.main_address):
-        raise UserError(
-            f"rank 0 runs on {topology.main_address}, a name without an address here; set main_address in the cluster "
-            "file, or MASTER_ADDR, to an address that all nodes can reach"
-        )
+    check_name(topology)
     if not port_is_free(topology.main_port):
         raise UserError(
             f"port {topology.main_port} of {topology.main_address} is in use (by default it is derived from the job's "
             "number or the run directory's name); set main_port in the cluster file, or MASTER_PORT, to a free port"
+        )
+
+
+def check_name(topology: Topology) -> None:
+    """On any machine, before a start: raises `UserError` if it does not know rank 0's address."""
+    if not resolves(topology.main_address):
+        raise UserError(
+            f"rank 0 runs on {topology.main_address}, a name without an address here; set main_address in the cluster "
+            "file, or MASTER_ADDR, to an address that all nodes can reach"
         )
 
 

@@ -29,6 +29,7 @@ from bigmodel.launcher.topology import Topology
 from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 ANSWER_SECONDS = 20.0  # longest wait for a host's first answer
+KNOWS = "import socket, sys; socket.getaddrinfo(sys.argv[1], None)"  # whether a machine has an address for a name
 PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TZ", "LANG")
 SSH_FAILED = 255  # exit code of ssh itself: the connection failed, not the program
 
@@ -47,52 +48,69 @@ class Node:
             self.process.stdin.flush()
 
 
-def remote_command(cluster: Cluster, host: str, words: Sequence[str], folder: Path) -> list[str]:
-    """The command that runs `words` on a host, in a folder there."""
+def remote_command(cluster: Cluster, target: str, words: Sequence[str], folder: Path) -> list[str]:
+    """The command that runs `words` on a host (`host` or `user@host`), in a folder there."""
     variables = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
     line = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *words])}"
-    return [*cluster.ssh.command, *cluster.ssh.options, host, line]
+    return [*cluster.ssh.command, *cluster.ssh.options, target, line]
 
 
-def reach(cluster: Cluster, hosts: Sequence[str], folder: Path) -> None:
-    """Check that every host answers and has this interpreter and folder. Raises `UserError` with those that do not."""
-    test = ["test", "-x", sys.executable]
+def reach(cluster: Cluster, targets: Sequence[str], main_address: str, folder: Path) -> None:
+    """Check that every host answers, has this interpreter and folder, and knows rank 0's address.
+
+    Raises `UserError` with the hosts that do not.
+    """
+    silent = _complaints(cluster, targets, ["test", "-x", sys.executable], f"no {sys.executable} there", folder)
+    if silent:
+        raise UserError(f"nothing was started: {'; '.join(silent.values())}\nexclude or repair them")
+    lost = _complaints(cluster, targets, [sys.executable, "-c", KNOWS, main_address], "", folder)
+    if lost:
+        raise UserError(
+            f"nothing was started: rank 0 runs on {main_address}, a name without an address on {', '.join(lost)}; set "
+            "main_address in the cluster file to an address that all hosts can reach"
+        )
+
+
+def _complaints(
+    cluster: Cluster, targets: Sequence[str], test: Sequence[str], meaning: str, folder: Path
+) -> dict[str, str]:
+    """Target -> complaint, of the hosts where the test fails; `meaning`: of a failure without a word."""
     asked = {
-        host: subprocess.Popen(
-            remote_command(cluster, host, test, folder),
+        target: subprocess.Popen(
+            remote_command(cluster, target, test, folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        for host in hosts
+        for target in targets
     }
     deadline = time.monotonic() + ANSWER_SECONDS
-    complaints = []
-    for host, process in asked.items():
+    complaints = {}
+    for target, process in asked.items():
         try:
             said, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            reason = said.strip() or f"no {sys.executable} there"
+            reason = said.strip() or meaning
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             reason = f"no answer in {ANSWER_SECONDS:.0f} s"
         if process.returncode:
-            complaints.append(f"{host}: {reason}")
-    if complaints:
-        raise UserError("nothing was started: " + "; ".join(complaints) + "\nexclude or repair them")
+            complaints[target] = f"{target}: {reason}"
+    return complaints
 
 
 def run_on_hosts(
     cluster: Cluster,
+    targets: Sequence[str],
     words: Sequence[str],
     topology: Topology,
     folder: Path,
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
 ) -> Ending:
-    """Run `launch node RUN.toml ...` (`words`) on every host until all have ended.
+    """Run `launch node RUN.toml ...` (`words`) on every host until all have ended; `targets`: the hosts, for ssh.
 
     This terminal shows rank 0's output and the messages of every node's launcher.
     """
@@ -101,10 +119,10 @@ def run_on_hosts(
     world = json.dumps(asdict(topology))
     with collect_signals(signals):
         try:
-            for number, host in enumerate(topology.hosts):
+            for number, (host, target) in enumerate(zip(topology.hosts, targets, strict=True)):
                 command = [*words, "--world", world, "--node", str(number)]
                 process = subprocess.Popen(
-                    remote_command(cluster, host, command, folder), stdin=subprocess.PIPE, start_new_session=True
+                    remote_command(cluster, target, command, folder), stdin=subprocess.PIPE, start_new_session=True
                 )
                 nodes.append(Node(host, process))
             return _supervise(nodes, signals, grace_seconds, save_seconds)

@@ -274,13 +274,15 @@ def look_words(run_file: Path, cluster_file: Path | None, overrides: Sequence[st
     return words + [word for override in overrides for word in ("--set", override)]
 
 
-def on_hosts(topology: Topology, cluster: Cluster, words: Sequence[str], folder: Path) -> Runner:
-    """Over ssh, one process per host."""
+def on_hosts(
+    topology: Topology, cluster: Cluster, targets: Sequence[str], words: Sequence[str], folder: Path
+) -> Runner:
+    """Over ssh, one process per host; `targets`: the hosts, for ssh."""
     one_each = even_topology(topology.hosts, 1, topology.main_address, topology.main_port)
     world = json.dumps(asdict(one_each))
     commands = [
-        remote_command(cluster, host, [*words, "--world", world, "--node", str(node)], folder)
-        for node, host in enumerate(topology.hosts)
+        remote_command(cluster, target, [*words, "--world", world, "--node", str(node)], folder)
+        for node, target in enumerate(targets)
     ]
     return Runner(topology.hosts, commands, folder)
 

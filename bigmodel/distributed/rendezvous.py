@@ -6,23 +6,36 @@ rendezvous only counts connections, so it cannot name an absent rank.
 
 import json
 import os
+import socket
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from bigmodel.config.user_error import UserError
+
+NAME_SECONDS = 20.0  # longest wait for the address of a name: a name service may be late or overloaded
 MARGIN_SECONDS = 30.0  # other ranks wait this much longer than rank 0, for its list of absent ranks
 
 
 def meet(place: Mapping[str, str], timeout_seconds: float) -> dist.Store:
-    """Wait for every rank. Raises `RuntimeError` with the ranks and nodes that did not come in time."""
+    """Wait for every rank.
+
+    Raises `RuntimeError` with the ranks and nodes that did not come in time, `UserError` if this machine has no address
+    for MASTER_ADDR.
+    """
     rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun's agent has the port
+    host, port, listens = place["MASTER_ADDR"], int(place["MASTER_PORT"]), rank == 0 and not agent_listens
+    _wait_for_address(host, port, timeout_seconds)
+    if not listens:
+        _wait_for_server(host, port, timeout_seconds)
     server = dist.TCPStore(
-        place["MASTER_ADDR"],
-        int(place["MASTER_PORT"]),
-        is_master=rank == 0 and not agent_listens,
+        host,
+        port,
+        is_master=listens,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
     )
@@ -38,6 +51,40 @@ def meet(place: Mapping[str, str], timeout_seconds: float) -> dist.Store:
     if absent:
         raise RuntimeError(f"{', '.join(map(name_rank, absent[:8]))}{' and more' * (len(absent) > 8)} did not come")
     return store
+
+
+def _wait_for_address(host: str, port: int, timeout_seconds: float) -> None:
+    deadline = time.monotonic() + min(NAME_SECONDS, timeout_seconds)
+    said = False
+    while True:
+        try:
+            socket.getaddrinfo(host, port)
+            return
+        except socket.gaierror as error:
+            here, reason = os.uname().nodename, error.strerror
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"MASTER_ADDR={host}: this name of rank 0 has no address on {here} ({reason}); set main_address in the "
+                "cluster file, or MASTER_ADDR, to an address that all nodes can reach"
+            )
+        if not said:
+            print(f"bigmodel: MASTER_ADDR={host} has no address on {here}; asking again", file=sys.stderr, flush=True)
+        said = True
+        time.sleep(0.5)
+
+
+def _wait_for_server(host: str, port: int, timeout_seconds: float) -> None:
+    """Wait until rank 0 listens. torch waits too, but with warnings and C++ frames, and for several timeouts."""
+    deadline, pause = time.monotonic() + timeout_seconds, 0.02
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nobody listens there ({error.strerror or error})") from None
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)
 
 
 def name_rank(rank: int) -> str:

@@ -152,7 +152,8 @@ ALONE = _Alone(0, 1, 0, 1, torch.device("cpu"))
 def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
     """Join the other processes, if any; sets the device and the default process group.
 
-    Raises `UserError` for an incomplete environment, a GPU that does not exist, and ranks that do not come in time.
+    Raises `UserError` for an incomplete environment, a GPU that does not exist, a name without an address, and ranks
+    that do not come in time.
     """
     place = read_environment(os.environ)
     os.environ.update(place)
@@ -169,6 +170,8 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         address = f"{place['MASTER_ADDR']}:{place['MASTER_PORT']}"
         raise UserError(

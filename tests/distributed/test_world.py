@@ -70,6 +70,27 @@ def test_a_missing_peer_is_a_clear_error_within_the_limit(monkeypatch: pytest.Mo
     end_world()
 
 
+@pytest.mark.parametrize(
+    ("host", "complaint"),
+    [
+        ("127.0.0.1", "rank 1 did not meet all of its 2 processes at .*: nobody listens there .Connection refused."),
+        ("nowhere.invalid", "MASTER_ADDR=nowhere.invalid: this name of rank 0 has no address on .*; set main_address"),
+    ],
+)
+def test_a_rank_waits_for_rank_0_without_warnings_of_torch(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], host: str, complaint: str
+) -> None:
+    port = read_environment({})["MASTER_PORT"]
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
+    for name, value in {**place, "MASTER_ADDR": host}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=complaint):
+        start_world(timeout_seconds=0.2)
+    said = capfd.readouterr().err
+    assert "c10d" not in said
+    assert ("MASTER_ADDR=nowhere.invalid has no address on" in said) == (host == "nowhere.invalid")
+
+
 def exchange(folder: Path) -> None:
     world = start_world(timeout_seconds=30)
     assert world.broadcast_object(f"from {world.rank}") == "from 0"

@@ -1,6 +1,7 @@
 """The ways to start a run without a scheduler, on real parts: ssh to real sshd, torchrun between network namespaces."""
 
 import contextlib
+import getpass
 import json
 import os
 import shlex
@@ -110,7 +111,8 @@ def test_a_run_over_ssh_saves_survives_kill_dash_nine_and_equals_the_local_run(
 ) -> None:
     """Interrupted once, its launcher killed once with -9, it retraces the undisturbed run on two nodes."""
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
-    cluster = write_files(tmp_path, ["127.0.0.1", "127.0.0.2"], sshd.options)
+    me = getpass.getuser()  # ssh wants it; rank 0's address and the names of logs are without it
+    cluster = write_files(tmp_path, [f"{me}@127.0.0.1", f"{me}@127.0.0.2"], sshd.options)
     words = ["ssh", str(run_file), "--cluster", str(cluster)]
 
     process = launch(*words, *steps())
@@ -151,6 +153,21 @@ def test_a_host_that_does_not_answer_is_named_before_anything_starts(sshd: Sshd,
     assert "127.0.0.1: " not in output
     assert not (run / "events.jsonl").exists()
     assert left_of(run) == []
+
+
+@needs_ssh
+def test_an_address_of_rank_0_that_a_host_does_not_know_is_named_before_anything_starts(
+    sshd: Sshd, tmp_path: Path, shards: Path
+) -> None:
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    cluster = write_files(tmp_path, ["127.0.0.1", "127.0.0.2"], sshd.options)
+    cluster.write_text("main_address = 'nowhere.invalid'\n" + cluster.read_text())
+    output = output_of(launch("ssh", str(run_file), "--cluster", str(cluster)), 2)
+    assert output.splitlines()[-1] == (
+        "bigmodel: nothing was started: rank 0 runs on nowhere.invalid, a name without an address on 127.0.0.1, "
+        "127.0.0.2; set main_address in the cluster file to an address that all hosts can reach"
+    )
+    assert not (run / "events.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +215,9 @@ def test_torchrun_s_command_is_printed_for_each_node(tmp_path: Path, shards: Pat
         assert line.endswith(f"--rdzv-backend=static --module bigmodel launch exec {run_file} --cluster {cluster}")
     wrong = output_of(launch("torchrun", str(run_file), "--cluster", str(cluster), "--node-rank", "2"), 2)
     assert "--node-rank 2: there are 2 nodes, counted from 0" in wrong
+    cluster.write_text("main_address = 'nowhere.invalid'\n" + cluster.read_text())
+    lost = output_of(launch("torchrun", str(run_file), "--cluster", str(cluster), "--node-rank", "1"), 2)
+    assert lost.startswith("bigmodel: rank 0 runs on nowhere.invalid, a name without an address here; set main_address")
 
 
 @needs_namespaces

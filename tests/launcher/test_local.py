@@ -362,7 +362,9 @@ from bigmodel.launcher.topology import even_topology
 here = sys.argv[1]
 shell = SshSettings(command=["sh", "-c", 'exec sh -c "$2"', "ssh"])
 words = [sys.executable, "-c", {node!r}, here]
-ending = run_on_hosts(Cluster(ssh=shell), words, even_topology(["one", "two"], 1, "one", 1), Path.cwd(), 1.0, 60.0)
+hosts = ["one", "two"]
+world = even_topology(hosts, 1, "one", 1)
+ending = run_on_hosts(Cluster(ssh=shell), hosts, words, world, Path.cwd(), 1.0, 60.0)
 (Path(here) / "ending").write_text(f"{{ending.cause}} {{ending.detail}}")
 sys.exit(ending.code)
 """

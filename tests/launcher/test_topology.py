@@ -6,7 +6,7 @@ import pytest
 
 from bigmodel.config.settings import UserError
 from bigmodel.launcher.binding import divide, parse_list
-from bigmodel.launcher.cluster import Cluster, hosts_and_slots, load_cluster, read_hostfile
+from bigmodel.launcher.cluster import Cluster, host_of, hosts_and_slots, load_cluster, read_hostfile
 from bigmodel.launcher.devices import device_variables, given_devices
 from bigmodel.launcher.drawing import draw_topology, print_topology, shorten
 from bigmodel.launcher.execute import preset
@@ -275,6 +275,7 @@ def test_a_host_file_is_deepspeed_s(tmp_path: Path) -> None:
     assert read_hostfile(file) == {"w1": 8, "w2": 8}
     assert hosts_and_slots(Cluster(), file) == (["w1", "w2"], 8)
     assert hosts_and_slots(Cluster(hosts="n[1-2]", gpus_per_node=4)) == (["n1", "n2"], 4)
+    assert list(map(host_of, hosts_and_slots(Cluster(hosts="me@n[1-2],n3"))[0])) == ["n1", "n2", "n3"]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +284,8 @@ def test_a_host_file_is_deepspeed_s(tmp_path: Path) -> None:
         ("w1 slots=8\nw2 slots=4", "slots differ between hosts .w1 8, w2 4.; every node needs the same number"),
         ("w1 slot=8", "hosts:1: 'w1 slot=8' is not of the form `host slots=8`"),
         ("w1\nw1", "hosts:2: w1 is listed twice"),
+        ("me@w1\nyou@w1", "hosts:2: w1 is listed twice"),
+        ("me@ slots=1", "hosts:1: 'me@' is no host name"),
         ("w1 slots=0", "hosts:1: w1 has no slots; leave its line out"),
         ("w1 slots=-1", "hosts:1: 'w1 slots=-1' is not of the form"),
         ("w1 slots=", "hosts:1: 'w1 slots=' is not of the form"),
@@ -298,6 +301,8 @@ def test_a_mistake_in_a_host_file_names_its_line(tmp_path: Path, text: str, mess
 def test_a_host_named_twice_is_refused() -> None:
     with pytest.raises(UserError, match=r"hosts = 'n\[1-2\],n1': n1 is listed twice; set ranks_per_node"):
         hosts_and_slots(Cluster(hosts="n[1-2],n1"))
+    with pytest.raises(UserError, match="n1 is listed twice"):
+        hosts_and_slots(Cluster(hosts="n1,me@n1"))
 
 
 def test_without_hosts_it_says_where_they_go() -> None:
