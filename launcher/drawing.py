@@ -14,7 +14,7 @@ COLUMNS = 8  # ranks in a row of a node
 
 def print_topology(topology: Topology) -> None:
     """Print a panel per switch with a line per node; nodes without a known switch share one panel."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(_headline(topology))
     width = max(len(host) for host in topology.hosts)
     for switch, nodes in _by_switch(topology).items():

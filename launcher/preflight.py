@@ -85,7 +85,9 @@ def print_findings(hosts: Sequence[str], findings: Sequence[Finding]) -> None:
     for host in hosts:
         marks = ["BAD" if (host, m) in bad else "ok" if (host, m) in looked else "-" for m in MATTERS]
         table.add_row(host, *marks)
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=max(120, shutil.get_terminal_size().columns))
+    console = Console(
+        highlight=False, markup=False, emoji=False, soft_wrap=True, width=max(120, shutil.get_terminal_size().columns)
+    )
     console.print(table)
     for finding in findings:
         if not finding.good:

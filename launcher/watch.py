@@ -85,7 +85,7 @@ def print_status(found: dict[str, Any]) -> None:
         when = datetime.fromtimestamp(restart["time"]).strftime("%d %b %H:%M:%S")
         detail = f" ({restart['detail']})" if restart["detail"] else ""
         table.add_row("", f"{when}  after {restart['after']}{detail} at step {restart['step']}")
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(table)
 
 
 def print_logs(directory: Path, lines: int, ranks: Sequence[int], follow: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_json import VERSION
@@ -193,8 +193,9 @@ def run_missing(state: State, world_sizes: list[int], quick: bool) -> None:
     total = sum(len(cases) for _, _, cases in batches)
     print(f"{len(state.rows):,} cases are in {state.path}, {total:,} to run")
     state.begin(hardware("cpu"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     with (
-        Progress(console=Console(markup=False)) as progress,
+        Progress(*columns, console=Console(markup=False, emoji=False)) as progress,
         scratch_folder("exactness-") as folder,
     ):
         bar = progress.add_task("cases", total=total)

@@ -129,7 +129,7 @@ class Record:
             if "not_run" in row:
                 cells[2] = Text(row["not_run"], "dim")
             table.add_row(*cells, end_section=following is None or row["case"] != following["case"])
-        Console(markup=False, width=max(200, shutil.get_terminal_size().columns)).print(table)
+        Console(markup=False, emoji=False, width=max(200, shutil.get_terminal_size().columns)).print(table)
 
     def plot(self, panels: dict[str, str], unit: str) -> str:
         """Bar chart: a panel per item of `panels` (column: title), a group per case, a colour per contender.

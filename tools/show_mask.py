@@ -216,7 +216,7 @@ def drawing_of(title: str, mask: AttentionMask, padding: int, rows: int, columns
 
 def print_drawing(drawing: Drawing, cell: int) -> None:
     """Print to the terminal; cell 0: the smallest cell that fits its width."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     cell = cell or -(-2 * drawing.sees_QK.shape[1] // console.width)
     styles = {"#": "bold blue", "+": "cyan", "-": "dim cyan", ".": "dim"}
     console.print(drawing.title, style="bold")

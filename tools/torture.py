@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -334,7 +334,8 @@ def main(
     defect: Annotated[str, typer.Option(help=f"plant one of: {', '.join(list(DEFECTS)[1:])}")] = "",
 ) -> None:
     with scratch_folder("torture-") as folder:
-        with Progress(console=Console(markup=False)) as progress:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, console=Console(markup=False, emoji=False)) as progress:
             wrong = torture(folder, kills, flips, defect, progress)
         wrong += process_kills(folder, processes)
     done = f"{kills} kills at each of {len(POINTS)} points, {flips} flipped bits, {processes} runs killed and resumed"

@@ -32,7 +32,7 @@ GUARANTEES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
 
 def run_checks(run_file: Path, overrides: Sequence[str], guarantees: Sequence[str]) -> int:
     """Check the named guarantees, print each finding, return the number of broken claims."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     broken = 0
     for guarantee in guarantees:
         for finding in GUARANTEES[guarantee](run_file, overrides):

@@ -234,7 +234,7 @@ def show_memory(
         table.add_row(f"of {device_gib:,g} GiB", *fits)
     if any(plan.host for plan in by_stage.values()):
         table.add_row("off the device", *(amount(sum(p.host.values()) / unit) for p in by_stage.values()))
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     console.print("Not counted: the CUDA context, buffers of NCCL, fragmentation of the allocator.")
     if png:

@@ -45,7 +45,7 @@ def show_batch(settings: Settings, step: int, png: Path | None) -> None:
     store = ShardStore.of_run(settings.data, "train")
     order, data = order_before(store, settings, step, newest_state(settings.run.directory / "checkpoints"))
     batch = Builder(store, data, settings.run.seed).build([order.next_step()[0]], step, [0])
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for line in draw(batch):
         console.print(line, soft_wrap=True)
     masks = mask_matrices(batch, settings.model)
@@ -86,7 +86,7 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
     data = settings.data
     store = ShardStore.of_run(data, "train")
     packed = measure_packing(store, data)  # first, because it refuses a wrong mix
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(sources_table(settings, store.manifest, packed))
     for source in store.manifest.sources:
         if dropped := store.manifest.dropped(source):

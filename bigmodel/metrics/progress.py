@@ -15,7 +15,7 @@ class LiveLine:
     """Shows a run's progress on rank 0; `enabled=False` shows nothing."""
 
     def __init__(self, first_step: int, num_steps: int, enabled: bool) -> None:
-        self._console = Console(highlight=False, markup=False)
+        self._console = Console(highlight=False, markup=False, emoji=False)
         self._enabled = enabled
         self._num_steps = num_steps
         self._started = time.monotonic()
@@ -23,9 +23,13 @@ class LiveLine:
         self._last_line = 0.0
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn())
+            columns = (
+                TextColumn("step {task.completed}/{task.total}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+            )
             self._bar = Progress(
-                *columns, TextColumn("{task.fields[news]}"), TimeRemainingColumn(), console=self._console
+                *columns, TextColumn("{task.fields[news]}", markup=False), TimeRemainingColumn(), console=self._console
             )
             self._task = self._bar.add_task("train", total=num_steps, completed=first_step, news="")
             self._bar.start()

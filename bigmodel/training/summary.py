@@ -93,7 +93,7 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
 def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
     """Print the loss curve, the baselines, the sample and the paths of all results."""
     directory = settings.run.directory
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(terminal_curve(directory, console.width), markup=False)
     table = Table("bits per byte of predicted text", "", title="lower is better", title_justify="left")
     names = {"bits_per_byte": "this model", "bigram_bits_per_byte": "bigram, same tokens", "xz_bits_per_byte": "xz -9"}

@@ -8,28 +8,46 @@ import pytest
 
 from bigmodel.checks import guarantees as check
 from bigmodel.checks.audit import Finding
+from bigmodel.data.prepare.pipeline import live
+from bigmodel.launcher.preflight import Finding as PreflightFinding
+from bigmodel.launcher.preflight import print_findings
+from bigmodel.launcher.watch import print_status
+from bigmodel.metrics.progress import LiveLine
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = ("bigmodel", "launcher", "tools")
 
 
+# These read markup whatever the console says, or bring a console of their own.
+NEVER = ("from_markup", "get_console", "print_json", "Spinner", "Status", "Prompt", "Confirm", "IntPrompt", "track")
+
+
 def complaints(source: str) -> Iterator[str]:
-    """Every call of a file that could read markup, as a sentence."""
+    """Every import and call of a file that could read markup or emoji codes, as a sentence."""
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func).rpartition(".")[2]
-        named = {word.arg: word.value for word in node.keywords}
-        markup = named.get("markup")
-        off = isinstance(markup, ast.Constant) and markup.value is False
-        if name == "Console" and not off:
-            yield f"line {node.lineno}: Console without markup=False"
-        elif name == "Progress" and "console" not in named:
-            yield f"line {node.lineno}: Progress without a console of its own"
-        elif name in ("from_markup", "get_console", "print_json") or (markup is not None and not off):
-            yield f"line {node.lineno}: {name} reads markup"
-        elif name == "Panel" and not is_plain(named.get("title")):
-            yield f"line {node.lineno}: the title of a Panel is markup; give it a Text"
+        if isinstance(node, ast.ImportFrom) and node.module == "rich":
+            yield f"line {node.lineno}: rich's own functions read markup; make a Console"
+        elif isinstance(node, ast.Call):
+            yield from (f"line {node.lineno}: {text}" for text in complaints_of_call(node))
+
+
+def complaints_of_call(node: ast.Call) -> Iterator[str]:
+    callee = ast.unparse(node.func)
+    name = callee.rpartition(".")[2]
+    named = {word.arg: word.value for word in node.keywords}
+    off = {word for word, value in named.items() if isinstance(value, ast.Constant) and value.value is False}
+    if callee in ("rich.print", "rich.inspect") or callee.endswith(("console.status", "console.input")):
+        yield f"{callee} reads markup"
+    elif name == "Console":
+        yield from (f"Console without {word}=False" for word in ("markup", "emoji") if word not in off)
+    elif name == "Progress" and "disable" not in named and not ("console" in named and node.args):
+        yield "Progress without a console and columns of its own"
+    elif name in NEVER or ("markup" in named and "markup" not in off):
+        yield f"{name} reads markup"
+    elif name == "TextColumn" and "markup" not in off:
+        yield "TextColumn without markup=False"
+    elif name == "Panel" and not all(is_plain(named.get(word)) for word in ("title", "subtitle")):
+        yield "the title of a Panel is markup; give it a Text"
 
 
 def is_plain(title: ast.expr | None) -> bool:
@@ -48,8 +66,15 @@ def test_no_console_reads_markup() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "Console()",
-        "rich.console.Console(highlight=False, markup=True)",
+        "Console(markup=False)",
+        "Console(emoji=False)",
+        "rich.print(path)",
+        "from rich import print",
+        "console.status(cause)",
+        "TextColumn('{task.description}')",
+        "Progress(console=console)",
+        "Panel(text, subtitle=path)",
+        "rich.console.Console(highlight=False, markup=True, emoji=False)",
         "Progress(*columns)",
         "Text.from_markup(f'[bold]{path}')",
         "console.print(path, markup=True)",
@@ -61,17 +86,45 @@ def test_each_way_to_read_markup_is_seen(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["Console(markup=False)", "Progress(console=console)", "Panel(text, title=Text(f'{a}'))"]
+    "line",
+    [
+        "Console(markup=False, emoji=False)",
+        "Progress(*columns, console=console)",
+        "TextColumn('{task.description}', markup=False)",
+        "Panel(text, title=Text(f'{a}'))",
+    ],
 )
 def test_what_prints_text_as_it_is_is_not_complained_of(line: str) -> None:
     assert list(complaints(line)) == []
 
 
+ODD = "runs[bold]/my[/] :warning:"
+
+
 def test_a_path_keeps_what_looks_like_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finding = Finding("a claim about run[x]", True, "in runs[bold]/my[/]")
+    finding = Finding("a claim about run[x]", True, f"in {ODD}")
     monkeypatch.setitem(check.GUARANTEES, "order", lambda run_file, overrides: [finding])
     monkeypatch.setenv("COLUMNS", "200")
     assert check.run_checks(Path("run.toml"), [], ["order"]) == 0
-    assert "holds  order: a claim about run[x] (in runs[bold]/my[/])" in capsys.readouterr().out
+    assert f"holds  order: a claim about run[x] (in {ODD})" in capsys.readouterr().out
+
+
+def test_tables_bars_and_lines_keep_what_looks_like_markup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    restart = {"time": 1.0, "after": "failed", "detail": f"cause {ODD}", "step": 3}
+    state = {"state": "ended", "by": "ssh", "job": "", "hosts": [f"host {ODD}"], "ranks": 1, "restarts": [restart]}
+    numbers = {"step": 3, "steps": 9, "loss": 2.0, "tokens_per_second": 1.0, "last_step_time": 1.0}
+    end = {"cause": "ended", "detail": f"end {ODD}"}
+    print_status({**state, **numbers, "last_end": end})
+    print_findings([f"node {ODD}"], [PreflightFinding(f"node {ODD}", "disk", False, f"text {ODD}")])
+    with live() as progress:
+        progress.add_task(f"task {ODD}", total=1)
+        progress.console.print(f"line {ODD}")
+    LiveLine(0, 1, enabled=True).say(f"said {ODD}")
+    printed = capsys.readouterr().out
+    for what in ("cause", "end", "host", "node", "text", "task", "line", "said"):
+        assert f"{what} {ODD}" in printed

@@ -151,13 +151,13 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Path:
 def live() -> Progress:
     """A progress display with amount, rate and time left, for a terminal."""
     bar = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     return Progress(*bar, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
 
 
 def quiet() -> Progress:
     """A progress display that shows nothing."""
-    return Progress(console=Console(markup=False, quiet=True), disable=True)
+    return Progress(console=Console(markup=False, emoji=False, quiet=True), disable=True)
 
 
 def conclude(progress: Progress, line: str) -> None:
