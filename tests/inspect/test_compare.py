@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bigmodel.__main__ import app
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.compare import Difference, compare, first_difference, setting_differences
+from tests.support.tiny_run import write_run
 
 STEP = {"targets": 90, "positions": 90, "documents": 3, "padding": 6, "learning_rate": 0.1, "skipped": False}
 
@@ -30,6 +33,20 @@ def test_equal_runs_are_equal_though_one_is_longer_and_slower(tmp_path: Path, ca
     assert compare(one, two, tmp_path / "both.png") is None
     assert "equal to the last bit in all 2 steps" in capsys.readouterr().out
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_without_png_neither_compare_nor_show_writes_a_picture(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, run_file = run(tmp_path, "one", [3.0]), run(tmp_path, "two", [3.0]), write_run(tmp_path, shards)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shown = [["show", name, str(run_file)] for name in ("data", "batch", "memory")]
+    for words in [["compare", str(one), str(two)], *shown]:
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "here"])
 
 
 def test_the_first_difference_is_told_by_step_name_and_size(tmp_path: Path, capsys) -> None:
