@@ -47,12 +47,12 @@ def draw_topology(topology: Topology, file: Path) -> None:
         colour = colours(list(groups).index(switch) % 10)
         axes.add_patch(Rectangle((left - 0.2, top - rows - 0.1), columns + 0.4, rows + 0.9, fill=False, ec=colour))
         title = f"{topology.hosts[node]} ({switch})" if switch else topology.hosts[node]
-        axes.text(left, top + 0.35, title, fontsize=8, va="center")
+        axes.text(left, top + 0.35, title, fontsize=8, va="center", parse_math=False)
         for index, rank in enumerate(topology.ranks_of(node)):
             x, y = left + index % COLUMNS, top - 1 - index // COLUMNS
             axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, color=colour, alpha=0.25))
             axes.text(x + 0.5, y + 0.5, str(rank), fontsize=7, ha="center", va="center")
-    axes.set_title(_headline(topology), fontsize=9)
+    axes.set_title(_headline(topology), fontsize=9, parse_math=False)
     axes.set_xlim(-0.6, across * (columns + 1))
     axes.set_ylim(-down * (rows + 1.6) + 1, 1.2)
     axes.set_aspect("equal")

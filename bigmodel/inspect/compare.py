@@ -90,7 +90,8 @@ def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None
         axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    above.legend(frameon=False, fontsize=9)
+    for text in above.legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)
     figure.savefig(png)
 
 

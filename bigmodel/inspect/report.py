@@ -90,6 +90,7 @@ def loss_curve(run_directory: Path) -> Path:
         fontsize=13,
         color=INK,
         fontweight="bold",
+        parse_math=False,
     )
     path = run_directory / "loss.png"
     part = path.with_name(".loss.part.png")

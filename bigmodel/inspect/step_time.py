@@ -133,7 +133,8 @@ def draw_times(run_directory: Path) -> Path:
     above.set_xlim(ends[0], ends[-1])
     above.set_ylabel("milliseconds per step, rank 0")
     above.set_xlabel("optimizer step")
-    above.set_title(f"{run_directory.name}: where a step's time goes", loc="left", fontsize=13, fontweight="bold")
+    title = f"{run_directory.name}: where a step's time goes"
+    above.set_title(title, loc="left", fontsize=13, fontweight="bold", parse_math=False)
     above.legend(frameon=False, ncols=len(PHASES), loc="upper right", fontsize=9)
     causes = {cause: seconds for cause, seconds in times.causes.items() if seconds > 0}
     left, total = 0.0, sum(causes.values())

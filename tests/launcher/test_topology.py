@@ -405,12 +405,12 @@ def test_cores_are_shared_out_node_by_node_and_never_too_few() -> None:
 
 
 def test_the_drawing_has_every_node_and_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    topology = even_topology(["n1", "n2", "n3"], 8, "n1", 15000, ["leaf1", "leaf1", "leaf2"])
+    topology = even_topology(["n1", "n2", "n3"], 8, "n1", 15000, ["leaf1", "leaf1", "$\\leaf$"])
     print_topology(topology)
     shown = capsys.readouterr().out
     for words in ("24 ranks on 3 nodes; rank 0 at n1:15000", "switch leaf1", "n2 8-15", "n3 16-23"):
         assert words in shown
-    assert shown.index("switch leaf2") < shown.index("n3 16-23")
+    assert shown.index("switch $\\leaf$") < shown.index("n3 16-23")
     draw_topology(topology, tmp_path / "topology.png")
     assert (tmp_path / "topology.png").read_bytes().startswith(b"\x89PNG")
     assert shorten([0, 3, 4, 5, 9]) == "0,3-5,9"
