@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bigmodel.checks.audit import Finding, audit, torch_agrees
-from bigmodel.checks.scratch import scratch_folder
+from bigmodel.checks.scratch import scratch_folder, undisturbed
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.rank_log import ARRANGED
@@ -154,9 +154,12 @@ def _ranks(
         for rank in range(world_size):
             output = open(directory / f"rank-{rank}.txt", "ab")  # noqa: SIM115 - the child owns it
             variables, group = _variables(rank, world_size, port, on_cpu), ranks[0].pid if ranks else 0
-            ranks.append(
-                subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, process_group=group)
-            )
+            with undisturbed():
+                ranks.append(
+                    subprocess.Popen(
+                        command, env=variables, stdout=output, stderr=subprocess.STDOUT, process_group=group
+                    )
+                )
         yield ranks
     finally:
         _kill(ranks)

@@ -11,6 +11,22 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """ENDING takes effect at the end of this block. For the start of a process: its number must reach the one who ends
+    it."""
+    came: list[int] = []
+    heeded = [one for one in ENDING if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, lambda number, frame: came.append(number)) for one in heeded}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def scratch_folder(prefix: str = "bigmodel-", parent: Path | None = None) -> Iterator[Path]:
     """A new folder (in `parent`, or where temporary files go), deleted at the end.
 
