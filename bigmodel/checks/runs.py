@@ -19,6 +19,7 @@ import torch
 from bigmodel.checks.audit import Finding, audit, torch_agrees
 from bigmodel.checks.scratch import scratch_folder, undisturbed
 from bigmodel.config.deepspeed_config import agree
+from bigmodel.config.schedule_settings import COUNTED, WITH_LENGTH
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.rank_log import ARRANGED
 from bigmodel.run_directory import read_json_lines
@@ -30,7 +31,8 @@ PROCESS_SECONDS = 600  # limit of a training process
 def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Train two steps on one rank and on several, which share packed sequences if the run's ranks do. Several ranks add
     in another order."""
-    training = agree(load_settings(run_file, overrides)).training
+    settings = agree(load_settings(run_file, overrides))
+    training = settings.training
     sharing = training.sequence_parallel_ranks
     several = max(2, sharing)
     # Ranks that share a packed sequence multiply fewer rows at once; below fp64 the products may round differently.
@@ -41,7 +43,7 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
         for world_size in (1, several):
             directory = scratch / f"ranks-{world_size}"
             shared = f"training.sequence_parallel_ranks={1 if world_size == 1 else sharing}"
-            command = [*overrides, *short_run(directory, 2, 2), shared]
+            command = [*overrides, *short_run(settings, directory, 2, 2), shared]
             _train(run_file, command, world_size, directory, on_cpu)
             traces[world_size] = _trace(directory)
     findings = []
@@ -60,11 +62,12 @@ def check_loss(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Ten undisturbed steps against ten steps killed by SIGKILL at a random time after the first save, and resumed."""
-    world_size = num_ranks(agree(load_settings(run_file, overrides)))
+    settings = agree(load_settings(run_file, overrides))
+    world_size = num_ranks(settings)
     with scratch_folder() as scratch:
         whole, broken = scratch / "whole", scratch / "broken"
-        _train(run_file, [*overrides, *short_run(whole, 10, 4)], world_size, whole)
-        command = [*overrides, *short_run(broken, 10, 4)]
+        _train(run_file, [*overrides, *short_run(settings, whole, 10, 4)], world_size, whole)
+        command = [*overrides, *short_run(settings, broken, 10, 4)]
         at = _train_until_killed(run_file, command, world_size, broken, random.randint(5, 8))
         _train(run_file, command, world_size, broken)
         expected, found = _trace(whole), _trace(broken)
@@ -83,12 +86,12 @@ def check_resume(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
 
 def check_accounting(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     """Audit the run directory, if it has a run, and a short run that is killed and resumed."""
-    settings = load_settings(run_file, overrides)
+    settings = agree(load_settings(run_file, overrides))
     findings = audit(settings.run.directory) if (settings.run.directory / "metrics.jsonl").exists() else []
     world_size = num_ranks(settings)
     with scratch_folder() as scratch:
         directory = scratch / "run"
-        command = [*overrides, *short_run(directory, 20, 4)]
+        command = [*overrides, *short_run(settings, directory, 20, 4)]
         began = time.time()
         _train_until_killed(run_file, command, world_size, directory, random.randint(9, 12))
         _train(run_file, command, world_size, directory)
@@ -102,16 +105,18 @@ def num_ranks(settings: Settings) -> int:
     return sharing if sharing > 1 else min(2, torch.cuda.device_count() or 2, settings.training.global_batch_size)
 
 
-def short_run(directory: Path, steps: int, every: int) -> list[str]:
-    """Overrides for a short run of a run file in a directory of its own, without the run's remote store."""
+def short_run(settings: Settings, directory: Path, steps: int, every: int) -> list[str]:
+    """Overrides for a short run of a run file in a directory of its own, without the run's remote store.
+
+    settings: of the run file and its DeepSpeed JSON together.
+    """
     return [
+        *_short_schedule(settings),
         f"run.directory={directory}",
         f"training.steps={steps}",
         f"checkpoint.every_steps={every}",
         "checkpoint.remote=",
         "checkpoint.hours_between_failures=0",
-        "schedule.warmup_steps=0",
-        "schedule.decay_steps=0",
         "evaluation.every_steps=0",
         "evaluation.at_end=false",
         "metrics.port=0",

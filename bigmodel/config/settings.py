@@ -21,6 +21,8 @@ from bigmodel.config.data_settings import PrepareSettings as PrepareSettings
 from bigmodel.config.data_settings import SourceSettings as SourceSettings
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
 from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSettings
+from bigmodel.config.schedule_settings import COUNTED, with_default_warmup
+from bigmodel.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from bigmodel.config.sections import SAVED as SAVED
 from bigmodel.config.sections import SET, ReadBy, key_of, read_table, setting
 from bigmodel.config.sections import Section as Section
@@ -59,7 +61,9 @@ class OptimizerSettings(Section):
         "adamw", description="; ".join(f"{kind}: {row.about}" for kind, row in OPTIMIZERS.items())
     )
     learning_rate: float = Field(
-        3e-4, gt=0, description="highest learning rate of the schedule; adafactor: relative to a parameter's scale"
+        3e-4,
+        gt=0,
+        description="highest (range_test: first) learning rate; adafactor: relative to a parameter's scale",
     )
     beta1: float = setting(0.9, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="decay of the first moment")
     beta2: float = setting(0.95, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="decay of the second moment")
@@ -72,6 +76,18 @@ class OptimizerSettings(Section):
     weight_decay: float = Field(0.1, ge=0)
     momentum: float = setting(
         0.95, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="muon: momentum of the hidden matrices"
+    )
+    matrix_scale: Literal["match_rms_adamw", "original"] = setting(
+        "match_rms_adamw",
+        only_with=READ_BY_OPTIMIZER,
+        description="muon: factor of an orthogonal update. match_rms_adamw: 0.2 * sqrt(max(rows, columns)), the size "
+        "of AdamW's updates; original: sqrt(max(1, rows / columns)), as in DeepSpeed",
+    )
+    adamw_rate_factor: float = setting(
+        1.0,
+        only_with=READ_BY_OPTIMIZER,
+        ge=0,
+        description="muon: factor of the learning rate for what AdamW updates",
     )
     beta2_decay: float = setting(
         -0.8, only_with=READ_BY_OPTIMIZER, le=0, description="adafactor: beta2 of update t is 1 - t ** beta2_decay"
@@ -103,35 +119,6 @@ class OptimizerSettings(Section):
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     groups: list[ParameterGroupSettings] = Field(
         [], description="parameters with another learning rate or weight decay"
-    )
-
-
-class ScheduleSettings(Section):
-    """Learning rate: a linear warm-up, then `kind`; wsd: constant, then a linear decay."""
-
-    kind: Literal["cosine", "wsd", "linear", "inverse_square_root", "constant"] = "cosine"
-    unit: Literal["steps", "tokens"] = Field(
-        "steps", description="tokens: counted as in training.global_batch_size, padding included"
-    )
-    warmup_steps: int = setting(
-        100,
-        only_with={"unit": "steps"},
-        ge=0,
-        description="absent, and 100 does not fit into training.steps: training.steps / 10",
-    )
-    decay_steps: int = setting(
-        0, only_with={"kind": "wsd", "unit": "steps"}, ge=0, description="length of the final decay"
-    )
-    warmup_tokens: int = setting(0, only_with={"unit": "tokens"}, ge=0, description="replaces warmup_steps")
-    decay_tokens: int = setting(
-        0, only_with={"kind": "wsd", "unit": "tokens"}, ge=0, description="replaces decay_steps"
-    )
-    final_ratio: float = setting(
-        0.1,
-        only_with={"kind": ("cosine", "wsd", "linear", "inverse_square_root")},
-        ge=0,
-        le=1,
-        description="final (inverse_square_root: lowest) learning rate, divided by optimizer.learning_rate",
     )
 
 
@@ -308,11 +295,13 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _default_warmup_fits(self) -> "Settings":
-        schedule, steps = self.schedule, self.training.steps
-        fits = schedule.warmup_steps + schedule.decay_steps <= steps
-        if schedule.unit == "steps" and "warmup_steps" not in schedule.model_fields_set and not fits:
-            shorter = schedule.model_copy(update={"warmup_steps": min(schedule.warmup_steps, steps // 10)})
-            object.__setattr__(self, "schedule", shorter)
+        object.__setattr__(self, "schedule", with_default_warmup(self.schedule, self.training.steps))
+        return self
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> "Settings":
+        if problem := problem_of_rates(self):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -326,7 +315,7 @@ class Settings(Section):
                     f"data.lanes = {self.data.lanes}; a step takes the same number of packed sequences from every lane"
                 )
         ramp = self.schedule.warmup_steps + self.schedule.decay_steps
-        if self.schedule.unit == "steps" and ramp > self.training.steps:
+        if self.schedule.kind in COUNTED and self.schedule.unit == "steps" and ramp > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps = {self.schedule.warmup_steps} + "
                 f"{self.schedule.decay_steps} exceeds "
@@ -361,6 +350,23 @@ def settings_from_table(table: Mapping[str, Any], origin: Path, saved: bool = Fa
         return Settings.model_validate(table, context=SAVED if saved else None)
     except ValidationError as error:
         raise UserError(f"{origin}: {explain(error, Settings)}") from None
+
+
+def problem_of_rates(settings: Settings) -> str:
+    """Why schedule and optimizer do not fit; empty if they do."""
+    schedule, optimizer = settings.schedule, settings.optimizer
+    if schedule.lowest_rate > optimizer.learning_rate:
+        return (
+            f"schedule.lowest_rate = {schedule.lowest_rate} exceeds optimizer.learning_rate = "
+            f"{optimizer.learning_rate}, the highest learning rate; lower it"
+        )
+    if schedule.beta1_range and not OPTIMIZERS[optimizer.kind].cycles_beta1:
+        able = " or ".join(f'"{kind}"' for kind, row in OPTIMIZERS.items() if row.cycles_beta1)
+        return (
+            f'schedule.beta1_range = {list(schedule.beta1_range)} with optimizer.kind = "{optimizer.kind}": only '
+            f"{able} can change beta1 during the run; leave it out"
+        )
+    return ""
 
 
 def packs_at(step: int, global_batch_size: int, batch_ramp: Sequence[tuple[int, int]]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bigmodel.config.settings import Settings, positions_before
+from bigmodel.training.deepspeed_rates import DEEPSPEED_RATES, beta1
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,23 @@ SCHEDULES: dict[str, Callable[[Clock, float], float]] = {
 def learning_rate(step: int, settings: Settings) -> float:
     """The learning rate for the update of step `step`, counted from 0.
 
-    Linear warm-up: peak * done / warmup, above 0 already in the first update.
+    Linear warm-up: peak * (r + (1 - r) * done / warmup), r = initial_ratio; above 0 already in the first update.
+    DeepSpeed's schedules: `bigmodel.training.deepspeed_rates`.
     """
-    clock, schedule = _clock(step, settings), settings.schedule
-    peak = settings.optimizer.learning_rate
+    schedule, peak = settings.schedule, settings.optimizer.learning_rate
+    if schedule.kind in DEEPSPEED_RATES:
+        return DEEPSPEED_RATES[schedule.kind](step, settings)
+    clock = _clock(step, settings)
     if clock.done <= clock.warmup:
-        return peak * clock.done / clock.warmup
+        start = peak * schedule.initial_ratio
+        return start + (peak - start) * clock.done / clock.warmup
     return peak * SCHEDULES[schedule.kind](clock, schedule.final_ratio)
+
+
+def betas(step: int, settings: Settings) -> tuple[float, float] | None:
+    """The optimizer's betas for the update of step `step`; None: those of [optimizer]."""
+    changed = beta1(step, settings)
+    return None if changed is None else (changed, settings.optimizer.beta2)
 
 
 def _clock(step: int, settings: Settings) -> Clock:

@@ -62,7 +62,7 @@ from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
-from bigmodel.training.learning_rate import learning_rate
+from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.zero.engine import Engine, creation
 from bigmodel.training.zero.norms import Norms
@@ -166,7 +166,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         rate = learning_rate(step.number, settings)
         norms.before_update(done)
         with phases("optimizer"):
-            engine.update(rate, skip=bad)
+            engine.update(rate, skip=bad, betas=betas(step.number, settings))
         bad_steps = bad_steps + 1 if bad and not engine.scales_loss else 0
 
         # Report.

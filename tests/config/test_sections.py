@@ -15,6 +15,7 @@ from bigmodel.config.settings import OptimizerSettings, Settings, UserError, set
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.launcher.cluster import Cluster, load_cluster
+from bigmodel.training.deepspeed_rates import DEEPSPEED_RATES
 from bigmodel.training.learning_rate import SCHEDULES, Clock
 from bigmodel.training.optimizers.table import OPTIMIZERS
 from tests.support.example_batches import VOCABULARY, fragment_of, text
@@ -25,6 +26,7 @@ BUCKETS = {"position_embedding": "relative_bias"}
 MASKED = {"objectives": [{"kind": "masked"}]}
 SOURCE = {"sources": [{"name": "web", "files": ["a.jsonl"]}]}
 GIVEN = {"tokenizer": "t.json"}
+FALLING, CYCLE, RISING = {"kind": "deepspeed_linear"}, {"kind": "one_cycle"}, {"kind": "range_test"}
 MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
 TWO = {"kind": "encoder_decoder"}
 LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "llama3", "yarn"))
@@ -83,6 +85,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "optimizer.alpha": (8.0, {}, 'set kind = "ademamix"', {"kind": "ademamix"}),
     "optimizer.beta3": (0.9, {"kind": "lion"}, 'set kind = "ademamix"', {"kind": "ademamix"}),
     "optimizer.ema_warmup_steps": (9, {}, 'set kind = "ademamix"', {"kind": "ademamix"}),
+    "optimizer.matrix_scale": ("original", {}, 'set kind = "muon"', {"kind": "muon"}),
+    "optimizer.adamw_rate_factor": (0.5, {}, 'set kind = "muon"', {"kind": "muon"}),
+    "schedule.unit": ("tokens", CYCLE, 'with kind = "one_cycle"; leave it out or set kind = "cosine" or', {}),
+    "schedule.initial_ratio": (0.1, CYCLE, 'with kind = "one_cycle"', {"kind": "deepspeed_cosine"}),
+    "schedule.warmup": ("log", {}, 'with kind = "cosine"', FALLING),
+    "schedule.total_steps": (9, {"kind": "deepspeed_constant"}, 'set kind = "deepspeed_linear"', FALLING),
+    "schedule.lowest_rate": (1e-5, {"kind": "deepspeed_cosine"}, 'with kind = "deepspeed_cosine"', FALLING),
+    "schedule.rise_steps": (9, FALLING, 'set kind = "one_cycle" or "range_test"', CYCLE),
+    "schedule.fall_steps": (9, RISING, 'set kind = "one_cycle"', CYCLE),
+    "schedule.rise_stairs": (9, RISING, 'set kind = "one_cycle"', CYCLE),
+    "schedule.fall_stairs": (9, {}, 'set kind = "one_cycle"', CYCLE),
+    "schedule.decay_rate": (0.5, FALLING, 'set kind = "one_cycle"', CYCLE),
+    "schedule.decay_interval": (9, FALLING, 'set kind = "one_cycle"', CYCLE),
+    "schedule.beta1_range": ((0.8, 0.9), RISING, 'set kind = "one_cycle"', CYCLE),
+    "schedule.growth": (2.0, CYCLE, 'set kind = "range_test"', RISING),
+    "schedule.staircase": (True, CYCLE, 'set kind = "range_test"', RISING),
     "schedule.warmup_steps": (5, MANY_TOKENS, 'with unit = "tokens"; leave it out or set unit = "steps"', {}),
     "schedule.decay_steps": (5, {"kind": "linear"}, 'with kind = "linear"', {"kind": "wsd"}),
     "schedule.warmup_tokens": (5, {}, 'with unit = "steps"; leave it out or set unit = "tokens"', {"unit": "tokens"}),
@@ -247,6 +265,8 @@ OTHER = {  # another value of every optimizer setting that a row may read
     "beta2": 0.5,
     "epsilon": 1e-1,
     "momentum": 0.3,
+    "matrix_scale": "original",
+    "adamw_rate_factor": 0.3,
     "beta2_decay": -0.3,
     "update_clipping": 1.01,
     "least_scale": 0.9,
@@ -260,6 +280,8 @@ def after_updates(kind: str, **values: Any) -> torch.Tensor:
     settings = OptimizerSettings.model_construct(**(OptimizerSettings(kind=kind).__dict__ | values))
     net = model(tied=False)
     optimizer = optimizer_alone(net, settings)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["rate_factor"]
     for step in range(3):
         for number, parameter in enumerate(net.parameters()):
             generator = torch.Generator().manual_seed(100 * step + number)
@@ -296,11 +318,11 @@ def test_an_objective_reads_what_its_row_says_and_nothing_else(kind: str) -> Non
 
 def test_every_field_of_the_schedule_is_always_used_or_declared() -> None:
     section = Settings.model_fields["schedule"].annotation
-    assert {name for name in section.model_fields if not condition_of(section, name)} == {"kind", "unit"}
-    assert set(SCHEDULES) == set(typing.get_args(section.model_fields["kind"].annotation))
+    assert {name for name in section.model_fields if not condition_of(section, name)} == {"kind"}
+    assert {*SCHEDULES, *DEEPSPEED_RATES} == set(typing.get_args(section.model_fields["kind"].annotation))
     near_the_end = Clock(done=95, warmup=1, decay=50, total=100)
     falling = {kind for kind, rate in SCHEDULES.items() if rate(near_the_end, 0.2) != rate(near_the_end, 0.9)}
-    assert falling == set(condition_of(section, "final_ratio").others["kind"])
+    assert falling | {"deepspeed_cosine"} == set(condition_of(section, "final_ratio").others["kind"])
     decaying = {kind for kind, rate in SCHEDULES.items() if rate(near_the_end, 0.2) != rate(Clock(95, 1, 7, 100), 0.2)}
     for name in ("decay_steps", "decay_tokens"):
         assert decaying == {condition_of(section, name).others["kind"]}

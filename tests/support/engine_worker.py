@@ -23,7 +23,7 @@ from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
-from bigmodel.training.learning_rate import learning_rate
+from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups, states_of
 from bigmodel.training.optimizers.shards import Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS
@@ -65,8 +65,8 @@ def settings_table(
     optimizer |= other.pop("optimizer", {})
     if "epsilon" in OPTIMIZERS[optimizer.get("kind", "adamw")].reads:
         optimizer = {"epsilon": 1e-4} | optimizer
+    schedule = other.pop("schedule", {"warmup_steps": 2})
     assert not other, f"unused: {other}"
-    schedule = {"warmup_steps": 2}
     return {"model": model, "training": training, "optimizer": optimizer, "schedule": schedule, "data": DATA}
 
 
@@ -172,6 +172,7 @@ def oracle(
         norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings) * group["rate_factor"]
+            group["betas"] = betas(step, settings) or group.get("betas")
         optimizer.step()
         model.load_state_dict(masters.state_dict())
         for name, master, _ in pairs:
@@ -298,7 +299,7 @@ def run_step(
         wanted = {name: expected[f"{step}.{name}"] for name in gradients}
         result["gradient_errors"].append(max(relative_error(gradients[name], wanted[name]) for name in gradients))
         result["gradient_distances"].append(distance(gradients, wanted))
-    engine.update(learning_rate(step, settings), skip=skip)
+    engine.update(learning_rate(step, settings), skip=skip, betas=betas(step, settings))
     if skip:
         result["skipped_norm"] = norm
     else:

@@ -132,7 +132,7 @@ def test_a_check_keeps_away_from_the_run_and_its_store(tmp_path: Path) -> None:
         "[checkpoint]\nremote = 's3://bucket/run'\nhours_between_failures = 8.0\n"
         "[metrics]\nport = 9000\nwriters = ['wandb']\n[training]\nsequence_parallel_ranks = 4\n"
     )
-    settings = load_settings(run_file, short_run(tmp_path / "check", 10, 4))
+    settings = load_settings(run_file, short_run(load_settings(run_file), tmp_path / "check", 10, 4))
     assert settings.run.directory == tmp_path / "check"
     assert (settings.checkpoint.remote, settings.checkpoint.hours_between_failures) == ("", 0.0)
     assert (settings.metrics.port, settings.metrics.writers) == (0, [])

@@ -32,9 +32,10 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         matrix = len(shape) >= 2 and id(parameter) not in embeddings
-        decay, factor = settings.weight_decay if matrix else 0.0, 1.0
+        decay = settings.weight_decay if matrix else 0.0
         as_matrix = matrices == "hidden" and matrix and not name.startswith("head.")
         as_matrix |= matrices == "all" and len(shape) == 2
+        factor = settings.adamw_rate_factor if matrices == "hidden" and not as_matrix else 1.0
         for given in [one for one in settings.groups if fnmatchcase(name, one.parameters)]:
             met.add(given.parameters)
             decay = decay if given.weight_decay is None else given.weight_decay

@@ -13,17 +13,19 @@ from bigmodel.training.optimizers.shards import Shards
 class Muon(torch.optim.AdamW):
     """Orthogonalised Nesterov momentum for hidden matrices, AdamW for all other parameters.
 
-    m = mu * m + g; O = the nearest semi-orthogonal matrix to g + mu * m; w -= rate * (0.2 * sqrt(max(rows, columns))
-    * O + decay * w). The factor before O gives updates of AdamW's size, so that one rate serves both (Liu et al. 2025).
+    m = mu * m + g; O = the nearest semi-orthogonal matrix to g + mu * m; w -= rate * (scale * O + decay * w). The scale
+    0.2 * sqrt(max(rows, columns)) gives updates of AdamW's size, so that one rate serves both (Liu et al. 2025); the
+    original one is sqrt(max(1, rows / columns)).
     Masters are flat and may hold parts of matrices; `shards`, set by the engine, assembles them.
     """
 
     shards: Shards
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, **adamw: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerSettings, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
-        self.momentum = momentum
+        self.momentum = settings.momentum
+        self._update = _SCALED[settings.matrix_scale]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -36,12 +38,20 @@ class Muon(torch.optim.AdamW):
                 if master.grad is not None:
                     moment = self.state[master]["exp_avg"].mul_(self.momentum).add_(master.grad)
                     ahead = master.grad.add(moment, alpha=self.momentum)
-                    update = self.shards.whole_matrices(master, ahead, _orthogonal_update)
+                    update = self.shards.whole_matrices(master, ahead, self._update)
                     master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
 
-def _orthogonal_update(matrix: Tensor) -> Tensor:
+def _as_adamw(matrix: Tensor) -> Tensor:
     return orthogonalize(matrix) * (0.2 * max(matrix.shape) ** 0.5)
+
+
+def _original(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    return orthogonalize(matrix) * max(1.0, rows / columns) ** 0.5
+
+
+_SCALED = {"match_rms_adamw": _as_adamw, "original": _original}
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -61,4 +71,4 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def build(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Muon:
-    return Muon(groups, settings.momentum, **adamw.arguments(settings))
+    return Muon(groups, settings, **adamw.arguments(settings))

@@ -42,6 +42,7 @@ class Optimizer:
     matrices: Literal["none", "hidden", "all"] = "none"  # the matrices that have `states_of_matrices` instead
     states_of_matrices: tuple[State, ...] = ()
     crosses_ranks: bool = False  # needs whole matrices or sums over ranks: the engine sets its attribute `shards`
+    cycles_beta1: bool = False  # beta1 may change from step to step: schedule.beta1_range
     json_types: tuple[str, ...] = ()  # optimizer.type in a DeepSpeed JSON; "auto" becomes the first
     stages: tuple[int, ...] = (0, 1, 2, 3)  # supported ZeRO stages
     offloads: tuple[str, ...] = ("cpu", "nvme")  # supported devices of offloaded states
@@ -62,6 +63,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         build="bigmodel.training.optimizers.adamw:build",
         reads=("beta1", "beta2", "epsilon"),
         states=ADAMW,
+        cycles_beta1=True,
         json_types=("AdamW", "Adam"),
     ),
     "lion": Optimizer(
@@ -69,12 +71,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
         build="bigmodel.training.optimizers.lion:build",
         reads=("beta1", "beta2"),
         states=(MOMENT,),
+        cycles_beta1=True,
         json_types=("Lion",),
     ),
     "muon": Optimizer(
         about="Muon (Jordan et al. 2024) on hidden matrices, AdamW on the rest",
         build="bigmodel.training.optimizers.muon:build",
-        reads=("beta1", "beta2", "epsilon", "momentum"),
+        reads=("beta1", "beta2", "epsilon", "momentum", "matrix_scale", "adamw_rate_factor"),
         states=ADAMW,
         matrices="hidden",
         states_of_matrices=(MOMENT,),

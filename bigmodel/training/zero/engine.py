@@ -132,13 +132,17 @@ class Engine:
         chunk = None if shard is None or flat is None else shard.of(flat).detach().float()
         return self._assemble(self._shapes[name], shard, chunk) / self.loss_scale
 
-    def update(self, learning_rate: float, skip: bool = False) -> None:
-        """Clip as configured and apply one update; `skip` drops the gradient, and in fp16 lowers the loss scale."""
+    def update(self, learning_rate: float, skip: bool = False, betas: tuple[float, float] | None = None) -> None:
+        """Clip as configured and apply one update; `skip` drops the gradient, and in fp16 lowers the loss scale.
+        `betas` replace those of the optimizer.
+        """
         assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
         assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
         assert not (skip and self.is_at_smallest_scale), "the loss scale cannot be lowered: stop the run"
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
+            if betas:
+                group["betas"] = betas
         with _frozen(self._optimizer) if skip else contextlib.nullcontext():
             self._engine.step()
         assert skip or not getattr(self._engine.optimizer, "overflow", False), "DeepSpeed skipped a finite step"

@@ -86,9 +86,10 @@ def test_one_update_of_lion_is_that_of_the_paper() -> None:
     assert lion.state[linear.weight]["exp_avg"].item() == pytest.approx(0.079, abs=1e-6)
 
 
-def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest() -> None:
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
+def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest(scale: str) -> None:
     """torch's computes in bf16, which is good to a few parts in a hundred of an update."""
-    settings = OptimizerSettings(kind="muon", learning_rate=0.1, weight_decay=0.2, momentum=0.9)
+    settings = OptimizerSettings(kind="muon", learning_rate=0.1, weight_decay=0.2, momentum=0.9, matrix_scale=scale)
     ours, theirs = model(tied=False), model(tied=False)
     theirs.load_state_dict(ours.state_dict())
     groups = {group["matrices"]: group for group in parameter_groups(ours, settings)}
@@ -106,7 +107,7 @@ def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest() -> None:
         lr=0.1,
         weight_decay=0.2,
         momentum=0.9,
-        adjust_lr_fn="match_rms_adamw",
+        adjust_lr_fn=scale,
     )
     rest = {"lr": 0.1, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
     decays = {"head.weight": 0.2}

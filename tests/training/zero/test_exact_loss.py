@@ -38,7 +38,14 @@ def exact_jobs(folder: Path, world_size: int) -> Jobs:
 def other_jobs(folder: Path) -> Jobs:
     """Tied embeddings, no clipping, bf16 sums, and what a skipped step leaves behind."""
     jobs: Jobs = {}
-    for name, other in (("tied", {"tied": True}), ("unclipped", {"clipping": 0.0})):
+    for name, other in (
+        ("tied", {"tied": True}),
+        ("unclipped", {"clipping": 0.0}),
+        (
+            "cycled",
+            {"schedule": {"kind": "one_cycle", "rise_steps": 2, "lowest_rate": 1e-3, "beta1_range": (0.5, 0.8)}},
+        ),
+    ):
         table = settings_table(folder, 0, "fp32", 1, **other)
         path = folder / f"{name}.safetensors"
         seen = oracle(Settings.model_validate(table), STEPS, path)
@@ -96,8 +103,8 @@ def test_updates_and_clipping_are_those_of_plain_torch(results, world_size: int,
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("kind", ["tied", "unclipped"])
-def test_tied_embeddings_and_no_clipping_are_exact_too(results, kind: str, stage: int) -> None:
+@pytest.mark.parametrize("kind", ["tied", "unclipped", "cycled"])
+def test_tied_embeddings_no_clipping_and_a_changing_beta1_are_exact_too(results, kind: str, stage: int) -> None:
     one = results[2][f"{kind} zero{stage}"]
     assert max(one["gradient_errors"]) < 1e-5
     assert one["norms"] == pytest.approx([seen["norm"] for seen in one["seen"]], rel=1e-6)
