@@ -18,9 +18,10 @@ from typing import Any
 
 from bigmodel.config.deepspeed_json import Source, device_of, passed, value_at, written
 from bigmodel.config.deepspeed_keys import VERSION
+from bigmodel.config.deepspeed_optimizer import fill_optimizer, settle_optimizer
 from bigmodel.config.deepspeed_row import AUTO
-from bigmodel.config.sections import without_effect
-from bigmodel.config.settings import Settings, num_micro_batches
+from bigmodel.config.deepspeed_schedule import fill_schedule, settle_schedule
+from bigmodel.config.settings import Settings, num_micro_batches, problem_of_rates
 from bigmodel.sizes import counted_noun
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
@@ -35,9 +36,6 @@ DEFAULTS: tuple[tuple[str, Callable[[Settings], Any], str], ...] = (
     ("communication_data_type", lambda s: "fp32", "the sum over ranks is a sum like any other"),
     ("gradient_clipping", lambda s: s.optimizer.gradient_clipping, "0.19.8 turned its own default from off to 1.0"),
 )
-
-# Flags of the JSON's optimizer section that change no result: the optimizers are always torch's and ours.
-OPTIMIZER_FLAGS = {"torch_adam", "adam_w_mode", "fused", "legacy_fusion", "bias_correction"}
 
 # Keys of ZeRO++.
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
@@ -73,7 +71,9 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
         _fill(config, "zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own needs a C++ compiler
     if not source.tells_of("train_", "gradient_accumulation_steps", "sequence_parallel_size"):
         _settle_batch(config, settings, world_size, source)
-    _fill_optimizer(config, settings)
+    if not source.problems:
+        fill_optimizer(config, settings)
+        fill_schedule(config, settings)
     _drop_auto(config)
     if not source.tells_of("zero_optimization.stage", "zero_optimization ="):
         _refuse_combinations(config, settings, source)
@@ -102,8 +102,9 @@ def state_folder(effective: dict[str, Any]) -> Path | None:
 
 
 def for_deepspeed(effective: dict[str, Any]) -> dict[str, Any]:
-    """The part of the configuration that DeepSpeed gets, without its monitors and what has no effect. State in files is
-    our own (bigmodel/training/zero/mmap_state.py); DeepSpeed gets an offload to the CPU.
+    """The part of the configuration that DeepSpeed gets: not optimizer, scheduler and monitors, which are ours, nor
+    what has no effect. State in files is our own (bigmodel/training/zero/mmap_state.py); DeepSpeed gets an offload to
+    the CPU.
     """
     config = copy.deepcopy(passed(effective))
     if state_folder(effective):
@@ -126,7 +127,7 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
     ):
         value = written(config, path)
         if value is not None:
-            settings = _agree(settings, setting, kind(value), path, value, source)
+            settings = source.agree(settings, setting, kind(value), path, value)
     batch = written(config, "train_batch_size")
     if batch is not None and batch % settings.data.lanes:
         source.problem(
@@ -134,9 +135,10 @@ def _settle(config: dict[str, Any], settings: Settings, source: Source) -> Setti
             "a step takes the same number of packed sequences from every lane"
         )
     settings = _settle_monitors(config, settings, source)
-    settings = _settle_optimizer(config, settings, source)
-    for problem in without_effect(settings.optimizer).values():
-        source.problem(f"optimizer, with the settings of the run file: {problem}")
+    settings = settle_schedule(config, settings, source)
+    settings = settle_optimizer(config, settings, source)
+    if problem := problem_of_rates(settings):
+        source.problem(f"with the settings of the run file: {problem}")
     return settings
 
 
@@ -147,13 +149,14 @@ def _settle_precision(config: dict[str, Any], settings: Settings, source: Source
     if len(on) == 2:
         source.problem("bf16.enabled and fp16.enabled are both true; choose one")
     elif on:
-        settings = _agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True, source)
+        settings = source.agree(settings, "training.precision", on[0], f"{on[0]}.enabled", True)
     for kind in [kind for kind, value in enabled.items() if value is False and not on]:
         if settings.training.precision == kind or (kind == "bf16" and settings.training.precision != "fp16"):
-            settings = _agree(settings, "training.precision", "fp32", f"{kind}.enabled", False, source)
+            settings = source.agree(settings, "training.precision", "fp32", f"{kind}.enabled", False)
     path = "data_types.param_dtype"
     if written(config, path) not in (None, settings.training.precision):
-        source.contradiction(path, written(config, path), "training.precision", settings.training.precision)
+        here = f"{path} = {json.dumps(written(config, path))}"
+        source.contradiction(here, "training.precision", settings.training.precision)
     return settings
 
 
@@ -169,63 +172,8 @@ def _settle_monitors(config: dict[str, Any], settings: Settings, source: Source)
         for key, setting in names.items():
             value = written(config, f"{block}.{key}")
             if value:
-                settings = _agree(settings, f"metrics.{setting}", value, f"{block}.{key}", value, source)
+                settings = source.agree(settings, f"metrics.{setting}", value, f"{block}.{key}", value)
     return settings
-
-
-def _settle_optimizer(config: dict[str, Any], settings: Settings, source: Source) -> Settings:
-    section = config.get("optimizer", {})
-    kind = section.get("type", AUTO)
-    if kind != AUTO:
-        types = {name.lower(): kind for kind, row in OPTIMIZERS.items() for name in row.json_types}
-        if str(kind).lower() not in types:
-            offered = [row.json_types[0] for row in OPTIMIZERS.values() if row.json_types]
-            raise source.error(
-                f"optimizer.type = {json.dumps(kind)} is not supported; choose one of {', '.join(offered)}"
-            )
-        settings = _agree(settings, "optimizer.kind", types[str(kind).lower()], "optimizer.type", kind, source)
-    parameters = section.get("params", {})
-    if parameters == AUTO:
-        return settings
-    if not isinstance(parameters, dict):
-        raise source.error(f"optimizer.params = {json.dumps(parameters)} must be an object {{...}}")
-    if parameters.get("adam_w_mode") is False:
-        raise source.error(
-            "optimizer.params.adam_w_mode = false: only decoupled weight decay is supported, not L2; remove the key"
-        )
-    names = {"lr": "learning_rate", "eps": "epsilon", "weight_decay": "weight_decay", "momentum": "momentum"}
-    source.refuse_unknown(parameters, {"betas", *names} | OPTIMIZER_FLAGS, "optimizer.params.")
-    for key, setting in names.items():
-        value = source.number(config, f"optimizer.params.{key}", float, 0)
-        if value is not None:
-            path = f"optimizer.params.{key}"
-            settings = _agree(settings, f"optimizer.{setting}", float(value), path, value, source)
-    return _settle_betas(parameters.get("betas"), settings, source)
-
-
-def _settle_betas(betas: Any, settings: Settings, source: Source) -> Settings:
-    if betas is None or betas == AUTO:
-        return settings
-    numbers = isinstance(betas, list) and len(betas) == 2 and all(type(beta) in (int, float) for beta in betas)
-    if not numbers or not all(0 <= beta < 1 for beta in betas):
-        raise source.error(f"optimizer.params.betas = {json.dumps(betas)} must be two numbers from 0 to below 1")
-    for index, beta in enumerate(betas):
-        path = f"optimizer.params.betas[{index}]"
-        settings = _agree(settings, f"optimizer.beta{index + 1}", float(beta), path, beta, source)
-    return settings
-
-
-def _agree(settings: Settings, setting: str, meant: Any, path: str, value: Any, source: Source) -> Settings:
-    """Settings with `setting` = `meant`; a problem if the run file explicitly has another value."""
-    section_name, name = setting.split(".")
-    section = getattr(settings, section_name)
-    now = getattr(section, name)
-    if now == meant:
-        return settings
-    if name in section.model_fields_set:
-        source.contradiction(path, value, setting, now)
-        return settings
-    return settings.model_copy(update={section_name: section.model_copy(update={name: meant})})
 
 
 def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
@@ -263,26 +211,6 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
         )
     _fill(config, "gradient_accumulation_steps", micro_batches)
     _fill(config, "train_batch_size", multiplied)
-
-
-def _fill_optimizer(config: dict[str, Any], settings: Settings) -> None:
-    section = config.get("optimizer")
-    if section is None:
-        return
-    optimizer = settings.optimizer
-    values = {
-        "lr": optimizer.learning_rate,
-        "betas": [optimizer.beta1, optimizer.beta2],
-        "eps": optimizer.epsilon,
-        "weight_decay": optimizer.weight_decay,
-    }
-    if section.get("type") == AUTO:
-        section["type"] = next(iter(OPTIMIZERS[optimizer.kind].json_types), optimizer.kind)
-    if section.get("params") == AUTO:
-        section["params"] = values
-    for key, value in values.items():
-        if section.get("params", {}).get(key) == AUTO:
-            section["params"][key] = value
 
 
 def _refuse_combinations(config: dict[str, Any], settings: Settings, source: Source) -> None:

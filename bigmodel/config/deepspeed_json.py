@@ -16,7 +16,7 @@ from bigmodel.config.deepspeed_foreign import answer
 from bigmodel.config.deepspeed_keys import KEYS, VERSION
 from bigmodel.config.deepspeed_row import AUTO, IDLE, REFUSED, SETTING, USED, Key, turned_on
 from bigmodel.config.deepspeed_values import OBJECT, shown, unquoted
-from bigmodel.config.settings import UserError
+from bigmodel.config.settings import Settings, UserError
 
 SECRET = ("comet.api_key",)  # not to be printed
 
@@ -32,6 +32,7 @@ class Source:
 
     path: Path | None
     problems: list[str] = field(default_factory=list)
+    said: dict[str, str] = field(default_factory=dict)  # setting -> what of the JSON sets it
 
     def error(self, *last: str) -> UserError:
         """An error with all problems so far, and `last`, a problem that ends the check."""
@@ -116,22 +117,30 @@ class Source:
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             self.problem(f"{path} is not a key that DeepSpeed {VERSION} knows{hint}")
 
-    def number(
-        self, config: dict[str, Any], path: str, kind: type[int] | type[float], least: float
-    ) -> int | float | None:
-        """The number at `path`; None if absent or "auto"."""
-        value = value_at(config, path)
-        if value is None or value == AUTO:
-            return None
-        wanted = int if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, wanted) or value < least:
-            what = "a whole number" if kind is int else "a number"
-            raise self.error(f'{path} = {json.dumps(value)} must be {what} of at least {least} (or "auto")')
-        return value
+    def agree(self, settings: Settings, setting: str, meant: Any, path: str, value: Any, wording: str = "") -> Settings:
+        """Settings with `setting` = `meant`; a problem if the run file, or the JSON elsewhere, has another value.
 
-    def contradiction(self, path: str, value: Any, setting: str, other: Any) -> None:
+        wording: names the JSON's side in the problem, where `path` = `value` is not written in it.
+        """
+        section_name, name = setting.split(".")
+        section = getattr(settings, section_name)
+        now, here = getattr(section, name), wording or f"{path} = {json.dumps(value)}"
+        earlier = self.said.get(setting)
+        self.said.setdefault(setting, here)
+        if now == meant:
+            return settings
+        if earlier:
+            self.problem(f"{here}, but {earlier}; make them equal")
+            return settings
+        if name in section.model_fields_set:
+            self.contradiction(here, setting, now)
+            return settings
+        return settings.model_copy(update={section_name: section.model_copy(update={name: meant})})
+
+    def contradiction(self, here: str, setting: str, other: Any) -> None:
+        """here: the JSON's side, with its value."""
         self.problem(
-            f"{path} = {json.dumps(value)}, but the run file has {setting} = {json.dumps(other)}; "
+            f"{here}, but the run file has {setting} = {json.dumps(other)}; "
             'make them equal, or write "auto" in the JSON to follow the run file'
         )
 

@@ -45,6 +45,26 @@ def number(least: float = 0, most: float = math.inf) -> Value:
     return Value(f"a number of at least {least:g}{_up_to(most, math.inf)}", read)
 
 
+def rate() -> Value:
+    """A finite number above 0."""
+
+    def read(value: Any) -> float:
+        _refuse_unless(number().read(value) > 0)
+        return float(value)
+
+    return Value("a number above 0", read)
+
+
+def below_one() -> Value:
+    """From 0 to below 1, as the decay of a moment."""
+
+    def read(value: Any) -> float:
+        _refuse_unless(0 <= number().read(value) < 1)
+        return float(value)
+
+    return Value("a number from 0 to below 1", read)
+
+
 def choice(*names: str | int) -> Value:
     """One of a few names, in any case, or numbers."""
 

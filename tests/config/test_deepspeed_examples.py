@@ -11,9 +11,6 @@ import pytest
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError
 
-# Keys that hinder where a scheduler is described.
-SCHEDULER = ["scheduler"]
-
 AUTO_ADAMW = {
     "type": "AdamW",
     "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
@@ -59,7 +56,7 @@ HUGGING_FACE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ZeRO-2 with CPU offload": (
         {"fp16": {"enabled": "auto", **FP16}, "optimizer": AUTO_ADAMW, "scheduler": AUTO_WARMUP}
         | {"zero_optimization": {"stage": 2, "offload_optimizer": CPU, **BUCKETS}, **AUTO_SIZES},
-        SCHEDULER,
+        [],
     ),
     "ZeRO-2 without a scheduler": (
         {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", **FP16}, "optimizer": AUTO_ADAMW}
@@ -70,7 +67,7 @@ HUGGING_FACE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"fp16": {"enabled": "auto", **FP16}, "bf16": {"enabled": "auto"}, "optimizer": AUTO_ADAMW}
         | {"scheduler": AUTO_DECAY, "amp": {"enabled": "auto", "opt_level": "auto"}, **AUTO_SIZES}
         | {"zero_optimization": {**AUTO_STAGE3, "offload_optimizer": CPU, "offload_param": CPU}},
-        SCHEDULER,
+        [],
     ),
     "ZeRO-3 on NVMe": (
         {"bf16": {"enabled": True}, "zero_optimization": {
@@ -119,7 +116,7 @@ DEEPSPEED: dict[str, tuple[dict[str, Any], list[str]]] = {
             "wall_clock_breakdown": False,
             "zero_optimization": {"stage": 1, **BUCKETS, "cpu_offload": False},
         },
-        SCHEDULER,
+        [],
     ),
     "BERT": (
         {
