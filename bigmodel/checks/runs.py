@@ -124,6 +124,17 @@ def short_run(settings: Settings, directory: Path, steps: int, every: int) -> li
     ]
 
 
+def _short_schedule(settings: Settings) -> list[str]:
+    """Overrides with which a short run needs no shorter schedule."""
+    schedule = settings.schedule
+    if schedule.kind in COUNTED:
+        return ["schedule.warmup_steps=0", "schedule.decay_steps=0"]
+    if schedule.kind in WITH_LENGTH:
+        whole = schedule.total_steps or settings.training.steps
+        return [f"schedule.kind={schedule.kind}", f"schedule.total_steps={whole}"]
+    return []
+
+
 def _train(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False) -> None:
     """Train to the end."""
     with _ranks(run_file, overrides, world_size, directory, on_cpu) as ranks:
