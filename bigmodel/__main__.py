@@ -132,6 +132,8 @@ def verify(
 
     if share is not None and not retokenize:
         raise UserError(f"--share {share}: has no effect without --retokenize; leave it out or give both")
+    if share == 0:
+        raise UserError("--share 0.0: compares no document; give a share above 0, or leave out --retokenize")
     data = load_settings(location, override).data if location.endswith(".toml") else None
     places = [location] if data is None else [place for place in (data.remote, str(data.directory)) if place]
     partly = data is not None and bool(data.remote)
@@ -147,7 +149,8 @@ def verify(
     if problems:
         raise UserError(
             f"{' and '.join(places)}: {len(problems)} problem(s); copy damaged or missing files again (with "
-            "data.remote set, delete them: they are fetched), delete files not in the manifest, or prepare again"
+            "data.remote set, delete them: they are fetched), delete files not in the manifest, or delete the folder "
+            "and prepare again"
         )
     print(f"{' and '.join(places)}: every file agrees with the manifest")
 

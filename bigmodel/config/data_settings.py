@@ -103,6 +103,11 @@ class PrepareSettings(Section):
     @field_validator("tokenizer", mode="before")
     @classmethod
     def _train_means_none(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                f"prepare.tokenizer = {value}: is a URL, and tokenizers are read from this machine; copy the file or "
+                "the folder here and give its path"
+            )
         return None if value == "train" else value
 
     @model_validator(mode="after")

@@ -92,7 +92,7 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
             "leave it out, and set --validation-share"
         )
     if encoding == "str":
-        return prepare(settings, progress)
+        return _prepare_text(settings, progress)
     partial = partial_of(into)
     with claimed(partial), stoppable():
         shards = _all_shards(adoption, partial)
@@ -108,6 +108,18 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
         put_in_place(work / "result", into)
         shutil.rmtree(partial)
     return into
+
+
+def _prepare_text(settings: Settings, progress: Progress) -> Path:
+    try:
+        return prepare(settings, progress)
+    except UserError as error:
+        if "prepare." not in str(error):
+            raise
+        raise UserError(
+            f"{error}; `bigmodel adopt` has no such settings for text: state them in a run file with these .mds files "
+            "as prepare.sources, and start `bigmodel prepare`"
+        ) from None
 
 
 def _all_shards(adoption: Adoption, partial: Path) -> list[Shard]:

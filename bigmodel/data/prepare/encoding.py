@@ -105,7 +105,9 @@ def encode_parts(
         return
     scan = Scan.read(work.scan(number))
     cleaning.mark_rows(scan, start, np.load(work.duplicates, mmap_mode="r"))
-    encoder = _tokenizer(work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast)
+    encoder = _tokenizer(
+        work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast, given_name(settings)
+    )
     ends, as_text = [part.end for part in parts], settings.content == "text"
     rows = kept_rows(unit, scan, settings, missing[0].first, missing[-1].end)
     for place, mine in groupby(rows, lambda row: bisect_right(ends, row[0])):
@@ -172,11 +174,16 @@ def _changed(unit: Unit) -> UserError:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: Path, sha256: str, fast: bool) -> Tokenizer:
+def _tokenizer(path: Path, sha256: str, fast: bool, name: str) -> Tokenizer:
     """One tokenizer per process; the hash separates another tokenizer at the same path (in tests)."""
-    tokenizer = Tokenizer.load(path, fast=fast)
+    tokenizer = Tokenizer.load(path, fast=fast, name=name)
     assert tokenizer.sha256 == sha256, f"{path} changed"
     return tokenizer
+
+
+def given_name(settings: PrepareSettings) -> str:
+    """Of the tokenizer, in errors about texts: the user's file, of which the staging folder has a copy."""
+    return f"prepare.tokenizer = {settings.tokenizer}" if settings.tokenizer else ""
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

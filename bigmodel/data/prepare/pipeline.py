@@ -400,7 +400,7 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
             write_atomically(work.tokenizer, content)
         else:
             write_atomically(work.tokenizer, train(sample, settings.vocabulary))
-    return Tokenizer.load(work.tokenizer, read_json(gate))
+    return Tokenizer.load(work.tokenizer, read_json(gate), name=encoding.given_name(settings))
 
 
 def keep_boundaries(given: Path, result: Path) -> None:

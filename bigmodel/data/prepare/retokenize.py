@@ -6,7 +6,8 @@ In: stored documents and a share of them. Out: a sentence for every difference. 
     what its ids decode to          where ids give back the text: byte-level BPE without a normalizer
     read again from the sources     otherwise, if they have not changed
 
-Guarantees: the documents are chosen by their place, or by their text if it is read from sources: each time the same.
+Guarantees: the documents are chosen by their place, or by their text if it is read from sources: each time the same,
+and at least one.
 
 Costs: the share of 2 to 3 MB/s; from sources also their reading, and 8 bytes for each document.
 """
@@ -63,23 +64,36 @@ def compare_with_sources(
     contaminated = cleaning.evaluation_hashes(settings.decontaminate) if settings.decontaminate else None
     known, compared = np.sort(stored), 0
     problems: list[str] = []
+    for source, texts in _choose_again(sources, settings, contaminated, share):
+        compared += len(texts)
+        for column, text, document in zip(columns, texts, exact.encode_documents(texts), strict=False):
+            wanted = np.uint64(digest(column, document))
+            place = np.searchsorted(known, wanted)
+            if place == len(known) or known[place] != wanted:
+                problems.append(f"{source}: no document has the ids that the library gives for {text[:40]!r}")
+    return compared, problems
+
+
+def _choose_again(
+    sources: Sequence[corpus.Source], settings: PrepareSettings, contaminated: np.ndarray | None, share: float
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Source and kept texts of the chosen rows; of the first kept row if none is chosen."""
+    first: tuple[str, tuple[str, ...]] | None = None
+    chosen = 0
     for source in sources:
         for unit in corpus.plan_units(source):
             for row, _ in corpus.read_unit(unit):
-                if isinstance(row, Malformed) or not _is_chosen(row, share):
+                if isinstance(row, Malformed) or not (first is None or _is_chosen(row, share)):
                     continue
                 verdict, texts = cleaning.judge(row, settings, contaminated)
                 if verdict != cleaning.KEPT:
                     continue
-                compared += len(texts)
-                for column, text, document in zip(columns, texts, exact.encode_documents(texts), strict=False):
-                    wanted = np.uint64(digest(column, document))
-                    place = np.searchsorted(known, wanted)
-                    if place == len(known) or known[place] != wanted:
-                        problems.append(
-                            f"{source.name}: no document has the ids that the library gives for {text[:40]!r}"
-                        )
-    return compared, problems
+                first = first or (source.name, texts)
+                if _is_chosen(row, share):
+                    chosen += 1
+                    yield source.name, texts
+    if first and not chosen:
+        yield first
 
 
 def _settings(recipe: dict[str, Any]) -> PrepareSettings:

@@ -261,7 +261,7 @@ def _retokenize(shard: _Shard, content: mds.ShardContent, lengths: dict[str, np.
                 digests += [retokenize.digest(column, document) for document in stored]
                 continue
             documents = [stored[row] for row in rows]
-            texts = [exact.decode(document) for document in documents]
+            texts = [exact.decode_all(document[1:-1]) for document in documents]
         compared += len(rows)
         problems += retokenize.find_differences(exact, rows, documents, texts)
     return _Checked(problems, lengths, compared, np.array(digests, np.uint64))
@@ -281,7 +281,10 @@ def _conclude_retokenizing(
             compared, problems = retokenize.compare_with_sources(manifest, exact, share, TOKEN_COLUMNS, stored)
             how = "read again from the sources"
         except UserError as error:
-            how = f"the ids do not give back their text, and it cannot be read again: {error}"
+            return [
+                f"{location}: no text was tokenized again: the ids do not give back their text, and it cannot be read "
+                f"again: {error}; start this where `bigmodel prepare` ran, or leave out --retokenize"
+            ]
     number = sum(len(one) for shard in checked for one in shard.lengths.values())
     progress.console.print(
         f"{location}: the library tokenized {counted_noun(compared, 'text')} again, {how}; {number:,} are stored",

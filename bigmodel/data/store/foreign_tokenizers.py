@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KINDS = {1: "Unigram", 2: "BPE", 3: "words", 4: "characters"}
+UNUSUAL_PIECES = (4, 5)  # user-defined, unused
 CONVERT = "python -c \"from transformers import {} as T; T({}).save_pretrained('{}')\""
 NEEDS = "pip install sentencepiece protobuf"
 
@@ -32,6 +33,7 @@ class SentencePiece:
     normalizes: bool  # has a table of replaced characters
     adds_prefix: bool
     removes_spaces: bool
+    unusual: bool  # spaces after words or unmarked, or pieces that are user-defined or unused
 
     @classmethod
     def parse(cls, content: bytes) -> "SentencePiece":
@@ -51,13 +53,19 @@ class SentencePiece:
             bool(normalizer.get(2, [b""])[-1]),
             bool(normalizer.get(3, [1])[-1]),
             bool(normalizer.get(4, [1])[-1]),
+            bool(trainer.get(24, [0])[-1])
+            or not normalizer.get(5, [1])[-1]
+            or any(_messages(piece).get(3, [1])[-1] in UNUSUAL_PIECES for piece in model[1]),
         )
 
     def tokenizer_class(self) -> str:
         """The class of transformers that converts it to the same ids; empty if there is none."""
+        if self.unusual:
+            return ""
         if self.kind == "BPE" and not (self.normalizes or self.removes_spaces) and self.adds_prefix:
             return "LlamaTokenizerFast"
-        if self.kind == "Unigram" and not self.byte_fallback and self.removes_spaces and self.adds_prefix:
+        by_table = self.normalizes and self.removes_spaces
+        if self.kind == "Unigram" and not self.byte_fallback and by_table and self.adds_prefix:
             return "T5TokenizerFast"
         return ""
 

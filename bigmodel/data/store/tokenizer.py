@@ -6,8 +6,9 @@ In: text. Out: ids of a byte-level BPE (or of whatever a given tokenizer.json de
     tokenizer.encode("Hi")               # [41, 74]
     tokenizer.encode_document("Hi")      # [0, 41, 74, 1]
 
-Guarantees: training is deterministic. The text of a special token inside a document stays plain text and never becomes
-that token, so no document can fake the end of another. Both paths give the same ids. BPE dropout is never applied.
+Guarantees: training is deterministic. The name of the begin or end token inside a document stays plain text and never
+becomes that token, so no document can fake the end of another. Other special tokens are found in a text only where they
+are pieces of the model itself, as in Unigram. Both paths give the same ids. BPE dropout is never applied.
 
 Costs: the fast path is tiktoken, built from our own tokenizer.json without a download: 10 to 13 MB/s a core. The exact
 path is the `tokenizers` library: 2 to 3 MB/s. The fast path serves byte-level BPE with ids in merge order, and is used
@@ -154,8 +155,16 @@ class Tokenizer:
             self.slow_reason = str(reason)
 
     @classmethod
-    def load(cls, path: Path, sample: Sequence[str] = (), fast: bool | None = None, proven: bool = True) -> "Tokenizer":
-        """Read a tokenizer.json or a Hugging Face tokenizer folder; a file beside it may name begin and end.
+    def load(
+        cls,
+        path: Path,
+        sample: Sequence[str] = (),
+        fast: bool | None = None,
+        proven: bool = True,
+        name: str = "",
+    ) -> "Tokenizer":
+        """Read a tokenizer.json or a Hugging Face tokenizer folder; a file beside it may name begin and end. `name`:
+        for errors about texts, instead of the path.
 
         Raises `UserError` if it is missing, is no tokenizer, or lacks begin and end tokens.
         """
@@ -168,17 +177,20 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             it = foreign_tokenizers.what_is_there(given) if isinstance(error, FileNotFoundError) else ""
             raise UserError(f"{path}: {it or f'cannot be read as a tokenizer: {error}'}") from None
-        return cls(json_text, sample, str(path), named_boundaries(path.parent), fast, proven)
+        return cls(json_text, sample, name or str(path), named_boundaries(path.parent), fast, proven)
 
     def _check_spelling(self) -> None:
-        """Raise `UserError` if the names of the boundaries, written in a text, become boundaries."""
+        """Raise `UserError` if the names of the boundaries, written in a text, become boundaries. A boundary that is
+        the unknown token too is left to each text."""
+        if self.unknown in (self.bos, self.eos):
+            return
         for content in map(self._exact.id_to_token, (self.bos, self.eos)):
             for text in (content, f" {content} ", f"a{content}b"):
                 try:
                     ids = self._exact.encode(text, add_special_tokens=False).ids
                 except Exception:  # bare, of the library: no token for a part of the name
                     continue
-                self._as_text(ids)
+                self._as_text(ids, text)
 
     @property
     def is_fast(self) -> bool:
@@ -191,7 +203,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint32 ids of the text alone, without begin and end."""
         ids = self._fast.encode(text) if self._fast is not None else None
-        return self._as_text(self._encode_exactly([text])[0] if ids is None else ids)
+        return self._as_text(self._encode_exactly([text])[0] if ids is None else ids, text)
 
     def encode_document(self, text: str) -> np.ndarray:
         """(n,) ids as stored: begin, text, end; n >= 2; uint16 if the vocabulary fits, else uint32."""
@@ -201,7 +213,8 @@ class Tokenizer:
         """Several at once: the exact path is twice as fast without character offsets."""
         if self._fast is not None:
             return [self.encode_document(text) for text in texts]
-        return [self._stored(self._as_text(ids)) for ids in self._encode_exactly(texts)]
+        encoded = zip(self._encode_exactly(texts), texts, strict=True)
+        return [self._stored(self._as_text(ids, text)) for ids, text in encoded]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids by the library. Raises `UserError` for a text with a piece that has no token, if the model has no unknown
@@ -209,13 +222,14 @@ class Tokenizer:
         try:
             return [one.ids for one in self._exact.encode_batch_fast(list(texts), add_special_tokens=False)]
         except Exception as error:  # the library raises bare Exception
-            mute = self._lacking is None or self.drops_text
-            pieces = [] if mute else [piece for text in texts for piece in self._find_tokenless(text)]
-            if not pieces or self._lacking is None:
+            if self._lacking is None or self.drops_text:
                 raise
+            pieces = [piece for text in texts for piece in self._find_tokenless(text)]
+            pieces = pieces or [piece for text in texts for piece in unknown_text.find_refused(self._exact, text)]
+            reason, remedy = unknown_text.reason_and_remedy(self._lacking)
             raise UserError(
-                f"{self._name}: has no token for {in_code_points(pieces[0])}, and {unknown_text.reason(self._lacking)} "
-                f"({error}); add that token to the file, or use another tokenizer"
+                f"{self._name}: has no token for {in_code_points(pieces[0])}, and {reason} ({error}); {remedy}, or use "
+                "another tokenizer"
             ) from None
 
     def find_dropped(self, text: str) -> list[str]:
@@ -232,11 +246,13 @@ class Tokenizer:
         description, name = unknown_text.with_unknown_token(self._lacking)
         return _exact(json.dumps(description)), name
 
-    def _as_text(self, ids: np.ndarray | list[int]) -> np.ndarray:
+    def _as_text(self, ids: np.ndarray | list[int], text: str) -> np.ndarray:
         """(n,) ids of a text, with boundary tokens that the model finds in it (Unigram does) spelled out as text."""
         ids = np.asarray(ids, np.uint32)
         for boundary, spelled in self._spelled.items():
             if (ids == boundary).any():
+                if boundary == self.unknown:
+                    raise self._is_unknown_too(boundary, text)
                 if not spelled:
                     raise UserError(
                         f"{self._name}: reads {self._exact.id_to_token(boundary)!r} inside a text as its begin or end "
@@ -246,6 +262,15 @@ class Tokenizer:
                 ids = np.array([one for part in parts for one in part], np.uint32)
         return ids
 
+    def _is_unknown_too(self, boundary: int, text: str) -> UserError:
+        encoding = self._exact.encode(text, add_special_tokens=False)
+        start, end = encoding.offsets[encoding.ids.index(boundary)]
+        name = self._exact.id_to_token(boundary)
+        return UserError(
+            f"{self._name}: gives its unknown token {name!r} for {in_code_points(text[start:end])}, and begins or ends "
+            "each text with this token; give its model an unknown token of its own, or use another tokenizer"
+        )
+
     def _stored(self, ids: np.ndarray) -> np.ndarray:
         stored = np.empty(len(ids) + 2, self.dtype)
         stored[0], stored[1:-1], stored[-1] = self.bos, ids, self.eos
@@ -254,6 +279,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without begin and end; bytes that are not UTF-8 become U+FFFD."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_all(self, ids: Iterable[int]) -> str:
+        """Text of ids without begin and end, special tokens included: a word of a text can be one."""
+        return self._exact.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def _compare(self, fast: FastPath, texts: Sequence[str]) -> None:
         """Raises `NotFast` for a text on which the two paths differ."""

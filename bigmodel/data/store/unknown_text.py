@@ -49,12 +49,13 @@ def drops(model: Mapping[str, Any]) -> bool:
     return model["type"] == "BPE" and model.get("unk_token") is None
 
 
-def reason(description: Mapping[str, Any]) -> str:
-    """Why the library raises."""
+def reason_and_remedy(description: Mapping[str, Any]) -> tuple[str, str]:
+    """Why the library raises, and what to change in the file."""
     model = description["model"]
     if model["type"] == "Unigram":
-        return "its model has no unk_id"
-    return f"its unknown token {model.get('unk_token')!r} is not in the vocabulary of its model"
+        return "its model has no unk_id", "set model.unk_id in the file to the place of an unknown token in model.vocab"
+    name = repr(model.get("unk_token"))
+    return f"its unknown token {name} is not in the vocabulary of its model", f"add {name} to model.vocab in the file"
 
 
 def in_code_points(piece: str) -> str:
@@ -79,8 +80,9 @@ def with_unknown_token(description: Mapping[str, Any]) -> tuple[dict[str, Any], 
         model["unk_id"] = len(model["vocab"])
         model["vocab"].append([name, 0.0])
     else:
-        others = [token["id"] for token in changed.get("added_tokens", [])]
-        model["vocab"][name] = max([*model["vocab"].values(), *others]) + 1
+        added = changed.get("added_tokens", [])  # the library gives them new ids behind the vocabulary
+        others = [len(model["vocab"]), *model["vocab"].values(), *(token["id"] for token in added)]
+        model["vocab"][name] = max(others) + len(added) + 2
         model["unk_token"] = name
     if model["type"] == "BPE":
         model["fuse_unk"] = False
@@ -93,3 +95,18 @@ def find_tokenless(tokenizer: tokenizers.Tokenizer, name: str, text: str) -> lis
     unknown = tokenizer.token_to_id(name)
     places = {place for one, place in zip(encoding.ids, encoding.offsets, strict=True) if one == unknown}
     return [text[start:end] for start, end in sorted(places)]
+
+
+def find_refused(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
+    """The first character of a text for which the library raises, else the text; nothing if it encodes the text."""
+    if not _is_refused(tokenizer, text):
+        return []
+    return [next((character for character in text if _is_refused(tokenizer, character)), text)]
+
+
+def _is_refused(tokenizer: tokenizers.Tokenizer, text: str) -> bool:
+    try:
+        tokenizer.encode(text, add_special_tokens=False)
+    except Exception:  # bare, of the library
+        return True
+    return False

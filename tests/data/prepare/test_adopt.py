@@ -21,6 +21,7 @@ from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.data.prepare.test_pipeline import content
+from tests.data.prepare.test_tokenless import write_tokenizer
 from tests.data.store.test_mds import write_shards
 from tests.data.store.test_mds_index import LARGE_WINDOW
 from tests.data.store.test_remote import run
@@ -117,6 +118,15 @@ def test_shards_of_text_are_tokenized_as_any_source(home: Path, tokenizer: Token
     source = {"name": "adopted", "files": [f"{packed}/*.mds.bz2"]}
     again = prepared(tmp_path / "again", sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
     assert stored(again, "train") == stored(directory, "train")
+
+
+def test_a_text_that_needs_another_setting_is_sent_to_prepare(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "theirs", {"text": "str"}, [{"text": t} for t in NEWS[:9]])
+    write_tokenizer(tmp_path / "given.json", dropout=0.1)
+    with pytest.raises(
+        UserError, match=r"set prepare\.bpe_dropout = .*; `bigmodel adopt` has no such settings for text"
+    ):
+        adopt(Adoption(folder, tmp_path / "data", tmp_path / "given.json"), quiet())
 
 
 def test_streaming_reads_what_was_adopted(home: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

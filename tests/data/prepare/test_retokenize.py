@@ -18,6 +18,7 @@ from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import Manifest, describe_files
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.data.prepare.test_tokenless import write_tokenizer
+from tests.data.store.test_tokenizer import TRAINED
 from tests.support.tiny_corpus import prepared
 
 
@@ -88,13 +89,34 @@ def test_texts_that_ids_do_not_give_back_are_read_again_from_the_sources(
     ]
     with open(tmp_path / "text" / "news.jsonl", "a") as file:
         file.write(json.dumps({"body": "more"}) + "\n")
-    printed, problems = verified(folder)
-    assert "tokenized 0 texts again, the ids do not give back their text, and it cannot be read again: prep" in printed
+    assert verified(folder)[1] == [
+        f"{folder}: no text was tokenized again: the ids do not give back their text, and it cannot be read again: "
+        "prepare.sources: the files have other content now; start this where `bigmodel prepare` ran, or leave out "
+        "--retokenize"
+    ]
+
+
+def test_at_least_one_text_is_read_again(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, tokenizer=write_tokenizer(tmp_path / "given.json", unknown="<unk>"))
+    assert "the library tokenized 1 text again, read again from the sources" in verified(folder, 1e-9)[0]
+
+
+def test_a_special_token_that_is_a_word_of_a_text_is_a_part_of_this_text(tmp_path: Path) -> None:
+    table = json.loads(TRAINED)
+    table["model"] |= {"ignore_merges": True, "vocab": table["model"]["vocab"] | {"Document": 320}}
+    table["added_tokens"].append(table["added_tokens"][0] | {"id": 320, "content": "Document"})
+    (tmp_path / "given.json").write_text(json.dumps(table))
+    printed, problems = verified(prepared(tmp_path, tokenizer=str(tmp_path / "given.json")))
     assert problems == []
+    assert "the library tokenized 150 texts again, by the text of their ids" in printed
 
 
-def test_a_share_without_retokenizing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bigmodel", "verify", "data", "--share", "0.5"])
+@pytest.mark.parametrize("asked", [["--share", "0.5"], ["--retokenize", "--share", "0"]])
+def test_a_share_without_retokenizing_and_one_of_nothing_are_refused(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bigmodel", "verify", "data", *asked])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
+    assert "bigmodel: --share 0" in capsys.readouterr().err

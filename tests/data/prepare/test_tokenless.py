@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from tokenizers import models
@@ -84,3 +85,18 @@ def test_bpe_dropout_is_refused_or_switched_off_by_a_setting_that_is_printed(tmp
         prepared(tmp_path, tokenizer=given)
     assert "BPE dropout of 0.25 is off" in said(tmp_path, tokenizer=given, bpe_dropout="off")
     assert Manifest.read(tmp_path / "data").recipe["tokenizer"]["bos"] == 0
+
+
+def test_a_text_without_a_token_is_refused_by_the_name_of_the_users_file(tmp_path: Path) -> None:
+    given = write_tokenizer(tmp_path / "given.json", unknown="<none>")
+    with pytest.raises(
+        UserError, match=r"^prepare\.tokenizer = .*given\.json: has no token for 'é' .*; add '<none>' to"
+    ):
+        prepared(tmp_path, tokenizer=given)
+
+
+def test_a_tokenizer_in_a_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValidationError, match=r"prepare\.tokenizer = s3://bucket/a\.json: is a URL.*; copy the file or"
+    ):
+        tiny_settings(tmp_path, tokenizer="s3://bucket/a.json")

@@ -84,6 +84,12 @@ def test_all_ways_to_make_a_token_may_be_listed_as_in_llama_3() -> None:
     assert compare(table, ["abc", "abcabc", "bc", "aabcbc"]) == (0, 0, 0)
 
 
+def test_a_first_line_of_merges_txt_among_the_merges_is_passed_over_as_the_library_does() -> None:
+    table = description(["ab", "abc"], [["a", "b"], ["ab", "c"]])
+    table["model"]["merges"] = ["#version: 0.2", "a b", "ab c"]
+    assert compare(table, ["abc", "abab"]) == (0, 0, 0)
+
+
 def test_ids_that_are_not_in_the_order_of_the_merges_are_refused() -> None:
     with pytest.raises(NotFast, match="its ids are not in the order of its merges"):
         FastPath(description(["bc", "ab"], [["a", "b"], ["b", "c"]]))

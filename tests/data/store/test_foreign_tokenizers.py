@@ -40,6 +40,10 @@ LLAMA, T5 = model(2, byte_fallback=1, removes_spaces=0), model(1, table=b"x")
         (T5, "T5TokenizerFast as T; T(vocab_file='PATH', add_prefix_space=True, extra_ids=0).save_pretrained"),
         (model(2, removes_spaces=1), "(BPE), not a tokenizer.json; transformers has no conversion that keeps its ids"),
         (model(1, byte_fallback=1), "(Unigram), not a tokenizer.json; transformers has no conversion"),
+        (model(1), "(Unigram), not a tokenizer.json; transformers has no conversion"),  # no table: keeps line ends
+        (LLAMA + field(1, field(1, b"word") + field(3, 4)), "(BPE), not a tokenizer.json; transformers has no conver"),
+        (LLAMA + field(2, field(3, 2) + field(24, 1)), "(BPE), not a tokenizer.json; transformers has no conversion"),
+        (T5 + field(3, field(2, b"x") + field(5, 0)), "(Unigram), not a tokenizer.json; transformers has no conver"),
         (model(4), "(characters), not a tokenizer.json; transformers has no conversion"),
         (b"IQ== 0\nIg== 1\n", "is a list of ranks for tiktoken, not a tokenizer.json"),
         (LLAMA[:-3], "cannot be read as a tokenizer"),

@@ -12,6 +12,7 @@ from bigmodel.data.store.tokenizer import Tokenizer
 ENDS = {"<s>": 0, "</s>": 1}
 LETTERS = ENDS | {"a": 2, "b": 3, "ab": 4, " ": 5}
 MERGES = [("a", "b")]
+IN_BYTES = {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
 
 
 def loaded(model: models.Model, **parts: Any) -> Tokenizer:
@@ -36,9 +37,8 @@ def test_a_bpe_with_an_unknown_token_or_all_bytes_drops_nothing() -> None:
     unknown = loaded(models.BPE(LETTERS | {"<unk>": 6}, MERGES, unk_token="<unk>"))
     assert (unknown.unknown, unknown.drops_text) == (6, False)
     assert unknown.encode("axb").tolist() == [2, 6, 3]
-    in_bytes = {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
-    assert not loaded(models.BPE(LETTERS | in_bytes, MERGES, byte_fallback=True)).drops_text
-    incomplete = dict(list(in_bytes.items())[:-100])
+    assert not loaded(models.BPE(LETTERS | IN_BYTES, MERGES, byte_fallback=True)).drops_text
+    incomplete = dict(list(IN_BYTES.items())[:-100])
     assert loaded(models.BPE(LETTERS | incomplete, MERGES, byte_fallback=True)).find_dropped("aü") == ["ü"]
     alphabet = {character: 6 + number for number, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,24 +47,56 @@ def test_a_bpe_with_an_unknown_token_or_all_bytes_drops_nothing() -> None:
     assert loaded(models.BPE(ENDS | alphabet, []), pre_tokenizer=byte_level).find_dropped("né") == ["é"]
 
 
+NO_ID = "its model has no unk_id.*; set model.unk_id in the file to the place"
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (models.BPE(LETTERS, MERGES, unk_token="[UNK]"), r"'z' \(U\+007A\), and its unknown token '\[UNK\]' is not in"),
-        (models.WordLevel(LETTERS, unk_token="[UNK]"), r"'zé' \(U\+007A U\+00E9\), and its unknown token '\[UNK\]'"),
-        (models.WordPiece(LETTERS, unk_token="<none>"), r"'zé' \(U\+007A U\+00E9\), and its unknown token '<none>'"),
         (
-            models.Unigram([(piece, -1.0) for piece in LETTERS]),
-            r"'zé' \(U\+007A U\+00E9\), and its model has no unk_id",
+            models.BPE(LETTERS, MERGES, unk_token="[UNK]"),
+            r"'z' \(U\+007A\), and its unknown token '\[UNK\]' is not in .*; add '\[UNK\]' to model.vocab in the file",
         ),
+        (
+            models.WordLevel(LETTERS, unk_token="[UNK]"),
+            r"'zé' \(U\+007A U\+00E9\), and its unknown token '\[UNK\]' is not .*; add '\[UNK\]' to model.vocab",
+        ),
+        (
+            models.WordPiece(LETTERS, unk_token="<none>"),
+            r"'zé' \(U\+007A U\+00E9\), and its unknown token '<none>' is not .*; add '<none>' to model.vocab",
+        ),
+        (models.Unigram([(piece, -1.0) for piece in LETTERS]), rf"'zé' \(U\+007A U\+00E9\), and {NO_ID}"),
+        # All bytes and the whole word have tokens; the library still wants an id for a character without its own.
+        (
+            models.Unigram([(piece, -1.0) for piece in [*LETTERS, *IN_BYTES]], byte_fallback=True),
+            rf"'z' \(U\+007A\), and {NO_ID}",
+        ),
+        (models.Unigram([(piece, -1.0) for piece in [*LETTERS, "zé"]]), rf"'z' \(U\+007A\), and {NO_ID}"),
     ],
 )
 def test_a_text_that_makes_the_library_raise_is_named_with_the_remedy(model: models.Model, reason: str) -> None:
     tokenizer = loaded(model, pre_tokenizer=pre_tokenizers.Whitespace())
     assert tokenizer.encode("ab a").tolist() == [4, 2]
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_documents(["a", text])):
-        with pytest.raises(UserError, match=rf"tokenizer\.json: has no token for {reason}.*; add that token to the"):
+        with pytest.raises(UserError, match=rf"tokenizer\.json: has no token for {reason}.*, or use another tokenizer"):
             encode("ab zé")
+
+
+def test_an_added_token_behind_the_vocabulary_is_not_a_dropped_one() -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE(LETTERS, MERGES))
+    tokenizer.add_special_tokens(list(ENDS))
+    tokenizer.add_tokens(["xyz", "éé"])
+    ours = Tokenizer(tokenizer.to_str())
+    assert ours.encode("axyzbéé").tolist() == [2, 6, 3, 7]
+    assert ours.find_dropped("axyzbéé é") == ["é"]
+
+
+def test_an_unknown_token_that_is_the_end_too_is_refused_where_a_text_needs_it() -> None:
+    tokenizer = loaded(models.BPE(LETTERS | {"<": 6, "/": 7, "s": 8, ">": 9}, MERGES, unk_token="</s>"))
+    assert tokenizer.encode("ab</s>").tolist() == [4, 6, 7, 8, 9]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_documents(["a", text])):
+        with pytest.raises(UserError, match=r"gives its unknown token '</s>' for 'é' \(U\+00E9\), and begins or ends"):
+            encode("abé")
 
 
 def test_dropout_of_a_bpe_is_known_and_never_applied() -> None:
