@@ -44,6 +44,7 @@ BOUNDARY_NAMES = (
     ("<|startoftext|>", "<|endoftext|>"),
     ("<|endoftext|>", "<|endoftext|>"),
 )
+GIVE = "give a tokenizer.json of the `tokenizers` library, or the Hugging Face folder that holds it"
 PATHOLOGICAL = (
     "",
     " ",
@@ -120,7 +121,7 @@ class Tokenizer:
         try:
             self._exact = _exact(json_text)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{name}: not a tokenizer.json of the `tokenizers` library: {error}") from None
+            raise UserError(f"{name}: not a tokenizer.json: {error}; {GIVE}") from None
         if not self._exact.get_vocab(with_added_tokens=True):
             raise UserError(f"{name}: its vocabulary is empty; train it, or choose another")
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
@@ -174,9 +175,11 @@ class Tokenizer:
             if not content.lstrip().startswith(b"{") and (it := foreign_tokenizers.what_it_is(path, content)):
                 raise UserError(f"{path}: {it}")
             json_text = content.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             it = foreign_tokenizers.what_is_there(given) if isinstance(error, FileNotFoundError) else ""
-            raise UserError(f"{path}: {it or f'cannot be read as a tokenizer: {error}'}") from None
+            raise UserError(f"{path}: {it or f'cannot be read as a tokenizer: {error.strerror}; {GIVE}'}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: cannot be read as a tokenizer: it is no text in UTF-8; {GIVE}") from None
         return cls(json_text, sample, name or str(path), named_boundaries(path.parent), fast, proven)
 
     def _check_spelling(self) -> None:

@@ -177,8 +177,13 @@ def test_a_tokenizer_without_begin_and_end_is_refused_by_what_it_has() -> None:
 
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.json: cannot be read as a tokenizer"):
+    with pytest.raises(UserError, match=r"missing\.json: cannot be read as a tokenizer: No such file.*; give a tokeni"):
         Tokenizer.load(tmp_path / "missing.json")
+    (tmp_path / "wide.json").write_text(TRAINED, "utf-16")
+    with pytest.raises(
+        UserError, match=r"wide\.json: cannot be read as a tokenizer: it is no text in UTF-8; give a to"
+    ):
+        Tokenizer.load(tmp_path / "wide.json")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other\.json: not a tokenizer.json"):
         Tokenizer.load(tmp_path / "other.json")
