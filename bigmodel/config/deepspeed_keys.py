@@ -201,7 +201,7 @@ PROFILING = {
     "comms_logger.verbose": used(FLAG, 'a line for each collective, with log_level = "info"'),
     "comms_logger.debug": used(FLAG, "names the caller of each collective"),
     "flops_profiler": refused(
-        f"set enabled = false; it does not see bigmodel's kernels, and {VERSION} prints 1.8 Gs for the whole model. "
+        "set enabled = false; it does not see bigmodel's kernels and counts a small part of the FLOPs. "
         "metrics.jsonl has the FLOPs of each step, "
         "`bigmodel profile RUN trace` the time of each operation",
         inside="enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",

@@ -87,6 +87,7 @@ TRAINING_BYTES = 64 << 20  # at most, of training text for the tokenizer
 GATE_DOCUMENTS = 64  # for the comparison of the fast tokenizer with the exact one
 GATE_CHARACTERS = 4_000  # of each: the exact path takes a second per MB
 GATE_BYTES = 1 << 20  # of text to choose them from if no tokenizer is trained
+WARNED_UNKNOWN_SHARE = 0.01  # of the tokens of a source
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 SPARE_BYTES = 16 << 20  # left free on the disk
 TASKS_A_PROCESS = 4  # at least, if a unit has enough parts: then all processes end together
@@ -186,6 +187,12 @@ def _summary(job: _Job) -> str:
     for name, counts in manifest.without_token.items():
         if some := {what: count for what, count in counts.items() if count}:
             lines.append(f"  {name}: text without a token: {in_words(some)}")
+        of_source = sum(stored_amount(of_split, "tokens") for of_split in manifest.counts[name].values())
+        if (share := counts["unknown_tokens"] / max(1, of_source)) > WARNED_UNKNOWN_SHARE:
+            lines.append(
+                f"  warning: {share:.1%} of the tokens of {name} are the unknown token, their text is lost; "
+                "prepare.tokenizer does not suit it"
+            )
     return "\n".join(lines)
 
 
@@ -282,7 +289,7 @@ def _work_folder(job: _Job, progress: Progress) -> Work:
         for folder in (work.folder / "scan", work.folder / "encoded", work.result):
             folder.mkdir(parents=True, exist_ok=True)
     if work.finished():
-        _say(progress, f"{job.partial}: going on from {work.finished():,} finished units")
+        _say(progress, f"{job.partial}: going on from {counted_noun(work.finished(), 'finished work item')}")
     return work
 
 
@@ -296,14 +303,15 @@ def _build_whole(job: _Job, progress: Progress) -> None:
         if error.errno not in DISK_FULL and "No space left" not in str(error):
             raise
         raise UserError(
-            f"{job.partial}: the disk became full; {work.finished():,} finished units are kept. Free space and run the "
-            "same command to go on, or delete that folder and choose a data.directory on another disk"
+            f"{job.partial}: the disk became full; {counted_noun(work.finished(), 'finished work item')} kept. Free "
+            "space and run the same command to go on, or delete that folder and choose a data.directory on another disk"
         ) from None
     except units.Interrupted as error:
         if not work.finished():
             raise
         raise UserError(
-            f"{error}\n{work.finished():,} finished units are kept in {job.partial}; the same command goes on from them"
+            f"{error}\n{counted_noun(work.finished(), 'finished work item')} kept in {job.partial}; the same command "
+            "goes on from them"
         ) from None
 
 

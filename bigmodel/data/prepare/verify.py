@@ -274,7 +274,7 @@ def _conclude_retokenizing(
     stored = np.concatenate([one.digests for one in checked])
     compared = sum(one.compared for one in checked)
     problems: list[str] = []
-    how = "by their stored text" if manifest.recipe.get("content") == "text" else "by the text of their ids"
+    how = "by their stored text" if manifest.recipe.get("content") == "text" else "by the text that their ids stand for"
     if len(stored):
         exact = _tokenizer(location, EXACT)
         try:

@@ -2,9 +2,9 @@
 
 In: the content of a file, or a folder. Out: a sentence for an error message.
 
-The commands need `pip install sentencepiece protobuf`. They gave the ids of sentencepiece on 23,842 lines of text, but
-for the text of special tokens, and for ties of two ways to cut a run of one character in Unigram
-(November 2026, transformers 4.57.6, sentencepiece 0.2.3).
+The commands need sentencepiece, protobuf and transformers 4 (5.24 writes a tokenizer without the pieces). They gave the
+ids of sentencepiece on 23,842 lines of text, but for the text of special tokens, and for ties of two ways to cut a run
+of one character in Unigram (November 2026, transformers 4.57.6, sentencepiece 0.2.3).
 Without `add_prefix_space=True` transformers leaves out the space before the first word.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 KINDS = {1: "Unigram", 2: "BPE", 3: "words", 4: "characters"}
 UNUSUAL_PIECES = (4, 5)  # user-defined, unused
 CONVERT = "python -c \"from transformers import {} as T; T({}).save_pretrained('{}')\""
-NEEDS = "pip install sentencepiece protobuf"
+NEEDS = "pip install sentencepiece protobuf 'transformers<5'"
 
 
 class NotSentencePiece(Exception):

@@ -185,7 +185,7 @@ def test_a_disk_that_becomes_full_keeps_finished_units_and_says_how_to_go_on(
     settings = elsewhere(tiny_settings(home), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(*place, disk_is_full)
-        with pytest.raises(UserError, match=rf"the disk became full; {kept} finished units are kept. Free space and"):
+        with pytest.raises(UserError, match=rf"the disk became full; {kept} finished work items kept. Free space and"):
             prepare(settings, quiet())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.partial"]
     assert len(partial_files(tmp_path)) == kept
@@ -229,7 +229,7 @@ def test_a_disk_without_room_is_refused_before_tokens_are_written(
 ) -> None:
     monkeypatch.setattr(Tokenizer, "encode_documents", lambda *_: pytest.fail("tokenized"))
     monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    with pytest.raises(UserError, match=r"needs about 16.9 MB, 1 MB are free.*\n7 finished units are kept"):
+    with pytest.raises(UserError, match=r"needs about 16.9 MB, 1 MB are free.*\n7 finished work items kept"):
         prepared(tmp_path)
     assert not (tmp_path / "data").exists()
 
@@ -265,7 +265,7 @@ def test_the_last_room_on_the_disk_is_left(home: Path, tmp_path: Path, monkeypat
     room = iter([10**9, 10**9, 10**6])  # before tokenizing, and after the first and the second unit
     with monkeypatch.context() as patch:
         patch.setattr(preparing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, next(room)))
-        with pytest.raises(UserError, match="the disk became full; 9 finished units are kept"):
+        with pytest.raises(UserError, match="the disk became full; 9 finished work items kept"):
             prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     prepare(elsewhere(tiny_settings(home), tmp_path), quiet())
     assert content(tmp_path / "data") == content(home / "data")
@@ -395,7 +395,7 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
     settings = tiny_settings(tmp_path, sources=sources, malformed_share=0.03)
     prepare(settings, Progress(console=console, disable=True))
     printed = console.export_text()
-    assert "going on from 7 finished units" in printed
+    assert "going on from 7 finished work items" in printed
     assert "in/loop: read under another name" in printed.replace("\n", "")
     manifest = Manifest.read(tmp_path / "data")
     assert (manifest.rows["news"]["malformed"], manifest.rows["news"]["kept"]) == (3, 101)

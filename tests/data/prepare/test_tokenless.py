@@ -12,6 +12,7 @@ from rich.progress import Progress
 from tokenizers import models
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.prepare import pipeline
 from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store.manifest import Manifest
@@ -63,9 +64,14 @@ def test_dropped_characters_are_counted_named_and_refused_above_the_declared_sha
     }
 
 
-def test_unknown_ids_stand_in_the_manifest_and_earlier_manifests_are_read(tmp_path: Path) -> None:
+def test_unknown_ids_stand_in_the_manifest_and_earlier_manifests_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "WARNED_UNKNOWN_SHARE", 1e-4)
     given = write_tokenizer(tmp_path / "given.json", unknown="<unk>")
-    assert "letters: text without a token: 20 unknown tokens" in said(tmp_path, tokenizer=given)
+    printed = said(tmp_path, tokenizer=given)
+    assert "letters: text without a token: 20 unknown tokens" in printed
+    assert "% of the tokens of letters are the unknown token, their text is lost" in printed
     path = tmp_path / "data" / "manifest.json"
     manifest = Manifest.read(tmp_path / "data")
     assert manifest.without_token["news"] == {"unknown_tokens": 40, "dropped_characters": 0}

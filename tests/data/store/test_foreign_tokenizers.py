@@ -34,7 +34,8 @@ LLAMA, T5 = model(2, byte_fallback=1, removes_spaces=0), model(1, table=b"x")
     [
         (
             LLAMA,
-            "is a sentencepiece model (BPE), not a tokenizer.json; `pip install sentencepiece protobuf`, convert it",
+            "is a sentencepiece model (BPE), not a tokenizer.json; "
+            "`pip install sentencepiece protobuf 'transformers<5'`, convert it",
         ),
         (LLAMA, "LlamaTokenizerFast as T; T(vocab_file='PATH', add_prefix_space=True).save_pretrained('FOLDER')"),
         (T5, "T5TokenizerFast as T; T(vocab_file='PATH', add_prefix_space=True, extra_ids=0).save_pretrained"),
