@@ -35,14 +35,14 @@ from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.prepare import work_items as units
 from bigmodel.data.prepare.adopt_shard import Adoption, Shard, Taken, fitting_types_of, take_shard
 from bigmodel.data.prepare.encoding import read_array, save_array
-from bigmodel.data.prepare.id_types import check_type, id_type
+from bigmodel.data.prepare.id_types import TELLING_BYTES, better_type, check_type, id_type
 from bigmodel.data.prepare.indexes import compare_with_indexes
 from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.prepare.pipeline import conclude, keep_boundaries, prepare
 from bigmodel.data.prepare.staging import claimed, folders_in, partial_of, put_in_place, stoppable
 from bigmodel.data.store import files, mds
 from bigmodel.data.store.manifest import PICTURE, SPLITS, Manifest, describe_files
-from bigmodel.data.store.mds_index import INDEX, list_shards
+from bigmodel.data.store.mds_index import INDEX, in_lines, list_shards, unlisted
 from bigmodel.data.store.shards import length_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
 from bigmodel.run_directory import write_atomically
@@ -84,6 +84,10 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
             f"--dtype {adoption.dtype}: column {column!r} holds {encoding}, and only bytes do not say their type; "
             "leave it out"
         )
+    for folder in filter(None, (adoption.folder, adoption.validation)):
+        if left := unlisted(folder):
+            message = f"{folder}: left out, because index.json does not list it: {in_lines(left)}"
+            progress.console.print(message, markup=False)
     adoption = replace(adoption, column=column)
     settings = _settings(adoption)
     if encoding == "str" and adoption.validation:
@@ -177,11 +181,21 @@ def _take_all(shards: Sequence[Shard], vocabulary: int, progress: Progress) -> l
 
 
 def _check_dtype(shards: Sequence[Shard], vocabulary: int, team: units.Team, weights: Sequence[int]) -> None:
-    """Raise `UserError` if the ids in a column of bytes were not written by --dtype."""
-    adoption, entry = shards[0].adoption, shards[0].listed.entry
-    if adoption.dtype and entry.column_encodings[entry.column_names.index(adoption.column)] == "bytes":
-        found = team.run("comparing types", fitting_types_of, [(shard, vocabulary) for shard in shards], weights)
-        check_type(adoption.dtype, set.intersection(*found), vocabulary, adoption.folder)
+    """Raise `UserError` if the ids in columns of bytes were not written by --dtype: those of any shard, or of all."""
+    adoption = shards[0].adoption
+    given, column = adoption.dtype, adoption.column
+    if not given or not any(shard.listed.entry.encoding(column) == "bytes" for shard in shards):
+        return
+    found = team.run("comparing types", fitting_types_of, [(shard, vocabulary) for shard in shards], weights)
+    told = [(shard.file, types) for shard, (types, size) in zip(shards, found, strict=True) if size >= TELLING_BYTES]
+    files_of = {better_type(given, types, vocabulary) or given: file for file, types in told}
+    if len(files_of) > 1:
+        listed = "; ".join(f"{name}: {file}" for name, file in sorted(files_of.items()))
+        raise UserError(
+            f"--dtype {given}: the shards hold ids of different types ({listed}); write them again with one type"
+        )
+    for types in [*(types for _, types in told), set.intersection(*(types for types, _ in found))]:
+        check_type(given, types, vocabulary, adoption.folder)
 
 
 def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None:

@@ -8,6 +8,7 @@ Guarantees: a pure function of the shard, the tokenizer and the adoption. Killed
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,13 +18,14 @@ import numpy as np
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.cleaning import is_validation, is_whole, write_arrays
-from bigmodel.data.prepare.id_types import CANDIDATES, fitting_types
+from bigmodel.data.prepare.id_types import TYPES, fitting_types, id_type
 from bigmodel.data.store import files, mds
 from bigmodel.data.store.manifest import SPLITS
 from bigmodel.data.store.mds_index import Listed
 from bigmodel.data.store.shards import decode_value
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.run_directory import write_atomically
+from bigmodel.sizes import counted_noun
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def _read_ids(parsed: mds.ShardContent, shard: Shard) -> list[np.ndarray]:
     """(n,) integer ids of every sample."""
     column, dtype = shard.adoption.column, shard.adoption.dtype
     values, encoding = _values(parsed, shard), parsed.encoding(column)
+    if encoding == "bytes":
+        _check_sizes(values, shard)
     try:
         arrays = [np.frombuffer(v, dtype) if encoding == "bytes" else decode_value(encoding, v) for v in values]
     except (ValueError, TypeError) as error:
@@ -140,6 +144,18 @@ def _read_ids(parsed: mds.ShardContent, shard: Shard) -> list[np.ndarray]:
             "token ids need one axis of integers"
         )
     return arrays
+
+
+def _check_sizes(values: list[bytes], shard: Shard) -> None:
+    """Raise `UserError` for a sample that is no whole number of ids of --dtype."""
+    dtype, sizes = shard.adoption.dtype, [len(value) for value in values]
+    wrong = next((number for number, size in enumerate(sizes) if size % id_type(dtype).itemsize), None)
+    if wrong is not None:
+        widest = math.gcd(*sizes) & -math.gcd(*sizes)  # the largest power of two that divides all
+        raise UserError(
+            f"{shard.file}: document {wrong} has {counted_noun(sizes[wrong], 'byte')}, no whole number of ids of "
+            f"--dtype {dtype}; an id has at most {counted_noun(widest, 'byte')} here: set --dtype uint{8 * widest}"
+        )
 
 
 def _values(parsed: mds.ShardContent, shard: Shard) -> list[bytes]:
@@ -198,12 +214,13 @@ def _link(shard: Shard, parsed: mds.ShardContent, folder: Path) -> dict[str, Any
     return {**stored, "samples": len(parsed.bounds) - 1, "raw_data": raw, "zip_data": None}
 
 
-def fitting_types_of(shard: Shard, vocabulary: int) -> set[str]:
-    """`fitting_types` of a column of bytes; arrays, which say their type, fit all."""
+def fitting_types_of(shard: Shard, vocabulary: int) -> tuple[set[str], int]:
+    """`fitting_types` of a column of bytes, and its size; arrays, which say their type, fit all."""
     parsed = _parse(shard.file, b"".join(files.chunks(shard.file)))
     values = _values(parsed, shard)
-    is_typed = parsed.encoding(shard.adoption.column) != "bytes"
-    return set(CANDIDATES) if is_typed else fitting_types(values, vocabulary)
+    if parsed.encoding(shard.adoption.column) != "bytes":
+        return set(TYPES), 0
+    return fitting_types(values, vocabulary), sum(map(len, values))
 
 
 def _parse(file: str, content: bytes) -> mds.ShardContent:

@@ -6,7 +6,7 @@ widest type that fits is the one they were written by. Example, two ids written 
 
     07 00 00 00  2c 01 00 00    by uint16: 7, 0, 300, 0    by uint32: 7, 300    by uint64: 1,288,490,188,807
 
-Costs: one pass over the bytes for each of 7 types.
+Costs: one pass over the bytes for each of 7 widths and byte orders.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,18 +15,23 @@ import numpy as np
 
 from bigmodel.config.settings import UserError
 
-CANDIDATES = ("<u1", "<u2", "<u4", "<u8", ">u2", ">u4", ">u8")  # a signed type has the same valid ids
+UNSIGNED = ("<u1", "<u2", "<u4", "<u8", ">u2", ">u4", ">u8")
+TYPES = frozenset(UNSIGNED) | {name.replace("u", "i") for name in UNSIGNED}
+TELLING_BYTES = 256  # of ids show a type; a few may fit a wider one by chance
 
 
 def fitting_types(samples: Sequence[bytes], vocabulary: int) -> set[str]:
-    """Of `CANDIDATES` those by which every sample is a whole number of ids below `vocabulary`."""
+    """Of `TYPES` those by which every sample is a whole number of ids below `vocabulary`, none of them negative."""
     content, sizes = b"".join(samples), {len(sample) for sample in samples}
-    return {
-        candidate
-        for candidate in CANDIDATES
-        if all(size % np.dtype(candidate).itemsize == 0 for size in sizes)
-        and (not content or int(np.frombuffer(content, candidate).max()) < vocabulary)
-    }
+    found = set()
+    for name in UNSIGNED:
+        kind = np.dtype(name)
+        if any(size % kind.itemsize for size in sizes):
+            continue
+        largest = int(np.frombuffer(content, kind).max()) if content else 0
+        if largest < vocabulary:
+            found |= {name, *([name.replace("u", "i")] if largest < 2 ** (8 * kind.itemsize - 1) else [])}
+    return found
 
 
 def id_type(given: str) -> np.dtype:
@@ -40,19 +45,37 @@ def id_type(given: str) -> np.dtype:
     return kind
 
 
+def better_type(given: str, fitting: Collection[str], vocabulary: int) -> str:
+    """The type that ids were written by, if it is not the given one: a wider one that fits, or another where the given
+    one does not fit. Empty: the given one, or none is known."""
+    mine, unsigned = _code(id_type(given)), _code(id_type(given)).replace("i", "u")
+    if mine in fitting:
+        better = [one for one in fitting if one[1] == mine[1] and one[2:] > mine[2:]]
+    else:
+        # Any bytes are ids of a type that has no more values than the vocabulary: that one fits proves nothing.
+        better = [one for one in fitting if one == unsigned or (one[1] == "u" and 256 ** int(one[2:]) > vocabulary)]
+    if not better or set(fitting) == TYPES:  # all of them fit where there are only zeros, or nothing
+        return ""
+    best = max(better, key=lambda one: (one[2:], one[0] == mine[0]))
+    alike = best.replace("u", mine[1])
+    best = alike if alike in fitting else best
+    return best if best[0] == ">" else np.dtype(best).name
+
+
 def check_type(given: str, fitting: Collection[str], vocabulary: int, where: str) -> None:
-    """Raise `UserError` if the ids were not written by the given type: a wider one fits, or another and it does not."""
-    kind = id_type(given)
-    order = ">" if kind.str[0] == ">" else "<"
-    fits = f"{order if kind.itemsize > 1 else '<'}u{kind.itemsize}" in fitting
-    # Any bytes are ids of a type that has no more values than the vocabulary: that one fits proves nothing.
-    telling = [one for one in fitting if 256 ** np.dtype(one).itemsize > vocabulary]
-    better = [one for one in fitting if np.dtype(one).itemsize > kind.itemsize] if fits else telling
-    if better and set(fitting) != set(CANDIDATES):  # all of them fit where there are only zeros, or nothing
-        best = max(better, key=lambda one: (np.dtype(one).itemsize, one[0] == order))
-        name = best.replace("u", kind.kind) if best[0] == ">" else np.dtype(best.replace("u", kind.kind)).name
+    """Raise `UserError` if the ids were not written by the given type."""
+    if name := better_type(given, fitting, vocabulary):
+        fits = _code(id_type(given)) in fitting
         raise UserError(
             f"--dtype {given}: the samples of {where} {'also' if fits else 'do not'} fit {'' if fits else 'it, but '}"
             f"{name}, which gives each a whole number of ids below {vocabulary:,}, the tokenizer's size; set "
             f"--dtype {name}, or give the tokenizer that made these shards"
         )
+
+
+def _code(kind: np.dtype) -> str:
+    """
+    >>> [_code(np.dtype(name)) for name in ("uint8", "int32", ">u2")]
+    ['<u1', '<i4', '>u2']
+    """
+    return f"{'>' if kind.str[0] == '>' else '<'}{kind.kind}{kind.itemsize}"

@@ -15,6 +15,7 @@ Costs: a comparison holds one shard in memory and reads about 0.5 GB/s for each 
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.store import files, mds
 
 INDEX = "index.json"
+SHARD_NAME = re.compile(r"\.mds(\.[a-z0-9]+)?$")
 SHOWN = 20  # lines of a message
 RESTORE = "restore the shards and the index.json that belong together, or write both again"
 
@@ -49,6 +51,10 @@ class Entry(BaseModel, frozen=True):
     @property
     def names(self) -> list[str]:
         return [stored.basename for stored in (self.raw_data, self.zip_data) if stored]
+
+    def encoding(self, column: str) -> str:
+        """Of a column; empty without that column."""
+        return dict(zip(self.column_names, self.column_encodings, strict=True)).get(column, "")
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,19 @@ def list_shards(folder: str) -> list[Listed]:
         raise UserError(
             f"{folder}: has no index.json, so it holds no shards of mosaicml-streaming; name a folder with one"
         )
-    entries = read_index(files.join(folder, INDEX))
+    entries = read_index(files.inside(folder, INDEX))
     missing = [entry.names[0] for entry in entries if not set(entry.names) & there.keys()]
     if missing:
         named = in_lines([files.join(folder, name) for name in missing])
         raise UserError(f"{named}: missing, but index.json lists {'it' if len(missing) == 1 else 'them'}; {RESTORE}")
     chosen = [next(name for name in entry.names if name in there) for entry in entries]
     return [Listed(files.inside(folder, name), entry) for name, entry in zip(chosen, entries, strict=True)]
+
+
+def unlisted(folder: str) -> list[str]:
+    """Files of a folder that are named like shards, but that its index does not list."""
+    listed = {name for entry in read_index(files.inside(folder, INDEX)) for name in entry.names}
+    return [name for name in files.sizes(folder) if SHARD_NAME.search(name) and name not in listed]
 
 
 def listed_beside(shards: Sequence[str]) -> list[Listed]:
@@ -113,6 +125,8 @@ def read_index(index: str) -> list[Entry]:
         listed = json.loads(b"".join(files.chunks(index)))["shards"]
         kinds = {str(entry["format"]) for entry in listed}
         entries = [Entry.model_validate(entry) for entry in listed] if kinds == {"mds"} else []
+        if not all(0 < len(entry.column_names) == len(entry.column_encodings) for entry in entries):
+            raise ValueError
     except (ValidationError, ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise

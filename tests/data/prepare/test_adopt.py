@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import adopt as adopting
@@ -207,6 +209,45 @@ def test_folders_that_cannot_be_adopted_are_one_message(
     assert code == 0, printed
     code, printed = run(monkeypatch, capsys, "adopt", folder, *given)
     assert (code, "exists already" in printed) == (2, True)
+
+
+def test_a_shard_that_the_index_does_not_list_is_left_out_and_named(
+    home: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    samples = [{"tokens": one} for one in whole(tokenizer)]
+    folder = Path(write_shards(tmp_path / "theirs", {"tokens": "ndarray:uint16"}, samples))
+    index = json.loads((folder / "index.json").read_bytes())
+    index["shards"].pop()
+    (folder / "index.json").write_text(json.dumps(index))
+    console = Console(record=True, file=open(os.devnull, "w"), width=300)  # noqa: SIM115
+    with Progress(console=console, disable=True) as progress:
+        adopt(Adoption(str(folder), tmp_path / "data", home / "data", validation_share=0.2), progress)
+    left = max(folder.glob("*.mds")).name
+    assert f"{folder}: left out, because index.json does not list it: {left}\n" in console.export_text()
+
+
+def test_shards_of_ids_of_different_types_are_not_read_by_one_type(
+    home: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Ids without begin and end: a token 0 in their middle would not betray the wrong type."""
+    bare = [document[1:-1] for document in whole(tokenizer)]
+    kinds = ("uint16", "int32")
+    narrow, wide = (
+        write_shards(tmp_path / kind, {"tokens": "bytes"}, [{"tokens": one.astype(kind).tobytes()} for one in bare])
+        for kind in kinds
+    )
+    typed = write_shards(tmp_path / "typed", {"tokens": "ndarray:uint16"}, [{"tokens": one} for one in bare])
+    with pytest.raises(
+        UserError, match=r"--dtype uint16: the shards hold ids of different types \(uint16: .*; uint32: "
+    ):
+        take(home, narrow, tmp_path / "data", validation=wide, dtype="uint16")
+    with pytest.raises(UserError, match=r"--dtype uint16: the samples of .* also fit uint32"):
+        take(home, typed, tmp_path / "data", validation=wide, dtype="uint16")
+    odd = write_shards(tmp_path / "odd", {"tokens": "bytes"}, [{"tokens": bytes([5, 6, 7])}])
+    with pytest.raises(
+        UserError, match=r"document 0 has 3 bytes, no whole number of ids of --dtype int16; .*set --dtype uint8"
+    ):
+        take(home, odd, tmp_path / "data", dtype="int16")
 
 
 @pytest.mark.parametrize(("column", "encoding"), [("tokens", "ndarray:uint16"), ("text", "str")])

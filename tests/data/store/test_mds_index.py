@@ -152,6 +152,8 @@ def test_what_cannot_be_decompressed_is_named_with_its_true_reason(written: Path
         (lambda it: it.update(zip_data=it["raw_data"]), "lists shard.00000.mds twice"),
         (lambda it: it.pop("raw_data"), "damaged; it is not an index of mosaicml-streaming"),
         (lambda it: it["raw_data"].update(hashes=[1]), "damaged; it is not an index of mosaicml-streaming"),
+        (lambda it: it.update(column_names=[], column_encodings=[]), "damaged; it is not an index of mosaicml-stream"),
+        (lambda it: it.update(column_encodings=[]), "damaged; it is not an index of mosaicml-streaming"),
         (lambda it: it.update(format="csv"), "lists csv shards; only MDS shards can be read"),
     ],
 )
