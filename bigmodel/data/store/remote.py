@@ -16,6 +16,7 @@ client with retries of its own adds them, as that of S3 does at a host that does
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -93,8 +94,8 @@ class Remote:
                         self._make_room()
                     self._retrying(self._download, name, recorded, part)
                     if name in self._shards:
-                        with open(self.directory / FETCHED, "a") as noted:
-                            noted.write(f"{name}\n")
+                        with open(self.directory / FETCHED, "ab", opener=_no_link) as noted:
+                            noted.write(f"{name}\n".encode())
                     _put_in_place(part, path)
                     self.num_files += 1
                     self.num_bytes += recorded["bytes"]
@@ -210,7 +211,7 @@ def _held(path: Path) -> Iterator[BinaryIO]:
     ends with the process."""
     name = _part_of(path)
     while True:
-        part = open(name, "ab")  # noqa: SIM115 - closed below
+        part = open(name, "ab", opener=_no_link)  # noqa: SIM115 - closed below
         lock(part, str(name))
         if name.exists() and os.path.samestat(os.fstat(part.fileno()), name.stat()):
             break
@@ -223,9 +224,14 @@ def _held(path: Path) -> Iterator[BinaryIO]:
                 name.unlink()
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file for writing, but none behind a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _delete_unless_held(part: Path) -> None:
     """Delete an unfinished fetch, unless a live process holds it."""
-    with contextlib.suppress(OSError), open(part, "ab") as file:
+    with contextlib.suppress(OSError), open(part, "ab", opener=_no_link) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), part.stat()):
             part.unlink()
@@ -233,14 +239,19 @@ def _delete_unless_held(part: Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of writing name the file: missing permission as a `UserError`, others (a full disk) as `OSError`."""
+    """Errors of writing name the file: missing permission, a link or a file in the way as a `UserError`, others (a full
+    disk) as `OSError`."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: cannot be written: a file is in the place of its folder; delete that file") from None
     except PermissionError as error:
         raise UserError(
             f"{path}: cannot be written: {error.strerror}; data.directory must be writable where data.remote is set"
         ) from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{error.filename}: is a symbolic link, which is not followed; delete it") from None
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

@@ -272,6 +272,24 @@ def test_nothing_is_fetched_through_a_link_that_leads_outside(url: str, tmp_path
     assert list((tmp_path / "outside").rglob("*")) == []
 
 
+@pytest.mark.parametrize("name", [".tokenizer.json.part", ".manifest.json.part", ".fetched"])
+def test_no_file_of_a_fetch_is_written_through_a_link(name: str, url: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=rf"^{data / name}: is a symbolic link, which is not followed; delete it$"):
+        ShardStore(data, "train", url).document("news", 1, 0)
+    assert not (tmp_path / "outside").exists()
+    (data / name).unlink()
+    assert len(ShardStore(data, "train", url).document("news", 1, 0))
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(url: str, tmp_path: Path) -> None:
+    (tmp_path / "train").write_text("a file")
+    with pytest.raises(UserError, match=r"a file is in the place of its folder; delete that file"):
+        ShardStore(tmp_path, "train", url).document("news", 1, 0)
+
+
 def test_an_upload_sends_what_a_link_inside_names_and_refuses_one_that_leads_outside(
     whole: Path, bucket: str, tmp_path: Path
 ) -> None:
