@@ -42,6 +42,11 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
+def is_local(location: str) -> bool:
+    """Whether a path, or a URL of the scheme file, names it."""
+    return not is_remote(location) or urlsplit(location).scheme == "file"
+
+
 def without_settings(location: str) -> str:
     """A URL without its question mark and settings; a path unchanged."""
     return location.partition("?")[0] if is_remote(location) else location
@@ -95,7 +100,8 @@ def _matching(store: fs.FileSystem, start: str, rest: str) -> list[str]:
     deeper = "**" in rest or "/" in rest
     selector = fs.FileSelector(start.rstrip("/"), allow_not_found=True, recursive=deeper)
     pattern = re.compile(glob_translate(rest))
-    names = (entry.path for entry in store.get_file_info(selector))
+    found = store.get_file_info(selector)
+    names = (entry.path for entry in found if entry.is_file or not tree.is_whole(rest))
     return sorted(name for name in names if pattern.match(name.removeprefix(start)))
 
 
@@ -137,7 +143,7 @@ def inside(folder: str, name: str) -> str:
     if not is_inside(name):
         raise UserError(f"{folder}: {name!r} is not the path of a file inside; make this folder anew")
     location = join(folder, name)
-    if not is_remote(folder) or urlsplit(folder).scheme == "file":
+    if is_local(folder):
         root, target = (os.path.realpath(without_settings(one).removeprefix("file://")) for one in (folder, location))
         if os.path.commonpath([root, target]) != root:
             raise UserError(
@@ -206,7 +212,7 @@ def write(location: str, content: Iterable[bytes]) -> None:
             for chunk in content:
                 stream.write(chunk)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{location}: cannot be written: {_first_line(error)}; {_remedy(location)}") from None
+        raise UserError(f"{location}: cannot be written: {_reason(location, error)}; {_remedy(location)}") from None
 
 
 @contextmanager
@@ -215,7 +221,14 @@ def readable(location: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise UserError(f"{location}: cannot be read: {_first_line(error)}; {_remedy(location)}") from None
+        raise UserError(f"{location}: cannot be read: {_reason(location, error)}; {_remedy(location)}") from None
+
+
+def _reason(location: str, error: BaseException) -> str:
+    """Of a local file in the system's words: pyarrow's message repeats its path."""
+    if isinstance(error, OSError) and error.errno and is_local(location):
+        return os.strerror(error.errno)
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -223,7 +236,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _remedy(location: str) -> str:
-    if not is_remote(location):
+    if is_local(location):
         return "restore the file or leave it out"
     scheme = {"gcs": "gs", "abfss": "abfs"}.get(urlsplit(location).scheme, urlsplit(location).scheme)
     where = CREDENTIALS.get(scheme, f"those of fsspec's driver for {scheme}://")

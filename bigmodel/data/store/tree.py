@@ -3,8 +3,8 @@
 In: a literal beginning and a pattern of Python's glob. Out: names of files and folders.
 
 Guarantees: below `**` each real folder is entered once and each real file is named once: by a name that is no link,
-else by the one in the fewest folders, of these the first. So names and links alone decide. Hidden folders and files
-match only patterns that begin with a dot, as in glob.
+else by the one in the fewest folders, of these the first. So names and links alone decide. A pattern that ends with
+`**` or `**/*` names no folders. Hidden folders and files match only patterns that begin with a dot, as in glob.
 """
 
 import glob
@@ -22,12 +22,18 @@ def matching(start: str, rest: str, say: Callable[[str], None]) -> list[str]:
     passed: dict[str, str] = {}  # name -> reason
     names = _expand(glob.escape(start), rest, passed)
     if DEEPER in rest.split("/"):
-        names = _once(names, passed)
+        names = _once([name for name in names if not (is_whole(rest) and os.path.isdir(name))], passed)
     for reason in sorted(set(passed.values())):
         mine = sorted(name for name, why in passed.items() if why == reason)
         more = f" and {len(mine) - 1:,} more" if mine[1:] else ""
         say(f"{start}{rest}: passed over {mine[0].rstrip('/')}{more}: {reason}")
     return names
+
+
+def is_whole(rest: str) -> bool:
+    """Whether a pattern matches all that is inside a folder that it matches: then the folder itself adds nothing."""
+    parts = rest.split("/")
+    return parts[-1] == DEEPER or parts[-2:] == [DEEPER, "*"]
 
 
 def _expand(before: str, rest: str, passed: dict[str, str]) -> list[str]:

@@ -126,6 +126,16 @@ def test_a_missing_column_and_a_missing_bucket_are_named(bucket: str, tmp_path: 
         prepared(tmp_path, sources=[source | {"files": ["s3://nobody/*.jsonl"]}])
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_local_file_that_cannot_be_read_needs_no_credentials(scheme: str, tmp_path: Path) -> None:
+    location = f"{scheme}{tmp_path}/gone.jsonl"
+    with pytest.raises(UserError) as error:
+        files.open_file(location)
+    assert str(error.value) == (
+        f"{location}: cannot be read: No such file or directory; restore the file or leave it out"
+    )
+
+
 def test_a_store_that_wants_other_credentials_is_named_with_the_variables_it_reads() -> None:
     with refusing_server():
         for name in ("a.jsonl", "*.jsonl"):

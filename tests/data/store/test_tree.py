@@ -47,6 +47,12 @@ def test_a_folder_and_a_file_behind_links_are_found_under_their_own_names(tmp_pa
     assert found(root, "a/*.txt") == (["a/x.txt"], [])
 
 
+def test_all_below_a_folder_are_its_files_and_no_folders(tmp_path: Path) -> None:
+    root = made(tmp_path, "a/x.txt", "a/deep/y.txt")
+    assert [found(root, pattern)[0] for pattern in ("**", "**/*")] == [["a/deep/y.txt", "a/x.txt"]] * 2
+    assert found(root, "**/d*")[0] == ["a/deep"]  # what is inside does not match: to be named
+
+
 def test_hidden_folders_stay_hidden_and_patterns_go_on_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = made(tmp_path, ".git/x.txt", "a/.y.txt", "a/b/z.txt", "a/b/c/z.txt", "[x]/b/z.txt")
     assert found(root, "**/*.txt")[0] == ["[x]/b/z.txt", "a/b/c/z.txt", "a/b/z.txt"]
@@ -55,7 +61,7 @@ def test_hidden_folders_stay_hidden_and_patterns_go_on_below(tmp_path: Path, mon
     assert found(root, "**/.*.txt")[0] == ["a/.y.txt"]
     monkeypatch.chdir(root)
     assert files.find("**/z.txt") == ["[x]/b/z.txt", "a/b/c/z.txt", "a/b/z.txt"]
-    assert files.find("a/**") == ["a/b", "a/b/c", "a/b/c/z.txt", "a/b/z.txt"]
+    assert files.find("a/**") == ["a/b/c/z.txt", "a/b/z.txt"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
