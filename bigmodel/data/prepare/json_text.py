@@ -105,12 +105,21 @@ def _parse_line(offset: int, line: bytes) -> dict[str, Any] | str:
     try:
         return _object(_parse(text))
     except json.JSONDecodeError as error:
-        place = f" at character {error.pos + 1} of {len(text.rstrip())}" if error.pos >= 0 else ""
-        return f"not valid JSON: {error.msg}{place}"
+        size = len(text.rstrip())
+        place = f" at character {error.pos + 1} of {size}" if error.pos < size else " at the end of the line: it is cut"
+        return f"not valid JSON: {error.msg}{place if error.pos >= 0 else ''}"
 
 
 def _object(value: Any) -> dict[str, Any] | str:
-    return value if isinstance(value, dict) else f"a {type(value).__name__}, not a JSON object"
+    return value if isinstance(value, dict) else f"{_kind(value)}, not an object"
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {"dict": "an object", "list": "an array", "str": "a string"}
+    return kinds.get(type(value).__name__, "a number")
 
 
 def _parse(text: str) -> Any:
@@ -151,7 +160,7 @@ def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | No
     for column in columns:
         text = _walk(value, column)
         if text is not None and not isinstance(text, str):
-            return f"{column!r} is {type(text).__name__}, not text"
+            return f"{column!r} is {_kind(text)}, not text"
         try:
             text is None or text.encode("utf-8")
         except UnicodeEncodeError:

@@ -3,7 +3,7 @@
 Example, a file a.jsonl with the lines `{"text": "A cat."}` and `{"text": 5}`, column `text`:
 
     (("A cat.",), None)                                                                   # texts, key
-    (Malformed("a.jsonl", "byte 19", "'text' is int, not text", num_bytes=12, offset=19), None)
+    (Malformed("a.jsonl", "byte 19", "'text' is a number, not text", num_bytes=12, offset=19), None)
 """
 
 from collections.abc import Iterator

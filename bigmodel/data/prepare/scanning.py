@@ -54,9 +54,10 @@ def _check_malformed(all_units: Sequence[Unit], scans: Sequence[Scan], allowed: 
         listed = work.folder / "malformed.jsonl"
         write_malformed(listed, cleaning.list_malformed(names, scans))
         found = "\n".join(paragraphs)
+        allow = f", or set prepare.malformed_share = {_rounded_up(least):g}" if least < 1 else ""  # 1 leaves no record
         raise UserError(
-            f"{found}\nThis is above prepare.malformed_share = {allowed:g}. Correct or drop these records, or set "
-            f"prepare.malformed_share = {_rounded_up(least):g}; {listed} lists them"
+            f"{found}\nThis is above prepare.malformed_share = {allowed:g}. Correct or drop these records{allow}; "
+            f"{listed} lists them"
         )
 
 

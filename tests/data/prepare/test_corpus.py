@@ -242,9 +242,9 @@ def test_malformed_records_come_out_with_place_and_reason(tmp_path: Path, monkey
     found = [(row.place, row.reason.partition(":")[0]) for row in named]
     assert found == [
         ("line 3", "not valid JSON"),
-        ("line 4", "a list, not a JSON object"),
+        ("line 4", "an array, not an object"),
         ("line 5", "not UTF-8"),
-        ("line 6", "'text' is int, not text"),
+        ("line 6", "'text' is a number, not text"),
         ("line 7", "'text' holds half of a surrogate pair, which UTF-8 cannot encode"),
     ]
 

@@ -32,8 +32,14 @@ def test_only_the_wanted_column_decides_about_a_record(tmp_path: Path, monkeypat
 def test_a_number_is_no_text_and_what_is_wrong_deep_inside_is_found(tmp_path: Path) -> None:
     deep = "[" * 3000 + "%s" + "]" * 3000
     cases = [
-        ('{"text": DIGITS}'.replace("DIGITS", DIGITS), "'text' is int, not text"),
-        ('{"text": NaN}', "'text' is float, not text"),
+        ('{"text": DIGITS}'.replace("DIGITS", DIGITS), "'text' is a number, not text"),
+        ('{"text": NaN}', "'text' is a number, not text"),
+        ('{"text": {}}', "'text' is an object, not text"),
+        ("[1]", "an array, not an object"),
+        ('"x"', "a string, not an object"),
+        ("null", "null, not an object"),
+        ("true", "true, not an object"),
+        ('{"text": "x"', "not valid JSON: Expecting ',' delimiter at the end of the line: it is cut"),
         ('{"text": "x", "other": %s}' % (deep % "tru"), "not valid JSON: Expecting value"),
         ('{"text": "x", "other": %s}' % (deep % "]"), "not valid JSON: "),
         ('{"text": "x", "other": %s}' % (deep % "[" * 2), "not valid JSON: "),

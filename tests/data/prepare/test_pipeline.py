@@ -364,6 +364,17 @@ def test_units_of_a_file_that_was_changed_since_are_not_taken(tmp_path: Path, mo
     assert sum("year" in text for text in stored) > 10
 
 
+def test_where_no_record_can_be_read_no_share_is_offered(home: Path, tmp_path: Path) -> None:
+    """Allowed, they would leave a source without documents."""
+    sources = tiny_settings(home).prepare.model_dump()["sources"]
+    (tmp_path / "wide.jsonl").write_bytes('{"body": "x"}\n'.encode("utf-16"))
+    sources[0]["files"] = [str(tmp_path / "wide.jsonl")]
+    with pytest.raises(
+        UserError, match=r"\(100%\)(.|\n)*Correct or drop these records; \S*malformed.jsonl lists them$"
+    ):
+        prepared(tmp_path, sources=sources)
+
+
 def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, tmp_path: Path) -> None:
     sources = tiny_settings(home).prepare.model_dump()["sources"]
     news = tmp_path / "in" / "news.jsonl"
@@ -376,9 +387,9 @@ def test_workers_and_the_malformed_share_do_not_make_it_start_over(home: Path, t
             prepared(tmp_path, sources=sources, malformed_share=allowed)
         assert str(stop.value).splitlines()[:-1] == [
             "prepare.sources 'news': 3 of 107 records malformed (2.8%)",
-            f"  {news}: line 1: 'body' is int, not text",
+            f"  {news}: line 1: 'body' is a number, not text",
             f"  {news}: line 105: not UTF-8: invalid start byte",
-            f"  {news}: line 107: a list, not a JSON object",
+            f"  {news}: line 107: an array, not an object",
         ]
         assert (
             str(stop.value)
