@@ -138,7 +138,8 @@ def _reason(how: str, content: bytes, error: Exception) -> str:
     if other := _other_compression(how, content):
         return other
     if "too much memory" in str(error):
-        return "its zstd window is above 128 MiB, the most that is read; compress it again without --long"
+        # Not compressed again: its index.json states the bytes of this file, and those of the plain one.
+        return "its zstd window is above 128 MiB, the most that is read; decompress it: zstd -d --rm --long=31 FILE"
     if isinstance(error, EOFError) or "runcated" in str(error) or "end-of-stream" in str(error):
         return f"it is cut: its {how} data has no end"
     return f"its {how} data is damaged{f' ({error})' if str(error) else ''}"

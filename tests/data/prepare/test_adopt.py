@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,22 @@ def test_a_shard_that_the_index_does_not_list_is_left_out_and_named(
         adopt(Adoption(str(folder), tmp_path / "data", home / "data", validation_share=0.2), progress)
     left = max(folder.glob("*.mds")).name
     assert f"{folder}: left out, because index.json does not list it: {left}\n" in console.export_text()
+
+
+@pytest.mark.skipif(not shutil.which("zstd"), reason="needs the program zstd")
+def test_the_remedy_for_a_shard_of_a_large_window_helps(home: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The plain file is what its index says; one that is compressed anew would not be."""
+    samples = [{"tokens": one} for one in whole(tokenizer)]
+    options = {"compression": "zstd", "hashes": ["sha1"], "size_limit": 1 << 20}
+    folder = Path(write_shards(tmp_path / "theirs", {"tokens": "ndarray:uint16"}, samples, **options))
+    shard, plain = folder / "shard.00000.mds.zstd", tmp_path / "plain"
+    subprocess.run(["zstd", "-dqo", plain, shard], check=True)
+    with open(plain, "rb") as stream:  # of a stream zstd does not know the size, so it states the whole window
+        shard.write_bytes(subprocess.run(["zstd", "-q", "--long=28"], stdin=stream, stdout=-1, check=True).stdout)
+    with pytest.raises(UserError, match=r"window is above 128 MiB, .*: zstd -d --rm --long=31 FILE"):
+        take(home, str(folder), tmp_path / "data", validation_share=0.2)
+    subprocess.run(["zstd", "-dq", "--rm", "--long=31", shard], check=True)
+    assert len(Manifest.read(take(home, str(folder), tmp_path / "data", validation_share=0.2)).files) > 0
 
 
 def test_shards_of_ids_of_different_types_are_not_read_by_one_type(

@@ -122,7 +122,7 @@ def test_what_cannot_be_decompressed_is_named_with_its_true_reason(written: Path
         (
             "a.mds.zstd",
             LARGE_WINDOW,
-            "its zstd window is above 128 MiB, the most that is read; compress it again without",
+            "its zstd window is above 128 MiB, the most that is read; decompress it: zstd -d --rm --long=31",
         ),
         ("a.mds.zst", content["zstd:7"][:-3], "it is cut: its zstd data has no end"),
         ("a.mds.br", content["br"][:-3], "it is cut: its brotli data has no end"),
