@@ -77,6 +77,7 @@ from bigmodel.data.store.manifest import (
     in_words,
     stored_amount,
 )
+from bigmodel.data.store.mds_index import absent_beside, in_lines
 from bigmodel.data.store.shards import all_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, read_tokenizer, tokenizer_file, train
 from bigmodel.run_directory import read_json, write_atomically, write_json
@@ -325,7 +326,10 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
-        compare_with_indexes(corpus.listed_shards(sources), team, progress)
+        listed = corpus.listed_shards(sources)
+        if absent := absent_beside(listed):
+            _say(progress, f"not read, because it is missing, though index.json lists it: {in_lines(absent)}")
+        compare_with_indexes(listed, team, progress)
         scans = scan_all(team, all_units, job.settings, work)
         rows, row_bytes = count_rows(sources, all_units, scans, left_out, job.settings.validation_share)
         tokenizer = _make_tokenizer(job, team, all_units, scans, work)

@@ -119,6 +119,16 @@ def listed_beside(shards: Sequence[str]) -> list[Listed]:
     return [Listed(file, indexes[files.parent(file)][file]) for file in with_index]
 
 
+def absent_beside(shards: Sequence[Listed]) -> list[str]:
+    """Shards that the indexes beside these list, and that are not there."""
+    absent = []
+    for folder in dict.fromkeys(files.parent(shard.file) for shard in shards):
+        there = files.sizes(folder)
+        names = [entry.names for entry in read_index(files.join(folder, INDEX))]
+        absent += [files.join(folder, of_one[0]) for of_one in names if not set(of_one) & there.keys()]
+    return absent
+
+
 def read_index(index: str) -> list[Entry]:
     """The entries of an index. Raises `UserError` if it is damaged, lists other formats, or names files outside."""
     try:

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import adopt as adopting
 from bigmodel.data.prepare.adopt import Adoption, adopt
-from bigmodel.data.prepare.pipeline import quiet
+from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
@@ -28,7 +28,7 @@ from tests.data.prepare.test_tokenless import write_tokenizer
 from tests.data.store.test_mds import write_shards
 from tests.data.store.test_mds_index import LARGE_WINDOW
 from tests.data.store.test_remote import run
-from tests.support.tiny_corpus import NEWS, prepared
+from tests.support.tiny_corpus import NEWS, prepared, tiny_settings
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +295,18 @@ def test_a_source_of_shards_is_compared_with_the_index_beside_it(home: Path, tmp
     with pytest.raises(UserError, match=r"differ in 1 point:\n  \S+shard.00001.mds: index.json says xxh64"):
         prepared(tmp_path, sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
     assert not (tmp_path / "data").exists()
+
+
+def test_a_source_of_shards_says_which_of_its_index_are_missing(home: Path, tmp_path: Path) -> None:
+    folder = Path(write_shards(tmp_path / "theirs", {"text": "str"}, [{"text": text} for text in NEWS]))
+    gone = folder / "shard.00001.mds"
+    gone.unlink()
+    console = Console(record=True, file=open(os.devnull, "w"), width=300)  # noqa: SIM115
+    source = {"name": "news", "files": [f"{folder}/*.mds"]}
+    settings = tiny_settings(tmp_path, sources=[source], tokenizer=str(home / "data" / "tokenizer.json"))
+    with Progress(console=console, disable=True) as progress:
+        prepare(settings, progress)
+    assert f"not read, because it is missing, though index.json lists it: {gone}\n" in console.export_text()
 
 
 def flip(file: Path) -> None:
