@@ -3,9 +3,10 @@
 In: a prepared split with its tokenizer.json. Out: a table of bytes by token id. Special tokens, sentinels and marks
 stand for no text: 0 bytes. So for every objective the bytes of its labels are those of the text that it predicts.
 
-Guarantee: exact, or None. Tokens of a byte-level BPE without normalizer hold each byte of the text exactly once, which
-follows from its tokenizer.json. For any other tokenizer the bytes of all tokens of the split are compared with the
-bytes of its text; a normalizer, an unknown token or a space put in front of a text makes a difference.
+Guarantee: tokens of a byte-level BPE without normalizer hold each byte of the text exactly once, which follows from its
+tokenizer.json. For any other tokenizer the bytes of all tokens of the split equal the bytes of its text, or the table
+is None: a normalizer, an unknown token or a space put in front of a text makes a difference. The total is compared, so
+two differences that cancel in it would pass.
 Costs: one reading of tokenizer.json; for other tokenizers than byte-level BPE also one reading of the split.
 """
 

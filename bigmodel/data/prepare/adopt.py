@@ -49,7 +49,7 @@ from bigmodel.run_directory import write_atomically
 from bigmodel.sizes import counted_noun
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
-FORMAT = 1  # raise it when the files of a taken shard change
+FORMAT = 2  # raise it when the files of a taken shard change
 INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 
 
@@ -250,6 +250,7 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[Shard], t
         files=describe_files(result),
         recipe=_recipe(adoption, taken),
         corpus_sha256=hashlib.sha256("".join(one.sha256 for one in taken).encode()).hexdigest(),
+        without_token={adoption.name: {"unknown_tokens": sum(one.unknown for one in taken), "dropped_characters": 0}},
         encoder="adopted",
         python=platform.python_version(),
     ).write(result)

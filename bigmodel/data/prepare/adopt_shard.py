@@ -74,6 +74,7 @@ class Taken:
     begins_added: int = 0
     ends_added: int = 0
     linked: int = 0
+    unknown: int = 0  # ids of the unknown token
 
     def write(self, path: Path, validation_text: bytes) -> None:
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "lengths"}
@@ -107,6 +108,8 @@ def take_shard(shard: Shard) -> None:
             taken.empty += 1
             continue
         split = shard.split or SPLITS[_falls_to_validation(document, shard.adoption)]
+        if tokenizer.unknown is not None:
+            taken.unknown += int((document[1:-1] == tokenizer.unknown).sum())
         text = tokenizer.decode(document).encode()
         taken.text_bytes[split] = taken.text_bytes.get(split, 0) + len(text)
         validation_text += [text] if split == "validation" else []

@@ -132,6 +132,16 @@ def test_a_text_that_needs_another_setting_is_sent_to_prepare(tmp_path: Path) ->
         adopt(Adoption(folder, tmp_path / "data", tmp_path / "given.json"), quiet())
 
 
+def test_unknown_ids_of_adopted_shards_stand_in_the_manifest(tmp_path: Path) -> None:
+    given = Path(write_tokenizer(tmp_path / "given.json", unknown="<unk>"))
+    its = Tokenizer.load(given)
+    documents = [np.array([its.bos, its.unknown, 5, its.unknown, its.eos]), np.array([its.bos, 5, its.eos])]
+    folder = write_shards(tmp_path / "train", {"tokens": "ndarray:int64"}, [{"tokens": one} for one in documents])
+    directory = adopt(Adoption(folder, tmp_path / "data", given, validation_share=0.01), quiet())
+    counts = {"unknown_tokens": 2, "dropped_characters": 0}
+    assert Manifest.read(directory).without_token == {"adopted": counts}
+
+
 def test_streaming_reads_what_was_adopted(home: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     documents = whole(tokenizer)
     columns = {"tokens": "ndarray:uint16"}
