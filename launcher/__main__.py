@@ -34,6 +34,7 @@ from bigmodel.launcher.placement import job_groups, port_of
 from bigmodel.launcher.record import read_launch, record_end, record_launch, refuse_second_run, run_directory
 from bigmodel.launcher.topology import Topology, even_topology, ranks_per_node
 from bigmodel.run_directory import EXIT_USER, make_logs
+from bigmodel.sizes import counted_noun
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -374,7 +375,7 @@ def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
     command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), *words, "--world-size", str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{ranks} ranks: {done.stderr.strip().removeprefix('bigmodel: ')}")
+        raise UserError(f"{counted_noun(ranks, 'rank')}: {done.stderr.strip().removeprefix('bigmodel: ')}")
 
 
 def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Cluster) -> None:

@@ -61,6 +61,7 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
     config = source.read()
     source.check(config)
     settings = _settle(config, settings, source)
+    _derive_micro_batch(config, settings, world_size)
     for path, default, _reason in DEFAULTS:
         _fill(config, path, default(settings))
     if settings.training.precision == "fp16":
@@ -76,7 +77,7 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
         fill_schedule(config, settings)
     _drop_auto(config)
     if not source.tells_of("zero_optimization.stage", "zero_optimization ="):
-        _refuse_combinations(config, settings, source)
+        _refuse_combinations(config, settings, world_size, source)
     _refuse_limits(config, settings, source)
     source.raise_problems()
     return config, settings
@@ -176,6 +177,16 @@ def _settle_monitors(config: dict[str, Any], settings: Settings, source: Source)
     return settings
 
 
+def _derive_micro_batch(config: dict[str, Any], settings: Settings, world_size: int) -> None:
+    """Packed sequences at once from train_batch_size and gradient_accumulation_steps, as in DeepSpeed, where it is not
+    written and the other two are."""
+    batch, steps = written(config, "train_batch_size"), written(config, "gradient_accumulation_steps")
+    if batch is None or steps is None or settings.training.sequence_parallel_ranks > 1:
+        return
+    if batch % (steps * world_size) == 0:
+        _fill(config, "train_micro_batch_size_per_gpu", batch // (steps * world_size))
+
+
 def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
     """Compute the micro-batches per step from packs, ranks and packs per micro-batch; a written value must equal it."""
     packs = settings.training.global_batch_size
@@ -191,14 +202,16 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     micro_batches = num_micro_batches(packs, places, per_micro_batch)
     ranks = counted_noun(world_size, "rank") if sharing == 1 else f"{counted_noun(places, 'group')} of {sharing} ranks"
     derived = f"global_batch_size = {packs} over {ranks} with {per_micro_batch} packed sequence(s) per micro-batch"
-    steps = written(config, "gradient_accumulation_steps")
+    steps, batch = written(config, "gradient_accumulation_steps"), written(config, "train_batch_size")
     if steps is not None and steps != micro_batches:
+        fitting = steps * per_micro_batch * places
+        remedy = f"train_batch_size = {fitting}" if batch else f"training.global_batch_size = {fitting}"
+        whose = "train_batch_size, which is" if batch else "the run file's"
         source.problem(
-            f"gradient_accumulation_steps = {steps}, but the run file's training.{derived} gives {micro_batches}; "
-            f'write "auto" in the JSON, or training.global_batch_size = {steps * per_micro_batch * places}'
+            f"gradient_accumulation_steps = {steps}, but {whose} training.{derived} gives {micro_batches}; "
+            f'write "auto" in the JSON, or {remedy}'
         )
     multiplied = per_micro_batch * micro_batches * world_size
-    batch = written(config, "train_batch_size")
     if batch is not None and sharing > 1:
         source.problem(
             f"train_batch_size = {batch} with training.sequence_parallel_ranks = {sharing}: DeepSpeed would count each "
@@ -213,7 +226,7 @@ def _settle_batch(config: dict[str, Any], settings: Settings, world_size: int, s
     _fill(config, "train_batch_size", multiplied)
 
 
-def _refuse_combinations(config: dict[str, Any], settings: Settings, source: Source) -> None:
+def _refuse_combinations(config: dict[str, Any], settings: Settings, world_size: int, source: Source) -> None:
     """Values that are right by themselves and cannot go together."""
     zero = config["zero_optimization"]
     stage, precision, sums = zero["stage"], settings.training.precision, config["data_types"]["grad_accum_dtype"]
@@ -232,6 +245,13 @@ def _refuse_combinations(config: dict[str, Any], settings: Settings, source: Sou
         source.problem(
             f"zero_optimization.stage = 0 with {precision}: DeepSpeed {VERSION} cannot accumulate gradients in fp32 "
             'there; use stage 1 (the same on one rank), or training.precision = "fp32"'
+        )
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    if stage == 3 and hpz > 1 and world_size % min(hpz, world_size):
+        ranks = counted_noun(world_size, "rank")
+        source.problem(
+            f"zero_optimization.zero_hpz_partition_size = {hpz} does not divide the {ranks}; "
+            "write the number of ranks of a node"
         )
     scales = config.get("prescale_gradients", False) or config.get("gradient_predivide_factor", 1) != 1
     if scales and zero.get("reduce_scatter", True) and (stage > 1 or (stage == 1 and precision != "bf16")):

@@ -98,7 +98,7 @@ class Source:
                 try:
                     config[name] = key.value.read(value)
                 except ValueError:
-                    self.problem(f"{path} = {shown(value)} must be {key.value.words}{_remedy(value, key)}")
+                    self.problem(f"{path} = {shown(value)} must be {key.value.words}{_remedy(value, key, path)}")
                 else:
                     if isinstance(value, dict) and _has_rows(path):
                         self.check(value, f"{path}.")
@@ -113,7 +113,8 @@ class Source:
             if meant := answer(path):
                 self.problem(f"{path} is not a key of DeepSpeed; {meant}")
                 continue
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            offered = [name for name in known if KEYS.get(prefix + name, KEYS["optimizer"]).fate != REFUSED]
+            near = difflib.get_close_matches(key, offered, n=1, cutoff=0.75)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             self.problem(f"{path} is not a key that DeepSpeed {VERSION} knows{hint}")
 
@@ -187,9 +188,13 @@ def _has_rows(path: str) -> bool:
     return KEYS[path].fate != REFUSED and any(other.startswith(f"{path}.") for other in KEYS)
 
 
-def _remedy(value: Any, key: Key) -> str:
-    auto = "" if key.value is OBJECT else ' (or "auto")'
-    return auto + (unquoted(value) or ("; or remove the key" if value is None else ""))
+def _remedy(value: Any, key: Key, path: str) -> str:
+    if key.value is OBJECT:
+        inside = {"zero_optimization": ("stage", 1), "optimizer": ("type", "AdamW"), "scheduler": ("type", "WarmupLR")}
+        name, usual = inside.get(path, ("enabled", True))
+        asks = value not in (None, False, []) and f"{path}.{name}" in KEYS
+        return f"; write {json.dumps({name: usual})}" if asks else "; or remove the key" if value is None else ""
+    return ' (or "auto")' + (unquoted(value) or ("; or remove the key" if value is None else ""))
 
 
 def _names_in(section: str) -> list[str]:

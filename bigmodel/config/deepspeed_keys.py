@@ -34,7 +34,11 @@ DTYPE = choice("fp32", "bf16", "fp16")
 
 TOP_LEVEL = {
     "train_batch_size": agrees(whole(1), "training.global_batch_size; one sample is one packed sequence"),
-    "train_micro_batch_size_per_gpu": used(whole(1), "packed sequences that a rank computes at once; default 1"),
+    "train_micro_batch_size_per_gpu": used(
+        whole(1),
+        "packed sequences that a rank computes at once; follows from train_batch_size and gradient_accumulation_steps "
+        "if both are written; else 1",
+    ),
     "gradient_accumulation_steps": agrees(whole(1), "follows from global_batch_size and the number of ranks"),
     "managed_gradient_accumulation": refused("remove the key; the engine sets the boundary", only(True)),
     "gradient_clipping": agrees(number(0), "optimizer.gradient_clipping; 0: no clipping"),
@@ -43,7 +47,7 @@ TOP_LEVEL = {
     "communication_data_type": used(DTYPE, "of sums over ranks; default fp32", nullable=True),
     "seq_parallel_communication_data_type": idle(DTYPE, "sequence parallelism is bigmodel's own", nullable=True),
     "prescale_gradients": used(FLAG, "only without reduce_scatter"),
-    "gradient_predivide_factor": used(number(1e-9), "only without reduce_scatter"),
+    "gradient_predivide_factor": used(number(1e-9, 1e9), "only without reduce_scatter"),
     "gradient_allreduce_op": refused('use "mean"; the exact loss needs it', only("mean", "MEAN", "Mean")),
     "disable_allgather": idle(FLAG, f"DeepSpeed {VERSION} does not use it"),
     "zero_allow_untested_optimizer": used(FLAG, "true by default where the optimizer is not AdamW"),
@@ -76,7 +80,7 @@ TOP_LEVEL = {
     "fp16.enabled": agrees(FLAG, "training.precision"),
     "fp16.auto_cast": refused("remove the key; batches hold no floating-point numbers"),
     "fp16.loss_scale": used(number(0), "0: dynamic"),
-    "fp16.initial_scale_power": used(whole(0, 127)),
+    "fp16.initial_scale_power": used(whole(0, 62)),  # from 64 on, DeepSpeed fails to multiply by a whole number
     "fp16.loss_scale_window": used(whole(1)),
     "fp16.hysteresis": used(whole(1)),
     "fp16.consecutive_hysteresis": used(FLAG),

@@ -63,7 +63,7 @@ def settle_optimizer(config: dict[str, Any], settings: Settings, source: Source)
     """Settings with the optimizer of the JSON. Problems go to `source`."""
     section = config.get("optimizer", {})
     settings = _settle_type(section.get("type", AUTO), settings, source)
-    parameters = section.get("params") or {}
+    parameters = {} if section.get("params") is None else section["params"]
     if not _is_offered(section.get("type", AUTO)):
         return settings
     if parameters != AUTO and not isinstance(parameters, dict):

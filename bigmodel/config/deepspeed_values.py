@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LARGEST = 2**63 - 1  # sys.maxsize, which DeepSpeed uses for "no limit"
+LARGEST_FLOAT = 3e38  # of fp32
 LONGEST = 80  # letters of a value in a message
 
 
@@ -39,8 +40,8 @@ def number(least: float = 0, most: float = math.inf) -> Value:
 
     def read(value: Any) -> Any:
         _refuse_unless(isinstance(value, int | float) and not isinstance(value, bool))
-        _refuse_unless(abs(value) <= LARGEST and least <= value <= most)  # NaN fails, too
-        return value
+        _refuse_unless(abs(value) <= LARGEST_FLOAT and least <= value <= most)  # NaN fails, too
+        return value if abs(value) <= LARGEST else float(value)
 
     return Value(f"a number of at least {least:g}{_up_to(most, math.inf)}", read)
 

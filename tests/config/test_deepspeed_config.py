@@ -190,6 +190,25 @@ def test_ranks_that_share_packs_have_more_micro_batches(tmp_path: Path) -> None:
     assert words.endswith("training.global_batch_size = 16")
 
 
+@pytest.mark.parametrize("other", [{}, {"train_micro_batch_size_per_gpu": "auto"}])
+def test_packed_sequences_at_once_follow_from_batch_and_accumulation_as_in_deepspeed(
+    tmp_path: Path, other: dict[str, str]
+) -> None:
+    effective, settings = resolve(tmp_path, {"train_batch_size": 8, "gradient_accumulation_steps": 1} | other, 2)
+    assert effective["train_micro_batch_size_per_gpu"] == 4
+    assert settings.training.global_batch_size == 8
+    words = refusal(tmp_path, {"train_batch_size": 8, "gradient_accumulation_steps": 3} | other, 2)
+    assert "gradient_accumulation_steps = 3, but train_batch_size, which is training.global_batch_size = 8" in words
+    assert words.endswith("or train_batch_size = 6")
+
+
+def test_ranks_that_hpz_cannot_group_are_refused(tmp_path: Path) -> None:
+    words = refusal(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, 4)
+    assert words.endswith(
+        "zero_hpz_partition_size = 3 does not divide the 4 ranks; write the number of ranks of a node"
+    )
+
+
 def test_an_unset_setting_follows_the_json(tmp_path: Path) -> None:
     mine = {"train_batch_size": 12, "bf16": {"enabled": False}, "gradient_clipping": 0}
     effective, settings = resolve(tmp_path, mine, 3)
@@ -270,6 +289,12 @@ UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ({"optimizer": {"params": {"adam_w_mode": False}}}, ["adam_w_mode"]),
     ({"optimizer": {"params": {"betas": 0.9}}}, ["betas = 0.9", "two numbers"]),
     ({"gradient_clipping": "1.0"}, ['gradient_clipping = "1.0"', "a number"]),
+    ({"zero_optimization": True}, ['write {"stage": 1}']),
+    ({"fp16": True}, ['fp16 = true must be an object {...}; write {"enabled": true}']),
+    ({"optimizer": "Adam"}, ['write {"type": "AdamW"}']),
+    *(({"optimizer": {"params": params}}, ["must be an object"]) for params in (0, "", [], False)),
+    ({"fp16": {"enabled": True, "initial_scale_power": 64}}, ["a whole number of at least 0 and at most 62"]),
+    ({"gradient_predivide_factor": 1e300}, ["gradient_predivide_factor = 1e+300"]),
     ({"gradient_clipping": -1}, ["gradient_clipping = -1", "at least 0"]),
     ({"train_micro_batch_size_per_gpu": 0}, ["train_micro_batch_size_per_gpu = 0", "at least 1"]),
     ({"train_micro_batch_size_per_gpu": 1.5}, ["a whole number"]),
@@ -302,6 +327,11 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, mine: dict[str, Any
     text = refusal(tmp_path, mine)
     for part in parts:
         assert part in text
+
+
+def test_a_bound_of_1e30_is_no_bound_and_a_number_of_at_least_0(tmp_path: Path) -> None:
+    assert resolve(tmp_path, {"gradient_clipping": 1e30})[1].optimizer.gradient_clipping == 1e30
+    assert resolve(tmp_path, {"fp16": {"enabled": True, "loss_scale": 10**30}})[0]["fp16"]["loss_scale"] == 1e30
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_value_of_a_wrong_type_is_told_with_the_right_one() -> None:
         ("zero_optimization.reduce_bucket_size", 0.5, "must be a whole number of at least 1"),
         ("zero_optimization.allgather_bucket_size", 7, "must be an even number of at least 0"),
         ("zero_optimization.overlap_comm", "True", "must be true or false (or \"auto\"); write true without quotes"),
-        ("fp16.initial_scale_power", 128, "of at least 0 and at most 127"),
+        ("fp16.initial_scale_power", 128, "of at least 0 and at most 62"),
         ("fp16.loss_scale", float("inf"), "must be a number of at least 0"),
         ("log_level", "loud", 'must be "debug", "info", "warning", "error" or "critical"'),
         ("bf16", None, "bf16 = null must be an object {...}; or remove the key"),
@@ -168,6 +168,14 @@ def test_the_settings_named_for_keys_of_other_systems_exist() -> None:
         ("num-layers", "set model.num_layers in the run file"),
         ("micro-batch-size", 'write "train_micro_batch_size_per_gpu"'),
         ("seq-length", "set data.sequence_length in the run file"),
+        ("batch-size", 'write "train_micro_batch_size_per_gpu"'),
+        ("rampup_batch_size", "set training.batch_ramp in the run file"),
+        ("attention-dropout", "dropout of attention weights is not offered"),
+        ("data-impl", "makes shards"),
+        ("is-pipe-parallel", "pipeline parallelism is not offered"),
+        ("normalization", "all norms are RMSNorm"),
+        ("reset-attention-mask", "documents of a pack never see each other"),
+        ("loss-scale", 'write it inside "fp16"'),
     ],
 )
 def test_keys_of_neox_and_megatron_get_an_answer(key: str, said: str) -> None:
@@ -175,6 +183,11 @@ def test_keys_of_neox_and_megatron_get_an_answer(key: str, said: str) -> None:
     assert told.startswith(f"{key} is not a key of DeepSpeed; ")
     assert said in told
     assert answer("gradient_cliping") == ""
+
+
+@pytest.mark.parametrize("key", ["sparse_attentions", "curriculum_learnin", "my_normalization", "expert_paralel"])
+def test_a_key_that_is_refused_or_means_something_else_is_no_remedy_for_an_unknown_one(key: str) -> None:
+    assert problems({key: 1}) == [f"{key} is not a key that DeepSpeed 0.19.8 knows"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])

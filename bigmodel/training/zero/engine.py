@@ -19,6 +19,7 @@ import contextlib
 import io
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -482,7 +483,11 @@ def _import_deepspeed() -> Any:
     # On CPUs DeepSpeed compiles a C++ op at its first start (1 to 3 minutes) that only its inference uses.
     # Declared incompatible, it is not built, and a kill during the build cannot leave a lock behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    logger = logging.getLogger("DeepSpeed")
+    logger.addFilter(_is_news)
+    for handler in logger.handlers:  # made at the first import, in _quiet: what it wrote to stdout would be lost
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
     return deepspeed
 
 
