@@ -137,13 +137,14 @@ WRITERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases
 
 
 def open_writers(settings: MetricsSettings, run_directory: Path, first_step: int) -> list[Writer]:
-    """Open the writers of `settings`. Raises `UserError` for a package that is not installed."""
-    for name in settings.writers:
-        if importlib.util.find_spec(WRITERS[name].package) is None:
-            raise UserError(
-                f'metrics.writers: "{name}" needs the package {WRITERS[name].package}, which is not installed; '
-                f"pip install 'bigmodel[{name}]', or leave it out: metrics.jsonl has the same numbers"
-            )
+    """Open the writers of `settings`. Raises `UserError` with all packages that are not installed."""
+    missing = [name for name in settings.writers if importlib.util.find_spec(WRITERS[name].package) is None]
+    if missing:
+        packages, names = ", ".join(WRITERS[name].package for name in missing), ", ".join(missing)
+        raise UserError(
+            f"metrics.writers: {names}: not installed: {packages}; pip install 'bigmodel[{','.join(missing)}]', or "
+            f"leave {names} out: metrics.jsonl has the same numbers"
+        )
     return [WRITERS[name](run_directory, first_step, settings) for name in settings.writers]
 
 

@@ -1,5 +1,6 @@
 """metrics.jsonl and the scraped page tell the same, true story, also after a restart and after the death of ranks."""
 
+import importlib.util
 import json
 import math
 import re
@@ -388,6 +389,13 @@ def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path: Path,
 
 
 # ---- other writers ------------------------------------------------------------------------------------------------
+
+
+def test_all_packages_of_writers_that_are_not_installed_are_named_at_once(tmp_path: Path) -> None:
+    if any(map(importlib.util.find_spec, ("wandb", "comet_ml"))):
+        pytest.skip("wandb or comet_ml is installed")
+    with pytest.raises(UserError, match=r"wandb, comet: not installed: wandb, comet_ml; pip install .*wandb,comet\]"):
+        Metrics(tmp_path, MetricsSettings(writers=["wandb", "csv", "comet"]))
 
 
 def test_tensorboard_gets_the_same_numbers_and_forgets_steps_that_are_done_again(tmp_path: Path) -> None:

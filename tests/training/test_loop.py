@@ -123,7 +123,8 @@ BROUGHT = {
     "steps_per_print": 2000,
     "wall_clock_breakdown": True,
     "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
-    "comms_logger": {"enabled": True},
+    "comms_logger": {"enabled": True, "verbose": True},
+    "log_level": "info",
     "csv_monitor": {"enabled": True, "output_path": "logs_of_deepspeed", "job_name": "mine"},
 }
 
@@ -137,6 +138,7 @@ def test_a_deepspeed_file_does_what_it_says_and_writes_into_the_run_directory(tm
     assert rows == ["step,training/loss", *(f"{step},{loss!r}" for step, loss in enumerate(losses, start=1))]
     assert "steps_per_print (each step is in metrics.jsonl and on the terminal); csv_monitor.output_path (" in printed
     assert "fwd_microstep" in printed, "wall_clock_breakdown"
+    assert "comm op: all_reduce | time (ms)" in printed, "verbose, with log_level"
     table = printed[printed.index("Comm. Op") :]
     assert all(name in table for name in ("all_reduce", "Message Size", "Total Latency"))
     assert not Path("logs_of_deepspeed").exists()
@@ -147,6 +149,17 @@ def test_a_deepspeed_file_does_what_it_says_and_writes_into_the_run_directory(tm
     assert code == 2
     assert "zero_optimization.zero_quantized_weights = true: this machine cannot build or load" in refused
     assert "Traceback" not in refused
+
+
+def test_what_deepspeed_logs_reaches_the_terminal_of_a_program_that_first_imports_it(
+    tmp_path: Path, shards: Path
+) -> None:
+    run_file = write_run(tmp_path, shards)
+    (tmp_path / "run-deepspeed.json").write_text('{"log_level": "info"}')
+    short = ["--set", "training.steps=3", "--set", "evaluation.at_end=false"]
+    words = [sys.executable, "-m", "bigmodel", "train", str(run_file), *short]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
+    assert "DeepSpeed Final Optimizer" in done.stderr, "tests import it before, outside of what keeps starts quiet"
 
 
 def trained_step(run: Path) -> int:
