@@ -85,6 +85,7 @@ class Source:
         """Note every key and value that cannot be used, and take it out, so that the check can go on. Reads 5e8 as a
         whole number, and null as an absent key where DeepSpeed does.
         """
+        is_off = bool(section) and config.get("enabled") is False  # nothing inside is turned on then
         for name in list(config):
             path, value = section + name, config[name]
             key = KEYS.get(path)
@@ -92,7 +93,7 @@ class Source:
                 self.refuse_unknown({name: value}, _names_in(section), section)
             elif value == AUTO and key.value is not OBJECT:
                 continue
-            elif key.asks(value):
+            elif key.asks(value) and (path in SECRET or not is_off):
                 self.problem(f"{path} = {'...' if path in SECRET else shown(value)}: {key.reason}")
             elif value is not None or not key.nullable:
                 try:

@@ -136,8 +136,11 @@ def test_unknown_ids_of_adopted_shards_stand_in_the_manifest(tmp_path: Path) -> 
     given = Path(write_tokenizer(tmp_path / "given.json", unknown="<unk>"))
     its = Tokenizer.load(given)
     documents = [np.array([its.bos, its.unknown, 5, its.unknown, its.eos]), np.array([its.bos, 5, its.eos])]
-    folder = write_shards(tmp_path / "train", {"tokens": "ndarray:int64"}, [{"tokens": one} for one in documents])
-    directory = adopt(Adoption(folder, tmp_path / "data", given, validation_share=0.01), quiet())
+    train, other = (
+        write_shards(tmp_path / name, {"tokens": "ndarray:int64"}, [{"tokens": one} for one in of_split])
+        for name, of_split in (("train", documents), ("validation", documents[1:]))
+    )
+    directory = adopt(Adoption(train, tmp_path / "data", given, validation=other), quiet())
     counts = {"unknown_tokens": 2, "dropped_characters": 0}
     assert Manifest.read(directory).without_token == {"adopted": counts}
 
