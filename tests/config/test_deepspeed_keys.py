@@ -110,7 +110,7 @@ def test_what_a_value_needs_is_said_in_our_words(path: str, value: Any, said: st
         {"elasticity": {"enabled": False, "max_train_batch_size": 2000}, "sparse_gradients": False},
         {"amp": {"enabled": "auto", "opt_level": "auto"}, "autotuning": {"enabled": False, "fast": True}},
         {"zero_optimization": {"zenflow": {"enabled": False}, "leaf_module": {}, "cpu_offload": False}},
-        {"comet": {"enabled": False, "online": True}, "fp16": {"enabled": False, "auto_cast": True}},
+        {"comet": {"enabled": False, "online": True, "workspace": "mine"}},
         {"tensor_parallel": {"autotp_size": 1}, "compile": {"deepcompile": False}, "pipeline": {}},
         {"flops_profiler": {"enabled": False, "profile_step": 1}, "weight_quantization": {"enabled": False}},
         {"comet": {"enabled": False, "online": False}, "zero_optimization": {"offload_optimizer": {"ratio": 1.0}}},
