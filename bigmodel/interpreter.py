@@ -10,8 +10,8 @@ import sys
 OLDEST = (3, 11)
 EXIT_USER = 2  # as in bigmodel/run_directory.py, which an old Python cannot import
 DEPENDENCIES = """
-deepspeed fsspec matplotlib numpy prometheus_client psutil pyarrow pydantic pynvml rich safetensors streaming tenacity
-tiktoken tokenizers torch torchvision transformers triton typer
+deepspeed fsspec matplotlib numpy prometheus_client psutil pyarrow pydantic pynvml rich safetensors snappy streaming
+tenacity tiktoken tokenizers torch torchvision transformers triton typer xxhash
 """  # import names of the dependencies in pyproject.toml
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
