@@ -20,7 +20,7 @@ _INITIAL = "remove the key; bigmodel/model/init.py has the table of initial weig
 _THIS_FILE = "remove the key; training.deepspeed in the run file names this file"
 _DATA = "`bigmodel prepare` reads text and makes shards: set prepare.sources and data.directory in the run file"
 
-# Key with underscores -> setting of the run file that has its meaning.
+# Key with underscores -> setting of the run file that has its meaning (and how its value differs).
 SETTINGS = {
     "activation": "model.activation",
     "adam_beta1": "optimizer.beta1",
@@ -48,17 +48,17 @@ SETTINGS = {
     "log_dir": "run.directory",
     "lr": "optimizer.learning_rate",
     "lr_decay_iters": "schedule.decay_steps",
-    "lr_decay_samples": "schedule.decay_steps",
+    "lr_decay_samples": "schedule.decay_steps (samples divided by training.global_batch_size)",
     "lr_decay_style": "schedule.kind",
-    "lr_warmup_fraction": "schedule.warmup_steps",
+    "lr_warmup_fraction": "schedule.warmup_steps (in steps)",
     "lr_warmup_iters": "schedule.warmup_steps",
-    "lr_warmup_samples": "schedule.warmup_steps",
+    "lr_warmup_samples": "schedule.warmup_steps (samples divided by training.global_batch_size)",
     "max_position_embeddings": "data.max_document_length",
     "merge_file": "prepare.tokenizer",
-    "min_lr": "schedule.final_ratio",
+    "min_lr": "schedule.final_ratio (min_lr divided by the highest rate)",
     "mixed_precision": "training.precision",
     "mlp_type": "model.activation",
-    "no_weight_tying": "model.tied_embeddings",
+    "no_weight_tying": "model.tied_embeddings (the opposite)",
     "num_attention_heads": "model.num_heads",
     "num_kv_heads": "model.num_kv_heads",
     "num_layers": "model.num_layers",
@@ -85,8 +85,8 @@ SETTINGS = {
     "tokenizer_type": "prepare.tokenizer",
     "train_data_weights": "data.mix",
     "train_iters": "training.steps",
-    "train_samples": "training.steps",
-    "untie_embeddings_and_output_weights": "model.tied_embeddings",
+    "train_samples": "training.steps (samples divided by training.global_batch_size)",
+    "untie_embeddings_and_output_weights": "model.tied_embeddings (the opposite)",
     "use_rotary_position_embeddings": "model.position_embedding",
     "use_wandb": "metrics.writers",
     "vocab_file": "prepare.tokenizer",

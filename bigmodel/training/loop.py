@@ -290,6 +290,8 @@ def _report_start(
     places = world.size // settings.training.sequence_parallel_ranks
     if warning := padding_warning(packs, places, effective["train_micro_batch_size_per_gpu"]):
         line.say(warning)
+    if effective["zero_optimization"].get("overlap_comm"):
+        line.say("warning: zero_optimization.overlap_comm = true: DeepSpeed's issue 5545, a data race, is open")
     if ignored := list(without_effect(effective)):
         line.say(f"no effect here, {settings.training.deepspeed}: " + "; ".join(ignored))
     if start.step and changed:

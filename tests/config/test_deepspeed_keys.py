@@ -154,7 +154,7 @@ def test_monitors_become_writers_in_the_run_directory(tmp_path: Path) -> None:
 
 def test_the_settings_named_for_keys_of_other_systems_exist() -> None:
     for name, setting in SETTINGS.items():
-        section, key = setting.split(".")
+        section, key = setting.partition(" ")[0].split(".")
         assert key in type(getattr(Settings(), section)).model_fields, f"{name}: {setting}"
     assert not set(SETTINGS) & set(REASONS)
     assert not (set(SETTINGS) | set(REASONS)) & set(KEYS), "DeepSpeed knows them"
@@ -177,6 +177,7 @@ def test_the_settings_named_for_keys_of_other_systems_exist() -> None:
         ("normalization", "all norms are RMSNorm"),
         ("reset-attention-mask", "documents of a pack never see each other"),
         ("loss-scale", 'write it inside "fp16"'),
+        ("no-weight-tying", "set model.tied_embeddings (the opposite) in the run file"),
     ],
 )
 def test_keys_of_neox_and_megatron_get_an_answer(key: str, said: str) -> None:
