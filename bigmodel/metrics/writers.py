@@ -142,8 +142,8 @@ def open_writers(settings: MetricsSettings, run_directory: Path, first_step: int
     if missing:
         packages, names = ", ".join(WRITERS[name].package for name in missing), ", ".join(missing)
         raise UserError(
-            f"metrics.writers: {names}: not installed: {packages}; pip install 'bigmodel[{','.join(missing)}]', or "
-            f"leave {names} out: metrics.jsonl has the same numbers"
+            f"metrics.writers (or a monitor of the DeepSpeed JSON): {names} needs {packages}, which is not installed; "
+            f"pip install 'bigmodel[{','.join(missing)}]', or leave {names} out: metrics.jsonl has the same numbers"
         )
     return [WRITERS[name](run_directory, first_step, settings) for name in settings.writers]
 

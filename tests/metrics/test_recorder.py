@@ -456,8 +456,8 @@ def test_comet_writes_an_offline_archive_into_the_run_directory(tmp_path: Path) 
 
 def test_a_writer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'metrics.writers: "wandb" needs .* pip install .bigmodel\[wandb\]'):
-        Metrics(tmp_path, MetricsSettings(writers=["wandb"]))
+    with pytest.raises(UserError, match=r"wandb, comet needs wandb, comet_ml.* pip install .bigmodel\[wandb,comet\]"):
+        Metrics(tmp_path, MetricsSettings(writers=["wandb", "comet"]))
     assert not list(tmp_path.iterdir())
 
 
