@@ -77,6 +77,7 @@ NAMES_PUT_BEHIND_FOLDERS = {
     ("bigmodel/data/store/manifest.py", "name"),  # of a Manifest, which refuses the names of other files
     ("bigmodel/data/prepare/verify.py", "name"),  # the same, or found in the folder
     ("bigmodel/data/store/mds_index.py", "name"),  # of `read_index`, which refuses them too
+    ("bigmodel/data/store/mds_index.py", "of_one[0]"),  # for a message; checked by read_index
     ("bigmodel/training/checkpoint/remote.py", "path.name"),  # of the checkpoint's own folder
     ("bigmodel/training/checkpoint/remote.py", "f'{path.name}/{place.name}'"),  # found in the folder
 }
