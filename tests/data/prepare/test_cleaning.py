@@ -141,7 +141,7 @@ def test_an_evaluation_file_that_compares_with_nothing_is_refused(tmp_path: Path
         (
             "list.jsonl",
             [["What is the capital of France?"], 7],
-            r"2 malformed records.*drop them\n .*list\.jsonl: line 1: 'text' is list, not text\n .*: line 2: 'text' is",
+            r"2 malformed .*drop them\n .*list\.jsonl: line 1: 'text' is an array, not text\n .*: line 2: 'text' is",
         ),
         ("short.jsonl", ["too short", None], r"ngram = 5: .*short\.jsonl has no text of that many words"),
     ):

@@ -54,7 +54,10 @@ def swap(_: Tokenizer, document: np.ndarray) -> None:
 def test_ids_are_compared_with_the_library_by_the_text_that_they_decode_to(tmp_path: Path) -> None:
     folder = prepared(tmp_path)
     assert verified(folder)[1] == []
-    assert "the library tokenized 150 texts again, by the text of their ids; 150 are stored" in verified(folder)[0]
+    assert (
+        "the library tokenized 150 texts again, by the text that their ids stand for; 150 are stored"
+        in verified(folder)[0]
+    )
     assert "the library tokenized 7 texts again" in verified(folder, 0.001)[0]  # one of each shard
     change_ids(folder, unmerge)
     assert verify(str(folder), Progress(disable=True)) == []  # nothing else shows it
@@ -108,7 +111,7 @@ def test_a_special_token_that_is_a_word_of_a_text_is_a_part_of_this_text(tmp_pat
     (tmp_path / "given.json").write_text(json.dumps(table))
     printed, problems = verified(prepared(tmp_path, tokenizer=str(tmp_path / "given.json")))
     assert problems == []
-    assert "the library tokenized 150 texts again, by the text of their ids" in printed
+    assert "the library tokenized 150 texts again, by the text that their ids stand for" in printed
 
 
 @pytest.mark.parametrize("asked", [["--share", "0.5"], ["--retokenize", "--share", "0"]])
