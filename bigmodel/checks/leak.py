@@ -219,7 +219,7 @@ def _outputs(model: Transformer, batch: Batch) -> list[tuple[int, Tensor]]:
         *(block(states_TH, views[block.kind], batch.dropout_seeds, source) for block in model.extra_blocks),
     ]
     losses_T = model.read_out(x_TH, x_SE, batch, "loss_per_position")
-    outputs = [(0, losses_T), *((0, model.norm(one)) for one in heads)]
+    outputs = [(0, losses_T), *((0, model.last_states(one)) for one in heads)]
     return [*outputs, (1, source.states_SE)] if source else outputs
 
 

@@ -101,8 +101,16 @@ class ModelSettings(Section):
     separate_embeddings: bool = setting(
         False, only_with=TWO_SIDES, description="the encoder has its own embedding matrix"
     )
-    position_embedding: Literal["rotary", "relative_bias"] = Field(
-        "rotary", description="rotary (Su et al. 2021), or T5's relative bias, shared by the layers of a side"
+    position_embedding: Literal["rotary", "relative_bias", "learned"] = Field(
+        "rotary",
+        description="rotary (Su et al. 2021); relative_bias: T5's, shared by the layers of a side; learned: a vector "
+        "for each position in a document, added to the embedded token (GPT-2, BERT)",
+    )
+    max_positions: int = setting(
+        0,
+        only_with={"position_embedding": "learned"},
+        ge=0,
+        description="learned positions: the longest document, in tokens",
     )
     relative_buckets: int = setting(
         32, only_with={"position_embedding": "relative_bias"}, ge=4, description="learned distances per head"
@@ -124,6 +132,13 @@ class ModelSettings(Section):
         description="k: layers k, 2k, 3k ... of a stack, counted from 1, attend to the whole document; "
         "Gemma 2: 2, Gemma 3: 6, OLMo 3: 4; 0: no layer does (Mistral)",
     )
+    first_full_attention: int = setting(
+        0,
+        only_with={"full_attention_every": SET},
+        ge=0,
+        description="number of the first layer that attends to the whole document, counted from 1, at most k "
+        "(ModernBERT: 1); 0: k",
+    )
     sliding_rope_theta: float = setting(
         0.0,
         only_with={"position_embedding": "rotary", "sliding_window": SET},
@@ -134,8 +149,34 @@ class ModelSettings(Section):
         0.0, ge=0, description="c: attention scores become c * tanh(score / c), at most c (Gemma 2: 50); 0: off"
     )
     attention_scale: float = Field(0.0, ge=0, description="factor of attention scores; 0: 1 / sqrt(head_dim); T5: 1")
-    activation: Literal["silu", "gelu"] = Field(
-        "silu", description="feed-forward: silu is SwiGLU, gelu T5 v1.1's GEGLU"
+    attention_bias: Literal["none", "qkv", "all"] = Field(
+        "none", description="biases of queries, keys and values (Qwen2: qkv), and of the output too (BERT: all)"
+    )
+    activation: Literal["silu", "gelu", "gelu_erf", "relu"] = Field(
+        "silu",
+        description="of the feed-forward layer; gated silu is SwiGLU, gated gelu T5 v1.1's GEGLU; gelu is the tanh "
+        "approximation, gelu_erf the exact one",
+    )
+    gated: bool = Field(True, description="gated feed-forward (Shazeer 2020); false: two matrices (T5 1.0, BERT)")
+    feed_forward_bias: bool = Field(False, description="biases in the feed-forward layer (BERT)")
+    norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm (BERT)")
+    norm_bias: bool = setting(True, only_with={"norm": "layer"}, description="biases in LayerNorm (ModernBERT: false)")
+    norm_placement: Literal["pre", "output", "sandwich", "post"] = Field(
+        "pre",
+        description="norm of a sublayer's input (pre), of its output (output: OLMo 2), of both (sandwich: Gemma 2), or "
+        "of its sum with the residual stream (post: BERT)",
+    )
+    zero_centered_norm: bool = setting(
+        False, only_with={"norm": "rms"}, description="RMSNorm multiplies by 1 + weight (Gemma)"
+    )
+    embedding_norm: bool = Field(
+        False,
+        description="norm of the embedded tokens (BERT); with norm_placement = pre the first attention then has no "
+        "norm of its own (ModernBERT)",
+    )
+    embedding_scale: float = Field(1.0, gt=0, description="factor of embedded tokens (Gemma: sqrt(hidden_size))")
+    num_token_types: int = Field(
+        0, ge=0, description="embeddings of token types, added to embedded tokens (BERT: 2); every token has type 0"
     )
     num_mtp_modules: int = setting(
         0,
@@ -168,13 +209,19 @@ class ModelSettings(Section):
         only_with={"position_embedding": "rotary"},
         description="lower rotary frequencies, in the layers that attend to the whole document",
     )
-    qk_norm: bool = Field(False, description="RMSNorm on queries and keys of each head")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys")
+    qk_norm_over: Literal["head", "all_heads"] = setting(
+        "head",
+        only_with={"qk_norm": True},
+        description="over the channels of each head (Qwen3), or of all heads together (OLMo 2)",
+    )
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout of each block's output, before it is added to the residual stream"
     )
     norm_epsilon: float = Field(1e-5, gt=0)
     logit_softcap: float = Field(0.0, ge=0, description="c: logits become c * tanh(logit / c), at most c; 0: off")
+    logit_scale: float = Field(1.0, gt=0, description="factor of logits (T5 1.0: 1 / sqrt(hidden_size))")
 
     @property
     def resolved_head_dim(self) -> int:
@@ -211,9 +258,13 @@ class ModelSettings(Section):
                 )
             if self.source_attention == "mixed" and self.position_embedding != "rotary":
                 raise ValueError(
-                    'model.source_attention = "mixed" needs model.position_embedding = "rotary": a relative bias needs '
-                    "a distance between target and source tokens, and there is none"
+                    'model.source_attention = "mixed" needs model.position_embedding = "rotary": one softmax needs '
+                    "distances between target and source tokens"
                 )
+        if self.position_embedding == "learned" and not self.max_positions:
+            raise ValueError(
+                'model.position_embedding = "learned" needs model.max_positions, the longest document in tokens'
+            )
         buckets = self.relative_buckets
         if buckets % 4 or buckets // 2 >= self.relative_distance:
             raise ValueError(
@@ -254,6 +305,11 @@ def _check_heads(model: ModelSettings) -> None:
 
 def _check_window(model: ModelSettings) -> None:
     every = model.full_attention_every
+    if model.first_full_attention > every:
+        raise ValueError(
+            f"model.first_full_attention = {model.first_full_attention} must be at most model.full_attention_every = "
+            f"{every}"
+        )
     if every == 1:
         raise ValueError(
             f"model.full_attention_every = 1 leaves no layer with model.sliding_window = {model.sliding_window}; "

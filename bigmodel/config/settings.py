@@ -286,6 +286,12 @@ class Settings(Section):
                 "data.dropped_decoder_share leaves gaps between labels, so that model.num_mtp_modules would not "
                 "predict the next tokens; remove one of them"
             )
+        longest = max(self.data.max_document_length, self.data.max_source_length)
+        if self.model.position_embedding == "learned" and longest > self.model.max_positions:
+            raise ValueError(
+                f"model.max_positions = {self.model.max_positions} is below the longest document, {longest} tokens "
+                "(data.max_document_length, data.max_source_length); raise it or shorten documents"
+            )
         if self.data.dropped_decoder_share and self.model.position_embedding == "relative_bias":
             raise ValueError(
                 "data.dropped_decoder_share needs positions that count the dropped tokens; set "

@@ -99,7 +99,7 @@ def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
 
 def _block_weights(settings: ModelSettings) -> int:
     attention = settings.hidden_size * settings.resolved_head_dim * (2 * settings.num_heads + 2 * settings.num_kv_heads)
-    return attention + 3 * settings.hidden_size * settings.intermediate_size
+    return attention + (3 if settings.gated else 2) * settings.hidden_size * settings.intermediate_size
 
 
 def flops(

@@ -44,8 +44,8 @@ class AttentionMasks(NamedTuple):
 
 def layer_kind(settings: ModelSettings, layer: int) -> LayerKind:
     """The kind of a stack's layer, counted from 0."""
-    every = settings.full_attention_every
-    is_full = not settings.sliding_window or (every > 0 and (layer + 1) % every == 0)
+    every, first = settings.full_attention_every, settings.first_full_attention
+    is_full = not settings.sliding_window or (every > 0 and (layer + 1 - first) % every == 0)
     return "full" if is_full else "sliding"
 
 
@@ -133,7 +133,9 @@ def _layers_of(settings: ModelSettings, kind: LayerKind) -> str:
     if len(kinds_of(settings)) == 1:
         return f": {extent}"
     every = settings.full_attention_every
-    full = list(range(every, settings.num_layers + settings.num_mtp_modules + 1, every))
+    full = list(
+        range(settings.first_full_attention or every, settings.num_layers + settings.num_mtp_modules + 1, every)
+    )
     listed = ", ".join(map(str, full[:3])) + (" ..." if len(full) > 3 else "")
     return f", layer {listed}: {extent}" if kind == "full" else f", other layers: {extent}"
 

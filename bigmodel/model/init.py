@@ -24,7 +24,8 @@ def init_weights(
     | attention.output, feed_forward.down, | normal, deviation sqrt(1/inputs/A)  | GPT-2: the residual stream of |
     | cross_attention.output               |                                     | A additions keeps its size    |
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
-    | norms                                | 1                                   |                               |
+    | norms                                | 1; zero-centered: 0                 |                               |
+    | biases                               | 0                                   |                               |
 
     A is 2 per layer, 3 in a decoder with cross-attention; the encoder counts its own layers. With
     model.attention_scale set, query weights are divided by it and by sqrt(head_dim), as in T5, so that initial scores
@@ -40,14 +41,14 @@ def init_weights(
 
 def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
     if parameter.dim() == 1:
-        parameter.fill_(1.0)
+        parameter.fill_(0.0 if name.endswith(".bias") or settings.zero_centered_norm else 1.0)
         return
     crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
     side, additions = settings, (3 if crosses else 2) * settings.num_layers
     if name.startswith("encoder."):
         side = settings.encoder
         additions = 2 * side.num_layers
-    if name.removeprefix("encoder.").startswith(("embedding.", "head.", "relative_bias.")):
+    if name.removeprefix("encoder.").startswith(("embedding.", "input.", "head.", "relative_bias.")):
         deviation = 0.02
     elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
         deviation = math.sqrt(1.0 / parameter.shape[1] / additions)

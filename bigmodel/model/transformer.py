@@ -7,6 +7,8 @@ number of machines: ZeRO is applied from outside.
 
     tokens -> embedding -> [ norm -> attention -> + -> norm -> feed-forward -> + ] x layers -> norm -> head -> loss
 
+By default; `model.norm_placement` and other settings make the blocks those of Gemma, OLMo, T5, BERT and others.
+
 Example: cu_seqlens [0, 5, 7, 8], hidden_size 64, vocabulary 32,000: tokens (8,) -> hidden states (8, 64) -> loss sum
 () over the labels of three documents; the logits (8, 32000) exist only if `output` asks for them.
 
@@ -20,11 +22,10 @@ heads, G key/value heads, K head_dim, F intermediate_size, V vocabulary. `x_TH` 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
@@ -38,55 +39,11 @@ from bigmodel.kernels.linear_cross_entropy import (
 from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
 from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks, layer_kind
+from bigmodel.model.layers import FeedForward, Input, Linear, dropout, make_head_norm, make_norm
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 
 Output = Literal["loss_sum", "loss_per_position", "logits"]
 CROSS_SALT = 1 << 20  # added to the dropout salt of cross-attention: larger than all other salts
-
-
-class Linear(nn.Linear):
-    """A matrix product without bias. bf16 on a CPU is multiplied in fp32 and rounded once.
-
-    CPUs without bf16 instructions multiply bf16 about 30 times slower than fp32 (1.2 against 32 GFLOP/s on
-    one AVX2 core). The result equals that of a GPU, which also adds bf16 products in fp32.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype is torch.bfloat16:
-            return F.linear(x.float(), self.weight.float()).to(x.dtype)
-        return F.linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 at least (Zhang & Sennrich 2019)."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * inverse_rms * self.weight).to(x.dtype)
-
-
-def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
-    """Dropout by a hash of (seed of the position, salt, channel): equal on any rank and device and when recomputed.
-
-    The hash is the finalizer of splitmix64 (Steele et al. 2014); its top 31 bits are compared with the rate.
-    """
-    if rate == 0.0:
-        return x_TH
-    channels = torch.arange(x_TH.shape[-1], device=x_TH.device, dtype=torch.int64)
-    word = (seeds_T[:, None] ^ (salt * 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF)) + channels * 0x1E3779B97F4A7C15
-    word = (word ^ (word >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    word = (word ^ (word >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    keep = (word >> 33 & 0x7FFFFFFF) >= int(rate * 2**31)
-    return x_TH * keep * (1.0 / (1.0 - rate))
 
 
 @dataclass(frozen=True)
@@ -133,10 +90,12 @@ class Attention(nn.Module):
             settings.resolved_head_dim,
         )
         self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
-        self.query_key_value = Linear(settings.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size)
-        self.query_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        rows, has_bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, settings.attention_bias != "none"
+        self.query_key_value = Linear(settings.hidden_size, rows, has_bias)
+        self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size, settings.attention_bias == "all")
+        self.query_norm, self.key_norm = (
+            make_head_norm(settings, number) for number in (self.num_heads, self.num_kv_heads)
+        )
 
     def project(self, x_TH: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         heads_TNK = self.query_key_value(x_TH).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
@@ -157,7 +116,8 @@ class MixedAttention(Attention):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
-        self.source_key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim)
+        rows, has_bias = 2 * self.num_kv_heads * self.head_dim, settings.attention_bias != "none"
+        self.source_key_value = Linear(settings.encoder.hidden_size, rows, has_bias)
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, states_SE: Tensor) -> Tensor:  # type: ignore[override]
         assert inputs.source_table is not None, "mixed attention needs inputs from make_mixed_views"
@@ -181,11 +141,13 @@ class CrossAttention(nn.Module):
             settings.resolved_head_dim,
         )
         self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
-        self.query = Linear(settings.hidden_size, self.num_heads * self.head_dim)
-        self.key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim)
-        self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size)
-        self.query_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_dim, settings.norm_epsilon) if settings.qk_norm else nn.Identity()
+        has_bias = settings.attention_bias != "none"
+        self.query = Linear(settings.hidden_size, self.num_heads * self.head_dim, has_bias)
+        self.key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim, has_bias)
+        self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size, settings.attention_bias == "all")
+        self.query_norm, self.key_norm = (
+            make_head_norm(settings, number) for number in (self.num_heads, self.num_kv_heads)
+        )
 
     def forward(self, x_TH: Tensor, source: EncoderOutput) -> Tensor:
         assert source.inputs is not None, "cross-attention needs an encoder output with attention inputs"
@@ -199,23 +161,8 @@ class CrossAttention(nn.Module):
         return self.output(out_TQK.flatten(1))
 
 
-class FeedForward(nn.Module):
-    """A gated layer (Shazeer 2020): (silu(x W_gate) * (x W_up)) W_down, or gelu; W_gate and W_up are one product."""
-
-    def __init__(self, settings: ModelSettings) -> None:
-        super().__init__()
-        self.gate_up = Linear(settings.hidden_size, 2 * settings.intermediate_size)
-        self.down = Linear(settings.intermediate_size, settings.hidden_size)
-        self.gate = settings.activation
-
-    def forward(self, x_TH: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up(x_TH).chunk(2, dim=-1)
-        opened_TF = F.silu(gate_TF) if self.gate == "silu" else F.gelu(gate_TF, approximate="tanh")
-        return self.down(opened_TF * up_TF)
-
-
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each on a normalised input and added to the residual stream.
+    """One layer: attention and feed-forward, each added to the residual stream, with norms by `model.norm_placement`.
 
     In an encoder-decoder, decoder blocks attend to the source in the same attention (mixed) or in a second one (cross).
     `inputs` are the attention inputs of the block's `kind` of layer.
@@ -226,25 +173,41 @@ class Block(nn.Module):
         self.layer, self.dropout, self.kind = layer, settings.dropout, layer_kind(settings, layer)
         self.is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
         self.is_cross = settings.kind == "encoder_decoder" and not self.is_mixed
-        self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.placement = settings.norm_placement
+        is_normalised = layer == 0 and settings.embedding_norm and self.placement == "pre"  # by the embedding's norm
+        self.attention_norm = nn.Identity() if is_normalised else make_norm(settings.hidden_size, settings)
         self.attention = MixedAttention(settings) if self.is_mixed else Attention(settings)
         if self.is_cross:
-            self.cross_attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+            self.cross_attention_norm = make_norm(settings.hidden_size, settings)
             self.cross_attention = CrossAttention(settings)
-        self.feed_forward_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.feed_forward_norm = make_norm(settings.hidden_size, settings)
         self.feed_forward = FeedForward(settings)
+        if self.placement == "sandwich":
+            self.attention_output_norm = make_norm(settings.hidden_size, settings)
+            self.feed_forward_output_norm = make_norm(settings.hidden_size, settings)
+            if self.is_cross:
+                self.cross_attention_output_norm = make_norm(settings.hidden_size, settings)
 
     def forward(
         self, x_TH: Tensor, inputs: AttentionInputs, seeds_T: Tensor, source: EncoderOutput | None = None
     ) -> Tensor:
         seen = (source.states_SE,) if self.is_mixed and source else ()
-        mixed_TH = self.attention(self.attention_norm(x_TH), inputs, *seen)
-        x_TH = x_TH + self.drop(mixed_TH, seeds_T, 2)
+        x_TH = self.add("attention", x_TH, seeds_T, (2, 0), inputs, *seen)
         if self.is_cross:
-            found_TH = self.cross_attention(self.cross_attention_norm(x_TH), source)
-            x_TH = x_TH + self.drop(found_TH, seeds_T, 1, CROSS_SALT)
-        thought_TH = self.feed_forward(self.feed_forward_norm(x_TH))
-        return x_TH + self.drop(thought_TH, seeds_T, 2, 1)
+            x_TH = self.add("cross_attention", x_TH, seeds_T, (1, CROSS_SALT), source)
+        return self.add("feed_forward", x_TH, seeds_T, (2, 1))
+
+    def add(self, name: str, x_TH: Tensor, seeds_T: Tensor, salt: tuple[int, int], *inputs: Any) -> Tensor:
+        """x plus the sublayer's output. The norm is of the sublayer's input (pre), of its output (output), of both
+        (sandwich), or of the sum (post)."""
+        sublayer, norm = getattr(self, name), getattr(self, f"{name}_norm")
+        out_TH = sublayer(norm(x_TH) if self.placement in ("pre", "sandwich") else x_TH, *inputs)
+        if self.placement == "sandwich":
+            out_TH = getattr(self, f"{name}_output_norm")(out_TH)
+        elif self.placement == "output":
+            out_TH = norm(out_TH)
+        x_TH = x_TH + self.drop(out_TH, seeds_T, *salt)
+        return norm(x_TH) if self.placement == "post" else x_TH
 
     def drop(self, x_TH: Tensor, seeds_T: Tensor, times: int, plus: int = 0) -> Tensor:
         """Dropout of salt times * layer + plus. Without dropout the layer's number is not read: torch.compile then has
@@ -307,14 +270,20 @@ class Encoder(nn.Module):
             self.embedding = nn.Embedding(vocabulary, settings.hidden_size)
         if settings.position_embedding == "relative_bias":
             self.relative_bias = RelativeBias(settings, sees_both_ways=True)
+        self.input = Input(settings)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
-        self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.norm = last_norm(settings)
 
     def forward(self, x_SE: Tensor, masks: Masks, positions_S: Tensor, seeds_S: Tensor) -> Tensor:
         views = make_views(self, masks, positions_S)
         for block in self.blocks:
             x_SE = block(x_SE, views[block.kind], seeds_S)
         return self.norm(x_SE)
+
+
+def last_norm(settings: ModelSettings) -> nn.Module:
+    """The norm after the last block of a stack; the last block itself ends with one if norms are of the sums."""
+    return nn.Identity() if settings.norm_placement == "post" else make_norm(settings.hidden_size, settings)
 
 
 def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor) -> Views:
@@ -324,6 +293,8 @@ def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor) -> Views:
     if settings.position_embedding == "relative_bias":
         bias_HR = stack.relative_bias()
         return {kind: AttentionInputs(mask, schedules[kind], bias_HR=bias_HR) for kind, mask in masks.items()}
+    if settings.position_embedding == "learned":  # added by `Input`
+        return {kind: AttentionInputs(mask, schedules[kind]) for kind, mask in masks.items()}
     tables = {kind: rotary_table(positions_T, settings, kind) for kind in masks}
     return {kind: AttentionInputs(mask, schedules[kind], tables[kind]) for kind, mask in masks.items()}
 
@@ -358,6 +329,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.embedding = nn.Embedding(vocabulary, settings.hidden_size)
+        self.input = Input(settings)
         if settings.kind == "encoder_decoder":
             self.encoder = Encoder(settings.encoder, vocabulary)
         if settings.position_embedding == "relative_bias":
@@ -365,7 +337,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
         extra = range(settings.num_layers, settings.num_layers + settings.num_mtp_modules)
         self.extra_blocks = nn.ModuleList(Block(settings, layer) for layer in extra)
-        self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.norm = last_norm(settings)
         untied = not settings.tied_embeddings
         weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
         self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
@@ -377,20 +349,23 @@ class Transformer(nn.Module):
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Embedded tokens (T, H), and embedded sources (S, E) or None."""
-        if batch.source is None:
-            return self.embedding(batch.tokens), None
+        x_TH, side = self.input(self.embedding(batch.tokens), batch.positions), batch.source
+        if side is None:
+            return x_TH, None
         of_source = self.encoder.embedding if self.settings.separate_embeddings else self.embedding
-        return self.embedding(batch.tokens), of_source(batch.source.tokens)
+        return x_TH, self.encoder.input(of_source(side.tokens), side.positions)
 
     def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
         """The rest of `forward`, after the embedding."""
         x_TH, views, source = self.trunk(x_TH, x_SE, batch)
-        result = self.head(self.norm(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups)
+        result = self.head(self.last_states(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups)
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):
             extra = sum(
-                self.head(self.norm(block(x_TH, views[block.kind], batch.dropout_seeds, source)), labels_T, output)
+                self.head(
+                    self.last_states(block(x_TH, views[block.kind], batch.dropout_seeds, source)), labels_T, output
+                )
                 for block, labels_T in (
                     (block, ahead(batch.labels, batch.cu_seqlens, steps))
                     for steps, block in enumerate(self.extra_blocks, 1)
@@ -401,8 +376,13 @@ class Transformer(nn.Module):
         return result
 
     def hidden(self, x_TH: Tensor, batch: Batch, x_SE: Tensor | None = None) -> Tensor:
-        """Embedded tokens (T, H) to the normalised states (T, H), the head's input."""
-        return self.norm(self.trunk(x_TH, x_SE, batch)[0])
+        """Embedded tokens (T, H) to the head's input (T, H)."""
+        return self.last_states(self.trunk(x_TH, x_SE, batch)[0])
+
+    def last_states(self, x_TH: Tensor) -> Tensor:
+        """Normalised and scaled: the head's input."""
+        x_TH = self.norm(x_TH)
+        return x_TH if self.settings.logit_scale == 1.0 else x_TH * self.settings.logit_scale
 
     def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, Views, EncoderOutput | None]:
         """Through all blocks: the states (T, H) before the last norm, the attention inputs, the encoder's output."""

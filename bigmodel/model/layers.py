@@ -1,0 +1,141 @@
+"""Layers of the transformer that act on each position alone: matrices, norms, feed-forward, embedding, dropout.
+
+Letters in tensor names as in `bigmodel.model.transformer`: T positions, H hidden_size, F intermediate_size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigmodel.config.settings import ModelSettings
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "relu": F.relu,
+}
+
+
+class Linear(nn.Linear):
+    """A matrix product, by default without bias. bf16 on a CPU is multiplied in fp32 and rounded once.
+
+    CPUs without bf16 instructions multiply bf16 about 30 times slower than fp32 (1.2 against 32 GFLOP/s on
+    one AVX2 core). The result equals that of a GPU, which also adds bf16 products in fp32.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype is torch.bfloat16:
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32 at least (Zhang & Sennrich 2019). Zero-centered: the factor
+    is 1 + weight."""
+
+    def __init__(self, width: int, epsilon: float, zero_centered: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width) if zero_centered else torch.ones(width))
+        self.epsilon, self.zero_centered = epsilon, zero_centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        factor = 1.0 + self.weight.to(wide.dtype) if self.zero_centered else self.weight
+        return (wide * inverse_rms * factor).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / deviation * weight + bias over the last dimension, in fp32 at least (Ba et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps).to(x.dtype)
+
+
+def make_norm(width: int, settings: ModelSettings) -> nn.Module:
+    """The norm of `model.norm` over `width` channels."""
+    if settings.norm == "layer":
+        return LayerNorm(width, settings.norm_epsilon, bias=settings.norm_bias)
+    return RMSNorm(width, settings.norm_epsilon, settings.zero_centered_norm)
+
+
+class AllHeadsNorm(RMSNorm):
+    """RMSNorm over the channels of all heads of a position together, (T, N, K) (OLMo 2)."""
+
+    def forward(self, x_TNK: Tensor) -> Tensor:
+        return super().forward(x_TNK.flatten(1)).unflatten(-1, x_TNK.shape[1:])
+
+
+def make_head_norm(settings: ModelSettings, num_heads: int) -> nn.Module:
+    """The norm of queries or keys (T, N, K)."""
+    if not settings.qk_norm:
+        return nn.Identity()
+    if settings.qk_norm_over == "head":
+        return RMSNorm(settings.resolved_head_dim, settings.norm_epsilon, settings.zero_centered_norm)
+    return AllHeadsNorm(num_heads * settings.resolved_head_dim, settings.norm_epsilon, settings.zero_centered_norm)
+
+
+def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
+    """Dropout by a hash of (seed of the position, salt, channel): equal on any rank and device and when recomputed.
+
+    The hash is the finalizer of splitmix64 (Steele et al. 2014); its top 31 bits are compared with the rate.
+    """
+    if rate == 0.0:
+        return x_TH
+    channels = torch.arange(x_TH.shape[-1], device=x_TH.device, dtype=torch.int64)
+    word = (seeds_T[:, None] ^ (salt * 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF)) + channels * 0x1E3779B97F4A7C15
+    word = (word ^ (word >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    word = (word ^ (word >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    keep = (word >> 33 & 0x7FFFFFFF) >= int(rate * 2**31)
+    return x_TH * keep * (1.0 / (1.0 - rate))
+
+
+class Input(nn.Module):
+    """Embedded tokens (T, H) to the input of the first block: scaled, with learned positions and token types added,
+    normalised, as far as the settings say so. Without these settings it changes nothing and has no parameters."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.scale = settings.embedding_scale
+        learned, types = settings.position_embedding == "learned", settings.num_token_types
+        self.positions = nn.Embedding(settings.max_positions, settings.hidden_size) if learned else None
+        self.token_types = nn.Embedding(types, settings.hidden_size) if types else None
+        self.norm = make_norm(settings.hidden_size, settings) if settings.embedding_norm else nn.Identity()
+
+    def forward(self, x_TH: Tensor, positions_T: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            x_TH = x_TH * self.scale
+        if self.token_types is not None:
+            x_TH = x_TH + self.token_types(torch.zeros_like(positions_T))
+        if self.positions is not None:
+            x_TH = x_TH + self.positions(positions_T)
+        return self.norm(x_TH)
+
+
+class FeedForward(nn.Module):
+    """(act(x W_gate) * (x W_up)) W_down, gate and up as one product (Shazeer 2020); not gated: act(x W_up) W_down."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.is_gated, self.activation = settings.gated, ACTIVATIONS[settings.activation]
+        width, inner, bias = settings.hidden_size, settings.intermediate_size, settings.feed_forward_bias
+        if self.is_gated:
+            self.gate_up = Linear(width, 2 * inner, bias)
+        else:
+            self.up = Linear(width, inner, bias)
+        self.down = Linear(inner, width, bias)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        if not self.is_gated:
+            return self.down(self.activation(self.up(x_TH)))
+        gate_TF, up_TF = self.gate_up(x_TH).chunk(2, dim=-1)
+        return self.down(self.activation(gate_TF) * up_TF)
