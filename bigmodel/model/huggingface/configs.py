@@ -1,0 +1,415 @@
+"""Settings of our model from a Hugging Face config.json, and back.
+
+In: config.json as a table, of a type in `READERS`. Out: `ModelSettings`. The way back writes a config.json for a type
+and reads it again: a type can hold a model if every setting comes back. Guarantee: a key or a setting without a
+counterpart is an error that names it. `transformers` is not imported; `DEFAULTS` has the values of keys that its
+classes let a config.json leave out, compared with transformers by a test.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bigmodel.config.model_settings import ModelSettings
+from bigmodel.config.settings import UserError
+from bigmodel.model.huggingface.rope import read_rope, write_rope
+
+Config = Mapping[str, Any]
+
+# Our names of their activations, in both directions; the last of equal ones is written.
+ACTIVATIONS = {
+    "swish": "silu", "silu": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf", "relu": "relu",
+}  # fmt: skip
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+    "bert": "BertModel",
+    "modernbert": "ModernBertModel",
+}
+DECODER_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+GEMMA: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "d_kv": 64, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": DECODER_DEFAULTS,
+    "mistral": DECODER_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": DECODER_DEFAULTS | QWEN,
+    "qwen3": DECODER_DEFAULTS | QWEN | {"head_dim": 128},
+    "olmo2": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5},
+    "olmo3": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": 4096},
+    "gemma2": DECODER_DEFAULTS | GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    "gemma3_text": DECODER_DEFAULTS | GEMMA | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+    "phi3": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5},
+    "t5": T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "mt5": T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "bert": {
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512,
+        "position_embedding_type": "absolute",
+    },
+    "modernbert": {
+        "hidden_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False, "global_rope_theta": 160_000.0,
+        "local_rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False, "global_attn_every_n_layers": 3,
+        "local_attention": 128,
+    },
+}  # fmt: skip
+# What sets a type apart, in our settings.
+OLMO = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"}
+FIXED: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": "qkv"},
+    "qwen3": {"qk_norm": True},
+    "olmo2": OLMO,
+    "olmo3": OLMO,
+    "gemma2": {"norm_placement": "sandwich", "zero_centered_norm": True},
+    "gemma3_text": {"norm_placement": "sandwich", "zero_centered_norm": True, "qk_norm": True},
+}
+FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}  # where layer_types is absent
+NOT_OF_THE_MODEL = ("dropout", "num_mtp_modules", "mtp_loss_weight")  # a config.json does not hold them
+
+
+def read_config(config: Config) -> ModelSettings:
+    """`config`: as `model.config.to_dict()` or config.json. Raises `UserError` for other types of models, and for keys
+    that our model lacks."""
+    kind = config.get("model_type")
+    if kind not in DEFAULTS:
+        raise UserError(f"model_type = {kind!r}: cannot be read; types read: {', '.join(DEFAULTS)}")
+    full = DEFAULTS[kind] | {name: value for name, value in config.items() if value is not None or name in NULLABLE}
+    return READERS.get(kind, _read_decoder)(full)
+
+
+def write_config(kind: str, settings: ModelSettings, vocabulary: int, max_positions: int) -> dict[str, Any]:
+    """A config.json of that type. Settings that the type lacks are lost: `differences` names them."""
+    theirs = WRITERS.get(kind, _write_decoder)(kind, settings)
+    theirs |= {"model_type": kind, "architectures": [CLASSES[kind]], "vocab_size": vocabulary}
+    return theirs if kind in ("t5", "mt5") else {"max_position_embeddings": max_positions} | theirs
+
+
+def differences(kind: str, settings: ModelSettings) -> list[str]:
+    """The settings that a config.json of that type cannot hold, as "model.name = value"."""
+    try:
+        back = read_config(write_config(kind, settings, 1, settings.max_positions or 1)).model_dump()
+    except (UserError, ValueError):
+        return ["model.kind"]
+    ours = settings.model_dump()
+    for table in (ours, back):
+        table["head_dim"] = table["head_dim"] or table["hidden_size"] // table["num_heads"]
+    return [
+        f"model.{name} = {value!r}"
+        for name, value in ours.items()
+        if value != back[name] and name not in NOT_OF_THE_MODEL
+    ]
+
+
+def fitting_type(settings: ModelSettings, preferred: str = "") -> str:
+    """The type that holds this model, the preferred one if it does. Raises `UserError` that names what the nearest
+    type lacks."""
+    lacking = {
+        kind: differences(kind, settings) for kind in dict.fromkeys([*([preferred] if preferred else []), *CLASSES])
+    }
+    fitting = [kind for kind, lacks in lacking.items() if not lacks]
+    if fitting:
+        return fitting[0]
+    nearest = min(lacking, key=lambda kind: len(lacking[kind]))
+    raise UserError(
+        f"{', '.join(lacking[nearest])}: no Hugging Face class has it; the nearest is {CLASSES[nearest]}; "
+        f"types written: {', '.join(CLASSES)}"
+    )
+
+
+# ---- decoders -------------------------------------------------------------------------------------------------
+
+
+def _read_decoder(config: Config) -> ModelSettings:
+    kind, heads = config["model_type"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    window = _read_window(config)
+    if window and config.get("rope_scaling") and kind in ("qwen2", "qwen3", "mistral", "phi3"):
+        raise UserError(
+            f"rope_scaling = {config.get('rope_scaling')} with sliding_window = {config['sliding_window']}: our sliding "
+            f"layers do not scale rotary positions, those of {kind} do; convert a model with only one of the two"
+        )
+    settings = read_rope(config) | window | {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": 0 if head_dim * heads == config["hidden_size"] else head_dim,
+        "intermediate_size": config["intermediate_size"],
+        "activation": _activation(config, "hidden_activation" if kind.startswith("gemma") else "hidden_act"),
+        "attention_bias": "all" if config["attention_bias"] else "none",
+        "feed_forward_bias": config["mlp_bias"],
+        "norm_epsilon": config["rms_norm_eps"],
+        "tied_embeddings": config["tie_word_embeddings"],
+    }  # fmt: skip
+    if kind.startswith("gemma"):
+        if config.get("use_bidirectional_attention"):
+            raise UserError("use_bidirectional_attention = true: our decoders are causal")
+        settings |= {
+            "embedding_scale": math.sqrt(config["hidden_size"]),
+            "attention_scale": _scale(config["query_pre_attn_scalar"], head_dim),
+            "attention_softcap": config.get("attn_logit_softcapping") or 0.0,
+            "logit_softcap": config.get("final_logit_softcapping") or 0.0,
+        }
+    if not window:
+        settings.pop("sliding_rope_theta", None)
+    return ModelSettings(**settings | FIXED.get(kind, {}))
+
+
+def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
+    theirs = write_rope(settings) | {
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_kv_heads,
+        "head_dim": settings.resolved_head_dim,
+        "hidden_act": _their_activation(settings.activation),
+        "rms_norm_eps": settings.norm_epsilon,
+        "attention_bias": settings.attention_bias == "all",
+        "mlp_bias": settings.feed_forward_bias,
+        "tie_word_embeddings": settings.tied_embeddings,
+    }
+    if kind != "llama" and not theirs["mlp_bias"]:
+        del theirs["mlp_bias"]
+    if kind in ("mistral", "qwen2", "phi3"):
+        del theirs["attention_bias"]
+    if kind == "phi3" and settings.resolved_head_dim * settings.num_heads == settings.hidden_size:
+        del theirs["head_dim"]
+    if kind.startswith("gemma"):
+        theirs |= {
+            "hidden_activation": theirs.pop("hidden_act"),
+            "query_pre_attn_scalar": round((settings.attention_scale or settings.resolved_head_dim**-0.5) ** -2),
+            "attn_logit_softcapping": settings.attention_softcap or None,
+            "final_logit_softcapping": settings.logit_softcap or None,
+        }
+    if kind == "gemma3_text":
+        theirs["rope_local_base_freq"] = settings.sliding_rope_theta or settings.rope_theta
+    return theirs | _write_window(kind, settings)
+
+
+def _read_window(config: Config) -> dict[str, int]:
+    """sliding_window, full_attention_every and first_full_attention."""
+    kind, layers, window = config["model_type"], config["num_hidden_layers"], config.get("sliding_window")
+    if not window or kind in ("llama", "olmo2") or (kind in ("qwen2", "qwen3") and not config["use_sliding_window"]):
+        if config.get("use_sliding_window") and kind == "llama":
+            raise UserError("use_sliding_window = True: Llama has no sliding layers")
+        return {}
+    kinds = config.get("layer_types")
+    if not kinds and kind in ("qwen2", "qwen3"):
+        kinds = _pattern(layers, lambda number: number <= config["max_window_layers"])
+    elif not kinds:
+        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or FULL_EVERY.get(kind, 0)
+        kinds = _pattern(layers, lambda number: every > 0 and number % every == 0)
+    return _from_pattern(window, kinds)
+
+
+def _pattern(layers: int, is_full: Callable[[int], bool]) -> list[str]:
+    return ["full_attention" if is_full(number) else "sliding_attention" for number in range(1, layers + 1)]
+
+
+def _from_pattern(window: int, kinds: list[str]) -> dict[str, int]:
+    full = [number for number, kind in enumerate(kinds, 1) if kind == "full_attention"]
+    if len(full) == len(kinds):
+        return {}
+    if not full:
+        return {"sliding_window": window}
+    every = full[1] - full[0] if full[1:] else full[0]
+    if full != list(range(full[0], len(kinds) + 1, every)) or full[0] > every:
+        raise UserError(
+            f"layer_types = {kinds}: our model has full attention in every k-th layer (model.full_attention_every) or "
+            "in none"
+        )
+    first = {} if full[0] == every else {"first_full_attention": full[0]}
+    return {"sliding_window": window, "full_attention_every": every, **first}
+
+
+def _write_window(kind: str, settings: ModelSettings) -> dict[str, Any]:
+    every, first = settings.full_attention_every, settings.first_full_attention
+    window = settings.sliding_window or None
+    if kind in ("llama", "olmo2"):
+        return {}
+    if kind in ("mistral", "phi3"):
+        return {"sliding_window": window}
+    kinds = _pattern(
+        settings.num_layers,
+        lambda number: not window or (every > 0 and number >= first and (number - first) % every == 0),
+    )
+    used = {"use_sliding_window": bool(window), "max_window_layers": 0} if kind in ("qwen2", "qwen3") else {}
+    return used | {"sliding_window": window, "layer_types": kinds}
+
+
+# ---- encoder-decoders -----------------------------------------------------------------------------------------
+
+
+def _read_t5(config: Config) -> ModelSettings:
+    gate, _, name = config["feed_forward_proj"].rpartition("-")
+    activation = "gelu_new" if (gate, name) == ("gated", "gelu") else name
+    width, heads = config["d_model"], config["num_heads"]
+    return ModelSettings(
+        kind="encoder_decoder",
+        num_layers=config.get("num_decoder_layers") or config["num_layers"],
+        encoder_num_layers=config["num_layers"],
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=0 if heads * config["d_kv"] == width else config["d_kv"],
+        intermediate_size=config["d_ff"],
+        activation=_activation({"feed_forward_proj": activation}, "feed_forward_proj"),
+        gated=gate == "gated",
+        position_embedding="relative_bias",
+        relative_buckets=config["relative_attention_num_buckets"],
+        relative_distance=config["relative_attention_max_distance"],
+        attention_scale=1.0,
+        norm_epsilon=config["layer_norm_epsilon"],
+        tied_embeddings=config["tie_word_embeddings"],
+        logit_scale=width**-0.5 if config["tie_word_embeddings"] else 1.0,
+    )
+
+
+def _write_t5(kind: str, settings: ModelSettings) -> dict[str, Any]:
+    activation = {"gelu": "gelu"}.get(settings.activation, _their_activation(settings.activation))
+    return {
+        "d_model": settings.hidden_size,
+        "d_kv": settings.resolved_head_dim,
+        "d_ff": settings.intermediate_size,
+        "num_layers": settings.encoder.num_layers,
+        "num_decoder_layers": settings.num_layers,
+        "num_heads": settings.num_heads,
+        "feed_forward_proj": f"gated-{activation}" if settings.gated else activation,
+        "relative_attention_num_buckets": settings.relative_buckets,
+        "relative_attention_max_distance": settings.relative_distance,
+        "layer_norm_epsilon": settings.norm_epsilon,
+        "tie_word_embeddings": settings.tied_embeddings,
+        "is_encoder_decoder": True,
+        "dropout_rate": settings.dropout,
+    }
+
+
+# ---- encoders -------------------------------------------------------------------------------------------------
+
+
+def _read_bert(config: Config) -> ModelSettings:
+    if config["position_embedding_type"] != "absolute":
+        raise UserError(f"position_embedding_type = {config['position_embedding_type']!r}: only 'absolute' can be read")
+    return ModelSettings(
+        kind="encoder",
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_heads=config["num_attention_heads"],
+        intermediate_size=config["intermediate_size"],
+        position_embedding="learned",
+        max_positions=config["max_position_embeddings"],
+        attention_bias="all",
+        activation=_activation(config, "hidden_act"),
+        gated=False,
+        feed_forward_bias=True,
+        norm="layer",
+        norm_placement="post",
+        embedding_norm=True,
+        num_token_types=config["type_vocab_size"],
+        norm_epsilon=config["layer_norm_eps"],
+        tied_embeddings=True,
+    )
+
+
+def _write_bert(kind: str, settings: ModelSettings) -> dict[str, Any]:
+    return {
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "intermediate_size": settings.intermediate_size,
+        "hidden_act": _their_activation(settings.activation),
+        "max_position_embeddings": settings.max_positions,
+        "type_vocab_size": settings.num_token_types,
+        "layer_norm_eps": settings.norm_epsilon,
+        "hidden_dropout_prob": settings.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "tie_word_embeddings": settings.tied_embeddings,
+    }
+
+
+def _read_modernbert(config: Config) -> ModelSettings:
+    new = config.get("rope_parameters") or {}
+    thetas = {side: (new.get(f"{side}_attention") or {}).get("rope_theta") for side in ("full", "sliding")}
+    layers, every = config["num_hidden_layers"], config["global_attn_every_n_layers"]
+    kinds = config.get("layer_types") or _pattern(layers, lambda number: (number - 1) % every == 0)
+    window = _from_pattern(config["local_attention"], kinds)
+    sliding = {"sliding_rope_theta": thetas["sliding"] or config["local_rope_theta"]} if window else {}
+    return ModelSettings(
+        kind="encoder",
+        num_layers=layers,
+        hidden_size=config["hidden_size"],
+        num_heads=config["num_attention_heads"],
+        intermediate_size=config["intermediate_size"],
+        rope_theta=thetas["full"] or config["global_rope_theta"],
+        attention_bias="all" if config["attention_bias"] else "none",
+        activation=_activation(config, "hidden_activation"),
+        feed_forward_bias=config["mlp_bias"],
+        norm="layer",
+        norm_bias=config["norm_bias"],
+        embedding_norm=True,
+        norm_epsilon=config["norm_eps"],
+        tied_embeddings=True,
+        **window,
+        **sliding,
+    )
+
+
+def _write_modernbert(kind: str, settings: ModelSettings) -> dict[str, Any]:
+    return {
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "intermediate_size": settings.intermediate_size,
+        "hidden_activation": _their_activation(settings.activation),
+        "norm_eps": settings.norm_epsilon,
+        "norm_bias": settings.norm_bias,
+        "global_rope_theta": settings.rope_theta,
+        "local_rope_theta": settings.sliding_rope_theta or settings.rope_theta,
+        "attention_bias": settings.attention_bias == "all",
+        "mlp_bias": settings.feed_forward_bias,
+        "global_attn_every_n_layers": settings.full_attention_every or 1,
+        "local_attention": settings.sliding_window or 128,
+        "tie_word_embeddings": settings.tied_embeddings,
+    }
+
+
+# ---- all ------------------------------------------------------------------------------------------------------
+
+NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null is not the default
+READERS: dict[str, Callable[[Config], ModelSettings]] = {
+    "t5": _read_t5, "mt5": _read_t5, "bert": _read_bert, "modernbert": _read_modernbert,
+}  # fmt: skip
+WRITERS: dict[str, Callable[[str, ModelSettings], dict[str, Any]]] = {
+    "t5": _write_t5, "mt5": _write_t5, "bert": _write_bert, "modernbert": _write_modernbert,
+}  # fmt: skip
+
+
+def _activation(config: Config, key: str) -> str:
+    if config[key] not in ACTIVATIONS:
+        raise UserError(f"{key} = {config[key]!r}: our model has {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config[key]]
+
+
+def _their_activation(ours: str) -> str:
+    return {mine: theirs for theirs, mine in ACTIVATIONS.items()}[ours]
+
+
+def _scale(query_pre_attn_scalar: float, head_dim: int) -> float:
+    return 0.0 if query_pre_attn_scalar == head_dim else query_pre_attn_scalar**-0.5

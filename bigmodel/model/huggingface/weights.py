@@ -1,0 +1,222 @@
+"""Names of weights: each of ours is one or several of theirs, one below the other.
+
+In: a type of `configs` and our settings. Out: for each of our parameters the names of theirs with their rows. Both
+directions follow from it: theirs are concatenated, ours are split. Example, Llama with 4 query and 2 key/value heads
+of 16 channels:
+
+    blocks.0.attention.query_key_value.weight: q_proj 64 rows, k_proj 32 rows, v_proj 32 rows
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from bigmodel.config.model_settings import ModelSettings
+from bigmodel.config.settings import UserError
+from bigmodel.model.huggingface.configs import Config, read_config
+
+Part = tuple[str, int]  # their name, and its rows; 0: all rows of ours
+Names = dict[str, list[Part]]
+Weights = dict[str, Tensor]
+SHOWN_NAMES = 8
+
+DECODER_NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"},
+    "output": {"attention_norm": "post_attention_layernorm", "feed_forward_norm": "post_feedforward_layernorm"},
+    "sandwich": {
+        "attention_norm": "input_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "feed_forward_norm": "pre_feedforward_layernorm",
+        "feed_forward_output_norm": "post_feedforward_layernorm",
+    },
+}
+# What a file may hold beside: buffers of older versions, copies of tied weights, heads that our encoders do not have.
+PASSED_OVER = (
+    "rotary_emb.inv_freq", "embeddings.position_ids", "lm_head.weight", "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+)  # fmt: skip
+HEADS = ("pooler.", "cls.", "head.", "decoder.")  # of encoders
+
+
+def from_transformers(config: Config, state: Mapping[str, Tensor]) -> tuple[ModelSettings, Weights]:
+    """Settings and weights of ours. `config`: as `model.config.to_dict()` or config.json; `state`: as
+    `model.state_dict()`. Raises `UserError` for what our model lacks, and for weights that are missing or too many."""
+    settings, kind = read_config(config), config["model_type"]
+    short = without_prefix(kind, state)
+    return settings, to_ours(names_of(kind, settings), {short[name]: state[name] for name in short})
+
+
+def names_of(kind: str, settings: ModelSettings) -> Names:
+    """Their names for each of our parameters."""
+    if kind in ("t5", "mt5"):
+        return _t5(settings)
+    if kind in ("bert", "modernbert"):
+        return (_bert if kind == "bert" else _modernbert)(settings)
+    return _decoder(kind, settings)
+
+
+def to_ours(names: Names, theirs: Mapping[str, Tensor]) -> Weights:
+    """Our weights. Raises `UserError` for theirs that are missing and for theirs that nothing takes."""
+    wanted = [name for parts in names.values() for name, _ in parts]
+    missing = sorted(set(wanted) - set(theirs))
+    left = sorted(name for name in set(theirs) - set(wanted) if not name.endswith(PASSED_OVER))
+    problems = [
+        f"{what}: {', '.join(found[:SHOWN_NAMES])}{f' and {len(found) - SHOWN_NAMES} more' if found[SHOWN_NAMES:] else ''}"
+        for what, found in (("weights are missing", missing), ("weights that config.json has no place for", left))
+        if found
+    ]
+    if problems:
+        raise UserError("; ".join(problems))
+    return {ours: _joined([theirs[name] for name, _ in parts]) for ours, parts in names.items()}
+
+
+def to_theirs(names: Names, ours: Mapping[str, Tensor]) -> Weights:
+    """Their weights: views of ours."""
+    theirs: Weights = {}
+    for name, parts in names.items():
+        rows = [number for _, number in parts] if len(parts) > 1 else [len(ours[name])]
+        theirs |= dict(zip((part for part, _ in parts), ours[name].split(rows), strict=True))
+    return theirs
+
+
+def without_prefix(kind: str, theirs: Iterable[str]) -> dict[str, str]:
+    """Names in a file -> names of the class without a head, for encoders: BertForMaskedLM calls its weights bert.*,
+    ModernBertForMaskedLM model.*. Heads are left out."""
+    prefix = {"bert": "bert.", "modernbert": "model."}.get(kind, "")
+    if not prefix:
+        return {name: name for name in theirs}
+    bare = {name: name.removeprefix(prefix) for name in theirs}
+    return {name: short for name, short in bare.items() if not short.startswith(HEADS)}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decoder(kind: str, settings: ModelSettings) -> Names:
+    queries, keys = (heads * settings.resolved_head_dim for heads in (settings.num_heads, settings.num_kv_heads))
+    names: Names = {"embedding.weight": [("model.embed_tokens.weight", 0)], "norm.weight": [("model.norm.weight", 0)]}
+    if not settings.tied_embeddings:
+        names["head.weight"] = [("lm_head.weight", 0)]
+    for layer in range(settings.num_layers + settings.num_mtp_modules):
+        block = f"blocks.{layer}." if layer < settings.num_layers else f"extra_blocks.{layer - settings.num_layers}."
+        theirs = f"model.layers.{layer}."
+        for ours, norm in DECODER_NORMS[settings.norm_placement].items():
+            names[f"{block}{ours}.weight"] = [(f"{theirs}{norm}.weight", 0)]
+        if settings.qk_norm:
+            for side in ("query", "key"):
+                names[f"{block}attention.{side}_norm.weight"] = [(f"{theirs}self_attn.{side[0]}_norm.weight", 0)]
+        fused, inner = kind == "phi3", settings.intermediate_size
+        projections = [("qkv_proj", 0)] if fused else [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+        gates = [("gate_up_proj", 0)] if fused else [("gate_proj", inner), ("up_proj", inner)]
+        for what, has_bias, attention, mlp in (
+            ("weight", True, True, True),
+            ("bias", True, settings.attention_bias, settings.feed_forward_bias),
+        ):
+            if attention and attention != "none":
+                names[f"{block}attention.query_key_value.{what}"] = [
+                    (f"{theirs}self_attn.{name}.{what}", rows) for name, rows in projections
+                ]
+            if attention in (True, "all"):
+                names[f"{block}attention.output.{what}"] = [(f"{theirs}self_attn.o_proj.{what}", 0)]
+            if mlp:
+                names[f"{block}feed_forward.gate_up.{what}"] = [
+                    (f"{theirs}mlp.{name}.{what}", rows) for name, rows in gates
+                ]
+                names[f"{block}feed_forward.down.{what}"] = [(f"{theirs}mlp.down_proj.{what}", 0)]
+    return names
+
+
+def _t5(settings: ModelSettings) -> Names:
+    names: Names = {"embedding.weight": [("shared.weight", 0)]}
+    if not settings.tied_embeddings:
+        names["head.weight"] = [("lm_head.weight", 0)]
+    for side, ours, stack in (("encoder.", "encoder.", settings.encoder), ("decoder.", "", settings)):
+        bias = f"{side}block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        names |= {
+            f"{ours}relative_bias.weight": [(bias, 0)],
+            f"{ours}norm.weight": [(f"{side}final_layer_norm.weight", 0)],
+        }
+        for layer in range(stack.num_layers):
+            names |= _t5_block(stack, f"{side}block.{layer}.layer.", f"{ours}blocks.{layer}.", side == "decoder.")
+    return names
+
+
+def _t5_block(settings: ModelSettings, theirs: str, ours: str, crosses: bool) -> Names:
+    rows, last = settings.num_heads * settings.resolved_head_dim, 2 if crosses else 1
+    attention, cross, feed_forward = (
+        f"{theirs}0.SelfAttention.",
+        f"{theirs}1.EncDecAttention.",
+        f"{theirs}{last}.DenseReluDense.",
+    )
+    names: Names = {
+        f"{ours}attention_norm.weight": [(f"{theirs}0.layer_norm.weight", 0)],
+        f"{ours}attention.query_key_value.weight": [(f"{attention}{name}.weight", rows) for name in "qkv"],
+        f"{ours}attention.output.weight": [(f"{attention}o.weight", 0)],
+        f"{ours}feed_forward_norm.weight": [(f"{theirs}{last}.layer_norm.weight", 0)],
+        f"{ours}feed_forward.down.weight": [(f"{feed_forward}wo.weight", 0)],
+    }
+    if settings.gated:
+        gates = [(f"{feed_forward}wi_{number}.weight", settings.intermediate_size) for number in (0, 1)]
+        names[f"{ours}feed_forward.gate_up.weight"] = gates
+    else:
+        names[f"{ours}feed_forward.up.weight"] = [(f"{feed_forward}wi.weight", 0)]
+    if crosses:
+        names |= {
+            f"{ours}cross_attention_norm.weight": [(f"{theirs}1.layer_norm.weight", 0)],
+            f"{ours}cross_attention.query.weight": [(f"{cross}q.weight", 0)],
+            f"{ours}cross_attention.key_value.weight": [(f"{cross}{name}.weight", rows) for name in "kv"],
+            f"{ours}cross_attention.output.weight": [(f"{cross}o.weight", 0)],
+        }
+    return names
+
+
+def _bert(settings: ModelSettings) -> Names:
+    names: Names = {
+        "embedding.weight": [("embeddings.word_embeddings.weight", 0)],
+        "input.positions.weight": [("embeddings.position_embeddings.weight", 0)],
+        "input.token_types.weight": [("embeddings.token_type_embeddings.weight", 0)],
+    }
+    rows = settings.num_heads * settings.resolved_head_dim
+    for what in ("weight", "bias"):
+        names[f"input.norm.{what}"] = [(f"embeddings.LayerNorm.{what}", 0)]
+        for layer in range(settings.num_layers):
+            ours, theirs = f"blocks.{layer}.", f"encoder.layer.{layer}."
+            names |= {
+                f"{ours}attention_norm.{what}": [(f"{theirs}attention.output.LayerNorm.{what}", 0)],
+                f"{ours}attention.query_key_value.{what}": [
+                    (f"{theirs}attention.self.{name}.{what}", rows) for name in ("query", "key", "value")
+                ],
+                f"{ours}attention.output.{what}": [(f"{theirs}attention.output.dense.{what}", 0)],
+                f"{ours}feed_forward_norm.{what}": [(f"{theirs}output.LayerNorm.{what}", 0)],
+                f"{ours}feed_forward.up.{what}": [(f"{theirs}intermediate.dense.{what}", 0)],
+                f"{ours}feed_forward.down.{what}": [(f"{theirs}output.dense.{what}", 0)],
+            }
+    return names
+
+
+def _modernbert(settings: ModelSettings) -> Names:
+    names: Names = {"embedding.weight": [("embeddings.tok_embeddings.weight", 0)]}
+    for what in ("weight", "bias"):
+        norm = what == "weight" or settings.norm_bias
+        attention = what == "weight" or settings.attention_bias == "all"
+        feed_forward = what == "weight" or settings.feed_forward_bias
+        if norm:
+            names |= {
+                f"input.norm.{what}": [(f"embeddings.norm.{what}", 0)],
+                f"norm.{what}": [(f"final_norm.{what}", 0)],
+            }
+        for layer in range(settings.num_layers):
+            ours, theirs = f"blocks.{layer}.", f"layers.{layer}."
+            if norm and layer:  # the first attention reads the normalised embedding
+                names[f"{ours}attention_norm.{what}"] = [(f"{theirs}attn_norm.{what}", 0)]
+            if norm:
+                names[f"{ours}feed_forward_norm.{what}"] = [(f"{theirs}mlp_norm.{what}", 0)]
+            if attention:
+                names[f"{ours}attention.query_key_value.{what}"] = [(f"{theirs}attn.Wqkv.{what}", 0)]
+                names[f"{ours}attention.output.{what}"] = [(f"{theirs}attn.Wo.{what}", 0)]
+            if feed_forward:
+                names[f"{ours}feed_forward.gate_up.{what}"] = [(f"{theirs}mlp.Wi.{what}", 0)]
+                names[f"{ours}feed_forward.down.{what}"] = [(f"{theirs}mlp.Wo.{what}", 0)]
+    return names
