@@ -349,6 +349,25 @@ def show_data(
     run(load_settings(run_file, override), png)
 
 
+@app.command()
+def export(
+    run_directory: Annotated[Path, typer.Argument(help="run directory of a training run", metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(help="folder to write", metavar="FOLDER")],
+    kind: Annotated[
+        str, typer.Option("--as", metavar="TYPE", help="model_type, as llama; default: the first that holds the model")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    max_gib: Annotated[float, typer.Option(min=0, help="largest file of weights, in GiB")] = 5,
+) -> None:
+    """Write the newest checkpoint as a Hugging Face folder, which transformers loads."""
+    from bigmodel.exchange.export import export as run
+
+    done = run(run_directory, folder, kind, dtype, int(max_gib * 2**30))
+    print(f"{done.folder}: {done.class_name} of step {done.step}")
+    if done.left_out:
+        print(f"left out: {', '.join(done.left_out)}")
+
+
 @show.command("batch")
 def show_batch(
     run_file: RunFile,

@@ -279,6 +279,9 @@ class Tokenizer:
         stored[0], stored[1:-1], stored[-1] = self.bos, ids, self.eos
         return stored
 
+    def token_of(self, number: int) -> str:
+        return self._exact.id_to_token(number)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without begin and end; bytes that are not UTF-8 become U+FFFD."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -200,6 +200,10 @@ def _write_decoder(kind: str, settings: ModelSettings) -> dict[str, Any]:
         }
     if kind == "gemma3_text":
         theirs["rope_local_base_freq"] = settings.sliding_rope_theta or settings.rope_theta
+    if kind == "olmo3":  # transformers 5.24 reads `rope_theta` for full-attention layers only; this has both
+        of_full = {"rope_type": "default", "rope_theta": settings.rope_theta} | (theirs["rope_scaling"] or {})
+        of_sliding = {"rope_type": "default", "rope_theta": settings.rope_theta}
+        theirs["rope_parameters"] = {"full_attention": of_full, "sliding_attention": of_sliding}
     return theirs | _write_window(kind, settings)
 
 

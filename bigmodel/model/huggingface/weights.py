@@ -110,9 +110,9 @@ def _decoder(kind: str, settings: ModelSettings) -> Names:
         fused, inner = kind == "phi3", settings.intermediate_size
         projections = [("qkv_proj", 0)] if fused else [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
         gates = [("gate_up_proj", 0)] if fused else [("gate_proj", inner), ("up_proj", inner)]
-        for what, has_bias, attention, mlp in (
-            ("weight", True, True, True),
-            ("bias", True, settings.attention_bias, settings.feed_forward_bias),
+        for what, attention, mlp in (
+            ("weight", True, True),
+            ("bias", settings.attention_bias, settings.feed_forward_bias),
         ):
             if attention and attention != "none":
                 names[f"{block}attention.query_key_value.{what}"] = [

@@ -139,18 +139,43 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
         engine.write(partial(_read_or_begin, then["keys"], read), then["updates"], then["scaler"])
 
 
-def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint by parameter name, without an engine. Not collective.
+@dataclass(frozen=True)
+class WeightSource:
+    """The fp32 weights of a checkpoint by parameter name, read when they are asked for. Not collective.
 
-    key: "ema" for the average of the weights over the updates, if the run kept one.
+    key: "weight", or "ema" for the average of the weights over the updates, if the run kept one.
     """
+
+    shapes: dict[str, list[int]]
+    key: str
+    reader: Read
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str) -> list[int]:
+        return self.shapes[name]
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """(numel,) elements of the flattened weight from `start` on."""
+        return self.reader(name, self.key, start, numel)
+
+
+@contextlib.contextmanager
+def weights(checkpoint: Checkpoint, key: str = "weight") -> Iterator[WeightSource]:
+    """Open the weights of a checkpoint, without an engine."""
     description = checkpoint.description
+    shapes = {name: shape for name, shape in description["shapes"].items() if key in description["keys"][name]}
     chunks = [chunk for name in checkpoint.parts for chunk in _pieces(checkpoint.path / name)]
     with Reader(checkpoint.path, chunks) as read:
+        yield WeightSource(shapes, key, read)
+
+
+def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tensor]:
+    """All weights of a checkpoint by parameter name, in memory."""
+    with weights(checkpoint, key) as source:
         return {
-            name: read(name, key, 0, torch.Size(shape).numel()).view(shape)
-            for name, shape in description["shapes"].items()
-            if key in description["keys"][name]
+            name: source.read(name, 0, torch.Size(shape).numel()).view(shape) for name, shape in source.shapes.items()
         }
 
 

@@ -1,0 +1,1 @@
+"""Models in and out: export to Hugging Face, start from a Hugging Face folder."""
