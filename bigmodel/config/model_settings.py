@@ -1,8 +1,9 @@
 """Settings of the model: architecture, attention windows, rotary positions ([model])."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from bigmodel.config.sections import SET, Section, setting
 
@@ -67,7 +68,26 @@ ROPE_SCALING_KEYS = {
 }
 
 
-class ModelSettings(Section):
+if TYPE_CHECKING:
+    WithFrom = Section
+else:  # `from` is a word of Python
+    WithFrom = create_model(
+        "WithFrom",
+        __base__=Section,
+        **{
+            "from": (
+                Path | None,
+                Field(
+                    None,
+                    description="Hugging Face folder whose weights the run starts from; settings that it states may be "
+                    "left out; prepare.tokenizer is its tokenizer",
+                ),
+            )
+        },
+    )
+
+
+class ModelSettings(WithFrom):
     """A transformer: decoder, encoder-decoder or encoder. The vocabulary comes from the data's manifest.
 
     `encoder_...` = 0: the encoder of an encoder-decoder has the decoder's value.
@@ -222,6 +242,21 @@ class ModelSettings(Section):
     norm_epsilon: float = Field(1e-5, gt=0)
     logit_softcap: float = Field(0.0, ge=0, description="c: logits become c * tanh(logit / c), at most c; 0: off")
     logit_scale: float = Field(1.0, gt=0, description="factor of logits (T5 1.0: 1 / sqrt(hidden_size))")
+    min_vocabulary: int = Field(
+        0, ge=0, description="least rows of embedding and output head; model.from sets it to the folder's vocab_size"
+    )
+    vocabulary_multiple: int = Field(
+        1, ge=1, description="rows of embedding and output head are a multiple of it; further rows stand for no token"
+    )
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Rows of embedding and output head for that many tokens."""
+        return -(-max(num_tokens, self.min_vocabulary) // self.vocabulary_multiple) * self.vocabulary_multiple
+
+    @property
+    def start_folder(self) -> Path | None:
+        """`from`."""
+        return getattr(self, "from")
 
     @property
     def resolved_head_dim(self) -> int:

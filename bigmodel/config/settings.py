@@ -29,6 +29,7 @@ from bigmodel.config.sections import Section as Section
 from bigmodel.config.sections import UserError as UserError
 from bigmodel.config.sections import explain as explain
 from bigmodel.config.sections import without_secrets as without_secrets
+from bigmodel.config.start_folder import completed
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.training.optimizers.table import OPTIMIZERS
 
@@ -352,6 +353,7 @@ def settings_from_table(table: Mapping[str, Any], origin: Path, saved: bool = Fa
 
     saved: the values were saved by a run, perhaps of an earlier version; settings without effect are accepted.
     """
+    table = table if saved else completed(table, origin)
     try:
         return Settings.model_validate(table, context=SAVED if saved else None)
     except ValidationError as error:

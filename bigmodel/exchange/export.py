@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel.config.huggingface import CLASSES, differences, fitting_type, write_config
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
-from bigmodel.model.huggingface.configs import CLASSES, differences, fitting_type, write_config
 from bigmodel.model.huggingface.folder import MAX_BYTES, write_folder
 from bigmodel.model.huggingface.weights import Names, names_of
 from bigmodel.run_directory import read_json

@@ -47,6 +47,7 @@ from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.attention_masks import visible_pairs
+from bigmodel.model.huggingface.start import load_start
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (
@@ -60,6 +61,7 @@ from bigmodel.run_directory import (
 )
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
 from bigmodel.training.learning_rate import betas, learning_rate
@@ -118,8 +120,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     store = ShardStore.of_run(settings.data, "train")
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
     validation = Validation(settings.data, effective["train_micro_batch_size_per_gpu"])
-    vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
-    model = _new_model(settings, effective, vocabulary)
+    vocabulary = settings.model.num_rows(store.manifest.vocabulary + num_special_tokens(settings.data))
+    model = _new_model(settings, effective, vocabulary, fresh or not _has_checkpoint(settings, world))
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
     limit_collectives(settings.training.collective_timeout_seconds)
@@ -235,10 +237,19 @@ def _seats(world: World, sharing: int) -> tuple[Place, Seat]:
     return place, Seat(world.rank, world.size, node, local_rank, ranks_per_node)
 
 
-def _new_model(settings: Settings, effective: dict[str, Any], vocabulary: int) -> Transformer:
+def _has_checkpoint(settings: Settings, world: World) -> bool:
+    """Whether the run has one to resume from, here or in its store."""
+    local, remote = settings.run.directory / "checkpoints", settings.checkpoint.remote
+    return world.on_rank_zero(lambda: bool(checkpoint.steps(local) or (remote and remote_steps(remote))))
+
+
+def _new_model(settings: Settings, effective: dict[str, Any], vocabulary: int, begins: bool) -> Transformer:
+    """begins: nothing will be resumed, so that `model.from` has a part in it."""
     with creation(effective) as whole:
         model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
     init_weights(model, settings.run.seed, whole)
+    if begins and settings.model.start_folder:
+        load_start(model, settings.run.seed, whole)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from bigmodel.config.settings import DataSettings, UserError
 from bigmodel.data.load.batch import IGNORED, Batch
 from bigmodel.data.objectives.examples import Pair
-from bigmodel.model.huggingface.configs import CLASSES, differences, write_config
+from bigmodel.config.huggingface import CLASSES, differences, write_config
 from bigmodel.model.huggingface.weights import from_transformers, names_of, to_theirs
 from bigmodel.model.transformer import Transformer
 from tests.support.example_batches import batch_of, text

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,17 +49,6 @@ class FolderWeights(Mapping[str, Tensor]):
             return self._open[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / file}: {name}: cannot be read: {error}; fetch the file again") from None
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """Raises `UserError` if it is missing or no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json; name a folder of a Hugging Face model")
-    table = read_json(path)
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: not a JSON object; fetch the file again")
-    return table
 
 
 def _files_by_name(folder: Path) -> dict[str, str]:

@@ -7,14 +7,14 @@ of 16 channels:
     blocks.0.attention.query_key_value.weight: q_proj 64 rows, k_proj 32 rows, v_proj 32 rows
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from bigmodel.config.huggingface import Config, read_config
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.settings import UserError
-from bigmodel.model.huggingface.configs import Config, read_config
 
 Part = tuple[str, int]  # their name, and its rows; 0: all rows of ours
 Names = dict[str, list[Part]]
@@ -58,17 +58,25 @@ def names_of(kind: str, settings: ModelSettings) -> Names:
 
 def to_ours(names: Names, theirs: Mapping[str, Tensor]) -> Weights:
     """Our weights. Raises `UserError` for theirs that are missing and for theirs that nothing takes."""
-    wanted = [name for parts in names.values() for name, _ in parts]
-    missing = sorted(set(wanted) - set(theirs))
-    left = sorted(name for name in set(theirs) - set(wanted) if not name.endswith(PASSED_OVER))
-    problems = [
-        f"{what}: {', '.join(found[:SHOWN_NAMES])}{f' and {len(found) - SHOWN_NAMES} more' if found[SHOWN_NAMES:] else ''}"
-        for what, found in (("weights are missing", missing), ("weights that config.json has no place for", left))
-        if found
-    ]
-    if problems:
-        raise UserError("; ".join(problems))
+    if problem := unmatched(names, theirs):
+        raise UserError(problem)
     return {ours: _joined([theirs[name] for name, _ in parts]) for ours, parts in names.items()}
+
+
+def unmatched(names: Names, theirs: Collection[str]) -> str:
+    """Which of their weights are missing, and which nothing takes; empty: none."""
+    wanted = [name for parts in names.values() for name, _ in parts]
+    left = sorted(name for name in set(theirs) - set(wanted) if not name.endswith(PASSED_OVER))
+    found = {
+        "weights are missing": sorted(set(wanted) - set(theirs)),
+        "weights that config.json has no place for": left,
+    }
+    return "; ".join(f"{what}: {_shown(names)}" for what, names in found.items() if names)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def to_theirs(names: Names, ours: Mapping[str, Tensor]) -> Weights:

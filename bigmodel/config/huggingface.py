@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bigmodel.config.huggingface_rope import read_rope, write_rope
 from bigmodel.config.model_settings import ModelSettings
-from bigmodel.config.settings import UserError
-from bigmodel.model.huggingface.rope import read_rope, write_rope
+from bigmodel.config.user_error import UserError
 
 Config = Mapping[str, Any]
 

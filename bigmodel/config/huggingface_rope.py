@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bigmodel.config.model_settings import ROPE_SCALING_KEYS, ModelSettings, RopeScalingSettings
-from bigmodel.config.settings import UserError, explain
+from bigmodel.config.sections import UserError, explain
 
 Config = Mapping[str, Any]
 
