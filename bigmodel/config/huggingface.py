@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from bigmodel.config.huggingface_rope import read_rope, write_rope
 from bigmodel.config.model_settings import ModelSettings
-from bigmodel.config.user_error import UserError
+from bigmodel.config.sections import UserError, explain
 
 Config = Mapping[str, Any]
 
@@ -36,7 +38,7 @@ CLASSES = {
     "modernbert": "ModernBertModel",
 }
 DECODER_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta_default": 10_000.0, "attention_bias": False, "mlp_bias": False,
     "tie_word_embeddings": False,
 }  # fmt: skip
 QWEN: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
@@ -55,7 +57,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "olmo2": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5},
     "olmo3": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": 4096},
     "gemma2": DECODER_DEFAULTS | GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-    "gemma3_text": DECODER_DEFAULTS | GEMMA | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+    "gemma3_text": DECODER_DEFAULTS | GEMMA | {"rope_theta_default": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     "phi3": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5},
     "t5": T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True},
     "mt5": T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -89,8 +91,15 @@ def read_config(config: Config) -> ModelSettings:
     kind = config.get("model_type")
     if kind not in DEFAULTS:
         raise UserError(f"model_type = {kind!r}: cannot be read; types read: {', '.join(DEFAULTS)}")
+    if config.get("quantization_config"):
+        raise UserError(f"quantization_config = {config['quantization_config']!r}: quantized weights cannot be read")
     full = DEFAULTS[kind] | {name: value for name, value in config.items() if value is not None or name in NULLABLE}
-    return READERS.get(kind, _read_decoder)(full)
+    try:
+        return READERS.get(kind, _read_decoder)(full)
+    except ValidationError as error:
+        raise UserError(f"config.json of a {kind}: {explain(error, ModelSettings)}") from None
+    except KeyError as error:
+        raise UserError(f"config.json of a {kind}: {error.args[0]} is missing") from None
 
 
 def write_config(kind: str, settings: ModelSettings, vocabulary: int, max_positions: int) -> dict[str, Any]:
@@ -282,8 +291,22 @@ def _read_t5(config: Config) -> ModelSettings:
         attention_scale=1.0,
         norm_epsilon=config["layer_norm_epsilon"],
         tied_embeddings=config["tie_word_embeddings"],
-        logit_scale=width**-0.5 if config["tie_word_embeddings"] else 1.0,
+        logit_scale=width**-0.5 if _t5_scales_its_output(config) else 1.0,
     )
+
+
+def _t5_scales_its_output(config: Config) -> bool:
+    """Whether the decoder's output is divided by sqrt(d_model) before the output matrix, as in version 1.0.
+
+    In transformers 4 `tie_word_embeddings` says so. 5 writes `true` into every file; T5 then has a key of its own for
+    the scale, and mT5 never scales.
+    """
+    if "scale_decoder_outputs" in config:
+        return bool(config["scale_decoder_outputs"])
+    version = str(config.get("transformers_version", "")).partition(".")[0]
+    if config["model_type"] == "mt5" and version.isdecimal() and int(version) >= 5:
+        return False
+    return bool(config["tie_word_embeddings"])
 
 
 def _write_t5(kind: str, settings: ModelSettings) -> dict[str, Any]:
@@ -300,6 +323,7 @@ def _write_t5(kind: str, settings: ModelSettings) -> dict[str, Any]:
         "relative_attention_max_distance": settings.relative_distance,
         "layer_norm_epsilon": settings.norm_epsilon,
         "tie_word_embeddings": settings.tied_embeddings,
+        "scale_decoder_outputs": settings.logit_scale != 1.0,
         "is_encoder_decoder": True,
         "dropout_rate": settings.dropout,
     }

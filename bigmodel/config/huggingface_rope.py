@@ -13,14 +13,26 @@ Config = Mapping[str, Any]
 
 
 def read_rope(config: Config) -> dict[str, Any]:
-    """Our settings of rotary positions. Raises `UserError` for a scaling that our model lacks."""
-    new = config.get("rope_parameters") or {}
-    of_full, of_sliding = new.get("full_attention", new), new.get("sliding_attention") or {}
-    theirs = {"rope_theta": config.get("rope_theta", 10_000.0)} | of_full
+    """Our settings of rotary positions. Raises `UserError` for a scaling that our model lacks, and for two values of one
+    key.
+
+    transformers 4 writes `rope_scaling`, with `rope_theta` and others beside it, and for Gemma 3 `rope_local_base_freq`;
+    5 writes all of them into `rope_parameters`, perhaps once per kind of layer.
+    """
+    old, new = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        raise UserError(f"rope_scaling = {old!r}, rope_parameters = {new!r}: cannot be read; each is a table or absent")
+    of_full, of_sliding = (new.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
+    beside = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
+    theirs: dict[str, Any] = {}
+    for table in (beside, old, of_full or new):
+        for name, value in table.items():
+            if theirs.setdefault(name, value) != value:
+                raise UserError(f"{name} = {theirs[name]!r} and {value!r}: config.json gives two values; delete one")
     settings = {
-        "rope_theta": float(theirs["rope_theta"]),
-        "rope_scaling": rope_scaling(config.get("rope_scaling") or theirs, config.get("max_position_embeddings", 0)),
-        "rotary_fraction": theirs.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
+        "rope_theta": float(theirs.get("rope_theta", config["rope_theta_default"])),
+        "rope_scaling": rope_scaling(theirs, config.get("max_position_embeddings", 0)),
+        "rotary_fraction": theirs.get("partial_rotary_factor") or 1.0,
     }
     sliding_theta = of_sliding.get("rope_theta") or config.get("rope_local_base_freq")
     if sliding_theta and sliding_theta != settings["rope_theta"]:

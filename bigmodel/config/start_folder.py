@@ -51,10 +51,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; name a folder of a Hugging Face model") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; fetch the file again") from None
+        raise UserError(f"{path}: cannot be read as JSON: {error}; name a folder of a Hugging Face model") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path}: not a JSON object; fetch the file again")
+        raise UserError(f"{path}: cannot be read: it must be a JSON object")
     return table

@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.settings import ModelSettings, UserError
+from bigmodel.config.start_folder import read_config_json
+from bigmodel.model.huggingface.weights import Weights, from_transformers
 from bigmodel.run_directory import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,32 +50,54 @@ class FolderWeights(Mapping[str, Tensor]):
                 self._open[file] = safe_open(self.folder / file, framework="pt")
             return self._open[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / file}: {name}: cannot be read: {error}; fetch the file again") from None
+            raise UserError(f"{self.folder / file}: {name}: cannot be read: {error}; download it again") from None
+
+
+def read_folder(folder: Path) -> tuple[ModelSettings, Weights]:
+    """Settings and weights of ours, in the type of the files. Raises `UserError` with the folder."""
+    try:
+        return from_transformers(read_config_json(folder), FolderWeights(folder))
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}") from None
 
 
 def _files_by_name(folder: Path) -> dict[str, str]:
-    if (folder / INDEX).exists():
-        table = read_json(folder / INDEX)
-        places = table.get("weight_map") if isinstance(table, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise UserError(f"{folder / INDEX}: has no weight_map; fetch the file again")
-        outside = [file for file in places.values() if Path(file).name != file]
-        missing = sorted({file for file in places.values() if not (folder / file).is_file()})
-        if outside or missing:
-            what = f"names {outside[0]!r}, a path" if outside else f"{', '.join(missing)}: missing"
-            raise UserError(f"{folder / INDEX}: {what}; fetch the folder again")
-        return places
-    if not (folder / WEIGHTS).is_file():
-        old = sorted(file.name for file in folder.glob("*.bin"))
-        remedy = (
-            "load the model in transformers and save it anew, which writes safetensors" if old else "fetch it again"
+    """File of each weight, by the names in the files. An index must agree with them."""
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(_names_in(folder / WEIGHTS), WEIGHTS)
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(
+            f"{folder}: neither {WEIGHTS} nor {INDEX} is there; save the model with save_pretrained(..., "
+            "safe_serialization=True)"
         )
-        raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}{f', only {old[0]}' if old else ''}; {remedy}")
+    table = read_json(index)
+    said = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(said, dict) or not said:
+        raise UserError(f"{index}: weight_map is missing; download it again")
+    for file in said.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: weight_map names {file!r}; it must be a file in this folder")
+    places: dict[str, str] = {}
+    for file in sorted(set(said.values())):
+        found = _names_in(folder / file)
+        twice, lacking = places.keys() & found, {name for name in said if said[name] == file} - found
+        if twice:
+            raise UserError(f"{folder / file}: has again {', '.join(sorted(twice))}; download the folder again")
+        if lacking:
+            raise UserError(
+                f"{folder / file}: lacks {', '.join(sorted(lacking))}, which the index names; download it again"
+            )
+        places |= dict.fromkeys(sorted(found), file)
+    return places
+
+
+def _names_in(path: Path) -> set[str]:
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), WEIGHTS)
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read: {error}; fetch the file again") from None
+        raise UserError(f"{path}: cannot be read as safetensors: {error}; download it again") from None
 
 
 class Sized(Protocol):

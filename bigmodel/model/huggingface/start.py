@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bigmodel.config.settings import ModelSettings, UserError
 from bigmodel.config.start_folder import read_config_json
 from bigmodel.model.huggingface.folder import FolderWeights
-from bigmodel.model.huggingface.weights import names_of, unmatched, without_prefix
+from bigmodel.model.huggingface.weights import check, names_of, without_prefix
 from bigmodel.model.init import generator_of
 
 NOISE = 0.01
@@ -28,12 +28,15 @@ class StartWeights:
     """The folder's weights under our names, each read when it is asked for."""
 
     def __init__(self, folder: Path, settings: ModelSettings) -> None:
-        self.folder, kind = folder, read_config_json(folder)["model_type"]
-        self._weights = FolderWeights(folder)
-        self._file_names = {short: name for name, short in without_prefix(kind, self._weights).items()}
-        self._names = names_of(kind, settings.model_copy(update={"num_mtp_modules": 0}))
-        if problem := unmatched(self._names, self._file_names):
-            raise UserError(f"{folder}: {problem}")
+        config = read_config_json(folder)
+        self.folder, self._weights = folder, FolderWeights(folder)
+        short = without_prefix(config["model_type"], self._weights)
+        self._file_names = {name: stored for stored, name in short.items()}
+        self._names = names_of(config["model_type"], settings.model_copy(update={"num_mtp_modules": 0}))
+        try:
+            check(self._names, settings, {name: self._weights[stored] for stored, name in short.items()})
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._names

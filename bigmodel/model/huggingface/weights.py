@@ -7,7 +7,8 @@ of 16 channels:
     blocks.0.attention.query_key_value.weight: q_proj 64 rows, k_proj 32 rows, v_proj 32 rows
 """
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from torch import Tensor
 from bigmodel.config.huggingface import Config, read_config
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.settings import UserError
+from bigmodel.model.transformer import Transformer
 
 Part = tuple[str, int]  # their name, and its rows; 0: all rows of ours
 Names = dict[str, list[Part]]
 Weights = dict[str, Tensor]
-SHOWN_NAMES = 8
+SHOWN_NAMES = 20
 
 DECODER_NORMS = {
     "pre": {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"},
@@ -31,20 +33,37 @@ DECODER_NORMS = {
         "feed_forward_output_norm": "post_feedforward_layernorm",
     },
 }
-# What a file may hold beside: buffers of older versions, copies of tied weights, heads that our encoders do not have.
-PASSED_OVER = (
-    "rotary_emb.inv_freq", "embeddings.position_ids", "lm_head.weight", "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-)  # fmt: skip
+# What old files have though it is not learned: rotary frequencies, position numbers, and a bias that T5's
+# cross-attention never used.
+CONSTANTS = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|embeddings\.position_ids"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+T5_COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 HEADS = ("pooler.", "cls.", "head.", "decoder.")  # of encoders
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def from_transformers(config: Config, state: Mapping[str, Tensor]) -> tuple[ModelSettings, Weights]:
     """Settings and weights of ours. `config`: as `model.config.to_dict()` or config.json; `state`: as
-    `model.state_dict()`. Raises `UserError` for what our model lacks, and for weights that are missing or too many."""
+    `model.state_dict()`. Raises `UserError` for what our model lacks, and for weights that do not fit."""
     settings, kind = read_config(config), config["model_type"]
     short = without_prefix(kind, state)
-    return settings, to_ours(names_of(kind, settings), {short[name]: state[name] for name in short})
+    theirs = {short[name]: state[name] for name in short}
+    settings = as_stored(kind, settings, theirs)
+    names = names_of(kind, settings)
+    check(names, settings, theirs, config.get("vocab_size") or 0)
+    return settings, {ours: _joined([theirs[name] for name, _ in parts]) for ours, parts in names.items()}
+
+
+def as_stored(kind: str, settings: ModelSettings, theirs: Mapping[str, Tensor]) -> ModelSettings:
+    """The settings, with an output matrix of its own where a T5 has one: transformers 5 writes `tie_word_embeddings =
+    true` into every config.json of a T5, and never ties unequal matrices."""
+    if kind not in ("t5", "mt5") or not settings.tied_embeddings:
+        return settings
+    head, shared = theirs.get("lm_head.weight"), theirs.get("shared.weight")
+    differs = head is not None and shared is not None and not torch.equal(head, shared)
+    return settings.model_copy(update={"tied_embeddings": False}) if differs else settings
 
 
 def names_of(kind: str, settings: ModelSettings) -> Names:
@@ -56,25 +75,53 @@ def names_of(kind: str, settings: ModelSettings) -> Names:
     return _decoder(kind, settings)
 
 
-def to_ours(names: Names, theirs: Mapping[str, Tensor]) -> Weights:
-    """Our weights. Raises `UserError` for theirs that are missing and for theirs that nothing takes."""
-    if problem := unmatched(names, theirs):
-        raise UserError(problem)
-    return {ours: _joined([theirs[name] for name, _ in parts]) for ours, parts in names.items()}
-
-
-def unmatched(names: Names, theirs: Collection[str]) -> str:
-    """Which of their weights are missing, and which nothing takes; empty: none."""
+def check(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], vocabulary: int = 0) -> None:
+    """Raise `UserError` with all weights that are missing, that nothing takes, that differ from what they should be a
+    copy of, and whose type or shape does not fit. `vocabulary`: rows of the embedding; 0: as many as there are."""
     wanted = [name for parts in names.values() for name, _ in parts]
-    left = sorted(name for name in set(theirs) - set(wanted) if not name.endswith(PASSED_OVER))
+    copies = dict(T5_COPIES) if settings.kind == "encoder_decoder" else {}
+    if settings.tied_embeddings:
+        copies["lm_head.weight"] = names["embedding.weight"][0][0]
+    known = {*wanted, *copies}
+    there = [name for name in wanted if name in theirs]
     found = {
-        "weights are missing": sorted(set(wanted) - set(theirs)),
-        "weights that config.json has no place for": left,
+        "missing": [name for name in wanted if name not in theirs],
+        "without a counterpart in our model": [
+            name for name in theirs if name not in known and not CONSTANTS.fullmatch(name)
+        ],
+        "no copies, as config.json says, of the weight in brackets": [
+            f"{name} ({of})"
+            for name, of in copies.items()
+            if name in theirs and of in theirs and not torch.equal(theirs[name], theirs[of])
+        ],
+        "of a type that cannot be read": [
+            f"{name} ({theirs[name].dtype})" for name in there if theirs[name].dtype not in FLOATS
+        ],
     }
-    return "; ".join(f"{what}: {_shown(names)}" for what, names in found.items() if names)
+    if len(there) == len(wanted):
+        found["of another shape than config.json says"] = _misshapen(names, settings, theirs, vocabulary)
+    complaints = [f"{what}: {_listed(which)}" for what, which in found.items() if which]
+    if complaints:
+        raise UserError(f"weights {'; '.join(complaints)}; check that config.json belongs to these weights")
 
 
-def _shown(names: list[str]) -> str:
+def _misshapen(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], vocabulary: int) -> list[str]:
+    embedding = theirs[names["embedding.weight"][0][0]]
+    rows_of_embedding = vocabulary or embedding.numel() // settings.hidden_size
+    with torch.device("meta"):
+        model = Transformer(settings.model_copy(update={"num_mtp_modules": 0}), rows_of_embedding)
+    ours = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert ours.keys() == names.keys(), f"no names for {ours.keys() ^ names.keys()}"
+    wrong = []
+    for name, parts in names.items():
+        for part, rows in parts:
+            expected = (rows or ours[name][0], *ours[name][1:])
+            if theirs[part].shape != expected:
+                wrong.append(f"{part} {tuple(theirs[part].shape)} instead of {expected}")
+    return wrong
+
+
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
 
