@@ -20,7 +20,8 @@ Config = Mapping[str, Any]
 
 # Our names of their activations, in both directions; the last of equal ones is written.
 ACTIVATIONS = {
-    "swish": "silu", "silu": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf", "relu": "relu",
+    "swish": "silu", "silu": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf",
+    "relu": "relu",
 }  # fmt: skip
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -38,34 +39,56 @@ CLASSES = {
     "modernbert": "ModernBertModel",
 }
 DECODER_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta_default": 10_000.0, "attention_bias": False, "mlp_bias": False,
-    "tie_word_embeddings": False,
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11_008,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta_default": 10_000.0, "attention_bias": False,
+    "mlp_bias": False, "tie_word_embeddings": False,
 }  # fmt: skip
-QWEN: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+QWEN: dict[str, Any] = {
+    "intermediate_size": 22_016, "num_key_value_heads": 32, "max_position_embeddings": 32_768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
 GEMMA: dict[str, Any] = {
+    "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "intermediate_size": 9216, "max_position_embeddings": 8192,
     "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
     "tie_word_embeddings": True,
 }  # fmt: skip
 T5: dict[str, Any] = {
-    "d_kv": 64, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
+    "d_model": 512, "d_kv": 64, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": DECODER_DEFAULTS,
-    "mistral": DECODER_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": DECODER_DEFAULTS | {
+        "num_key_value_heads": 8, "sliding_window": 4096, "intermediate_size": 14_336, "max_position_embeddings": 131_072,
+    },
     "qwen2": DECODER_DEFAULTS | QWEN,
     "qwen3": DECODER_DEFAULTS | QWEN | {"head_dim": 128},
     "olmo2": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5},
     "olmo3": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5, "sliding_window": 4096},
     "gemma2": DECODER_DEFAULTS | GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-    "gemma3_text": DECODER_DEFAULTS | GEMMA | {"rope_theta_default": 1_000_000.0, "rope_local_base_freq": 10_000.0},
-    "phi3": DECODER_DEFAULTS | {"rms_norm_eps": 1e-5},
-    "t5": T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True},
-    "mt5": T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "gemma3_text": DECODER_DEFAULTS | GEMMA | {
+        "rope_theta_default": 1_000_000.0, "rope_local_base_freq": 10_000.0, "max_position_embeddings": 131_072,
+    },
+    "phi3": DECODER_DEFAULTS | {
+        "rms_norm_eps": 1e-5, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    },
+    "t5": T5 | {
+        "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+    },
+    "mt5": T5 | {
+        "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
     "bert": {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
         "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512,
         "position_embedding_type": "absolute",
     },
     "modernbert": {
+        "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152,
         "hidden_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False, "global_rope_theta": 160_000.0,
         "local_rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False, "global_attn_every_n_layers": 3,
         "local_attention": 128,

@@ -1,14 +1,19 @@
 """Against models nobody here wrote: transformers Llama, Qwen3 and T5 v1.1 with the same weights: logits, gradients."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.config.huggingface import CLASSES, DEFAULTS, differences, write_config
+from bigmodel.config.huggingface import read_config as settings_of
+from bigmodel.config.settings import DataSettings, ModelSettings, UserError
 from bigmodel.data.load.batch import IGNORED, Batch
 from bigmodel.data.objectives.examples import Pair
-from bigmodel.config.huggingface import CLASSES, differences, write_config
+from bigmodel.model.huggingface.folder import read_folder
 from bigmodel.model.huggingface.weights import from_transformers, names_of, to_theirs
 from bigmodel.model.transformer import Transformer
 from tests.support.example_batches import batch_of, text
@@ -70,6 +75,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def model_of(name: str) -> torch.nn.Module:
     kind, changes = MODELS[name]
+    return made(kind, **changes)
+
+
+def made(kind: str, **changes: Any) -> torch.nn.Module:
     sizes: dict[str, Any] = SIZE | {"num_key_value_heads": 2, "rope_theta": 5000.0}
     if kind in ("bert", "modernbert"):
         sizes = SIZE
@@ -168,24 +177,27 @@ def test_a_model_is_transformers_own_and_goes_back_unchanged(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2': cannot be read"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
-        ({"model_type": "t5", "feed_forward_proj": "relu"}, "feed_forward_proj = 'relu'"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2': cannot be read; types read: llama, mistral, qwen2"),
+        ({"model_type": "llama", "hidden_act": "tanh"}, "hidden_act = 'tanh': our model has"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+        ({"model_type": "llama", "num_hidden_layers": "two"}, "config.json of a llama: .*num_layers"),
+        ({"model_type": "llama", "rope_scaling": "linear"}, "rope_scaling = 'linear', rope_parameters = {}: cannot"),
         (
-            {"model_type": "t5", "feed_forward_proj": "gated-gelu"},
-            "tie_word_embeddings = True",
-        ),  # the default is left out
-        ({"model_type": "mt5", "tie_word_embeddings": True}, "tie_word_embeddings = True"),
+            {"model_type": "llama", "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
+            "rope_theta = 5.0 and 6.0: config.json gives two values",
+        ),
         ({"model_type": "qwen3", "rope_scaling": {"type": "linear"}}, "rope_scaling = .*linear.*: factor"),
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
             "rope_scaling = .*llama3.*original_max_position_embeddings is missing",
         ),
         (
-            {"model_type": "llama", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+            {"model_type": "phi3", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
             "rope_scaling = .*longrope.*: cannot be read; kinds read: linear, llama3, yarn",
         ),
-        ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"model_type": "llama", "use_sliding_window": True, "sliding_window": 4}, "use_sliding_window = True"),
         (
             {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 1},
             r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\]: our model has full",
@@ -198,22 +210,156 @@ def test_a_model_is_transformers_own_and_goes_back_unchanged(name: str) -> None:
 )
 def test_what_has_no_counterpart_is_refused(config: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        from_transformers(config, {})
+        settings_of(config)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_a_key_that_is_left_out_has_the_default_of_its_class(kind: str) -> None:
+    full = CONFIG_MAPPING[kind]().to_dict()
+    assert resolved({"model_type": kind}) == resolved(full)
+    for name in DEFAULTS[kind].keys() & full.keys():
+        assert resolved({key: value for key, value in full.items() if key != name}) == resolved(full), name
+
+
+def resolved(config: dict[str, Any]) -> ModelSettings:
+    settings = settings_of(config)
+    return settings.model_copy(update={"head_dim": settings.resolved_head_dim})
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_a_t5_of_transformers_5_is_tied_or_not_by_its_weights(kind: str) -> None:
+    """It writes `tie_word_embeddings = true` into every config.json and never ties unequal matrices."""
+    theirs = made("t5", **UNTIED)
+    state = theirs.state_dict()
+    config = {**theirs.config.to_dict(), "tie_word_embeddings": True, "transformers_version": "5.0.0"}
+    config |= {"model_type": kind} | ({"scale_decoder_outputs": False} if kind == "t5" else {})
+    settings, weights = from_transformers(config, state)
+    assert not settings.tied_embeddings
+    assert torch.equal(weights["head.weight"], state["lm_head.weight"])
+    settings, weights = from_transformers(config, {**state, "lm_head.weight": state["shared.weight"]})
+    assert settings.tied_embeddings
+    assert "head.weight" not in weights
 
 
 def test_the_base_of_the_rotary_frequencies_is_found_where_newer_versions_write_it() -> None:
-    model = decoder("llama")
+    model = made("llama")
     config, state = model.config.to_dict(), model.state_dict()
     newer = {name: value for name, value in config.items() if not name.startswith("rope_")}
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     assert from_transformers(newer, state)[0] == from_transformers(config, state)[0]
+    for table in ({"rope_type": "default"}, {"type": "default"}, {"full_attention": newer["rope_parameters"]}):
+        assert settings_of({**config, "rope_scaling": None, "rope_parameters": table}) == settings_of(config)
+        assert settings_of({**config, "rope_scaling": table}) == settings_of(config)
     assert from_transformers(config, state)[0].rope_theta == 5000.0
 
 
 def test_a_part_of_a_head_that_turns_is_read_in_old_and_new_spelling() -> None:
-    model = decoder("llama")
+    model = made("llama")
     config, state = model.config.to_dict(), model.state_dict()
     newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}
     for changes in ({"partial_rotary_factor": 0.5}, newer):
         assert from_transformers(config | changes, state)[0].rotary_fraction == 0.5
     assert from_transformers(config, state)[0].rotary_fraction == 1.0
+
+
+def test_weights_that_nothing_takes_or_that_are_missing_are_listed_by_name() -> None:
+    model = made("qwen3", head_dim=20)
+    config, state = model.config.to_dict(), model.state_dict()
+    changed = {name: value for name, value in state.items() if "o_proj" not in name}
+    changed |= {"model.layers.2.mlp.up_proj.weight": torch.ones(1), "lm_head.bias": torch.ones(64)}
+    changed["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(10)  # old files have it; it is not learned
+    changed["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
+    with pytest.raises(UserError) as raised:
+        from_transformers(config, changed)
+    assert str(raised.value) == (
+        "weights missing: model.layers.0.self_attn.o_proj.weight, model.layers.1.self_attn.o_proj.weight; "
+        "without a counterpart in our model: model.layers.2.mlp.up_proj.weight, lm_head.bias; "
+        "of a type that cannot be read: model.norm.weight (torch.int8); "
+        "check that config.json belongs to these weights"
+    )
+
+
+def test_a_head_that_config_json_ties_to_other_values_is_refused() -> None:
+    model = made("llama")
+    tied = {**model.config.to_dict(), "tie_word_embeddings": True}
+    with pytest.raises(UserError, match=r"no copies, .*: lm_head.weight \(model.embed_tokens.weight\)"):
+        from_transformers(tied, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        # As many rows of queries, keys and values together.
+        (
+            {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+            "layers.0.self_attn.q_proj.weight (48, 48) instead of (32, 48), "
+            "model.layers.0.self_attn.k_proj.weight (24, 48) instead of (32, 48), ",
+        ),
+        ({"vocab_size": 63}, "model.embed_tokens.weight (64, 48) instead of (63, 48), lm_head.weight (64, 48)"),
+        ({"hidden_size": 24}, "model.norm.weight (48,) instead of (24,)"),
+    ],
+    ids=["heads", "vocabulary", "hidden_size"],
+)
+def test_weights_of_another_shape_are_named(changes: dict[str, Any], complaint: str) -> None:
+    model = made("llama")
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        from_transformers(model.config.to_dict() | changes, model.state_dict())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Llama in bf16, in several shards."""
+    made("llama").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    return tmp_path
+
+
+def test_a_folder_is_read_from_its_shards_in_the_type_that_they_have(folder: Path) -> None:
+    settings, weights = read_folder(folder)
+    model = made("llama").to(torch.bfloat16)
+    expected = from_transformers(model.config.to_dict(), model.state_dict())
+    assert settings == expected[0]
+    assert {name: value.dtype for name, value in weights.items()} == dict.fromkeys(weights, torch.bfloat16)
+    assert all(torch.equal(value, expected[1][name]) for name, value in weights.items())
+    assert weights.keys() == expected[1].keys()
+    (folder / "one").mkdir()
+    made("llama").save_pretrained(folder / "one")
+    assert read_folder(folder / "one")[0] == settings
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "complaint"),
+    [
+        ("config.json", lambda text: text[:-3], r"config.json: cannot be read as JSON"),
+        ("model.safetensors.index.json", lambda text: "[]", "it must be a JSON object"),
+        ("model.safetensors.index.json", lambda text: "{}", "weight_map is missing"),
+        (
+            "model.safetensors.index.json",
+            lambda text: text.replace("model-00001", "../model-00001"),
+            "weight_map names '../model-00001.*'; it must be a file in this folder",
+        ),
+        (
+            "model.safetensors.index.json",
+            lambda text: text.replace("model.norm.weight", "model.norm.bias"),
+            "lacks model.norm.bias, which the index names; download it again",
+        ),
+        ("model-00001-of-*", lambda text: text[: len(text) // 2], "cannot be read as safetensors"),
+        ("model-00001-of-*", None, "cannot be read as safetensors"),
+        ("model.safetensors.index.json", None, "neither model.safetensors nor model.safetensors.index.json is there"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_its_file(folder: Path, file: str, change: Any, complaint: str) -> None:
+    (path,) = folder.glob(file)
+    text = path.read_text(encoding="latin-1")
+    path.unlink()
+    if change:
+        path.write_text(change(text), encoding="latin-1")
+    with pytest.raises(UserError, match=f"{re.escape(str(folder))}.*{complaint}"):
+        read_folder(folder)
+
+
+def test_a_weight_in_two_shards_is_refused(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file({**load_file(first), **load_file(second)}, second)
+    with pytest.raises(UserError, match=f"{second.name} has again .*; download the folder again"):
+        read_folder(folder)

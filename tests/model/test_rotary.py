@@ -7,8 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bigmodel.config.settings import ModelSettings
 from bigmodel.config.huggingface_rope import rope_scaling
+from bigmodel.config.settings import ModelSettings
 from bigmodel.model.rotary import rotary_frequencies, rotary_table, rotate
 from tools.torchvision_operators import define_missing_torchvision_operators
 

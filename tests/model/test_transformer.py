@@ -7,8 +7,8 @@ import torch
 
 from bigmodel.config.settings import ModelSettings
 from bigmodel.model.init import init_weights
-from bigmodel.model.rotary import rotary_table, rotate
 from bigmodel.model.layers import Linear, RMSNorm, dropout
+from bigmodel.model.rotary import rotary_table, rotate
 from bigmodel.model.transformer import Transformer
 from tests.system.test_guarantee_leak import make_batch, make_model
 
