@@ -61,7 +61,8 @@ T5: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": DECODER_DEFAULTS,
     "mistral": DECODER_DEFAULTS | {
-        "num_key_value_heads": 8, "sliding_window": 4096, "intermediate_size": 14_336, "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8, "sliding_window": 4096, "intermediate_size": 14_336,
+        "max_position_embeddings": 131_072,
     },
     "qwen2": DECODER_DEFAULTS | QWEN,
     "qwen3": DECODER_DEFAULTS | QWEN | {"head_dim": 128},
@@ -173,8 +174,8 @@ def _read_decoder(config: Config) -> ModelSettings:
     window = _read_window(config)
     if window and config.get("rope_scaling") and kind in ("qwen2", "qwen3", "mistral", "phi3"):
         raise UserError(
-            f"rope_scaling = {config.get('rope_scaling')} with sliding_window = {config['sliding_window']}: our sliding "
-            f"layers do not scale rotary positions, those of {kind} do; convert a model with only one of the two"
+            f"rope_scaling = {config.get('rope_scaling')} with sliding_window = {config['sliding_window']}: our "
+            f"sliding layers do not scale rotary positions, those of {kind} do; convert a model with only one of them"
         )
     settings = read_rope(config) | window | {
         "num_layers": config["num_hidden_layers"],

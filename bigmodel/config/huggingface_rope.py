@@ -13,11 +13,11 @@ Config = Mapping[str, Any]
 
 
 def read_rope(config: Config) -> dict[str, Any]:
-    """Our settings of rotary positions. Raises `UserError` for a scaling that our model lacks, and for two values of one
-    key.
+    """Our settings of rotary positions. Raises `UserError` for a scaling that our model lacks, and for two values of
+    one key.
 
-    transformers 4 writes `rope_scaling`, with `rope_theta` and others beside it, and for Gemma 3 `rope_local_base_freq`;
-    5 writes all of them into `rope_parameters`, perhaps once per kind of layer.
+    transformers 4 writes `rope_scaling`, with `rope_theta` and others beside it, and `rope_local_base_freq` for Gemma
+    3; 5 writes all of them into `rope_parameters`, perhaps once per kind of layer.
     """
     old, new = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):

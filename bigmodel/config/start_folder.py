@@ -1,8 +1,8 @@
 """A run file that starts from a Hugging Face folder (`model.from`): its config.json completes [model].
 
-In: a run file's table. Out: the table with the model settings of the folder's config.json under those of the run file, and
-the folder's tokenizer where the run file has none. Guarantee: a setting that decides the shape of a weight equals the
-folder's. Other settings of the run file apply: dropout, windows, rotary positions, multi-token prediction.
+In: a run file's table. Out: the table with the model settings of the folder's config.json under those of the run file,
+and the folder's tokenizer where the run file has none. Guarantee: a setting that decides the shape of a weight equals
+the folder's. Other settings of the run file apply: dropout, windows, rotary positions, multi-token prediction.
 """
 
 import json
@@ -40,9 +40,9 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     settings = theirs.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     done = {**table, "model": settings | {"min_vocabulary": config.get("vocab_size", 0)} | model}
     prepare = table.get("prepare", {})
-    if isinstance(prepare, dict) and not {"tokenizer", "vocabulary"} & set(prepare):
-        if (Path(folder) / "tokenizer.json").is_file():
-            done["prepare"] = {**prepare, "tokenizer": folder}
+    has_own = not isinstance(prepare, dict) or {"tokenizer", "vocabulary"} & set(prepare)
+    if not has_own and (Path(folder) / "tokenizer.json").is_file():
+        done["prepare"] = {**prepare, "tokenizer": folder}
     return done
 
 

@@ -1,9 +1,9 @@
 """Export: a run as a Hugging Face folder that transformers loads without code of ours.
 
-In: a run directory. Out: config.json, generation_config.json, weights in safetensors files, and the tokenizer. Guarantees: the
-weights are those of the newest good checkpoint, of any ZeRO stage and number of ranks; the type of model is one whose
-config.json holds every setting of the model; the folder appears whole. Costs: memory of one file of weights
-(`max_bytes`), because weights are read from the checkpoint one by one.
+In: a run directory. Out: config.json, generation_config.json, weights in safetensors files, and the tokenizer.
+Guarantees: the weights are those of the newest good checkpoint, of any ZeRO stage and number of ranks; the type of
+model is one whose config.json holds every setting of the model; the folder appears whole. Costs: memory of one file of
+weights (`max_bytes`), because they are read from the checkpoint one by one.
 """
 
 import json

@@ -33,6 +33,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+EIGHTFOLD = {"rope_type": "linear", "factor": 8.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "head_dim": 16}
 EVERY_SECOND = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 TWO_SIDES = {
@@ -62,7 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {**EVERY_SECOND, "rope_scaling": YARN}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
-    "gemma3": ("gemma3_text", {**GEMMA, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "gemma3": ("gemma3_text", {**GEMMA, "rope_local_base_freq": 100.0, "rope_scaling": EIGHTFOLD}),
     "phi3": ("phi3", {"sliding_window": 5}),
     "t5 1.0": ("t5", {}),
     "t5 1.1": ("t5", UNTIED),

@@ -1,7 +1,8 @@
 """Initial weights from a Hugging Face folder (`model.from`).
 
-In: a model with initial weights, and the folder. Out: the model with the folder's weights, in fp32. What the folder does not
-have keeps its initial values: multi-token prediction modules, and the head of an encoder, which is its embedding.
+In: a model with initial weights, and the folder. Out: the model with the folder's weights, in fp32. What the folder
+does not have keeps its initial values: multi-token prediction modules, and the head of an encoder, which is its
+embedding.
 
 Rows of the vocabulary beyond the folder's are new tokens: each is the mean of the folder's rows plus normal noise of a
 hundredth of their deviation, keyed by seed and name (the mean as in Hewitt 2021). Costs: one weight at a time.
