@@ -20,8 +20,8 @@ import typer
 from torch import Tensor, nn
 
 from bigmodel.config.settings import ModelSettings
-from bigmodel.model.rotary import rotary_table, rotate
 from bigmodel.model.layers import FeedForward, RMSNorm
+from bigmodel.model.rotary import rotary_table, rotate
 from tools.measure import INPUT_SETS, REPEATS, Record, Row, check_device, milliseconds, peak_bytes, sizes
 
 SIZES = {"gpu": [(16_384, 2_048), (16_384, 4_096)], "cpu": [(1_024, 512)], "quick": [(256, 64)]}  # (T, H)

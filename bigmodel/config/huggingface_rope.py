@@ -29,8 +29,8 @@ def read_rope(config: Config) -> dict[str, Any]:
         for name, value in table.items():
             if theirs.setdefault(name, value) != value:
                 raise UserError(f"{name} = {theirs[name]!r} and {value!r}: config.json gives two values; delete one")
-    settings = {
-        "rope_theta": float(theirs.get("rope_theta", config["rope_theta_default"])),
+    settings: dict[str, Any] = {
+        "rope_theta": float(theirs.get("rope_theta") or config["rope_theta_default"]),
         "rope_scaling": rope_scaling(theirs, config.get("max_position_embeddings", 0)),
         "rotary_fraction": theirs.get("partial_rotary_factor") or 1.0,
     }

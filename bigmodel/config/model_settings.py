@@ -69,7 +69,9 @@ ROPE_SCALING_KEYS = {
 
 
 if TYPE_CHECKING:
-    WithFrom = Section
+
+    class WithFrom(Section): ...
+
 else:  # `from` is a word of Python
     WithFrom = create_model(
         "WithFrom",
@@ -340,7 +342,7 @@ def _check_heads(model: ModelSettings) -> None:
 
 def _check_window(model: ModelSettings) -> None:
     every = model.full_attention_every
-    if model.first_full_attention > every:
+    if every and model.first_full_attention > every:
         raise ValueError(
             f"model.first_full_attention = {model.first_full_attention} must be at most model.full_attention_every = "
             f"{every}"

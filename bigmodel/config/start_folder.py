@@ -26,7 +26,7 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     """Raises `UserError` for a folder without a readable config.json, and for settings that contradict it."""
     model = table.get("model")
     folder = model.get("from") if isinstance(model, dict) else None
-    if not isinstance(folder, str) or not folder:
+    if not isinstance(model, dict) or not isinstance(folder, str) or not folder:
         return dict(table)
     try:
         config = read_config_json(Path(folder))

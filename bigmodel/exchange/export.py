@@ -129,10 +129,10 @@ def _files(settings: Settings, tokenizer: Tokenizer, tokenizer_file: Path) -> di
     description = json.loads(tokenizer_file.read_bytes())
     names = {role: tokenizer.token_of(token) for role, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos))}
     if not _adds_tokens(description.get("post_processor")):
-        sides = {
-            "decoder": [names["bos"], None], "encoder_decoder": [None, names["eos"]], "encoder": [*names.values()],
-        }[settings.model.kind]  # fmt: skip
-        description["post_processor"] = _template(*sides, {names["bos"]: tokenizer.bos, names["eos"]: tokenizer.eos})
+        before = None if settings.model.kind == "encoder_decoder" else names["bos"]
+        after = None if settings.model.kind == "decoder" else names["eos"]
+        ids = {names["bos"]: tokenizer.bos, names["eos"]: tokenizer.eos}
+        description["post_processor"] = _template(before, after, ids)
     for_class = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names["bos"],

@@ -362,5 +362,5 @@ def test_a_damaged_folder_is_refused_with_its_file(folder: Path, file: str, chan
 def test_a_weight_in_two_shards_is_refused(folder: Path) -> None:
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     save_file({**load_file(first), **load_file(second)}, second)
-    with pytest.raises(UserError, match=f"{second.name} has again .*; download the folder again"):
+    with pytest.raises(UserError, match=f"{second.name}: has again .*; download the folder again"):
         read_folder(folder)

@@ -52,6 +52,12 @@ ALLOWED = {
         "bigmodel.data.prepare",
     ),
     "bigmodel.model": ("bigmodel.kernels", "bigmodel.config", "bigmodel.data.load.batch", "bigmodel.model"),
+    "bigmodel.model.huggingface": (
+        "bigmodel.config",
+        "bigmodel.data.load.batch",
+        "bigmodel.run_directory",
+        "bigmodel.model",
+    ),
     "bigmodel.distributed": (
         "bigmodel.config",
         "bigmodel.run_directory",

@@ -72,7 +72,9 @@ def _files_by_name(folder: Path) -> dict[str, str]:
             "safe_serialization=True)"
         )
     table = read_json(index)
-    said = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(table, dict):
+        raise UserError(f"{index}: it must be a JSON object; download it again")
+    said = table.get("weight_map")
     if not isinstance(said, dict) or not said:
         raise UserError(f"{index}: weight_map is missing; download it again")
     for file in said.values():
@@ -88,7 +90,8 @@ def _files_by_name(folder: Path) -> dict[str, str]:
             raise UserError(
                 f"{folder / file}: lacks {', '.join(sorted(lacking))}, which the index names; download it again"
             )
-        places |= dict.fromkeys(sorted(found), file)
+        for name in sorted(found):
+            places[name] = file
     return places
 
 
@@ -121,7 +124,8 @@ def write_folder(
         (partial / name).write_bytes(content)
     _write_json(partial / "config.json", config)
     files = _divided(weights, max_bytes)
-    places, total = {}, sum(weights.nbytes(name) for name in weights)
+    places: dict[str, str] = {}
+    total = sum(weights.nbytes(name) for name in weights)
     for number, names in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file({name: weights[name] for name in names}, partial / file, {"format": "pt"})
