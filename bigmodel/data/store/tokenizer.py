@@ -30,6 +30,7 @@ import tokenizers
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import foreign_tokenizers, unknown_text
 from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast, gives_back_text
+from bigmodel.data.store.special_names import read_special_names
 from bigmodel.data.store.unknown_text import in_code_points
 from bigmodel.run_directory import read_json
 
@@ -104,6 +105,7 @@ class Tokenizer:
     tokenizer's maker states them; else well-known names are tried. `fast`: result of the comparison in another
     process; None: compare now. `proven`: see `FastPath`.
 
+    `special_names`: of special tokens by their role (bos_token ...), for chat templates.
     `unknown`: id of the unknown token, None without one. `dropout`: of BPE in the file, which is never applied here.
     `drops_text`: whether characters without a token vanish: see `find_dropped`. `gives_back_text`: whether `decode`
     restores every text from its ids.
@@ -141,6 +143,8 @@ class Tokenizer:
         self.drops_text = self._lacking is not None and unknown_text.drops(description["model"])
         self._spelled = {token: _spell(self._exact, token, {self.bos, self.eos}) for token in (self.bos, self.eos)}
         self._check_spelling()
+        names = (self._exact.id_to_token(token) for token in (self.bos, self.eos))
+        self.special_names = dict(zip(("bos_token", "eos_token"), names, strict=True))
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
         self.slow_reason = ""
         self._fast: FastPath | None = None
@@ -180,7 +184,9 @@ class Tokenizer:
             raise UserError(f"{path}: {it or f'cannot be read as a tokenizer: {error.strerror}; {GIVE}'}") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}: cannot be read as a tokenizer: it is no text in UTF-8; {GIVE}") from None
-        return cls(json_text, sample, name or str(path), named_boundaries(path.parent), fast, proven)
+        made = cls(json_text, sample, name or str(path), named_boundaries(path.parent), fast, proven)
+        made.special_names = read_special_names(path.parent) or made.special_names
+        return made
 
     def _check_spelling(self) -> None:
         """Raise `UserError` if the names of the boundaries, written in a text, become boundaries. A boundary that is
@@ -234,6 +240,13 @@ class Tokenizer:
                 f"{self._name}: has no token for {in_code_points(pieces[0])}, and {reason} ({error}); {remedy}, or use "
                 "another tokenizer"
             ) from None
+
+    @cached_property
+    def templated(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer for a text in which the names of special tokens stand for them: a rendered chat."""
+        found = _exact(self._exact.to_str())
+        found.encode_special_tokens = False
+        return found
 
     def find_dropped(self, text: str) -> list[str]:
         """The characters of a text that the model has no token for and drops; `drops_text` says whether there can be
