@@ -8,12 +8,15 @@ Formula, for position t with label y, softcap c, smoothing e (0 = off for both) 
     loss[t]     = lse[t] - (1 - e) * logit[t, y] - e / V * sum_v logit[t, v]
     z[t]        = lse[t]^2
 
-loss and z are 0 where the label is IGNORED. The backward differentiates sum_t loss[t] + z_loss * z[t]:
+loss and z are 0 where the label is IGNORED, and multiplied by the position's weight w[t] where weights are given. The
+backward differentiates sum_t loss[t] + z_loss * z[t]:
 
-    d raw[t, v] = (softmax_v * (1 + 2 * z_loss * lse[t]) - (1 - e) * [v = y] - e / V) * (1 - (logit[t, v] / c)^2)
+    d raw[t, v] = w[t] * (softmax_v * (1 + 2 * z_loss * lse[t]) - (1 - e) * [v = y] - e / V)
+                  * (1 - (logit[t, v] / c)^2)
 
-In: hidden (T, H), weight (V, H) of one floating type with any strides, labels (T,) int64. Out: the sums, or the loss
-of each position, in fp32 (fp64 for fp64 inputs). A chunk here is a run of positions. Guarantees: gradients are
+In: hidden (T, H), weight (V, H) of one floating type with any strides, labels (T,) int64, and the weights (T,) fp32 of
+the positions or None, which is the same as 1 everywhere, bitwise. Out: the sums, or the loss
+of each position, in fp32 (fp64 for fp64 inputs); sums are taken in fp64, over positions in order. A chunk here is a run of positions. Guarantees: gradients are
 computed chunk by chunk inside the forward, where under ZeRO-3 the weight is whole, and only if needed; 16-bit products
 are accumulated in fp32, also across chunks; two runs agree bitwise; gradients of ignored positions are exactly zero;
 nothing waits for a GPU. Costs: 3 matrix products (2 V H operations a position each) with gradients, 1 without; memory
@@ -53,7 +56,11 @@ PLAIN = Options()
 
 
 def softmax_step_reference(
-    logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    options: Options,
+    gradient_type: torch.dtype | None,
+    weights_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(C,) losses, (C,) z, and (C, V) gradients of the raw logits. Overwrites the logits.
 
@@ -71,6 +78,8 @@ def softmax_step_reference(
     ignored_C = targets_C == IGNORED
     losses_C = (total_C.log() - (1 - smoothing) * chosen_C - smoothing * mean_C).masked_fill(ignored_C, 0.0)
     z_C = lse_C.square().masked_fill(ignored_C, 0.0)
+    if weights_C is not None:
+        losses_C, z_C = losses_C * weights_C, z_C * weights_C
     if gradient_type is None:
         return losses_C, z_C, slope_CV
 
@@ -80,6 +89,8 @@ def softmax_step_reference(
         slope_CV -= smoothing / logits_CV.shape[1]
     if softcap:
         slope_CV *= 1 - (capped_CV / softcap).square()
+    if weights_C is not None:
+        slope_CV *= weights_C[:, None]
     return losses_C, z_C, slope_CV.masked_fill_(ignored_C[:, None], 0.0).to(gradient_type)
 
 
@@ -109,9 +120,9 @@ def load_logits(row, column, num_columns, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_stride, num_columns,
+def softmax_kernel(logits, gradients, labels, weights, losses, zs, row_stride, gradient_stride, num_columns,
                    Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, IGNORED: tl.constexpr,
-                   WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   WITH_WEIGHTS: tl.constexpr, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One program: loss, z and the gradient of one row, which overwrites the logits. An ignored row is not read.
 
     A 16-bit gradient takes the first half of its row's memory. Its block n overwrites logits of blocks up to n. So
@@ -150,8 +161,13 @@ def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_s
     loss = log_total - (1.0 - SMOOTHING) * (target_logit - top)  # relative to top: a large lse would be rounded
     if SMOOTHING > 0:
         loss -= SMOOTHING * (logit_sum / num_columns - top)
+    z = lse * lse
+    if WITH_WEIGHTS:
+        weight = tl.load(weights + place)
+        loss *= weight
+        z *= weight
     tl.store(losses + place, loss)
-    tl.store(zs + place, lse * lse)
+    tl.store(zs + place, z)
 
     if WITH_GRADIENT:
         scale = (1.0 + 2.0 * Z_LOSS * lse) / total
@@ -163,12 +179,18 @@ def softmax_kernel(logits, gradients, labels, losses, zs, row_stride, gradient_s
                 slope_B -= SMOOTHING / num_columns
             if SOFTCAP > 0:
                 slope_B *= 1.0 - (logit_B / SOFTCAP) * (logit_B / SOFTCAP)
+            if WITH_WEIGHTS:
+                slope_B *= weight
             tl.debug_barrier()  # all threads of the program have read their part of this block
             tl.store(gradients + column, slope_B.to(gradients.dtype.element_ty), mask=column < num_columns)
 
 
 def softmax_step_triton(
-    logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    options: Options,
+    gradient_type: torch.dtype | None,
+    weights_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`softmax_step_reference` for fp32 logits; the gradients overwrite the logits."""
     rows, columns = logits_CV.shape
@@ -176,9 +198,10 @@ def softmax_step_triton(
     half = gradient_type in HALF_TYPES
     gradient_CV = logits_CV.view(gradient_type)[:, :columns] if half else logits_CV
     softmax_kernel[(rows,)](
-        logits_CV, gradient_CV, targets_C, losses_C, z_C, logits_CV.stride(0), gradient_CV.stride(0), columns,
+        logits_CV, gradient_CV, targets_C, losses_C if weights_C is None else weights_C, losses_C, z_C,
+        logits_CV.stride(0), gradient_CV.stride(0), columns,
         Z_LOSS=options.z_loss, SMOOTHING=options.label_smoothing, SOFTCAP=options.logit_softcap, IGNORED=IGNORED,
-        WITH_GRADIENT=gradient_type is not None, **launch_options(columns),
+        WITH_WEIGHTS=weights_C is not None, WITH_GRADIENT=gradient_type is not None, **launch_options(columns),
     )  # fmt: skip
     return losses_C, z_C, gradient_CV
 
@@ -199,11 +222,15 @@ def chunk_slices(num_tokens: int, vocabulary: int, wide: torch.dtype, chunk_posi
 
 
 def _softmax_step(
-    logits_CV: Tensor, targets_C: Tensor, options: Options, gradient_type: torch.dtype | None
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    options: Options,
+    gradient_type: torch.dtype | None,
+    weights_C: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     on_gpu = HAS_TRITON and (logits_CV.device.type == "cuda" or INTERPRETED)
     step = softmax_step_triton if on_gpu and logits_CV.dtype == torch.float32 else softmax_step_reference
-    return step(logits_CV, targets_C, options, gradient_type)
+    return step(logits_CV, targets_C, options, gradient_type, weights_C)
 
 
 def _multiplied(matrix: Tensor) -> Tensor:
@@ -228,7 +255,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def sums_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor,
     z_loss: float, label_smoothing: float, logit_softcap: float,
-    need_hidden: bool, need_weight: bool, chunk_positions: int,
+    need_hidden: bool, need_weight: bool, chunk_positions: int, weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss sum, z sum, count, the gradients of hidden and (in fp32 at least) of the weight, empty where not needed, and
     the loss of each position."""
@@ -243,7 +270,9 @@ def sums_and_gradients(
     for chunk in chunk_slices(len(hidden_TH), len(weight_VH), wide, chunk_positions):
         hidden_CH = _multiplied(hidden_TH[chunk])
         logits_CV = _product(hidden_CH, matrix_VH.T)
-        losses_T[chunk], z_T[chunk], slope_CV = _softmax_step(logits_CV, targets_T[chunk], options, gradient_type)
+        losses_T[chunk], z_T[chunk], slope_CV = _softmax_step(
+            logits_CV, targets_T[chunk], options, gradient_type, _part(weights_T, chunk)
+        )
         if need_hidden:
             grad_hidden_TH[chunk] = _product(slope_CV, matrix_VH)
         if need_weight:
@@ -251,6 +280,10 @@ def sums_and_gradients(
         del logits_CV, slope_CV  # otherwise two chunks of logits would be in memory at once
     loss_sum, z_sum = (rows_T.sum(dtype=torch.float64).to(wide) for rows_T in (losses_T, z_T))
     return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH, losses_T
+
+
+def _part(weights_T: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if weights_T is None else weights_T[chunk]
 
 
 def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
@@ -268,7 +301,7 @@ linear_cross_entropy_op = library.custom_op("bigmodel::linear_cross_entropy", mu
 @linear_cross_entropy_op.register_fake
 def _(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, _z: float, _smoothing: float, _softcap: float,
-    need_hidden: bool, need_weight: bool, _positions: int,
+    need_hidden: bool, need_weight: bool, _positions: int, _weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     loss_sum, z_sum = (hidden_TH.new_empty((), dtype=wide) for _ in range(2))
@@ -287,11 +320,11 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotImplementedError("linear cross-entropy is differentiable once; its gradient has no gradient")
     gradients = zip(ctx.saved_tensors, ctx.needed, strict=True)
-    return *(scaled(one, grad, ctx.type) if needed else None for one, needed in gradients), *(None,) * 7
+    return *(scaled(one, grad, ctx.type) if needed else None for one, needed in gradients), *(None,) * 8
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,7 +342,7 @@ linear_cross_entropy_op.register_autograd(_differentiate, setup_context=_remembe
 
 
 class LossSums(NamedTuple):
-    """Sums over the positions with a label, and the number of these positions.
+    """Sums over the positions with a label, each with its weight, and the number of these positions.
 
     The backward of `loss_sum` gives the gradient of loss_sum + z_loss * z_sum, so that reported losses are comparable
     across values of z_loss. z_sum and count have no gradient.
@@ -326,13 +359,14 @@ def linear_cross_entropy(
     targets_T: Tensor,
     options: Options = PLAIN,
     chunk_positions: int = 0,
+    weights_T: Tensor | None = None,
 ) -> LossSums:
     """The sums of losses and z, and the count of labels; differentiable once in hidden and weight.
 
     `chunk_positions` 0: as many as fit into CHUNK_BYTES of logits. Raises ValueError for wrong shapes, types, labels
     or options; on a GPU an assertion on the device checks the labels.
     """
-    return linear_cross_entropy_and_losses(hidden_TH, weight_VH, targets_T, options, chunk_positions)[0]
+    return linear_cross_entropy_and_losses(hidden_TH, weight_VH, targets_T, options, chunk_positions, weights_T)[0]
 
 
 def linear_cross_entropy_and_losses(
@@ -341,23 +375,29 @@ def linear_cross_entropy_and_losses(
     targets_T: Tensor,
     options: Options = PLAIN,
     chunk_positions: int = 0,
+    weights_T: Tensor | None = None,
 ) -> tuple[LossSums, Tensor]:
-    """`linear_cross_entropy`, and the loss of each position, at no extra cost; that has no gradient."""
-    _check(hidden_TH, weight_VH, targets_T, options)
+    """`linear_cross_entropy`, and the weighted loss of each position, at no extra cost; that has no gradient."""
+    _check(hidden_TH, weight_VH, targets_T, options, weights_T)
     # Inside an operator is_grad_enabled() is False, so it is read here.
     needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
-    found = linear_cross_entropy_op(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions)
+    found = linear_cross_entropy_op(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions, weights_T)
     loss_sum, z_sum, count, _, _, losses_T = found
     return LossSums(loss_sum, z_sum, count), losses_T
 
 
 @torch.no_grad()
 def linear_cross_entropy_per_token(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, logit_softcap: float = 0.0, chunk_positions: int = 0
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    logit_softcap: float = 0.0,
+    chunk_positions: int = 0,
+    weights_T: Tensor | None = None,
 ) -> Tensor:
-    """(T,) losses, 0 at ignored positions, for evaluation: no gradients, z-loss or smoothing."""
+    """(T,) weighted losses, 0 at ignored positions, for evaluation: no gradients, z-loss or smoothing."""
     options = Options(logit_softcap=logit_softcap)
-    _check(hidden_TH, weight_VH, targets_T, options)
+    _check(hidden_TH, weight_VH, targets_T, options, weights_T)
     _check_targets(targets_T, len(weight_VH))
     matrix_VH = _multiplied(weight_VH)
     losses_T = torch.empty(
@@ -365,17 +405,22 @@ def linear_cross_entropy_per_token(
     )
     for chunk in chunk_slices(len(hidden_TH), len(weight_VH), losses_T.dtype, chunk_positions):
         logits_CV = _product(_multiplied(hidden_TH[chunk]), matrix_VH.T)
-        losses_T[chunk] = _softmax_step(logits_CV, targets_T[chunk], options, None)[0]
+        losses_T[chunk] = _softmax_step(logits_CV, targets_T[chunk], options, None, _part(weights_T, chunk))[0]
         del logits_CV
     return losses_T
 
 
-def _check(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options) -> None:
+def _check(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options, weights_T: Tensor | None) -> None:
     shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, labels {tuple(targets_T.shape)}"
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"linear cross-entropy got {shapes}; it needs hidden (T, H) and weight (V, H) with the same H")
     if targets_T.shape != hidden_TH.shape[:1] or targets_T.dtype != torch.int64:
         raise ValueError(f"linear cross-entropy got {shapes} of {targets_T.dtype}; it needs T labels of torch.int64")
+    if weights_T is not None and (weights_T.shape != targets_T.shape or weights_T.dtype != torch.float32):
+        raise ValueError(
+            f"linear cross-entropy got weights {tuple(weights_T.shape)} of {weights_T.dtype}; it needs T weights of "
+            "torch.float32"
+        )
     if hidden_TH.dtype != weight_VH.dtype:
         raise ValueError(
             f"linear cross-entropy got hidden {hidden_TH.dtype}, weight {weight_VH.dtype}; cast them to one type"

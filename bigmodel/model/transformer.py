@@ -1,7 +1,7 @@
 """The transformer: packed documents in, their loss out.
 
 In: a `Batch` of T positions (for an encoder-decoder also S source positions). Out: the summed loss, the loss of each
-position, or logits. Guarantees: documents cannot influence one another (attention, positions and loss restart at each
+position (both weighted where the batch has weights), or logits. Guarantees: documents cannot influence one another (attention, positions and loss restart at each
 boundary); dropout depends on the batch's dropout seeds only, not on rank or call order. The model does not know the
 number of machines: ZeRO is applied from outside.
 
@@ -231,15 +231,23 @@ class Head(nn.Module):
         self.z_sum: Tensor | float = 0.0  # of the last loss_sum: sum of logsumexp(logits)^2 over its labels
 
     def forward(
-        self, x_TH: Tensor, labels_T: Tensor, output: Output, groups_T: Tensor | None = None, num_loss_groups: int = 1
+        self,
+        x_TH: Tensor,
+        labels_T: Tensor,
+        output: Output,
+        groups_T: Tensor | None = None,
+        num_loss_groups: int = 1,
+        weights_T: Tensor | None = None,
     ) -> Tensor:
         softcap = self.options.logit_softcap
         if output == "loss_sum":
-            sums, losses_T = linear_cross_entropy_and_losses(x_TH, self.weight, labels_T, self.options)
+            sums, losses_T = linear_cross_entropy_and_losses(
+                x_TH, self.weight, labels_T, self.options, weights_T=weights_T
+            )
             self.z_sum = sums.z_sum.detach()
             return sums.loss_sum if groups_T is None else _by_group(sums.loss_sum, losses_T, groups_T, num_loss_groups)
         if output == "loss_per_position":
-            return linear_cross_entropy_per_token(x_TH, self.weight, labels_T, softcap)
+            return linear_cross_entropy_per_token(x_TH, self.weight, labels_T, softcap, weights_T=weights_T)
         logits_TV = x_TH.float() @ self.weight.float().T
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
@@ -251,13 +259,13 @@ def _by_group(loss_sum: Tensor, losses_T: Tensor, groups_T: Tensor, num_loss_gro
     return sums_P + (loss_sum - loss_sum.detach()) / num_loss_groups
 
 
-def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int) -> Tensor:
-    """(T,) the label `steps` positions later in the same document; IGNORED beyond its end."""
+def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int, beyond: float = IGNORED) -> Tensor:
+    """(T,) the label, or weight, `steps` positions later in the same document; `beyond` behind its end."""
     row_T = _rows(labels_T)
     document_T = torch.searchsorted(cu_seqlens, row_T, right=True)
     later_T = (row_T + steps).clamp(max=len(row_T) - 1)
     inside_T = (row_T + steps < len(row_T)) & (document_T[later_T] == document_T)
-    return torch.where(inside_T, labels_T[later_T], IGNORED)
+    return torch.where(inside_T, labels_T[later_T], beyond)
 
 
 class Encoder(nn.Module):
@@ -358,18 +366,21 @@ class Transformer(nn.Module):
     def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
         """The rest of `forward`, after the embedding."""
         x_TH, views, source = self.trunk(x_TH, x_SE, batch)
-        result = self.head(self.last_states(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups)
+        weights_T = batch.weights
+        result = self.head(
+            self.last_states(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups, weights_T
+        )
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):
             extra = sum(
                 self.head(
-                    self.last_states(block(x_TH, views[block.kind], batch.dropout_seeds, source)), labels_T, output
+                    self.last_states(block(x_TH, views[block.kind], batch.dropout_seeds, source)),
+                    ahead(batch.labels, batch.cu_seqlens, steps),
+                    output,
+                    weights_T=None if weights_T is None else ahead(weights_T, batch.cu_seqlens, steps, beyond=0.0),
                 )
-                for block, labels_T in (
-                    (block, ahead(batch.labels, batch.cu_seqlens, steps))
-                    for steps, block in enumerate(self.extra_blocks, 1)
-                )
+                for steps, block in enumerate(self.extra_blocks, 1)
             )
             weight = self.settings.mtp_loss_weight / len(self.extra_blocks) / max(1, result.numel())
             result = result + weight * (extra - extra.detach())

@@ -250,7 +250,7 @@ def test_chunks_follow_from_the_vocabulary(vocabulary: int, positions: int) -> N
 
 
 def test_the_kernel_passes_its_tests_under_the_interpreter() -> None:
-    assert run_interpreted("tests/support/interpreted_linear_cross_entropy.py") == 41
+    assert run_interpreted("tests/support/interpreted_linear_cross_entropy.py") == 43
 
 
 def test_the_kernel_compiles_for_ampere_to_blackwell_without_spilling_registers() -> None:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from bigmodel.kernels.linear_cross_entropy import IGNORED, Options, launch_options, softmax_kernel
 from tests.support.compile_kernels import usage
 
-POINTERS = {"logits": "*fp32", "labels": "*i64", "losses": "*fp32", "zs": "*fp32"}
+POINTERS = {"logits": "*fp32", "labels": "*i64", "weights": "*fp32", "losses": "*fp32", "zs": "*fp32"}
 VOCABULARIES = {"128k": 131_072, "odd": 50_257}
 
 
@@ -25,7 +25,7 @@ def compiled(architecture: int, gradient: str, vocabulary: int, options: Options
     launch = launch_options(vocabulary)
     constants = {
         "Z_LOSS": options.z_loss, "SMOOTHING": options.label_smoothing, "SOFTCAP": options.logit_softcap,
-        "IGNORED": IGNORED, "WITH_GRADIENT": gradient != "none", "BLOCK": launch["BLOCK"],
+        "IGNORED": IGNORED, "WITH_WEIGHTS": options != Options(), "WITH_GRADIENT": gradient != "none", "BLOCK": launch["BLOCK"],
     }  # fmt: skip
     pointers = POINTERS | {"gradients": f"*{gradient}" if gradient != "none" else "*fp32"}
     signature, aligned = {}, {}

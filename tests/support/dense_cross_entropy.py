@@ -74,9 +74,11 @@ def dense_results(inputs: Inputs, options: Options = PLAIN) -> Results:
     return Results(loss_sum.detach(), z_sum.detach(), counted_T.sum(), *gradients)
 
 
-def our_results(inputs: Inputs, options: Options = PLAIN, chunk_positions: int = 0) -> Results:
+def our_results(
+    inputs: Inputs, options: Options = PLAIN, chunk_positions: int = 0, weights_T: Tensor | None = None
+) -> Results:
     inputs = inputs.leaves()
-    sums = linear_cross_entropy(*inputs, options, chunk_positions)
+    sums = linear_cross_entropy(*inputs, options, chunk_positions, weights_T)
     return Results(*(one.detach() for one in sums), *torch.autograd.grad(3 * sums.loss_sum, inputs[:2]))
 
 
@@ -109,3 +111,23 @@ def assert_losses_as_exact_as_plain_torch(losses_T: Tensor, inputs: Inputs, soft
     assert our_error <= 2 * torch_error + 1e-7, f"error {our_error:.2e}, plain torch {torch_error:.2e}"
     assert (losses_T[inputs.labels_T == IGNORED] == 0).all()
     assert (losses_T[inputs.labels_T != IGNORED] > 0).all()
+
+
+def make_weights(inputs: Inputs) -> Tensor:
+    """Weights of 0, 0.25, 1 and others in turn."""
+    weights_T = torch.tensor([0.0, 0.25, 1.0, 0.7, 1e-3]).repeat(len(inputs.labels_T))[: len(inputs.labels_T)]
+    return weights_T.to(inputs.labels_T.device)
+
+
+def weighted_dense_results(inputs: Inputs, weights_T: Tensor, options: Options) -> Results:
+    """`dense_results` of each position alone, times its weight."""
+    inputs = inputs.leaves()
+    logits_TV, weights_T = dense_logits(inputs, options.logit_softcap), weights_T.to(inputs.hidden_TH.dtype)
+    losses_T = F.cross_entropy(
+        logits_TV, inputs.labels_T, ignore_index=IGNORED, reduction="none", label_smoothing=options.label_smoothing
+    )
+    counted_T = inputs.labels_T != IGNORED
+    loss_sum = (losses_T * weights_T).sum()
+    z_sum = (logits_TV.logsumexp(-1).square() * weights_T)[counted_T].sum()
+    gradients = torch.autograd.grad(3 * (loss_sum + options.z_loss * z_sum), inputs[:2])
+    return Results(loss_sum.detach(), z_sum.detach(), counted_T.sum(), *gradients)

@@ -22,7 +22,9 @@ from tests.support.dense_cross_entropy import (
     assert_as_exact_as_plain_torch,
     assert_losses_as_exact_as_plain_torch,
     make_inputs,
+    make_weights,
     our_results,
+    weighted_dense_results,
 )
 
 
@@ -57,6 +59,15 @@ def test_in_16_bits_the_kernel_is_as_exact_as_plain_torch(dtype: torch.dtype) ->
 def test_losses_of_single_positions(softcap: float) -> None:
     inputs = make_inputs(positions=12, vocabulary=193)
     assert_losses_as_exact_as_plain_torch(linear_cross_entropy_per_token(*inputs, softcap, 5), inputs, softcap)
+
+
+@pytest.mark.parametrize("options", [PLAIN, Options(0.03, 0.2, 2.5)])
+def test_the_kernel_multiplies_by_the_weights(options: Options) -> None:
+    inputs = make_inputs(positions=12, vocabulary=193)
+    weights_T = make_weights(inputs)
+    exact = weighted_dense_results(inputs.to(torch.float64), weights_T, options)
+    for ours, expected in zip(our_results(inputs, options, 5, weights_T), exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=3e-6, atol=3e-6)
 
 
 def surrounded_logits(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -118,4 +129,5 @@ def test_two_runs_agree_bitwise() -> None:
 
 def test_torch_knows_all_about_the_operator() -> None:
     inputs = make_inputs(positions=12, vocabulary=70).leaves()
-    library.opcheck(linear_cross_entropy_op, (*inputs, 0.03, 0.2, 2.5, True, True, 4))
+    for weights_T in (None, make_weights(inputs)):
+        library.opcheck(linear_cross_entropy_op, (*inputs, 0.03, 0.2, 2.5, True, True, 4, weights_T))

@@ -84,6 +84,7 @@ class Batch:
     source: "SourceSide | None" = None  # the encoder's input
     loss_groups: Tensor | None = None  # (T,) int64: loss group of each position, 0 to num_loss_groups - 1
     num_loss_groups: int = 1
+    weights: Tensor | None = None  # (T,) float32: weight of each label in the loss, 0 without a label; None: all 1
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch with its tensors on a device."""
