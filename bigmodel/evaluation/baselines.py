@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.objectives.supervised import Supervised
 
 if TYPE_CHECKING:
     from bigmodel.data.store.shards import ShardStore
@@ -125,6 +126,7 @@ def token_pairs(store: "ShardStore") -> Iterator[Pair]:
         for shard in range(store.num_shards(source)):
             for row in range(len(store.lengths(source, shard))):
                 document = store.document(source, shard, row)
+                assert not isinstance(document, Supervised), "a supervised document is not predicted as a whole"
                 text = document if isinstance(document, np.ndarray) else document.target
                 yield text[:-1], text[1:]
 

@@ -28,12 +28,14 @@ NOT_COUNTED = "bits per byte not counted: the tokens of this tokenizer do not te
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`nats` summed over `num_labels` predicted tokens, which encode `text_bytes` bytes of text; None: unknown."""
+    """`nats` summed over `num_labels` predicted tokens, which encode `text_bytes` bytes of text; None: unknown.
+    `weight`: sum of the labels' weights; None: all are 1."""
 
     nats: float
     num_labels: int
     text_bytes: int | None
     seconds: float
+    weight: float | None = None
 
     def __str__(self) -> str:
         bits = NOT_COUNTED if self.bits_per_byte is None else f"{self.bits_per_byte:.3f} bits per byte"
@@ -41,7 +43,7 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / self.num_labels
+        return self.nats / (self.weight or self.num_labels)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -81,7 +83,7 @@ class Validation:
 
     def _score(self, forward: Forward, world: World, packs: int, change: Callable[[Batch], Batch]) -> Evaluation:
         started = time.perf_counter()
-        mine: dict[int, tuple[float, int, int]] = {}
+        mine: dict[int, tuple[float, int, int, float]] = {}
         table_V = self._table(world)
         groups = validation_batches(self._store, self._data, self._packs_per_micro_batch, packs)
         for first in range(0, len(groups), world.size):
@@ -91,13 +93,16 @@ class Validation:
             nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
             if number < len(groups):
                 size = 0 if table_V is None else count_bytes(batch.labels.numpy(), table_V)
-                mine[number] = (nats, batch.num_labels, size)
+                weight = batch.num_labels if batch.weights is None else float(batch.weights.double().sum())
+                mine[number] = (nats, batch.num_labels, size, weight)
         merged = {number: sums for part in world.gather_objects(mine) for number, sums in part.items()}
         sums = [merged[number] for number in range(len(groups))]
-        nats = math.fsum(nats for nats, _, _ in sums)
-        num_labels = sum(count for _, count, _ in sums)
-        text_bytes = sum(size for _, _, size in sums) if table_V is not None else self._bytes_of_split(num_labels)
-        return Evaluation(nats, num_labels, text_bytes, time.perf_counter() - started)
+        nats, weight = (math.fsum(one[place] for one in sums) for place in (0, 3))
+        num_labels = sum(count for _, count, _, _ in sums)
+        text_bytes = sum(size for _, _, size, _ in sums) if table_V is not None else self._bytes_of_split(num_labels)
+        if weight == num_labels:
+            return Evaluation(nats, num_labels, text_bytes, time.perf_counter() - started)
+        return Evaluation(nats, num_labels, None, time.perf_counter() - started, weight)
 
     def first_batch(self) -> Batch:
         """The first micro-batch, for examples."""
@@ -113,7 +118,7 @@ class Validation:
         """Bytes of the split's text if `num_labels` labels are all of it, in causal order; else None."""
         plain = all(one.rule.is_plain(one.settings) for one in objectives_of(self._data))
         only_pairs = len(self._store.pair_sources) == len(self._store.sources)
-        whole = num_labels == self._store.num_labels and (plain or only_pairs)
+        whole = num_labels == self._store.num_labels and (plain or only_pairs) and not self._store.supervised_sources
         return self._store.text_bytes if whole else None
 
 

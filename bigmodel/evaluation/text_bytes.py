@@ -35,6 +35,8 @@ def bytes_by_token(store: ShardStore) -> np.ndarray | None:
     table_V[[tokenizer.bos, tokenizer.eos]] = 0
     if _keeps_every_byte(description):
         return table_V
+    if store.supervised_sources:  # their bytes are those of records
+        return None
     in_all = sum(count_bytes(labels, table_V) for _, labels in token_pairs(store))
     return table_V if in_all == store.text_bytes else None
 

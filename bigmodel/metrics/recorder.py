@@ -47,8 +47,9 @@ class LossGroup:
 
     objective: str  # as in the run file: "causal", "span_corruption", ...
     source: str
-    nats: float  # loss summed over the labels
+    nats: float  # loss summed over the labels, each with its weight
     targets: int  # number of labels
+    weight: float | None = None  # sum of the labels' weights; None: all are 1
 
 
 class Flops(NamedTuple):
@@ -64,7 +65,7 @@ class StepRecord:
     """One optimizer step, over all ranks. Counts are of this step only."""
 
     step: int  # optimizer steps done, this one included: the first is 1
-    loss: float  # nats per label, mean over the step
+    loss: float  # nats per label, mean over the step by the labels' weights
     gradient_norm: float  # before clipping
     learning_rate: float
     targets: int  # number of labels
@@ -80,6 +81,7 @@ class StepRecord:
     imbalance: float = 1.0  # of attention work in rank 0's node: 1 is even
     imbalance_undealt: float = 1.0  # the same in canonical order
     flops: Flops | None = None
+    weight: float | None = None  # sum of the labels' weights, the divisor of the loss; None: all are 1
     skipped: bool = False  # no update
     skip_reason: str = "not_finite"  # if skipped: one of a few words
     parts: tuple[LossGroup, ...] = ()  # the loss by objective and source; their labels add up to `targets`

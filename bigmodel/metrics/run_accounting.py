@@ -254,7 +254,7 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
     samples: Samples = {name: [[[], value]] for name, value in gauges.items() if value is not None}
     if line["parts"]:
         samples["source_training_loss_nats"] = [
-            [[part["objective"], part["source"]], part["nats"] / part["targets"]]
+            [[part["objective"], part["source"]], part["nats"] / (part.get("weight") or part["targets"])]
             for part in line["parts"]
             if part["targets"]
         ]

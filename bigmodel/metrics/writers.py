@@ -155,7 +155,10 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield from ((f"training/{name}", line[name]) for name in names if line[name] is not None)
         yield "training/tokens_per_second", line["positions"] / line["step_seconds"]
         yield from (
-            (f"training_loss/{part['objective']}/{part['source']}", part["nats"] / part["targets"])
+            (
+                f"training_loss/{part['objective']}/{part['source']}",
+                part["nats"] / (part.get("weight") or part["targets"]),
+            )
             for part in line["parts"]
             if part["targets"]
         )

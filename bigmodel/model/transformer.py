@@ -1,9 +1,9 @@
 """The transformer: packed documents in, their loss out.
 
 In: a `Batch` of T positions (for an encoder-decoder also S source positions). Out: the summed loss, the loss of each
-position (both weighted where the batch has weights), or logits. Guarantees: documents cannot influence one another (attention, positions and loss restart at each
-boundary); dropout depends on the batch's dropout seeds only, not on rank or call order. The model does not know the
-number of machines: ZeRO is applied from outside.
+position (both weighted where the batch has weights), or logits. Guarantees: documents cannot influence one another
+(attention, positions and loss restart at each boundary); dropout depends on the batch's dropout seeds only, not on rank
+or call order. The model does not know the number of machines: ZeRO is applied from outside.
 
     tokens -> embedding -> [ norm -> attention -> + -> norm -> feed-forward -> + ] x layers -> norm -> head -> loss
 

@@ -154,10 +154,10 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
         model.z_sum = 0.0
         for number, batch in enumerate(step.micro_batches, start=1):
-            nats += engine.micro_batch(batch.to(world.device), step.num_labels, number == len(step.micro_batches))
+            nats += engine.micro_batch(batch.to(world.device), step.weight, number == len(step.micro_batches))
         with phases("communication"):
             sums = _add_up(world, nats, model.z_sum, stop.requested, saver.written, phases.busy_row(seat))
-        loss = math.fsum(sums.nats_by_group) / step.num_labels
+        loss = math.fsum(sums.nats_by_group) / step.weight
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
 
@@ -367,11 +367,14 @@ def _step_record(
         imbalance_undealt=step.imbalance_undealt,
         flops=flops,
         parts=tuple(
-            LossGroup(*names, nats=part, targets=targets)
-            for names, part, targets in zip(stream.loss_groups, sums.nats_by_group, step.labels_by_group, strict=True)
+            LossGroup(*names, nats=part, targets=targets, weight=None if weight == targets else weight)
+            for names, part, targets, weight in zip(
+                stream.loss_groups, sums.nats_by_group, step.labels_by_group, step.weights_by_group, strict=True
+            )
             if targets
         ),
-        z_loss=sums.z_loss / step.num_labels,
+        z_loss=sums.z_loss / step.weight,
+        weight=None if step.weight == step.num_labels else step.weight,
         slowest_rank=slowest_rank,
         slowest_rank_lag_seconds=lag,
         **measured,

@@ -17,6 +17,7 @@ from rich.text import Text
 from bigmodel.config.settings import Settings, UserError, packs_at
 from bigmodel.data.objectives.causal import causal
 from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.objectives.supervised import Supervised
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.segments import Segment, order_of_segment
 from bigmodel.data.store.shards import ShardStore
@@ -62,7 +63,9 @@ def summarize(
 
 def xz_of_validation_text(settings: Settings) -> float | None:
     store = ShardStore.of_run(settings.data, "validation")
-    if store.pair_sources or not Examples(settings.data, 0).is_plain:  # the labels are not the validation text
+    if (
+        store.pair_sources or store.supervised_sources or not Examples(settings.data, 0).is_plain
+    ):  # the labels are not the validation text
         return None
     return xz_bits_per_byte(store.file("text/validation.txt")) if store.text_bytes <= XZ_BYTES else None
 
@@ -78,6 +81,8 @@ def bigram_bits_per_byte(settings: Settings, segments: Sequence[Segment]) -> flo
         return None
     train = ShardStore.of_run(settings.data, "train")
     validation = ShardStore.of_run(settings.data, "validation")
+    if train.supervised_sources or validation.supervised_sources:
+        return None
     try:
         orders = [order_of_segment(train, settings.data, segments, number)[1] for number in range(len(segments))]
     except UserError:
@@ -125,4 +130,5 @@ def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Itera
                 if isinstance(document, np.ndarray):
                     yield causal(document, chunk.start, chunk.length)
                 else:
+                    assert not isinstance(document, Supervised), "a supervised document is not predicted as a whole"
                     yield causal(document.target, 0, chunk.num_labels)

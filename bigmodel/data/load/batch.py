@@ -22,6 +22,7 @@ from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.causal import causal
 from bigmodel.data.objectives.example import IGNORED, Example
 from bigmodel.data.objectives.examples import Document, Examples
+from bigmodel.data.objectives.supervised import SUPERVISED
 from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
 from bigmodel.data.randomness import make_key, words
 
@@ -150,17 +151,19 @@ def build_batch(
     source_seeds: np.ndarray | None = None,
     loss_group_of: Callable[[Chunk], int] | None = None,
     num_loss_groups: int = 1,
+    has_weights: bool = False,
 ) -> Batch:
     """Lay packs end to end, each at its multiple of sequence_length. An empty pack is all padding.
 
     `keys`: dropout seeds, (T,) int64, from `make_dropout_seeds`; `source_seeds`: (S,), for a source side. `examples`:
-    needed for all but plain text in causal order. `loss_group_of`: the loss group of a chunk. Raises what `read`
-    raises.
+    needed for all but plain text in causal order. `loss_group_of`: the loss group of a chunk. `has_weights`: labels
+    may have other weights than 1. Raises what `read` raises.
     """
     target_side = _Side(len(packs), settings.sequence_length)
     source_side = _Side(len(packs), settings.source_sequence_length)
     labels_T = np.full(len(target_side.tokens), IGNORED, dtype=np.int64)
     groups_T = np.zeros(len(target_side.tokens) if loss_group_of else 0, dtype=np.int64)
+    weights_T = np.zeros(len(target_side.tokens) if has_weights else 0, dtype=np.float32)
     prefixes: list[int] = []
     is_one_sided = not source_side.size
     num_tokens = num_labels = 0
@@ -184,10 +187,14 @@ def build_batch(
                 labels_T[place] = example.labels
                 num_tokens += chunk.planned_tokens
                 num_labels += chunk.planned_labels
-                prefix = _prefix(example) if is_one_sided and settings.bidirectional_prefix else 0
+                has_prefix = is_one_sided and settings.bidirectional_prefix and chunk.objective != SUPERVISED
+                prefix = _prefix(example) if has_prefix else 0
                 if not is_one_sided:
                     source_side.add(example.source, number)
             prefixes.append(prefix)
+            if has_weights:
+                weights = None if chunk.objective == PLAIN else example.weights
+                weights_T[place] = labels_T[place] != IGNORED if weights is None else weights
             if loss_group_of:
                 groups_T[place] = loss_group_of(chunk)
         has_padding = [side.pad(number) for side in (target_side, source_side)]
@@ -230,6 +237,7 @@ def build_batch(
         source=source,
         loss_groups=torch.from_numpy(groups_T) if loss_group_of else None,
         num_loss_groups=num_loss_groups,
+        weights=torch.from_numpy(weights_T) if has_weights else None,
     )
 
 

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, overload
 
 import numpy as np
@@ -30,6 +31,7 @@ from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_se
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
+from bigmodel.data.objectives.supervised import NAME, SUPERVISED, UNITS
 from bigmodel.data.plan.attention_work import CountPairs, Work, count_work, no_pairs
 from bigmodel.data.plan.order import Order, Position
 from bigmodel.data.plan.packing import best_fit_decreasing, pack_two_sides
@@ -42,7 +44,10 @@ from bigmodel.data.plan.shuffle import (
     Pack,
     chunk_table,
     has_pairs,
+    has_wide,
+    is_supervised,
     make_block,
+    measure_shard,
     sizes,
 )
 
@@ -72,8 +77,10 @@ class Step:
     number: int  # data step, from 0
     packs: list[Pack]  # of this rank's node, in canonical order
     micro_batches: list[Batch]  # this rank's
-    num_labels: int  # the divisor of the loss
-    labels_by_group: list[int]  # the same per loss group: see `Stream.loss_groups`
+    num_labels: int
+    weight: float  # sum of the labels' weights, the divisor of the loss; num_labels where all are 1
+    labels_by_group: list[int]  # per loss group: see `Stream.loss_groups`
+    weights_by_group: list[float]
     num_tokens: int
     num_documents: int  # a chunk of a long document counts as one
     num_padding: int  # positions without a document, empty packs included
@@ -99,8 +106,15 @@ class Builder:
         self._data, self._seed, examples = data, seed, self._examples
         numbered = []  # (objective number, source number, loss group)
         for source, name in enumerate(store.sources):
+            if is_supervised(store, name):
+                numbered.append((SUPERVISED, source, (NAME, name)))
+                continue
             numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
             numbered += [(number, source, (examples.names[number], name)) for number in numbers]
+        self.has_weights = getattr(store, "has_weights", False)
+        self._weights_of_shard = lru_cache(maxsize=64)(
+            lambda source, shard: measure_shard(store, store.sources[source], shard, data.max_document_length).weights
+        )
         self.loss_groups = list(dict.fromkeys(part for _, _, part in numbered))  # (objective, source)
         self._places = {(number, source): self.loss_groups.index(part) for number, source, part in numbered}
         self._places |= {(PLAIN, source): place for (number, source), place in self._places.items() if number == 0}
@@ -124,6 +138,7 @@ class Builder:
             source_seeds,
             self.loss_group_of if several else None,
             len(self.loss_groups),
+            self.has_weights,
         )
 
     def loss_group_of(self, chunk: Chunk) -> int:
@@ -136,6 +151,18 @@ class Builder:
             for chunk in pack:
                 counts[self.loss_group_of(chunk)] += chunk.num_labels
         return counts
+
+    def units_by_group(self, packs: Sequence[Pack]) -> list[int]:
+        """The sums of the labels' weights, in `UNITS`."""
+        if not self.has_weights:
+            return [labels * UNITS for labels in self.labels_by_group(packs)]
+        sums = [0] * len(self.loss_groups)
+        for chunk in (chunk for pack in packs for chunk in pack):
+            units = chunk.num_labels * UNITS
+            if chunk.objective == SUPERVISED:
+                units = int(self._weights_of_shard(chunk.source, chunk.shard)[chunk.row])
+            sums[self.loss_group_of(chunk)] += units
+        return sums
 
 
 class Stream:
@@ -276,7 +303,8 @@ class Stream:
         num_places = num_packs * (data.sequence_length + data.source_sequence_length)
         undealt = deal_contiguously(len(work), place.node_size, num_rounds, self._packs_per_micro_batch)
         filled, documents, limited, *counts = self._count(number, node)
-        work_of_step, targets = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
+        work_of_step, sums = Work(*counts[: len(Work._fields)]), counts[len(Work._fields) :]
+        targets, units = sums[: len(self.loss_groups)], sums[len(self.loss_groups) :]
         if not sum(targets):
             raise UserError(nothing_asked(f"step {number + 1}", data))
         return Step(
@@ -284,7 +312,9 @@ class Stream:
             packs=node.packs,
             micro_batches=[self._build(number, node, slot) for slot in node.slots[place.rank_in_node]],
             num_labels=sum(targets),
+            weight=sum(units) / UNITS,
             labels_by_group=targets,
+            weights_by_group=[one / UNITS for one in units],
             num_tokens=filled,
             num_documents=documents,
             num_padding=num_places - filled,
@@ -296,7 +326,7 @@ class Stream:
         )
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
-        """Positions, documents, packs limited by documents, `Work`, and labels per loss group, over all nodes."""
+        """Positions, documents, packs limited by documents, `Work`, labels and weights per loss group, of all nodes."""
         packs = node.packs if self._nodes else node.planned
         counts = [
             sum(chunk.num_tokens + chunk.source_positions for pack in packs for chunk in pack),
@@ -304,6 +334,7 @@ class Stream:
             sum(is_document_limited(pack, self._data) for pack in packs),
             *count_work(packs, self._data, self._count_pairs),
             *self._builder.labels_by_group(packs),
+            *self._builder.units_by_group(packs),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
 
@@ -418,7 +449,7 @@ def validation_batches(
 def all_chunks(store: Lengths, data: DataSettings, seed: int, only: Collection[str] = ()) -> np.ndarray:
     """A table of every chunk of a store in epoch 0, by source, shard and row. `only`: these sources; empty: all."""
     examples = Examples(data, seed)
-    wide = not examples.is_plain or any(has_pairs(store, name) for name in store.sources)
+    wide = not examples.is_plain or any(has_wide(store, name) for name in store.sources)
     tables = [chunk_table([], wide)]
     for number, source in enumerate(store.sources):
         for shard in range(len(store.shard_sizes(source)) if not only or source in only else 0):

@@ -12,7 +12,7 @@ def one_side(example: Example) -> Example:
     >>> one_side(Example(np.array([11, 2]), np.array([1, 21]), np.array([21, 2])))[1:3]
     (array([ 1, 11,  2, 21]), array([-100, -100,   21,    2]))
     """
-    source, tokens, targets, _ = example
+    source, tokens, targets, *_ = example
     if not len(source):
         return example
     return Example(

@@ -88,12 +88,14 @@ class Example(NamedTuple):
     """Decoder inputs `tokens` (D,) with `labels` (D,), after a `source` (E,), which may be empty.
 
     `places` (D,): the position numbers of the inputs where some were dropped; None: 0 to D - 1.
+    `weights` (D,) float32: of the labels in the loss; None: all 1.
     """
 
     source: np.ndarray
     tokens: np.ndarray
     labels: np.ndarray
     places: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
 
 def chunk_text_of(document: np.ndarray, start: int, length: int) -> ChunkText:

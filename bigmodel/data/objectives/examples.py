@@ -21,6 +21,7 @@ from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
 from bigmodel.data.objectives import decoder as decoder_inputs
 from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, chunk_text_of, rule_of
 from bigmodel.data.objectives.pairs import pair, pair_lengths
+from bigmodel.data.objectives.supervised import SUPERVISED, Measured, Supervised, supervised
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.randomness import make_key, words
 
@@ -34,7 +35,7 @@ class Pair(NamedTuple):
     target: np.ndarray
 
 
-Document = np.ndarray | Pair
+Document = np.ndarray | Pair | Supervised
 
 
 class Planned(Protocol):
@@ -168,6 +169,17 @@ class Examples:
         read, said = pair_lengths(sources, targets, data.longest_source, data.max_document_length)
         return self._columns(self.pairs, read, said, said)
 
+    def measure_supervised(self, source: str, documents: Measured) -> np.ndarray:
+        """The same for supervised documents. Raises `UserError` for a model that is no decoder."""
+        if self._two_sides or self.data.trains_encoder:
+            what = "masked tokens" if self.data.trains_encoder else "data.source_sequence_length"
+            raise UserError(
+                f"data source {source!r} holds chats, or prompts with responses, which train a decoder; remove "
+                f"{what}, or leave the source out with data.mix"
+            )
+        nothing = np.zeros_like(documents.tokens)
+        return np.stack([nothing + SUPERVISED, documents.tokens, documents.labels, nothing], axis=1)
+
     def _lengths(
         self, number: int, lengths: np.ndarray, remaining: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,6 +227,8 @@ class Examples:
 
     def make(self, chunk: Planned, document: Document) -> Example:
         """The example of a chunk of `document`, for one side or two."""
+        if isinstance(document, Supervised):
+            return supervised(document, self.data.max_document_length)
         place = (chunk.source, chunk.epoch, chunk.shard, chunk.row, chunk.start)
         key = make_key("example", self._seed, *place)
         if isinstance(document, Pair):

@@ -28,7 +28,7 @@ from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError, p
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
 from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, make_lane
-from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, chunk_table, has_pairs
+from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, chunk_table, has_wide
 from bigmodel.data.randomness import make_key
 
 ORDER_VERSION = 1  # raise it with every change that gives another order from the same input
@@ -148,7 +148,7 @@ class Order:
         key = make_key("segment", seed, segment) if segment else seed
         dealt = deal(shards, settings.lanes)
         examples = Examples(settings, seed)
-        wide = not examples.is_plain or any(has_pairs(store, name) for name in dealt)
+        wide = not examples.is_plain or any(has_wide(store, name) for name in dealt)
         self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, for plain text; None: endless
         self._wide = wide
         self._lanes = {

@@ -21,6 +21,7 @@ import numpy as np
 
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.objectives.supervised import Measured, measure
 from bigmodel.data.randomness import make_key, permutation
 
 PLAIN = -1  # "objective" of a chunk that is its own example: causal
@@ -32,7 +33,7 @@ class Chunk(NamedTuple):
     """Positions [start, start + length) of one document.
 
     `source` is an index into `store.sources`, `shard` into the source, `row` into the shard; `epoch` is the source's.
-    A pair is one chunk; its positions are those of its source text.
+    A pair is one chunk; its positions are those of its source text. A supervised document is one chunk.
 
     Its example (`bigmodel.data.objectives.examples`): the number of its `objective`, `planned_tokens` and
     `planned_labels` of the decoder, `source_positions` of the encoder. PLAIN: causal, one token and one label per
@@ -86,6 +87,22 @@ def has_pairs(store: Lengths, source: str) -> bool:
     return source in getattr(store, "pair_sources", ())
 
 
+def is_supervised(store: Lengths, source: str) -> bool:
+    """Whether a source holds supervised documents; `store.spans` then has what they train."""
+    return source in getattr(store, "supervised_sources", ())
+
+
+def has_wide(store: Lengths, source: str) -> bool:
+    """Whether the chunks of a source need the columns of examples, whatever the objectives."""
+    return has_pairs(store, source) or is_supervised(store, source)
+
+
+def measure_shard(store: Lengths, source: str, shard: int, longest: int) -> Measured:
+    """Of the supervised documents of a shard."""
+    num_documents = int(store.shard_sizes(source)[shard][0])
+    return measure(store.spans(source, shard), num_documents, longest)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     number: int  # in its source
@@ -130,6 +147,12 @@ def make_block(
             positions,
             lambda documents, lengths, _remaining: examples.measure_pairs(lengths, targets[documents]),
         )
+    if is_supervised(store, source):
+        columns = np.empty((len(rows), 4), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            measured = measure_shard(store, source, shard, examples.data.max_document_length)
+            columns[shards == shard] = examples.measure_supervised(source, measured)[rows[shards == shard]]
+        return Block(shards, rows, positions, positions, lambda documents, _lengths, _remaining: columns[documents])
     chosen = examples.choose(store.sources.index(source), epoch, shards, rows)
     return Block(
         shards,

@@ -49,6 +49,7 @@ import numpy as np
 from bigmodel.config.settings import DataSettings, UserError
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Pair
+from bigmodel.data.objectives.supervised import UNITS, Supervised
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import (
     PREPARE_AGAIN,
@@ -87,6 +88,7 @@ class ShardStore:
         counts = self.manifest.counts
         self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
         self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
+        self.supervised_sources = frozenset(name for name in self.sources if "trained_tokens" in counts[name][split])
         self._checked: set[str] = set()
         self._readers: dict[tuple[str, int], Any] = {}
         self._recent: OrderedDict[tuple[str, int, int, str], np.ndarray] = OrderedDict()
@@ -125,8 +127,19 @@ class ShardStore:
 
     @property
     def num_labels(self) -> int:
-        """Labels of a causal model in one epoch: a stored text of n tokens has n - 1."""
-        return sum(self._asked_for(source, "tokens") for source in self.sources) - self.num_documents
+        """Labels of a causal model in one epoch: a stored text of n tokens has n - 1, a supervised document as many as
+        it trains."""
+        counts = self.manifest.counts
+        trained = [counts[source][self.split]["trained_tokens"] for source in self.supervised_sources]
+        others = [source for source in self.sources if source not in self.supervised_sources]
+        documents = sum(counts[source][self.split]["documents"] for source in others)
+        return sum(trained) + sum(self._asked_for(source, "tokens") for source in others) - documents
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether any label has another weight than 1."""
+        counts = [self.manifest.counts[source][self.split] for source in self.supervised_sources]
+        return any(one["trained_weight"] != UNITS * one["trained_tokens"] for one in counts)
 
     def _asked_for(self, source: str, what: str) -> int:
         side = "target_" if source in self.pair_sources else ""
@@ -150,9 +163,19 @@ class ShardStore:
         """As `lengths`, of the target texts of a source of pairs."""
         return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
 
+    def spans(self, source: str, shard: int) -> np.ndarray:
+        """(k, 4) uint32 memory map: what the supervised documents of a shard train: row, first token, end, weight in
+        units of 1/65,536; sorted."""
+        return np.load(self.file(f"{self.split}/{source}/spans.{shard:05}.npy"), mmap_mode="r")
+
     def document(self, source: str, shard: int, row: int) -> Document:
-        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, those of both texts."""
+        """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, those of both texts; of a
+        supervised document, also its spans."""
         sample = self._sample(source, shard, row)
+        if source in self.supervised_sources:
+            table = self.spans(source, shard)
+            first, end = np.searchsorted(table[:, 0], [row, row + 1])
+            return Supervised(self._tokens_of(sample, source, shard, row, ""), np.array(table[first:end, 1:]))
         if source not in self.pair_sources:
             return self._tokens_of(sample, source, shard, row, "")
         return Pair(*(self._tokens_of(sample, source, shard, row, side) for side in ("", "target_")))

@@ -98,10 +98,11 @@ class Engine:
         if OPTIMIZERS[settings.optimizer.kind].crosses_ranks:
             self._optimizer.shards = Shards(self._whole_matrices, self._parts, self._sum)
 
-    def micro_batch(self, batch: Any, num_labels: int, last: bool) -> Tensor:
+    def micro_batch(self, batch: Any, num_labels: float, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; gives its loss sum, or one sum per loss group, detached.
 
-        num_labels: of the whole step, over all ranks and micro-batches. last: this rank's last micro-batch of the step.
+        num_labels: of the whole step, over all ranks and micro-batches, or the sum of their weights. last: this rank's
+        last micro-batch of the step.
         DeepSpeed averages over ranks, hence the factor world size; its division by the number of micro-batches is off.
         """
         assert num_labels > 0, "a step needs at least one label"
