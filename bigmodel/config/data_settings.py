@@ -27,6 +27,28 @@ class SourceSettings(Section):
     )
     column: str = Field("text", description="column that holds the text; a.b is field b of column a")
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
+    prompt_column: str | None = setting(
+        None,
+        only_with={"target_column": UNSET},
+        description="text before that of `column`: only the latter, the response, is trained",
+    )
+    messages_column: str | None = setting(
+        None,
+        only_with={"target_column": UNSET, "prompt_column": UNSET},
+        description="column that holds a chat: a list of messages with role and content (or from and value), and a "
+        "weight if wanted; only what the assistant says is trained",
+    )
+    weight_column: str | None = setting(
+        None,
+        only_with={"is_supervised": True},
+        why="only chats and responses (messages_column, prompt_column) have weights",
+        description="column with the weight of a record in the loss, 0 to 1; null: 1",
+    )
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether only a part of each record is trained."""
+        return bool(self.prompt_column or self.messages_column)
 
 
 class DecontaminationSettings(Section):
@@ -41,10 +63,11 @@ class PrepareSettings(Section):
     """From text to shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
-    embedded: Literal["text", "pairs"] = setting(
+    embedded: Literal["text", "pairs", "chats"] = setting(
         "text",
         only_with={"sources": UNSET},
-        description="content of the embedded corpus: code and documentation, or pairs of function and description",
+        description="content of the embedded corpus: code and documentation, pairs of function and description, or "
+        "short chats about sums and letters",
     )
     vocabulary: int = setting(
         32_000,
@@ -58,6 +81,12 @@ class PrepareSettings(Section):
         None,
         description='absent or "train": a tokenizer is trained; else the path of a tokenizer.json or of a Hugging Face '
         "tokenizer folder",
+    )
+    chat_template: Path | None = setting(
+        None,
+        only_with={"has_chats": True},
+        why="no source has a messages_column",
+        description="file of a Jinja chat template; absent: that of the tokenizer's folder, or a plain one",
     )
     dropped_characters_share: float = setting(
         0.0,
@@ -109,6 +138,19 @@ class PrepareSettings(Section):
                 "the folder here and give its path"
             )
         return None if value == "train" else value
+
+    @property
+    def has_chats(self) -> bool:
+        return any(source.messages_column for source in self.sources) or self.embedded == "chats"
+
+    @model_validator(mode="after")
+    def _supervised_sources_are_tokens(self) -> "PrepareSettings":
+        if self.content == "text" and (self.has_chats or any(source.is_supervised for source in self.sources)):
+            raise ValueError(
+                'prepare.content = "text": chats and responses are stored as tokens, because their weights belong to '
+                'tokens; set content = "tokens"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_and_limits_make_sense(self) -> "PrepareSettings":

@@ -35,12 +35,14 @@ import numpy as np
 from bigmodel.config.settings import DecontaminationSettings, PrepareSettings, SourceSettings, UserError
 from bigmodel.data.prepare import corpus
 from bigmodel.data.prepare.corpus import Source, Unit
-from bigmodel.data.prepare.rows import Malformed
+from bigmodel.data.prepare.records import contents, encoded, is_trained
+from bigmodel.data.prepare.rows import Located, Malformed
+from bigmodel.data.store.chat_template import ChatTemplate
 from bigmodel.run_directory import write_atomically
 from bigmodel.sizes import counted_noun
 
-REASONS = ("kept", "null", "empty", "malformed", "too_short", "too_long", "contaminated", "duplicate")
-KEPT, NULL, EMPTY, MALFORMED, TOO_SHORT, TOO_LONG, CONTAMINATED, DUPLICATE = range(len(REASONS))
+REASONS = ("kept", "null", "empty", "malformed", "too_short", "too_long", "contaminated", "duplicate", "without_target")
+KEPT, NULL, EMPTY, MALFORMED, TOO_SHORT, TOO_LONG, CONTAMINATED, DUPLICATE, WITHOUT_TARGET = range(len(REASONS))
 SEPARATOR = b"\xff"  # between the texts of a pair in its hash: never part of UTF-8
 LISTED = 1000  # malformed records, at most
 # C0 and C1 and delete, but not tab, line feed and carriage return.
@@ -108,9 +110,14 @@ def is_whole(path: Path) -> bool:
 # ---- a row ----------------------------------------------------------------------------------------------------
 
 
-def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | None = None) -> Scan:
+def scan_unit(
+    unit: Unit,
+    settings: PrepareSettings,
+    contaminated: np.ndarray | None = None,
+    template: ChatTemplate | None = None,
+) -> Scan:
     """Judge each row of a unit on its own; duplicates are found later, over all units. `contaminated`: the result of
-    `evaluation_hashes`."""
+    `evaluation_hashes`. `template`: of chats; a chat that it refuses is malformed."""
     status, digests, validation = bytearray(), bytearray(), bytearray()
     read_bytes, kept_bytes = array("q"), array("q")
     malformed: list[Malformed] = []
@@ -121,6 +128,10 @@ def scan_unit(unit: Unit, settings: PrepareSettings, contaminated: np.ndarray | 
             verdict, content, num_bytes = MALFORMED, b"", row.num_bytes
         else:
             verdict, texts = judge(row, settings, contaminated)
+            if template and verdict == KEPT and (reason := _refused(texts[0], template)):
+                verdict, texts = MALFORMED, ()
+                if len(malformed) < LISTED and isinstance(row[0], Located):
+                    malformed.append(replace(row[0].where, reason=reason))
             content = joined(texts)
             num_bytes = sum(len(text.encode()) for text in row if text is not None)
         digest = hashlib.sha256(content).digest()
@@ -145,6 +156,8 @@ def judge(
     """A row's verdict and, if kept, its cleaned texts."""
     if any(text is None for text in row):
         return NULL, ()
+    if isinstance(row[0], Located):
+        return _judge_record(row[0], settings, contaminated)
     texts = tuple(clean(text, settings) for text in row if text is not None)
     if not all(text.strip() for text in texts):
         return EMPTY, ()
@@ -152,11 +165,47 @@ def judge(
         return TOO_SHORT, ()
     if settings.max_characters and any(len(text) > settings.max_characters for text in texts):
         return TOO_LONG, ()
-    if contaminated is not None and settings.decontaminate:
-        for text in texts:
-            if shares_a_run(text, settings.decontaminate.ngram, contaminated):
-                return CONTAMINATED, ()
+    if _is_contaminated(texts, settings, contaminated):
+        return CONTAMINATED, ()
     return KEPT, texts
+
+
+def _is_contaminated(texts: Iterable[str], settings: PrepareSettings, contaminated: np.ndarray | None) -> bool:
+    if contaminated is None or not settings.decontaminate:
+        return False
+    length = settings.decontaminate.ngram
+    return any(shares_a_run(text, length, contaminated) for text in texts)
+
+
+def _judge_record(text: str, settings: PrepareSettings, contaminated: np.ndarray | None) -> tuple[int, tuple[str, ...]]:
+    """The same for a record of a supervised source: its contents are cleaned, their characters count together."""
+    table = json.loads(text)
+    for part in [*table.get("messages", ()), table]:
+        for name in ("content", "prompt", "response"):
+            if isinstance(part.get(name), str):
+                part[name] = clean(part[name], settings)
+    texts = contents(table)
+    if not any(one.strip() for one in texts):
+        return EMPTY, ()
+    if not is_trained(table):
+        return WITHOUT_TARGET, ()
+    characters = sum(map(len, texts))
+    if characters < settings.min_characters:
+        return TOO_SHORT, ()
+    if settings.max_characters and characters > settings.max_characters:
+        return TOO_LONG, ()
+    if _is_contaminated(texts, settings, contaminated):
+        return CONTAMINATED, ()
+    return KEPT, (encoded(table),)
+
+
+def _refused(text: str, template: ChatTemplate) -> str:
+    """Why a template refuses a chat; empty: it does not."""
+    try:
+        template.mark(json.loads(text)["messages"])
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def clean(text: str, settings: PrepareSettings) -> str:
@@ -305,6 +354,9 @@ def count_reasons(scans: Iterable[Scan]) -> tuple[dict[str, int], dict[str, int]
         kept[KEPT] += scan.kept_bytes.sum()
     in_documents = {"read": int(documents.sum())} | dict(zip(REASONS, documents.tolist(), strict=True))
     in_bytes = {"read": int(read.sum())} | dict(zip(REASONS, read.tolist(), strict=True))
+    if not documents[WITHOUT_TARGET]:  # of supervised sources only
+        for counts in (in_documents, in_bytes):
+            del counts[REASONS[WITHOUT_TARGET]]
     in_bytes |= {"kept": int(kept[KEPT]), "cleaned": int(read[KEPT] - kept[KEPT])}
     return in_documents, in_bytes
 

@@ -9,6 +9,7 @@ its columns.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow
@@ -18,7 +19,8 @@ from pyarrow import types
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.compression import BUFFER_BYTES
-from bigmodel.data.prepare.rows import Malformed, Piece, Row, decoded, splits
+from bigmodel.data.prepare.records import MalformedRecord, record_text
+from bigmodel.data.prepare.rows import Located, Malformed, Piece, Record, Row, decoded, splits
 from bigmodel.data.store import files
 
 BATCH_ROWS = 256  # Parquet or Arrow rows decoded together: bounds memory at long documents
@@ -86,9 +88,9 @@ def _read_row_group(piece: Piece, columns: tuple[str, ...], key_column: str | No
         parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         schema = parquet.schema_arrow
         wanted = [*columns, *([key_column] if key_column else [])]
-        stored = [_stored_name(schema, name) for name in wanted]
+        stored = [_stored_name(schema, name) for name in (*wanted, *_others(piece.format.record))]
         batches = parquet.iter_batches(BATCH_ROWS, row_groups=[piece.start], columns=stored)
-        yield from _rows(piece.file, batches, columns, key_column, f"of row group {piece.start}")
+        yield from _rows(piece, batches, columns, key_column, f"of row group {piece.start}")
 
 
 def _stored_name(schema: pyarrow.Schema, path: str) -> str:
@@ -110,7 +112,7 @@ def _read_record_batches(piece: Piece, columns: tuple[str, ...], key_column: str
             batches = iter(pyarrow.ipc.open_stream(stream))
             place = "of the stream"
         cut = (batch.slice(row, BATCH_ROWS) for batch in batches for row in range(0, batch.num_rows, BATCH_ROWS))
-        yield from _rows(piece.file, cut, columns, key_column, place)
+        yield from _rows(piece, cut, columns, key_column, place)
 
 
 def _is_arrow_file(stream: pyarrow.NativeFile) -> bool:
@@ -120,20 +122,44 @@ def _is_arrow_file(stream: pyarrow.NativeFile) -> bool:
     return magic == b"ARROW1"
 
 
+def _others(record: Record | None) -> tuple[str, ...]:
+    """The columns of a supervised source after the first, which its text is named by."""
+    return record.columns[1:] if record else ()
+
+
 def _rows(
-    file: str, batches: Iterator[pyarrow.RecordBatch], columns: tuple[str, ...], key_column: str | None, place: str
+    piece: Piece, batches: Iterator[pyarrow.RecordBatch], columns: tuple[str, ...], key_column: str | None, place: str
 ) -> Iterator[Row]:
+    file, record = piece.file, piece.format.record
     number = 0
     for batch in batches:
-        of_columns = [_to_texts(_column(batch, name)) for name in columns]
+        of_columns = [_to_texts(_column(batch, name)) for name in (*columns, *_others(record))]
         keys = _column(batch, key_column).to_pylist() if key_column else [None] * batch.num_rows
         for *texts, key in zip(*of_columns, keys, strict=True):
             number += 1
             raw = next((text for text in texts if isinstance(text, bytes)), None)
-            if raw is None:
-                yield tuple(texts), key
-            else:
+            if raw is not None:
                 yield Malformed(file, f"row {number} {place}", "not UTF-8", len(raw)), key
+            elif record:
+                yield _record_row(texts, record, Malformed(file, f"row {number} {place}", "", 0)), key
+            else:
+                yield tuple(texts), key
+
+
+def _record_row(values: list[Any], record: Record, where: Malformed) -> tuple[str | None] | Malformed:
+    try:
+        (text,) = record_text(values, record)
+    except MalformedRecord as reason:
+        return replace(where, reason=str(reason))
+    return (text if text is None else Located.at(text, where),)
+
+
+def _to_value(value: pyarrow.Scalar) -> Any:
+    """A nested value, or bytes for one that is not UTF-8."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return b""
 
 
 def _column(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
@@ -156,10 +182,12 @@ def _index_path(fields: list[pyarrow.Field], path: str) -> list[int]:
     return []
 
 
-def _to_texts(column: pyarrow.Array) -> list[str | bytes | None]:
+def _to_texts(column: pyarrow.Array) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
+        if types.is_nested(column.type):
+            return [_to_value(value) for value in column]
         if types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if types.is_run_end_encoded(column.type):

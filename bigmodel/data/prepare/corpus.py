@@ -18,7 +18,7 @@ from pathlib import Path
 from bigmodel.config.settings import SourceSettings, UserError
 from bigmodel.data.prepare import formats
 from bigmodel.data.prepare.json_text import count_lines
-from bigmodel.data.prepare.rows import Format, Malformed, Piece, Row
+from bigmodel.data.prepare.rows import Format, Malformed, Piece, Record, Row
 from bigmodel.data.store import files
 from bigmodel.data.store.mds_index import Listed, listed_beside
 
@@ -38,6 +38,7 @@ class Source:
     columns: tuple[str, ...]
     formats: tuple[Format, ...]
     key_column: str | None = None
+    record: Record | None = None  # of a supervised source, whose `columns` is the first of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Unit:
     pieces: tuple[Piece, ...]
     columns: tuple[str, ...]
     key_column: str | None
+    record: Record | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -77,9 +79,22 @@ def find_source(
             )
         found.update(dict.fromkeys(_named(where, files.absolute(match)) for match in matches))
     columns = (settings.column, *([settings.target_column] if settings.target_column else []))
+    record = _record(settings)
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        if record:
+            known = pool.map(lambda file: _check_record_file(where, file, settings.format, record), found)
+            return Source(settings.name, tuple(found), record.columns[:1], tuple(known), record=record)
         known = pool.map(lambda file: _check_file(where, file, settings.format, columns), found)
         return Source(settings.name, tuple(found), columns, tuple(known))
+
+
+def _record(settings: SourceSettings) -> Record | None:
+    weight = (settings.weight_column,) if settings.weight_column else ()
+    if settings.messages_column:
+        return Record("chat", (settings.messages_column, *weight), bool(weight))
+    if settings.prompt_column:
+        return Record("response", (settings.prompt_column, settings.column, *weight), bool(weight))
+    return None
 
 
 def listed_shards(sources: Sequence[Source]) -> list[Listed]:
@@ -96,12 +111,31 @@ def _named(where: str, file: str) -> str:
     return file
 
 
-def _check_file(where: str, file: str, told: str, columns: tuple[str, ...]) -> Format:
+def _check_record_file(where: str, file: str, told: str, record: Record) -> Format:
+    form = _recognized(where, file, told)
+    if form.kind in ("text", "mds"):
+        raise UserError(f"{where}: {file}: chats and responses are read from JSONL, JSON, Parquet or Arrow; convert it")
+    known = formats.find_columns(file, form, ())
+    names = ["prompt_column", "column"] if record.kind == "response" else ["messages_column"]
+    for setting, column in zip([*names, "weight_column"], record.columns, strict=False):
+        if known and column not in known:
+            raise UserError(
+                f"{where}: {file} has no column {column!r}; it has {', '.join(map(repr, known))}; "
+                f"set `{setting}` of this source to the right one"
+            )
+    return replace(form, record=record)
+
+
+def _recognized(where: str, file: str, told: str) -> Format:
     if files.is_folder(file):
         raise UserError(f"{where}: {file} is a folder; name its files, for example {file}/*.parquet")
     if not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{where}: {file} is a pipe or device, which can be read only once; write it to a file first")
-    form = formats.recognize(file, told)
+    return formats.recognize(file, told)
+
+
+def _check_file(where: str, file: str, told: str, columns: tuple[str, ...]) -> Format:
+    form = _recognized(where, file, told)
     if form.kind == "text" and len(columns) > 1:
         raise UserError(f"{where}: {file}: a text file has no columns, so no target_column; use JSONL or Parquet")
     known = formats.find_columns(file, form, columns)
@@ -157,7 +191,8 @@ def plan_units(source: Source) -> list[Unit]:
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         cut = list(pool.map(lambda file, form: formats.cut(file, form, UNIT_BYTES), source.files, source.formats))
     pieces = (piece for of_file in cut for piece in of_file)
-    return [Unit(source.name, group, source.columns, source.key_column) for group in _group_by_size(pieces)]
+    groups = _group_by_size(pieces)
+    return [Unit(source.name, group, source.columns, source.key_column, source.record) for group in groups]
 
 
 def _group_by_size(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:

@@ -2,8 +2,8 @@
 
 In: a unit and the staging folder. Out: `scan/00000.npz` (verdicts on the rows) and, for every 16 MB of kept text,
 `encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and the total bytes of their
-texts; the validation text; what has no token. For shards of text: the texts end to end and their sizes, instead of the
-tokens.
+texts; of supervised sources also the spans that are trained; the validation text; what has no token. For shards of
+text: the texts end to end and their sizes, instead of the tokens.
 
 Guarantees: a file is a pure function of the unit and the settings; an encoded file also of the duplicates and the
 tokenizer. It is written atomically, and not again if it exists undamaged.
@@ -13,6 +13,7 @@ Costs: a process holds 34 bytes for each row of its unit, and the tokens of 16 M
 
 import hashlib
 import io
+import json
 import socket
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,11 @@ from bigmodel.config.settings import PrepareSettings, UserError
 from bigmodel.data.prepare import cleaning, corpus
 from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Unit
+from bigmodel.data.prepare.records import contents
 from bigmodel.data.prepare.rows import Malformed
+from bigmodel.data.prepare.supervised import Encoded, encode_record, read_template
 from bigmodel.data.prepare.tokenless import Tokenless
+from bigmodel.data.store.chat_template import ChatTemplate
 from bigmodel.data.store.manifest import SPLITS
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.run_directory import write_atomically
@@ -57,6 +61,10 @@ class Work:
         return self.folder / "duplicates.npy"
 
     @property
+    def template(self) -> Path:
+        return self.folder / "template.json"
+
+    @property
     def contaminated(self) -> Path:
         return self.folder / "contaminated.npy"
 
@@ -81,7 +89,8 @@ def scan_unit(number: int, unit: Unit, settings: PrepareSettings, work: Work) ->
         )
     if not cleaning.is_whole(path):
         contaminated = np.load(work.contaminated, mmap_mode="r") if settings.decontaminate else None
-        cleaning.scan_unit(unit, settings, contaminated).write(path)
+        template = read_template(work.template) if unit.record and unit.record.kind == "chat" else None
+        cleaning.scan_unit(unit, settings, contaminated, template).write(path)
 
 
 def read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[str]:
@@ -90,8 +99,9 @@ def read_rows(unit: Unit, rows: np.ndarray, settings: PrepareSettings) -> list[s
         cleaning.clean(text, settings)
         for number, (texts, _) in enumerate(islice(corpus.read_unit(unit), max(wanted, default=-1) + 1))
         if number in wanted and isinstance(texts, tuple)
-        for text in texts
-        if text is not None
+        for whole in texts
+        if whole is not None
+        for text in (contents(json.loads(whole)) if unit.record else [whole])
     ]
 
 
@@ -113,7 +123,11 @@ def encode_parts(
     for place, mine in groupby(rows, lambda row: bisect_right(ends, row[0])):
         if parts[place] in missing:
             path = work.encoded(number, parts[place].number)
-            cleaning.write_arrays(path, **_encode(mine, scan, encoder, len(unit.columns), as_text))
+            if unit.record:
+                arrays = _encode_records(mine, scan, encoder, read_template(work.template))
+            else:
+                arrays = _encode(mine, scan, encoder, len(unit.columns), as_text)
+            cleaning.write_arrays(path, **arrays)
 
 
 def _encode(
@@ -145,6 +159,35 @@ def _encode(
     if as_text:
         arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
     return arrays | tokenless.arrays() | {"validation_text": np.frombuffer(b"".join(validation_text), np.uint8)}
+
+
+def _encode_records(
+    rows: Iterator[tuple[int, tuple[str, ...]]], scan: Scan, encoder: Tokenizer, template: ChatTemplate | None
+) -> dict[str, np.ndarray]:
+    """The arrays of a supervised source: those of one column of tokens, and the spans of all documents end to end with
+    their number in each."""
+    encoded: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
+    texts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    tokenless = Tokenless()
+    for row, (text,) in rows:
+        split = SPLITS[int(scan.validation[row])]
+        one = encode_record(text, template, encoder)
+        encoded[split].append(one)
+        texts[split].append(text.encode())
+        said = "".join(contents(json.loads(text)))
+        tokenless.characters += len(said)
+        tokenless.unknown += int((one.tokens[1:-1] == encoder.unknown).sum())
+        tokenless.dropped.update(encoder.find_dropped(said))
+    arrays = {"validation_text": np.frombuffer(b"".join(texts["validation"]), np.uint8)}
+    for split, documents in encoded.items():
+        name, nothing = f"{split}_tokens", np.zeros(0, encoder.dtype)
+        arrays[name] = np.concatenate([*(one.tokens for one in documents), nothing])
+        arrays[f"{name}_lengths"] = np.array([len(one.tokens) for one in documents], np.uint32)
+        arrays[f"{name}_bytes"] = np.array(sum(map(len, texts[split])))
+        spans = np.concatenate([*(one.spans for one in documents), np.zeros((0, 3), np.int64)])
+        arrays[f"{split}_spans"] = spans.astype(np.uint32)
+        arrays[f"{split}_num_spans"] = np.array([len(one.spans) for one in documents], np.int64)
+    return arrays | tokenless.arrays()
 
 
 def kept_rows(

@@ -19,17 +19,25 @@ from itertools import islice
 from typing import Any
 
 from bigmodel.data.prepare import compression
-from bigmodel.data.prepare.rows import Format, Malformed, Piece, Row, splits
+from bigmodel.data.prepare.records import MalformedRecord, record_text
+from bigmodel.data.prepare.rows import Format, Located, Malformed, Piece, Record, Row, splits
 
 FIRST_RECORDS = 100  # of a file: the well-formed ones among them show its columns
 FIRST_BYTES = 1 << 16  # of a line show whether it begins an array, which may be the whole file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# An integer becomes its number of digits: its value is not used, and Python's int() refuses more than 4,300 digits.
-DECODER = json.JSONDecoder(parse_int=len)
+LONGEST_INTEGER = 1000  # digits; Python's int() refuses more than 4,300
 LEVELS = 100  # of nesting, parsed at a time: Python's parser fails below 1,000
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 SPACE = re.compile(r"[ \t\r\n]*")
 LONGEST_LITERAL = 16  # characters: an error so near the end of what was read may be that of a value read in part
+
+
+def _integer(digits: str) -> float:
+    """A long integer becomes a float: nothing uses its value."""
+    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def first_columns(file: str, form: Format, wanted: tuple[str, ...]) -> list[str]:
@@ -63,9 +71,9 @@ def read_lines(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a JSONL file; blank lines are none."""
     for offset, line in _lines(piece.file, piece.format.compression, piece.start, piece.stop or None):
         value = _parse_line(offset, line)
-        texts = value if isinstance(value, str) else _texts_of(value, columns)
+        texts = value if isinstance(value, str) else _row_of(value, columns, piece.format.record)
         if not isinstance(texts, str):
-            yield texts, None
+            yield _located(texts, piece, f"byte {offset}", len(line), offset), None
         elif line.strip():
             yield Malformed(piece.file, f"byte {offset}", texts, len(line), offset), None
 
@@ -154,6 +162,25 @@ def _shallow(text: str) -> str:
     return "".join(["".join(part) for part in parts] + [text[at:]])
 
 
+def _row_of(value: dict[str, Any], columns: tuple[str, ...], record: Record | None) -> tuple[str | None, ...] | str:
+    """The texts of a record, or the reason why it is malformed."""
+    if record is None:
+        return _texts_of(value, columns)
+    try:
+        return record_text([_walk(value, column) for column in record.columns], record)
+    except MalformedRecord as reason:
+        return str(reason)
+
+
+def _located(
+    texts: tuple[str | None, ...], piece: Piece, place: str, num_bytes: int, offset: int = -1
+) -> tuple[str | None, ...]:
+    """The texts; that of a supervised record knows its place."""
+    if piece.format.record is None or texts[0] is None:
+        return texts
+    return (Located.at(texts[0], Malformed(piece.file, place, "", num_bytes, offset)),)
+
+
 def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | None, ...] | str:
     """The texts of a record, or the reason why one is not text."""
     texts = []
@@ -215,11 +242,11 @@ def holds_lines(file: str, how: str) -> bool:
 def read_values(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a JSON file: the elements of its array, or its objects."""
     for number, (value, num_bytes) in enumerate(_values(piece.file, piece.format.compression), 1):
-        texts = value if isinstance(value, str) else _texts_of(value, columns)
+        texts = value if isinstance(value, str) else _row_of(value, columns, piece.format.record)
         if isinstance(texts, str):
             yield Malformed(piece.file, f"value {number}", texts, num_bytes), None
         else:
-            yield texts, None
+            yield _located(texts, piece, f"value {number}", num_bytes), None
 
 
 def _values(file: str, how: str) -> Iterator[tuple[dict[str, Any] | str, int]]:

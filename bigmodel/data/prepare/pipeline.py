@@ -39,6 +39,7 @@ from bigmodel.data.prepare import (
     cleaning,
     corpus,
     embedded,
+    embedded_chats,
     encoding,
 )
 from bigmodel.data.prepare import (
@@ -63,9 +64,11 @@ from bigmodel.data.prepare.staging import (
     stoppable,
     writable,
 )
+from bigmodel.data.prepare.supervised import find_template, keep_template, write_template
 from bigmodel.data.prepare.tokenless import count_tokenless
 from bigmodel.data.prepare.work_items import Team
 from bigmodel.data.store import files, mds
+from bigmodel.data.store.chat_template import ChatTemplate
 from bigmodel.data.store.manifest import (
     EXACT,
     MANIFEST,
@@ -93,11 +96,13 @@ INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it save
 SPARE_BYTES = 16 << 20  # left free on the disk
 TASKS_A_PROCESS = 4  # at least, if a unit has enough parts: then all processes end together
 READS_OF_A_UNIT = 8  # at most, while its parts are tokenized: half of each read only skips to the part
-EMBEDDED = {"text": "embedded", "pairs": "embedded pairs"}  # in the recipe
+EMBEDDED = {"text": "embedded", "pairs": "embedded pairs", "chats": "embedded chats"}  # in the recipe
 NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"} | {
     "dropped_characters_share",
     "bpe_dropout",
+    "chat_template",
 }
+NEW_IN_SOURCES = ("format", "prompt_column", "messages_column", "weight_column")  # in the recipe only if set
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class _Job:
     recipe: dict[str, Any]
     corpus_sha256: str
     identities: dict[str, str]  # of every file, taken before its content is read
+    template: ChatTemplate | None  # of chats
 
     @property
     def partial(self) -> Path:
@@ -214,12 +220,15 @@ def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
         )
     sources = [corpus.find_source(source, say=say) for source in wanted.sources]
     read = list(sources)
-    modules = [] if sources else embedded.standard_library()
+    modules = [] if sources or wanted.embedded == "chats" else embedded.standard_library()
+    template = find_template(wanted)
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
         "sources": [_describe_source(source) for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
         "tokenizer": _describe_tokenizer(wanted.tokenizer, wanted.bpe_dropout) if wanted.tokenizer else None,
     }
+    if template:
+        recipe["chat_template"] = hashlib.sha256(template.text.encode()).hexdigest()
     if wanted.decontaminate:
         against = SourceSettings(name="evaluation", **wanted.decontaminate.model_dump(include={"files", "column"}))
         read.append(corpus.find_source(against, "prepare.decontaminate", say))
@@ -228,7 +237,9 @@ def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
         recipe["evaluation_sha256"] = corpus.corpus_hash(read[-1:])
     recipe = json.loads(without_secrets(json.dumps(recipe)))
     corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
-    return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities)
+    if not sources and wanted.embedded == "chats":
+        corpus_sha256 = embedded_chats.embedded_hash()
+    return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities, template)
 
 
 def _check_unchanged(job: _Job) -> None:
@@ -239,7 +250,7 @@ def _check_unchanged(job: _Job) -> None:
 
 def _describe_source(source: SourceSettings) -> dict[str, Any]:
     """Its settings in the recipe; those without a value that came later are left out, as in earlier recipes."""
-    return source.model_dump(exclude=set() if source.format else {"format"})
+    return source.model_dump(exclude={name for name in NEW_IN_SOURCES if not getattr(source, name)})
 
 
 def _describe_tokenizer(path: Path, dropout: str) -> dict[str, Any]:
@@ -323,7 +334,9 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
     sources = job.sources
     left_out: dict[str, dict[str, dict[str, int]]] = {}
     if not sources:
-        sources, left_out = _collect_embedded(job.modules, job.settings.embedded == "pairs", work, progress)
+        sources, left_out = _collect_embedded(job.modules, job.settings.embedded, work, progress)
+    if job.template:
+        write_template(job.template, work.template)
     all_units = [unit for source in sources for unit in corpus.plan_units(source)]
     with _team(job.settings, all_units, progress) as team:
         listed = corpus.listed_shards(sources)
@@ -374,9 +387,12 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
 
 
 def _collect_embedded(
-    modules: list[tuple[str, bytes]], pairs: bool, work: Work, progress: Progress
+    modules: list[tuple[str, bytes]], what: str, work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
     """The embedded corpus as files of the result, and the counts of what was left out."""
+    if what == "chats":
+        return [embedded_chats.write_embedded_chats(work.result / "corpus")], {}
+    pairs = what == "pairs"
     write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
     folder, record = work.result / "corpus", work.folder / "left_out.json"
     if not record.exists():  # written last
@@ -409,8 +425,12 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
             if hashlib.sha256(content).hexdigest() != job.recipe["tokenizer"]["sha256"]:
                 raise UserError(f"{given}: {corpus.CHANGED}")
             keep_boundaries(given.parent, work.result)
+            if job.template:
+                keep_template(job.template, settings.tokenizer, work.result)
             write_atomically(work.tokenizer, content)
         else:
+            if job.template:
+                keep_template(job.template, None, work.result)
             write_atomically(work.tokenizer, train(sample, settings.vocabulary))
     return Tokenizer.load(work.tokenizer, read_json(gate), name=encoding.given_name(settings))
 

@@ -80,7 +80,7 @@ def _choose_again(
     """Source and kept texts of the chosen rows; of the first kept row if none is chosen."""
     first: tuple[str, tuple[str, ...]] | None = None
     chosen = 0
-    for source in sources:
+    for source in (source for source in sources if source.record is None):
         for unit in corpus.plan_units(source):
             for row, _ in corpus.read_unit(unit):
                 if isinstance(row, Malformed) or not (first is None or _is_chosen(row, share)):

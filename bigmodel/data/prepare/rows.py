@@ -8,15 +8,28 @@ Example, a file a.jsonl with the lines `{"text": "A cat."}` and `{"text": 5}`, c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The columns of a supervised source: of a chat's messages, or of prompt and response, and of a weight at the end
+    if it has one. Each record becomes one text: see `bigmodel.data.prepare.records`."""
+
+    kind: Literal["chat", "response"]
+    columns: tuple[str, ...]
+    has_weight: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """How a file is read. `kind`: parquet, arrow, jsonl (an object per line), json (objects in an array or end to
-    end), text or mds. `compression` of the whole file: a key of `compression.READERS`, or empty."""
+    end), text or mds. `compression` of the whole file: a key of `compression.READERS`, or empty. `record`: of a
+    supervised source."""
 
     kind: str
     compression: str = ""
+    record: Record | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +55,18 @@ class Malformed:
     reason: str
     num_bytes: int
     offset: int = -1
+
+
+class Located(str):
+    """A text that knows its place, for what is found in it later."""
+
+    where: Malformed
+
+    @classmethod
+    def at(cls, text: str, where: Malformed) -> "Located":
+        made = cls(text)
+        made.where = where
+        return made
 
 
 # A row's texts (two for a pair; None: null), and its key.

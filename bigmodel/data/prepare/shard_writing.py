@@ -11,7 +11,7 @@ Costs: a process holds the bytes of two shards and a part.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class _Shard:
     parts: tuple[tuple[Path, int, int], ...]
     entry: dict[str, Any]
     as_text: bool = False
+    has_spans: bool = False
 
 
 def assemble(
@@ -65,7 +66,8 @@ def assemble(
             sizes = lengths
             if dtype is None:
                 sizes = {column: [read_array(part, f"{split}_{column}_sizes") for part in mine] for column in columns}
-            shards += _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
+            planned = _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
+            shards += [replace(shard, has_spans=source.record is not None) for shard in planned]
             for column, parts in lengths.items():
                 all_lengths[column].append(np.concatenate(parts))
             counts[source.name][split] = {
@@ -78,12 +80,22 @@ def assemble(
                 },
                 **{column: sum(int(part.sum(dtype=np.int64)) for part in lengths[column]) for column in columns},
             }
+            if source.record:
+                counts[source.name][split] |= _count_trained(split, mine)
     weights = [shard.entry["raw_data"]["bytes"] for shard in shards]
     team.run("writing shards", _write_shard, [(shard, result) for shard in shards], weights)
     for folder in dict.fromkeys(shard.folder for shard in shards):
         index = mds.encode_index([shard.entry for shard in shards if shard.folder == folder])
         write_atomically(result / folder / "index.json", index)
     return counts, all_lengths
+
+
+def _count_trained(split: str, parts: Sequence[Path]) -> dict[str, int]:
+    """The trained tokens of supervised documents, and the sum of their weights in units of 1/65,536."""
+    spans = [read_array(part, f"{split}_spans").astype(np.int64) for part in parts]
+    firsts, ends, weights = np.concatenate([*spans, np.zeros((0, 3), np.int64)]).T
+    trained = {"trained_tokens": (ends - firsts).sum(), "trained_weight": ((ends - firsts) * weights).sum()}
+    return {name: int(amount) for name, amount in trained.items()}
 
 
 def _plan_shards(
@@ -143,8 +155,23 @@ def _write_shard(shard: _Shard, result: Path) -> None:
                 parts = [values[start:end] for start, end in pairwise(bounds)]
                 documents[column] += [part.tobytes() for part in parts] if shard.as_text else parts
     folder.mkdir(parents=True, exist_ok=True)
+    if shard.has_spans:
+        save_array(folder / f"spans.{shard.number:05}.npy", _spans_of_shard(shard))
     for column, mine in lengths.items():
         name = f"{column.removesuffix('tokens')}lengths.{shard.number:05}.npy"
         save_array(folder / name, np.concatenate(mine).astype(np.uint32))
     columns = {TEXT_COLUMNS[column] if shard.as_text else column: values for column, values in documents.items()}
     write_atomically(path, mds.encode_shard(columns))
+
+
+def _spans_of_shard(shard: _Shard) -> np.ndarray:
+    """(k, 4) uint32: row in the shard, first token, end, weight in units of 1/65,536."""
+    found, row = [np.zeros((0, 4), np.uint32)], 0
+    for part, first, last in shard.parts:
+        with np.load(part) as arrays:
+            numbers = arrays[f"{shard.split}_num_spans"]
+            start, end = int(numbers[:first].sum()), int(numbers[:last].sum())
+            rows = np.repeat(np.arange(row, row + last - first), numbers[first:last])
+            found.append(np.column_stack([rows, arrays[f"{shard.split}_spans"][start:end]]).astype(np.uint32))
+        row += last - first
+    return np.concatenate(found)

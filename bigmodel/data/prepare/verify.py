@@ -73,6 +73,7 @@ class _Checked:
     problems: list[str]
     lengths: dict[str, np.ndarray]
     compared: int = 0
+    trained: tuple[int, int] = (0, 0)  # tokens, and the sum of their weights
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
@@ -153,14 +154,21 @@ def _find_shards(location: str, manifest: Manifest, whole: set[str], share: floa
             for number, entry in enumerate(_read_index(location, f"{folder}/index.json", manifest, whole)):
                 names = [f"{folder}/{entry['raw_data']['basename']}"]
                 names += [f"{folder}/{lengths_name(column, number)}" for column in columns]
+                is_supervised = "trained_tokens" in manifest.counts[source][split]
+                names += [f"{folder}/{spans_name(number)}"] if is_supervised else []
                 if whole.issuperset(names):
                     mine = replace(manifest, files={name: manifest.files[name] for name in names})
-                    shards.append(_Shard(location, folder, number, columns, entry, mine, has_tokenizer, share))
+                    again = 0.0 if is_supervised else share  # a rendered chat does not tell the chat
+                    shards.append(_Shard(location, folder, number, columns, entry, mine, has_tokenizer, again))
     return shards
 
 
 def lengths_name(column: str, number: int) -> str:
     return f"{column.removesuffix('tokens')}lengths.{number:05}.npy"
+
+
+def spans_name(number: int) -> str:
+    return f"spans.{number:05}.npy"
 
 
 def _read_index(location: str, name: str, manifest: Manifest, whole: set[str]) -> list[dict[str, Any]]:
@@ -190,21 +198,28 @@ def _check_shard(shard: _Shard) -> _Checked:
         return _Checked(problems, {})
     name, *lengths_names = content
     lengths = {
-        column: np.load(io.BytesIO(content[other])) for column, other in zip(shard.columns, lengths_names, strict=True)
+        column: np.load(io.BytesIO(content[other])) for column, other in zip(shard.columns, lengths_names, strict=False)
     }
+    spans_file = f"{shard.folder}/{spans_name(shard.number)}"
+    spans = np.load(io.BytesIO(content[spans_file])).astype(np.int64) if spans_file in content else None
     checked = _Checked([], lengths)
     try:
         parsed = mds.ShardContent.parse(content[name])
-        problems = list(_check_content(shard, parsed, lengths))
+        problems = list(_check_content(shard, parsed, lengths, spans))
         if shard.share and shard.has_tokenizer and not problems:
             checked = _retokenize(shard, parsed, lengths)
     except ValueError as error:
         problems = [str(error)]
     problems += checked.problems
+    if spans is not None:
+        sizes = spans[:, 2] - spans[:, 1]
+        checked = replace(checked, trained=(int(sizes.sum()), int((sizes * spans[:, 3]).sum())))
     return replace(checked, problems=[f"{files.join(shard.location, name)}: {problem}" for problem in problems])
 
 
-def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, np.ndarray]) -> Iterator[str]:
+def _check_content(
+    shard: _Shard, content: mds.ShardContent, lengths: dict[str, np.ndarray], spans: np.ndarray | None
+) -> Iterator[str]:
     """Problems inside a shard whose size and SHA-256 are right."""
     samples, manifest = len(content.bounds) - 1, shard.manifest
     if samples != shard.entry["samples"] or len(content.content) != shard.entry["raw_data"]["bytes"]:
@@ -223,7 +238,18 @@ def _check_content(shard: _Shard, content: mds.ShardContent, lengths: dict[str, 
         found = np.array([len(document) for document in documents], np.int64)
         if not np.array_equal(found, lengths[column]):
             yield f"the documents' lengths are not those of {lengths_name(column, shard.number)}"
-        yield from _check_tokens(np.concatenate(documents), found, manifest)
+        yield from _check_tokens(np.concatenate(documents), found, manifest, has_ends=spans is None)
+        if spans is not None and not _are_spans(spans, found):
+            yield f"{spans_name(shard.number)} does not fit the documents"
+
+
+def _are_spans(spans: np.ndarray, lengths: np.ndarray) -> bool:
+    """Whether spans lie in order inside documents of these lengths, with weights of 1 to 65,536 units."""
+    rows, firsts, ends, weights = spans.T
+    if (rows >= len(lengths)).any() or (np.diff(rows) < 0).any():
+        return False
+    inside = (firsts >= 1) & (firsts < ends) & (ends <= lengths[rows]) & (weights >= 1) & (weights <= 1 << 16)
+    return bool(inside.all() and ((np.diff(rows) > 0) | (firsts[1:] >= ends[:-1])).all())
 
 
 def _check_texts(shard: _Shard, content: mds.ShardContent, column: str, lengths: np.ndarray) -> Iterator[str]:
@@ -295,10 +321,13 @@ def _conclude_retokenizing(
     return problems
 
 
-def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest) -> Iterator[str]:
-    """Problems of tokens. `tokens`: the documents end to end; `lengths`: of each document."""
+def _check_tokens(tokens: np.ndarray, lengths: np.ndarray, manifest: Manifest, has_ends: bool) -> Iterator[str]:
+    """Problems of tokens. `tokens`: the documents end to end; `lengths`: of each document; `has_ends`: they begin and
+    end with the tokenizer's tokens for it."""
     if len(tokens) and tokens.max() >= manifest.vocabulary:
         yield f"holds token {tokens.max()}, the vocabulary has {manifest.vocabulary}"
+    if not has_ends:
+        return
     ends = np.cumsum(lengths)
     wrong = lengths < 2
     whole = np.flatnonzero(~wrong)
@@ -336,6 +365,9 @@ def _count_documents(manifest: Manifest, shards: list[_Shard], checked: list[_Ch
             counted = {"documents": sum(len(one.lengths["tokens"]) for one in mine)}
             for column in (column for column in TOKEN_COLUMNS if column in said):
                 counted[column] = sum(int(one.lengths[column].sum(dtype=np.int64)) for one in mine)
+            if "trained_tokens" in said:
+                trained = [sum(one.trained[place] for one in mine) for place in (0, 1)]
+                counted |= dict(zip(("trained_tokens", "trained_weight"), trained, strict=True))
             for what, number in counted.items():
                 if said[what] != number:
                     yield f"{split}/{source}: {said[what]} {what} by the manifest, {number} in the shards"

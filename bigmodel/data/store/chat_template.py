@@ -156,7 +156,7 @@ class ChatTemplate:
         if add_generation_prompt:
             return Marked(text, [], places)
         turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
-        if GENERATION.search(self.text):
+        if self._has_marks:
             spans = marked_by_template
             if len(spans) != len(turns):
                 raise UserError(
@@ -172,24 +172,39 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
 
-        marks = bool(GENERATION.search(self.text))
-        plain = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
         try:
-            texts, spans = render_jinja_template(
-                [plain],
-                chat_template=self.text,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=DAY.strftime,
-                **self.names,
-            )
+            texts, spans = self._rendered(messages, add_generation_prompt)
         except TemplateError as error:
             raise UserError(f"the chat template refuses it: {error}") from None
         except (TypeError, ValueError, AttributeError, LookupError) as error:  # of an expression in the template
             raise UserError(f"the chat template fails: {type(error).__name__}: {error}") from None
-        return texts[0], [(start, end) for start, end in spans[0]] if marks else []
+        return texts[0], [(start, end) for start, end in spans[0]] if self._has_marks else []
+
+    def syntax_error(self) -> str:
+        """What is wrong with the template itself; empty: nothing."""
+        from jinja2.exceptions import TemplateSyntaxError
+
+        try:
+            self._rendered([{"role": "user", "content": "?"}], False)
+        except TemplateSyntaxError as error:
+            return f"line {error.lineno}: {error.message}"
+        except Exception:  # of its expressions; says nothing about other chats
+            return ""
+        return ""
+
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[list[str], list[Any]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        plain = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+        return render_jinja_template(
+            [plain],
+            chat_template=self.text,
+            return_assistant_tokens_mask=self._has_marks,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=DAY.strftime,
+            **self.names,
+        )
 
     def _named(self, messages: Sequence[Message]) -> str:
         """A special token whose name is in a content; empty: none."""
@@ -263,6 +278,10 @@ class ChatTemplate:
         if found < 0:
             raise UserError(f"message {number + 1} has no end-of-turn token {end_of_turn!r}; {REMEDY}")
         return len(before), found + len(end_of_turn)
+
+    @cached_property
+    def _has_marks(self) -> bool:
+        return bool(GENERATION.search(self.text))
 
     @cached_property
     def _prompt(self) -> str:

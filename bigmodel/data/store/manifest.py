@@ -30,6 +30,7 @@ SPLITS = ("train", "validation")
 OPTIONAL = {"without_token"}  # missing in manifests of earlier versions
 EXACT, PROVEN, UNPROVEN = "tokenizers", "tiktoken+tokenizers", "tiktoken"  # encoders; the last: of earlier versions
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second: where a given tokenizer named begin and end
+CHAT_FILES = ("chat_template.jinja", "special_tokens_map.json")  # of a folder with chats
 PREPARE_AGAIN = "delete the folder and run `bigmodel prepare RUN.toml`, or copy the file again"
 
 
@@ -88,6 +89,15 @@ class Manifest:
         shards[source][split]     the source text alone
         statistics["target"]      all target texts; absent if no source has any
         rows, row_bytes           a pair is one row; its bytes count both texts; a pair with one empty text is `empty`
+
+    A supervised source (`messages_column` or `prompt_column`) has one document per chat, or per prompt with its
+    response, with the ids that the chat template gives, or [bos] prompt response [eos]:
+
+        spans.00000.npy           (k, 4) uint32: row, first token, end, weight in units of 1/65,536; what is trained
+        counts[source][split]     trained_tokens, and trained_weight: the sum of their weights in these units
+        text_bytes, row_bytes     of the records as JSON: see `bigmodel.data.prepare.records`
+
+    Beside tokenizer.json lie chat_template.jinja, and special_tokens_map.json for a tokenizer that came with names.
 
     The tokens of both texts together count towards the size of a shard. A source has pairs if its counts have
     target_tokens.

@@ -52,6 +52,7 @@ from bigmodel.data.objectives.examples import Document, Pair
 from bigmodel.data.objectives.supervised import UNITS, Supervised
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import (
+    CHAT_FILES,
     PREPARE_AGAIN,
     SPLITS,
     TOKENIZER_FILES,
@@ -273,8 +274,9 @@ class ShardStore:
         path = self.directory / "tokenizer.json"
         if self.remote:
             self.file("tokenizer.json")
-        if TOKENIZER_FILES[1] in self.manifest.files:  # names the tokens that begin and end a text
-            self.file(TOKENIZER_FILES[1])
+        for name in (TOKENIZER_FILES[1], *CHAT_FILES):  # the first names the tokens that begin and end a text
+            if name in self.manifest.files:
+                self.file(name)
         if not path.exists():
             raise UserError(f"{path}: missing; {PREPARE_AGAIN}")
         if sha256_of(str(path)) != self.manifest.tokenizer_sha256:
