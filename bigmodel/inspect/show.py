@@ -21,6 +21,7 @@ from bigmodel.data.advice.packing_advice import (
     whole_share,
 )
 from bigmodel.data.advice.pair_advice import CutPairs, count_cut, suggest_sides
+from bigmodel.data.advice.supervised_advice import Trained, count_trained
 from bigmodel.data.load.batch import draw
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.plan.mixing import mix_lag_tokens
@@ -98,6 +99,8 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
     if store.pair_sources:
         console.print(cut_text(count_cut(store, data)), markup=False)
         console.print(window_text(data, packed), markup=False)
+    if store.supervised_sources:
+        console.print(trained_text(count_trained(store, data), data), markup=False)
     suggestions = suggest_sides(store, data) if data.source_sequence_length else suggest(store, store.manifest, data)
     console.print(suggestions_table(suggestions))
     for warning in filter(None, (lane_warning(store, settings), repeat_warning(store, settings))):
@@ -183,6 +186,18 @@ def cut_text(cut: CutPairs) -> str:
     return (
         f"  of {cut.num_pairs:,} pairs, {cut.sources:,} have their source cut ({cut.sources / cut.num_pairs:.2%}) and "
         f"{cut.targets:,} their target ({cut.targets / cut.num_pairs:.2%}): the end of the text is left out"
+    )
+
+
+def trained_text(trained: Trained, data: DataSettings) -> str:
+    """How much of chats and responses is trained."""
+    weight = f", with a mean weight of {trained.weight / max(1, trained.trained_tokens):.3f}"
+    share = trained.trained_tokens / max(1, trained.tokens)
+    return (
+        f"  of {trained.documents:,} chats and responses {trained.trained_tokens:,} of {trained.tokens:,} tokens are "
+        f"trained ({share:.1%}{weight if trained.weight != trained.trained_tokens else ''})\n"
+        f"  with data.max_document_length = {data.max_document_length:,} the last turns of {trained.shortened:,} are "
+        f"left out, the first answer of {trained.cut:,} is cut, {trained.left_out:,} have no answer within it"
     )
 
 

@@ -332,12 +332,28 @@ def draw(batch: Batch, num_packs: int = 1, width: int = 96) -> list[str]:
             picture = "".join(letters[first + cell * size // cells] for cell in range(cells))
             lines.append(f"{name} {number:>{8 - len(name)}}|{picture}|")
             padding += letters[first : first + size].count(".")
+            if isinstance(side, Batch) and (marks := _trained(side, letters)):
+                picture = "".join(marks[first + cell * size // cells] for cell in range(cells))
+                lines.append(f" trained |{picture}|")
             for column in columns if size * 5 <= width else ():
                 row = getattr(side, column)[first : first + size].tolist()
                 lines.append(f"{column:>9}" + "".join(f"{value:5}" for value in row))
     positions = batch.num_tokens + (batch.source.num_tokens if batch.source else 0)
     lines.append(f"{batch.num_documents} documents, {positions} positions, {padding} of padding (.)")
     return lines
+
+
+def _trained(batch: Batch, letters: list[str]) -> str:
+    """A mark for each position: ^ predicts its label with weight 1, - with a smaller one, a blank none. Empty if all
+    positions of documents predict."""
+    has_label = (batch.labels != IGNORED).tolist()
+    if all(has_label[place] or letter == "." for place, letter in enumerate(letters)):
+        return ""
+    weights = [1.0] * len(letters) if batch.weights is None else batch.weights.tolist()
+    return "".join(
+        " " if not labelled else "^" if weight == 1 else "-"
+        for labelled, weight in zip(has_label, weights, strict=True)
+    )
 
 
 def documents_of(side: Batch | SourceSide) -> np.ndarray:
