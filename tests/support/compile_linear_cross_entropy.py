@@ -25,7 +25,8 @@ def compiled(architecture: int, gradient: str, vocabulary: int, options: Options
     launch = launch_options(vocabulary)
     constants = {
         "Z_LOSS": options.z_loss, "SMOOTHING": options.label_smoothing, "SOFTCAP": options.logit_softcap,
-        "IGNORED": IGNORED, "WITH_WEIGHTS": options != Options(), "WITH_GRADIENT": gradient != "none", "BLOCK": launch["BLOCK"],
+        "IGNORED": IGNORED, "WITH_WEIGHTS": options != Options(),
+        "WITH_GRADIENT": gradient != "none", "BLOCK": launch["BLOCK"],
     }  # fmt: skip
     pointers = POINTERS | {"gradients": f"*{gradient}" if gradient != "none" else "*fp32"}
     signature, aligned = {}, {}
