@@ -32,12 +32,18 @@ TWO = {"kind": "encoder_decoder"}
 LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "llama3", "yarn"))
 LENGTH = {"original_max_position_embeddings": 512}
 
+NAMED = {"name": "a", "files": ["a.jsonl"]}
+
 # By the path of the setting: a value, siblings with which it has no effect, what is said, siblings with which it has.
 CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "prepare.embedded": ("pairs", SOURCE, "with sources = [{", {}),
     "prepare.vocabulary": (500, {"tokenizer": "t.json"}, 'with tokenizer = "t.json" (it has its own', {}),
     "prepare.dropped_characters_share": (0.1, {}, "without tokenizer (a trained tokenizer has tokens", GIVEN),
     "prepare.bpe_dropout": ("off", {}, "without tokenizer (a trained tokenizer has none); leave it out", GIVEN),
+    "prepare.chat_template": ("c.jinja", SOURCE, "no source has a messages_column", {"embedded": "chats"}),
+    "prepare.sources.0.prompt_column": ("p", NAMED | {"target_column": "t"}, 'with target_column = "t"', NAMED),
+    "prepare.sources.0.messages_column": ("m", NAMED | {"prompt_column": "p"}, 'with prompt_column = "p"', NAMED),
+    "prepare.sources.0.weight_column": ("w", NAMED, "only chats and responses", NAMED | {"prompt_column": "p"}),
     "prepare.malformed_share": (0.1, {}, "without sources; leave it out or set sources", SOURCE),
     "prepare.workers": (3, {"scheduler": "tcp://a:1"}, 'with scheduler = "tcp://a:1"', {}),
     "data.max_source_length": (9, {}, "without source_sequence_length", SIDES),

@@ -33,8 +33,8 @@ def count_trained(store: Lengths, data: DataSettings) -> Trained:
     for name, shard in places:
         lengths, spans = store.lengths(name, shard), store.spans(name, shard)  # type: ignore[attr-defined]
         total += _of_shard(np.asarray(spans).astype(np.int64), lengths, data.max_document_length)
-    counts = total.astype(np.int64).tolist()
-    return Trained(*counts[:3], float(total[3]) / UNITS, *counts[4:])
+    documents, tokens, trained, weight, shortened, cut, left_out = map(int, total)
+    return Trained(documents, tokens, trained, weight / UNITS, shortened, cut, left_out)
 
 
 def _of_shard(spans: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:

@@ -73,8 +73,8 @@ class _Checked:
     problems: list[str]
     lengths: dict[str, np.ndarray]
     compared: int = 0
-    trained: tuple[int, int] = (0, 0)  # tokens, and the sum of their weights
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    trained: tuple[int, int] = (0, 0)  # tokens, and the sum of their weights
 
 
 def verify(location: str, progress: Progress, partly: bool = False, share: float = 0.0) -> list[str]:

@@ -216,8 +216,8 @@ class ChatTemplate:
     ) -> dict[int, tuple[int, int, int]] | None:
         """By message: start and end of its content in the text, and the end of the text before it; None if the
         template changes a content or leaves one out."""
-        contents = [message.get("content") for message in messages]
-        if not all(isinstance(content, str) for content in contents):
+        contents = [text for message in messages if isinstance(text := message.get("content"), str)]
+        if len(contents) < len(messages):
             return None
         marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
         replaced = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
