@@ -216,7 +216,7 @@ class ChatTemplate:
     ) -> dict[int, tuple[int, int, int]] | None:
         """By message: start and end of its content in the text, and the end of the text before it; None if the
         template changes a content or leaves one out."""
-        contents = [text for message in messages if isinstance(text := message.get("content"), str)]
+        contents = [one for message in messages if isinstance(one := message.get("content"), str)]
         if len(contents) < len(messages):
             return None
         marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
