@@ -174,7 +174,7 @@ class ShardStore:
         supervised document, also its spans."""
         sample = self._sample(source, shard, row)
         if source in self.supervised_sources:
-            table = self.spans(source, shard)
+            table = self._recent_spans(source, shard)
             first, end = np.searchsorted(table[:, 0], [row, row + 1])
             return Supervised(self._tokens_of(sample, source, shard, row, ""), np.array(table[first:end, 1:]))
         if source not in self.pair_sources:
@@ -253,6 +253,11 @@ class ShardStore:
     def _text_lengths(self) -> Any:
         of_side = {"": self.lengths, "target_": self.target_lengths}
         return lru_cache(maxsize=64)(lambda source, shard, side: np.array(of_side[side](source, shard)))
+
+    @cached_property
+    def _recent_spans(self) -> Any:
+        """`spans` in memory: a map would be opened for each document."""
+        return lru_cache(maxsize=16)(lambda source, shard: np.array(self.spans(source, shard)))
 
     def _shard_name(self, source: str, shard: int) -> str:
         return f"{self.split}/{source}/{mds.shard_name(shard)}"
