@@ -15,13 +15,13 @@ backward differentiates sum_t loss[t] + z_loss * z[t]:
                   * (1 - (logit[t, v] / c)^2)
 
 In: hidden (T, H), weight (V, H) of one floating type with any strides, labels (T,) int64, and the weights (T,) fp32 of
-the positions or None, which is the same as 1 everywhere, bitwise. Out: the sums, or the loss
-of each position, in fp32 (fp64 for fp64 inputs); sums are taken in fp64, over positions in order. A chunk here is a run of positions. Guarantees: gradients are
-computed chunk by chunk inside the forward, where under ZeRO-3 the weight is whole, and only if needed; 16-bit products
-are accumulated in fp32, also across chunks; two runs agree bitwise; gradients of ignored positions are exactly zero;
-nothing waits for a GPU. Costs: 3 matrix products (2 V H operations a position each) with gradients, 1 without; memory
-for one chunk of logits, at most CHUNK_BYTES, and until the backward the gradient of hidden and an fp32 gradient of the
-weight.
+the positions or None, which is the same as 1 everywhere, bitwise. Out: the sums, or the loss of each position, in fp32
+(fp64 for fp64 inputs); sums are taken in fp64, over positions in order. A chunk here is a run of positions. Guarantees:
+gradients are computed chunk by chunk inside the forward, where under ZeRO-3 the weight is whole, and only if needed;
+16-bit products are accumulated in fp32, also across chunks; two runs agree bitwise; gradients of ignored positions are
+exactly zero; nothing waits for a GPU. Costs: 3 matrix products (2 V H operations a position each) with gradients, 1
+without; memory for one chunk of logits, at most CHUNK_BYTES, and until the backward the gradient of hidden and an fp32
+gradient of the weight.
 
 Example: V = 4, all logits 0, labels [2, IGNORED]: losses [log 4, 0], loss_sum = log 4 = 1.386, count = 1.
 
