@@ -57,14 +57,19 @@ class AttentionInputs:
     source_table: Table | None = None  # mixed: rotary, of the source's keys
     rows: Tensor | None = None  # mixed: row numbers of the keys in source and decoder rows, last first (`mixed_rows`)
 
+    def attend(self, q_TQK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+        """(T, Q, K). Generation has inputs whose `attend` reads the keys of previous tokens from a cache."""
+        return attention(q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata, scale, softcap, self.bias_HR)
+
 
 Views = Mapping[LayerKind, AttentionInputs]
 
 
 class EncoderOutput(NamedTuple):
-    """For a decoder: the encoder's states (S, E) and, with cross-attention, its attention inputs."""
+    """For a decoder: the encoder's states (S, E) and, with cross-attention, its attention inputs. Without states the
+    inputs have the source's keys in a cache."""
 
-    states_SE: Tensor
+    states_SE: Tensor | None
     inputs: AttentionInputs | None
 
 
@@ -106,9 +111,7 @@ class Attention(nn.Module):
         return q_TQK, k_TGK, v_TGK
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs) -> Tensor:
-        rows = self.project(x_TH, inputs)
-        out_TQK = attention(*rows, inputs.mask, inputs.tile_metadata, self.scale, self.softcap, inputs.bias_HR)
-        return self.output(out_TQK.flatten(1))
+        return self.output(inputs.attend(*self.project(x_TH, inputs), self.scale, self.softcap).flatten(1))
 
 
 class MixedAttention(Attention):
@@ -119,14 +122,16 @@ class MixedAttention(Attention):
         rows, has_bias = 2 * self.num_kv_heads * self.head_dim, settings.attention_bias != "none"
         self.source_key_value = Linear(settings.encoder.hidden_size, rows, has_bias)
 
-    def forward(self, x_TH: Tensor, inputs: AttentionInputs, states_SE: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x_TH: Tensor, inputs: AttentionInputs, states_SE: Tensor | None = None) -> Tensor:
+        if states_SE is None:  # a step of generation: the source's keys are in the inputs' cache
+            return super().forward(x_TH, inputs)
         assert inputs.source_table is not None, "mixed attention needs inputs from make_mixed_views"
         q_TQK, k_TGK, v_TGK = self.project(x_TH, inputs)
         source_SNK = self.source_key_value(states_SE).unflatten(-1, (2 * self.num_kv_heads, self.head_dim))
         source_k_SGK, source_v_SGK = source_SNK.split(self.num_kv_heads, dim=1)
         source_k_SGK = rotate(self.key_norm(source_k_SGK), inputs.source_table)
         k, v = (torch.cat(sides)[inputs.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
-        out_TQK = attention(q_TQK.flip(0), k, v, inputs.mask, inputs.tile_metadata, self.scale, self.softcap).flip(0)
+        out_TQK = inputs.attend(q_TQK.flip(0), k, v, self.scale, self.softcap).flip(0)
         return self.output(out_TQK.flatten(1))
 
 
@@ -151,10 +156,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_TH: Tensor, source: EncoderOutput) -> Tensor:
         assert source.inputs is not None, "cross-attention needs an encoder output with attention inputs"
-        q_TQK = self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim))
+        q_TQK = self.query_norm(self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim)))
+        if source.states_SE is None:
+            none = q_TQK[:0]  # no keys beside those in the cache
+            return self.output(source.inputs.attend(q_TQK, none, none, self.scale, self.softcap).flatten(1))
         k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
-        rows = self.query_norm(q_TQK), self.key_norm(k_SGK), v_SGK
-        out_TQK = attention(*rows, source.inputs.mask, source.inputs.tile_metadata, self.scale, self.softcap)
+        rows = q_TQK, self.key_norm(k_SGK), v_SGK
+        out_TQK = source.inputs.attend(*rows, self.scale, self.softcap)
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
             # No target here has a source: gradients must be zero, not absent, because all ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
