@@ -25,7 +25,7 @@ class Store:
     def __init__(self, settings: ModelSettings, slots: int, positions: int, like: Tensor) -> None:
         shape = settings.num_layers, 2, slots, settings.num_kv_heads, positions, settings.resolved_head_dim
         self.rows = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.layers = [layer.unbind(0) for layer in self.rows]  # keys and values, (slots, G, positions, K) each
+        self.layers = [(layer[0], layer[1]) for layer in self.rows]  # keys and values, (slots, G, positions, K) each
         self._flat = [[side.flatten(0, 2) for side in layer] for layer in self.layers]
         self._first_row_BG1 = torch.arange(slots * shape[3], device=like.device).view(slots, -1, 1) * positions
 

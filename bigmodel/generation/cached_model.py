@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.generation.cache import Span, Store, attend, span
+from bigmodel.generation.lean import is_lean, lean_copy, wide_table
 from bigmodel.generation.prompts import pack
 from bigmodel.model.attention_masks import kinds_of
 from bigmodel.model.rotary import LayerKind, Table, rotary_table
@@ -29,8 +30,8 @@ from bigmodel.model.transformer import AttentionInputs, EncoderOutput, Transform
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a decoder's first tokens, at least one; of an encoder-decoder also of its source. The first `prefix` tokens
-    of a decoder attend to one another in both directions."""
+    """Ids of a decoder's first tokens, at least one; of an encoder-decoder also of its source. The first `prefix`
+    tokens of a decoder attend to one another in both directions."""
 
     ids: Sequence[int]
     source: Sequence[int] | None = None
@@ -47,6 +48,7 @@ class CachedModel:
         self.device = weight.device
         self._is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
         self._is_cross = settings.kind == "encoder_decoder" and not self._is_mixed
+        self._stepping = lean_copy(model, slots) if is_lean(model) else model
         self._tokens = Store(settings, slots, max_positions, weight)
         self._sources = Store(settings, slots, max_positions, weight) if self._is_cross else None
         self._kinds: list[LayerKind] = [
@@ -60,6 +62,8 @@ class CachedModel:
             if settings.position_embedding == "rotary":
                 places = torch.arange(max_positions, device=self.device)
                 self._tables = {kind: rotary_table(places, settings, kind) for kind in self._kinds}
+                if is_lean(model):
+                    self._tables = {kind: wide_table(table) for kind, table in self._tables.items()}
             elif settings.position_embedding == "relative_bias":
                 self._bias_HR = model.relative_bias()
 
@@ -89,30 +93,29 @@ class CachedModel:
             x_TH = block(x_TH, inputs, batch.dropout_seeds, seen)
         self.lengths += cached
         self._source_lengths += theirs
-        return self._logits(x_TH[batch.cu_seqlens[1:].long() - 1])
+        return model.head(model.last_states(x_TH[batch.cu_seqlens[1:].long() - 1]), None, "logits")
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each sequence; logits (B, V) of the tokens after them."""
-        model, count = self.model, self.count
-        assert len(tokens) == count and max(self.lengths) < self.max_positions
+        model, count = self._stepping, self.count
+        assert len(tokens) == count, f"{len(tokens)} tokens for {count} sequences"
+        assert max(self.lengths) < self.max_positions, "a slot is full"
         positions_B = torch.tensor(self.lengths, device=self.device)
         x_BH = model.input(model.embedding(torch.tensor(tokens, device=self.device)), positions_B)
         places = self._tokens.places(positions_B)
         tables = {kind: (cos[positions_B], sin[positions_B]) for kind, (cos, sin) in self._tables.items()}
         spans = {kind: self._span(kind, positions_B, x_BH) for kind in self._kinds}
-        of_source = None
-        if self._sources is not None:
-            of_source = span([0] * count, self._source_lengths, x_BH)
+        of_source = span([0] * count, self._source_lengths, x_BH)
         for layer, block in enumerate(model.blocks):
             inputs: Any = _Cached(self._tokens, layer, spans[block.kind], tables.get(block.kind), places)
             source = None
-            if of_source is not None:
+            if self._sources is not None:
                 seen: Any = _Cached(self._sources, layer, of_source)
                 source = EncoderOutput(None, seen)
             x_BH = block(x_BH, inputs, None, source)
         self.lengths = [length + 1 for length in self.lengths]
-        return self._logits(x_BH)
+        return model.head(model.last_states(x_BH), None, "logits")
 
     @torch.inference_mode()
     def keep(self, order: Sequence[int]) -> None:
@@ -121,7 +124,8 @@ class CachedModel:
         if moves:
             for store, lengths in ((self._tokens, self.lengths), (self._sources, self._source_lengths)):
                 if store is not None:
-                    store.copy(*zip(*moves, strict=True), max(lengths[of] for _, of in moves))
+                    to, of = zip(*moves, strict=True)
+                    store.copy(to, of, max(lengths[one] for one in of))
         self.lengths, self._source_lengths = (
             [lengths[of] for of in order] for lengths in (self.lengths, self._source_lengths)
         )
@@ -143,9 +147,6 @@ class CachedModel:
         bias_BQP = self._bias_HR[:, distance_BP + reach].transpose(0, 1)
         bias_BGRP = bias_BQP.unflatten(1, (self.model.settings.num_kv_heads, -1))
         return Span(seen.first, seen.last, seen.mask, bias_BGRP.to(like.dtype))
-
-    def _logits(self, x_BH: Tensor) -> Tensor:
-        return self.model.head(self.model.last_states(x_BH), None, "logits")
 
 
 class _Recording:

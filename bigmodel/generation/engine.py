@@ -26,6 +26,7 @@ from bigmodel.generation.text import Decoder, TextStream
 from bigmodel.model.transformer import Transformer
 
 PREFILL_TOKENS = 4096  # most tokens of prompts in one step, if there are several prompts: others wait for them
+GREEDY = Sampling()
 Finished = Literal["stop", "length"] | None
 
 
@@ -45,7 +46,7 @@ class Request:
     ids: list[int]
     source: list[int] | None = None
     max_tokens: int = 100
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     prefix: int = 0
