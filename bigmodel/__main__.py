@@ -244,28 +244,38 @@ def check(
 def generate(
     run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")],
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="file of prompts, one a line (.jsonl: as JSON); -: standard input")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token")] = 0.8,
-    top: Annotated[int, typer.Option(min=1, help="sample among this many most likely tokens")] = 40,
+    top: Annotated[int, typer.Option(min=0, help="sample among this many most likely tokens; 0: all")] = 40,
+    top_p: Annotated[float, typer.Option(help="sample among the likeliest tokens with this share of chances")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="least chance of a token, as a share of the likeliest one's")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: used tokens become less likely")] = 1.0,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    stop: Annotated[list[str], typer.Option(help="text that ends the answer and is cut off; repeatable")] = [],  # noqa: B006
+    beams: Annotated[int, typer.Option(min=0, help="beam search of this width, instead of sampling")] = 0,
+    length_penalty: Annotated[float, typer.Option(help="beam scores are divided by length ** this")] = 1.0,
+    answers: Annotated[int, typer.Option(min=1, help="print this many best answers of the beams, as JSON")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="prompts of a file at once")] = 8,
+    context: Annotated[int, typer.Option(min=0, help="most tokens of prompt and answer; 0: as in training")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="print the text while it is generated")] = False,
 ) -> None:
-    """Continue a prompt with the newest checkpoint of a run; an encoder-decoder reads the prompt as its source."""
-    from bigmodel.evaluation.generate import answer, readable
-    from bigmodel.evaluation.generate import generate as run
+    """Continue prompts with the newest checkpoint of a run; an encoder-decoder reads a prompt as its source."""
+    from bigmodel.generation.command import Options, print_answer, print_answers
+    from bigmodel.generation.sampling import Sampling
     from bigmodel.training.load_model import load_trained
 
+    if prompt and prompts:
+        raise UserError("--prompt and --prompts: give only one of them")
+    sampling = Sampling(temperature, top, top_p, min_p, repetition_penalty, seed)
+    options = Options(tokens, sampling, tuple(stop), context, batch, beams, length_penalty, answers, stream)
     trained = load_trained(run_directory)
-    kind = trained.settings.model.kind
-    if kind == "encoder":
-        raise UserError(
-            f"{run_directory}: model.kind = {kind!r} cannot generate text; choose a run of a decoder or encoder-decoder"
-        )
-    if kind == "encoder_decoder":
-        source = trained.tokenizer.encode(prompt).tolist()
-        said = answer(trained.forward, trained.tokenizer, source, tokens, temperature, top, seed)
-        print(readable(trained.tokenizer, said))
-        return
-    print(run(trained.forward, trained.tokenizer, prompt, tokens, temperature, top, seed))
+    if prompts:
+        print_answers(trained, prompts, options)
+    else:
+        print_answer(trained, prompt, options)
 
 
 @app.command()

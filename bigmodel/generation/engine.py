@@ -208,6 +208,12 @@ class Engine:
         if (request.source is not None) != (settings.kind == "encoder_decoder"):
             what = "needs a source" if request.source is None else "takes no source"
             raise UserError(f"a model of kind {settings.kind!r} {what}; give the text as the other one")
+        for name, value, most in (
+            ("prefix", request.prefix, len(request.ids)),
+            ("top_logprobs", request.top_logprobs, 0),
+        ):
+            if value < 0 or (most and value > most):
+                raise UserError(f"{name} = {value}: must be 0 {f'to {most}' if most else 'or more'}")
         if request.prefix and settings.kind == "encoder_decoder":
             raise UserError("prefix: an encoder-decoder has no bidirectional prefix; give the text as the source")
         source = request.source or []

@@ -40,7 +40,7 @@ from bigmodel.distributed.consistency import check_consistency
 from bigmodel.distributed.signals import StopFlag
 from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
 from bigmodel.evaluation.evaluate import Validation
-from bigmodel.evaluation.generate import examples, generate
+from bigmodel.generation.samples import examples, sample
 from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.metrics.profiling import Profiler
@@ -430,17 +430,17 @@ def _evaluate_at_end(
     metrics.begins("evaluation", settings.training.steps)
     evaluation = validation.run(engine.forward, world)
     tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
-    sample, wrong_sources = "", None
+    shown, wrong_sources = "", None
     if settings.model.kind == "encoder_decoder":
         wrong_sources = validation.run_with_wrong_sources(engine.forward, world)
-        sample = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
+        shown = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
     elif settings.model.kind == "decoder":
-        sample = generate(engine.forward, tokenizer, tokens=SAMPLE_TOKENS, device=world.device)
+        shown = sample(engine.forward, tokenizer, SAMPLE_TOKENS, world.device)
     metrics.record_evaluation(
         settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
     )
     if world.rank == 0:
-        show_summary(settings, summarize(settings, evaluation, sample, segments, wrong_sources))
+        show_summary(settings, summarize(settings, evaluation, shown, segments, wrong_sources))
 
 
 def _end(done: int, settings: Settings, metrics: Metrics, world: World) -> int:

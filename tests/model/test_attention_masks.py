@@ -17,7 +17,7 @@ from bigmodel.config.settings import DataSettings, ModelSettings, Settings
 from bigmodel.data.load.batch import Batch, documents_of, real_documents
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.data.plan.attention_work import count_work
-from bigmodel.evaluation.generate import generate
+from bigmodel.generation.prompts import pack
 from bigmodel.inspect.draw_masks import TEXT_COLUMNS, draw_masks, mask_text, shown_documents
 from bigmodel.model import transformer
 from bigmodel.model.attention_masks import MaskMatrix, attention_masks, layer_kind, mask_matrices, visible_pairs
@@ -426,32 +426,14 @@ def test_tiles_are_made_once_for_each_mask_of_a_batch(monkeypatch: pytest.Monkey
         assert len(made) == len(set(map(id, made))) == count, (name, window)
 
 
-class Letters:
-    """A tokenizer of single letters."""
-
-    bos, eos, vocabulary = 1, 2, 60
-
-    def encode(self, words: str) -> np.ndarray:
-        return np.array([ord(letter) - 60 for letter in words])
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-
 def test_generated_text_depends_on_no_more_than_the_windows_reach() -> None:
     """Two layers of a window of 3 reach 4 tokens back: the last token is H."""
     text_of = {}
     for window in (0, 3):
         model = model_of(sliding_window=window).eval()
         for prompt in ("ABCDEFGH", "XBCDEFGH", "ABXDEFGH", "ABCXEFGH"):
-            seen: list[torch.Tensor] = []
-
-            def forward(batch: Batch, output: str, model=model, seen=seen) -> torch.Tensor:
-                seen.append(model(batch, output)[-1])
-                return seen[-1]
-
-            generate(forward, Letters(), prompt, tokens=1, temperature=0.0)
-            text_of[window, prompt] = seen[0]
+            ids = [1, *(ord(letter) - 60 for letter in prompt)]
+            text_of[window, prompt] = model(pack([ids]), "logits")[-1]
     assert torch.equal(text_of[3, "ABCDEFGH"], text_of[3, "XBCDEFGH"])
     assert torch.equal(text_of[3, "ABCDEFGH"], text_of[3, "ABXDEFGH"])
     assert not torch.equal(text_of[3, "ABCDEFGH"], text_of[3, "ABCXEFGH"])

@@ -339,7 +339,7 @@ def test_exchanged_sources_are_those_of_the_next_document() -> None:
 
 def test_examples_ask_the_model_about_the_sources_that_it_was_trained_on() -> None:
     """A prefix has no end token, and a document under causal no source at all."""
-    from bigmodel.evaluation.generate import examples
+    from bigmodel.generation.samples import examples
 
     class Words:
         bos, eos, vocabulary = 1, 2, 60

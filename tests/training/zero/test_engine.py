@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.distributed.world import ALONE
-from bigmodel.evaluation.generate import one_document as text_of_ids
+from bigmodel.generation.prompts import pack
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.transformer import Block, Transformer
 from bigmodel.training.zero import ulysses
@@ -344,7 +344,7 @@ def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch
         assert len(graphs) == expected
     engine, graphs[:] = SimpleCall(compiled), []
     for length in (5, 6):  # a text that grows
-        evaluated(engine, text_of_ids([1] * length), "logits", compiled=True)
+        evaluated(engine, pack([[1] * length]), "logits", compiled=True)
     assert graphs == []
     evaluated(engine, batch_of(0, range(6)), "loss_sum", compiled=True)
     assert len(graphs) == 1  # in evaluation nothing is dropped
