@@ -2,7 +2,7 @@
 
 In: keys and values of new tokens. Out: attention of one new token of each sequence to the cached ones. Sequences fill
 the first slots, so that a step reads views of the cache, never copies. Costs: 2 * layers * G * K numbers per position;
-the memory is reserved once, and used from the first writing on.
+reserved once; on Linux a page of memory is used from its first writing on.
 
 Letters in tensor names: B sequences, T tokens, P positions read in a step, Q query heads, G key heads, R query heads of
 a key head (Q / G), K channels of a head.
@@ -24,7 +24,7 @@ class Store:
 
     def __init__(self, settings: ModelSettings, slots: int, positions: int, like: Tensor) -> None:
         shape = settings.num_layers, 2, slots, settings.num_kv_heads, positions, settings.resolved_head_dim
-        self.rows = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.rows = torch.zeros(shape, dtype=like.dtype, device=like.device)  # what is masked must be a number
         self.layers = [(layer[0], layer[1]) for layer in self.rows]  # keys and values, (slots, G, positions, K) each
         self._flat = [[side.flatten(0, 2) for side in layer] for layer in self.layers]
         self._first_row_BG1 = torch.arange(slots * shape[3], device=like.device).view(slots, -1, 1) * positions
