@@ -205,9 +205,11 @@ class Engine:
             raise UserError("the prompt has no token; begin it with the tokenizer's begin token")
         if request.max_tokens < 1:
             raise UserError(f"max_tokens = {request.max_tokens}: must be at least 1")
-        if (request.source is not None) != (settings.kind == "encoder_decoder"):
-            what = "needs a source" if request.source is None else "takes no source"
-            raise UserError(f"a model of kind {settings.kind!r} {what}; give the text as the other one")
+        has_source = settings.kind == "encoder_decoder"
+        if request.source is None and has_source:
+            raise UserError("the request has no source; an encoder-decoder needs one, the text that its encoder reads")
+        if request.source is not None and not has_source:
+            raise UserError("the request has a source; a decoder takes none: put the text into the prompt")
         for name, value, most in (
             ("prefix", request.prefix, len(request.ids)),
             ("top_logprobs", request.top_logprobs, 0),

@@ -134,7 +134,7 @@ def test_a_stop_token_ends_an_answer(tokenizer: tokenizers.Tokenizer) -> None:
         (Request([0] * 31), "the prompt has 31 tokens; the context has 30"),
         (Request([0, 270]), "token 270: the model has 270 tokens"),
         (Request([0], max_tokens=0), "max_tokens = 0: must be at least 1"),
-        (Request([0], [5]), "a model of kind 'decoder' takes no source"),
+        (Request([0], [5]), "the request has a source; a decoder takes none"),
         (Request([0], stop=("",)), "a stop string is empty"),
         (Request([0], prefix=-1), "prefix = -1: must be 0 to 1"),
         (Request([0], top_logprobs=-1), "top_logprobs = -1: must be 0 or more"),
@@ -152,7 +152,7 @@ def test_a_model_that_cannot_generate_is_refused(tokenizer: tokenizers.Tokenizer
         Engine(model_of(kind="encoder"), tokenizer, 1, 30)
     with pytest.raises(UserError, match=r"31 positions: the model has learned model.max_positions = 30"):
         Engine(model_of(position_embedding="learned", max_positions=30), tokenizer, 1, 31)
-    with pytest.raises(UserError, match="needs a source"):
+    with pytest.raises(UserError, match="the request has no source"):
         Engine(model_of(**SIDES), tokenizer, 1, 30).add(Request([0]))
     with pytest.raises(UserError, match="prefix: an encoder-decoder"):
         Engine(model_of(**SIDES), tokenizer, 1, 30).add(Request([0], [1], prefix=1))
