@@ -91,8 +91,9 @@ def nothing_asked(where: str, data: DataSettings) -> str:
     """An error for the user: documents too short to have labels."""
     asked = ", ".join(_in_words(one) for one in data.objectives)
     return (
-        f"data.objectives = {asked}: no label in {where}, whose documents have no token that far ahead, or none "
-        "to hide; set a smaller ahead, add another objective, or drop short documents (prepare.min_characters)"
+        f"data.objectives = {asked}: no label in {where}, whose documents have no token that far ahead, none to hide, "
+        f"or no answer within data.max_document_length = {data.max_document_length}; set a smaller ahead or a larger "
+        "length, add another objective, or drop short documents (prepare.min_characters)"
     )
 
 
