@@ -185,7 +185,7 @@ def _judge_record(text: str, settings: PrepareSettings, contaminated: np.ndarray
             if isinstance(part.get(name), str):
                 part[name] = clean(part[name], settings)
     texts = contents(table)
-    if not any(one.strip() for one in texts):
+    if not any(one.strip() for one in texts) or not table.get("response", "?").strip():
         return EMPTY, ()
     if not is_trained(table):
         return WITHOUT_TARGET, ()

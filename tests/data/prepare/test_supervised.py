@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = pyarrow.table({"conversations": [*said, said[0]]})
     pyarrow.parquet.write_table(table, path / "chats.parquet")
     pairs = [{"question": f"{number} + 1 = ", "answer": f"{number + 1}"} for number in range(30)]
-    write_lines(path / "pairs.jsonl", pairs)
+    write_lines(path / "pairs.jsonl", [*pairs, {"question": "?", "answer": " "}])
     sources = [
         {
             "name": "lines", "files": [str(path / "chats.jsonl")], "messages_column": "messages",
@@ -109,6 +109,7 @@ def test_what_was_dropped_is_counted_by_reason(folder: Path) -> None:
     manifest = Manifest.read(folder)
     assert manifest.dropped("lines") == {"without_target": 1, "empty": 1, "null": 1}
     assert manifest.dropped("shared") == {"duplicate": 1}
+    assert manifest.dropped("sums") == {"empty": 1}
     assert "without_target" not in manifest.rows["shared"]
 
 
