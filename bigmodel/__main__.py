@@ -157,23 +157,29 @@ def verify(
 
 @app.command()
 def adopt(
-    folder: Annotated[str, typer.Argument(help="shards of mosaicml-streaming: a folder or URL with index.json")],
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer of these shards: tokenizer.json or its folder")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="shards of mosaicml-streaming: a folder or URL with index.json; or token files of Megatron-LM (.bin "
+            "with .idx), nanoGPT, llm.c (.bin) or OLMo-core (.npy): a folder, file, pattern or URL"
+        ),
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer that made the ids: tokenizer.json or its folder")],
     into: Annotated[Path, typer.Option(help="new prepared folder")],
     column: Annotated[str, typer.Option(help="column of token ids or of text; default: tokens, input_ids, text")] = "",
-    dtype: Annotated[str, typer.Option(help="type of the ids if the column holds bytes, for example int64")] = "",
+    dtype: Annotated[str, typer.Option(help="type of the ids where nothing states it, for example int64")] = "",
     name: Annotated[str, typer.Option(help="name of the source")] = "adopted",
-    validation: Annotated[str, typer.Option(help="folder of shards for the validation split")] = "",
+    validation: Annotated[str, typer.Option(help="folder of shards, or token files, for the validation split")] = "",
     validation_share: Annotated[
         float, typer.Option(help="without --validation: share of documents, by hash, for validation")
     ] = 0.02,
 ) -> None:
-    """Import MDS shards of others, of token ids or of text, as prepared data.
+    """Import MDS shards of others, of token ids or of text, or token files of other systems, as prepared data.
 
-    A sample is one document. Missing begin and end tokens are added and counted; a document with one of them in its
-    middle is an error. With --validation, shards in our own format are linked unchanged; others are rewritten. Ids are
-    never changed. Text is tokenized, as `prepare` does with a source of .mds files. What differs from index.json is an
-    error.
+    A sample is one document; docs/data.md says what is one in token files. Missing begin and end tokens are added
+    and counted; a document with one of them in its middle is an error. With --validation, shards in our own format
+    are linked unchanged; others are rewritten. Ids are never changed. Text is tokenized, as `prepare` does with a
+    source of .mds files. What differs from index.json is an error.
     """
     from bigmodel.data.prepare.adopt import Adoption
     from bigmodel.data.prepare.adopt import adopt as run
@@ -182,6 +188,21 @@ def adopt(
     with _stopped("imported shards are kept"), live() as progress:
         run(Adoption(folder, into, tokenizer, column, dtype, name, validation, validation_share), progress)
     print(f"{into}: prepared; set data.directory to it")
+
+
+@app.command()
+def convert(
+    directory: Annotated[Path, typer.Argument(help="a prepared folder")],
+    out: Annotated[Path, typer.Argument(help="new folder for the files")],
+    to: Annotated[str, typer.Option(help="megatron (.bin, .idx), nanogpt, llmc (.bin) or olmo (.npy, .csv.gz)")],
+) -> None:
+    """Write prepared data as token files of Megatron-LM, nanoGPT, llm.c or OLMo-core. Resumes after a kill."""
+    from bigmodel.data.prepare.convert import convert as run
+    from bigmodel.data.prepare.pipeline import live
+
+    with _stopped("written shards are kept"), live() as progress:
+        run(directory, out, to, progress)
+    print(f"{out}: written")
 
 
 @app.command()

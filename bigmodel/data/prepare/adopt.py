@@ -1,9 +1,11 @@
-"""Adopt: import shards of mosaicml-streaming, written elsewhere, as a prepared folder.
+"""Adopt: import shards of mosaicml-streaming or token files of other systems as a prepared folder.
 
-In: a folder of MDS shards (compressed or not, local or in a store) with a column of token ids or of text, and the
-tokenizer that made the ids. Out: the folder described in `bigmodel.data.store.shards`, as `prepare` makes it from text.
+In: a folder of MDS shards (compressed or not, local or in a store) with a column of token ids or of text, or files of
+`token_files`, and the tokenizer that made the ids. Out: the folder described in `bigmodel.data.store.shards`, as
+`prepare` makes it from text.
 
-A column of text goes to `prepare`, with the shards as its source. The rest of this file imports token ids.
+A column of text goes to `prepare`, with the shards as its source. The rest of this file imports token ids; what is said
+of shards holds for the pieces of token files (`adopt_tokens`), which are never linked.
 
 A sample is one document. A missing begin or end token is added, and the number of additions is printed. A document with
 one of them in its middle is an error: such a sample is several documents, and their tokens would attend to each other.
@@ -22,8 +24,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,16 @@ from rich.progress import Progress
 
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.prepare import work_items as units
-from bigmodel.data.prepare.adopt_shard import Adoption, Shard, Taken, fitting_types_of, take_shard
+from bigmodel.data.prepare.adopt_shard import Adoption, Portion, Shard, Taken, fitting_types_of, take_shard
+from bigmodel.data.prepare.adopt_tokens import Piece, check_types, cut_pieces, find_documents, take_piece
+from bigmodel.data.prepare.corpus import base_name
 from bigmodel.data.prepare.encoding import read_array, save_array
 from bigmodel.data.prepare.id_types import TELLING_BYTES, better_type, check_type, id_type
 from bigmodel.data.prepare.indexes import compare_with_indexes
 from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.prepare.pipeline import conclude, keep_boundaries, prepare
 from bigmodel.data.prepare.staging import claimed, folders_in, partial_of, put_in_place, stoppable
+from bigmodel.data.prepare.token_files import TokenFile, named_files, recognize
 from bigmodel.data.store import files, mds
 from bigmodel.data.store.manifest import PICTURE, SPLITS, Manifest, describe_files
 from bigmodel.data.store.mds_index import INDEX, in_lines, list_shards, unlisted
@@ -50,7 +56,7 @@ from bigmodel.sizes import counted_noun
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
 FORMAT = 2  # raise it when the files of a taken shard change
-INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
+HELD_OUT = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test|eval)([^a-z]|$)")  # in names of files
 
 
 def find_column(adoption: Adoption) -> tuple[str, str]:
@@ -78,6 +84,8 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
     into = adoption.into.absolute()
     if into.exists():
         raise UserError(f"--into {into}: exists already; choose another folder, or delete this one")
+    if token_files := _token_files(adoption):
+        return _import(adoption, into, progress, _staged_files(adoption, token_files), _take_files(token_files))
     column, encoding = find_column(adoption)
     if adoption.dtype and encoding != "bytes" and encoding.split(":")[1:2] != [id_type(adoption.dtype).name]:
         raise UserError(
@@ -89,7 +97,7 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
             message = f"{folder}: left out, because index.json does not list it: {in_lines(left)}"
             progress.console.print(message, markup=False)
     adoption = replace(adoption, column=column)
-    settings = _settings(adoption)
+    settings = _settings(adoption, [shard.file for shard in list_shards(adoption.folder)])
     if encoding == "str" and adoption.validation:
         raise UserError(
             f"--validation {adoption.validation}: documents of text shards go to validation by their hash; "
@@ -97,15 +105,28 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
         )
     if encoding == "str":
         return _prepare_text(settings, progress)
+    return _import(adoption, into, progress, lambda partial: _staged_shards(adoption, partial), _take_shards)
+
+
+# Takes the staging folder's parent; gives the staging folder, and what stands in it under that name.
+Staged = Callable[[Path], tuple[Path, Any]]
+# Takes what is staged; gives the portions, each one taken.
+Take = Callable[[Path, Any, Adoption, Tokenizer, Progress], Sequence[Portion]]
+
+
+def _import(adoption: Adoption, into: Path, progress: Progress, staged: Staged, take: Take) -> Path:
     partial = partial_of(into)
     with claimed(partial), stoppable():
-        shards = _all_shards(adoption, partial)
-        work = shards[0].work
+        work, what = staged(partial)
         for leftover in folders_in(partial):
             if leftover != work:
                 shutil.rmtree(leftover)
-        _make(adoption, shards, progress)
-        if _all_shards(adoption, partial) != shards:
+        tokenizer = _begin(adoption, work)
+        portions = take(work, what, adoption, tokenizer, progress)
+        taken = [Taken.read(portion.taken) for portion in portions]
+        _say(adoption, taken, progress)
+        _finish(adoption, tokenizer, portions, taken)
+        if staged(partial) != (work, what):
             raise UserError(
                 f"{adoption.folder}: its shards or the tokenizer changed while they were adopted; run again"
             )
@@ -126,58 +147,67 @@ def _prepare_text(settings: Settings, progress: Progress) -> Path:
         ) from None
 
 
-def _all_shards(adoption: Adoption, partial: Path) -> list[Shard]:
-    """The shards to import, with the staging folder for these shards, tokenizer and versions."""
+def _staged_shards(adoption: Adoption, partial: Path) -> tuple[Path, list[Shard]]:
     first = SPLITS[0] if adoption.validation else ""
     folders = [(adoption.folder, first)] + ([(adoption.validation, SPLITS[1])] if adoption.validation else [])
     listed = [(shard, split) for folder, split in folders for shard in list_shards(folder)]
     places = [(shard.file, split) for shard, split in listed]
+    read = [file for file, _ in places] + [files.join(folder, INDEX) for folder, _ in folders]
+    work = _staging(adoption, partial, places, read)
+    return work, [Shard(number, split, work, adoption, shard) for number, (shard, split) in enumerate(listed)]
+
+
+def _staging(adoption: Adoption, partial: Path, places: Any, read: Sequence[str]) -> Path:
+    """The staging folder for these files, tokenizer and versions. `read`: files whose change makes it another one."""
     given = tokenizer_file(adoption.tokenizer)
     names = [given.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    identities = [files.identity(file) for file, _ in places]
-    identities += [files.identity(files.join(folder, INDEX)) for folder, _ in folders]
+    identities = [files.identity(file) for file in read]
     identities += [files.identity(str(name)) for name in [given, *names] if name.exists()]
     everything = [FORMAT, repr(adoption), places, identities, units.versions()]
-    work = partial / hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
-    return [Shard(shard, number, split, work, adoption) for number, (shard, split) in enumerate(listed)]
+    return partial / hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
 
-def _make(adoption: Adoption, shards: Sequence[Shard], progress: Progress) -> None:
+def _begin(adoption: Adoption, work: Path) -> Tokenizer:
+    """The tokenizer; makes the staging folder."""
     tokenizer = Tokenizer.load(adoption.tokenizer, fast=False)
-    work = shards[0].work
-    for split in SPLITS:
-        (work / split).mkdir(parents=True, exist_ok=True)
-    (work / "taken").mkdir(exist_ok=True)
+    for folder in (*SPLITS, "taken"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
     given = tokenizer_file(adoption.tokenizer)
     write_atomically(work / "tokenizer.json", read_tokenizer(given))
     keep_boundaries(given.parent, work)
-    taken = _take_all(shards, tokenizer.vocabulary, progress)
-    _say(adoption, taken, progress)
-    _finish(adoption, tokenizer, shards, taken)
+    return tokenizer
 
 
-def _settings(adoption: Adoption) -> Settings:
-    """The run file that imports the same shards as text. Raises `UserError` for an invalid name or share."""
-    names = [shard.file for shard in list_shards(adoption.folder)]
-    source = {"name": adoption.name, "files": names, "column": adoption.column}
+def _settings(adoption: Adoption, names: Sequence[str]) -> Settings:
+    """The run file that imports the same files as text. Raises `UserError` for an invalid name or share."""
+    source = {"name": adoption.name, "files": list(names), "column": adoption.column}
     section = {"sources": [source], "tokenizer": adoption.tokenizer, "validation_share": adoption.validation_share}
     table = {"prepare": section, "data": {"directory": adoption.into}}
     return settings_from_table(table, Path("adopt"))
 
 
-def _take_all(shards: Sequence[Shard], vocabulary: int, progress: Progress) -> list[Taken]:
+def _take_shards(
+    work: Path, shards: Sequence[Shard], adoption: Adoption, tokenizer: Tokenizer, progress: Progress
+) -> Sequence[Shard]:
     weights = [files.size(shard.file) for shard in shards]
-    number = min(len(os.sched_getaffinity(0)), len(shards)) if sum(weights) > INLINE_BYTES else 1
-    if finished := sum(shard.taken.exists() for shard in shards):
-        progress.console.print(f"{shards[0].work.parent}: going on from {finished:,} taken shards", markup=False)
-    with units.processes(number, progress) as team:
-        compared = shards[0].work / "compared"
+    _say_finished(shards, progress)
+    with units.processes(_workers(len(shards), sum(weights)), progress) as team:
+        compared = work / "compared"
         if not compared.exists():
             compare_with_indexes([shard.listed for shard in shards], team, progress)
-            _check_dtype(shards, vocabulary, team, weights)
+            _check_dtype(shards, tokenizer.vocabulary, team, weights)
             compared.touch()
         team.run("adopting", take_shard, [(shard,) for shard in shards], weights)
-    return [Taken.read(shard.taken) for shard in shards]
+    return shards
+
+
+def _say_finished(portions: Sequence[Portion], progress: Progress) -> None:
+    if finished := sum(portion.taken.exists() for portion in portions):
+        progress.console.print(f"{portions[0].work.parent}: going on from {finished:,} taken shards", markup=False)
+
+
+def _workers(tasks: int, num_bytes: int) -> int:
+    return min(len(os.sched_getaffinity(0)), tasks) if num_bytes > units.INLINE_BYTES else 1
 
 
 def _check_dtype(shards: Sequence[Shard], vocabulary: int, team: units.Team, weights: Sequence[int]) -> None:
@@ -198,6 +228,64 @@ def _check_dtype(shards: Sequence[Shard], vocabulary: int, team: units.Team, wei
         check_type(given, types, vocabulary, adoption.folder)
 
 
+# ---- token files ----------------------------------------------------------------------------------------------
+
+
+def _token_files(adoption: Adoption) -> dict[str, list[TokenFile]]:
+    """The token files by split (empty: of each document by its hash); none if MDS shards are named. Raises `UserError`
+    for options and names that do not fit."""
+    folders = {SPLITS[0] if adoption.validation else "": adoption.folder}
+    folders |= {SPLITS[1]: adoption.validation} if adoption.validation else {}
+    named = {split: named_files(folder) for split, folder in folders.items()}
+    if not named[next(iter(named))]:
+        return {}
+    if adoption.column:
+        raise UserError(
+            f"--column {adoption.column}: {adoption.folder} holds files of ids, without columns; leave it out"
+        )
+    if missing := [folders[split] for split, mine in named.items() if not mine]:
+        raise UserError(f"--validation {missing[0]}: no .bin or .npy file; name files of the same kind as the others")
+    if not adoption.validation and (held_out := [one for one in named[""] if HELD_OUT.search(base_name(one))]):
+        raise UserError(
+            f"{adoption.folder}: {held_out[0]} is named as held out, and would be trained; name the files for training "
+            "by a pattern, and these by --validation"
+        )
+    if adoption.dtype:
+        id_type(adoption.dtype)
+    _settings(adoption, [adoption.folder])
+    vocabulary = Tokenizer.load(adoption.tokenizer, fast=False).vocabulary
+    return {split: recognize(mine, adoption.dtype, vocabulary) for split, mine in named.items()}
+
+
+def _staged_files(adoption: Adoption, found: dict[str, list[TokenFile]]) -> Staged:
+    def staged(partial: Path) -> tuple[Path, list[str]]:
+        read = [name for mine in found.values() for file in mine for name in (file.location, file.bounds) if name]
+        return _staging(adoption, partial, [[split, repr(mine)] for split, mine in found.items()], read), read
+
+    return staged
+
+
+def _take_files(found: dict[str, list[TokenFile]]) -> Take:
+    def take(work: Path, _: Any, adoption: Adoption, tokenizer: Tokenizer, progress: Progress) -> list[Piece]:
+        num_bytes = sum(file.tokens * file.itemsize for mine in found.values() for file in mine)
+        pieces: list[Piece] = []
+        with units.processes(_workers(len(os.sched_getaffinity(0)), num_bytes), progress) as team:
+            for split, mine in found.items():
+                check_types(mine, adoption, tokenizer.vocabulary)
+                bounds, texts = find_documents(mine, tokenizer, team, work / f"found.{split}")
+                pieces += cut_pieces(mine, bounds, texts, Portion(len(pieces), split, work, adoption))
+            _say_finished(pieces, progress)
+            team.run(
+                "adopting", take_piece, [(piece,) for piece in pieces], [piece.last - piece.first for piece in pieces]
+            )
+        return pieces
+
+    return take
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------
+
+
 def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None:
     documents = sum(len(lengths) for one in taken for lengths in one.lengths.values())
     sums = {
@@ -210,13 +298,10 @@ def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None
     )
 
 
-# ---- the folder -----------------------------------------------------------------------------------------------
-
-
-def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[Shard], taken: Sequence[Taken]) -> None:
-    """Write the result from all imported shards: numbers without gaps, lengths, indexes, validation text, manifest,
+def _finish(adoption: Adoption, tokenizer: Tokenizer, portions: Sequence[Portion], taken: Sequence[Taken]) -> None:
+    """Write the result from all imported portions: numbers without gaps, lengths, indexes, validation text, manifest,
     picture."""
-    work = shards[0].work
+    work = portions[0].work
     result = work / "result"
     if result.exists():
         shutil.rmtree(result)
@@ -231,8 +316,8 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, shards: Sequence[Shard], t
         _link_or_copy(file, result / file.name)
     (result / "text").mkdir()
     with open(result / "text" / "validation.txt", "wb") as text:
-        for shard in shards:
-            text.write(read_array(shard.taken, "validation_text").tobytes())
+        for portion in portions:
+            text.write(read_array(portion.taken, "validation_text").tobytes())
     kept, text_bytes = (sum(counts[split][what] for split in SPLITS) for what in ("documents", "text_bytes"))
     empty = sum(one.empty for one in taken)
     lengths = [one.lengths[split] for split in SPLITS for one in taken if split in one.lengths]

@@ -1,15 +1,17 @@
-"""One shard that `adopt` imports: its documents as stored here, by split, with what the folder's manifest needs.
+"""One portion that `adopt` imports: its documents as stored here, by split, with what the folder's manifest needs.
 
-In: an MDS shard of others with a column of token ids. Out: in the staging folder a shard per split, linked if it is
-stored as here and rewritten otherwise, and last `taken/<number>.npz`, the record that it is done.
+In: an MDS shard of others with a column of token ids, or the documents of a portion of other files. Out: in the staging
+folder a shard per split, linked if it is stored as here and rewritten otherwise, and last `taken/<number>.npz`, the
+record that it is done.
 
-Guarantees: a pure function of the shard, the tokenizer and the adoption. Killed, it is done again from its start.
+Guarantees: a pure function of the documents, the tokenizer and the adoption. Killed, it is done again from its start.
 """
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,27 +46,33 @@ class Adoption:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One shard to import. `split`: of all its documents; empty: of each document by its hash."""
+class Portion:
+    """What one process imports. `split`: of all its documents; empty: of each document by its hash."""
 
-    listed: Listed
     number: int
     split: str
     work: Path
     adoption: Adoption
 
     @property
-    def file(self) -> str:
-        return self.listed.file
-
-    @property
     def taken(self) -> Path:
         return self.work / "taken" / f"{self.number:05}.npz"
 
 
+@dataclass(frozen=True)
+class Shard(Portion):
+    """A shard of mosaicml-streaming."""
+
+    listed: Listed
+
+    @property
+    def file(self) -> str:
+        return self.listed.file
+
+
 @dataclass
 class Taken:
-    """An imported shard. By split: the index entry (none: no document), lengths and bytes of text."""
+    """An imported portion. By split: the index entry (none: no document), lengths and bytes of text."""
 
     sha256: str
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -100,34 +108,50 @@ def take_shard(shard: Shard) -> None:
     parsed = _parse(shard.file, content)
     tokenizer = Tokenizer.load(shard.work / "tokenizer.json", fast=False)
     taken = Taken(hashlib.sha256(content).hexdigest())
-    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    named = ((f"{shard.file}: document {number}", ids) for number, ids in enumerate(_read_ids(parsed, shard)))
+    documents, validation_text = sort_documents(shard, named, tokenizer, taken)
+    for split, mine in documents.items():
+        unchanged = len(mine) == len(parsed.bounds) - 1 and not taken.begins_added + taken.ends_added
+        ours = parsed.description["column_names"], parsed.description["column_encodings"]
+        if unchanged and parsed.content is content and ours == (["tokens"], [f"ndarray:{tokenizer.dtype.name}"]):
+            taken.entries[split] = _link(shard, parsed, shard.work / split)
+            taken.linked += 1
+        else:
+            write_documents(shard, split, mine, taken)
+    taken.write(shard.taken, validation_text)
+
+
+def sort_documents(
+    portion: Portion, documents: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer, taken: Taken
+) -> tuple[dict[str, list[np.ndarray]], bytes]:
+    """The documents as stored, by split (absent: none), and the text of those for validation; counts them in `taken`.
+    `documents`: (place for errors, (n,) ids)."""
+    by_split: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     validation_text = []
-    for number, ids in enumerate(_read_ids(parsed, shard)):
-        document = _with_ends(ids, tokenizer, f"{shard.file}: document {number}", taken)
+    for where, ids in documents:
+        document = _with_ends(ids, tokenizer, where, taken)
         if len(document) <= 2:
             taken.empty += 1
             continue
-        split = shard.split or SPLITS[_falls_to_validation(document, shard.adoption)]
+        split = portion.split or SPLITS[_falls_to_validation(document, portion.adoption)]
         if tokenizer.unknown is not None:
             taken.unknown += int((document[1:-1] == tokenizer.unknown).sum())
         text = tokenizer.decode(document).encode()
         taken.text_bytes[split] = taken.text_bytes.get(split, 0) + len(text)
         validation_text += [text] if split == "validation" else []
-        documents[split].append(document)
-    for split, mine in documents.items():
-        if mine:
-            taken.lengths[split] = np.array([len(document) for document in mine], np.uint32)
-            folder = shard.work / split
-            unchanged = len(mine) == len(parsed.bounds) - 1 and not taken.begins_added + taken.ends_added
-            ours = parsed.description["column_names"], parsed.description["column_encodings"]
-            if unchanged and parsed.content is content and ours == (["tokens"], [f"ndarray:{tokenizer.dtype.name}"]):
-                taken.entries[split] = _link(shard, parsed, folder)
-                taken.linked += 1
-            else:
-                write_atomically(folder / mds.shard_name(shard.number), mds.encode_shard({"tokens": mine}))
-                columns = {"tokens": taken.lengths[split]}
-                taken.entries[split] = mds.shard_entry(shard.number, columns, tokenizer.dtype)
-    taken.write(shard.taken, b"".join(validation_text))
+        by_split[split].append(document)
+    found = {split: mine for split, mine in by_split.items() if mine}
+    for split, mine in found.items():
+        taken.lengths[split] = np.array([len(document) for document in mine], np.uint32)
+    return found, b"".join(validation_text)
+
+
+def write_documents(portion: Portion, split: str, documents: list[np.ndarray], taken: Taken) -> None:
+    """Write the shard of a portion's documents of one split."""
+    target = portion.work / split / mds.shard_name(portion.number)
+    write_atomically(target, mds.encode_shard({"tokens": documents}))
+    columns = {"tokens": taken.lengths[split]}
+    taken.entries[split] = mds.shard_entry(portion.number, columns, documents[0].dtype)
 
 
 def _read_ids(parsed: mds.ShardContent, shard: Shard) -> list[np.ndarray]:
@@ -182,7 +206,7 @@ def _with_ends(ids: np.ndarray, tokenizer: Tokenizer, where: str, taken: Taken) 
     if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocabulary):
         raise UserError(
             f"{where}: holds token {ids.min() if ids.min() < 0 else ids.max()}, the tokenizer has "
-            f"{tokenizer.vocabulary}; give the tokenizer that made these shards"
+            f"{tokenizer.vocabulary}; give the tokenizer that made these ids"
         )
     has_end = len(ids) > 0 and ids[-1] == tokenizer.eos
     inner = ids[:-1] if has_end else ids

@@ -41,6 +41,7 @@ from bigmodel.sizes import byte_size
 
 LOG_SECONDS = 10.0  # between lines of progress where the output is not a terminal
 CONNECT_SECONDS = 20  # to a Dask scheduler
+INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it saves
 
 
 class Interrupted(UserError):
