@@ -18,14 +18,17 @@ class SourceSettings(Section):
     files: list[str] = Field(
         min_length=1,
         description="paths, URLs (s3://, gs://, abfs://, hdfs:// and others of fsspec) or glob patterns of .parquet, "
-        ".arrow, .jsonl, .ndjson, .json (an array, or objects), .txt (one document per file) or .mds files; those of "
-        "JSON and text also compressed (gzip, bz2, xz, zstd, lz4), .mds also .br, .bz2, .gz, .snappy, .zst, .zstd; "
-        "a path that exists is taken literally, even with * or [ ]",
+        ".arrow, .jsonl, .ndjson, .json (an array, or objects), .txt (one document per file), .tar (WebDataset) or "
+        ".mds files, or .lance folders; those of JSON, text and tars also compressed (gzip, bz2, xz, zstd, lz4), .mds "
+        "also .br, .bz2, .gz, .snappy, .zst, .zstd; a path that exists is taken literally, even with * or [ ]",
     )
-    format: Literal["", "parquet", "arrow", "jsonl", "json", "text", "mds"] = Field(
+    format: Literal["", "parquet", "arrow", "jsonl", "json", "text", "mds", "webdataset", "lance"] = Field(
         "", description="format of the files; empty: by the names and first bytes"
     )
-    column: str = Field("text", description="column that holds the text; a.b is field b of column a")
+    column: str = Field(
+        "text",
+        description="column that holds the text; a.b is field b of column a; in a tar a suffix, for text also txt",
+    )
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
     prompt_column: str | None = setting(
         None,

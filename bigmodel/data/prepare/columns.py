@@ -1,4 +1,4 @@
-"""Columns: the texts of Parquet and Arrow files.
+"""Columns: the texts of Parquet and Arrow files, and of any Arrow record batches.
 
 In: a piece of a file and the wanted columns, nested ones by their dotted path. Out: the names of all columns; the rows
 of the piece. A column of strings in any form (large, views, dictionaries, run-end encoded, an extension type over
@@ -32,6 +32,11 @@ def schema_columns(file: str, kind: str, wanted: tuple[str, ...]) -> list[str]:
     not hold text."""
     with files.readable(file):
         schema = _read_schema(file, kind)
+    return text_columns(file, schema, wanted)
+
+
+def text_columns(file: str, schema: pyarrow.Schema, wanted: tuple[str, ...]) -> list[str]:
+    """As `schema_columns`, of a schema."""
     known = dict(_flattened(schema))
     for column in wanted:
         if column in known and not _is_text(known[column]):
@@ -49,6 +54,11 @@ def _read_schema(file: str, kind: str) -> pyarrow.Schema:
         if kind == "parquet":
             return pyarrow.parquet.read_schema(stream)
         return (pyarrow.ipc.open_file if _is_arrow_file(stream) else pyarrow.ipc.open_stream)(stream).schema
+
+
+def outer_columns(schema: pyarrow.Schema, columns: tuple[str, ...]) -> list[str]:
+    """Names of the columns that hold these ones, each once."""
+    return list(dict.fromkeys(schema[_index_path(list(schema), column)[0]].name for column in columns))
 
 
 def _flattened(columns: Any, before: str = "") -> Iterator[tuple[str, pyarrow.DataType]]:
@@ -90,7 +100,7 @@ def _read_row_group(piece: Piece, columns: tuple[str, ...], key_column: str | No
         wanted = [*columns, *([key_column] if key_column else [])]
         stored = [_stored_name(schema, name) for name in (*wanted, *_others(piece.format.record))]
         batches = parquet.iter_batches(BATCH_ROWS, row_groups=[piece.start], columns=stored)
-        yield from _rows(piece, batches, columns, key_column, f"of row group {piece.start}")
+        yield from rows_of(piece, batches, columns, key_column, f"of row group {piece.start}")
 
 
 def _stored_name(schema: pyarrow.Schema, path: str) -> str:
@@ -112,7 +122,7 @@ def _read_record_batches(piece: Piece, columns: tuple[str, ...], key_column: str
             batches = iter(pyarrow.ipc.open_stream(stream))
             place = "of the stream"
         cut = (batch.slice(row, BATCH_ROWS) for batch in batches for row in range(0, batch.num_rows, BATCH_ROWS))
-        yield from _rows(piece, cut, columns, key_column, place)
+        yield from rows_of(piece, cut, columns, key_column, place)
 
 
 def _is_arrow_file(stream: pyarrow.NativeFile) -> bool:
@@ -127,9 +137,10 @@ def _others(record: Record | None) -> tuple[str, ...]:
     return record.columns[1:] if record else ()
 
 
-def _rows(
+def rows_of(
     piece: Piece, batches: Iterator[pyarrow.RecordBatch], columns: tuple[str, ...], key_column: str | None, place: str
 ) -> Iterator[Row]:
+    """Rows of record batches; `place`: what their numbers count from, for errors."""
     file, record = piece.file, piece.format.record
     number = 0
     for batch in batches:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigmodel.config.settings import SourceSettings, UserError
-from bigmodel.data.prepare import formats
+from bigmodel.data.prepare import formats, lance_text
 from bigmodel.data.prepare.json_text import count_lines
 from bigmodel.data.prepare.rows import Format, Malformed, Piece, Record, Row
 from bigmodel.data.store import files
@@ -113,7 +113,7 @@ def _named(where: str, file: str) -> str:
 
 def _check_record_file(where: str, file: str, told: str, record: Record) -> Format:
     form = _recognized(where, file, told)
-    if form.kind in ("text", "mds"):
+    if form.kind in ("text", "mds", "webdataset", "lance"):
         raise UserError(f"{where}: {file}: chats and responses are read from JSONL, JSON, Parquet or Arrow; convert it")
     known = formats.find_columns(file, form, ())
     names = ["prompt_column", "column"] if record.kind == "response" else ["messages_column"]
@@ -127,9 +127,11 @@ def _check_record_file(where: str, file: str, told: str, record: Record) -> Form
 
 
 def _recognized(where: str, file: str, told: str) -> Format:
-    if files.is_folder(file):
-        raise UserError(f"{where}: {file} is a folder; name its files, for example {file}/*.parquet")
-    if not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
+    is_lance = (told or formats.kind_by_name(file)) == "lance"
+    if files.is_folder(file) != is_lance:
+        what = "is a file, and a Lance dataset is a folder; name" if is_lance else "is a folder; name its files, for"
+        raise UserError(f"{where}: {file} {what} {'its folder' if is_lance else f'example {file}/*.parquet'}")
+    if not is_lance and not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{where}: {file} is a pipe or device, which can be read only once; write it to a file first")
     return formats.recognize(file, told)
 
@@ -155,7 +157,7 @@ def corpus_hash(sources: Sequence[Source]) -> str:
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         for source in sources:
             total.update(f"{source.name}\0{' '.join(source.columns)}\0{len(source.files)}\0".encode())
-            for file, digest in zip(source.files, pool.map(_identity, source.files), strict=True):
+            for file, digest in zip(source.files, pool.map(_identity, source.files, source.formats), strict=True):
                 total.update(base_name(file).encode() + b"\0" + digest.encode())
     return total.hexdigest()
 
@@ -166,15 +168,18 @@ def base_name(file: str) -> str:
     return files.without_settings(file).rpartition("/")[2]
 
 
-def _identity(file: str) -> str:
+def _identity(file: str, form: Format) -> str:
+    if form.kind == "lance":
+        return lance_text.identity(file)
     return files.identity(file) if files.is_remote(file) else hash_file(file)
 
 
 def identities(sources: Sequence[Source]) -> dict[str, str]:
     """`files.identity` of every file: detects changed files without reading them."""
-    names = [file for source in sources for file in source.files]
+    named = [pair for source in sources for pair in zip(source.files, source.formats, strict=True)]
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        return dict(zip(names, pool.map(files.identity, names), strict=True))
+        found = pool.map(lambda pair: (lance_text if pair[1].kind == "lance" else files).identity(pair[0]), named)
+        return dict(zip((file for file, _ in named), found, strict=True))
 
 
 def hash_file(path: str | Path) -> str:

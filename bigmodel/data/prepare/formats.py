@@ -1,7 +1,8 @@
 """Formats: the columns, pieces and rows of one file of documents.
 
-In: a file (Parquet, Arrow, JSONL, JSON, text, MDS; local or in a store) and the wanted columns. Out: its format, the
-columns that it has, the pieces that can be read independently, and the rows of a piece (`rows`).
+In: a file (Parquet, Arrow, JSONL, JSON, text, MDS, tar; local or in a store) or a folder that is a Lance dataset, and
+the wanted columns. Out: its format, the columns that it has, the pieces that can be read independently, and the rows of
+a piece (`rows`).
 
 A name tells the kind of file, or the `format` of its source does; upper and lower case are the same. The first bytes
 tell the compression (of MDS shards the name does), and Parquet and Arrow under another name. A .json file
@@ -20,7 +21,10 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import compression
 from bigmodel.data.prepare.columns import cut_columns, read_columns, schema_columns
 from bigmodel.data.prepare.json_text import BYTE_ORDER_MARK, first_columns, holds_lines, read_lines, read_values
+from bigmodel.data.prepare.lance_text import cut_dataset, dataset_columns, read_fragment
 from bigmodel.data.prepare.rows import Format, Malformed, Piece, Row, decoded
+from bigmodel.data.prepare.tars import first_columns as first_members
+from bigmodel.data.prepare.tars import read_tar
 from bigmodel.data.store import files, mds
 
 KINDS = {
@@ -30,6 +34,9 @@ KINDS = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".txt": "text",
+    ".tar": "webdataset",
+    ".tgz": "webdataset",
+    ".lance": "lance",
     **{f".mds{ending}": "mds" for ending in ("", *mds.COMPRESSIONS)},
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
@@ -57,8 +64,8 @@ def _compressed_ending(file: str) -> str:
 def recognize(file: str, told: str = "") -> Format:
     """Format of a file; `told`: its kind in the settings. Raises `UserError` for a file without a known format."""
     kind = told or kind_by_name(file)
-    if kind == "mds":  # begins with a number, which may look like anything; its name tells its compression
-        return Format(kind)
+    if kind in ("mds", "lance"):  # MDS begins with a number, which may look like anything; its name says how it is
+        return Format(kind)  # compressed
     ending = _compressed_ending(file)
     head = compression.head_of(file)
     if ending and not head:
@@ -82,7 +89,9 @@ def find_columns(file: str, form: Format, wanted: tuple[str, ...]) -> list[str]:
         return []
     if form.kind in TABLES:
         return schema_columns(file, form.kind, wanted)
-    return _shard_columns(file, wanted) if form.kind == "mds" else first_columns(file, form, wanted)
+    if form.kind in ("mds", "lance"):
+        return (_shard_columns if form.kind == "mds" else dataset_columns)(file, wanted)
+    return (first_members if form.kind == "webdataset" else first_columns)(file, form, wanted)
 
 
 def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
@@ -103,6 +112,8 @@ def _shard_columns(file: str, wanted: tuple[str, ...]) -> list[str]:
 
 def cut(file: str, form: Format, piece_bytes: int) -> list[Piece]:
     """The pieces of a file, in order; `piece_bytes`: their size in plain JSONL."""
+    if form.kind == "lance":
+        return cut_dataset(file, form)
     size = files.size(file)
     if form.kind in TABLES:
         return [Piece(file, form, number, number + 1, part) for number, part in cut_columns(file, form.kind, size)]
@@ -116,8 +127,7 @@ def read_piece(piece: Piece, columns: tuple[str, ...], key_column: str | None) -
     """Rows of a piece, in file order. Raises `UserError` naming a file that cannot be read."""
     if piece.format.kind in TABLES:
         return read_columns(piece, columns, key_column)
-    readers = {"jsonl": read_lines, "json": read_values, "text": _read_text, "mds": _read_shard}
-    return readers[piece.format.kind](piece, columns)
+    return READERS[piece.format.kind](piece, columns)
 
 
 def _read_text(piece: Piece, _: tuple[str, ...]) -> Iterator[Row]:
@@ -144,3 +154,13 @@ def _read_shard(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: cannot be read: {error}; restore the file or leave it out") from None
+
+
+READERS = {
+    "jsonl": read_lines,
+    "json": read_values,
+    "text": _read_text,
+    "mds": _read_shard,
+    "webdataset": read_tar,
+    "lance": read_fragment,
+}

@@ -64,6 +64,21 @@ def _dotted(record: dict[str, Any], before: str = "", level: int = 0) -> Iterato
             yield from _dotted(value, f"{before}{name}.", level + 1)
 
 
+# ---- single objects ---------------------------------------------------------------------------------------------
+
+
+def paths_of_object(content: bytes) -> list[str]:
+    """Dotted paths of the fields of a JSON object; none if it is none."""
+    value = _parse_line(0, content)
+    return [path for path, _ in _dotted(value)] if isinstance(value, dict) else []
+
+
+def texts_of_object(content: bytes, columns: tuple[str, ...]) -> tuple[str | None, ...] | str:
+    """The texts of a JSON object, or the reason why one is not text."""
+    value = _parse_line(0, content)
+    return value if isinstance(value, str) else _texts_of(value, columns)
+
+
 # ---- lines ------------------------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ from bigmodel.data.prepare.staging import (
 from bigmodel.data.prepare.supervised import find_template, keep_template, write_template
 from bigmodel.data.prepare.tokenless import count_tokenless
 from bigmodel.data.prepare.work_items import Team
-from bigmodel.data.store import files, mds
+from bigmodel.data.store import mds
 from bigmodel.data.store.chat_template import ChatTemplate
 from bigmodel.data.store.manifest import (
     EXACT,
@@ -115,6 +115,7 @@ class _Job:
     modules: list[tuple[str, bytes]]
     recipe: dict[str, Any]
     corpus_sha256: str
+    read: Sequence[Source]  # the sources and the evaluation files
     identities: dict[str, str]  # of every file, taken before its content is read
     template: ChatTemplate | None  # of chats
 
@@ -239,12 +240,12 @@ def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
     corpus_sha256 = corpus.corpus_hash(sources) if sources else embedded.embedded_hash(modules)
     if not sources and wanted.embedded == "chats":
         corpus_sha256 = embedded_chats.embedded_hash()
-    return _Job(target, wanted, sources, modules, recipe, corpus_sha256, identities, template)
+    return _Job(target, wanted, sources, modules, recipe, corpus_sha256, read, identities, template)
 
 
 def _check_unchanged(job: _Job) -> None:
-    for file, identity in job.identities.items():
-        if files.identity(file) != identity:
+    for file, identity in corpus.identities(job.read).items():
+        if identity != job.identities[file]:
             raise UserError(f"{file}: {corpus.CHANGED}")
 
 

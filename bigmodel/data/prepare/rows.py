@@ -24,8 +24,8 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Format:
     """How a file is read. `kind`: parquet, arrow, jsonl (an object per line), json (objects in an array or end to
-    end), text or mds. `compression` of the whole file: a key of `compression.READERS`, or empty. `record`: of a
-    supervised source."""
+    end), text, mds, webdataset or lance. `compression` of the whole file: a key of `compression.READERS`, or empty.
+    `record`: of a supervised source."""
 
     kind: str
     compression: str = ""
@@ -35,8 +35,8 @@ class Format:
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of a file that is read on its own. Parquet: row group `start`. Arrow: record batch `start`. Plain JSONL:
-    the lines that begin in the bytes [start, stop). Others: the whole file. `num_bytes`: its weight in the progress
-    bar."""
+    the lines that begin in the bytes [start, stop). Lance: fragment `start`. Others: the whole file. `num_bytes`: its
+    weight in the progress bar."""
 
     file: str
     format: Format
