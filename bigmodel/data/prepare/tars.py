@@ -10,7 +10,7 @@ is named `text`, this column is the member .txt, or else the field `text` of .js
 `__...__` are no samples, as in webdataset.
 
 Guarantees: a tar that is cut or damaged raises `UserError`, also where Python's tarfile, and webdataset with it, ends
-without a word: at a damaged head of a member and at a cut between two members.
+without a word: at a damaged head of a member, at a cut between two members, and behind the first of joined tars.
 
 Costs: one sample in memory. A tar is one piece.
 
@@ -48,9 +48,18 @@ class _Blocks:
             self._last, self._start = block, self._start + len(self._last)
         return block
 
-    def at(self, place: int) -> bytes:
-        """The tar's block at a place in the last bytes."""
-        return self._last[max(0, place - self._start) :][:BLOCK_BYTES] if place >= self._start else b""
+    def end(self, place: int) -> str:
+        """What is wrong with the end of a tar whose last head was looked for here; reads the stream to its end."""
+        rest = self._last[place - self._start :]
+        if len(rest) < BLOCK_BYTES:
+            return "is cut"
+        if any(rest[:BLOCK_BYTES]):
+            return "is damaged"
+        while rest:
+            if rest.count(0) < len(rest):
+                return "goes on behind its end, as tars that were joined do,"
+            rest = self.read(compression.BUFFER_BYTES)
+        return ""
 
 
 def first_columns(file: str, form: Format, wanted: tuple[str, ...]) -> list[str]:
@@ -131,7 +140,7 @@ def _members(file: str, how: str) -> Iterator[tuple[str, bytes]]:
                 end = tar.offset
         except tarfile.TarError as error:
             raise UserError(f"{file}: is cut, or no tar: {error}; restore the file or leave it out") from None
-        block = blocks.at(end)
-        if len(block) < BLOCK_BYTES or any(block):
-            what = f"is damaged at byte {end:,}" if len(block) == BLOCK_BYTES else f"is cut at byte {end:,}"
-            raise UserError(f"{file}: {what}: a tar ends with blocks of zeros; restore the file or leave it out")
+        if wrong := blocks.end(end):
+            raise UserError(
+                f"{file}: {wrong} at byte {end:,}: a tar ends with blocks of zeros; restore the file or leave it out"
+            )

@@ -101,6 +101,11 @@ def test_a_cut_or_damaged_tar_is_an_error_wherever_it_is_cut(tar: Path, tmp_path
     path.write_bytes(stored[: heads[10]] + b"\xff" * 512 + stored[heads[10] + 512 :])
     with pytest.raises(UserError, match=rf"cut.tar: is damaged at byte {heads[10]:,}"):
         rows(path)
+    path.write_bytes(stored + stored)
+    with pytest.raises(
+        UserError, match=r"cut.tar: goes on behind its end, as tars that were joined do, at byte 28,672"
+    ):
+        rows(path)
     path.write_bytes(json.dumps(TEXTS).encode() * 20)
     with pytest.raises(UserError, match=r"cut.tar: is cut, or no tar"):
         rows(path)
