@@ -27,6 +27,7 @@ import numpy as np
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import compression, megatron
 from bigmodel.data.store import files
+from bigmodel.data.store.manifest import MANIFEST
 from bigmodel.data.store.mds_index import INDEX
 
 ENDINGS = (".bin", ".npy")
@@ -65,10 +66,15 @@ class TokenFile:
 
 
 def named_files(location: str) -> list[str]:
-    """The token files that a folder, file, pattern, URL or Megatron's prefix names, sorted; none for MDS shards."""
+    """The token files that a folder, file, pattern, URL or Megatron's prefix names, sorted; none for MDS shards and for
+    prepared folders."""
     if files.is_folder(location):
         names = files.sizes(location)
-        return [] if INDEX in names else [files.inside(location, name) for name in names if _is_tokens(name)]
+        return (
+            []
+            if {INDEX, MANIFEST} & names.keys()
+            else [files.inside(location, name) for name in names if _is_tokens(name)]
+        )
     found = files.find(location) or ([] if "?" in location else files.find(f"{location}.bin"))
     data = [megatron.beside(one, ".bin") if files.without_settings(one).endswith(".idx") else one for one in found]
     return [one for one in dict.fromkeys(data) if _is_tokens(one)]
@@ -225,5 +231,5 @@ def _rows(file: str, stream: IO[bytes]) -> Iterator[tuple[int, int]]:
             yield int(row[0]), int(row[1])
     except (ValueError, IndexError, csv.Error):
         raise UserError(
-            f"{file}: line {rows.line_num:,}: has no begin and end of a document; restore the file"
+            f"{file}: line {max(1, rows.line_num):,}: has no begin and end of a document; restore the file"
         ) from None
