@@ -13,7 +13,7 @@ Guarantees: ids are those of the tokenizer, and of the type that they are read b
 is cut by the text tokens of its documents, plus 2 each, and by nothing else: the same documents give the same shards
 from any kind of files. A pass over a range that is done is not repeated after a kill.
 
-Costs: 32 bytes of memory a document; a process holds a range of 32 M ids, or a piece. The pass reads about 0.2 GB/s and
+Costs: 32 bytes of memory a document; a process holds a range of 32 M ids, or a piece. The pass reads about 0.5 GB/s and
 core.
 """
 

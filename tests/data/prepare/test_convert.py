@@ -175,7 +175,7 @@ def test_options_and_names_that_do_not_fit_are_one_message(
             [ids, "--column", "tokens"],
             "--column tokens: .*uint16.bin holds files of ids, without columns; leave it out",
         ),
-        ([ids, "--validation", str(home / "data")], "--validation .*: no .bin or .npy file; name files of the same kind"),
+        ([ids, "--validation", str(home / "data")], "--validation .*: no .bin or .npy file; name files"),
         ([ids, "--dtype", "float32"], "--dtype float32: no type of integers; name one"),
         ([ids, "--name", "A b"], "prepare.sources.0.name"),
         ([str(tmp_path / "gpt")], "val.bin is named as held out, and would be trained; name the files for training"),

@@ -13,7 +13,7 @@ import pytest
 
 from bigmodel.config.settings import SourceSettings, UserError
 from bigmodel.data.prepare import compression, corpus, formats, rows
-from bigmodel.data.prepare.rows import Malformed
+from bigmodel.data.prepare.rows import Format, Malformed
 
 TEXTS = [f"document {number}: " + "été " * number for number in range(40)]
 
@@ -336,7 +336,8 @@ def test_the_corpus_hash_changes_with_content_order_and_column(tmp_path: Path) -
     a, b = write_jsonl(tmp_path / "a.jsonl", ["x"]), write_jsonl(tmp_path / "b.jsonl", ["y"])
 
     def digest(*files: Path, column: str = "text") -> str:
-        return corpus.corpus_hash([corpus.Source("s", tuple(map(str, files)), (column,), ())])
+        formats = (Format("jsonl"),) * len(files)
+        return corpus.corpus_hash([corpus.Source("s", tuple(map(str, files)), (column,), formats)])
 
     digests = [digest(a), digest(a, b), digest(b, a), digest(a, column="id")]
     write_jsonl(a, ["z"])
