@@ -14,8 +14,8 @@ import pytest
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import adopt_tokens, megatron
-from bigmodel.data.prepare.adopt_shard import Adoption
-from bigmodel.data.prepare.adopt_tokens import check_types, find_documents
+from bigmodel.data.prepare.adopt_shard import Adoption, Portion
+from bigmodel.data.prepare.adopt_tokens import check_types, cut_pieces, find_documents
 from bigmodel.data.prepare.pipeline import quiet
 from bigmodel.data.prepare.token_files import encode_llmc_header, named_files, read_bounds, read_ids, recognize
 from bigmodel.data.prepare.work_items import Team
@@ -47,6 +47,23 @@ def test_megatron_files_of_each_type_hold_the_documents_of_their_writer(name: st
 def test_sequences_of_a_megatron_document_are_one_document_and_empty_ones_stay(tmp_path: Path) -> None:
     assert documents(THEIRS / "sentences.bin", tmp_path) == [*IDS[:6], [], *IDS[6:]]
     assert documents(THEIRS / "modes.bin", tmp_path / "modes") == [[*ids, EOS] for ids in IDS[:2]]
+
+
+def test_pieces_are_cut_at_the_same_documents_whatever_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adopt_tokens, "PIECE_TOKENS", 122)
+    cut = {}
+    for name in ("uint16", "sentences"):
+        work = tmp_path / name
+        found = recognize(named_files(str(THEIRS / name)), "", 258)
+        bounds, texts = find_documents(found, TOKENIZER, Team(None, quiet()), work)
+        pieces = cut_pieces(found, bounds, texts, Portion(0, "", work, Adoption(name, work, THEIRS)))
+        lengths = [texts[piece.first : piece.last] for piece in pieces]
+        cut[name] = [one[one > 0].tolist() for one in lengths]
+    assert cut["uint16"] == cut["sentences"]
+    assert [sum(piece) + 2 * len(piece) <= 122 for piece in cut["uint16"]].count(False) == 0
+    assert max(sum(piece) + 2 * len(piece) for piece in cut["uint16"]) == 122
 
 
 def test_an_index_is_written_as_megatron_writes_it() -> None:
