@@ -128,9 +128,11 @@ def _check_record_file(where: str, file: str, told: str, record: Record) -> Form
 
 def _recognized(where: str, file: str, told: str) -> Format:
     is_lance = (told or formats.kind_by_name(file)) == "lance"
-    if files.is_folder(file) != is_lance:
-        what = "is a file, and a Lance dataset is a folder; name" if is_lance else "is a folder; name its files, for"
-        raise UserError(f"{where}: {file} {what} {'its folder' if is_lance else f'example {file}/*.parquet'}")
+    is_folder = files.is_folder(file)
+    if is_lance and not is_folder:
+        raise UserError(f"{where}: {file}: a Lance dataset is a folder; name the one named *.lance")
+    if is_folder and not is_lance:
+        raise UserError(f"{where}: {file} is a folder; name its files, for example {file}/*.parquet")
     if not is_lance and not files.is_remote(file) and Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{where}: {file} is a pipe or device, which can be read only once; write it to a file first")
     return formats.recognize(file, told)

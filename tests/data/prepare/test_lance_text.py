@@ -58,7 +58,7 @@ def test_broken_datasets_are_one_message(dataset: Path, tmp_path: Path, monkeypa
     broken = tmp_path / "b.lance"
     shutil.copytree(dataset, broken)
     piece = sorted((broken / "data").iterdir())[0]
-    with pytest.raises(UserError, match=r"\.lance is a file, and a Lance dataset is a folder; name its folder"):
+    with pytest.raises(UserError, match=r"\.lance: a Lance dataset is a folder; name the one named"):
         source(piece)
     for column, reason in (
         ("number", "holds int64, not text"),
