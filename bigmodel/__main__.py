@@ -399,6 +399,21 @@ def export(
         print(f"left out: {', '.join(done.left_out)}")
 
 
+@app.command("import")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="folder of a Hugging Face model", metavar="FOLDER")],
+    run_file: Annotated[Path, typer.Argument(help="run file to write", metavar="RUN.toml")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="another tokenizer than the folder's; new tokens get new rows")
+    ] = None,
+) -> None:
+    """Check a Hugging Face folder and write a run file that continues its training."""
+    from bigmodel.exchange.run_file import write_run_file
+
+    print(f"{folder}: {write_run_file(folder, run_file, tokenizer)}")
+    print(f"{run_file}: written; next: bigmodel prepare {run_file}")
+
+
 @show.command("batch")
 def show_batch(
     run_file: RunFile,

@@ -20,6 +20,7 @@ SHAPES = (
     "relative_buckets", "attention_bias", "gated", "feed_forward_bias", "norm", "norm_bias", "norm_placement",
     "embedding_norm", "num_token_types", "qk_norm", "qk_norm_over", "tied_embeddings",
 )  # fmt: skip
+MAY_UNTIE = ("t5", "mt5")  # transformers 5 writes `tie_word_embeddings = true` for any T5: the weights decide
 
 
 def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
         theirs = read_config(config)
     except UserError as error:
         raise UserError(f"{origin}: model.from = {json.dumps(folder)}: {error}") from None
-    different = [name for name in SHAPES if name in model and model[name] != getattr(theirs, name)]
+    fixed = [name for name in SHAPES if name != "tied_embeddings" or config["model_type"] not in MAY_UNTIE]
+    different = [name for name in fixed if name in model and model[name] != getattr(theirs, name)]
     if different:
         listed = "; ".join(f"model.{name} = {model[name]!r} (there {getattr(theirs, name)!r})" for name in different)
         raise UserError(f"{origin}: {listed}: not the model of model.from = {json.dumps(folder)}; leave them out")

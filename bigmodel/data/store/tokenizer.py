@@ -325,18 +325,36 @@ def tokenizer_file(path: Path) -> Path:
 def named_boundaries(folder: Path) -> tuple[str, str] | None:
     """Names of the begin and end tokens in the files that Hugging Face puts beside a tokenizer.json, or None.
 
-    If only an end token is named, documents begin with it too, as for GPT-2.
+    BERT's cls_token and sep_token are begin and end where no others are named. If only an end token is named, documents
+    begin with it too, as for GPT-2, or with the token that config.json makes a decoder start with, as for T5.
     """
     named: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).exists():
-            table = read_json(folder / file)
-            for role in ("bos_token", "eos_token"):
-                token = table.get(role) if isinstance(table, dict) else None
-                content = token.get("content") if isinstance(token, dict) else token
-                named |= {role: content} if isinstance(content, str) else {}
-    end = named.get("eos_token")
-    return (named.get("bos_token", end), end) if end else None
+        table = _object(folder / file)
+        for role in ("bos_token", "eos_token", "cls_token", "sep_token"):
+            token = table.get(role)
+            content = token.get("content") if isinstance(token, dict) else token
+            named |= {role: content} if isinstance(content, str) else {}
+    end = named.get("eos_token") or named.get("sep_token")
+    if end is None:
+        return None
+    begin = named.get("bos_token") or _first_of_a_decoder(folder)
+    return begin or (named.get("cls_token", end) if "eos_token" not in named else end), end
+
+
+def _first_of_a_decoder(folder: Path) -> str | None:
+    """Name of decoder_start_token_id."""
+    start = _object(folder / "config.json").get("decoder_start_token_id")
+    if start is None or not (folder / "tokenizer.json").exists():
+        return None
+    added = _object(folder / "tokenizer.json").get("added_tokens", [])
+    return next((token["content"] for token in added if token.get("id") == start), None)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if it is missing or holds anything else."""
+    table = read_json(file) if file.exists() else {}
+    return table if isinstance(table, dict) else {}
 
 
 def _boundaries(tokenizer: tokenizers.Tokenizer, name: str, wanted: tuple[str, str] | None = None) -> tuple[int, int]:

@@ -1,19 +1,20 @@
 """Folders of Hugging Face: config.json with weights in safetensors files.
 
 In and out: `config.json`, and `model.safetensors`, or several files with `model.safetensors.index.json`. Guarantees: a
-folder appears whole, by one rename; files and bytes are a pure function of weights and arguments. Costs: reading holds
-one tensor at a time beside those asked for, writing one file (`max_bytes`).
+folder appears whole, by one rename; files and bytes are a pure function of weights and arguments. Costs: reading and
+writing hold one tensor at a time: a file is closed after each, because the pages of an open one stay in memory.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigmodel.config.settings import ModelSettings, UserError
@@ -22,7 +23,9 @@ from bigmodel.model.huggingface.weights import Weights, from_transformers
 from bigmodel.run_directory import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BESIDE = "mtp.safetensors"  # no reader of the class opens it
 MAX_BYTES = 5 << 30  # of a file, as transformers writes them
+WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class FolderWeights(Mapping[str, Tensor]):
@@ -35,7 +38,6 @@ class FolderWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _files_by_name(folder)
-        self._open: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -46,11 +48,26 @@ class FolderWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            return self._open[file].get_tensor(name)
+            with safe_open(self.folder / file, framework="pt") as opened:
+                return opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / file}: {name}: cannot be read: {error}; download it again") from None
+
+
+class RenamedWeights(Mapping[str, Tensor]):
+    """Weights under other names. `stored`: their name there, by name."""
+
+    def __init__(self, weights: Mapping[str, Tensor], stored: Mapping[str, str]) -> None:
+        self._weights, self._stored = weights, stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._stored[name]]
 
 
 def read_folder(folder: Path) -> tuple[ModelSettings, Weights]:
@@ -103,18 +120,26 @@ def _names_in(path: Path) -> set[str]:
         raise UserError(f"{path}: cannot be read as safetensors: {error}; download it again") from None
 
 
-class Sized(Protocol):
-    """Weights by name, in order; `nbytes` without reading them."""
+class Described(Protocol):
+    """Weights by name, in order, all of one type; `shape` without reading them."""
+
+    dtype: torch.dtype
 
     def __iter__(self) -> Iterator[str]: ...
     def __getitem__(self, name: str) -> Tensor: ...
-    def nbytes(self, name: str) -> int: ...
+    def shape(self, name: str) -> list[int]: ...
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], weights: Sized, max_bytes: int, more: Mapping[str, bytes]
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Described,
+    max_bytes: int,
+    more: Mapping[str, bytes],
+    beside: Sequence[str] = (),
 ) -> None:
-    """Write config.json, weights, and other files by name. Raises `UserError` if the folder exists."""
+    """Write config.json, weights, and other files by name. `beside`: names of weights that are not of the class; they
+    go into `BESIDE`. Raises `UserError` if the folder exists."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder, or delete this one")
     partial = folder.parent / f"{folder.name}.partial"
@@ -123,29 +148,48 @@ def write_folder(
     for name, content in more.items():
         (partial / name).write_bytes(content)
     _write_json(partial / "config.json", config)
-    files = _divided(weights, max_bytes)
+    sizes = {name: math.prod(weights.shape(name)) * weights.dtype.itemsize for name in weights if name not in beside}
+    files = _divided(sizes, max_bytes)
     places: dict[str, str] = {}
-    total = sum(weights.nbytes(name) for name in weights)
     for number, names in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        save_file({name: weights[name] for name in names}, partial / file, {"format": "pt"})
+        _write_weights(partial / file, weights, names)
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
-        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+        _write_json(partial / INDEX, index)
+    if beside:
+        _write_weights(partial / BESIDE, weights, beside)
     os.replace(partial, folder)
 
 
-def _divided(weights: Sized, max_bytes: int) -> list[list[str]]:
+def _divided(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     """Names by file, in order; a file has at most `max_bytes`, or one weight."""
     files: list[list[str]] = [[]]
     size = 0
-    for name in weights:
-        if files[-1] and size + weights.nbytes(name) > max_bytes:
+    for name, more in sizes.items():
+        if files[-1] and size + more > max_bytes:
             files.append([])
             size = 0
         files[-1].append(name)
-        size += weights.nbytes(name)
+        size += more
     return files
+
+
+def _write_weights(path: Path, weights: Described, names: Sequence[str]) -> None:
+    """A safetensors file: length of the header, header, tensors (https://github.com/huggingface/safetensors). The
+    library's `save_file` would hold all of them in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + math.prod(weights.shape(name)) * weights.dtype.itemsize
+        header[name] = {"dtype": WRITTEN[weights.dtype], "shape": weights.shape(name), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(memoryview(weights[name].contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def _write_json(path: Path, table: Mapping[str, Any]) -> None:

@@ -9,46 +9,66 @@ hundredth of their deviation, keyed by seed and name (the mean as in Hewitt 2021
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bigmodel.config.huggingface import read_config
 from bigmodel.config.settings import ModelSettings, UserError
 from bigmodel.config.start_folder import read_config_json
-from bigmodel.model.huggingface.folder import FolderWeights
-from bigmodel.model.huggingface.weights import check, names_of, without_prefix
+from bigmodel.model.huggingface.folder import FolderWeights, RenamedWeights
+from bigmodel.model.huggingface.weights import as_stored, check, names_of, without_prefix
 from bigmodel.model.init import generator_of
 
 NOISE = 0.01
+OF_TOKENS = ("embedding.weight", "encoder.embedding.weight", "head.weight")
 
 
 class StartWeights:
     """The folder's weights under our names, each read when it is asked for."""
 
     def __init__(self, folder: Path, settings: ModelSettings) -> None:
+        """Raises `UserError` for weights that are missing, left over, or of another shape than config.json says."""
         config = read_config_json(folder)
-        self.folder, self._weights = folder, FolderWeights(folder)
-        short = without_prefix(config["model_type"], self._weights)
-        self._file_names = {name: stored for stored, name in short.items()}
+        self.folder, self._theirs = folder, _weights_of(folder, config["model_type"])
         self._names = names_of(config["model_type"], settings.model_copy(update={"num_mtp_modules": 0}))
         try:
-            check(self._names, settings, {name: self._weights[stored] for stored, name in short.items()})
+            check(self._names, settings, self._theirs, config.get("vocab_size") or 0)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
     def read(self, name: str) -> Tensor:
         """fp32. Raises `UserError` for values that are not finite."""
-        parts = [self._weights[self._file_names[theirs]].float() for theirs, _ in self._names[name]]
-        for tensor, (theirs, _) in zip(parts, self._names[name], strict=True):
-            if not bool(tensor.isfinite().all()):
+        parts = []
+        for theirs, _ in self._names[name]:
+            parts.append(self._theirs[theirs].float())
+            if not bool(parts[-1].isfinite().all()):
                 raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def read_settings(folder: Path) -> ModelSettings:
+    """Of config.json, and of the weights where these decide. Raises `UserError` for what our model lacks."""
+    config = read_config_json(folder)
+    try:
+        settings = read_config(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return as_stored(config["model_type"], settings, _weights_of(folder, config["model_type"]))
+
+
+def _weights_of(folder: Path, kind: str) -> RenamedWeights:
+    weights = FolderWeights(folder)
+    return RenamedWeights(weights, {name: stored for stored, name in without_prefix(kind, weights).items()})
 
 
 @torch.no_grad()
@@ -65,19 +85,17 @@ def load_start(
             continue
         with whole(parameter) if whole else contextlib.nullcontext():
             theirs = weights.read(name)
-            rows = len(theirs)
-            if name.removeprefix("encoder.") in ("embedding.weight", "head.weight") and rows < len(parameter):
-                theirs = _grown(theirs, len(parameter), generator_of(seed, name))
-            if theirs.shape != parameter.shape:
+            rows = len(theirs) if name in OF_TOKENS else len(parameter)
+            if theirs.shape != parameter[:rows].shape:
                 raise UserError(
                     f"{weights.folder}: {name} is {tuple(theirs.shape)} there and {tuple(parameter.shape)} in this "
-                    "model; config.json and weights are of different models, or the vocabulary is smaller than the "
-                    "folder's"
+                    "model; leave model.min_vocabulary out, or set it to the rows there or more"
                 )
-            parameter.copy_(theirs)
+            parameter[:rows] = theirs
+            if rows < len(parameter):
+                parameter[rows:] = _new_rows(theirs, len(parameter) - rows, generator_of(seed, name))
 
 
-def _grown(rows_VH: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _new_rows(rows_VH: Tensor, count: int, generator: torch.Generator) -> Tensor:
     mean_H, deviation_H = rows_VH.mean(0), rows_VH.std(0)
-    noise = torch.randn((count - len(rows_VH), rows_VH.shape[1]), generator=generator)
-    return torch.cat([rows_VH, mean_H + NOISE * deviation_H * noise])
+    return mean_H + NOISE * deviation_H * torch.randn((count, rows_VH.shape[1]), generator=generator)

@@ -41,6 +41,7 @@ CONSTANTS = re.compile(
 )
 T5_COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 HEADS = ("pooler.", "cls.", "head.", "decoder.")  # of encoders
+NO_COPIES = "no copies, as config.json says, of the weight in brackets"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,7 +90,7 @@ def check(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], v
         "without a counterpart in our model": [
             name for name in theirs if name not in known and not CONSTANTS.fullmatch(name)
         ],
-        "no copies, as config.json says, of the weight in brackets": [
+        NO_COPIES: [
             f"{name} ({of})"
             for name, of in copies.items()
             if name in theirs and of in theirs and not torch.equal(theirs[name], theirs[of])
@@ -102,7 +103,9 @@ def check(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], v
         found["of another shape than config.json says"] = _misshapen(names, settings, theirs, vocabulary)
     complaints = [f"{what}: {_listed(which)}" for what, which in found.items() if which]
     if complaints:
-        raise UserError(f"weights {'; '.join(complaints)}; check that config.json belongs to these weights")
+        untied = settings.kind == "encoder_decoder" and any(name.startswith("lm_head") for name in found[NO_COPIES])
+        remedy = ", or set model.tied_embeddings = false" if untied else ""
+        raise UserError(f"weights {'; '.join(complaints)}; check that config.json belongs to these weights{remedy}")
 
 
 def _misshapen(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], vocabulary: int) -> list[str]:

@@ -162,12 +162,13 @@ class WeightSource:
 
 
 @contextlib.contextmanager
-def weights(checkpoint: Checkpoint, key: str = "weight") -> Iterator[WeightSource]:
-    """Open the weights of a checkpoint, without an engine."""
+def weights(checkpoint: Checkpoint, key: str = "weight", kept_open: int = 64) -> Iterator[WeightSource]:
+    """Open the weights of a checkpoint, without an engine. kept_open: most open files, whose pages stay in memory; 0:
+    each is closed after a read."""
     description = checkpoint.description
     shapes = {name: shape for name, shape in description["shapes"].items() if key in description["keys"][name]}
     chunks = [chunk for name in checkpoint.parts for chunk in _pieces(checkpoint.path / name)]
-    with Reader(checkpoint.path, chunks) as read:
+    with Reader(checkpoint.path, chunks, kept_open) as read:
         yield WeightSource(shapes, key, read)
 
 
@@ -354,14 +355,14 @@ def _pieces(file: Path) -> list[Piece]:
 
 
 class Reader:
-    """Reads ranges of elements from the files that hold them; at most 64 files are open."""
+    """Reads ranges of elements from the files that hold them; at most `kept_open` files are open."""
 
-    def __init__(self, path: Path, chunks: Sequence[Piece]) -> None:
+    def __init__(self, path: Path, chunks: Sequence[Piece], kept_open: int = 64) -> None:
         self._path = path
         self._pieces: dict[str, list[Piece]] = {}
         for chunk in sorted(chunks):
             self._pieces.setdefault(chunk[0], []).append(chunk)
-        self._file = lru_cache(maxsize=64)(lambda name: safe_open(path / name, framework="pt"))
+        self._file = lru_cache(maxsize=kept_open)(lambda name: safe_open(path / name, framework="pt"))
 
     def __enter__(self) -> Read:
         return self._read
