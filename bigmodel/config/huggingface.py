@@ -106,7 +106,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"norm_placement": "sandwich", "zero_centered_norm": True, "qk_norm": True},
 }
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}  # where layer_types is absent
-NOT_OF_THE_MODEL = ("dropout", "num_mtp_modules", "mtp_loss_weight")  # a config.json does not hold them
+# A config.json does not hold them; the rows of the vocabulary are the embedding's.
+NOT_OF_THE_MODEL = ("from", "dropout", "num_mtp_modules", "mtp_loss_weight", "min_vocabulary", "vocabulary_multiple")
 
 
 def read_config(config: Config) -> ModelSettings:

@@ -6,6 +6,7 @@ model is one whose config.json holds every setting of the model; the folder appe
 weights (`max_bytes`), because they are read from the checkpoint one by one.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bigmodel.config.huggingface import CLASSES, differences, fitting_type, write_config
 from bigmodel.config.settings import Settings, UserError, settings_from_table
+from bigmodel.config.start_folder import read_config_json
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.model.huggingface.folder import MAX_BYTES, write_folder
@@ -41,7 +43,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     """The weights of a checkpoint under their names, each read when it is asked for."""
 
     def __init__(self, source: checkpoint.WeightSource, names: Names, dtype: torch.dtype) -> None:
-        self._source, self._dtype = source, dtype
+        self._source, self.dtype = source, dtype
         self._places: dict[str, tuple[str, int, list[int]]] = {}
         for ours, parts in names.items():
             shape = source.shape(ours)
@@ -61,10 +63,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         ours, first, shape = self._places[name]
         row = torch.Size(shape[1:]).numel()
-        return self._source.read(ours, first * row, torch.Size(shape).numel()).view(shape).to(self._dtype)
+        return self._source.read(ours, first * row, torch.Size(shape).numel()).view(shape).to(self.dtype)
 
-    def nbytes(self, name: str) -> int:
-        return torch.Size(self._places[name][2]).numel() * self._dtype.itemsize
+    def shape(self, name: str) -> list[int]:
+        return self._places[name][2]
 
 
 def export(
@@ -84,7 +86,7 @@ def export(
         raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
     tokenizer_file = ShardStore.of_run(settings.data, "validation").file("tokenizer.json")
     tokenizer = Tokenizer.load(tokenizer_file, fast=False)
-    with checkpoint.weights(found) as source:
+    with checkpoint.weights(found, kept_open=0) as source:
         names = names_of(kind, settings.model)
         vocabulary = source.shape("embedding.weight")[0]
         config = write_config(kind, settings.model, vocabulary, settings.data.max_document_length)
@@ -105,7 +107,7 @@ def _settings_of(run_directory: Path) -> Settings:
 
 def _type_of(settings: Settings, kind: str) -> str:
     if not kind:
-        return fitting_type(settings.model)
+        return fitting_type(settings.model, _type_of_start(settings.model.start_folder))
     if kind not in CLASSES:
         raise UserError(f"--as {kind}: unknown; use {', '.join(CLASSES)}")
     if lacking := differences(kind, settings.model):
@@ -113,6 +115,14 @@ def _type_of(settings: Settings, kind: str) -> str:
             f"--as {kind}: {CLASSES[kind]} cannot hold {', '.join(lacking)}; leave --as out, or use another"
         )
     return kind
+
+
+def _type_of_start(folder: Path | None) -> str:
+    """`model_type` of the folder that the run started from, if it is still there."""
+    with contextlib.suppress(UserError):
+        kind = read_config_json(folder).get("model_type") if folder else ""
+        return kind if kind in CLASSES else ""
+    return ""
 
 
 def _token_ids(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:

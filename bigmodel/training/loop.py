@@ -64,6 +64,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
+from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.zero.engine import Engine, creation
@@ -121,9 +122,12 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
     validation = Validation(settings.data, effective["train_micro_batch_size_per_gpu"])
     vocabulary = settings.model.num_rows(store.manifest.vocabulary + num_special_tokens(settings.data))
-    model = _new_model(settings, effective, vocabulary, fresh or not _has_checkpoint(settings, world))
+    begins = fresh or not _has_checkpoint(settings, world)
+    model = _new_model(settings, effective, vocabulary, begins)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
+    if begins and settings.model.start_folder and settings.training.precision != "fp32":
+        write_exactly(engine, settings)
     limit_collectives(settings.training.collective_timeout_seconds)
 
     # The place to start from, and the reports.

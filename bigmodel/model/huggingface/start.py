@@ -55,6 +55,18 @@ class StartWeights:
                 raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def grown(self, name: str, shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
+        """fp32, of the model's shape, with rows for new tokens. Raises `UserError` for another shape."""
+        theirs = self.read(name)
+        if name in OF_TOKENS and len(theirs) < shape[0]:
+            theirs = _grown(theirs, shape[0], generator_of(seed, name))
+        if theirs.shape != shape:
+            raise UserError(
+                f"{self.folder}: {name} is {tuple(theirs.shape)} there and {tuple(shape)} in this model; leave "
+                "model.min_vocabulary out, or set it to the rows there or more"
+            )
+        return theirs
+
 
 def read_settings(folder: Path) -> ModelSettings:
     """Of config.json, and of the weights where these decide. Raises `UserError` for what our model lacks."""
@@ -84,18 +96,10 @@ def load_start(
         if name not in weights:
             continue
         with whole(parameter) if whole else contextlib.nullcontext():
-            theirs = weights.read(name)
-            rows = len(theirs) if name in OF_TOKENS else len(parameter)
-            if theirs.shape != parameter[:rows].shape:
-                raise UserError(
-                    f"{weights.folder}: {name} is {tuple(theirs.shape)} there and {tuple(parameter.shape)} in this "
-                    "model; leave model.min_vocabulary out, or set it to the rows there or more"
-                )
-            parameter[:rows] = theirs
-            if rows < len(parameter):
-                parameter[rows:] = _new_rows(theirs, len(parameter) - rows, generator_of(seed, name))
+            parameter.copy_(weights.grown(name, parameter.shape, seed))
 
 
-def _new_rows(rows_VH: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _grown(rows_VH: Tensor, count: int, generator: torch.Generator) -> Tensor:
     mean_H, deviation_H = rows_VH.mean(0), rows_VH.std(0)
-    return mean_H + NOISE * deviation_H * torch.randn((count, rows_VH.shape[1]), generator=generator)
+    noise_VH = torch.randn((count - len(rows_VH), rows_VH.shape[1]), generator=generator)
+    return torch.cat([rows_VH, mean_H + NOISE * deviation_H * noise_VH])

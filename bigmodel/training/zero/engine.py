@@ -21,7 +21,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -235,6 +235,18 @@ class Engine:
         self.updates = updates
         for name, value in scaler.items():
             setattr(self._engine.optimizer.loss_scaler, name, value)
+
+    @torch.no_grad()
+    def write_weights(self, names: Iterable[str], read: Callable[[str, int, int], Tensor]) -> None:
+        """Replace weights and their averages. Collective.
+
+        read(name, start, numel): these elements of the flattened weight in fp32; called for this rank's elements.
+        """
+        for name in names:
+            for key, (first, elements) in self._held(name).items():
+                if key in (WEIGHT, AVERAGE):
+                    elements.copy_(read(name, first, elements.numel()))
+        self._layout.publish()
 
     def scaler_state(self) -> dict[str, float]:
         """The state of dynamic loss scaling in fp16; otherwise empty."""

@@ -1,0 +1,27 @@
+"""Masters that hold the values of a Hugging Face folder (`model.from`) exactly.
+
+In: an engine whose weights began with the folder's. DeepSpeed makes the masters from weights in the training precision:
+fp32 values of the folder would be rounded to bf16. Costs: one weight at a time.
+"""
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from bigmodel.config.settings import Settings
+from bigmodel.model.huggingface.start import StartWeights
+from bigmodel.training.zero.engine import Engine
+
+
+def write_exactly(engine: Engine, settings: Settings) -> None:
+    """Write the folder's weights into the masters. Collective."""
+    folder = settings.model.start_folder
+    assert folder, "model.from is set"
+    weights = StartWeights(folder, settings.model)
+
+    @lru_cache(maxsize=1)
+    def whole(name: str) -> Tensor:
+        return weights.grown(name, engine.shape(name), settings.run.seed).flatten()
+
+    names = [name for name in engine.names() if name in weights]
+    engine.write_weights(names, lambda name, first, numel: whole(name)[first : first + numel])
