@@ -395,8 +395,8 @@ def export(
 
     done = run(run_directory, folder, kind, dtype, int(max_gib * 2**30))
     print(f"{done.folder}: {done.class_name} of step {done.step}")
-    if done.left_out:
-        print(f"left out: {', '.join(done.left_out)}")
+    for remark in done.remarks:
+        print(f"  {remark}")
 
 
 @app.command("import")

@@ -2,12 +2,11 @@
 
 In: a run directory. Out: config.json, generation_config.json, weights in safetensors files, and the tokenizer.
 Guarantees: the weights are those of the newest good checkpoint, of any ZeRO stage and number of ranks; the type of
-model is one whose config.json holds every setting of the model; the folder appears whole. Costs: memory of one file of
-weights (`max_bytes`), because they are read from the checkpoint one by one.
+model is one whose config.json holds every setting of the model; the folder appears whole. Costs: memory of one weight:
+they are read from the checkpoint and written one by one.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +18,30 @@ from torch import Tensor
 from bigmodel.config.huggingface import CLASSES, differences, fitting_type, write_config
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.config.start_folder import read_config_json
+from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
-from bigmodel.model.huggingface.folder import MAX_BYTES, write_folder
+from bigmodel.exchange.tokenizer_files import as_json, read_description, token_ids, tokenizer_files
+from bigmodel.model.huggingface.folder import BESIDE, MAX_BYTES, write_folder
 from bigmodel.model.huggingface.weights import Names, names_of
 from bigmodel.run_directory import read_json
 from bigmodel.training.checkpoint import format as checkpoint
 
+MTP = "extra_blocks."  # our names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the class that loads it, and what it does not hold."""
+    """What was written: the class that loads it, and sentences on what it does not hold or does otherwise."""
 
     folder: Path
     step: int
     class_name: str
-    left_out: list[str]
+    remarks: list[str]
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -74,8 +79,8 @@ def export(
 ) -> Exported:
     """Write the newest good checkpoint of a run as a Hugging Face folder.
 
-    kind: its `model_type`; empty: the first type that holds the model. Raises `UserError` that names the settings which
-    the type lacks.
+    kind: its `model_type`; empty: that of `model.from`, or the first type that holds the model. Raises `UserError` that
+    names the settings which the type lacks.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
@@ -84,16 +89,41 @@ def export(
     found = checkpoint.newest(run_directory / "checkpoints")
     if found is None:
         raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
-    tokenizer_file = ShardStore.of_run(settings.data, "validation").file("tokenizer.json")
-    tokenizer = Tokenizer.load(tokenizer_file, fast=False)
+    store = ShardStore.of_run(settings.data, "validation")
+    wanted = ("tokenizer.json", *((CHAT_TEMPLATE,) if CHAT_TEMPLATE in store.manifest.files else ()))
+    files = {name: store.file(name) for name in wanted}
     with checkpoint.weights(found, kept_open=0) as source:
-        names = names_of(kind, settings.model)
-        vocabulary = source.shape("embedding.weight")[0]
-        config = write_config(kind, settings.model, vocabulary, settings.data.max_document_length)
-        config |= _token_ids(settings, tokenizer) | {"dtype": dtype, "torch_dtype": dtype}
-        extra = _files(settings, tokenizer, tokenizer_file)
-        write_folder(folder, config, CheckpointWeights(source, names, DTYPES[dtype]), max_bytes, extra)
-    return Exported(folder, found.state["step"], CLASSES[kind], _left_out(settings, names, source))
+        remarks = write_model(folder, settings, kind, source, files, DTYPES[dtype], max_bytes)
+    return Exported(folder, found.state["step"], CLASSES[kind], remarks)
+
+
+def write_model(
+    folder: Path,
+    settings: Settings,
+    kind: str,
+    source: checkpoint.WeightSource,
+    files: Mapping[str, Path],
+    dtype: torch.dtype = torch.float32,
+    max_bytes: int = MAX_BYTES,
+) -> list[str]:
+    """Write weights as a Hugging Face folder of type `kind`; gives remarks. files: tokenizer.json of the data, and
+    chat_template.jinja if there is one."""
+    tokenizer = Tokenizer.load(files["tokenizer.json"], fast=False)
+    description = read_description(files["tokenizer.json"])
+    names, start = names_of(kind, settings.model), _config_of_start(settings.model.start_folder)
+    longest = max(settings.data.max_document_length, settings.data.longest_source)
+    positions = settings.model.max_positions or max(longest, start.get("max_position_embeddings") or 0)
+    ids = token_ids(settings, tokenizer, description)
+    name = str(dtype).removeprefix("torch.")
+    config = write_config(kind, settings.model, source.shape("embedding.weight")[0], positions)
+    config |= ids | {"dtype": name, "torch_dtype": name}
+    more = tokenizer_files(settings, tokenizer, description, positions)
+    more["generation_config.json"] = as_json(ids)
+    if CHAT_TEMPLATE in files:
+        more[CHAT_TEMPLATE] = files[CHAT_TEMPLATE].read_bytes()
+    beside = [theirs for ours, parts in names.items() if ours.startswith(MTP) for theirs, _ in parts]
+    write_folder(folder, config, CheckpointWeights(source, names, dtype), max_bytes, more, beside)
+    return _remarks(settings, kind, names, source, description)
 
 
 def _settings_of(run_directory: Path) -> Settings:
@@ -119,74 +149,39 @@ def _type_of(settings: Settings, kind: str) -> str:
 
 def _type_of_start(folder: Path | None) -> str:
     """`model_type` of the folder that the run started from, if it is still there."""
+    kind = _config_of_start(folder).get("model_type", "")
+    return kind if kind in CLASSES else ""
+
+
+def _config_of_start(folder: Path | None) -> dict[str, Any]:
     with contextlib.suppress(UserError):
-        kind = read_config_json(folder).get("model_type") if folder else ""
-        return kind if kind in CLASSES else ""
-    return ""
+        return read_config_json(folder) if folder else {}
+    return {}
 
 
-def _token_ids(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Begin and end, in config.json and generation_config.json. A target begins with the begin token."""
-    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
-    if settings.model.kind == "encoder_decoder":
-        ids["decoder_start_token_id"] = tokenizer.bos
-    return ids
-
-
-def _files(settings: Settings, tokenizer: Tokenizer, tokenizer_file: Path) -> dict[str, bytes]:
-    """The tokenizer and generation_config.json. A text gets the ends that it has in training: begin, or for a source
-    side end, unless the tokenizer's own post-processor puts some."""
-    description = json.loads(tokenizer_file.read_bytes())
-    names = {role: tokenizer.token_of(token) for role, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos))}
-    if not _adds_tokens(description.get("post_processor")):
-        before = None if settings.model.kind == "encoder_decoder" else names["bos"]
-        after = None if settings.model.kind == "decoder" else names["eos"]
-        ids = {names["bos"]: tokenizer.bos, names["eos"]: tokenizer.eos}
-        description["post_processor"] = _template(before, after, ids)
-    for_class = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names["bos"],
-        "eos_token": names["eos"],
-        "pad_token": names["eos"],
-        "model_max_length": settings.data.max_source_length or settings.data.max_document_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {
-        "tokenizer.json": (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
-        "tokenizer_config.json": _json(for_class),
-        "special_tokens_map.json": _json({name: for_class[name] for name in ("bos_token", "eos_token", "pad_token")}),
-        "generation_config.json": _json(_token_ids(settings, tokenizer)),
-    }
-
-
-def _adds_tokens(post_processor: dict[str, Any] | None) -> bool:
-    parts = (post_processor or {}).get("processors", [post_processor])
-    return any(part and part["type"] != "ByteLevel" for part in parts)
-
-
-def _template(before: str | None, after: str | None, ids: dict[str, int]) -> dict[str, Any]:
-    def special(name: str | None, of: int) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": name, "type_id": of}}] if name else []
-
-    def text(sequence: str, of: int) -> list[dict[str, Any]]:
-        return [*special(before, of), {"Sequence": {"id": sequence, "type_id": of}}, *special(after, of)]
-
-    used = {name: ids[name] for name in (before, after) if name}
-    return {
-        "type": "TemplateProcessing",
-        "single": text("A", 0),
-        "pair": [*text("A", 0), *text("B", 1)],
-        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in used.items()},
-    }
-
-
-def _left_out(settings: Settings, names: Names, source: checkpoint.WeightSource) -> list[str]:
-    left = [name for name in source.names() if name not in names]
-    if settings.model.num_mtp_modules and not left:
-        first = settings.model.num_layers
-        left = [f"nothing: MTP modules are model.layers.{first} and on, which the class passes over"]
-    return left
-
-
-def _json(table: Mapping[str, Any]) -> bytes:
-    return (json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def _remarks(
+    settings: Settings, kind: str, names: Names, source: checkpoint.WeightSource, description: Mapping[str, Any]
+) -> list[str]:
+    """What the class does not hold, or does otherwise than the run."""
+    found = []
+    first, modules = settings.model.num_layers, settings.model.num_mtp_modules
+    if modules and any(name.startswith(MTP) for name in names):
+        last = f" to {first + modules - 1}" if modules > 1 else ""
+        found.append(
+            f"MTP modules: they are in {BESIDE} as model.layers.{first}{last}, DeepSeek-V3's names; {CLASSES[kind]} has "
+            "none, and ours lack enorm, hnorm and eh_proj: they read no further token"
+        )
+    if left := [name for name in source.names() if name not in names]:
+        found.append(f"left out, because {CLASSES[kind]} has none: {', '.join(left)}")
+    objectives = settings.data.wanted_objectives
+    reads_both_ways = settings.model.kind == "decoder" and settings.data.bidirectional_prefix
+    if reads_both_ways and any(OBJECTIVES[one.kind].has_source for one in objectives):
+        found.append(
+            f"data.bidirectional_prefix = true: prefixes attended in both directions; {CLASSES[kind]} reads them causally"
+        )
+    if kind == "qwen2" and (description.get("normalizer") or {}).get("type") != "NFC":
+        found.append(
+            "AutoTokenizer of transformers 5 uses Qwen2's own rules for a qwen2, whatever tokenizer.json says; "
+            "PreTrainedTokenizerFast.from_pretrained follows it"
+        )
+    return found
