@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bigmodel.config.huggingface import CLASSES, differences, fitting_type, write_config
 from bigmodel.config.settings import Settings, UserError, settings_from_table
-from bigmodel.config.start_folder import read_config_json
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
@@ -110,7 +109,7 @@ def write_model(
     chat_template.jinja if there is one."""
     tokenizer = Tokenizer.load(files["tokenizer.json"], fast=False)
     description = read_description(files["tokenizer.json"])
-    names, start = names_of(kind, settings.model), _config_of_start(settings.model.start_folder)
+    names, start = names_of(kind, settings.model), _object_of(settings.model.start_folder, "config.json")
     longest = max(settings.data.max_document_length, settings.data.longest_source)
     positions = settings.model.max_positions or max(longest, start.get("max_position_embeddings") or 0)
     ids = token_ids(settings, tokenizer, description)
@@ -118,7 +117,8 @@ def write_model(
     config = write_config(kind, settings.model, source.shape("embedding.weight")[0], positions)
     config |= ids | {"dtype": name, "torch_dtype": name}
     more = tokenizer_files(settings, tokenizer, description, positions)
-    more["generation_config.json"] = as_json(ids)
+    if settings.model.kind != "encoder":
+        more["generation_config.json"] = as_json(ids | _more_ends(settings.model.start_folder, tokenizer))
     if CHAT_TEMPLATE in files:
         more[CHAT_TEMPLATE] = files[CHAT_TEMPLATE].read_bytes()
     beside = [theirs for ours, parts in names.items() if ours.startswith(MTP) for theirs, _ in parts]
@@ -149,14 +149,25 @@ def _type_of(settings: Settings, kind: str) -> str:
 
 def _type_of_start(folder: Path | None) -> str:
     """`model_type` of the folder that the run started from, if it is still there."""
-    kind = _config_of_start(folder).get("model_type", "")
+    kind = _object_of(folder, "config.json").get("model_type", "")
     return kind if kind in CLASSES else ""
 
 
-def _config_of_start(folder: Path | None) -> dict[str, Any]:
+def _object_of(folder: Path | None, name: str) -> dict[str, Any]:
+    """A JSON object of the folder that the run started from; empty if it is not there any more."""
     with contextlib.suppress(UserError):
-        return read_config_json(folder) if folder else {}
+        table = read_json(folder / name) if folder else {}
+        return table if isinstance(table, dict) else {}
     return {}
+
+
+def _more_ends(folder: Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All tokens that end a text, if the folder that the run started from has several: chat models end a turn too."""
+    theirs = _object_of(folder, "generation_config.json").get("eos_token_id")
+    if not isinstance(theirs, list):
+        return {}
+    ends = [token for token in theirs if isinstance(token, int) and 0 <= token < tokenizer.vocabulary]
+    return {"eos_token_id": list(dict.fromkeys([tokenizer.eos, *ends]))}
 
 
 def _remarks(
