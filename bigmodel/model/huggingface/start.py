@@ -51,7 +51,7 @@ class StartWeights:
         parts = []
         for theirs, _ in self._names[name]:
             parts.append(self._theirs[theirs].float())
-            if not bool(parts[-1].isfinite().all()):
+            if not all(bool(end.isfinite()) for end in parts[-1].aminmax()):  # without a copy
                 raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
