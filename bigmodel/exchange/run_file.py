@@ -168,7 +168,10 @@ def _data(settings: ModelSettings, positions: int) -> dict[str, str]:
             "source_sequence_length": 4 * source,
             "objectives": [{"kind": "span_corruption", "density": 0.15, "mean_span": 3.0}],
         }
-        return {"data": _lines(table), "about_lengths": f"Sources of at most {source} tokens; short texts share a pack."}
+        return {
+            "data": _lines(table),
+            "about_lengths": f"Sources of at most {source} tokens; short texts share a pack.",
+        }
     table = {"max_document_length": longest, "sequence_length": LONGEST}
     if settings.kind == "encoder":
         table["objectives"] = [{"kind": "masked", "density": 0.15 if settings.norm_placement == "post" else 0.3}]

@@ -59,16 +59,20 @@ def test_a_run_file_is_prepared_trained_and_exported_as_it_is(folders: Path, tmp
     assert "15 weights, 300 tokens of 320 rows" in said
     sources = json.dumps(write_sources(tmp_path / "text")).replace('":', '"=')
     places = (f"run.directory={tmp_path}/run", f"data.directory={tmp_path}/data", "prepare.workers=1")
-    run(1, tmp_path, "prepare", str(run_file), *set_all(*places, f"prepare.sources={sources}", "prepare.validation_share=0.2"))
+    run(
+        1,
+        tmp_path,
+        "prepare",
+        str(run_file),
+        *set_all(*places, f"prepare.sources={sources}", "prepare.validation_share=0.2"),
+    )
     run(1, tmp_path, "train", str(run_file), *set_all(*places, *NO_CHANGE))
     said = run(1, tmp_path, "export", str(tmp_path / "run"), str(tmp_path / "out"))
     assert "LlamaForCausalLM of step 1" in said
     assert weights_in(tmp_path / "out") == weights_in(folder)
 
 
-@pytest.mark.parametrize(
-    ("stage", "ranks", "name"), [(1, 1, "llama"), (2, 2, "llama"), (3, 2, "t5")]
-)
+@pytest.mark.parametrize(("stage", "ranks", "name"), [(1, 1, "llama"), (2, 2, "llama"), (3, 2, "t5")])
 def test_a_run_at_any_zero_stage_exports_what_it_began_with(
     folders: Path, shards: Path, tmp_path: Path, stage: int, ranks: int, name: str
 ) -> None:

@@ -32,7 +32,9 @@ def load(folder: Path) -> dict[str, Any]:
         logits = model(**prompt, **begin)[0][0].tolist()
     greedy = []
     if not encoder:
-        made = model.generate(**prompt, attention_mask=torch.ones_like(prompt["input_ids"]), max_new_tokens=8, do_sample=False)
+        made = model.generate(
+            **prompt, attention_mask=torch.ones_like(prompt["input_ids"]), max_new_tokens=8, do_sample=False
+        )
         greedy = made[0, 1 if two_sides else len(case["prompt"]) :].tolist()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if kind == "qwen2":
@@ -50,5 +52,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    found = {folder.name: load(folder) for folder in sorted(Path(sys.argv[1]).iterdir()) if (folder / "case.json").exists()}
+    found = {
+        folder.name: load(folder) for folder in sorted(Path(sys.argv[1]).iterdir()) if (folder / "case.json").exists()
+    }
     Path(sys.argv[2]).write_text(json.dumps(found))
