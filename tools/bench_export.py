@@ -22,9 +22,10 @@ from tests.support.tiny_corpus import prepared
 from tests.support.tiny_run import write_run
 from tools.measure import ROOT, Record
 
+ROWS = 32_768  # of the vocabulary
 MODEL = {
     "num_layers": 12, "hidden_size": 1024, "num_heads": 16, "num_kv_heads": 8, "intermediate_size": 4096,
-    "min_vocabulary": 32_768, "tied_embeddings": "true", "qk_norm": "false", "dropout": 0.0,
+    "min_vocabulary": ROWS, "tied_embeddings": "true", "qk_norm": "false", "dropout": 0.0,
 }  # fmt: skip
 MIB = 1 << 20
 
@@ -98,7 +99,7 @@ def start(folder: Path) -> Callable[[], Any]:
     from bigmodel.model.transformer import Transformer
 
     settings = read_settings(folder).model_copy(update={"from": folder})
-    model = Transformer(settings, MODEL["min_vocabulary"])
+    model = Transformer(settings, ROWS)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)  # every page is there

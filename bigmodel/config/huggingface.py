@@ -38,6 +38,7 @@ CLASSES = {
     "bert": "BertModel",
     "modernbert": "ModernBertModel",
 }
+KINDS = {"encoder_decoder": ("t5", "mt5"), "encoder": ("bert", "modernbert")}  # the others are decoders
 DECODER_DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11_008,
     "max_position_embeddings": 2048,
@@ -143,6 +144,8 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
     ours = settings.model_dump()
     for table in (ours, back):
         table["head_dim"] = table["head_dim"] or table["hidden_size"] // table["num_heads"]
+        for name in ENCODER_SIZES if table["kind"] == "encoder_decoder" else ():
+            table[f"encoder_{name}"] = table[f"encoder_{name}"] or table[name]
     return [
         f"model.{name} = {value!r}"
         for name, value in ours.items()
@@ -159,7 +162,8 @@ def fitting_type(settings: ModelSettings, preferred: str = "") -> str:
     fitting = [kind for kind, lacks in lacking.items() if not lacks]
     if fitting:
         return fitting[0]
-    nearest = min(lacking, key=lambda kind: len(lacking[kind]))
+    of_its_kind = KINDS.get(settings.kind) or [kind for kind in CLASSES if kind not in sum(KINDS.values(), ())]
+    nearest = min(of_its_kind, key=lambda kind: len(lacking[kind]))
     raise UserError(
         f"{', '.join(lacking[nearest])}: no Hugging Face class has it; the nearest is {CLASSES[nearest]}; "
         f"types written: {', '.join(CLASSES)}"
@@ -445,6 +449,7 @@ def _write_modernbert(kind: str, settings: ModelSettings) -> dict[str, Any]:
 
 # ---- all ------------------------------------------------------------------------------------------------------
 
+ENCODER_SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size")  # 0: the decoder's
 NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null is not the default
 READERS: dict[str, Callable[[Config], ModelSettings]] = {
     "t5": _read_t5, "mt5": _read_t5, "bert": _read_bert, "modernbert": _read_modernbert,

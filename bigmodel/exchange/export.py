@@ -179,8 +179,8 @@ def _remarks(
     if modules and any(name.startswith(MTP) for name in names):
         last = f" to {first + modules - 1}" if modules > 1 else ""
         found.append(
-            f"MTP modules: they are in {BESIDE} as model.layers.{first}{last}, DeepSeek-V3's names; {CLASSES[kind]} has "
-            "none, and ours lack enorm, hnorm and eh_proj: they read no further token"
+            f"MTP modules: {CLASSES[kind]} has none; they are in {BESIDE} as model.layers.{first}{last}, DeepSeek-V3's "
+            "names, without enorm, hnorm and eh_proj, because ours read no further token"
         )
     if left := [name for name in source.names() if name not in names]:
         found.append(f"left out, because {CLASSES[kind]} has none: {', '.join(left)}")
@@ -188,7 +188,8 @@ def _remarks(
     reads_both_ways = settings.model.kind == "decoder" and settings.data.bidirectional_prefix
     if reads_both_ways and any(OBJECTIVES[one.kind].has_source for one in objectives):
         found.append(
-            f"data.bidirectional_prefix = true: prefixes attended in both directions; {CLASSES[kind]} reads them causally"
+            "data.bidirectional_prefix = true: prefixes were read in both directions, which "
+            f"{CLASSES[kind]} does not do"
         )
     if kind == "qwen2" and (description.get("normalizer") or {}).get("type") != "NFC":
         found.append(

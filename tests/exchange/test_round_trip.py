@@ -1,4 +1,4 @@
-"""A Hugging Face folder of every type in, and out again: the same bytes, and transformers 4 and 5 compute what we do."""
+"""A Hugging Face folder of every type in and out: the same bytes; transformers 4 and 5 compute what our model does."""
 
 import json
 import os

@@ -176,18 +176,18 @@ def test_a_folder_that_cannot_be_continued_is_refused_by_its_fault(
 def test_a_tokenizer_with_far_fewer_tokens_than_rows_is_refused(folders: Path, tmp_path: Path) -> None:
     made("llama", vocab_size=400).save_pretrained(tmp_path / "wide")
     shutil.copy(folders / "llama" / "tokenizer.json", tmp_path / "wide")
-    with pytest.raises(UserError, match="has 300 tokens, and vocab_size = 400"):
+    with pytest.raises(UserError, match=r"has 300 tokens, and vocab_size = 400"):
         write_run_file(tmp_path / "wide", tmp_path / "mine.toml")
 
 
 def test_a_file_that_exists_is_not_overwritten(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("mine")
-    with pytest.raises(UserError, match="mine.toml: exists already; choose another name, or delete it"):
+    with pytest.raises(UserError, match=r"mine.toml: exists already; choose another name, or delete it"):
         write_run_file(llama, tmp_path / "mine.toml")
     assert (tmp_path / "mine.toml").read_text() == "mine"
-    with pytest.raises(UserError, match="mine: is no name of a run file; end it in .toml"):
+    with pytest.raises(UserError, match=r"mine: is no name of a run file; end it in .toml"):
         write_run_file(llama, tmp_path / "mine")
-    with pytest.raises(UserError, match="nothing: is no folder; give a folder with config.json"):
+    with pytest.raises(UserError, match=r"nothing: is no folder; give a folder with config.json"):
         write_run_file(tmp_path / "nothing", tmp_path / "other.toml")
 
 
@@ -195,5 +195,5 @@ def test_a_run_file_names_what_differs_from_the_folder(llama: Path, tmp_path: Pa
     write_run_file(llama, tmp_path / "mine.toml")
     with pytest.raises(UserError, match=r"model.num_layers = 5 \(there 2\): not the model of model.from"):
         load_settings(tmp_path / "mine.toml", ["model.num_layers=5"])
-    with pytest.raises(UserError, match="leave model.min_vocabulary out, or set it to the rows there or more"):
+    with pytest.raises(UserError, match=r"leave model.min_vocabulary out, or set it to the rows there or more"):
         load_start(Transformer(load_settings(tmp_path / "mine.toml").model, 300), 1)
