@@ -10,7 +10,6 @@ _PIPELINE = "remove it: pipeline parallelism is not offered, ZeRO stage 3 splits
 _TENSOR = "remove it: tensor parallelism is not offered, ZeRO stage 3 splits large models"
 _EXPERTS = "remove it: mixture of experts is not offered"
 _LOSS_SCALE = 'write it inside "fp16"'
-_NO_BIAS = "remove the key; linear layers and norms have no bias"
 _OWN_DOCUMENTS = "remove the key; documents of a pack never see each other, and each has its own positions"
 _NO_PIPELINE = "remove the key; there is no pipeline parallelism"
 _GOES_ON = "remove the key; a resumed run continues its schedule"
@@ -32,6 +31,7 @@ SETTINGS = {
     "clip_grad": "optimizer.gradient_clipping",
     "context_parallel_size": "training.sequence_parallel_ranks",
     "deepspeed_activation_checkpointing": "training.activation_checkpointing",
+    "disable_bias_linear": "model.attention_bias and model.feed_forward_bias (the opposite)",
     "ds_sequence_parallel_size": "training.sequence_parallel_ranks",
     "eval_interval": "evaluation.every_steps",
     "eval_iters": "evaluation.sequences",
@@ -53,12 +53,15 @@ SETTINGS = {
     "lr_warmup_fraction": "schedule.warmup_steps (in steps)",
     "lr_warmup_iters": "schedule.warmup_steps",
     "lr_warmup_samples": "schedule.warmup_steps (samples divided by training.global_batch_size)",
+    "make_vocab_size_divisible_by": "model.vocabulary_multiple",
     "max_position_embeddings": "data.max_document_length",
     "merge_file": "prepare.tokenizer",
     "min_lr": "schedule.final_ratio (min_lr divided by the highest rate)",
     "mixed_precision": "training.precision",
     "mlp_type": "model.activation",
     "no_weight_tying": "model.tied_embeddings (the opposite)",
+    "norm": "model.norm",
+    "normalization": "model.norm",
     "num_attention_heads": "model.num_heads",
     "num_kv_heads": "model.num_kv_heads",
     "num_layers": "model.num_layers",
@@ -87,6 +90,8 @@ SETTINGS = {
     "train_iters": "training.steps",
     "train_samples": "training.steps (samples divided by training.global_batch_size)",
     "untie_embeddings_and_output_weights": "model.tied_embeddings (the opposite)",
+    "use_bias_in_attn_linear": "model.attention_bias",
+    "use_bias_in_norms": "model.norm_bias",
     "use_rotary_position_embeddings": "model.position_embedding",
     "use_wandb": "metrics.writers",
     "vocab_file": "prepare.tokenizer",
@@ -115,7 +120,6 @@ REASONS = {
     "deepspeed": _THIS_FILE,
     "deepspeed_config": _THIS_FILE,
     "deepspeed_mpi": "remove the key; `bigmodel launch` starts the ranks, and ranks of mpirun are recognized",
-    "disable_bias_linear": _NO_BIAS,
     "distributed_backend": "remove the key; NCCL serves GPUs, gloo CPUs",
     "dynamic_loss_scale": _LOSS_SCALE,
     "eod_mask_loss": _OWN_DOCUMENTS,
@@ -136,7 +140,6 @@ REASONS = {
     "log_interval": "remove the key; every step is recorded",
     "loss_scale": _LOSS_SCALE,
     "loss_scale_window": _LOSS_SCALE,
-    "make_vocab_size_divisible_by": "remove the key; the tokenizer gives the number of tokens",
     "master_addr": "remove the key; the launcher sets the address",
     "master_port": "remove the key; the launcher sets the port",
     "micro_batch_size": 'write "train_micro_batch_size_per_gpu"',
@@ -147,8 +150,6 @@ REASONS = {
     "moe_expert_parallel_size": _EXPERTS,
     "moe_num_experts": _EXPERTS,
     "no_pipeline_parallel": _NO_PIPELINE,
-    "norm": "remove the key; all norms are RMSNorm",
-    "normalization": "remove the key; all norms are RMSNorm",
     "num_experts": _EXPERTS,
     "num_layers_per_virtual_pipeline_stage": _PIPELINE,
     "optimizer_type": 'write "optimizer": {"type": ...}',
@@ -173,8 +174,6 @@ REASONS = {
     "test_data_paths": _DATA,
     "train_data_paths": _DATA,
     "tutel": _EXPERTS,
-    "use_bias_in_attn_linear": _NO_BIAS,
-    "use_bias_in_norms": _NO_BIAS,
     "use_checkpoint_lr_scheduler": _GOES_ON,
     "use_distributed_optimizer": 'write "zero_optimization": {"stage": 1}',
     "use_flash_attn": _KERNELS,

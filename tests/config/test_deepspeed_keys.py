@@ -174,7 +174,7 @@ def test_the_settings_named_for_keys_of_other_systems_exist() -> None:
         ("attention-dropout", "dropout of attention weights is not offered"),
         ("data-impl", "makes shards"),
         ("is-pipe-parallel", "pipeline parallelism is not offered"),
-        ("normalization", "all norms are RMSNorm"),
+        ("normalization", "set model.norm in the run file"),
         ("reset-attention-mask", "documents of a pack never see each other"),
         ("loss-scale", 'write it inside "fp16"'),
         ("no-weight-tying", "set model.tied_embeddings (the opposite) in the run file"),

@@ -1,4 +1,4 @@
-"""What an export says and refuses: settings without a counterpart, parts that a class lacks, files beside the weights."""
+"""What an export says and refuses: settings without a counterpart, parts that a class lacks, files beside weights."""
 
 import json
 import shutil

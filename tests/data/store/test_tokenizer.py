@@ -252,6 +252,16 @@ def test_a_hugging_face_folder_says_what_begins_and_ends_a_document(tmp_path: Pa
         Tokenizer.load(tmp_path / "empty")
 
 
+def test_bert_and_t5_have_other_names_for_begin_and_end(tmp_path: Path) -> None:
+    names = ["<s>", "</s>", "[CLS]", "[SEP]", "<pad>"]
+    bert = hugging_face_folder(tmp_path / "bert", names, tokenizer_config={"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    both = {"cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "</s>"}
+    t5 = hugging_face_folder(tmp_path / "t5", names, tokenizer_config=both)
+    assert [(one.bos, one.eos) for one in map(Tokenizer.load, (bert, t5))] == [(2, 3), (1, 1)]
+    (t5 / "config.json").write_text('{"model_type": "t5", "decoder_start_token_id": 4}')
+    assert (Tokenizer.load(t5).bos, Tokenizer.load(t5).eos) == (4, 1)
+
+
 def test_names_of_a_given_tokenizer_written_in_a_document_stay_text_on_both_paths(tmp_path: Path) -> None:
     config = {"bos_token": "<|open|>", "eos_token": "<|close|>"}
     folder = hugging_face_folder(tmp_path / "given", ["<|open|>", "<|close|>"], tokenizer_config=config)
