@@ -141,6 +141,8 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
         back = read_config(write_config(kind, settings, 1, settings.max_positions or 1)).model_dump()
     except (UserError, ValueError):
         return ["model.kind"]
+    if kind != "phi3":  # the other classes rotate whole heads, whatever partial_rotary_factor says
+        back["rotary_fraction"] = 1.0
     ours = settings.model_dump()
     for table in (ours, back):
         table["head_dim"] = table["head_dim"] or table["hidden_size"] // table["num_heads"]

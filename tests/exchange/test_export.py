@@ -105,7 +105,7 @@ def test_a_target_begins_with_the_begin_token_and_every_end_of_the_start_is_kept
             {"logit_scale": 0.5},
             r"model.logit_scale = 0.5: no Hugging Face class has it; the nearest is LlamaForCausalLM",
         ),
-        ({"rotary_fraction": 0.5, "attention_softcap": 5.0}, r"model.attention_softcap = 5.0"),
+        ({"rotary_fraction": 0.5, "qk_norm": True}, r"model.rotary_fraction = 0.5: no Hugging Face class has it"),
         (
             {"sliding_window": 4, "full_attention_every": 2, "attention_bias": "qkv", "qk_norm": True},
             r"no Hugging Face",

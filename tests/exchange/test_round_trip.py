@@ -26,7 +26,8 @@ ROWS = 320  # of the vocabulary; the tokenizer has 300 tokens
 KINDS = {
     name: MODELS[name]
     for name in (
-        "llama 3", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "gemma2", "gemma3", "phi3", "t5 1.0", "t5 1.1", "ul2",
+        "llama 3", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "gemma2", "gemma3", "phi3",
+        "phi3 partial", "t5 1.0", "t5 1.1", "ul2",
         "mt5", "bert", "modernbert",
     )
 }  # fmt: skip

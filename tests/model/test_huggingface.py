@@ -65,6 +65,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {**GEMMA, "rope_local_base_freq": 100.0, "rope_scaling": EIGHTFOLD}),
     "phi3": ("phi3", {"sliding_window": 5}),
+    "phi3 partial": ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 16}),
     "t5 1.0": ("t5", {}),
     "t5 1.1": ("t5", UNTIED),
     "ul2": ("t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-silu"}),
