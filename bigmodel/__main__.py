@@ -414,6 +414,36 @@ def import_folder(
     print(f"{run_file}: written; next: bigmodel prepare {run_file}")
 
 
+@app.command()
+def serve(
+    location: Annotated[
+        Path, typer.Argument(help="run file, run directory or Hugging Face folder", metavar="RUN|FOLDER")
+    ],
+    override: Overrides = [],  # noqa: B006
+    host: Annotated[str, typer.Option(help="address; another one than this machine's own needs a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8000,
+    name: Annotated[str, typer.Option(help="name of the model in requests; default: that of the folder")] = "",
+    max_sequences: Annotated[int, typer.Option(min=1, help="sequences that run at once")] = 8,
+    max_positions: Annotated[int, typer.Option(min=0, help="tokens of a sequence; 0: the model's context")] = 0,
+    max_queue: Annotated[int, typer.Option(min=0, help="sequences that wait; more are answered with 429")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=0, help="most tokens to generate for a request; 0: the context")] = 0,
+    max_body: Annotated[int, typer.Option(min=1, help="largest body of a request, in bytes")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="longest time of a request, in seconds")] = 600.0,
+    grace: Annotated[float, typer.Option(min=0.0, help="seconds to finish requests after SIGTERM or Ctrl-C")] = 30.0,
+) -> None:
+    """Serve a model over HTTP, in the shapes of OpenAI's completions and chat completions.
+
+    BIGMODEL_SERVE_TOKEN in the environment: the bearer token that requests must have.
+    """
+    from bigmodel.serving.options import Options, require_packages
+
+    require_packages()
+    from bigmodel.serving.server import serve as run
+
+    limits = max_sequences, max_positions, max_queue, max_tokens, max_body
+    run(location, override, Options(host, port, name, *limits, timeout, grace))
+
+
 @show.command("batch")
 def show_batch(
     run_file: RunFile,

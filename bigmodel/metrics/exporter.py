@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,13 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from bigmodel.metrics.health import Health
-from bigmodel.metrics.metric_table import METRICS, PREFIX, STEP_BUCKETS_SECONDS
+from bigmodel.metrics.metric_table import METRICS, PREFIX, SERVING, Metric
 from bigmodel.metrics.profiling import Relay
 from bigmodel.metrics.rank_record import is_alive, read_record
 
 POLL_SECONDS = 0.25
 PAGE_SECONDS = 0.1  # maximum age of a cached response
 Samples = dict[str, list[list[Any]]]
-BUCKET_NAMES = [*map(str, map(float, STEP_BUCKETS_SECONDS)), "+Inf"]
 
 
 class Ranks(Collector):
@@ -69,23 +68,47 @@ class Ranks(Collector):
         return merged
 
 
-def families(samples: Samples) -> Iterator[Any]:
+class Serving(Collector):
+    """The measures of `bigmodel serve`, read at each scrape."""
+
+    def __init__(self, read: Callable[[], Samples]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Any]:
+        return families(self._read(), SERVING)
+
+
+def page_of(collector: Collector, accepted: str) -> tuple[bytes, str]:
+    """The page of one collector and its content type, in the format that the header Accept asks for."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    encode, content_type = choose_encoder(accepted)
+    return encode(registry), content_type
+
+
+def families(samples: Samples, metrics: Sequence[Metric] = METRICS) -> Iterator[Any]:
     """The samples in the order of the table of metrics; every name must be in the table."""
-    unknown = set(samples) - {metric.name for metric in METRICS}
+    unknown = set(samples) - {metric.name for metric in metrics}
     assert not unknown, f"{', '.join(sorted(unknown))} not in bigmodel/metrics/metric_table.py"
-    for metric in METRICS:
+    for metric in metrics:
         if not samples.get(metric.name):
             continue
         if metric.kind == "histogram":
             family: Any = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=metric.labels)
             for labels, (counts, total) in _over_ranks(samples[metric.name]).items():
-                family.add_metric(labels, list(zip(BUCKET_NAMES, _running_sums(counts), strict=True)), total)
+                family.add_metric(
+                    labels, list(zip(bucket_names(metric.buckets), _running_sums(counts), strict=True)), total
+                )
         else:
             make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
             family = make(PREFIX + metric.name, metric.help, labels=metric.labels)
             for labels, value in samples[metric.name]:
                 family.add_metric(labels, value)
         yield family
+
+
+def bucket_names(bounds: Sequence[float]) -> list[str]:
+    return [*map(str, map(float, bounds)), "+Inf"]
 
 
 def _over_ranks(histograms: list[list[Any]]) -> dict[tuple[str, ...], tuple[list[int], float]]:

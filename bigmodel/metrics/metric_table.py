@@ -7,6 +7,10 @@ per rank. Imports nothing.
 
 from typing import Literal, NamedTuple
 
+PREFIX = "bigmodel_"
+STEP_BUCKETS_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+TOKEN_BUCKETS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+
 
 class Metric(NamedTuple):
     """A row of the table; its exported name is `bigmodel_` + `name`, plus `_total` for counters."""
@@ -15,10 +19,8 @@ class Metric(NamedTuple):
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = STEP_BUCKETS_SECONDS  # of a histogram
 
-
-PREFIX = "bigmodel_"
-STEP_BUCKETS_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 # Metrics of the run, served by rank 0's node. Counters continue over restarts and never decrease: a step repeated after
 # a restart is not counted again; its time is lost to "replay".
@@ -134,6 +136,27 @@ NODE = (
 
 METRICS = (*RUN, *RANK, *NODE)
 
+# Metrics of `bigmodel serve`, a process of its own: no rank, no run.
+SERVING = (
+    Metric(
+        "serving_requests", "counter", "Requests answered, by HTTP status; 499: the client went away before the end",
+        ("endpoint", "status"),
+    ),
+    Metric("serving_prompt_tokens", "counter", "Tokens of prompts that began to run; of sources for encoder-decoders"),
+    Metric("serving_generated_tokens", "counter", "Tokens generated, end tokens included"),
+    Metric("serving_running_sequences", "gauge", "Sequences that generate now; a request with n = 4 has four"),
+    Metric("serving_waiting_sequences", "gauge", "Sequences in the queue"),
+    Metric("serving_cache_positions", "gauge", "Positions of the key-value cache that running sequences hold"),
+    Metric("serving_cache_capacity_positions", "gauge", "Positions that all sequences together may hold"),
+    Metric(
+        "serving_first_token_seconds", "histogram", "From the arrival of a request to its first token", (),
+        TOKEN_BUCKETS_SECONDS,
+    ),
+    Metric(
+        "serving_token_seconds", "histogram", "From one token of a sequence to the next", (), TOKEN_BUCKETS_SECONDS,
+    ),
+)  # fmt: skip
+
 
 def reference() -> str:
     """The table in Markdown: configs/prometheus/METRICS.md."""
@@ -146,6 +169,7 @@ def reference() -> str:
         ("Metrics of the run (node 0; counters continue over restarts)", RUN),
         ("Metrics of each rank (counters since its start)", RANK),
         ("Metrics of each node", NODE),
+        ("Metrics of `bigmodel serve` (counters since its start)", SERVING),
     ):
         parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
         parts += [f"| `{full_name(m)}` | {m.kind} | {', '.join(m.labels)} | {m.help} |\n" for m in metrics]

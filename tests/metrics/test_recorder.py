@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
-from bigmodel.metrics.exporter import BUCKET_NAMES, families
-from bigmodel.metrics.metric_table import METRICS, NODE, full_name, reference
+from bigmodel.metrics.exporter import bucket_names, families
+from bigmodel.metrics.metric_table import METRICS, NODE, SERVING, STEP_BUCKETS_SECONDS, full_name, reference
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, StepRecord, how_it_ended
 from bigmodel.metrics.run_accounting import CAUSES, ENDINGS, SAVE_FAILURES
 from bigmodel.run_directory import read_json_lines, record_event
@@ -175,7 +175,7 @@ EXPECTED = {
     **{
         f"phase_duration_seconds_bucket|{bound}|{phase}": 3 * (seconds <= float(bound))
         for phase, seconds in PHASES.items()
-        for bound in BUCKET_NAMES
+        for bound in bucket_names(STEP_BUCKETS_SECONDS)
     },
 }
 MOMENTS = ("last_step_timestamp_seconds", "last_checkpoint_timestamp_seconds", "rank_heartbeat_timestamp_seconds|0")
@@ -467,7 +467,7 @@ def test_a_writer_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: py
 def test_the_reference_is_current() -> None:
     file = REPOSITORY / "configs" / "prometheus" / "METRICS.md"
     assert file.read_text() == reference(), "run: bigmodel show metrics > configs/prometheus/METRICS.md"
-    assert all(f"| `{full_name(metric)}` |" in reference() for metric in METRICS)
+    assert all(f"| `{full_name(metric)}` |" in reference() for metric in (*METRICS, *SERVING))
     assert len(NODE) + len(CAUSES) > 10
 
 

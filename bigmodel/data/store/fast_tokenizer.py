@@ -159,7 +159,7 @@ def differing_characters(characters: str) -> str:
 
 def _ranks(vocabulary: Mapping[str, int]) -> dict[bytes, int]:
     """The ids of the tokens that words can consist of, by their bytes."""
-    ranks = {content: rank for token, rank in vocabulary.items() if (content := _bytes_of(token))}
+    ranks = {content: rank for token, rank in vocabulary.items() if (content := bytes_of_token(token))}
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise NotFast("it lacks tokens for single bytes")
     if len(set(ranks.values())) < len(ranks):  # tiktoken panics, which is no Exception
@@ -183,7 +183,7 @@ def _find_unproven(model: Mapping[str, Any], vocabulary: Mapping[str, int], rank
     unled = [
         content
         for token, rank in vocabulary.items()
-        if len(content := _bytes_of(token)) > 1 and [one.id for one in listed.tokenize(token)] != [rank]
+        if len(content := bytes_of_token(token)) > 1 and [one.id for one in listed.tokenize(token)] != [rank]
     ]
     if len(unled) > MOST_UNLED:
         raise NotFast(f"no merge leads to {len(unled):,} of its tokens")
@@ -211,10 +211,10 @@ def _containing(parts: list[bytes], ranks: Mapping[bytes, int]) -> list[int]:
 
 def has_all_bytes(vocabulary: Iterable[str]) -> bool:
     """Whether a byte-level vocabulary has a token for each single byte."""
-    return {_bytes_of(token) for token in vocabulary if len(token) == 1} >= {bytes([byte]) for byte in range(256)}
+    return {bytes_of_token(token) for token in vocabulary if len(token) == 1} >= {bytes([byte]) for byte in range(256)}
 
 
-def _bytes_of(token: str) -> bytes:
+def bytes_of_token(token: str) -> bytes:
     """The bytes of a token in a byte-level vocabulary; empty if a character stands for none: no word has this token."""
     try:
         return token.translate(_BYTES).encode("latin-1")

@@ -1,0 +1,80 @@
+"""`bigmodel serve`: one process, one model, on uvicorn.
+
+In: a model and options. Guarantees: the address is checked before the model is loaded, and opened after. SIGTERM or
+Ctrl-C: no new connection; what runs may finish within `grace_seconds`, the rest ends with the error 503; exit code 0.
+"""
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from bigmodel.generation.engine import Engine
+from bigmodel.serving.application import application
+from bigmodel.serving.batcher import Batcher
+from bigmodel.serving.options import Options, bound, read_token
+from bigmodel.serving.served import Served, load_served
+
+KEEP_ALIVE_SECONDS = 65  # of an idle connection, above the 60 s of common proxies
+ENDING_SECONDS = 5  # for the errors after the grace time, and for the last step of the engine
+
+
+class Server(uvicorn.Server):
+    """Says where it serves, and bounds the time that its end takes."""
+
+    def __init__(self, config: uvicorn.Config, batcher: Batcher, greeting: str, grace_seconds: float) -> None:
+        super().__init__(config)
+        self._batcher, self._greeting, self._grace_seconds = batcher, greeting, grace_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._greeting, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace_seconds, self._batcher.close)
+        await super().shutdown(sockets)
+
+
+def serve(location: Path, overrides: list[str], options: Options) -> None:
+    """Serve until a signal. Raises `UserError` before the address is open."""
+    token = read_token(options.host)
+    with bound(options.host, options.port) as listening:
+        served = load_served(location, overrides, options)
+        batcher = Batcher(lambda: _engine(served, options), options.max_sequences, options.max_queue)
+        config = uvicorn.Config(
+            application(served, batcher, options, token),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(options.grace_seconds) + ENDING_SECONDS,
+        )
+        server = Server(config, batcher, _greeting(listening, served, options), options.grace_seconds)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            server.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn puts these back and raises its signals again
+            signal.signal(number, stop)
+        server.run(sockets=[listening])
+        batcher.join(ENDING_SECONDS)
+    print("bigmodel: the server has ended", flush=True)
+
+
+def _engine(served: Served, options: Options) -> Engine:
+    return Engine(served.model, served.tokenizer, options.max_sequences, served.positions, served.device)
+
+
+def _greeting(listening: socket.socket, served: Served, options: Options) -> str:
+    host, port = listening.getsockname()[:2]
+    place = f"[{host}]" if ":" in host else host
+    return (
+        f"bigmodel: {served.name} at http://{place}:{port}/v1, {options.max_sequences} sequences of "
+        f"{served.context} tokens"
+    )
