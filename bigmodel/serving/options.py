@@ -33,7 +33,7 @@ def require_packages() -> None:
     """Raises `UserError` without the packages of the extra `serve`."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"bigmodel serve: needs {' and '.join(missing)}; pip install 'bigmodel[serve]'")
+        raise UserError(f"serving: needs {' and '.join(missing)}; run pip install 'bigmodel[serve]'")
 
 
 def read_token(host: str) -> str:

@@ -4,8 +4,12 @@ One process serves the tests of this file, in their order; the last one ends it.
 """
 
 import asyncio
+import http.client
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,11 +62,16 @@ class Running:
         ]
         return sum(found)  # 0: a label that no request had yet
 
-    def raw(self, method: str, path: str, content: bytes = b"", **headers: str) -> tuple[int, str, Any]:
+    def raw(self, method: str, path: str, content: bytes = b"", **headers: str) -> tuple[int, str]:
+        """Status and text of an answer."""
         given = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"} | headers
-        http = self.client._client  # the client's own connections
-        answer = http.request(method, f"{self.address.removesuffix('/v1')}{path}", content=content, headers=given)
-        return answer.status_code, answer.text, answer.headers
+        connection = http.client.HTTPConnection(self.address.split("/")[2], timeout=60)
+        try:
+            connection.request(method, path, content, given)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
 
     def settles(self) -> bool:
         """Within ten seconds no sequence runs or waits."""
@@ -235,7 +244,7 @@ def test_a_bad_request_is_told_what_is_wrong(
     running: Running, path: str, body: Any, status: int, param: str | None, said: str
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    code, text, _ = running.raw("POST", f"/v1/{path}", content)
+    code, text = running.raw("POST", f"/v1/{path}", content)
     assert code == status, text
     error = json.loads(text)["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -321,6 +330,23 @@ def test_mixed_requests_at_once_get_the_answers_that_they_get_alone(running: Run
     assert outcomes["cut"] > 0
     assert outcomes["right"] + outcomes["cut"] == 60, outcomes
     assert running.settles()
+
+
+def test_the_examples_of_the_document_work(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    given = {"http://127.0.0.1:8000/v1": running.address, '"mine"': '"tiny"', "the token, if the server has one": TOKEN}
+    for theirs, ours in given.items():
+        page = page.replace(theirs, ours)
+    curl, python = (re.search(rf'title="{title}"\n(.*?)```', page, re.DOTALL) for title in ("curl", "openai"))
+    assert curl is not None
+    assert python is not None
+    exec(compile(python[1], "serving.md", "exec"), {})
+    assert capsys.readouterr().out.startswith(running.text("The ", 20))
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not there; the example in Python works")
+    words = [*shlex.split(curl[1].replace("\\\n", " ")), "--silent", "-H", f"Authorization: Bearer {TOKEN}"]
+    answer = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+    assert answer["choices"][0]["text"] == running.text("The ", 20)
 
 
 def test_a_signal_ends_the_server_after_what_runs(running: Running) -> None:
