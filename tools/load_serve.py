@@ -86,7 +86,7 @@ class Load:
         if not question.is_streamed:
             async with asyncio.timeout(0.02 if is_cut else None):
                 return _text((await self._send(question, False)).choices[0])
-        parts = []
+        parts: list[str] = []
         stream = await self._send(question, True)
         async for chunk in stream:
             if not parts:
