@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from bigmodel.config.user_error import UserError
 from bigmodel.generation.engine import Engine
 from bigmodel.serving.application import application
 from bigmodel.serving.batcher import Batcher
@@ -43,7 +44,7 @@ def serve(location: Path, overrides: list[str], options: Options) -> None:
     token = read_token(options.host)
     with bound(options.host, options.port) as listening:
         served = load_served(location, overrides, options)
-        batcher = Batcher(lambda: _engine(served, options), options.max_sequences, options.max_queue)
+        batcher = batcher_of(served, options)
         config = uvicorn.Config(
             application(served, batcher, options, token),
             log_config=None,
@@ -67,8 +68,21 @@ def serve(location: Path, overrides: list[str], options: Options) -> None:
     print("bigmodel: the server has ended", flush=True)
 
 
-def _engine(served: Served, options: Options) -> Engine:
-    return Engine(served.model, served.tokenizer, options.max_sequences, served.positions, served.device)
+def batcher_of(served: Served, options: Options) -> Batcher:
+    """Raises `UserError` if the key-value cache does not fit into memory."""
+
+    def engine() -> Engine:
+        return Engine(served.model, served.tokenizer, options.max_sequences, served.positions, served.device)
+
+    try:
+        return Batcher(engine, options.max_sequences, options.max_queue)
+    except RuntimeError as error:  # of torch's allocators, on a CPU and on a GPU
+        if "memory" not in str(error):
+            raise
+        raise UserError(
+            f"--max-sequences {options.max_sequences}: a key-value cache of {served.positions} positions for each does "
+            "not fit into memory; lower --max-sequences, or give --max-positions"
+        ) from None
 
 
 def _greeting(listening: socket.socket, served: Served, options: Options) -> str:

@@ -19,6 +19,7 @@ from bigmodel.serving.application import application
 from bigmodel.serving.batcher import Batcher
 from bigmodel.serving.options import TOKEN, Options, bound, read_token
 from bigmodel.serving.served import Served, load_served
+from bigmodel.serving.server import batcher_of
 from tests.support.model_folder import write_model
 
 LIMITS = Options(max_sequences=2, max_queue=1, max_tokens=40)
@@ -199,6 +200,11 @@ def test_a_folder_that_cannot_be_served_is_told_why(shards: Path, tmp_path: Path
     config.write_text(config.read_text().replace('"vocab_size": 300', '"vocab_size": 200'))
     with pytest.raises(UserError, match=r"tokenizer.json has 300 ids and vocab_size of config.json is 200"):
         load_served(folder, [], LIMITS)
+
+
+def test_a_cache_that_does_not_fit_into_memory_is_told_with_the_options(served: Served) -> None:
+    with pytest.raises(UserError, match="--max-sequences 2: a key-value cache of 100000000000 positions for each"):
+        batcher_of(replace(served, context=10**11), LIMITS)
 
 
 def test_steps_of_a_cancelled_group_end_before_the_next_step(served: Served) -> None:
