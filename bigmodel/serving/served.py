@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from bigmodel.config.huggingface import read_config
-from bigmodel.config.settings import UserError, load_settings
+from bigmodel.config.settings import DataSettings, UserError, load_settings
 from bigmodel.config.start_folder import read_config_json
-from bigmodel.data.store.chat_template import end_of_turn, read_chat_template, render_chat
+from bigmodel.data.store.chat_template import TEMPLATE_FILE, end_of_turn, read_chat_template, render_chat
+from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.model.huggingface.start import load_start
 from bigmodel.model.transformer import Transformer
@@ -87,8 +88,16 @@ def _of_run(directory: Path, name: str) -> Served:
         device=trained.device,
         context=settings.model.max_positions or settings.data.max_document_length,
         max_source=settings.data.max_source_length or settings.data.source_sequence_length,
-        chat_template=read_chat_template(settings.data.directory),
+        chat_template=_template_of_data(settings.data),
     )
+
+
+def _template_of_data(settings: DataSettings) -> str | None:
+    """That of the prepared folder, fetched from its store if need be."""
+    store = ShardStore.of_run(settings, "validation")
+    if TEMPLATE_FILE in store.manifest.files:
+        store.file(TEMPLATE_FILE)
+    return read_chat_template(store.directory)
 
 
 def _of_folder(folder: Path, name: str) -> Served:
