@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from bigmodel.config.settings import load_settings
 from bigmodel.data.store.tokenizer import Tokenizer
-from bigmodel.evaluation.generate import one_document
 from bigmodel.exchange.export import write_model
 from bigmodel.exchange.run_file import write_run_file
+from bigmodel.generation.prompts import pack
 from bigmodel.model.huggingface.start import load_start
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint.format import WeightSource
@@ -75,12 +75,12 @@ def computed(model: Transformer, tokenizer: Tokenizer, out: Path) -> dict[str, A
     prompt = [*([] if two_sides else [tokenizer.bos]), *ids, *([tokenizer.eos] if two_sides or encoder else [])]
     decoder = [tokenizer.bos, 70, 71]
     (out / "case.json").write_text(json.dumps({"prompt": prompt, "decoder": decoder, "texts": TEXTS}))
-    batch = one_document(decoder, prompt) if two_sides else one_document(prompt)
+    batch = pack([decoder], [prompt]) if two_sides else pack([prompt])
     logits = model.hidden(model.embed(batch)[0], batch) if encoder else model(batch, "logits")
     said = [tokenizer.bos] if two_sides else list(prompt)
     first = len(said)
     while not encoder and len(said) < first + 8 and said[-1] != tokenizer.eos:
-        said.append(int(model(one_document(said, prompt if two_sides else None), "logits")[-1].argmax()))
+        said.append(int(model(pack([said], [prompt] if two_sides else None), "logits")[-1].argmax()))
     return {
         "logits": logits.tolist(),
         "greedy": said[first:],
