@@ -300,15 +300,28 @@ def generate(
 
 
 @app.command()
-def evaluate(run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")]) -> None:
-    """Score the newest checkpoint on the whole validation split."""
-    from bigmodel.distributed.world import ALONE
-    from bigmodel.evaluation.evaluate import Validation
-    from bigmodel.training.load_model import load_trained
+def evaluate(
+    run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")],
+    tasks: Annotated[
+        list[str], typer.Option(metavar="FOLDER|NAMES", help="tasks of lm_eval instead: a folder, a file, or names")
+    ] = [],  # noqa: B006
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="tasks: examples in each prompt; default: as the task says")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="tasks: documents of each task; 0: all")] = 0,
+    contamination: Annotated[
+        bool, typer.Option("--contamination", help="tasks: which of their documents are in the training data")
+    ] = False,
+    ngram: Annotated[int, typer.Option(min=1, help="--contamination: words in a row that count")] = 13,
+    output: Annotated[Path | None, typer.Option(help="also write all numbers to this JSON file")] = None,
+) -> None:
+    """Score the newest checkpoint on the whole validation split, or on tasks of EleutherAI's lm_eval."""
+    from bigmodel.evaluation.command import TaskOptions
+    from bigmodel.evaluation.command import evaluate as run
 
-    trained = load_trained(run_directory)
-    result = Validation(trained.settings.data, packs_per_micro_batch=1).run(trained.forward, ALONE)
-    print(f"step {trained.step}: {result} over {result.num_labels} tokens")
+    if not tasks and (contamination or limit or shots is not None):
+        raise UserError("--shots, --limit and --contamination have an effect only with --tasks; give tasks")
+    run(run_directory, TaskOptions(tasks, shots, limit, ngram if contamination else 0), output)
 
 
 @app.command()

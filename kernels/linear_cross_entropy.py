@@ -410,6 +410,32 @@ def linear_cross_entropy_per_token(
     return losses_T
 
 
+@torch.no_grad()
+def linear_predictions(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, logit_softcap: float = 0.0, chunk_positions: int = 0
+) -> Tensor:
+    """(3, T) fp64 for evaluation: the losses, without weights, of `linear_cross_entropy_per_token`, and of every position's likeliest
+    token the negated log-probability and the id. Without a label the first two are 0.
+    """
+    options = Options(logit_softcap=logit_softcap)
+    _check(hidden_TH, weight_VH, targets_T, options, None)
+    _check_targets(targets_T, len(weight_VH))
+    matrix_VH = _multiplied(weight_VH)
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
+    found_3T = hidden_TH.new_empty((3, len(hidden_TH)), dtype=torch.float64)  # ids up to 2**53 are exact
+    for chunk in chunk_slices(len(hidden_TH), len(weight_VH), wide, chunk_positions):
+        logits_CV, targets_C = _product(_multiplied(hidden_TH[chunk]), matrix_VH.T), targets_T[chunk]
+        top_C, likeliest_C = logits_CV.max(-1)
+        asked_C = logits_CV.gather(-1, targets_C.clamp_min(0)[:, None])[:, 0]
+        if logit_softcap:
+            top_C, asked_C = (logit_softcap * torch.tanh(one_C / logit_softcap) for one_C in (top_C, asked_C))
+        losses_C = _softmax_step(logits_CV, targets_C, options, None, None)[0]
+        lead_C = (top_C - asked_C).masked_fill(targets_C == IGNORED, 0.0)
+        found_3T[:, chunk] = torch.stack([losses_C.double(), losses_C.double() - lead_C, likeliest_C.double()])
+        del logits_CV
+    return found_3T
+
+
 def _check(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options, weights_T: Tensor | None) -> None:
     shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, labels {tuple(targets_T.shape)}"
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:

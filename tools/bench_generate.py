@@ -37,7 +37,8 @@ EVERY = 32
 class Ids:
     """A tokenizer whose text is the ids; no token ends a text."""
 
-    eos, vocabulary = -1, SIZE["vocab_size"]
+    eos = -1
+    vocabulary: int = SIZE["vocab_size"]  # type: ignore[assignment]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{token} " for token in ids)

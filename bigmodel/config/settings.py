@@ -185,8 +185,24 @@ class EvaluationSettings(Section):
         description="validation sequences used during training; 0: all. The validation at the end uses all",
     )
     at_end: bool = Field(
-        True, description="after the last step: score the whole split, generate a sample, write the summary"
+        True,
+        description="after the last step: score the whole split and the tasks, generate a sample, write the summary",
     )
+    tasks: list[str] = Field(
+        [],
+        description="tasks of EleutherAI's lm_eval to score too: names, task files or folders of them, relative to the "
+        "working folder",
+    )
+    tasks_every_steps: int = setting(0, only_with={"tasks": SET}, ge=0, description="0: only at the end")
+    tasks_limit: int = setting(0, only_with={"tasks": SET}, ge=0, description="documents of each task; 0: all")
+
+    @model_validator(mode="after")
+    def _tasks_are_scored(self) -> "EvaluationSettings":
+        if self.tasks and not self.tasks_every_steps and not self.at_end:
+            raise ValueError(
+                "evaluation.tasks has no effect with tasks_every_steps = 0 and at_end = false; set one of them"
+            )
+        return self
 
 
 class CheckpointSettings(Section):

@@ -1,14 +1,16 @@
-"""Evaluation: loss of the model on the validation split.
+"""Evaluation: loss, accuracy and calibration of the model on the validation split.
 
-In: a forward function, the validation split. Out: a sum of nats and a number of labels.
-Guarantees: every document is scored once. Packed sequences form the same groups at any world size; the losses of a
-group are summed in fp64 and the groups are added in order, so sum and count are bitwise equal on 1, 2 or 64 ranks.
+In: a forward function, the validation split. Out: sums over the labels, in all, by objective and source, and by
+confidence. Guarantees: every document is scored once. Packed sequences form the same groups at any world size; a group
+is summed in fp64 in the order of its positions and the groups are added in order, so all sums are bitwise equal on 1, 2
+or 64 ranks. Costs: one forward pass; the logits of a chunk of positions, never all.
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from bigmodel.data.load.stream import validation_batches
 from bigmodel.data.objectives.examples import nothing_asked, objectives_of
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import World
-from bigmodel.evaluation.text_bytes import bytes_by_token, count_bytes
+from bigmodel.evaluation.tally import Bin, Part, Tally, add_up, calibration_error, tally
+from bigmodel.evaluation.text_bytes import bytes_by_token
 
 Forward = Callable[[Batch, str], Tensor]
 NOT_COUNTED = "bits per byte not counted: the tokens of this tokenizer do not tell the bytes of their text"
@@ -29,13 +32,18 @@ NOT_COUNTED = "bits per byte not counted: the tokens of this tokenizer do not te
 @dataclass(frozen=True)
 class Evaluation:
     """`nats` summed over `num_labels` predicted tokens, which encode `text_bytes` bytes of text; None: unknown.
-    `weight`: sum of the labels' weights; None: all are 1."""
+    `weight`: sum of the labels' weights; None: all are 1.
+
+    parts: by objective and source, those with labels. bins: by the probability of the likeliest token.
+    """
 
     nats: float
     num_labels: int
     text_bytes: int | None
     seconds: float
     weight: float | None = None
+    parts: tuple[Part, ...] = ()
+    bins: tuple[Bin, ...] = ()
 
     def __str__(self) -> str:
         bits = NOT_COUNTED if self.bits_per_byte is None else f"{self.bits_per_byte:.3f} bits per byte"
@@ -53,6 +61,31 @@ class Evaluation:
         """
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the labels that are the model's likeliest token."""
+        return sum(part.num_right for part in self.parts) / self.num_labels
+
+    @property
+    def calibration_error(self) -> float:
+        return calibration_error(self.bins)
+
+    def recorded(self) -> dict[str, Any]:
+        """The arguments of `Metrics.record_evaluation`."""
+        parts = [
+            {"objective": one.objective, "source": one.source, "nats": one.nats, "targets": one.num_labels}
+            | ({"weight": one.weight} if one.weight != one.num_labels else {})
+            for one in self.parts
+        ]
+        return {
+            "nats_per_token": self.nats_per_token,
+            "bits_per_byte": self.bits_per_byte,
+            "seconds": self.seconds,
+            "accuracy": self.accuracy,
+            "calibration_error": self.calibration_error,
+            "parts": parts,
+        }
+
 
 class Validation:
     """The validation split in canonical groups of packed sequences. `packs`: the most that are used; 0: all."""
@@ -64,7 +97,7 @@ class Validation:
         self._bytes_by_token: list[np.ndarray | None] = []  # filled by the first evaluation
 
     def run(self, forward: Forward, world: World, packs: int = 0) -> Evaluation:
-        """Score the split; collective over all ranks. `forward(batch, "loss_per_position")` must not train.
+        """Score the split; collective over all ranks. `forward(batch, "predictions")` must not train.
 
         Raises `UserError` if the split has no labels.
         """
@@ -83,26 +116,28 @@ class Validation:
 
     def _score(self, forward: Forward, world: World, packs: int, change: Callable[[Batch], Batch]) -> Evaluation:
         started = time.perf_counter()
-        mine: dict[int, tuple[float, int, int, float]] = {}
+        mine: dict[int, Tally] = {}
         table_V = self._table(world)
         groups = validation_batches(self._store, self._data, self._packs_per_micro_batch, packs)
         for first in range(0, len(groups), world.size):
             # A forward pass is collective under ZeRO-3: a rank without a group repeats the last one, uncounted.
             number = first + world.rank
             batch = change(groups[min(number, len(groups) - 1)])
-            nats = float(forward(batch.to(world.device), "loss_per_position").double().sum())
+            predictions_3T = forward(batch.to(world.device), "predictions")
             if number < len(groups):
-                size = 0 if table_V is None else count_bytes(batch.labels.numpy(), table_V)
-                weight = batch.num_labels if batch.weights is None else float(batch.weights.double().sum())
-                mine[number] = (nats, batch.num_labels, size, weight)
+                mine[number] = tally(batch, predictions_3T, table_V)
         merged = {number: sums for part in world.gather_objects(mine) for number, sums in part.items()}
-        sums = [merged[number] for number in range(len(groups))]
-        nats, weight = (math.fsum(one[place] for one in sums) for place in (0, 3))
-        num_labels = sum(count for _, count, _, _ in sums)
-        text_bytes = sum(size for _, _, size, _ in sums) if table_V is not None else self._bytes_of_split(num_labels)
-        if weight == num_labels:
-            return Evaluation(nats, num_labels, text_bytes, time.perf_counter() - started)
-        return Evaluation(nats, num_labels, None, time.perf_counter() - started, weight)
+        nats, parts, bins = add_up([merged[number] for number in range(len(groups))], groups.loss_groups)
+        num_labels = sum(part.num_labels for part in parts)
+        weight = math.fsum(part.weight for part in parts)
+        is_weighted = weight != num_labels
+        if table_V is None or is_weighted:
+            text_bytes = None if is_weighted else self._bytes_of_split(num_labels)
+            parts = tuple(replace(part, text_bytes=text_bytes if len(parts) == 1 else None) for part in parts)
+        else:
+            text_bytes = sum(part.text_bytes or 0 for part in parts)
+        seconds = time.perf_counter() - started
+        return Evaluation(nats, num_labels, text_bytes, seconds, weight if is_weighted else None, parts, bins)
 
     def first_batch(self) -> Batch:
         """The first micro-batch, for examples."""

@@ -80,8 +80,17 @@ RUN = (
         ("signal",),
     ),
     Metric("evaluations", "counter", "Evaluations on the validation split"),
-    Metric("evaluation_seconds", "counter", "Time spent in evaluations"),
+    Metric("evaluation_seconds", "counter", "Time spent in evaluations, on tasks too"),
     Metric("validation_loss_nats", "gauge", "Validation loss, nats per target token"),
+    Metric(
+        "source_validation_loss_nats", "gauge", "Validation loss by objective and source, nats per target token",
+        ("objective", "source"),
+    ),
+    Metric("validation_accuracy_ratio", "gauge", "Share of validation targets that are the model's likeliest token"),
+    Metric(
+        "validation_calibration_error_ratio", "gauge", "Expected calibration error of the likeliest token, 15 bins",
+    ),
+    Metric("task_score", "gauge", "Score of lm_eval's tasks", ("task", "metric")),
     Metric("validation_compression_ratio", "gauge", "Validation loss as coded bytes per byte of text; times 8: bits"),
     Metric("checkpoints", "counter", "Checkpoints saved"),
     Metric(

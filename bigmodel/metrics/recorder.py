@@ -179,10 +179,17 @@ class Metrics:
             append_json_line(self._lines, line)
             self._ledger.add(line)
 
-    def record_evaluation(self, step: int, nats_per_token: float, bits_per_byte: float | None, seconds: float) -> None:
-        """`bits_per_byte` None: the bytes behind the labels are not known."""
+    def record_evaluation(
+        self, step: int, nats_per_token: float, bits_per_byte: float | None, seconds: float, **more: Any
+    ) -> None:
+        """`bits_per_byte` None: the bytes behind the labels are not known. `more`: accuracy, calibration_error, and
+        parts, a list of objective, source, nats and targets."""
         values = {"step": step, "nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "seconds": seconds}
-        self._tell("evaluation", {**values, "lap": self.lap()})
+        self._tell("evaluation", {**values, **more, "lap": self.lap()})
+
+    def record_tasks(self, step: int, scores: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+        """`scores`: task -> metric -> value."""
+        self._tell("tasks", {"step": step, "scores": scores, "seconds": seconds, "lap": self.lap()})
 
     def record_checkpoint(self, step: int, written_bytes: int, seconds: float) -> None:
         self._tell("checkpoint", {"step": step, "bytes": written_bytes, "seconds": seconds, "lap": self.lap()})

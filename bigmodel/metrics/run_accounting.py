@@ -14,7 +14,7 @@ Example: steps 1 to 4 take 1 s each, the run dies, and steps 3 and 4 are repeate
     compile     torch.compile and Triton
     data        waiting for the next batch
     checkpoint  saving, while training waits
-    evaluation  on the validation split
+    evaluation  on the validation split and on tasks
     replay      steps, evaluations and checkpoints repeated after a restart
     hang        the part of a step above ten times the median of the last 64 steps; the whole time between the last step
                 and a failure, death or order to stop, if it is longer than ten median steps or a watchdog recorded a
@@ -29,7 +29,7 @@ import copy
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 CAUSES = (
@@ -61,7 +61,7 @@ FROM_ZERO = (
     "spikes|gradient_norm",
     *(f"restarts|{ending}" for ending in ENDINGS),
 )  # fmt: skip  - counters start at 0: one that appears with its first event hides that event from rate()
-COUNTED = ("step", "evaluation", "checkpoint")
+COUNTED = ("step", "evaluation", "tasks", "checkpoint")
 Samples = dict[str, list[list[Any]]]  # metric name -> [[label values, value], ...]
 
 
@@ -101,7 +101,7 @@ class RunAccounting:
             self.seconds["replay"] += line["lap"]
         else:
             self.counted[kind] = line["step"]
-            {"step": self._add_step, "evaluation": self._add_evaluation, "checkpoint": self._add_checkpoint}[kind](line)
+            self._adders[kind](line)
         for cause, seconds in line.get("spent", {}).items():
             self.seconds[cause] += seconds
         self._under_way = None
@@ -109,6 +109,15 @@ class RunAccounting:
         self.last[kind] = line
         if kind == "step" and line["norms"]:
             self.last["norms"] = line
+
+    @property
+    def _adders(self) -> dict[str, Callable[[Mapping[str, Any]], None]]:
+        return {
+            "step": self._add_step,
+            "evaluation": self._add_evaluation,
+            "tasks": self._add_tasks,
+            "checkpoint": self._add_checkpoint,
+        }
 
     def carry(self, began: float, ending: str | None, ended: float | None = None) -> dict[str, Any]:
         """The state for the line of a new start; the cause of the pause since the last line follows from `ending`.
@@ -157,7 +166,7 @@ class RunAccounting:
 
     def _restore(self, carried: Mapping[str, Any]) -> None:
         self.counts, self.seconds = dict(carried["counts"]), dict(carried["seconds"])
-        self.counted, self.began = dict(carried["counted"]), carried["began"]
+        self.counted, self.began = dict.fromkeys(COUNTED, 0) | carried["counted"], carried["began"]
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
         key = "|".join((name, *(label.replace("|", "/") for label in labels)))
@@ -219,6 +228,10 @@ class RunAccounting:
         self._count("evaluation_seconds", line["seconds"])
         self.seconds["evaluation"] += line["lap"]
 
+    def _add_tasks(self, line: Mapping[str, Any]) -> None:
+        self._count("evaluation_seconds", line["seconds"])
+        self.seconds["evaluation"] += line["lap"]
+
     def _add_checkpoint(self, line: Mapping[str, Any]) -> None:
         self._count("checkpoints", 1)
         self._count("checkpoint_written_bytes", line["bytes"])
@@ -253,12 +266,12 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
     }
     samples: Samples = {name: [[[], value]] for name, value in gauges.items() if value is not None}
     if line["parts"]:
-        samples["source_training_loss_nats"] = [
-            [[part["objective"], part["source"]], part["nats"] / (part.get("weight") or part["targets"])]
-            for part in line["parts"]
-            if part["targets"]
-        ]
+        samples["source_training_loss_nats"] = _losses(line["parts"])
     return samples
+
+
+def _losses(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    return [[[part["objective"], part["source"]], part["nats"] / part["targets"]] for part in parts if part["targets"]]
 
 
 def _of_norms(line: Mapping[str, Any]) -> Samples:
@@ -281,9 +294,20 @@ def _utilization(step: Mapping[str, Any], start: Mapping[str, Any]) -> Samples:
 
 def _of_evaluation(line: Mapping[str, Any]) -> Samples:
     samples: Samples = {"validation_loss_nats": [[[], line["nats_per_token"]]]}
+    for name in ("accuracy", "calibration_error"):
+        if name in line:
+            samples[f"validation_{name}_ratio"] = [[[], line[name]]]
+    if line.get("parts"):
+        samples["source_validation_loss_nats"] = _losses(line["parts"])
     if line["bits_per_byte"] is not None:
         samples["validation_compression_ratio"] = [[[], line["bits_per_byte"] / 8]]  # Prometheus' unit is bytes
     return samples
+
+
+def _of_tasks(line: Mapping[str, Any]) -> Samples:
+    return {
+        "task_score": [[[task, metric], value] for task, of in line["scores"].items() for metric, value in of.items()]
+    }
 
 
 def _of_checkpoint(line: Mapping[str, Any]) -> Samples:
@@ -300,5 +324,6 @@ GAUGES = {
     "step": _of_step,
     "norms": _of_norms,
     "evaluation": _of_evaluation,
+    "tasks": _of_tasks,
     "checkpoint": _of_checkpoint,
 }

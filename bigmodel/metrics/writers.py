@@ -165,7 +165,17 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for layers, norms in (line["norms"] or {}).items():
             yield from ((f"{name}/{layers}", value) for name, value in norms.items())
     elif line["kind"] == "evaluation":
-        found = {name: line[name] for name in ("nats_per_token", "bits_per_byte")}
+        found = {name: line.get(name) for name in ("nats_per_token", "bits_per_byte", "accuracy", "calibration_error")}
         yield from ((f"validation/{name}", value) for name, value in found.items() if value is not None)
+        yield from (
+            (
+                f"validation_loss/{part['objective']}/{part['source']}",
+                part["nats"] / (part.get("weight") or part["targets"]),
+            )
+            for part in line.get("parts", ())
+        )
+    elif line["kind"] == "tasks":
+        for task, of in line["scores"].items():
+            yield from ((f"tasks/{task}/{metric}", value) for metric, value in of.items())
     elif line["kind"] == "checkpoint":
         yield from ((f"checkpoint/{name}", line[name]) for name in ("bytes", "seconds"))

@@ -35,6 +35,7 @@ from bigmodel.kernels.linear_cross_entropy import (
     Options,
     linear_cross_entropy_and_losses,
     linear_cross_entropy_per_token,
+    linear_predictions,
 )
 from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
@@ -42,7 +43,7 @@ from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_mask
 from bigmodel.model.layers import FeedForward, Input, Linear, dropout, make_head_norm, make_norm
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 
-Output = Literal["loss_sum", "loss_per_position", "logits"]
+Output = Literal["loss_sum", "loss_per_position", "predictions", "logits"]
 CROSS_SALT = 1 << 20  # added to the dropout salt of cross-attention: larger than all other salts
 
 
@@ -256,6 +257,8 @@ class Head(nn.Module):
             return sums.loss_sum if groups_T is None else _by_group(sums.loss_sum, losses_T, groups_T, num_loss_groups)
         if output == "loss_per_position":
             return linear_cross_entropy_per_token(x_TH, self.weight, labels_T, softcap, weights_T=weights_T)
+        if output == "predictions":
+            return linear_predictions(x_TH, self.weight, labels_T, softcap)
         logits_TV = x_TH.float() @ self.weight.float().T
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
@@ -360,7 +363,8 @@ class Transformer(nn.Module):
         self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
-        """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V). All fp32."""
+        """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V). All fp32.
+        predictions: (3, T) fp64, see `linear_predictions`."""
         return self.read_out(*self.embed(batch), batch, output)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -40,6 +40,7 @@ from bigmodel.distributed.consistency import check_consistency
 from bigmodel.distributed.signals import StopFlag
 from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
 from bigmodel.evaluation.evaluate import Validation
+from bigmodel.evaluation.training_tasks import TrainingTasks
 from bigmodel.generation.samples import examples, sample
 from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
@@ -121,6 +122,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     store = ShardStore.of_run(settings.data, "train")
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
     validation = Validation(settings.data, effective["train_micro_batch_size_per_gpu"])
+    tasks = TrainingTasks(settings, world, effective["train_micro_batch_size_per_gpu"])
     vocabulary = settings.model.num_rows(store.manifest.vocabulary + num_special_tokens(settings.data))
     begins = fresh or not _has_checkpoint(settings, world)
     model = _new_model(settings, effective, vocabulary, begins)
@@ -203,8 +205,10 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             metrics.begins("evaluation", done)
             with phases("evaluation"):
                 evaluation = validation.run(engine.forward, world, packs=settings.evaluation.sequences)
-            metrics.record_evaluation(done, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds)
+            metrics.record_evaluation(done, **evaluation.recorded())
             line.say(f"step {done}: validation {evaluation}")
+        if tasks.is_due(done) and not ending:
+            _score_tasks(tasks, done, engine, metrics, phases, line)
         if ending:
             stop.save_begins()
         for news in saver.step(
@@ -218,6 +222,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     line.close()
     engine.report_collectives()
     if settings.evaluation.at_end and done >= settings.training.steps:
+        if tasks.given:
+            _score_tasks(tasks, done, engine, metrics, phases, line)
         _evaluate_at_end(settings, validation, engine, world, metrics, start.segments)
     return _end(done, settings, metrics, world)
 
@@ -409,6 +415,17 @@ def _is_evaluated(done: int, settings: Settings) -> bool:
     return every_steps > 0 and done % every_steps == 0
 
 
+def _score_tasks(
+    tasks: TrainingTasks, done: int, engine: Engine, metrics: Metrics, phases: Phases, line: LiveLine
+) -> None:
+    """Score lm_eval's tasks after `done` steps, record and print the scores. Collective."""
+    metrics.begins("evaluation", done)
+    with phases("evaluation"):
+        found = tasks.run(engine.forward)
+    metrics.record_tasks(done, found.scores, found.seconds)
+    line.say(f"step {done}: tasks: {found}")
+
+
 def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line: LiveLine) -> None:
     if isinstance(news, Waiting):
         metrics.begins("checkpoint", news.step)
@@ -440,9 +457,7 @@ def _evaluate_at_end(
         shown = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
     elif settings.model.kind == "decoder":
         shown = sample(engine.forward, tokenizer, SAMPLE_TOKENS, world.device)
-    metrics.record_evaluation(
-        settings.training.steps, evaluation.nats_per_token, evaluation.bits_per_byte, evaluation.seconds
-    )
+    metrics.record_evaluation(settings.training.steps, **evaluation.recorded())
     if world.rank == 0:
         show_summary(settings, summarize(settings, evaluation, shown, segments, wrong_sources))
 

@@ -125,6 +125,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "metrics.project": ("mine", {"writers": ["csv"]}, "only the writers wandb and comet", {"writers": ["comet"]}),
     "metrics.group": ("small", {"writers": ["comet"]}, "only the writer wandb", {"writers": ["wandb"]}),
     "metrics.team": ("us", {}, "only the writers wandb and comet have projects", {"writers": ["wandb"]}),
+    "evaluation.tasks_every_steps": (5, {}, "without tasks", {"tasks": ["arc_easy"]}),
+    "evaluation.tasks_limit": (5, {}, "without tasks", {"tasks": ["arc_easy"]}),
     "evaluation.sequences": (5, {}, "without every_steps (the end uses all)", {"every_steps": 10}),
 }
 CLUSTER_CASES = {

@@ -1,8 +1,9 @@
-"""Evaluation: the same sum and count at any world size, every document once, training untouched."""
+"""Evaluation: the same sum and count at any world size, every document once."""
 
 import json
-import os
 from pathlib import Path
+
+import pytest
 
 from bigmodel.config.settings import load_settings
 from bigmodel.data.store.shards import ShardStore
@@ -10,31 +11,13 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_run import write_run
 
 
-def evaluate_in_between(run_file: Path, folder: Path, every_steps: int) -> int:
-    """On a rank: train, evaluating on the way; write what each evaluation found."""
-    from bigmodel.evaluation.evaluate import Validation
-    from bigmodel.training import loop
-
-    found = []
-    run = Validation.run
-
-    def recorded(self, forward, world, packs=0):
-        evaluation = run(self, forward, world, packs)
-        found.append([evaluation.nats, evaluation.num_labels, evaluation.text_bytes])
-        return evaluation
-
-    Validation.run = recorded
-    overrides = [f"evaluation.every_steps={every_steps}", "training.steps=6"]
-    code = loop.train(load_settings(run_file, overrides))
-    (folder / f"{run_file.stem}-{os.environ['RANK']}.json").write_text(json.dumps(found))
-    return code
-
-
 def score_fresh(run_file: Path, folder: Path) -> int:
     """On a rank: score the initial weights on the whole validation split."""
     from bigmodel.config.deepspeed_config import resolve_deepspeed
     from bigmodel.distributed.world import end_world, start_world
     from bigmodel.evaluation.evaluate import Validation
+    from bigmodel.evaluation.evaluation_text import to_values
+    from bigmodel.evaluation.packed_requests import Continuation, score
     from bigmodel.model.init import init_weights
     from bigmodel.model.transformer import Transformer
     from bigmodel.training.zero.engine import Engine
@@ -46,13 +29,15 @@ def score_fresh(run_file: Path, folder: Path) -> int:
     engine = Engine(model, settings, effective, world)
     evaluation = Validation(settings.data, 1).run(engine.forward, world)
     assert engine.training
-    result = [evaluation.nats, evaluation.num_labels, evaluation.text_bytes]
+    result = [evaluation.nats, evaluation.num_labels, evaluation.text_bytes, to_values(evaluation)]
+    requests = [Continuation([1, *range(3, 3 + length)], [5], None) for length in range(1, 40)]
+    result.append(score(engine.forward, world, requests, settings.data))
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(result))
     end_world()
     return 0
 
 
-def test_sum_and_count_are_equal_to_the_last_bit_on_1_2_and_3_ranks(shards: Path, tmp_path: Path) -> None:
+def test_all_sums_and_scores_are_equal_to_the_last_bit_on_1_2_and_3_ranks(shards: Path, tmp_path: Path) -> None:
     run_file = write_run(tmp_path, shards, precision="bf16", stage=3)
     for world_size in (1, 2, 3):
         run_ranks(world_size, score_fresh, run_file, tmp_path)
@@ -61,13 +46,8 @@ def test_sum_and_count_are_equal_to_the_last_bit_on_1_2_and_3_ranks(shards: Path
     store = ShardStore(shards, "validation")
     assert found[0][1] == store.num_labels
     assert found[0][2] == store.text_bytes
-
-
-def test_training_does_not_notice_an_evaluation(shards: Path, tmp_path: Path) -> None:
-    from tests.system.test_guarantee_resume import learned
-
-    with_, without = (write_run(tmp_path, shards, stage=3, name=name) for name in ("with", "without"))
-    run_ranks(2, evaluate_in_between, with_, tmp_path, 2)
-    run_ranks(2, evaluate_in_between, without, tmp_path, 0)
-    assert len(json.loads((tmp_path / "with-0.json").read_text())) == 2
-    assert learned(with_) == learned(without)
+    parts = found[0][3]["parts"]
+    assert [part["source"] for part in parts] == ["letters", "news"]
+    assert sum(part["num_labels"] for part in parts) == store.num_labels
+    assert sum(part["text_bytes"] for part in parts) == store.text_bytes
+    assert sum(part["nats"] for part in parts) == pytest.approx(found[0][0], rel=1e-12)

@@ -89,7 +89,10 @@ def record_all(metrics: Metrics) -> None:
     for step in STEPS:
         metrics.record_step(step, PHASES)
     metrics.record_evaluation(2, nats_per_token=3.5, bits_per_byte=1.75, seconds=4.0)
-    metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0)
+    parts = [{"objective": "causal", "source": "news", "nats": 6.5, "targets": 2}]
+    more = {"accuracy": 0.25, "calibration_error": 0.125, "parts": parts}
+    metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0, **more)
+    metrics.record_tasks(3, {"arc": {"acc": 0.5}}, seconds=0.0)
     metrics.record_checkpoint(2, written_bytes=2_000, seconds=0.5)
     metrics.record_failed_checkpoint(2, "io_error")
     metrics.record_checkpoint(3, written_bytes=3_000, seconds=0.75)
@@ -144,6 +147,10 @@ EXPECTED = {
     "evaluation_seconds_total": 10,
     "validation_loss_nats": 3.25,
     "validation_compression_ratio": 0.1875,
+    "source_validation_loss_nats|causal|news": 3.25,
+    "validation_accuracy_ratio": 0.25,
+    "validation_calibration_error_ratio": 0.125,
+    "task_score|acc|arc": 0.5,
     "checkpoints_total": 2,
     **{f"checkpoint_failures_total|{reason}": int(reason == "io_error") for reason in SAVE_FAILURES},
     "checkpoint_written_bytes_total": 5_000,
@@ -216,7 +223,7 @@ def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_pat
     }
     bounded = {
         "version", "reason", "objective", "source", "convention", "cause", "layers", "signal", "rank", "phase", "kind",
-        "device",
+        "device", "task", "metric",
     }  # fmt: skip
     for metric in METRICS:
         assert not metric.name.endswith("_total"), f"{metric.name}: the library adds _total to counters"

@@ -333,3 +333,32 @@ def test_bits_per_byte_that_are_not_known_are_given_to_nobody() -> None:
     assert samples["validation_loss_nats"] == [[[], 2.0]]
     assert "validation_compression_ratio" not in samples
     assert dict(scalars(line)) == {"validation/nats_per_token": 2.0}
+
+
+def test_parts_of_an_evaluation_and_scores_of_tasks_are_metrics_and_their_time_is_evaluation() -> None:
+    parts = [{"objective": "causal", "source": "news", "nats": 6.0, "targets": 3}]
+    measured = {
+        "nats_per_token": 2.0,
+        "bits_per_byte": 1.0,
+        "accuracy": 0.25,
+        "calibration_error": 0.125,
+        "parts": parts,
+    }
+    evaluation = {"kind": "evaluation", "step": 2, **measured, "seconds": 6.0, "lap": 7.0}
+    tasks = {"kind": "tasks", "step": 2, "scores": {"arc": {"acc": 0.5, "acc_norm": 0.75}}, "seconds": 3.0, "lap": 4.0}
+    run = Run()
+    run.start(0, None)
+    run.add(evaluation)
+    run.add(tasks)
+    samples = run.run_accounting.samples()
+    assert samples["source_validation_loss_nats"] == [[["causal", "news"], 2.0]]
+    assert samples["validation_accuracy_ratio"] == [[[], 0.25]]
+    assert samples["validation_calibration_error_ratio"] == [[[], 0.125]]
+    assert samples["task_score"] == [[["arc", "acc"], 0.5], [["arc", "acc_norm"], 0.75]]
+    assert samples["evaluation_seconds"] == [[[], 9.0]]
+    assert run.run_accounting.seconds["evaluation"] == 11.0
+    run.add(tasks)  # repeated after a restart
+    assert run.run_accounting.counts["evaluation_seconds"] == 9.0
+    assert run.run_accounting.seconds["replay"] == 4.0
+    assert dict(scalars(tasks)) == {"tasks/arc/acc": 0.5, "tasks/arc/acc_norm": 0.75}
+    assert dict(scalars(evaluation))["validation_loss/causal/news"] == 2.0

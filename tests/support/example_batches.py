@@ -1,13 +1,15 @@
 """Batches of made-up documents with any objective: no store, no plan, the same examples as in training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from bigmodel.config.settings import DataSettings, ModelSettings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.objectives.examples import Document, Examples, Pair
 from bigmodel.data.plan.shuffle import Chunk, Pack
+from bigmodel.evaluation.packed_requests import Continuation, make_batch
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 
@@ -51,3 +53,10 @@ def model_of(vocabulary: int = 400, seed: int = 5, **changes: object) -> Transfo
     model = Transformer(ModelSettings(**(size | changes)), vocabulary)
     init_weights(model, seed)
     return model
+
+
+def logits_of(forward: Callable[[Batch, str], Tensor], inputs: list[int], source: list[int] | None = None) -> Tensor:
+    """(inputs, V) logits of one document, alone in its batch."""
+    size, source_size = max(2, len(inputs)), 0 if source is None else max(1, len(source))
+    data = DataSettings(max_document_length=size, sequence_length=size, source_sequence_length=source_size)
+    return forward(make_batch([Continuation(inputs, [], source)], data), "logits")[: len(inputs)]

@@ -406,6 +406,11 @@ class ValidationBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-len(self._packs) // self._size)
 
+    @property
+    def loss_groups(self) -> list[tuple[str, str]]:
+        """(objective, source) of each loss group; a batch without `loss_groups` has the first one alone."""
+        return self._builder.loss_groups
+
     @overload
     def __getitem__(self, number: int) -> Batch: ...
     @overload
