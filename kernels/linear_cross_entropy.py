@@ -414,8 +414,8 @@ def linear_cross_entropy_per_token(
 def linear_predictions(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, logit_softcap: float = 0.0, chunk_positions: int = 0
 ) -> Tensor:
-    """(3, T) fp64 for evaluation: the losses, without weights, of `linear_cross_entropy_per_token`, and of every position's likeliest
-    token the negated log-probability and the id. Without a label the first two are 0.
+    """(3, T) fp64 for evaluation: the losses of `linear_cross_entropy_per_token` without weights, and of every
+    position's likeliest token the negated log-probability and the id. Without a label the first two are 0.
     """
     options = Options(logit_softcap=logit_softcap)
     _check(hidden_TH, weight_VH, targets_T, options, None)

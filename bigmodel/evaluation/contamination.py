@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from bigmodel.data.objectives.examples import Pair
+from bigmodel.data.objectives.examples import Document, Pair
+from bigmodel.data.objectives.supervised import Supervised
 from bigmodel.data.prepare.cleaning import run_hashes
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
@@ -90,9 +91,15 @@ def _texts(store: ShardStore, tokenizer: Tokenizer, progress: Progress) -> Itera
         for shard in range(store.num_shards(source)):
             for row in range(len(store.lengths(source, shard))):
                 document = store.document(source, shard, row)
-                for side in (document.source, document.target) if isinstance(document, Pair) else (document,):
-                    yield tokenizer.decode(side[1:-1])
+                for tokens in _sides(document):
+                    yield tokenizer.decode(tokens)
                 progress.advance(task)
+
+
+def _sides(document: Document) -> tuple[np.ndarray, ...]:
+    if isinstance(document, Pair):
+        return document.source, document.target
+    return (document.tokens if isinstance(document, Supervised) else document,)
 
 
 def _seen(wanted: np.ndarray, texts: Iterable[str], length: int) -> np.ndarray:

@@ -58,8 +58,8 @@ class Bin:
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """Sums of a micro-batch: nats of all labels, (groups, 5) nats, labels, right ones, bytes and weight, (bins, 3) labels,
-    right ones and confidence; fp64."""
+    """Sums of a micro-batch in fp64: nats of all labels; (groups, 5) nats, labels, right ones, bytes and weight;
+    (bins, 3) labels, right ones and confidence."""
 
     nats: float
     by_group: np.ndarray
