@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bigmodel.model.transformer import Transformer
 from tools.measure import hardware
 from tools.torchvision_operators import define_missing_torchvision_operators
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "vocab_size": 16_384, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10,
     "num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": True, "max_position_embeddings": 2048,
     "eos_token_id": None, "bos_token_id": None,
@@ -38,7 +39,7 @@ class Ids:
     """A tokenizer whose text is the ids; no token ends a text."""
 
     eos = -1
-    vocabulary: int = SIZE["vocab_size"]  # type: ignore[assignment]
+    vocabulary: int = SIZE["vocab_size"]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{token} " for token in ids)
@@ -104,7 +105,7 @@ def against_whole_passes(ours: Transformer, tokens: int) -> dict[str, Any]:
     for length in range(0, tokens, EVERY):
         batch = pack([prompt + answer[:length]])
         with torch.no_grad():
-            took, logits_TV = seconds(lambda batch=batch: ours(batch, "logits"))
+            took, logits_TV = seconds(partial(ours, batch, "logits"))
         whole += took * EVERY
         same += int(logits_TV[-1].argmax()) == answer[length]
     return {
