@@ -105,7 +105,7 @@ def against_whole_passes(ours: Transformer, tokens: int) -> dict[str, Any]:
     for length in range(0, tokens, EVERY):
         batch = pack([prompt + answer[:length]])
         with torch.no_grad():
-            took, logits_TV = seconds(partial(ours, batch, "logits"))
+            took, logits_TV = seconds(partial(ours.__call__, batch, "logits"))
         whole += took * EVERY
         same += int(logits_TV[-1].argmax()) == answer[length]
     return {
