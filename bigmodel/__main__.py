@@ -68,6 +68,8 @@ Overrides = Annotated[
     list[str], typer.Option("--set", help="override a setting: section.key=value", metavar="KEY=VALUE")
 ]
 
+Best = Annotated[bool, typer.Option("--best", help="the checkpoint with the best evaluation: checkpoint.keep_best")]
+
 
 def load_settings(run_file: str | Path, overrides: list[str]) -> "Settings":
     """`bigmodel.config.settings.load_settings`, imported on first use. Raises `UserError`."""
@@ -282,6 +284,7 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="prompts of a file at once")] = 8,
     context: Annotated[int, typer.Option(min=0, help="most tokens of prompt and answer; 0: as in training")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="print the text while it is generated")] = False,
+    best: Best = False,
 ) -> None:
     """Continue prompts with the newest checkpoint of a run; an encoder-decoder reads a prompt as its source."""
     from bigmodel.generation.command import Options, print_answer, print_answers
@@ -292,7 +295,7 @@ def generate(
         raise UserError("--prompt and --prompts: give only one of them")
     sampling = Sampling(temperature, top, top_p, min_p, repetition_penalty, seed)
     options = Options(tokens, sampling, tuple(stop), context, batch, beams, length_penalty, answers, stream)
-    trained = load_trained(run_directory)
+    trained = load_trained(run_directory, best)
     if prompts:
         print_answers(trained, prompts, options)
     else:
@@ -313,6 +316,7 @@ def evaluate(
         bool, typer.Option("--contamination", help="tasks: which of their documents are in the training data")
     ] = False,
     ngram: Annotated[int, typer.Option(min=1, help="--contamination: words in a row that count")] = 13,
+    best: Best = False,
     output: Annotated[Path | None, typer.Option(help="also write all numbers to this JSON file")] = None,
 ) -> None:
     """Score the newest checkpoint on the whole validation split, or on tasks of EleutherAI's lm_eval."""
@@ -321,7 +325,7 @@ def evaluate(
 
     if not tasks and (contamination or limit or shots is not None):
         raise UserError("--shots, --limit and --contamination have an effect only with --tasks; give tasks")
-    run(run_directory, TaskOptions(tasks, shots, limit, ngram if contamination else 0), output)
+    run(run_directory, TaskOptions(tasks, shots, limit, ngram if contamination else 0), output, best)
 
 
 @app.command()
@@ -402,11 +406,18 @@ def export(
     ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     max_gib: Annotated[float, typer.Option(min=0, help="largest file of weights, in GiB")] = 5,
+    best: Best = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="only the adapters of [lora], as peft loads them")] = False,
 ) -> None:
-    """Write the newest checkpoint as a Hugging Face folder, which transformers loads."""
+    """Write the newest checkpoint as a Hugging Face folder, which transformers loads; adapters are merged."""
+    if adapter:
+        from bigmodel.exchange.export import export_adapter_of
+
+        print(export_adapter_of(run_directory, folder, dtype, best))
+        return
     from bigmodel.exchange.export import export as run
 
-    done = run(run_directory, folder, kind, dtype, int(max_gib * 2**30))
+    done = run(run_directory, folder, kind, dtype, int(max_gib * 2**30), best)
     print(f"{done.folder}: {done.class_name} of step {done.step}")
     for remark in done.remarks:
         print(f"  {remark}")

@@ -81,8 +81,8 @@ else:  # `from` is a word of Python
                 Path | None,
                 Field(
                     None,
-                    description="Hugging Face folder whose weights the run starts from; settings that it states may be "
-                    "left out; prepare.tokenizer is its tokenizer",
+                    description="Hugging Face folder, or directory of another run, whose weights the run starts from; "
+                    "settings that it states may be left out; prepare.tokenizer is its tokenizer",
                 ),
             )
         },

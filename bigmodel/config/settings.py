@@ -13,12 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from bigmodel.config.adapter_folder import with_adapter
 from bigmodel.config.data_settings import CurriculumStage as CurriculumStage
 from bigmodel.config.data_settings import DataSettings as DataSettings
 from bigmodel.config.data_settings import DecontaminationSettings as DecontaminationSettings
 from bigmodel.config.data_settings import ObjectiveSettings as ObjectiveSettings
 from bigmodel.config.data_settings import PrepareSettings as PrepareSettings
 from bigmodel.config.data_settings import SourceSettings as SourceSettings
+from bigmodel.config.lora_settings import LoraSettings as LoraSettings
+from bigmodel.config.measures import MEASURES
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
 from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSettings
 from bigmodel.config.schedule_settings import COUNTED, with_default_warmup
@@ -121,6 +124,21 @@ class OptimizerSettings(Section):
     groups: list[ParameterGroupSettings] = Field(
         [], description="parameters with another learning rate or weight decay"
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from layer to layer, downwards: 1 for the head, d for the last block, "
+        "d^n for the first of n, d^(n+1) for embeddings (ULMFiT, ELECTRA); 1: off",
+    )
+
+
+class EarlyStopSettings(Section):
+    """End of the run when evaluations (evaluation.every_steps) get no better."""
+
+    metric: Annotated[str, key_of(MEASURES)] = Field("loss", description=f"of evaluations: {', '.join(MEASURES)}")
+    patience: int = Field(3, ge=1, description="the run ends after this many evaluations in a row without a better one")
+    min_delta: float = Field(0.0, ge=0, description="an evaluation is better only by more than this")
 
 
 class TrainingSettings(Section):
@@ -158,6 +176,14 @@ class TrainingSettings(Section):
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each label spread evenly over all tokens; not in validation; 0: off"
+    )
+    early_stop: EarlyStopSettings | None = Field(
+        None, description="ends the run early, exit code 0: { metric, patience, min_delta }; absent: never"
+    )
+    freeze: list[str] = Field(
+        [],
+        description='patterns of parameters that are not trained: "embedding", "blocks.[0-3].*"; a name means all '
+        "below it",
     )
     deepspeed: Path | None = Field(
         None, description="your DeepSpeed JSON, relative to the run file; absent: ZeRO stage 1"
@@ -225,6 +251,11 @@ class CheckpointSettings(Section):
         0, ge=0, description="checkpoints at multiples of this step are never deleted; 0: none"
     )
     keep_hours: float = Field(0.0, ge=0, description="checkpoints younger than this are kept, too")
+    keep_best: Annotated[str, key_of({"": None} | MEASURES)] = Field(
+        "",
+        description=f"the checkpoint with the best evaluation by this metric ({', '.join(MEASURES)}) is saved and "
+        "never deleted; for evaluate, generate and export --best; empty: none",
+    )
     remote: str = Field(
         "", description="URL of a folder in a store; checkpoints are copied there, one at a time, the newest first"
     )
@@ -277,6 +308,7 @@ class Settings(Section):
     prepare: PrepareSettings = PrepareSettings()
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings = TrainingSettings()
@@ -314,6 +346,16 @@ class Settings(Section):
                 "data.dropped_decoder_share needs positions that count the dropped tokens; set "
                 'model.position_embedding = "rotary"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_exist(self) -> "Settings":
+        asked = {"checkpoint.keep_best": self.checkpoint.keep_best, "training.early_stop": self.training.early_stop}
+        for name, value in asked.items():
+            if value and not self.evaluation.every_steps:
+                raise ValueError(
+                    f"{name} needs evaluations during training: set evaluation.every_steps, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -369,7 +411,7 @@ def settings_from_table(table: Mapping[str, Any], origin: Path, saved: bool = Fa
 
     saved: the values were saved by a run, perhaps of an earlier version; settings without effect are accepted.
     """
-    table = table if saved else completed(table, origin)
+    table = table if saved else with_adapter(completed(table, origin), origin)
     try:
         return Settings.model_validate(table, context=SAVED if saved else None)
     except ValidationError as error:

@@ -1,8 +1,9 @@
-"""A run file that starts from a Hugging Face folder (`model.from`): its config.json completes [model].
+"""A run file that starts from a Hugging Face folder or another run (`model.from`), whose settings complete [model].
 
-In: a run file's table. Out: the table with the model settings of the folder's config.json under those of the run file,
-and the folder's tokenizer where the run file has none. Guarantee: a setting that decides the shape of a weight equals
-the folder's. Other settings of the run file apply: dropout, windows, rotary positions, multi-token prediction.
+In: a run file's table. Out: the table with the model settings of config.json, or of the run's newest checkpoint, under
+those of the run file, and the folder's or run's tokenizer where the run file has none. Guarantee: a setting that
+decides the shape of a weight equals the folder's. Other settings of the run file apply: dropout, windows, rotary
+positions, multi-token prediction.
 """
 
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.config.huggingface import read_config
+from bigmodel.config.model_settings import ModelSettings
+from bigmodel.config.sections import SAVED
 from bigmodel.config.user_error import UserError
 
 SHAPES = (
@@ -20,7 +23,6 @@ SHAPES = (
     "relative_buckets", "attention_bias", "gated", "feed_forward_bias", "norm", "norm_bias", "norm_placement",
     "embedding_norm", "num_token_types", "qk_norm", "qk_norm_over", "tied_embeddings",
 )  # fmt: skip
-MAY_UNTIE = ("t5", "mt5")  # transformers 5 writes `tie_word_embeddings = true` for any T5: the weights decide
 
 
 def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
@@ -30,27 +32,53 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(folder, str) or not folder:
         return dict(table)
     try:
-        config = read_config_json(Path(folder))
-        theirs = read_config(config)
+        theirs, rows, tokenizer = _of_run(Path(folder)) if is_run(Path(folder)) else _of_huggingface(Path(folder))
     except UserError as error:
         raise UserError(f"{origin}: model.from = {json.dumps(folder)}: {error}") from None
-    fixed = [name for name in SHAPES if name != "tied_embeddings" or config["model_type"] not in MAY_UNTIE]
+    # transformers 5 writes `tie_word_embeddings = true` for any T5: the weights decide
+    may_untie = theirs.position_embedding == "relative_bias" and not is_run(Path(folder))
+    fixed = [name for name in SHAPES if name != "tied_embeddings" or not may_untie]
     different = [name for name in fixed if name in model and model[name] != getattr(theirs, name)]
     if different:
         listed = "; ".join(f"model.{name} = {model[name]!r} (there {getattr(theirs, name)!r})" for name in different)
         raise UserError(f"{origin}: {listed}: not the model of model.from = {json.dumps(folder)}; leave them out")
     settings = theirs.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    done = {**table, "model": settings | {"min_vocabulary": config.get("vocab_size", 0)} | model}
+    done = {**table, "model": settings | {"min_vocabulary": rows} | model}
     prepare = table.get("prepare", {})
     has_own = not isinstance(prepare, dict) or {"tokenizer", "vocabulary"} & set(prepare)
-    if not has_own and (Path(folder) / "tokenizer.json").is_file():
-        done["prepare"] = {**prepare, "tokenizer": folder}
+    if not has_own and (tokenizer / "tokenizer.json").is_file():
+        done["prepare"] = {**prepare, "tokenizer": str(tokenizer)}
     return done
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `model.from` is the directory of a run, not a Hugging Face folder."""
+    return (folder / "checkpoints").is_dir() and (folder / "settings.json").is_file()
+
+
+def _of_huggingface(folder: Path) -> tuple[ModelSettings, int, Path]:
+    """Model settings, rows of the embedding, folder of the tokenizer."""
+    config = read_config_json(folder)
+    return read_config(config), config.get("vocab_size", 0), folder
+
+
+def _of_run(folder: Path) -> tuple[ModelSettings, int, Path]:
+    """The same of a run, from its newest checkpoint."""
+    saved = max((folder / "checkpoints").glob("step-????????/state.json"), default=None)
+    if saved is None:
+        raise UserError("this run has no checkpoint yet; train it first")
+    state, table = _read(saved), _read(folder / "settings.json")
+    model = {name: value for name, value in state["model"].items() if name not in ("from", "dropout")}
+    settings = ModelSettings.model_validate(model, context=SAVED)
+    return settings, state["shapes"]["embedding.weight"][0], Path(table["data"]["directory"])
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """Raises `UserError` if it is missing or no JSON object."""
-    path = folder / "config.json"
+    return _read(folder / "config.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -41,12 +41,12 @@ class TaskOptions:
     ngram: int = 0
 
 
-def evaluate(run_directory: Path, options: TaskOptions, output: Path | None = None) -> None:
+def evaluate(run_directory: Path, options: TaskOptions, output: Path | None = None, best: bool = False) -> None:
     """Print the result on rank 0. Raises `UserError`."""
     if output and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
     world = start_world() if "RANK" in os.environ else ALONE
-    trained = load_trained(run_directory)
+    trained = load_trained(run_directory, best)
     if options.named:
         found = _on_tasks(trained, world, options)
     else:

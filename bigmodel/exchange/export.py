@@ -20,6 +20,7 @@ from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.exchange.adapter import export_adapter
 from bigmodel.exchange.tokenizer_files import as_json, read_description, token_ids, tokenizer_files
 from bigmodel.model.huggingface.folder import BESIDE, MAX_BYTES, write_folder
 from bigmodel.model.huggingface.weights import Names, names_of
@@ -74,25 +75,27 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
 
 def export(
-    run_directory: Path, folder: Path, kind: str = "", dtype: str = "float32", max_bytes: int = MAX_BYTES
+    run_directory: Path,
+    folder: Path,
+    kind: str = "",
+    dtype: str = "float32",
+    max_bytes: int = MAX_BYTES,
+    best: bool = False,
 ) -> Exported:
-    """Write the newest good checkpoint of a run as a Hugging Face folder.
+    """Write the newest or the best good checkpoint of a run as a Hugging Face folder, with its adapters merged.
 
     kind: its `model_type`; empty: that of `model.from`, or the first type that holds the model. Raises `UserError` that
     names the settings which the type lacks.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; use {', '.join(DTYPES)}")
+    as_dtype = _dtype(dtype)
     settings = _settings_of(run_directory)
     kind = _type_of(settings, kind)
-    found = checkpoint.newest(run_directory / "checkpoints")
-    if found is None:
-        raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
+    found = checkpoint.of_run(run_directory, best)
     store = ShardStore.of_run(settings.data, "validation")
     wanted = ("tokenizer.json", *((CHAT_TEMPLATE,) if CHAT_TEMPLATE in store.manifest.files else ()))
     files = {name: store.file(name) for name in wanted}
     with checkpoint.weights(found, kept_open=0) as source:
-        remarks = write_model(folder, settings, kind, source, files, DTYPES[dtype], max_bytes)
+        remarks = write_model(folder, settings, kind, source, files, as_dtype, max_bytes)
     return Exported(folder, found.state["step"], CLASSES[kind], remarks)
 
 
@@ -124,6 +127,20 @@ def write_model(
     beside = [theirs for ours, parts in names.items() if ours.startswith(MTP) for theirs, _ in parts]
     write_folder(folder, config, CheckpointWeights(source, names, dtype), max_bytes, more, beside)
     return _remarks(settings, kind, names, source, description)
+
+
+def export_adapter_of(run_directory: Path, folder: Path, dtype: str = "float32", best: bool = False) -> str:
+    """Write only the adapters of a run as a peft folder; returns what was written, in words."""
+    settings, found = _settings_of(run_directory), checkpoint.of_run(run_directory, best)
+    base = export_adapter(found, settings, folder, _dtype(dtype))
+    on = base or "the base model, exported"
+    return f"{folder}: adapter of step {found.state['step']}, for {on}"
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown; use {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _settings_of(run_directory: Path) -> Settings:

@@ -1,6 +1,7 @@
 """Memory plan: bytes on each rank by ZeRO stage, computed without a GPU.
 
-In: settings of a run file, number of ranks. Out: bytes per rank, by part and stage.
+In: settings of a run file, number of ranks. Out: bytes per rank, by part and stage. Frozen parameters (adapters,
+`training.freeze`) are weights only.
 The model is built on torch's meta device: tensors have shapes but no memory. Weights, gradients, masters and moments
 are counted from its parameters. Activations are counted by one micro-batch forward and backward, with activation
 checkpointing and the kernels' GPU path; every tensor is followed. Tests compare the counts with engines of each stage.
@@ -30,9 +31,11 @@ from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
+from bigmodel.model.lora import add_adapters
 from bigmodel.model.transformer import Transformer
 from bigmodel.sizes import amount, counted_noun
 from bigmodel.training.optimizers.groups import parameter_groups, states_of
+from bigmodel.training.trained import choose_trained
 from bigmodel.training.zero.wrapping import wrap_blocks
 
 GIB = 2**30
@@ -91,15 +94,19 @@ class Plan:
 def model_without_memory(settings: Settings, vocabulary: int) -> Transformer:
     with torch.device("meta"):
         training = settings.training
-        return Transformer(settings.model, vocabulary, training.z_loss, training.label_smoothing)
+        model = Transformer(settings.model, vocabulary, training.z_loss, training.label_smoothing)
+        add_adapters(model, settings.lora)
+    choose_trained(model, settings)
+    return model
 
 
 def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> Plan:
     """Bytes of a rank between and during steps, without activations."""
     model, zero, low = model_without_memory(settings, vocabulary), effective["zero_optimization"], 2
     numel, stage = sum(parameter.numel() for parameter in model.parameters()), zero["stage"]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     width = WIDE if settings.training.precision == "fp32" else low
-    share = math.ceil(numel / ranks) if stage else numel
+    share = math.ceil(trained / ranks) if stage else trained  # frozen ones have no gradient, master or moment
     moments = 0
     for group in parameter_groups(model, settings.optimizer):
         shapes = [state.shape for state in states_of(settings.optimizer, group)]
@@ -108,12 +115,13 @@ def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, 
             vectors = [shapes.count("rows"), shapes.count("columns")]  # whole on every rank
             moments += WIDE * sum(number * size for number, size in zip(vectors, parameter.shape, strict=False))
     buckets = {name: min(numel, int(float(zero.get(name, default)))) for name, default in DEFAULTS.items()}
+    buckets["reduce_bucket_size"] = min(trained, buckets["reduce_bucket_size"])
     state = {
         "masters": WIDE * share if stage else 0,
         "moments": moments,
         "average of weights": WIDE * share if settings.training.ema_decay else 0,
     }
-    device = {"weights": width * (share if stage == 3 else numel)}
+    device = {"weights": width * (math.ceil(numel / ranks) if stage == 3 else numel)}
     host: dict[str, int] = {}
     if stage == 3:
         hpz = zero.get("zero_hpz_partition_size", 1)
@@ -122,15 +130,15 @@ def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, 
         device["gathered weights"] = width * min(numel, live)
     offload = _is_offloaded(zero.get("offload_optimizer"))
     sums = WIDE * share  # in fp32; below stage 2 not sharded until the last micro-batch
-    in_flight = low * numel if stage == 1 and settings.training.precision == "bf16" and not offload else 0
-    device["gradients"] = WIDE * numel + in_flight if stage < 2 else sums
+    in_flight = low * trained if stage == 1 and settings.training.precision == "bf16" and not offload else 0
+    device["gradients"] = WIDE * trained + in_flight if stage < 2 else sums
     device["reduce buckets"] = WIDE * buckets["reduce_bucket_size"]
     if offload:
         # The fp32 sums lie beside the masters; from stage 2 on, accumulation of micro-batches needs a second copy.
         host = state | {"gradients": sums if stage < 2 else 2 * sums}
         device["gradients"] = device["gradients"] if stage < 2 else 0
         if stage < 3:  # new weights and gradients pass through extra memory
-            largest = width * max(parameter.numel() for parameter in model.parameters())
+            largest = width * max(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             host |= {"weights": width * share, "gradients": host["gradients"] + largest}
             device["reduce buckets"] += largest
     else:
@@ -149,7 +157,7 @@ def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: 
     """Peak bytes of the tensors of one micro-batch, forward and backward, on a GPU."""
     model = model_without_memory(settings, vocabulary).to(TYPES[settings.training.precision])
     wrap_blocks(model, settings.model_copy(update={"training": _eager(settings)}), stage=1)
-    for parameter in model.parameters():
+    for parameter in filter(lambda one: one.requires_grad, model.parameters()):
         # A gradient is added to the sums or put into a bucket as soon as it is computed.
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
     batch = _empty_batch(settings, packs_per_micro_batch(effective))
@@ -212,13 +220,15 @@ def show_memory(
     device_bytes = int(device_gib * GIB)
     by_stage = plans(settings, effective, vocabulary, ranks)
     chosen = effective["zero_optimization"]["stage"]
-    parameters = sum(parameter.numel() for parameter in model_without_memory(settings, vocabulary).parameters())
+    sizes = [(one.numel(), one.requires_grad) for one in model_without_memory(settings, vocabulary).parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    of_them = f" ({trained:,} trained)" if trained < parameters else ""
     totals = {stage: sum(plan.device.values()) for stage, plan in by_stage.items()}
     name, unit = ("GiB", GIB) if max(totals.values()) >= GIB else ("MiB", GIB // 1024)
     table = Table(
         f"{name} on each rank",
         *(Column(f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", justify="right") for stage in by_stage),
-        title=f"{parameters:,} parameters, vocabulary {vocabulary:,}, {settings.training.precision}, "
+        title=f"{parameters:,} parameters{of_them}, vocabulary {vocabulary:,}, {settings.training.precision}, "
         f"{settings.optimizer.kind}, {counted_noun(ranks, 'rank')}, "
         f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} tokens",
         title_justify="left",

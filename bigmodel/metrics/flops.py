@@ -109,11 +109,13 @@ def flops(
     sizes: tuple[int, int],
     padding: tuple[int, int] = (0, 0),
     recomputed: bool = False,
+    passes: float = 3,
 ) -> Flops:
     """Operations of forward and backward.
 
     sizes: tokens of a packed sequence on the decoder's and the source side; padding: padding tokens computed on each
-    side; recomputed: the backward runs the blocks' forward again.
+    side; recomputed: the backward runs the blocks' forward again; passes: of a token through a weight, fewer than 3
+    where weights are frozen.
     """
     weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
     linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
@@ -122,10 +124,10 @@ def flops(
     positions, sources, layers = work.positions, work.source_positions, settings.num_layers + settings.num_mtp_modules
     of_sources = settings.encoder.num_layers * sources * source_pack
     every = _attention(settings, layers * positions * pack, of_sources, layers * positions * source_pack)
-    hardware = 3 * (linear + empty) + 3.5 * visible
+    hardware = passes * (linear + empty) + 3.5 * visible
     if recomputed:
         hardware += linear + empty - 2 * weights.of_heads * (positions + padding[0]) + visible
-    return Flops(causal=3 * (linear + visible), full=3 * (linear + every), hardware=hardware)
+    return Flops(causal=passes * linear + 3 * visible, full=passes * linear + 3 * every, hardware=hardware)
 
 
 def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
@@ -137,13 +139,13 @@ def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pai
     return forward
 
 
-def step_flops(settings: Settings, vocabulary: int, step: Step) -> Flops:
-    """Operations of one step over all ranks."""
+def step_flops(settings: Settings, vocabulary: int, step: Step, passes: float = 3) -> Flops:
+    """Operations of one step over all ranks; passes: as for `flops`."""
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
     packs = (step.num_tokens + step.num_padding) // sum(sizes)
     padding = (packs * sizes[0] - step.work.positions, packs * sizes[1] - step.work.source_positions)
     recomputed = settings.training.activation_checkpointing == "full"
-    return flops(settings.model, vocabulary, step.work, sizes, padding, recomputed)
+    return flops(settings.model, vocabulary, step.work, sizes, padding, recomputed, passes)
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -26,6 +26,8 @@ def init_weights(
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
     | norms                                | 1; zero-centered: 0                 |                               |
     | biases                               | 0                                   |                               |
+    | lora: a                              | uniform, at most sqrt(1/inputs)     | peft 0.21                     |
+    | lora: b                              | 0                                   | Hu et al. 2021                |
 
     A is 2 per layer, 3 in a decoder with cross-attention; the encoder counts its own layers. With
     model.attention_scale set, query weights are divided by it and by sqrt(head_dim), as in T5, so that initial scores
@@ -42,6 +44,10 @@ def init_weights(
 def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
     if parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith(".bias") or settings.zero_centered_norm else 1.0)
+        return
+    if ".lora." in name:
+        limit = 0.0 if name.endswith(".b.weight") else math.sqrt(1.0 / parameter.shape[1])
+        parameter.copy_((torch.rand(parameter.shape, generator=generator_of(seed, name)) * 2 - 1) * limit)
         return
     crosses = settings.kind == "encoder_decoder" and settings.source_attention == "cross"
     side, additions = settings, (3 if crosses else 2) * settings.num_layers

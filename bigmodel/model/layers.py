@@ -24,12 +24,17 @@ class Linear(nn.Linear):
 
     CPUs without bf16 instructions multiply bf16 about 30 times slower than fp32 (1.2 against 32 GFLOP/s on
     one AVX2 core). The result equals that of a GPU, which also adds bf16 products in fp32.
+    `lora`: adapters that are added to the product (`bigmodel.model.lora`).
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
+        self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.lora is None else self.lora(x, self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype is torch.bfloat16:
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)

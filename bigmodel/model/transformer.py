@@ -72,6 +72,7 @@ class EncoderOutput(NamedTuple):
 
     states_SE: Tensor | None
     inputs: AttentionInputs | None
+    seeds_S: Tensor | None = None  # dropout seeds of the source
 
 
 class RelativeBias(nn.Embedding):
@@ -183,6 +184,7 @@ class Block(nn.Module):
         self.is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
         self.is_cross = settings.kind == "encoder_decoder" and not self.is_mixed
         self.placement = settings.norm_placement
+        self.adapters: list[tuple[Any, bool]] = []  # of its matrices; whether they read the source
         is_normalised = layer == 0 and settings.embedding_norm and self.placement == "pre"  # by the embedding's norm
         self.attention_norm = nn.Identity() if is_normalised else make_norm(settings.hidden_size, settings)
         self.attention = MixedAttention(settings) if self.is_mixed else Attention(settings)
@@ -200,6 +202,8 @@ class Block(nn.Module):
     def forward(
         self, x_TH: Tensor, inputs: AttentionInputs, seeds_T: Tensor, source: EncoderOutput | None = None
     ) -> Tensor:
+        for adapters, of_source in self.adapters:
+            adapters.seeds_T = source.seeds_S if of_source and source else seeds_T
         seen = (source.states_SE,) if self.is_mixed and source else ()
         x_TH = self.add("attention", x_TH, seeds_T, (2, 0), inputs, *seen)
         if self.is_cross:
@@ -421,9 +425,9 @@ class Transformer(nn.Module):
             return make_views(self, masks.stack, batch.positions), None
         states_SE = self.encoder(x_SE, masks.encoder, side.positions, side.dropout_seeds)
         if masks.cross is None:
-            return make_mixed_views(self.settings, masks, batch), EncoderOutput(states_SE, None)
+            return make_mixed_views(self.settings, masks, batch), EncoderOutput(states_SE, None, side.dropout_seeds)
         seen = AttentionInputs(masks.cross, make_tile_metadata(masks.cross, len(batch.tokens), len(side.tokens)))
-        return make_views(self, masks.stack, batch.positions), EncoderOutput(states_SE, seen)
+        return make_views(self, masks.stack, batch.positions), EncoderOutput(states_SE, seen, side.dropout_seeds)
 
 
 def _rows(tokens_T: Tensor) -> Tensor:

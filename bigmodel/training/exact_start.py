@@ -4,12 +4,13 @@ In: an engine whose weights began with the folder's. DeepSpeed makes the masters
 fp32 values of the folder would be rounded to bf16. Costs: one weight at a time.
 """
 
+from contextlib import ExitStack
 from functools import lru_cache
 
 from torch import Tensor
 
 from bigmodel.config.settings import Settings
-from bigmodel.model.huggingface.start import StartWeights
+from bigmodel.training.start import open_weights
 from bigmodel.training.zero.engine import Engine
 
 
@@ -17,11 +18,12 @@ def write_exactly(engine: Engine, settings: Settings) -> None:
     """Write the folder's weights into the masters. Collective."""
     folder = settings.model.start_folder
     assert folder, "model.from is set"
-    weights = StartWeights(folder, settings.model)
+    with ExitStack() as closing:
+        weights = open_weights(folder, settings.model, closing)
 
-    @lru_cache(maxsize=1)
-    def whole(name: str) -> Tensor:
-        return weights.grown(name, engine.shape(name), settings.run.seed).flatten()
+        @lru_cache(maxsize=1)
+        def whole(name: str) -> Tensor:
+            return weights.grown(name, engine.shape(name), settings.run.seed).flatten()
 
-    names = [name for name in engine.names() if name in weights]
-    engine.write_weights(names, lambda name, first, numel: whole(name)[first : first + numel])
+        names = [name for name in engine.trained() if name in weights]  # frozen ones have no master
+        engine.write_weights(names, lambda name, first, numel: whole(name)[first : first + numel])

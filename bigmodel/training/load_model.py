@@ -30,17 +30,15 @@ class Trained:
         return self.model(batch.to(self.device), output)
 
 
-def load_trained(run_directory: Path) -> Trained:
-    """The newest good checkpoint of a run. Raises `UserError` if there is none."""
+def load_trained(run_directory: Path, best: bool = False) -> Trained:
+    """The newest or the best good checkpoint of a run, with its adapters merged. `UserError`: there is none."""
     saved = run_directory / "settings.json"
     if not saved.exists():
         raise UserError(
             f"{run_directory}: not a run directory (no settings.json); give the run.directory of a training run"
         )
     settings = settings_from_table(read_json(saved), saved, saved=True)
-    found = checkpoint.newest(run_directory / "checkpoints")
-    if found is None:
-        raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
+    found = checkpoint.of_run(run_directory, best)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = checkpoint.read_weights(found)
     model = Transformer(settings.model, len(weights["embedding.weight"]))

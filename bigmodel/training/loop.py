@@ -48,8 +48,6 @@ from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.attention_masks import visible_pairs
-from bigmodel.model.huggingface.start import load_start
-from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (
     EXIT_DONE,
@@ -61,14 +59,17 @@ from bigmodel.run_directory import (
     take_over,
 )
 from bigmodel.sizes import counted_noun
+from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
+from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
-from bigmodel.training.zero.engine import Engine, creation
+from bigmodel.training.trained import passes, size_of
+from bigmodel.training.zero.engine import Engine
 from bigmodel.training.zero.norms import Norms
 
 SAMPLE_TOKENS = 200  # length of the text generated at the end of the run
@@ -84,6 +85,7 @@ class _Start:
     step: int
     order: Order
     segments: list[Segment]
+    state: dict[str, Any]  # of the checkpoint; {}: none
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     tasks = TrainingTasks(settings, world, effective["train_micro_batch_size_per_gpu"])
     vocabulary = settings.model.num_rows(store.manifest.vocabulary + num_special_tokens(settings.data))
     begins = fresh or not _has_checkpoint(settings, world)
-    model = _new_model(settings, effective, vocabulary, begins)
+    model = new_model(settings, effective, vocabulary, begins)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
     if begins and settings.model.start_folder and settings.training.precision != "fp32":
@@ -149,9 +151,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     norms = Norms(engine, world, settings.metrics.norms_every_steps)
     saver = Saver(directory / "checkpoints", settings, world, restart_generation, phases)
     closing.callback(saver.close)
+    judge = Judge(settings, start.state)
+    evaluate = partial(_evaluate, settings, validation, engine, world, metrics, phases, line, judge)
+    if start.step and _is_evaluated(start.step, settings) and judge.lacks(start.step):
+        evaluate(start.step)
 
-    bad_steps, done = 0, start.step
-    for step in stream if start.step < settings.training.steps else ():
+    bad_steps, done, passes_per_weight = 0, start.step, passes(model)
+    for step in stream if start.step < settings.training.steps and not judge.stops else ():
         profiler.step()
         phases.add("data", stream.wait_seconds)
         done = step.number + 1
@@ -185,7 +191,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             sums,
             stream,
             store,
-            step_flops(settings, vocabulary, step),
+            step_flops(settings, vocabulary, step, passes_per_weight),
             loss=loss,
             gradient_norm=gradient_norm,
             learning_rate=rate,
@@ -200,19 +206,22 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         refuse_divergence(bad_steps, done, settings, world)
 
         # Evaluate and save.
-        ending = sums.stop_votes > 0 or done == settings.training.steps
-        if _is_evaluated(done, settings) and not ending:
-            metrics.begins("evaluation", done)
-            with phases("evaluation"):
-                evaluation = validation.run(engine.forward, world, packs=settings.evaluation.sequences)
-            metrics.record_evaluation(done, **evaluation.recorded())
-            line.say(f"step {done}: validation {evaluation}")
+        last = done == settings.training.steps
+        ending = sums.stop_votes > 0 or last
+        if _is_evaluated(done, settings) and (not ending or (last and judge.is_on)):
+            evaluate(done)
+            ending = ending or judge.stops
         if tasks.is_due(done) and not ending:
             _score_tasks(tasks, done, engine, metrics, phases, line)
         if ending:
             stop.save_begins()
         for news in saver.step(
-            engine, done, sums.written_votes, ending, partial(_state, step, start.segments, place, world)
+            engine,
+            done,
+            sums.written_votes,
+            ending,
+            partial(_state, step, start.segments, place, world, judge),
+            asked=judge.is_best(done),
         ):
             _report_save(news, directory, metrics, line)
         metrics.spent("checkpoint")
@@ -221,11 +230,14 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stop.save_begins()
     line.close()
     engine.report_collectives()
-    if settings.evaluation.at_end and done >= settings.training.steps:
+    is_finished = done >= settings.training.steps or judge.stops
+    if judge.stops and done < settings.training.steps:
+        _report_early_end(done, judge, directory, world, line)
+    if settings.evaluation.at_end and is_finished:
         if tasks.given:
             _score_tasks(tasks, done, engine, metrics, phases, line)
-        _evaluate_at_end(settings, validation, engine, world, metrics, start.segments)
-    return _end(done, settings, metrics, world)
+        _evaluate_at_end(_ended_at(done, settings), validation, engine, world, metrics, start.segments)
+    return _end(done, is_finished, directory, metrics, world)
 
 
 def _refuse_wide_heads(settings: Settings, world: World) -> None:
@@ -253,16 +265,6 @@ def _has_checkpoint(settings: Settings, world: World) -> bool:
     return world.on_rank_zero(lambda: bool(checkpoint.steps(local) or (remote and remote_steps(remote))))
 
 
-def _new_model(settings: Settings, effective: dict[str, Any], vocabulary: int, begins: bool) -> Transformer:
-    """begins: nothing will be resumed, so that `model.from` has a part in it."""
-    with creation(effective) as whole:
-        model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
-    init_weights(model, settings.run.seed, whole)
-    if begins and settings.model.start_folder:
-        load_start(model, settings.run.seed, whole)
-    return model
-
-
 def _find_start(
     settings: Settings, store: ShardStore, place: Place, engine: Engine, world: World, fresh: bool, new_plan: bool
 ) -> _Start:
@@ -279,7 +281,7 @@ def _find_start(
     order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-    return _Start(resumed.state["step"] if resumed else 0, order, segments)
+    return _Start(resumed.state["step"] if resumed else 0, order, segments, resumed.state if resumed else {})
 
 
 def _open_metrics(
@@ -426,6 +428,37 @@ def _score_tasks(
     line.say(f"step {done}: tasks: {found}")
 
 
+def _evaluate(
+    settings: Settings,
+    validation: Validation,
+    engine: Engine,
+    world: World,
+    metrics: Metrics,
+    phases: Phases,
+    line: LiveLine,
+    judge: Judge,
+    done: int,
+) -> None:
+    """Evaluate during training, after `done` steps. Collective."""
+    metrics.begins("evaluation", done)
+    with phases("evaluation"):
+        evaluation = validation.run(engine.forward, world, packs=settings.evaluation.sequences)
+    metrics.record_evaluation(done, **evaluation.recorded())
+    judge.see(done, evaluation)
+    line.say(f"step {done}: validation {evaluation}{', the best so far' if judge.is_best(done) else ''}")
+
+
+def _report_early_end(done: int, judge: Judge, directory: Path, world: World, line: LiveLine) -> None:
+    line.say(f"step {done}: the run ends early: {judge.reason}")
+    if world.rank == 0:
+        record_event(directory, "stopped_early", step=done, reason=judge.reason)
+
+
+def _ended_at(done: int, settings: Settings) -> Settings:
+    """The settings of a run of `done` steps."""
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"steps": done})})
+
+
 def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line: LiveLine) -> None:
     if isinstance(news, Waiting):
         metrics.begins("checkpoint", news.step)
@@ -462,13 +495,12 @@ def _evaluate_at_end(
         show_summary(settings, summarize(settings, evaluation, shown, segments, wrong_sources))
 
 
-def _end(done: int, settings: Settings, metrics: Metrics, world: World) -> int:
+def _end(done: int, is_finished: bool, directory: Path, metrics: Metrics, world: World) -> int:
     """Record the end of the run after `done` steps; returns the exit code. Collective."""
-    directory, steps = settings.run.directory, settings.training.steps
-    stopped = done < steps
+    stopped = not is_finished
     metrics.close("stopped" if stopped else "finished")
     if world.rank == 0:
-        record_event(directory, "stopped" if stopped else "finished", step=done if stopped else steps)
+        record_event(directory, "stopped" if stopped else "finished", step=done)
     if world.rank == 0 and stopped:
         checkpoints = directory / "checkpoints"
         print(f"bigmodel: stopped at step {done}, saved in {checkpoints}; run the same command to go on")
@@ -484,14 +516,14 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
     return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
 
 
-def _state(step: Step, segments: Sequence[Segment], place: Place, world: World) -> dict[str, Any]:
-    """State of the data for a checkpoint: cursors of all lanes, progress through the sources. Collective."""
+def _state(step: Step, segments: Sequence[Segment], place: Place, world: World, judge: Judge) -> dict[str, Any]:
+    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation. Collective."""
     position = step.position
     told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
     lanes = {number: lane for _, part in told for number, lane in part.items()}
     progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
     cursor = merge_cursors(cursor for cursor, _ in told)
-    return {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress}
+    return {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress, **judge.state()}
 
 
 def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
@@ -530,9 +562,11 @@ def padding_warning(packs: int, places: int, per_micro_batch: int) -> str:
 def _opening(
     settings: Settings, model: Transformer, world_size: int, first_step: int, packs: int, endpoint: str
 ) -> str:
-    size = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
+    sizes = [(size_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    size, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    of_them = f" ({trained:,} trained)" if trained < size else ""
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size:,} parameters, {counted_noun(world_size, 'rank')}, {counted_noun(packs, 'pack')} of "
+        f"{start}: {size:,} parameters{of_them}, {counted_noun(world_size, 'rank')}, {counted_noun(packs, 'pack')} of "
         f"{settings.data.sequence_length} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

@@ -91,6 +91,10 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "model.rope_scaling.beta_slow": (2.0, LLAMA3 | LENGTH, 'set kind = "yarn"', YARN | LENGTH),
     "model.rope_scaling.truncate": (False, LINEAR, 'set kind = "yarn"', YARN | LENGTH),
     "model.rope_scaling.attention_factor": (1.5, LLAMA3 | LENGTH, 'set kind = "yarn"', YARN | LENGTH),
+    "lora.alpha": (8.0, {}, "without rank; leave it out or set rank", {"rank": 4}),
+    "lora.rslora": (True, {}, "without rank; leave it out or set rank", {"rank": 4}),
+    "lora.dropout": (0.1, {}, "without rank; leave it out or set rank", {"rank": 4}),
+    "lora.targets": (["q_proj"], {}, "without rank; leave it out or set rank", {"rank": 4}),
     "optimizer.beta1": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {}),
     "optimizer.beta2": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {"kind": "lion"}),
     "optimizer.epsilon": (1e-3, {"kind": "lion"}, 'with kind = "lion"; leave it out or set', {"kind": "adafactor"}),
@@ -258,7 +262,7 @@ def test_every_form_of_a_condition() -> None:
 
 
 ALWAYS = {  # these have an effect with every kind
-    OptimizerSettings: {"kind", "learning_rate", "weight_decay", "gradient_clipping", "groups"},
+    OptimizerSettings: {"kind", "learning_rate", "weight_decay", "gradient_clipping", "layer_decay", "groups"},
     ObjectiveSettings: {"kind", "share"},
 }
 

@@ -25,16 +25,18 @@ CASES = [
     for stage, precision, offload in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("", "cpu"))
     if stage or (precision, offload) == ("fp32", "")
 ]
+CASES += [(0, "fp32", "adapters"), *((stage, "bf16", "adapters") for stage in (1, 2, 3))]
 
 
 def table_of(folder: Path, stage: int, precision: str, offload: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET}
     zero |= {"stage3_prefetch_bucket_size": BUCKET, "sub_group_size": 10**6}
-    if offload:
+    if offload == "cpu":
         zero["offload_optimizer"] = {"device": offload}
     table = settings_table(folder, stage, precision, 1, zero=zero, training={"ema_decay": 0.9})
     data = table["data"] | {"directory": str(folder / "data")}  # none is prepared
-    return table | {"model": MODEL, "data": data}
+    lora = {"rank": 16, "targets": ["q_proj", "v_proj"]} if offload == "adapters" else {}
+    return table | {"model": MODEL, "data": data, "lora": lora}
 
 
 def storages() -> dict[int, torch.UntypedStorage]:

@@ -19,7 +19,8 @@ from bigmodel.config.settings import DataSettings, OptimizerSettings, Settings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.distributed.world import World, end_world, start_world
-from bigmodel.model.init import init_weights
+from bigmodel.model.init import generator_of, init_weights
+from bigmodel.model.lora import add_adapters
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
@@ -27,6 +28,7 @@ from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups, states_of
 from bigmodel.training.optimizers.shards import Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS
+from bigmodel.training.trained import choose_trained
 from bigmodel.training.zero.engine import Engine, creation
 from tests.support.ranks import run_ranks
 
@@ -66,8 +68,16 @@ def settings_table(
     if "epsilon" in OPTIMIZERS[optimizer.get("kind", "adamw")].reads:
         optimizer = {"epsilon": 1e-4} | optimizer
     schedule = other.pop("schedule", {"warmup_steps": 2})
+    lora = other.pop("lora", {})
     assert not other, f"unused: {other}"
-    return {"model": model, "training": training, "optimizer": optimizer, "schedule": schedule, "data": DATA}
+    return {
+        "lora": lora,
+        "model": model,
+        "training": training,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "data": DATA,
+    }
 
 
 def documents_of(step: int, pack: int) -> list[list[int]]:
@@ -104,7 +114,13 @@ def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Tr
     """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
     with creation(effective or {"zero_optimization": {"stage": 0}}) as whole:
         model = Transformer(settings.model, VOCABULARY)
+        add_adapters(model, settings.lora)
     init_weights(model, 5, whole)
+    for name, parameter in model.named_parameters():
+        if ".lora." in name and name.endswith(".b.weight"):
+            with torch.no_grad(), whole(parameter):  # the zeros of a start would hide the gradient of the other matrix
+                parameter.copy_(torch.randn(parameter.shape, generator=generator_of(6, name)) * 0.1)
+    choose_trained(model, settings)
     return model
 
 
@@ -153,7 +169,9 @@ def oracle(
     scale = FP16_SCALE if low is torch.float16 and not wide else 1.0
     optimizer = oracle_of(masters, settings.optimizer)
     averages = {name: master.detach().clone() for name, master in masters.named_parameters()}
-    pairs = [(name, master, model.get_parameter(name)) for name, master in masters.named_parameters()]
+    pairs = [
+        (name, master, model.get_parameter(name)) for name, master in masters.named_parameters() if master.requires_grad
+    ]
     tensors: dict[str, torch.Tensor] = {}
     seen: list[Any] = []
     for step in range(steps):
@@ -198,6 +216,13 @@ def state_digest(engine: Engine) -> str:
         for key in engine.keys(name):
             digest.update(f"{key}.{name}".encode() + engine.whole(name, key).contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_changed(engine: Engine, settings: Settings) -> list[str]:
+    """Frozen parameters that are not those of the start, in the precision of the run, to the last bit."""
+    first = dict(new_model(settings).to(LOW.get(settings.training.precision, torch.float32)).named_parameters())
+    frozen = [name for name in engine.names() if name not in engine.trained()]
+    return [name for name in frozen if not torch.equal(engine.whole(name, "weight"), first[name].float())]
 
 
 def keeps_signed_zeros(engine: Engine) -> bool:
@@ -253,11 +278,12 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
             saving.save(checkpoints, engine, {"step": step + 1, "cursor": {"at": step + 1}}, settings, world)
     result |= {"digest": state_digest(engine), "updates": engine.updates, "loss_scale": engine.loss_scale}
     result["is_at_smallest_scale"] = engine.is_at_smallest_scale
+    result["frozen_changed"] = frozen_changed(engine, settings)
     tensors = engine.state_tensors()
     result |= {"state_tensors": len(tensors), "state_outside_files": state_outside_files(tensors)}
     result["micro_batches"] = effective["gradient_accumulation_steps"]
     for key in ("weight", "exp_avg", "ema") if expected else ():
-        state = {name: engine.whole(name, key) for name in engine.names() if key in engine.keys(name)}
+        state = {name: engine.whole(name, key) for name in engine.trained() if key in engine.keys(name)}
         wanted = {name: expected[f"{key}.{name}"].view(tensor.shape) for name, tensor in state.items()}
         if state:
             result[f"{key}_error"] = max(relative_error(state[name], wanted[name]) for name in state)
@@ -295,7 +321,7 @@ def run_step(
         result.setdefault("skipped", []).append(step)
         skip = True
     if expected and step < KEPT_STEPS:
-        gradients = {name: engine.gradient(name) for name in engine.names()}
+        gradients = {name: engine.gradient(name) for name in engine.trained()}
         wanted = {name: expected[f"{step}.{name}"] for name in gradients}
         result["gradient_errors"].append(max(relative_error(gradients[name], wanted[name]) for name in gradients))
         result["gradient_distances"].append(distance(gradients, wanted))

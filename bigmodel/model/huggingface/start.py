@@ -27,8 +27,33 @@ NOISE = 0.01
 OF_TOKENS = ("embedding.weight", "encoder.embedding.weight", "head.weight")
 
 
-class StartWeights:
-    """The folder's weights under our names, each read when it is asked for."""
+class OpenWeights:
+    """Weights under our names, each read when it is asked for."""
+
+    folder: Path
+
+    def __contains__(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def read(self, name: str) -> Tensor:
+        """fp32."""
+        raise NotImplementedError
+
+    def grown(self, name: str, shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
+        """fp32, of the model's shape, with rows for new tokens. Raises `UserError` for another shape."""
+        theirs = self.read(name)
+        if name in OF_TOKENS and len(theirs) < shape[0]:
+            theirs = _grown(theirs, shape[0], generator_of(seed, name))
+        if theirs.shape != shape:
+            raise UserError(
+                f"{self.folder}: {name} is {tuple(theirs.shape)} there and {tuple(shape)} in this model; leave "
+                "model.min_vocabulary out, or set it to the rows there or more"
+            )
+        return theirs
+
+
+class StartWeights(OpenWeights):
+    """The weights of a Hugging Face folder."""
 
     def __init__(self, folder: Path, settings: ModelSettings) -> None:
         """Raises `UserError` for weights that are missing, left over, or of another shape than config.json says."""
@@ -55,18 +80,6 @@ class StartWeights:
                 raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def grown(self, name: str, shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
-        """fp32, of the model's shape, with rows for new tokens. Raises `UserError` for another shape."""
-        theirs = self.read(name)
-        if name in OF_TOKENS and len(theirs) < shape[0]:
-            theirs = _grown(theirs, shape[0], generator_of(seed, name))
-        if theirs.shape != shape:
-            raise UserError(
-                f"{self.folder}: {name} is {tuple(theirs.shape)} there and {tuple(shape)} in this model; leave "
-                "model.min_vocabulary out, or set it to the rows there or more"
-            )
-        return theirs
-
 
 def read_settings(folder: Path) -> ModelSettings:
     """Of config.json, and of the weights where these decide. Raises `UserError` for what our model lacks."""
@@ -91,7 +104,17 @@ def load_start(
 
     Raises `UserError` for weights that are missing, of another shape or not finite.
     """
-    weights = StartWeights(model.settings.start_folder, model.settings)
+    fill(model, StartWeights(model.settings.start_folder, model.settings), seed, whole)
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    weights: OpenWeights,
+    seed: int,
+    whole: Callable[[nn.Parameter], AbstractContextManager] | None = None,
+) -> None:
+    """`load_start` from weights that are open."""
     for name, parameter in model.named_parameters():
         if name not in weights:
             continue

@@ -36,11 +36,12 @@ from torch import Tensor
 
 from bigmodel.config.renamed import new_keys
 from bigmodel.config.sections import without_effect
-from bigmodel.config.settings import ModelSettings, Settings, UserError
+from bigmodel.config.settings import SAVED, LoraSettings, ModelSettings, Settings, UserError
 from bigmodel.data.store.files import is_inside
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
 from bigmodel.training.checkpoint import remote as store
+from bigmodel.training.checkpoint.merged import MergedReader
 
 FORMAT = 2
 CHUNK_BYTES = 1 << 22
@@ -110,6 +111,35 @@ def newest(
     return None
 
 
+def of_run(run_directory: Path, best: bool = False) -> Checkpoint:
+    """The newest good checkpoint of a run, or the best (`checkpoint.keep_best`). `UserError`: there is none."""
+    directory = run_directory / "checkpoints"
+    if not best:
+        found = newest(directory)
+        if found is None:
+            raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
+        return found
+    step = best_step(directory)
+    if not step:
+        raise UserError(
+            f"{run_directory}: --best: no best checkpoint; train with checkpoint.keep_best and evaluation.every_steps"
+        )
+    if problems := verify(path_of(directory, step), ALONE):
+        raise UserError(f"{path_of(directory, step)}: the best checkpoint is damaged: {'; '.join(problems[:2])}")
+    return open_checkpoint(path_of(directory, step))
+
+
+def best_step(directory: Path) -> int:
+    """The step that the newest checkpoint calls the best, or an older one if that was never saved; 0: none."""
+    saved = steps(directory)
+    for step in reversed(saved):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            named = open_checkpoint(path_of(directory, step)).state.get("best", {}).get("step", 0)
+            if named in saved:
+                return int(named)
+    return 0
+
+
 def verify(path: Path, world: World) -> list[str]:
     """The problems of a checkpoint, one line per file; empty if all hashes match. Collective.
 
@@ -131,6 +161,7 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
     Raises `UserError` with the first model setting, optimizer or parameter that differs; the engine is unchanged then.
     """
     _compare_model(checkpoint, settings)
+    _compare_adapters(checkpoint, settings)
     _compare_shapes(checkpoint, engine)
     mine = [chunk for name in checkpoint.parts[world.rank :: world.size] for chunk in _pieces(checkpoint.path / name)]
     chunks = [chunk for part in world.gather_objects(mine) for chunk in part]
@@ -162,14 +193,26 @@ class WeightSource:
 
 
 @contextlib.contextmanager
-def weights(checkpoint: Checkpoint, key: str = "weight", kept_open: int = 64) -> Iterator[WeightSource]:
-    """Open the weights of a checkpoint, without an engine. kept_open: most open files, whose pages stay in memory; 0:
-    each is closed after a read."""
+def weights(
+    checkpoint: Checkpoint, key: str = "weight", merge: bool = True, kept_open: int = 64
+) -> Iterator[WeightSource]:
+    """Open the weights of a checkpoint, without an engine. merge: adapters are added to their weights. kept_open: most
+    open files, whose pages stay in memory; 0: each is closed after a read."""
     description = checkpoint.description
-    shapes = {name: shape for name, shape in description["shapes"].items() if key in description["keys"][name]}
+    shapes = description["shapes"] if any(key in keys for keys in description["keys"].values()) else {}
     chunks = [chunk for name in checkpoint.parts for chunk in _pieces(checkpoint.path / name)]
     with Reader(checkpoint.path, chunks, kept_open) as read:
-        yield WeightSource(shapes, key, read)
+        found = partial(_read_or_begin, description["keys"], read)  # frozen weights have no average of their own
+        if merge and "lora" in description:
+            reader = MergedReader(found, shapes, lora_of(checkpoint).scale)
+            yield WeightSource(reader.shapes, key, reader)
+        else:
+            yield WeightSource(shapes, key, found)
+
+
+def lora_of(checkpoint: Checkpoint) -> LoraSettings:
+    """The settings of a checkpoint's adapters; rank 0: it has none."""
+    return LoraSettings.model_validate(checkpoint.description.get("lora", {}), context=SAVED)
 
 
 def read_weights(checkpoint: Checkpoint, key: str = "weight") -> dict[str, Tensor]:
@@ -318,6 +361,18 @@ def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
             )
 
 
+def _compare_adapters(checkpoint: Checkpoint, settings: Settings) -> None:
+    """What adapters are added with; their shapes are compared as all others are."""
+    now, then = settings.lora, lora_of(checkpoint)
+    for name, mine, its in (("rank", now.rank, then.rank), ("scale", now.rank and now.scale, then.rank and then.scale)):
+        if mine != its:
+            given = f"lora.{name} = {mine}" if name == "rank" else f"lora.alpha / rslora give the scale {mine}"
+            raise UserError(
+                f"{given}, but checkpoint {checkpoint.path} was made with {its}; set it back, or begin another run "
+                f"with model.from = {json.dumps(str(checkpoint.path.parents[1]))}"
+            )
+
+
 def _compare_shapes(checkpoint: Checkpoint, engine: States) -> None:
     then = {name: tuple(shape) for name, shape in checkpoint.description["shapes"].items()}
     now = {name: engine.shape(name) for name in engine.names()}
@@ -332,8 +387,8 @@ def _compare_shapes(checkpoint: Checkpoint, engine: States) -> None:
         lacking = set(engine.keys(name)) - set(checkpoint.description["keys"][name]) - {"ema"}
         if lacking:
             raise UserError(
-                f"optimizer.groups: {name} needs {', '.join(sorted(lacking))}, missing in checkpoint "
-                f"{checkpoint.path}; set the groups back, or start over with --fresh"
+                f"optimizer.groups or training.freeze: {name} needs {', '.join(sorted(lacking))}, missing in "
+                f"checkpoint {checkpoint.path}; set them back, or start over with --fresh"
             )
 
 

@@ -47,6 +47,7 @@ from bigmodel.training.checkpoint import remote as store
 from bigmodel.training.checkpoint.format import (
     FORMAT,
     States,
+    best_step,
     hash_file,
     looks_whole,
     path_of,
@@ -130,16 +131,23 @@ class Saver:
         self._interval = Interval(settings.checkpoint, world)
 
     def step(
-        self, engine: States, step: int, written_votes: float, ending: bool, state: Callable[[], dict[str, Any]]
+        self,
+        engine: States,
+        step: int,
+        written_votes: float,
+        ending: bool,
+        state: Callable[[], dict[str, Any]],
+        asked: bool = False,
     ) -> Iterator[Saved | Waiting]:
         """Publish the save that is written, begin the save that is due. Yields each result as it comes.
 
         written_votes: number of ranks with `written`. ending: this is the run's last step; wait for its save.
-        state: the state for `begin`; called only if a save begins. Exhaust the iterator: it does the work.
+        state: the state for `begin`; called only if a save begins. asked: save this step in any case, as the best.
+        Exhaust the iterator: it does the work.
         Raises `SaveError`, after its `Saved`, if the run cannot continue; and what `begin` raises.
         """
         due = self.due(step)  # called at each step, because it also times the steps
-        begins = due or ending
+        begins = due or ending or asked
         waits = ending or not self._settings.checkpoint.asynchronous
         if begins or written_votes == self._world.size:  # one save at a time: publish the one in flight first
             yield from self._result_of(lambda: self.finish(must=False))
@@ -400,6 +408,7 @@ def _describe(engine: States, state: dict[str, Any], settings: Settings) -> dict
         "updates": engine.updates,
         "model": settings.model.model_dump(mode="json"),
         "optimizer": settings.optimizer.kind,
+        **({"lora": settings.lora.model_dump(mode="json")} if settings.lora.rank else {}),
         "scaler": engine.scaler_state(),
         "shapes": {name: list(engine.shape(name)) for name in engine.names()},
         "keys": {name: engine.keys(name) for name in engine.names()},
@@ -416,9 +425,10 @@ def _manifest(files: dict[str, Any], world_size: int) -> bytes:
 def retain(directory: Path, step: int, settings: CheckpointSettings, uploading: Path | None = None) -> None:
     """Remove the oldest checkpoints beyond `checkpoint.keep`, counted back from `step`; only complete ones count.
 
-    Checkpoints of later steps were found damaged at the start: they do not count and are not removed.
+    The best checkpoint is kept, too (`checkpoint.keep_best`). Checkpoints of later steps were found damaged at the
+    start: they do not count and are not removed.
     """
-    kept = 1
+    kept, best = 1, best_step(directory) if settings.keep_best else 0
     for older in reversed([other for other in steps(directory) if other < step]):
         path = path_of(directory, older)
         if settings.keep_every_steps and older % settings.keep_every_steps == 0:
@@ -426,7 +436,7 @@ def retain(directory: Path, step: int, settings: CheckpointSettings, uploading: 
         if kept < settings.keep:
             kept += looks_whole(path)
             continue
-        if path == uploading or _age_hours(path) < settings.keep_hours:
+        if older == best or path == uploading or _age_hours(path) < settings.keep_hours:
             continue
         fault("before-removal", step)
         doomed = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}.doomed")

@@ -6,6 +6,8 @@ parameters (norms) do not; `optimizer.groups` overrides this for the parameters 
 embedding counts as embedding, an untied head as a matrix.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import nn
 
 from bigmodel.config.settings import OptimizerSettings, UserError
 from bigmodel.training.optimizers.table import OPTIMIZERS, State
+
+BLOCK = re.compile(r"(encoder\.|)blocks\.(\d+)\.")
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
@@ -25,6 +29,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    factors = layer_factors([name for name, _ in model.named_parameters()], settings.layer_decay)
     met: set[str] = set()
     matrices = OPTIMIZERS[settings.kind].matrices
     for name, parameter in model.named_parameters():
@@ -40,18 +45,45 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             met.add(given.parameters)
             decay = decay if given.weight_decay is None else given.weight_decay
             factor = given.learning_rate_factor
+        factor *= factors[name]
         groups.setdefault((decay, factor, as_matrix), []).append(parameter)
     for given in settings.groups:
         if given.parameters not in met:
-            names = [name for name, _ in model.named_parameters()]
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             raise UserError(
-                f'optimizer.groups: parameters = "{given.parameters}" matches no parameter; '
+                f'optimizer.groups: parameters = "{given.parameters}" matches no trained parameter; '
                 f"names are for example {', '.join(names[:3])} and {names[-1]}"
             )
     return [
         {"params": parameters, "weight_decay": decay, "rate_factor": factor, "matrices": as_matrix}
         for (decay, factor, as_matrix), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
+
+
+def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:
+    """Factor of the learning rate by parameter name (`optimizer.layer_decay`), from 1 at the top downwards.
+
+    Of n blocks the last has decay, the first decay^n, what embeds the tokens decay^(n + 1); heads, the last norm and
+    multi-token prediction modules have 1. An encoder-decoder has two stacks, each counted from its own top; an
+    embedding of both is that of the deeper one. As in BEiT; ELECTRA's code has one more power of decay below the heads.
+    """
+    depths = {"": 0, "encoder.": 0}
+    for name in names:
+        if found := BLOCK.match(name):
+            depths[found[1]] = max(depths[found[1]], int(found[2]) + 1)
+    return {name: decay ** _height(name, depths) for name in names}
+
+
+def _height(name: str, depths: Mapping[str, int]) -> int:
+    """Number of layers from the top of its stack."""
+    if found := BLOCK.match(name):
+        return depths[found[1]] - int(found[2])
+    side = "encoder." if name.startswith("encoder.") else ""
+    if name.removeprefix(side).startswith("relative_bias."):  # of the first block
+        return depths[side]
+    if name == "embedding.weight":
+        return max(depths.values()) + 1
+    return depths[side] + 1 if name.removeprefix(side).startswith(("embedding.", "input.")) else 0
 
 
 def states_of(settings: OptimizerSettings, group: dict[str, Any]) -> tuple[State, ...]:

@@ -7,6 +7,8 @@ weights. Guarantees, for ZeRO 0 to 3:
 - gradients are accumulated in fp32, also under bf16 and fp16;
 - the norm is known before the update and equal on all ranks; a skipped update leaves weights and moments bitwise
   unchanged;
+- parameters without `requires_grad` are frozen: no gradient, no master, no optimizer state, no part in the norm; their
+  state is the weight in the precision of the forward pass;
 - state is read and written by parameter name, in fp32, exactly: a checkpoint depends on neither ranks nor stages. Each
   rank gives its own part, without communication.
 Costs: DeepSpeed's own. bigmodel/training/zero/layouts.py knows where each stage keeps its state.
@@ -78,12 +80,13 @@ class Engine:
             for group in self._optimizer.param_groups
             for parameter in group["params"]
         }
-        self._states = {name: states[id(parameter)] for name, parameter in self._parameters.items()}
+        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._states = {name: states[id(parameter)] for name, parameter in self._trained.items()}
         self._engine = _initialize(model, self._optimizer, effective, settings)
         _time_communication(self.phases)
         self._layout = layout_of(self._engine, self._optimizer)
-        self._shards = {name: self._layout.shard(p) for name, p in self._parameters.items()}
-        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._shards = {name: self._layout.shard(p) for name, p in self._trained.items()}
+        self._names = {id(parameter): name for name, parameter in self._trained.items()}
         self._sequence = (
             Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
         )
@@ -128,7 +131,7 @@ class Engine:
         return self._norm
 
     def gradient(self, name: str) -> Tensor:
-        """The whole gradient of a parameter, in fp32, after the last micro-batch and before the update."""
+        """The whole gradient of a trained parameter, in fp32, after the last micro-batch and before the update."""
         shard, chunks = self._shards[name], self._layout.gradients()
         flat = None if shard is None else torch.cat([chunk.flatten() for chunk in chunks[shard.master]])
         chunk = None if shard is None or flat is None else shard.of(flat).detach().float()
@@ -195,12 +198,18 @@ class Engine:
         """Parameter names, in the model's order; tied weights appear once."""
         return list(self._parameters)
 
+    def trained(self) -> list[str]:
+        """Names of the parameters that are not frozen."""
+        return list(self._trained)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole parameter's shape, on every rank."""
         return self._shapes[name]
 
     def keys(self, name: str) -> list[str]:
-        """Keys of a parameter's state: "weight", the optimizer's states, "ema" if averages are kept."""
+        """Keys of a parameter's state: "weight"; if it is trained, the optimizer's states, and "ema" for averages."""
+        if name not in self._trained:
+            return [WEIGHT]
         states = [state.key for state in self._states[name] if state.shape != "number"]
         return [WEIGHT, *states, *([AVERAGE] if self._averages else [])]
 
@@ -212,7 +221,7 @@ class Engine:
         """
         chunks = {}
         for key, (first, elements) in self._held(name).items():
-            if key in self._vectors[name] or not self._layout.partitioned:  # replicated: each rank owns a share
+            if self._is_replicated(name, key):  # each rank owns a share
                 edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
                 first, elements = first + edges[0], elements[edges[0] : edges[1]]
             if elements.numel():
@@ -260,9 +269,18 @@ class Engine:
         """A whole tensor of a parameter's state, in fp32, copied to every rank. Collective."""
         if key in self._vectors[name]:
             return self._vectors[name][key].clone()
+        if name not in self._trained:
+            return self._whole_frozen(name)
         shard = self._shards[name]
         chunk = None if shard is None else shard.of(self._flat(shard, key))
         return self._assemble(self._shapes[name], shard, chunk)
+
+    def _whole_frozen(self, name: str) -> Tensor:
+        start, elements = self._layout.frozen(self._parameters[name])
+        if not self._layout.shares_frozen:
+            return elements.float().view(self._shapes[name]).clone()
+        shard = ParameterShard(start, elements.numel(), -1, 0) if elements.numel() else None
+        return self._assemble(self._shapes[name], shard, elements.float())
 
     def state_tensors(self) -> list[Tensor]:
         """All tensors that offloading moves off the device: masters, their gradients, moments, averages; no copies."""
@@ -277,11 +295,19 @@ class Engine:
 
     def _held(self, name: str) -> dict[str, Piece]:
         """By key, this rank's elements of a parameter's state, as views."""
+        if name not in self._trained:
+            return {WEIGHT: self._layout.frozen(self._parameters[name])}
         shard, held = self._shards[name], {key: (0, vector) for key, vector in self._vectors[name].items()}
         if shard is not None:
             for key in [key for key in self.keys(name) if key not in held]:
                 held[key] = (shard.start, shard.of(self._flat(shard, key)))
         return held
+
+    def _is_replicated(self, name: str, key: str) -> bool:
+        """Whether every rank holds the same elements."""
+        if name not in self._trained:
+            return not self._layout.shares_frozen
+        return key in self._vectors[name] or not self._layout.partitioned
 
     def _flat(self, shard: ParameterShard, key: str) -> Tensor:
         master = self._layout.masters()[shard.master]

@@ -34,6 +34,7 @@ class Layout(Protocol):
     """The masters of one stage and their contents."""
 
     partitioned: bool  # whether ranks hold different masters; otherwise each rank holds all
+    shares_frozen: bool  # whether ranks hold different parts of frozen parameters; otherwise each rank holds all
     offloaded: bool  # whether masters and gradients are on the CPU
 
     def masters(self) -> list[Tensor]: ...
@@ -44,6 +45,10 @@ class Layout(Protocol):
 
     def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
         """None if this rank has no element."""
+        ...
+
+    def frozen(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """First element and elements of a frozen parameter on this rank, as a flat view in the forward's precision."""
         ...
 
     def gradients(self) -> list[list[Tensor]]:
@@ -58,7 +63,7 @@ class Layout(Protocol):
 class Whole:
     """Stage 0, fp32, nothing partitioned: parameters are their own masters."""
 
-    partitioned = offloaded = False
+    partitioned = offloaded = shares_frozen = False
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -73,6 +78,9 @@ class Whole:
     def shard(self, parameter: nn.Parameter) -> ParameterShard | None:
         return ParameterShard(0, parameter.numel(), self._number[id(parameter)], 0)
 
+    def frozen(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter.detach().view(-1)
+
     def gradients(self) -> list[list[Tensor]]:
         return [[torch.zeros_like(p) if p.grad is None else p.grad] for p in self._parameters]
 
@@ -83,7 +91,7 @@ class Whole:
 class Runs:
     """Stages 1 and 2: each rank owns one range of a flat master; a parameter may be spread over several ranks."""
 
-    partitioned = True
+    partitioned, shares_frozen = True, False
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._zero = engine.optimizer
@@ -101,6 +109,9 @@ class Runs:
             return None
         here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
         return ParameterShard(here.start, here.numel, mapping.param_group_index, there.start)
+
+    def frozen(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter.detach().view(-1)
 
     def gradients(self) -> list[list[Tensor]]:
         if self.offloaded:
@@ -127,7 +138,7 @@ class RunsInBf16(Runs):
 class Shares:
     """Stage 3: each rank owns the same share of every parameter, padded at the end."""
 
-    partitioned = True
+    partitioned = shares_frozen = True
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._zero = engine.optimizer
@@ -145,6 +156,11 @@ class Shares:
         start = share * self._zero._get_param_partition_rank(parameter)
         numel = min(share, parameter.ds_numel - start)
         return ParameterShard(start, numel, number, offset) if numel > 0 else None
+
+    def frozen(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        share = parameter.ds_tensor.numel()
+        start = min(share * self._zero._get_param_partition_rank(parameter), parameter.ds_numel)
+        return start, parameter.ds_tensor.detach().view(-1)[: min(share, parameter.ds_numel - start)]
 
     def gradients(self) -> list[list[Tensor]]:
         if self.offloaded:

@@ -1,4 +1,4 @@
-"""L2 norms of weights and of updates, by kind of layer.
+"""L2 norms of trained weights and of their updates, by kind of layer.
 
 In: the engine. Out: norms every `every_steps` steps. Costs, at those steps only: a copy of this rank's share of the
 weights, two passes over it and one small all-reduce.
@@ -39,7 +39,7 @@ class Norms:
             weights[kind_of(name)] += _squares(now)
             updates[kind_of(name)] += _squares(now - self._before[name])
         self._before = None
-        kinds = sorted({kind_of(name) for name in self._engine.names()})  # a rank may own none of a kind
+        kinds = sorted({kind_of(name) for name in self._engine.trained()})  # a rank may own none of a kind
         sums = self._world.sum_([squares[kind] for kind in kinds for squares in (weights, updates)])
         return {
             kind: {"weight_norm": sums[2 * number] ** 0.5, "update_norm": sums[2 * number + 1] ** 0.5}
@@ -47,8 +47,8 @@ class Norms:
         }
 
     def _weights(self) -> list[tuple[str, Tensor]]:
-        """The weights that this rank owns, by parameter, in fp32."""
-        owned = ((name, self._engine.owned(name)) for name in self._engine.names())
+        """The trained weights that this rank owns, by parameter, in fp32."""
+        owned = ((name, self._engine.owned(name)) for name in self._engine.trained())
         return [(name, mine[WEIGHT][1]) for name, mine in owned if WEIGHT in mine]
 
 

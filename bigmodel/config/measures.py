@@ -1,0 +1,19 @@
+"""Measures of an evaluation that can choose the best checkpoint and end a run. Imports no torch.
+
+To add one: a row, and the attribute in the evaluation's result (`bigmodel.evaluation.evaluate`).
+"""
+
+from typing import NamedTuple
+
+
+class Measure(NamedTuple):
+    """attribute: of an evaluation's result, or of a part of it: "scores.accuracy"; None there: not known."""
+
+    attribute: str
+    is_better_high: bool = False
+
+
+MEASURES: dict[str, Measure] = {
+    "loss": Measure("nats_per_token"),
+    "bits_per_byte": Measure("bits_per_byte"),
+}
