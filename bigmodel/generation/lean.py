@@ -1,7 +1,7 @@
 """Blocks for single tokens on a CPU: the same functions as the model's, in fewer and faster operations.
 
 In: a model in fp32. Out: its blocks with the model's own weights, but matrices copied into a layout that fits few rows,
-norms in one operation, and queries and keys rotated together. The model is unchanged. Guarantee: equal within fp32
+norms in few operations, and queries and keys rotated together. The model is unchanged. Guarantee: equal within fp32
 rounding. Costs: one copy of the blocks' and the head's matrices.
 
 A matrix product with few rows reads every weight once, so the layout decides. A model of 24 M weights, one thread of an
@@ -76,10 +76,13 @@ class _Norm(nn.Module):
     def __init__(self, of: RMSNorm) -> None:
         super().__init__()
         self._factor = 1.0 + of.weight.detach() if of.zero_centered else of.weight.detach()
-        self._epsilon = of.epsilon
+        self._epsilon = self._factor.new_full((1,), of.epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._factor.shape, self._factor, self._epsilon)
+        """Fewer operations than torch's rms_norm, which a CPU composes of ten."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return x * scale * self._factor
 
 
 class _Head(nn.Module):
