@@ -16,11 +16,12 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq test test-long check torture exactness docs format clean
+.PHONY: help setup train train-seq2seq finetune test test-long check torture exactness docs format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; a second call resumes'
 	@echo 'make train-seq2seq  the same for an encoder-decoder on pairs: configs/seq2seq.toml'
+	@echo 'make finetune  train a small model, fine-tune it to classify, compare it with TF-IDF and regression'
 	@echo 'make test     set up, install the development tools, run all tests except the long ones, two at a time'
 	@echo '              (TESTS=... selects tests)'
 	@echo 'make test-long  the long tests, which make test leaves out (TESTS=... selects tests)'
@@ -65,6 +66,10 @@ train: .venv/installed
 
 train-seq2seq:
 	@$(MAKE) --no-print-directory train RUN=configs/seq2seq.toml
+
+finetune: .venv/installed
+	@$(INSTALL) --editable '.[finetune]'
+	@$(PY) -m tools.finetune --ranks $(RANKS)
 
 test: .venv/installed-dev
 	@$(PY) -m pytest $(if $(TESTS),$(TESTS),--numprocesses 2 --dist loadfile)

@@ -318,6 +318,9 @@ def evaluate(
     ngram: Annotated[int, typer.Option(min=1, help="--contamination: words in a row that count")] = 13,
     best: Best = False,
     output: Annotated[Path | None, typer.Option(help="also write all numbers to this JSON file")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="of a classification: also draw the confusion matrix into this file")
+    ] = None,
 ) -> None:
     """Score the newest checkpoint on the whole validation split, or on tasks of EleutherAI's lm_eval."""
     from bigmodel.evaluation.command import TaskOptions
@@ -325,7 +328,7 @@ def evaluate(
 
     if not tasks and (contamination or limit or shots is not None):
         raise UserError("--shots, --limit and --contamination have an effect only with --tasks; give tasks")
-    run(run_directory, TaskOptions(tasks, shots, limit, ngram if contamination else 0), output, best)
+    run(run_directory, TaskOptions(tasks, shots, limit, ngram if contamination else 0), output, best, png)
 
 
 @app.command()

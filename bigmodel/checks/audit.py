@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,8 +126,16 @@ def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
     """FLOPs of a batch, forward and backward: torch's count, and the formula over the pairs that torch counts."""
     vocabulary, settings = model.embedding.num_embeddings, model.settings
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        F.cross_entropy(model(batch, "logits"), batch.labels).backward()
+        if settings.classification:  # the formula leaves its head out
+            model.hidden(*_embedded(model, batch)).sum().backward()
+        else:
+            F.cross_entropy(model(batch, "logits"), batch.labels).backward()
     return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch, settings), (0, 0)).causal
+
+
+def _embedded(model: Transformer, batch: Batch) -> tuple[Tensor, Batch, Tensor | None]:
+    x_TH, x_SE = model.embed(batch)
+    return x_TH, batch, x_SE
 
 
 def work_of(batch: Batch, settings: ModelSettings) -> Work:

@@ -1,9 +1,10 @@
 """Settings of the data: from text to shards ([prepare]), from shards to packed sequences ([data])."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from bigmodel.config.sections import SET, UNSET, ReadBy, Section, key_of, setting
 from bigmodel.data.objectives.table import OBJECTIVES
@@ -48,10 +49,24 @@ class SourceSettings(Section):
         description="column with the weight of a record in the loss, 0 to 1; null: 1",
     )
 
+    label_column: str | None = Field(
+        None, description="class of the document: text, integers, or true and false; see classification.classes"
+    )
+
     @property
     def is_supervised(self) -> bool:
         """Whether only a part of each record is trained."""
         return bool(self.prompt_column or self.messages_column)
+
+    @model_validator(mode="after")
+    def _target_or_label(self) -> "SourceSettings":
+        for name in ("target_column", "messages_column", "prompt_column") if self.label_column else ():
+            if other := getattr(self, name):
+                raise ValueError(
+                    f"prepare.sources {self.name!r}: {name} = {other!r} and label_column = {self.label_column!r}: a "
+                    "document has a text to predict or a class; leave one of them out"
+                )
+        return self
 
 
 class DecontaminationSettings(Section):
@@ -66,11 +81,11 @@ class PrepareSettings(Section):
     """From text to shards."""
 
     sources: list[SourceSettings] = Field([], description="empty: the embedded corpus, Python's own standard library")
-    embedded: Literal["text", "pairs", "chats"] = setting(
+    embedded: Literal["text", "pairs", "chats", "verbs"] = setting(
         "text",
         only_with={"sources": UNSET},
-        description="content of the embedded corpus: code and documentation, pairs of function and description, or "
-        "short chats about sums and letters",
+        description="content of the embedded corpus: code and documentation, pairs of function and description, short "
+        "chats about sums and letters, or functions labelled with the verb of their name",
     )
     vocabulary: int = setting(
         32_000,
@@ -221,6 +236,8 @@ class DataSettings(Section):
     """Which shards are read and how documents are packed."""
 
     section = "data"
+    _classes: tuple[str, ...] = PrivateAttr(())
+    _ends_classified: bool = PrivateAttr(False)
 
     directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
     remote: str = Field(
@@ -306,6 +323,22 @@ class DataSettings(Section):
         description="longest wait for the next batch; then the run fails and names the document; keep it "
         "below training.collective_timeout_seconds, else that ends the run first",
     )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """`classification.classes`: then the label of a document is its class."""
+        return self._classes
+
+    @property
+    def ends_classified(self) -> bool:
+        """Whether a labelled document keeps its EOS: before an encoder."""
+        return self._ends_classified
+
+    def with_classes(self, classes: Sequence[str], ends_classified: bool) -> "DataSettings":
+        """The same data for a model with a classification head."""
+        copy = self.model_copy()
+        copy._classes, copy._ends_classified = tuple(classes), ends_classified
+        return copy
 
     @property
     def longest_source(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bigmodel.config.huggingface_classes import CLASSES_WITH_LABELS, config_of_labels, lacking_for_labels
 from bigmodel.config.huggingface_rope import read_rope, write_rope
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.sections import UserError, explain
@@ -132,11 +133,22 @@ def write_config(kind: str, settings: ModelSettings, vocabulary: int, max_positi
     """A config.json of that type. Settings that the type lacks are lost: `differences` names them."""
     theirs = WRITERS.get(kind, _write_decoder)(kind, settings)
     theirs |= {"model_type": kind, "architectures": [CLASSES[kind]], "vocab_size": vocabulary}
+    theirs |= config_of_labels(kind, settings.classification) if settings.classification else {}
     return theirs if kind in ("t5", "mt5") else {"max_position_embeddings": max_positions} | theirs
+
+
+def class_of(kind: str, settings: ModelSettings) -> str:
+    """The name of the class that loads an export."""
+    return CLASSES_WITH_LABELS[kind] if settings.classification else CLASSES[kind]
 
 
 def differences(kind: str, settings: ModelSettings) -> list[str]:
     """The settings that a config.json of that type cannot hold, as "model.name = value"."""
+    if settings.classification:
+        body = settings.with_classes_of(None)
+        bodies = [body.model_copy(update={"tied_embeddings": tied}) for tied in (True, False)]  # of no effect here
+        lacking = min((differences(kind, one) for one in bodies), key=len)
+        return lacking + lacking_for_labels(kind, settings.classification)
     try:
         back = read_config(write_config(kind, settings, 1, settings.max_positions or 1)).model_dump()
     except (UserError, ValueError):

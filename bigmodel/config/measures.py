@@ -16,4 +16,6 @@ class Measure(NamedTuple):
 MEASURES: dict[str, Measure] = {
     "loss": Measure("nats_per_token"),
     "bits_per_byte": Measure("bits_per_byte"),
+    "accuracy": Measure("accuracy", is_better_high=True),
+    "macro_f1": Measure("macro_f1", is_better_high=True),
 }

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, PrivateAttr, create_model, model_validator
 
+from bigmodel.config.classification_settings import ClassificationSettings
 from bigmodel.config.sections import SET, Section, setting
 
 TWO_SIDES = {"kind": "encoder_decoder"}
@@ -96,6 +97,7 @@ class ModelSettings(WithFrom):
     """
 
     section = "model"
+    _classification: ClassificationSettings | None = PrivateAttr(None)
 
     kind: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
     num_layers: int = Field(12, ge=1)
@@ -254,6 +256,17 @@ class ModelSettings(WithFrom):
     def num_rows(self, num_tokens: int) -> int:
         """Rows of embedding and output head for that many tokens."""
         return -(-max(num_tokens, self.min_vocabulary) // self.vocabulary_multiple) * self.vocabulary_multiple
+
+    @property
+    def classification(self) -> ClassificationSettings | None:
+        """Of the head; None: the model predicts tokens."""
+        return self._classification
+
+    def with_classes_of(self, classification: ClassificationSettings | None) -> "ModelSettings":
+        """The same model with another head; pooling and head are resolved."""
+        copy = self.model_copy()
+        copy._classification = classification and classification.resolved(self.kind, self.norm_placement)
+        return copy
 
     @property
     def start_folder(self) -> Path | None:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from bigmodel.config.adapter_folder import with_adapter
+from bigmodel.config.classification_settings import ClassificationSettings as ClassificationSettings
+from bigmodel.config.classification_settings import problem_of_classification
 from bigmodel.config.data_settings import CurriculumStage as CurriculumStage
 from bigmodel.config.data_settings import DataSettings as DataSettings
 from bigmodel.config.data_settings import DecontaminationSettings as DecontaminationSettings
@@ -309,12 +311,23 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
+    classification: ClassificationSettings = ClassificationSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _data_and_model_know_the_classes(self) -> "Settings":
+        if self.classification.classes:
+            data = self.data.with_classes(self.classification.classes, self.model.kind == "encoder")
+            object.__setattr__(self, "data", data)
+            object.__setattr__(self, "model", self.model.with_classes_of(self.classification))
+            if problem := problem_of_classification(self):
+                raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _data_suit_the_model(self) -> "Settings":
@@ -324,7 +337,7 @@ class Settings(Section):
                 f"model.kind = {kind!r} and data.source_sequence_length = {sides} do not fit: an encoder-decoder needs "
                 "a source side, other models have none"
             )
-        if (kind == "encoder") != self.data.trains_encoder:
+        if (kind == "encoder") != self.data.trains_encoder and not self.classification.classes:
             masked = " or ".join(f'kind = "{name}"' for name, row in OBJECTIVES.items() if row.trains_encoder)
             raise ValueError(
                 f"model.kind = {kind!r} and data.objectives do not fit: an encoder alone is trained by {masked}, and "

@@ -20,8 +20,8 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import ALONE, World, end_world, start_world
 from bigmodel.evaluation import evaluation_text
+from bigmodel.evaluation.classify import make_validation, show_evaluation
 from bigmodel.evaluation.engine_texts import write_texts
-from bigmodel.evaluation.evaluate import Validation
 from bigmodel.evaluation.shared_requests import SharedRequests
 from bigmodel.evaluation.training_tasks import require_harness
 from bigmodel.run_directory import write_atomically
@@ -41,16 +41,25 @@ class TaskOptions:
     ngram: int = 0
 
 
-def evaluate(run_directory: Path, options: TaskOptions, output: Path | None = None, best: bool = False) -> None:
-    """Print the result on rank 0. Raises `UserError`."""
-    if output and not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
+def evaluate(
+    run_directory: Path,
+    options: TaskOptions,
+    output: Path | None = None,
+    best: bool = False,
+    png: Path | None = None,
+) -> None:
+    """Print the result on rank 0. png: for the confusion matrix of a classification. Raises `UserError`."""
+    for name, file in (("--output", output), ("--png", png)):
+        if file and not file.parent.is_dir():
+            raise UserError(f"{name} {file}: there is no folder {file.parent}; make it, or choose another")
     world = start_world() if "RANK" in os.environ else ALONE
     trained = load_trained(run_directory, best)
+    if png and (options.named or not trained.settings.classification.classes):
+        raise UserError(f"--png {png}: only a classification has a confusion matrix; leave it out")
     if options.named:
         found = _on_tasks(trained, world, options)
     else:
-        found = _on_validation(trained, world)
+        found = _on_validation(trained, world, png)
     if world.rank == 0 and output:
         told = {"run": str(run_directory), "step": trained.step, "bigmodel_version": __version__, **found}
         write_atomically(output, json.dumps(told, indent=2, default=str, ensure_ascii=False) + "\n")
@@ -58,15 +67,19 @@ def evaluate(run_directory: Path, options: TaskOptions, output: Path | None = No
     end_world()
 
 
-def _on_validation(trained: Trained, world: World) -> dict[str, Any]:
-    result = Validation(trained.settings.data, packs_per_micro_batch=1).run(trained.forward, world)
+def _on_validation(trained: Trained, world: World, png: Path | None) -> dict[str, Any]:
+    result = make_validation(trained.settings.data, packs_per_micro_batch=1).run(trained.forward, world)
     if world.rank == 0:
-        print(evaluation_text.heading(trained.step, result), *evaluation_text.to_lines(result), sep="\n")
+        print(evaluation_text.heading(trained.step, result))
+    if world.rank == 0 and result.scores:
+        show_evaluation(result.scores, png, f"{trained.settings.run.directory.name}, step {trained.step}")
+    elif world.rank == 0:
+        print(*evaluation_text.to_lines(result), sep="\n")
     return {"validation": evaluation_text.to_values(result)}
 
 
 def _on_tasks(trained: Trained, world: World, options: TaskOptions) -> dict[str, Any]:
-    require_harness(trained.settings.model.kind, "--tasks")
+    require_harness(trained.settings.model, "--tasks")
     with _progress(shown=world.rank == 0) as progress:
         advance = _shown_by(progress)
         requests = SharedRequests(

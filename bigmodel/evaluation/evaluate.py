@@ -22,6 +22,7 @@ from bigmodel.data.load.stream import validation_batches
 from bigmodel.data.objectives.examples import nothing_asked, objectives_of
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import World
+from bigmodel.evaluation.class_scores import ClassScores, in_words
 from bigmodel.evaluation.tally import Bin, Part, Tally, add_up, calibration_error, tally
 from bigmodel.evaluation.text_bytes import bytes_by_token
 
@@ -34,7 +35,8 @@ class Evaluation:
     """`nats` summed over `num_labels` predicted tokens, which encode `text_bytes` bytes of text; None: unknown.
     `weight`: sum of the labels' weights; None: all are 1.
 
-    parts: by objective and source, those with labels. bins: by the probability of the likeliest token.
+    parts: by objective and source, those with labels. bins: by the probability of the likeliest token. scores: of a
+    classification, whose labels are documents; it has no parts and bins.
     """
 
     nats: float
@@ -44,8 +46,11 @@ class Evaluation:
     weight: float | None = None
     parts: tuple[Part, ...] = ()
     bins: tuple[Bin, ...] = ()
+    scores: ClassScores | None = None
 
     def __str__(self) -> str:
+        if self.scores:
+            return f"{self.nats_per_token:.3f} nats per document, {in_words(self.scores)}"
         bits = NOT_COUNTED if self.bits_per_byte is None else f"{self.bits_per_byte:.3f} bits per byte"
         return f"{self.nats_per_token:.3f} nats per token, {bits}"
 
@@ -63,8 +68,15 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of the labels that are the model's likeliest token."""
+        """Share of the labels that are the model's likeliest token, or class."""
+        if self.scores:
+            return self.scores.accuracy
         return sum(part.num_right for part in self.parts) / self.num_labels
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Of a classification."""
+        return self.scores.macro_f1 if self.scores else None
 
     @property
     def calibration_error(self) -> float:
@@ -77,13 +89,14 @@ class Evaluation:
             | ({"weight": one.weight} if one.weight != one.num_labels else {})
             for one in self.parts
         ]
+        more = {"calibration_error": self.calibration_error, "parts": parts} if self.bins else {}
         return {
             "nats_per_token": self.nats_per_token,
             "bits_per_byte": self.bits_per_byte,
             "seconds": self.seconds,
             "accuracy": self.accuracy,
-            "calibration_error": self.calibration_error,
-            "parts": parts,
+            **more,
+            **({"scores": self.scores.numbers()} if self.scores else {}),
         }
 
 

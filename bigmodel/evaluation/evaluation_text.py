@@ -16,6 +16,9 @@ NAME_COLUMNS = 21  # of a source's name, at most
 
 def to_values(evaluation: Evaluation) -> dict[str, Any]:
     """All numbers of the evaluation and what follows from them."""
+    if evaluation.scores:
+        found = {"nats_per_document": evaluation.nats_per_token, "num_documents": evaluation.num_labels}
+        return found | evaluation.scores.numbers() | {"confusion": evaluation.scores.counts.tolist()}
     parts = [
         asdict(part)
         | {"nats_per_token": part.nats_per_token, "bits_per_byte": part.bits_per_byte, "accuracy": part.accuracy}
@@ -57,7 +60,8 @@ def to_lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def heading(step: int, evaluation: Evaluation) -> str:
-    return f"step {step}: {evaluation} over {counted_noun(evaluation.num_labels, 'token')}"
+    unit = "document" if evaluation.scores else "token"
+    return f"step {step}: {evaluation} over {counted_noun(evaluation.num_labels, unit)}"
 
 
 def perplexity(nats_per_token: float) -> float:

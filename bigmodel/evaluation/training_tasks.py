@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from bigmodel.config.settings import Settings, UserError
+from bigmodel.config.classification_settings import NO_TEXT
+from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.world import World
@@ -44,7 +45,7 @@ class TrainingTasks:
         self._tasks: Tasks | None = None
         self.given = bool(settings.evaluation.tasks)
         if self.given:
-            require_harness(settings.model.kind, f"evaluation.tasks = {settings.evaluation.tasks}")
+            require_harness(settings.model, f"evaluation.tasks = {settings.evaluation.tasks}")
             world.on_rank_zero(self._load)
             self._tokenizer = Tokenizer.load(ShardStore.of_run(settings.data, "validation").file("tokenizer.json"))
 
@@ -72,9 +73,11 @@ class TrainingTasks:
         return scores(self._tasks.run(self._settings, self._tokenizer, requests, with_errors=False))
 
 
-def require_harness(kind: str, why: str) -> None:
-    """Raise `UserError` for a model without answers (kind: `model.kind`), or without lm_eval. why: what asks for it."""
-    if kind == "encoder":
+def require_harness(model: ModelSettings, why: str) -> None:
+    """Raise `UserError` for a model without answers, or without lm_eval. why: what asks for it."""
+    if model.classification:
+        raise UserError(f"{why}: {NO_TEXT}")
+    if model.kind == "encoder":
         raise UserError(f"{why}: model.kind = 'encoder' has no likelihood of a text and writes none; leave tasks out")
     if find_spec("lm_eval") is None:
         raise UserError(f"{why}: needs lm_eval, which is not installed; pip install 'bigmodel[tasks]'")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel.config.huggingface import CLASSES, differences, fitting_type, write_config
+from bigmodel.config.huggingface import CLASSES, class_of, differences, fitting_type, write_config
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
@@ -96,7 +96,7 @@ def export(
     files = {name: store.file(name) for name in wanted}
     with checkpoint.weights(found, kept_open=0) as source:
         remarks = write_model(folder, settings, kind, source, files, as_dtype, max_bytes)
-    return Exported(folder, found.state["step"], CLASSES[kind], remarks)
+    return Exported(folder, found.state["step"], class_of(kind, settings.model), remarks)
 
 
 def write_model(
@@ -120,7 +120,7 @@ def write_model(
     config = write_config(kind, settings.model, source.shape("embedding.weight")[0], positions)
     config |= ids | {"dtype": name, "torch_dtype": name}
     more = tokenizer_files(settings, tokenizer, description, positions)
-    if settings.model.kind != "encoder":
+    if settings.model.kind != "encoder" and not settings.model.classification:
         more["generation_config.json"] = as_json(ids | _more_ends(settings.model.start_folder, tokenizer))
     if CHAT_TEMPLATE in files:
         more[CHAT_TEMPLATE] = files[CHAT_TEMPLATE].read_bytes()
@@ -158,9 +158,8 @@ def _type_of(settings: Settings, kind: str) -> str:
     if kind not in CLASSES:
         raise UserError(f"--as {kind}: unknown; use {', '.join(CLASSES)}")
     if lacking := differences(kind, settings.model):
-        raise UserError(
-            f"--as {kind}: {CLASSES[kind]} cannot hold {', '.join(lacking)}; leave --as out, or use another"
-        )
+        name = class_of(kind, settings.model)
+        raise UserError(f"--as {kind}: {name} cannot hold {', '.join(lacking)}; leave --as out, or use another")
     return kind
 
 
@@ -191,22 +190,22 @@ def _remarks(
     settings: Settings, kind: str, names: Names, source: checkpoint.WeightSource, description: Mapping[str, Any]
 ) -> list[str]:
     """What the class does not hold, or does otherwise than the run."""
-    found = []
+    found, name_of_class = [], class_of(kind, settings.model)
     first, modules = settings.model.num_layers, settings.model.num_mtp_modules
     if modules and any(name.startswith(MTP) for name in names):
         last = f" to {first + modules - 1}" if modules > 1 else ""
         found.append(
-            f"MTP modules: {CLASSES[kind]} has none; they are in {BESIDE} as model.layers.{first}{last}, DeepSeek-V3's "
+            f"MTP modules: {name_of_class} has none; they are in {BESIDE} as model.layers.{first}{last}, DeepSeek-V3's "
             "names, without enorm, hnorm and eh_proj, because ours read no further token"
         )
     if left := [name for name in source.names() if name not in names]:
-        found.append(f"left out, because {CLASSES[kind]} has none: {', '.join(left)}")
+        found.append(f"left out, because {name_of_class} has none: {', '.join(left)}")
     objectives = settings.data.wanted_objectives
     reads_both_ways = settings.model.kind == "decoder" and settings.data.bidirectional_prefix
     if reads_both_ways and any(OBJECTIVES[one.kind].has_source for one in objectives):
         found.append(
             "data.bidirectional_prefix = true: prefixes were read in both directions, which "
-            f"{CLASSES[kind]} does not do"
+            f"{name_of_class} does not do"
         )
     if kind == "qwen2" and (description.get("normalizer") or {}).get("type") != "NFC":
         found.append(

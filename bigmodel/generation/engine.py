@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from bigmodel.config.classification_settings import NO_TEXT
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.cached_model import CachedModel, Prompt
 from bigmodel.generation.sampling import Sampling, choose
@@ -232,6 +233,8 @@ class Engine:
 
 def check_can_generate(model: Transformer, max_positions: int) -> None:
     settings = model.settings
+    if settings.classification:
+        raise UserError(NO_TEXT)
     if settings.kind == "encoder":
         raise UserError(
             f"model.kind = {settings.kind!r} cannot generate text; choose a run of a decoder or encoder-decoder"

@@ -1,6 +1,6 @@
 """`bigmodel show data` and `show batch`: prepared data and its packing in numbers, a packed batch as a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
         packing_text(settings, packed, whole_share(all_positions(store), data.max_document_length)), markup=False
     )
     if store.pair_sources:
-        console.print(cut_text(count_cut(store, data)), markup=False)
+        console.print(cut_text(count_cut(store, data), data.classes), markup=False)
         console.print(window_text(data, packed), markup=False)
     if store.supervised_sources:
         console.print(trained_text(count_trained(store, data), data), markup=False)
@@ -182,7 +182,12 @@ def packing_text(settings: Settings, packed: Packed, whole: float) -> str:
     )
 
 
-def cut_text(cut: CutPairs) -> str:
+def cut_text(cut: CutPairs, classes: Sequence[str] = ()) -> str:
+    if classes:
+        share = cut.sources / cut.num_pairs
+        return (
+            f"  of {cut.num_pairs:,} labelled documents, {cut.sources:,} are cut ({share:.2%}): their end is left out"
+        )
     return (
         f"  of {cut.num_pairs:,} pairs, {cut.sources:,} have their source cut ({cut.sources / cut.num_pairs:.2%}) and "
         f"{cut.targets:,} their target ({cut.targets / cut.num_pairs:.2%}): the end of the text is left out"

@@ -86,7 +86,8 @@ def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
         settings.hidden_size,
         settings.resolved_head_dim,
     )
-    of_heads = (1 + settings.num_mtp_modules) * vocabulary * width
+    # A classification head reads one state of a document: less than 0.1%, not counted.
+    of_heads = 0 if settings.classification else (1 + settings.num_mtp_modules) * vocabulary * width
     of_position = layers * _block_weights(settings) + of_heads
     if settings.kind != "encoder_decoder":
         return Weights(of_position, 0, of_heads)

@@ -86,12 +86,19 @@ RUN = (
         "source_validation_loss_nats", "gauge", "Validation loss by objective and source, nats per target token",
         ("objective", "source"),
     ),
-    Metric("validation_accuracy_ratio", "gauge", "Share of validation targets that are the model's likeliest token"),
+    Metric(
+        "validation_accuracy_ratio", "gauge", "Share of validation targets that are the model's likeliest token; with "
+        "classes of the documents whose class was predicted",
+    ),
     Metric(
         "validation_calibration_error_ratio", "gauge", "Expected calibration error of the likeliest token, 15 bins",
     ),
     Metric("task_score", "gauge", "Score of lm_eval's tasks", ("task", "metric")),
     Metric("validation_compression_ratio", "gauge", "Validation loss as coded bytes per byte of text; times 8: bits"),
+    Metric("validation_f1_ratio", "gauge", "F1 over all classes: macro, micro or weighted average", ("average",)),
+    Metric("validation_class_precision_ratio", "gauge", "Validation precision of a class", ("class",)),
+    Metric("validation_class_recall_ratio", "gauge", "Validation recall of a class", ("class",)),
+    Metric("validation_class_f1_ratio", "gauge", "Validation F1 of a class", ("class",)),
     Metric("checkpoints", "counter", "Checkpoints saved"),
     Metric(
         "checkpoint_failures", "counter", "Checkpoints that could not be saved: disk_full, permission or io_error",

@@ -182,8 +182,8 @@ class Metrics:
     def record_evaluation(
         self, step: int, nats_per_token: float, bits_per_byte: float | None, seconds: float, **more: Any
     ) -> None:
-        """`bits_per_byte` None: the bytes behind the labels are not known. `more`: accuracy, calibration_error, and
-        parts, a list of objective, source, nats and targets."""
+        """`bits_per_byte` None: the bytes behind the labels are not known. `more`: accuracy, calibration_error,
+        parts, a list of objective, source, nats and targets, and scores, `ClassScores.numbers`."""
         values = {"step": step, "nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "seconds": seconds}
         self._tell("evaluation", {**values, **more, "lap": self.lap()})
 

@@ -301,7 +301,18 @@ def _of_evaluation(line: Mapping[str, Any]) -> Samples:
         samples["source_validation_loss_nats"] = _losses(line["parts"])
     if line["bits_per_byte"] is not None:
         samples["validation_compression_ratio"] = [[[], line["bits_per_byte"] / 8]]  # Prometheus' unit is bytes
-    return samples
+    return samples | (_of_classes(line["scores"]) if "scores" in line else {})
+
+
+def _of_classes(scores: Mapping[str, Any]) -> Samples:
+    by_class = scores["by_class"]
+    return {
+        "validation_f1_ratio": [[[name], scores[f"{name}_f1"]] for name in ("macro", "micro", "weighted")],
+        **{
+            f"validation_class_{what}_ratio": [[[name], numbers[what]] for name, numbers in by_class.items()]
+            for what in ("precision", "recall", "f1")
+        },
+    }
 
 
 def _of_tasks(line: Mapping[str, Any]) -> Samples:

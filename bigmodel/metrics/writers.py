@@ -174,6 +174,8 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             )
             for part in line.get("parts", ())
         )
+        scores = line.get("scores", {})
+        yield from ((f"validation/{name}", value) for name, value in scores.items() if name.endswith("_f1"))
     elif line["kind"] == "tasks":
         for task, of in line["scores"].items():
             yield from ((f"tasks/{task}/{metric}", value) for metric, value in of.items())

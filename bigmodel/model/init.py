@@ -43,7 +43,8 @@ def init_weights(
 
 def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
     if parameter.dim() == 1:
-        parameter.fill_(0.0 if name.endswith(".bias") or settings.zero_centered_norm else 1.0)
+        zero_centered = settings.zero_centered_norm and not name.startswith("head.")
+        parameter.fill_(0.0 if name.endswith(".bias") or zero_centered else 1.0)
         return
     if ".lora." in name:
         limit = 0.0 if name.endswith(".b.weight") else math.sqrt(1.0 / parameter.shape[1])

@@ -40,7 +40,9 @@ from bigmodel.kernels.linear_cross_entropy import (
 from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
 from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks, layer_kind
+from bigmodel.model.class_head import ClassHead
 from bigmodel.model.layers import FeedForward, Input, Linear, dropout, make_head_norm, make_norm
+from bigmodel.model.loss_groups import by_group
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 
 Output = Literal["loss_sum", "loss_per_position", "predictions", "logits"]
@@ -258,20 +260,13 @@ class Head(nn.Module):
                 x_TH, self.weight, labels_T, self.options, weights_T=weights_T
             )
             self.z_sum = sums.z_sum.detach()
-            return sums.loss_sum if groups_T is None else _by_group(sums.loss_sum, losses_T, groups_T, num_loss_groups)
+            return sums.loss_sum if groups_T is None else by_group(sums.loss_sum, losses_T, groups_T, num_loss_groups)
         if output == "loss_per_position":
             return linear_cross_entropy_per_token(x_TH, self.weight, labels_T, softcap, weights_T=weights_T)
         if output == "predictions":
             return linear_predictions(x_TH, self.weight, labels_T, softcap)
         logits_TV = x_TH.float() @ self.weight.float().T
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
-
-
-def _by_group(loss_sum: Tensor, losses_T: Tensor, groups_T: Tensor, num_loss_groups: int) -> Tensor:
-    """(loss groups,) sums of the positions' losses; the gradient of their sum is that of `loss_sum`."""
-    is_of_PT = groups_T == torch.arange(num_loss_groups, device=groups_T.device)[:, None]
-    sums_P = (losses_T.double() * is_of_PT).sum(1).to(losses_T.dtype)  # no atomics: repeats bitwise
-    return sums_P + (loss_sum - loss_sum.detach()) / num_loss_groups
 
 
 def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int, beyond: float = IGNORED) -> Tensor:
@@ -361,14 +356,19 @@ class Transformer(nn.Module):
         extra = range(settings.num_layers, settings.num_layers + settings.num_mtp_modules)
         self.extra_blocks = nn.ModuleList(Block(settings, layer) for layer in extra)
         self.norm = last_norm(settings)
+        options = Options(z_loss, label_smoothing, settings.logit_softcap)
         untied = not settings.tied_embeddings
-        weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
-        self.head = Head(weight_VH, Options(z_loss, label_smoothing, settings.logit_softcap))
+        if settings.classification:
+            self.head: nn.Module = ClassHead(settings, options)
+        else:
+            weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
+            self.head = Head(weight_VH, options)
         self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
-        """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V). All fp32.
-        predictions: (3, T) fp64, see `linear_predictions`."""
+        """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V), with a
+        classification head (D, C) of D documents and C classes. All fp32. predictions: (3, T) fp64, see
+        `linear_predictions`; a classification head has none."""
         return self.read_out(*self.embed(batch), batch, output)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -383,9 +383,8 @@ class Transformer(nn.Module):
         """The rest of `forward`, after the embedding."""
         x_TH, views, source = self.trunk(x_TH, x_SE, batch)
         weights_T = batch.weights
-        result = self.head(
-            self.last_states(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups, weights_T
-        )
+        more = batch.cu_seqlens if self.settings.classification else weights_T
+        result = self.head(self.last_states(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups, more)
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):

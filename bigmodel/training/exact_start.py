@@ -10,6 +10,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from bigmodel.config.settings import Settings
+from bigmodel.model.huggingface.start import takes
 from bigmodel.training.start import open_weights
 from bigmodel.training.zero.engine import Engine
 
@@ -25,5 +26,7 @@ def write_exactly(engine: Engine, settings: Settings) -> None:
         def whole(name: str) -> Tensor:
             return weights.grown(name, engine.shape(name), settings.run.seed).flatten()
 
-        names = [name for name in engine.trained() if name in weights]  # frozen ones have no master
+        names = [
+            name for name in engine.trained() if takes(settings.model, weights, name)
+        ]  # frozen ones have no master
         engine.write_weights(names, lambda name, first, numel: whole(name)[first : first + numel])

@@ -39,6 +39,7 @@ from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.consistency import check_consistency
 from bigmodel.distributed.signals import StopFlag
 from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
+from bigmodel.evaluation.classify import make_validation
 from bigmodel.evaluation.evaluate import Validation
 from bigmodel.evaluation.training_tasks import TrainingTasks
 from bigmodel.generation.samples import examples, sample
@@ -63,6 +64,7 @@ from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
+from bigmodel.training.class_summary import summarize_classes
 from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
@@ -123,7 +125,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     effective, settings = resolve_deepspeed(settings, world.size)
     store = ShardStore.of_run(settings.data, "train")
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
-    validation = Validation(settings.data, effective["train_micro_batch_size_per_gpu"])
+    validation = make_validation(settings.data, effective["train_micro_batch_size_per_gpu"])
     tasks = TrainingTasks(settings, world, effective["train_micro_batch_size_per_gpu"])
     vocabulary = settings.model.num_rows(store.manifest.vocabulary + num_special_tokens(settings.data))
     begins = fresh or not _has_checkpoint(settings, world)
@@ -483,6 +485,11 @@ def _evaluate_at_end(
     """Evaluate the whole validation split, generate a sample, write and print the summary. Collective."""
     metrics.begins("evaluation", settings.training.steps)
     evaluation = validation.run(engine.forward, world)
+    if evaluation.scores:
+        metrics.record_evaluation(settings.training.steps, **evaluation.recorded())
+        if world.rank == 0:
+            summarize_classes(settings, evaluation)
+        return
     tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
     shown, wrong_sources = "", None
     if settings.model.kind == "encoder_decoder":

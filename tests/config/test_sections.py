@@ -128,6 +128,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "schedule.final_ratio": (0.5, {"kind": "constant"}, 'with kind = "constant"', {"kind": "wsd"}),
     "metrics.project": ("mine", {"writers": ["csv"]}, "only the writers wandb and comet", {"writers": ["comet"]}),
     "metrics.group": ("small", {"writers": ["comet"]}, "only the writer wandb", {"writers": ["wandb"]}),
+    "classification.pooling": ("mean", {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
+    "classification.head": ("bert", {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
     "metrics.team": ("us", {}, "only the writers wandb and comet have projects", {"writers": ["wandb"]}),
     "evaluation.tasks_every_steps": (5, {}, "without tasks", {"tasks": ["arc_easy"]}),
     "evaluation.tasks_limit": (5, {}, "without tasks", {"tasks": ["arc_easy"]}),

@@ -14,17 +14,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.evaluation.class_scores import labels_found
 from bigmodel.metrics.exporter import bucket_names, families
 from bigmodel.metrics.metric_table import METRICS, NODE, SERVING, STEP_BUCKETS_SECONDS, full_name, reference
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, StepRecord, how_it_ended
 from bigmodel.metrics.run_accounting import CAUSES, ENDINGS, SAVE_FAILURES
 from bigmodel.run_directory import read_json_lines, record_event
+
+SCORES = labels_found(("a", "b"), np.array([0, 1, 1]), np.array([0, 1, 0])).numbers()
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = [
@@ -85,13 +89,23 @@ def samples(endpoint: str) -> dict[str, float]:
     }
 
 
+OF_CLASSES = {  # of SCORES
+    **{f"validation_f1_ratio|{name}": 2 / 3 for name in ("macro", "micro", "weighted")},
+    **{f"validation_class_f1_ratio|{name}": 2 / 3 for name in "ab"},
+    "validation_class_precision_ratio|a": 0.5,
+    "validation_class_precision_ratio|b": 1.0,
+    "validation_class_recall_ratio|a": 1.0,
+    "validation_class_recall_ratio|b": 0.5,
+}
+
+
 def record_all(metrics: Metrics) -> None:
     for step in STEPS:
         metrics.record_step(step, PHASES)
     metrics.record_evaluation(2, nats_per_token=3.5, bits_per_byte=1.75, seconds=4.0)
     parts = [{"objective": "causal", "source": "news", "nats": 6.5, "targets": 2}]
     more = {"accuracy": 0.25, "calibration_error": 0.125, "parts": parts}
-    metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0, **more)
+    metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0, scores=SCORES, **more)
     metrics.record_tasks(3, {"arc": {"acc": 0.5}}, seconds=0.0)
     metrics.record_checkpoint(2, written_bytes=2_000, seconds=0.5)
     metrics.record_failed_checkpoint(2, "io_error")
@@ -209,7 +223,7 @@ def test_every_value_on_the_page_is_the_independent_count(tmp_path: Path) -> Non
         if device != "lo":
             assert 0 <= found.pop(f"network_received_bytes_total|{device}") <= count.bytes_recv
             assert 0 <= found.pop(f"network_transmitted_bytes_total|{device}") <= count.bytes_sent
-    assert found == pytest.approx(EXPECTED)
+    assert found == pytest.approx(EXPECTED | OF_CLASSES)
 
 
 def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_path: Path) -> None:
@@ -223,7 +237,7 @@ def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_pat
     }
     bounded = {
         "version", "reason", "objective", "source", "convention", "cause", "layers", "signal", "rank", "phase", "kind",
-        "device", "task", "metric",
+        "device", "task", "metric", "class", "average",
     }  # fmt: skip
     for metric in METRICS:
         assert not metric.name.endswith("_total"), f"{metric.name}: the library adds _total to counters"
@@ -263,7 +277,7 @@ def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: 
             ("start", 2),
         ]
         metrics.record_step(STEPS[2])
-        metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0)
+        metrics.record_evaluation(3, nats_per_token=3.25, bits_per_byte=1.5, seconds=6.0, scores=SCORES)
         metrics.record_checkpoint(3, written_bytes=3_000, seconds=0.75)
         again = samples(metrics.endpoint)
         metrics.record_step(replace(STEPS[2], step=4))

@@ -33,8 +33,10 @@ def fragment_of(row: int, document: Document, examples: Examples, objective: int
 
 
 def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, **more: object) -> Batch:
-    """One pack per list of documents; plain documents take the objectives in turn."""
+    """One pack per list of documents; plain documents take the objectives in turn. With classes, the first token of a
+    label is the number of its class."""
     examples = Examples(data, seed, VOCABULARY)
+    examples.find_class = lambda label, *place: int(label[1])
     documents = [document for pack in packs for document in pack]
     rows = iter(range(len(documents)))
     plan: list[Pack] = []

@@ -57,6 +57,9 @@ def pair_positions(store: Lengths) -> tuple[np.ndarray, np.ndarray]:
 def count_cut(store: Lengths, data: DataSettings) -> CutPairs:
     sources, targets = pair_positions(store)
     columns = Examples(data, SEED).measure_pairs(sources, targets)
+    if data.classes:
+        read = columns[:, 3] if data.source_sequence_length else columns[:, 1] - data.ends_classified
+        return CutPairs(len(sources), int((read < sources).sum()), 0)
     kept = columns[:, 2]
     read = columns[:, 3] if data.source_sequence_length else columns[:, 1] - columns[:, 2]
     if data.fixed_target_tokens or data.dropped_decoder_share:  # planned targets are shorter there without being cut

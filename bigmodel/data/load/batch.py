@@ -187,7 +187,8 @@ def build_batch(
                 labels_T[place] = example.labels
                 num_tokens += chunk.planned_tokens
                 num_labels += chunk.planned_labels
-                has_prefix = is_one_sided and settings.bidirectional_prefix and chunk.objective != SUPERVISED
+                is_read = chunk.objective == SUPERVISED or bool(settings.classes)  # as any text
+                has_prefix = is_one_sided and settings.bidirectional_prefix and not is_read
                 prefix = _prefix(example) if has_prefix else 0
                 if not is_one_sided:
                     source_side.add(example.source, number)

@@ -29,6 +29,7 @@ import numpy as np
 from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
 from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_seeds
 from bigmodel.data.load.readahead import ReadAhead
+from bigmodel.data.objectives.classification import ClassNumbers
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
 from bigmodel.data.objectives.supervised import NAME, SUPERVISED, UNITS
@@ -104,6 +105,8 @@ class Builder:
         vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
         self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
         self._data, self._seed, examples = data, seed, self._examples
+        if data.classes:
+            examples.find_class = ClassNumbers(store, data.classes).number  # type: ignore[arg-type]
         numbered = []  # (objective number, source number, loss group)
         for source, name in enumerate(store.sources):
             if is_supervised(store, name):

@@ -19,13 +19,14 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
 from bigmodel.data.objectives import decoder as decoder_inputs
+from bigmodel.data.objectives.classification import Find, classification, classification_of_source, kept_tokens
 from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, chunk_text_of, rule_of
 from bigmodel.data.objectives.pairs import pair, pair_lengths
 from bigmodel.data.objectives.supervised import SUPERVISED, Measured, Supervised, supervised
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.randomness import make_key, words
 
-PAIRS = "pairs"
+PAIRS, CLASSIFICATION = "pairs", "classification"
 
 
 class Pair(NamedTuple):
@@ -109,6 +110,7 @@ class Examples:
         """Raises `UserError` if an objective's shortest example does not fit a pack."""
         self.data, self._seed, self._vocabulary = data, seed, vocabulary
         self.objectives = objectives_of(data)
+        self.find_class: Find | None = None  # with classes: to make examples, not to plan them
         self._bounds = np.cumsum([objective.share for objective in self.objectives])[:-1]
         self.longest = np.array([self._longest_piece(objective) for objective in self.objectives])
 
@@ -126,7 +128,7 @@ class Examples:
     @cached_property
     def names(self) -> list[str]:
         """Names of objectives by number."""
-        return [*(objective.name for objective in self.objectives), PAIRS]
+        return [*(objective.name for objective in self.objectives), CLASSIFICATION if self.data.classes else PAIRS]
 
     @property
     def _two_sides(self) -> bool:
@@ -167,6 +169,8 @@ class Examples:
     def measure_pairs(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The same for pairs whose texts have these numbers of positions."""
         data = self.data
+        if data.classes:
+            return self._measure_labelled(sources)
         read, said = pair_lengths(sources, targets, data.longest_source, data.max_document_length)
         return self._columns(self.pairs, read, said, said)
 
@@ -180,6 +184,13 @@ class Examples:
             )
         nothing = np.zeros_like(documents.tokens)
         return np.stack([nothing + SUPERVISED, documents.tokens, documents.labels, nothing], axis=1)
+
+    def _measure_labelled(self, texts: np.ndarray) -> np.ndarray:
+        one, data = np.ones_like(texts), self.data
+        if self._two_sides:
+            return self._columns(self.pairs, np.minimum(texts, data.longest_source), one, one)
+        kept = kept_tokens(texts, data.max_document_length, data.ends_classified)
+        return self._columns(self.pairs, np.zeros_like(texts), kept, one)
 
     def _lengths(
         self, number: int, lengths: np.ndarray, remaining: np.ndarray
@@ -232,6 +243,8 @@ class Examples:
             return supervised(document, self.data.max_document_length)
         place = (chunk.source, chunk.epoch, chunk.shard, chunk.row, chunk.start)
         key = make_key("example", self._seed, *place)
+        if isinstance(document, Pair) and self.data.classes:
+            return self._labelled(chunk, document)
         if isinstance(document, Pair):
             special_tokens = self._marks(document.source)
             positions = np.array([len(document.source) - 1]), np.array([len(document.target) - 1])
@@ -243,6 +256,15 @@ class Examples:
             objective = self.objectives[chunk.objective]
             example = objective.rule.make(objective.settings, objective.mode, chunk_text, key, special_tokens)
         return self._laid_out(example, key, special_tokens)
+
+    def _labelled(self, chunk: Planned, document: Pair) -> Example:
+        assert self.find_class, "examples of labelled documents need the numbers of the classes"
+        number = self.find_class(document.target, chunk.source, chunk.shard, chunk.row)
+        data, texts = self.data, np.array(len(document.source) - 1)
+        if self._two_sides:
+            return classification_of_source(document.source, number, min(int(texts), data.longest_source))
+        length = int(kept_tokens(texts, data.max_document_length, data.ends_classified))
+        return classification(document.source, number, length, data.ends_classified)
 
     def _marks(self, document: np.ndarray) -> SpecialTokens:
         return SpecialTokens(int(document[0]), int(document[-1]), self._vocabulary, self.data.sentinels)

@@ -47,7 +47,12 @@ def count_work(packs: Iterable[Pack], data: DataSettings, count_pairs: CountPair
 
 def _prefix(chunk: Chunk, data: DataSettings, have_source: Sequence[bool]) -> int:
     """Length of the prefix that the whole document attends to: a source and the first input with a label."""
-    if not data.bidirectional_prefix or chunk.objective in (PLAIN, SUPERVISED) or chunk.source_positions:
+    if (
+        not data.bidirectional_prefix
+        or data.classes
+        or chunk.source_positions
+        or chunk.objective in (PLAIN, SUPERVISED)
+    ):
         return 0
     laid = chunk.objective >= len(have_source) or have_source[chunk.objective]  # numbers past the objectives are pairs
     return chunk.num_tokens - chunk.num_labels + 1 if laid and chunk.num_tokens > chunk.num_labels else 0

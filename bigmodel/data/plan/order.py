@@ -301,6 +301,7 @@ def _identity(
         "training.batch_ramp": [list(entry) for entry in batch_ramp],
         "data.max_epochs": {name: epochs for name, epochs in settings.max_epochs.items() if epochs},
         "data.curriculum": [stage.model_dump() for stage in settings.curriculum],
+        "classification.classes": list(settings.classes),
         "segment": segment,
         **{f"data.{name}": value for name, value in examples.items()},
     }

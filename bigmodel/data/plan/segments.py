@@ -62,6 +62,7 @@ def order_of_segment(
     planned = {name: identity[key] for name, key in stored.items() if key in identity}
     absent = {name: fields[name].get_default(call_default_factory=True) for name in OPTIONAL}
     settings = DataSettings.model_validate(data.model_dump() | absent | planned, context=SAVED)
+    settings = settings.with_classes(identity.get("classification.classes", ()), data.ends_classified)
     order = Order(
         store,
         settings,

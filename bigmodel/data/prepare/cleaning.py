@@ -127,14 +127,14 @@ def scan_unit(
                 malformed.append(row)
             verdict, content, num_bytes = MALFORMED, b"", row.num_bytes
         else:
-            verdict, texts = judge(row, settings, contaminated)
+            verdict, texts = judge(row, settings, contaminated, unit.has_labels)
             if template and verdict == KEPT and (reason := _refused(texts[0], template)):
                 verdict, texts = MALFORMED, ()
                 if len(malformed) < LISTED and isinstance(row[0], Located):
                     malformed.append(replace(row[0].where, reason=reason))
             content = joined(texts)
             num_bytes = sum(len(text.encode()) for text in row if text is not None)
-        digest = hashlib.sha256(content).digest()
+        digest = digest_of(texts, unit.has_labels) if verdict == KEPT else hashlib.sha256(content).digest()
         status.append(verdict)
         digests += digest[:16]
         validation.append(is_validation(key, digest, settings.validation_share))
@@ -150,10 +150,21 @@ def joined(texts: tuple[str, ...]) -> bytes:
     return SEPARATOR.join(text.encode() for text in texts)
 
 
+def digest_of(texts: tuple[str, ...], has_label: bool) -> bytes:
+    """SHA-256 of a row's texts; its class does not count, so that equal texts are duplicates and in one split."""
+    return hashlib.sha256(joined(texts[:-1] if has_label else texts)).digest()
+
+
 def judge(
-    row: tuple[str | None, ...], settings: PrepareSettings, contaminated: np.ndarray | None = None
+    row: tuple[str | None, ...],
+    settings: PrepareSettings,
+    contaminated: np.ndarray | None = None,
+    has_label: bool = False,
 ) -> tuple[int, tuple[str, ...]]:
-    """A row's verdict and, if kept, its cleaned texts."""
+    """A row's verdict and, if kept, its cleaned texts; a class stays as it is."""
+    if has_label:
+        verdict, texts = judge(row[:-1], settings, contaminated)
+        return verdict, (*texts, row[-1] or "") if verdict == KEPT else ()
     if any(text is None for text in row):
         return NULL, ()
     if isinstance(row[0], Located):

@@ -20,7 +20,18 @@ from pyarrow import types
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.compression import BUFFER_BYTES
 from bigmodel.data.prepare.records import MalformedRecord, record_text
-from bigmodel.data.prepare.rows import Located, Malformed, Piece, Record, Row, decoded, splits
+from bigmodel.data.prepare.rows import (
+    NO_CLASS,
+    LabelColumn,
+    Located,
+    Malformed,
+    Piece,
+    Record,
+    Row,
+    decoded,
+    label_of,
+    splits,
+)
 from bigmodel.data.store import files
 
 BATCH_ROWS = 256  # Parquet or Arrow rows decoded together: bounds memory at long documents
@@ -39,7 +50,7 @@ def text_columns(file: str, schema: pyarrow.Schema, wanted: tuple[str, ...]) -> 
     """As `schema_columns`, of a schema."""
     known = dict(_flattened(schema))
     for column in wanted:
-        if column in known and not _is_text(known[column]):
+        if column in known and not (_is_class if isinstance(column, LabelColumn) else _is_text)(known[column]):
             raise UserError(f"{file}: column {column!r} holds {known[column]}, not text; set `column` to a text column")
         path = _index_path(list(schema), column)
         if column in known and not path:
@@ -74,6 +85,12 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _is_text(kind.value_type)
     return any(check(kind) for check in TEXT)
+
+
+def _is_class(kind: pyarrow.DataType) -> bool:
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _is_class(kind.value_type)
+    return _is_text(kind) or types.is_integer(kind) or types.is_boolean(kind)
 
 
 def cut_columns(file: str, kind: str, size: int) -> list[tuple[int, int]]:
@@ -149,6 +166,12 @@ def rows_of(
         for *texts, key in zip(*of_columns, keys, strict=True):
             number += 1
             raw = next((text for text in texts if isinstance(text, bytes)), None)
+            if raw is None and columns and isinstance(columns[-1], LabelColumn):
+                texts[-1] = label_of(texts[-1])
+                if texts[-1] is None:
+                    size = len((texts[0] or "").encode())
+                    yield Malformed(file, f"row {number} {place}", f"{columns[-1]!r} {NO_CLASS}", size), key
+                    continue
             if raw is not None:
                 yield Malformed(file, f"row {number} {place}", "not UTF-8", len(raw)), key
             elif record:

@@ -18,7 +18,7 @@ from pathlib import Path
 from bigmodel.config.settings import SourceSettings, UserError
 from bigmodel.data.prepare import formats, lance_text
 from bigmodel.data.prepare.json_text import count_lines
-from bigmodel.data.prepare.rows import Format, Malformed, Piece, Record, Row
+from bigmodel.data.prepare.rows import Format, LabelColumn, Malformed, Piece, Record, Row
 from bigmodel.data.store import files
 from bigmodel.data.store.mds_index import Listed, listed_beside
 
@@ -55,6 +55,11 @@ class Unit:
     def num_bytes(self) -> int:
         return sum(piece.num_bytes for piece in self.pieces)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the last text of a row is its class."""
+        return isinstance(self.columns[-1], LabelColumn)
+
 
 # ---- finding files --------------------------------------------------------------------------------------------
 
@@ -78,7 +83,8 @@ def find_source(
                 f"{where}: files = {pattern!r} matches nothing{looked}; give a path, URL or pattern of existing files"
             )
         found.update(dict.fromkeys(_named(where, files.absolute(match)) for match in matches))
-    columns = (settings.column, *([settings.target_column] if settings.target_column else []))
+    second = LabelColumn(settings.label_column) if settings.label_column else settings.target_column
+    columns = (settings.column, *([second] if second else []))
     record = _record(settings)
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         if record:
@@ -139,15 +145,17 @@ def _recognized(where: str, file: str, told: str) -> Format:
 
 
 def _check_file(where: str, file: str, told: str, columns: tuple[str, ...]) -> Format:
+    second = "label_column" if isinstance(columns[-1], LabelColumn) else "target_column"
     form = _recognized(where, file, told)
     if form.kind == "text" and len(columns) > 1:
-        raise UserError(f"{where}: {file}: a text file has no columns, so no target_column; use JSONL or Parquet")
+        raise UserError(f"{where}: {file}: a text file has no columns, so no {second}; use JSONL or Parquet")
     known = formats.find_columns(file, form, columns)
-    for setting, column in zip(("column", "target_column"), columns, strict=False):
+    for setting, column in zip(("column", second), columns, strict=False):
         if known and column not in known:
+            held = "class" if setting == "label_column" else "text"
             raise UserError(
                 f"{where}: {file} has no column {column!r}; it has {', '.join(map(repr, known))}; "
-                f"set `{setting}` of this source to the one that holds the text"
+                f"set `{setting}` of this source to the one that holds the {held}"
             )
     return form
 

@@ -16,6 +16,7 @@ import io
 import json
 import socket
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -126,22 +127,24 @@ def encode_parts(
             if unit.record:
                 arrays = _encode_records(mine, scan, encoder, read_template(work.template))
             else:
-                arrays = _encode(mine, scan, encoder, len(unit.columns), as_text)
+                arrays = _encode(mine, scan, encoder, unit, as_text)
             cleaning.write_arrays(path, **arrays)
 
 
 def _encode(
-    rows: Iterator[tuple[int, tuple[str, ...]]], scan: Scan, encoder: Tokenizer, num_columns: int, as_text: bool
+    rows: Iterator[tuple[int, tuple[str, ...]]], scan: Scan, encoder: Tokenizer, unit: Unit, as_text: bool
 ) -> dict[str, np.ndarray]:
-    columns = TOKEN_COLUMNS[:num_columns]
+    columns = TOKEN_COLUMNS[: len(unit.columns)]
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
     lengths: dict[str, list[int]] = {name: [] for name in stored}
     sizes: dict[str, list[int]] = {name: [] for name in stored}
     validation_text, tokenless = [], Tokenless()
+    labels: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     while together := list(islice(rows, ENCODED_TOGETHER)):
         encoded = iter(encoder.encode_documents([text for _, texts in together for text in texts]))
         for row, texts in together:
             split = SPLITS[int(scan.validation[row])]
+            labels[split].update(texts[-1:] if unit.has_labels else ())
             for column, text in zip(columns, texts, strict=True):
                 name, tokens, content = f"{split}_{column}", next(encoded), text.encode()
                 stored[name].append(np.frombuffer(content, np.uint8) if as_text else tokens)
@@ -158,6 +161,8 @@ def _encode(
     arrays |= {f"{name}_bytes": np.array(sum(numbers)) for name, numbers in sizes.items()}
     if as_text:
         arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
+    if unit.has_labels:
+        arrays["labels"] = np.frombuffer(json.dumps(labels).encode(), np.uint8)
     return arrays | tokenless.arrays() | {"validation_text": np.frombuffer(b"".join(validation_text), np.uint8)}
 
 
@@ -203,8 +208,8 @@ def kept_rows(
         read = number + 1
         if not first <= number < end or scan.status[number] != cleaning.KEPT:
             continue
-        texts = () if isinstance(row, Malformed) else cleaning.judge(row, settings)[1]
-        if hashlib.sha256(cleaning.joined(texts)).digest()[:16] != scan.digests[number].tobytes():
+        texts = () if isinstance(row, Malformed) else cleaning.judge(row, settings, has_label=unit.has_labels)[1]
+        if cleaning.digest_of(texts, unit.has_labels)[:16] != scan.digests[number].tobytes():
             raise _changed(unit)
         yield number, texts
     if read != len(scan.status):

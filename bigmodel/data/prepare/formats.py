@@ -22,7 +22,7 @@ from bigmodel.data.prepare import compression
 from bigmodel.data.prepare.columns import cut_columns, read_columns, schema_columns
 from bigmodel.data.prepare.json_text import BYTE_ORDER_MARK, first_columns, holds_lines, read_lines, read_values
 from bigmodel.data.prepare.lance_text import cut_dataset, dataset_columns, read_fragment
-from bigmodel.data.prepare.rows import Format, Malformed, Piece, Row, decoded
+from bigmodel.data.prepare.rows import NO_CLASS, Format, LabelColumn, Malformed, Piece, Row, decoded, label_of
 from bigmodel.data.prepare.tars import first_columns as first_members
 from bigmodel.data.prepare.tars import read_tar
 from bigmodel.data.store import files, mds
@@ -146,7 +146,9 @@ def _read_shard(piece: Piece, columns: tuple[str, ...]) -> Iterator[Row]:
         shard = mds.ShardContent.of_file(_name(file), b"".join(files.chunks(file)))
         for number, raw in enumerate(zip(*(shard.values(column) for column in columns), strict=True), 1):
             texts = tuple(map(decoded, raw))
-            if all(isinstance(text, str) for text in texts):
+            if isinstance(columns[-1], LabelColumn) and label_of(texts[-1]) is None:
+                yield Malformed(file, f"sample {number}", f"{columns[-1]!r} {NO_CLASS}", sum(map(len, raw))), None
+            elif all(isinstance(text, str) for text in texts):
                 yield tuple(text for text in texts if isinstance(text, str)), None
             else:
                 yield Malformed(file, f"sample {number}", "not UTF-8", sum(map(len, raw))), None

@@ -20,7 +20,18 @@ from typing import Any
 
 from bigmodel.data.prepare import compression
 from bigmodel.data.prepare.records import MalformedRecord, record_text
-from bigmodel.data.prepare.rows import Format, Located, Malformed, Piece, Record, Row, splits
+from bigmodel.data.prepare.rows import (
+    NO_CLASS,
+    Format,
+    LabelColumn,
+    Located,
+    Malformed,
+    Piece,
+    Record,
+    Row,
+    label_of,
+    splits,
+)
 
 FIRST_RECORDS = 100  # of a file: the well-formed ones among them show its columns
 FIRST_BYTES = 1 << 16  # of a line show whether it begins an array, which may be the whole file
@@ -201,6 +212,10 @@ def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | No
     texts = []
     for column in columns:
         text = _walk(value, column)
+        if isinstance(column, LabelColumn):
+            text = label_of(text)
+            if text is None:
+                return f"{column!r} {NO_CLASS}"
         if text is not None and not isinstance(text, str):
             return f"{column!r} is {_kind(text)}, not text"
         try:

@@ -50,8 +50,10 @@ from bigmodel.data.prepare import (
 )
 from bigmodel.data.prepare.cleaning import Part, Scan
 from bigmodel.data.prepare.corpus import Source, Unit
+from bigmodel.data.prepare.embedded_verbs import verb_sources, write_embedded_verbs
 from bigmodel.data.prepare.encoding import Work, read_array
 from bigmodel.data.prepare.indexes import compare_with_indexes
+from bigmodel.data.prepare.labels import count_labels, labels_in_words
 from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.prepare.scanning import count_rows, num_texts, scan_all, texts_in_words, write_malformed
 from bigmodel.data.prepare.staging import (
@@ -96,13 +98,26 @@ INLINE_BYTES = 8 << 20  # below this, starting processes costs more than it save
 SPARE_BYTES = 16 << 20  # left free on the disk
 TASKS_A_PROCESS = 4  # at least, if a unit has enough parts: then all processes end together
 READS_OF_A_UNIT = 8  # at most, while its parts are tokenized: half of each read only skips to the part
-EMBEDDED = {"text": "embedded", "pairs": "embedded pairs", "chats": "embedded chats"}  # in the recipe
+EMBEDDED = {  # in the recipe
+    "text": "embedded", "pairs": "embedded pairs", "chats": "embedded chats", "verbs": "embedded verbs",
+}  # fmt: skip
+COLLECT = {  # by content of the embedded corpus: writes its files; their sources
+    "text": (embedded.write_embedded_corpus, embedded.embedded_sources),
+    "pairs": (embedded.write_embedded_pairs, embedded.pair_sources),
+    "verbs": (write_embedded_verbs, verb_sources),
+}
 NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"} | {
     "dropped_characters_share",
     "bpe_dropout",
     "chat_template",
 }
-NEW_IN_SOURCES = ("format", "prompt_column", "messages_column", "weight_column")  # in the recipe only if set
+NEW_IN_SOURCES = (
+    "format",
+    "prompt_column",
+    "messages_column",
+    "weight_column",
+    "label_column",
+)  # in the recipe only if set
 
 
 @dataclass(frozen=True)
@@ -192,6 +207,7 @@ def _summary(job: _Job) -> str:
     lines += [f"  {source.name}: {texts_in_words(source)}" for source in job.sources if num_texts(source)]
     dropped = {name: manifest.dropped(name) for name in manifest.sources}
     lines += [f"  {name}: dropped {in_words(counts)}" for name, counts in dropped.items() if counts]
+    lines += [f"  {name}: {labels_in_words(of_source)}" for name, of_source in manifest.labels.items()]
     for name, counts in manifest.without_token.items():
         if some := {what: count for what, count in counts.items() if count}:
             lines.append(f"  {name}: text without a token: {in_words(some)}")
@@ -359,6 +375,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         for number, unit in enumerate(all_units):
             encoded[unit.source] += [work.encoded(number, part.number) for part in parts[number]]
         without_token = count_tokenless(encoded, job.settings)
+        labels = count_labels(sources, encoded)
         dtype = None if job.settings.content == "text" else tokenizer.dtype
         counts, lengths = assembly.assemble(team, sources, encoded, job.settings.shard_tokens, dtype, work.result)
     _write_lists(all_units, scans, encoded, work)
@@ -382,26 +399,25 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         corpus_sha256=job.corpus_sha256,
         encoder=PROVEN if tokenizer.is_fast else EXACT,
         without_token=without_token,
+        labels=labels,
         python=platform.python_version(),
     ).write(work.result)
     draw_lengths(lengths["tokens"], work.result / PICTURE)
 
 
 def _collect_embedded(
-    modules: list[tuple[str, bytes]], what: str, work: Work, progress: Progress
+    modules: list[tuple[str, bytes]], content: str, work: Work, progress: Progress
 ) -> tuple[list[Source], dict[str, dict[str, dict[str, int]]]]:
     """The embedded corpus as files of the result, and the counts of what was left out."""
-    if what == "chats":
+    if content == "chats":
         return [embedded_chats.write_embedded_chats(work.result / "corpus")], {}
-    pairs = what == "pairs"
-    write = embedded.write_embedded_pairs if pairs else embedded.write_embedded_corpus
+    write, sources_in = COLLECT[content]
     folder, record = work.result / "corpus", work.folder / "left_out.json"
     if not record.exists():  # written last
         task = progress.add_task("collecting Python's own text", total=None)
         write_json(record, write(folder, modules))
         progress.update(task, total=1, completed=1)
-    sources = embedded.pair_sources(folder) if pairs else embedded.embedded_sources(folder)
-    return sources, read_json(record)
+    return sources_in(folder), read_json(record)
 
 
 def _team(

@@ -69,7 +69,23 @@ class Located(str):
         return made
 
 
-# A row's texts (two for a pair; None: null), and its key.
+class LabelColumn(str):
+    """The name of a column of classes: text, integers, true and false are all classes."""
+
+
+NO_CLASS = "is empty, and a labelled document needs a class"
+
+
+def label_of(value: object) -> str | None:
+    """The text of a class; None: no class. Fractions and other values are returned as they are."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    return value if not isinstance(value, str) or value.strip() else None  # type: ignore[return-value]
+
+
+# A row's texts (two for a pair, or a text and its class; None: null), and its key.
 Row = tuple[tuple[str | None, ...] | Malformed, str | None]
 
 

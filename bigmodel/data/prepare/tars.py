@@ -26,7 +26,17 @@ from typing import IO
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare import compression
 from bigmodel.data.prepare.json_text import paths_of_object, texts_of_object
-from bigmodel.data.prepare.rows import Format, Malformed, Piece, Row, decoded, splits
+from bigmodel.data.prepare.rows import (
+    NO_CLASS,
+    Format,
+    LabelColumn,
+    Malformed,
+    Piece,
+    Row,
+    decoded,
+    label_of,
+    splits,
+)
 
 FIRST_SAMPLES = 100  # of a tar show its columns
 NAME = re.compile(r"(?s)((?:.*/)?[^./]+)\.([^/]*)")  # key and suffix
@@ -89,6 +99,9 @@ def _texts(sample: Sample, columns: tuple[str, ...]) -> tuple[str | None, ...] |
     texts: list[str | None] = []
     for column in columns:
         found = _text(sample, column)
+        if isinstance(column, LabelColumn) and isinstance(found, tuple):
+            label = label_of((found[0] or "").strip())
+            found = (label,) if label else f"{column!r} {NO_CLASS}"
         if isinstance(found, tuple):
             texts += found
         else:
@@ -101,7 +114,8 @@ def _text(sample: Sample, column: str) -> tuple[str | None, ...] | str:
         if suffix not in sample:
             continue
         if path:
-            return texts_of_object(sample[suffix], (path,))
+            wanted = LabelColumn(path) if isinstance(column, LabelColumn) else path
+            return texts_of_object(sample[suffix], (wanted,))
         text = decoded(sample[suffix])
         return (text,) if isinstance(text, str) else f"{suffix!r} is not UTF-8"
     return (None,)

@@ -27,7 +27,8 @@ PICTURE = "lengths.png"
 SCHEMA_VERSION = 3
 OTHER_CONTENT = "its content differs from the manifest (same size, other SHA-256)"
 SPLITS = ("train", "validation")
-OPTIONAL = {"without_token"}  # missing in manifests of earlier versions
+OPTIONAL = {"without_token", "labels"}  # missing in manifests of earlier versions, the second also without labels
+Labels = dict[str, dict[str, dict[str, int]]]  # documents by source, split and class
 EXACT, PROVEN, UNPROVEN = "tokenizers", "tiktoken+tokenizers", "tiktoken"  # encoders; the last: of earlier versions
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second: where a given tokenizer named begin and end
 CHAT_FILES = ("chat_template.jinja", "special_tokens_map.json")  # of a folder with chats
@@ -90,6 +91,9 @@ class Manifest:
         statistics["target"]      all target texts; absent if no source has any
         rows, row_bytes           a pair is one row; its bytes count both texts; a pair with one empty text is `empty`
 
+    A labelled source (`label_column`) is stored as pairs whose target text is the class of the document;
+    `labels[source][split]` counts the documents of each class.
+
     A supervised source (`messages_column` or `prompt_column`) has one document per chat, or per prompt with its
     response, with the ids that the chat template gives, or [bos] prompt response [eos]:
 
@@ -119,6 +123,7 @@ class Manifest:
     encoder: str
     python: str
     without_token: dict[str, dict[str, int]] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
     document: str = "[bos] text [eos]"
     schema_version: int = SCHEMA_VERSION
 
@@ -135,7 +140,7 @@ class Manifest:
         return {name: count for name, count in self.rows[source].items() if count and name not in ("read", "kept")}
 
     def write(self, directory: Path) -> None:
-        table = {one.name: getattr(self, one.name) for one in fields(self)}
+        table = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "labels" or self.labels}
         write_json(directory / MANIFEST, table | {"files": dict(self.files)})
 
     @classmethod

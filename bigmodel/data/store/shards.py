@@ -185,6 +185,14 @@ class ShardStore:
         name = f"{side}tokens"
         return sample[name] if name in sample else self._tokenized(source, shard, row, sample[f"{side}text"], side)
 
+    def encode(self, text: str) -> np.ndarray:
+        """(n,) ids of a text as they are stored, with begin and end."""
+        return self._tokenizer.encode_document(text)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of stored ids, without begin and end."""
+        return self._tokenizer.decode_all(ids[1:-1])
+
     def is_text(self, source: str) -> bool:
         """Whether the source's shards hold text, tokenized at reading."""
         return source in self.sources and self.manifest.recipe.get("content") == "text"

@@ -1,8 +1,8 @@
 """Initial weights from a Hugging Face folder (`model.from`).
 
 In: a model with initial weights, and the folder. Out: the model with the folder's weights, in fp32. What the folder
-does not have keeps its initial values: multi-token prediction modules, and the head of an encoder, which is its
-embedding.
+does not have keeps its initial values: multi-token prediction modules, the head of an encoder, which is its embedding,
+and a classification head.
 
 Rows of the vocabulary beyond the folder's are new tokens: each is the mean of the folder's rows plus normal noise of a
 hundredth of their deviation, keyed by seed and name (the mean as in Hewitt 2021). Costs: one weight at a time.
@@ -57,7 +57,7 @@ class StartWeights(OpenWeights):
 
     def __init__(self, folder: Path, settings: ModelSettings) -> None:
         """Raises `UserError` for weights that are missing, left over, or of another shape than config.json says."""
-        config = read_config_json(folder)
+        config, settings = read_config_json(folder), settings.with_classes_of(None)
         self.folder, self._theirs = folder, _weights_of(folder, config["model_type"])
         self._names = names_of(config["model_type"], settings.model_copy(update={"num_mtp_modules": 0}))
         try:
@@ -79,6 +79,11 @@ class StartWeights(OpenWeights):
             if not all(bool(end.isfinite()) for end in parts[-1].aminmax()):  # without a copy
                 raise UserError(f"{self.folder}: {theirs} holds NaN or infinite values; fetch the folder again")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def takes(settings: ModelSettings, weights: OpenWeights, name: str) -> bool:
+    """Whether a parameter begins with the weights: a classification head is new."""
+    return name in weights and not (settings.classification and name.startswith("head."))
 
 
 def read_settings(folder: Path) -> ModelSettings:
@@ -116,7 +121,7 @@ def fill(
 ) -> None:
     """`load_start` from weights that are open."""
     for name, parameter in model.named_parameters():
-        if name not in weights:
+        if not takes(model.settings, weights, name):
             continue
         with whole(parameter) if whole else contextlib.nullcontext():
             parameter.copy_(weights.grown(name, parameter.shape, seed))

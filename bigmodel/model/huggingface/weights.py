@@ -16,6 +16,7 @@ from torch import Tensor
 from bigmodel.config.huggingface import Config, read_config
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.settings import UserError
+from bigmodel.model.huggingface.class_head import with_class_head
 from bigmodel.model.transformer import Transformer
 
 Part = tuple[str, int]  # their name, and its rows; 0: all rows of ours
@@ -40,7 +41,8 @@ CONSTANTS = re.compile(
     r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
 T5_COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
-HEADS = ("pooler.", "cls.", "head.", "decoder.")  # of encoders
+HEADS = ("pooler.", "cls.", "head.", "decoder.", "classifier.")  # of encoders
+CLASS_HEAD = "score.weight"  # of decoders
 NO_COPIES = "no copies, as config.json says, of the weight in brackets"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,6 +71,8 @@ def as_stored(kind: str, settings: ModelSettings, theirs: Mapping[str, Tensor]) 
 
 def names_of(kind: str, settings: ModelSettings) -> Names:
     """Their names for each of our parameters."""
+    if settings.classification:
+        return with_class_head(kind, names_of(kind, settings.with_classes_of(None)), settings)
     if kind in ("t5", "mt5"):
         return _t5(settings)
     if kind in ("bert", "modernbert"):
@@ -143,7 +147,7 @@ def without_prefix(kind: str, theirs: Iterable[str]) -> dict[str, str]:
     ModernBertForMaskedLM model.*. Heads are left out."""
     prefix = {"bert": "bert.", "modernbert": "model."}.get(kind, "")
     if not prefix:
-        return {name: name for name in theirs}
+        return {name: name for name in theirs if name != CLASS_HEAD}
     bare = {name: name.removeprefix(prefix) for name in theirs}
     return {name: short for name, short in bare.items() if not short.startswith(HEADS)}
 
