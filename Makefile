@@ -68,7 +68,7 @@ train-seq2seq:
 	@$(MAKE) --no-print-directory train RUN=configs/seq2seq.toml
 
 finetune: .venv/installed
-	@$(INSTALL) --editable '.[finetune]'
+	@$(PY) -c 'import sklearn' 2>/dev/null || $(INSTALL) --editable '.[finetune]'
 	@$(PY) -m tools.finetune --ranks $(RANKS)
 
 test: .venv/installed-dev

@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-SHOWN_CLASSES = 20  # columns of the table in the terminal
-
 
 @dataclass(frozen=True, eq=False)
 class ClassScores:
@@ -100,17 +98,24 @@ def show_scores(scores: ClassScores, console: Console) -> None:
         table.add_row(name, f"{scores.num_documents:,}", *(f"{value:.3f}" for value in values))
     table.add_row("accuracy (micro average)", "", "", "", f"{scores.accuracy:.3f}")
     console.print(table)
-    if len(scores.classes) > SHOWN_CLASSES:
-        console.print(f"the table of {len(scores.classes)} classes against each other is too wide; --png draws it")
-        return
-    table = Table(
-        "class, then predicted as", title="confusion matrix: documents of a class (rows)", title_justify="left"
-    )
-    for name in scores.classes:
-        table.add_column(Text(name), justify="right")
-    for name, counts in zip(scores.classes, scores.counts.tolist(), strict=True):
-        table.add_row(Text(name), *(f"{count:,}" for count in counts))
-    console.print(table)
+    console.print(_confusion(scores, console.width))
+
+
+def _confusion(scores: ClassScores, width: int) -> Table | str:
+    """The counts as a table without lines, whose columns have the numbers of the rows."""
+    numbers = [str(number) for number in range(1, len(scores.classes) + 1)]
+    cells = [[str(count) if count else "." for count in counts] for counts in scores.counts.tolist()]
+    names = max(map(len, scores.classes)) + len(numbers[-1]) + 1
+    if names + sum(1 + max(map(len, column)) for column in zip(numbers, *cells, strict=True)) > width:
+        return f"confusion matrix: {len(numbers)} classes are too wide for this terminal; --png draws them"
+    table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, title_justify="left")
+    table.title = "confusion matrix: class by row, prediction by column"
+    table.add_column("")
+    for number in numbers:
+        table.add_column(number, justify="right")
+    for number, name, row in zip(numbers, scores.classes, cells, strict=True):
+        table.add_row(Text(f"{number:>{len(numbers[-1])}} {name}"), *row)
+    return table
 
 
 def _macro(scores: ClassScores) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from bigmodel.config.adapter_folder import CONFIG, read_adapter_config
 from bigmodel.config.huggingface import fitting_type
 from bigmodel.config.settings import LoraSettings, ModelSettings, Settings, UserError
 from bigmodel.config.start_folder import is_run, read_config_json
+from bigmodel.model.huggingface.class_head import PREFIXES
 from bigmodel.model.huggingface.weights import names_of, without_prefix
 from bigmodel.model.lora import MATRICES, Adapters, first_row
 from bigmodel.training.checkpoint import format as checkpoint
@@ -91,8 +92,8 @@ def export_adapter(found: checkpoint.Checkpoint, settings: Settings, folder: Pat
         tensors |= {f"{PREFIX}{names[name][0][0]}": _read(source, name) for name in others}
     config = _config(settings, lora, modules, counts, theirs)
     if others:  # of a classification head
-        whole = {names[name][0][0].rpartition(".")[0] for name in others}
-        config |= {"modules_to_save": sorted({name.partition(".")[0] for name in whole}), "task_type": "SEQ_CLS"}
+        bare = [names[name][0][0].removeprefix(PREFIXES.get(type_of(settings), "")) for name in others]
+        config |= {"modules_to_save": sorted({name.partition(".")[0] for name in bare}), "task_type": "SEQ_CLS"}
     partial = folder.parent / f"{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -17,10 +17,13 @@ from bigmodel.data.objectives.examples import Pair
 from bigmodel.distributed.world import ALONE
 from bigmodel.exchange.adapter import export_adapter, load_adapter
 from bigmodel.model.huggingface.folder import read_folder
+from bigmodel.model.init import init_weights
 from bigmodel.model.lora import add_adapters
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver
+from bigmodel.training.start import load_weights
+from bigmodel.training.trained import choose_trained
 from tests.support.example_batches import batch_of, text
 from tools.torchvision_operators import define_missing_torchvision_operators
 
@@ -79,6 +82,7 @@ class States:
 
     def __init__(self, model: Transformer) -> None:
         self._weights = dict(model.named_parameters())
+        self._has_classes = model.settings.classification is not None
 
     def names(self) -> list[str]:
         return list(self._weights)
@@ -87,7 +91,8 @@ class States:
         return tuple(self._weights[name].shape)
 
     def keys(self, name: str) -> list[str]:
-        return ["weight", "exp_avg"] if ".lora." in name else ["weight"]
+        is_trained = ".lora." in name or (self._has_classes and name.startswith("head."))
+        return ["weight", "exp_avg"] if is_trained else ["weight"]
 
     def owned(self, name: str) -> dict[str, tuple[int, Tensor]]:
         return {key: (0, self._weights[name].detach().flatten()) for key in self.keys(name)}
@@ -264,3 +269,25 @@ def test_only_adapters_are_exported_as_one(folders: tuple[str, Path], tmp_path: 
         export_adapter(found, settings, tmp_path / "out", torch.float32)
     with pytest.raises(UserError, match="exists already"):
         export_adapter(saved(model, settings, tmp_path / "more"), settings, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("folders", ["llama", "bert", "modernbert"], indirect=True)
+def test_a_classification_head_beside_adapters_is_loaded_by_peft(folders: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = folders
+    table = {"classification": {"classes": ["sport", "politics", "science"]}, "lora": {"rank": 2}}
+    model = read_folder(folder / "base")[0].model_copy(update={"from": folder / "base"})
+    settings = Settings.model_validate({"model": model.model_dump(), "data": DATA, **table})
+    ours = Transformer(settings.model, 64)
+    add_adapters(ours, settings.lora)
+    init_weights(ours, 1)
+    load_weights(ours, folder / "base", 1)
+    choose_trained(ours, settings)
+    with torch.no_grad():
+        for number, parameter in enumerate(ours.parameters()):
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(number))
+    export_adapter(saved(ours.eval(), settings, tmp_path), settings, tmp_path / "out", torch.float32)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
+    batch = batch_of([[text(40)]], DataSettings(**DATA))
+    expected = ours(batch, "logits")[0].detach()
+    close(theirs(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval(), batch), expected)
