@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bigmodel.__main__ import app
+from bigmodel.config.classification_settings import NO_TEXT
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.segments import order_of_segment, resume_order
@@ -67,7 +68,7 @@ def test_a_run_resumed_on_other_ranks_and_stages_reads_the_same_documents_and_sc
     labelled: Path, tmp_path: Path
 ) -> None:
     whole, parts = (write_classification(tmp_path, labelled, stage, f"stage{stage}") for stage in (1, 3))
-    run_ranks(1, train, whole, 10)
+    run_ranks(1, train, whole, 10, "checkpoint.keep_best=macro_f1")
     run_ranks(2, train, parts, 4, "evaluation.at_end=false")
     run_ranks(1, train, parts, 10)
     plans = [of_kind(run, "step", "step", "targets", "positions", "documents") for run in (whole, parts)]
@@ -87,6 +88,13 @@ def test_a_run_resumed_on_other_ranks_and_stages_reads_the_same_documents_and_sc
     evaluated = CliRunner().invoke(app, ["evaluate", str(whole.with_suffix("")), "--png", str(tmp_path / "c.png")])
     assert f"accuracy {summary['accuracy']:.3f}, macro F1 {summary['macro_f1']:.3f} over" in evaluated.output
     assert (tmp_path / "c.png").exists()
+    best = max(scores[:2], key=lambda one: float(one[0]["macro_f1"]))
+    evaluated = CliRunner().invoke(app, ["evaluate", str(whole.with_suffix("")), "--best"])
+    assert evaluated.output.startswith(f"step {4 * scores.index(best) + 4}: ")
+    assert f"macro F1 {best[0]['macro_f1']:.3f} over" in evaluated.output
+    for command in (["generate"], ["evaluate", "--tasks", "arc_easy"]):
+        refused = CliRunner().invoke(app, [command[0], str(whole.with_suffix("")), *command[1:]])
+        assert NO_TEXT in str(refused.exception)
 
 
 def score(run_file: Path, folder: Path) -> int:

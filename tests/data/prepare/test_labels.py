@@ -1,7 +1,9 @@
 """Labels: text, integers, true and false are classes; a document without one is an error; its text alone counts as
 duplicate; the manifest counts classes."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.objectives.examples import Pair
+from bigmodel.data.prepare import formats
 from bigmodel.data.prepare.embedded_verbs import functions_with_verb, without_name, write_embedded_verbs
 from bigmodel.data.prepare.pipeline import prepare, quiet
+from bigmodel.data.prepare.rows import LabelColumn, Malformed
 from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
 from tests.support.tiny_corpus import text
@@ -68,6 +72,30 @@ def test_a_document_without_a_class_is_malformed_with_its_line_and_can_be_droppe
         UserError, match="row 2 of row group 0: 'label' is empty, and a labelled document needs a class"
     ):
         prepare(settings_for(tmp_path, "a.parquet", directory="other"), quiet())
+
+
+def test_members_of_tars_and_columns_of_lance_datasets_are_classes(tmp_path: Path) -> None:
+    members = {"1.txt": "one", "1.cls": "3\n", "1.json": '{"kind": true}', "2.txt": "two", "2.json": '{"kind": 7}'}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+    assert rows_of(tmp_path / "a.tar", "txt", "json.kind") == [("one", "true"), ("two", "7")]
+    first, second = rows_of(tmp_path / "a.tar", "txt", "cls")
+    assert first == ("one", "3")
+    assert isinstance(second, Malformed)
+    assert second.reason == "'cls' is empty, and a labelled document needs a class"
+    lance = pytest.importorskip("lance")
+    lance.write_dataset(pyarrow.table({"text": ["a", "b"], "kind": [5, 6]}), tmp_path / "a.lance")
+    assert rows_of(tmp_path / "a.lance", "text", "kind") == [("a", "5"), ("b", "6")]
+
+
+def rows_of(file: Path, column: str, label: str) -> list[Any]:
+    columns, form = (column, LabelColumn(label)), formats.recognize(str(file))
+    assert set(columns) <= set(formats.find_columns(str(file), form, columns))
+    pieces = formats.cut(str(file), form, 1 << 20)
+    return [row for piece in pieces for row, _ in formats.read_piece(piece, columns, None)]
 
 
 def test_equal_texts_are_duplicates_whatever_their_classes(tmp_path: Path) -> None:
