@@ -12,6 +12,8 @@ import torch
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.cached_model import CachedModel, Prompt
 
+MOST_LENGTH_PENALTY = 20  # a million tokens to this power is far inside the range of a float
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -21,16 +23,22 @@ class Answer:
     score: float
 
 
+def check_length_penalty(value: float) -> None:
+    if not abs(value) <= MOST_LENGTH_PENALTY:
+        raise UserError(f"length penalty {value}: must be from -{MOST_LENGTH_PENALTY} to {MOST_LENGTH_PENALTY}")
+
+
 def beam_search(
     cache: CachedModel, prompt: Prompt, eos: int, num_beams: int, max_tokens: int, length_penalty: float = 1.0
 ) -> list[Answer]:
     """At most `num_beams` answers, the best first. The cache is empty before and after, and has a slot for each beam.
 
     Ends when as many answers have ended and the best open beam scores no better than the worst of them. Raises
-    `UserError` for fewer beams than one or more than slots.
+    `UserError` for fewer beams than one or more than slots, and for a length penalty outside its range.
     """
     if not 1 <= num_beams <= cache.slots:
         raise UserError(f"{num_beams} beams: must be 1 to {cache.slots}")
+    check_length_penalty(length_penalty)
     logits_BV = cache.prefill([prompt])
     beams, ended = [Answer([], 0.0)], list[Answer]()
     max_tokens = min(max_tokens, cache.max_positions - cache.lengths[0] + 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.config.user_error import UserError
-from bigmodel.generation.beams import beam_search
+from bigmodel.generation.beams import beam_search, check_length_penalty
 from bigmodel.generation.cached_model import CachedModel, Prompt
 from bigmodel.generation.engine import Engine, Request, check_can_generate
 from bigmodel.generation.sampling import Sampling
@@ -42,6 +42,9 @@ class Options:
             raise UserError(
                 f"--beams {self.beams} and {other}: beam search knows its text only at its end; leave one out"
             )
+        if self.length_penalty != 1 and not self.beams:
+            raise UserError(f"--length-penalty {self.length_penalty:g}: has an effect only with --beams; give both")
+        check_length_penalty(self.length_penalty)
         if self.answers > max(1, self.beams):
             raise UserError(f"--answers {self.answers}: beam search has --beams {self.beams} answers; give more beams")
 
@@ -91,6 +94,7 @@ def read_prompts(file: Path) -> list[str]:
     """One prompt a line; in a .jsonl file a JSON string, or an object with "prompt". "-": standard input."""
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        text = text.removeprefix("\ufeff")  # the byte order mark of some editors
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file}: cannot be read: {error}") from None
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -102,7 +106,7 @@ def read_prompts(file: Path) -> list[str]:
 def _parsed(file: Path, number: int, line: str) -> str:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     found = found.get("prompt") if isinstance(found, dict) else found
     if not isinstance(found, str):
@@ -125,7 +129,7 @@ def _prompt(trained: Trained, text: str) -> Prompt:
 def _request(trained: Trained, text: str, options: Options) -> Request:
     prompt = _prompt(trained, text)
     source = None if prompt.source is None else list(prompt.source)
-    return Request(list(prompt.ids), source, options.tokens, options.sampling, options.stop)
+    return Request(list(prompt.ids), source, _most_tokens(trained, prompt, options), options.sampling, options.stop)
 
 
 def _engine(trained: Trained, prompts: Sequence[str], options: Options, slots: int) -> Engine:
@@ -135,18 +139,30 @@ def _engine(trained: Trained, prompts: Sequence[str], options: Options, slots: i
 def _positions(trained: Trained, prompts: Sequence[str], options: Options) -> int:
     """What the longest of the prompts and its answer can use. Raises `UserError` for a prompt beyond the context."""
     settings, read = trained.settings, [_prompt(trained, prompt) for prompt in prompts]
-    own = options.context or settings.model.max_positions or settings.data.max_document_length
+    own = _context(trained, options)
     other = options.context or settings.data.max_source_length or settings.data.source_sequence_length
-    for prompt in read:
+    for number, prompt in enumerate(read, 1):
         length, limit = (len(prompt.ids), own) if prompt.source is None else (len(prompt.source), other)
         if length > limit:
+            which = "the prompt" if len(read) == 1 else f"prompt {number}"
             raise UserError(
-                f"a prompt has {length} tokens; the model was trained on at most {limit}: shorten it, or give --context"
+                f"{which} has {length} tokens; the context has {limit}: shorten it, or give a larger --context"
             )
     source = max(len(prompt.source or ()) for prompt in read)
     used = min(own, max(len(prompt.ids) for prompt in read) + options.tokens)
     is_mixed = source > 0 and settings.model.source_attention == "mixed"
     return used + source if is_mixed else max(used, source)
+
+
+def _context(trained: Trained, options: Options) -> int:
+    """Most tokens of a decoder: prompt and answer."""
+    settings = trained.settings
+    return options.context or settings.model.max_positions or settings.data.max_document_length
+
+
+def _most_tokens(trained: Trained, prompt: Prompt, options: Options) -> int:
+    """Of an answer; the last one is never read, so it needs no position."""
+    return min(options.tokens, _context(trained, options) - len(prompt.ids) + 1)
 
 
 def _searched(trained: Trained, prompts: Sequence[str], options: Options) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -156,7 +172,8 @@ def _searched(trained: Trained, prompts: Sequence[str], options: Options) -> Ite
     cache, eos = CachedModel(trained.model, options.beams, positions), trained.tokenizer.eos
     for text in prompts:
         prompt = _prompt(trained, text)
-        found = beam_search(cache, prompt, eos, options.beams, options.tokens, options.length_penalty)
+        most = _most_tokens(trained, prompt, options)
+        found = beam_search(cache, prompt, eos, options.beams, most, options.length_penalty)
         texts = [readable(trained.tokenizer, [token for token in answer.ids if token != eos]) for answer in found]
         scored = zip(texts, (answer.score for answer in found), strict=True)
         yield text, [{"text": words, "score": score} for words, score in scored][: options.answers]

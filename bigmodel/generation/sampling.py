@@ -15,6 +15,8 @@ from torch import Tensor
 
 from bigmodel.config.user_error import UserError
 
+SMALLEST, LARGEST = 1e-30, 1e30  # of a divisor and of a logit, far inside the range of fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,17 +50,21 @@ class Sampling:
 
 
 def penalize(logits_V: Tensor, used: Sequence[int], penalty: float) -> Tensor:
-    """Logits of used tokens divided by the penalty, or multiplied where they are negative."""
+    """Logits of used tokens divided by the penalty, or multiplied where they are negative; finite for any penalty."""
     if penalty == 1:
         return logits_V
     ids = torch.tensor(sorted(set(used)), device=logits_V.device)
     logits_N = logits_V[ids]
-    return logits_V.index_copy(0, ids, torch.where(logits_N < 0, logits_N * penalty, logits_N / penalty))
+    changed_N = torch.where(logits_N < 0, logits_N * penalty, logits_N / max(penalty, SMALLEST))
+    return logits_V.index_copy(0, ids, changed_N.clamp(-LARGEST, LARGEST))
 
 
 def chances(logits_V: Tensor, sampling: Sampling, used: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """The ids that are left, rising, and their chances (N,), which add up to 1. Needs temperature > 0."""
-    logits_N = penalize(logits_V, used, sampling.repetition_penalty) / sampling.temperature
+    logits_N = penalize(logits_V, used, sampling.repetition_penalty)
+    if sampling.temperature < 1:  # the largest becomes 0, so that no quotient is infinite
+        logits_N = logits_N - logits_N.max()
+    logits_N = logits_N / max(sampling.temperature, SMALLEST)
     ids_N = torch.arange(len(logits_N), device=logits_N.device)
     if 0 < sampling.top_k < len(logits_N):
         is_left = logits_N >= logits_N.topk(sampling.top_k).values[-1]

@@ -38,3 +38,9 @@ def test_a_number_of_beams_without_slots_is_refused() -> None:
     cache = CachedModel(ours_of(made("llama")), 2, 30)
     with pytest.raises(UserError, match="3 beams: must be 1 to 2"):
         beam_search(cache, Prompt(PROMPT), 7, 3, 9)
+
+
+@pytest.mark.parametrize("penalty", [1000.0, -1000.0, float("nan"), float("inf")])
+def test_a_length_penalty_whose_power_is_no_number_is_refused(penalty: float) -> None:
+    with pytest.raises(UserError, match=r"length penalty .*: must be from -20 to 20"):
+        beam_search(CachedModel(ours_of(made("llama")), 2, 30), Prompt(PROMPT), 7, 2, 9, penalty)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,44 @@ def test_the_best_answers_of_beams_come_with_their_scores(trained: Trained, caps
     assert capsys.readouterr().out == "Document" + answers[0]["text"] + "\n"
 
 
-def test_a_prompt_beyond_the_context_is_refused(trained: Trained) -> None:
+def test_a_prompt_beyond_the_context_is_refused(trained: Trained, tmp_path: Path) -> None:
     limit = trained.settings.data.max_document_length
-    with pytest.raises(UserError, match=f"a prompt has .* tokens; the model was trained on at most {limit}: shorten"):
+    with pytest.raises(UserError, match=f"^the prompt has .* tokens; the context has {limit}: shorten"):
         print_answer(trained, "word " * 2 * limit, Options(8, GREEDY))
+    (tmp_path / "prompts.txt").write_text("short\n" + "word " * 2 * limit)
+    with pytest.raises(UserError, match=r"^prompt 2 has "):
+        print_answers(trained, tmp_path / "prompts.txt", Options(8, GREEDY))
+
+
+def test_a_prompt_that_is_not_unicode_is_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        print_answer(trained, "caf\udcff", Options(8, GREEDY))
+    (tmp_path / "prompts.jsonl").write_text('"a\\ud800b"')
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        print_answers(trained, tmp_path / "prompts.jsonl", Options(8, GREEDY))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "prompts.txt") == ["one", "two"]
+
+
+def test_an_answer_of_an_encoder_decoder_is_as_long_as_its_context_whatever_the_sources(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, settings = tmp_path / "prompts.txt", trained.settings
+    model_settings = settings.model.model_copy(update={"kind": "encoder_decoder", "encoder_num_layers": 1})
+    data = settings.data.model_copy(update={"max_document_length": 12, "source_sequence_length": 96})
+    model = Transformer(model_settings, trained.tokenizer.vocabulary)
+    init_weights(model, seed=1)
+    both = replace(trained, settings=settings.model_copy(update={"model": model_settings, "data": data}), model=model)
+    answers = []
+    for prompts in ("a", "a\n" + "word " * 20):
+        file.write_text(prompts)
+        print_answers(both, file, Options(40, Sampling(1.0, seed=4)))
+        answers.append(json.loads(capsys.readouterr().out.splitlines()[0]))
+    assert answers[0] == answers[1]
+    assert answers[0]["finished"] == "length"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +113,7 @@ def test_a_prompt_beyond_the_context_is_refused(trained: Trained) -> None:
         ({"beams": 2, "stop": (".",)}, "--beams 2 and --stop"),
         ({"beams": 2, "stream": True}, "--beams 2 and --stream"),
         ({"answers": 2}, "--answers 2: beam search has --beams 0"),
+        ({"length_penalty": 2.0}, "--length-penalty 2: has an effect only with --beams"),
     ],
 )
 def test_options_that_exclude_one_another_are_refused(changes: dict[str, object], complaint: str) -> None:

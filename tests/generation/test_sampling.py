@@ -58,6 +58,16 @@ def test_a_repetition_penalty_holds_without_a_draw_too() -> None:
     assert choose(logits_V, Sampling(0, repetition_penalty=1.5), [0], generator) == 1
 
 
+@pytest.mark.parametrize("values", [{"temperature": 1e-40}, {"temperature": 1e-320}, {"repetition_penalty": 1e-300}])
+def test_a_value_near_zero_leaves_chances_that_are_numbers(values: dict[str, float]) -> None:
+    logits_V = torch.tensor([-3.0, 7.0, 5.0, 0.0])
+    sampling = Sampling(**{"temperature": 0.8} | values)
+    ids, found = chances(logits_V, sampling, [1, 3])
+    assert found.sum().item() == pytest.approx(1)
+    assert ids[found.argmax()] == 1
+    assert choose(logits_V, sampling, [1, 3], torch.Generator().manual_seed(0)) == 1
+
+
 @pytest.mark.parametrize(
     "values",
     [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2},

@@ -226,11 +226,12 @@ class Tokenizer:
         return [self._stored(self._as_text(ids, text)) for ids, text in encoded]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids by the library. Raises `UserError` for a text with a piece that has no token, if the model has no unknown
-        token."""
+        """Ids by the library. Raises `UserError` for half of a surrogate pair, and for a text with a piece that has no
+        token, if the model has no unknown token."""
         try:
             return [one.ids for one in self._exact.encode_batch_fast(list(texts), add_special_tokens=False)]
         except Exception as error:  # the library raises bare Exception
+            unknown_text.check_surrogates(texts)
             if self._lacking is None or self.drops_text:
                 raise
             pieces = [piece for text in texts for piece in self._find_tokenless(text)]

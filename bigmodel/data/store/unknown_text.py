@@ -11,15 +11,18 @@ Guarantees: `find_tokenless` is the library's own verdict, that of a copy of the
 unknown token. Costs: 1 to 2 MB/s.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
 import tokenizers
 
+from bigmodel.config.user_error import UserError
 from bigmodel.data.store.fast_tokenizer import has_all_bytes
 
 # Characters that no text should hold, one of which names the added token.
+SURROGATE = re.compile("[\ud800-\udfff]")
 NONCHARACTERS = tuple(map(chr, (*range(0xFDD0, 0xFDF0), 0x10FFFE, 0x10FFFF)))
 
 
@@ -56,6 +59,16 @@ def reason_and_remedy(description: Mapping[str, Any]) -> tuple[str, str]:
         return "its model has no unk_id", "set model.unk_id in the file to the place of an unknown token in model.vocab"
     name = repr(model.get("unk_token"))
     return f"its unknown token {name} is not in the vocabulary of its model", f"add {name} to model.vocab in the file"
+
+
+def check_surrogates(texts: Iterable[str]) -> None:
+    """Raises `UserError` for half of a surrogate pair: an argument's bytes that are no UTF-8, or an escape in JSON."""
+    for text in texts:
+        if found := SURROGATE.search(text):
+            raise UserError(
+                f"the text {text[: found.start()][-10:] + found[0]!r} ends with half of a surrogate pair, which has no "
+                "tokens; give text in UTF-8"
+            )
 
 
 def in_code_points(piece: str) -> str:
