@@ -74,7 +74,19 @@ def bound(host: str, port: int) -> socket.socket:
         made.bind((host, port))
     except OSError as error:
         made.close()
-        raise UserError(
-            f"--host {host} --port {port}: cannot be opened: {error.strerror}; choose another port, or 0 for a free one"
-        ) from None
+        raise _unopened(host, port, error) from None
     return made
+
+
+def open_for_clients(made: socket.socket, host: str, port: int) -> None:
+    """Raises `UserError` if another process opened the address since it was bound here."""
+    try:
+        made.listen()
+    except OSError as error:
+        raise _unopened(host, port, error) from None
+
+
+def _unopened(host: str, port: int, error: OSError) -> UserError:
+    return UserError(
+        f"--host {host} --port {port}: cannot be opened: {error.strerror}; choose another port, or 0 for a free one"
+    )

@@ -7,8 +7,10 @@ Ctrl-C: no new connection; what runs may finish within `grace_seconds`, the rest
 import asyncio
 import signal
 import socket
+import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -16,23 +18,42 @@ from bigmodel.config.user_error import UserError
 from bigmodel.generation.engine import Engine
 from bigmodel.serving.application import application
 from bigmodel.serving.batcher import Batcher
-from bigmodel.serving.options import Options, bound, read_token
+from bigmodel.serving.options import Options, bound, open_for_clients, read_token
 from bigmodel.serving.served import Served, load_served
 
-KEEP_ALIVE_SECONDS = 65  # of an idle connection, above the 60 s of common proxies
+KEEP_ALIVE_SECONDS = 65  # of a connection without a whole request, above the 60 s of common proxies
+TICKS_OF_A_SECOND = 10  # uvicorn's
 ENDING_SECONDS = 5  # for the errors after the grace time, and for the last step of the engine
 
 
 class Server(uvicorn.Server):
-    """Says where it serves, and bounds the time that its end takes."""
+    """Says where it serves, closes connections that ask nothing, and bounds the time that its end takes."""
 
     def __init__(self, config: uvicorn.Config, batcher: Batcher, greeting: str, grace_seconds: float) -> None:
         super().__init__(config)
         self._batcher, self._greeting, self._grace_seconds = batcher, greeting, grace_seconds
+        self._quiet_since: dict[tuple[Any, Any], float] = {}  # by connection and its latest request
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._greeting, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_OF_A_SECOND == 0:
+            self._close_quiet(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_quiet(self, now: float) -> None:
+        """uvicorn's own timer ends at the first byte; a request whose head never ends would stay for ever."""
+        quiet = [
+            (one, one.cycle)
+            for one in self.server_state.connections
+            if one.cycle is None or one.cycle.response_complete
+        ]
+        self._quiet_since = {key: self._quiet_since.get(key, now) for key in quiet}
+        for (one, _), since in self._quiet_since.items():
+            if now - since > self.config.timeout_keep_alive:
+                one.transport.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._grace_seconds, self._batcher.close)
@@ -63,6 +84,7 @@ def serve(location: Path, overrides: list[str], options: Options) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn puts these back and raises its signals again
             signal.signal(number, stop)
+        open_for_clients(listening, options.host, options.port)
         server.run(sockets=[listening])
         batcher.join(ENDING_SECONDS)
     print("bigmodel: the server has ended", flush=True)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from bigmodel.config.settings import UserError
 from bigmodel.generation.engine import Engine, Request, Step
 from bigmodel.serving.application import application
 from bigmodel.serving.batcher import Batcher
-from bigmodel.serving.options import TOKEN, Options, bound, read_token
+from bigmodel.serving.options import TOKEN, Options, bound, open_for_clients, read_token
 from bigmodel.serving.served import Served, load_served
-from bigmodel.serving.server import batcher_of
+from bigmodel.serving.server import Server, batcher_of
 from tests.support.model_folder import write_model
 
 LIMITS = Options(max_sequences=2, max_queue=1, max_tokens=40)
@@ -187,6 +188,36 @@ def test_an_address_that_is_taken_is_told_before_the_model_is_loaded() -> None:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: cannot be opened: Address already in use"):
             bound("127.0.0.1", port)
+
+
+def test_an_address_that_another_server_opens_meanwhile_is_told_too() -> None:
+    with bound("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        with bound("127.0.0.1", port) as ours:
+            other.listen()
+            with pytest.raises(UserError, match=f"--port {port}: cannot be opened: Address already in use"):
+                open_for_clients(ours, "127.0.0.1", port)
+
+
+def test_a_connection_without_a_whole_head_is_closed(served: Served) -> None:
+    options = replace(LIMITS, port=0)
+    batcher = batcher_of(served, options)
+    config = uvicorn.Config(application(served, batcher, options, ""), log_config=None, timeout_keep_alive=1)
+    server = Server(config, batcher, "", 1.0)
+    with bound("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        address = listening.getsockname()
+        with socket.create_connection(address) as silent, socket.create_connection(address) as half:
+            half.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he")  # one whole, one half
+            for one in (silent, half):
+                one.settimeout(20)
+                while one.recv(1000):
+                    pass
+        server.should_exit = True
+        thread.join()
 
 
 def test_a_folder_that_cannot_be_served_is_told_why(shards: Path, tmp_path: Path) -> None:
