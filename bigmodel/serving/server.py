@@ -103,7 +103,7 @@ def batcher_of(served: Served, options: Options) -> Batcher:
             raise
         raise UserError(
             f"--max-sequences {options.max_sequences}: a key-value cache of {served.positions} positions for each does "
-            "not fit into memory; lower --max-sequences, or give --max-positions"
+            "not fit into memory; lower --max-sequences, or give a smaller --max-positions"
         ) from None
 
 
