@@ -10,6 +10,10 @@ from bigmodel.config.sections import SET, UNSET, ReadBy, Section, key_of, settin
 from bigmodel.data.objectives.table import OBJECTIVES
 
 READ_BY_OBJECTIVE = {"kind": ReadBy(OBJECTIVES)}
+WITH_SPECIAL_TOKENS: dict[str, Any] = {
+    "only_with": {"needs_special_tokens": True},
+    "why": "no objective needs special tokens, and data.masked_decoder_share is 0",
+}
 
 
 class SourceSettings(Section):
@@ -278,10 +282,23 @@ class DataSettings(Section):
     )
     sentinels: int = setting(
         100,
-        only_with={"needs_special_tokens": True},
-        why="no objective needs special tokens, and data.masked_decoder_share is 0",
+        **WITH_SPECIAL_TOKENS,
         ge=1,
         description="token ids for hidden spans, if an objective needs them",
+    )
+    first_sentinel: int = setting(
+        0,
+        **WITH_SPECIAL_TOKENS,
+        ge=0,
+        description="id of the token that replaces the first hidden span, if the tokenizer has such tokens: the others "
+        "count down, as T5's <extra_id_0>, <extra_id_1> ...; 0: ids above the tokenizer's",
+    )
+    mask_token: int = setting(
+        0,
+        **WITH_SPECIAL_TOKENS,
+        ge=0,
+        description="id of the token that replaces a hidden token, if the tokenizer has one, as BERT's [MASK]; 0: an "
+        "id above the tokenizer's",
     )
     bidirectional_prefix: bool = setting(
         True,
@@ -353,7 +370,7 @@ class DataSettings(Section):
 
     @property
     def needs_special_tokens(self) -> bool:
-        """Whether there are ids above the tokenizer's: special tokens of objectives, sentinels."""
+        """Whether there are special tokens of objectives, or sentinels."""
         wanted = any(OBJECTIVES[one.kind].special_tokens for one in self.wanted_objectives)
         return wanted or self.masked_decoder_share > 0
 
@@ -361,6 +378,15 @@ class DataSettings(Section):
     def trains_encoder(self) -> bool:
         """Whether an objective trains an encoder alone."""
         return any(OBJECTIVES[one.kind].trains_encoder for one in self.objectives)
+
+    @model_validator(mode="after")
+    def _sentinels_count_down(self) -> "DataSettings":
+        if 0 < self.first_sentinel < self.sentinels - 1:
+            raise ValueError(
+                f"data.first_sentinel = {self.first_sentinel}: data.sentinels = {self.sentinels} ids do not fit, "
+                "counting down from it; set it to the highest id of them, or data.sentinels to fewer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sides_fit(self) -> "DataSettings":

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from bigmodel.config.huggingface_classes import CLASSES_WITH_LABELS, config_of_labels, lacking_for_labels
 from bigmodel.config.huggingface_rope import read_rope, write_rope
+from bigmodel.config.huggingface_values import check_values
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.sections import UserError, explain
 
@@ -116,10 +117,11 @@ def read_config(config: Config) -> ModelSettings:
     """`config`: as `model.config.to_dict()` or config.json. Raises `UserError` for other types of models, and for keys
     that our model lacks."""
     kind = config.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise UserError(f"model_type = {kind!r}: cannot be read; types read: {', '.join(DEFAULTS)}")
     if config.get("quantization_config"):
         raise UserError(f"quantization_config = {config['quantization_config']!r}: quantized weights cannot be read")
+    check_values(config, DEFAULTS[kind])
     full = DEFAULTS[kind] | {name: value for name, value in config.items() if value is not None or name in NULLABLE}
     try:
         return READERS.get(kind, _read_decoder)(full)
@@ -190,13 +192,14 @@ def fitting_type(settings: ModelSettings, preferred: str = "") -> str:
 def _read_decoder(config: Config) -> ModelSettings:
     kind, heads = config["model_type"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    window = _read_window(config)
-    if window and config.get("rope_scaling") and kind in ("qwen2", "qwen3", "mistral", "phi3"):
+    window, rope = _read_window(config), read_rope(config)
+    if window and rope["rope_scaling"] and kind in ("qwen2", "qwen3", "mistral", "phi3"):
+        theirs = config.get("rope_scaling") or config.get("rope_parameters")
         raise UserError(
-            f"rope_scaling = {config.get('rope_scaling')} with sliding_window = {config['sliding_window']}: our "
+            f"rope_scaling = {theirs} with sliding_window = {config['sliding_window']}: our "
             f"sliding layers do not scale rotary positions, those of {kind} do; convert a model with only one of them"
         )
-    settings = read_rope(config) | window | {
+    settings = rope | window | {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
         "num_heads": heads,

@@ -20,8 +20,6 @@ def read_rope(config: Config) -> dict[str, Any]:
     3; 5 writes all of them into `rope_parameters`, perhaps once per kind of layer.
     """
     old, new = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        raise UserError(f"rope_scaling = {old!r}, rope_parameters = {new!r}: cannot be read; each is a table or absent")
     of_full, of_sliding = (new.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
     beside = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
     theirs: dict[str, Any] = {}

@@ -59,7 +59,7 @@ def is_run(folder: Path) -> bool:
 def _of_huggingface(folder: Path) -> tuple[ModelSettings, int, Path]:
     """Model settings, rows of the embedding, folder of the tokenizer."""
     config = read_config_json(folder)
-    return read_config(config), config.get("vocab_size", 0), folder
+    return read_config(config), config.get("vocab_size") or 0, folder
 
 
 def _of_run(folder: Path) -> tuple[ModelSettings, int, Path]:

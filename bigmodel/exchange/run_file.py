@@ -18,6 +18,7 @@ from bigmodel.model.huggingface.start import StartWeights, read_settings
 from bigmodel.run_directory import write_atomically
 
 LONGEST = 2048  # tokens of a document, where the model could take more
+SENTINELS = ("<extra_id_{}>", "▁<extra_id_{}>")  # of T5 and of mT5
 UNUSED_SHARE = 0.1  # rows without a token, above which a tokenizer is another model's
 MODELS = {"decoder": "a decoder", "encoder_decoder": "an encoder-decoder", "encoder": "an encoder"}
 RUN_FILE = """\
@@ -106,7 +107,7 @@ def write_run_file(folder: Path, run_file: Path, tokenizer: Path | None = None) 
         "data_directory": _toml(f"data/{name}"),
         "rate": "1e-4" if settings.kind == "encoder_decoder" else "3e-5",
         "model": _lines(_model_table(settings, config)),
-        **_data(settings, _positions(settings, config)),
+        **_data(settings, _positions(settings, config), special_tokens(used)),
     }
     run_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(run_file, RUN_FILE.format(**values).encode())
@@ -156,8 +157,22 @@ def _model_table(settings: ModelSettings, config: Mapping[str, Any]) -> dict[str
     return ordered | ({"min_vocabulary": config["vocab_size"]} if config.get("vocab_size") else {})
 
 
-def _data(settings: ModelSettings, positions: int) -> dict[str, str]:
-    """The settings of [data] that suit the model, and a comment about them."""
+def special_tokens(tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
+    """By objective, the settings that make it use the tokenizer's own special tokens, which the model knows: T5's
+    <extra_id_0>, <extra_id_1> ... for hidden spans, whose ids count down, and the mask token."""
+    name = next((one for one in SENTINELS if tokenizer.number_of(one.format(0))), SENTINELS[0])
+    first, count = tokenizer.number_of(name.format(0)) or 0, 1
+    while first and tokenizer.number_of(name.format(count)) == first - count:
+        count += 1
+    mask = tokenizer.number_of(tokenizer.special_names.get("mask_token", "[MASK]"))
+    return {
+        "span_corruption": {"first_sentinel": first, "sentinels": count} if first and count > 1 else {},
+        "masked": {"mask_token": mask} if mask else {},
+    }
+
+
+def _data(settings: ModelSettings, positions: int, own: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """The settings of [data] that suit the model, and a comment about them. own: of `special_tokens`."""
     longest = min(LONGEST, positions or LONGEST)
     if settings.kind == "encoder_decoder":
         source = min(512, longest)
@@ -166,6 +181,7 @@ def _data(settings: ModelSettings, positions: int) -> dict[str, str]:
             "sequence_length": source,
             "max_source_length": source,
             "source_sequence_length": 4 * source,
+            **own["span_corruption"],
             "objectives": [{"kind": "span_corruption", "density": 0.15, "mean_span": 3.0}],
         }
         return {
@@ -174,6 +190,7 @@ def _data(settings: ModelSettings, positions: int) -> dict[str, str]:
         }
     table = {"max_document_length": longest, "sequence_length": LONGEST}
     if settings.kind == "encoder":
+        table |= own["masked"]
         table["objectives"] = [{"kind": "masked", "density": 0.15 if settings.norm_placement == "post" else 0.3}]
     said = f"config.json says {positions:,} positions. " if positions else ""
     return {"data": _lines(table), "about_lengths": f"{said}Longer documents are split; short ones share a pack."}

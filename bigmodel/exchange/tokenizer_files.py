@@ -12,6 +12,7 @@ from typing import Any
 
 from bigmodel.config.settings import Settings
 from bigmodel.data.objectives.example import NUM_MARKS
+from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.tokenizer import Tokenizer
 
 # Ids above the tokenizer's, in order (`SpecialTokens`); T5's names of sentinels, whose highest id is the first.
@@ -38,10 +39,13 @@ def tokenizer_files(
     ids = token_ids(settings, tokenizer, description)
     names = {role: tokenizer.token_of(ids[f"{role}_token_id"]) for role in ("bos", "eos", "pad")}
     roles = {f"{role}_token": name for role, name in names.items()}
-    if settings.data.needs_special_tokens:
-        description = _with_special_tokens(description, tokenizer.vocabulary, settings.data.sentinels)
+    if num_special_tokens(settings.data):
+        sentinels = 0 if settings.data.first_sentinel else settings.data.sentinels
+        description = _with_special_tokens(description, tokenizer.vocabulary, sentinels)
         has_mask = any(token["content"] == MARKS[0] for token in description["added_tokens"])
         roles |= {"mask_token": MARKS[0]} if has_mask else {}
+    if settings.data.mask_token:
+        roles["mask_token"] = tokenizer.token_of(settings.data.mask_token)
     if settings.model.kind == "encoder":
         roles |= {"cls_token": names["bos"], "sep_token": names["eos"]}
     if not _adds_tokens(description.get("post_processor")):

@@ -48,6 +48,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "prepare.workers": (3, {"scheduler": "tcp://a:1"}, 'with scheduler = "tcp://a:1"', {}),
     "data.max_source_length": (9, {}, "without source_sequence_length", SIDES),
     "data.sentinels": (7, {"objectives": [{"kind": "prefix"}]}, "no objective needs special tokens", MASKED),
+    "data.first_sentinel": (200, {"objectives": [{"kind": "prefix"}]}, "no objective needs special tokens", MASKED),
+    "data.mask_token": (7, {"objectives": [{"kind": "prefix"}]}, "no objective needs special tokens", MASKED),
     "data.bidirectional_prefix": (False, SIDES, "with source_sequence_length = 4096 (an encoder reads", {}),
     "data.fixed_target_tokens": (9, {}, "without source_sequence_length", SIDES),
     "data.masked_decoder_share": (0.1, {}, "without source_sequence_length", SIDES),

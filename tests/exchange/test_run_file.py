@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 
 from bigmodel.config.settings import UserError, load_settings
+from bigmodel.data.objectives.examples import num_special_tokens
+from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.exchange.export import export
 from bigmodel.exchange.run_file import write_run_file
+from bigmodel.exchange.tokenizer_files import tokenizer_files
 from bigmodel.model.huggingface.start import StartWeights, load_start
 from bigmodel.model.transformer import Transformer
 from tests.model.test_huggingface import UNTIED, made
@@ -91,6 +94,35 @@ def test_a_run_at_any_zero_stage_exports_what_it_began_with(
     if name == "t5":
         names = Library.from_file(str(tmp_path / "out" / "tokenizer.json"))
         assert [names.token_to_id(one) for one in ("<|mask|>", "<extra_id_0>", "<extra_id_99>")] == [300, 406, 307]
+
+
+@pytest.mark.parametrize("name", ["<extra_id_{}>", "▁<extra_id_{}>"], ids=["t5", "mt5"])
+def test_special_tokens_that_the_tokenizer_has_are_those_of_the_objective(
+    folders: Path, tmp_path: Path, name: str
+) -> None:
+    """No rows are added for them, and an export names them as the folder does."""
+    folder = shutil.copytree(folders / "t5", tmp_path / "t5")
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens([name.format(number) for number in reversed(range(20))])
+    library.save(str(folder / "tokenizer.json"))
+    write_run_file(folder, tmp_path / "mine.toml")
+    settings = load_settings(tmp_path / "mine.toml")
+    assert (settings.data.first_sentinel, settings.data.sentinels) == (319, 20)
+    assert settings.model.num_rows(320 + num_special_tokens(settings.data)) == ROWS
+
+
+def test_the_mask_token_of_an_encoder_is_that_of_its_tokenizer(folders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    made("bert", vocab_size=ROWS, max_position_embeddings=64).save_pretrained(folder)
+    library = Library.from_file(str(folders / "t5" / "tokenizer.json"))
+    library.add_special_tokens(["[MASK]"])
+    library.save(str(folder / "tokenizer.json"))
+    write_run_file(folder, tmp_path / "mine.toml")
+    settings = load_settings(tmp_path / "mine.toml")
+    assert (settings.data.mask_token, num_special_tokens(settings.data)) == (300, 0)
+    used = Tokenizer.load(folder, fast=False)
+    files = tokenizer_files(settings, used, json.loads((folder / "tokenizer.json").read_text()), 64)
+    assert json.loads(files["tokenizer_config.json"])["mask_token"] == "[MASK]"
 
 
 def weights_in(folder: Path) -> dict[str, bytes]:

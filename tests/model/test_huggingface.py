@@ -184,8 +184,22 @@ def test_a_model_is_transformers_own_and_goes_back_unchanged(name: str) -> None:
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
-        ({"model_type": "llama", "num_hidden_layers": "two"}, "config.json of a llama: .*num_layers"),
-        ({"model_type": "llama", "rope_scaling": "linear"}, "rope_scaling = 'linear', rope_parameters = {}: cannot"),
+        ({"model_type": "llama", "num_hidden_layers": 2.5}, "config.json of a llama: .*num_layers"),
+        ({"model_type": ["llama"]}, r"model_type = \['llama'\]: cannot be read"),
+        ({"model_type": "llama", "num_hidden_layers": "two"}, "num_hidden_layers = 'two': .* a number of at least 0"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads = 0: .* a number of at least 1 here"),
+        (
+            {"model_type": "llama", "vocab_size": "64"},
+            "vocab_size = '64': config.json must have a number of at least 1",
+        ),
+        ({"model_type": "llama", "attention_bias": "no"}, "attention_bias = 'no': config.json must have true or false"),
+        ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act = \['silu'\]: config.json must have a name"),
+        ({"model_type": "llama", "rope_scaling": "linear"}, "rope_scaling = 'linear': config.json must have a table"),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": [1]}},
+            r"rope_type = \[1\]: config.json must have a name",
+        ),
+        ({"model_type": "qwen3", "layer_types": "full"}, "layer_types = 'full': config.json must have a list of names"),
         (
             {"model_type": "llama", "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
             "rope_theta = 5.0 and 6.0: config.json gives two values",
@@ -207,6 +221,10 @@ def test_a_model_is_transformers_own_and_goes_back_unchanged(name: str) -> None:
         (
             {"model_type": "qwen3", **WINDOW, "num_hidden_layers": 3, "max_window_layers": 0, "rope_scaling": YARN},
             "rope_scaling = .* with sliding_window = 5: our sliding layers do not scale rotary positions",
+        ),
+        (
+            {"model_type": "qwen3", **WINDOW, **EVERY_SECOND, "num_hidden_layers": 2, "rope_parameters": YARN},
+            "rope_scaling = .*yarn.* with sliding_window = 5: our sliding layers do not scale rotary positions",
         ),
     ],
 )

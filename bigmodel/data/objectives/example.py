@@ -47,16 +47,19 @@ def num_tokens(num_tokens: np.ndarray | int) -> np.ndarray:
 
 
 class SpecialTokens(NamedTuple):
-    """Ids of special tokens: two of the tokenizer, the others above its vocabulary."""
+    """Ids of special tokens: begin and end of the tokenizer; the others are above its vocabulary, unless the tokenizer
+    has a mask token or sentinels of its own."""
 
     bos: int
     eos: int
     vocabulary: int
     sentinels: int
+    first_sentinel: int = 0  # 0: above the vocabulary
+    mask_token: int = 0  # 0: above the vocabulary
 
     @property
     def mask(self) -> int:
-        return self.vocabulary
+        return self.mask_token or self.vocabulary
 
     def mode(self, name: str) -> int:
         """UL2's mode tokens: R, S or X."""
@@ -68,7 +71,8 @@ class SpecialTokens(NamedTuple):
         return self.vocabulary + 4, self.vocabulary + 5, self.vocabulary + 6
 
     def sentinel(self, number: np.ndarray | int) -> np.ndarray:
-        return np.asarray(self.vocabulary + NUM_MARKS + self.sentinels - 1 - np.asarray(number))
+        first = self.first_sentinel or self.vocabulary + NUM_MARKS + self.sentinels - 1
+        return np.asarray(first - np.asarray(number))
 
 
 class ChunkText(NamedTuple):

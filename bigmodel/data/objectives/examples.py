@@ -85,7 +85,14 @@ def objectives_of(data: DataSettings) -> list[Objective]:
 
 def num_special_tokens(data: DataSettings) -> int:
     """Ids above the tokenizer's that the objectives need."""
-    return NUM_MARKS + data.sentinels if data.needs_special_tokens else 0
+    if not data.needs_special_tokens:
+        return 0
+    kinds = {one.kind for one in data.wanted_objectives if OBJECTIVES[one.kind].special_tokens}
+    given = {"span_corruption"} if data.first_sentinel else set()
+    if data.mask_token:
+        given.add("masked")
+    all_given = kinds <= given and (data.mask_token or not data.masked_decoder_share)
+    return 0 if all_given else NUM_MARKS + (0 if data.first_sentinel else data.sentinels)
 
 
 def nothing_asked(where: str, data: DataSettings) -> str:
@@ -107,8 +114,15 @@ class Examples:
     """The examples of a run. `vocabulary`: the tokenizer's size; not needed to plan."""
 
     def __init__(self, data: DataSettings, seed: int, vocabulary: int = 0) -> None:
-        """Raises `UserError` if an objective's shortest example does not fit a pack."""
+        """Raises `UserError` if an objective's shortest example does not fit a pack, and for special tokens that the
+        tokenizer lacks."""
         self.data, self._seed, self._vocabulary = data, seed, vocabulary
+        for name in ("first_sentinel", "mask_token"):
+            if vocabulary and getattr(data, name) >= vocabulary:
+                raise UserError(
+                    f"data.{name} = {getattr(data, name)}: the tokenizer of {data.directory} has the ids 0 to "
+                    f"{vocabulary - 1}; set the id of its token, or leave it out"
+                )
         self.objectives = objectives_of(data)
         self.find_class: Find | None = None  # with classes: to make examples, not to plan them
         self._bounds = np.cumsum([objective.share for objective in self.objectives])[:-1]
@@ -267,7 +281,9 @@ class Examples:
         return classification(document.source, number, length, data.ends_classified)
 
     def _marks(self, document: np.ndarray) -> SpecialTokens:
-        return SpecialTokens(int(document[0]), int(document[-1]), self._vocabulary, self.data.sentinels)
+        data = self.data
+        ends = int(document[0]), int(document[-1])
+        return SpecialTokens(*ends, self._vocabulary, data.sentinels, data.first_sentinel, data.mask_token)
 
     def _laid_out(self, example: Example, key: int, special_tokens: SpecialTokens) -> Example:
         data = self.data

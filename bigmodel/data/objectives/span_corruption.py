@@ -4,7 +4,6 @@ import numpy as np
 
 from bigmodel.config.settings import ObjectiveSettings
 from bigmodel.data.objectives.example import (
-    NUM_MARKS,
     ChunkText,
     Columns,
     Example,
@@ -66,11 +65,13 @@ def restore(source: np.ndarray, targets: np.ndarray, special_tokens: SpecialToke
     >>> restore(np.array([11, 66, 13, 65, 2]), np.array([66, 12, 65, 14, 64, 2]), SpecialTokens(1, 2, 50, 10)).tolist()
     [11, 12, 13, 14]
     """
-    first = special_tokens.vocabulary + NUM_MARKS
+    lowest, highest = (int(special_tokens.sentinel(number)) for number in (special_tokens.sentinels - 1, 0))
     source, targets = source[:-1], targets[:-1]
     if len(source) and special_tokens.vocabulary < source[0] <= special_tokens.vocabulary + 3:
         source = source[1:]
-    visible, hidden = (np.split(side, np.flatnonzero(side >= first)) for side in (source, targets))
+    visible, hidden = (
+        np.split(side, np.flatnonzero((side >= lowest) & (side <= highest))) for side in (source, targets)
+    )
     parts = [visible[0]]
     for hole, answer in zip(visible[1:], hidden[1:], strict=False):
         assert hole[0] == answer[0], f"the target has {answer[0]} where the source has sentinel {hole[0]}"

@@ -37,6 +37,8 @@ EXAMPLES = {  # settings of examples; in a plan's identity only where they diffe
     "max_source_length",
     "objectives",
     "sentinels",
+    "first_sentinel",
+    "mask_token",
     "bidirectional_prefix",
     "fixed_target_tokens",
     "masked_decoder_share",

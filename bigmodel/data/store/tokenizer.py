@@ -293,6 +293,10 @@ class Tokenizer:
         stored[0], stored[1:-1], stored[-1] = self.bos, ids, self.eos
         return stored
 
+    def number_of(self, token: str) -> int | None:
+        """The id of a token, also of a special one; None if there is none."""
+        return self._exact.token_to_id(token)
+
     def token_of(self, number: int) -> str:
         return self._exact.id_to_token(number)
 

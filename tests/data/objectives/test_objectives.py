@@ -207,6 +207,24 @@ def test_ul2_is_seven_denoisers_with_their_modes() -> None:
     assert firsts == [MARKS.mode("R")] * 2 + [MARKS.mode("X")] * 4 + [MARKS.mode("S")]
 
 
+def test_special_tokens_of_the_tokenizer_are_used_where_their_ids_are_given() -> None:
+    own = {"first_sentinel": 40, "sentinels": 30, "mask_token": 41}
+    assert num_special_tokens(settings_of(TWO_SIDES | own, {"kind": "span_corruption"})) == 0
+    assert num_special_tokens(settings_of(TWO_SIDES | own, {"kind": "ul2"})) == 7
+    assert num_special_tokens(settings_of(ONE_SIDE | own, {"kind": "masked"})) == 0
+    assert num_special_tokens(settings_of(ONE_SIDE | {"first_sentinel": 40, "sentinels": 30}, {"kind": "masked"})) == 7
+    document = np.array([BOS, *range(200, 240), EOS])
+    spans = Examples(settings_of(TWO_SIDES | own, {"kind": "span_corruption"}), 1, 300)
+    example = spans.make(fragment_of(0, document, spans, 0), document)
+    assert [token for token in example.labels.tolist() if 10 < token < 200] == [40, 39, 38]
+    masks = Examples(settings_of(ONE_SIDE | own, {"kind": "masked", "density": 0.9}), 1, 300)
+    assert 41 in masks.make(fragment_of(0, document, masks, 0), document).tokens
+    with pytest.raises(UserError, match=r"data.mask_token = 41: the tokenizer of data/embedded has the ids 0 to 40"):
+        Examples(settings_of(ONE_SIDE | own, {"kind": "masked"}), 1, 41)
+    with pytest.raises(ValidationError, match=r"data.first_sentinel = 5: data.sentinels = 30 ids do not fit"):
+        settings_of(TWO_SIDES | own | {"first_sentinel": 5}, {"kind": "span_corruption"})
+
+
 def test_objectives_are_chosen_by_share_anew_in_every_epoch() -> None:
     data = settings_of(TWO_SIDES, {"kind": "causal"}, {"kind": "prefix", "share": 3})
     examples = Examples(data, 1)
