@@ -416,7 +416,7 @@ def export(
     if adapter:
         from bigmodel.exchange.export import export_adapter_of
 
-        print(export_adapter_of(run_directory, folder, dtype, best))
+        print(export_adapter_of(run_directory, folder, dtype, best, kind))
         return
     from bigmodel.exchange.export import export as run
 

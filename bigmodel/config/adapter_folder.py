@@ -71,6 +71,11 @@ def _targets(config: Mapping[str, Any], where: str) -> list[str]:
     names = [given] if isinstance(given, str) else given if isinstance(given, list) else []
     found = list(dict.fromkeys(str(name).rpartition(".")[2] for name in names))
     known = {ALL, *(alias for aliases in PARTS.values() for alias in aliases)}
+    if isinstance(given, list) and (others := sorted(set(found) - known)):
+        raise UserError(
+            f"{where}: target_modules = {json.dumps(given)}: ours are adapters of matrices in blocks, not of "
+            f"{', '.join(others)}; make an adapter without them"
+        )
     if not found or set(found) - known or config.get("layers_to_transform") is not None:
         raise UserError(
             f"{where}: target_modules = {json.dumps(given)}, layers_to_transform = "

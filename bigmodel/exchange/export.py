@@ -129,8 +129,18 @@ def write_model(
     return _remarks(settings, kind, names, source, description)
 
 
-def export_adapter_of(run_directory: Path, folder: Path, dtype: str = "float32", best: bool = False) -> str:
-    """Write only the adapters of a run as a peft folder; returns what was written, in words."""
+def export_adapter_of(
+    run_directory: Path, folder: Path, dtype: str = "float32", best: bool = False, kind: str = ""
+) -> str:
+    """Write only the adapters of a run as a peft folder; returns what was written, in words.
+
+    kind: refused, because an adapter has the type of its base.
+    """
+    if kind:
+        raise UserError(
+            f"--as {kind}: has no effect with --adapter (an adapter has the type of the model that it is for); leave "
+            "one of them out"
+        )
     settings, found = _settings_of(run_directory), checkpoint.of_run(run_directory, best)
     base = export_adapter(found, settings, folder, _dtype(dtype))
     on = base or "the base model, exported"

@@ -204,6 +204,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, "changes the base model"),
     "pattern": ({"target_modules": ".*q_proj"}, "name the same matrices in lora.targets"),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "not of embed_tokens; make an adapter without them"),
     "layers": ({"layers_to_transform": [0]}, "name the same matrices in lora.targets"),
 }
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from bigmodel.config.huggingface import fitting_type
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.data.store.tokenizer import Tokenizer
-from bigmodel.exchange.export import export, write_model
+from bigmodel.exchange.export import export, export_adapter_of, write_model
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint.format import WeightSource
@@ -125,6 +125,8 @@ def test_an_encoder_of_the_decoders_size_is_a_t5() -> None:
 def test_a_wrong_request_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--dtype int8: unknown; use float32, bfloat16, float16"):
         export(tmp_path, tmp_path / "out", dtype="int8")
+    with pytest.raises(UserError, match=r"--as llama: has no effect with --adapter .*; leave one of them out"):
+        export_adapter_of(tmp_path, tmp_path / "out", kind="llama")
     with pytest.raises(UserError, match=r"not a run directory \(no settings.json\)"):
         export(tmp_path, tmp_path / "out")
     settings = Settings.model_validate({"model": SMALL, "data": DATA | {"directory": str(tmp_path)}})
