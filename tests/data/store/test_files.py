@@ -154,6 +154,10 @@ class KeepsListings(fsspec.implementations.local.LocalFileSystem):
     def __init__(self, **options: Any) -> None:
         super().__init__(use_listings_cache=True, **options)
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:  # fsspec up to 2026.2 strips file:// and local:// alone
+        return super()._strip_protocol(str(path).removeprefix(f"{cls.protocol}://"))
+
     def ls(self, path: str, detail: bool = False, **options: Any) -> list[Any]:
         path = self._strip_protocol(path)
         if path not in self.dircache:
