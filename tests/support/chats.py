@@ -13,6 +13,7 @@ SPECIAL = (
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>",
     "<end_of_turn>", "[INST]", "[/INST]",
 )  # fmt: skip
+ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # as Qwen has them: added, and not special
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -36,6 +37,11 @@ TEMPLATES = {
     "{% if '</think>' in m.content %}{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
     "{{ '\n</think>\n\n' }}{% endif %}{{ said }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "tools": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+    "{% for call in m.tool_calls %}{{ '\n<tool_call>\n' + call.name + '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "phi3": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}",
     "alpaca": "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}",
 }
@@ -45,6 +51,7 @@ TEMPLATES = {
 def tokenizer_json() -> str:
     trained = tokenizers.Tokenizer.from_str(train(["what is two and two four assistant user system think"] * 3, 280))
     trained.add_special_tokens(list(SPECIAL))
+    trained.add_tokens(list(ADDED))
     return trained.to_str()
 
 

@@ -12,7 +12,7 @@ Costs: a chat is rendered once while it is judged and once while it is encoded, 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from bigmodel.data.store.chat_template import (
     DEFAULT_TEMPLATE,
     TEMPLATE_FILE,
     ChatTemplate,
+    added_tokens,
     encode_marked,
     read_chat_template,
-    special_tokens,
 )
 from bigmodel.data.store.special_names import read_special_names
 from bigmodel.data.store.tokenizer import BOS, EOS, Tokenizer, tokenizer_file
@@ -41,10 +41,10 @@ def find_template(settings: PrepareSettings) -> ChatTemplate | None:
     if not settings.has_chats:
         return None
     where, text = "the chat template", None
-    names, special = {"bos_token": BOS, "eos_token": EOS}, frozenset((BOS, EOS))
+    names, added = {"bos_token": BOS, "eos_token": EOS}, (frozenset((BOS, EOS)),) * 2
     if settings.tokenizer:
         tokenizer = Tokenizer.load(settings.tokenizer, fast=False)
-        names, special = tokenizer.special_names, special_tokens(tokenizer)
+        names, added = tokenizer.special_names, added_tokens(tokenizer)
         text = read_chat_template(tokenizer_file(settings.tokenizer).parent)
         where = f"prepare.tokenizer = {settings.tokenizer}"
     if settings.chat_template:
@@ -53,14 +53,14 @@ def find_template(settings: PrepareSettings) -> ChatTemplate | None:
             text = settings.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read: {error}; name a text file with a Jinja template") from None
-    template = ChatTemplate(DEFAULT_TEMPLATE if text is None else text, names, special)
+    template = ChatTemplate(DEFAULT_TEMPLATE if text is None else text, names, *added)
     if fault := template.syntax_error():
         raise UserError(f"{where}: the chat template is no Jinja: {fault}; correct it")
     return template
 
 
 def write_template(template: ChatTemplate, path: Path) -> None:
-    write_json(path, {"text": template.text, "names": dict(template.names), "special": sorted(template.special)})
+    write_json(path, asdict(template) | {"special": sorted(template.special), "added": sorted(template.added)})
 
 
 @lru_cache(maxsize=2)
@@ -69,7 +69,7 @@ def read_template(path: Path) -> ChatTemplate | None:
     if not path.exists():
         return None
     table = read_json(path)
-    return ChatTemplate(table["text"], table["names"], frozenset(table["special"]))
+    return ChatTemplate(table["text"], table["names"], frozenset(table["special"]), frozenset(table["added"]))
 
 
 def keep_template(template: ChatTemplate, given: Path | None, result: Path) -> None:

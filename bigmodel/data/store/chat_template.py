@@ -11,11 +11,13 @@ The assistant's text is found by the first of these rules that fits:
 
 1. `{% generation %}` marks it.
 2. Each content is replaced by a mark. The text between the marks and the contents must give the chat again, contents
-   as they are or stripped. A turn begins after the generation prompt and ends with the special token after the content.
-3. The chat up to a turn, with the generation prompt, is the beginning of the whole chat; the turn ends with the
-   special token that rule 2 finds after a content.
+   as they are or stripped. A turn begins after the generation prompt and ends with the end-of-turn token, the one after
+   the content of a chat of two messages. Tool calls before it belong to the turn.
+3. The chat up to a turn, with the generation prompt, is the beginning of the whole chat; the turn ends with the next
+   end-of-turn token.
 
-Guarantees: where no rule fits, `UserError`, never a guess. The name of a special token inside a content stays text. A
+Guarantees: where no rule fits, `UserError`, never a guess. The name of a special token inside a content stays text, in
+another field of a message it is refused. Tokens that are added and not special, as <think>, are tokens anywhere. A
 template that asks for today's date gets the same day always (`DAY`), so the same chat has the same ids.
 
 Costs: rendering takes about 0.1 ms a message and rule; importing transformers a second, at the first chat.
@@ -23,7 +25,7 @@ Costs: rendering takes about 0.1 ms a message and rule; importing transformers a
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -92,13 +94,14 @@ def render_chat(
 
     Raises `UserError` for a chat that the template refuses, or whose trained text cannot be found.
     """
-    found = _template(template, tuple(sorted(tokenizer.special_names.items())), special_tokens(tokenizer))
+    found = _template(template, tuple(sorted(tokenizer.special_names.items())), *added_tokens(tokenizer))
     return encode_marked(found.mark(messages, add_generation_prompt), tokenizer)
 
 
-def special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
-    """The names of the tokens that are found in a rendered chat."""
-    return frozenset(token.content for token in tokenizer.templated.get_added_tokens_decoder().values())
+def added_tokens(tokenizer: Tokenizer) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the tokens that are found in a rendered chat: the special ones, and all."""
+    added = tokenizer.templated.get_added_tokens_decoder().values()
+    return frozenset(token.content for token in added if token.special), frozenset(token.content for token in added)
 
 
 def encode_marked(marked: Marked, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
@@ -131,20 +134,28 @@ def _special_inside(
 
 
 @lru_cache(maxsize=4)
-def _template(text: str, names: tuple[tuple[str, str], ...], special: frozenset[str]) -> "ChatTemplate":
-    return ChatTemplate(text, dict(names), special)
+def _template(
+    text: str, names: tuple[tuple[str, str], ...], special: frozenset[str], added: frozenset[str]
+) -> "ChatTemplate":
+    return ChatTemplate(text, dict(names), special, added)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template. `names`: of special tokens, by the template's variables (bos_token ...); `special`: all of them."""
+    """A template. `names`: of special tokens, by the template's variables (bos_token ...); `special`: all of them;
+    `added`: also the tokens that are not special and may end a turn."""
 
     text: str
     names: Mapping[str, str]
     special: frozenset[str]
+    added: frozenset[str]
 
     def mark(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Marked:
         """Render a chat and find what is trained. Raises `UserError`: see `render_chat`."""
+        if named := self._first_named(_strings([{**message, "content": None} for message in messages])):
+            raise UserError(
+                f"a message holds {named!r}, the name of a special token, outside its content; remove it from the text"
+            )
         text, marked_by_template = self._render(messages, add_generation_prompt)
         contents = self._place_contents(messages, text, add_generation_prompt)
         if contents is None and (named := self._named(messages)):
@@ -164,7 +175,8 @@ class ChatTemplate:
                     "turns of the assistant; mark each turn once"
                 )
         elif contents is not None:
-            spans = [self._turn(text, contents[number]) for number in turns]
+            starts = sorted(start for start, _, _ in contents.values())
+            spans = [self._turn(text, contents[number], starts) for number in turns]
         else:
             spans = [self._turn_by_prefix(messages, number, text) for number in turns]
         weights = [float(messages[number].get("weight", 1.0)) for number in turns]
@@ -208,8 +220,11 @@ class ChatTemplate:
 
     def _named(self, messages: Sequence[Message]) -> str:
         """A special token whose name is in a content; empty: none."""
-        contents = [text for message in messages if isinstance(text := message.get("content"), str)]
-        return next((name for name in sorted(self.special) if any(name in text for text in contents)), "")
+        return self._first_named(_strings([message.get("content") for message in messages]))
+
+    def _first_named(self, texts: Iterable[str]) -> str:
+        whole = "\0".join(texts)
+        return next((name for name in sorted({*self.special, self.end_of_turn} - {""}) if name in whole), "")
 
     def _place_contents(
         self, messages: Sequence[Message], text: str, add_generation_prompt: bool
@@ -239,9 +254,10 @@ class ChatTemplate:
             at += len(form) + len(after)
         return found if at == len(text) else None
 
-    def _turn(self, text: str, place: tuple[int, int, int]) -> tuple[int, int]:
-        """A turn whose content is at `place`."""
+    def _turn(self, text: str, place: tuple[int, int, int], starts: Sequence[int]) -> tuple[int, int]:
+        """A turn whose content is at `place`. `starts`: of all contents, rising."""
         start, end, before = place
+        following = next((one for one in starts if one >= end and one > start), len(text))
         prompt = self._prompt
         if prompt:
             found = text.rfind(prompt, before, start)
@@ -253,7 +269,10 @@ class ChatTemplate:
             start = found + len(prompt)
         else:
             start = len(text[:start].rstrip())
-        ending = self._special_at(text, end)
+        name = self.end_of_turn
+        ending = self._special_at(text, end)  # of another name, as Llama's <|eom_id|>
+        if name and name in text[end:following]:
+            ending = text.index(name, end) + len(name)
         if not ending:
             raise UserError(
                 f"the chat template ends the assistant's turn with {text[end : end + 20]!r}, which is no special "
@@ -264,15 +283,15 @@ class ChatTemplate:
     def _special_at(self, text: str, start: int) -> int:
         """The end of the special token at `start`, behind white space; 0: there is none."""
         at = start + len(text[start:]) - len(text[start:].lstrip())
-        return max((at + len(name) for name in self.special if text.startswith(name, at)), default=0)
+        return max((at + len(name) for name in self.added if text.startswith(name, at)), default=0)
 
     def _turn_by_prefix(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
         before, _ = self._render(messages[:number], True) if number else ("", [])
         end_of_turn = self.end_of_turn
         if not number or not text.startswith(before) or not end_of_turn or self._named(messages):
             raise UserError(
-                f"the chat template changes the text of message {number + 1}, so what the assistant says cannot be "
-                f"found; {REMEDY}"
+                f"the chat template changes or leaves out a text before the end of message {number + 1}, so what the "
+                f"assistant says cannot be found; {REMEDY}"
             )
         found = text.find(end_of_turn, len(before))
         if found < 0:
@@ -285,9 +304,12 @@ class ChatTemplate:
 
     @cached_property
     def _prompt(self) -> str:
-        """The generation prompt. Raises `UserError` for a template that changes the chat before it."""
+        """The generation prompt. Raises `UserError` for a template that changes the chat before it; an end token that
+        only a chat without the prompt has, as Phi-3's, is no change."""
         probe = [{"role": "user", "content": "?"}]
         (without, _), (prompted, _) = (self._render(probe, add) for add in (False, True))
+        if not prompted.startswith(without):
+            without = without.removesuffix(self.names.get("eos_token") or "")
         if not prompted.startswith(without):
             raise UserError(f"the chat template changes the chat before its generation prompt; {REMEDY}")
         return prompted[len(without) :]
@@ -305,7 +327,18 @@ class ChatTemplate:
         return text[at:end].lstrip() if end else ""
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
+
+
 def end_of_turn(template: str, tokenizer: Tokenizer) -> int | None:
     """The id that ends the assistant's turns, where generation stops; None: not known."""
-    found = _template(template, tuple(sorted(tokenizer.special_names.items())), special_tokens(tokenizer))
+    found = _template(template, tuple(sorted(tokenizer.special_names.items())), *added_tokens(tokenizer))
     return tokenizer.templated.token_to_id(found.end_of_turn) if found.end_of_turn else None

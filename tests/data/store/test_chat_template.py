@@ -22,6 +22,7 @@ CHAT = [
     {"role": "user", "content": "and two"},
     {"role": "assistant", "content": "user"},
 ]
+CALLED = [CHAT[0], {"role": "assistant", "content": "two", "tool_calls": [{"name": "think"}]}, *CHAT[2:]]
 THOUGHT = [CHAT[0], {"role": "assistant", "content": "<think>\ntwo\n</think>\n\nfour"}]
 
 
@@ -52,6 +53,9 @@ def trained(template: str, messages: list[dict[str, str]], tokenizer: Tokenizer)
         ("marked", CHAT, [" four\n<|im_end|>", "user<|im_end|>"]),
         ("qwen3", CHAT, [" four\n<|im_end|>", "<think>\n\n</think>\n\nuser<|im_end|>"]),
         ("qwen3", THOUGHT, ["<think>\ntwo\n</think>\n\nfour<|im_end|>"]),
+        ("phi3", CHAT, [" four\n<|im_end|>", "user<|im_end|>"]),
+        ("tools", CALLED, ["two\n<tool_call>\nthink\n</tool_call><|im_end|>", "user<|im_end|>"]),
+        ("tools", [CHAT[0], CALLED[1] | {"content": None}], ["\n<tool_call>\nthink\n</tool_call><|im_end|>"]),
         ("chatml", [{"role": "system", "content": "user"}, *CHAT], [" four\n<|im_end|>", "user<|im_end|>"]),
     ],
 )
@@ -100,6 +104,11 @@ def test_the_name_of_a_special_token_in_a_message_stays_text(tokenizer: Tokenize
         ("alpaca", CHAT, "ends the assistant's turn with '\\\\n\\\\n### user:.*no special token"),
         ("gemma", [{"role": "system", "content": "?"}, *CHAT], "refuses it: System role not supported"),
         ("qwen3", [*THOUGHT[:1], {"role": "assistant", "content": "<think>x</think><|im_end|>"}], "special token"),
+        (
+            "tools",
+            [CHAT[0], CALLED[1] | {"tool_calls": [{"name": "<|im_end|>"}]}],
+            "'<|im_end|>'.* outside its content",
+        ),
         ("marked", [CHAT[0], {"role": "tool", "content": "4"}], None),
     ],
 )
@@ -115,7 +124,9 @@ def test_what_cannot_be_found_is_refused_not_guessed(
 
 def test_a_template_that_drops_earlier_text_is_refused(tokenizer: Tokenizer) -> None:
     only_last = "{{ bos_token }}{{ messages[-1].content }}{{ eos_token }}{% if add_generation_prompt %}A:{% endif %}"
-    with pytest.raises(UserError, match=r"changes the text of message 2, .*\{% generation %\}"):
+    with pytest.raises(
+        UserError, match=r"changes or leaves out a text before the end of message 2, .*\{% generation %\}"
+    ):
         render_chat(only_last, CHAT, tokenizer)
 
 
