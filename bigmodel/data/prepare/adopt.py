@@ -28,6 +28,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from bigmodel.run_directory import write_atomically
 from bigmodel.sizes import counted_noun
 
 TOKEN_COLUMNS = ("tokens", "input_ids")  # likely names, in order
+SPANS = "spans.*.npy"  # beside shards of chats and responses
 FORMAT = 2  # raise it when the files of a taken shard change
 HELD_OUT = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test|eval)([^a-z]|$)")  # in names of files
 
@@ -87,6 +89,12 @@ def adopt(adoption: Adoption, progress: Progress) -> Path:
     if token_files := _token_files(adoption):
         return _import(adoption, into, progress, _staged_files(adoption, token_files), _take_files(token_files))
     column, encoding = find_column(adoption)
+    for folder in filter(None, (adoption.folder, adoption.validation)):
+        if any(fnmatch(name, SPANS) for name in files.sizes(folder)):
+            raise UserError(
+                f"{folder}: holds chats or responses that `bigmodel prepare` made, and {SPANS} says which of their "
+                "tokens are trained, which adopting would lose; set data.directory to the prepared folder itself"
+            )
     if adoption.dtype and encoding != "bytes" and encoding.split(":")[1:2] != [id_type(adoption.dtype).name]:
         raise UserError(
             f"--dtype {adoption.dtype}: column {column!r} holds {encoding}, and only bytes do not say their type; "
@@ -123,6 +131,11 @@ def _import(adoption: Adoption, into: Path, progress: Progress, staged: Staged, 
                 shutil.rmtree(leftover)
         tokenizer = _begin(adoption, work)
         portions = take(work, what, adoption, tokenizer, progress)
+        if not portions:
+            raise UserError(
+                f"{adoption.folder}: holds no document, only begin and end tokens of the tokenizer; name other files, "
+                "or the tokenizer that made them"
+            )
         taken = [Taken.read(portion.taken) for portion in portions]
         _say(adoption, taken, progress)
         _finish(adoption, tokenizer, portions, taken)

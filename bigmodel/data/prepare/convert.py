@@ -75,7 +75,7 @@ def convert(directory: Path, out: Path, to: str, progress: Progress) -> Path:
         raise UserError(f"--to {to}: no such format; choose one of {', '.join(TARGETS)}")
     manifest = Manifest.read(directory)
     dtype = _dtype(to, manifest)
-    _refuse_pairs(manifest)
+    _refuse_others(manifest)
     stores = {split: ShardStore(directory, split) for split in SPLITS}
     identity = hashlib.sha256(repr((FORMAT, to, units.versions())).encode() + (directory / MANIFEST).read_bytes())
     partial = partial_of(out)
@@ -109,10 +109,17 @@ def _dtype(to: str, manifest: Manifest) -> np.dtype:
     return np.dtype(narrowest_type(vocabulary) if to == "olmo" else "<u2" if vocabulary <= SMALL_IDS else "<u4")
 
 
-def _refuse_pairs(manifest: Manifest) -> None:
-    pairs = [name for name, of in manifest.counts.items() if any("target_tokens" in counts for counts in of.values())]
-    if pairs:
-        raise UserError(f"source {pairs[0]!r}: holds pairs of texts, and these formats hold single ones; leave it out")
+def _refuse_others(manifest: Manifest) -> None:
+    """Raise `UserError` for documents of which the formats would lose a part."""
+    for name, of in manifest.counts.items():
+        counted = {what for counts in of.values() for what in counts}
+        if "target_tokens" in counted:
+            raise UserError(f"source {name!r}: holds pairs of texts, and these formats hold single ones; leave it out")
+        if "trained_tokens" in counted:
+            raise UserError(
+                f"source {name!r}: holds chats or responses, and these formats cannot say which of their tokens are "
+                "trained; leave it out"
+            )
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------

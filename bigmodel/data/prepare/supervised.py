@@ -94,7 +94,8 @@ def encode_record(text: str, template: ChatTemplate | None, tokenizer: Tokenizer
         ids, weights = encode_marked(template.mark(table["messages"]), tokenizer)
     else:
         ids, weights = _prompt_and_response(table, tokenizer)
-    units = np.rint(np.array(weights) * float(table.get("weight", 1.0)) * UNITS).astype(np.int64)
+    weighted = np.array(weights) * float(table.get("weight", 1.0))
+    units = np.where(weighted > 0, np.maximum(np.rint(weighted * UNITS), 1), 0).astype(np.int64)
     return Encoded(np.array(ids, tokenizer.dtype), spans_of(units))
 
 

@@ -312,8 +312,11 @@ def _conclude_retokenizing(
                 f"again: {error}; start this where `bigmodel prepare` ran, or leave out --retokenize"
             ]
     number = sum(len(one) for shard in checked for one in shard.lengths.values())
+    supervised = sum(len(one) for shard in checked if any(shard.trained) for one in shard.lengths.values())
+    left_out = f", {supervised:,} of them chats or responses, which are not compared" if supervised else ""
     progress.console.print(
-        f"{location}: the library tokenized {counted_noun(compared, 'text')} again, {how}; {number:,} are stored",
+        f"{location}: the library tokenized {counted_noun(compared, 'text')} again, {how}; {number:,} are stored"
+        f"{left_out}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -85,9 +85,12 @@ def list_shards(folder: str) -> list[Listed]:
     """The shards of a folder's index, in order; of a shard with two files the uncompressed one. Raises `UserError` for
     a missing or damaged index, for missing files, and for names and links that lead outside."""
     there = files.sizes(folder)
+    if not there:
+        raise UserError(f"{folder}: there is no such folder or file, or nothing is in it; correct the path")
     if INDEX not in there:
         raise UserError(
-            f"{folder}: has no index.json, so it holds no shards of mosaicml-streaming; name a folder with one"
+            f"{folder}: has no index.json of mosaicml-streaming, and no file of ids (.bin, .npy); name a folder or "
+            "files that do"
         )
     entries = read_index(files.inside(folder, INDEX))
     missing = [entry.names[0] for entry in entries if not set(entry.names) & there.keys()]

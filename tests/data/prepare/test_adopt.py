@@ -207,7 +207,7 @@ def test_folders_that_cannot_be_adopted_are_one_message(
         ((str(cut), "--dtype", "uint16"), ["shard.00000.mds", "its samples do not fill it"]),
         ((str(gone), "--dtype", "uint16"), ["shard.00001.mds: missing"]),
         ((str(tmp_path / "odd"),), ["index.json: damaged"]),
-        ((str(tmp_path / "nothing"),), ["has no index.json"]),
+        ((str(tmp_path / "nothing"),), ["there is no such folder or file"]),
         (
             (folder, "--column", "url", "--validation", folder),
             ["documents of text shards go to validation by their hash"],

@@ -21,6 +21,7 @@ from bigmodel.data.prepare.token_files import named_files, read_ids, recognize
 from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.data.store.tokenizer import Tokenizer
 from tests.data.prepare.test_pipeline import content
 from tests.data.prepare.test_token_files import IDS, THEIRS
 from tests.data.store.test_remote import run
@@ -200,6 +201,24 @@ def test_pairs_are_refused(tmp_path: Path) -> None:
     prepared(tmp_path, sources=[source], vocabulary=258)
     with pytest.raises(UserError, match=r"source 'pairs': holds pairs of texts, and these formats hold single ones"):
         convert.convert(tmp_path / "data", tmp_path / "out", "olmo", quiet())
+
+
+def test_chats_and_responses_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(json.dumps({"q": f"{n} + 1 = ", "a": f"{n + 1}"}) + "\n" for n in range(40))
+    )
+    source = {"name": "sums", "files": [str(tmp_path / "sums.jsonl")], "prompt_column": "q", "column": "a"}
+    prepared(tmp_path, sources=[source], vocabulary=258)
+    for to in convert.TARGETS:
+        with pytest.raises(UserError, match=r"source 'sums': holds chats or responses, and .* which of their tokens"):
+            convert.convert(tmp_path / "data", tmp_path / "out", to, quiet())
+
+
+def test_files_of_nothing_but_begin_and_end_tokens_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(THEIRS)
+    np.full(600, tokenizer.eos, np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"train.bin: holds no document, only begin and end tokens of the tokenizer"):
+        take(tmp_path / "train.bin", tmp_path / "data")
 
 
 def test_ids_that_uint16_cannot_hold_are_refused_or_wider(home: Path, tmp_path: Path) -> None:

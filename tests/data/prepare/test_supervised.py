@@ -1,6 +1,8 @@
 """Chats and responses from files: what is stored, what is trained, and what is said about bad records."""
 
+import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +12,21 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.objectives.supervised import UNITS, Supervised
+from bigmodel.data.prepare.adopt import Adoption, adopt
 from bigmodel.data.prepare.pipeline import prepare, quiet
+from bigmodel.data.prepare.supervised import encode_record, find_template
 from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store.manifest import Manifest, describe_files
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from tests.support.chats import chat, tokenizer_folder
 
+CHATS_OF_NONE = {"name": "none", "files": ["none.jsonl"], "messages_column": "messages"}
 SHAREGPT = {"user": "human", "assistant": "gpt"}
 
 
@@ -111,6 +118,29 @@ def test_what_was_dropped_is_counted_by_reason(folder: Path) -> None:
     assert manifest.dropped("shared") == {"duplicate": 1}
     assert manifest.dropped("sums") == {"empty": 1}
     assert "without_target" not in manifest.rows["shared"]
+
+
+def test_verify_says_that_chats_and_responses_are_not_tokenized_again(folder: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with Progress(console=console) as progress:
+        assert verify(str(folder), progress, share=1.0) == []
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(
+        r"tokenized 0 texts again, .*; (\d+) are stored, \1 of them chats or responses, which are not", told
+    )
+
+
+def test_prepared_chats_are_not_adopted_as_text(folder: Path, tmp_path: Path) -> None:
+    wanted = Adoption(str(folder / "train" / "lines"), tmp_path / "data", folder / "tokenizer.json")
+    with pytest.raises(UserError, match=r"train/lines: holds chats or responses .* set data.directory to the prepared"):
+        adopt(wanted, quiet())
+
+
+def test_weights_whose_product_is_below_the_smallest_one_have_the_smallest(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    text = json.dumps({"messages": chat(1, 1, weight=2**-10), "weight": 2**-10})
+    encoded = encode_record(text, find_template(settings_of(folder.parent, [CHATS_OF_NONE]).prepare), tokenizer)
+    assert encoded.spans[:, 2].tolist() == [1]
 
 
 def test_verify_finds_a_span_outside_its_document(folder: Path, tmp_path: Path) -> None:
