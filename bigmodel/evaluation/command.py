@@ -5,6 +5,7 @@ launcher with several ranks, these share the work; each holds the whole model.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -50,8 +51,8 @@ def evaluate(
 ) -> None:
     """Print the result on rank 0. png: for the confusion matrix of a classification. Raises `UserError`."""
     for name, file in (("--output", output), ("--png", png)):
-        if file and not file.parent.is_dir():
-            raise UserError(f"{name} {file}: there is no folder {file.parent}; make it, or choose another")
+        if file:
+            _check_place(name, file)
     world = start_world() if "RANK" in os.environ else ALONE
     trained = load_trained(run_directory, best)
     if png and (options.named or not trained.settings.classification.classes):
@@ -62,9 +63,26 @@ def evaluate(
         found = _on_validation(trained, world, png)
     if world.rank == 0 and output:
         told = {"run": str(run_directory), "step": trained.step, "bigmodel_version": __version__, **found}
-        write_atomically(output, json.dumps(told, indent=2, default=str, ensure_ascii=False) + "\n")
+        write_atomically(output, json.dumps(_in_json(told), indent=2, default=str, ensure_ascii=False) + "\n")
         print(f"{output}: written")
     end_world()
+
+
+def _check_place(name: str, file: Path) -> None:
+    if not file.parent.is_dir():
+        raise UserError(f"{name} {file}: there is no folder {file.parent}; make it, or choose another")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        why = "is a folder" if file.is_dir() else f"{file.parent} cannot be written to"
+        raise UserError(f"{name} {file}: {why}; give the name of a file where you may write")
+
+
+def _in_json(value: Any) -> Any:
+    """JSON has no numbers that are infinite or none: null."""
+    if isinstance(value, dict):
+        return {key: _in_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _on_validation(trained: Trained, world: World, png: Path | None) -> dict[str, Any]:

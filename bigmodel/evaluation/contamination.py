@@ -117,7 +117,8 @@ def _judge(
     task: Any, samples: list[dict[str, Any]], hashes: Mapping[int, np.ndarray], seen: np.ndarray
 ) -> Contamination:
     hits = sorted(number for number, runs in hashes.items() if np.isin(runs, seen).any())
-    parts = [[one for one in samples if (one["doc_id"] in set(hits)) is is_hit] for is_hit in (False, True)]
+    are_hits = set(hits)
+    parts = [[one for one in samples if (one["doc_id"] in are_hits) is is_hit] for is_hit in (False, True)]
     too_short = sum(not len(runs) for runs in hashes.values())
     return Contamination(len(hashes), hits, too_short, *(_scores(task, part) for part in parts))
 

@@ -21,9 +21,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.evaluation.packed_requests import Continuation, Score, TextRequest
+from bigmodel.generation.sampling import Sampling
 
 MAX_GENERATED = 256  # lm_eval's own, for tasks that do not say
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GENERATION = ("until", "do_sample", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", *SAMPLING)
 
 
 class HarnessModel(TemplateLM):
@@ -132,20 +134,42 @@ class HarnessModel(TemplateLM):
         start = Continuation([self.text_tokenizer.bos], [], ids[-self.max_length :])
         if self.backend == "causal":
             start = Continuation(ids[max_tokens - self.max_length :], [])
-        asked = {name: float(wanted[name]) for name in SAMPLING if wanted.get(name) is not None}
-        return TextRequest(start, max_tokens, stop, asked if wanted["do_sample"] else {})
+        return TextRequest(start, max_tokens, stop, sampling_of(wanted))
 
 
 def check_generation(name: str, given: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """The settings of a task's texts with lm_eval's defaults. Raises `UserError` if they do not fit a document."""
-    wanted = dict(normalize_gen_kwargs(given, MAX_GENERATED))
+    """The settings of a task's texts with lm_eval's defaults. Raises `UserError` if they are of another kind than ours
+    or do not fit a document."""
+    for key, value in given.items():
+        if key not in GENERATION and not (key == "num_beams" and value == 1):
+            raise UserError(
+                f"task {name}: generation_kwargs.{key} = {value!r}: not done here; remove it in a copy of the task's "
+                f"file, or choose of {', '.join(GENERATION)}"
+            )
+    until = given.get("until")
+    if not all(isinstance(end, str) and end for end in (until if isinstance(until, list) else [until or "-"])):
+        raise UserError(f"task {name}: generation_kwargs.until = {until!r}: give texts, none of them empty")
+    try:
+        wanted = dict(normalize_gen_kwargs(given, MAX_GENERATED))
+        sampling_of(wanted)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"task {name}: generation_kwargs = {given}: {error}; correct the value") from None
     max_tokens, longest = wanted["max_gen_toks"], settings.data.max_document_length
+    if max_tokens < 1:
+        raise UserError(f"task {name}: generation_kwargs.max_gen_toks = {max_tokens}: must be at least 1")
     if max_tokens + (settings.model.kind == "decoder") > longest:
         raise UserError(
             f"task {name}: generates up to {max_tokens} tokens (max_gen_toks), and documents of this model have "
             f"data.max_document_length = {longest}; set generation_kwargs.max_gen_toks in a copy of the task's file"
         )
     return wanted
+
+
+def sampling_of(wanted: dict[str, Any]) -> dict[str, float]:
+    """The settings of the draws; none: greedy. Raises `ValueError`, `UserError` among them, for a bad value."""
+    asked = {name: float(wanted[name]) for name in SAMPLING if wanted.get(name) is not None}
+    Sampling(**asked)  # type: ignore[arg-type]
+    return asked if wanted["do_sample"] else {}
 
 
 def no_rolling(name: str) -> UserError:

@@ -22,12 +22,14 @@ import contextlib
 import io
 import logging
 import random
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lm_eval
 import numpy as np
 import torch
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from bigmodel.config.settings import Settings, UserError
@@ -38,6 +40,15 @@ from bigmodel.evaluation.task_files import load_tasks
 
 FEWSHOT_SEED = 1234  # lm_eval's own
 BOOTSTRAPS = 100_000  # lm_eval's own, for standard errors without a formula
+
+NO_VERSION = "Yaml"  # lm_eval's version of a task without one
+METRICS = {  # what lm_eval computes for a document
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": (
+        "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "f1", "mcc", "exact_match", "brier_score", "likelihood",
+    ),
+}  # fmt: skip
 
 
 class Tasks:
@@ -58,6 +69,8 @@ class Tasks:
         for name, task in self.loaded["tasks"].items():
             _refuse_unsupported(name, task, settings, draws)
             own = task.get_config("num_fewshot")
+            if own is not None and own < 0:
+                raise UserError(f"task {name}: num_fewshot = {own}: must be at least 0")
             task.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
@@ -66,12 +79,30 @@ class Tasks:
     ) -> dict[str, Any]:
         """lm_eval's results, with a sample for each document. On rank 0, inside `requests.run`."""
         model = HarnessModel(settings, tokenizer, requests.score, requests.generate)
-        with _quiet():
+        with _quiet(), self._explained():
             found: Any = evaluate(
                 lm=model, task_dict=self.loaded, limit=self._limit, bootstrap_iters=BOOTSTRAPS if with_errors else 0,
                 log_samples=True,
             )  # fmt: skip
         return {**found, "lm_eval_version": lm_eval.__version__}
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What lm_eval raises for a document, an answer or a metric of a task, as a `UserError`."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            if any(frame.f_globals.get("__name__") == HarnessModel.__module__ for frame in frames):
+                raise  # of our model
+            at_work = [value for frame in frames for value in frame.f_locals.values()]
+            names = [name for name, task in self.loaded["tasks"].items() if any(one is task for one in at_work)]
+            raise UserError(
+                f"task {', '.join(names[:1]) or 'unknown'}: lm_eval cannot make its prompts or scores: "
+                f"{type(error).__name__}: {error}; correct the task's file, its functions or its dataset"
+            ) from error
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -84,18 +115,23 @@ def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def to_lines(results: dict[str, Any]) -> Iterator[str]:
     """A table of at most 80 columns."""
-    yield f"{'task':<28} {'version':>7} {'shots':>5}  {'metric':<16}{'value':>8} {'error':>7}"
+    yield f"{'task':<25} {'version':>7} {'shots':>5}  {'metric':<20}{'value':>10} {'error':>8}"
     for name, found in results["results"].items():
         version, shots = results["versions"].get(name, ""), results["n-shot"].get(name, "")
         for key, value in found.items():
             if _is_score(key, value):
                 metric, _, way = key.partition(",")
                 error = found.get(f"{metric}_stderr,{way}")
-                margin = f"{error:.4f}" if isinstance(error, float) else ""
+                margin = _number(error) if isinstance(error, float) else ""
+                told = "" if version == NO_VERSION else _short(str(version), 7)
                 yield (
-                    f"{_short(name, 28):<28} {version!s:>7} {shots!s:>5}  {_short(_metric(key), 15):<16}"
-                    f"{value:>8.4f} {margin:>7}"
+                    f"{_short(name, 25):<25} {told:>7} {shots!s:>5}  {_short(_metric(key), 19):<20}"
+                    f"{_number(value):>10} {margin:>8}"
                 )
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def _metric(key: str) -> str:
@@ -107,7 +143,8 @@ def _is_score(key: str, value: Any) -> bool:
 
 
 def _short(text: str, columns: int) -> str:
-    return text if len(text) <= columns else f"{text[: columns - 13]}...{text[-10:]}"
+    half = (columns - 3) // 2
+    return text if len(text) <= columns else f"{text[: columns - 3 - half]}...{text[-half:]}"
 
 
 def _refuse_unsupported(name: str, task: Any, settings: Settings, draws: bool) -> None:
@@ -121,12 +158,28 @@ def _refuse_unsupported(name: str, task: Any, settings: Settings, draws: bool) -
                 f"task {name}: draws its texts at random (generation_kwargs.do_sample), which is not done during "
                 "training; leave it out of evaluation.tasks and use bigmodel evaluate --tasks"
             )
+    _refuse_no_metric(name, kind, task)
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"task {name}: needs images or sound, which the model cannot read; leave it out")
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(
             f"task {name}: runs code that the model wrote, which is not done here; export the model "
             "(bigmodel export) and run lm_eval itself in a container"
+        )
+
+
+def _refuse_no_metric(name: str, kind: str | None, task: Any) -> None:
+    """lm_eval passes over a metric that an output type does not give, and fails late at one that it does not know."""
+    if type(task) is not ConfigurableTask or task.get_config("process_results") is not None:
+        return
+    functions = getattr(task, "_metric_fn_list", {})
+    asked, given = list(functions), METRICS.get(kind or "")
+    if given is None and (unknown := [metric for metric in asked if functions[metric] is None]):
+        raise UserError(f"task {name}: metric {unknown[0]!r} is none of lm_eval's; correct metric_list")
+    if given and asked and not set(asked) & set(given):
+        raise UserError(
+            f"task {name}: metric_list names {', '.join(asked)}, and output_type = {kind} gives only "
+            f"{', '.join(given)}; name one of these, or write a function process_results"
         )
 
 

@@ -24,7 +24,7 @@ from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.evaluation.command import TaskOptions, evaluate
 from bigmodel.evaluation.harness_model import HarnessModel
 from bigmodel.evaluation.shared_requests import SharedRequests
-from bigmodel.evaluation.tasks import Tasks
+from bigmodel.evaluation.tasks import Tasks, to_lines
 from bigmodel.exchange.export import export
 from bigmodel.training.load_model import load_trained
 from tests.system.test_guarantee_resume import learned
@@ -200,6 +200,7 @@ def test_the_command_prints_scores_and_contamination_in_80_columns(
     assert parts / 6 == pytest.approx(found["results"]["choice"]["acc,none"])
 
 
+WRITES = GENERATE.replace("generation_kwargs: {", "generation_kwargs: {do_sample: true, ")
 WRONG = {
     "no task": ({"a": "just: settings"}, "holds no task"),
     "broken YAML": ({"a": "task: [unclosed"}, r"a\.yaml: cannot be read as a task: while parsing"),
@@ -208,6 +209,19 @@ WRONG = {
     "too many tokens": (
         {"a": GENERATE.replace("6}", "5000}")}, r"generates up to 5000 tokens \(max_gen_toks\), and documents"
     ),
+    "two of a name": ({"a": CHOICE, "b": CHOICE}, r"task choice: both .*a\.yaml and .*b\.yaml hold it"),
+    "no member": ({"a": "group: all\ntask: [nope]\n"}, "group all: there is no task nope"),
+    "no answer": ({"a": CHOICE.replace("doc_to_target", "alias")}, r"a\.yaml: has no doc_to_target"),
+    "no split": ({"a": CHOICE + "fewshot_split: train\n"}, "fewshot_split = 'train': the dataset has no such split"),
+    "no module": ({"a": CHOICE.replace('"{{question}}"', "!function mine.f")}, "task choice: .*No module named 'mine'"),
+    "no metric": ({"a": CHOICE.replace(": acc}", ": accc}")}, "'accc' is none of lm_eval's; did you mean 'acc'"),
+    "another's metric": ({"a": CHOICE.replace(": acc}", ": bleu}")}, "names bleu, and output_type = multiple_choice"),
+    "shots": ({"a": CHOICE.replace("fewshot: 1", "fewshot: -1")}, "num_fewshot = -1: must be at least 0"),
+    "no tokens": ({"a": GENERATE.replace("6}", "0}")}, "max_gen_toks = 0: must be at least 1"),
+    "tokens in words": ({"a": GENERATE.replace("6}", "six}")}, "generation_kwargs = .*'six'; correct the value"),
+    "empty end": ({"a": GENERATE.replace("\\n", "")}, r"generation_kwargs.until = \[''\]: give texts"),
+    "beams": ({"a": GENERATE.replace("6}", "6, num_beams: 4}")}, "generation_kwargs.num_beams = 4: not done here"),
+    "cold": ({"a": WRITES.replace("6}", "6, temperature: -1}")}, r"temperature = -1\.0: must be a number from 0 on"),
 }  # fmt: skip
 
 
@@ -216,6 +230,58 @@ def test_a_wrong_task_is_named(name: str, tmp_path: Path) -> None:
     texts, message = WRONG[name]
     with pytest.raises(UserError, match=message):
         Tasks([str(write_tasks(tmp_path / "tasks", **texts))], Settings())
+
+
+def test_paths_with_commas_between_and_files_beside_a_broken_one_are_read(tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks", choice=CHOICE, rolling=ROLLING, broken="task: [unclosed")
+    (tasks / "lost.yaml").write_text(
+        (CHOICE + COMMON % tmp_path).replace("documents", "lost").replace("choice", "lost", 1)
+    )
+    found = Tasks([f"{tasks / 'choice.yaml'}, {tasks / 'rolling.yaml'}"], Settings())
+    assert list(found.loaded["tasks"]) == ["choice", "rolling"]
+
+
+def test_a_dataset_here_and_beside_the_task_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = write_tasks(tmp_path / "tasks", choice=CHOICE)
+    shutil.copy(tasks / "documents.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"documents\.jsonl, which is in .* and beside the task too"):
+        Tasks([str(tasks)], Settings())
+
+
+def test_what_lm_eval_raises_on_the_way_names_the_task(run: Path, tmp_path: Path) -> None:
+    shots = CHOICE.replace("num_fewshot: 1", "num_fewshot: 30")
+    with pytest.raises(UserError, match="task choice: lm_eval cannot make its prompts or scores: ValueError: Sample"):
+        evaluate(run / "with", TaskOptions([str(write_tasks(tmp_path / "shots", rolling=ROLLING, choice=shots))]))
+
+
+def test_output_is_json_of_finite_numbers_in_a_file(run: Path, tmp_path: Path) -> None:
+    function = (
+        "process_results: !function mine.f\nmetric_list: [{metric: x, aggregation: mean, higher_is_better: true}]\n"
+    )
+    tasks = write_tasks(tmp_path / "tasks", choice=CHOICE.replace("metric_list: [{metric: acc}]\n", function))
+    (tasks / "mine.py").write_text("def f(document, results):\n    return {'x': float('nan')}\n")
+    evaluate(run / "with", TaskOptions([str(tasks)], limit=2), tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert found["results"]["choice"]["x,none"] is None
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        evaluate(run / "with", TaskOptions(), tmp_path)
+
+
+def test_the_table_has_80_columns_whatever_the_names_and_numbers() -> None:
+    name = "a task of a name that is long beyond all measure"
+    found = {
+        "exact_match,strict-match": 0.5,
+        "word_perplexity,none": 4.3e44,
+        "x,none": -123456.7,
+        "y,none": float("nan"),
+    }
+    lines = list(to_lines({"results": {name: found}, "versions": {name: "Yaml"}, "n-shot": {name: 0}}))
+    assert [len(line) for line in lines] == [80] * 5
+    assert [line.split()[-2:] for line in lines[1:3]] == [
+        ["exact_ma...ct-match", "0.5000"],
+        ["word_perplexity", "4.3e+44"],
+    ]
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
