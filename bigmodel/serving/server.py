@@ -46,9 +46,9 @@ class Server(uvicorn.Server):
     def _close_quiet(self, now: float) -> None:
         """uvicorn's own timer ends at the first byte; a request whose head never ends would stay for ever."""
         quiet = [
-            (one, one.cycle)
+            (one, cycle)
             for one in self.server_state.connections
-            if one.cycle is None or one.cycle.response_complete
+            if (cycle := getattr(one, "cycle", None)) is None or cycle.response_complete
         ]
         self._quiet_since = {key: self._quiet_since.get(key, now) for key in quiet}
         for (one, _), since in self._quiet_since.items():

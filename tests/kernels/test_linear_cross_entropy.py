@@ -24,7 +24,7 @@ from bigmodel.kernels.linear_cross_entropy import (
 )
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
-from bigmodel.training import loop
+from bigmodel.training import loop, start
 from tests.support.dense_cross_entropy import (
     IGNORED,
     OPTIONS,
@@ -326,7 +326,7 @@ def test_the_options_of_a_run_file_reach_the_model(
     def make(*arguments: Any) -> None:
         raise Made(Transformer(*arguments).head.options)
 
-    monkeypatch.setattr(loop, "Transformer", make)
+    monkeypatch.setattr(start, "Transformer", make)
     monkeypatch.setattr(loop, "start_world", lambda _: ALONE)
     monkeypatch.setattr(loop, "StopFlag", object)
     overrides = ["training.z_loss=1e-4", "training.label_smoothing=0.1", "model.logit_softcap=30"]

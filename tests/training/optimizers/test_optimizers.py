@@ -307,7 +307,7 @@ def test_a_group_has_its_own_rate_and_decay_and_the_last_pattern_wins() -> None:
 def test_a_pattern_that_fits_nothing_is_an_error() -> None:
     settings = OptimizerSettings(groups=[{"parameters": "layers.*"}])
     with pytest.raises(
-        UserError, match=r'parameters = "layers\.\*" matches no parameter; names are .*embedding\.weight'
+        UserError, match=r'parameters = "layers\.\*" matches no trained parameter; names are .*embedding\.weight'
     ):
         parameter_groups(model(tied=True), settings)
 
