@@ -243,10 +243,10 @@ class Examples:
         for objective, longest in zip(self.objectives, self.longest.tolist(), strict=True):
             needed = objective.rule.num_sentinels(objective.settings, longest)
             if needed > self.data.sentinels:
+                more = "a longer mean_span" if self.data.first_sentinel else f"data.sentinels = {needed}"
                 raise UserError(
                     f"data.sentinels = {self.data.sentinels} is too few for {objective.name}: a chunk of {longest} "
-                    f"tokens has {needed - 1} hidden spans; set data.sentinels = {needed} or a shorter "
-                    "data.max_document_length"
+                    f"tokens has {needed - 1} hidden spans; set {more} or a shorter data.max_document_length"
                 )
 
     # ---- make ----

@@ -217,6 +217,9 @@ def test_special_tokens_of_the_tokenizer_are_used_where_their_ids_are_given() ->
     spans = Examples(settings_of(TWO_SIDES | own, {"kind": "span_corruption"}), 1, 300)
     example = spans.make(fragment_of(0, document, spans, 0), document)
     assert [token for token in example.labels.tolist() if 10 < token < 200] == [40, 39, 38]
+    few = Examples(settings_of(TWO_SIDES | own | {"sentinels": 3}, {"kind": "span_corruption"}), 1, 300)
+    with pytest.raises(UserError, match=r"is too few for span_corruption: .* set a longer mean_span or a shorter"):
+        few.choose(0, 0, np.array([0]), np.array([0]))  # other ids below the first are words
     masks = Examples(settings_of(ONE_SIDE | own, {"kind": "masked", "density": 0.9}), 1, 300)
     assert 41 in masks.make(fragment_of(0, document, masks, 0), document).tokens
     with pytest.raises(UserError, match=r"data.mask_token = 41: the tokenizer of data/embedded has the ids 0 to 40"):
