@@ -3,7 +3,8 @@
 # Input: LlamaForSequenceClassification with pad_token_id = eos_token_id, as after the usual
 # `tokenizer.pad_token = tokenizer.eos_token`; one sequence that ends with the end token, and a mask of ones.
 # Expected: the scores at the end token, the last one that the mask keeps.
-# Seen: the scores one token earlier: the place is the last id that differs from pad_token_id; the mask is not asked. With a padding token of its own the same model reads the end. 5.24.0 does as 4.57.6.
+# Seen: the scores one token earlier: the place is the last id that differs from pad_token_id; the mask is not asked.
+# With a padding token of its own the same model reads the end. 5.24.0 does as 4.57.6.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
