@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.engine import Engine
@@ -46,9 +47,9 @@ class Server(uvicorn.Server):
     def _close_quiet(self, now: float) -> None:
         """uvicorn's own timer ends at the first byte; a request whose head never ends would stay for ever."""
         quiet = [
-            (one, cycle)
+            (one, one.cycle)
             for one in self.server_state.connections
-            if (cycle := getattr(one, "cycle", None)) is None or cycle.response_complete
+            if isinstance(one, H11Protocol) and (one.cycle is None or one.cycle.response_complete)
         ]
         self._quiet_since = {key: self._quiet_since.get(key, now) for key in quiet}
         for (one, _), since in self._quiet_since.items():
@@ -68,6 +69,7 @@ def serve(location: Path, overrides: list[str], options: Options) -> None:
         batcher = batcher_of(served, options)
         config = uvicorn.Config(
             application(served, batcher, options, token),
+            http=H11Protocol,
             log_config=None,
             access_log=False,
             lifespan="on",

@@ -202,7 +202,9 @@ def test_an_address_that_another_server_opens_meanwhile_is_told_too() -> None:
 def test_a_connection_without_a_whole_head_is_closed(served: Served) -> None:
     options = replace(LIMITS, port=0)
     batcher = batcher_of(served, options)
-    config = uvicorn.Config(application(served, batcher, options, ""), log_config=None, timeout_keep_alive=1)
+    config = uvicorn.Config(
+        application(served, batcher, options, ""), log_config=None, http="h11", timeout_keep_alive=1
+    )
     server = Server(config, batcher, "", 1.0)
     with bound("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
