@@ -62,6 +62,8 @@ def messages_of(value: Any, column: str) -> list[dict[str, Any]]:
             value = json.loads(value)
         except ValueError:
             raise MalformedRecord(f"{column!r} is text that is no JSON, not a list of messages") from None
+        except RecursionError:
+            raise MalformedRecord(f"{column!r} is JSON that is nested too deep") from None
     if not isinstance(value, list):
         raise MalformedRecord(f"{column!r} is {_kind(value)}, not a list of messages")
     return [_message(one, number) for number, one in enumerate(value, 1)]
@@ -73,7 +75,7 @@ def _message(value: Any, number: int) -> dict[str, Any]:
     table = {name: one for name, one in value.items() if one is not None}
     if "role" not in table and "from" in table:
         said = table.pop("from")
-        if said not in ROLES:
+        if not isinstance(said, str) or said not in ROLES:
             raise MalformedRecord(f"message {number} is from {said!r}; known are {', '.join(ROLES)}")
         table = {"role": ROLES[said], "content": table.pop("value", None), **table}
     role, content = table.pop("role", None), _content(table.pop("content", None), number)

@@ -329,13 +329,15 @@ class ChatTemplate:
 
 def _strings(value: Any) -> Iterator[str]:
     """All texts in a value, names of fields too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _strings([*value, *value.values()])
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _strings(one)
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
 
 
 def end_of_turn(template: str, tokenizer: Tokenizer) -> int | None:

@@ -162,6 +162,8 @@ def test_verify_finds_a_span_outside_its_document(folder: Path, tmp_path: Path) 
         ({"messages": [{"role": "user"}]}, "message 1 has no content"),
         ({"messages": [{"role": "user", "content": 5}]}, "the content of message 1 is a number, not text"),
         ({"messages": [{"from": "dog", "value": "wuff"}]}, "message 1 is from 'dog'; known are human, user"),
+        ({"messages": [{"from": ["dog"], "value": "wuff"}]}, "message 1 is from ['dog']; known are human, user"),
+        ({"messages": "[" * 5000 + "]" * 5000}, "'messages' is JSON that is nested too deep"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "message 1 has a part that is image, and only text is read",
