@@ -157,6 +157,9 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
         return ["model.kind"]
     if kind != "phi3":  # the other classes rotate whole heads, whatever partial_rotary_factor says
         back["rotary_fraction"] = 1.0
+    if kind in ("t5", "mt5"):  # transformers 4 scales the output if and only if it is tied; 5 never scales mT5's
+        back["logit_scale"] = settings.hidden_size**-0.5 if settings.tied_embeddings else 1.0
+        back["tied_embeddings"] = settings.tied_embeddings and kind == "t5"
     ours = settings.model_dump()
     for table in (ours, back):
         table["head_dim"] = table["head_dim"] or table["hidden_size"] // table["num_heads"]

@@ -117,9 +117,22 @@ def test_a_setting_that_no_class_has_is_refused_by_its_name(changes: dict[str, A
         fitting_type(ModelSettings(**SMALL | changes))
 
 
+T5 = SMALL | {
+    "kind": "encoder_decoder", "position_embedding": "relative_bias", "attention_scale": 1.0, "num_kv_heads": 4
+}  # fmt: skip
+
+
 def test_an_encoder_of_the_decoders_size_is_a_t5() -> None:
-    t5 = {"kind": "encoder_decoder", "position_embedding": "relative_bias", "attention_scale": 1.0, "num_kv_heads": 4}
-    assert fitting_type(ModelSettings(**SMALL | t5)) == "t5"
+    assert fitting_type(ModelSettings(**T5)) == "t5"
+
+
+def test_the_output_of_a_t5_is_scaled_if_and_only_if_it_is_tied() -> None:
+    """transformers 4 reads no more than `tie_word_embeddings`; 5 never scales mT5's output."""
+    scale = T5["hidden_size"] ** -0.5
+    assert fitting_type(ModelSettings(**T5, tied_embeddings=True, logit_scale=scale), "mt5") == "t5"
+    for tied, wrong in ((True, 1.0), (False, scale)):
+        with pytest.raises(UserError, match=rf"model.logit_scale = {wrong}: no Hugging Face class has it"):
+            fitting_type(ModelSettings(**T5, tied_embeddings=tied, logit_scale=wrong))
 
 
 def test_a_wrong_request_is_explained(tmp_path: Path) -> None:
