@@ -34,7 +34,7 @@ def score(data: DataSettings, packs: int = 0) -> tuple[Evaluation, list[int]]:
     def forward(batch: Batch, _output: str) -> torch.Tensor:
         asked = batch.labels != IGNORED
         labels.extend(batch.labels[asked].tolist())
-        return asked.float()
+        return asked.float().expand(3, -1)  # losses, surprise, likeliest token
 
     return Validation(data, 2).run(forward, ALONE, packs), labels
 

@@ -212,7 +212,7 @@ def test_documents_too_short_for_what_is_asked_are_an_error_and_no_division_by_z
     store.directory = shards  # of the tokenizer
     monkeypatch.setattr(evaluate.ShardStore, "of_run", lambda *_: store)
     with pytest.raises(UserError, match="no label in the validation split"):
-        evaluate.Validation(data, 1).run(lambda batch, _output: torch.zeros(len(batch.tokens)), ALONE)
+        evaluate.Validation(data, 1).run(lambda batch, _output: torch.zeros(3, len(batch.tokens)), ALONE)
 
 
 def test_a_document_that_is_alone_in_its_micro_batch_has_no_wrong_source(
@@ -225,7 +225,7 @@ def test_a_document_that_is_alone_in_its_micro_batch_has_no_wrong_source(
 
     def forward(batch: Batch, _output: str) -> torch.Tensor:
         asked.append(batch)
-        return (batch.labels != IGNORED).float()
+        return (batch.labels != IGNORED).float().expand(3, -1)  # losses, surprise, likeliest token
 
     several = DataSettings(**(DATA.model_dump() | {"mix": {"pairs": 1.0}}))
     alone = several.model_copy(update={"max_documents": 1})
