@@ -55,16 +55,17 @@ def train_with_slow_evaluations(run_file: Path, dies_in: int, clock: str) -> int
     taken: list[float] = []
     run_file.with_suffix(f".{clock}-began.{rank}").write_text(repr(time.time()))
 
-    class Validation(loop.Validation):
-        def run(self, *arguments, **named):
-            began = time.time()
-            time.sleep(EVALUATION_SECONDS)
-            if len(taken) + 1 == dies_in:
-                os.kill(os.getpid(), signal.SIGKILL)
-            found = super().run(*arguments, **named)
-            taken.append(time.time() - began)
-            run_file.with_suffix(f".{clock}.{rank}").write_text(repr(taken))
-            return found
+    evaluate = loop.Validation.run
+
+    def run(self, *arguments, **named):
+        began = time.time()
+        time.sleep(EVALUATION_SECONDS)
+        if len(taken) + 1 == dies_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = evaluate(self, *arguments, **named)
+        taken.append(time.time() - began)
+        run_file.with_suffix(f".{clock}.{rank}").write_text(repr(taken))
+        return found
 
     class Watched(Metrics):
         def close(self, ending: str = "failed") -> None:
@@ -72,7 +73,7 @@ def train_with_slow_evaluations(run_file: Path, dies_in: int, clock: str) -> int
             run_file.with_suffix(f".phases.{rank}").write_text(repr({phase: value for (_, phase), value in phases}))
             super().close(ending)
 
-    loop.Validation, loop.Metrics = Validation, Watched
+    loop.Validation.run, loop.Metrics = run, Watched
     return loop.train(load_settings(run_file))
 
 
