@@ -19,7 +19,7 @@ FOLDERS = ("bigmodel", "launcher", "tools")
 
 
 # These read markup whatever the console says, or bring a console of their own.
-NEVER = ("from_markup", "get_console", "print_json", "Spinner", "Status", "Prompt", "Confirm", "IntPrompt", "track")
+NEVER = ("from_markup", "get_console", "print_json", "Spinner", "Status", "track")
 
 
 def complaints(source: str) -> Iterator[str]:
@@ -27,6 +27,8 @@ def complaints(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "rich":
             yield f"line {node.lineno}: rich's own functions read markup; make a Console"
+        elif isinstance(node, ast.ImportFrom) and node.module == "rich.prompt":
+            yield f"line {node.lineno}: prompts of rich read markup"
         elif isinstance(node, ast.Call):
             yield from (f"line {node.lineno}: {text}" for text in complaints_of_call(node))
 
@@ -70,6 +72,7 @@ def test_no_console_reads_markup() -> None:
         "Console(emoji=False)",
         "rich.print(path)",
         "from rich import print",
+        "from rich.prompt import Prompt",
         "console.status(cause)",
         "TextColumn('{task.description}')",
         "Progress(console=console)",
