@@ -17,6 +17,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.exchange.export import export
 from bigmodel.training.loop import train
 from tests.support.chats import chat, tokenizer_folder
+from tests.support.ranks import run_ranks
 from tests.support.tiny_run import write_run
 from tools.torchvision_operators import define_missing_torchvision_operators
 
@@ -44,8 +45,12 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     settings = load_settings(run, [])
     prepare(settings, quiet())
-    assert train(settings) == 0
+    run_ranks(1, train_on_rank, run)
     return run
+
+
+def train_on_rank(run: Path) -> None:
+    assert train(load_settings(run, [])) == 0
 
 
 def lines_of(run_file: Path, kind: str) -> list[dict[str, Any]]:

@@ -221,7 +221,9 @@ def test_the_suite_ends_within_nine_minutes_and_checks_first() -> None:
     assert PARTS[0].name == "correctness"
     need_no_gpu = {"prepare", "stream", "stream_scale", "metrics", "export", "generate"}
     benchmarks = {path.stem for path in (ROOT / "tools").glob("bench_*.py")}
-    assert {part.name for part in PARTS[1:]} == benchmarks - {f"bench_{name}" for name in need_no_gpu} | {"tune_attention"}
+    assert {part.name for part in PARTS[1:]} == benchmarks - {f"bench_{name}" for name in need_no_gpu} | {
+        "tune_attention"
+    }
 
 
 def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path) -> None:
