@@ -32,9 +32,10 @@ def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     reference = _step_fingerprints(settings, store, steps, 1, 1)
     findings = [
         Finding(
-            f"{steps} steps have the same bytes on {size} ranks, {node_size} per node, as on one; each pack once",
+            f"{steps} steps have the same bytes on {size} ranks, {node_size} per node, as on one; "
+            "each packed sequence once",
             _step_fingerprints(settings, store, steps, size, node_size) == reference,
-            f"{sum(map(len, reference))} packs",
+            f"{sum(map(len, reference))} packed sequences",
         )
         for size, node_size in WORLDS
     ]

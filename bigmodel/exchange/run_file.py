@@ -186,14 +186,17 @@ def _data(settings: ModelSettings, positions: int, own: Mapping[str, Mapping[str
         }
         return {
             "data": _lines(table),
-            "about_lengths": f"Sources of at most {source} tokens; short texts share a pack.",
+            "about_lengths": f"Sources of at most {source} tokens; short texts share a packed sequence.",
         }
     table = {"max_document_length": longest, "sequence_length": LONGEST}
     if settings.kind == "encoder":
         table |= own["masked"]
         table["objectives"] = [{"kind": "masked", "density": 0.15 if settings.norm_placement == "post" else 0.3}]
     said = f"config.json says {positions:,} positions. " if positions else ""
-    return {"data": _lines(table), "about_lengths": f"{said}Longer documents are split; short ones share a pack."}
+    return {
+        "data": _lines(table),
+        "about_lengths": f"{said}Longer documents are split; short ones share a packed sequence.",
+    }
 
 
 def _lines(table: Mapping[str, Any]) -> str:

@@ -574,6 +574,7 @@ def _opening(
     of_them = f" ({trained:,} trained)" if trained < size else ""
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {size:,} parameters{of_them}, {counted_noun(world_size, 'rank')}, {counted_noun(packs, 'pack')} of "
-        f"{settings.data.sequence_length} tokens a step, run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
+        f"{start}: {size:,} parameters{of_them}, {counted_noun(world_size, 'rank')}, "
+        f"{counted_noun(packs, 'packed sequence')} of {settings.data.sequence_length} tokens a step, "
+        f"run directory {settings.run.directory}, metrics on http://{endpoint}/metrics"
     )

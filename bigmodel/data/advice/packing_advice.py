@@ -129,7 +129,7 @@ def suggest_window(store: Lengths, data: DataSettings) -> Suggestion:
         packed = measure_packing(store, data.model_copy(update={"packing_buffer": number}))
         filled[number] = min(packed.filled, packed.source_filled) if data.source_sequence_length else packed.filled
     suggested = _first(filled, max(filled.values()) - SPARE_SHARE)
-    reason = f"{filled[suggested]:.2%} filled, {WINDOWS[-1]:,} packs fill {filled[WINDOWS[-1]]:.2%}"
+    reason = f"{filled[suggested]:.2%} filled, {WINDOWS[-1]:,} packed sequences fill {filled[WINDOWS[-1]]:.2%}"
     return Suggestion("data.packing_buffer", data.packing_buffer, suggested, reason)
 
 

@@ -237,8 +237,9 @@ class Order:
             left = lane.packs_left(self._lane_at(number), at_most=in_all - given)
             if left < in_all - given:
                 raise UserError(
-                    f"data.max_epochs: training.steps = {steps} needs {in_all:,} packs from every lane, but lane "
-                    f"{number} holds {given + left:,}; train fewer steps, raise data.max_epochs or prepare more data"
+                    f"data.max_epochs: training.steps = {steps} needs {in_all:,} packed sequences from every lane, but "
+                    f"lane {number} holds {given + left:,}; train fewer steps, raise data.max_epochs or "
+                    "prepare more data"
                 )
 
     def _lane_at(self, number: int) -> LanePosition:
@@ -254,8 +255,8 @@ class Order:
                 at = self._lanes[number].enter(at.buffer.following)
                 if not at.buffer.packs:
                     raise UserError(
-                        f"data.max_epochs: lane {number} has no pack left for step {self.step + 1}: every source of "
-                        "its mix has reached its limit; train fewer steps, or raise data.max_epochs"
+                        f"data.max_epochs: lane {number} has no packed sequence left for step {self.step + 1}: every "
+                        "source of its mix has reached its limit; train fewer steps, or raise data.max_epochs"
                     )
             more = at.buffer.packs[at.packs_given : at.packs_given + count - len(packs)]
             packs += more

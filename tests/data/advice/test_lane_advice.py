@@ -31,7 +31,7 @@ def store_of(**documents: list[int]) -> MemoryStore:
 def given_to_the_end(store: MemoryStore, settings: Settings) -> float:
     """The share of positions in the steps that an order gives before it ends."""
     order = Order.of_run(store, settings)
-    with pytest.raises(UserError, match=r"data\.max_epochs: lane \d has no pack left"):
+    with pytest.raises(UserError, match=r"data\.max_epochs: lane \d has no packed sequence left"):
         deque(iter(order.next_step, None), maxlen=0)
     progress = order.progress()
     in_all = sum(epochs * order.plan.source_positions[name] for name, epochs in settings.data.max_epochs.items())

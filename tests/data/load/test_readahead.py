@@ -240,12 +240,12 @@ def test_a_damaged_file_ends_the_stream_with_its_name_and_never_early(
 def test_the_end_of_the_data_is_an_error_at_its_step_and_every_step_before_it_is_given(tokens: Path) -> None:
     data = DATA.model_copy(update={"max_epochs": {"news": 1, "letters": 1}})
     order = Order(ShardStore(tokens, "train"), data, PACKS_PER_STEP, 5)
-    with pytest.raises(UserError, match="has no pack left"):
+    with pytest.raises(UserError, match="has no packed sequence left"):
         list(iter(order.next_step, []))
     steps = order.step
     assert steps > 12
     stream, taken = make(tokens, data=data), []
-    with pytest.raises(UserError, match=f"has no pack left for step {steps + 1}"):
+    with pytest.raises(UserError, match=f"has no packed sequence left for step {steps + 1}"):
         taken.extend(stream)
     assert len(taken) == steps
     stream.close()

@@ -381,10 +381,11 @@ def test_when_every_source_has_reached_its_cap_all_was_given_and_the_end_is_an_e
     held = sum(len(corpus_positions(store, name)) * times for name, times in data.max_epochs.items())
     order.require(-(-held // 16))
     with pytest.raises(
-        UserError, match=r"data\.max_epochs: training\.steps = 400 needs 400 packs from every lane, but lane 0 holds 2"
+        UserError,
+        match=r"data\.max_epochs: training\.steps = 400 needs 400 packed sequences from every lane, but lane 0 holds 2",
     ):
         order.require(400)
-    with pytest.raises(UserError, match=r"lane 0 has no pack left .* raise data\.max_epochs"):
+    with pytest.raises(UserError, match=r"lane 0 has no packed sequence left .* raise data\.max_epochs"):
         give(order, 400, packs)
     counts = given_positions(packs)
     assert set(counts.values()) == {1}
@@ -416,7 +417,7 @@ def test_the_last_step_that_the_data_holds_is_known_before_training_also_after_a
     store = MemoryStore(TWO_SOURCES)
     data = DataSettings(lanes=2, packing_buffer=4, max_epochs={"books": 2, "web": 3}, **changes)
     order, states = Order(store, data, global_batch_size=2, seed=7), []
-    with pytest.raises(UserError, match="has no pack left"):
+    with pytest.raises(UserError, match="has no packed sequence left"):
         give_states(order, states)
     last = len(states)
     assert last >= 4
@@ -426,7 +427,9 @@ def test_the_last_step_that_the_data_holds_is_known_before_training_also_after_a
             again.restore(state)
         before = again.state()
         again.require(last)
-        with pytest.raises(UserError, match=rf"training\.steps = {last + 1} needs {last + 1} packs from every lane"):
+        with pytest.raises(
+            UserError, match=rf"training\.steps = {last + 1} needs {last + 1} packed sequences from every lane"
+        ):
             again.require(last + 1)
         assert again.state() == before
 
@@ -448,7 +451,7 @@ def test_a_step_that_one_lane_cannot_give_moves_no_lane():
     given = order.next_step()
     state, progress = order.state(), order.progress()
     for _ in range(2):
-        with pytest.raises(UserError, match="lane 1 has no pack left for step 2"):
+        with pytest.raises(UserError, match="lane 1 has no packed sequence left for step 2"):
             order.next_step()
     assert order.state() == state
     assert order.progress() == progress
