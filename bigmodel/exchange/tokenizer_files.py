@@ -53,10 +53,14 @@ def tokenizer_files(
         after = None if settings.model.kind == "decoder" else names["eos"]
         template = _template(before, after, {names["bos"]: tokenizer.bos, names["eos"]: tokenizer.eos})
         description = {**description, "post_processor": template}
+    # Without this key the class also returns token types, which only BERT accepts: `model.generate(**tokenizer(text))`
+    # of another model is then an error.
+    inputs = ["input_ids", *(["token_type_ids"] if settings.model.num_token_types else []), "attention_mask"]
     for_class = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": inputs,
         **roles,
     }
     return {

@@ -17,6 +17,7 @@ from bigmodel.exchange.export import export, export_adapter_of, write_model
 from bigmodel.model.init import init_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint.format import WeightSource
+from tools.torchvision_operators import define_missing_torchvision_operators
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
 DATA = {"max_document_length": 48, "sequence_length": 96}
@@ -75,6 +76,17 @@ def test_what_lies_beside_the_weights_says_how_texts_begin_and_end(written: Writ
     assert config.items() >= {**ids, "max_position_embeddings": 48, "dtype": "bfloat16", "vocab_size": 407}.items()
     again = Tokenizer.load(folder)
     assert (again.bos, again.eos) == (0, 1)
+
+
+def test_a_model_without_token_types_can_generate_from_all_that_its_tokenizer_returns(written: Written) -> None:
+    define_missing_torchvision_operators()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = written("llama", {}, {})
+    inputs = AutoTokenizer.from_pretrained(folder)("a text", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert len(model.generate(**inputs, max_new_tokens=2, min_new_tokens=2)[0]) == inputs["input_ids"].shape[1] + 2
 
 
 def test_a_target_begins_with_the_begin_token_and_every_end_of_the_start_is_kept(

@@ -122,7 +122,9 @@ def test_the_mask_token_of_an_encoder_is_that_of_its_tokenizer(folders: Path, tm
     assert (settings.data.mask_token, num_special_tokens(settings.data)) == (300, 0)
     used = Tokenizer.load(folder, fast=False)
     files = tokenizer_files(settings, used, json.loads((folder / "tokenizer.json").read_text()), 64)
-    assert json.loads(files["tokenizer_config.json"])["mask_token"] == "[MASK]"
+    written = json.loads(files["tokenizer_config.json"])
+    assert written["mask_token"] == "[MASK]"
+    assert written["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
 
 
 def weights_in(folder: Path) -> dict[str, bytes]:
