@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from bigmodel.config.sections import SET, Section, setting
 
 NO_TEXT = (
-    "a model with classification.classes has no likelihood of a text and writes none; `bigmodel evaluate RUN` scores it"
+    "a model with classification.classes predicts no tokens, so it generates no text; `bigmodel evaluate RUN` scores it"
 )
 WITH_CLASSES = {"classes": SET}
 

@@ -78,6 +78,6 @@ def require_harness(model: ModelSettings, why: str) -> None:
     if model.classification:
         raise UserError(f"{why}: {NO_TEXT}")
     if model.kind == "encoder":
-        raise UserError(f"{why}: model.kind = 'encoder' has no likelihood of a text and writes none; leave tasks out")
+        raise UserError(f"{why}: model.kind = 'encoder' predicts no text from left to right; leave tasks out")
     if find_spec("lm_eval") is None:
         raise UserError(f"{why}: needs lm_eval, which is not installed; pip install 'bigmodel[tasks]'")

@@ -54,8 +54,8 @@ from = {folder}
 {model}
 
 [optimizer]
-# A tenth of what such models are usually trained with from scratch. New text that differs much from the old (another
-# language) can take more.
+# A tenth of the usual rate for training from scratch. Text that differs much from the earlier text (another language)
+# can take a higher rate.
 learning_rate = {rate}
 
 [schedule]
