@@ -299,6 +299,13 @@ def test_weights_that_nothing_takes_or_that_are_missing_are_listed_by_name() -> 
     )
 
 
+def test_a_classification_model_is_named_as_the_reason_where_only_the_output_matrix_is_missing() -> None:
+    model = made("llama")
+    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    with pytest.raises(UserError, match=r"weights missing: lm_head\.weight; .*; a classification model has no output"):
+        from_transformers(model.config.to_dict(), state | {"score.weight": torch.ones(3, 48)})
+
+
 def test_a_head_that_config_json_ties_to_other_values_is_refused() -> None:
     model = made("llama")
     tied = {**model.config.to_dict(), "tie_word_embeddings": True}

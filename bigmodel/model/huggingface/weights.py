@@ -109,6 +109,8 @@ def check(names: Names, settings: ModelSettings, theirs: Mapping[str, Tensor], v
     if complaints:
         untied = settings.kind == "encoder_decoder" and any(name.startswith("lm_head") for name in found[NO_COPIES])
         remedy = ", or set model.tied_embeddings = false" if untied else ""
+        if found["missing"] == ["lm_head.weight"]:
+            remedy = "; a classification model has no output matrix (lm_head) and cannot be continued"
         raise UserError(f"weights {'; '.join(complaints)}; check that config.json belongs to these weights{remedy}")
 
 
