@@ -159,7 +159,7 @@ def test_show_and_check_follow_a_batch_size_that_only_the_deepspeed_json_gives(
     (tmp_path / "run-deepspeed.json").write_text(json.dumps(given))
     findings = check.check_order(run_file, ["training.steps=2", "schedule.warmup_steps=0"])
     assert all(finding.holds for finding in findings)
-    assert findings[0].evidence == "12 packs"
+    assert findings[0].evidence == "12 packed sequences"
     settings = load_settings(run_file)
     show_batch(settings, 1, tmp_path / "batch.png")
     shown = capsys.readouterr().out
