@@ -265,7 +265,9 @@ def check(
 
 @app.command()
 def generate(
-    run_directory: Annotated[Path, typer.Argument(help="a run directory with a checkpoint")],
+    location: Annotated[
+        Path, typer.Argument(help="run file, run directory or Hugging Face folder", metavar="RUN|FOLDER")
+    ],
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
     prompts: Annotated[
         Path | None, typer.Option(help="file of prompts, one a line (.jsonl: as JSON); -: standard input")
@@ -282,24 +284,27 @@ def generate(
     length_penalty: Annotated[float, typer.Option(help="beam scores are divided by length ** this")] = 1.0,
     answers: Annotated[int, typer.Option(min=1, help="print this many best answers of the beams, as JSON")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="prompts of a file at once")] = 8,
-    context: Annotated[int, typer.Option(min=0, help="most tokens of prompt and answer; 0: as in training")] = 0,
+    context: Annotated[int, typer.Option(min=0, help="most tokens of prompt and answer; 0: the model's")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="print the text while it is generated")] = False,
     best: Best = False,
 ) -> None:
-    """Continue prompts with the newest checkpoint of a run; an encoder-decoder reads a prompt as its source."""
+    """Continue prompts with the newest checkpoint of a run, or with a Hugging Face folder.
+
+    An encoder-decoder reads a prompt as its source.
+    """
     from bigmodel.generation.command import Options, print_answer, print_answers
     from bigmodel.generation.sampling import Sampling
-    from bigmodel.training.load_model import load_trained
+    from bigmodel.generation.served import load_served
 
     if prompt and prompts:
         raise UserError("--prompt and --prompts: give only one of them")
     sampling = Sampling(temperature, top, top_p, min_p, repetition_penalty, seed)
     options = Options(tokens, sampling, tuple(stop), context, batch, beams, length_penalty, answers, stream)
-    trained = load_trained(run_directory, best)
+    served = load_served(location, best=best)
     if prompts:
-        print_answers(trained, prompts, options)
+        print_answers(served, prompts, options)
     else:
-        print_answer(trained, prompt, options)
+        print_answer(served, prompt, options)
 
 
 @app.command()
@@ -408,7 +413,9 @@ def export(
         str, typer.Option("--as", metavar="TYPE", help="model_type, as llama; default: the first that holds the model")
     ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    max_gib: Annotated[float, typer.Option(min=0, help="largest file of weights, in GiB")] = 5,
+    max_gib: Annotated[
+        float | None, typer.Option(min=0, help="largest file of weights, in GiB; default: 5", show_default=False)
+    ] = None,
     best: Best = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="only the adapters of [lora], as peft loads them")] = False,
 ) -> None:
@@ -416,11 +423,11 @@ def export(
     if adapter:
         from bigmodel.exchange.export import export_adapter_of
 
-        print(export_adapter_of(run_directory, folder, dtype, best, kind))
+        print(export_adapter_of(run_directory, folder, dtype, best, kind, max_gib))
         return
     from bigmodel.exchange.export import export as run
 
-    done = run(run_directory, folder, kind, dtype, int(max_gib * 2**30), best)
+    done = run(run_directory, folder, kind, dtype, int((5 if max_gib is None else max_gib) * 2**30), best)
     print(f"{done.folder}: {done.class_name} of step {done.step}")
     for remark in done.remarks:
         print(f"  {remark}")

@@ -130,12 +130,22 @@ def write_model(
 
 
 def export_adapter_of(
-    run_directory: Path, folder: Path, dtype: str = "float32", best: bool = False, kind: str = ""
+    run_directory: Path,
+    folder: Path,
+    dtype: str = "float32",
+    best: bool = False,
+    kind: str = "",
+    max_gib: float | None = None,
 ) -> str:
     """Write only the adapters of a run as a peft folder; returns what was written, in words.
 
-    kind: refused, because an adapter has the type of its base.
+    kind, max_gib: refused, because an adapter has the type of its base, and peft reads one file.
     """
+    if max_gib is not None:
+        raise UserError(
+            f"--max-gib {max_gib:g}: has no effect with --adapter (peft reads the weights of an adapter from one "
+            "file); leave one of them out"
+        )
     if kind:
         raise UserError(
             f"--as {kind}: has no effect with --adapter (an adapter has the type of the model that it is for); leave "

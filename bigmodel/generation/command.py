@@ -1,6 +1,6 @@
 """`bigmodel generate`: prompts in, text out.
 
-In: a trained model, prompts and options. Out: lines on standard output: the text of one prompt, also while it is
+In: a model, prompts and options. Out: lines on standard output: the text of one prompt, also while it is
 generated, or one JSON object for each line of a file of prompts, in their order. Raises `UserError` for prompts beyond
 the context and for options that exclude one another.
 """
@@ -17,13 +17,13 @@ from bigmodel.generation.beams import beam_search, check_length_penalty
 from bigmodel.generation.cached_model import CachedModel, Prompt
 from bigmodel.generation.engine import Engine, Request, check_can_generate
 from bigmodel.generation.sampling import Sampling
+from bigmodel.generation.served import Served
 from bigmodel.generation.text import readable
-from bigmodel.training.load_model import Trained
 
 
 @dataclass(frozen=True)
 class Options:
-    """tokens: most of an answer. context: most positions of prompt and answer; 0: the longest document of training.
+    """tokens: most of an answer. context: most positions of prompt and answer; 0: the model's own.
     batch: prompts at once. beams: 0 draws tokens by `sampling`; answers: how many of the beams' answers to print."""
 
     tokens: int
@@ -49,16 +49,16 @@ class Options:
             raise UserError(f"--answers {self.answers}: beam search has --beams {self.beams} answers; give more beams")
 
 
-def print_answer(trained: Trained, prompt: str, options: Options) -> None:
+def print_answer(served: Served, prompt: str, options: Options) -> None:
     """The prompt of a decoder with its continuation, or an encoder-decoder's answer."""
-    shown = "" if trained.settings.model.kind == "encoder_decoder" else prompt
+    shown = "" if served.has_source else prompt
     if options.beams:
-        ((_, answers),) = _searched(trained, [prompt], options)
+        ((_, answers),) = _searched(served, [prompt], options)
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False) if options.answers > 1 else shown + answer["text"])
         return
-    engine = _engine(trained, [prompt], options, slots=1)
-    engine.add(_request(trained, prompt, options))
+    engine = _engine(served, [prompt], options, slots=1)
+    engine.add(_request(served, prompt, options))
     sys.stdout.write(shown)
     pieces = (step.text for step in _steps(engine))
     for piece in pieces if options.stream else ["".join(pieces)]:
@@ -67,18 +67,18 @@ def print_answer(trained: Trained, prompt: str, options: Options) -> None:
     print()
 
 
-def print_answers(trained: Trained, file: Path, options: Options) -> None:
+def print_answers(served: Served, file: Path, options: Options) -> None:
     """One JSON object for each prompt of a file: prompt, text and why it ended, or prompt and answers of the beams."""
     if options.stream:
         raise UserError("--stream and --prompts: only the text of one --prompt can be streamed; leave one out")
     prompts = read_prompts(file)
     if options.beams:
-        for prompt, answers in _searched(trained, prompts, options):
+        for prompt, answers in _searched(served, prompts, options):
             print(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False), flush=True)
         return
-    engine = _engine(trained, prompts, options, min(options.batch, len(prompts)))
+    engine = _engine(served, prompts, options, min(options.batch, len(prompts)))
     for prompt in prompts:
-        engine.add(_request(trained, prompt, options))
+        engine.add(_request(served, prompt, options))
     texts, done, printed = [""] * len(prompts), dict[int, str](), 0
     for step in _steps(engine):
         texts[step.number] += step.text
@@ -119,30 +119,30 @@ def _steps(engine: Engine) -> Iterator[Any]:
         yield from engine.step()
 
 
-def _prompt(trained: Trained, text: str) -> Prompt:
-    tokenizer, ids = trained.tokenizer, trained.tokenizer.encode(text).tolist()
-    if trained.settings.model.kind == "encoder_decoder":
+def _prompt(served: Served, text: str) -> Prompt:
+    tokenizer, ids = served.tokenizer, served.tokenizer.encode(text).tolist()
+    if served.has_source:
         return Prompt([tokenizer.bos], [*ids, tokenizer.eos])
     return Prompt([tokenizer.bos, *ids])
 
 
-def _request(trained: Trained, text: str, options: Options) -> Request:
-    prompt = _prompt(trained, text)
+def _request(served: Served, text: str, options: Options) -> Request:
+    prompt = _prompt(served, text)
     source = None if prompt.source is None else list(prompt.source)
-    return Request(list(prompt.ids), source, _most_tokens(trained, prompt, options), options.sampling, options.stop)
+    return Request(list(prompt.ids), source, _most_tokens(served, prompt, options), options.sampling, options.stop)
 
 
-def _engine(trained: Trained, prompts: Sequence[str], options: Options, slots: int) -> Engine:
-    return Engine(trained.model, trained.tokenizer, slots, _positions(trained, prompts, options), trained.device)
+def _engine(served: Served, prompts: Sequence[str], options: Options, slots: int) -> Engine:
+    return Engine(served.model, served.tokenizer, slots, _positions(served, prompts, options), served.device)
 
 
-def _positions(trained: Trained, prompts: Sequence[str], options: Options) -> int:
+def _positions(served: Served, prompts: Sequence[str], options: Options) -> int:
     """What the longest of the prompts and its answer can use. Raises `UserError` for a prompt beyond the context."""
-    settings, read = trained.settings, [_prompt(trained, prompt) for prompt in prompts]
-    own = _context(trained, options)
-    other = options.context or settings.data.max_source_length or settings.data.source_sequence_length
+    read, own = [_prompt(served, prompt) for prompt in prompts], _context(served, options)
     for number, prompt in enumerate(read, 1):
-        length, limit = (len(prompt.ids), own) if prompt.source is None else (len(prompt.source), other)
+        length, limit = len(prompt.ids), own
+        if prompt.source is not None:
+            length, limit = len(prompt.source), options.context or served.max_source
         if length > limit:
             which = "the prompt" if len(read) == 1 else f"prompt {number}"
             raise UserError(
@@ -150,30 +150,28 @@ def _positions(trained: Trained, prompts: Sequence[str], options: Options) -> in
             )
     source = max(len(prompt.source or ()) for prompt in read)
     used = min(own, max(len(prompt.ids) for prompt in read) + options.tokens)
-    is_mixed = source > 0 and settings.model.source_attention == "mixed"
-    return used + source if is_mixed else max(used, source)
+    return used + source if served.shares_positions else max(used, source)
 
 
-def _context(trained: Trained, options: Options) -> int:
+def _context(served: Served, options: Options) -> int:
     """Most tokens of a decoder: prompt and answer."""
-    settings = trained.settings
-    return options.context or settings.model.max_positions or settings.data.max_document_length
+    return options.context or served.context
 
 
-def _most_tokens(trained: Trained, prompt: Prompt, options: Options) -> int:
+def _most_tokens(served: Served, prompt: Prompt, options: Options) -> int:
     """Of an answer; the last one is never read, so it needs no position."""
-    return min(options.tokens, _context(trained, options) - len(prompt.ids) + 1)
+    return min(options.tokens, _context(served, options) - len(prompt.ids) + 1)
 
 
-def _searched(trained: Trained, prompts: Sequence[str], options: Options) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _searched(served: Served, prompts: Sequence[str], options: Options) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Each prompt with its best answers, text and score."""
-    positions = _positions(trained, prompts, options)
-    check_can_generate(trained.model, positions)
-    cache, eos = CachedModel(trained.model, options.beams, positions), trained.tokenizer.eos
+    positions = _positions(served, prompts, options)
+    check_can_generate(served.model, positions)
+    cache, eos = CachedModel(served.model, options.beams, positions), served.tokenizer.eos
     for text in prompts:
-        prompt = _prompt(trained, text)
-        most = _most_tokens(trained, prompt, options)
+        prompt = _prompt(served, text)
+        most = _most_tokens(served, prompt, options)
         found = beam_search(cache, prompt, eos, options.beams, most, options.length_penalty)
-        texts = [readable(trained.tokenizer, [token for token in answer.ids if token != eos]) for answer in found]
+        texts = [readable(served.tokenizer, [token for token in answer.ids if token != eos]) for answer in found]
         scored = zip(texts, (answer.score for answer in found), strict=True)
         yield text, [{"text": words, "score": score} for words, score in scored][: options.answers]

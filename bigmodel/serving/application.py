@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from bigmodel.generation import engine
+from bigmodel.generation.served import Served
 from bigmodel.metrics.exporter import Serving, page_of
 from bigmodel.serving.answers import Answer, ChatAnswer
 from bigmodel.serving.batcher import Batcher, Group
@@ -31,7 +32,6 @@ from bigmodel.serving.errors import HUNG_UP, ApiError, broken, timed_out
 from bigmodel.serving.gate import HEALTH, STATUS, Gate, error_response
 from bigmodel.serving.options import Options
 from bigmodel.serving.prompts import Prompt, prompts_of, requests_of
-from bigmodel.serving.served import Served
 
 Body = CompletionBody | ChatBody
 SENDING_SECONDS = 30.0  # beyond the time of a request, for a client that reads slowly

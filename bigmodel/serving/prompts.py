@@ -14,7 +14,7 @@ from bigmodel.serving.bodies import ChatBody, CompletionBody
 from bigmodel.serving.errors import ApiError
 
 if TYPE_CHECKING:
-    from bigmodel.serving.served import Served
+    from bigmodel.generation.served import Served
 
 MAX_SEED = 1 << 63
 

@@ -17,10 +17,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.engine import Engine
+from bigmodel.generation.served import Served, load_served
 from bigmodel.serving.application import application
 from bigmodel.serving.batcher import Batcher
 from bigmodel.serving.options import Options, bound, open_for_clients, read_token
-from bigmodel.serving.served import Served, load_served
 
 KEEP_ALIVE_SECONDS = 65  # of a connection without a whole request, above the 60 s of common proxies
 TICKS_OF_A_SECOND = 10  # uvicorn's
@@ -65,7 +65,7 @@ def serve(location: Path, overrides: list[str], options: Options) -> None:
     """Serve until a signal. Raises `UserError` before the address is open."""
     token = read_token(options.host)
     with bound(options.host, options.port) as listening:
-        served = load_served(location, overrides, options)
+        served = load_served(location, overrides, options.name, options.max_positions)
         batcher = batcher_of(served, options)
         config = uvicorn.Config(
             application(served, batcher, options, token),

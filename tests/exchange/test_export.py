@@ -152,6 +152,8 @@ def test_a_wrong_request_is_explained(tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "out", dtype="int8")
     with pytest.raises(UserError, match=r"--as llama: has no effect with --adapter .*; leave one of them out"):
         export_adapter_of(tmp_path, tmp_path / "out", kind="llama")
+    with pytest.raises(UserError, match=r"--max-gib 0.5: has no effect with --adapter .*; leave one of them out"):
+        export_adapter_of(tmp_path, tmp_path / "out", max_gib=0.5)
     with pytest.raises(UserError, match=r"not a run directory \(no settings.json\)"):
         export(tmp_path, tmp_path / "out")
     settings = Settings.model_validate({"model": SMALL, "data": DATA | {"directory": str(tmp_path)}})

@@ -16,10 +16,10 @@ from starlette.testclient import TestClient
 
 from bigmodel.config.settings import UserError
 from bigmodel.generation.engine import Engine, Request, Step
+from bigmodel.generation.served import Served, load_served
 from bigmodel.serving.application import application
 from bigmodel.serving.batcher import Batcher
 from bigmodel.serving.options import TOKEN, Options, bound, open_for_clients, read_token
-from bigmodel.serving.served import Served, load_served
 from bigmodel.serving.server import Server, batcher_of
 from tests.support.model_folder import write_model
 
@@ -29,7 +29,7 @@ LIMITS = Options(max_sequences=2, max_queue=1, max_tokens=40)
 @pytest.fixture(scope="module")
 def served(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = write_model(tmp_path_factory.mktemp("limits") / "tiny", shards, context=64)
-    return load_served(folder, [], LIMITS)
+    return load_served(folder)
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def problem(answer: Any) -> tuple[int, str, str]:
 
 
 def test_an_encoder_decoder_reads_the_prompt_as_its_source(shards: Path, tmp_path: Path) -> None:
-    served = load_served(write_model(tmp_path / "tiny", shards, "t5"), [], LIMITS)
+    served = load_served(write_model(tmp_path / "tiny", shards, "t5"))
     tokenizer = served.tokenizer
     engine = Engine(served.model, tokenizer, 1, served.positions)
     engine.add(Request([tokenizer.bos], [*tokenizer.encode("time").tolist(), tokenizer.eos], max_tokens=9))
@@ -224,15 +224,15 @@ def test_a_connection_without_a_whole_head_is_closed(served: Served) -> None:
 
 def test_a_folder_that_cannot_be_served_is_told_why(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a run directory"):
-        load_served(tmp_path, [], LIMITS)
+        load_served(tmp_path)
     folder = write_model(tmp_path / "tiny", shards)
     with pytest.raises(UserError, match="needs a run file"):
-        load_served(folder, ["model.dropout=0"], LIMITS)
-    assert load_served(folder, [], replace(LIMITS, max_positions=32)).context == 32
+        load_served(folder, ["model.dropout=0"])
+    assert load_served(folder, max_positions=32).context == 32
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 300', '"vocab_size": 200'))
     with pytest.raises(UserError, match=r"tokenizer.json has 300 ids and vocab_size of config.json is 200"):
-        load_served(folder, [], LIMITS)
+        load_served(folder)
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_told_with_the_options(served: Served) -> None:

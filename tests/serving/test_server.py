@@ -25,8 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bigmodel.data.store.chat_template import DEFAULT_TEMPLATE
 from bigmodel.generation.engine import Engine, Request
-from bigmodel.serving.options import Options
-from bigmodel.serving.served import Served, load_served
+from bigmodel.generation.served import Served, load_served
 from tests.support.model_folder import write_model
 from tools import load_serve
 
@@ -96,7 +95,7 @@ def running(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         ready = load_serve.READY.match(line)
         assert ready is not None, line
         client = openai.OpenAI(base_url=ready[2], api_key=TOKEN, max_retries=0, timeout=60)
-        yield Running(process, ready[2], client, load_served(folder, [], Options()))
+        yield Running(process, ready[2], client, load_served(folder))
     finally:
         process.kill()
         process.wait()

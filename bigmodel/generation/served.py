@@ -1,9 +1,10 @@
-"""What is served: a model with its tokenizer, its context and its chat template.
+"""What `bigmodel serve` and `bigmodel generate` write with: a model with its tokenizer, context and chat template.
 
 In: a run file or run directory with a checkpoint, or a Hugging Face folder. Raises `UserError` for a folder that is
 neither, a model that cannot generate, weights that are not finite, and a tokenizer of another model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.model.huggingface.start import load_start
 from bigmodel.model.transformer import Transformer
-from bigmodel.serving.options import Options
-from bigmodel.training.load_model import load_trained
+from bigmodel.training.load_model import Trained, load_trained
 
 T5_SOURCE = 512  # tokens that T5 was trained to read; config.json does not bound them
 
@@ -58,8 +58,12 @@ class Served:
         return render_chat(self.chat_template, messages, self.tokenizer, add_generation_prompt=True)[0]
 
 
-def load_served(location: Path, overrides: list[str], options: Options) -> Served:
-    """`location`: a run file, a run directory, or a Hugging Face folder."""
+def load_served(
+    location: Path, overrides: Sequence[str] = (), name: str = "", max_positions: int = 0, best: bool = False
+) -> Served:
+    """`location`: a run file, a run directory, or a Hugging Face folder. name: empty: the folder's. max_positions: of
+    prompt and answer, and of a source; 0: the model's context. best: of a run, the checkpoint of checkpoint.keep_best.
+    """
     if location.suffix == ".toml":
         location = load_settings(location, overrides).run.directory
     elif overrides:
@@ -70,16 +74,18 @@ def load_served(location: Path, overrides: list[str], options: Options) -> Serve
             f"{location}: neither a run directory (settings.json) nor a Hugging Face folder (config.json); name a run "
             "file, the run.directory of a training run, or such a folder"
         )
-    served = (_of_run if is_run else _of_folder)(location, options.name or location.resolve().name)
+    if best and not is_run:
+        raise UserError(f"--best: {location} is a Hugging Face folder, which has no checkpoints; leave --best out")
+    name = name or location.resolve().name
+    served = of_run(load_trained(location, best), name) if is_run else _of_folder(location, name)
     if served.chat_template is not None:
         served = replace(served, end_of_turn=end_of_turn(served.chat_template, served.tokenizer))
-    if not options.max_positions:
+    if not max_positions:
         return served
-    return replace(served, context=options.max_positions, max_source=options.max_positions if served.has_source else 0)
+    return replace(served, context=max_positions, max_source=max_positions if served.has_source else 0)
 
 
-def _of_run(directory: Path, name: str) -> Served:
-    trained = load_trained(directory)
+def of_run(trained: Trained, name: str) -> Served:
     settings = trained.settings
     return Served(
         name=name,
