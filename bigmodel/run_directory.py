@@ -46,6 +46,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from bigmodel.config.json_file import read_json as read_json  # its readers import it from here
 from bigmodel.config.renamed import NEW_NAMES
 from bigmodel.config.user_error import UserError, without_secrets
 
@@ -196,14 +197,6 @@ def fsync_directory(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises `UserError` with the file's name if it is damaged or unreadable."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:

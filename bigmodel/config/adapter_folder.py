@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigmodel.config.json_file import read_json
 from bigmodel.config.lora_settings import ALL, PARTS
 from bigmodel.config.user_error import UserError
 
@@ -49,10 +50,7 @@ def with_adapter(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Raises `UserError` if it is missing, no JSON object, or an adapter of another kind than ours."""
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}; name a folder of a peft adapter") from None
+    config = read_json(path, "name a folder of a peft adapter")
     if not isinstance(config, dict):
         raise UserError(f"{path}: cannot be read: it must be a JSON object")
     for key, value in REQUIRED.items():

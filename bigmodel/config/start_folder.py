@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.config.huggingface import read_config
+from bigmodel.config.json_file import read_json
 from bigmodel.config.model_settings import ModelSettings
 from bigmodel.config.sections import SAVED
 from bigmodel.config.user_error import UserError
@@ -52,8 +53,8 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `model.from` is the directory of a run, not a Hugging Face folder."""
-    return (folder / "checkpoints").is_dir() and (folder / "settings.json").is_file()
+    """Whether `model.from` is the directory of a run, perhaps without a checkpoint, and not a Hugging Face folder."""
+    return (folder / "settings.json").is_file()
 
 
 def _of_huggingface(folder: Path) -> tuple[ModelSettings, int, Path]:
@@ -63,11 +64,17 @@ def _of_huggingface(folder: Path) -> tuple[ModelSettings, int, Path]:
 
 
 def _of_run(folder: Path) -> tuple[ModelSettings, int, Path]:
-    """The same of a run, from its newest checkpoint."""
-    saved = max((folder / "checkpoints").glob("step-????????/state.json"), default=None)
-    if saved is None:
-        raise UserError("this run has no checkpoint yet; train it first")
-    state, table = _read(saved), _read(folder / "settings.json")
+    """The same of a run, from its newest checkpoint whose state can be read: damaged ones are skipped at the start."""
+    table, state, damage = _read(folder / "settings.json"), None, None
+    for saved in sorted((folder / "checkpoints").glob("step-*/state.json"), reverse=True):
+        try:
+            state = _read(saved)
+        except UserError as error:
+            damage = damage or error
+        else:
+            break
+    if state is None:
+        raise damage or UserError("this run has no checkpoint yet; train it first")
     model = {name: value for name, value in state["model"].items() if name not in ("from", "dropout")}
     settings = ModelSettings.model_validate(model, context=SAVED)
     return settings, state["shapes"]["embedding.weight"][0], Path(table["data"]["directory"])
@@ -79,10 +86,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}; name a folder of a Hugging Face model") from None
+    table = read_json(path, "name a folder of a Hugging Face model, or the directory of a run")
     if not isinstance(table, dict):
         raise UserError(f"{path}: cannot be read: it must be a JSON object")
     return table

@@ -173,6 +173,13 @@ def change_config(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def nest(name: str, depth: int = 100_000) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text('{"weight_map": ' + "[" * depth + "]" * depth + "}")
+
+    return change
+
+
 def remove(pattern: str) -> Callable[[Path], None]:
     return lambda folder: next(folder.glob(pattern)).unlink()
 
@@ -190,6 +197,8 @@ def spoil(folder: Path) -> None:
     [
         (change_config(model_type="gpt2"), "llama: model_type = 'gpt2': cannot be read; types read: llama, mistral"),
         (remove("config.json"), "config.json: cannot be read as JSON"),
+        (nest("config.json"), "config.json: cannot be read as JSON: its brackets are nested too deep; name a folder"),
+        (nest("model.safetensors.index.json"), "index.json: cannot be read as JSON: its brackets are nested too deep"),
         (remove("model-00002-*"), "model-00002-of-.*: cannot be read as safetensors"),
         (spoil, "llama: model.norm.weight holds NaN or infinite values; fetch the folder again"),
         (remove("tokenizer.json"), "tokenizer.json: missing; save it there with AutoTokenizer"),

@@ -202,3 +202,16 @@ def test_a_run_without_a_checkpoint_is_no_start(tmp_path: Path) -> None:
     (run / "checkpoints/step-00000001").rename(run / "checkpoints/other")
     with pytest.raises(UserError, match="this run has no checkpoint yet; train it first"):
         settings_from_table({"model": {"from": str(run)}}, Path("run.toml"))
+    (run / "checkpoints").rename(run / "elsewhere")  # the folder is made by the first checkpoint
+    with pytest.raises(UserError, match="this run has no checkpoint yet; train it first"):
+        settings_from_table({"model": {"from": str(run)}}, Path("run.toml"))
+
+
+def test_a_run_starts_from_its_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    run, _ = run_of(tmp_path)
+    newer = run / "checkpoints/step-00000002"
+    newer.mkdir()
+    (newer / "state.json").write_text('{"step": 2, "mod')
+    settings = settings_from_table({"model": {"from": str(run)}}, Path("run.toml"))
+    assert settings.model.num_layers == 2
+    new_model(settings, WHOLE, 67, begins=True)

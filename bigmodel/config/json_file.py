@@ -1,0 +1,19 @@
+"""Reads a JSON file that others wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bigmodel.config.user_error import UserError
+
+
+def read_json(path: Path, remedy: str = "") -> Any:
+    """The value of a JSON file. Raises `UserError` with the file's name, and `remedy`, if it is damaged or unreadable.
+
+    Python reads about a thousand brackets inside one another.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "its brackets are nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: cannot be read as JSON: {reason}{remedy and '; '}{remedy}") from None
