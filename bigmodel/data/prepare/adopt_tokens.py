@@ -77,7 +77,8 @@ def check_types(found: Sequence[TokenFile], adoption: Adoption, vocabulary: int)
         head = content[: len(content) // 8 * 8]
         fitting = {one for one in fitting_types([head], vocabulary) if size % np.dtype(one).itemsize == 0}
         if fitting != TYPES:
-            check_type(adoption.dtype or np.dtype(file.dtype).name, fitting, vocabulary, file.location)
+            given = adoption.dtype or np.dtype(file.dtype).name
+            check_type(given, fitting, vocabulary, file.location, asked=bool(adoption.dtype))
 
 
 def find_documents(

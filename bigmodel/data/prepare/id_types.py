@@ -62,14 +62,14 @@ def better_type(given: str, fitting: Collection[str], vocabulary: int) -> str:
     return best if best[0] == ">" else np.dtype(best).name
 
 
-def check_type(given: str, fitting: Collection[str], vocabulary: int, where: str) -> None:
-    """Raise `UserError` if the ids were not written by the given type."""
+def check_type(given: str, fitting: Collection[str], vocabulary: int, where: str, asked: bool = True) -> None:
+    """Raise `UserError` if the ids were not written by the given type. asked: by --dtype; else it is the format's."""
     if name := better_type(given, fitting, vocabulary):
-        fits = _code(id_type(given)) in fitting
+        fits = "also fit" if _code(id_type(given)) in fitting else "do not fit it, but"
         raise UserError(
-            f"--dtype {given}: the samples of {where} {'also' if fits else 'do not'} fit {'' if fits else 'it, but '}"
-            f"{name}, which gives each a whole number of ids below {vocabulary:,}, the tokenizer's size; set "
-            f"--dtype {name}, or give the tokenizer that made these shards"
+            f"{'--dtype' if asked else 'without --dtype read as'} {given}: the samples of {where} {fits} {name}, which "
+            f"gives each a whole number of ids below {vocabulary:,}, the tokenizer's size; set --dtype {name}, or give "
+            "the tokenizer that made these shards"
         )
 
 

@@ -211,9 +211,14 @@ def test_ids_of_another_type_or_tokenizer_are_refused_with_the_remedy(tmp_path: 
     wide = np.array([one for ids in IDS for one in [*ids, EOS]], np.uint32)
     wide.tofile(tmp_path / "a.npy")
     with pytest.raises(
-        UserError, match=r"--dtype uint16: the samples of .*a.npy also fit uint32.*; set --dtype uint32"
+        UserError,
+        match=r"^without --dtype read as uint16: the samples of .*a.npy also fit uint32.*; set --dtype uint32",
     ):
         documents(tmp_path, tmp_path / "work")
+    with pytest.raises(
+        UserError, match=r"^--dtype uint16: the samples of .*a.npy also fit uint32.*; set --dtype uint32"
+    ):
+        documents(tmp_path, tmp_path / "work", dtype="uint16")
     assert documents(tmp_path, tmp_path / "wide", dtype="uint32") == [[*ids, EOS] for ids in IDS]
     wide[wide != EOS].astype(np.uint16).tofile(tmp_path / "a.npy")
     with pytest.raises(
