@@ -84,7 +84,14 @@ class Tasks:
                 lm=model, task_dict=self.loaded, limit=self._limit, bootstrap_iters=BOOTSTRAPS if with_errors else 0,
                 log_samples=True,
             )  # fmt: skip
-        return {**found, "lm_eval_version": lm_eval.__version__}
+        lacking = {
+            name: _number_without_answer(task, found["samples"][name]) for name, task in self.loaded["tasks"].items()
+        }
+        return {
+            **found,
+            "lm_eval_version": lm_eval.__version__,
+            "without_answer": {name: number for name, number in lacking.items() if number},
+        }
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -99,10 +106,30 @@ class Tasks:
                 raise  # of our model
             at_work = [value for frame in frames for value in frame.f_locals.values()]
             names = [name for name, task in self.loaded["tasks"].items() if any(one is task for one in at_work)]
+            is_null = any(frame.f_locals.get("gold", "") is None for frame in frames)
+            reason = "the right answer of a document is null" if is_null else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"task {', '.join(names[:1]) or 'unknown'}: lm_eval cannot make its prompts or scores: "
-                f"{type(error).__name__}: {error}; correct the task's file, its functions or its dataset"
+                f"task {', '.join(names[:1]) or 'unknown'}: lm_eval cannot make its prompts or scores: {reason}; "
+                "correct the task's file, its functions or its dataset"
             ) from error
+
+
+def _number_without_answer(task: Any, samples: Sequence[dict[str, Any]]) -> int:
+    """Documents whose right answer is null, or none of the choices; lm_eval counts any answer to them as wrong."""
+    kind = getattr(task, "OUTPUT_TYPE", None)
+    if type(task) is not ConfigurableTask or kind == "loglikelihood_rolling" or task.get_config("process_results"):
+        return 0
+    return len({one["doc_id"] for one in samples if _lacks_answer(task, kind, one["doc"], one["target"])})
+
+
+def _lacks_answer(task: Any, kind: str | None, document: dict[str, Any], target: Any) -> bool:
+    if kind != "multiple_choice":  # in a template, null becomes the text None
+        return target is None or (target == "None" and None in document.values())
+    choices, right = task.doc_to_choice(document), task.doc_to_text(document) if task.multiple_input else target
+    answers = right if isinstance(right, list) else [right]
+    return not any(
+        one in choices if isinstance(one, str) else isinstance(one, int) and 0 <= one < len(choices) for one in answers
+    )
 
 
 def scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -128,6 +155,8 @@ def to_lines(results: dict[str, Any]) -> Iterator[str]:
                     f"{_short(name, 25):<25} {told:>7} {shots!s:>5}  {_short(_metric(key), 19):<20}"
                     f"{_number(value):>10} {margin:>8}"
                 )
+    for name, number in results["without_answer"].items():
+        yield f"{_short(name, 25)}: counted as wrong, because the right answer is null or no choice: {number}"
 
 
 def _number(value: float) -> str:
