@@ -155,8 +155,11 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     closing.callback(saver.close)
     judge = Judge(settings, start.state)
     evaluate = partial(_evaluate, settings, validation, engine, world, metrics, phases, line, judge)
-    if start.step and _is_evaluated(start.step, settings) and judge.lacks(start.step):
+    unscored = start.state.get("unscored", False)  # a signal ended the run at this step, before its evaluation
+    if start.step and _is_evaluated(start.step, settings) and (unscored or judge.lacks(start.step)):
         evaluate(start.step)
+    if unscored and tasks.is_due(start.step):
+        _score_tasks(tasks, start.step, engine, metrics, phases, line)
 
     bad_steps, done, passes_per_weight = 0, start.step, passes(model)
     for step in stream if start.step < settings.training.steps and not judge.stops else ():
@@ -215,6 +218,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             ending = ending or judge.stops
         if tasks.is_due(done) and not ending:
             _score_tasks(tasks, done, engine, metrics, phases, line)
+        unscored = sums.stop_votes > 0 and not last and (_is_evaluated(done, settings) or tasks.is_due(done))
         if ending:
             stop.save_begins()
         for news in saver.step(
@@ -222,7 +226,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             done,
             sums.written_votes,
             ending,
-            partial(_state, step, start.segments, place, world, judge),
+            partial(_state, step, start.segments, place, world, judge, unscored),
             asked=judge.is_best(done),
         ):
             _report_save(news, directory, metrics, line)
@@ -523,14 +527,20 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
     return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
 
 
-def _state(step: Step, segments: Sequence[Segment], place: Place, world: World, judge: Judge) -> dict[str, Any]:
-    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation. Collective."""
+def _state(
+    step: Step, segments: Sequence[Segment], place: Place, world: World, judge: Judge, unscored: bool
+) -> dict[str, Any]:
+    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation. Collective.
+
+    unscored: what is to be scored after this step waits for the next start.
+    """
     position = step.position
     told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
     lanes = {number: lane for _, part in told for number, lane in part.items()}
     progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
     cursor = merge_cursors(cursor for cursor, _ in told)
-    return {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress, **judge.state()}
+    state = {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress, **judge.state()}
+    return state | ({"unscored": True} if unscored else {})
 
 
 def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:

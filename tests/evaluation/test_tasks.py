@@ -1,7 +1,10 @@
 """Tasks of lm_eval on our model: the real harness, local task files, a real run, and lm_eval's own HFLM beside it."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.run_directory import read_json_lines
 from tests.support.example_batches import logits_of, model_of
-from tests.support.ranks import command, run_ranks
+from tests.support.ranks import command, finish, run_ranks, start_ranks
 from tests.support.tiny_corpus import NEWS
 from tests.support.tiny_run import write_run
 
@@ -255,6 +258,55 @@ def test_what_lm_eval_raises_on_the_way_names_the_task(run: Path, tmp_path: Path
         evaluate(run / "with", TaskOptions([str(write_tasks(tmp_path / "shots", rolling=ROLLING, choice=shots))]))
 
 
+def test_documents_without_a_right_answer_are_counted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(
+        tmp_path / "tasks",
+        choice=CHOICE,
+        text=GENERATE.replace("{{choices[answer]}}", "{{answer}}"),
+        rolling=ROLLING.replace("{{choices[0]}}", "{{answer}}"),
+    )
+    answers = [1, None, 7, -1, 0, 2]  # of three choices
+    documents = [{**DOCUMENTS[row], "answer": answer} for row, answer in enumerate(answers)]
+    (tasks / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
+    evaluate(run / "with", TaskOptions([str(tasks)], shots=0), tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["without_answer"] == {"choice": 3, "generate": 1}
+    printed = capsys.readouterr().out.splitlines()
+    assert "choice: counted as wrong, because the right answer is null or no choice: 3" in printed
+    (tasks / "choice.yaml").write_text((tasks / "choice.yaml").read_text().replace('"{{answer}}"', "answer"))
+    with pytest.raises(UserError, match=r"task choice: lm_eval cannot .*: the right answer of a document is null; cor"):
+        evaluate(run / "with", TaskOptions([str(tasks / "choice.yaml")], shots=0))
+
+
+def test_scores_that_a_signal_prevented_come_at_the_next_start(shards: Path, tmp_path: Path) -> None:
+    tasks, run = write_tasks(tmp_path / "tasks", choice=CHOICE), tmp_path / "run"
+    changes = [
+        "training.steps=1000", "checkpoint.every_steps=1000", "evaluation.every_steps=1", "evaluation.sequences=1",
+        f'evaluation.tasks=["{tasks}"]', "evaluation.tasks_every_steps=1", "evaluation.tasks_limit=1",
+    ]  # fmt: skip
+    train = ["train", str(write_run(tmp_path, shards)), *(word for one in changes for word in ("--set", one))]
+    steps = {}
+
+    def find() -> dict[str, list[int]]:
+        for kind in ("step", "evaluation", "tasks"):
+            lines = read_json_lines(run / "metrics.jsonl")
+            steps[kind] = [line["step"] for line in lines if line["kind"] == kind]
+        return steps
+
+    [rank] = start_ranks(1, command, train, tmp_path / "printed")
+    while len(find()["tasks"]) < 2:
+        assert rank.is_alive(), (tmp_path / "printed.0").read_text()
+        time.sleep(0.01)
+    os.kill(rank.pid or 0, signal.SIGTERM)
+    assert finish([rank]) == [3]
+    last = find()["step"][-1]
+    assert steps["evaluation"] == steps["tasks"] == [*range(1, last)]
+    run_ranks(1, command, [*train, "--set", f"training.steps={last + 1}"], tmp_path / "printed")
+    assert find()["evaluation"] == steps["tasks"] == [*range(1, last + 1)]
+
+
 def test_output_is_json_of_finite_numbers_in_a_file(run: Path, tmp_path: Path) -> None:
     function = (
         "process_results: !function mine.f\nmetric_list: [{metric: x, aggregation: mean, higher_is_better: true}]\n"
@@ -276,8 +328,10 @@ def test_the_table_has_80_columns_whatever_the_names_and_numbers() -> None:
         "x,none": -123456.7,
         "y,none": float("nan"),
     }
-    lines = list(to_lines({"results": {name: found}, "versions": {name: "Yaml"}, "n-shot": {name: 0}}))
+    table = {"results": {name: found}, "versions": {name: "Yaml"}, "n-shot": {name: 0}, "without_answer": {name: 2}}
+    *lines, last = to_lines(table)
     assert [len(line) for line in lines] == [80] * 5
+    assert len(last) <= 80
     assert [line.split()[-2:] for line in lines[1:3]] == [
         ["exact_ma...ct-match", "0.5000"],
         ["word_perplexity", "4.3e+44"],
