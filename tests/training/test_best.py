@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bigmodel.config.settings import Settings
+from bigmodel.config.settings import Settings, UserError
 from bigmodel.evaluation.evaluate import Evaluation
 from bigmodel.run_directory import read_json_lines
 from bigmodel.training.best import Judge
@@ -122,3 +122,7 @@ def test_a_run_ends_early_with_its_best_checkpoint_also_after_a_kill(tmp_path: P
     assert checkpoint.steps(other / "checkpoints") == [best, last]
     run_ranks(1, command, ["evaluate", str(other), "--best"], tmp_path / "printed")
     assert (tmp_path / "printed.0").read_text().startswith(f"step {best}: ")
+    # As where a run has resumed on a new machine from checkpoint.remote, which fetches only the newest.
+    (other / "checkpoints" / f"step-{best:08d}").rename(tmp_path / "best")
+    with pytest.raises(UserError, match=rf"step-{best:08d}: --best: the best checkpoint is not here; copy this folder"):
+        checkpoint.of_run(other, best=True)

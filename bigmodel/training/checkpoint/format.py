@@ -120,6 +120,12 @@ def of_run(run_directory: Path, best: bool = False) -> Checkpoint:
             raise UserError(f"{run_directory}: no checkpoint yet; train until checkpoint.every_steps is reached")
         return found
     step = best_step(directory)
+    lost = max((_named_best(directory, saved) for saved in steps(directory)), default=0)
+    if not step and lost:
+        raise UserError(
+            f"{path_of(directory, lost)}: --best: the best checkpoint is not here; copy this folder from where it is, "
+            "as checkpoint.remote (a run that resumes from there fetches only the newest)"
+        )
     if not step:
         raise UserError(
             f"{run_directory}: --best: no best checkpoint; train with checkpoint.keep_best and evaluation.every_steps"
@@ -132,11 +138,14 @@ def of_run(run_directory: Path, best: bool = False) -> Checkpoint:
 def best_step(directory: Path) -> int:
     """The step that the newest checkpoint calls the best, or an older one if that was never saved; 0: none."""
     saved = steps(directory)
-    for step in reversed(saved):
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            named = open_checkpoint(path_of(directory, step)).state.get("best", {}).get("step", 0)
-            if named in saved:
-                return int(named)
+    named = (_named_best(directory, step) for step in reversed(saved))
+    return next((step for step in named if step in saved), 0)
+
+
+def _named_best(directory: Path, step: int) -> int:
+    """The step that the checkpoint of a step calls the best; 0: none, or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        return int(open_checkpoint(path_of(directory, step)).state.get("best", {}).get("step", 0))
     return 0
 
 
