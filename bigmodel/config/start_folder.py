@@ -86,7 +86,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    table = read_json(path, "name a folder of a Hugging Face model, or the directory of a run")
+    table = read_json(path, "name a folder of a Hugging Face model")
     if not isinstance(table, dict):
         raise UserError(f"{path}: cannot be read: it must be a JSON object")
     return table
