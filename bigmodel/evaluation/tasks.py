@@ -156,7 +156,7 @@ def to_lines(results: dict[str, Any]) -> Iterator[str]:
                     f"{_number(value):>10} {margin:>8}"
                 )
     for name, number in results["without_answer"].items():
-        yield f"{_short(name, 25)}: counted as wrong, because the right answer is null or no choice: {number}"
+        yield f"{_short(name, 25)}: {number:,} documents without a right answer count as wrong"
 
 
 def _number(value: float) -> str:

@@ -274,7 +274,7 @@ def test_documents_without_a_right_answer_are_counted(
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["without_answer"] == {"choice": 3, "generate": 1}
     printed = capsys.readouterr().out.splitlines()
-    assert "choice: counted as wrong, because the right answer is null or no choice: 3" in printed
+    assert "choice: 3 documents without a right answer count as wrong" in printed
     (tasks / "choice.yaml").write_text((tasks / "choice.yaml").read_text().replace('"{{answer}}"', "answer"))
     with pytest.raises(UserError, match=r"task choice: lm_eval cannot .*: the right answer of a document is null; cor"):
         evaluate(run / "with", TaskOptions([str(tasks / "choice.yaml")], shots=0))
