@@ -1,7 +1,7 @@
 """Fine-tuning beside a simple method: `make finetune`, or `python -m tools.finetune`.
 
-Trains configs/finetune-base.toml, exports it, fine-tunes configs/finetune-verbs.toml from it, and scores the same
-held-out documents with the most frequent class and with scikit-learn's TF-IDF and logistic regression, whose settings
+Trains configs/finetune-base.toml, fine-tunes configs/finetune-verbs.toml from it, and scores the same held-out
+documents with the most frequent class and with scikit-learn's TF-IDF and logistic regression, whose settings
 cross-validation on the training documents chooses. What is finished is not repeated. Out: a table, and comparison.json
 in the run directory.
 
@@ -42,11 +42,9 @@ def main(
     ranks: Annotated[int, typer.Option(min=1, help="ranks of both runs")] = 2,
 ) -> None:
     """Train, fine-tune, compare."""
-    began, base = time.perf_counter(), load_settings(BASE).run.directory
+    began = time.perf_counter()
     bigmodel("prepare", str(BASE))
     bigmodel("launch", "local", str(BASE), "--ranks", str(ranks))
-    if not (base / "exported").exists():
-        bigmodel("export", str(base), str(base / "exported"))
     bigmodel("prepare", str(VERBS))
     bigmodel("launch", "local", str(VERBS), "--ranks", str(ranks))
     settings = load_settings(VERBS)
