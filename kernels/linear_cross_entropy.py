@@ -221,7 +221,7 @@ def chunk_slices(num_tokens: int, vocabulary: int, wide: torch.dtype, chunk_posi
     return (slice(start, start + positions) for start in range(0, num_tokens, positions))
 
 
-def _softmax_step(
+def softmax_step(
     logits_CV: Tensor,
     targets_C: Tensor,
     options: Options,
@@ -233,13 +233,13 @@ def _softmax_step(
     return step(logits_CV, targets_C, options, gradient_type, weights_C)
 
 
-def _multiplied(matrix: Tensor) -> Tensor:
+def multiplied(matrix: Tensor) -> Tensor:
     """The matrix in the type of its products: fp32 for 16-bit types on a CPU, where bf16 products are 30 times slower
     (1.2 against 32 GFLOP/s on an AVX2 core) and no more exact."""
     return matrix.float() if matrix.device.type == "cpu" and matrix.dtype in HALF_TYPES else matrix
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, in fp32 at least: 16-bit products are accumulated in fp32 and not rounded."""
     return torch.mm(left, right, out_dtype=torch.float32) if left.dtype in HALF_TYPES else torch.mm(left, right)
 
@@ -259,22 +259,22 @@ def sums_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss sum, z sum, count, the gradients of hidden and (in fp32 at least) of the weight, empty where not needed, and
     the loss of each position."""
-    _check_targets(targets_T, len(weight_VH))
+    check_targets(targets_T, len(weight_VH))
     options = Options(z_loss, label_smoothing, logit_softcap)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
-    matrix_VH = _multiplied(weight_VH)
+    matrix_VH = multiplied(weight_VH)
     gradient_type = matrix_VH.dtype if need_hidden or need_weight else None
     losses_T, z_T = (torch.empty(len(hidden_TH), dtype=wide, device=hidden_TH.device) for _ in range(2))
     grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else hidden_TH.new_empty(0)
     grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if need_weight else weight_VH.new_empty(0, dtype=wide)
     for chunk in chunk_slices(len(hidden_TH), len(weight_VH), wide, chunk_positions):
-        hidden_CH = _multiplied(hidden_TH[chunk])
-        logits_CV = _product(hidden_CH, matrix_VH.T)
-        losses_T[chunk], z_T[chunk], slope_CV = _softmax_step(
-            logits_CV, targets_T[chunk], options, gradient_type, _part(weights_T, chunk)
+        hidden_CH = multiplied(hidden_TH[chunk])
+        logits_CV = product(hidden_CH, matrix_VH.T)
+        losses_T[chunk], z_T[chunk], slope_CV = softmax_step(
+            logits_CV, targets_T[chunk], options, gradient_type, part_of(weights_T, chunk)
         )
         if need_hidden:
-            grad_hidden_TH[chunk] = _product(slope_CV, matrix_VH)
+            grad_hidden_TH[chunk] = product(slope_CV, matrix_VH)
         if need_weight:
             add_product(grad_weight_VH, slope_CV.T, hidden_CH)
         del logits_CV, slope_CV  # otherwise two chunks of logits would be in memory at once
@@ -282,11 +282,11 @@ def sums_and_gradients(
     return loss_sum, z_sum, (targets_T != IGNORED).sum(), grad_hidden_TH, grad_weight_VH, losses_T
 
 
-def _part(weights_T: Tensor | None, chunk: slice) -> Tensor | None:
+def part_of(weights_T: Tensor | None, chunk: slice) -> Tensor | None:
     return None if weights_T is None else weights_T[chunk]
 
 
-def _check_targets(targets_T: Tensor, vocabulary: int) -> None:
+def check_targets(targets_T: Tensor, vocabulary: int) -> None:
     good_T = (targets_T == IGNORED) | ((targets_T >= 0) & (targets_T < vocabulary))
     need = f"labels need to be {IGNORED} (ignored) or 0 to {vocabulary - 1}, the rows of the weight"
     if targets_T.device.type != "cpu":
@@ -378,7 +378,7 @@ def linear_cross_entropy_and_losses(
     weights_T: Tensor | None = None,
 ) -> tuple[LossSums, Tensor]:
     """`linear_cross_entropy`, and the weighted loss of each position, at no extra cost; that has no gradient."""
-    _check(hidden_TH, weight_VH, targets_T, options, weights_T)
+    check_inputs(hidden_TH, weight_VH, targets_T, options, weights_T)
     # Inside an operator is_grad_enabled() is False, so it is read here.
     needed = (torch.is_grad_enabled() and one.requires_grad for one in (hidden_TH, weight_VH))
     found = linear_cross_entropy_op(hidden_TH, weight_VH, targets_T, *options, *needed, chunk_positions, weights_T)
@@ -397,15 +397,15 @@ def linear_cross_entropy_per_token(
 ) -> Tensor:
     """(T,) weighted losses, 0 at ignored positions, for evaluation: no gradients, z-loss or smoothing."""
     options = Options(logit_softcap=logit_softcap)
-    _check(hidden_TH, weight_VH, targets_T, options, weights_T)
-    _check_targets(targets_T, len(weight_VH))
-    matrix_VH = _multiplied(weight_VH)
+    check_inputs(hidden_TH, weight_VH, targets_T, options, weights_T)
+    check_targets(targets_T, len(weight_VH))
+    matrix_VH = multiplied(weight_VH)
     losses_T = torch.empty(
         len(hidden_TH), dtype=torch.promote_types(weight_VH.dtype, torch.float32), device=hidden_TH.device
     )
     for chunk in chunk_slices(len(hidden_TH), len(weight_VH), losses_T.dtype, chunk_positions):
-        logits_CV = _product(_multiplied(hidden_TH[chunk]), matrix_VH.T)
-        losses_T[chunk] = _softmax_step(logits_CV, targets_T[chunk], options, None, _part(weights_T, chunk))[0]
+        logits_CV = product(multiplied(hidden_TH[chunk]), matrix_VH.T)
+        losses_T[chunk] = softmax_step(logits_CV, targets_T[chunk], options, None, part_of(weights_T, chunk))[0]
         del logits_CV
     return losses_T
 
@@ -418,25 +418,25 @@ def linear_predictions(
     position's likeliest token the negated log-probability and the id. Without a label the first two are 0.
     """
     options = Options(logit_softcap=logit_softcap)
-    _check(hidden_TH, weight_VH, targets_T, options, None)
-    _check_targets(targets_T, len(weight_VH))
-    matrix_VH = _multiplied(weight_VH)
+    check_inputs(hidden_TH, weight_VH, targets_T, options, None)
+    check_targets(targets_T, len(weight_VH))
+    matrix_VH = multiplied(weight_VH)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     found_3T = hidden_TH.new_empty((3, len(hidden_TH)), dtype=torch.float64)  # ids up to 2**53 are exact
     for chunk in chunk_slices(len(hidden_TH), len(weight_VH), wide, chunk_positions):
-        logits_CV, targets_C = _product(_multiplied(hidden_TH[chunk]), matrix_VH.T), targets_T[chunk]
+        logits_CV, targets_C = product(multiplied(hidden_TH[chunk]), matrix_VH.T), targets_T[chunk]
         top_C, likeliest_C = logits_CV.max(-1)
         asked_C = logits_CV.gather(-1, targets_C.clamp_min(0)[:, None])[:, 0]
         if logit_softcap:
             top_C, asked_C = (logit_softcap * torch.tanh(one_C / logit_softcap) for one_C in (top_C, asked_C))
-        losses_C = _softmax_step(logits_CV, targets_C, options, None, None)[0]
+        losses_C = softmax_step(logits_CV, targets_C, options, None, None)[0]
         lead_C = (top_C - asked_C).masked_fill(targets_C == IGNORED, 0.0)
         found_3T[:, chunk] = torch.stack([losses_C.double(), losses_C.double() - lead_C, likeliest_C.double()])
         del logits_CV
     return found_3T
 
 
-def _check(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options, weights_T: Tensor | None) -> None:
+def check_inputs(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options, weights_T: Tensor | None) -> None:
     shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, labels {tuple(targets_T.shape)}"
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"linear cross-entropy got {shapes}; it needs hidden (T, H) and weight (V, H) with the same H")

@@ -22,6 +22,8 @@ from bigmodel.config.data_settings import DecontaminationSettings as Decontamina
 from bigmodel.config.data_settings import ObjectiveSettings as ObjectiveSettings
 from bigmodel.config.data_settings import PrepareSettings as PrepareSettings
 from bigmodel.config.data_settings import SourceSettings as SourceSettings
+from bigmodel.config.distillation_settings import DistillationSettings as DistillationSettings
+from bigmodel.config.distillation_settings import problem_of_distillation
 from bigmodel.config.lora_settings import LoraSettings as LoraSettings
 from bigmodel.config.measures import MEASURES
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
@@ -312,6 +314,7 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     classification: ClassificationSettings = ClassificationSettings()
+    distillation: DistillationSettings = DistillationSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings = TrainingSettings()
@@ -369,6 +372,12 @@ class Settings(Section):
                 raise ValueError(
                     f"{name} needs evaluations during training: set evaluation.every_steps, or leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_teacher_fits(self) -> "Settings":
+        if problem := problem_of_distillation(self):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(folder, str) or not folder:
         return dict(table)
     try:
-        theirs, rows, tokenizer = _of_run(Path(folder)) if is_run(Path(folder)) else _of_huggingface(Path(folder))
+        theirs, rows, tokenizer = model_of(Path(folder))
     except UserError as error:
         raise UserError(f"{origin}: model.from = {json.dumps(folder)}: {error}") from None
     # transformers 5 writes `tie_word_embeddings = true` for any T5: the weights decide
@@ -57,14 +57,19 @@ def is_run(folder: Path) -> bool:
     return (folder / "settings.json").is_file()
 
 
+def model_of(folder: Path) -> tuple[ModelSettings, int, Path]:
+    """Model settings, rows of the embedding and folder of the tokenizer of a Hugging Face folder or a run. Raises
+    `UserError`."""
+    return _of_run(folder) if is_run(folder) else _of_huggingface(folder)
+
+
 def _of_huggingface(folder: Path) -> tuple[ModelSettings, int, Path]:
-    """Model settings, rows of the embedding, folder of the tokenizer."""
     config = read_config_json(folder)
     return read_config(config), config.get("vocab_size") or 0, folder
 
 
 def _of_run(folder: Path) -> tuple[ModelSettings, int, Path]:
-    """The same of a run, from its newest checkpoint whose state can be read: damaged ones are skipped at the start."""
+    """From its newest checkpoint whose state can be read: damaged ones are skipped at the start."""
     table, state, damage = _read(folder / "settings.json"), None, None
     for saved in sorted((folder / "checkpoints").glob("step-*/state.json"), reverse=True):
         try:

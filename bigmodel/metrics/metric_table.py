@@ -70,6 +70,10 @@ RUN = (
         "target token", ("objective", "source"),
     ),
     Metric("z_loss", "gauge", "Mean of logsumexp(logits)^2 over the last step's targets"),
+    Metric(
+        "distillation_loss_nats", "gauge", "Mean divergence from the teacher over the last step's targets, times "
+        "distillation.temperature squared",
+    ),
     Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
     Metric("learning_rate", "gauge", "Learning rate of the last step"),
     Metric("loss_scale", "gauge", "Loss scale of fp16 in the last step"),

@@ -87,6 +87,7 @@ class StepRecord:
     parts: tuple[LossGroup, ...] = ()  # the loss by objective and source; their labels add up to `targets`
     z_loss: float | None = None  # mean of logsumexp(logits)^2 over the labels, also if training.z_loss is 0
     loss_scale: float | None = None  # of fp16
+    distillation_loss: float | None = None  # mean divergence from the teacher over the labels, times temperature^2
     slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss
     slowest_rank_lag_seconds: float | None = None
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm and update_norm, at measured steps

@@ -37,6 +37,7 @@ from bigmodel.kernels.linear_cross_entropy import (
     linear_cross_entropy_per_token,
     linear_predictions,
 )
+from bigmodel.kernels.linear_distillation import Taught, linear_distillation
 from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
 from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks, layer_kind
@@ -44,6 +45,7 @@ from bigmodel.model.class_head import ClassHead
 from bigmodel.model.layers import FeedForward, Input, Linear, dropout, make_head_norm, make_norm
 from bigmodel.model.loss_groups import by_group
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
+from bigmodel.model.teacher import Teacher
 
 Output = Literal["loss_sum", "loss_per_position", "predictions", "logits"]
 CROSS_SALT = 1 << 20  # added to the dropout salt of cross-attention: larger than all other salts
@@ -236,7 +238,8 @@ class Head(nn.Module):
     """From hidden states to the loss, without T x V logits in memory.
 
     The loss is computed inside this module's forward: under ZeRO-3 the weight is whole only there. The value of
-    loss_sum excludes the z-loss, its gradient includes it; loss_per_position is the plain cross-entropy.
+    loss_sum excludes the z-loss, its gradient includes it; loss_per_position is the plain cross-entropy. The same holds
+    for the divergence from what is `taught`.
     """
 
     def __init__(self, weight_VH: nn.Parameter, options: Options) -> None:
@@ -244,6 +247,7 @@ class Head(nn.Module):
         self.weight = weight_VH
         self.options = options
         self.z_sum: Tensor | float = 0.0  # of the last loss_sum: sum of logsumexp(logits)^2 over its labels
+        self.divergence_sum = torch.zeros(())  # of the last loss_sum with a teacher
 
     def forward(
         self,
@@ -253,12 +257,18 @@ class Head(nn.Module):
         groups_T: Tensor | None = None,
         num_loss_groups: int = 1,
         weights_T: Tensor | None = None,
+        taught: Taught | None = None,
     ) -> Tensor:
         softcap = self.options.logit_softcap
         if output == "loss_sum":
-            sums, losses_T = linear_cross_entropy_and_losses(
-                x_TH, self.weight, labels_T, self.options, weights_T=weights_T
-            )
+            if taught is None:
+                sums, losses_T = linear_cross_entropy_and_losses(
+                    x_TH, self.weight, labels_T, self.options, weights_T=weights_T
+                )
+            else:
+                (sums, self.divergence_sum), losses_T = linear_distillation(
+                    x_TH, self.weight, taught, labels_T, self.options, weights_T=weights_T
+                )
             self.z_sum = sums.z_sum.detach()
             return sums.loss_sum if groups_T is None else by_group(sums.loss_sum, losses_T, groups_T, num_loss_groups)
         if output == "loss_per_position":
@@ -338,7 +348,8 @@ class Transformer(nn.Module):
     """The model. `forward(batch)` gives the loss summed over the batch's labels, in fp32, in nats: a scalar, or one sum
     per loss group (`batch.loss_groups`), which add up to it.
 
-    z_loss and MTP modules change the gradient of that sum, not its value; label_smoothing changes both (Options).
+    z_loss, MTP modules and a teacher change the gradient of that sum, not its value; label_smoothing changes both
+    (Options).
     """
 
     def __init__(
@@ -364,6 +375,7 @@ class Transformer(nn.Module):
             weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
             self.head = Head(weight_VH, options)
         self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
+        self.teacher: Teacher | None = None
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
         """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V), with a
@@ -384,7 +396,11 @@ class Transformer(nn.Module):
         x_TH, views, source = self.trunk(x_TH, x_SE, batch)
         weights_T = batch.weights
         more = batch.cu_seqlens if self.settings.classification else weights_T
-        result = self.head(self.last_states(x_TH), batch.labels, output, batch.loss_groups, batch.num_loss_groups, more)
+        states_TH, labels, groups = self.last_states(x_TH), batch.labels, (batch.loss_groups, batch.num_loss_groups)
+        teacher = self.teacher if output == "loss_sum" and self.training else None
+        result = self.head(states_TH, labels, output, *groups, more, *([teacher.read(batch)] if teacher else []))
+        if teacher:
+            teacher.add(self.head.divergence_sum)
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):

@@ -49,6 +49,7 @@ from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
 from bigmodel.model.attention_masks import visible_pairs
+from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (
     EXIT_DONE,
@@ -70,6 +71,7 @@ from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
+from bigmodel.training.teacher import in_words, open_teacher, refuse_another, state_of
 from bigmodel.training.trained import passes, size_of
 from bigmodel.training.zero.engine import Engine
 from bigmodel.training.zero.norms import Norms
@@ -96,6 +98,7 @@ class _Sums:
 
     nats_by_group: list[float]  # loss by objective and source
     z_loss: float
+    divergence: float  # from the teacher
     stop_votes: float  # number of ranks that got a signal to stop
     written_votes: float  # number of ranks that have written their file of the checkpoint being saved
     busy_seconds: list[float]  # by rank, in the previous step
@@ -127,9 +130,11 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
     validation = make_validation(settings.data, effective["train_micro_batch_size_per_gpu"])
     tasks = TrainingTasks(settings, world, effective["train_micro_batch_size_per_gpu"])
-    vocabulary = settings.model.num_rows(store.manifest.vocabulary + num_special_tokens(settings.data))
+    num_tokens = store.manifest.vocabulary + num_special_tokens(settings.data)
+    vocabulary = settings.model.num_rows(num_tokens)
     begins = fresh or not _has_checkpoint(settings, world)
     model = new_model(settings, effective, vocabulary, begins)
+    model.teacher = open_teacher(settings, num_tokens, world)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
     if begins and settings.model.start_folder and settings.training.precision != "fp32":
@@ -138,6 +143,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
     # The place to start from, and the reports.
     start = _find_start(settings, store, place, engine, world, fresh, new_plan)
+    refuse_another(model.teacher, start.state)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     profiler = Profiler(metrics.folder, world.rank)
@@ -146,6 +152,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     closing.callback(line.close)
     if world.rank == 0:
         _report_start(settings, effective, model, world, start, metrics, line)
+        if model.teacher:
+            line.say(in_words(model.teacher, settings))
         if warning := lane_warning(store, settings):
             line.say(warning)
     stream = _open_stream(settings, effective, store, start.order, place, world)
@@ -173,7 +181,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         for number, batch in enumerate(step.micro_batches, start=1):
             nats += engine.micro_batch(batch.to(world.device), step.weight, number == len(step.micro_batches))
         with phases("communication"):
-            sums = _add_up(world, nats, model.z_sum, stop.requested, saver.written, phases.busy_row(seat))
+            extra = [float(model.z_sum), model.teacher.take() if model.teacher else 0.0]
+            sums = _add_up(world, nats, extra, stop.requested, saver.written, phases.busy_row(seat))
         loss = math.fsum(sums.nats_by_group) / step.weight
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
@@ -204,6 +213,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             step_seconds=metrics.lap(),
             compile_seconds=compile_time.take(),
             loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
+            distillation_loss=sums.divergence / step.weight if model.teacher else None,
             norms=norms.after_update(),
         )
         metrics.record_step(record, phases.take())
@@ -226,7 +236,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             done,
             sums.written_votes,
             ending,
-            partial(_state, step, start.segments, place, world, judge, unscored),
+            partial(_state, step, start.segments, place, world, judge, unscored, model.teacher),
             asked=judge.is_best(done),
         ):
             _report_save(news, directory, metrics, line)
@@ -352,13 +362,15 @@ def _open_stream(
 
 
 def _add_up(
-    world: World, nats: Tensor, z_sum: Tensor | float, stop: bool, written: bool, busy_row: Sequence[float]
+    world: World, nats: Tensor, extra: Sequence[float], stop: bool, written: bool, busy_row: Sequence[float]
 ) -> _Sums:
-    """All sums of a step over the ranks, in one all-reduce. Waits for the device. Collective."""
+    """All sums of a step over the ranks, in one all-reduce. Waits for the device. Collective.
+
+    extra: this rank's z-loss and divergence."""
     votes = [float(stop), float(written)]
-    told = world.sum_([*nats.tolist(), float(z_sum), *votes, *busy_row])
-    by_part, (z_loss_sum, stop_votes, written_votes, *busy) = told[: len(nats)], told[len(nats) :]
-    return _Sums(by_part, z_loss_sum, stop_votes, written_votes, busy)
+    told = world.sum_([*nats.tolist(), *extra, *votes, *busy_row])
+    by_part, (z_loss_sum, divergence, stop_votes, written_votes, *busy) = told[: len(nats)], told[len(nats) :]
+    return _Sums(by_part, z_loss_sum, divergence, stop_votes, written_votes, busy)
 
 
 def _step_record(
@@ -528,9 +540,16 @@ def _facts(engine: Engine, world: World) -> dict[str, Any]:
 
 
 def _state(
-    step: Step, segments: Sequence[Segment], place: Place, world: World, judge: Judge, unscored: bool
+    step: Step,
+    segments: Sequence[Segment],
+    place: Place,
+    world: World,
+    judge: Judge,
+    unscored: bool,
+    teacher: Teacher | None,
 ) -> dict[str, Any]:
-    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation. Collective.
+    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation, the teacher.
+    Collective.
 
     unscored: what is to be scored after this step waits for the next start.
     """
@@ -540,7 +559,7 @@ def _state(
     progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
     cursor = merge_cursors(cursor for cursor, _ in told)
     state = {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress, **judge.state()}
-    return state | ({"unscored": True} if unscored else {})
+    return state | state_of(teacher) | ({"unscored": True} if unscored else {})
 
 
 def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
