@@ -1,7 +1,7 @@
 """Memory plan: bytes on each rank by ZeRO stage, computed without a GPU.
 
 In: settings of a run file, number of ranks. Out: bytes per rank, by part and stage. Frozen parameters (adapters,
-`training.freeze`) are weights only.
+`training.freeze`) are weights only. A teacher ([distillation]) is whole on each rank at every stage.
 The model is built on torch's meta device: tensors have shapes but no memory. Weights, gradients, masters and moments
 are counted from its parameters. Activations are counted by one micro-batch forward and backward, with activation
 checkpointing and the kernels' GPU path; every tensor is followed. Tests compare the counts with engines of each stage.
@@ -31,10 +31,13 @@ from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
+from bigmodel.kernels.linear_distillation import BLOCK_BYTES
 from bigmodel.model.lora import add_adapters
+from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
 from bigmodel.sizes import amount, counted_noun
 from bigmodel.training.optimizers.groups import parameter_groups, states_of
+from bigmodel.training.teacher import divergence_of, teacher_model
 from bigmodel.training.trained import choose_trained
 from bigmodel.training.zero.wrapping import wrap_blocks
 
@@ -43,6 +46,7 @@ WIDE = 4  # bytes of an fp32 number
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = {
     "weights": "#1f5fbf",
+    "teacher": "#8c6d46",
     "gathered weights": "#6d9be0",
     "gradients": "#e0701a",
     "reduce buckets": "#f0b384",
@@ -100,6 +104,12 @@ def model_without_memory(settings: Settings, vocabulary: int) -> Transformer:
     return model
 
 
+def teacher_without_memory(settings: Settings, vocabulary: int) -> Teacher | None:
+    if settings.distillation.teacher is None:
+        return None
+    return Teacher(teacher_model(settings, vocabulary, "meta"), vocabulary, divergence_of(settings))
+
+
 def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> Plan:
     """Bytes of a rank between and during steps, without activations."""
     model, zero, low = model_without_memory(settings, vocabulary), effective["zero_optimization"], 2
@@ -143,6 +153,8 @@ def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, 
             device["reduce buckets"] += largest
     else:
         device |= state
+    if teacher := teacher_without_memory(settings, vocabulary):
+        device["teacher"] = sum(one.numel() * one.element_size() for one in teacher.model.parameters())
     if _is_offloaded(zero.get("offload_param")):
         host["weights"] = device["weights"]
         device["weights"] = 0
@@ -160,11 +172,16 @@ def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: 
     for parameter in filter(lambda one: one.requires_grad, model.parameters()):
         # A gradient is added to the sums or put into a bucket as soon as it is computed.
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
+    model.teacher = teacher_without_memory(settings, vocabulary)
     batch = _empty_batch(settings, packs_per_micro_batch(effective))
     with LiveBytes() as bytes_:
         model(batch.to("meta")).backward()
-    logits = min(CHUNK_BYTES, WIDE * len(batch.tokens) * vocabulary)
-    chunk = logits + logits // WIDE * TYPES[settings.training.precision].itemsize  # logits and their gradient
+    columns = vocabulary * (2 if model.teacher else 1)
+    logits = min(CHUNK_BYTES, WIDE * len(batch.tokens) * columns)
+    width = TYPES[settings.training.precision].itemsize
+    chunk = logits + logits * vocabulary // columns // WIDE * width  # logits and their gradient
+    if model.teacher:  # probabilities and logarithms of both models, of a block
+        chunk += 4 * min(BLOCK_BYTES, WIDE * len(batch.tokens) * vocabulary)
     return (bytes_.peak + chunk) // settings.training.sequence_parallel_ranks
 
 

@@ -12,7 +12,7 @@ Example: a matrix of 100 weights and 8 tokens: 2 * 100 * 8 = 1,600 operations fo
 HFU (hardware FLOPs utilization) counts the operations computed: also padding; attention's backward with recomputed
 scores (2.5 times the forward, Dao et al. 2022); with training.activation_checkpointing = "full" a second forward of
 every block (Chen et al. 2016; Korthikanti et al. 2022 name both ratios). "selective" keeps all products and adds
-nothing.
+nothing. A teacher's forward pass is hardware's, not the model's.
 """
 
 import re
@@ -140,13 +140,33 @@ def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pai
     return forward
 
 
-def step_flops(settings: Settings, vocabulary: int, step: Step, passes: float = 3) -> Flops:
+def step_flops(
+    settings: Settings, vocabulary: int, step: Step, passes: float = 3, teacher: ModelSettings | None = None
+) -> Flops:
     """Operations of one step over all ranks; passes: as for `flops`."""
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
     packs = (step.num_tokens + step.num_padding) // sum(sizes)
     padding = (packs * sizes[0] - step.work.positions, packs * sizes[1] - step.work.source_positions)
     recomputed = settings.training.activation_checkpointing == "full"
-    return flops(settings.model, vocabulary, step.work, sizes, padding, recomputed, passes)
+    found = flops(settings.model, vocabulary, step.work, sizes, padding, recomputed, passes)
+    if teacher is None:
+        return found
+    return found._replace(
+        hardware=found.hardware + forward_flops(teacher, vocabulary, step.work, padding, settings.model)
+    )
+
+
+def forward_flops(
+    settings: ModelSettings, vocabulary: int, work: Work, padding: tuple[int, int], counted: ModelSettings
+) -> float:
+    """Operations of a forward pass, for a model on the batches of another one, `counted`, whose pairs `work` has: they
+    are scaled by the numbers of layers, as if the windows were the same."""
+    weights, layers = matrix_weights(settings, vocabulary), settings.num_layers / counted.num_layers
+    sources = settings.encoder.num_layers / counted.encoder.num_layers
+    linear = weights.of_position * (work.positions + padding[0])
+    linear += weights.of_source * (work.source_positions + padding[1])
+    pairs = round(work.pairs * layers), round(work.source_pairs * sources), round(work.cross_pairs * layers)
+    return 2 * linear + _attention(settings, *pairs)
 
 
 def device_peak_flops(device: torch.device) -> float | None:

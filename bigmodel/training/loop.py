@@ -205,7 +205,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             sums,
             stream,
             store,
-            step_flops(settings, vocabulary, step, passes_per_weight),
+            step_flops(settings, vocabulary, step, passes_per_weight, model.teacher and model.teacher.model.settings),
             loss=loss,
             gradient_norm=gradient_norm,
             learning_rate=rate,

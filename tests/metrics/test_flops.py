@@ -103,6 +103,17 @@ def test_a_step_counts_the_forward_pass_that_full_checkpointing_does_again(check
     assert step_flops(settings, 40, step) == flops(settings.model, 40, work, (36, 0), (4, 0), recomputed=again)
 
 
+def test_a_teacher_computes_a_forward_pass_that_is_not_the_models() -> None:
+    student = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
+    settings = Settings.model_validate({"model": student, "data": {"max_document_length": 36, "sequence_length": 36}})
+    teacher = ModelSettings(**student | {"num_layers": 4})
+    step = SimpleNamespace(num_tokens=32, num_padding=4, work=Work(positions=32, pairs=2 * 214))
+    alone, taught = step_flops(settings, 40, step), step_flops(settings, 40, step, teacher=teacher)
+    assert taught[:2] == alone[:2]
+    weights = 4 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
+    assert taught.hardware - alone.hardware == 2 * weights * 36 + 4 * 4 * 8 * 4 * 214
+
+
 def test_the_model_adds_up_z_over_micro_batches_without_its_mtp_modules() -> None:
     model, data = model_of(num_mtp_modules=1), DataSettings(**ONE_SIDE)
     expected = 0.0
