@@ -436,7 +436,9 @@ def linear_predictions(
     return found_3T
 
 
-def check_inputs(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options, weights_T: Tensor | None) -> None:
+def check_inputs(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, options: Options, weights_T: Tensor | None
+) -> None:
     shapes = f"hidden {tuple(hidden_TH.shape)}, weight {tuple(weight_VH.shape)}, labels {tuple(targets_T.shape)}"
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"linear cross-entropy got {shapes}; it needs hidden (T, H) and weight (V, H) with the same H")

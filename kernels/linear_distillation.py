@@ -87,7 +87,9 @@ class DistillationSums(NamedTuple):
 # The step of the divergence, in plain torch on every device.
 
 
-def divergence_step(logits_CN: Tensor, teacher_CN: Tensor, options: Divergence, softcaps: tuple[float, float]) -> Tensor:
+def divergence_step(
+    logits_CN: Tensor, teacher_CN: Tensor, options: Divergence, softcaps: tuple[float, float]
+) -> Tensor:
     """(C,) divergences. Overwrites the teacher's raw logits with the gradients by the student's raw logits."""
     rows = max(1, BLOCK_BYTES // (teacher_CN.element_size() * teacher_CN.shape[1]))
     blocks = zip(logits_CN.split(rows), teacher_CN.split(rows), strict=True)

@@ -69,7 +69,7 @@ def problem_of_distillation(settings: Any) -> str:
         return ""
     for name in ("z_loss", "label_smoothing"):
         if value := getattr(settings.training, name):
-            return f"training.{name} = {value:g} with distillation.weight = 1: no label has a part in the loss; leave it out"
+            return f"training.{name} = {value:g} with distillation.weight = 1: the loss has no labels; leave it out"
     if settings.lora.rank and not settings.lora.start_folder and start and _same(asked.teacher, start):
         return (
             f"{said} is model.from, with new adapters (lora.rank = {settings.lora.rank}) and distillation.weight = 1: "

@@ -16,7 +16,7 @@ from bigmodel.kernels.linear_distillation import Divergence, Taught
 
 
 class Teacher:
-    """num_tokens: tokens of the data; rows of either output matrix beyond them stand for no token and are not compared."""
+    """num_tokens: of the data; rows of either output matrix beyond them stand for no token and are not compared."""
 
     def __init__(self, model: nn.Module, num_tokens: int, divergence: Divergence, origin: str = "", sha256: str = ""):
         """origin, sha256: where its weights are from, and of their content."""

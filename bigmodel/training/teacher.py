@@ -125,8 +125,8 @@ def _settings_of(folder: Path) -> tuple[ModelSettings, int]:
         raise UserError(f"{_named(folder)} predicts classes, not tokens; name a model that predicts tokens")
     if theirs.kind == "encoder" and not is_run(folder):
         raise UserError(
-            f"{_named(folder)}: the head for masked tokens of a Hugging Face encoder is not read; name the directory of "
-            "a run"
+            f"{_named(folder)}: the head for masked tokens of a Hugging Face encoder is not read; name the directory "
+            "of a run"
         )
     return theirs, rows
 

@@ -36,7 +36,11 @@ def make_taught(inputs: Inputs, divergence: Divergence, tokens: int = 29, width:
 
 
 def ours(
-    inputs: Inputs, taught: Taught, options: Options = EVERYTHING, chunk_positions: int = 5, weights: Tensor | None = None
+    inputs: Inputs,
+    taught: Taught,
+    options: Options = EVERYTHING,
+    chunk_positions: int = 5,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Label loss, divergence, and both gradients of 3 times the loss."""
     leaves = inputs.leaves()

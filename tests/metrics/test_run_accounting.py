@@ -19,7 +19,7 @@ def step(number: int, lap: float = 1.0, **changes: Any) -> Line:
         "targets": 100, "positions": 100, "padding": 28, "documents": 5, "step_seconds": lap, "data_wait_seconds": 0.0,
         "compile_seconds": 0.0, "packs_document_limited": 0, "imbalance": 1.0,
         "imbalance_undealt": 1.5, "fetched_bytes": 7, "fetch_failures": 0, "flops": None,
-        "skipped": False, "skip_reason": "not_finite", "parts": [], "z_loss": None, "loss_scale": None, "distillation_loss": None,
+        "skipped": False, "skip_reason": "not_finite", "parts": [], "z_loss": None, "loss_scale": None,
         "slowest_rank": None, "slowest_rank_lag_seconds": None, "norms": None,
     }  # fmt: skip
     return line | changes

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, UserError, load_settings, settings_from_table
 from bigmodel.data.store.same_tokenizer import difference
 from bigmodel.distributed.world import ALONE
 from bigmodel.inspect.memory import activation_bytes, state_bytes
-from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.teacher import open_teacher, refuse_another, state_of
@@ -70,7 +70,9 @@ def test_a_distillation_is_the_same_on_two_ranks_and_after_a_resume_and_keeps_it
     # Resumed from step 4: bitwise. With another teacher: refused, without a trace.
     weights, before = checkpoint.read_weights(found), [column(one, name) for name in ("loss", "distillation_loss")]
     shutil.rmtree(found.path)
-    (code,) = finish(start_ranks(1, command, [*train, "--set", f"distillation.teacher={folder / 'llama'}"], folder / "p"))
+    (code,) = finish(
+        start_ranks(1, command, [*train, "--set", f"distillation.teacher={folder / 'llama'}"], folder / "p")
+    )
     assert code == 2
     assert "is not the teacher that the run began with" in (folder / "p.0").read_text()
     run_ranks(1, command, train, folder / "printed")
@@ -97,7 +99,8 @@ def test_a_teacher_is_a_run_or_a_hugging_face_folder_in_a_precision_of_its_own(f
         open_teacher(student(folder, shards, folder / name, "distillation.precision=bf16"), 300, ALONE)
         for name in ("teacher", "llama")
     )
-    assert run and llama
+    assert run
+    assert llama
     for one in (run, llama):
         assert {parameter.dtype for parameter in one.model.parameters()} == {torch.bfloat16}
         assert torch.get_default_dtype() == torch.float32
