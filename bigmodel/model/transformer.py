@@ -352,6 +352,8 @@ class Transformer(nn.Module):
     (Options).
     """
 
+    teacher: Teacher | None = None
+
     def __init__(
         self, settings: ModelSettings, vocabulary: int, z_loss: float = 0.0, label_smoothing: float = 0.0
     ) -> None:
@@ -375,7 +377,6 @@ class Transformer(nn.Module):
             weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
             self.head = Head(weight_VH, options)
         self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
-        self.teacher: Teacher | None = None
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:
         """loss_sum: () or (loss groups,); loss_per_position: (T,), 0 without a label; logits: (T, V), with a

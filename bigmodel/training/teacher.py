@@ -61,7 +61,7 @@ def teacher_model(settings: Settings, num_tokens: int, device: torch.device | st
     assert folder is not None, "a run without a teacher"
     theirs, rows = _settings_of(folder)
     if (mine := _role(model)) != (its := _role(theirs)):
-        raise UserError(f"{_named(folder)} is an {its} model, and the student an {mine} model: name one of its kind")
+        raise UserError(f"{_named(folder)} is an {its} model, and the student an {mine} model; name one of its kind")
     if rows < num_tokens:
         raise UserError(
             f"{_named(folder)} knows {rows:,} tokens, and the data have {num_tokens:,}, special ones of the objectives "
@@ -147,7 +147,9 @@ def _check_tokenizer(folder: Path, data: Path) -> None:
 
 
 def _role(model: ModelSettings) -> str:
-    return model.kind if model.kind in ("encoder", "encoder_decoder") else "autoregressive"
+    if model.kind.endswith("encoder_decoder"):
+        return "encoder-decoder"
+    return "encoder" if model.kind == "encoder" else "autoregressive"
 
 
 @contextmanager
@@ -164,7 +166,8 @@ def _new_parameters(dtype: torch.dtype, device: torch.device | str) -> Iterator[
 
 def _content(model: nn.Module) -> str:
     """sha256 of a model's settings and of the names, types, shapes and bytes of its parameters."""
-    digest = hashlib.sha256(json.dumps(model.settings.model_dump(mode="json"), sort_keys=True).encode())
+    table = model.settings.model_dump(mode="json", exclude_defaults=True)  # later versions have more settings
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)

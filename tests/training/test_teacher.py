@@ -139,7 +139,7 @@ def test_a_teacher_that_cannot_teach_the_student_is_refused(folder: Path, shards
     llama, run = folder / "llama", folder / "teacher"
     assert "knows 300 tokens, and the data have 301" in refusal(student(folder, shards, llama), 301)
     t5 = write_model(tmp_path / "t5", shards, "t5")
-    assert "is an encoder_decoder model, and the student an autoregressive" in refusal(student(folder, shards, t5))
+    assert "is an encoder-decoder model, and the student an autoregressive" in refusal(student(folder, shards, t5))
     other = changed(llama, tmp_path / "other", "tokenizer.json", exchanged)
     assert "has another tokenizer than data.directory" in refusal(student(folder, shards, other))
     (other / "tokenizer.json").unlink()
