@@ -205,7 +205,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             sums,
             stream,
             store,
-            step_flops(settings, vocabulary, step, passes_per_weight, model.teacher and model.teacher.model.settings),
+            step_flops(
+                settings, vocabulary, step, passes_per_weight, model.teacher.model.settings if model.teacher else None
+            ),
             loss=loss,
             gradient_norm=gradient_norm,
             learning_rate=rate,

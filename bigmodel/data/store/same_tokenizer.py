@@ -18,19 +18,19 @@ def difference(ours: Path, theirs: Path) -> str:
     """Raises `UserError` for what is no tokenizer."""
     here, there = (Tokenizer.load(path, fast=False) for path in (ours, theirs))
     for number in range(here.vocabulary):
-        mine, its = (one.token_of(number) if number < one.vocabulary else None for one in (here, there))
-        if mine != its:
-            return f"token {number} is {mine!r} in the data and {its!r} there"
+        names = [one.token_of(number) if number < one.vocabulary else None for one in (here, there)]
+        if names[0] != names[1]:
+            return f"token {number} is {names[0]!r} in the data and {names[1]!r} there"
     for role, mine, its in (("begins", here.bos, there.bos), ("ends", here.eos, there.eos)):
         if mine != its:
             return f"a text {role} with {here.token_of(mine)!r} in the data and with {there.token_of(its)!r} there"
-    parts = zip(*(_parts(path) for path in (ours, theirs)), strict=True)
-    return next((f"its {name} is another one" for (name, mine), (_, its) in parts if mine != its), "")
+    first, second = (_parts(path) for path in (ours, theirs))
+    return next((f"its {name} is another one" for name in first if first[name] != second[name]), "")
 
 
-def _parts(path: Path) -> list[tuple[str, Any]]:
+def _parts(path: Path) -> dict[str, Any]:
     """What decides the ids of a text, in the form that the library writes today."""
     table = json.loads(tokenizers.Tokenizer.from_str(read_tokenizer(tokenizer_file(path)).decode()).to_str())
     model = {name: value for name, value in table["model"].items() if name not in ("dropout", "vocab")}
     scores = table["model"].get("vocab") if isinstance(table["model"].get("vocab"), list) else None  # of Unigram
-    return [("normalizer", table["normalizer"]), ("pre_tokenizer", table["pre_tokenizer"]), ("model", (model, scores))]
+    return {name: table[name] for name in ("normalizer", "pre_tokenizer")} | {"model": (model, scores)}
