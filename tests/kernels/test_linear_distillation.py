@@ -140,7 +140,7 @@ def test_the_label_loss_is_that_without_a_teacher_bitwise_and_ignored_positions_
     sums, losses_T = linear_distillation(*leaves[:2], taught, leaves.labels_T, EVERYTHING, 5)
     assert torch.equal(sums.labels.loss_sum, plain.loss_sum)
     assert int(sums.labels.count) == int(plain.count) == 19
-    assert float(losses_T.detach().double().sum()) == pytest.approx(float(plain.loss_sum), rel=1e-6)
+    assert float(losses_T.detach().double().sum()) == pytest.approx(plain.loss_sum.item(), rel=1e-6)
     (gradient_TH,) = torch.autograd.grad(sums.labels.loss_sum, leaves.hidden_TH)
     is_zero_T = (gradient_TH == 0).all(1)
     assert torch.equal(is_zero_T, leaves.labels_T == IGNORED)
