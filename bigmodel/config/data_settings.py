@@ -6,13 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from bigmodel.config.augmentation_settings import NoiseSettings
 from bigmodel.config.sections import SET, UNSET, ReadBy, Section, key_of, setting
+from bigmodel.data.objectives.noise_table import NOISES
 from bigmodel.data.objectives.table import OBJECTIVES
 
 READ_BY_OBJECTIVE = {"kind": ReadBy(OBJECTIVES)}
 WITH_SPECIAL_TOKENS: dict[str, Any] = {
     "only_with": {"needs_special_tokens": True},
-    "why": "no objective needs special tokens, and data.masked_decoder_share is 0",
+    "why": "no objective needs special tokens, no augmentation masks, and data.masked_decoder_share is 0",
 }
 
 
@@ -234,6 +236,12 @@ class ObjectiveSettings(Section):
     mean_span: float = setting(
         3.0, only_with=READ_BY_OBJECTIVE, ge=1, description="span_corruption: mean length of a hidden span"
     )
+    noise: list[NoiseSettings] = setting(
+        [],
+        only_with=READ_BY_OBJECTIVE,
+        description="denoising: noises on the source, one after another; empty: BART's, permute_sentences and infill "
+        "with share 0.3",
+    )
 
 
 class DataSettings(Section):
@@ -279,6 +287,11 @@ class DataSettings(Section):
     curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
     objectives: list[ObjectiveSettings] = Field(
         [], description="for sources of plain text; empty: causal, or span_corruption with a source side"
+    )
+    augmentation: list[NoiseSettings] = Field(
+        [],
+        description="noises, one after another, in training and not in validation: on the source texts of pairs and "
+        "on labelled documents; on inputs of causal text only mask_tokens. Labels stay as they are",
     )
     sentinels: int = setting(
         100,
@@ -372,7 +385,23 @@ class DataSettings(Section):
     def needs_special_tokens(self) -> bool:
         """Whether there are special tokens of objectives, or sentinels."""
         wanted = any(OBJECTIVES[one.kind].special_tokens for one in self.wanted_objectives)
-        return wanted or self.masked_decoder_share > 0
+        return wanted or self.masked_decoder_share > 0 or self.masks_augmented
+
+    @property
+    def masks_augmented(self) -> bool:
+        """Whether an augmentation needs the mask token."""
+        return any(NOISES[one.kind].special_tokens for one in self.augmentation)
+
+    @property
+    def permutes_sentences(self) -> bool:
+        """Whether examples need the ends of sentences: by default, denoising does."""
+        denoising = [one.noise for one in self.wanted_objectives if one.kind == "denoising"]
+        noises = [noise for of_objective in denoising for noise in of_objective] + self.augmentation
+        return not all(denoising) or any(noise.kind == "permute_sentences" for noise in noises)
+
+    def without_augmentation(self) -> "DataSettings":
+        """The same data for validation."""
+        return self.model_copy(update={"augmentation": []})
 
     @property
     def trains_encoder(self) -> bool:

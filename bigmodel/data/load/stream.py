@@ -32,6 +32,7 @@ from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.classification import ClassNumbers
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
+from bigmodel.data.objectives.sentences import kinds_of
 from bigmodel.data.objectives.supervised import NAME, SUPERVISED, UNITS
 from bigmodel.data.plan.attention_work import CountPairs, Work, count_work, no_pairs
 from bigmodel.data.plan.order import Order, Position
@@ -107,6 +108,10 @@ class Builder:
         self._data, self._seed, examples = data, seed, self._examples
         if data.classes:
             examples.find_class = ClassNumbers(store, data.classes).number  # type: ignore[arg-type]
+        if data.permutes_sentences:
+            examples.kinds_of_tokens = kinds_of(store.pieces)  # type: ignore[attr-defined]
+        plain = [not has_wide(store, name) for name in store.sources]
+        examples.check_augmentation(any(plain), any(has_pairs(store, name) for name in store.sources))
         numbered = []  # (objective number, source number, loss group)
         for source, name in enumerate(store.sources):
             if is_supervised(store, name):
@@ -434,9 +439,10 @@ def validation_batches(
 
     One plan over all sources (data.mix does not apply), in groups of `packs_per_micro_batch` packs, the same at every
     world size; empty packs fill the last group. Objectives are drawn as in training, but with a fixed seed. `max_packs`
-    > 0 takes that many packs at even distances in the plan, so of all lengths. Raises `UserError` if no document has 2
-    tokens.
+    > 0 takes that many packs at even distances in the plan, so of all lengths. data.augmentation does not apply. Raises
+    `UserError` if no document has 2 tokens.
     """
+    data = data.without_augmentation()
     table = all_chunks(store, data, VALIDATION_SEED)
     if not len(table):
         raise UserError(

@@ -8,13 +8,14 @@ at once. Each objective has a file in this folder; bigmodel/data/objectives/tabl
     causal              predict the next token; with `ahead` = k the token k positions ahead
     prefix              the first part of the chunk is the source, the rest is predicted (prefix-LM: Raffel et al. 2020)
     fill_in_the_middle  [PRE] a [SUF] c [MID] b or [PRE] [SUF] c [MID] a b, causal (Bavarian et al. 2022: PSM and SPM)
+    denoising           the text from its noised form (BART: Lewis et al. 2020)
     span_corruption     hidden spans are predicted (T5: Raffel et al. 2020); with a mode token, UL2's R and X
     masked              some tokens are hidden, each is predicted in its place (BERT: Devlin et al. 2019)
     pairs               a source text and its target
 
 Conventions:
 - A chunk's own tokens are those after its first input, so chunks do not overlap.
-- Source and target of pairs and of span corruption end with EOS, even where the chunk is not the end of its document.
+- Source and target of pairs, of span corruption and of denoising end with EOS, even where the chunk is not the end of its document.
   A prefix has no EOS, because the text continues.
 - Span corruption follows T5's paper. The text begins with a visible span and ends with a hidden one. Sentinel n
   replaces span n. The target is each sentinel with its span, then one more sentinel, then EOS. Sentinel 0 has the
@@ -56,6 +57,7 @@ class SpecialTokens(NamedTuple):
     sentinels: int
     first_sentinel: int = 0  # 0: above the vocabulary
     mask_token: int = 0  # 0: above the vocabulary
+    kinds: np.ndarray | None = None  # (vocabulary,) of `sentences.kinds_of`; None: no noise needs them
 
     @property
     def mask(self) -> int:

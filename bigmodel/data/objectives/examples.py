@@ -21,6 +21,8 @@ from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
 from bigmodel.data.objectives import decoder as decoder_inputs
 from bigmodel.data.objectives.classification import Find, classification, classification_of_source, kept_tokens
 from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, chunk_text_of, rule_of
+from bigmodel.data.objectives.noise import noised, noised_lengths
+from bigmodel.data.objectives.noise_table import NOISES
 from bigmodel.data.objectives.pairs import pair, pair_lengths
 from bigmodel.data.objectives.supervised import SUPERVISED, Measured, Supervised, supervised
 from bigmodel.data.objectives.table import OBJECTIVES
@@ -90,8 +92,8 @@ def num_special_tokens(data: DataSettings) -> int:
     kinds = {one.kind for one in data.wanted_objectives if OBJECTIVES[one.kind].special_tokens}
     given = {"span_corruption"} if data.first_sentinel else set()
     if data.mask_token:
-        given.add("masked")
-    all_given = kinds <= given and (data.mask_token or not data.masked_decoder_share)
+        given |= {"masked", "denoising"}
+    all_given = kinds <= given and (data.mask_token or not (data.masked_decoder_share or data.masks_augmented))
     return 0 if all_given else NUM_MARKS + (0 if data.first_sentinel else data.sentinels)
 
 
@@ -125,6 +127,8 @@ class Examples:
                 )
         self.objectives = objectives_of(data)
         self.find_class: Find | None = None  # with classes: to make examples, not to plan them
+        self.kinds_of_tokens: np.ndarray | None = None  # to make examples whose sentences are permuted
+        self._in_place = [noise for noise in data.augmentation if NOISES[noise.kind].in_place]
         self._bounds = np.cumsum([objective.share for objective in self.objectives])[:-1]
         self.longest = np.array([self._longest_piece(objective) for objective in self.objectives])
 
@@ -132,7 +136,8 @@ class Examples:
     def is_plain(self) -> bool:
         """Whether chunks are their own examples: plain text in causal order, one side."""
         first = self.objectives[0]
-        return len(self.objectives) == 1 and first.rule.is_plain(first.settings) and not self._two_sides
+        alone = len(self.objectives) == 1 and first.rule.is_plain(first.settings)
+        return alone and not self._two_sides and not self._masks_inputs(first)
 
     @property
     def pairs(self) -> int:
@@ -186,7 +191,7 @@ class Examples:
         if data.classes:
             return self._measure_labelled(sources)
         read, said = pair_lengths(sources, targets, data.longest_source, data.max_document_length)
-        return self._columns(self.pairs, read, said, said)
+        return self._columns(self.pairs, noised_lengths(data.augmentation, read - 1) + 1, said, said)
 
     def measure_supervised(self, source: str, documents: Measured) -> np.ndarray:
         """The same for supervised documents. Raises `UserError` for a model that is no decoder."""
@@ -202,8 +207,11 @@ class Examples:
     def _measure_labelled(self, texts: np.ndarray) -> np.ndarray:
         one, data = np.ones_like(texts), self.data
         if self._two_sides:
-            return self._columns(self.pairs, np.minimum(texts, data.longest_source), one, one)
+            read = np.minimum(texts, data.longest_source)
+            return self._columns(self.pairs, noised_lengths(data.augmentation, read - 1) + 1, one, one)
         kept = kept_tokens(texts, data.max_document_length, data.ends_classified)
+        around = 1 + data.ends_classified  # BOS and EOS
+        kept = noised_lengths(data.augmentation, kept - around) + around
         return self._columns(self.pairs, np.zeros_like(texts), kept, one)
 
     def _lengths(
@@ -258,32 +266,64 @@ class Examples:
         place = (chunk.source, chunk.epoch, chunk.shard, chunk.row, chunk.start)
         key = make_key("example", self._seed, *place)
         if isinstance(document, Pair) and self.data.classes:
-            return self._labelled(chunk, document)
+            return self._labelled(chunk, document, key)
         if isinstance(document, Pair):
             special_tokens = self._marks(document.source)
             positions = np.array([len(document.source) - 1]), np.array([len(document.target) - 1])
             read, said = pair_lengths(*positions, self.data.longest_source, self.data.max_document_length)
             example = pair(*document, int(read[0]), int(said[0]), special_tokens.bos)
+            example = example._replace(source=self._augmented(example.source, 0, 1, key, special_tokens))
         else:
             special_tokens = self._marks(document)
             chunk_text = chunk_text_of(document, chunk.start, chunk.length)
             objective = self.objectives[chunk.objective]
             example = objective.rule.make(objective.settings, objective.mode, chunk_text, key, special_tokens)
+            if self._masks_inputs(objective):
+                inputs = noised(self._in_place, example.tokens[1:], make_key("inputs", key), special_tokens.mask)
+                example = example._replace(tokens=np.concatenate([example.tokens[:1], inputs]))
         return self._laid_out(example, key, special_tokens)
 
-    def _labelled(self, chunk: Planned, document: Pair) -> Example:
+    def _augmented(self, tokens: np.ndarray, first: int, after: int, key: int, marks: SpecialTokens) -> np.ndarray:
+        """Tokens with data.augmentation on all but the `first` ones and the last `after` ones."""
+        if not self.data.augmentation:
+            return tokens
+        end = len(tokens) - after
+        own = make_key("augmentation", key)
+        text = noised(self.data.augmentation, tokens[first:end], own, marks.mask, self.kinds_of_tokens)
+        return np.concatenate([tokens[:first], text, tokens[end:]])
+
+    def _masks_inputs(self, objective: Objective) -> bool:
+        return bool(self._in_place) and OBJECTIVES[objective.settings.kind].has_noisy_inputs
+
+    def check_augmentation(self, has_texts: bool, has_pairs: bool) -> None:
+        """Raise `UserError` for a noise that no example of the data has. `has_texts`: plain ones."""
+        masks = has_texts and any(self._masks_inputs(objective) for objective in self.objectives)
+        for noise in self.data.augmentation:
+            if not has_pairs and not (masks and NOISES[noise.kind].in_place):
+                raise UserError(
+                    f'data.augmentation: kind = "{noise.kind}" has no effect on this data: it changes the source texts '
+                    "of pairs, and labelled documents; mask_tokens also changes the inputs of causal text; for plain "
+                    'text set data.objectives = [{ kind = "denoising", noise = [...] }], or leave it out'
+                )
+
+    def _labelled(self, chunk: Planned, document: Pair, key: int) -> Example:
         assert self.find_class, "examples of labelled documents need the numbers of the classes"
         number = self.find_class(document.target, chunk.source, chunk.shard, chunk.row)
-        data, texts = self.data, np.array(len(document.source) - 1)
+        data, texts, marks = self.data, np.array(len(document.source) - 1), self._marks(document.source)
         if self._two_sides:
-            return classification_of_source(document.source, number, min(int(texts), data.longest_source))
+            example = classification_of_source(document.source, number, min(int(texts), data.longest_source))
+            return example._replace(source=self._augmented(example.source, 0, 1, key, marks))
         length = int(kept_tokens(texts, data.max_document_length, data.ends_classified))
-        return classification(document.source, number, length, data.ends_classified)
+        example = classification(document.source, number, length, data.ends_classified)
+        tokens = self._augmented(example.tokens, 1, int(data.ends_classified), key, marks)
+        return example._replace(tokens=tokens, labels=example.labels[len(example.labels) - len(tokens) :])
 
     def _marks(self, document: np.ndarray) -> SpecialTokens:
         data = self.data
         ends = int(document[0]), int(document[-1])
-        return SpecialTokens(*ends, self._vocabulary, data.sentinels, data.first_sentinel, data.mask_token)
+        return SpecialTokens(
+            *ends, self._vocabulary, data.sentinels, data.first_sentinel, data.mask_token, self.kinds_of_tokens
+        )
 
     def _laid_out(self, example: Example, key: int, special_tokens: SpecialTokens) -> Example:
         data = self.data

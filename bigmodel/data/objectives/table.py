@@ -24,6 +24,7 @@ class ObjectiveKind:
     reads: tuple[str, ...] = ()  # its settings, besides kind and share
     has_source: bool = False  # it has a source; with one side it comes before the target
     special_tokens: bool = False  # it needs ids above the tokenizer's: special tokens and sentinels
+    has_noisy_inputs: bool = False  # data.augmentation may mask its inputs: labels lie beside them
     trains_encoder: bool = False  # it trains an encoder alone; cannot be combined with other kinds
 
 
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         about="the next token",
         rule="bigmodel.data.objectives.causal:CAUSAL",
         reads=("ahead",),
+        has_noisy_inputs=True,
     ),
     "prefix": ObjectiveKind(
         about="the rest of a document from its first part",
@@ -49,6 +51,13 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         about="hidden spans from the rest",
         rule="bigmodel.data.objectives.span_corruption:SPAN_CORRUPTION",
         reads=("density", "mean_span"),
+        has_source=True,
+        special_tokens=True,
+    ),
+    "denoising": ObjectiveKind(
+        about="the whole text from the text with noise, as BART",
+        rule="bigmodel.data.objectives.denoising:DENOISING",
+        reads=("noise",),
         has_source=True,
         special_tokens=True,
     ),

@@ -36,6 +36,7 @@ EXAMPLES = {  # settings of examples; in a plan's identity only where they diffe
     "source_sequence_length",
     "max_source_length",
     "objectives",
+    "augmentation",
     "sentinels",
     "first_sentinel",
     "mask_token",

@@ -193,6 +193,11 @@ class ShardStore:
         """The text of stored ids, without begin and end."""
         return self._tokenizer.decode_all(ids[1:-1])
 
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text that each id stands for, with the white space around it; empty for special tokens."""
+        return [self._tokenizer.piece_of(number) for number in range(self._tokenizer.vocabulary)]
+
     def is_text(self, source: str) -> bool:
         """Whether the source's shards hold text, tokenized at reading."""
         return source in self.sources and self.manifest.recipe.get("content") == "text"

@@ -29,7 +29,7 @@ import tokenizers
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import foreign_tokenizers, unknown_text
-from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast, gives_back_text
+from bigmodel.data.store.fast_tokenizer import WORD_PATTERN, FastPath, NotFast, bytes_of_token, gives_back_text
 from bigmodel.data.store.special_names import read_special_names
 from bigmodel.data.store.unknown_text import in_code_points
 from bigmodel.run_directory import read_json
@@ -138,6 +138,7 @@ class Tokenizer:
             self._exact = _exact(json.dumps(description))
         self._name = name
         self.gives_back_text = gives_back_text(description)
+        self._is_byte_level = (description.get("decoder") or {}).get("type") == "ByteLevel"
         self.unknown = unknown_text.unknown_id(description["model"])
         self._lacking = description if unknown_text.lacks_tokens(description) else None
         self.drops_text = self._lacking is not None and unknown_text.drops(description["model"])
@@ -299,6 +300,20 @@ class Tokenizer:
 
     def token_of(self, number: int) -> str:
         return self._exact.id_to_token(number)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self._exact.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    def piece_of(self, number: int) -> str:
+        """The text of a token, with the white space around it; empty for special tokens and ids without a token."""
+        token = self._exact.id_to_token(number)
+        if token is None or number in self._special:
+            return ""
+        if self._is_byte_level:
+            return bytes_of_token(token).decode(errors="replace")
+        return token.replace("▁", " ")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without begin and end; bytes that are not UTF-8 become U+FFFD."""

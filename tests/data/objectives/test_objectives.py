@@ -54,6 +54,7 @@ KINDS = [
     {"kind": "span_corruption"},
     {"kind": "span_corruption", "density": 0.5, "mean_span": 8.0},
     {"kind": "ul2"},
+    {"kind": "denoising", "noise": [{"kind": "drop_tokens", "share": 0.2}, {"kind": "infill", "share": 0.3}]},
 ]
 
 
