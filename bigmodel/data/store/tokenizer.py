@@ -217,14 +217,31 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> np.ndarray:
         """(n,) ids as stored: begin, text, end; n >= 2; uint16 if the vocabulary fits, else uint32."""
-        return self._stored(self.encode(text))
+        return self.stored(self.encode(text))
+
+    def encode_words(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(n,) ids of the text alone, and the number of the word of each; None instead if a boundary's name in the text
+        is spelled out. Words are what the library's pre-tokenizer cuts, and each added token."""
+        try:
+            encoding = self._exact.encode_batch([text], add_special_tokens=False)[0]
+        except Exception:  # bare, of the library: `encode` says why
+            return self.encode(text), None
+        ids = self._as_text(encoding.ids, text)
+        if len(ids) != len(encoding.ids):
+            return ids, None
+        numbers = np.array([-1 if one is None else one for one in encoding.word_ids], np.int64)
+        return ids, np.concatenate([[0], np.cumsum(numbers[1:] != numbers[:-1])])[: len(ids)]
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that gives the same ids."""
+        return self._exact.to_str()
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Several at once: the exact path is twice as fast without character offsets."""
         if self._fast is not None:
             return [self.encode_document(text) for text in texts]
         encoded = zip(self._encode_exactly(texts), texts, strict=True)
-        return [self._stored(self._as_text(ids, text)) for ids, text in encoded]
+        return [self.stored(self._as_text(ids, text)) for ids, text in encoded]
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids by the library. Raises `UserError` for half of a surrogate pair, and for a text with a piece that has no
@@ -289,7 +306,8 @@ class Tokenizer:
             "each text with this token; give its model an unknown token of its own, or use another tokenizer"
         )
 
-    def _stored(self, ids: np.ndarray) -> np.ndarray:
+    def stored(self, ids: np.ndarray) -> np.ndarray:
+        """(n + 2,) ids as stored, of those of a text alone."""
         stored = np.empty(len(ids) + 2, self.dtype)
         stored[0], stored[1:-1], stored[-1] = self.bos, ids, self.eos
         return stored
