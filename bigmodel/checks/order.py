@@ -15,7 +15,7 @@ from bigmodel.data.load.stream import Builder, take_share
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
-from bigmodel.data.plan.shuffle import Chunk, neighbour_distance
+from bigmodel.data.plan.shuffle import Chunk, lengths_in, neighbour_distance
 from bigmodel.data.store.shards import ShardStore
 
 WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
@@ -100,7 +100,7 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
             if chunk.epoch == 0:
                 lengths[chunk.source, chunk.shard] += chunk.length
     whole = [
-        lengths[source, shard] == int(num_tokens(store.lengths(name, shard)).sum())
+        lengths[source, shard] == int(num_tokens(lengths_in(store, name, shard, 0)).sum())
         for source, name in enumerate(store.sources)
         if name in order.plan.source_positions
         for shard in range(store.num_shards(name))

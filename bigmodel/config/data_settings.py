@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from bigmodel.config.augmentation_settings import NoiseSettings
+from bigmodel.config.augmentation_settings import NoiseSettings, SegmentationSettings
 from bigmodel.config.sections import SET, UNSET, ReadBy, Section, key_of, setting
 from bigmodel.data.objectives.noise_table import NOISES
 from bigmodel.data.objectives.table import OBJECTIVES
@@ -130,6 +130,11 @@ class PrepareSettings(Section):
     shard_tokens: int = Field(32_000_000, ge=1_000, description="tokens in a full shard")
     content: Literal["tokens", "text"] = Field(
         "tokens", description="content of shards: token ids, or text that is tokenized while training"
+    )
+    segmentation: SegmentationSettings | None = setting(
+        None,
+        only_with={"content": "text"},
+        description="random segmentations of the training texts, other ones in each pass; absent: the tokenizer's",
     )
     unicode_nfc: bool = Field(False, description="convert text to Unicode normal form C (composed)")
     remove_control_characters: bool = Field(False, description="except tab, line feed and carriage return")

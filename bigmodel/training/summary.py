@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigmodel.config.settings import Settings, UserError, packs_at
+from bigmodel.data.load.stream import reader
 from bigmodel.data.objectives.causal import causal
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.objectives.supervised import Supervised
@@ -122,11 +123,11 @@ def show_summary(settings: Settings, summary: dict[str, Any]) -> None:
 
 def _trained_on(orders: Sequence[Order], steps: int, store: ShardStore) -> Iterator[Pair]:
     """(inputs, labels) of every chunk of every step, replayed from the plans of the run's segments."""
-    ends = [*(order.first_step for order in orders[1:]), steps]
+    ends, read = [*(order.first_step for order in orders[1:]), steps], reader(store)
     for order, end in zip(orders, ends, strict=True):
         while order.step < end:
             for chunk in chain.from_iterable(order.next_step()):
-                document = store.document(store.sources[chunk.source], chunk.shard, chunk.row)
+                document = read(chunk)
                 if isinstance(document, np.ndarray):
                     yield causal(document, chunk.start, chunk.length)
                 else:

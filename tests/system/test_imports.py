@@ -37,6 +37,7 @@ ALLOWED = {
         "bigmodel.config",
         "bigmodel.run_directory",
         "bigmodel.sizes",
+        "bigmodel.data.randomness",
         "bigmodel.data.objectives",
         "bigmodel.data.store",
     ),

@@ -20,13 +20,13 @@ from bigmodel.data.objectives.examples import Document
 
 REOPEN_SECONDS = 5.0  # how often a shard in use is marked as used, and fetched again if it was deleted for room
 
-Place = tuple[str, int, int]  # source, shard, row
+Place = tuple[str, int, int] | tuple[str, int, int, int]  # source, shard, row; the pass, if it has its own tokens
 
 
 class Store(Protocol):
     """The part of `ShardStore` that reading uses. A store without `open_shard`, in memory, is not read ahead."""
 
-    def document(self, source: str, shard: int, row: int) -> Document: ...
+    def document(self, source: str, shard: int, row: int, /, *number: int) -> Document: ...
 
 
 class _Awaited:
@@ -80,15 +80,16 @@ class ReadAhead:
             return False
         return self._text_sources[source]
 
-    def document(self, source: str, shard: int, row: int) -> Document:
+    def document(self, source: str, shard: int, row: int, *number: int) -> Document:
         """The document's stored tokens. Raises what reading it raised."""
-        awaited = self._awaited.get((source, shard, row))
+        place: Any = (source, shard, row, *number)
+        awaited = self._awaited.get(place)
         if awaited is None:
-            return self._store.document(source, shard, row)
+            return self._store.document(*place)
         awaited.chunks -= 1
         if not awaited.chunks:
-            del self._awaited[source, shard, row]
-        self._read((source, shard, row), awaited)  # here, if no thread has begun it
+            del self._awaited[place]
+        self._read(place, awaited)  # here, if no thread has begun it
         awaited.done.wait()
         if awaited.error is not None:
             raise awaited.error

@@ -28,6 +28,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
 from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_seeds
+from bigmodel.data.load.readahead import Place as Where
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.classification import ClassNumbers
 from bigmodel.data.objectives.example import num_tokens
@@ -48,6 +49,7 @@ from bigmodel.data.plan.shuffle import (
     has_pairs,
     has_wide,
     is_supervised,
+    lengths_in,
     make_block,
     measure_shard,
     sizes,
@@ -61,7 +63,7 @@ CLOSE_SECONDS = 5.0  # how long close() waits for a running read; the thread is 
 class Documents(Lengths, Protocol):
     """The part of `ShardStore` that the stream uses."""
 
-    def document(self, source: str, shard: int, row: int) -> Document: ...
+    def document(self, source: str, shard: int, row: int, /, *number: int) -> Document: ...
 
 
 class Nodes(Protocol):
@@ -95,7 +97,13 @@ class Step:
 
 def reader(store: Documents) -> Reader:
     """A function that reads the document, or pair, of a chunk."""
-    return lambda chunk: store.document(store.sources[chunk.source], chunk.shard, chunk.row)
+    return lambda chunk: store.document(*place_of(store, chunk))
+
+
+def place_of(store: Documents, chunk: Chunk) -> Where:
+    """Source, shard and row of a chunk's document; with random segmentations also the number of the pass."""
+    place = store.sources[chunk.source], chunk.shard, chunk.row
+    return (*place, chunk.epoch % passes) if (passes := getattr(store, "passes", 0)) else place
 
 
 class Builder:
@@ -201,13 +209,13 @@ class Stream:
         self.wait_seconds = 0.0  # wait for the last step
         self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
         self.loss_groups = self._builder.loss_groups  # (objective, source), in the order of a step's loss_groups
-        self._sources = store.sources
+        self._store = store
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes
         self._pin, self._count_pairs = pin, count_pairs
         self._planned: deque[_Planned | BaseException] = deque()
         self._read_ahead = ReadAhead(store, data.workers)
         self._making = order.step
-        self._reading: tuple[str, int, int] | None = None  # source, shard, row being read, for the message of a stall
+        self._reading: Where | None = None  # the document being read, for the message of a stall
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -288,9 +296,7 @@ class Stream:
             return
         self._planned.append(_Planned(number, node, self._order.position()))
         mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
-        self._read_ahead.expect(
-            (self._sources[chunk.source], chunk.shard, chunk.row) for pack in mine for chunk in pack
-        )
+        self._read_ahead.expect(place_of(self._store, chunk) for pack in mine for chunk in pack)
 
     def _plan_ahead(self) -> None:
         """Plan two steps per built step until a packing buffer lies ahead; the first step waits for its plan only."""
@@ -355,7 +361,7 @@ class Stream:
         return batch.pinned() if self._pin else batch
 
     def _read(self, chunk: Chunk) -> Document:
-        self._reading = self._sources[chunk.source], chunk.shard, chunk.row
+        self._reading = place_of(self._store, chunk)
         document = self._read_ahead.document(*self._reading)
         self._reading = None
         return document
@@ -467,7 +473,7 @@ def all_chunks(store: Lengths, data: DataSettings, seed: int, only: Collection[s
     tables = [chunk_table([], wide)]
     for number, source in enumerate(store.sources):
         for shard in range(len(store.shard_sizes(source)) if not only or source in only else 0):
-            positions = num_tokens(store.lengths(source, shard))
+            positions = num_tokens(lengths_in(store, source, shard, 0))
             rows = np.flatnonzero(positions)
             documents = np.full(len(rows), shard), rows, positions[rows]
             if wide:

@@ -15,8 +15,8 @@ at once. Each objective has a file in this folder; bigmodel/data/objectives/tabl
 
 Conventions:
 - A chunk's own tokens are those after its first input, so chunks do not overlap.
-- Source and target of pairs, of span corruption and of denoising end with EOS, even where the chunk is not the end of its document.
-  A prefix has no EOS, because the text continues.
+- Source and target of pairs, of span corruption and of denoising end with EOS, even where the chunk is not the end of
+  its document. A prefix has no EOS, because the text continues.
 - Span corruption follows T5's paper. The text begins with a visible span and ends with a hidden one. Sentinel n
   replaces span n. The target is each sentinel with its span, then one more sentinel, then EOS. Sentinel 0 has the
   highest id, the others count down.

@@ -1,7 +1,7 @@
 """Sentences in a run of tokens: where one ends, from the pieces of text that the tokens stand for.
 
-In: the piece of text of each id of a tokenizer. Out: what kind of piece each id is, and the ends of sentences in tokens.
-A sentence ends after . ! ? or an ellipsis, with closing quotes and brackets, where white space follows; after a full
+In: the piece of text of each id of a tokenizer. Out: what kind of piece each id is; the ends of sentences in tokens. A
+sentence ends after . ! ? or an ellipsis, with closing quotes and brackets, where white space follows; after a full
 stop of Chinese or Japanese; and at an empty line. Rules of no language: "Dr. Smith" is two sentences.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 TERMINAL, CLOSING, OPENS_BLANK, CLOSES_BLANK, ALWAYS, LINE_FIRST, LINE_LAST = (1 << bit for bit in range(7))
-_CLOSERS = "\"')]}»”’"
-_WIDE = "。！？"
+_CLOSERS = "\"')]}»\u201d\u2019"
+_WIDE = ("\u3002", "\uff01", "\uff1f")  # full stop, exclamation and question mark of Chinese and Japanese
 
 
 def kinds_of(pieces: Sequence[str]) -> np.ndarray:
@@ -27,7 +27,7 @@ def _kind(piece: str) -> int:
         CLOSING: bool(bare) and not core,
         OPENS_BLANK: piece[:1].isspace(),
         CLOSES_BLANK: piece[-1:].isspace(),
-        ALWAYS: core.endswith(tuple(_WIDE)) or "\n\n" in piece.replace("\r", ""),
+        ALWAYS: core.endswith(_WIDE) or "\n\n" in piece.replace("\r", ""),
         LINE_FIRST: piece.startswith("\n"),
         LINE_LAST: piece.endswith("\n"),
     }

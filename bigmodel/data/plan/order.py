@@ -153,7 +153,7 @@ class Order:
         examples = Examples(settings, seed)
         wide = not examples.is_plain or any(has_wide(store, name) for name in dealt)
         self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, for plain text; None: endless
-        self._wide = wide
+        self._is_counted = not wide and not getattr(store, "passes", 0)  # by the shard sizes
         self._lanes = {
             number: make_lane(number, store, dealt, settings, key, examples if wide else None)
             for number in (range(settings.lanes) if lanes is None else sorted(lanes))
@@ -231,7 +231,7 @@ class Order:
         if self._packs_in_lane is None:
             return
         in_all = sum(map(self.packs_at, range(self.first_step, steps))) // self.plan.num_lanes
-        if not self._wide and in_all <= self._packs_in_lane:
+        if self._is_counted and in_all <= self._packs_in_lane:
             return
         given = sum(map(self.packs_at, range(self.first_step, self.step))) // self.plan.num_lanes
         for number, lane in self._lanes.items():

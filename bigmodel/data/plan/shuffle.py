@@ -92,6 +92,14 @@ def is_supervised(store: Lengths, source: str) -> bool:
     return source in getattr(store, "supervised_sources", ())
 
 
+def lengths_in(store: Lengths, source: str, shard: int, epoch: int, side: str = "") -> np.ndarray:
+    """Stored tokens of a shard's documents in an epoch, which differ where texts are segmented at random. `side`
+    "target_": of the targets of pairs."""
+    if getattr(store, "passes", 0):
+        return store.lengths_of_pass(source, shard, epoch, side)  # type: ignore[attr-defined]
+    return store.target_lengths(source, shard) if side else store.lengths(source, shard)  # type: ignore[attr-defined]
+
+
 def has_wide(store: Lengths, source: str) -> bool:
     """Whether the chunks of a source need the columns of examples, whatever the objectives."""
     return has_pairs(store, source) or is_supervised(store, source)
@@ -139,7 +147,7 @@ def make_block(
         targets = np.empty(len(rows), dtype=np.int64)
         for shard in np.unique(shards).tolist():
             mine = shards == shard
-            targets[mine] = num_tokens(store.target_lengths(source, shard)[rows[mine]])  # type: ignore[attr-defined]
+            targets[mine] = num_tokens(lengths_in(store, source, shard, epoch, "target_")[rows[mine]])
         return Block(
             shards,
             rows,
@@ -288,7 +296,7 @@ class SourceStream:
             shard = self._shards[index]
             low, high = max(first, 0), min(end, shard.documents)
             if low < high:
-                positions.append(num_tokens(self._store.lengths(self.name, shard.number)[low:high]))
+                positions.append(num_tokens(lengths_in(self._store, self.name, shard.number, epoch)[low:high]))
                 rows.append(np.arange(low, high))
                 shards.append(np.full(high - low, shard.number))
             first, end = first - shard.documents, end - shard.documents

@@ -3,7 +3,8 @@
 In: a unit and the staging folder. Out: `scan/00000.npz` (verdicts on the rows) and, for every 16 MB of kept text,
 `encoded/00000-0000.npz`: by split and column the tokens end to end, the documents' lengths and the total bytes of their
 texts; of supervised sources also the spans that are trained; the validation text; what has no token. For shards of
-text: the texts end to end and their sizes, instead of the tokens.
+text: the texts end to end and their sizes, instead of the tokens; with random segmentations the documents' lengths in
+each pass.
 
 Guarantees: a file is a pure function of the unit and the settings; an encoded file also of the duplicates and the
 tokenizer. It is written atomically, and not again if it exists undamaged.
@@ -35,6 +36,7 @@ from bigmodel.data.prepare.supervised import Encoded, encode_record, read_templa
 from bigmodel.data.prepare.tokenless import Tokenless
 from bigmodel.data.store.chat_template import ChatTemplate
 from bigmodel.data.store.manifest import SPLITS
+from bigmodel.data.store.segmentation import Segmenter
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.run_directory import write_atomically
 
@@ -120,6 +122,7 @@ def encode_parts(
         work.tokenizer, hashlib.sha256(work.tokenizer.read_bytes()).hexdigest(), fast, given_name(settings)
     )
     ends, as_text = [part.end for part in parts], settings.content == "text"
+    segmenter = segmenter_of(encoder, settings)
     rows = kept_rows(unit, scan, settings, missing[0].first, missing[-1].end)
     for place, mine in groupby(rows, lambda row: bisect_right(ends, row[0])):
         if parts[place] in missing:
@@ -127,17 +130,27 @@ def encode_parts(
             if unit.record:
                 arrays = _encode_records(mine, scan, encoder, read_template(work.template))
             else:
-                arrays = _encode(mine, scan, encoder, unit, as_text)
+                arrays = _encode(mine, scan, encoder, unit, as_text, segmenter)
             cleaning.write_arrays(path, **arrays)
 
 
 def _encode(
-    rows: Iterator[tuple[int, tuple[str, ...]]], scan: Scan, encoder: Tokenizer, unit: Unit, as_text: bool
+    rows: Iterator[tuple[int, tuple[str, ...]]],
+    scan: Scan,
+    encoder: Tokenizer,
+    unit: Unit,
+    as_text: bool,
+    segmenter: Segmenter | None = None,
 ) -> dict[str, np.ndarray]:
     columns = TOKEN_COLUMNS[: len(unit.columns)]
     stored: dict[str, list[np.ndarray]] = {f"{split}_{column}": [] for split in SPLITS for column in columns}
     lengths: dict[str, list[int]] = {name: [] for name in stored}
     sizes: dict[str, list[int]] = {name: [] for name in stored}
+    drawn: dict[str, list[list[int]]] = {  # by pass
+        f"train_{column}": [[] for _ in range(segmenter.passes)]
+        for column in columns[: len(columns) - unit.has_labels]
+        if segmenter
+    }
     validation_text, tokenless = [], Tokenless()
     labels: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     while together := list(islice(rows, ENCODED_TOGETHER)):
@@ -153,12 +166,15 @@ def _encode(
                 tokenless.dropped.update(encoder.find_dropped(text))
                 lengths[name].append(len(tokens))
                 sizes[name].append(len(content))
+                for number, of_pass in enumerate(drawn.get(name, ())):
+                    of_pass.append(len(segmenter.document(text, number)))
             if split == "validation":
                 validation_text += [text.encode() for text in texts]
     dtype = np.dtype(np.uint8) if as_text else encoder.dtype
     arrays = {name: np.concatenate([*parts, np.zeros(0, dtype)]) for name, parts in stored.items()}
     arrays |= {f"{name}_lengths": np.array(numbers, np.uint32) for name, numbers in lengths.items()}
     arrays |= {f"{name}_bytes": np.array(sum(numbers)) for name, numbers in sizes.items()}
+    arrays |= {f"{name}_lengths_of_passes": np.array(of_passes, np.uint32) for name, of_passes in drawn.items()}
     if as_text:
         arrays |= {f"{name}_sizes": np.array(numbers, np.uint32) for name, numbers in sizes.items()}
     if unit.has_labels:
@@ -193,6 +209,11 @@ def _encode_records(
         arrays[f"{split}_spans"] = spans.astype(np.uint32)
         arrays[f"{split}_num_spans"] = np.array([len(one.spans) for one in documents], np.int64)
     return arrays | tokenless.arrays()
+
+
+def segmenter_of(encoder: Tokenizer, settings: PrepareSettings) -> Segmenter | None:
+    """Raises `UserError` for a tokenizer that the kind of segmentation does not fit."""
+    return Segmenter(encoder, settings.segmentation.model_dump()) if settings.segmentation else None
 
 
 def kept_rows(

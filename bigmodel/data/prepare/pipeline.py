@@ -110,6 +110,7 @@ NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "s
     "dropped_characters_share",
     "bpe_dropout",
     "chat_template",
+    "segmentation",  # only if set
 }
 NEW_IN_SOURCES = (
     "format",
@@ -244,6 +245,8 @@ def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
         "tokenizer": _describe_tokenizer(wanted.tokenizer, wanted.bpe_dropout) if wanted.tokenizer else None,
     }
+    if wanted.segmentation:
+        recipe["segmentation"] = wanted.segmentation.model_dump(mode="json")
     if template:
         recipe["chat_template"] = hashlib.sha256(template.text.encode()).hexdigest()
     if wanted.decontaminate:
@@ -289,7 +292,7 @@ def _is_made(job: _Job) -> bool:
     made = manifest.recipe if "adopted" in manifest.recipe else unsaid | manifest.recipe
     differences = [
         f"prepare.{name} was {made.get(name)!r}, is {value!r}"
-        for name, value in job.recipe.items()
+        for name, value in ({"segmentation": None} | job.recipe).items()
         if made.get(name) != value
     ]
     if not differences and manifest.corpus_sha256 != job.corpus_sha256:
@@ -365,6 +368,7 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         tokenizer = _make_tokenizer(job, team, all_units, scans, work)
         if not tokenizer.is_fast:
             _say(progress, f"tokenizing with the slower library: {tokenizer.slow_reason}")
+        encoding.segmenter_of(tokenizer, job.settings)
         if tokenizer.dropout:
             _say(progress, f"the tokenizer's BPE dropout of {tokenizer.dropout} is off: all merges are used")
         _check_unchanged(job)

@@ -23,7 +23,7 @@ from bigmodel.data.prepare.corpus import Source
 from bigmodel.data.prepare.encoding import TEXT_COLUMNS, TOKEN_COLUMNS, read_array, save_array
 from bigmodel.data.prepare.work_items import Team
 from bigmodel.data.store import mds
-from bigmodel.data.store.manifest import SPLITS
+from bigmodel.data.store.manifest import SPLITS, pass_name
 from bigmodel.run_directory import write_atomically
 
 
@@ -40,6 +40,7 @@ class _Shard:
     entry: dict[str, Any]
     as_text: bool = False
     has_spans: bool = False
+    has_passes: bool = False
 
 
 def assemble(
@@ -67,7 +68,9 @@ def assemble(
             if dtype is None:
                 sizes = {column: [read_array(part, f"{split}_{column}_sizes") for part in mine] for column in columns}
             planned = _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
-            shards += [replace(shard, has_spans=source.record is not None) for shard in planned]
+            has_passes = dtype is None and split == SPLITS[0]  # shards of text may have random segmentations
+            kinds = {"has_spans": source.record is not None, "has_passes": has_passes}
+            shards += [replace(shard, **kinds) for shard in planned]
             for column, parts in lengths.items():
                 all_lengths[column].append(np.concatenate(parts))
             counts[source.name][split] = {
@@ -160,8 +163,21 @@ def _write_shard(shard: _Shard, result: Path) -> None:
     for column, mine in lengths.items():
         name = f"{column.removesuffix('tokens')}lengths.{shard.number:05}.npy"
         save_array(folder / name, np.concatenate(mine).astype(np.uint32))
+    if shard.has_passes:
+        _write_lengths_of_passes(shard, folder)
     columns = {TEXT_COLUMNS[column] if shard.as_text else column: values for column, values in documents.items()}
     write_atomically(path, mds.encode_shard(columns))
+
+
+def _write_lengths_of_passes(shard: _Shard, folder: Path) -> None:
+    """A length file for each pass, of the columns with random segmentations."""
+    for column in shard.columns:
+        name, found = f"{shard.split}_{column}_lengths_of_passes", []
+        for part, first, last in shard.parts:
+            with np.load(part) as arrays:
+                found += [arrays[name][:, first:last]] if name in arrays else []
+        for number, lengths in enumerate(np.concatenate(found, axis=1) if found else ()):
+            save_array(folder / pass_name(number, f"{column.removesuffix('tokens')}lengths", shard.number), lengths)
 
 
 def _spans_of_shard(shard: _Shard) -> np.ndarray:

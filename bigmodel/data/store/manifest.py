@@ -58,6 +58,15 @@ class FileTable(Mapping[str, dict[str, Any]]):
         return len(self._names)
 
 
+def pass_name(number: int, what: str, shard: int) -> str:
+    """File of the lengths of a shard's documents in one pass of random segmentations.
+
+    >>> pass_name(2, "target_lengths", 7)
+    'pass_002.target_lengths.00007.npy'
+    """
+    return f"pass_{number:03}.{what}.{shard:05}.npy"
+
+
 def in_words(counts: Mapping[str, int]) -> str:
     """
     >>> in_words({"duplicate": 1200, "too_short": 1})
@@ -93,6 +102,10 @@ class Manifest:
 
     A labelled source (`label_column`) is stored as pairs whose target text is the class of the document;
     `labels[source][split]` counts the documents of each class.
+
+    With random segmentations (`prepare.segmentation`) a shard of training text has, beside lengths.00000.npy of the
+    tokenizer's own ids, pass_000.lengths.00000.npy ... with the lengths in each pass; of pairs also
+    pass_000.target_lengths.00000.npy ... All other numbers are those of the tokenizer's own ids.
 
     A supervised source (`messages_column` or `prompt_column`) has one document per chat, or per prompt with its
     response, with the ids that the chat template gives, or [bos] prompt response [eos]:

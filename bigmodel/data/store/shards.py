@@ -16,7 +16,8 @@ Shards may hold text instead (`prepare.content = "text"`, columns `text` and `ta
 lengths still count tokens: `prepare` counts them once. So the plan is known exactly before any text is tokenized, it
 equals the plan of token shards of the same documents (chunks, lanes, packing buffers, packs), and a resumed run
 tokenizes only the documents of the steps to come. Lengths found while streaming would be too late to deal shards to
-lanes or to know a source's share. A document's tokens are counted when it is read: another tokenizer, or another
+lanes or to know a source's share. Random segmentations (`prepare.segmentation`) have lengths of their own in each of
+some passes, also counted by `prepare`. A document's tokens are counted when it is read: another tokenizer, or another
 version of its library, is an error.
 
 Guarantees: size and SHA-256 of a file are compared with the manifest before its first use in a process, so a cut,
@@ -58,10 +59,12 @@ from bigmodel.data.store.manifest import (
     TOKENIZER_FILES,
     Manifest,
     find_damage,
+    pass_name,
     path_of,
     sha256_of,
 )
 from bigmodel.data.store.remote import Remote
+from bigmodel.data.store.segmentation import Segmenter
 from bigmodel.data.store.tokenizer import Tokenizer
 
 RECENT_TOKENS = 1 << 22  # of the documents tokenized last, kept for the next chunk of a long one
@@ -90,9 +93,11 @@ class ShardStore:
         self.sources = [name for name in self.manifest.sources if counts[name][split]["documents"]]
         self.pair_sources = frozenset(name for name in self.sources if "target_tokens" in counts[name][split])
         self.supervised_sources = frozenset(name for name in self.sources if "trained_tokens" in counts[name][split])
+        segmentation = self.manifest.recipe.get("segmentation") if split == SPLITS[0] else None
+        self.passes: int = segmentation["passes"] if segmentation else 0  # with their own segmentations
         self._checked: set[str] = set()
         self._readers: dict[tuple[str, int], Any] = {}
-        self._recent: OrderedDict[tuple[str, int, int, str], np.ndarray] = OrderedDict()
+        self._recent: OrderedDict[tuple[str, int, int, str, int | None], np.ndarray] = OrderedDict()
         self._recent_tokens, self._recent_lock = 0, threading.Lock()
         self._check_tokenizer()
 
@@ -115,6 +120,8 @@ class ShardStore:
             entry = f"{json.dumps(name)}: {json.dumps(files[name], sort_keys=True)}"
             digest.update(f"{', ' if number else ''}{entry}".encode())
         digest.update(b"}]")
+        if self.passes:
+            digest.update(json.dumps(self.manifest.recipe["segmentation"], sort_keys=True).encode())
         return digest.hexdigest()
 
     @property
@@ -164,26 +171,40 @@ class ShardStore:
         """As `lengths`, of the target texts of a source of pairs."""
         return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
 
+    def lengths_of_pass(self, source: str, shard: int, number: int, side: str = "") -> np.ndarray:
+        """As `lengths`, with the segmentations of pass `number`; `side` "target_": of the target texts. Classes have
+        the same in all passes."""
+        name = f"{self.split}/{source}/{pass_name(number % self.passes, f'{side}lengths', shard)}"
+        if name not in self.manifest.files:
+            return self.target_lengths(source, shard)
+        return np.load(self.file(name), mmap_mode="r")
+
     def spans(self, source: str, shard: int) -> np.ndarray:
         """(k, 4) uint32 memory map: what the supervised documents of a shard train: row, first token, end, weight in
         units of 1/65,536; sorted."""
         return np.load(self.file(f"{self.split}/{source}/spans.{shard:05}.npy"), mmap_mode="r")
 
-    def document(self, source: str, shard: int, row: int) -> Document:
+    def document(self, source: str, shard: int, row: int, number: int | None = None) -> Document:
         """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, those of both texts; of a
-        supervised document, also its spans."""
+        supervised document, also its spans. `number`: of the pass, for its segmentations; None: the tokenizer's."""
         sample = self._sample(source, shard, row)
         if source in self.supervised_sources:
             table = self._recent_spans(source, shard)
             first, end = np.searchsorted(table[:, 0], [row, row + 1])
             return Supervised(self._tokens_of(sample, source, shard, row, ""), np.array(table[first:end, 1:]))
         if source not in self.pair_sources:
-            return self._tokens_of(sample, source, shard, row, "")
-        return Pair(*(self._tokens_of(sample, source, shard, row, side) for side in ("", "target_")))
+            return self._tokens_of(sample, source, shard, row, "", number)
+        return Pair(*(self._tokens_of(sample, source, shard, row, side, number) for side in ("", "target_")))
 
-    def _tokens_of(self, sample: Mapping[str, Any], source: str, shard: int, row: int, side: str) -> np.ndarray:
+    def _tokens_of(
+        self, sample: Mapping[str, Any], source: str, shard: int, row: int, side: str, number: int | None = None
+    ) -> np.ndarray:
         name = f"{side}tokens"
-        return sample[name] if name in sample else self._tokenized(source, shard, row, sample[f"{side}text"], side)
+        if name in sample:
+            return sample[name]
+        text, is_label = sample[f"{side}text"], side and source in self.manifest.labels
+        of_pass = None if number is None or is_label or not self.passes else number % self.passes
+        return self._tokenized(source, shard, row, text, side, of_pass)
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) ids of a text as they are stored, with begin and end."""
@@ -238,13 +259,15 @@ class ShardStore:
         self._checked.discard(self._shard_name(source, shard))
         self._readers.pop((source, shard), None)
 
-    def _tokenized(self, source: str, shard: int, row: int, text: str, side: str) -> np.ndarray:
-        document = (source, shard, row, side)
+    def _tokenized(
+        self, source: str, shard: int, row: int, text: str, side: str, number: int | None = None
+    ) -> np.ndarray:
+        document = (source, shard, row, side, number)
         with self._recent_lock:
             if document in self._recent:
                 return self._recent[document]
-        tokens, expected = self._tokenizer.encode_document(text), int(self._text_lengths(source, shard, side)[row])
-        if len(tokens) != expected:
+        tokens = self._tokenizer.encode_document(text) if number is None else self._segmenter.document(text, number)
+        if len(tokens) != (expected := int(self._text_lengths(source, shard, side, number)[row])):
             raise UserError(
                 f"{self.directory / self._shard_name(source, shard)}: document {row} is {len(tokens)} tokens, its "
                 f"length file says {expected}: this version of the tokenizer library gives other tokens than the one "
@@ -258,6 +281,10 @@ class ShardStore:
         return tokens
 
     @cached_property
+    def _segmenter(self) -> Segmenter:
+        return Segmenter(self._tokenizer, self.manifest.recipe["segmentation"])
+
+    @cached_property
     def _tokenizer(self) -> Tokenizer:
         fast, proven = path_of(self.manifest.encoder)
         return Tokenizer.load(self.directory / "tokenizer.json", fast=fast, proven=proven)
@@ -265,7 +292,13 @@ class ShardStore:
     @cached_property
     def _text_lengths(self) -> Any:
         of_side = {"": self.lengths, "target_": self.target_lengths}
-        return lru_cache(maxsize=64)(lambda source, shard, side: np.array(of_side[side](source, shard)))
+
+        def lengths(source: str, shard: int, side: str, number: int | None) -> np.ndarray:
+            if number is None:
+                return np.array(of_side[side](source, shard))
+            return np.array(self.lengths_of_pass(source, shard, number, side))
+
+        return lru_cache(maxsize=64)(lengths)
 
     @cached_property
     def _recent_spans(self) -> Any:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -75,11 +76,11 @@ def fits(seen: Counter, expected: dict[tuple[int, ...], float]) -> bool:
 def probabilities(symbols: tuple[str, ...], dropout: float) -> dict[tuple[str, ...], float]:
     """Algorithm 1 of Provilkov et al., exactly: which merge comes first, then what may follow."""
     order = {tuple(merge.split()): rank for rank, merge in enumerate(MERGES)}
-    pairs = enumerate(zip(symbols, symbols[1:], strict=False))
+    pairs = enumerate(pairwise(symbols))
     able = sorted((order[pair], place) for place, pair in pairs if pair in order)
     found: Counter = Counter({symbols: dropout ** len(able)})
     for before, (_, place) in enumerate(able):
-        merged = symbols[:place] + (symbols[place] + symbols[place + 1],) + symbols[place + 2 :]
+        merged = (*symbols[:place], symbols[place] + symbols[place + 1], *symbols[place + 2 :])
         for one, share in probabilities(merged, dropout).items():
             found[one] += dropout**before * (1 - dropout) * share
     return dict(found)
