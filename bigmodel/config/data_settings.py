@@ -37,6 +37,17 @@ class SourceSettings(Section):
         description="column that holds the text; a.b is field b of column a; in a tar a suffix, for text also txt",
     )
     target_column: str | None = Field(None, description="second text of a source-target pair (encoder-decoder data)")
+    tag: str = setting(
+        "",
+        only_with={"target_column": SET},
+        description='text put before each source text, for example "<BT> " for back-translated sources',
+    )
+    split_by: Literal["pair", "target"] = setting(
+        "pair",
+        only_with={"target_column": SET},
+        description="what decides between training and validation; target: pairs with equal targets, in all sources "
+        "with this value, go the same way",
+    )
     prompt_column: str | None = setting(
         None,
         only_with={"target_column": UNSET},

@@ -137,6 +137,8 @@ def scan_unit(
         digest = digest_of(texts, unit.has_labels) if verdict == KEPT else hashlib.sha256(content).digest()
         status.append(verdict)
         digests += digest[:16]
+        if unit.split_by_target and verdict == KEPT:
+            key = texts[-1]
         validation.append(is_validation(key, digest, settings.validation_share))
         read_bytes.append(num_bytes)
         kept_bytes.append(max(0, len(content) - len(unit.columns) + 1) if verdict == KEPT else 0)

@@ -39,6 +39,8 @@ class Source:
     formats: tuple[Format, ...]
     key_column: str | None = None
     record: Record | None = None  # of a supervised source, whose `columns` is the first of these
+    tag: str = ""  # before each source text of pairs
+    split_by_target: bool = False  # the target text of a pair decides between train and validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Unit:
     columns: tuple[str, ...]
     key_column: str | None
     record: Record | None = None
+    tag: str = ""
+    split_by_target: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -91,7 +95,8 @@ def find_source(
             known = pool.map(lambda file: _check_record_file(where, file, settings.format, record), found)
             return Source(settings.name, tuple(found), record.columns[:1], tuple(known), record=record)
         known = pool.map(lambda file: _check_file(where, file, settings.format, columns), found)
-        return Source(settings.name, tuple(found), columns, tuple(known))
+        by_target = settings.split_by == "target"
+        return Source(settings.name, tuple(found), columns, tuple(known), tag=settings.tag, split_by_target=by_target)
 
 
 def _record(settings: SourceSettings) -> Record | None:
@@ -206,8 +211,8 @@ def plan_units(source: Source) -> list[Unit]:
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         cut = list(pool.map(lambda file, form: formats.cut(file, form, UNIT_BYTES), source.files, source.formats))
     pieces = (piece for of_file in cut for piece in of_file)
-    groups = _group_by_size(pieces)
-    return [Unit(source.name, group, source.columns, source.key_column, source.record) for group in groups]
+    same = (source.columns, source.key_column, source.record, source.tag, source.split_by_target)
+    return [Unit(source.name, group, *same) for group in _group_by_size(pieces)]
 
 
 def _group_by_size(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
@@ -225,9 +230,18 @@ def _group_by_size(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
 
 
 def read_unit(unit: Unit) -> Iterator[Row]:
-    """Rows of a unit, in file order. Raises `UserError` naming a file that cannot be read."""
+    """Rows of a unit, in file order; a source text begins with the tag, if it is not empty. Raises `UserError` naming
+    a file that cannot be read."""
     for piece in unit.pieces:
-        yield from formats.read_piece(piece, unit.columns, unit.key_column)
+        rows = formats.read_piece(piece, unit.columns, unit.key_column)
+        yield from (_tagged(row, unit.tag) for row in rows) if unit.tag else rows
+
+
+def _tagged(row: Row, tag: str) -> Row:
+    texts, key = row
+    if isinstance(texts, Malformed) or not texts[0] or not texts[0].strip():
+        return row
+    return (tag + texts[0], *texts[1:]), key
 
 
 def with_line_numbers(records: Sequence[Malformed]) -> list[Malformed]:

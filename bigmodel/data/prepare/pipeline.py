@@ -118,6 +118,8 @@ NEW_IN_SOURCES = (
     "messages_column",
     "weight_column",
     "label_column",
+    "tag",
+    "split_by",
 )  # in the recipe only if set
 
 
@@ -269,8 +271,9 @@ def _check_unchanged(job: _Job) -> None:
 
 
 def _describe_source(source: SourceSettings) -> dict[str, Any]:
-    """Its settings in the recipe; those without a value that came later are left out, as in earlier recipes."""
-    return source.model_dump(exclude={name for name in NEW_IN_SOURCES if not getattr(source, name)})
+    """Its settings in the recipe; those that came later are left out at their default, as in earlier recipes."""
+    fields = SourceSettings.model_fields
+    return source.model_dump(exclude={name for name in NEW_IN_SOURCES if getattr(source, name) == fields[name].default})
 
 
 def _describe_tokenizer(path: Path, dropout: str) -> dict[str, Any]:
