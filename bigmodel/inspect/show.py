@@ -31,6 +31,7 @@ from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.store.manifest import SPLITS, Manifest, in_words, stored_amount
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.inspect.draw_masks import draw_masks, mask_text
+from bigmodel.inspect.show_augmentation import augmentation_text
 from bigmodel.model.attention_masks import mask_matrices
 from bigmodel.sizes import byte_size
 from bigmodel.training.checkpoint.format import newest_state
@@ -101,6 +102,8 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
         console.print(window_text(data, packed), markup=False)
     if store.supervised_sources:
         console.print(trained_text(count_trained(store, data), data), markup=False)
+    if augmented := augmentation_text(settings, store):
+        console.print(augmented, markup=False, soft_wrap=True)
     suggestions = suggest_sides(store, data) if data.source_sequence_length else suggest(store, store.manifest, data)
     console.print(suggestions_table(suggestions))
     for warning in filter(None, (lane_warning(store, settings), repeat_warning(store, settings))):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from bigmodel.config.augmentation_settings import NoiseSettings
 from bigmodel.config.data_settings import DataSettings, ObjectiveSettings
 from bigmodel.config.sections import SET, UNSET, ReadBy, Section, condition_of, setting
 from bigmodel.config.settings import OptimizerSettings, Settings, UserError, settings_from_table, to_toml_table
 from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.objectives.noise_table import NOISES
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.launcher.cluster import Cluster, load_cluster
 from bigmodel.training.deepspeed_rates import DEEPSPEED_RATES
@@ -33,6 +35,8 @@ LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "ll
 LENGTH = {"original_max_position_embeddings": 512}
 
 NAMED = {"name": "a", "files": ["a.jsonl"]}
+DROPS, DENOISED = {"kind": "drop_tokens"}, {"kind": "denoising"}
+DROPPED, SAMPLED = {"kind": "bpe_dropout"}, {"kind": "unigram_sampling"}
 
 # By the path of the setting: a value, siblings with which it has no effect, what is said, siblings with which it has.
 CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
@@ -41,6 +45,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "prepare.dropped_characters_share": (0.1, {}, "without tokenizer (a trained tokenizer has tokens", GIVEN),
     "prepare.bpe_dropout": ("off", {}, "without tokenizer (a trained tokenizer has none); leave it out", GIVEN),
     "prepare.chat_template": ("c.jinja", SOURCE, "no source has a messages_column", {"embedded": "chats"}),
+    "prepare.segmentation": ({"kind": "bpe_dropout"}, {}, 'with content = "tokens"', {"content": "text"}),
+    "prepare.segmentation.dropout": (0.2, {"kind": "unigram_sampling"}, 'set kind = "bpe_dropout"', DROPPED),
+    "prepare.segmentation.alpha": (0.5, {"kind": "bpe_dropout"}, 'set kind = "unigram_sampling"', SAMPLED),
+    "prepare.sources.0.tag": ("<BT> ", NAMED, "without target_column", NAMED | {"target_column": "t"}),
+    "prepare.sources.0.split_by": ("target", NAMED, "without target_column", NAMED | {"target_column": "t"}),
     "prepare.sources.0.prompt_column": ("p", NAMED | {"target_column": "t"}, 'with target_column = "t"', NAMED),
     "prepare.sources.0.messages_column": ("m", NAMED | {"prompt_column": "p"}, 'with prompt_column = "p"', NAMED),
     "prepare.sources.0.weight_column": ("w", NAMED, "only chats and responses", NAMED | {"prompt_column": "p"}),
@@ -60,6 +69,13 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "data.objectives.0.spm_share": (0.3, {"kind": "causal"}, "fill_in", {"kind": "fill_in_the_middle"}),
     "data.objectives.0.density": (0.3, {"kind": "causal"}, '"span_corruption" or "masked"', {"kind": "masked"}),
     "data.objectives.0.mean_span": (4.0, {"kind": "masked"}, '"span_corruption"', {"kind": "span_corruption"}),
+    "data.objectives.0.noise": ([{"kind": "infill"}], {"kind": "prefix"}, 'set kind = "denoising"', DENOISED),
+    "data.objectives.0.noise.0.share": (0.2, {"kind": "permute_tokens"}, '"drop_tokens" or "infill"', DROPS),
+    "data.objectives.0.noise.0.window": (4, DROPS, 'set kind = "permute_tokens"', {"kind": "permute_tokens"}),
+    "data.objectives.0.noise.0.mean_span": (2.0, DROPS, 'set kind = "infill"', {"kind": "infill"}),
+    "data.augmentation.0.share": (0.2, {"kind": "permute_sentences"}, 'set kind = "mask_tokens"', DROPS),
+    "data.augmentation.0.window": (4, DROPS, 'set kind = "permute_tokens"', {"kind": "permute_tokens"}),
+    "data.augmentation.0.mean_span": (2.0, DROPS, 'set kind = "infill"', {"kind": "infill"}),
     **{
         f"model.encoder_{name}": (value, {}, 'with kind = "decoder"; leave it out or set kind = "encoder_decoder"', TWO)
         for name, value in (("num_layers", 2), ("hidden_size", 768), ("num_heads", 12), ("num_kv_heads", 6))
@@ -169,12 +185,16 @@ def table_with(path: str, value: Any, siblings: dict[str, Any]) -> dict[str, Any
     table: Any = siblings | {name: value}
     for section in reversed(sections):
         table = [table] if section == "0" else {section: table}
+    if path.startswith("prepare.segmentation."):
+        table["prepare"]["content"] = "text"
     return table
 
 
 def fitting(table: dict[str, Any]) -> dict[str, Any]:
     """A whole run file around what a case is about: data and model must fit each other."""
     data, model_table = table.get("data", {}), table.get("model", {})
+    for objective in data.get("objectives", []):
+        objective.setdefault("kind", "denoising")  # a case of its noise
     if any(one["kind"] == "masked" for one in data.get("objectives", [])):
         return {"model": {"kind": "encoder"}} | table
     if "source_sequence_length" in data:
@@ -273,12 +293,13 @@ def test_every_form_of_a_condition() -> None:
 ALWAYS = {  # these have an effect with every kind
     OptimizerSettings: {"kind", "learning_rate", "weight_decay", "gradient_clipping", "layer_decay", "groups"},
     ObjectiveSettings: {"kind", "share"},
+    NoiseSettings: {"kind"},
 }
 
 
 @pytest.mark.parametrize(
     ("section", "table"),
-    [(OptimizerSettings, OPTIMIZERS), (ObjectiveSettings, OBJECTIVES)],
+    [(OptimizerSettings, OPTIMIZERS), (ObjectiveSettings, OBJECTIVES), (NoiseSettings, NOISES)],
     ids=lambda one: getattr(one, "__name__", ""),
 )
 def test_a_table_says_of_each_setting_which_kinds_read_it(section: type[Section], table: dict[str, Any]) -> None:
@@ -332,6 +353,7 @@ def test_an_optimizer_reads_what_its_row_says_and_nothing_else(kind: str) -> Non
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_an_objective_reads_what_its_row_says_and_nothing_else(kind: str) -> None:
     other = {"ahead": 3, "prefix_share": 0.8, "spm_share": 1.0, "density": 0.4, "mean_span": 9.0}
+    other |= {"noise": [NoiseSettings(kind="drop_tokens")]}
     assert set(other) == set(ObjectiveSettings.model_fields) - ALWAYS[ObjectiveSettings]
     documents = [text(length) for length in (20, 41, 60)]
 
@@ -339,6 +361,7 @@ def test_an_objective_reads_what_its_row_says_and_nothing_else(kind: str) -> Non
         objective = ObjectiveSettings.model_construct(**(ObjectiveSettings(kind=kind).__dict__ | values))
         data = DataSettings(max_document_length=200, sequence_length=200)
         examples = Examples(data.model_copy(update={"objectives": [objective]}), 1, VOCABULARY)
+        examples.kinds_of_tokens = np.zeros(VOCABULARY, np.uint8)  # each text is one sentence
         pieces = [
             fragment_of(row, one, examples, n) for row, one in enumerate(documents) for n in range(examples.pairs)
         ]

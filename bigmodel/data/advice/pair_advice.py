@@ -56,7 +56,7 @@ def pair_positions(store: Lengths) -> tuple[np.ndarray, np.ndarray]:
 
 def count_cut(store: Lengths, data: DataSettings) -> CutPairs:
     sources, targets = pair_positions(store)
-    columns = Examples(data, SEED).measure_pairs(sources, targets)
+    columns = Examples(data.without_augmentation(), SEED).measure_pairs(sources, targets)
     if data.classes:
         read = columns[:, 3] if data.source_sequence_length else columns[:, 1] - data.ends_classified
         return CutPairs(len(sources), int((read < sources).sum()), 0)

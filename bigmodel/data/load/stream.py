@@ -31,7 +31,7 @@ from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_se
 from bigmodel.data.load.readahead import Place as Where
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.classification import ClassNumbers
-from bigmodel.data.objectives.example import num_tokens
+from bigmodel.data.objectives.example import Example, num_tokens
 from bigmodel.data.objectives.examples import Document, Examples, nothing_asked
 from bigmodel.data.objectives.sentences import kinds_of
 from bigmodel.data.objectives.supervised import NAME, SUPERVISED, UNITS
@@ -156,6 +156,14 @@ class Builder:
             len(self.loss_groups),
             self.has_weights,
         )
+
+    def example(self, chunk: Chunk) -> Example:
+        """The example of a chunk that is not a plain one, or has become one by augmentation."""
+        return self._examples.make(chunk, self._read(chunk))
+
+    def objective_of(self, chunk: Chunk) -> str:
+        """The name of the objective of a chunk's example."""
+        return self.loss_groups[self.loss_group_of(chunk)][0]
 
     def loss_group_of(self, chunk: Chunk) -> int:
         """Index into `loss_groups` of the chunk's (objective, source)."""

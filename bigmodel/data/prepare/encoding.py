@@ -166,8 +166,9 @@ def _encode(
                 tokenless.dropped.update(encoder.find_dropped(text))
                 lengths[name].append(len(tokens))
                 sizes[name].append(len(content))
-                for number, of_pass in enumerate(drawn.get(name, ())):
-                    of_pass.append(len(segmenter.document(text, number)))
+                if name in drawn and segmenter:
+                    for of_pass, length in zip(drawn[name], segmenter.lengths(text), strict=True):
+                        of_pass.append(length)
             if split == "validation":
                 validation_text += [text.encode() for text in texts]
     dtype = np.dtype(np.uint8) if as_text else encoder.dtype

@@ -12,7 +12,7 @@ Guarantees: the ids depend on (seed, pass, text, tokenizer, settings) only, so r
 They decode to what the tokenizer's own ids decode to. Special tokens, tokens of single bytes and unknown tokens stay.
 The libraries' own dropout and sampling draw from generators that cannot be seeded for a text.
 
-Costs: about a tenth of the tokenizer's speed, measured in benchmarks/README.md.
+Costs: BPE-dropout about 1 MB of text a second and core, Unigram sampling 0.1 MB; `prepare` draws every pass once.
 """
 
 import json
@@ -64,11 +64,17 @@ class Segmenter:
 
     def document(self, text: str, number: int) -> np.ndarray:
         """(n,) stored ids of a text in pass `number`; passes repeat after `passes`."""
+        return self._tokenizer.stored(self._draw(text, *self._tokenizer.encode_words(text), number % self.passes))
+
+    def lengths(self, text: str) -> list[int]:
+        """Stored ids of a text in each pass."""
         ids, words_of = self._tokenizer.encode_words(text)
-        if words_of is not None and len(ids):
-            key = make_key("segmentation", self._seed, number % self.passes, text)
-            ids = self._sampler.sample(ids, words_of, key)
-        return self._tokenizer.stored(ids)
+        return [len(self._draw(text, ids, words_of, number)) + 2 for number in range(self.passes)]
+
+    def _draw(self, text: str, ids: np.ndarray, words_of: np.ndarray | None, number: int) -> np.ndarray:
+        if words_of is None or not len(ids):
+            return ids
+        return self._sampler.sample(ids, words_of, make_key("segmentation", self._seed, number, text))
 
 
 class BpeDropout:

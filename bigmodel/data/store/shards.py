@@ -214,6 +214,10 @@ class ShardStore:
         """The text of stored ids, without begin and end."""
         return self._tokenizer.decode_all(ids[1:-1])
 
+    def token_of(self, number: int) -> str:
+        """The name of a token in the tokenizer."""
+        return self._tokenizer.token_of(number)
+
     @cached_property
     def pieces(self) -> list[str]:
         """The text that each id stands for, with the white space around it; empty for special tokens."""
