@@ -205,7 +205,8 @@ class UnigramSampling:
 
     def choices(self, word: str) -> Choices:
         """By end of a piece: the pieces that may end there, with the probabilities of backward sampling."""
-        totals, found = [0.0], [([], [], [])]  # the logarithm of the sum over all segmentations up to each place
+        totals = [0.0]  # the logarithm of the sum over all segmentations up to each place
+        found: Choices = [([], [], [])]
         for end in range(1, len(word) + 1):
             starts, numbers, scores = [], [], []
             for start in range(max(0, end - self._longest), end):
