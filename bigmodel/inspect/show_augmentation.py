@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bigmodel.config.settings import Settings
-from bigmodel.data.load.stream import Builder, place_of
+from bigmodel.data.load.stream import Builder
 from bigmodel.data.objectives.example import Example
 from bigmodel.data.objectives.examples import Pair
 from bigmodel.data.objectives.supervised import Supervised
@@ -48,11 +48,11 @@ def noise_lines(settings: Settings, store: ShardStore, chunks: Iterable[Chunk]) 
 
 def segmentation_lines(store: ShardStore, chunk: Chunk) -> list[str]:
     """The first tokens of a document: the tokenizer's own, and those of the first passes."""
-    place = place_of(store, chunk)[:3]
+    source = store.sources[chunk.source]
     named = {"tokenizer": None} | {f"pass {number + 1}": number for number in range(min(2, store.passes))}
-    lines = [f"segmentations of document {chunk.row} of shard {chunk.shard} of {place[0]}:"]
+    lines = [f"segmentations of document {chunk.row} of shard {chunk.shard} of {source}:"]
     for name, number in named.items():
-        document = store.document(*place, number)
+        document = store.document(source, chunk.shard, chunk.row, number)
         ids = document.source if isinstance(document, Pair) else document
         assert not isinstance(ids, Supervised), "supervised documents are stored as tokens"
         lines.append(f"  {name + ':':<11}{len(ids) - 2:,} tokens: {in_pieces(store, ids[1:-1], '|')}")

@@ -20,13 +20,13 @@ from bigmodel.data.objectives.examples import Document
 
 REOPEN_SECONDS = 5.0  # how often a shard in use is marked as used, and fetched again if it was deleted for room
 
-Place = tuple[str, int, int] | tuple[str, int, int, int]  # source, shard, row; the pass, if it has its own tokens
+Place = tuple[Any, ...]  # source, shard, row; also the pass, if the texts of each have their own tokens
 
 
 class Store(Protocol):
     """The part of `ShardStore` that reading uses. A store without `open_shard`, in memory, is not read ahead."""
 
-    def document(self, source: str, shard: int, row: int, /, *number: int) -> Document: ...
+    def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class _Awaited:
@@ -80,9 +80,8 @@ class ReadAhead:
             return False
         return self._text_sources[source]
 
-    def document(self, source: str, shard: int, row: int, *number: int) -> Document:
-        """The document's stored tokens. Raises what reading it raised."""
-        place: Any = (source, shard, row, *number)
+    def document(self, *place: Any) -> Document:
+        """The stored tokens of the document at a `Place`. Raises what reading it raised."""
         awaited = self._awaited.get(place)
         if awaited is None:
             return self._store.document(*place)

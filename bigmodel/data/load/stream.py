@@ -63,7 +63,7 @@ CLOSE_SECONDS = 5.0  # how long close() waits for a running read; the thread is 
 class Documents(Lengths, Protocol):
     """The part of `ShardStore` that the stream uses."""
 
-    def document(self, source: str, shard: int, row: int, /, *number: int) -> Document: ...
+    def document(self, source: str, shard: int, row: int) -> Document: ...
 
 
 class Nodes(Protocol):

@@ -69,8 +69,8 @@ def assemble(
                 sizes = {column: [read_array(part, f"{split}_{column}_sizes") for part in mine] for column in columns}
             planned = _plan_shards(source.name, split, mine, lengths, sizes, shard_tokens, dtype)
             has_passes = dtype is None and split == SPLITS[0]  # shards of text may have random segmentations
-            kinds = {"has_spans": source.record is not None, "has_passes": has_passes}
-            shards += [replace(shard, **kinds) for shard in planned]
+            has_spans = source.record is not None
+            shards += [replace(shard, has_spans=has_spans, has_passes=has_passes) for shard in planned]
             for column, parts in lengths.items():
                 all_lengths[column].append(np.concatenate(parts))
             counts[source.name][split] = {
