@@ -1,4 +1,4 @@
-"""Random segmentations in training: lengths known before, each token of a pass once, the same on any ranks."""
+"""Random segmentations and noise in training: lengths known before, each token once a pass, the same on any ranks."""
 
 import json
 from collections import Counter
@@ -22,7 +22,8 @@ from tests.support.tiny_corpus import NEWS, prepared, tiny_settings, write_sourc
 DATA = DataSettings(
     max_document_length=40, sequence_length=64, source_sequence_length=96, max_documents=8, lanes=2, packing_buffer=4
 )
-DATA = DATA.model_validate(DATA.model_dump() | {"objectives": [{"kind": "causal"}]})
+NOISE = [{"kind": "drop_tokens", "share": 0.2}, {"kind": "mask_tokens", "share": 0.2}]
+DATA = DATA.model_validate(DATA.model_dump() | {"objectives": [{"kind": "causal"}], "augmentation": NOISE})
 DROPOUT = {"kind": "bpe_dropout", "dropout": 0.3, "passes": 2}
 
 

@@ -99,6 +99,9 @@ def test_bpe_dropout_has_the_probabilities_of_its_paper(dropout: float) -> None:
     seen = drawn(sampler, [token.id for token in model.tokenize(WORD)], 6000, list(vocabulary), "u")
     assert fits(seen, expected)
     assert not fits(seen, wrong)
+    word = np.array([token.id for token in model.tokenize(WORD)])
+    alone = Counter(tuple(sampler.sample(word, np.zeros_like(word), key).tolist()) for key in range(600))
+    assert fits(alone, expected)  # draws of one merge tell nothing about those of the next
 
 
 def test_and_those_of_the_librarys_own_dropout() -> None:
