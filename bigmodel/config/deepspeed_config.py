@@ -241,6 +241,13 @@ def _refuse_combinations(config: dict[str, Any], settings: Settings, world_size:
             f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(nvme_path)} must be the absolute path of a "
             "folder on a local disk; it will hold the optimizer's state"
         )
+    offload = device_of(zero.get("offload_optimizer"))
+    if settings.pruning.kind != "none" and offload in ("cpu", "nvme") and config["gradient_clipping"]:
+        source.problem(
+            f'pruning.kind = "{settings.pruning.kind}" with zero_optimization.offload_optimizer: DeepSpeed {VERSION} '
+            "clips by a norm that holds the gradients of pruned weights; set optimizer.gradient_clipping = 0, or do "
+            "not offload"
+        )
     if stage == 0 and precision != "fp32":
         source.problem(
             f"zero_optimization.stage = 0 with {precision}: DeepSpeed {VERSION} cannot accumulate gradients in fp32 "

@@ -28,6 +28,8 @@ from bigmodel.config.lora_settings import LoraSettings as LoraSettings
 from bigmodel.config.measures import MEASURES
 from bigmodel.config.model_settings import ModelSettings as ModelSettings
 from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSettings
+from bigmodel.config.pruning_settings import PruningSettings as PruningSettings
+from bigmodel.config.pruning_settings import problem_of_pruning, with_end_of_pruning
 from bigmodel.config.schedule_settings import COUNTED, with_default_warmup
 from bigmodel.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from bigmodel.config.sections import SAVED as SAVED
@@ -318,6 +320,7 @@ class Settings(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings = TrainingSettings()
+    pruning: PruningSettings = PruningSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -383,6 +386,13 @@ class Settings(Section):
     @model_validator(mode="after")
     def _default_warmup_fits(self) -> "Settings":
         object.__setattr__(self, "schedule", with_default_warmup(self.schedule, self.training.steps))
+        return self
+
+    @model_validator(mode="after")
+    def _pruning_fits(self) -> "Settings":
+        object.__setattr__(self, "pruning", with_end_of_pruning(self.pruning, self.training.steps))
+        if problem := problem_of_pruning(self):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

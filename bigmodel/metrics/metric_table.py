@@ -79,6 +79,7 @@ RUN = (
     Metric("loss_scale", "gauge", "Loss scale of fp16 in the last step"),
     Metric("weight_norm", "gauge", "L2 norm of the weights of a kind of layer, at the last measured step", ("layers",)),
     Metric("update_norm", "gauge", "L2 norm of the last measured update, by kind of layer", ("layers",)),
+    Metric("pruned_ratio", "gauge", "Share of zeros in the matrices of [pruning], when it last pruned"),
     Metric(
         "spikes", "counter", "Steps whose loss or gradient norm was 6 standard deviations above those before",
         ("signal",),

@@ -91,6 +91,7 @@ class StepRecord:
     slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss
     slowest_rank_lag_seconds: float | None = None
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm and update_norm, at measured steps
+    pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned
 
 
 class Seat(NamedTuple):

@@ -256,6 +256,7 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
     named = ("gradient_norm", "learning_rate", "z_loss", "loss_scale", "slowest_rank", "slowest_rank_lag_seconds")
     gauges = {name: line[name] for name in named} | {
         "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
+        "pruned_ratio": line.get("pruned_share"),
         "training_loss_nats": line["loss"],
         "last_step_timestamp_seconds": line["time"],
         "tokens_per_second": line["positions"] / line["step_seconds"] if line["step_seconds"] else None,

@@ -69,6 +69,7 @@ from bigmodel.training.class_summary import summarize_classes
 from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
+from bigmodel.training.pruning import Pruner
 from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.teacher import in_words, open_teacher, refuse_another, state_of
@@ -144,6 +145,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     # The place to start from, and the reports.
     start = _find_start(settings, store, place, engine, world, fresh, new_plan)
     refuse_another(model.teacher, start.state)
+    pruner = Pruner(settings.pruning, engine, start.step)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     profiler = Profiler(metrics.folder, world.rank)
@@ -195,6 +197,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         norms.before_update(done)
         with phases("optimizer"):
             engine.update(rate, skip=bad, betas=betas(step.number, settings))
+            pruner.step(done)
         bad_steps = bad_steps + 1 if bad and not engine.scales_loss else 0
 
         # Report.
@@ -217,6 +220,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
             distillation_loss=sums.divergence / step.weight if model.teacher else None,
             norms=norms.after_update(),
+            pruned_share=pruner.share,
         )
         metrics.record_step(record, phases.take())
         line.update(done, loss, step.num_tokens / record.step_seconds)

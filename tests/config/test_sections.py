@@ -31,6 +31,7 @@ GIVEN = {"tokenizer": "t.json"}
 FALLING, CYCLE, RISING = {"kind": "deepspeed_linear"}, {"kind": "one_cycle"}, {"kind": "range_test"}
 MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
 TWO = {"kind": "encoder_decoder"}
+PRUNED = {"kind": "magnitude"}
 LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "llama3", "yarn"))
 LENGTH = {"original_max_position_embeddings": 512}
 
@@ -118,6 +119,17 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "distillation.top_k": (9, {}, "without teacher; leave it out or set teacher", {"teacher": "big"}),
     "distillation.direction": ("reverse", {}, "without teacher; leave it out or set teacher", {"teacher": "big"}),
     "distillation.precision": ("bf16", {}, "without teacher; leave it out or set teacher", {"teacher": "big"}),
+    "pruning.sparsity": (0.8, {"kind": "2:4"}, "(2:4 is half of the weights)", PRUNED),
+    "pruning.initial_sparsity": (
+        0.1,
+        {},
+        'with kind = "none"; leave it out or set kind = "magnitude" or "2:4"',
+        PRUNED,
+    ),
+    "pruning.begin_step": (9, {}, 'with kind = "none"', PRUNED),
+    "pruning.end_step": (9, {}, 'with kind = "none"', PRUNED),
+    "pruning.every_steps": (9, {}, 'with kind = "none"', PRUNED),
+    "pruning.targets": (["head"], {}, 'with kind = "none"', PRUNED),
     "optimizer.beta1": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {}),
     "optimizer.beta2": (0.8, {"kind": "adafactor"}, 'with kind = "adafactor"', {"kind": "lion"}),
     "optimizer.epsilon": (1e-3, {"kind": "lion"}, 'with kind = "lion"; leave it out or set', {"kind": "adafactor"}),

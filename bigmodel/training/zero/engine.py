@@ -38,6 +38,7 @@ from bigmodel.metrics.phases import Phases
 from bigmodel.training.optimizers.groups import build_optimizer, states_of
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
+from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
 from bigmodel.training.zero.ulysses import Sequence
@@ -92,6 +93,7 @@ class Engine:
         )
         self._compiles = settings.training.compile
         self._norm: float | None = None
+        self._zeros: HeldZeros | None = None
         self._ema_decay = settings.training.ema_decay
         self._averages: list[Tensor] = []
         self._vectors: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}  # replicated on all ranks
@@ -120,6 +122,8 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """The global L2 norm of the gradient, before clipping, after the last micro-batch; may be inf or nan."""
+        if self._zeros:
+            self._zeros.drop_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for gradient in [chunk for chunks in self._layout.gradients() for chunk in chunks]:
             for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
@@ -256,6 +260,23 @@ class Engine:
                 if key in (WEIGHT, AVERAGE):
                     elements.copy_(read(name, first, elements.numel()))
         self._layout.publish()
+
+    def hold_zeros(self, names: Iterable[str]) -> None:
+        """From now on, elements of these weights that are 0 stay 0 in every update, and have no gradient."""
+        self._zeros = HeldZeros(self._layout, self._optimizer, [self._trained[name] for name in names])
+
+    @torch.no_grad()
+    def set_to_zero(self, name: str, where: Tensor) -> None:
+        """Zero elements of a weight and of its average; the forward pass sees it after `publish`. where: flat, of the whole
+        weight."""
+        for key, (first, elements) in self._held(name).items():
+            if key in (WEIGHT, AVERAGE):
+                elements.view(-1).masked_fill_(where[first : first + elements.numel()].to(elements.device), 0)
+
+    def publish(self) -> None:
+        """Copy the masters to the weights of the forward pass. Collective."""
+        with torch.no_grad():
+            self._layout.publish()
 
     def scaler_state(self) -> dict[str, float]:
         """The state of dynamic loss scaling in fp16; otherwise empty."""
