@@ -418,8 +418,16 @@ def export(
     ] = None,
     best: Best = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="only the adapters of [lora], as peft loads them")] = False,
+    quantize: Annotated[
+        str, typer.Option(metavar="FORM", help="int8 (compressed-tensors) or q8_0 (GGUF, for llama.cpp): 8-bit weights")
+    ] = "",
+    evaluate: Annotated[bool, typer.Option(help="--quantize: measure the validation loss before and after")] = True,
 ) -> None:
     """Write the newest checkpoint as a Hugging Face folder, which transformers loads; adapters are merged."""
+    if adapter and quantize:
+        raise UserError(f"--adapter with --quantize {quantize}: adapters are not quantized; give only one of them")
+    if not (quantize or evaluate):
+        raise UserError("--no-evaluate has an effect only with --quantize; leave it out")
     if adapter:
         from bigmodel.exchange.export import export_adapter_of
 
@@ -427,7 +435,8 @@ def export(
         return
     from bigmodel.exchange.export import export as run
 
-    done = run(run_directory, folder, kind, dtype, int((5 if max_gib is None else max_gib) * 2**30), best)
+    largest = int((5 if max_gib is None else max_gib) * 2**30)
+    done = run(run_directory, folder, kind, dtype, largest, best, quantize, evaluate)
     print(f"{done.folder}: {done.class_name} of step {done.step}")
     for remark in done.remarks:
         print(f"  {remark}")

@@ -7,7 +7,7 @@ they are read from the checkpoint and written one by one.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.exchange.adapter import export_adapter
+from bigmodel.exchange.quantization import Card, Form, form_of, losses_of
 from bigmodel.exchange.tokenizer_files import as_json, read_description, token_ids, tokenizer_files
 from bigmodel.model.huggingface.folder import BESIDE, MAX_BYTES, write_folder
 from bigmodel.model.huggingface.weights import Names, names_of
@@ -48,7 +49,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     """The weights of a checkpoint under their names, each read when it is asked for."""
 
     def __init__(self, source: checkpoint.WeightSource, names: Names, dtype: torch.dtype) -> None:
-        self._source, self.dtype = source, dtype
+        self._source, self._dtype = source, dtype
         self._places: dict[str, tuple[str, int, list[int]]] = {}
         for ours, parts in names.items():
             shape = source.shape(ours)
@@ -68,7 +69,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         ours, first, shape = self._places[name]
         row = torch.Size(shape[1:]).numel()
-        return self._source.read(ours, first * row, torch.Size(shape).numel()).view(shape).to(self.dtype)
+        return self._source.read(ours, first * row, torch.Size(shape).numel()).view(shape).to(self._dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._dtype
 
     def shape(self, name: str) -> list[int]:
         return self._places[name][2]
@@ -81,22 +85,29 @@ def export(
     dtype: str = "float32",
     max_bytes: int = MAX_BYTES,
     best: bool = False,
+    quantize: str = "",
+    evaluate: bool = True,
 ) -> Exported:
     """Write the newest or the best good checkpoint of a run as a Hugging Face folder, with its adapters merged.
 
-    kind: its `model_type`; empty: that of `model.from`, or the first type that holds the model. Raises `UserError` that
-    names the settings which the type lacks.
+    kind: its `model_type`; empty: that of `model.from`, or the first type that holds the model. quantize: a key of
+    `FORMS`; empty: none. evaluate: measure the loss before and after quantization, which holds the whole model in
+    memory. Raises `UserError` that names the settings which the type lacks.
     """
     as_dtype = _dtype(dtype)
     settings = _settings_of(run_directory)
     kind = _type_of(settings, kind)
+    form = form_of(quantize, kind, settings, dtype, max_bytes)
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder, or delete this one")
     found = checkpoint.of_run(run_directory, best)
     store = ShardStore.of_run(settings.data, "validation")
     wanted = ("tokenizer.json", *((CHAT_TEMPLATE,) if CHAT_TEMPLATE in store.manifest.files else ()))
     files = {name: store.file(name) for name in wanted}
+    losses = losses_of(run_directory, best, kind, form) if form and evaluate else []
     with checkpoint.weights(found, kept_open=0) as source:
-        remarks = write_model(folder, settings, kind, source, files, as_dtype, max_bytes)
-    return Exported(folder, found.state["step"], class_of(kind, settings.model), remarks)
+        remarks = write_model(folder, settings, kind, source, files, as_dtype, max_bytes, form, losses)
+    return Exported(folder, found.state["step"], class_of(kind, settings.model), [*losses, *remarks])
 
 
 def write_model(
@@ -107,9 +118,11 @@ def write_model(
     files: Mapping[str, Path],
     dtype: torch.dtype = torch.float32,
     max_bytes: int = MAX_BYTES,
+    form: Form | None = None,
+    losses: Sequence[str] = (),
 ) -> list[str]:
     """Write weights as a Hugging Face folder of type `kind`; gives remarks. files: tokenizer.json of the data, and
-    chat_template.jinja if there is one."""
+    chat_template.jinja if there is one. form: of quantized weights. losses: said in README.md."""
     tokenizer = Tokenizer.load(files["tokenizer.json"], fast=False)
     description = read_description(files["tokenizer.json"])
     names, start = names_of(kind, settings.model), _object_of(settings.model.start_folder, "config.json")
@@ -125,8 +138,17 @@ def write_model(
     if CHAT_TEMPLATE in files:
         more[CHAT_TEMPLATE] = files[CHAT_TEMPLATE].read_bytes()
     beside = [theirs for ours, parts in names.items() if ours.startswith(MTP) for theirs, _ in parts]
-    write_folder(folder, config, CheckpointWeights(source, names, dtype), max_bytes, more, beside)
-    return _remarks(settings, kind, names, source, description)
+    weights, remarks = CheckpointWeights(source, names, dtype), _remarks(settings, kind, names, source, description)
+    if form is None:
+        write_folder(folder, config, weights, max_bytes, more, beside)
+        return remarks
+    card = Card(class_of(kind, settings.model), folder.name, losses)
+    if form.is_file:
+        return [*form.write_file(folder, weights, positions, ids, more, beside, card), *remarks]
+    more["README.md"] = card.text(form).encode()
+    config["quantization_config"] = form.config(names)
+    write_folder(folder, config, form.weights(weights, names, beside), max_bytes, more, beside)
+    return remarks
 
 
 def export_adapter_of(

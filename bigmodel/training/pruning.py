@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.config.settings import PruningSettings, UserError
-from bigmodel.training.trained import matching, near
+from bigmodel.training.trained import is_hidden, matching, near
 from bigmodel.training.zero.engine import WEIGHT, Engine
 
 
@@ -82,11 +82,6 @@ def targets_of(pruning: PruningSettings, shapes: Mapping[str, Sequence[int]], tr
             'pruning.targets, model.hidden_size or model.intermediate_size, or kind = "magnitude"'
         )
     return chosen
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a matrix is neither an embedding nor a head."""
-    return not name.removeprefix("encoder.").startswith(("embedding.", "input.", "head.", "relative_bias."))
 
 
 class Pruner:

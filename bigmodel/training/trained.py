@@ -56,6 +56,11 @@ def passes(model: nn.Module) -> float:
     return sum(size * (2 + is_trained) for size, is_trained in matrices.values()) / own
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a matrix is neither an embedding nor a head."""
+    return not name.removeprefix("encoder.").startswith(("embedding.", "input.", "head.", "relative_bias."))
+
+
 def size_of(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, which may be partitioned."""
     return math.prod(getattr(parameter, "ds_shape", parameter.shape))

@@ -25,7 +25,9 @@ from bigmodel.run_directory import read_json
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BESIDE = "mtp.safetensors"  # no reader of the class opens it
 MAX_BYTES = 5 << 30  # of a file, as transformers writes them
-WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WRITTEN = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 
 
 class FolderWeights(Mapping[str, Tensor]):
@@ -121,12 +123,11 @@ def _names_in(path: Path) -> set[str]:
 
 
 class Described(Protocol):
-    """Weights by name, in order, all of one type; `shape` without reading them."""
-
-    dtype: torch.dtype
+    """Weights by name, in order; shape and type without reading them."""
 
     def __iter__(self) -> Iterator[str]: ...
     def __getitem__(self, name: str) -> Tensor: ...
+    def dtype_of(self, name: str) -> torch.dtype: ...
     def shape(self, name: str) -> list[int]: ...
 
 
@@ -148,7 +149,7 @@ def write_folder(
     for name, content in more.items():
         (partial / name).write_bytes(content)
     _write_json(partial / "config.json", config)
-    sizes = {name: math.prod(weights.shape(name)) * weights.dtype.itemsize for name in weights if name not in beside}
+    sizes = {name: _bytes_of(weights, name) for name in weights if name not in beside}
     files = _divided(sizes, max_bytes)
     places: dict[str, str] = {}
     for number, names in enumerate(files, 1):
@@ -161,6 +162,10 @@ def write_folder(
     if beside:
         _write_weights(partial / BESIDE, weights, beside)
     os.replace(partial, folder)
+
+
+def _bytes_of(weights: Described, name: str) -> int:
+    return math.prod(weights.shape(name)) * weights.dtype_of(name).itemsize
 
 
 def _divided(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
@@ -182,8 +187,12 @@ def _write_weights(path: Path, weights: Described, names: Sequence[str]) -> None
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        begin, end = end, end + math.prod(weights.shape(name)) * weights.dtype.itemsize
-        header[name] = {"dtype": WRITTEN[weights.dtype], "shape": weights.shape(name), "data_offsets": [begin, end]}
+        begin, end = end, end + _bytes_of(weights, name)
+        header[name] = {
+            "dtype": WRITTEN[weights.dtype_of(name)],
+            "shape": weights.shape(name),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
