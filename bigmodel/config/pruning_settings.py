@@ -49,8 +49,8 @@ class PruningSettings(Section):
     targets: list[str] = setting(
         [],
         only_with={"kind": KINDS},
-        description='patterns of the matrices: "blocks.*.feed_forward.*", "head"; empty: all trained matrices of '
-        "attention and feed-forward layers",
+        description='patterns of the matrices: "blocks.*.feed_forward.*", "head"; empty: all that are trained, '
+        "without embeddings and head",
     )
 
     @property

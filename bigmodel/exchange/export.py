@@ -21,7 +21,7 @@ from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.exchange.adapter import export_adapter
-from bigmodel.exchange.quantization import Card, Form, form_of, losses_of
+from bigmodel.exchange.quantization import Card, Form, Gguf, form_of, losses_of
 from bigmodel.exchange.tokenizer_files import as_json, read_description, token_ids, tokenizer_files
 from bigmodel.model.huggingface.folder import BESIDE, MAX_BYTES, write_folder
 from bigmodel.model.huggingface.weights import Names, names_of
@@ -143,7 +143,7 @@ def write_model(
         write_folder(folder, config, weights, max_bytes, more, beside)
         return remarks
     card = Card(class_of(kind, settings.model), folder.name, losses)
-    if form.is_file:
+    if isinstance(form, Gguf):
         return [*form.write_file(folder, weights, positions, ids, more, beside, card), *remarks]
     more["README.md"] = card.text(form).encode()
     config["quantization_config"] = form.config(names)

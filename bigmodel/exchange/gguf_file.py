@@ -1,8 +1,9 @@
 """GGUF: one file with weights in Q8_0, settings and tokenizer, which llama.cpp and its kin load. The only file that
 imports gguf.
 
-In: weights under the names of a Hugging Face class. Out: the file. Q8_0: 32 consecutive weights share one fp16 scale and
-have 8 bits each. Rows that are no multiple of 32 are fp16, norms and biases fp32, as llama.cpp's own converter does.
+In: weights under the names of a Hugging Face class. Out: the file. Q8_0: 32 consecutive weights have 8 bits each and
+share one fp16 scale. Rows of another length than a multiple of 32 are fp16, norms and biases fp32, as llama.cpp itself
+has them.
 Costs: one matrix in memory at a time.
 """
 
@@ -80,8 +81,9 @@ def write_gguf(
     tokenizer: bytes,
     template: str = "",
 ) -> list[str]:
-    """Write the file; gives remarks. left_out: names. positions: of the longest text. ids: as in config.json. tokenizer: tokenizer.json
-    with the ids above the vocabulary. Raises `UserError` for a tokenizer that llama.cpp does not know."""
+    """Write the file; gives remarks. left_out: names. positions: of the longest text. ids: as in config.json.
+    tokenizer: tokenizer.json with the ids above the vocabulary. Raises `UserError` for a tokenizer that llama.cpp does
+    not know."""
     gguf = require_gguf()
     rows = weights.shape("model.embed_tokens.weight")[0]
     remarks, words = _words_of(json.loads(tokenizer))

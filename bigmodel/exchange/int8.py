@@ -1,4 +1,4 @@
-"""Weights in 8 bits, one scale for each output channel, in the form of compressed-tensors that transformers and vLLM load.
+"""Weights in 8 bits, one scale for each output channel, in a form of compressed-tensors: transformers and vLLM load it.
 
 In: weights under the names of a class. Out: for each hidden matrix `weight_packed`, `weight_scale` and `weight_shape`;
 other weights as they are. Form: "pack-quantized", 8 bits, symmetric, strategy "channel", activations not quantized
@@ -18,6 +18,12 @@ from bigmodel.model.huggingface.folder import Described
 
 LARGEST = 127
 PARTS = ("_packed", "_scale", "_shape")  # of a quantized weight; the class has one module for all three
+# Types that transformers 4.57 with compressed-tensors 0.20 does not load, and why.
+NOT_LOADED = {
+    "t5": "its embedding is shared by two modules",
+    "mt5": "its embedding is shared by two modules",
+    "modernbert": "its class initializes weights that are not there yet",
+}
 # Modules that a class for encoders may add to what the folder holds.
 ADDED_HEADS = ("re:.*pooler.*", "re:cls.*", "re:head.*", "re:decoder$", "re:classifier.*")
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel.config.huggingface import class_of
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.classify import make_validation
@@ -31,7 +30,6 @@ NORMS = ("norm.weight", "norm.bias")
 class Int8:
     """8 bits for hidden matrices, a scale for each output; the rest in `dtype`."""
 
-    is_file = False
     about = "8-bit integers with one scale for each output channel (compressed-tensors, W8A16); embeddings and head"
     loading = "`AutoModel...from_pretrained(FOLDER, dtype=...)` of transformers, with the package compressed-tensors"
 
@@ -55,7 +53,6 @@ class Int8:
 class Gguf:
     """One GGUF file of llama.cpp."""
 
-    is_file = True
     about = "GGUF Q8_0: 8 bits, one scale for 32 weights"
     loading = "llama.cpp and its kin; `AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=...)` of transformers"
 
@@ -115,16 +112,25 @@ def form_of(name: str, kind: str, settings: Settings, dtype: str, max_bytes: int
     if not name:
         return None
     if name == "int8":
+        if why := int8.NOT_LOADED.get(kind):
+            raise UserError(
+                f"--quantize int8: transformers with compressed-tensors does not load a quantized {kind} ({why}); "
+                "leave --quantize out"
+            )
         return Int8(kind, settings.model, getattr(torch, dtype))
     if name != "q8_0":
         raise UserError(f"--quantize {name}: unknown; use int8 or q8_0")
     if problem := gguf_file.problem_of_gguf(kind, settings.model):
-        raise UserError(f"--quantize q8_0: {problem}; use --quantize int8")
+        raise UserError(f"--quantize q8_0: {problem}; {_other(kind)}")
     for option, given in (("--dtype", dtype != "float32"), ("--max-gib", max_bytes != MAX_BYTES)):
         if given:
             raise UserError(f"{option} has no effect with --quantize q8_0, one file of fixed types; leave it out")
     gguf_file.require_gguf()
     return Gguf(kind, settings.model)
+
+
+def _other(kind: str) -> str:
+    return "leave it out" if kind in int8.NOT_LOADED else "use --quantize int8"
 
 
 @torch.no_grad()

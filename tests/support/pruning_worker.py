@@ -1,4 +1,4 @@
-"""One rank of the tests of pruning: trains small models with the engine, and the same in plain torch with NumPy masks."""
+"""One rank of the tests of pruning: small models in the engine; the same in plain torch with masks of NumPy."""
 
 import json
 from pathlib import Path

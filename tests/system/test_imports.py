@@ -93,6 +93,7 @@ ONE_FILE = {
     "prometheus_client": "bigmodel.metrics.exporter",
     "distributed": "bigmodel.data.prepare.work_items",
     "fsspec": "bigmodel.data.store.files",
+    "gguf": "bigmodel.exchange.gguf_file",
 }
 
 

@@ -267,8 +267,8 @@ class Engine:
 
     @torch.no_grad()
     def set_to_zero(self, name: str, where: Tensor) -> None:
-        """Zero elements of a weight and of its average; the forward pass sees it after `publish`. where: flat, of the whole
-        weight."""
+        """Zero elements of a weight and of its average; the forward pass sees it after `publish`. where: flat, of the
+        whole weight."""
         for key, (first, elements) in self._held(name).items():
             if key in (WEIGHT, AVERAGE):
                 elements.view(-1).masked_fill_(where[first : first + elements.numel()].to(elements.device), 0)

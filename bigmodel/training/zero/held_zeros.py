@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmodel.training.zero.layouts import Layout, ParameterShard
+from bigmodel.training.zero.layouts import Layout, ParameterShard, RunsInBf16
 
 Piece = tuple[int, int, int, int]  # chunk of the gradient, first element in it, first element in the master, elements
 
@@ -32,9 +32,9 @@ class HeldZeros:
 
     @torch.no_grad()
     def drop_gradients(self) -> None:
-        """Zero the gradient of pruned weights, so that norm, clipping and moments do not see it. Call it before the norm
-        is computed."""
-        if self._layout.repeats_gradients:
+        """Zero the gradient of pruned weights, so that norm, clipping and moments do not see it. Call it before the
+        norm is computed."""
+        if isinstance(self._layout, RunsInBf16):
             for parameter in self._parameters:
                 self._layout.whole_gradient(parameter).masked_fill_(parameter == 0, 0)
             return

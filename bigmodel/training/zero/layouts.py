@@ -36,7 +36,6 @@ class Layout(Protocol):
     partitioned: bool  # whether ranks hold different masters; otherwise each rank holds all
     shares_frozen: bool  # whether ranks hold different parts of frozen parameters; otherwise each rank holds all
     offloaded: bool  # whether masters and gradients are on the CPU
-    repeats_gradients: bool  # whether each rank holds all of the gradient, also of other ranks' masters
 
     def masters(self) -> list[Tensor]: ...
 
@@ -56,10 +55,6 @@ class Layout(Protocol):
         """For each master, its gradient in chunks, end to end; after the last micro-batch, before the update."""
         ...
 
-    def whole_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """With `repeats_gradients`: of the shape of the parameter, which is whole too."""
-        ...
-
     def publish(self) -> None:
         """Copy the masters, rounded, to the weights of the forward pass, on every rank."""
         ...
@@ -68,7 +63,7 @@ class Layout(Protocol):
 class Whole:
     """Stage 0, fp32, nothing partitioned: parameters are their own masters."""
 
-    partitioned = offloaded = shares_frozen = repeats_gradients = False
+    partitioned = offloaded = shares_frozen = False
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -96,7 +91,7 @@ class Whole:
 class Runs:
     """Stages 1 and 2: each rank owns one range of a flat master; a parameter may be spread over several ranks."""
 
-    partitioned, shares_frozen, repeats_gradients = True, False, False
+    partitioned, shares_frozen = True, False
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._zero = engine.optimizer
@@ -129,9 +124,7 @@ class Runs:
 
 class RunsInBf16(Runs):
     """Stage 1 in bf16 with fp32 sums, DeepSpeed's BF16_Optimizer: each master has one whole gradient tensor. Every rank
-    takes the norm for clipping from all gradients."""
-
-    repeats_gradients = True
+    holds all of the gradient, also of other ranks' masters, and takes from it the norm for clipping."""
 
     def masters(self) -> list[Tensor]:
         return list(self._zero.fp32_groups_flat_partition)
@@ -143,6 +136,7 @@ class RunsInBf16(Runs):
         return [[gradient] for gradient in self._zero.fp32_groups_gradient_flat_partition]
 
     def whole_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Of the shape of the parameter, which is whole too."""
         groups = zip(self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True)
         pairs = (pair for group, gradients in groups for pair in zip(group, gradients, strict=True))
         gradient = next(gradient for member, gradient in pairs if member is parameter)
@@ -153,7 +147,6 @@ class Shares:
     """Stage 3: each rank owns the same share of every parameter, padded at the end."""
 
     partitioned = shares_frozen = True
-    repeats_gradients = False
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self._zero = engine.optimizer
