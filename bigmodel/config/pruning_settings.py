@@ -1,13 +1,10 @@
 """Settings of pruning ([pruning])."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from bigmodel.config.sections import Section, setting
-
-if TYPE_CHECKING:
-    from bigmodel.config.settings import Settings
 
 KINDS = ("magnitude", "2:4")
 
@@ -71,8 +68,8 @@ def with_end_of_pruning(pruning: PruningSettings, steps: int) -> PruningSettings
     return pruning.model_copy(update={"end_step": max(pruning.begin_step, steps // 2)})
 
 
-def problem_of_pruning(settings: "Settings") -> str:
-    """Why pruning does not go with other settings; empty: it does."""
+def problem_of_pruning(settings: Any) -> str:
+    """Why pruning does not go with other settings; empty: it does. settings: `Settings`, which imports this."""
     pruning = settings.pruning
     if pruning.kind == "none":
         return ""

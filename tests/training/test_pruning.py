@@ -38,7 +38,7 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any], dict[str, Any]]] = {
 LOW = {
     "bf16 1": (2, 1, "bf16", GRADUAL, TIGHT),
     "bf16 2": (2, 2, "bf16", TWO_OF_FOUR, {"optimizer": {"kind": "lion"}}),
-    "bf16 3": (2, 3, "bf16", GRADUAL, {}),
+    "bf16 3": (2, 3, "bf16", GRADUAL, TIGHT),
     "fp16 1": (2, 1, "fp16", GRADUAL, TIGHT),
 }
 MOVES = {"bf16 1": 3, "bf16 3": 2}  # saved by two ranks, resumed by one
@@ -103,6 +103,13 @@ def test_pruned_weights_are_zero_in_masters_and_forward_pass_and_a_resume_repeat
         assert elsewhere["begun"] == once["saved"]
         assert elsewhere["losses"][0] == pytest.approx(once["losses"][3], rel=1e-3)
         assert zeros_in(elsewhere["weights"]) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_every_stage_takes_norm_and_clipping_from_the_weights_that_are_left(results) -> None:
+    """Stage 1 in bf16 holds gradients in another way."""
+    one, three = results["bf16 1"], results["bf16 3"]
+    assert one["norms"] == pytest.approx(three["norms"], rel=2e-3)
+    assert zeros_in(one["weights"]) == zeros_in(three["weights"])
 
 
 def test_the_average_of_the_weights_is_pruned_too(results) -> None:
