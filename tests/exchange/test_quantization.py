@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,12 @@ def test_what_a_form_cannot_hold_is_refused(name: str) -> None:
     form, kind, model, complaint = BAD[name]
     with pytest.raises(UserError, match=complaint):
         form_of(form, kind, Settings.model_validate({"model": model}), "float32", 5 << 30)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"--quantize q8_0 needs the package gguf; pip install 'bigmodel\[gguf\]'"):
+        form_of("q8_0", "llama", Settings(), "float32", 5 << 30)
 
 
 def test_options_without_effect_are_refused() -> None:
