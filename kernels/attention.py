@@ -13,6 +13,9 @@ bias raw is the scaled product alone; without a cap score = raw. With p the soft
     dk[s, g] = scale * sum_th draw_s * q[t, h]   dq[t, h] = scale * sum_s draw_s * k[s, g]
     dbias[h, r] = sum of draw over all pairs at that distance
 
+With dropout p_s counts as p_s * f_s in out and dv, and dp_s as dp_s * f_s, with f_s = 0 or 1 / (1 - rate)
+(`kernels/attention_dropout.py`).
+
 In: q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projection too), an AttentionMask.
 Out: (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last of cu_seqlens are written
 (zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
@@ -36,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from bigmodel.kernels.attention_dropout import AttentionDropout, factors, keeps, load_key_words, load_query_words
 from bigmodel.kernels.mask import FULL, AttentionMask, count_in_part, dense, load_tile, sees, tile_in_part
 from bigmodel.kernels.tiles import TileMetadata, document_lengths, make_tile_metadata
 from bigmodel.kernels.triton_import import INTERPRETED, tl, triton
@@ -52,6 +56,7 @@ def attention_reference(
     scale: float | None = None,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Attention in plain torch, one document at a time; runs on CPU. Shapes as `attention`, any float type.
 
@@ -79,13 +84,17 @@ def attention_reference(
         strict=True,
     )
     outs = []
+    query_end = key_end = 0
     for number, (q, k, v) in enumerate(documents):
+        queries, keys = (slice(end, end + len(rows)) for end, rows in ((query_end, q), (key_end, k)))
+        query_end, key_end = queries.stop, keys.stop
         if q.shape[0] == 0 or k.shape[0] == 0:
             outs.append(torch.zeros_like(q))
-        elif softcap is None and bias_HR is None:
+        elif softcap is None and bias_HR is None and dropout is None:
             outs.append(_attend_document(q, k, v, mask, number, scale))
         else:
-            outs.append(_attend_document_by_formula(q, k, v, mask, number, scale, softcap, bias_HR))
+            drops = None if dropout is None else factors(dropout, queries, keys, q.shape[1], q.dtype)
+            outs.append(_attend_document_by_formula(q, k, v, mask, number, scale, softcap, bias_HR, drops))
     outs.append(q_THK.new_zeros(beyond_T, *q_THK.shape[1:]))
     out_THK = torch.cat(outs)
     if not any(queries and keys for queries, keys in lengths):
@@ -117,7 +126,7 @@ def _attend_document(
 
 def _attend_document_by_formula(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, number: int, scale: float,
-    softcap: float | None, bias_HR: Tensor | None,
+    softcap: float | None, bias_HR: Tensor | None, factors_HTS: Tensor | None,
 ) -> Tensor:  # fmt: skip
     group = q_THK.shape[1] // k_SGK.shape[1]
     k_SHK, v_SHK = k_SGK.repeat_interleave(group, 1), v_SGK.repeat_interleave(group, 1)
@@ -132,6 +141,8 @@ def _attend_document_by_formula(
     hidden_TS = ~_visible_in_document(q_THK, k_SGK, mask, number)
     score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
     p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
+    if factors_HTS is not None:
+        p_HTS = p_HTS * factors_HTS
     return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
 
 
@@ -218,11 +229,12 @@ def raw_gradient(p_MC, dp_MC, delta_MC, score_MC, cap2, CAPPED: tl.constexpr):
     return d_raw_MC
 
 
-@triton.jit(do_not_specialize=["left", "right", "num_rows"])
-def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
-                   v_head_stride, left, right, scale2, cap2, num_heads, num_rows,
-                   GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
-                   HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
+def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, threshold, factor, tiles, q_stride,
+                   q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, left, right, scale2, cap2,
+                   num_heads, num_rows, GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr,
+                   CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                   COLUMNS: tl.constexpr):  # fmt: skip
     """One program: a tile, or part of one, of queries of one head. Writes out, and lse = log2 of the sum of
     exp2 of the scores, -inf for rows without keys."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
@@ -234,6 +246,9 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
     q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, True)
     k += (head // GROUP) * k_head_stride
     v += (head // GROUP) * v_head_stride
+    if query_words is not None:
+        query_row = first_row + tl.arange(0, ROWS)
+        query_word_M = load_query_words(query_words, query_row, query_row < row_end, first_head + head)
     acc_MH = tl.zeros([ROWS, HEAD], tl.float32)
     top_M = tl.full([ROWS], HIDDEN, tl.float32)
     total_M = tl.zeros([ROWS], tl.float32)
@@ -254,6 +269,9 @@ def forward_kernel(q, k, v, out, lse, bias, tiles, q_stride, q_head_stride, k_st
             p_MC = tl.exp2(score_MC * unit - new_top_M[:, None])
             shrink_M = tl.exp2(top_M - new_top_M)
             total_M = total_M * shrink_M + tl.sum(p_MC, 1)
+            if query_words is not None:
+                key_word_C = load_key_words(key_words, column, column < column_end)
+                p_MC = tl.where(keeps(query_word_M[:, None], key_word_C[None, :], threshold), p_MC * factor, 0.0)
             v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
             acc_MH = tl.dot(p_MC.to(v_CH.dtype), v_CH, acc_MH * shrink_M[:, None], input_precision="ieee")
             top_M = new_top_M
@@ -279,10 +297,10 @@ def delta_kernel(out, d_out, delta, d_out_stride, d_out_head_stride, num_heads, 
     tl.store(delta + head * num_rows + row, delta_M, mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["left", "right", "num_rows"])
-def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, tiles, q_stride, q_head_stride, k_stride, k_head_stride,
-                          v_stride, v_head_stride, d_out_stride, d_out_head_stride,
-                          left, right, scale, scale2, cap2, num_heads, num_rows,
+@triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
+def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, query_words, key_words, first_head, threshold, factor,
+                          tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+                          d_out_stride, d_out_head_stride, left, right, scale, scale2, cap2, num_heads, num_rows,
                           GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
                           HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
                           COLUMNS: tl.constexpr):  # fmt: skip
@@ -300,6 +318,8 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, tiles, q_stride,
     delta_M = tl.load(delta + head * num_rows + row, mask=row < row_end, other=0.0)
     k += (head // GROUP) * k_head_stride
     v += (head // GROUP) * v_head_stride
+    if query_words is not None:
+        query_word_M = load_query_words(query_words, row, row < row_end, first_head + head)
     dq_MH = tl.zeros([ROWS, HEAD], tl.float32)
     for part in tl.static_range(2):
         for number in range(count_in_part(part, full_from, full_to, visited)):
@@ -314,18 +334,20 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, tiles, q_stride,
             if part != FULL:
                 p_MC = tl.where(sees(lo, hi, column), p_MC, 0.0)
             dp_MC = tl.dot(d_out_MH, tl.trans(v_CH), input_precision="ieee")
+            if query_words is not None:
+                key_word_C = load_key_words(key_words, column, column < column_end)
+                dp_MC = tl.where(keeps(query_word_M[:, None], key_word_C[None, :], threshold), dp_MC * factor, 0.0)
             d_raw_MC = raw_gradient(p_MC, dp_MC, delta_M[:, None], score_MC, cap2, CAPPED)
             dq_MH = tl.dot(d_raw_MC.to(k_CH.dtype), k_CH, dq_MH, input_precision="ieee")
     store_rows(dq + head * CHANNELS, dq_MH * scale, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
 
 
-@triton.jit(do_not_specialize=["left", "right", "num_rows"])
-def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_stride, q_head_stride, k_stride,
-                        k_head_stride, v_stride, v_head_stride, d_out_stride, d_out_head_stride,
-                        left, right, scale, scale2, cap2, num_heads, num_rows,
-                        GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
-                        HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-                        COLUMNS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
+def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, query_words, key_words, first_head, threshold, factor,
+                        tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, d_out_stride,
+                        d_out_head_stride, left, right, scale, scale2, cap2, num_heads, num_rows, GROUP: tl.constexpr,
+                        REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+                        ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: dk and dv of a tile, or part of one, of keys of one key head, summed over its GROUP query heads.
 
     The mask is transposed: rows are keys, columns are queries, `left` and `right` come exchanged.
@@ -339,6 +361,9 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_strid
         return
     k_MH = load_rows(k + key_head * k_head_stride, first_row, row_end, k_stride, ROWS, CHANNELS, HEAD, True)
     v_MH = load_rows(v + key_head * v_head_stride, first_row, row_end, v_stride, ROWS, CHANNELS, HEAD, True)
+    if query_words is not None:
+        key_row = first_row + tl.arange(0, ROWS)
+        key_word_M = load_key_words(key_words, key_row, key_row < row_end)
     dk_MH = tl.zeros([ROWS, HEAD], tl.float32)
     dv_MH = tl.zeros([ROWS, HEAD], tl.float32)
     for member in range(GROUP):
@@ -357,9 +382,16 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_strid
                 if part != FULL:
                     p_MC = tl.where(sees(lo, hi, column), p_MC, 0.0)
                 d_out_CH = load_rows(d_out_head, first, column_end, d_out_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
-                dv_MH = tl.dot(p_MC.to(d_out_CH.dtype), d_out_CH, dv_MH, input_precision="ieee")
+                kept_MC = p_MC
+                if query_words is not None:
+                    query_word_C = load_query_words(query_words, column, column < column_end, first_head + head)
+                    is_kept_MC = keeps(query_word_C[None, :], key_word_M[:, None], threshold)
+                    kept_MC = tl.where(is_kept_MC, p_MC * factor, 0.0)
+                dv_MH = tl.dot(kept_MC.to(d_out_CH.dtype), d_out_CH, dv_MH, input_precision="ieee")
                 delta_C = tl.load(delta + head * num_rows + column, mask=column < column_end, other=0.0)
                 dp_MC = tl.dot(v_MH, tl.trans(d_out_CH), input_precision="ieee")
+                if query_words is not None:
+                    dp_MC = tl.where(is_kept_MC, dp_MC * factor, 0.0)
                 d_raw_MC = raw_gradient(p_MC, dp_MC, delta_C[None, :], score_MC, cap2, CAPPED)
                 dk_MH = tl.dot(d_raw_MC.to(q_CH.dtype), q_CH, dk_MH, input_precision="ieee")
     dk_base, dv_base = dk + key_head * CHANNELS, dv + key_head * CHANNELS
@@ -367,10 +399,10 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, tiles, q_strid
     store_rows(dv_base, dv_MH, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
 
 
-@triton.jit(do_not_specialize=["left", "right", "num_rows", "num_parts"])
-def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stride, q_head_stride, k_stride,
-                         k_head_stride, v_stride, v_head_stride, d_out_stride, d_out_head_stride,
-                         left, right, scale2, cap2, num_heads, num_rows, num_parts,
+@triton.jit(do_not_specialize=["left", "right", "num_rows", "num_parts", "first_head", "threshold"])
+def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, query_words, key_words, first_head, threshold,
+                         factor, tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+                         d_out_stride, d_out_head_stride, left, right, scale2, cap2, num_heads, num_rows, num_parts,
                          GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
                          HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """One program: the gradient of each distance's bias, from some of the tiles of queries of one head.
@@ -402,6 +434,8 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stri
         row = first_row + tl.arange(0, ROWS)
         lse_M = tl.load(lse + head * num_rows + row, mask=row < row_end, other=0.0)
         delta_M = tl.load(delta + head * num_rows + row, mask=row < row_end, other=0.0)
+        if query_words is not None:
+            query_word_M = load_query_words(query_words, row, row < row_end, first_head + head)
         hi = tl.where(row < row_end, hi, lo)
         before = (beside - begin + ROWS - 1) // ROWS  # begin <= beside
         end = begin + visited * ROWS
@@ -416,6 +450,10 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, tiles, q_stri
             p_MC = tl.exp2(score_MC - lse_M[:, None])
             p_MC = tl.where(sees(lo, hi, first + tl.arange(0, ROWS)), p_MC, 0.0)
             dp_MC = tl.dot(d_out_MH, tl.trans(v_CH), input_precision="ieee")
+            if query_words is not None:
+                column = first + tl.arange(0, ROWS)
+                key_word_C = load_key_words(key_words, column, (column >= 0) & (column < column_end))
+                dp_MC = tl.where(keeps(query_word_M[:, None], key_word_C[None, :], threshold), dp_MC * factor, 0.0)
             d_raw_MC = raw_gradient(p_MC, dp_MC, delta_M[:, None], score_MC, cap2, CAPPED)
             turned_MC = tl.gather(d_raw_MC, (c + m) % ROWS, 1)
             above_C = tl.sum(tl.where(c + m < ROWS, turned_MC, 0.0), 0)
@@ -510,19 +548,29 @@ def _score_settings(bias_HR: Tensor | None, softcap: float | None) -> tuple[Tens
     return bias2_HR, (softcap or 1.0) * LOG2_E, constants
 
 
+def _dropout_arguments(query_words_T: Tensor | None, key_words_S: Tensor | None, rate: float, first_head: int) -> Any:
+    """The arguments of a kernel from query_words to factor."""
+    if query_words_T is None or key_words_S is None:
+        return None, None, first_head, 0, 1.0
+    words = query_words_T.contiguous(), key_words_S.contiguous()
+    return *words, first_head, int(rate * 2**31), 1.0 / (1.0 - rate)
+
+
 @library.custom_op("bigmodel::attention", mutates_args=())
 def attention_op(
-    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
-    left: int, right: int, scale: float, softcap: float | None, block: int,
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
+    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float = 0.0, first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, num_heads, _ = q_THK.shape
     q_THK, k_SGK, v_SGK = _with_dense_channels(q_THK, k_SGK, v_SGK)
     out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
     lse_HT = torch.empty(num_heads, num_rows, dtype=torch.float32, device=q_THK.device)
     bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)
-    options = _options("forward", q_THK, block, bias_HR is None and softcap is None)
+    drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
+    options = _options("forward", q_THK, block, bias_HR is None and softcap is None and query_words_T is None)
     forward_kernel[(query_tiles_NF.shape[0] * options["PARTS"] * num_heads,)](
-        q_THK, k_SGK, v_SGK, out_THK, lse_HT, bias2_HR, query_tiles_NF, *_strides(q_THK, k_SGK, v_SGK),
+        q_THK, k_SGK, v_SGK, out_THK, lse_HT, bias2_HR, *drops, query_tiles_NF, *_strides(q_THK, k_SGK, v_SGK),
         left, right, scale * LOG2_E, cap2, num_heads, num_rows,
         GROUP=num_heads // k_SGK.shape[1], **constants, **options,
     )  # fmt: skip
@@ -532,8 +580,9 @@ def attention_op(
 @library.custom_op("bigmodel::attention_backward", mutates_args=())
 def _attention_backward(
     d_out_THK: Tensor, bias_is_wanted: bool, out_THK: Tensor, lse_HT: Tensor, q_THK: Tensor,
-    k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
-    left: int, right: int, scale: float, softcap: float | None, block: int,
+    k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
+    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float, first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dbias); dbias is empty unless `bias_is_wanted`."""
     num_rows, num_heads, channels = q_THK.shape
@@ -542,7 +591,8 @@ def _attention_backward(
     d_out_THK, q_THK, k_SGK, v_SGK = _with_dense_channels(d_out_THK, q_THK, k_SGK, v_SGK)
     dq_THK, dk_SGK, dv_SGK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_SGK, v_SGK))
     delta_HT = torch.empty_like(lse_HT)
-    plain = bias_HR is None and softcap is None
+    plain = bias_HR is None and softcap is None and query_words_T is None
+    drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
     of_queries, of_keys = (_options(kernel, q_THK, block, plain) for kernel in ("query_gradient", "key_gradient"))
     delta_kernel[(triton.cdiv(num_rows, of_queries["ROWS"]) * num_heads,)](
         out_THK, d_out_THK, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
@@ -553,11 +603,11 @@ def _attention_backward(
     constants["GROUP"] = num_heads // num_key_heads
     rows = q_THK, k_SGK, v_SGK, d_out_THK
     query_gradient_kernel[(query_tiles_NF.shape[0] * of_queries["PARTS"] * num_heads,)](
-        *rows, dq_THK, lse_HT, delta_HT, bias2_HR, query_tiles_NF, *strides,
+        *rows, dq_THK, lse_HT, delta_HT, bias2_HR, *drops, query_tiles_NF, *strides,
         left, right, scale, scale * LOG2_E, cap2, num_heads, num_rows, **constants, **of_queries,
     )  # fmt: skip
     key_gradient_kernel[(key_tiles_NF.shape[0] * of_keys["PARTS"] * num_key_heads,)](
-        *rows, dk_SGK, dv_SGK, lse_HT, delta_HT, bias2_HR, key_tiles_NF, *strides,
+        *rows, dk_SGK, dv_SGK, lse_HT, delta_HT, bias2_HR, *drops, key_tiles_NF, *strides,
         right, left, scale, scale * LOG2_E, cap2, num_key_heads, num_rows, **constants, **of_keys,
     )  # fmt: skip
     if bias_HR is None or not bias_is_wanted:
@@ -570,7 +620,7 @@ def _attention_backward(
     lanes = triton.next_power_of_2(2 * (triton.cdiv(reach, square) + 1) + 1)
     d_bias_PHALC = torch.empty(num_programs, num_heads, 2, lanes, square, dtype=torch.float32, device=q_THK.device)
     bias_gradient_kernel[(num_programs * num_heads,)](
-        *rows, d_bias_PHALC, lse_HT, delta_HT, bias2_HR, query_tiles_NF, *strides,
+        *rows, d_bias_PHALC, lse_HT, delta_HT, bias2_HR, *drops, query_tiles_NF, *strides,
         left, right, scale * LOG2_E, cap2, num_heads, num_rows, num_parts, LANES=lanes, **constants, **options,
     )  # fmt: skip
     return dq_THK, dk_SGK, dv_SGK, _by_distance(d_bias_PHALC.sum(0), reach).to(bias_HR.dtype)
@@ -609,17 +659,17 @@ def _(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:6])
-    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.settings = inputs[8:]
 
 
 def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: Tensor | None) -> tuple[Tensor | None, ...]:
     """The second output, lse, never leaves this file, so it has no gradient."""
     if d_out_THK is None:
-        return (None,) * 11
+        return (None,) * 15
     bias_is_wanted = ctx.needs_input_grad[3]
     *d_rows, d_bias_HR = _attention_backward(d_out_THK, bias_is_wanted, *ctx.saved_tensors, *ctx.settings)
-    return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 7)
+    return (*d_rows, d_bias_HR if bias_is_wanted else None, *[None] * 11)
 
 
 attention_op.register_autograd(_differentiate, setup_context=_remember)
@@ -637,6 +687,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """Attention of packed queries (T, H, K) over packed keys and values (S, G, K): (T, H, K), differentiable.
 
@@ -644,7 +695,8 @@ def attention(
     once per batch (None: made here). `scale` > 0 multiplies the scores (None: 1 / sqrt(K)). `softcap` limits scores to
     -softcap ... softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: added to the scaled scores by
     distance, -reach to reach (position of the key - position of the query, in their document); its ends serve all
-    larger distances. `bigmodel.kernels.relative_bias` makes one from T5's table. On a GPU: bf16, fp16 or fp32, up to
+    larger distances. `bigmodel.kernels.relative_bias` makes one from T5's table. `dropout` drops attention weights, the
+    same ones in every implementation. On a GPU: bf16, fp16 or fp32, up to
     256 channels a head. On CPU: the reference, any float type and head_dim. Raises ValueError for shapes that do not
     match. Method: FlashAttention-2 (Dao 2023).
     """
@@ -654,13 +706,17 @@ def attention(
     if tile_metadata.mask is not mask:
         raise ValueError("attention got a tile_metadata made for another mask; pass the same AttentionMask to both")
     _check_scores(q_THK, scale, softcap, bias_HR)
+    _check_dropout(q_THK, k_SGK, dropout)
     if tile_metadata.query_tiles_NF is None or tile_metadata.key_tiles_NF is None:
         lengths = tile_metadata.lengths or document_lengths(mask)
-        return attention_reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR)
+        return attention_reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR, dropout)
     _check_kernel_can(q_THK)
     tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
     settings = *mask.window, scale, softcap, tile_metadata.block
-    return attention_op(q_THK, k_SGK, v_SGK, bias_HR, *tables, *settings)[0]
+    words: tuple[Tensor | None, Tensor | None] = (None, None)
+    if dropout:
+        words, settings = (dropout.query_words_T, dropout.key_words_S), (*settings, dropout.rate, dropout.first_head)
+    return attention_op(q_THK, k_SGK, v_SGK, bias_HR, *words, *tables, *settings)[0]
 
 
 def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, tile_metadata: TileMetadata) -> None:
@@ -691,6 +747,16 @@ def _check_scores(q_THK: Tensor, scale: float, softcap: float | None, bias_HR: T
         raise ValueError(
             f"attention got a bias that reaches {bias_HR.shape[1] // 2} keys and requires a gradient; its kernel holds "
             f"one sum per distance in registers and needs a reach of at most {MAX_REACH_WITH_GRADIENT}"
+        )
+
+
+def _check_dropout(q_THK: Tensor, k_SGK: Tensor, dropout: AttentionDropout | None) -> None:
+    if dropout and not 0 <= dropout.rate < 1:
+        raise ValueError(f"attention got a dropout of {dropout.rate}; it needs at least 0 and less than 1")
+    if dropout and (len(dropout.query_words_T), len(dropout.key_words_S)) != (len(q_THK), len(k_SGK)):
+        raise ValueError(
+            f"attention got words of {len(dropout.query_words_T)} queries and {len(dropout.key_words_S)} keys for "
+            f"{len(q_THK)} queries and {len(k_SGK)} keys; make the dropout for this batch"
         )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bigmodel.kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, make_tile_metadata
+from bigmodel.kernels.attention_dropout import factors, make_dropout
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.relative_bias import t5_bias, t5_buckets
 from tests.kernels.test_mask import int32, offsets_of
@@ -36,6 +37,7 @@ CASES = {
     ),
     "capped": (causal(MIXED), 98, 98, (2, 1), 16, torch.float32, 1.5),
     "biased and capped": (bidirectional(MIXED), 98, 98, (4, 2), 16, torch.float32, 1.5, 20),
+    "dropout": (causal(MIXED), 100, 100, (2, 1), 16, torch.float32, None, None, 0.3),
 }  # fmt: skip
 
 
@@ -49,6 +51,40 @@ def test_in_float64_the_reference_is_the_formula(score: tuple[float | None, int 
     inputs = make_inputs(causal(MIXED, left=30), 98, 98, (4, 2), 16, torch.float64, *score)
     ours, exact = out_and_gradients(attention_reference, inputs), out_and_gradients(dense_attention, inputs)
     torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_keeps_its_share_of_pairs_in_every_head_and_each_head_draws_anew() -> None:
+    seeds = torch.randint(-(2**63), 2**63 - 1, (500,), generator=torch.Generator().manual_seed(1))
+    drops = make_dropout(0.25, seeds[:300], seeds[300:])
+    all_rows = slice(None)
+    first_H, later_H = (factors(one, all_rows, all_rows, 4, torch.float64) for one in (drops, drops.from_head(4)))
+    kept = torch.cat([first_H, later_H]) > 0  # (8, 300, 200)
+    deviation = (0.25 * 0.75 / kept[0].numel()) ** 0.5
+    assert ((kept.double().mean((1, 2)) - 0.75).abs() < 4 * deviation).all()
+    assert (kept.double().mean((0, 1)) - 0.75).abs().max() < 5 * (0.25 * 0.75 / 2400) ** 0.5
+    centred = kept.double().flatten(1) - 0.75
+    of_heads = torch.corrcoef(centred) - torch.eye(8)
+    assert of_heads.abs().max() < 5 / kept[0].numel() ** 0.5
+    of_rows = torch.corrcoef(kept[0].double()) - torch.eye(300)
+    assert of_rows.abs().max() < 6 / 200**0.5
+    assert torch.equal(factors(drops, slice(7, 90), slice(5, 80), 4, torch.float64), first_H[:, 7:90, 5:80])
+    assert first_H.unique().tolist() == [0.0, 1 / 0.75]
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_a_dropout_without_sense_is_refused(rate: float) -> None:
+    rows = torch.zeros(4, 1, 16)
+    seeds = torch.arange(4)
+    with pytest.raises(ValueError, match=f"dropout of {rate}; it needs at least 0 and less than 1"):
+        attention(rows, rows, rows, causal(offsets_of([4])), dropout=make_dropout(rate, seeds, seeds))
+
+
+def test_a_dropout_of_another_batch_is_refused() -> None:
+    rows = torch.zeros(4, 1, 16)
+    with pytest.raises(ValueError, match="words of 3 queries and 4 keys for 4 queries and 4 keys"):
+        attention(
+            rows, rows, rows, causal(offsets_of([4])), dropout=make_dropout(0.1, torch.arange(3), torch.arange(4))
+        )
 
 
 def test_on_cpu_bf16_is_computed_in_fp32_and_rounded_once() -> None:
@@ -107,13 +143,13 @@ def test_a_schedule_made_before_gives_the_same() -> None:
 
 
 def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
-    assert run_interpreted("tests/support/interpreted_attention.py") == 25
+    assert run_interpreted("tests/support/interpreted_attention.py") == 27
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("architectures", "num_rows"),
-    [(("90",), 26), pytest.param(("80", "100"), 56, marks=pytest.mark.long)],
+    [(("90",), 33), pytest.param(("80", "100"), 70, marks=pytest.mark.long)],
     ids=["hopper", "ampere and blackwell"],
 )
 def test_the_kernels_compile_without_spilling_registers(architectures: tuple[str, ...], num_rows: int) -> None:

@@ -33,8 +33,16 @@ from tests.kernels.test_mask import int32, offsets_of
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
 POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
+POINTERS |= {"query_words": "*i32", "key_words": "*i32"}
 # A bias with a reach of 128 positions, as in T5. Cap or bias alone takes fewer registers than both.
-SCORES = {"plain": {"REACH": -1, "CAPPED": False}, "both": {"REACH": 128, "CAPPED": True}}
+# "all" also has dropout.
+SCORES = {
+    "plain": {"REACH": -1, "CAPPED": False},
+    "both": {"REACH": 128, "CAPPED": True},
+    "drops": {"REACH": -1, "CAPPED": False},
+    "all": {"REACH": 128, "CAPPED": True},
+}
+WITH_DROPOUT = ("drops", "all")
 PLAIN = ("forward", "query_gradient", "key_gradient")
 SCHEDULE = ("plan", "order")
 KERNELS = ("forward", "delta", "query_gradient", "key_gradient", "bias_gradient")
@@ -43,12 +51,16 @@ ARCHITECTURES = (80, 90, 100)
 CONFIGURATIONS = [
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
+    *product((100, 90, 80), ("bf16",), (128,), ("drops",), PLAIN),
+    *product((100, 90, 80), ("bf16",), (64,), ("all",), (*PLAIN, "bias_gradient")),
     *product(ARCHITECTURES, ("bf16",), (64, 128, 256), ("plain",), ("delta",)),
     *product(ARCHITECTURES, ("int32",), (0,), ("prefixes",), SCHEDULE),
     *product((80,), ("fp16",), (128,), ("plain",), PLAIN),
     *product((80,), ("fp32",), (64,), ("plain",), ("key_gradient",)),
 ]
 OTHERS = [
+    *product(ARCHITECTURES, ("bf16",), (64, 256), ("drops",), PLAIN),
+    *product(ARCHITECTURES, ("bf16",), (128, 256), ("all",), (*PLAIN, "bias_gradient")),
     *product(ARCHITECTURES, ("fp16",), (64, 128, 256), ("plain",), PLAIN),
     *product(ARCHITECTURES, ("int32",), (0,), ("plain",), SCHEDULE),
     *product((80, 90), ("fp32",), (64, 128, 256), ("plain",), PLAIN),
@@ -84,6 +96,8 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
     constants = {"GROUP": 2} | SCORES[score] | shape
     if SCORES[score]["REACH"] < 0:
         constants["bias"] = None
+    if score not in WITH_DROPOUT:
+        constants |= {"query_words": None, "key_words": None}
     if name == "bias_gradient":
         constants["LANES"] = triton.next_power_of_2(2 * (triton.cdiv(128, shape["ROWS"]) + 1) + 1)
     options = {} if name == "delta" else {key: shape[key] for key in ("num_warps", "num_stages")}
@@ -93,7 +107,7 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
             signature[argument] = "constexpr"
             continue
         pointer = f"*{dtype}" if argument in TENSORS else POINTERS.get(argument)
-        signature[argument] = pointer or ("fp32" if argument.startswith(("scale", "cap")) else "i32")
+        signature[argument] = pointer or ("fp32" if argument.startswith(("scale", "cap", "factor")) else "i32")
         if pointer or argument.endswith("stride"):
             aligned[(place,)] = [["tt.divisibility", 16]]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -156,7 +170,7 @@ def print_variants() -> None:
         fused = torch.zeros(num_rows, 4, 64, dtype=torch.bfloat16)
         rows = [part.requires_grad_() for part in fused.split([2, 1, 1], dim=1)]
         bias_HR = torch.zeros(2, 9, requires_grad=True)
-        out_THK, _ = attention.attention_op(*rows, bias_HR, *tables, *mask.window, 0.125, None, 128)
+        out_THK, _ = attention.attention_op(*rows, bias_HR, None, None, *tables, *mask.window, 0.125, None, 128)
         out_THK.sum().backward()
     for name, launches in (kernels | of_schedule).items():
         print(name, len(launches.keys))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel.kernels.attention_dropout import AttentionDropout, make_dropout
 from bigmodel.kernels.mask import AttentionMask, dense
 
 
@@ -16,6 +17,7 @@ def dense_attention(
     mask: AttentionMask,
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """softmax(score) v over the visible keys, in the type of the inputs; 0 for a query without visible keys."""
     group = q_THK.shape[1] // k_SGK.shape[1]
@@ -30,7 +32,25 @@ def dense_attention(
     hidden_TS = ~dense(mask, q_THK.shape[0], k_SGK.shape[0])
     score_HTS = score_HTS.masked_fill(hidden_TS, -torch.inf)
     p_HTS = score_HTS.softmax(-1).masked_fill(hidden_TS, 0.0)
+    if dropout is not None:
+        p_HTS = torch.where(kept(dropout, q_THK.shape[1]), p_HTS / (1 - dropout.rate), 0.0)
     return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
+
+
+def kept(dropout: AttentionDropout, num_heads: int) -> Tensor:
+    """(H, T, S) bool: the weights that dropout keeps, by its formula in Python's integers."""
+    queries, keys = ([word % 2**32 for word in rows.tolist()] for rows in (dropout.query_words_T, dropout.key_words_S))
+    heads = range(dropout.first_head, dropout.first_head + num_heads)
+    of_queries = [[finalized(word ^ head * 0x9E3779B9 % 2**32) for word in queries] for head in heads]
+    words = [[[finalized((query + key) % 2**32) for key in keys] for query in head] for head in of_queries]
+    return torch.tensor(words) / 2**32 >= dropout.rate
+
+
+def finalized(word: int) -> int:
+    """fmix32 of MurmurHash3."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        word = (word ^ word >> shift) * factor % 2**32
+    return word
 
 
 def places(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -51,6 +71,7 @@ class Inputs:
     d_out_THK: Tensor
     softcap: float | None = None
     bias_HR: Tensor | None = None
+    dropout: AttentionDropout | None = None
 
     def in_documents(self, dtype: torch.dtype) -> "Inputs":
         """A copy with 0 in the rows beyond the last cu_seqlens, for formulas that read every row."""
@@ -93,9 +114,10 @@ def make_inputs(
     dtype: torch.dtype,
     softcap: float | None = None,
     reach: int | None = None,
+    dropout: float = 0.0,
 ) -> Inputs:
     """Random inputs on the device of the cu_seqlens, with a bias if a reach is given. q, k and v of one length are
-    slices of one tensor, as from a fused projection."""
+    slices of one tensor, as from a fused projection. `dropout`: its rate."""
     device = mask.cu_seqlens_q.device
     generator = torch.Generator().manual_seed(7)
     num_heads, num_key_heads = heads
@@ -117,7 +139,9 @@ def make_inputs(
     bias_HR = None
     if reach is not None:
         bias_HR = torch.randn(num_heads, 2 * reach + 1, generator=generator).to(device, dtype)
-    return Inputs(mask, q_THK, k_SGK, v_SGK, d_out_THK, softcap, bias_HR)
+    seeds = [torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator) for rows in (queries, keys)]
+    drops = make_dropout(dropout, *(one.to(device) for one in seeds)).from_head(5) if dropout else None
+    return Inputs(mask, q_THK, k_SGK, v_SGK, d_out_THK, softcap, bias_HR, drops)
 
 
 def out_and_gradients(attend, inputs: Inputs) -> dict[str, Tensor]:
@@ -126,6 +150,7 @@ def out_and_gradients(attend, inputs: Inputs) -> dict[str, Tensor]:
     leaves = {name: rows.detach().requires_grad_() for name, rows in leaves.items() if rows is not None}
     extra: dict[str, Any] = {} if inputs.softcap is None else {"softcap": inputs.softcap}
     extra |= {"bias_HR": leaves["bias"]} if "bias" in leaves else {}
+    extra |= {"dropout": inputs.dropout} if inputs.dropout else {}
     out_THK = attend(leaves["q"], leaves["k"], leaves["v"], inputs.mask, **extra)
     out_THK.backward(inputs.d_out_THK)
     return {"out": out_THK.detach()} | {f"d{name}": rows.grad for name, rows in leaves.items()}

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigmodel.kernels import attention as kernels
 from bigmodel.kernels.attention import attention, attention_op, make_tile_metadata
+from bigmodel.kernels.attention_dropout import make_dropout
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
 from tests.kernels.test_mask import int32, offsets_of, random_masks
 from tests.support.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
@@ -59,6 +60,10 @@ CASES = {
     "causal cross: late queries see nothing": (*LATE_QUERIES_SEE_NOTHING, None, 40),
     "bidirectional, a bias": (bidirectional(offsets_of([2, 69])), 71, 71, (1, 1), 16, FP32, None, 40),
     "causal, a bias of one number, capped, fp16": (causal(offsets_of([40])), 40, 40, (2, 1), 16, FP16, 2.0, 0),
+    "causal, dropout": (causal(SHORT_AND_LONG), 85, 85, (2, 1), 16, FP32, None, None, 0.3),
+    "mixed, dropout, a bias, capped, fp16": (
+        mixed(offsets_of([9, 0, 30]), offsets_of([20, 3, 15])), 39, 77, (2, 1), 16, FP16, 1.5, 20, 0.5,
+    ),
     "a head of 136 channels": (causal(offsets_of([9, 20])), 30, 30, (1, 1), 136, FP32),
 }  # fmt: skip
 
@@ -143,11 +148,13 @@ def small_inputs(lengths: list[int], prefixes: list[int]) -> Inputs:
 
 def test_torch_knows_all_about_the_operators() -> None:
     inputs = small_inputs([5, 9], [1, 2])
+    drops = make_dropout(0.25, torch.arange(16), torch.arange(16))
+    words = drops.query_words_T, drops.key_words_S
     tile_metadata = make_tile_metadata(inputs.mask, 16, 16, block=16)
     tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
     leaves = [rows.detach().requires_grad_() for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.bias_HR)]
     leaves = [rows.detach().nan_to_num(0.0).requires_grad_() for rows in leaves]
-    library.opcheck(attention_op, (*leaves, *tables, *inputs.mask.window, 0.25, 3.0, 16))
+    library.opcheck(attention_op, (*leaves, *words, *tables, *inputs.mask.window, 0.25, 3.0, 16, 0.25, 3))
 
 
 def assert_compiled_it_gives_the_same(attend_compiled, counter: CompileCounterWithBackend) -> None:
