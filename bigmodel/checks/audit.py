@@ -113,7 +113,7 @@ def torch_agrees(settings: Settings) -> Finding:
     vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     pack = Order.of_run(store, settings).next_step()[0]
     batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
-    model = Transformer(settings.model.model_copy(update={"dropout": 0.0, "num_mtp_modules": 0}), vocabulary)
+    model = Transformer(settings.model.without_draws().model_copy(update={"num_mtp_modules": 0}), vocabulary)
     counted, expected = count_by_torch(model, batch)
     return Finding(
         "the formula's FLOPs equal torch's count for a packed sequence",

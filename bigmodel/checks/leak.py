@@ -35,7 +35,8 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     pack = _pack_of_several(settings, store)
     model = Transformer(settings.model, store.manifest.vocabulary + num_special_tokens(settings.data))
     init_weights(model, settings.run.seed)
-    batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
+    by_document = settings.model.draws_by_document
+    batch = Builder(store, settings.data, settings.run.seed, seeds_by_document=by_document).build([pack], 0, [0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     return [

@@ -25,6 +25,7 @@ SETTINGS = {
     "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2",
     "adam_eps": "optimizer.epsilon",
+    "attention_dropout": "model.attention_dropout",
     "checkpoint_activations": "training.activation_checkpointing",
     "checkpoint_factor": "checkpoint.every_steps",
     "checkpoint_num_layers": "training.activation_checkpointing",
@@ -108,8 +109,6 @@ SETTINGS = {
 REASONS = {
     "attention_backend": _KERNELS,
     "attention_config": "model.sliding_window in the run file gives local attention; sparse patterns are not offered",
-    "attention_dropout": "remove the key; dropout of attention weights is not offered, model.dropout is that of the "
-    "blocks' outputs",
     "batch_size": 'write "train_micro_batch_size_per_gpu"',
     "bias_gelu_fusion": _KERNELS,
     "create_moe_param_group": _EXPERTS,

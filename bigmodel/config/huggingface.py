@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from bigmodel.config.huggingface_classes import CLASSES_WITH_LABELS, config_of_labels, lacking_for_labels
 from bigmodel.config.huggingface_rope import read_rope, write_rope
 from bigmodel.config.huggingface_values import check_values
-from bigmodel.config.model_settings import ModelSettings
+from bigmodel.config.model_settings import DRAWN, ModelSettings
 from bigmodel.config.sections import UserError, explain
 
 Config = Mapping[str, Any]
@@ -110,7 +110,7 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}  # where layer_types is absent
 # A config.json does not hold them; the rows of the vocabulary are the embedding's.
-NOT_OF_THE_MODEL = ("from", "dropout", "num_mtp_modules", "mtp_loss_weight", "min_vocabulary", "vocabulary_multiple")
+NOT_OF_THE_MODEL = ("from", *DRAWN, "num_mtp_modules", "mtp_loss_weight", "min_vocabulary", "vocabulary_multiple")
 
 
 def read_config(config: Config) -> ModelSettings:
@@ -416,7 +416,7 @@ def _write_bert(kind: str, settings: ModelSettings) -> dict[str, Any]:
         "type_vocab_size": settings.num_token_types,
         "layer_norm_eps": settings.norm_epsilon,
         "hidden_dropout_prob": settings.dropout,
-        "attention_probs_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": settings.attention_dropout,
         "tie_word_embeddings": settings.tied_embeddings,
     }
 

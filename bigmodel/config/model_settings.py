@@ -90,6 +90,10 @@ else:  # `from` is a word of Python
     )
 
 
+# Shares of what is dropped in training. They change no weight's shape and no evaluation.
+DRAWN = ("dropout", "attention_dropout", "embedding_dropout", "stochastic_depth")
+
+
 class ModelSettings(WithFrom):
     """A transformer: decoder, encoder-decoder or encoder. The vocabulary comes from the data's manifest.
 
@@ -243,6 +247,19 @@ class ModelSettings(WithFrom):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout of each block's output, before it is added to the residual stream"
     )
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of attention weights, after the softmax; also of cross-attention"
+    )
+    embedding_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of the embedded tokens, before the first block; also of the encoder's"
+    )
+    stochastic_depth: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of documents for which a sublayer of the last block is skipped (Huang et al. 2016); block l "
+        "of L: l / L of it. The others are divided by 1 - share, so that evaluation needs no change",
+    )
     norm_epsilon: float = Field(1e-5, gt=0)
     logit_softcap: float = Field(0.0, ge=0, description="c: logits become c * tanh(logit / c), at most c; 0: off")
     logit_scale: float = Field(1.0, gt=0, description="factor of logits (T5 1.0: 1 / sqrt(hidden_size))")
@@ -252,6 +269,15 @@ class ModelSettings(WithFrom):
     vocabulary_multiple: int = Field(
         1, ge=1, description="rows of embedding and output head are a multiple of it; further rows stand for no token"
     )
+
+    @property
+    def draws_by_document(self) -> bool:
+        """Whether dropout seeds belong to documents, not to places in packed sequences."""
+        return bool(self.attention_dropout or self.embedding_dropout or self.stochastic_depth)
+
+    def without_draws(self) -> "ModelSettings":
+        """The same model without dropout."""
+        return self.model_copy(update=dict.fromkeys(DRAWN, 0.0))
 
     def num_rows(self, num_tokens: int) -> int:
         """Rows of embedding and output head for that many tokens."""

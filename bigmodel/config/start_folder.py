@@ -13,7 +13,7 @@ from typing import Any
 
 from bigmodel.config.huggingface import read_config
 from bigmodel.config.json_file import read_json
-from bigmodel.config.model_settings import ModelSettings
+from bigmodel.config.model_settings import DRAWN, ModelSettings
 from bigmodel.config.sections import SAVED
 from bigmodel.config.user_error import UserError
 
@@ -80,7 +80,7 @@ def _of_run(folder: Path) -> tuple[ModelSettings, int, Path]:
             break
     if state is None:
         raise damage or UserError("this run has no checkpoint yet; train it first")
-    model = {name: value for name, value in state["model"].items() if name not in ("from", "dropout")}
+    model = {name: value for name, value in state["model"].items() if name not in ("from", *DRAWN)}
     settings = ModelSettings.model_validate(model, context=SAVED)
     return settings, state["shapes"]["embedding.weight"][0], Path(table["data"]["directory"])
 

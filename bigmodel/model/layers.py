@@ -1,4 +1,5 @@
-"""Layers of the transformer that act on each position alone: matrices, norms, feed-forward, embedding, dropout.
+"""Layers of the transformer that act on each position alone: matrices, norms, feed-forward, embedding, dropout,
+stochastic depth.
 
 Letters in tensor names as in `bigmodel.model.transformer`: T positions, H hidden_size, F intermediate_size.
 """
@@ -17,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_erf": F.gelu,
     "relu": F.relu,
 }
+
+EMBEDDING_SALT = 1 << 21  # dropout salt of embeddings: above those of blocks, below those of adapters
 
 
 class Linear(nn.Linear):
@@ -97,16 +100,27 @@ def dropout(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
     if rate == 0.0:
         return x_TH
     channels = torch.arange(x_TH.shape[-1], device=x_TH.device, dtype=torch.int64)
-    word = (seeds_T[:, None] ^ (salt * 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF)) + channels * 0x1E3779B97F4A7C15
+    return x_TH * _keeps(seeds_T[:, None], salt, rate, channels) * (1.0 / (1.0 - rate))
+
+
+def drop_documents(x_TH: Tensor, rate: float, seeds_T: Tensor, salt: int) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): zero in all positions of a document, or divided by 1 - rate.
+
+    The draw is by the upper half of the seeds, the document's word (`bigmodel.data.load.batch.document_seeds`)."""
+    return x_TH * _keeps((seeds_T >> 32)[:, None], salt, rate) * (1.0 / (1.0 - rate))
+
+
+def _keeps(seeds: Tensor, salt: int, rate: float, channels: Tensor | int = 0) -> Tensor:
+    word = (seeds ^ (salt * 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF)) + channels * 0x1E3779B97F4A7C15
     word = (word ^ (word >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     word = (word ^ (word >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    keep = (word >> 33 & 0x7FFFFFFF) >= int(rate * 2**31)
-    return x_TH * keep * (1.0 / (1.0 - rate))
+    return (word >> 33 & 0x7FFFFFFF) >= int(rate * 2**31)
 
 
 class Input(nn.Module):
     """Embedded tokens (T, H) to the input of the first block: scaled, with learned positions and token types added,
-    normalised, as far as the settings say so. Without these settings it changes nothing and has no parameters."""
+    normalised, dropped, as far as the settings say so. Without these settings it changes nothing and has no
+    parameters."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -115,15 +129,20 @@ class Input(nn.Module):
         self.positions = nn.Embedding(settings.max_positions, settings.hidden_size) if learned else None
         self.token_types = nn.Embedding(types, settings.hidden_size) if types else None
         self.norm = make_norm(settings.hidden_size, settings) if settings.embedding_norm else nn.Identity()
+        self.dropout = settings.embedding_dropout
 
-    def forward(self, x_TH: Tensor, positions_T: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, positions_T: Tensor, seeds_T: Tensor | None = None) -> Tensor:
         if self.scale != 1.0:
             x_TH = x_TH * self.scale
         if self.token_types is not None:
             x_TH = x_TH + self.token_types(torch.zeros_like(positions_T))
         if self.positions is not None:
             x_TH = x_TH + self.positions(positions_T)
-        return self.norm(x_TH)
+        x_TH = self.norm(x_TH)
+        if not (self.training and self.dropout):
+            return x_TH
+        assert seeds_T is not None, "dropout of embeddings needs the batch's seeds"
+        return dropout(x_TH, self.dropout, seeds_T, EMBEDDING_SALT)
 
 
 class FeedForward(nn.Module):

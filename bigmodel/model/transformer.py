@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
 from bigmodel.kernels.attention import TileMetadata, attention, make_tile_metadata
+from bigmodel.kernels.attention_dropout import AttentionDropout, make_dropout
 from bigmodel.kernels.linear_cross_entropy import (
     IGNORED,
     Options,
@@ -42,7 +43,7 @@ from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
 from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks, layer_kind
 from bigmodel.model.class_head import ClassHead
-from bigmodel.model.layers import FeedForward, Input, Linear, dropout, make_head_norm, make_norm
+from bigmodel.model.layers import FeedForward, Input, Linear, drop_documents, dropout, make_head_norm, make_norm
 from bigmodel.model.loss_groups import by_group
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 from bigmodel.model.teacher import Teacher
@@ -61,10 +62,21 @@ class AttentionInputs:
     bias_HR: Tensor | None = None
     source_table: Table | None = None  # mixed: rotary, of the source's keys
     rows: Tensor | None = None  # mixed: row numbers of the keys in source and decoder rows, last first (`mixed_rows`)
+    dropout: AttentionDropout | None = None
 
-    def attend(self, q_TQK: Tensor, k_SGK: Tensor, v_SGK: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-        """(T, Q, K). Generation has inputs whose `attend` reads the keys of previous tokens from a cache."""
-        return attention(q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata, scale, softcap, self.bias_HR)
+    def attend(
+        self,
+        q_TQK: Tensor,
+        k_SGK: Tensor,
+        v_SGK: Tensor,
+        scale: float | None,
+        softcap: float | None,
+        first_head: int | None = None,
+    ) -> Tensor:
+        """(T, Q, K). Generation has inputs whose `attend` reads the keys of previous tokens from a cache.
+        `first_head`: with dropout, the number of the first head for its draws."""
+        more = {} if self.dropout is None or first_head is None else {"dropout": self.dropout.from_head(first_head)}
+        return attention(q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata, scale, softcap, self.bias_HR, **more)
 
 
 Views = Mapping[LayerKind, AttentionInputs]
@@ -93,8 +105,9 @@ class RelativeBias(nn.Embedding):
 class Attention(nn.Module):
     """Attention inside each document, with grouped-query heads (Ainslie et al. 2023)."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
+        self.dropout, self.first_head = settings.attention_dropout, layer * settings.num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = (
             settings.num_heads,
             settings.num_kv_heads,
@@ -117,14 +130,21 @@ class Attention(nn.Module):
         return q_TQK, k_TGK, v_TGK
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs) -> Tensor:
-        return self.output(inputs.attend(*self.project(x_TH, inputs), self.scale, self.softcap).flatten(1))
+        return self.output(inputs.attend(*self.project(x_TH, inputs), *_of_scores(self)).flatten(1))
+
+
+def _of_scores(attention: Any) -> tuple[Any, ...]:
+    """Scale, cap and, with dropout, the number of the first head. Without dropout that number is not read:
+    torch.compile then has one graph for all layers."""
+    drops = attention.training and attention.dropout
+    return (attention.scale, attention.softcap, *((attention.first_head,) if drops else ()))
 
 
 class MixedAttention(Attention):
     """A decoder's own past and its source in one softmax. The source comes before the target, as in a prefix-LM."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__(settings, layer)
         rows, has_bias = 2 * self.num_kv_heads * self.head_dim, settings.attention_bias != "none"
         self.source_key_value = Linear(settings.encoder.hidden_size, rows, has_bias)
 
@@ -137,15 +157,16 @@ class MixedAttention(Attention):
         source_k_SGK, source_v_SGK = source_SNK.split(self.num_kv_heads, dim=1)
         source_k_SGK = rotate(self.key_norm(source_k_SGK), inputs.source_table)
         k, v = (torch.cat(sides)[inputs.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
-        out_TQK = inputs.attend(q_TQK.flip(0), k, v, self.scale, self.softcap).flip(0)
+        out_TQK = inputs.attend(q_TQK.flip(0), k, v, *_of_scores(self)).flip(0)
         return self.output(out_TQK.flatten(1))
 
 
 class CrossAttention(nn.Module):
     """Every position of a target attends to its whole source; no position embedding, as in T5."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
+        self.dropout, self.first_head = settings.attention_dropout, CROSS_SALT + layer * settings.num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = (
             settings.num_heads,
             settings.num_kv_heads,
@@ -165,10 +186,10 @@ class CrossAttention(nn.Module):
         q_TQK = self.query_norm(self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim)))
         if source.states_SE is None:
             none = q_TQK[:0]  # no keys beside those in the cache
-            return self.output(source.inputs.attend(q_TQK, none, none, self.scale, self.softcap).flatten(1))
+            return self.output(source.inputs.attend(q_TQK, none, none, *_of_scores(self)).flatten(1))
         k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
         rows = q_TQK, self.key_norm(k_SGK), v_SGK
-        out_TQK = source.inputs.attend(*rows, self.scale, self.softcap)
+        out_TQK = source.inputs.attend(*rows, *_of_scores(self))
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
             # No target here has a source: gradients must be zero, not absent, because all ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)
@@ -185,16 +206,17 @@ class Block(nn.Module):
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout, self.kind = layer, settings.dropout, layer_kind(settings, layer)
+        self.death_rate = settings.stochastic_depth * min(1.0, (layer + 1) / settings.num_layers)
         self.is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
         self.is_cross = settings.kind == "encoder_decoder" and not self.is_mixed
         self.placement = settings.norm_placement
         self.adapters: list[tuple[Any, bool]] = []  # of its matrices; whether they read the source
         is_normalised = layer == 0 and settings.embedding_norm and self.placement == "pre"  # by the embedding's norm
         self.attention_norm = nn.Identity() if is_normalised else make_norm(settings.hidden_size, settings)
-        self.attention = MixedAttention(settings) if self.is_mixed else Attention(settings)
+        self.attention = (MixedAttention if self.is_mixed else Attention)(settings, layer)
         if self.is_cross:
             self.cross_attention_norm = make_norm(settings.hidden_size, settings)
-            self.cross_attention = CrossAttention(settings)
+            self.cross_attention = CrossAttention(settings, layer)
         self.feed_forward_norm = make_norm(settings.hidden_size, settings)
         self.feed_forward = FeedForward(settings)
         if self.placement == "sandwich":
@@ -227,11 +249,13 @@ class Block(nn.Module):
         return norm(x_TH) if self.placement == "post" else x_TH
 
     def drop(self, x_TH: Tensor, seeds_T: Tensor, times: int, plus: int = 0) -> Tensor:
-        """Dropout of salt times * layer + plus. Without dropout the layer's number is not read: torch.compile then has
-        one graph for all layers."""
-        if not (self.training and self.dropout):
-            return x_TH
-        return dropout(x_TH, self.dropout, seeds_T, salt=times * self.layer + plus)
+        """Dropout and stochastic depth of salt times * layer + plus. Without them the layer's number is not read:
+        torch.compile then has one graph for all layers."""
+        if self.training and self.dropout:
+            x_TH = dropout(x_TH, self.dropout, seeds_T, salt=times * self.layer + plus)
+        if self.training and self.death_rate:
+            x_TH = drop_documents(x_TH, self.death_rate, seeds_T, salt=times * self.layer + plus)
+        return x_TH
 
 
 class Head(nn.Module):
@@ -303,7 +327,7 @@ class Encoder(nn.Module):
         self.norm = last_norm(settings)
 
     def forward(self, x_SE: Tensor, masks: Masks, positions_S: Tensor, seeds_S: Tensor) -> Tensor:
-        views = make_views(self, masks, positions_S)
+        views = make_views(self, masks, positions_S, seeds_S)
         for block in self.blocks:
             x_SE = block(x_SE, views[block.kind], seeds_S)
         return self.norm(x_SE)
@@ -314,23 +338,32 @@ def last_norm(settings: ModelSettings) -> nn.Module:
     return nn.Identity() if settings.norm_placement == "post" else make_norm(settings.hidden_size, settings)
 
 
-def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor) -> Views:
+def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor, seeds_T: Tensor) -> Views:
     """Attention inputs of an encoder's or decoder's self-attention, one for each kind of layer."""
     settings, rows = stack.settings, len(positions_T)
+    drops = dropout_of_weights(stack, seeds_T, seeds_T)
     schedules = {kind: make_tile_metadata(mask, rows, rows) for kind, mask in masks.items()}
     if settings.position_embedding == "relative_bias":
-        bias_HR = stack.relative_bias()
-        return {kind: AttentionInputs(mask, schedules[kind], bias_HR=bias_HR) for kind, mask in masks.items()}
+        more: dict[str, Any] = {"bias_HR": stack.relative_bias(), "dropout": drops}
+        return {kind: AttentionInputs(mask, schedules[kind], **more) for kind, mask in masks.items()}
     if settings.position_embedding == "learned":  # added by `Input`
-        return {kind: AttentionInputs(mask, schedules[kind]) for kind, mask in masks.items()}
+        return {kind: AttentionInputs(mask, schedules[kind], dropout=drops) for kind, mask in masks.items()}
     tables = {kind: rotary_table(positions_T, settings, kind) for kind in masks}
-    return {kind: AttentionInputs(mask, schedules[kind], tables[kind]) for kind, mask in masks.items()}
+    return {kind: AttentionInputs(mask, schedules[kind], tables[kind], dropout=drops) for kind, mask in masks.items()}
 
 
-def make_mixed_views(settings: ModelSettings, masks: AttentionMasks, batch: Batch) -> Views:
+def dropout_of_weights(stack: nn.Module, query_seeds_T: Tensor, key_seeds_S: Tensor) -> AttentionDropout | None:
+    """Of a stack's attention weights; None outside training."""
+    rate = stack.settings.attention_dropout
+    return make_dropout(rate, query_seeds_T, key_seeds_S) if rate and stack.training else None
+
+
+def make_mixed_views(stack: nn.Module, masks: AttentionMasks, batch: Batch) -> Views:
     """Attention inputs of mixed attention. A target's positions continue those of its source."""
     assert batch.source, "mixed attention needs a batch with a source side"
-    side, rows = batch.source, len(batch.tokens)
+    settings, side, rows = stack.settings, batch.source, len(batch.tokens)
+    key_seeds = torch.cat([side.dropout_seeds, batch.dropout_seeds])[masks.key_rows]
+    drops = dropout_of_weights(stack, batch.dropout_seeds.flip(0), key_seeds)
     behind_T = side.cu_seqlens.diff()[torch.searchsorted(batch.cu_seqlens, _rows(batch.tokens), right=True) - 1]
     return {
         kind: AttentionInputs(
@@ -339,6 +372,7 @@ def make_mixed_views(settings: ModelSettings, masks: AttentionMasks, batch: Batc
             rotary_table(batch.positions + behind_T, settings, kind),
             source_table=rotary_table(side.positions, settings, kind),
             rows=masks.key_rows,
+            dropout=drops,
         )
         for kind, mask in masks.stack.items()
     }
@@ -386,11 +420,12 @@ class Transformer(nn.Module):
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Embedded tokens (T, H), and embedded sources (S, E) or None."""
-        x_TH, side = self.input(self.embedding(batch.tokens), batch.positions), batch.source
+        x_TH = self.input(self.embedding(batch.tokens), batch.positions, batch.dropout_seeds)
+        side = batch.source
         if side is None:
             return x_TH, None
         of_source = self.encoder.embedding if self.settings.separate_embeddings else self.embedding
-        return x_TH, self.encoder.input(of_source(side.tokens), side.positions)
+        return x_TH, self.encoder.input(of_source(side.tokens), side.positions, side.dropout_seeds)
 
     def read_out(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch, output: Output) -> Tensor:
         """The rest of `forward`, after the embedding."""
@@ -438,12 +473,15 @@ class Transformer(nn.Module):
         """The blocks' attention inputs, and the encoder's output; runs the encoder."""
         masks, side = attention_masks(batch, self.settings), batch.source
         if side is None or x_SE is None:
-            return make_views(self, masks.stack, batch.positions), None
+            return make_views(self, masks.stack, batch.positions, batch.dropout_seeds), None
         states_SE = self.encoder(x_SE, masks.encoder, side.positions, side.dropout_seeds)
         if masks.cross is None:
-            return make_mixed_views(self.settings, masks, batch), EncoderOutput(states_SE, None, side.dropout_seeds)
-        seen = AttentionInputs(masks.cross, make_tile_metadata(masks.cross, len(batch.tokens), len(side.tokens)))
-        return make_views(self, masks.stack, batch.positions), EncoderOutput(states_SE, seen, side.dropout_seeds)
+            return make_mixed_views(self, masks, batch), EncoderOutput(states_SE, None, side.dropout_seeds)
+        tiles = make_tile_metadata(masks.cross, len(batch.tokens), len(side.tokens))
+        drops = dropout_of_weights(self, batch.dropout_seeds, side.dropout_seeds)
+        views = make_views(self, masks.stack, batch.positions, batch.dropout_seeds)
+        seen = AttentionInputs(masks.cross, tiles, dropout=drops)
+        return views, EncoderOutput(states_SE, seen, side.dropout_seeds)
 
 
 def _rows(tokens_T: Tensor) -> Tensor:

@@ -364,6 +364,7 @@ def _open_stream(
         nodes,
         pin=pin,
         count_pairs=count_pairs,
+        seeds_by_document=settings.model.draws_by_document,
     )
 
 

@@ -171,7 +171,7 @@ def test_the_settings_named_for_keys_of_other_systems_exist() -> None:
         ("seq-length", "set data.sequence_length in the run file"),
         ("batch-size", 'write "train_micro_batch_size_per_gpu"'),
         ("rampup_batch_size", "set training.batch_ramp in the run file"),
-        ("attention-dropout", "dropout of attention weights is not offered"),
+        ("attention-dropout", "set model.attention_dropout in the run file"),
         ("data-impl", "makes shards"),
         ("is-pipe-parallel", "pipeline parallelism is not offered"),
         ("normalization", "set model.norm in the run file"),

@@ -32,6 +32,7 @@ SOURCES = {  # on two sides: (documents, objectives)
     "ul2_of_tiny_texts": ([[text(0), text(1), text(2), text(3)], [text(2), text(3), text(1)]], [{"kind": "ul2"}]),
     "pairs_beside_text": ([[*PAIRS[0][:2], text(14)], [text(9), PAIRS[1][0]]], [{"kind": "prefix"}]),
 }
+DROPOUT = {"dropout": 0.2, "attention_dropout": 0.3, "embedding_dropout": 0.1, "stochastic_depth": 0.3}
 ENCODER_DECODERS = {
     "cross": {},
     "mixed": {"source_attention": "mixed"},
@@ -53,8 +54,8 @@ ENCODER_DECODERS = {
         "encoder_num_kv_heads": 3,
         "separate_embeddings": True,
     },
-    "tied_mtp_dropout": {"tied_embeddings": True, "num_mtp_modules": 2, "dropout": 0.2},
-    "mixed_mtp_dropout": {"source_attention": "mixed", "num_mtp_modules": 2, "dropout": 0.2},
+    "tied_mtp_dropout": {"tied_embeddings": True, "num_mtp_modules": 2, **DROPOUT},
+    "mixed_mtp_dropout": {"source_attention": "mixed", "num_mtp_modules": 2, **DROPOUT},
 }
 DECODERS = {
     "causal": [{"kind": "causal"}],

@@ -34,6 +34,7 @@ from tests.support.ranks import run_ranks
 
 VOCABULARY = 67
 PACKS = 6  # per step; with 2 ranks and micro-batches of 2, one micro-batch of each step is half empty
+DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.05, "stochastic_depth": 0.1}
 DATA = {"max_document_length": 24, "sequence_length": 24, "max_documents": 4}
 
 
@@ -59,7 +60,7 @@ def settings_table(
         "intermediate_size": 40,
         "qk_norm": True,
     }
-    model = model | {"dropout": 0.1, "tied_embeddings": other.pop("tied", False)}
+    model = model | DROPOUT | {"tied_embeddings": other.pop("tied", False)}
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: another order of sums differs by rounding only.

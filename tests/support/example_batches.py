@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from bigmodel.config.settings import DataSettings, ModelSettings
-from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
+from bigmodel.data.load.batch import Batch, build_batch, document_seeds, make_dropout_seeds
 from bigmodel.data.objectives.examples import Document, Examples, Pair
 from bigmodel.data.plan.shuffle import Chunk, Pack
 from bigmodel.evaluation.packed_requests import Continuation, make_batch
@@ -32,8 +32,10 @@ def fragment_of(row: int, document: Document, examples: Examples, objective: int
     return Chunk(0, 0, row, 0, int(length[0]), 0, *columns)
 
 
-def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, **more: object) -> Batch:
-    """One pack per list of documents; plain documents take the objectives in turn. With classes, the first token of a
+def batch_of(
+    packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, by_document: bool = False, **more: object
+) -> Batch:
+    """One pack per list of documents; plain documents take the objectives in turn. `by_document`: dropout seeds. With classes, the first token of a
     label is the number of its class."""
     examples = Examples(data, seed, VOCABULARY)
     examples.find_class = lambda label, *place: int(label[1])
@@ -46,6 +48,9 @@ def batch_of(packs: Sequence[Sequence[Document]], data: DataSettings, seed: int 
     numbers = range(len(packs))
     keys = make_dropout_seeds(seed, 0, numbers, data.sequence_length)
     source_seeds = make_dropout_seeds(seed, 0, numbers, data.source_sequence_length, "source positions")
+    if by_document:
+        sizes = (data.sequence_length, "positions"), (data.source_sequence_length, "source positions")
+        keys, source_seeds = (document_seeds(seed, plan, ["text"], *size) for size in sizes)
     return build_batch(plan, lambda piece: documents[piece.row], data, keys, examples, source_seeds, **more)
 
 

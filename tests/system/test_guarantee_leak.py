@@ -20,6 +20,7 @@ MODELS = {
     "one_key_value_head": {"num_kv_heads": 1},
     "qk_norm_tied": {"qk_norm": True, "tied_embeddings": True},
     "dropout": {"dropout": 0.3},
+    "all dropout": {"dropout": 0.1, "attention_dropout": 0.3, "embedding_dropout": 0.1, "stochastic_depth": 0.5},
 }
 
 

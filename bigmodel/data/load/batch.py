@@ -77,7 +77,7 @@ class Batch:
     labels: Tensor  # (T,) int64: the token to predict; IGNORED at padding and at unlabelled positions
     positions: Tensor  # (T,) int64: from 0 in every document
     cu_seqlens: Tensor  # (D+1,) int32: document i is [cu_seqlens[i], cu_seqlens[i+1]); first 0, last T
-    dropout_seeds: Tensor  # (T,) int64: one random word per position, the same at every world size
+    dropout_seeds: Tensor  # (T,) int64: one random word per position, the same at every world size; see document_seeds
     num_tokens: int  # without padding
     num_labels: int
     num_documents: int  # without padding; a chunk of a long document counts as one
@@ -140,6 +140,27 @@ def make_dropout_seeds(
     """
     keys = [words(make_key(side, seed, step, number), tokens) for number in numbers]
     return np.concatenate(keys).view(np.int64)
+
+
+def document_seeds(
+    seed: int, packs: Sequence[Pack], sources: Sequence[str], tokens: int, side: str = "positions"
+) -> np.ndarray:
+    """Dropout seeds of packs, `tokens` positions each, that belong to documents: (T,) int64.
+
+    A function of the seed, the chunk (source, shard, row, first token), its epoch and the position in it: not of step,
+    packing or rank. The upper 32 bits are equal at all positions of a chunk, the lower ones are the position's.
+    `sources`: their names. `side`: "positions" or "source positions".
+    """
+    seeds = np.zeros((len(packs), tokens), dtype=np.uint64)
+    for row, pack in zip(seeds, packs, strict=True):
+        end = 0
+        for chunk in pack:
+            place = chunk.shard, chunk.row, chunk.start, chunk.epoch
+            key = make_key(f"{side} of documents", seed, sources[chunk.source], *place)
+            own = words(key, chunk.source_positions if side == "source positions" else chunk.num_tokens)
+            row[end : end + len(own)] = own >> np.uint64(32) | np.uint64(key >> 32 << 32)
+            end += len(own)
+    return seeds.reshape(-1).view(np.int64)
 
 
 def build_batch(

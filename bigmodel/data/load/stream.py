@@ -27,7 +27,7 @@ from typing import Protocol, overload
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
-from bigmodel.data.load.batch import Batch, Reader, build_batch, make_dropout_seeds
+from bigmodel.data.load.batch import Batch, Reader, build_batch, document_seeds, make_dropout_seeds
 from bigmodel.data.load.readahead import Place as Where
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.classification import ClassNumbers
@@ -109,8 +109,16 @@ def place_of(store: Documents, chunk: Chunk) -> Where:
 class Builder:
     """Makes the batches of a run from planned packs."""
 
-    def __init__(self, store: Documents, data: DataSettings, seed: int, read: Reader | None = None) -> None:
-        """`read` None: from the store."""
+    def __init__(
+        self,
+        store: Documents,
+        data: DataSettings,
+        seed: int,
+        read: Reader | None = None,
+        seeds_by_document: bool = False,
+    ) -> None:
+        """`read` None: from the store. `seeds_by_document`: of dropout, see `document_seeds`."""
+        self._sources, self._by_document = store.sources, seeds_by_document
         vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
         self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
         self._data, self._seed, examples = data, seed, self._examples
@@ -140,10 +148,8 @@ class Builder:
         data = self._data
         source_seeds = None
         if data.source_sequence_length:
-            source_seeds = make_dropout_seeds(
-                self._seed, step, numbers, data.source_sequence_length, "source positions"
-            )
-        keys = make_dropout_seeds(self._seed, step, numbers, data.sequence_length)
+            source_seeds = self._seeds(packs, step, numbers, data.source_sequence_length, "source positions")
+        keys = self._seeds(packs, step, numbers, data.sequence_length, "positions")
         several = len(self.loss_groups) > 1
         return build_batch(
             packs,
@@ -164,6 +170,11 @@ class Builder:
     def objective_of(self, chunk: Chunk) -> str:
         """The name of the objective of a chunk's example."""
         return self.loss_groups[self.loss_group_of(chunk)][0]
+
+    def _seeds(self, packs: Sequence[Pack], step: int, numbers: Sequence[int], tokens: int, side: str) -> np.ndarray:
+        if self._by_document:
+            return document_seeds(self._seed, packs, self._sources, tokens, side)
+        return make_dropout_seeds(self._seed, step, numbers, tokens, side)
 
     def loss_group_of(self, chunk: Chunk) -> int:
         """Index into `loss_groups` of the chunk's (objective, source)."""
@@ -204,18 +215,21 @@ class Stream:
         ahead: int = 2,
         pin: bool = False,
         count_pairs: CountPairs = no_pairs,
+        seeds_by_document: bool = False,
     ) -> None:
         """Starts the thread, which builds at most `ahead` steps ahead; restore the order first.
 
         The order plans `place.lanes` or more. `nodes` is needed unless the order plans all lanes. `pin`: batches in
         page-locked memory, from which a GPU copies while it computes. `count_pairs`: of the model, for `Step.work`.
+        `seeds_by_document`: of dropout.
         """
         assert ahead >= 1, f"ahead = {ahead}; the thread needs at least 1"
         assert nodes or len(order.lanes) == data.lanes, (
             "an order of some lanes needs `nodes`: it knows the counts of its own node only"
         )
         self.wait_seconds = 0.0  # wait for the last step
-        self._order, self._data, self._builder = order, data, Builder(store, data, seed, self._read)
+        self._order, self._data = order, data
+        self._builder = Builder(store, data, seed, self._read, seeds_by_document)
         self.loss_groups = self._builder.loss_groups  # (objective, source), in the order of a step's loss_groups
         self._store = store
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes

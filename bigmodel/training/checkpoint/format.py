@@ -34,6 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.renamed import new_keys
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import SAVED, LoraSettings, ModelSettings, Settings, UserError
@@ -360,7 +361,8 @@ def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
     saved = new_keys("model", checkpoint.description["model"])
     then = ModelSettings().model_dump(mode="json") | saved  # settings newer than the checkpoint have their default
     pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
-    free = {"model.dropout", *(f"model.{name}" for name in without_effect(ModelSettings.model_construct(**then)))}
+    unread = without_effect(ModelSettings.model_construct(**then))
+    free = {f"model.{name}" for name in (*DRAWN, *unread)}
     pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
     for name, (mine, its) in pairs.items():
         if name not in free and mine != its:

@@ -26,6 +26,7 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.load.batch import Batch
 from bigmodel.distributed.world import World
 from bigmodel.kernels.attention import attention, make_tile_metadata
+from bigmodel.kernels.attention_dropout import AttentionDropout
 from bigmodel.metrics.phases import Phases
 from bigmodel.model import transformer
 
@@ -70,12 +71,24 @@ class Sequence:
     def _make_schedule(self, mask: Any, num_queries: int, num_keys: int) -> Any:
         return make_tile_metadata(mask, num_queries * self.size, num_keys * self.size)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, dropout: AttentionDropout | None = None
+    ) -> Tensor:
         """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
+        named = {} if dropout is None else {"dropout": self._of_all_positions(dropout, q.shape[1] // self.size)}
         if k.shape[1] < self.size:
             k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
         q, k, v = (Exchange.apply(side, self._ranks, True) for side in (q, k, v))
         return Exchange.apply(attention(q, k, v, *rest, **named), self._ranks, False)
+
+    def _of_all_positions(self, dropout: AttentionDropout, num_heads: int) -> AttentionDropout:
+        """The words of all sharing ranks' positions, and the number of the first of this rank's heads."""
+        mine = torch.stack([dropout.query_words_T, dropout.key_words_S], dim=1)
+        words = mine.new_empty(len(mine) * self.size, 2)
+        with self._ranks.phases("communication"):
+            dist.all_gather_into_tensor(words, mine, group=self._ranks.group)
+        first_head = dropout.first_head + self.rank * num_heads
+        return AttentionDropout(dropout.rate, words[:, 0].contiguous(), words[:, 1].contiguous(), first_head)
 
 
 class Ranks(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.load import batch as batch_module
-from bigmodel.data.load.batch import IGNORED, build_batch, draw, make_dropout_seeds
+from bigmodel.data.load.batch import IGNORED, build_batch, document_seeds, draw, make_dropout_seeds
 from bigmodel.data.load.stream import reader
 from bigmodel.data.objectives import causal as causal_module
 from bigmodel.data.objectives.causal import causal
@@ -138,6 +138,24 @@ def test_keys_belong_to_seed_step_and_pack_and_not_to_the_micro_batch():
         make_dropout_seeds(1, 7, [1], 8),
     ]
     assert len(np.unique(np.concatenate(different))) == 32
+
+
+def test_seeds_of_documents_belong_to_the_chunk_and_its_pass_and_not_to_its_place():
+    one, other, long = Chunk(0, 3, 1, 0, 5, 2), Chunk(1, 3, 1, 0, 3, 2), Chunk(0, 0, 9, 24, 8, 0)
+
+    def seeds(*packs, seed=1):
+        return document_seeds(seed, packs, ["a", "b"], 8).reshape(-1, 8)
+
+    together, alone = seeds((one, other), (long,)), seeds((), (long,), (other,), (one,))
+    assert np.array_equal(together[0, :5], alone[3, :5])
+    assert np.array_equal(together[0, 5:], alone[2, :3])
+    assert np.array_equal(together[1], alone[1])
+    assert not alone[0].any()
+    halves = [(row >> 32, row & 0xFFFFFFFF) for row in (together[0, :5], together[0, 5:], together[1])]
+    assert all(len(set(upper)) == 1 and len(set(lower)) == len(lower) for upper, lower in halves)
+    changed = [one._replace(**{name: 7}) for name in ("shard", "row", "start", "epoch")] + [one._replace(source=1)]
+    others = np.concatenate([seeds((piece,))[0, :5] for piece in [one, *changed]] + [seeds((one,), seed=2)[0, :5]])
+    assert len(np.unique(others >> 32)) == 7
 
 
 def test_the_fingerprint_changes_with_every_tensor_and_not_with_a_copy():
