@@ -53,7 +53,7 @@ class RunSettings(Section):
 
 
 class ParameterGroupSettings(Section):
-    """Parameters with their own learning rate or weight decay."""
+    """Parameters with their own learning rate, weight decay or L1 penalty."""
 
     parameters: str = Field(
         description='pattern of parameter names: "head.weight", "blocks.*.attention.*"; the last matching group applies'
@@ -62,10 +62,11 @@ class ParameterGroupSettings(Section):
         1.0, ge=0, description="factor of the schedule's learning rate; 0: weights are frozen, moments still change"
     )
     weight_decay: float | None = Field(None, ge=0, description="replaces optimizer.weight_decay and its rule")
+    l1_penalty: float | None = Field(None, ge=0, description="replaces optimizer.l1_penalty and its rule")
 
 
 class OptimizerSettings(Section):
-    """The optimizer. Weight decay applies to matrices only, not to norms or embeddings."""
+    """The optimizer. Weight decay and the L1 penalty apply to matrices only, not to norms or embeddings."""
 
     kind: Annotated[str, key_of(OPTIMIZERS)] = Field(
         "adamw", description="; ".join(f"{kind}: {row.about}" for kind, row in OPTIMIZERS.items())
@@ -84,6 +85,12 @@ class OptimizerSettings(Section):
         description="added to the root of the second moment; adafactor: smallest value of that root",
     )
     weight_decay: float = Field(0.1, ge=0)
+    l1_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="L1 penalty: after an update, weights move towards 0 by learning rate * l1_penalty and stop there "
+        "(decoupled, as weight decay is); with weight_decay the elastic net; 0: off",
+    )
     momentum: float = setting(
         0.95, only_with=READ_BY_OPTIMIZER, ge=0, lt=1, description="muon: momentum of the hidden matrices"
     )
@@ -128,7 +135,7 @@ class OptimizerSettings(Section):
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     groups: list[ParameterGroupSettings] = Field(
-        [], description="parameters with another learning rate or weight decay"
+        [], description="parameters with another learning rate, weight decay or L1 penalty"
     )
     layer_decay: float = Field(
         1.0,
@@ -137,6 +144,11 @@ class OptimizerSettings(Section):
         description="factor of the learning rate from layer to layer, downwards: 1 for the head, d for the last block, "
         "d^n for the first of n, d^(n+1) for embeddings (ULMFiT, ELECTRA); 1: off",
     )
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether any parameters have an L1 penalty."""
+        return bool(self.l1_penalty or any(group.l1_penalty for group in self.groups))
 
 
 class EarlyStopSettings(Section):

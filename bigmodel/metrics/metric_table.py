@@ -81,6 +81,14 @@ RUN = (
     Metric("update_norm", "gauge", "L2 norm of the last measured update, by kind of layer", ("layers",)),
     Metric("pruned_ratio", "gauge", "Share of zeros in the matrices of [pruning], when it last pruned"),
     Metric(
+        "l1_norm", "gauge", "With an L1 penalty: sum of the magnitudes of the weights of a kind of layer, at the last "
+        "measured step; times optimizer.l1_penalty it is the penalty", ("layers",),
+    ),
+    Metric(
+        "zero_ratio", "gauge", "With an L1 penalty: share of zeros in the weights of a kind of layer, at the last "
+        "measured step", ("layers",),
+    ),
+    Metric(
         "spikes", "counter", "Steps whose loss or gradient norm was 6 standard deviations above those before",
         ("signal",),
     ),

@@ -90,7 +90,7 @@ class StepRecord:
     distillation_loss: float | None = None  # mean divergence from the teacher over the labels, times temperature^2
     slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss
     slowest_rank_lag_seconds: float | None = None
-    norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm and update_norm, at measured steps
+    norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm ..., at measured steps
     pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned
 
 

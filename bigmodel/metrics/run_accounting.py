@@ -278,8 +278,8 @@ def _losses(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 def _of_norms(line: Mapping[str, Any]) -> Samples:
     return {
-        name: [[[layers], norms[name]] for layers, norms in line["norms"].items()]
-        for name in ("weight_norm", "update_norm")
+        name: [[[layers], norms[name]] for layers, norms in line["norms"].items() if name in norms]
+        for name in ("weight_norm", "update_norm", "l1_norm", "zero_ratio")
     }
 
 

@@ -303,7 +303,15 @@ def test_every_form_of_a_condition() -> None:
 
 
 ALWAYS = {  # these have an effect with every kind
-    OptimizerSettings: {"kind", "learning_rate", "weight_decay", "gradient_clipping", "layer_decay", "groups"},
+    OptimizerSettings: {
+        "kind",
+        "learning_rate",
+        "weight_decay",
+        "l1_penalty",
+        "gradient_clipping",
+        "layer_decay",
+        "groups",
+    },
     ObjectiveSettings: {"kind", "share"},
     NoiseSettings: {"kind"},
 }

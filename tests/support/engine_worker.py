@@ -26,6 +26,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups, states_of
+from bigmodel.training.optimizers.penalty import with_penalty
 from bigmodel.training.optimizers.shards import Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS
 from bigmodel.training.trained import choose_trained
@@ -135,7 +136,8 @@ def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Op
     """torch's optimizer if torch has it, else ours, which tests/training/optimizers compares with the papers."""
     if settings.kind == "adafactor":
         groups, epsilons = parameter_groups(model, settings), (settings.epsilon, settings.least_scale)
-        return torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
+        theirs = torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
+        return with_penalty(theirs)
     optimizer = build_optimizer(model, settings)
     return alone(optimizer, settings)
 

@@ -33,6 +33,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 Case = dict[str, Any]
 GROUPS = [{"parameters": "blocks.0.*", "learning_rate_factor": 0.5}, {"parameters": "norm.*", "weight_decay": 0.2}]
+GROUPS += [{"parameters": "blocks.1.*", "l1_penalty": 1.0}]
 
 
 def valid(case: Case) -> bool:

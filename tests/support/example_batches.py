@@ -35,8 +35,8 @@ def fragment_of(row: int, document: Document, examples: Examples, objective: int
 def batch_of(
     packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, by_document: bool = False, **more: object
 ) -> Batch:
-    """One pack per list of documents; plain documents take the objectives in turn. `by_document`: dropout seeds. With classes, the first token of a
-    label is the number of its class."""
+    """One pack per list of documents; plain documents take the objectives in turn. With classes, the first token of a
+    label is the number of its class. `by_document`: dropout seeds."""
     examples = Examples(data, seed, VOCABULARY)
     examples.find_class = lambda label, *place: int(label[1])
     documents = [document for pack in packs for document in pack]

@@ -1,9 +1,9 @@
 """Parameter groups, and the optimizer that DeepSpeed runs on flat fp32 masters.
 
 In: a model and settings. Out: a `torch.optim.Optimizer` whose states are known before the first update (`states_of`),
-so that they can be read and written by parameter name. Weight decay: matrices decay; embeddings and one-dimensional
-parameters (norms) do not; `optimizer.groups` overrides this for the parameters that it names. A head tied to the
-embedding counts as embedding, an untied head as a matrix.
+so that they can be read and written by parameter name. Weight decay and L1 penalty: of matrices; embeddings and
+one-dimensional parameters (norms) have none; `optimizer.groups` overrides this for the parameters that it names. A head
+tied to the embedding counts as embedding, an untied head as a matrix.
 """
 
 import re
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bigmodel.config.settings import OptimizerSettings, UserError
+from bigmodel.training.optimizers.penalty import with_penalty
 from bigmodel.training.optimizers.table import OPTIMIZERS, State
 
 BLOCK = re.compile(r"(encoder\.|)blocks\.(\d+)\.")
@@ -23,12 +24,12 @@ BLOCK = re.compile(r"(encoder\.|)blocks\.(\d+)\.")
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Parameter groups for `torch.optim`. Every trained parameter is in exactly one.
 
-    A group has `weight_decay`, `rate_factor` (multiplies the scheduled learning rate) and `matrices`: whether the
-    optimizer treats its parameters as matrices (Muon: hidden matrices; Adafactor: all matrices).
+    A group has `weight_decay`, `l1_penalty`, `rate_factor` (multiplies the scheduled learning rate) and `matrices`:
+    whether the optimizer treats its parameters as matrices (Muon: hidden matrices; Adafactor: all matrices).
     Raises `UserError` where a pattern of `optimizer.groups` matches no parameter.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float, bool], list[nn.Parameter]] = {}
     factors = layer_factors([name for name, _ in model.named_parameters()], settings.layer_decay)
     met: set[str] = set()
     matrices = OPTIMIZERS[settings.kind].matrices
@@ -37,16 +38,17 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         matrix = len(shape) >= 2 and id(parameter) not in embeddings
-        decay = settings.weight_decay if matrix else 0.0
+        decay, penalty = (settings.weight_decay, settings.l1_penalty) if matrix else (0.0, 0.0)
         as_matrix = matrices == "hidden" and matrix and not name.startswith("head.")
         as_matrix |= matrices == "all" and len(shape) == 2
         factor = settings.adamw_rate_factor if matrices == "hidden" and not as_matrix else 1.0
         for given in [one for one in settings.groups if fnmatchcase(name, one.parameters)]:
             met.add(given.parameters)
             decay = decay if given.weight_decay is None else given.weight_decay
+            penalty = penalty if given.l1_penalty is None else given.l1_penalty
             factor = given.learning_rate_factor
         factor *= factors[name]
-        groups.setdefault((decay, factor, as_matrix), []).append(parameter)
+        groups.setdefault((decay, penalty, factor, as_matrix), []).append(parameter)
     for given in settings.groups:
         if given.parameters not in met:
             names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -55,8 +57,16 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
                 f"names are for example {', '.join(names[:3])} and {names[-1]}"
             )
     return [
-        {"params": parameters, "weight_decay": decay, "rate_factor": factor, "matrices": as_matrix}
-        for (decay, factor, as_matrix), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            "l1_penalty": penalty,
+            "rate_factor": factor,
+            "matrices": as_matrix,
+        }
+        for (decay, penalty, factor, as_matrix), parameters in sorted(
+            groups.items(), key=lambda item: item[0], reverse=True
+        )
     ]
 
 
@@ -93,4 +103,5 @@ def states_of(settings: OptimizerSettings, group: dict[str, Any]) -> tuple[State
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer of `optimizer.kind`, on the model's parameter groups."""
-    return OPTIMIZERS[settings.kind].builder(parameter_groups(model, settings), settings)
+    optimizer = OPTIMIZERS[settings.kind].builder(parameter_groups(model, settings), settings)
+    return with_penalty(optimizer) if any(group["l1_penalty"] for group in optimizer.param_groups) else optimizer

@@ -46,6 +46,7 @@ def test_norms_are_those_of_the_checkpoints(tmp_path: Path, shards: Path, stage:
 
     run_file = write_run(tmp_path, shards, stage=stage)
     overrides = ["training.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=4", "metrics.norms_every_steps=2"]
+    overrides += ["schedule.warmup_steps=2", "optimizer.learning_rate=0.001", "optimizer.l1_penalty=10"]
     arguments = [word for override in overrides for word in ("--set", override)]
     run_ranks(2, command, ["train", str(run_file), *arguments], tmp_path / "printed")
     weights = {
@@ -62,6 +63,11 @@ def test_norms_are_those_of_the_checkpoints(tmp_path: Path, shards: Path, stage:
         moved = {name: weights[step][name] - weights[step - 1][name] for name in weights[step]}
         for kind, value in squares(weights[step]).items():
             assert norms[kind]["weight_norm"] == pytest.approx(math.sqrt(value), rel=1e-6)
+        for kind in norms:
+            of_kind = torch.cat([tensor.flatten() for name, tensor in weights[step].items() if kind_of(name) == kind])
+            assert norms[kind]["l1_norm"] == pytest.approx(float(of_kind.double().abs().sum()), rel=1e-6)
+            assert norms[kind]["zero_ratio"] == pytest.approx(float((of_kind == 0).double().mean()), rel=1e-9)
+            assert (norms[kind]["zero_ratio"] > 0.1) == (kind in ("attention", "feed_forward", "head"))
         for kind, value in squares(moved).items():
             assert norms[kind]["update_norm"] == pytest.approx(math.sqrt(value), rel=1e-5)
             assert value > 0
