@@ -442,6 +442,27 @@ def export(
         print(f"  {remark}")
 
 
+@app.command()
+def average(
+    runs: Annotated[list[Path], typer.Argument(help="run directories with checkpoints", metavar="RUN...")],
+    folder: Annotated[Path, typer.Argument(help="run directory to write", metavar="FOLDER")],
+    last: Annotated[
+        int, typer.Option(min=0, help="newest checkpoints of each run; 0: all of one run, one of each of several")
+    ] = 0,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="only checkpoints that do not raise the validation loss")
+    ] = False,
+    sequences: Annotated[int, typer.Option(min=0, help="--greedy: packed sequences of an evaluation; 0: all")] = 0,
+) -> None:
+    """Average the weights of checkpoints (model soups) into a run directory for evaluate, generate, export."""
+    from bigmodel.exchange.average import average as run
+
+    if sequences and not greedy:
+        raise UserError("--sequences: has an effect only with --greedy; give --greedy")
+    names = run(runs, folder, last, greedy, sequences)
+    print(f"{folder}: the mean of {len(names)} checkpoints: {'; '.join(names)}")
+
+
 @app.command("import")
 def import_folder(
     folder: Annotated[Path, typer.Argument(help="folder of a Hugging Face model", metavar="FOLDER")],

@@ -154,13 +154,13 @@ def write_folder(
     places: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        _write_weights(partial / file, weights, names)
+        write_weights(partial / file, weights, names)
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
         _write_json(partial / INDEX, index)
     if beside:
-        _write_weights(partial / BESIDE, weights, beside)
+        write_weights(partial / BESIDE, weights, beside)
     os.replace(partial, folder)
 
 
@@ -181,7 +181,7 @@ def _divided(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return files
 
 
-def _write_weights(path: Path, weights: Described, names: Sequence[str]) -> None:
+def write_weights(path: Path, weights: Described, names: Sequence[str]) -> None:
     """A safetensors file: length of the header, header, tensors (https://github.com/huggingface/safetensors). The
     library's `save_file` would hold all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

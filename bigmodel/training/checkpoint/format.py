@@ -170,6 +170,11 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
 
     Raises `UserError` with the first model setting, optimizer or parameter that differs; the engine is unchanged then.
     """
+    if "average" in checkpoint.description:
+        raise UserError(
+            f"{checkpoint.path}: an average of checkpoints has no state of the optimizer, so its run cannot go on; "
+            f"begin another run with model.from = {json.dumps(str(checkpoint.path.parents[1]))}"
+        )
     _compare_model(checkpoint, settings)
     _compare_adapters(checkpoint, settings)
     _compare_shapes(checkpoint, engine)

@@ -366,7 +366,7 @@ def _publish(
         files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
         write_atomically(part / "state.json", state)
         fault("before-rename-of-manifest", step)
-        write_atomically(part / "manifest.json", _manifest(files, world_size))  # also syncs all names in the folder
+        write_atomically(part / "manifest.json", manifest_of(files, world_size))  # also syncs all names in the folder
         fault("before-rename", step)
         require_restart_generation(final.parent.parent, restart_generation)
         if final.exists():  # `begin` found it damaged
@@ -415,7 +415,7 @@ def _describe(engine: States, state: dict[str, Any], settings: Settings) -> dict
     }
 
 
-def _manifest(files: dict[str, Any], world_size: int) -> bytes:
+def manifest_of(files: dict[str, Any], world_size: int) -> bytes:
     content: dict[str, Any] = {"format": FORMAT, "files": files, "world_size": world_size, "saved_at": time.time()}
     content["versions"] = package_versions()
     content["sha256"] = hashlib.sha256(plain(content)).hexdigest()

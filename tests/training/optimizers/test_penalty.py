@@ -8,8 +8,7 @@ from sklearn.linear_model import ElasticNet
 from bigmodel.config.settings import OptimizerSettings
 from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups
 from bigmodel.training.optimizers.table import OPTIMIZERS
-from tests.support.engine_worker import optimizer_alone
-from tests.training.optimizers.test_optimizers import model
+from tests.training.optimizers.test_optimizers import model, optimizer_alone
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5], ids=["lasso", "elastic net"])

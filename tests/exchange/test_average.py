@@ -1,0 +1,211 @@
+"""Averages of checkpoints against NumPy and the paper's recipe; commands take the result as any run."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from bigmodel.__main__ import app
+from bigmodel.config.settings import UserError
+from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.distributed.world import ALONE
+from bigmodel.evaluation.classify import make_validation
+from bigmodel.exchange.average import average, greedy_soup
+from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.saver import manifest_of
+from bigmodel.training.load_model import load_trained
+from tests.support.ranks import command, run_ranks
+from tests.support.tiny_run import write_run
+
+STEPS = (2, 4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A run of 2 ranks with 4 checkpoints, at a rate that makes their losses differ."""
+    folder = tmp_path_factory.mktemp("average")
+    changes = ["training.steps=8", "checkpoint.every_steps=2", "checkpoint.keep=4", "optimizer.learning_rate=0.03"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    run_ranks(2, command, ["train", str(write_run(folder, shards)), *arguments], folder / "printed")
+    return folder / "run"
+
+
+def weights_in(run: Path, step: int) -> dict[str, np.ndarray]:
+    """By numpy: name -> flat weight, from the files of all ranks."""
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
+        for tensor, values in load_file(file).items():
+            name, _, start = tensor.rpartition("@")
+            if name.startswith("weight."):
+                parts.setdefault(name, []).append((int(start), values))
+    return {name: np.concatenate([values for _, values in sorted(found, key=first)]) for name, found in parts.items()}
+
+
+def first(pair: tuple[int, np.ndarray]) -> int:
+    return pair[0]
+
+
+def loss_of(run: Path) -> float:
+    trained = load_trained(run)
+    return make_validation(trained.settings.data, 1).run(trained.forward, ALONE).nats_per_token
+
+
+def alone(run: Path, step: int, folder: Path) -> Path:
+    """A copy of the run with one checkpoint."""
+    shutil.copytree(run / "checkpoints" / f"step-{step:08d}", folder / "checkpoints" / f"step-{step:08d}")
+    shutil.copy(run / "settings.json", folder)
+    return folder
+
+
+def changed(run: Path, folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
+    """A copy with the last checkpoint, whose description and settings are changed."""
+    part = alone(run, STEPS[-1], folder) / "checkpoints" / f"step-{STEPS[-1]:08d}"
+    state, settings = (json.loads(file.read_text()) for file in (part / "state.json", folder / "settings.json"))
+    change(state, settings)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (part / "state.json").write_bytes(checkpoint.plain(state))
+    files = json.loads((part / "manifest.json").read_text())["files"]
+    content = (part / "state.json").read_bytes()
+    files["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (part / "manifest.json").write_bytes(manifest_of(files, 2))
+    return folder
+
+
+@pytest.mark.parametrize(("last", "steps"), [(0, STEPS), (3, STEPS[1:])])
+def test_the_mean_is_that_of_numpy(run: Path, tmp_path: Path, last: int, steps: Sequence[int]) -> None:
+    named = average([run], tmp_path / "mean", last=last)
+    assert named == [f"{run}, step {step}" for step in steps]
+    found, given = weights_in(tmp_path / "mean", 8), [weights_in(run, step) for step in steps]
+    assert found.keys() == given[0].keys()
+    for name, mean in found.items():
+        exact = np.mean([one[name].astype(np.float64) for one in given], axis=0)
+        assert np.array_equal(mean, exact.astype(np.float32))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mean"]
+
+
+def test_a_greedy_soup_is_never_worse_than_the_best_checkpoint_and_follows_the_paper(run: Path, tmp_path: Path) -> None:
+    losses = {step: loss_of(alone(run, step, tmp_path / str(step))) for step in STEPS}
+    best, *others = sorted(losses, key=lambda step: losses[step])
+    kept, lowest = [best], losses[best]
+    for step in others:
+        trial = tmp_path / f"trial-{step}"
+        average([tmp_path / str(one) for one in [*kept, step]], trial)
+        if (loss := loss_of(trial)) <= lowest:
+            kept, lowest = [*kept, step], loss
+    done = CliRunner().invoke(app, ["average", str(run), str(tmp_path / "soup"), "--greedy"])
+    assert done.exit_code == 0, done.output
+    assert loss_of(tmp_path / "soup") == lowest <= losses[best]
+    made_of = checkpoint.of_run(tmp_path / "soup").description["average"]
+    assert [one["step"] for one in made_of] == kept
+    assert len(set(losses.values())) == 4
+
+
+def test_the_greedy_recipe_tries_the_best_first_and_keeps_what_does_not_raise_the_loss() -> None:
+    """The losses of means are a table; equal losses are kept, as in the paper; nan is tried last and left out."""
+    table = {"A": 2.40, "B": 2.50, "C": 2.45, "D": float("nan"), "AC": 2.38, "ACB": 2.39, "ACD": float("nan")}
+    table |= {"E": 2.6, "ACE": 2.38}
+    tried: list[str] = []
+
+    def loss_of_mean(names: Sequence[str]) -> float:
+        tried.append("".join(names))
+        return table[tried[-1]]
+
+    said: list[str] = []
+    table["ACED"] = float("nan")
+    assert greedy_soup(["D", "B", "A", "E", "C"], loss_of_mean, str, said.append) == ["A", "C", "E"]
+    assert tried == ["D", "B", "A", "E", "C", "AC", "ACB", "ACE", "ACED"]
+    assert said[:2] == ["A: 2.4000 nats, the best", "C: 2.4500 nats, with those before 2.3800: kept"]
+    with pytest.raises(UserError, match="no checkpoint has a finite validation loss; x has nan"):
+        greedy_soup(["x", "y"], lambda names: float("nan"), str, said.append)
+
+
+def test_commands_take_an_average_as_any_run(run: Path, shards: Path, tmp_path: Path) -> None:
+    mean = tmp_path / "mean"
+    done = CliRunner().invoke(app, ["average", str(run), str(mean), "--last", "2"])
+    assert done.output == f"{mean}: the mean of 2 checkpoints: {run}, step 6; {run}, step 8\n".replace("\n", "\n")
+    for words in (["evaluate", str(mean)], ["generate", str(mean), "a", "--tokens", "3"],
+                  ["export", str(mean), str(tmp_path / "exported")]):  # fmt: skip
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+    run_file = write_run(tmp_path, shards, name="next")
+    begins = ["train", str(run_file), "--set", f"model.from={mean}", "--set", "training.steps=1"]
+    run_ranks(1, command, begins, tmp_path / "printed")
+    resumes = ["train", str(run_file), "--set", f"run.directory={mean}"]
+    with pytest.raises(AssertionError):
+        run_ranks(1, command, resumes, tmp_path / "printed")
+    printed = (tmp_path / "printed.0").read_text()
+    assert "an average of checkpoints has no state of the optimizer" in printed
+    assert f'begin another run with model.from = "{mean}"' in printed
+
+
+def _other_width(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    state["model"]["hidden_size"] = 64
+
+
+def _other_rows(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    state["shapes"]["embedding.weight"][0] += 8
+
+
+def _other_classes(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    settings["data"]["classes"] = ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_other_width, "model.hidden_size = 64, and .* has 32: only checkpoints of one model can be averaged"),
+        (_other_rows, r"embedding\.weight is \[\d+, 32\], and \[\d+, 32\] in .*: only checkpoints of one model"),
+        (_other_classes, r"data\.classes = \['b', 'a'\], and .* has \[\]: only checkpoints of one model"),
+    ],
+)
+def test_checkpoints_of_other_models_are_refused(run: Path, tmp_path: Path, change: Any, words: str) -> None:
+    other = changed(run, tmp_path / "other", change)
+    with pytest.raises(UserError, match=words):
+        average([run, other], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+
+
+def test_another_tokenizer_is_refused_and_another_seed_is_said(run: Path, shards: Path, tmp_path: Path) -> None:
+    from tests.support.tiny_corpus import prepared
+
+    data = prepared(tmp_path / "data", shard_tokens=1500)
+    text = (data / "tokenizer.json").read_text()
+    vocabulary = Tokenizer(text).vocabulary
+    said: list[str] = []
+
+    def moved(state: dict[str, Any], settings: dict[str, Any]) -> None:
+        settings["run"]["seed"] = 7
+        settings["data"]["directory"] = str(data)
+
+    other = changed(run, tmp_path / "other", moved)
+    average([run, other], tmp_path / "mean", say=said.append)
+    assert "began with other weights (run.seed, model.from)" in said[0]
+    assert vocabulary == Tokenizer.load(shards / "tokenizer.json").vocabulary
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        (["empty"], "not a run directory"),
+        (["one"], r"an average needs at least 2 checkpoints, and .*one has one; keep more with checkpoint.keep"),
+        (["one", "one"], "this checkpoint is named twice"),
+        (["one", "damaged"], "this checkpoint is damaged: .*sha256 differs"),
+    ],
+)
+def test_what_cannot_be_averaged_is_named(run: Path, tmp_path: Path, runs: list[str], words: str) -> None:
+    for name in ("one", "damaged"):
+        alone(run, 8, tmp_path / name)
+    file = tmp_path / "damaged" / "checkpoints" / "step-00000008" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=words):
+        average([tmp_path / name for name in runs], tmp_path / "mean")
+    with pytest.raises(UserError, match="exists already"):
+        average([run], tmp_path / "one")
