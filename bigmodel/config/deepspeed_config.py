@@ -66,7 +66,7 @@ def resolve_deepspeed(settings: Settings, world_size: int) -> tuple[dict[str, An
         _fill(config, path, default(settings))
     if settings.training.precision == "fp16":
         _fill(config, "fp16.enabled", True)
-    if settings.optimizer.kind != "adamw":
+    if settings.optimizer.kind != "adamw" or settings.optimizer.has_penalty:
         _fill(config, "zero_allow_untested_optimizer", True)  # tests compare it with plain torch
     if device_of(value_at(config, "zero_optimization.offload_optimizer")) in ("cpu", "nvme"):
         _fill(config, "zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own needs a C++ compiler
@@ -266,10 +266,12 @@ def _refuse_combinations(config: dict[str, Any], settings: Settings, world_size:
             f"prescale_gradients or gradient_predivide_factor with zero_optimization.stage = {stage}: DeepSpeed "
             f"{VERSION} needs zero_optimization.reduce_scatter = false; or remove them, sums over ranks are in fp32"
         )
-    if config.get("zero_allow_untested_optimizer") is False and settings.optimizer.kind != "adamw":
+    kind = settings.optimizer.kind
+    if config.get("zero_allow_untested_optimizer") is False and (kind != "adamw" or settings.optimizer.has_penalty):
+        given = f'optimizer.kind = "{kind}"' if kind != "adamw" else "optimizer.l1_penalty"
         source.problem(
-            f'zero_allow_untested_optimizer = false with optimizer.kind = "{settings.optimizer.kind}": DeepSpeed does '
-            "not know this optimizer; remove the key, tests compare it with plain torch"
+            f"zero_allow_untested_optimizer = false with {given}: DeepSpeed does not know this optimizer; remove the "
+            "key, tests compare it with plain torch"
         )
 
 

@@ -50,7 +50,7 @@ TOP_LEVEL = {
     "gradient_predivide_factor": used(number(1e-9, 1e9), "only without reduce_scatter"),
     "gradient_allreduce_op": refused('use "mean"; the exact loss needs it', only("mean", "MEAN", "Mean")),
     "disable_allgather": idle(FLAG, f"DeepSpeed {VERSION} does not use it"),
-    "zero_allow_untested_optimizer": used(FLAG, "true by default where the optimizer is not AdamW"),
+    "zero_allow_untested_optimizer": used(FLAG, "true by default with another optimizer than AdamW, or an L1 penalty"),
     "zero_force_ds_cpu_optimizer": used_but(FLAG, True, f"remove the key; {OWN_OPTIMIZERS}"),
     "steps_per_print": idle(whole(1), "each step is in metrics.jsonl and on the terminal", nullable=True),
     "wall_clock_breakdown": used(FLAG, "prints times of forward, backward and step; waits for the device at each"),
