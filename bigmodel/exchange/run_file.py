@@ -21,6 +21,13 @@ LONGEST = 2048  # tokens of a document, where the model could take more
 SENTINELS = ("<extra_id_{}>", "▁<extra_id_{}>")  # of T5 and of mT5
 UNUSED_SHARE = 0.1  # rows without a token, above which a tokenizer is another model's
 MODELS = {"decoder": "a decoder", "encoder_decoder": "an encoder-decoder", "encoder": "an encoder"}
+# Our settings -> keys of a config.json, of which a type has at most one: BERT, GPT-NeoX, Phi, T5, ModernBERT, Llama.
+DROPOUT = {
+    "dropout": ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout_rate"),
+    "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "dropout_rate"),
+    "embedding_dropout": ("hidden_dropout_prob", "embd_pdrop", "embedding_dropout", "dropout_rate"),
+}
+
 RUN_FILE = """\
 # Continues the training of {class_name} ({kind}) in {folder}. Next:
 #
@@ -48,8 +55,8 @@ directory = {data_directory}
 {data}
 
 [model]
-# The model of the folder. These settings decide the shapes of its weights and must stay; dropout, for example, may be
-# added.
+# The model of the folder. These settings decide the shapes of its weights and must stay; dropout may be added, changed
+# or removed.
 from = {folder}
 {model}
 
@@ -152,9 +159,15 @@ def _model_table(settings: ModelSettings, config: Mapping[str, Any]) -> dict[str
     """All settings that are not the defaults, without `from`; their order is that of docs/settings.md."""
     table = settings.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "tied_embeddings")
-    table |= {name: getattr(settings, name) for name in sizes}
+    table |= {name: getattr(settings, name) for name in sizes} | dropout_in(config)
     ordered = {name: table[name] for name in ModelSettings.model_fields if name in table}
     return ordered | ({"min_vocabulary": config["vocab_size"]} if config.get("vocab_size") else {})
+
+
+def dropout_in(config: Mapping[str, Any]) -> dict[str, float]:
+    """The dropout that a config.json states, which transformers uses in training; without what is off."""
+    stated = {name: next((config[key] for key in keys if key in config), 0.0) for name, keys in DROPOUT.items()}
+    return {name: float(rate) for name, rate in stated.items() if rate}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, dict[str, int]]:

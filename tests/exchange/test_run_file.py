@@ -15,7 +15,7 @@ from bigmodel.config.settings import UserError, load_settings
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.exchange.export import export
-from bigmodel.exchange.run_file import write_run_file
+from bigmodel.exchange.run_file import dropout_in, write_run_file
 from bigmodel.exchange.tokenizer_files import tokenizer_files
 from bigmodel.model.huggingface.start import StartWeights, load_start
 from bigmodel.model.transformer import Transformer
@@ -232,6 +232,18 @@ def test_a_file_that_exists_is_not_overwritten(llama: Path, tmp_path: Path) -> N
         write_run_file(llama, tmp_path / "mine")
     with pytest.raises(UserError, match=r"nothing: is no folder; give a folder with config.json"):
         write_run_file(tmp_path / "nothing", tmp_path / "other.toml")
+
+
+def test_the_dropout_that_a_config_states_stands_in_the_run_file(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    write_run_file(llama, tmp_path / "mine.toml")
+    model = load_settings(tmp_path / "mine.toml").model
+    assert (model.dropout, model.attention_dropout, model.embedding_dropout) == (0.0, 0.2, 0.0)
+    bert = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3}
+    assert dropout_in(bert) == {"dropout": 0.1, "attention_dropout": 0.3, "embedding_dropout": 0.1}
+    assert dropout_in({"dropout_rate": 0.1}) == {"dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
+    assert dropout_in({"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attention_dropout": 0.0}) == {"dropout": 0.1}
 
 
 def test_a_run_file_names_what_differs_from_the_folder(llama: Path, tmp_path: Path) -> None:
