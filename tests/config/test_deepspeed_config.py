@@ -265,6 +265,19 @@ def test_a_contradiction_names_both_sides_and_the_remedy(
     assert "run file" in text or "training." in text
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "given"),
+    [({"kind": "lion"}, 'optimizer.kind = "lion"'), ({"l1_penalty": 0.1}, "optimizer.l1_penalty")],
+)
+def test_optimizers_that_deepspeed_does_not_know_are_allowed_unless_the_json_forbids_them(
+    tmp_path: Path, optimizer: dict[str, Any], given: str
+) -> None:
+    forbids = {"zero_allow_untested_optimizer": False}
+    assert f"zero_allow_untested_optimizer = false with {given}: DeepSpeed does not know this optimizer" in refusal(
+        tmp_path, forbids, 2, optimizer=optimizer
+    )
+
+
 UNUSABLE: list[tuple[dict[str, Any] | str, list[str]]] = [
     ("{", ["not valid JSON", "line 1"]),
     ('{"bf16": {"enabled": true},}', ["not valid JSON"]),
