@@ -197,11 +197,12 @@ def _require_alike(first: Ingredient, other: Ingredient, say: Callable[[str], No
     """Raises `UserError` where two checkpoints have different models, tokenizers or classes."""
     remedy = "only checkpoints of one model can be averaged; leave it out"
     theirs, its = (
-        {**one.checkpoint.description["model"], "classes": one.settings.data.classes} for one in (first, other)
+        {**one.checkpoint.description["model"], "classes": one.settings.classification.classes}
+        for one in (first, other)
     )
     for name in sorted(theirs.keys() | its.keys()):
         if name not in (*DRAWN, "from") and theirs.get(name) != its.get(name):
-            section = "data" if name == "classes" else "model"
+            section = "classification" if name == "classes" else "model"
             raise UserError(
                 f"{other.name}: {section}.{name} = {its.get(name)}, and {first.name} has {theirs.get(name)}: {remedy}"
             )

@@ -129,8 +129,8 @@ def test_the_greedy_recipe_tries_the_best_first_and_keeps_what_does_not_raise_th
 def test_commands_take_an_average_as_any_run(run: Path, shards: Path, tmp_path: Path) -> None:
     mean = tmp_path / "mean"
     done = CliRunner().invoke(app, ["average", str(run), str(mean), "--last", "2"])
-    assert done.output == f"{mean}: the mean of 2 checkpoints: {run}, step 6; {run}, step 8\n".replace("\n", "\n")
-    for words in (["evaluate", str(mean)], ["generate", str(mean), "a", "--tokens", "3"],
+    assert done.output == f"{mean}: the mean of 2 checkpoints: {run}, step 6; {run}, step 8\n"
+    for words in (["evaluate", str(mean)], ["generate", str(mean), "--prompt", "a", "--tokens", "3"],
                   ["export", str(mean), str(tmp_path / "exported")]):  # fmt: skip
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
@@ -155,7 +155,7 @@ def _other_rows(state: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def _other_classes(state: dict[str, Any], settings: dict[str, Any]) -> None:
-    settings["data"]["classes"] = ["b", "a"]
+    settings["classification"]["classes"] = ["b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def _other_classes(state: dict[str, Any], settings: dict[str, Any]) -> None:
     [
         (_other_width, "model.hidden_size = 64, and .* has 32: only checkpoints of one model can be averaged"),
         (_other_rows, r"embedding\.weight is \[\d+, 32\], and \[\d+, 32\] in .*: only checkpoints of one model"),
-        (_other_classes, r"data\.classes = \['b', 'a'\], and .* has \[\]: only checkpoints of one model"),
+        (_other_classes, r"classification\.classes = \['b', 'a'\], and .* has \[\]: only checkpoints of one model"),
     ],
 )
 def test_checkpoints_of_other_models_are_refused(run: Path, tmp_path: Path, change: Any, words: str) -> None:
