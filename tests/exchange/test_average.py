@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from bigmodel.__main__ import app
 from bigmodel.config.settings import UserError
-from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.classify import make_validation
 from bigmodel.exchange.average import average, greedy_soup
@@ -173,22 +172,35 @@ def test_checkpoints_of_other_models_are_refused(run: Path, tmp_path: Path, chan
     assert not (tmp_path / "mean").exists()
 
 
-def test_another_tokenizer_is_refused_and_another_seed_is_said(run: Path, shards: Path, tmp_path: Path) -> None:
-    from tests.support.tiny_corpus import prepared
+def with_swapped_tokens(shards: Path, folder: Path) -> Path:
+    """A copy of the data whose tokenizer gives two tokens each other's numbers."""
+    shutil.copytree(shards, folder)
+    tokenizer, manifest = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "manifest.json"))
+    numbers = tokenizer["model"]["vocab"]
+    one, other = list(numbers)[-2:]
+    numbers[one], numbers[other] = numbers[other], numbers[one]
+    content = json.dumps(tokenizer).encode()
+    (folder / "tokenizer.json").write_bytes(content)
+    manifest["files"]["tokenizer.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
-    data = prepared(tmp_path / "data", shard_tokens=1500)
-    text = (data / "tokenizer.json").read_text()
-    vocabulary = Tokenizer(text).vocabulary
+
+def test_another_tokenizer_is_refused_and_another_beginning_is_said(run: Path, shards: Path, tmp_path: Path) -> None:
+    data = {"same": shutil.copytree(shards, tmp_path / "same-data")}
+    data["swapped"] = with_swapped_tokens(shards, tmp_path / "swapped-data")
+    for name in data:
+
+        def moved(state: dict[str, Any], settings: dict[str, Any], name: str = name) -> None:
+            settings["run"]["seed"], settings["data"]["directory"] = 7, str(data[name])
+
+        changed(run, tmp_path / name, moved)
     said: list[str] = []
-
-    def moved(state: dict[str, Any], settings: dict[str, Any]) -> None:
-        settings["run"]["seed"] = 7
-        settings["data"]["directory"] = str(data)
-
-    other = changed(run, tmp_path / "other", moved)
-    average([run, other], tmp_path / "mean", say=said.append)
+    average([run, tmp_path / "same"], tmp_path / "mean", say=said.append)
+    assert len(said) == 1
     assert "began with other weights (run.seed, model.from)" in said[0]
-    assert vocabulary == Tokenizer.load(shards / "tokenizer.json").vocabulary
+    with pytest.raises(UserError, match=r"the tokenizer of .*swapped-data is not that of .*: the same row"):
+        average([run, tmp_path / "swapped"], tmp_path / "never")
 
 
 @pytest.mark.parametrize(
