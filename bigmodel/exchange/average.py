@@ -3,9 +3,10 @@
 In: run directories, of which the newest checkpoints are taken. Out: a run directory with one checkpoint, the mean of
 the weights, that evaluate, generate, serve, export and `model.from` take as any other; training does not resume from
 it, because moments have no mean. Adapters are merged first. Guarantees: sums are fp64, rounded once to fp32; the folder
-appears whole. Costs: each checkpoint is read and verified once; memory of one weight in fp32 and 64 MiB. Greedy: also
-one model, an evaluation of each checkpoint and one for each after the best, and the weights of all candidates read for
-each of these.
+appears whole. Costs: each checkpoint is verified and read once; memory of the largest weight in fp32 and about 150 MiB
+(three checkpoints of 381 MiB with a largest weight of 125 MiB: 275 MiB more than after the imports, 5.4 CPU seconds).
+Greedy: also one model, an evaluation of each checkpoint and one for each after the best, and for each of these the
+weights that it averages are read.
 
 Example, greedy: losses 2.40, 2.50, 2.45 of A, B, C. The order is A, C, B. A and C together have 2.38, not above 2.40:
 C stays. With B it is 2.39: B is left out. The result is the mean of A and C.

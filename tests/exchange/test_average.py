@@ -135,7 +135,7 @@ def test_commands_take_an_average_as_any_run(run: Path, shards: Path, tmp_path: 
         assert done.exit_code == 0, done.output
     assert (tmp_path / "exported" / "model.safetensors").exists()
     run_file = write_run(tmp_path, shards, name="next")
-    begins = ["train", str(run_file), "--set", f"model.from={mean}", "--set", "training.steps=1"]
+    begins = ["train", str(run_file), "--set", f"model.from={mean}", "--set", "training.steps=3"]
     run_ranks(1, command, begins, tmp_path / "printed")
     resumes = ["train", str(run_file), "--set", f"run.directory={mean}"]
     with pytest.raises(AssertionError):
