@@ -712,7 +712,7 @@ def attention(
         return attention_reference(q_THK, k_SGK, v_SGK, mask, lengths, scale, softcap, bias_HR, dropout)
     _check_kernel_can(q_THK)
     tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
-    settings = *mask.window, scale, softcap, tile_metadata.block
+    settings: tuple[Any, ...] = (*mask.window, scale, softcap, tile_metadata.block)
     words: tuple[Tensor | None, Tensor | None] = (None, None)
     if dropout:
         words, settings = (dropout.query_words_T, dropout.key_words_S), (*settings, dropout.rate, dropout.first_head)

@@ -229,8 +229,8 @@ def _require_alike(first: Ingredient, other: Ingredient, say: Callable[[str], No
         )
 
 
-def _tokenizer(one: Ingredient) -> bytes:
-    return ShardStore.of_run(one.settings.data, "validation").file("tokenizer.json").read_bytes()
+def _tokenizer(one: Ingredient) -> str:
+    return ShardStore.of_run(one.settings.data, "validation").manifest.tokenizer_sha256
 
 
 def _beginning(one: Ingredient) -> Any:

@@ -181,7 +181,8 @@ def with_swapped_tokens(shards: Path, folder: Path) -> Path:
     numbers[one], numbers[other] = numbers[other], numbers[one]
     content = json.dumps(tokenizer).encode()
     (folder / "tokenizer.json").write_bytes(content)
-    manifest["files"]["tokenizer.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["tokenizer_sha256"] = hashlib.sha256(content).hexdigest()
+    manifest["files"]["tokenizer.json"] = {"bytes": len(content), "sha256": manifest["tokenizer_sha256"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

@@ -42,6 +42,7 @@ def rules() -> dict[str, tuple[AttentionMask, int, int]]:
 
 
 SCORES = {"plain": (None, None), "capped": (5.0, None), "biased": (None, 128), "capped and biased": (5.0, 40)}
+SCORES |= {"dropout": (None, None, 0.3), "all": (5.0, 40, 0.2)}
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

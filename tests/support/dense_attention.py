@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,19 +39,18 @@ def dense_attention(
 
 
 def kept(dropout: AttentionDropout, num_heads: int) -> Tensor:
-    """(H, T, S) bool: the weights that dropout keeps, by its formula in Python's integers."""
-    queries, keys = ([word % 2**32 for word in rows.tolist()] for rows in (dropout.query_words_T, dropout.key_words_S))
-    heads = range(dropout.first_head, dropout.first_head + num_heads)
-    of_queries = [[finalized(word ^ head * 0x9E3779B9 % 2**32) for word in queries] for head in heads]
-    words = [[[finalized((query + key) % 2**32) for key in keys] for query in head] for head in of_queries]
-    return torch.tensor(words) / 2**32 >= dropout.rate
+    """(H, T, S) bool: the weights that dropout keeps, by its formula in numpy's 32-bit integers."""
+    queries, keys = (rows.cpu().numpy().view(np.uint32) for rows in (dropout.query_words_T, dropout.key_words_S))
+    heads = np.arange(dropout.first_head, dropout.first_head + num_heads, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    words = finalized(finalized(queries ^ heads[:, None])[:, :, None] + keys)
+    return torch.from_numpy(words / 2**32 >= dropout.rate).to(dropout.query_words_T.device)
 
 
-def finalized(word: int) -> int:
+def finalized(words: np.ndarray) -> np.ndarray:
     """fmix32 of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        word = (word ^ word >> shift) * factor % 2**32
-    return word
+        words = (words ^ words >> np.uint32(shift)) * np.uint32(factor)
+    return words
 
 
 def places(cu_seqlens: Tensor, rows: int) -> Tensor:
