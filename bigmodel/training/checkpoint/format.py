@@ -83,9 +83,10 @@ def newest(
     reads, perhaps while the run continues. report: called on rank 0 for each damaged checkpoint; default: print to
     stderr. remote: a folder in a store; missing or damaged local checkpoints are fetched from it. A checkpoint that is
     damaged in both places is skipped.
-    Raises `UserError` if all checkpoints are damaged or the store cannot be read.
+    Raises `UserError` if all checkpoints are damaged, the store cannot be read, or the run that owns it is an average.
     """
     report = report or (lambda text: print(f"bigmodel: {text}", file=sys.stderr, flush=True))
+    is_owner = world is not None
     if world:
         world.on_rank_zero(lambda: remove_partials(directory))
     world = world or ALONE
@@ -100,7 +101,10 @@ def newest(
         if not problems:
             if world.rank == 0 and damage:
                 report(f"using the older checkpoint {path} instead")
-            return world.on_rank_zero(partial(open_checkpoint, path))
+            found = world.on_rank_zero(partial(open_checkpoint, path))
+            if is_owner:
+                _refuse_average(found)
+            return found
         damage.append(f"checkpoint {path} is damaged: {'; '.join(problems[:2])}")
         if world.rank == 0:
             report(damage[-1])
@@ -170,11 +174,6 @@ def load(checkpoint: Checkpoint, engine: States, settings: Settings, world: Worl
 
     Raises `UserError` with the first model setting, optimizer or parameter that differs; the engine is unchanged then.
     """
-    if "average" in checkpoint.description:
-        raise UserError(
-            f"{checkpoint.path}: an average of checkpoints has no state of the optimizer, so its run cannot go on; "
-            f"begin another run with model.from = {json.dumps(str(checkpoint.path.parents[1]))}"
-        )
     _compare_model(checkpoint, settings)
     _compare_adapters(checkpoint, settings)
     _compare_shapes(checkpoint, engine)
@@ -357,6 +356,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 # --- the content
+
+
+def _refuse_average(checkpoint: Checkpoint) -> None:
+    if "average" in checkpoint.description:  # bigmodel/exchange/average.py
+        raise UserError(
+            f"{checkpoint.path}: an average of checkpoints has no state of the optimizer, so its run cannot go on; "
+            f"begin another run with model.from = {json.dumps(str(checkpoint.path.parents[1]))}"
+        )
 
 
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
