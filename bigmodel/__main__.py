@@ -455,7 +455,7 @@ def average(
     sequences: Annotated[int, typer.Option(min=0, help="--greedy: packed sequences of an evaluation; 0: all")] = 0,
 ) -> None:
     """Average the weights of checkpoints (model soups) into a run directory for evaluate, generate, export."""
-    from bigmodel.exchange.average import average as run
+    from bigmodel.evaluation.average import average as run
 
     if sequences and not greedy:
         raise UserError("--sequences: has an effect only with --greedy; give --greedy")

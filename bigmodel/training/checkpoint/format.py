@@ -359,7 +359,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _refuse_average(checkpoint: Checkpoint) -> None:
-    if "average" in checkpoint.description:  # bigmodel/exchange/average.py
+    if "average" in checkpoint.description:  # bigmodel.evaluation.average.py
         raise UserError(
             f"{checkpoint.path}: an average of checkpoints has no state of the optimizer, so its run cannot go on; "
             f"begin another run with model.from = {json.dumps(str(checkpoint.path.parents[1]))}"

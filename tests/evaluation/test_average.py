@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from bigmodel.__main__ import app
 from bigmodel.config.settings import UserError
 from bigmodel.distributed.world import ALONE
+from bigmodel.evaluation.average import average, greedy_soup
 from bigmodel.evaluation.classify import make_validation
-from bigmodel.exchange.average import average, greedy_soup
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.saver import manifest_of
 from bigmodel.training.load_model import load_trained
