@@ -35,6 +35,7 @@ from bigmodel.model.huggingface.folder import write_weights
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, write_atomically
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.format import Checkpoint, WeightSource
 from bigmodel.training.checkpoint.saver import manifest_of
 
 CHUNK = 1 << 21  # elements read at once
@@ -49,8 +50,8 @@ class Ingredient:
 
     run: Path
     settings: Settings
-    checkpoint: checkpoint.Checkpoint
-    weights: checkpoint.WeightSource
+    checkpoint: Checkpoint
+    weights: WeightSource
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ class Mean:
 
     dtype = torch.float32
 
-    def __init__(self, sources: Sequence[checkpoint.WeightSource]) -> None:
+    def __init__(self, sources: Sequence[WeightSource]) -> None:
         self._sources = sources
         self._names = {f"weight.{name}@0": name for name in sources[0].names()}
 

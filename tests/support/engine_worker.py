@@ -53,7 +53,7 @@ def settings_table(
     )
     name = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     (folder / name).write_text(text)
-    model = {
+    model: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 32,
         "num_heads": 4,

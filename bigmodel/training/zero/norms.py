@@ -36,7 +36,8 @@ class Norms:
             return None
         weights: defaultdict[str, float] = defaultdict(float)
         updates: defaultdict[str, float] = defaultdict(float)
-        more = [defaultdict(float) for _ in range(3 * self._with_l1)]  # sums of magnitudes, zeros, elements
+        # Sums of magnitudes, zeros, elements.
+        more: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(3 * self._with_l1)]
         for name, now in self._weights():
             for sums, value in zip(more, _magnitudes(now) if more else (), strict=True):
                 sums[kind_of(name)] += value

@@ -75,7 +75,9 @@ class Sequence:
         self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, dropout: AttentionDropout | None = None
     ) -> Tensor:
         """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
-        named = {} if dropout is None else {"dropout": self._of_all_positions(dropout, q.shape[1] // self.size)}
+        named: dict[str, Any] = {}
+        if dropout is not None:
+            named["dropout"] = self._of_all_positions(dropout, q.shape[1] // self.size)
         if k.shape[1] < self.size:
             k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
         q, k, v = (Exchange.apply(side, self._ranks, True) for side in (q, k, v))
