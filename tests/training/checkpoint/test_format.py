@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE, start_world
 from bigmodel.training.checkpoint import format as checkpoint
@@ -319,7 +320,7 @@ def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"block\.weight is absent in this model"):
         checkpoint.load(found, fewer, SETTINGS, ALONE)
     assert weights.same_as(Weights(9))
-    checkpoint.load(found, weights, Settings.model_validate({"model": {"dropout": 0.5}}), ALONE)
+    checkpoint.load(found, weights, Settings.model_validate({"model": dict.fromkeys(DRAWN, 0.5)}), ALONE)
     assert weights.same_as(Weights(4))
 
 
