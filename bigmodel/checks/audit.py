@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +25,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.metrics.flops import flops
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.model.attention_masks import visible_pairs
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, read_json_lines
 
@@ -113,7 +115,7 @@ def torch_agrees(settings: Settings) -> Finding:
     vocabulary = store.manifest.vocabulary + num_special_tokens(settings.data)
     pack = Order.of_run(store, settings).next_step()[0]
     batch = Builder(store, settings.data, settings.run.seed).build([pack], 0, [0])
-    model = Transformer(settings.model.without_draws().model_copy(update={"num_mtp_modules": 0}), vocabulary)
+    model = build_model(settings.model.without_draws().model_copy(update={"num_mtp_modules": 0}), vocabulary)
     counted, expected = count_by_torch(model, batch)
     return Finding(
         "the formula's FLOPs equal torch's count for a packed sequence",
@@ -141,6 +143,9 @@ def _embedded(model: Transformer, batch: Batch) -> tuple[Tensor, Batch, Tensor |
 def work_of(batch: Batch, settings: ModelSettings) -> Work:
     """The work that torch counts: every document attends to all of itself, and padding is a document."""
     lengths = batch.cu_seqlens.diff().tolist()
+    if settings.is_recurrent:
+        pairs = batch.cu_seqlens.diff() * batch.source.cu_seqlens.diff() if batch.source else torch.zeros(1)
+        return Work(sum(lengths), len(batch.source.tokens) if batch.source else 0, cross_pairs=int(pairs.sum()))
     sources = batch.source.cu_seqlens.diff().tolist() if batch.source else [0] * len(lengths)
     layers, encoder = settings.num_layers + settings.num_mtp_modules, settings.encoder
     squares, crossing = sum(n * n for n in lengths), sum(n * s for n, s in zip(lengths, sources, strict=True))

@@ -23,6 +23,7 @@ from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.shuffle import Pack
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.model.init import init_weights
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 
 SAME = 1e-9  # relative, in float64: the order of sums differs
@@ -33,7 +34,7 @@ def check_leak(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     settings = agree(load_settings(run_file, overrides))
     store = ShardStore.of_run(settings.data, "train")
     pack = _pack_of_several(settings, store)
-    model = Transformer(settings.model, store.manifest.vocabulary + num_special_tokens(settings.data))
+    model = build_model(settings.model, store.manifest.vocabulary + num_special_tokens(settings.data))
     init_weights(model, settings.run.seed)
     by_document = settings.model.draws_by_document
     batch = Builder(store, settings.data, settings.run.seed, seeds_by_document=by_document).build([pack], 0, [0])

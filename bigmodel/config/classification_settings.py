@@ -55,13 +55,11 @@ class ClassificationSettings(Section):
 def problem_of_classification(settings: Any) -> str:
     """Why other settings do not fit a classification; empty if they do. settings: `Settings`, which imports this."""
     pooling, kind = settings.classification.pooling, settings.model.kind
-    if pooling == "first" and kind == "decoder":
+    if pooling == "first" and kind != "encoder" and not settings.model.has_source:
+        return f'classification.pooling = "first" with model.kind = "{kind}": the first token sees no other; leave it out'
+    if pooling in ("first", "mean") and settings.model.has_source:
         return (
-            'classification.pooling = "first" with model.kind = "decoder": the first token sees no other; leave it out'
-        )
-    if pooling in ("first", "mean") and kind == "encoder_decoder":
-        return (
-            f'classification.pooling = "{pooling}" with model.kind = "encoder_decoder": the decoder has one token, '
+            f'classification.pooling = "{pooling}" with model.kind = "{kind}": the decoder has one token, '
             "which reads the document through the encoder; leave it out"
         )
     named = {

@@ -172,9 +172,19 @@ def differences(kind: str, settings: ModelSettings) -> list[str]:
     ]
 
 
+def refuse_recurrent(settings: ModelSettings) -> None:
+    """Raise `UserError` for a model that no Hugging Face type is like."""
+    if settings.is_recurrent:
+        raise UserError(
+            f"model.kind = {settings.kind!r}: transformers has no recurrent language model of this form, so it cannot be "
+            "exported; `bigmodel generate`, `evaluate` and `serve` read the run directory"
+        )
+
+
 def fitting_type(settings: ModelSettings, preferred: str = "") -> str:
     """The type that holds this model, the preferred one if it does. Raises `UserError` that names what the nearest
     type lacks."""
+    refuse_recurrent(settings)
     lacking = {
         kind: differences(kind, settings) for kind in dict.fromkeys([*([preferred] if preferred else []), *CLASSES])
     }

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PrivateAttr, create_model, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, create_model, model_validator
 
 from bigmodel.config.classification_settings import ClassificationSettings
-from bigmodel.config.sections import SET, Section, setting
+from bigmodel.config.recurrent_settings import CELLS, PEEPHOLE_KINDS, RECURRENT, WITH_SOURCE, problem_of_recurrent
+from bigmodel.config.sections import SAVED, SET, Section, setting
 
 TWO_SIDES = {"kind": "encoder_decoder"}
 LLAMA3, YARN = {"kind": "llama3"}, {"kind": "yarn"}
@@ -95,7 +96,8 @@ DRAWN = ("dropout", "attention_dropout", "embedding_dropout", "stochastic_depth"
 
 
 class ModelSettings(WithFrom):
-    """A transformer: decoder, encoder-decoder or encoder. The vocabulary comes from the data's manifest.
+    """A transformer (decoder, encoder_decoder, encoder) or a recurrent model (rnn, lstm, gru, lstm_encoder_decoder), which
+    reads few of these settings and refuses the others. The vocabulary comes from the data's manifest.
 
     `encoder_...` = 0: the encoder of an encoder-decoder has the decoder's value.
     """
@@ -103,7 +105,12 @@ class ModelSettings(WithFrom):
     section = "model"
     _classification: ClassificationSettings | None = PrivateAttr(None)
 
-    kind: Literal["decoder", "encoder_decoder", "encoder"] = "decoder"
+    kind: Literal["decoder", "encoder_decoder", "encoder", "rnn", "lstm", "gru", "lstm_encoder_decoder"] = Field(
+        "decoder",
+        description="rnn (Elman 1990), lstm (Hochreiter & Schmidhuber 1997, with forget gate), gru (Cho et al. 2014): "
+        "decoders of recurrent layers; lstm_encoder_decoder: an LSTM for the source, one for the target, and Luong's "
+        "global attention (2015)",
+    )
     num_layers: int = Field(12, ge=1)
     hidden_size: int = Field(768, ge=2, description="size of the hidden state")
     num_heads: int = Field(12, ge=1, description="query heads")
@@ -127,7 +134,19 @@ class ModelSettings(WithFrom):
         "previous decoder tokens (mixed)",
     )
     separate_embeddings: bool = setting(
-        False, only_with=TWO_SIDES, description="the encoder has its own embedding matrix"
+        False, only_with={"kind": WITH_SOURCE}, description="the encoder has its own embedding matrix"
+    )
+    peepholes: bool = setting(
+        False,
+        only_with={"kind": PEEPHOLE_KINDS},
+        description="the gates also see the cell's own value (Gers & Schmidhuber 2000)",
+    )
+    backpropagation_tokens: int = setting(
+        0,
+        only_with={"kind": RECURRENT},
+        ge=0,
+        description="truncated back-propagation: every k tokens of a document the state goes on but its gradient ends; "
+        "0: gradients reach the document's beginning",
     )
     position_embedding: Literal["rotary", "relative_bias", "learned"] = Field(
         "rotary",
@@ -295,6 +314,20 @@ class ModelSettings(WithFrom):
         return copy
 
     @property
+    def is_recurrent(self) -> bool:
+        return self.kind in RECURRENT
+
+    @property
+    def cell(self) -> str:
+        """Of recurrent layers: rnn, lstm or gru."""
+        return CELLS[self.kind]
+
+    @property
+    def has_source(self) -> bool:
+        """Whether an encoder reads a source."""
+        return self.kind in WITH_SOURCE
+
+    @property
     def start_folder(self) -> Path | None:
         """`from`."""
         return getattr(self, "from")
@@ -351,7 +384,14 @@ class ModelSettings(WithFrom):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
-        _check_heads(self)
+        if not self.is_recurrent:
+            _check_heads(self)
+        return self
+
+    @model_validator(mode="after")
+    def _recurrent_layers_read_their_settings(self, info: ValidationInfo) -> "ModelSettings":
+        if self.is_recurrent and info.context != SAVED and (problem := problem_of_recurrent(self)):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -410,7 +450,7 @@ def _check_window(model: ModelSettings) -> None:
 
 
 def _check_rotation(model: ModelSettings) -> None:
-    if model.position_embedding != "rotary":
+    if model.position_embedding != "rotary" or model.is_recurrent:
         return
     for stack in (model, model.encoder) if model.kind == "encoder_decoder" else (model,):
         if stack.rotary_channels < 2 or stack.rotary_channels % 2:

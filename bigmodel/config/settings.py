@@ -30,6 +30,7 @@ from bigmodel.config.model_settings import ModelSettings as ModelSettings
 from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSettings
 from bigmodel.config.pruning_settings import PruningSettings as PruningSettings
 from bigmodel.config.pruning_settings import problem_of_pruning, with_end_of_pruning
+from bigmodel.config.recurrent_settings import problem_beside_recurrent
 from bigmodel.config.schedule_settings import COUNTED, with_default_warmup
 from bigmodel.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from bigmodel.config.sections import SAVED as SAVED
@@ -350,7 +351,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _data_suit_the_model(self) -> "Settings":
         kind, sides = self.model.kind, self.data.source_sequence_length
-        if (kind == "encoder_decoder") != (sides > 0):
+        if self.model.has_source != (sides > 0):
             raise ValueError(
                 f"model.kind = {kind!r} and data.source_sequence_length = {sides} do not fit: an encoder-decoder needs "
                 "a source side, other models have none"
@@ -377,6 +378,12 @@ class Settings(Section):
                 "data.dropped_decoder_share needs positions that count the dropped tokens; set "
                 'model.position_embedding = "rotary"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_suit_recurrent_layers(self) -> "Settings":
+        if self.model.is_recurrent and (problem := problem_beside_recurrent(self)):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ SHAPES = (
     "encoder_num_layers", "encoder_hidden_size", "encoder_num_heads", "encoder_num_kv_heads",
     "encoder_intermediate_size", "source_attention", "separate_embeddings", "position_embedding", "max_positions",
     "relative_buckets", "attention_bias", "gated", "feed_forward_bias", "norm", "norm_bias", "norm_placement",
-    "embedding_norm", "num_token_types", "qk_norm", "qk_norm_over", "tied_embeddings",
+    "embedding_norm", "num_token_types", "qk_norm", "qk_norm_over", "tied_embeddings", "peepholes",
 )  # fmt: skip
 
 

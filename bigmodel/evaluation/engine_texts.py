@@ -46,7 +46,7 @@ def _request(prompt: TextRequest, seed: int) -> Request:
 def _positions(trained: Trained) -> int:
     """Of a prompt and its text; of mixed attention with the source."""
     model, data = trained.settings.model, trained.settings.data
-    if model.kind == "decoder":
+    if not model.has_source:
         return data.max_document_length
     if model.source_attention == "mixed":
         return data.longest_source + data.max_document_length

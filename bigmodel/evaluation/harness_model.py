@@ -41,7 +41,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.settings, self.text_tokenizer = settings, tokenizer
         self._score, self._generate = score, generate
-        self.backend = "seq2seq" if settings.model.kind == "encoder_decoder" else "causal"
+        self.backend = "seq2seq" if settings.model.has_source else "causal"
 
     @property
     def eot_token_id(self) -> int:
@@ -157,7 +157,7 @@ def check_generation(name: str, given: dict[str, Any], settings: Settings) -> di
     max_tokens, longest = wanted["max_gen_toks"], settings.data.max_document_length
     if max_tokens < 1:
         raise UserError(f"task {name}: generation_kwargs.max_gen_toks = {max_tokens}: must be at least 1")
-    if max_tokens + (settings.model.kind == "decoder") > longest:
+    if max_tokens + (not settings.model.has_source) > longest:
         raise UserError(
             f"task {name}: generates up to {max_tokens} tokens (max_gen_toks), and documents of this model have "
             f"data.max_document_length = {longest}; set generation_kwargs.max_gen_toks in a copy of the task's file"

@@ -178,7 +178,7 @@ def _short(text: str, columns: int) -> str:
 
 def _refuse_unsupported(name: str, task: Any, settings: Settings, draws: bool) -> None:
     kind = getattr(task, "OUTPUT_TYPE", None)
-    if kind == "loglikelihood_rolling" and settings.model.kind == "encoder_decoder":
+    if kind == "loglikelihood_rolling" and settings.model.has_source:
         raise no_rolling(name)
     if kind == "generate_until":
         wanted = check_generation(name, task.get_config("generation_kwargs") or {}, settings)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel.config.huggingface import CLASSES, class_of, differences, fitting_type, write_config
+from bigmodel.config.huggingface import CLASSES, class_of, differences, fitting_type, refuse_recurrent, write_config
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.store.shards import ShardStore
@@ -197,6 +197,7 @@ def _settings_of(run_directory: Path) -> Settings:
 def _type_of(settings: Settings, kind: str) -> str:
     if not kind:
         return fitting_type(settings.model, _type_of_start(settings.model.start_folder))
+    refuse_recurrent(settings.model)
     if kind not in CLASSES:
         raise UserError(f"--as {kind}: unknown; use {', '.join(CLASSES)}")
     if lacking := differences(kind, settings.model):

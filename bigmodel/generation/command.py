@@ -14,8 +14,9 @@ from typing import Any
 
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.beams import beam_search, check_length_penalty
-from bigmodel.generation.cached_model import CachedModel, Prompt
+from bigmodel.generation.cached_model import Prompt
 from bigmodel.generation.engine import Engine, Request, check_can_generate
+from bigmodel.generation.recurrent_cache import make_cache
 from bigmodel.generation.sampling import Sampling
 from bigmodel.generation.served import Served
 from bigmodel.generation.text import readable
@@ -167,7 +168,7 @@ def _searched(served: Served, prompts: Sequence[str], options: Options) -> Itera
     """Each prompt with its best answers, text and score."""
     positions = _positions(served, prompts, options)
     check_can_generate(served.model, positions)
-    cache, eos = CachedModel(served.model, options.beams, positions), served.tokenizer.eos
+    cache, eos = make_cache(served.model, options.beams, positions), served.tokenizer.eos
     for text in prompts:
         prompt = _prompt(served, text)
         most = _most_tokens(served, prompt, options)

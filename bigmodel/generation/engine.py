@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bigmodel.config.classification_settings import NO_TEXT
 from bigmodel.config.user_error import UserError
-from bigmodel.generation.cached_model import CachedModel, Prompt
+from bigmodel.generation.cached_model import Prompt
+from bigmodel.generation.recurrent_cache import make_cache
 from bigmodel.generation.sampling import Sampling, choose
 from bigmodel.generation.text import Decoder, TextStream
 from bigmodel.model.transformer import Transformer
@@ -90,7 +91,7 @@ class Engine:
     ) -> None:
         check_can_generate(model, max_positions)
         self._model, self._tokenizer = model.to(device).eval(), tokenizer
-        self._cache = CachedModel(model, max_sequences, max_positions)
+        self._cache = make_cache(model, max_sequences, max_positions)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # by slot
         self._next_number = 0
@@ -206,7 +207,7 @@ class Engine:
             raise UserError("the prompt has no token; begin it with the tokenizer's begin token")
         if request.max_tokens < 1:
             raise UserError(f"max_tokens = {request.max_tokens}: must be at least 1")
-        has_source = settings.kind == "encoder_decoder"
+        has_source = settings.has_source
         if request.source is None and has_source:
             raise UserError("the request has no source; an encoder-decoder needs one, the text that its encoder reads")
         if request.source is not None and not has_source:
@@ -217,7 +218,7 @@ class Engine:
         ):
             if value < 0 or (most and value > most):
                 raise UserError(f"{name} = {value}: must be 0 {f'to {most}' if most else 'or more'}")
-        if request.prefix and settings.kind == "encoder_decoder":
+        if request.prefix and has_source:
             raise UserError("prefix: an encoder-decoder has no bidirectional prefix; give the text as the source")
         source = request.source or []
         is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"

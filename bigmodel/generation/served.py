@@ -40,7 +40,7 @@ class Served:
 
     @property
     def has_source(self) -> bool:
-        return self.model.settings.kind == "encoder_decoder"
+        return self.model.settings.has_source
 
     @property
     def shares_positions(self) -> bool:

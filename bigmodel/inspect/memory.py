@@ -33,6 +33,7 @@ from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.kernels.linear_cross_entropy import CHUNK_BYTES
 from bigmodel.kernels.linear_distillation import BLOCK_BYTES
 from bigmodel.model.lora import add_adapters
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
 from bigmodel.sizes import amount, counted_noun
@@ -98,7 +99,7 @@ class Plan:
 def model_without_memory(settings: Settings, vocabulary: int) -> Transformer:
     with torch.device("meta"):
         training = settings.training
-        model = Transformer(settings.model, vocabulary, training.z_loss, training.label_smoothing)
+        model = build_model(settings.model, vocabulary, training.z_loss, training.label_smoothing)
         add_adapters(model, settings.lora)
     choose_trained(model, settings)
     return model

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config.deepspeed_config import agree
-from bigmodel.config.settings import DataSettings, Settings, packs_at
+from bigmodel.config.settings import DataSettings, Settings, UserError, packs_at
 from bigmodel.data.advice.lane_advice import lane_warning, repeat_warning
 from bigmodel.data.advice.packing_advice import (
     Packed,
@@ -54,6 +54,8 @@ def show_batch(settings: Settings, step: int, png: Path | None) -> None:
     for mask in masks:
         for line in mask_text(batch, mask):
             console.print(line, soft_wrap=True)
+    if png and not masks:
+        raise UserError(f"--png {png}: model.kind = {settings.model.kind!r} has no attention mask to draw; leave --png out")
     if png:
         draw_masks(batch, masks, png)
         console.print(f"picture: {png}", soft_wrap=True)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from bigmodel.config.recurrent_settings import GATES
 from bigmodel.config.settings import ModelSettings, Settings
 from bigmodel.data.load.stream import Step
 from bigmodel.data.plan.attention_work import Work
@@ -89,6 +90,8 @@ def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
     # A classification head reads one state of a document: less than 0.1%, not counted.
     of_heads = 0 if settings.classification else (1 + settings.num_mtp_modules) * vocabulary * width
     of_position = layers * _block_weights(settings) + of_heads
+    if settings.is_recurrent:
+        return recurrent_weights(settings, of_heads)
     if settings.kind != "encoder_decoder":
         return Weights(of_position, 0, of_heads)
     encoder = settings.encoder
@@ -96,6 +99,15 @@ def matrix_weights(settings: ModelSettings, vocabulary: int) -> Weights:
         of_position += layers * 2 * width * settings.num_heads * head_width
     keys_and_values = layers * 2 * encoder.hidden_size * settings.num_kv_heads * head_width
     return Weights(of_position, encoder.num_layers * _block_weights(encoder) + keys_and_values, of_heads)
+
+
+def recurrent_weights(settings: ModelSettings, of_heads: int) -> Weights:
+    """Of recurrent layers: every gate reads input and state. With a source also two matrices of the attention."""
+    width = settings.hidden_size
+    layers = settings.num_layers * GATES[settings.cell] * 2 * width**2
+    if not settings.has_source:
+        return Weights(layers + of_heads, 0, of_heads)
+    return Weights(layers + 3 * width**2 + of_heads, layers, of_heads)
 
 
 def _block_weights(settings: ModelSettings) -> int:
@@ -124,7 +136,8 @@ def flops(
     visible = _attention(settings, work.pairs, work.source_pairs, work.cross_pairs)
     positions, sources, layers = work.positions, work.source_positions, settings.num_layers + settings.num_mtp_modules
     of_sources = settings.encoder.num_layers * sources * source_pack
-    every = _attention(settings, layers * positions * pack, of_sources, layers * positions * source_pack)
+    crossing = positions * source_pack * (1 if settings.is_recurrent else layers)
+    every = _attention(settings, layers * positions * pack, of_sources, crossing)
     hardware = passes * (linear + empty) + 3.5 * visible
     if recomputed:
         hardware += linear + empty - 2 * weights.of_heads * (positions + padding[0]) + visible
@@ -133,6 +146,8 @@ def flops(
 
 def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
     """Forward operations of scores and their products with the values: 4 per pair and channel. Pairs: of all layers."""
+    if settings.is_recurrent:
+        return 4 * settings.hidden_size * cross_pairs
     forward = 4 * settings.num_heads * settings.resolved_head_dim * (pairs + cross_pairs)
     if settings.kind == "encoder_decoder":
         encoder = settings.encoder

@@ -42,6 +42,11 @@ class AttentionMasks(NamedTuple):
     key_rows: Tensor | None = None  # mixed: `mixed_rows`, row numbers of the keys of `stack` in source and target
 
 
+def recurrent_masks(batch: Batch) -> AttentionMasks:
+    """Recurrent layers have none; the attention of their encoder-decoder sees the whole source."""
+    return AttentionMasks({}, cross=cross(batch.cu_seqlens, batch.source.cu_seqlens) if batch.source else None)
+
+
 def layer_kind(settings: ModelSettings, layer: int) -> LayerKind:
     """The kind of a stack's layer, counted from 0."""
     every, first = settings.full_attention_every, settings.first_full_attention
@@ -105,7 +110,8 @@ class MaskMatrix(NamedTuple):
 
 def mask_matrices(batch: Batch, settings: ModelSettings) -> list[MaskMatrix]:
     """Every mask of the model once: of the decoder (or the only stack), cross-attention, the encoder."""
-    masks, num_labels = attention_masks(batch, settings), len(batch.tokens)
+    num_labels = len(batch.tokens)
+    masks = recurrent_masks(batch) if settings.is_recurrent else attention_masks(batch, settings)
     num_sources = len(batch.source.tokens) if batch.source else 0
     found, seeds_T, seeds_S = [], torch.arange(num_labels), torch.arange(num_sources)
     for kind, mask in masks.stack.items():
@@ -157,6 +163,8 @@ def visible_pairs(
     """Pairs from the documents' lengths, (D,) int64 each: tokens (decoder or only stack), source tokens, prefix tokens.
     Closed forms: a few operations per document."""
     n, s, window = tokens_D, source_tokens_D, settings.sliding_window
+    if settings.is_recurrent:
+        return VisiblePairs(0, 0, int((n * s).sum()))  # one attention to the source; without a source s is 0
     if settings.kind == "encoder":
         return VisiblePairs(_both_ways_pairs(n, settings), 0, 0)
     is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"

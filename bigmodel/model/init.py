@@ -25,7 +25,8 @@ def init_weights(
     | cross_attention.output               |                                     | A additions keeps its size    |
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
     | norms                                | 1; zero-centered: 0                 |                               |
-    | biases                               | 0                                   |                               |
+    | biases, peepholes                    | 0                                   |                               |
+    | bias of an lstm's forget gate        | 1                                   | Jozefowicz et al. 2015        |
     | lora: a                              | uniform, at most sqrt(1/inputs)     | peft 0.21                     |
     | lora: b                              | 0                                   | Hu et al. 2021                |
 
@@ -44,7 +45,9 @@ def init_weights(
 def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings) -> None:
     if parameter.dim() == 1:
         zero_centered = settings.zero_centered_norm and not name.startswith("head.")
-        parameter.fill_(0.0 if name.endswith(".bias") or zero_centered else 1.0)
+        parameter.fill_(0.0 if name.endswith(("bias", ".peepholes")) or zero_centered else 1.0)
+        if settings.is_recurrent and settings.cell == "lstm" and "blocks." in name and name.endswith(".bias"):
+            parameter[settings.hidden_size : 2 * settings.hidden_size] = 1.0
         return
     if ".lora." in name:
         limit = 0.0 if name.endswith(".b.weight") else math.sqrt(1.0 / parameter.shape[1])

@@ -303,6 +303,15 @@ class Head(nn.Module):
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
 
+def make_head(settings: ModelSettings, embedding: nn.Embedding, options: Options) -> nn.Module:
+    """Of classes, or of tokens: with a matrix of its own, or the embedding's."""
+    if settings.classification:
+        return ClassHead(settings, options)
+    rows, width = embedding.num_embeddings, settings.hidden_size
+    weight_VH = embedding.weight if settings.tied_embeddings else nn.Parameter(torch.empty(rows, width))
+    return Head(weight_VH, options)
+
+
 def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int, beyond: float = IGNORED) -> Tensor:
     """(T,) the label, or weight, `steps` positions later in the same document; `beyond` behind its end."""
     row_T = _rows(labels_T)
@@ -403,13 +412,7 @@ class Transformer(nn.Module):
         extra = range(settings.num_layers, settings.num_layers + settings.num_mtp_modules)
         self.extra_blocks = nn.ModuleList(Block(settings, layer) for layer in extra)
         self.norm = last_norm(settings)
-        options = Options(z_loss, label_smoothing, settings.logit_softcap)
-        untied = not settings.tied_embeddings
-        if settings.classification:
-            self.head: nn.Module = ClassHead(settings, options)
-        else:
-            weight_VH = nn.Parameter(torch.empty(vocabulary, settings.hidden_size)) if untied else self.embedding.weight
-            self.head = Head(weight_VH, options)
+        self.head = make_head(settings, self.embedding, Options(z_loss, label_smoothing, settings.logit_softcap))
         self.z_sum: Tensor | float = 0.0  # over the micro-batches of a step; the caller resets it to 0
 
     def forward(self, batch: Batch, output: Output = "loss_sum") -> Tensor:

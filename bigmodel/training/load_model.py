@@ -10,6 +10,7 @@ from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json
 from bigmodel.training.checkpoint import format as checkpoint
@@ -41,7 +42,7 @@ def load_trained(run_directory: Path, best: bool = False) -> Trained:
     found = checkpoint.of_run(run_directory, best)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = checkpoint.read_weights(found)
-    model = Transformer(settings.model, len(weights["embedding.weight"]))
+    model = build_model(settings.model, len(weights["embedding.weight"]))
     for name, parameter in model.named_parameters():  # a tied output matrix is stored once, as the embedding
         parameter.data.copy_(weights[name])
     model.eval().to(device)

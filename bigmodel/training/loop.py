@@ -263,7 +263,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
 
 def _refuse_wide_heads(settings: Settings, world: World) -> None:
-    if world.device.type == "cuda" and settings.model.resolved_head_dim > 256:
+    is_wide = settings.model.resolved_head_dim > 256 and not settings.model.is_recurrent
+    if world.device.type == "cuda" and is_wide:
         raise UserError(
             f"model.hidden_size / model.num_heads = {settings.model.resolved_head_dim}: the GPU kernels take "
             "heads of at most 256 channels; raise model.num_heads"
@@ -515,10 +516,10 @@ def _evaluate_at_end(
         return
     tokenizer = Tokenizer.load(settings.data.directory / "tokenizer.json")
     shown, wrong_sources = "", None
-    if settings.model.kind == "encoder_decoder":
+    if settings.model.has_source:
         wrong_sources = validation.run_with_wrong_sources(engine.forward, world)
         shown = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
-    elif settings.model.kind == "decoder":
+    elif settings.model.kind != "encoder":
         shown = sample(engine.forward, tokenizer, SAMPLE_TOKENS, world.device)
     metrics.record_evaluation(settings.training.steps, **evaluation.recorded())
     if world.rank == 0:

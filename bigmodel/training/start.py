@@ -18,6 +18,7 @@ from bigmodel.exchange.adapter import load_adapter
 from bigmodel.model.huggingface.start import OpenWeights, StartWeights, fill
 from bigmodel.model.init import init_weights
 from bigmodel.model.lora import add_adapters
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.trained import choose_trained
@@ -49,7 +50,7 @@ def new_model(settings: Settings, effective: dict[str, Any], vocabulary: int, be
     Raises `UserError` for folders that do not fit the settings, and for patterns that fit no parameter.
     """
     with creation(effective) as whole:
-        model = Transformer(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
+        model = build_model(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
         add_adapters(model, settings.lora)
     init_weights(model, settings.run.seed, whole)
     if begins and settings.model.start_folder:

@@ -326,7 +326,7 @@ def test_the_options_of_a_run_file_reach_the_model(
     def make(*arguments: Any) -> None:
         raise Made(Transformer(*arguments).head.options)
 
-    monkeypatch.setattr(start, "Transformer", make)
+    monkeypatch.setattr(start, "build_model", make)
     monkeypatch.setattr(loop, "start_world", lambda _: ALONE)
     monkeypatch.setattr(loop, "StopFlag", object)
     overrides = ["training.z_loss=1e-4", "training.label_smoothing=0.1", "model.logit_softcap=30"]

@@ -367,14 +367,14 @@ def _refuse_average(checkpoint: Checkpoint) -> None:
 
 
 def _compare_model(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Model settings must equal those of the checkpoint. Exceptions: dropout, which changes no weight, and settings
-    without effect there, which earlier versions accepted."""
+    """Model settings must equal those of the checkpoint. Exceptions: dropout and truncated back-propagation, which
+    change no weight, and settings without effect there, which earlier versions accepted."""
     now = settings.model.model_dump(mode="json")
     saved = new_keys("model", checkpoint.description["model"])
     then = ModelSettings().model_dump(mode="json") | saved  # settings newer than the checkpoint have their default
     pairs = {f"model.{name}": (now.get(name), then.get(name)) for name in sorted(now.keys() | then.keys())}
     unread = without_effect(ModelSettings.model_construct(**then))
-    free = {f"model.{name}" for name in (*DRAWN, *unread)}
+    free = {f"model.{name}" for name in (*DRAWN, "backpropagation_tokens", *unread)}
     pairs["optimizer.kind"] = (settings.optimizer.kind, checkpoint.description["optimizer"])
     for name, (mine, its) in pairs.items():
         if name not in free and mine != its:

@@ -130,7 +130,7 @@ def _let_the_model_call(attend: Any, tile_metadata: Any) -> None:
 
 def _require_shareable(settings: Settings, size: int) -> None:
     model, name = settings.model, f"training.sequence_parallel_ranks = {size}"
-    if model.kind == "encoder_decoder" or model.position_embedding != "rotary" or model.num_mtp_modules:
+    if model.has_source or model.position_embedding != "rotary" or model.num_mtp_modules:
         raise UserError(
             f"{name}: needs a decoder-only model with rotary positions and without MTP modules "
             "(model.num_mtp_modules = 0); set it to 1"

@@ -1,0 +1,1 @@
+"""Recurrent models: RNN, LSTM, GRU, and an LSTM encoder-decoder with attention."""
