@@ -7,8 +7,10 @@ import torch
 
 from bigmodel.generation.cached_model import CachedModel, Prompt
 from bigmodel.generation.prompts import pack
+from bigmodel.generation.recurrent_cache import make_cache
 from bigmodel.model.transformer import Transformer
 from tests.model.test_huggingface import MODELS, model_of, ours_of, randomize
+from tests.model.test_recurrent import ALL, recurrent_model
 from tests.support.example_batches import model_of as small_model
 
 SIDES = {"kind": "encoder_decoder", "encoder_num_layers": 1}
@@ -31,7 +33,7 @@ OURS: dict[str, dict[str, Any]] = {
 def check(model: Transformer) -> None:
     """Three prompts, one of them with an empty source; one more comes later, and the first one leaves."""
     draw = torch.Generator().manual_seed(1)
-    has_source, is_decoder = model.settings.kind == "encoder_decoder", model.settings.kind == "decoder"
+    has_source, is_decoder = model.settings.has_source, model.settings.kind == "decoder"
 
     def ids(length: int) -> list[int]:
         return torch.randint(3, 60, (length,), generator=draw).tolist()
@@ -41,7 +43,7 @@ def check(model: Transformer) -> None:
         for own, other, prefix in ((7, 4, 0), (1, 9, 0), (13, 0, 5), (6, 1, 3))
     ]
     texts = [list(prompt.ids) for prompt in prompts]
-    cache = CachedModel(model, 4, 40)
+    cache = make_cache(model, 4, 40)
     logits = cache.prefill(prompts[:3])
     running = [0, 1, 2]
     for step in range(8):
@@ -74,6 +76,11 @@ def test_a_published_architecture_has_the_same_logits_with_the_cache(name: str) 
 def test_our_own_options_have_the_same_logits_with_the_cache(name: str) -> None:
     torch.manual_seed(0)
     check(randomize(small_model(vocabulary=64, **OURS[name])))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recurrent_model_has_the_same_logits_with_its_states(name: str) -> None:
+    check(recurrent_model(**ALL[name]).eval())
 
 
 def test_one_slot_and_bf16_have_the_same_logits_within_their_rounding() -> None:
