@@ -56,7 +56,9 @@ def problem_of_classification(settings: Any) -> str:
     """Why other settings do not fit a classification; empty if they do. settings: `Settings`, which imports this."""
     pooling, kind = settings.classification.pooling, settings.model.kind
     if pooling == "first" and kind != "encoder" and not settings.model.has_source:
-        return f'classification.pooling = "first" with model.kind = "{kind}": the first token sees no other; leave it out'
+        return (
+            f'classification.pooling = "first" with model.kind = "{kind}": the first token sees no other; leave it out'
+        )
     if pooling in ("first", "mean") and settings.model.has_source:
         return (
             f'classification.pooling = "{pooling}" with model.kind = "{kind}": the decoder has one token, '

@@ -176,8 +176,8 @@ def refuse_recurrent(settings: ModelSettings) -> None:
     """Raise `UserError` for a model that no Hugging Face type is like."""
     if settings.is_recurrent:
         raise UserError(
-            f"model.kind = {settings.kind!r}: transformers has no recurrent language model of this form, so it cannot be "
-            "exported; `bigmodel generate`, `evaluate` and `serve` read the run directory"
+            f"model.kind = {settings.kind!r}: transformers has no recurrent language model of this form, so it cannot "
+            "be exported; `bigmodel generate`, `evaluate` and `serve` read the run directory"
         )
 
 

@@ -96,8 +96,8 @@ DRAWN = ("dropout", "attention_dropout", "embedding_dropout", "stochastic_depth"
 
 
 class ModelSettings(WithFrom):
-    """A transformer (decoder, encoder_decoder, encoder) or a recurrent model (rnn, lstm, gru, lstm_encoder_decoder), which
-    reads few of these settings and refuses the others. The vocabulary comes from the data's manifest.
+    """A transformer (decoder, encoder_decoder, encoder), or a recurrent model (rnn, lstm, gru, lstm_encoder_decoder),
+    which reads few of these settings and refuses the others. The vocabulary comes from the data's manifest.
 
     `encoder_...` = 0: the encoder of an encoder-decoder has the decoder's value.
     """

@@ -26,13 +26,12 @@ NO_PLACE = "a recurrent layer has neither attention heads, positions nor a feed-
 
 def problem_of_recurrent(model: Any) -> str:
     """Why settings of a recurrent model make no sense; empty if they do. model: `ModelSettings`, which imports this."""
+    follows = {"num_kv_heads": model.num_heads}  # a default
     for name, field in type(model).model_fields.items():
-        value = getattr(model, name)
-        if name not in READ and value != field.get_default(call_default_factory=True):
-            if name == "num_kv_heads" and value == model.num_heads:
-                continue
+        value, default = getattr(model, name), field.get_default(call_default_factory=True)
+        if name not in READ and value not in (default, follows.get(name, default)):
             return (
-                f"model.{name} = {json.dumps(value, default=str)} has no effect with model.kind = {json.dumps(model.kind)} "
+                f"model.{name} = {_toml(value)} has no effect with model.kind = {_toml(model.kind)} "
                 f"({REASONS.get(name, NO_PLACE)}); leave it out"
             )
     return ""
@@ -40,22 +39,26 @@ def problem_of_recurrent(model: Any) -> str:
 
 def problem_beside_recurrent(settings: Any) -> str:
     """Why other sections do not fit a recurrent model; empty if they do. settings: `Settings`, which imports this."""
-    why = {
-        "lora.rank": (settings.lora.rank, "adapters belong to the matrices of a transformer's blocks"),
-        "training.compile": (settings.training.compile, "a layer is one kernel for all time steps already"),
+    lora, training, data = settings.lora, settings.training, settings.data
+    given = {
+        "lora.rank": (lora.rank, 0, "adapters belong to the matrices of a transformer's blocks"),
+        "training.compile": (training.compile, False, "a layer is one kernel for all time steps already"),
         "training.sequence_parallel_ranks": (
-            settings.training.sequence_parallel_ranks > 1 and settings.training.sequence_parallel_ranks,
+            training.sequence_parallel_ranks,
+            1,
             "each state needs the one before it, so ranks cannot share a document",
         ),
         "data.dropped_decoder_share": (
-            settings.data.dropped_decoder_share,
+            data.dropped_decoder_share,
+            0,
             "without positions the model cannot tell how many tokens are missing",
         ),
     }
-    for name, (value, reason) in why.items():
-        if value:
-            return (
-                f"{name} = {json.dumps(value, default=str)} with model.kind = {json.dumps(settings.model.kind)}: {reason}; "
-                "leave it out"
-            )
+    for name, (value, default, reason) in given.items():
+        if value != default:
+            return f"{name} = {_toml(value)} with model.kind = {_toml(settings.model.kind)}: {reason}; leave it out"
     return ""
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, default=str)

@@ -1,8 +1,8 @@
 """The cache of a recurrent model: the last states of every sequence, and the source's where there is one.
 
-In: prompts as ids, then ids of chosen tokens; the methods of `bigmodel.generation.cached_model.CachedModel`. Out: logits
-of the next token of each sequence, fp32. Guarantee: the logits of a whole forward pass, within rounding. Costs: a token
-one pass over the weights whatever came before it; memory does not grow with the text.
+In: prompts as ids, then ids of chosen tokens; the methods of `bigmodel.generation.cached_model.CachedModel`. Out:
+logits of the next token of each sequence, fp32. Guarantee: the logits of a whole forward pass, within rounding. Costs:
+a token one pass over the weights whatever came before it; memory does not grow with the text.
 
 Letters in tensor names: B sequences in the first B slots, S source positions, H hidden_size, V vocabulary.
 """

@@ -55,7 +55,9 @@ def show_batch(settings: Settings, step: int, png: Path | None) -> None:
         for line in mask_text(batch, mask):
             console.print(line, soft_wrap=True)
     if png and not masks:
-        raise UserError(f"--png {png}: model.kind = {settings.model.kind!r} has no attention mask to draw; leave --png out")
+        raise UserError(
+            f"--png {png}: model.kind = {settings.model.kind!r} has no attention mask to draw; leave --png out"
+        )
     if png:
         draw_masks(batch, masks, png)
         console.print(f"picture: {png}", soft_wrap=True)

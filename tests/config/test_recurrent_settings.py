@@ -39,7 +39,10 @@ def test_a_setting_of_transformers_is_refused(setting: dict[str, Any], reason: s
         ({"training": {"compile": True}}, "training.compile = true with model.kind = .lstm.: a layer is one kernel"),
         ({"training": {"sequence_parallel_ranks": 2}}, "each state needs the one before it"),
         ({"data": {"source_sequence_length": 512}}, "model.kind = .lstm. and data.source_sequence_length = 512 do not"),
-        ({"classification": {"classes": ["a", "b"], "pooling": "first"}}, "with model.kind = .lstm.: the first token sees"),
+        (
+            {"classification": {"classes": ["a", "b"], "pooling": "first"}},
+            "with model.kind = .lstm.: the first token sees",
+        ),
         (
             {
                 "model": LSTM | {"kind": "lstm_encoder_decoder"},
@@ -58,4 +61,5 @@ def test_what_a_recurrent_model_reads_exists_and_is_accepted_also_when_saved() -
     assert set(ModelSettings.model_fields) >= READ
     settings = load({"model": LSTM | {"peepholes": True, "norm": "layer", "norm_bias": False, "logit_softcap": 30.0}})
     assert load(to_toml_table(settings)) == settings  # num_kv_heads, which follows num_heads, is among the saved ones
-    assert not settings.model.has_source and settings.model.cell == "lstm"
+    assert not settings.model.has_source
+    assert settings.model.cell == "lstm"

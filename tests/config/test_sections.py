@@ -84,7 +84,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "model.encoder_intermediate_size": (96, {"kind": "encoder"}, 'with kind = "encoder"', TWO),
     "model.source_attention": ("mixed", {}, 'with kind = "decoder"', TWO),
     "model.separate_embeddings": (True, {"kind": "encoder"}, 'set kind = "encoder_decoder"', TWO),
-    "model.peepholes": (True, {"kind": "gru"}, 'with kind = "gru"; leave it out or set kind = "lstm"', {"kind": "lstm"}),
+    "model.peepholes": (
+        True,
+        {"kind": "gru"},
+        'with kind = "gru"; leave it out or set kind = "lstm"',
+        {"kind": "lstm"},
+    ),
     "model.backpropagation_tokens": (9, {}, 'with kind = "decoder"', {"kind": "rnn"}),
     "model.relative_buckets": (16, {}, 'with position_embedding = "rotary"', BUCKETS),
     "model.relative_distance": (256, {}, 'set position_embedding = "relative_bias"', BUCKETS),

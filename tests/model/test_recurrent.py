@@ -1,4 +1,4 @@
-"""Recurrent layers against torch's modules, NumPy, and a plain loop over time; documents of a pack against each other."""
+"""Recurrent layers against torch's modules, NumPy and a plain loop over time; documents of a pack beside each other."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -114,7 +114,9 @@ def test_outputs_and_gradients_are_those_of_torch_s_modules_on_packed_sequences(
     more = torch.zeros_like(layer.bias)
     if layer.candidate_bias is not None:
         more[2 * WIDTH :] = layer.candidate_bias
-    for name, value in zip(module.state_dict(), (layer.input_weight, layer.state_weight, layer.bias, more), strict=True):
+    for name, value in zip(
+        module.state_dict(), (layer.input_weight, layer.state_weight, layer.bias, more), strict=True
+    ):
         module.get_parameter(name).data.copy_(value)
     rows = x_TH[line.place_T].split(LENGTHS)
     packed = pack_sequence([rows[number] for number in line.documents_N])
@@ -146,9 +148,7 @@ def test_a_state_goes_on_where_its_gradient_is_cut(kind: str, every: int) -> Non
 def test_peepholes_are_those_of_gers_and_schmidhuber_in_numpy() -> None:
     layer = layer_of(kind="lstm", peepholes=True)
     line, x_TH, (h_NH, c_NH) = inputs_of(layer)
-    w, u, b, p = (
-        one.detach().numpy() for one in (layer.input_weight, layer.state_weight, layer.bias, layer.peepholes)
-    )
+    w, u, b, p = (one.detach().numpy() for one in (layer.input_weight, layer.state_weight, layer.bias, layer.peepholes))
 
     def sigmoid(x: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-x))
@@ -209,7 +209,11 @@ def test_a_decoder_is_embedding_norm_lstm_norm_and_output_matrix() -> None:
     batch = batch_for(model)
     lstm = nn.LSTM(16, 16, num_layers=2).double()
     for layer, block in enumerate(model.blocks):
-        for name, value in (("weight_ih", block.input_weight), ("weight_hh", block.state_weight), ("bias_ih", block.bias)):
+        for name, value in (
+            ("weight_ih", block.input_weight),
+            ("weight_hh", block.state_weight),
+            ("bias_ih", block.bias),
+        ):
             lstm.get_parameter(f"{name}_l{layer}").data.copy_(value)
         lstm.get_parameter(f"bias_hh_l{layer}").data.zero_()
     assert batch.cu_seqlens[1:3].tolist() == [8, 29]  # the second document

@@ -21,6 +21,7 @@ from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.model.init import generator_of, init_weights
 from bigmodel.model.lora import add_adapters
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
@@ -61,7 +62,9 @@ def settings_table(
         "intermediate_size": 40,
         "qk_norm": True,
     }
-    model = model | DROPOUT | {"tied_embeddings": other.pop("tied", False)}
+    asked = other.pop("model", None)
+    model = asked | {"dropout": 0.1} if asked else model | DROPOUT
+    model = model | {"tied_embeddings": other.pop("tied", False)}
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})
     # A large epsilon keeps the update smooth in the gradient: another order of sums differs by rounding only.
@@ -115,7 +118,7 @@ def num_targets_of(step: int) -> int:
 def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Transformer:
     """With an effective DeepSpeed configuration of stage 3, partitioned from the start."""
     with creation(effective or {"zero_optimization": {"stage": 0}}) as whole:
-        model = Transformer(settings.model, VOCABULARY)
+        model = build_model(settings.model, VOCABULARY)
         add_adapters(model, settings.lora)
     init_weights(model, 5, whole)
     for name, parameter in model.named_parameters():

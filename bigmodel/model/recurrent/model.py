@@ -1,17 +1,18 @@
 """Recurrent models: packed documents in, their loss out, as `bigmodel.model.transformer` and with its head.
 
-    tokens -> embedding -> norm -> [ layer -> dropout ] x layers -> norm -> head -> loss            rnn, lstm, gru
-
-    source tokens -> embedding -> norm -> [ layer -> dropout ] x layers -> states s                  lstm_encoder_decoder
-    target tokens -> embedding -> norm -> [ layer -> dropout ] x layers -> attention to s -> norm -> head -> loss
+    rnn, lstm, gru:
+        tokens -> embedding -> norm -> [ layer -> dropout ] x layers -> norm -> head -> loss
+    lstm_encoder_decoder:
+        source -> embedding -> norm -> [ layer -> dropout ] x layers -> states s
+        tokens -> embedding -> norm -> [ layer -> dropout ] x layers -> attention to s -> norm -> head -> loss
 
 Each layer of the target begins with the last state of the source's layer of the same number; documents without a source
-begin with zeros, as all documents of a model without encoder do. The attention is Luong's (2015), global, with the score
-"general": c = sum over the source of softmax(h W s) s, then tanh(V [c; h]). Unlike Bahdanau's (2014), and without
+begin with zeros, as all documents of a model without encoder do. The attention is Luong's (2015), global, with the
+score "general": c = sum over the source of softmax(h W s) s, then tanh(V [c; h]). Unlike Bahdanau's (2014), and without
 Luong's input feeding, no state waits for the attention of the token before, so that layers run over all tokens at once.
 
-Guarantees: a document's states and gradients depend on its own tokens alone, bitwise; dropout on the dropout seeds alone.
-Documents are read left to right; `data.bidirectional_prefix` has no effect.
+Guarantees: a document's states and gradients depend on its own tokens alone, bitwise; dropout on the dropout seeds
+alone. Documents are read left to right; `data.bidirectional_prefix` has no effect.
 
 Letters in tensor names: T rows, S rows of the source, N documents, H hidden_size, K channels of an attention head.
 """
@@ -114,7 +115,9 @@ class Recurrent(Transformer):
     ) -> tuple[Tensor, EncoderOutput | None, list[State]]:
         """As `trunk`, with the last states of each layer, by document: (D, H) each."""
         line, side = timeline(batch.cu_seqlens, len(x_TH)), batch.source
-        assert (side is not None) == self.settings.has_source, f"model.kind = {self.settings.kind!r} and the batch's source"
+        assert (side is not None) == self.settings.has_source, (
+            f"model.kind = {self.settings.kind!r} and the batch's source"
+        )
         if side is None or x_SH is None:
             x_TH, last = self.layers(self.blocks, x_TH, line, batch.dropout_seeds, None)
             return x_TH, None, by_document(last, line, batch)

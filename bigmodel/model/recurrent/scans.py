@@ -8,14 +8,14 @@ Formulas of time t, with a_t = W x_t + b, which the caller computes for all t in
     gru    r, z, n = a_t;  r = sigmoid(r + U_r h), z = sigmoid(z + U_z h), n = tanh(n + r * (U_n h + b_n))
            h_t = (1 - z) * n + z * h
 
-The order of gates is torch's. In: a (T, rows of W) and the result in the order of a `Timeline`, first states (N, H). Out:
-the states of all rows. A document's row depends on rows of its own only. `every`: gradients of the state end between
-the tokens k * every - 1 and k * every of a document (truncated back-propagation); 0: never.
+The order of gates is torch's. In: a (T, rows of W) and the result in the order of a `Timeline`, first states (N, H).
+Out: the states of all rows. A document's row depends on rows of its own only. `every`: gradients of the state end
+between the tokens k * every - 1 and k * every of a document (truncated back-propagation); 0: never.
 
 Costs: each time step forward one product of the documents that have a token left, each step backward another one; the
 gradients of U and p are one product over all rows at the end. So it takes a third of the time of torch.lstm on packed
-documents: 72 against 234 CPU ms forward and backward (8 documents, 1,024 tokens, H = 192, one core of an AMD EPYC without
-AVX-512, 2026-11).
+documents: 72 against 234 CPU ms forward and backward (8 documents, 1,024 tokens, H = 192, one core of an AMD EPYC
+without AVX-512, 2026-11).
 
 Letters in tensor names: T rows, N documents, H hidden_size, D gates * H.
 """

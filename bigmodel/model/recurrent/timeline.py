@@ -43,11 +43,12 @@ def timeline(cu_seqlens: Tensor, rows: int) -> Timeline:
     number alone."""
     if cu_seqlens.is_meta:
         number = min(rows, len(cu_seqlens) - 1)
-        lengths = np.full(number, rows // number) + (np.arange(number) < rows % number)
+        lengths: np.ndarray = np.full(number, rows // number) + (np.arange(number) < rows % number)
     else:
         lengths = cu_seqlens.diff().cpu().numpy().astype(np.int64)
     documents = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
-    first, lengths = (np.cumsum(lengths) - lengths)[documents], lengths[documents]
+    first: np.ndarray = (np.cumsum(lengths) - lengths)[documents]
+    lengths = lengths[documents]
     sizes = np.searchsorted(-lengths, -np.arange(1, lengths[0] + 1), side="right")
     starts, step = np.cumsum(sizes) - sizes, np.repeat(np.arange(len(sizes)), sizes)
     rank = np.arange(len(step)) - starts[step]

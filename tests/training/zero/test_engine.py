@@ -30,6 +30,8 @@ STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision
 MOVING = {
     kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor", "ademamix")
 }
+GRU = {"kind": "gru", "num_layers": 2, "hidden_size": 16, "backpropagation_tokens": 5}
+KINDS = ("none", "selective", "full")  # of activation checkpointing
 HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
 HPZ |= {"precision": "fp32", "persistence": 0, "ema": 0.0, "groups": False, "tied": True}
 
@@ -52,9 +54,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
     folder = tmp_path_factory.mktemp("engine")
     jobs = initial(folder)
     for stage in (1, 3):
-        for kind in ("none", "selective", "full"):
+        for kind in KINDS:
             table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind})
             jobs[f"{kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
+            table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind}, model=GRU)
+            jobs[f"recurrent {kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
     for stage in (1, 2, 3):
         table = settings_table(folder, stage, "fp16", 3, fp16={"initial_scale_power": 28})
         where = str(folder / f"fp16-{stage}")
@@ -115,6 +119,16 @@ def test_recomputing_activations_changes_no_bit(results, stage: int) -> None:
         one = results[2][f"{kind} {stage}"]
         assert (one["losses"], one["norms"], one["digest"]) == (plain["losses"], plain["norms"], plain["digest"])
         assert one["evaluated"] == plain["evaluated"]
+
+
+def test_recurrent_layers_train_alike_at_any_stage_with_and_without_recomputation(results) -> None:
+    kept = ("losses", "norms", "digest", "evaluated")
+    for stage in (1, 3):
+        plain, *others = ([results[2][f"recurrent {kind} {stage}"][name] for name in kept] for kind in KINDS)
+        assert others == [plain, plain]
+    first, third = (results[2][f"recurrent none {stage}"] for stage in (1, 3))
+    assert first["losses"] == pytest.approx(third["losses"], rel=1e-5)
+    assert first["norms"] == pytest.approx(third["norms"], rel=1e-4)
 
 
 class Products(TorchDispatchMode):
