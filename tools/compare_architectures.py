@@ -15,6 +15,7 @@ seconds. Guarantee: every model sees the same packed sequences at the same step.
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,15 +81,21 @@ def sized(kind: str, base: Settings, vocabulary: int) -> ModelSettings:
     """The model of that kind whose number of parameters is nearest to the run file's transformer."""
     if kind == "transformer":
         return base.model
-    wanted, tied = parameters(base.model, base, vocabulary), base.model.tied_embeddings
-    widths = range(16, 2 * base.model.hidden_size + 1, 8)
-    given = [
-        ModelSettings.model_validate(
-            {"kind": kind, "num_layers": LAYERS, "hidden_size": width, "tied_embeddings": tied}
-        )
-        for width in widths
-    ]
-    return min(given, key=lambda one: abs(parameters(one, base, vocabulary) - wanted))
+    wanted = parameters(base.model, base, vocabulary)
+
+    def of(width: int) -> ModelSettings:
+        table = {
+            "kind": kind,
+            "num_layers": LAYERS,
+            "hidden_size": width,
+            "tied_embeddings": base.model.tied_embeddings,
+        }
+        return ModelSettings.model_validate(table)
+
+    widths = range(2, 8 * base.model.hidden_size)
+    above = bisect_left(widths, wanted, key=lambda width: parameters(of(width), base, vocabulary))
+    near = [of(width) for width in widths[max(0, above - 1) : above + 1]]
+    return min(near, key=lambda one: abs(parameters(one, base, vocabulary) - wanted))
 
 
 def parameters(model: ModelSettings, base: Settings, vocabulary: int) -> int:

@@ -43,8 +43,8 @@ class RecurrentCache(CachedModel):
         self.model, self.slots, self.max_positions = model, slots, max_positions
         self.device = model.embedding.weight.device
         self.lengths: list[int] = []
-        self._states: list[State] = []  # by layer
-        self._sources: list[Tensor] = []  # (S, H) of each sequence
+        self._last_states: list[State] = []  # by layer
+        self._source_states: list[Tensor] = []  # (S, H) of each sequence
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -55,10 +55,10 @@ class RecurrentCache(CachedModel):
         batch = pack(ids, sources).to(self.device)
         x_TH, source, states = model.advance(*model.embed(batch), batch)
         if batch.source and source and source.states_SE is not None:
-            self._sources += source.states_SE.split(batch.source.cu_seqlens.diff().tolist())
-        self._states = [
+            self._source_states += source.states_SE.split(batch.source.cu_seqlens.diff().tolist())
+        self._last_states = [
             tuple(torch.cat(sides) for sides in zip(before, new, strict=True)) if first else new
-            for before, new in zip(self._states or states, states, strict=True)
+            for before, new in zip(self._last_states or states, states, strict=True)
         ]
         self.lengths += map(len, ids)
         return model.head(model.last_states(x_TH[batch.cu_seqlens[1:].long() - 1]), None, "logits")
@@ -70,8 +70,8 @@ class RecurrentCache(CachedModel):
         assert max(self.lengths) < self.max_positions, "a slot is full"
         line = one_step(count, self.device)
         x_BH = model.input(model.embedding(torch.tensor(tokens, device=self.device)), line.order_T)
-        x_BH, self._states = model.layers(model.blocks, x_BH, line, line.order_T, self._states)
-        if self._sources:
+        x_BH, self._last_states = model.layers(model.blocks, x_BH, line, line.order_T, self._last_states)
+        if self._source_states:
             x_BH = model.source_attention(x_BH, None, self._attention(x_BH))
         self.lengths = [length + 1 for length in self.lengths]
         return model.head(model.last_states(x_BH), None, "logits")
@@ -79,10 +79,10 @@ class RecurrentCache(CachedModel):
     @torch.inference_mode()
     def keep(self, order: Sequence[int]) -> None:
         self.lengths = [self.lengths[of] for of in order]
-        self._sources = [self._sources[of] for of in order] if self._sources else []
-        self._states = [tuple(side[list(order)] for side in state) for state in self._states]
+        self._source_states = [self._source_states[of] for of in order] if self._source_states else []
+        self._last_states = [tuple(side[list(order)] for side in state) for state in self._last_states]
 
     def _attention(self, like: Tensor) -> _Source:
-        lengths, heads = [len(states_SH) for states_SH in self._sources], self.model.source_attention.num_heads
-        states_BSH = torch.nn.utils.rnn.pad_sequence(self._sources, batch_first=True)
+        lengths, heads = [len(states_SH) for states_SH in self._source_states], self.model.source_attention.num_heads
+        states_BSH = torch.nn.utils.rnn.pad_sequence(self._source_states, batch_first=True)
         return _Source(states_BSH.unflatten(-1, (heads, -1)).transpose(1, 2), span([0] * len(lengths), lengths, like))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from bigmodel.config.huggingface import fitting_type
 from bigmodel.config.recurrent_settings import READ
 from bigmodel.config.settings import ModelSettings, Settings, UserError, settings_from_table, to_toml_table
 
@@ -63,3 +64,8 @@ def test_what_a_recurrent_model_reads_exists_and_is_accepted_also_when_saved() -
     assert load(to_toml_table(settings)) == settings  # num_kv_heads, which follows num_heads, is among the saved ones
     assert not settings.model.has_source
     assert settings.model.cell == "lstm"
+
+
+def test_no_hugging_face_class_holds_it() -> None:
+    with pytest.raises(UserError, match=r"model.kind = 'lstm': transformers has no recurrent language model"):
+        fitting_type(load({"model": LSTM}).model)

@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pack_sequence
 
 from bigmodel.checks.audit import count_by_torch
 from bigmodel.checks.leak import isolation, packed_equals_single
-from bigmodel.config.settings import DataSettings, ModelSettings
+from bigmodel.config.settings import ClassificationSettings, DataSettings, ModelSettings
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.objectives.examples import Pair
 from bigmodel.inspect.memory import LiveBytes
+from bigmodel.model.attention_masks import mask_matrices, visible_pairs
 from bigmodel.model.init import init_weights
 from bigmodel.model.recurrent.layer import Layer
 from bigmodel.model.recurrent.model import Recurrent, attention_heads, build_model
@@ -261,6 +262,31 @@ def test_the_memory_of_a_layer_is_counted_without_memory() -> None:
             model(batch).backward()
         peaks.append(live.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
+
+
+def test_the_only_mask_is_that_of_the_attention_to_the_source() -> None:
+    """What `show batch` draws, and what the FLOPs count."""
+    drawn = {}
+    for kind in ("gru", "lstm_encoder_decoder"):
+        model = recurrent_model(kind=kind)
+        drawn[kind] = {one.name: int(one.sees().sum()) for one in mask_matrices(batch_for(model), model.settings)}
+    batch = batch_for(model)
+    assert batch.source
+    pairs = int((batch.cu_seqlens.diff() * batch.source.cu_seqlens.diff()).sum())
+    lengths = [side.cu_seqlens.diff().numpy().astype(np.int64) for side in (batch, batch.source)]
+    assert drawn == {"gru": {}, "lstm_encoder_decoder": {"cross-attention": pairs}}
+    assert visible_pairs(*lengths, np.zeros_like(lengths[0]), model.settings) == (0, 0, pairs)
+
+
+def test_classes_are_read_from_the_last_state_of_a_document() -> None:
+    classes = ClassificationSettings(classes=["a", "b", "c"])
+    settings = ModelSettings(kind="gru", num_layers=1, hidden_size=16).with_classes_of(classes)
+    model = build_model(settings, VOCABULARY).double()
+    init_weights(model, seed=5)
+    batch = batch_for(recurrent_model(kind="gru"))
+    ends = batch.cu_seqlens[1:].long() - 1
+    states_TH = model.hidden(*model.embed(batch)[:1], batch)
+    torch.testing.assert_close(model(batch, "logits")[:3], (states_TH[ends] @ model.head.weight.T)[:3])
 
 
 def test_attention_has_one_head_up_to_256_channels() -> None:

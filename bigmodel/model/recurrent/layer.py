@@ -59,8 +59,10 @@ class Layer(nn.Module):
         return h_TH, last
 
     def by_scan(self, x_TH: Tensor, line: Timeline, first: State) -> State:
-        """h, and of an lstm c, of all rows; fp32 at least but on the meta device, which only counts bytes."""
-        kind = x_TH.dtype if x_TH.is_meta else torch.promote_types(x_TH.dtype, torch.float32)
+        """h, and of an lstm c, of all rows, in fp32 at least. On the meta device, which counts the bytes of a GPU, it
+        stands for cuDNN, which keeps about as much in the precision of x."""
+        is_cudnn = x_TH.is_meta and self.peepholes is None
+        kind = x_TH.dtype if is_cudnn else torch.promote_types(x_TH.dtype, torch.float32)
         a_TD = F.linear(x_TH.to(kind), self.input_weight.to(kind), self.bias.to(kind))
         weight_DH, first = self.state_weight.to(kind), tuple(state.to(kind) for state in first)
         if self.cell == "rnn":
