@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bigmodel.config.settings import ModelSettings, Settings, load_settings
 from bigmodel.data.load.stream import Builder
@@ -185,7 +185,7 @@ def loss_at(points: list[Any], column: int, value: float) -> float:
 
 def show(found: Mapping[str, Any], equal: tuple[float, float]) -> None:
     tokens, seconds = equal
-    table = Table("model", title="validation loss, nats per token", title_justify="left")
+    table = Table(Column("model", no_wrap=True), title="validation loss, nats per token", title_justify="left")
     columns = (
         "layers x width",
         "parameters",
@@ -195,7 +195,8 @@ def show(found: Mapping[str, Any], equal: tuple[float, float]) -> None:
     )
     for name in columns:
         table.add_column(name, justify="right")
-    for kind, one in found.items():
+    for kind in KINDS:
+        one = found[kind]
         end, size = one["points"][-1], f"{one['num_layers']} x {one['hidden_size']}"
         losses = (loss_at(one["points"], column, value) for column, value in enumerate(equal))
         table.add_row(
@@ -207,7 +208,8 @@ def show(found: Mapping[str, Any], equal: tuple[float, float]) -> None:
 def draw(found: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=130, sharey=True, layout="constrained")
     for column, (axis, name) in enumerate(zip(axes, ("tokens", "CPU seconds"), strict=True)):
-        for kind, one in found.items():
+        for kind in KINDS:
+            one = found[kind]
             columns = list(zip(*one["points"], strict=True))
             axis.plot(columns[column], columns[2], marker=".", label=f"{kind}, {one['parameters']:,} parameters")
         axis.set(xlabel=name, xscale="log")
