@@ -212,7 +212,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             one = found[kind]
             columns = list(zip(*one["points"], strict=True))
             axis.plot(columns[column], columns[2], marker=".", label=f"{kind}, {one['parameters']:,} parameters")
-        axis.set(xlabel=name, xscale="log")
+        axis.set(xlabel=name)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("validation loss, nats per token")
