@@ -19,6 +19,8 @@ REASONS = {
     "embedding_norm": "embedded tokens are always normalised before the first layer",
     "embedding_scale": "embedded tokens are normalised before the first layer",
     "norm_placement": "one norm follows the embedding, one the last layer",
+    "embedding_dropout": "dropout follows each layer (model.dropout)",
+    "stochastic_depth": "layers have no residual stream around them",
     "activation": "the gates decide: sigmoid and tanh",
 }
 NO_PLACE = "a recurrent layer has neither attention heads, positions nor a feed-forward part"

@@ -32,7 +32,7 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.classify import make_validation
 from bigmodel.model.huggingface.folder import write_weights
-from bigmodel.model.transformer import Transformer
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.run_directory import read_json, write_atomically
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.format import Checkpoint, WeightSource
@@ -121,7 +121,7 @@ class Judge:
 
     def __init__(self, first: Ingredient, sequences: int) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = Transformer(first.settings.model, first.weights.shape("embedding.weight")[0])
+        self._model = build_model(first.settings.model, first.weights.shape("embedding.weight")[0])
         self._model.eval().to(self._device)
         self._validation, self._sequences = make_validation(first.settings.data, packs_per_micro_batch=1), sequences
 

@@ -22,6 +22,7 @@ from bigmodel.data.store.same_tokenizer import difference
 from bigmodel.distributed.world import World
 from bigmodel.kernels.linear_distillation import Divergence
 from bigmodel.model.huggingface.start import fill, read_settings
+from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json
@@ -73,12 +74,12 @@ def teacher_model(settings: Settings, num_tokens: int, device: torch.device | st
             f"{_named(folder)} has {theirs.max_positions:,} learned positions, and the longest document {longest:,} "
             "tokens (data.max_document_length, data.max_source_length); shorten documents"
         )
-    if torch.device(device).type == "cuda" and theirs.resolved_head_dim > 256:
+    if torch.device(device).type == "cuda" and not theirs.is_recurrent and theirs.resolved_head_dim > 256:
         raise UserError(
             f"{_named(folder)} has heads of {theirs.resolved_head_dim} channels; the GPU kernels take at most 256"
         )
     with _new_parameters(TYPES[settings.distillation.precision or settings.training.precision], device):
-        return Transformer(theirs.model_copy(update={"num_mtp_modules": 0, "dropout": 0.0}), rows)
+        return build_model(theirs.without_draws().model_copy(update={"num_mtp_modules": 0}), rows)
 
 
 def divergence_of(settings: Settings) -> Divergence:
