@@ -61,8 +61,6 @@ class Ingredient:
 class Mean:
     """The mean weights, by the names of a checkpoint's file; each is computed when it is asked for."""
 
-    dtype = torch.float32
-
     def __init__(self, sources: Sequence[WeightSource]) -> None:
         self._sources = sources
         self._names = {f"weight.{name}@0": name for name in sources[0].names()}
@@ -75,6 +73,9 @@ class Mean:
 
     def shape(self, name: str) -> list[int]:
         return [math.prod(self._sources[0].shape(self._names[name]))]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def weight(self, name: str) -> Tensor:
         """(numel,) fp32."""
