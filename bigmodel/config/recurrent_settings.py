@@ -11,15 +11,14 @@ WITH_SOURCE = ("encoder_decoder", "lstm_encoder_decoder")
 # All that these models read; every other setting of [model] is refused, also those that come later.
 READ = {
     "from", "kind", "num_layers", "hidden_size", "peepholes", "backpropagation_tokens", "separate_embeddings",
-    "norm", "norm_bias", "zero_centered_norm", "norm_epsilon", "tied_embeddings", "dropout", "logit_softcap",
-    "logit_scale", "min_vocabulary", "vocabulary_multiple",
+    "norm", "norm_bias", "zero_centered_norm", "norm_epsilon", "tied_embeddings", "dropout", "embedding_dropout",
+    "logit_softcap", "logit_scale", "min_vocabulary", "vocabulary_multiple",
 }  # fmt: skip
 REASONS = {
     "num_mtp_modules": "a further module would be a transformer's block",
     "embedding_norm": "embedded tokens are always normalised before the first layer",
     "embedding_scale": "embedded tokens are normalised before the first layer",
     "norm_placement": "one norm follows the embedding, one the last layer",
-    "embedding_dropout": "dropout follows each layer (model.dropout)",
     "stochastic_depth": "layers have no residual stream around them",
     "activation": "the gates decide: sigmoid and tanh",
 }

@@ -58,7 +58,7 @@ STEPS = [
         loss_scale=1024.0,
         slowest_rank=1,
         slowest_rank_lag_seconds=0.125,
-        norms={"attention": {"weight_norm": 3.0, "update_norm": 0.25}},
+        norms={"attention": {"weight_norm": 3.0, "update_norm": 0.25, "l1_norm": 7.0, "zero_ratio": 0.5}},
     )
     for number in (1, 2, 3)
 ]
@@ -159,6 +159,8 @@ EXPECTED = {
     "loss_scale": 1024,
     "weight_norm|attention": 3,
     "update_norm|attention": 0.25,
+    "l1_norm|attention": 7,
+    "zero_ratio|attention": 0.5,
     "spikes_total|loss": 0,
     "spikes_total|gradient_norm": 0,
     "evaluations_total": 2,

@@ -28,7 +28,7 @@ from bigmodel.data.load.batch import Batch, SourceSide
 from bigmodel.kernels.attention import make_tile_metadata
 from bigmodel.kernels.linear_cross_entropy import Options
 from bigmodel.kernels.mask import cross
-from bigmodel.model.layers import Linear, make_norm
+from bigmodel.model.layers import EMBEDDING_SALT, Linear, dropout, make_norm
 from bigmodel.model.recurrent.layer import Layer, State
 from bigmodel.model.recurrent.timeline import Timeline, timeline
 from bigmodel.model.transformer import AttentionInputs, EncoderOutput, Transformer, Views, make_head
@@ -42,14 +42,19 @@ def attention_heads(width: int) -> int:
 
 
 class Normalised(nn.Module):
-    """The norm of embedded tokens (T, H); takes the place of the transformer's `Input`."""
+    """Embedded tokens (T, H), normalised and dropped; takes the place of the transformer's `Input`."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.norm = make_norm(settings.hidden_size, settings)
+        self.dropout = settings.embedding_dropout
 
-    def forward(self, x_TH: Tensor, _positions_T: Tensor) -> Tensor:
-        return self.norm(x_TH)
+    def forward(self, x_TH: Tensor, _positions_T: Tensor, seeds_T: Tensor | None = None) -> Tensor:
+        x_TH = self.norm(x_TH)
+        if not (self.training and self.dropout):
+            return x_TH
+        assert seeds_T is not None, "dropout of embeddings needs the batch's seeds"
+        return dropout(x_TH, self.dropout, seeds_T, EMBEDDING_SALT)
 
 
 class SourceEncoder(nn.Module):
