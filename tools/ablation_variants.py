@@ -287,7 +287,7 @@ def require_sound(jobs: Sequence[Job], ranks: int) -> list[Job]:
     What a variant reads from a run that is not there yet is checked when that run is finished.
     """
     problems, tables = [], dict[str, Any]()
-    for job in {job.variant.name: job for job in reversed(jobs)}.values():
+    for job in first_of_each(jobs):
         if job.variant.commands:
             continue
         try:
@@ -304,10 +304,18 @@ def require_sound(jobs: Sequence[Job], ranks: int) -> list[Job]:
     return _without_copies(jobs, tables)
 
 
+def first_of_each(jobs: Sequence[Job]) -> list[Job]:
+    """The first job of every variant."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        first.setdefault(job.variant.name, job)
+    return list(first.values())
+
+
 def _without_a_loss(job: Job, settings: Settings) -> list[str]:
-    if settings.evaluation.at_end or settings.evaluation.every_steps:
+    if settings.evaluation.at_end:
         return []
-    return [f"{job.variant.name}: evaluation.at_end = false and every_steps = 0: no validation loss; set one of them"]
+    return [f"{job.variant.name}: evaluation.at_end = false: there is no validation loss at the end; set it to true"]
 
 
 def _compared(settings: Settings) -> dict[str, Any]:
@@ -319,8 +327,8 @@ def _compared(settings: Settings) -> dict[str, Any]:
 def _without_copies(jobs: Sequence[Job], tables: Mapping[str, Any]) -> list[Job]:
     first: dict[str, str] = {}
     copies = {}
-    for name in dict.fromkeys(job.variant.name for job in jobs):
-        variant = next(job.variant for job in jobs if job.variant.name == name)
+    for variant in (job.variant for job in first_of_each(jobs)):
+        name = variant.name
         if name not in tables or variant.before:
             continue
         text = json.dumps([str(variant.run_file), tables[name]], sort_keys=True)

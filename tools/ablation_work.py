@@ -84,9 +84,16 @@ def work(job: Job, ranks: int, held: IO[Any], show: Show) -> None:
             stamp.touch()
     settings = [word for override in job.overrides for word in ("--set", override)]
     _prepare(job, settings, held, show)
-    words = ["bigmodel", "launch", "local", str(job.variant.run_file), "--ranks", str(ranks), *settings]
-    run(job, words, held, show, sampled=True)
+    if not _is_trained(job):
+        words = ["bigmodel", "launch", "local", str(job.variant.run_file), "--ranks", str(ranks), *settings]
+        run(job, words, held, show, sampled=True)
     write_json(job.beside("result.json"), result_of_training(job))
+
+
+def _is_trained(job: Job) -> bool:
+    """Whether the last launch has finished, perhaps after its caller was killed."""
+    events = [line for line in read_json_lines(job.directory / "events.jsonl") if line["event"].startswith("launch")]
+    return bool(events) and events[-1].get("cause") == "finished"
 
 
 def _prepare(job: Job, settings: list[str], held: IO[Any], show: Show) -> None:
