@@ -73,7 +73,7 @@ def ablate(
         submit(out, sbatch_script(out, numbers, sbatch, words), numbers, dry_run)
     elif dry_run:
         for job in chosen:
-            print(f"{job.title}: {'finished' if finished(job) else ' '.join(job.overrides)}")
+            print(f"{job.title}: {'finished' if finished(job) else job.in_words()}")
     else:
         raise typer.Exit(work_list.run(chosen if task < 0 else jobs[task : task + 1]))
 

@@ -251,6 +251,12 @@ class Job:
 
         return PLACEHOLDER.sub(value, text)
 
+    def in_words(self) -> str:
+        """Its overrides, or its commands."""
+        if self.variant.commands:
+            return "; ".join(shlex.join(map(self.filled, command)) for command in self.variant.commands)
+        return shlex.join(self.overrides)
+
     def settings(self) -> Settings:
         return load_settings(self.variant.run_file, self.overrides)
 
@@ -313,7 +319,10 @@ def first_of_each(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _without_a_loss(job: Job, settings: Settings) -> list[str]:
-    if settings.evaluation.at_end:
+    """A problem if the run has no evaluation after its last step."""
+    every, steps = settings.evaluation.every_steps, settings.training.steps
+    judged = settings.checkpoint.keep_best or settings.training.early_stop  # then the last step is evaluated
+    if settings.evaluation.at_end or (judged and every and steps % every == 0):
         return []
     return [f"{job.variant.name}: evaluation.at_end = false: there is no validation loss at the end; set it to true"]
 

@@ -311,13 +311,14 @@ def result_of_training(job: Job) -> dict[str, Any]:
 
 
 def _read_loss(job: Job) -> dict[str, Any]:
-    """The loss in the JSON file that a variant's commands have written."""
-    file = Path(job.filled(job.variant.result))
+    """The loss in the JSON file that a variant's commands have written, and the scores beside it."""
+    file, (*outer, key) = Path(job.filled(job.variant.result)), job.variant.key.split(".")
     try:
-        value = read_json(file)
-        for name in job.variant.key.split("."):
-            value = value[name]
-        return {"loss": float(value)}
+        values = read_json(file)
+        for name in outer:
+            values = values[name]
+        names = ("accuracy", "macro_f1") if "macro_f1" in values else ()
+        return {"loss": float(values[key]), **{name: float(values[name]) for name in names}}
     except UserError as error:
         raise Failed(str(error)) from None
     except (KeyError, TypeError, ValueError):
