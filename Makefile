@@ -6,6 +6,7 @@ RUN ?= configs/tiny.toml
 GPUS := $(shell ls /dev 2>/dev/null | grep -c '^nvidia[0-9][0-9]*$$')
 RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 TESTS ?=
+SEEDS ?= 1,2,3
 
 PY := .venv/bin/python
 CONSTRAINTS := configs/constraints.txt
@@ -16,12 +17,14 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq finetune test test-long check torture exactness docs format clean
+.PHONY: help setup train train-seq2seq finetune ablations test test-long check torture exactness docs format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; a second call resumes'
 	@echo 'make train-seq2seq  the same for an encoder-decoder on pairs: configs/seq2seq.toml'
 	@echo 'make finetune  train a small model, fine-tune it to classify, compare it with TF-IDF and regression'
+	@echo 'make ablations  the variants of benchmarks/ablations over seeds 1, 2, 3 (hours; a stopped run goes on):'
+	@echo '              tables and curves in runs/ablations (SEEDS=1,2 chooses others)'
 	@echo 'make test     set up, install the development tools, run all tests except the long ones, two at a time'
 	@echo '              (TESTS=... selects tests)'
 	@echo 'make test-long  the long tests, which make test leaves out (TESTS=... selects tests)'
@@ -70,6 +73,14 @@ train-seq2seq:
 finetune: .venv/installed
 	@$(PY) -c 'import sklearn' 2>/dev/null || $(INSTALL) --editable '.[finetune]'
 	@$(PY) -m tools.finetune --ranks $(RANKS)
+
+# The first comment line of a file of variants is its command.
+ablations: .venv/installed
+	@for file in benchmarks/ablations/*.toml; do \
+		run=$$(sed -n '1s/.*tools\.ablate \([^ ]*\).*/\1/p' $$file); \
+		$(PY) -m tools.ablate $$run --variants $$file --seeds $(SEEDS) \
+			--out runs/ablations/$$(basename $$file .toml) || failed=1; \
+	done; exit $${failed:-0}
 
 test: .venv/installed-dev
 	@$(PY) -m pytest $(if $(TESTS),$(TESTS),--numprocesses 2 --dist loadfile)

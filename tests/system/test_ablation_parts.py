@@ -251,3 +251,19 @@ def test_an_array_has_a_task_for_each_run_that_is_left(tmp_path: Path) -> None:
     assert "#SBATCH --array=0,2\n" in script
     assert "#SBATCH --partition=gpu\n" in script
     assert script.endswith(" -m tools.ablate run.toml --set 'a.b=c d' --task $SLURM_ARRAY_TASK_ID\n")
+
+
+# The variants of the project.
+
+FILES = sorted((Path(__file__).parents[2] / "benchmarks" / "ablations").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_the_variants_of_the_project_are_sound(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the command of the first line, which `make ablations` runs: none is refused or equal to another one."""
+    words = file.read_text().splitlines()[0].removeprefix("# python -m tools.ablate ").split()
+    assert words[1:3] == ["--variants", f"benchmarks/ablations/{file.name}"]
+    jobs = list_jobs(Path(__file__).parents[2] / words[0], tmp_path, [], file, False, "1", [])
+    assert require_sound(jobs, ranks=1) == jobs
+    assert capsys.readouterr().out == ""
+    assert len(jobs) > 5
