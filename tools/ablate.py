@@ -75,7 +75,7 @@ def ablate(
         for job in chosen:
             print(f"{job.title}: {'finished' if finished(job) else job.in_words()}")
     else:
-        raise typer.Exit(work_list.run(chosen if task < 0 else jobs[task : task + 1]))
+        raise typer.Exit(work_list.run(chosen if task < 0 else jobs[task : task + 1], draws=task < 0))
 
 
 def _options(name: str, values: Sequence[str]) -> Texts:
@@ -121,8 +121,9 @@ class WorkList:
     )
     failed: dict[Job, str] = field(default_factory=dict)
 
-    def run(self, chosen: Sequence[Job]) -> int:
-        """Exit code. Jobs that another process works on come last: they are waited for."""
+    def run(self, chosen: Sequence[Job], draws: bool) -> int:
+        """Exit code. Jobs that another process works on come last: they are waited for. draws: without it pictures are
+        drawn only when all is finished."""
         out = self.jobs[0].out
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         live = self.console.is_terminal
@@ -140,7 +141,7 @@ class WorkList:
                 return EXIT_STOPPED
         write_table(self.jobs, out, self.command)
         show_table(self.jobs, Console(highlight=False, markup=False, emoji=False))
-        pictures = draw(self.jobs, out) if all(map(finished, chosen)) or len(chosen) > 1 else []
+        pictures = draw(self.jobs, out) if draws or all(map(finished, self.jobs)) else []
         self.console.print(f"{out}: table.md, results.json{''.join(f', {path.name}' for path in pictures)}")
         for job, reason in self.failed.items():
             self.console.print(f"failed: {job.title}: {reason}")

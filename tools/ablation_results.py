@@ -6,6 +6,7 @@ have, of variant minus baseline, with the 95 % interval of Student's t. Imports 
 """
 
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -123,7 +125,7 @@ def rows_of(jobs: Sequence[Job]) -> list[Row]:
 
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and cells. Scores only for classifications, bits per byte only where tokenizers may differ."""
-    by_name = {row.variant.name: row for row in rows}
+    by_name, baseline = {row.variant.name: row for row in rows}, rows[0].variant.against if rows else ""
     scores = [name for name in ("accuracy", "macro_f1") if any(row.of(name) for row in rows)]
     folders = {str(job.settings().data.directory) for row in rows if not row.variant.commands for job in row.jobs[:1]}
     scores += ["bits_per_byte"] if len(folders) > 1 and any(row.of("bits_per_byte") for row in rows) else []
@@ -134,7 +136,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         losses, against = row.of("loss"), by_name.get(row.variant.against)
         apart = paired_difference(losses, against.of("loss")) if against and against is not row else None
-        other = "" if row.variant.against == rows[0].variant.name else f" to {row.variant.against}"
+        other = "" if row.variant.against == baseline else f" to {row.variant.against}"
         cells.append(
             [
                 row.variant.name,
@@ -177,12 +179,14 @@ def write_table(jobs: Sequence[Job], out: Path, command: str) -> None:
 
 
 def show_table(jobs: Sequence[Job], console: Console) -> None:
-    head, cells = table_of(rows_of(jobs))
-    table = Table()
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 or name == "note" else "right", overflow="fold")
+    """The finished rows; numbers of parameters and notes are in table.md."""
+    head, cells = table_of([row for row in rows_of(jobs) if row.results])
+    kept = [number for number, name in enumerate(head) if name not in ("parameters", "note")]
+    table = Table(box=box.SIMPLE)
+    for number in kept:
+        table.add_column(head[number], justify="right" if number else "left", overflow="fold")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*(line[number] for number in kept))
     console.print(table)
 
 
@@ -269,8 +273,9 @@ def draw(jobs: Sequence[Job], out: Path) -> list[Path]:
         for text in grid[0][0].legend(frameon=False, fontsize=8).get_texts():
             text.set_parse_math(False)
         path = out / ("curves.png" if len(groups) == 1 else f"curves-{number}.png")
-        figure.savefig(path.with_name(f".{path.name}.part.png"))
-        path.with_name(f".{path.name}.part.png").replace(path)
+        part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
+        figure.savefig(part)
+        part.replace(path)
         paths.append(path)
     return paths
 

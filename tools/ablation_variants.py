@@ -25,6 +25,7 @@ A file of variants:
     ]
     result = "{out}/result.json"
     key = "validation.nats_per_token"       # of the loss in it; this is the default
+    # pattern = "loss: ([0-9.]+)"           # instead of key: result is a text, and the group is the loss
 
 {run}, {out} and {seed}: the job's run directory, folder for other files, and seed. {run:NAME}: the run directory of
 another variant with the same seed, which runs first.
@@ -50,7 +51,8 @@ SAFE_NAME = re.compile(r"[\w.=+-]{1,60}", re.ASCII)
 BASELINE = "baseline"
 LOSS = "validation.nats_per_token"  # in what `bigmodel evaluate --output` writes
 KEYS = {
-    "set": list, "run": str, "against": str, "before": list, "commands": list, "result": str, "key": str, "note": str,
+    "set": list, "run": str, "against": str, "before": list, "commands": list, "result": str, "key": str,
+    "pattern": str, "note": str,
 }  # fmt: skip
 TOP_KEYS = {"set": list, "baseline": str, "variants": dict}
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
@@ -69,6 +71,7 @@ class Variant:
     commands: tuple[Command, ...] = ()
     result: str = ""
     key: str = LOSS
+    pattern: str = ""
     note: str = ""
 
     @property
@@ -148,8 +151,11 @@ def _variant(name: str, given: dict[str, Any], run_file: Path, folder: Path, bas
         raise UserError(f"{where}: commands and result belong together: the file that the commands write")
     if commands and (before or "set" in given):
         raise UserError(f"{where}: is not trained, so that set and before have no effect; put all into commands")
-    if "key" in given and not commands:
-        raise UserError(f"{where}: key has no effect without result")
+    for key in given.keys() & {"key", "pattern"}:
+        if not commands:
+            raise UserError(f"{where}: {key} has no effect without result")
+    if {"key", "pattern"} <= given.keys():
+        raise UserError(f"{where}: key is for a JSON file, pattern for a text; give only one of them")
     return Variant(
         name,
         folder / given["run"] if "run" in given else run_file,
@@ -159,6 +165,7 @@ def _variant(name: str, given: dict[str, Any], run_file: Path, folder: Path, bas
         commands,
         given.get("result", ""),
         given.get("key", LOSS),
+        given.get("pattern", ""),
         given.get("note", ""),
     )
 

@@ -14,6 +14,8 @@ times of the ranks are read. Imports no torch.
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +73,9 @@ def work(job: Job, ranks: int, held: IO[Any], show: Show) -> None:
     """Finish a job whose lock is held. Raises `Failed`, and `Stopped` after the launcher has saved and ended."""
     if not job.beside("job.json").exists():
         record_begin(job)
+    if job.variant.commands:  # what a killed attempt has left would be in the way
+        shutil.rmtree(job.beside("files"), ignore_errors=True)
+        shutil.rmtree(job.directory, ignore_errors=True)
     job.beside("files").mkdir(exist_ok=True)
     if job.variant.commands:
         for command in job.variant.commands:
@@ -131,9 +136,8 @@ def run(job: Job, words: Sequence[str], held: IO[Any], show: Show, sampled: bool
             )
         except OSError as error:
             raise Failed(f"{words[0]}: {error.strerror}") from None
-    sampler = Sampler(job, process.pid, show) if sampled else None
     try:
-        code = _wait(process, sampler)
+        code = _wait(process, Sampler(job, process.pid, show) if sampled else None)
     except Stopped:
         process.terminate()
         process.wait()
@@ -311,8 +315,13 @@ def result_of_training(job: Job) -> dict[str, Any]:
 
 
 def _read_loss(job: Job) -> dict[str, Any]:
-    """The loss in the JSON file that a variant's commands have written, and the scores beside it."""
+    """The loss in the file that a variant's commands have written, and the scores beside it."""
     file, (*outer, key) = Path(job.filled(job.variant.result)), job.variant.key.split(".")
+    if job.variant.pattern:
+        found = re.search(job.variant.pattern, file.read_text() if file.exists() else "")
+        if not found:
+            raise Failed(f"{file}: has no {job.variant.pattern!r}; correct pattern")
+        return {"loss": float(found[1])}
     try:
         values = read_json(file)
         for name in outer:

@@ -46,6 +46,11 @@ pathlib.Path("{out}/found.json").write_text(json.dumps({"a": {"b": last["nats_pe
 ''']]
 result = "{out}/found.json"
 key = "a.b"
+
+[variants."of a text"]
+commands = [["bash", "-c", "echo 'the loss is 3.25 now' > {out}/found.txt"]]
+result = "{out}/found.txt"
+pattern = "is ([0-9.]+)"
 """
 DONE = ["no-dropout-*", "some-dropout-*", "of-a-command-*"]
 
@@ -136,6 +141,7 @@ def test_the_table_has_means_spreads_and_paired_differences(done, out: Path) -> 
     assert cells["no \\| dropout"][2].startswith(f"{(none - some).mean():+.4f} [")
     assert cells["no \\| dropout"][-1] == "for the test"
     assert cells["of a command"][2].startswith("+0.5000 [+0.5000, +0.5000]")
+    assert cells["of a text"][1] == "3.2500 ± 0.0000"
     assert cells["fails"][-2] == "none finished"
     assert "no | dropout" in done.stdout
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -197,6 +197,10 @@ def variants_from(folder: Path, text: str) -> list[Variant]:
         ('[variants.a]\ncommands = [["true"]]', "commands and result belong together"),
         ('[variants.a]\ncommands = [["true"]]\nresult = "x"\nset = []', "is not trained"),
         ('[variants.a]\nset = []\nkey = "x"', "key has no effect without result"),
+        (
+            '[variants.a]\ncommands = [["true"]]\nresult = "x"\nkey = "x"\npattern = "y"',
+            "key is for a JSON file, pattern for a text",
+        ),
         ('[variants.a]\nbefore = ["true"]', "must be a list of words"),
         (
             '[variants.a]\nset = ["model.from={run:b}"]\n[variants.b]\nset = ["model.from={run:a}"]',
