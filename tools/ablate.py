@@ -130,7 +130,11 @@ class WorkList:
         with stoppable(), Progress(*columns, console=self.console, disable=not live) as progress:
             total = progress.add_task("runs", total=len(chosen), completed=sum(map(finished, chosen)))
             try:
-                busy = [job for job in chosen if not self._one(job, progress, wait=False)]
+                busy = []
+                for job in chosen:
+                    if not self._one(job, progress, wait=False):
+                        busy.append(job)
+                    progress.update(total, completed=sum(map(finished, chosen)))
                 for job in busy:
                     self.console.print(f"{job.title}: another process works on it; waiting")
                     self._one(job, progress, wait=True)
