@@ -28,7 +28,7 @@ A file of variants:
     # pattern = "loss: ([0-9.]+)"           # instead of key: result is a text, and the group is the loss
 
 {run}, {out} and {seed}: the job's run directory, folder for other files, and seed. {run:NAME}: the run directory of
-another variant with the same seed, which runs first.
+another variant with the same seed, which runs first. {data}, in commands only: the folder of the variant's data.
 """
 
 import hashlib
@@ -47,6 +47,7 @@ from bigmodel.config.settings import Settings, UserError, load_settings, setting
 from bigmodel.run_directory import changes, read_json, write_json
 
 PLACEHOLDER = re.compile(r"\{(run|out|seed|run:[^{}]+)\}")
+DATA = "{data}"
 SAFE_NAME = re.compile(r"[\w.=+-]{1,60}", re.ASCII)
 BASELINE = "baseline"
 LOSS = "validation.nats_per_token"  # in what `bigmodel evaluate --output` writes
@@ -258,10 +259,18 @@ class Job:
 
         return PLACEHOLDER.sub(value, text)
 
+    def command(self, words: Sequence[str]) -> list[str]:
+        """The words of a command with the values of their placeholders."""
+        filled = [self.filled(word) for word in words]
+        if not any(DATA in word for word in filled):
+            return filled
+        folder = str(self.settings().data.directory)
+        return [word.replace(DATA, folder) for word in filled]
+
     def in_words(self) -> str:
         """Its overrides, or its commands."""
         if self.variant.commands:
-            return "; ".join(shlex.join(map(self.filled, command)) for command in self.variant.commands)
+            return "; ".join(shlex.join(self.command(command)) for command in self.variant.commands)
         return shlex.join(self.overrides)
 
     def settings(self) -> Settings:

@@ -79,16 +79,16 @@ def work(job: Job, ranks: int, held: IO[Any], show: Show) -> None:
     job.beside("files").mkdir(exist_ok=True)
     if job.variant.commands:
         for command in job.variant.commands:
-            run(job, [job.filled(word) for word in command], held, show)
+            run(job, job.command(command), held, show)
         write_json(job.beside("result.json"), _read_loss(job))
         return
+    settings = [word for override in job.overrides for word in ("--set", override)]
+    _prepare(job, settings, held, show)
     for number, command in enumerate(job.variant.before):
         stamp = job.beside("files") / f".before-{number}"
         if not stamp.exists():
-            run(job, [job.filled(word) for word in command], held, show)
+            run(job, job.command(command), held, show)
             stamp.touch()
-    settings = [word for override in job.overrides for word in ("--set", override)]
-    _prepare(job, settings, held, show)
     if not _is_trained(job):
         words = ["bigmodel", "launch", "local", str(job.variant.run_file), "--ranks", str(ranks), *settings]
         run(job, words, held, show, sampled=True)

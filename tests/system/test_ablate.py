@@ -27,6 +27,7 @@ baseline = "some dropout"
 
 [variants."no | dropout"]
 set = ["model.dropout=0"]
+before = [["bash", "-c", "test -f {data}/manifest.json && echo seen >> {out}/before.txt"]]
 note = "for the test"
 
 [variants."fails"]
@@ -123,6 +124,7 @@ def test_a_killed_ablation_goes_on_and_those_that_fail_are_named(done, out: Path
     assert 8 <= starts[1] < STEPS
     assert launches(resumed) == 2
     assert launches(other) == 1
+    assert [path.read_text() for path in out.glob("runs/no-dropout-*/*/before.txt")] == ["seen\n", "seen\n"]
     assert "failed: fails, seed 1: `python -c` ended with 1: no luck today (" in done.stdout
     assert "failed: needs what fails, seed 2: needs fails, seed 2, which failed" in done.stdout
 

@@ -221,6 +221,8 @@ def test_names_of_runs_and_files_are_filled_in(tmp_path: Path) -> None:
     assert job.filled(variant.overrides[0]) == f"model.from={tmp_path}/runs/baseline/seed-5"
     assert job.filled("{run} {out} {seed} {x}") == f"{job.directory} {job.directory}.files 5 {{x}}"
     assert job.directory.parent.name.startswith("a-b-")
+    plain = Job(Variant("x", write_run(tmp_path, tmp_path / "shards")), 5, tmp_path)
+    assert plain.command(["see", "{data}/x", "{seed}"]) == ["see", f"{tmp_path}/shards/x", "5"]
 
 
 @pytest.mark.parametrize("seeds", ["", "1,1", "1,x", "-1"])
