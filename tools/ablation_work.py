@@ -301,11 +301,12 @@ def result_of_training(job: Job) -> dict[str, Any]:
     cost = cost_of(list(read_json_lines(job.beside("cpu.jsonl"))))
     tokens = sum(steps[step]["positions"] for a, b in cost.measured for step in range(a + 1, b + 1) if step in steps)
     starts = [line for line in lines if line["kind"] == "start"]
-    names = ("bits_per_byte", *(("accuracy", "macro_f1") if "macro_f1" in last else ()))
+    scores = {name: last["scores"][name] for name in ("accuracy", "macro_f1")} if last.get("scores") else {}
     return {
         "loss": last["nats_per_token"],
         "best_loss": min(line["nats_per_token"] for line in evaluations),
-        **{name: last[name] for name in names if last.get(name) is not None},
+        "bits_per_byte": last["bits_per_byte"],
+        **scores,
         "parameters": starts[-1]["parameters"] if starts else None,
         "steps": max(steps, default=0),
         "tokens": sum(line["positions"] for line in steps.values()),

@@ -96,14 +96,20 @@ def out(words: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(words: list[str], out: Path) -> "subprocess.CompletedProcess[str]":
-    """The first run is killed at its step 10, and the same command goes on."""
+def killed(words: list[str], out: Path) -> "subprocess.CompletedProcess[str]":
+    """The baseline: killed at its step 10; then the same command goes on."""
     checked = ablate(*words, "--dry-run")
     assert checked.returncode == 0, checked.stderr
     baseline = Path(re.findall(r'some dropout, seed 1: .*run\.directory="([^"]+)"', checked.stdout)[0])
     assert baseline.parent.parent == out / "runs"
     assert not out.exists()
+    words = [*words, "--only", "some dropout"]
     killed_at(10, baseline, words)
+    return ablate(*words)
+
+
+@pytest.fixture(scope="module")
+def done(words: list[str], killed: object) -> "subprocess.CompletedProcess[str]":
     return ablate(*words)
 
 
@@ -111,19 +117,21 @@ def runs_of(out: Path, pattern: str) -> list[Path]:
     return sorted(path for path in (out / "runs").glob(f"{pattern}/seed-?"))
 
 
-def test_a_killed_ablation_goes_on_and_those_that_fail_are_named(done, out: Path) -> None:
-    assert done.returncode == 1, done.stdout + done.stderr
-    for pattern in DONE:
-        assert [path.name for path in sorted((out / "runs").glob(f"{pattern}/*.result.json"))] == [
-            "seed-1.result.json",
-            "seed-2.result.json",
-        ]
+def test_a_killed_ablation_goes_on(killed, out: Path) -> None:
+    assert killed.returncode == 0, killed.stdout + killed.stderr
     resumed, other = runs_of(out, "some-dropout-*")
     starts = [line["step"] for line in read_json_lines(resumed / "events.jsonl") if line["event"] == "start"]
     assert len(starts) == 2
     assert 8 <= starts[1] < STEPS
     assert launches(resumed) == 2
     assert launches(other) == 1
+
+
+def test_variants_that_fail_are_named_and_the_others_go_on(done, out: Path) -> None:
+    assert done.returncode == 1, done.stdout + done.stderr
+    for pattern in DONE:
+        found = [path.name for path in sorted((out / "runs").glob(f"{pattern}/*.result.json"))]
+        assert found == ["seed-1.result.json", "seed-2.result.json"]
     assert [path.read_text() for path in out.glob("runs/no-dropout-*/*/before.txt")] == ["seen\n", "seen\n"]
     assert "failed: fails, seed 1: `python -c` ended with 1: no luck today (" in done.stdout
     assert "failed: needs what fails, seed 2: needs fails, seed 2, which failed" in done.stdout

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from bigmodel.config.settings import UserError
+from bigmodel.run_directory import append_json_line
 from tests.support.tiny_run import write_run
 from tools.ablate import list_jobs, numbers_of, sbatch_script
 from tools.ablation_results import band, paired_difference, spread, t_quantile
 from tools.ablation_variants import Job, Variant, from_file, from_texts, require_sound, values_of
-from tools.ablation_work import Cost, Stopped, Tail, cost_of, locked, stoppable
+from tools.ablation_work import Cost, Failed, Stopped, Tail, cost_of, locked, result_of_training, stoppable
 
 # Statistics.
 
@@ -87,6 +88,20 @@ def test_only_new_steps_of_a_metrics_file_are_seen(tmp_path: Path) -> None:
     with open(file, "a") as more:
         more.write(step % 2)
     assert tail.last() == (2, 2.5)
+
+
+def test_a_classification_has_its_scores(tmp_path: Path) -> None:
+    job = Job(Variant("x", tmp_path), 1, tmp_path)
+    job.directory.mkdir(parents=True)
+    for step, loss, accuracy in ((5, 2.0, 0.5), (9, 2.5, 0.6)):
+        scores = {"accuracy": accuracy, "macro_f1": 0.4}
+        found = {"kind": "evaluation", "step": step, "nats_per_token": loss, "bits_per_byte": None, "scores": scores}
+        append_json_line(job.directory / "metrics.jsonl", found)
+    found = result_of_training(job)
+    assert (found["loss"], found["best_loss"], found["accuracy"], found["macro_f1"]) == (2.5, 2.0, 0.6, 0.4)
+    (job.directory / "metrics.jsonl").write_text("")
+    with pytest.raises(Failed, match="has no evaluation"):
+        result_of_training(job)
 
 
 # Variants.
