@@ -148,10 +148,11 @@ class ModelSettings(WithFrom):
         description="truncated back-propagation: every k tokens of a document the state goes on but its gradient ends; "
         "0: gradients reach the document's beginning",
     )
-    position_embedding: Literal["rotary", "relative_bias", "learned"] = Field(
+    position_embedding: Literal["rotary", "relative_bias", "learned", "sinusoidal"] = Field(
         "rotary",
         description="rotary (Su et al. 2021); relative_bias: T5's, shared by the layers of a side; learned: a vector "
-        "for each position in a document, added to the embedded token (GPT-2, BERT)",
+        "for each position in a document, added to the embedded token (GPT-2, BERT); sinusoidal: sines and cosines of "
+        "the position, added to the embedded token times sqrt(hidden_size) (Vaswani et al. 2017)",
     )
     max_positions: int = setting(
         0,

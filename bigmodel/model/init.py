@@ -21,6 +21,8 @@ def init_weights(
     | parameter                            | distribution                        | source                        |
     |--------------------------------------|-------------------------------------|-------------------------------|
     | embeddings, head, relative bias      | normal, deviation 0.02              | GPT-2                         |
+    | embeddings, with sinusoidal          | normal, deviation sqrt(1/hidden),   | Vaswani et al. 2017: of the   |
+    | positions                            | which the input scales to 1         | sinusoids' size after scaling |
     | attention.output, feed_forward.down, | normal, deviation sqrt(1/inputs/A)  | GPT-2: the residual stream of |
     | cross_attention.output               |                                     | A additions keeps its size    |
     | other matrices                       | normal, deviation sqrt(1/inputs)    | LeCun et al. 1998             |
@@ -60,6 +62,8 @@ def _fill(name: str, parameter: nn.Parameter, seed: int, settings: ModelSettings
         additions = 2 * side.num_layers
     if name.removeprefix("encoder.").startswith(("embedding.", "input.", "head.", "relative_bias.")):
         deviation = 0.02
+        if settings.position_embedding == "sinusoidal" and "embedding." in name:
+            deviation = math.sqrt(1.0 / parameter.shape[1])
     elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
         deviation = math.sqrt(1.0 / parameter.shape[1] / additions)
     else:

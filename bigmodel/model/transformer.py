@@ -355,7 +355,7 @@ def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor, seeds_T: Ten
     if settings.position_embedding == "relative_bias":
         more: dict[str, Any] = {"bias_HR": stack.relative_bias(), "dropout": drops}
         return {kind: AttentionInputs(mask, schedules[kind], **more) for kind, mask in masks.items()}
-    if settings.position_embedding == "learned":  # added by `Input`
+    if settings.position_embedding in ("learned", "sinusoidal"):  # added by `Input`
         return {kind: AttentionInputs(mask, schedules[kind], dropout=drops) for kind, mask in masks.items()}
     tables = {kind: rotary_table(positions_T, settings, kind) for kind in masks}
     return {kind: AttentionInputs(mask, schedules[kind], tables[kind], dropout=drops) for kind, mask in masks.items()}

@@ -18,6 +18,8 @@ BIAS = {"position_embedding": "relative_bias", "relative_buckets": 8, "relative_
 OURS: dict[str, dict[str, Any]] = {
     "prefix": {},
     "learned": {"position_embedding": "learned", "max_positions": 40},
+    "sinusoidal": {"position_embedding": "sinusoidal"},
+    "cross, sinusoidal": {**SIDES, "position_embedding": "sinusoidal"},
     "bias, cap and windows": {**BIAS, "attention_softcap": 2.0, "sliding_window": 4},
     "post": {"norm_placement": "post", "embedding_norm": True, "num_token_types": 2, "num_mtp_modules": 2},
     "all heads": {"qk_norm": True, "qk_norm_over": "all_heads", "attention_bias": "all", "rotary_fraction": 0.5},
