@@ -16,6 +16,7 @@ WITH_SPECIAL_TOKENS: dict[str, Any] = {
     "only_with": {"needs_special_tokens": True},
     "why": "no objective needs special tokens, no augmentation masks, and data.masked_decoder_share is 0",
 }
+WORDS: dict[str, Any] = {"only_with": {"tokenizer_model": "word"}}
 
 
 class SourceSettings(Section):
@@ -110,7 +111,24 @@ class PrepareSettings(Section):
         why="it has its own vocabulary",
         ge=258,
         le=2**32 - 1,
-        description="tokens of the trained tokenizer, special tokens included",
+        description="tokens of the trained tokenizer, special tokens included; of words: at most",
+    )
+    tokenizer_model: Literal["bpe", "word"] = setting(
+        "bpe",
+        only_with={"tokenizer": UNSET},
+        why="it has its own model",
+        description="of the trained tokenizer: bpe, byte-level; or word: the most frequent words, each a token, and one "
+        "unknown token, <unk>, for all others. Blank space is not kept: decoded words are joined by one space",
+    )
+    words: Literal["punctuation", "whitespace"] = setting(
+        "punctuation",
+        **WORDS,
+        description="where a text is cut into words: at blank space and around every punctuation mark, which is a word "
+        "of its own; or at blank space alone, for text that is cut already",
+    )
+    lowercase: bool = setting(False, **WORDS, description="words in lower case")
+    min_frequency: int = setting(
+        2, **WORDS, ge=1, description="a word that is rarer in the training text has no token"
     )
     tokenizer: Path | None = Field(
         None,

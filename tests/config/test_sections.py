@@ -28,6 +28,7 @@ BUCKETS = {"position_embedding": "relative_bias"}
 MASKED = {"objectives": [{"kind": "masked"}]}
 SOURCE = {"sources": [{"name": "web", "files": ["a.jsonl"]}]}
 GIVEN = {"tokenizer": "t.json"}
+WORDS = {"tokenizer_model": "word"}
 FALLING, CYCLE, RISING = {"kind": "deepspeed_linear"}, {"kind": "one_cycle"}, {"kind": "range_test"}
 MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
 TWO = {"kind": "encoder_decoder"}
@@ -43,6 +44,10 @@ DROPPED, SAMPLED = {"kind": "bpe_dropout"}, {"kind": "unigram_sampling"}
 CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "prepare.embedded": ("pairs", SOURCE, "with sources = [{", {}),
     "prepare.vocabulary": (500, {"tokenizer": "t.json"}, 'with tokenizer = "t.json" (it has its own', {}),
+    "prepare.tokenizer_model": ("word", GIVEN, 'with tokenizer = "t.json" (it has its own model)', {}),
+    "prepare.words": ("whitespace", {}, 'with tokenizer_model = "bpe"', WORDS),
+    "prepare.lowercase": (True, {}, 'set tokenizer_model = "word"', WORDS),
+    "prepare.min_frequency": (5, {}, 'set tokenizer_model = "word"', WORDS),
     "prepare.dropped_characters_share": (0.1, {}, "without tokenizer (a trained tokenizer has tokens", GIVEN),
     "prepare.bpe_dropout": ("off", {}, "without tokenizer (a trained tokenizer has none); leave it out", GIVEN),
     "prepare.chat_template": ("c.jinja", SOURCE, "no source has a messages_column", {"embedded": "chats"}),

@@ -84,7 +84,8 @@ from bigmodel.data.store.manifest import (
 )
 from bigmodel.data.store.mds_index import absent_beside, in_lines
 from bigmodel.data.store.shards import all_statistics, measure_shards
-from bigmodel.data.store.tokenizer import Tokenizer, named_boundaries, read_tokenizer, tokenizer_file, train
+from bigmodel.data.store.tokenizer import BOS, EOS, Tokenizer, named_boundaries, read_tokenizer, tokenizer_file, train
+from bigmodel.data.store.word_tokenizer import train_words
 from bigmodel.run_directory import read_json, write_atomically, write_json
 from bigmodel.sizes import byte_size, counted_noun
 
@@ -106,11 +107,14 @@ COLLECT = {  # by content of the embedded corpus: writes its files; their source
     "pairs": (embedded.write_embedded_pairs, embedded.pair_sources),
     "verbs": (write_embedded_verbs, verb_sources),
 }
+OF_WORDS = {"words", "lowercase", "min_frequency"}
 NOT_IN_RECIPE = {"sources", "embedded", "tokenizer", "vocabulary", "workers", "scheduler", "malformed_share"} | {
     "dropped_characters_share",
     "bpe_dropout",
     "chat_template",
     "segmentation",  # only if set
+    "tokenizer_model",
+    *OF_WORDS,
 }
 NEW_IN_SOURCES = (
     "format",
@@ -211,11 +215,18 @@ def _summary(job: _Job) -> str:
     dropped = {name: manifest.dropped(name) for name in manifest.sources}
     lines += [f"  {name}: dropped {in_words(counts)}" for name, counts in dropped.items() if counts]
     lines += [f"  {name}: {labels_in_words(of_source)}" for name, of_source in manifest.labels.items()]
+    is_of_words = job.settings.tokenizer is None and job.settings.tokenizer_model == "word"
     for name, counts in manifest.without_token.items():
         if some := {what: count for what, count in counts.items() if count}:
             lines.append(f"  {name}: text without a token: {in_words(some)}")
         of_source = sum(stored_amount(of_split, "tokens") for of_split in manifest.counts[name].values())
-        if (share := counts["unknown_tokens"] / max(1, of_source)) > WARNED_UNKNOWN_SHARE:
+        share = counts["unknown_tokens"] / max(1, of_source)
+        if is_of_words:
+            lines.append(
+                f"  {name}: {share:.2%} of the tokens are the unknown token; fewer with a larger prepare.vocabulary or a "
+                "smaller prepare.min_frequency"
+            )
+        elif share > WARNED_UNKNOWN_SHARE:
             lines.append(
                 f"  warning: {share:.1%} of the tokens of {name} are the unknown token, their text is lost; "
                 "prepare.tokenizer does not suit it"
@@ -245,7 +256,7 @@ def _settle(settings: Settings, say: Callable[[str], None]) -> _Job:
     recipe = wanted.model_dump(mode="json", exclude=NOT_IN_RECIPE) | {
         "sources": [_describe_source(source) for source in wanted.sources] or EMBEDDED[wanted.embedded],
         "vocabulary": None if wanted.tokenizer else wanted.vocabulary,
-        "tokenizer": _describe_tokenizer(wanted.tokenizer, wanted.bpe_dropout) if wanted.tokenizer else None,
+        "tokenizer": _describe_tokenizer(wanted),
     }
     if wanted.segmentation:
         recipe["segmentation"] = wanted.segmentation.model_dump(mode="json")
@@ -276,9 +287,13 @@ def _describe_source(source: SourceSettings) -> dict[str, Any]:
     return source.model_dump(exclude={name for name in NEW_IN_SOURCES if getattr(source, name) == fields[name].default})
 
 
-def _describe_tokenizer(path: Path, dropout: str) -> dict[str, Any]:
+def _describe_tokenizer(wanted: PrepareSettings) -> dict[str, Any] | None:
+    """In the recipe; None: a BPE is trained."""
+    path = wanted.tokenizer
+    if path is None:
+        return wanted.model_dump(include=OF_WORDS) if wanted.tokenizer_model == "word" else None
     tokenizer = Tokenizer.load(path, fast=False)
-    if tokenizer.dropout and dropout != "off":
+    if tokenizer.dropout and wanted.bpe_dropout != "off":
         raise UserError(
             f"prepare.tokenizer = {path}: its BPE has dropout = {tokenizer.dropout}: it leaves out merges at random, "
             'so that each time the ids are others; set prepare.bpe_dropout = "off" to use all merges'
@@ -455,8 +470,15 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
         else:
             if job.template:
                 keep_template(job.template, None, work.result)
-            write_atomically(work.tokenizer, train(sample, settings.vocabulary))
+            write_atomically(work.tokenizer, _train(sample, settings))
     return Tokenizer.load(work.tokenizer, read_json(gate), name=encoding.given_name(settings))
+
+
+def _train(sample: Sequence[str], settings: PrepareSettings) -> str:
+    if settings.tokenizer_model == "bpe":
+        return train(sample, settings.vocabulary)
+    cut = settings.words, settings.lowercase, settings.min_frequency
+    return train_words(sample, settings.vocabulary, *cut, (BOS, EOS))
 
 
 def keep_boundaries(given: Path, result: Path) -> None:
