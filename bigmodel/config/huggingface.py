@@ -110,7 +110,10 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4}  # where layer_types is absent
 # A config.json does not hold them; the rows of the vocabulary are the embedding's.
-NOT_OF_THE_MODEL = ("from", *DRAWN, "num_mtp_modules", "mtp_loss_weight", "min_vocabulary", "vocabulary_multiple")
+NOT_OF_THE_MODEL = (
+    "from", *DRAWN, "num_mtp_modules", "mtp_loss_weight", "min_vocabulary", "vocabulary_multiple", "vectors",
+    "vectors_absent",
+)  # fmt: skip
 
 
 def read_config(config: Config) -> ModelSettings:

@@ -264,6 +264,19 @@ class ModelSettings(WithFrom):
         description="over the channels of each head (Qwen3), or of all heads together (OLMo 2)",
     )
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
+    vectors: Path | None = setting(
+        None,
+        only_with={"from": UNSET},
+        why="the embeddings are those of the folder",
+        description="file of word vectors that the embeddings begin with: Word2Vec, text or binary, or GloVe, also "
+        "compressed; hidden_size is the size of its vectors",
+    )
+    vectors_absent: Literal["normal", "model"] = setting(
+        "normal",
+        only_with={"vectors": SET},
+        description="embeddings of tokens without a vector: normal, with the mean and deviation of the others in each "
+        "channel; or as those of a model without vectors",
+    )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout of each block's output, before it is added to the residual stream"
     )

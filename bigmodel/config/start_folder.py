@@ -25,6 +25,8 @@ SHAPES = (
     "embedding_norm", "num_token_types", "qk_norm", "qk_norm_over", "tied_embeddings", "peepholes",
 )  # fmt: skip
 
+NOT_INHERITED = ("from", *DRAWN, "vectors", "vectors_absent")
+
 
 def completed(table: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     """Raises `UserError` for a folder without a readable config.json, and for settings that contradict it."""
@@ -80,7 +82,7 @@ def _of_run(folder: Path) -> tuple[ModelSettings, int, Path]:
             break
     if state is None:
         raise damage or UserError("this run has no checkpoint yet; train it first")
-    model = {name: value for name, value in state["model"].items() if name not in ("from", *DRAWN)}
+    model = {name: value for name, value in state["model"].items() if name not in NOT_INHERITED}
     settings = ModelSettings.model_validate(model, context=SAVED)
     return settings, state["shapes"]["embedding.weight"][0], Path(table["data"]["directory"])
 

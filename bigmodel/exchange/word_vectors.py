@@ -16,7 +16,7 @@ loads all vectors into memory, stops at the number of the first line, and reads 
 """
 
 import hashlib
-import math
+import io
 import re
 import time
 from collections.abc import Callable, Container, Iterator
@@ -32,6 +32,8 @@ BLOCK_BYTES = 1 << 20
 HEAD_BYTES = 1 << 12  # tell text from binary
 MAX_WORD_BYTES = 1 << 16
 NUMBER_BYTES = 64  # longest number in a text
+LONGEST_FIRST_LINE = 1 << 22
+BINARY = "Word2Vec, binary"
 HEADER = re.compile(rb"[ \t]*(\d{1,18})[ \t]+(\d{1,18})[ \t]*\r?\n")
 CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 FRACTION = re.compile(rb"[+-]?\d*\.\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -56,8 +58,7 @@ class WordVectors:
 
     def read(self, wanted: Container[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
         """Words that are wanted with their vectors (channels,) fp32, in the order of the file, repeated words too."""
-        rows = self._read_binary(wanted) if self.form == "Word2Vec, binary" else self._read_text(wanted)
-        yield from rows
+        yield from self._read_binary(wanted) if self.form == BINARY else self._read_text(wanted)
         if self._stated is not None and self.count != self._stated:
             raise UserError(
                 f"{self.file}: its first line says {self._stated:,} vectors, and there are {self.count:,}: it is cut, "
@@ -125,7 +126,7 @@ class WordVectors:
             )
 
     def _broken(self, what: str) -> UserError:
-        place = f"vector {self.count}" if self.form == "Word2Vec, binary" else f"line {self._stream.lines}"
+        place = f"vector {self.count}" if self.form == BINARY else f"line {self._stream.lines}"
         return UserError(f"{self.file}: {place} {what}; {AGAIN}")
 
 
@@ -141,16 +142,13 @@ def open_vectors(file: str, say: Say = lambda line: None) -> Iterator[WordVector
         if header:
             count, channels = map(int, header.groups())
             stream.line(len(header[0]))
-            is_text = _is_text(head[len(header[0]) :])
-            yield WordVectors(file, f"Word2Vec, {'text' if is_text else 'binary'}", _positive(file, channels), stream, count)
+            form = "Word2Vec, text" if _is_text(head[len(header[0]) :]) else BINARY
+            yield WordVectors(file, form, _positive(file, channels), stream, count)
             return
-        first = head.partition(b"\n")[0].rstrip(BLANK).split(b" ")
-        while b"\n" not in head and not stream.is_whole(len(head)):
+        while b"\n" not in head and not stream.is_whole(len(head)) and len(head) < LONGEST_FIRST_LINE:
             head = stream.peek(2 * len(head))
-            if len(head) > MAX_WORD_BYTES * NUMBER_BYTES:
-                raise _no_vectors(file)
-            first = head.partition(b"\n")[0].rstrip(BLANK).split(b" ")
-        if not head or not _is_text(head[:HEAD_BYTES]) or len(first) < 2 or not all(map(_is_number, first[-1:])):
+        first = head.partition(b"\n")[0].split()
+        if len(first) < 2 or not _is_text(head[:HEAD_BYTES]) or not _is_number(first[-1]):
             raise _no_vectors(file)
         yield WordVectors(file, "GloVe", _positive(file, _num_numbers(first)), stream, None)
 
@@ -205,7 +203,7 @@ def _shown(numbers: bytes) -> str:
 class _Stream:
     """A file in blocks: lines, words that end with a space, and bytes. Counts lines and hashes what is read."""
 
-    content: object
+    content: io.BufferedReader
     file: str
     say: Say
     lines: int = 0
@@ -265,7 +263,7 @@ class _Stream:
             return
         blocks = [self._buffer[self._place :]]
         while missing > 0:
-            block = self.content.read(BLOCK_BYTES)  # type: ignore[attr-defined]
+            block = self.content.read(BLOCK_BYTES)
             if not block:
                 self._ended = True
                 break
@@ -278,7 +276,3 @@ class _Stream:
             self._said = time.monotonic()
             self.say(f"{self.file}: {self._read / 1e9:.1f} GB of vectors read")
 
-
-def rms(vectors_VH: np.ndarray) -> float:
-    """Root mean square of all numbers."""
-    return math.sqrt(float(np.mean(np.square(vectors_VH, dtype=np.float64)))) if vectors_VH.size else 0.0

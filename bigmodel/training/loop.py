@@ -73,6 +73,7 @@ from bigmodel.training.pruning import Pruner
 from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.teacher import in_words, open_teacher, refuse_another, state_of
+from bigmodel.training.token_vectors import read_vectors
 from bigmodel.training.trained import passes, size_of
 from bigmodel.training.zero.engine import Engine
 from bigmodel.training.zero.norms import Norms
@@ -134,7 +135,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     num_tokens = store.manifest.vocabulary + num_special_tokens(settings.data)
     vocabulary = settings.model.num_rows(num_tokens)
     begins = fresh or not _has_checkpoint(settings, world)
-    model = new_model(settings, effective, vocabulary, begins)
+    vectors = read_vectors(settings, store, world) if begins and settings.model.vectors else None
+    model = new_model(settings, effective, vocabulary, begins, vectors)
     model.teacher = open_teacher(settings, num_tokens, world)
     phases, compile_time = Phases(world.device), CompileTime()
     engine = Engine(model, settings, effective, world, phases)
@@ -156,6 +158,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         _report_start(settings, effective, model, world, start, metrics, line)
         if model.teacher:
             line.say(in_words(model.teacher, settings))
+        if vectors:
+            vectors.report(directory, line.say)
         if warning := lane_warning(store, settings):
             line.say(warning)
     stream = _open_stream(settings, effective, store, start.order, place, world)

@@ -21,6 +21,7 @@ from bigmodel.model.lora import add_adapters
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.token_vectors import TokenVectors
 from bigmodel.training.trained import choose_trained
 from bigmodel.training.zero.engine import creation
 
@@ -44,8 +45,11 @@ class RunWeights(OpenWeights):
         return self._source.read(name, 0, math.prod(shape)).view(shape)
 
 
-def new_model(settings: Settings, effective: dict[str, Any], vocabulary: int, begins: bool) -> Transformer:
-    """begins: nothing will be resumed, so that `model.from` and `lora.from` have a part in it.
+def new_model(
+    settings: Settings, effective: dict[str, Any], vocabulary: int, begins: bool, vectors: TokenVectors | None = None
+) -> Transformer:
+    """begins: nothing will be resumed, so that `model.from` and `lora.from` have a part in it. vectors: of tokens, that
+    the embeddings begin with.
 
     Raises `UserError` for folders that do not fit the settings, and for patterns that fit no parameter.
     """
@@ -53,6 +57,8 @@ def new_model(settings: Settings, effective: dict[str, Any], vocabulary: int, be
         model = build_model(settings.model, vocabulary, settings.training.z_loss, settings.training.label_smoothing)
         add_adapters(model, settings.lora)
     init_weights(model, settings.run.seed, whole)
+    if vectors:
+        vectors.fill(model, settings.run.seed, whole)
     if begins and settings.model.start_folder:
         load_weights(model, settings.model.start_folder, settings.run.seed, whole)
     if begins and settings.lora.start_folder:
