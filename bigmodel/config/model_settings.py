@@ -264,10 +264,8 @@ class ModelSettings(WithFrom):
         description="over the channels of each head (Qwen3), or of all heads together (OLMo 2)",
     )
     tied_embeddings: bool = Field(False, description="the output head uses the embedding matrix")
-    vectors: Path | None = setting(
+    vectors: Path | None = Field(
         None,
-        only_with={"from": UNSET},
-        why="the embeddings are those of the folder",
         description="file of word vectors that the embeddings begin with: Word2Vec, text or binary, or GloVe, also "
         "compressed; hidden_size is the size of its vectors",
     )
@@ -387,6 +385,11 @@ class ModelSettings(WithFrom):
         if self.position_embedding == "learned" and not self.max_positions:
             raise ValueError(
                 'model.position_embedding = "learned" needs model.max_positions, the longest document in tokens'
+            )
+        if self.vectors and self.start_folder:
+            raise ValueError(
+                f"model.vectors = {self.vectors} and model.from = {self.start_folder}: the embeddings begin with those "
+                "of the folder; leave one of them out"
             )
         buckets = self.relative_buckets
         if buckets % 4 or buckets // 2 >= self.relative_distance:

@@ -110,6 +110,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
         {"sliding_window": 8, "full_attention_every": 2},
     ),
     "model.max_positions": (4096, {}, 'set position_embedding = "learned"', {"position_embedding": "learned"}),
+    "model.vectors_absent": ("model", {}, "without vectors; leave it out or set vectors", {"vectors": "glove.txt"}),
     "model.norm_bias": (False, {}, 'set norm = "layer"', {"norm": "layer"}),
     "model.zero_centered_norm": (True, {"norm": "layer"}, 'set norm = "rms"', {}),
     "model.qk_norm_over": ("all_heads", {}, "set qk_norm = true", {"qk_norm": True}),
