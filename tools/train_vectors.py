@@ -49,9 +49,7 @@ class Sentences:
                         yield from document if isinstance(document, Pair) else (document,)
 
 
-def train_vectors(
-    data: Path, out: Path, channels: int = 128, epochs: int = 5, window: int = 5, seed: int = 1
-) -> int:
+def train_vectors(data: Path, out: Path, channels: int = 128, epochs: int = 5, window: int = 5, seed: int = 1) -> int:
     """Write the file; returns the number of vectors. The skip-gram model with negative sampling (Mikolov et al.
     2013)."""
     try:
@@ -80,7 +78,7 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{options.out}: {count:,} vectors of {options.channels} channels; set model.vectors = \"{options.out}\"")
+    print(f'{options.out}: {count:,} vectors of {options.channels} channels; set model.vectors = "{options.out}"')
     return 0
 
 

@@ -117,8 +117,8 @@ class PrepareSettings(Section):
         "bpe",
         only_with={"tokenizer": UNSET},
         why="it has its own model",
-        description="of the trained tokenizer: bpe, byte-level; or word: the most frequent words, each a token, and one "
-        "unknown token, <unk>, for all others. Blank space is not kept: decoded words are joined by one space",
+        description="of the trained tokenizer: bpe, byte-level; or word: the most frequent words, each a token, and "
+        "<unk>, the unknown token, for all others. Blank space is not kept: decoded words are joined by one space",
     )
     words: Literal["punctuation", "whitespace"] = setting(
         "punctuation",
@@ -127,9 +127,7 @@ class PrepareSettings(Section):
         "of its own; or at blank space alone, for text that is cut already",
     )
     lowercase: bool = setting(False, **WORDS, description="words in lower case")
-    min_frequency: int = setting(
-        2, **WORDS, ge=1, description="a word that is rarer in the training text has no token"
-    )
+    min_frequency: int = setting(2, **WORDS, ge=1, description="a word that is rarer in the training text has no token")
     tokenizer: Path | None = Field(
         None,
         description='absent or "train": a tokenizer is trained; else the path of a tokenizer.json or of a Hugging Face '

@@ -1,9 +1,9 @@
-"""Files of word vectors: Word2Vec's text and binary form, fastText's .vec, GloVe's text, each also compressed.
+r"""Files of word vectors: Word2Vec's text and binary form, fastText's .vec, GloVe's text, each also compressed.
 
 In: a file. Out: its vectors, one after another.
 
     Word2Vec, text     "2 3\nthe 0.1 0.2 0.3\ncat ..."          number of words and of channels first
-    Word2Vec, binary   "2 3\nthe " + 12 bytes + "cat " ...      fp32, little endian, with or without a line end after each
+    Word2Vec, binary   "2 3\nthe " + 12 bytes + "cat " ...      fp32, little endian; a line end may follow each
     GloVe, text        "the 0.1 0.2 0.3\ncat ..."               no first line
 
 Guarantees: the format is told by the content. A file that is cut, longer or shorter than its first line says, with a
@@ -169,8 +169,8 @@ def _positive(file: str, channels: int) -> int:
 
 def _no_vectors(file: str) -> UserError:
     return UserError(
-        f"{file}: is no file of word vectors: its first line must be the numbers of words and channels (Word2Vec), or a "
-        "word and its numbers (GloVe)"
+        f"{file}: is no file of word vectors: its first line must be the numbers of words and channels (Word2Vec), or "
+        "a word and its numbers (GloVe)"
     )
 
 
@@ -275,4 +275,3 @@ class _Stream:
         if time.monotonic() - self._said > SHOWN_EVERY_SECONDS:
             self._said = time.monotonic()
             self.say(f"{self.file}: {self._read / 1e9:.1f} GB of vectors read")
-

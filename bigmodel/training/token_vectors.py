@@ -85,8 +85,8 @@ class TokenVectors:
         )  # fmt: skip
         some = ", ".join(f"{count:,} {name}" for name, count in by_spelling.items() if count)
         say(
-            f"{self.file}: {self.form}, {self.in_file:,} vectors: {len(self.found):,} of {len(self.spellings):,} tokens "
-            f"have one ({some})"
+            f"{self.file}: {self.form}, {self.in_file:,} vectors: {len(self.found):,} of {len(self.spellings):,} "
+            f"tokens have one ({some})"
         )
         if self.shares:
             shares = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
@@ -126,7 +126,7 @@ def _read(settings: Settings, store: ShardStore, say: Say) -> TokenVectors:
     if not (spellings >= 0).any():
         raise UserError(
             f"model.vectors = {file.file}: no token of {store.directory}/tokenizer.json has a vector there; choose a "
-            "file of the same language, or prepare.tokenizer_model = \"word\""
+            'file of the same language, or prepare.tokenizer_model = "word"'
         )
     shares = {} if store.remote else _shares(store, spellings >= 0)
     facts = file.file, file.form, file.sha256, file.count, repeated

@@ -1,4 +1,4 @@
-"""Embeddings begin with the vectors of a file: which token takes which, what the others get, and what a resume reads."""
+"""Embeddings begin with the vectors of a file: which token takes which, what the others get, what a resume reads."""
 
 import hashlib
 import os
@@ -59,9 +59,7 @@ def made(folder: Path, file: Path, **model: Any) -> tuple[Transformer, Transform
     return one, other, vectors, tokenizer
 
 
-def test_a_token_takes_the_vector_of_its_word_and_the_others_are_drawn_like_these(
-    words: Path, tmp_path: Path
-) -> None:
+def test_a_token_takes_the_vector_of_its_word_and_the_others_are_drawn_like_these(words: Path, tmp_path: Path) -> None:
     one, other, vectors, tokenizer = made(words, write_vectors(tmp_path / "glove.txt", OF))
     rows = one.embedding.weight.detach()
     with_vector = [word for word in OF if tokenizer.number_of(word) is not None]

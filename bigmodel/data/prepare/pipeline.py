@@ -223,8 +223,8 @@ def _summary(job: _Job) -> str:
         share = counts["unknown_tokens"] / max(1, of_source)
         if is_of_words:
             lines.append(
-                f"  {name}: {share:.2%} of the tokens are the unknown token; fewer with a larger prepare.vocabulary or a "
-                "smaller prepare.min_frequency"
+                f"  {name}: {share:.2%} of the tokens are the unknown token; fewer with a larger prepare.vocabulary or "
+                "a smaller prepare.min_frequency"
             )
         elif share > WARNED_UNKNOWN_SHARE:
             lines.append(

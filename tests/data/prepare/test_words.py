@@ -41,10 +41,7 @@ def test_frequent_words_are_tokens_and_the_others_unknown_counted_by_source(tmp_
     tokenizer = Tokenizer.load(folder)
     vocabulary = {tokenizer.token_of(number) for number in range(tokenizer.vocabulary)}
     in_text = Counter(
-        word
-        for source in store.sources
-        for text in (NEWS if source == "news" else LETTERS)
-        for word in cut(text)
+        word for source in store.sources for text in (NEWS if source == "news" else LETTERS) for word in cut(text)
     )
     assert {"time", "Document", ":", BOS, EOS, UNKNOWN} < vocabulary <= {*in_text, BOS, EOS, UNKNOWN}
     assert [tokenizer.token_of(number) for number in (0, tokenizer.bos, tokenizer.eos)] == [UNKNOWN, BOS, EOS]
