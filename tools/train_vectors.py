@@ -4,8 +4,8 @@ In: a prepared folder (its train split) with any tokenizer. Out: a file for `mod
 its binary form if OUT ends with .bin: a vector for each token that occurs, under the token's name in tokenizer.json. A
 document is a sentence; begin and end tokens are left out, and so is the unknown token of a vocabulary of words.
 
-Guarantee: the same data and arguments give the same vectors: one thread, one seed. Costs: about 200,000 tokens a second
-and epoch; the vectors twice in memory. Needs gensim (`pip install gensim`).
+Guarantee: the same data and arguments give the same vectors: one thread, one seed. Costs: one core; the vectors twice
+in memory. Needs gensim (`pip install gensim`).
 """
 
 import argparse

@@ -11,8 +11,9 @@ line of another length, or with a number that is none, not finite or beyond fp32
 reason, and is never read as a shorter one. Numbers of words that nobody asked for are counted, not read. Words are
 compared as bytes: a file of any encoding is read.
 
-Costs: a block of the file; memory does not grow with the file. 1 to 3 million words a minute and core. gensim's reader
-loads all vectors into memory, stops at the number of the first line, and reads GloVe's form only where told so.
+Costs: a block of the file; memory does not grow with the file. A core reads 4 million words of 300 channels a minute
+from text, 16 million from binary. gensim's reader loads all vectors into memory, stops at the number of the first line,
+and reads GloVe's form only where told so.
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_a_file_larger_than_a_block_is_read_in_blocks(tmp_path: Path) -> None:
         assert [word for word, _ in rows] == [b"w0", last]
         assert np.array_equal(rows[1][1], vectors[-1])
         assert file.count == 9000
+
+
+def test_the_memory_for_a_file_is_a_few_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    with open(path, "wb") as file:
+        file.write(b"9000 600\n")
+        for number in range(9000):
+            file.write(b"w%d " % number + bytes(2400))
+    tracemalloc.start()
+    try:
+        with open_vectors(str(path)) as vectors:
+            assert len(list(vectors.read({b"w8999"}))) == 1
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20 < path.stat().st_size / 3
+    finally:
+        tracemalloc.stop()
 
 
 WHOLE = binary(WORDS, VECTORS)

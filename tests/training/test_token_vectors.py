@@ -93,6 +93,8 @@ def test_lower_case_comes_after_the_own_spelling_and_tokens_of_a_bpe_lose_their_
     assert one.embedding.weight[tokenizer.number_of("Document"), 0] == 5.0
     assert one.embedding.weight[tokenizer.number_of("time"), 0] == 1.0
     assert vectors.repeated == 1
+    one, *_ = made(words, write_vectors(tmp_path / "other.txt", {"Document": 5.0, "document": 4.0}))
+    assert one.embedding.weight[tokenizer.number_of("Document"), 0] == 5.0
     one, *_ = made(words, write_vectors(tmp_path / "lower.txt", {"document": 4.0}))
     assert one.embedding.weight[tokenizer.number_of("Document"), 0] == 4.0
     one, _, vectors, tokenizer = made(shards, write_vectors(tmp_path / "bpe.txt", {"time": 1.0}))
