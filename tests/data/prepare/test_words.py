@@ -18,6 +18,7 @@ from bigmodel.data.store.manifest import Manifest
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import BOS, EOS, Tokenizer
 from bigmodel.data.store.word_tokenizer import UNKNOWN, train_words
+from bigmodel.generation.text import TextStream
 from tests.support.tiny_corpus import LETTERS, NEWS, tiny_settings
 
 WORDS: dict[str, Any] = {"tokenizer_model": "word", "vocabulary": 258, "min_frequency": 3}
@@ -81,6 +82,8 @@ def test_words_are_cut_at_blank_space_alone_if_asked_and_case_is_dropped_if_aske
     }  # fmt: skip
     small = trained(texts, lowercase=True)
     assert small.decode(small.encode("THE CAT")) == "the cat"
+    stream, ids = TextStream(small), small.encode("the cat , the dog").tolist()
+    assert "".join(stream.add(token) for token in ids) + stream.end() == small.decode(ids) == "the cat , the <unk>"
     assert small.token_of(1) == "cat"  # of equal counts the first in the alphabet
     assert trained(texts, vocabulary=4).vocabulary == 4
 
