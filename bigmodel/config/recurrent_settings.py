@@ -12,7 +12,7 @@ WITH_SOURCE = ("encoder_decoder", "lstm_encoder_decoder")
 READ = {
     "from", "kind", "num_layers", "hidden_size", "peepholes", "backpropagation_tokens", "separate_embeddings",
     "norm", "norm_bias", "zero_centered_norm", "norm_epsilon", "tied_embeddings", "dropout", "embedding_dropout",
-    "logit_softcap", "logit_scale", "min_vocabulary", "vocabulary_multiple",
+    "logit_softcap", "logit_scale", "min_vocabulary", "vocabulary_multiple", "vectors", "vectors_absent",
 }  # fmt: skip
 REASONS = {
     "num_mtp_modules": "a further module would be a transformer's block",

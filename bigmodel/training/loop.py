@@ -162,6 +162,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             vectors.report(directory, line.say)
         if warning := lane_warning(store, settings):
             line.say(warning)
+    vectors = None  # the model has a copy
     stream = _open_stream(settings, effective, store, start.order, place, world)
     closing.callback(stream.close)
     norms = Norms(engine, world, settings.metrics.norms_every_steps, settings.optimizer.has_penalty)

@@ -128,6 +128,14 @@ def test_an_encoder_s_own_embeddings_begin_with_the_vectors_too(words: Path, tmp
         read_vectors(settings.model_copy(update={"model": narrow}), ShardStore(words, "train"), ALONE)
 
 
+def test_a_recurrent_model_begins_with_the_vectors_too(words: Path, tmp_path: Path) -> None:
+    model = {"kind": "lstm", "hidden_size": 8, "num_layers": 1, "vectors": write_vectors(tmp_path / "glove.txt", OF)}
+    settings = Settings.model_validate({"data": {"directory": words}, "model": model})
+    vectors = read_vectors(settings, ShardStore(words, "train"), ALONE)
+    one, number = new_model(settings, WHOLE, 300, True, vectors), Tokenizer.load(words).number_of("year")
+    assert one.embedding.weight[number].tolist() == np.array(vector(2.0), np.float32).tolist()
+
+
 def test_a_file_that_does_not_fit_is_refused(words: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"glove\.txt: its vectors have 9 channels, and model\.hidden_size = 8; set"):
         made(words, write_vectors(tmp_path / "glove.txt", OF, channels=9))
