@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigmodel.checks.audit import Finding
+from bigmodel.checks.class_order import ClassWalk
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder, take_share
@@ -87,12 +88,13 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     seen: Counter[tuple[int, int, int, int, int]] = Counter()
     lengths: Counter[tuple[int, int]] = Counter()
     given: list[Chunk] = []
-    positions = 0
+    positions, walk = 0, ClassWalk(store, settings.data)
     while positions < EPOCH_POSITIONS and not _epoch_complete(order):
         try:
             packs = order.next_step()
         except UserError:  # data.max_epochs is used up
             break
+        walk.add(packs)
         for chunk in (chunk for pack in packs for chunk in pack):
             seen[chunk.source, chunk.shard, chunk.row, chunk.start, chunk.epoch] += 1
             positions += chunk.length
@@ -108,7 +110,7 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     finished = _epoch_complete(order)
     return [
         Finding(
-            "each token of each document occurs exactly once in an epoch"
+            ("each token of each document occurs exactly once in an epoch" + walk.of_its_class)
             if finished
             else f"no token occurs twice in the first {positions:,} (an epoch is longer than this check walks)",
             max(seen.values()) == 1 and (all(whole) or not finished),
@@ -119,6 +121,7 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
             (distance := neighbour_distance(given)) > SHUFFLED,
             f"{distance:.2f} of the random distance",
         ),
+        *walk.findings(order),
     ]
 
 

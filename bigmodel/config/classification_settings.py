@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from bigmodel.config.class_balance import problem_of_balance
 from bigmodel.config.sections import SET, Section, setting
 
 NO_TEXT = (
@@ -31,6 +32,18 @@ class ClassificationSettings(Section):
         "both with bias; modernbert: dense layer, gelu and norm before it; empty: that of the Hugging Face class of "
         "the model's type",
     )
+    weights: Literal["balanced"] | dict[str, float] = setting(
+        {},
+        only_with=WITH_CLASSES,
+        description='weights of the classes in the loss, { spam = 5.0 }, those left out 1; "balanced": documents / '
+        "(classes * documents of the class), of the training split; empty: all 1",
+    )
+    focal_gamma: float = setting(
+        0.0,
+        only_with=WITH_CLASSES,
+        ge=0,
+        description="focal loss: each loss is multiplied by (1 - probability of the class) ** focal_gamma; 0: off",
+    )
 
     @model_validator(mode="after")
     def _classes_differ(self) -> "ClassificationSettings":
@@ -44,6 +57,11 @@ class ClassificationSettings(Section):
             if self.classes.count(name) > 1:
                 raise ValueError(f"classification.classes names {name!r} twice; name every class once")
         return self
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the training loss differs from the mean cross-entropy of the documents."""
+        return bool(self.weights) or self.focal_gamma > 0
 
     def resolved(self, kind: str, norm_placement: str) -> "ClassificationSettings":
         """With the pooling and head of a model's kind where they are empty."""
@@ -79,4 +97,4 @@ def problem_of_classification(settings: Any) -> str:
             f"classification.classes = {settings.classification.classes}: {', '.join(wrong)} cannot be combined with "
             "classes, one label for each document; leave it out"
         )
-    return ""
+    return problem_of_balance(settings)

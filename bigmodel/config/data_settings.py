@@ -282,6 +282,7 @@ class DataSettings(Section):
     section = "data"
     _classes: tuple[str, ...] = PrivateAttr(())
     _ends_classified: bool = PrivateAttr(False)
+    _class_weights: str | dict[str, float] = PrivateAttr({})
 
     directory: Path = Field(Path("data/embedded"), description="prepared shards: the folder with manifest.json")
     remote: str = Field(
@@ -313,8 +314,32 @@ class DataSettings(Section):
         description="share of tokens per source; empty: in proportion to their size. For pairs, mix, curriculum and "
         "packing_buffer count the tokens of the source text",
     )
+    mix_exponent: float = setting(
+        1.0,
+        only_with={"mix": UNSET},
+        why="mix names the shares",
+        ge=0,
+        le=1,
+        description="share of a source: in proportion to its tokens ** mix_exponent; 1: to its size, 0: all equal, "
+        "0.3: mT5's temperature sampling",
+    )
+    class_mix: dict[str, float] = Field(
+        {},
+        description="share of documents per class, within each source; documents of a class given more often repeat "
+        "sooner; empty: see class_exponent",
+    )
+    class_exponent: float = setting(
+        1.0,
+        only_with={"class_mix": UNSET},
+        why="class_mix names the shares",
+        ge=0,
+        le=1,
+        description="share of a class: in proportion to its documents ** class_exponent; 1: as they are, 0: all equal",
+    )
     max_epochs: dict[str, int] = Field(
-        {}, description="most epochs of a source; then the others take its share; 0 or absent: no limit"
+        {},
+        description="most epochs of a source, or of each of its classes if they are resampled; then the others take "
+        "its share; 0 or absent: no limit",
     )
     curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
     objectives: list[ObjectiveSettings] = Field(
@@ -396,10 +421,29 @@ class DataSettings(Section):
         """Whether a labelled document keeps its EOS: before an encoder."""
         return self._ends_classified
 
-    def with_classes(self, classes: Sequence[str], ends_classified: bool) -> "DataSettings":
-        """The same data for a model with a classification head."""
+    @property
+    def class_weights(self) -> str | dict[str, float]:
+        """`classification.weights`."""
+        return self._class_weights
+
+    @property
+    def resamples_classes(self) -> bool:
+        """Whether the documents of a class have another share than in the data."""
+        return bool(self.class_mix) or self.class_exponent != 1.0
+
+    @property
+    def resampling(self) -> str:
+        """The setting that resamples classes, with its value."""
+        return (
+            f"data.class_mix = {self.class_mix}" if self.class_mix else f"data.class_exponent = {self.class_exponent}"
+        )
+
+    def with_classes(
+        self, classes: Sequence[str], ends_classified: bool, weights: str | dict[str, float]
+    ) -> "DataSettings":
+        """The same data for a model with a classification head. weights: `classification.weights`."""
         copy = self.model_copy()
-        copy._classes, copy._ends_classified = tuple(classes), ends_classified
+        copy._classes, copy._ends_classified, copy._class_weights = tuple(classes), ends_classified, weights
         return copy
 
     @property

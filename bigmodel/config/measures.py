@@ -18,4 +18,5 @@ MEASURES: dict[str, Measure] = {
     "bits_per_byte": Measure("bits_per_byte"),
     "accuracy": Measure("accuracy", is_better_high=True),
     "macro_f1": Measure("macro_f1", is_better_high=True),
+    "balanced_accuracy": Measure("scores.balanced_accuracy", is_better_high=True),
 }

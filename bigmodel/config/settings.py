@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from bigmodel.config.adapter_folder import with_adapter
+from bigmodel.config.class_balance import problem_without_classes
 from bigmodel.config.classification_settings import ClassificationSettings as ClassificationSettings
 from bigmodel.config.classification_settings import problem_of_classification
 from bigmodel.config.data_settings import CurriculumStage as CurriculumStage
@@ -341,11 +342,13 @@ class Settings(Section):
     @model_validator(mode="after")
     def _data_and_model_know_the_classes(self) -> "Settings":
         if self.classification.classes:
-            data = self.data.with_classes(self.classification.classes, self.model.kind == "encoder")
+            classes = self.classification
+            data = self.data.with_classes(classes.classes, self.model.kind == "encoder", classes.weights)
             object.__setattr__(self, "data", data)
             object.__setattr__(self, "model", self.model.with_classes_of(self.classification))
-            if problem := problem_of_classification(self):
-                raise ValueError(problem)
+        problem = problem_of_classification(self) if self.classification.classes else problem_without_classes(self)
+        if problem:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,8 @@ In: (C, C) counts of documents, a row for each class, a column for each predicte
 is 0: the precision of a class that was never predicted. Averages are over all classes, as scikit-learn's with `labels`
 of all classes and `zero_division=0`. Example, two classes and the counts [[3, 1], [2, 4]]:
 
-    accuracy 0.7; class 0: precision 3/5, recall 3/4, F1 2/3; class 1: precision 4/5, recall 4/6, F1 8/11
+    accuracy 0.7; class 0: precision 3/5, recall 3/4, F1 2/3; class 1: precision 4/5, recall 4/6, F1 8/11;
+    balanced accuracy (3/4 + 4/6) / 2
 """
 
 from collections.abc import Sequence
@@ -52,8 +53,24 @@ class ClassScores:
         return _share(2 * np.diag(self.counts), self.counts.sum(0) + self.support)
 
     @property
+    def balanced_accuracy(self) -> float:
+        """The mean recall of the classes that have documents."""
+        return float(self.recall[self.support > 0].mean()) if self.num_documents else 0.0
+
+    @property
+    def macro(self) -> tuple[float, ...]:
+        """Precision, recall and F1, each the mean over the classes."""
+        return tuple(float(one.mean()) for one in (self.precision, self.recall, self.f1))
+
+    @property
+    def weighted(self) -> tuple[float, ...]:
+        """The same, each class by its documents."""
+        shares = self.support / max(1, self.num_documents)
+        return tuple(float((one * shares).sum()) for one in (self.precision, self.recall, self.f1))
+
+    @property
     def macro_f1(self) -> float:
-        return float(self.f1.mean())
+        return self.macro[2]
 
     @property
     def weighted_f1(self) -> float:
@@ -61,15 +78,21 @@ class ClassScores:
 
     def numbers(self) -> dict[str, Any]:
         """For metrics and summary.json."""
-        columns = zip(self.classes, self.precision, self.recall, self.f1, strict=True)
+        columns = zip(self.classes, self.precision, self.recall, self.f1, self.support, strict=True)
+        (macro_precision, macro_recall, _), (weighted_precision, weighted_recall, _) = self.macro, self.weighted
         return {
             "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_precision": macro_precision,
+            "macro_recall": macro_recall,
             "macro_f1": self.macro_f1,
             "micro_f1": self.accuracy,
+            "weighted_precision": weighted_precision,
+            "weighted_recall": weighted_recall,
             "weighted_f1": self.weighted_f1,
             "by_class": {
-                name: {"precision": float(one), "recall": float(two), "f1": float(three)}
-                for name, one, two, three in columns
+                name: {"precision": float(one), "recall": float(two), "f1": float(three), "documents": int(four)}
+                for name, one, two, three, four in columns
             },
         }
 
@@ -93,10 +116,10 @@ def show_scores(scores: ClassScores, console: Console) -> None:
     for row in zip(scores.classes, scores.support, scores.precision, scores.recall, scores.f1, strict=True):
         table.add_row(Text(row[0]), f"{row[1]:,}", *(f"{value:.3f}" for value in row[2:]))
     table.add_section()
-    averages = (("macro average", _macro(scores)), ("weighted average", _weighted(scores)))
-    for name, values in averages:
+    for name, values in (("macro average", scores.macro), ("weighted average", scores.weighted)):
         table.add_row(name, f"{scores.num_documents:,}", *(f"{value:.3f}" for value in values))
     table.add_row("accuracy (micro average)", "", "", "", f"{scores.accuracy:.3f}")
+    table.add_row("balanced accuracy", "", "", f"{scores.balanced_accuracy:.3f}", "")
     console.print(table)
     console.print(_confusion(scores, console.width))
 
@@ -116,15 +139,6 @@ def _confusion(scores: ClassScores, width: int) -> Table | str:
     for number, name, row in zip(numbers, scores.classes, cells, strict=True):
         table.add_row(Text(f"{number:>{len(numbers[-1])}} {name}"), *row)
     return table
-
-
-def _macro(scores: ClassScores) -> tuple[float, ...]:
-    return tuple(float(one.mean()) for one in (scores.precision, scores.recall, scores.f1))
-
-
-def _weighted(scores: ClassScores) -> tuple[float, ...]:
-    total = max(1, scores.num_documents)
-    return tuple(float((one * scores.support).sum() / total) for one in (scores.precision, scores.recall, scores.f1))
 
 
 def draw_confusion(scores: ClassScores, path: Path, title: str) -> None:

@@ -1,6 +1,7 @@
 """Validation of a classification: the loss and the class of every document of the split.
 
-In: a forward function, the validation split. Out: an `Evaluation` with `scores`. Guarantees: those of
+In: a forward function, the validation split. Out: an `Evaluation` with `scores`. The loss is the cross-entropy, without
+class weights and focal factor. Guarantees: those of
 `bigmodel.evaluation.evaluate`: every document is scored once, sums and counts are bitwise equal on any number of ranks.
 """
 
@@ -33,7 +34,7 @@ class ClassValidation(Validation):
 
     def __init__(self, data: DataSettings, packs_per_micro_batch: int) -> None:
         """Raises `UserError` for labels that do not fit the classes."""
-        super().__init__(data, packs_per_micro_batch)
+        super().__init__(data.with_classes(data.classes, data.ends_classified, {}), packs_per_micro_batch)
         check_labels(self._store, data.classes)
 
     def run(self, forward: Forward, world: World, packs: int = 0) -> Evaluation:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config.deepspeed_config import agree
-from bigmodel.config.settings import DataSettings, Settings, UserError, packs_at
+from bigmodel.config.settings import DataSettings, Settings, UserError
 from bigmodel.data.advice.lane_advice import lane_warning, repeat_warning
 from bigmodel.data.advice.packing_advice import (
     Packed,
@@ -32,6 +32,7 @@ from bigmodel.data.store.manifest import SPLITS, Manifest, in_words, stored_amou
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.inspect.draw_masks import draw_masks, mask_text
 from bigmodel.inspect.show_augmentation import augmentation_text
+from bigmodel.inspect.show_classes import classes_table, packs_of_run
 from bigmodel.model.attention_masks import mask_matrices
 from bigmodel.sizes import byte_size
 from bigmodel.training.checkpoint.format import newest_state
@@ -104,6 +105,9 @@ def show_data(settings: Settings, png: Path | None = None) -> None:
     if store.pair_sources:
         console.print(cut_text(count_cut(store, data), data.classes), markup=False)
         console.print(window_text(data, packed), markup=False)
+    if data.resamples_classes:
+        for source in packed.documents_by_source:
+            console.print(classes_table(settings, store, source, packed))
     if store.supervised_sources:
         console.print(trained_text(count_trained(store, data), data), markup=False)
     if augmented := augmentation_text(settings, store):
@@ -133,9 +137,9 @@ def sources_table(settings: Settings, manifest: Manifest, packed: Packed) -> Tab
     table.add_column("split", no_wrap=True)
     for name in ("documents", "tokens", "text", "mix", "passes", "rows dropped"):
         table.add_column(name, justify="right", no_wrap=True)
-    training = settings.training
-    num_packs = sum(packs_at(step, training.global_batch_size, training.batch_ramp) for step in range(training.steps))
-    mixed = mix_shares({name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}, settings.data.mix)
+    num_packs = packs_of_run(settings)
+    tokens_by_source = {name: manifest.counts[name]["train"]["tokens"] for name in manifest.sources}
+    mixed = mix_shares(tokens_by_source, settings.data.mix, settings.data.mix_exponent)
     for source in manifest.sources:
         rows = manifest.rows[source]
         for split in SPLITS:

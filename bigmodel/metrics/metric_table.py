@@ -66,6 +66,10 @@ RUN = (
     Metric("last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended; old means stalled"),
     Metric("training_loss_nats", "gauge", "Mean training loss of the last step, nats per target token"),
     Metric(
+        "training_unweighted_loss_nats", "gauge", "Mean training loss of the last step without class weights and focal "
+        "factor, nats per document; absent where there are none",
+    ),
+    Metric(
         "source_training_loss_nats", "gauge", "Mean training loss of the last step by objective and source, nats per "
         "target token", ("objective", "source"),
     ),
@@ -109,9 +113,13 @@ RUN = (
     Metric("task_score", "gauge", "Score of lm_eval's tasks", ("task", "metric")),
     Metric("validation_compression_ratio", "gauge", "Validation loss as coded bytes per byte of text; times 8: bits"),
     Metric("validation_f1_ratio", "gauge", "F1 over all classes: macro, micro or weighted average", ("average",)),
-    Metric("validation_class_precision_ratio", "gauge", "Validation precision of a class", ("class",)),
-    Metric("validation_class_recall_ratio", "gauge", "Validation recall of a class", ("class",)),
-    Metric("validation_class_f1_ratio", "gauge", "Validation F1 of a class", ("class",)),
+    Metric("validation_precision_ratio", "gauge", "Precision over all classes: macro or weighted mean", ("average",)),
+    Metric("validation_recall_ratio", "gauge", "Recall over all classes: macro or weighted mean", ("average",)),
+    Metric("validation_balanced_accuracy_ratio", "gauge", "Mean recall of the classes with validation documents"),
+    Metric("validation_class_precision_ratio", "gauge", "Validation precision of a class; of 100 at most", ("class",)),
+    Metric("validation_class_recall_ratio", "gauge", "Validation recall of a class; of 100 at most", ("class",)),
+    Metric("validation_class_f1_ratio", "gauge", "Validation F1 of a class; of 100 at most", ("class",)),
+    Metric("validation_class_documents", "gauge", "Validation documents of a class; of 100 at most", ("class",)),
     Metric("checkpoints", "counter", "Checkpoints saved"),
     Metric(
         "checkpoint_failures", "counter", "Checkpoints that could not be saved: disk_full, permission or io_error",

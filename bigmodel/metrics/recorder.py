@@ -86,6 +86,7 @@ class StepRecord:
     skip_reason: str = "not_finite"  # if skipped: one of a few words
     parts: tuple[LossGroup, ...] = ()  # the loss by objective and source; their labels add up to `targets`
     z_loss: float | None = None  # mean of logsumexp(logits)^2 over the labels, also if training.z_loss is 0
+    unweighted_loss: float | None = None  # nats per document, without class weights and focal factor; None: `loss`
     loss_scale: float | None = None  # of fp16
     distillation_loss: float | None = None  # mean divergence from the teacher over the labels, times temperature^2
     slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss

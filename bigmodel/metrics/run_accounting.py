@@ -38,6 +38,7 @@ CAUSES = (
 HANG_FACTOR = 10  # times the median step
 RECENT_STEPS = 64
 MIN_RECENT = 8
+MOST_CLASSES = 100  # with series of their own
 SPIKE_DEVIATIONS = 6.0
 SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
 ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # endings of a start: the causes of the next start
@@ -258,6 +259,7 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
         "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
         "pruned_ratio": line.get("pruned_share"),
         "training_loss_nats": line["loss"],
+        "training_unweighted_loss_nats": line.get("unweighted_loss"),  # absent in lines of earlier versions
         "last_step_timestamp_seconds": line["time"],
         "tokens_per_second": line["positions"] / line["step_seconds"] if line["step_seconds"] else None,
         "packing_efficiency_ratio": line["positions"] / (line["positions"] + line["padding"]),
@@ -307,14 +309,21 @@ def _of_evaluation(line: Mapping[str, Any]) -> Samples:
 
 
 def _of_classes(scores: Mapping[str, Any]) -> Samples:
-    by_class = scores["by_class"]
-    return {
+    """Of the first `MOST_CLASSES` classes each; lines of earlier versions have fewer scores."""
+    by_class = dict(list(scores["by_class"].items())[:MOST_CLASSES])
+    samples: Samples = {
         "validation_f1_ratio": [[[name], scores[f"{name}_f1"]] for name in ("macro", "micro", "weighted")],
         **{
             f"validation_class_{what}_ratio": [[[name], numbers[what]] for name, numbers in by_class.items()]
             for what in ("precision", "recall", "f1")
         },
     }
+    if "balanced_accuracy" in scores:
+        samples["validation_balanced_accuracy_ratio"] = [[[], scores["balanced_accuracy"]]]
+        samples["validation_class_documents"] = [[[name], one["documents"]] for name, one in by_class.items()]
+        for what in ("precision", "recall"):
+            samples[f"validation_{what}_ratio"] = [[[of], scores[f"{of}_{what}"]] for of in ("macro", "weighted")]
+    return samples
 
 
 def _of_tasks(line: Mapping[str, Any]) -> Samples:

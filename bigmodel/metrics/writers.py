@@ -152,7 +152,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The scalars of a line, with grouped names ("training/loss")."""
     if line["kind"] == "step":
         names = ("loss", "gradient_norm", "learning_rate", "z_loss", "loss_scale", "step_seconds", "data_wait_seconds")
-        found = {name: line.get(name) for name in (*names, "distillation_loss", "pruned_share")}
+        found = {name: line.get(name) for name in (*names, "unweighted_loss", "distillation_loss", "pruned_share")}
         yield from ((f"training/{name}", value) for name, value in found.items() if value is not None)
         yield "training/tokens_per_second", line["positions"] / line["step_seconds"]
         yield from (
@@ -175,8 +175,10 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             )
             for part in line.get("parts", ())
         )
-        scores = line.get("scores", {})
-        yield from ((f"validation/{name}", value) for name, value in scores.items() if name.endswith("_f1"))
+        averages = {
+            name: value for name, value in line.get("scores", {}).items() if name not in ("by_class", "accuracy")
+        }
+        yield from ((f"validation/{name}", value) for name, value in averages.items())
     elif line["kind"] == "tasks":
         for task, of in line["scores"].items():
             yield from ((f"tasks/{task}/{metric}", value) for metric, value in of.items())

@@ -24,13 +24,17 @@ from bigmodel.model.loss_groups import by_group
 
 
 class ClassHead(nn.Module):
-    """Takes the place of the output matrix. Of `options` label_smoothing applies, to loss_sum only."""
+    """Takes the place of the output matrix. Of `options` label_smoothing applies, to loss_sum only; so do the class
+    weights and the focal factor of [classification]."""
 
     def __init__(self, settings: ModelSettings, options: Options) -> None:
         super().__init__()
         assert settings.classification, "a classification head needs model settings with classes"
         self.kind, self.pooling = settings.classification.head, settings.classification.pooling
-        self.options = options
+        self.options, self.focal_gamma = options, settings.classification.focal_gamma
+        self.plain_sum: Tensor | float = (
+            0.0  # of the last loss_sum: without weights and focal factor; 0 if it is the same
+        )
         self.z_sum: Tensor | float = 0.0  # of the last loss_sum: sum of logsumexp(logits)^2 over its labels
         classes, width = len(settings.classification.classes), settings.hidden_size
         if self.kind != "linear":
@@ -48,7 +52,9 @@ class ClassHead(nn.Module):
         groups_T: Tensor | None,
         num_loss_groups: int,
         cu_seqlens: Tensor,
+        weights_T: Tensor | None = None,
     ) -> Tensor:
+        """`weights_T`: of the labels' classes in loss_sum."""
         logits_DC = self.logits(pool(x_TH, cu_seqlens, self.pooling))
         if output == "logits":
             return logits_DC
@@ -57,12 +63,17 @@ class ClassHead(nn.Module):
         losses_D = F.cross_entropy(
             logits_DC, labels_D, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
         )
+        weights_D: Tensor | float = 1.0
+        if output == "loss_sum" and (self.focal_gamma or weights_T is not None):
+            weights_D = 1.0 if weights_T is None else weights_T[last_positions(cu_seqlens)]
+            self.plain_sum = losses_D.detach().sum()
+            losses_D = focal(losses_D, self.focal_gamma) * weights_D
         losses_T = at_last_positions(losses_D, cu_seqlens, len(labels_T))
         if output == "loss_per_position":
             return losses_T
         loss_sum = losses_D.sum()
         z_D = logits_DC.detach().logsumexp(-1).square()
-        self.z_sum = z_D.masked_fill(labels_D == IGNORED, 0.0).sum()
+        self.z_sum = (z_D * weights_D).masked_fill(labels_D == IGNORED, 0.0).sum()
         return loss_sum if groups_T is None else by_group(loss_sum, losses_T.detach(), groups_T, num_loss_groups)
 
     def logits(self, pooled_DH: Tensor) -> Tensor:
@@ -92,8 +103,25 @@ def pool(x_TH: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
 
 def labels_of(labels_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(D,) the label at each document's last position; IGNORED of padding and empty documents."""
-    last_D = (cu_seqlens[1:].long() - 1).clamp_min(0)
-    return torch.where(cu_seqlens.diff() > 0, labels_T[last_D], IGNORED)
+    return torch.where(cu_seqlens.diff() > 0, labels_T[last_positions(cu_seqlens)], IGNORED)
+
+
+def last_positions(cu_seqlens: Tensor) -> Tensor:
+    """(D,) the last position of each document; any of an empty one."""
+    return (cu_seqlens[1:].long() - 1).clamp_min(0)
+
+
+def focal(losses_D: Tensor, gamma: float) -> Tensor:
+    """(1 - p)^gamma * -log p of cross-entropies -log p (Lin et al. 2017, without its class weight); gamma 0: as they
+    are. 1 - p comes from expm1, so that a small loss keeps its digits; at p = 1 loss and gradient are 0.
+
+    >>> focal(torch.tensor([0.6931472, 0.0]), 2.0)
+    tensor([0.1733, 0.0000])
+    """
+    if not gamma:
+        return losses_D
+    wrong_D = -torch.expm1(-losses_D)
+    return wrong_D.clamp_min(torch.finfo(losses_D.dtype).tiny) ** gamma * losses_D
 
 
 def at_last_positions(values_D: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:

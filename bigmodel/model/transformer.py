@@ -272,6 +272,7 @@ class Head(nn.Module):
         self.options = options
         self.z_sum: Tensor | float = 0.0  # of the last loss_sum: sum of logsumexp(logits)^2 over its labels
         self.divergence_sum = torch.zeros(())  # of the last loss_sum with a teacher
+        self.plain_sum = 0.0  # its loss is no other one
 
     def forward(
         self,
@@ -396,6 +397,7 @@ class Transformer(nn.Module):
     """
 
     teacher: Teacher | None = None
+    plain_sum: Tensor | float = 0.0  # as z_sum: a classification's loss without weights and focal factor
 
     def __init__(
         self, settings: ModelSettings, vocabulary: int, z_loss: float = 0.0, label_smoothing: float = 0.0
@@ -434,14 +436,15 @@ class Transformer(nn.Module):
         """The rest of `forward`, after the embedding."""
         x_TH, views, source = self.trunk(x_TH, x_SE, batch)
         weights_T = batch.weights
-        more = batch.cu_seqlens if self.settings.classification else weights_T
+        more = (batch.cu_seqlens, weights_T) if self.settings.classification else (weights_T,)
         states_TH, labels, groups = self.last_states(x_TH), batch.labels, (batch.loss_groups, batch.num_loss_groups)
         teacher = self.teacher if output == "loss_sum" and self.training else None
-        result = self.head(states_TH, labels, output, *groups, more, *([teacher.read(batch)] if teacher else []))
+        result = self.head(states_TH, labels, output, *groups, *more, *([teacher.read(batch)] if teacher else []))
         if teacher:
             teacher.add(self.head.divergence_sum)
         if output == "loss_sum" and self.training:
             self.z_sum = self.z_sum + self.head.z_sum
+            self.plain_sum = self.plain_sum + self.head.plain_sum
         if output == "loss_sum" and self.training and len(self.extra_blocks):
             extra = sum(
                 self.head(

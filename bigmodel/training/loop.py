@@ -101,6 +101,7 @@ class _Sums:
     nats_by_group: list[float]  # loss by objective and source
     z_loss: float
     divergence: float  # from the teacher
+    plain_nats: float  # without class weights and focal factor; 0: there are none
     stop_votes: float  # number of ranks that got a signal to stop
     written_votes: float  # number of ranks that have written their file of the checkpoint being saved
     busy_seconds: list[float]  # by rank, in the previous step
@@ -184,11 +185,12 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
         # Forward and backward: each micro-batch adds its share of the step's mean loss and gradient.
         nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
-        model.z_sum = 0.0
+        model.z_sum = model.plain_sum = 0.0
         for number, batch in enumerate(step.micro_batches, start=1):
             nats += engine.micro_batch(batch.to(world.device), step.weight, number == len(step.micro_batches))
         with phases("communication"):
-            extra = [float(model.z_sum), model.teacher.take() if model.teacher else 0.0]
+            taught = model.teacher.take() if model.teacher else 0.0
+            extra = [float(model.z_sum), taught, float(model.plain_sum)]
             sums = _add_up(world, nats, extra, stop.requested, saver.written, phases.busy_row(seat))
         loss = math.fsum(sums.nats_by_group) / step.weight
         with phases("optimizer"):
@@ -217,6 +219,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
                 settings, vocabulary, step, passes_per_weight, model.teacher.model.settings if model.teacher else None
             ),
             loss=loss,
+            unweighted_loss=sums.plain_nats / step.num_labels if settings.classification.reweights else None,
             gradient_norm=gradient_norm,
             learning_rate=rate,
             skipped=bad,
@@ -379,11 +382,11 @@ def _add_up(
 ) -> _Sums:
     """All sums of a step over the ranks, in one all-reduce. Waits for the device. Collective.
 
-    extra: this rank's z-loss and divergence."""
+    extra: this rank's z-loss, divergence and plain loss."""
     votes = [float(stop), float(written)]
     told = world.sum_([*nats.tolist(), *extra, *votes, *busy_row])
-    by_part, (z_loss_sum, divergence, stop_votes, written_votes, *busy) = told[: len(nats)], told[len(nats) :]
-    return _Sums(by_part, z_loss_sum, divergence, stop_votes, written_votes, busy)
+    by_part, (*sums, stop_votes, written_votes) = told[: len(nats)], told[len(nats) : len(told) - len(busy_row)]
+    return _Sums(by_part, *sums, stop_votes, written_votes, told[len(told) - len(busy_row) :])
 
 
 def _step_record(

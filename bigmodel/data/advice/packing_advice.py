@@ -7,6 +7,7 @@ Costs: for each of a dozen settings planning 1,000 packs or 3 packing buffers, w
 over all lengths.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class Packed:
     document_limited: float  # share of packs closed by data.max_documents
     source_filled: float  # share of positions of the source side; 0 without one
     positions: dict[str, float]  # per source: positions per pack; for pairs, of their source texts
+    documents_by_source: dict[str, float]  # per pack, as `documents`
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
     wanted = max(MEASURED_PACKS, MEASURED_WINDOWS * data.packing_buffer)
     packs = [pack for _ in range(-(-wanted // data.lanes)) for pack in order.next_step()]
     positions = sum(chunk.num_tokens for pack in packs for chunk in pack)
+    by_source = Counter(chunk.source for pack in packs for chunk in pack)
     of_sources = sum(chunk.source_positions for pack in packs for chunk in pack)
     return Packed(
         len(packs),
@@ -64,6 +67,7 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
         sum(is_document_limited(pack, data) for pack in packs) / len(packs),
         of_sources / (len(packs) * data.source_sequence_length) if data.source_sequence_length else 0.0,
         {name: given.positions / len(packs) for name, given in order.progress().items()},
+        {store.sources[number]: count / len(packs) for number, count in by_source.items()},
     )
 
 
@@ -157,7 +161,8 @@ def _round_down(number: int) -> int:
     return number // scale * scale
 
 
-def mix_shares(tokens: dict[str, int], mix: dict[str, float]) -> dict[str, float]:
-    """Each source's share of the trained tokens."""
-    weights = {source: mix.get(source, 0.0) if mix else float(tokens[source]) for source in tokens}
+def mix_shares(tokens: dict[str, int], mix: dict[str, float], exponent: float = 1.0) -> dict[str, float]:
+    """Each source's share of the trained tokens; `exponent`: data.mix_exponent."""
+    sizes = {source: float(count) ** exponent if count else 0.0 for source, count in tokens.items()}
+    weights = {source: mix.get(source, 0.0) if mix else sizes[source] for source in tokens}
     return {source: weight / sum(weights.values()) for source, weight in weights.items()}

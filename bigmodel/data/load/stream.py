@@ -28,6 +28,7 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
 from bigmodel.data.load.batch import Batch, Reader, build_batch, document_seeds, make_dropout_seeds
+from bigmodel.data.load.class_weights import ClassWeights
 from bigmodel.data.load.readahead import Place as Where
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.classification import ClassNumbers
@@ -128,6 +129,9 @@ class Builder:
             examples.kinds_of_tokens = kinds_of(store.pieces)  # type: ignore[attr-defined]
         plain = [not has_wide(store, name) for name in store.sources]
         examples.check_augmentation(any(plain), any(has_pairs(store, name) for name in store.sources))
+        self._class_weights = ClassWeights(store, data) if data.class_weights else None
+        if self._class_weights:
+            examples.class_weights = self._class_weights.values
         numbered = []  # (objective number, source number, loss group)
         for source, name in enumerate(store.sources):
             if is_supervised(store, name):
@@ -135,7 +139,7 @@ class Builder:
                 continue
             numbers = [examples.pairs] if has_pairs(store, name) else range(examples.pairs)
             numbered += [(number, source, (examples.names[number], name)) for number in numbers]
-        self.has_weights = getattr(store, "has_weights", False)
+        self.has_weights = bool(data.class_weights) or getattr(store, "has_weights", False)
         self._weights_of_shard = lru_cache(maxsize=64)(
             lambda source, shard: measure_shard(store, store.sources[source], shard, data.max_document_length).weights
         )
@@ -194,7 +198,9 @@ class Builder:
         sums = [0] * len(self.loss_groups)
         for chunk in (chunk for pack in packs for chunk in pack):
             units = chunk.num_labels * UNITS
-            if chunk.objective == SUPERVISED:
+            if self._class_weights:
+                units = self._class_weights.units_of(chunk)
+            elif chunk.objective == SUPERVISED:
                 units = int(self._weights_of_shard(chunk.source, chunk.shard)[chunk.row])
             sums[self.loss_group_of(chunk)] += units
         return sums

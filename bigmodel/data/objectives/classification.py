@@ -91,3 +91,14 @@ def classification_of_source(text: np.ndarray, number: int, length: int) -> Exam
     """
     read = np.concatenate([text[1:length], text[-1:]])
     return Example(read, text[:1], np.array([number], dtype=np.int64))
+
+
+def weighted(example: Example, weights: np.ndarray) -> Example:
+    """With the weight of its class; `weights`: (classes,) float32.
+
+    >>> weighted(classification(np.array([1, 11, 2]), 1, 2, ends=False), np.array([0.5, 2.0], np.float32)).weights
+    array([0., 2.], dtype=float32)
+    """
+    weights_T = np.zeros(len(example.labels), dtype=np.float32)
+    weights_T[-1] = weights[example.labels[-1]]
+    return example._replace(weights=weights_T)

@@ -19,7 +19,13 @@ import numpy as np
 
 from bigmodel.config.settings import DataSettings, ObjectiveSettings, UserError
 from bigmodel.data.objectives import decoder as decoder_inputs
-from bigmodel.data.objectives.classification import Find, classification, classification_of_source, kept_tokens
+from bigmodel.data.objectives.classification import (
+    Find,
+    classification,
+    classification_of_source,
+    kept_tokens,
+    weighted,
+)
 from bigmodel.data.objectives.example import NUM_MARKS, Example, Rule, SpecialTokens, chunk_text_of, rule_of
 from bigmodel.data.objectives.noise import noised, noised_lengths
 from bigmodel.data.objectives.noise_table import NOISES
@@ -129,6 +135,7 @@ class Examples:
         self.find_class: Find | None = None  # with classes: to make examples, not to plan them
         self.kinds_of_tokens: np.ndarray | None = None  # to make examples whose sentences are permuted
         self._in_place = [noise for noise in data.augmentation if NOISES[noise.kind].in_place]
+        self.class_weights: np.ndarray | None = None  # (classes,) float32, in the loss; None: all 1
         self._bounds = np.cumsum([objective.share for objective in self.objectives])[:-1]
         self.longest = np.array([self._longest_piece(objective) for objective in self.objectives])
 
@@ -312,11 +319,13 @@ class Examples:
         data, texts, marks = self.data, np.array(len(document.source) - 1), self._marks(document.source)
         if self._two_sides:
             example = classification_of_source(document.source, number, min(int(texts), data.longest_source))
-            return example._replace(source=self._augmented(example.source, 0, 1, key, marks))
-        length = int(kept_tokens(texts, data.max_document_length, data.ends_classified))
-        example = classification(document.source, number, length, data.ends_classified)
-        tokens = self._augmented(example.tokens, 1, int(data.ends_classified), key, marks)
-        return example._replace(tokens=tokens, labels=example.labels[len(example.labels) - len(tokens) :])
+            example = example._replace(source=self._augmented(example.source, 0, 1, key, marks))
+        else:
+            length = int(kept_tokens(texts, data.max_document_length, data.ends_classified))
+            example = classification(document.source, number, length, data.ends_classified)
+            tokens = self._augmented(example.tokens, 1, int(data.ends_classified), key, marks)
+            example = example._replace(tokens=tokens, labels=example.labels[len(example.labels) - len(tokens) :])
+        return example if self.class_weights is None else weighted(example, self.class_weights)
 
     def _marks(self, document: np.ndarray) -> SpecialTokens:
         data = self.data

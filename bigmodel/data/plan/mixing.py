@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigmodel.config.settings import DataSettings
-from bigmodel.data.plan.shuffle import SourceCursor, SourceStream, chunk_table, starts_of
+from bigmodel.data.plan.classes import Cursor, Stream
+from bigmodel.data.plan.shuffle import chunk_table, starts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ def stages(settings: DataSettings, names: Sequence[str], positions: Sequence[int
     mixes += [(later.from_tokens / settings.lanes, later.mix) for later in settings.curriculum]
     made = []
     for start, mix_ in mixes:
-        weights = [mix_.get(name, 0.0) if mix_ else float(held) for name, held in zip(names, positions, strict=True)]
+        held = [float(count) ** settings.mix_exponent if count else 0.0 for count in positions]
+        weights = [mix_.get(name, 0.0) if mix_ else of_size for name, of_size in zip(names, held, strict=True)]
         made.append(Stage(start, tuple(weight / sum(weights) for weight in weights)))
     return made
 
@@ -47,12 +49,12 @@ def mix_lag_tokens(settings: DataSettings) -> int:
 
 
 def mix(
-    streams: Sequence[SourceStream],
+    streams: Sequence[Stream],
     shares: Sequence[float],
-    cursors: Sequence[SourceCursor],
+    cursors: Sequence[Cursor],
     wanted: int,
     since: Sequence[int] = (),
-) -> tuple[np.ndarray, tuple[SourceCursor, ...]]:
+) -> tuple[np.ndarray, tuple[Cursor, ...]]:
     """The next chunks of a lane as a table, and the cursors after them.
 
     Gives at least `wanted` positions, fewer only where every source with a share has ended. `since`: positions that
@@ -83,9 +85,9 @@ def mix(
 
 
 def _look_ahead(
-    streams: Sequence[SourceStream],
+    streams: Sequence[Stream],
     shares: Sequence[float],
-    cursors: Sequence[SourceCursor],
+    cursors: Sequence[Cursor],
     taken: Sequence[int],
     wanted: int,
 ) -> list[tuple[np.ndarray, np.ndarray]]:

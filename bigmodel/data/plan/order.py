@@ -12,6 +12,7 @@ opens the length files of their shards only.
 Guarantees: a pure function of (seed, lengths, settings), independent of world size, rank and process. In an epoch of a
 source every position of every document of at least 2 stored tokens is in exactly one pack. The cursor is small plain
 JSON; restoring it plans one packing buffer per lane, whatever the step.
+Resampled classes have epochs of their own (`bigmodel.data.plan.classes`); their labels are read when the order is made.
 Costs about 2 microseconds a document. Memory: one packing buffer per planned lane, and at most two blocks per planned
 lane and source.
 """
@@ -26,9 +27,10 @@ from bigmodel.config.renamed import NEW_NAMES, OLD_NAMES
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError, packs_at
 from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.plan.classes import cursor_of
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
 from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, make_lane
-from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, SourceCursor, chunk_table, has_wide
+from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, chunk_table, has_wide
 from bigmodel.data.randomness import make_key
 
 ORDER_VERSION = 1  # raise it with every change that gives another order from the same input
@@ -45,13 +47,14 @@ EXAMPLES = {  # settings of examples; in a plan's identity only where they diffe
     "masked_decoder_share",
     "dropped_decoder_share",
 }
+RESAMPLING = {"mix_exponent", "class_mix", "class_exponent"}  # as EXAMPLES, of the shares of sources and classes
 
 
 @dataclass(frozen=True, slots=True)
 class SourceProgress:
     """Progress through a source of the packs given so far."""
 
-    epochs_complete: int  # every lane has given every position of them
+    epochs_complete: int  # every lane has given every position of them; of classes, the fewest
     positions: int  # given so far, over all epochs
     passes: float  # positions given / positions in one epoch
 
@@ -212,7 +215,7 @@ class Order:
             raise UserError(describe_difference(state["identity"], self.plan.identity))
         for number, lane in self._lanes.items():
             saved = state["lanes"][number]
-            cursors = tuple(SourceCursor(**saved["sources"][name]) for name in self.plan.source_positions)
+            cursors = tuple(cursor_of(saved["sources"][name]) for name in self.plan.source_positions)
             stage, since = saved.get("stage", 0), tuple(saved.get("since", ()))
             start = LaneCursor(saved["window"], cursors, chunk_table(saved["carried"], lane.wide), stage, since)
             self._at[number] = replace(lane.enter(start), packs_given=saved["packs_given"])
@@ -298,7 +301,7 @@ def _identity(
     segment: int,
 ) -> dict[str, Any]:
     """The inputs of the order by setting; a renamed setting keeps its old name in stored identities."""
-    examples = settings.model_dump(include=EXAMPLES, exclude_defaults=True)
+    examples = settings.model_dump(include=EXAMPLES | RESAMPLING, exclude_defaults=True)
     names = ("max_document_length", "sequence_length", "max_documents", "lanes", "packing_buffer", "mix")
     planned = {f"data.{name}": getattr(settings, name) for name in names}
     optional = {

@@ -10,16 +10,17 @@ buffer takes 5, 2, 8 and 1, at least 16 positions, and gives two full packs: 8, 
 Guarantees: a pure function of a buffer's cursor; every chunk is in one pack or carried into the next buffer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import Examples
+from bigmodel.data.plan.classes import Cursor, Stream, resampled
 from bigmodel.data.plan.mixing import mix, stages
 from bigmodel.data.plan.packing import best_fit_decreasing, fullest, pack_two_sides
-from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceCursor, SourceStream, chunk_table, sizes
+from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceStream, chunk_table, sizes
 from bigmodel.data.randomness import make_key, permutation
 
 NO_EPOCH = 2**62  # later than any epoch
@@ -34,7 +35,7 @@ class LaneCursor:
     """
 
     buffer: int
-    sources: tuple[SourceCursor, ...]
+    sources: tuple[Cursor, ...]
     carried: np.ndarray  # table of chunks
     stage: int = 0
     since: tuple[int, ...] = ()
@@ -65,13 +66,13 @@ class LanePosition:
 class Lane:
     """An endless stream of packing buffers over the lane's shards of every mixed source."""
 
-    def __init__(self, number: int, streams: list[SourceStream], settings: DataSettings, seed: int) -> None:
+    def __init__(self, number: int, streams: Sequence[Stream], settings: DataSettings, seed: int) -> None:
         self.streams, self.wide = streams, streams[0].wide
         self._number, self._settings, self._seed = number, settings, seed
         self._stages = stages(settings, [stream.name for stream in streams], [s.positions for s in streams])
 
     def beginning(self) -> LaneCursor:
-        return LaneCursor(0, tuple(SourceCursor() for _ in self.streams), chunk_table([], self.wide))
+        return LaneCursor(0, tuple(stream.beginning() for stream in self.streams), chunk_table([], self.wide))
 
     def enter(self, start: LaneCursor) -> LanePosition:
         """Plan the packing buffer of this cursor; none of its packs is given."""
@@ -152,16 +153,15 @@ def make_lane(
     seed: int,
     examples: Examples | None,
 ) -> Lane:
-    streams = [
-        SourceStream(
-            store,
-            name,
-            dealt[name][number],
-            settings.max_document_length,
-            make_key(seed, name, number),
-            settings.max_epochs.get(name, 0),
-            examples,
-        )
-        for name in dealt
+    make = resampled if settings.resamples_classes else _plain_stream
+    streams: list[Stream] = [
+        make(store, name, dealt[name][number], settings, make_key(seed, name, number), examples) for name in dealt
     ]
     return Lane(number, streams, settings, seed)
+
+
+def _plain_stream(
+    store: Lengths, name: str, shards: Sequence[Shard], settings: DataSettings, key: int, examples: Examples | None
+) -> SourceStream:
+    limit = settings.max_epochs.get(name, 0)
+    return SourceStream(store, name, shards, settings.max_document_length, key, limit, examples)

@@ -10,10 +10,10 @@ from typing import Any
 
 from bigmodel.config.renamed import OLD_NAMES
 from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError
-from bigmodel.data.plan.order import EXAMPLES, Order, describe_difference
+from bigmodel.data.plan.order import EXAMPLES, RESAMPLING, Order, describe_difference
 from bigmodel.data.plan.shuffle import Lengths
 
-OPTIONAL = ("max_epochs", "curriculum", *sorted(EXAMPLES))  # in a plan's identity only where not default
+OPTIONAL = ("max_epochs", "curriculum", *sorted(EXAMPLES | RESAMPLING))  # in a plan's identity only where not default
 Segment = dict[str, Any]  # first_step, and the identity of its plan
 
 
@@ -62,7 +62,8 @@ def order_of_segment(
     planned = {name: identity[key] for name, key in stored.items() if key in identity}
     absent = {name: fields[name].get_default(call_default_factory=True) for name in OPTIONAL}
     settings = DataSettings.model_validate(data.model_dump() | absent | planned, context=SAVED)
-    settings = settings.with_classes(identity.get("classification.classes", ()), data.ends_classified)
+    classes = identity.get("classification.classes", ())
+    settings = settings.with_classes(classes, data.ends_classified, data.class_weights)
     order = Order(
         store,
         settings,

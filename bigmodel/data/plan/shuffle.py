@@ -145,7 +145,7 @@ def make_block(
     """A block of documents of a source, (n,) each, with the lengths of their examples."""
     if has_pairs(store, source):
         targets = np.empty(len(rows), dtype=np.int64)
-        for shard in np.unique(shards).tolist():
+        for shard in () if examples.data.classes else np.unique(shards).tolist():  # the length of a label is not used
             mine = shards == shard
             targets[mine] = num_tokens(lengths_in(store, source, shard, epoch, "target_")[rows[mine]])
         return Block(
@@ -221,7 +221,7 @@ class Block:
 
 
 class SourceStream:
-    """The chunks of one source in one lane, epoch after epoch."""
+    """The chunks of one source in one lane, epoch after epoch. A subclass may hold some documents of it only."""
 
     def __init__(
         self,
@@ -239,13 +239,17 @@ class SourceStream:
         self._store, self._shards, self._max_document_length, self._key = store, shards, max_document_length, key
         self._examples, self.wide = examples, examples is not None
         self._max_epochs = max_epochs
-        self._num_blocks = -(-sum(shard.documents for shard in shards) // BLOCK_DOCUMENTS)
+        self.num_documents = sum(shard.documents for shard in shards)
+        self._num_blocks = -(-self.num_documents // BLOCK_DOCUMENTS)
         self._blocks: dict[tuple[int, int], Block] = {}  # in use by the current packing buffer, two at most
 
-    def ahead(self, cursor: SourceCursor, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    def beginning(self) -> SourceCursor:
+        return SourceCursor()
+
+    def ahead(self, cursor: SourceCursor, positions: int, counts_chunks: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """A table of at least `positions` positions from the cursor on, and the (epoch, block, chunk) of each row.
 
-        Fewer only at the stream's end.
+        Fewer only at the stream's end. `counts_chunks`: of as many chunks instead.
         """
         tables, places = [], []
         epoch, number, first = cursor.epoch, cursor.block, cursor.fragment
@@ -253,11 +257,15 @@ class SourceStream:
             del self._blocks[place]
         while positions > 0 and not self._ended(epoch):
             block = self._block(epoch, number)
-            end = block.fragments_covering(first, positions)
+            end = (
+                min(first + positions, block.num_chunks)
+                if counts_chunks
+                else block.fragments_covering(first, positions)
+            )
             if end > first:
                 tables.append(block.table(first, end, self.source, epoch))
                 places.append(np.stack(np.broadcast_arrays(epoch, number, np.arange(first, end)), axis=1))
-                positions -= int(tables[-1][:, 4].sum())
+                positions -= end - first if counts_chunks else int(tables[-1][:, 4].sum())
             first = end
             if first == block.num_chunks:
                 epoch, number, first = self._after(epoch, number)
@@ -296,8 +304,9 @@ class SourceStream:
             shard = self._shards[index]
             low, high = max(first, 0), min(end, shard.documents)
             if low < high:
-                positions.append(num_tokens(lengths_in(self._store, self.name, shard.number, epoch)[low:high]))
-                rows.append(np.arange(low, high))
+                rows_S, positions_S = self._documents(shard.number, low, high, epoch)
+                positions.append(positions_S)
+                rows.append(rows_S)
                 shards.append(np.full(high - low, shard.number))
             first, end = first - shard.documents, end - shard.documents
             if end <= 0:
@@ -309,6 +318,10 @@ class SourceStream:
         if self._examples is None:
             return Block(*documents, self._max_document_length)
         return make_block(self._store, self.name, epoch, *documents, self._examples)
+
+    def _documents(self, shard: int, first: int, end: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of this stream's documents [first, end) of a shard, and their positions in an epoch."""
+        return np.arange(first, end), num_tokens(lengths_in(self._store, self.name, shard, epoch)[first:end])
 
 
 def read_shards(store: Lengths, source: str) -> list[Shard]:

@@ -67,6 +67,7 @@ from bigmodel.data.store.remote import Remote
 from bigmodel.data.store.segmentation import Segmenter
 from bigmodel.data.store.tokenizer import Tokenizer
 
+MOST_LABELS = 10_000  # as `prepare` allows
 RECENT_TOKENS = 1 << 22  # of the documents tokenized last, kept for the next chunk of a long one
 
 
@@ -99,6 +100,7 @@ class ShardStore:
         self._readers: dict[tuple[str, int], Any] = {}
         self._recent: OrderedDict[tuple[str, int, int, str, int | None], np.ndarray] = OrderedDict()
         self._recent_tokens, self._recent_lock = 0, threading.Lock()
+        self._labels: dict[tuple[str, int], tuple[np.ndarray, list[np.ndarray]]] = {}
         self._check_tokenizer()
 
     @classmethod
@@ -183,6 +185,30 @@ class ShardStore:
         """(k, 4) uint32 memory map: what the supervised documents of a shard train: row, first token, end, weight in
         units of 1/65,536; sorted."""
         return np.load(self.file(f"{self.split}/{source}/spans.{shard:05}.npy"), mmap_mode="r")
+
+    def labels(self, source: str, shard: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The labels of a shard of a labelled source, kept in memory: the number of each document's label, (documents,)
+        uint16, 2 bytes each, and the labels as stored tokens. The first call reads the whole shard (1 GB/s)."""
+        if (source, shard) not in self._labels:
+            path = self.file(self._shard_name(source, shard))
+            content = mds.ShardContent.parse(path.read_bytes())
+            is_text = self.is_text(source)
+            column = "target_text" if is_text else "target_tokens"
+            found: dict[bytes, int] = {}
+            numbers = [found.setdefault(value, len(found)) for value in content.values(column)]
+            if len(found) > MOST_LABELS:
+                raise UserError(
+                    f"{path}: {len(found):,} different targets, more than {MOST_LABELS:,} classes; prepare with "
+                    "label_column, a column of classes"
+                )
+            dtype = np.dtype(content.encoding(column).removeprefix("ndarray:")) if not is_text else np.dtype(np.uint32)
+            tokens = [self.encode(one.decode()) if is_text else mds.decode_array(one, dtype) for one in found]
+            self._labels[source, shard] = np.array(numbers, np.uint16), tokens
+        return self._labels[source, shard]
+
+    def label_counts(self, source: str) -> dict[str, int]:
+        """Documents of each class; empty: not counted by `prepare`."""
+        return self.manifest.labels.get(source, {}).get(self.split, {})
 
     def document(self, source: str, shard: int, row: int, number: int | None = None) -> Document:
         """(n,) stored tokens of a document, uint16 or uint32, read-only; of a pair, those of both texts; of a
