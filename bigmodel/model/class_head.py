@@ -113,7 +113,7 @@ def last_positions(cu_seqlens: Tensor) -> Tensor:
 
 def focal(losses_D: Tensor, gamma: float) -> Tensor:
     """(1 - p)^gamma * -log p of cross-entropies -log p (Lin et al. 2017, without its class weight); gamma 0: as they
-    are. 1 - p comes from expm1, so that a small loss keeps its digits; at p = 1 loss and gradient are 0.
+    are. At p = 1, where (1 - p)^gamma may have an infinite slope, loss and gradient are 0.
 
     >>> focal(torch.tensor([0.6931472, 0.0]), 2.0)
     tensor([0.1733, 0.0000])

@@ -69,6 +69,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "data.fixed_target_tokens": (9, {}, "without source_sequence_length", SIDES),
     "data.masked_decoder_share": (0.1, {}, "without source_sequence_length", SIDES),
     "data.dropped_decoder_share": (0.1, {}, "without source_sequence_length", SIDES),
+    "data.mix_exponent": (0.3, {"mix": {"a": 1.0}}, 'with mix = {"a": 1.0} (mix names the shares)', {}),
+    "data.class_exponent": (0.0, {"class_mix": {"a": 1.0, "b": 2.0}}, "(class_mix names the shares)", {}),
     "data.cache_bytes": (9, {}, "without remote; leave it out or set remote", {"remote": "s3://a"}),
     "data.objectives.0.ahead": (2, {"kind": "prefix"}, 'with kind = "prefix"; leave it out or set', {"kind": "causal"}),
     "data.objectives.0.prefix_share": (0.3, {"kind": "ul2"}, 'set kind = "prefix"', {"kind": "prefix"}),
@@ -178,6 +180,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "metrics.group": ("small", {"writers": ["comet"]}, "only the writer wandb", {"writers": ["wandb"]}),
     "classification.pooling": ("mean", {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
     "classification.head": ("bert", {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
+    "classification.weights": ("balanced", {}, "without classes; leave it", {"classes": ["a", "b"]}),
+    "classification.focal_gamma": (2.0, {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
     "metrics.team": ("us", {}, "only the writers wandb and comet have projects", {"writers": ["wandb"]}),
     "evaluation.tasks_every_steps": (5, {}, "without tasks", {"tasks": ["arc_easy"]}),
     "evaluation.tasks_limit": (5, {}, "without tasks", {"tasks": ["arc_easy"]}),
@@ -222,6 +226,8 @@ def fitting(table: dict[str, Any]) -> dict[str, Any]:
         objective.setdefault("kind", "denoising")  # a case of its noise
     if any(one["kind"] == "masked" for one in data.get("objectives", [])):
         return {"model": {"kind": "encoder"}} | table
+    if "class_exponent" in data:
+        return {"classification": {"classes": ["a", "b"]}} | table
     if "source_sequence_length" in data:
         return {"model": TWO} | table
     needed = {"encoder_decoder": SIDES, "encoder": MASKED}.get(model_table.get("kind", ""), {})

@@ -26,6 +26,11 @@ def test_scores_are_scikit_learns(seed: int) -> None:
     assert scores.support.tolist() == support.tolist()
     assert (scores.counts == metrics.confusion_matrix(labels, predicted, labels=range(4))).all()
     found = scores.numbers()
+    for name in ("macro", "weighted"):
+        theirs = metrics.precision_recall_fscore_support(labels, predicted, average=name, **told)[:3]
+        assert [found[f"{name}_{what}"] for what in ("precision", "recall", "f1")] == pytest.approx(theirs)
+    assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
+    assert [one["documents"] for one in found["by_class"].values()] == support.tolist()
     for name in ("macro", "micro", "weighted"):
         assert found[f"{name}_f1"] == pytest.approx(metrics.f1_score(labels, predicted, average=name, **told))
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels, predicted))
@@ -44,5 +49,6 @@ def test_the_table_and_the_picture_show_names_as_they_are(tmp_path: Path) -> Non
     printed = console.export_text()
     assert "[bold]c" in printed
     assert "accuracy (micro average)" in printed
+    assert "balanced accuracy" in printed
     draw_confusion(scores, tmp_path / "c.png", "run: $x^2$")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

@@ -197,7 +197,7 @@ def resampled(
         raise UserError(
             f"{settings.resampling} with data.lanes = {settings.lanes}: a lane holds no document of class "
             f"{settings.classes[lacking[0]]!r} of source {name!r}, and every lane gives each class its share; lower "
-            "data.lanes, or prepare again with smaller prepare.shard_tokens"
+            "data.lanes, or prepare again from files that mix the classes, with smaller prepare.shard_tokens"
         )
     limit = settings.max_epochs.get(name, 0)
     streams = [
