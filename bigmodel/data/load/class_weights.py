@@ -16,6 +16,7 @@ import numpy as np
 from bigmodel.config.settings import DataSettings, UserError
 from bigmodel.data.objectives.supervised import UNITS
 from bigmodel.data.plan.classes import ClassNumbering, counts_by_class
+from bigmodel.data.plan.lanes import mixed_shards
 from bigmodel.data.plan.shuffle import Chunk
 
 
@@ -55,7 +56,6 @@ def balanced(counts: Sequence[int], classes: Sequence[str]) -> list[float]:
 
 
 def _summed(store: Any, data: DataSettings) -> list[int]:
-    """Documents of each class over the sources of the mix."""
-    sources = [name for name in store.sources if not data.mix or name in data.mix]
-    counts = [counts_by_class(store, name, data.classes) for name in sources]
+    """Documents of each class over the sources of the mix and the curriculum."""
+    counts = [counts_by_class(store, name, data.classes) for name in mixed_shards(store, data)]
     return [sum(column) for column in zip(*counts, strict=True)]
