@@ -23,8 +23,13 @@ COUNTS = {"common": 40, "rare": 3, "medium": 11}
 class LabelledStore(MemoryStore):
     """The label of a document is the number of its class; documents without text are in no class's stream."""
 
-    def __init__(self, classes: dict[str, list[list[int]]], is_counted: bool = True) -> None:
-        lengths = {
+    def __init__(
+        self,
+        classes: dict[str, list[list[int]]],
+        is_counted: bool = True,
+        lengths: dict[str, list[list[int]]] | None = None,
+    ) -> None:
+        lengths = lengths or {
             source: [[2 + (7 * row + number) % 19 for row in range(len(shard))] for shard in shards]
             for source, shards in classes.items()
             for number in [len(source)]
@@ -99,20 +104,26 @@ def test_a_class_gives_its_documents_once_in_a_pass_and_has_its_share(lanes: int
         assert all(-3 <= mail[number] - expected[number] <= 1 for number in mail), (mail, expected)
 
 
-def test_the_next_document_is_of_the_class_furthest_behind_its_share() -> None:
-    """Against a plain loop, over one packing buffer that holds the whole walk."""
-    store = LabelledStore({"mail": [[0, 0, 0, 1, 2, 0, 0]]})
-    settings = settings_of(mix={}, class_exponent=1.0, class_mix={"common": 5, "rare": 3, "medium": 2})
+@pytest.mark.parametrize(
+    ("shares", "lengths"),
+    [((0.5, 0.3, 0.2), [9, 3, 17, 8, 12, 2, 20]), ((0.9, 0.02, 0.08), [2, 2, 2, 20, 20, 3, 2])],
+)
+def test_the_next_document_is_of_the_class_furthest_behind_its_share(
+    shares: tuple[float, float, float], lengths: list[int]
+) -> None:
+    """Against a plain loop, however far each call looks ahead."""
+    store = LabelledStore({"mail": [[0, 0, 0, 1, 2, 0, 0]]}, lengths={"mail": [lengths]})
+    settings = settings_of(mix={}, class_exponent=1.0, class_mix=dict(zip(CLASSES, shares, strict=True)))
     stream = resampled(store, "mail", read_shards(store, "mail"), settings, 1, Examples(settings, 1))
     found, cursor = [], stream.beginning()
-    for positions in (1, 40, 7, 300, 1, 90):  # however far each call looks ahead
+    for positions in (1, 40, 7, 300, 1, 90):
         table, places = stream.ahead(cursor, positions)
         count = int(np.searchsorted(np.cumsum(table[:, 4]), positions)) + 1
         found += [int(store.classes["mail"][0][row]) for row in table[:count, 2].tolist()]
         cursor = stream.advance(cursor, table[:count], places)
     given, expected = [0, 0, 0], []
     for _ in found:
-        behind = min(range(3), key=lambda number: (given[number] / (0.5, 0.3, 0.2)[number], number))
+        behind = min(range(3), key=lambda number: (given[number] / shares[number], number))
         expected.append(behind)
         given[behind] += 1
     assert found == expected
