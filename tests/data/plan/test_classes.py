@@ -150,7 +150,7 @@ def test_a_limit_of_epochs_holds_for_every_class_and_all_is_given() -> None:
     order.require(23)
     for _ in range(23):
         given.update((chunk.row, chunk.epoch) for pack in order.next_step() for chunk in pack)
-    with pytest.raises(UserError, match=r"data.max_epochs: lane 0 has no pack left"):
+    with pytest.raises(UserError, match=r"data.max_epochs: lane 0 has no packed sequence left"):
         order.next_step()
     assert given == Counter({(row, epoch): 1 for row in range(54) for epoch in range(2)})
 
