@@ -385,8 +385,8 @@ def _add_up(
     extra: this rank's z-loss, divergence and plain loss."""
     votes = [float(stop), float(written)]
     told = world.sum_([*nats.tolist(), *extra, *votes, *busy_row])
-    by_part, (*sums, stop_votes, written_votes) = told[: len(nats)], told[len(nats) : len(told) - len(busy_row)]
-    return _Sums(by_part, *sums, stop_votes, written_votes, told[len(told) - len(busy_row) :])
+    z_loss, divergence, plain_nats, stop_votes, written_votes, *busy = told[len(nats) :]
+    return _Sums(told[: len(nats)], z_loss, divergence, plain_nats, stop_votes, written_votes, busy)
 
 
 def _step_record(
