@@ -84,6 +84,7 @@ def problem_of_classification(settings: Any) -> str:
         )
     named = {
         "data.objectives": bool(settings.data.objectives),
+        "data.target_ahead": settings.data.target_ahead > 1,
         "data.fixed_target_tokens": settings.data.fixed_target_tokens > 0,
         "data.masked_decoder_share": settings.data.masked_decoder_share > 0,
         "data.dropped_decoder_share": settings.data.dropped_decoder_share > 0,

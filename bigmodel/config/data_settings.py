@@ -377,6 +377,13 @@ class DataSettings(Section):
         description="without a source side: the tokens read but not predicted attend to each other in both directions "
         "(prefix-LM)",
     )
+    target_ahead: int = setting(
+        1,
+        only_with={"source_sequence_length": SET},
+        ge=1,
+        description="the label of a target's position is the token this far ahead of its input; the first inputs, as "
+        "many, are start tokens, so that every token of a target is a label",
+    )
     fixed_target_tokens: int = setting(
         0,
         only_with={"source_sequence_length": SET},
@@ -509,6 +516,11 @@ class DataSettings(Section):
             raise ValueError(
                 f"data.dropped_decoder_share = {self.dropped_decoder_share}: with ahead above 1 in data.objectives "
                 "the number of remaining labels is not known before training; set ahead = 1, or remove the share"
+            )
+        if self.target_ahead > 1 and any(objective.ahead > 1 for objective in self.objectives):
+            raise ValueError(
+                f"data.target_ahead = {self.target_ahead}: with ahead above 1 in data.objectives inputs and labels "
+                "would both move; set one of them to 1"
             )
         kinds = {objective.kind for objective in self.objectives}
         if self.trains_encoder and (len(kinds) > 1 or self.source_sequence_length):

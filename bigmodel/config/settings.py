@@ -32,6 +32,8 @@ from bigmodel.config.model_settings import RopeScalingSettings as RopeScalingSet
 from bigmodel.config.pruning_settings import PruningSettings as PruningSettings
 from bigmodel.config.pruning_settings import problem_of_pruning, with_end_of_pruning
 from bigmodel.config.recurrent_settings import problem_beside_recurrent
+from bigmodel.config.sampling_settings import ScheduledSamplingSettings as ScheduledSamplingSettings
+from bigmodel.config.sampling_settings import problem_of_sampling
 from bigmodel.config.schedule_settings import COUNTED, with_default_warmup
 from bigmodel.config.schedule_settings import ScheduleSettings as ScheduleSettings
 from bigmodel.config.sections import SAVED as SAVED
@@ -199,6 +201,11 @@ class TrainingSettings(Section):
     )
     early_stop: EarlyStopSettings | None = Field(
         None, description="ends the run early, exit code 0: { metric, patience, min_delta }; absent: never"
+    )
+    scheduled_sampling: ScheduledSamplingSettings | None = Field(
+        None,
+        description="replaces decoder inputs by the model's own predictions: { schedule, share, steps, choice }; "
+        "absent: never",
     )
     freeze: list[str] = Field(
         [],
@@ -403,6 +410,21 @@ class Settings(Section):
     def _a_teacher_fits(self) -> "Settings":
         if problem := problem_of_distillation(self):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_can_be_sampled(self) -> "Settings":
+        if problem := problem_of_sampling(self):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_of_the_next_token(self) -> "Settings":
+        if self.evaluation.tasks and self.data.target_ahead > 1:
+            raise ValueError(
+                f"evaluation.tasks with data.target_ahead = {self.data.target_ahead}: tasks are scored token by token "
+                "from the one before; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -97,7 +97,7 @@ def _on_validation(trained: Trained, world: World, png: Path | None) -> dict[str
 
 
 def _on_tasks(trained: Trained, world: World, options: TaskOptions) -> dict[str, Any]:
-    require_harness(trained.settings.model, "--tasks")
+    require_harness(trained.settings.model, "--tasks", trained.settings.data.target_ahead)
     with _progress(shown=world.rank == 0) as progress:
         advance = _shown_by(progress)
         requests = SharedRequests(

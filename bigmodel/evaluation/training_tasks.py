@@ -73,11 +73,16 @@ class TrainingTasks:
         return scores(self._tasks.run(self._settings, self._tokenizer, requests, with_errors=False))
 
 
-def require_harness(model: ModelSettings, why: str) -> None:
+def require_harness(model: ModelSettings, why: str, target_ahead: int = 1) -> None:
     """Raise `UserError` for a model without answers, or without lm_eval. why: what asks for it."""
     if model.classification:
         raise UserError(f"{why}: {NO_TEXT}")
     if model.kind == "encoder":
         raise UserError(f"{why}: model.kind = 'encoder' predicts no text from left to right; leave tasks out")
+    if target_ahead > 1:
+        raise UserError(
+            f"{why}: with data.target_ahead = {target_ahead} no token is predicted from the one before it, as tasks "
+            "are scored; choose a run without it"
+        )
     if find_spec("lm_eval") is None:
         raise UserError(f"{why}: needs lm_eval, which is not installed; pip install 'bigmodel[tasks]'")

@@ -250,6 +250,11 @@ def _remarks(
             "data.bidirectional_prefix = true: prefixes were read in both directions, which "
             f"{name_of_class} does not do"
         )
+    far = max(settings.data.target_ahead, min(one.ahead for one in objectives))
+    if far > 1:
+        found.append(
+            f"labels {far} tokens ahead of their inputs: {name_of_class} takes every prediction for the next token"
+        )
     if kind == "qwen2" and (description.get("normalizer") or {}).get("type") != "NFC":
         found.append(
             "AutoTokenizer of transformers 5 uses Qwen2's own rules for a qwen2, whatever tokenizer.json says; "

@@ -11,6 +11,7 @@ import torch
 
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.cached_model import CachedModel, Prompt
+from bigmodel.generation.far_labels import next_input
 
 MOST_LENGTH_PENALTY = 20  # a million tokens to this power is far inside the range of a float
 
@@ -29,12 +30,19 @@ def check_length_penalty(value: float) -> None:
 
 
 def beam_search(
-    cache: CachedModel, prompt: Prompt, eos: int, num_beams: int, max_tokens: int, length_penalty: float = 1.0
+    cache: CachedModel,
+    prompt: Prompt,
+    eos: int,
+    num_beams: int,
+    max_tokens: int,
+    length_penalty: float = 1.0,
+    target_ahead: int = 1,
 ) -> list[Answer]:
     """At most `num_beams` answers, the best first. The cache is empty before and after, and has a slot for each beam.
 
     Ends when as many answers have ended and the best open beam scores no better than the worst of them. Raises
-    `UserError` for fewer beams than one or more than slots, and for a length penalty outside its range.
+    `UserError` for fewer beams than one or more than slots, and for a length penalty outside its range. `target_ahead`:
+    of the data that the model was trained on.
     """
     if not 1 <= num_beams <= cache.slots:
         raise UserError(f"{num_beams} beams: must be 1 to {cache.slots}")
@@ -60,6 +68,6 @@ def beam_search(
             break
         cache.keep(parents)
         beams = grown
-        logits_BV = cache.step([beam.ids[-1] for beam in beams])
+        logits_BV = cache.step([next_input(prompt.ids[0], beam.ids, target_ahead) for beam in beams])
     cache.keep([])
     return ended

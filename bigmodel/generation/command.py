@@ -134,7 +134,8 @@ def _request(served: Served, text: str, options: Options) -> Request:
 
 
 def _engine(served: Served, prompts: Sequence[str], options: Options, slots: int) -> Engine:
-    return Engine(served.model, served.tokenizer, slots, _positions(served, prompts, options), served.device)
+    positions = _positions(served, prompts, options)
+    return Engine(served.model, served.tokenizer, slots, positions, served.device, served.target_ahead)
 
 
 def _positions(served: Served, prompts: Sequence[str], options: Options) -> int:
@@ -172,7 +173,8 @@ def _searched(served: Served, prompts: Sequence[str], options: Options) -> Itera
     for text in prompts:
         prompt = _prompt(served, text)
         most = _most_tokens(served, prompt, options)
-        found = beam_search(cache, prompt, eos, options.beams, most, options.length_penalty)
+        asked = options.beams, most, options.length_penalty, served.target_ahead
+        found = beam_search(cache, prompt, eos, *asked)
         texts = [readable(served.tokenizer, [token for token in answer.ids if token != eos]) for answer in found]
         scored = zip(texts, (answer.score for answer in found), strict=True)
         yield text, [{"text": words, "score": score} for words, score in scored][: options.answers]

@@ -22,6 +22,7 @@ from torch import Tensor
 from bigmodel.config.classification_settings import NO_TEXT
 from bigmodel.config.user_error import UserError
 from bigmodel.generation.cached_model import Prompt
+from bigmodel.generation.far_labels import next_input
 from bigmodel.generation.recurrent_cache import make_cache
 from bigmodel.generation.sampling import Sampling, choose
 from bigmodel.generation.text import Decoder, TextStream
@@ -79,7 +80,8 @@ class _Sequence:
 
 class Engine:
     """`max_sequences` run at once, the others wait. `max_positions`: of prompt and answer together; of mixed attention
-    with the source. Raises `UserError` for a model that cannot generate, and for more positions than it has."""
+    with the source. `target_ahead`: of the data that it was trained on. Raises `UserError` for a model that cannot
+    generate, and for more positions than it has."""
 
     def __init__(
         self,
@@ -88,13 +90,14 @@ class Engine:
         max_sequences: int,
         max_positions: int,
         device: torch.device | str = "cpu",
+        target_ahead: int = 1,
     ) -> None:
         check_can_generate(model, max_positions)
         self._model, self._tokenizer = model.to(device).eval(), tokenizer
         self._cache = make_cache(model, max_sequences, max_positions)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # by slot
-        self._next_number = 0
+        self._next_number, self._target_ahead = 0, target_ahead
 
     def add(self, request: Request) -> int:
         """The request's number. Raises `UserError` for what the model cannot take."""
@@ -135,7 +138,9 @@ class Engine:
         steps: list[Step] = []
         with torch.inference_mode():
             if self._running:
-                logits_BV = self._cache.step([one.answer[-1] for one in self._running])
+                logits_BV = self._cache.step(
+                    [next_input(one.request.ids[0], one.answer, self._target_ahead) for one in self._running]
+                )
                 steps += self._choose(self._running, logits_BV)
             if admitted := self._admit():
                 self._running += admitted
@@ -212,6 +217,11 @@ class Engine:
             raise UserError("the request has no source; an encoder-decoder needs one, the text that its encoder reads")
         if request.source is not None and not has_source:
             raise UserError("the request has a source; a decoder takes none: put the text into the prompt")
+        if self._target_ahead > 1 and len(request.ids) > 1:
+            raise UserError(
+                f"the decoder's prompt has {len(request.ids)} tokens: with data.target_ahead = {self._target_ahead} an "
+                "answer begins at the start token alone; give the text as the source"
+            )
         for name, value, most in (
             ("prefix", request.prefix, len(request.ids)),
             ("top_logprobs", request.top_logprobs, 0),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigmodel.data.load.batch import IGNORED, Batch, real_documents
 from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.generation.far_labels import next_input
 from bigmodel.generation.prompts import pack
 from bigmodel.generation.text import readable
 
@@ -34,15 +35,26 @@ def sample(forward: Forward, tokenizer: Tokenizer, tokens: int, device: torch.de
     return tokenizer.decode(_continue(forward, tokenizer, None, tokens, draw, device))
 
 
-def examples(forward: Forward, tokenizer: Tokenizer, batch: Batch, number: int, device: torch.device | str) -> str:
+def examples(
+    forward: Forward,
+    tokenizer: Tokenizer,
+    batch: Batch,
+    number: int,
+    device: torch.device | str,
+    target_ahead: int = 1,
+) -> str:
     """Source, target and likeliest text of the first `number` documents of a batch with a source side."""
+
+    def likeliest(logits_V: Tensor) -> int:
+        return int(logits_V.argmax())
+
     assert batch.source, "the batch has no source side"
     edges = zip(pairwise(batch.source.cu_seqlens.tolist()), pairwise(batch.cu_seqlens.tolist()), strict=True)
     real = [edge for edge, is_real in zip(edges, real_documents(batch), strict=True) if is_real]
     shown = []
     for (source_start, source_end), (start, end) in real[:number]:
         source = batch.source.tokens[source_start:source_end].tolist()
-        said = _continue(forward, tokenizer, source, ANSWER_TOKENS, lambda logits_V: int(logits_V.argmax()), device)
+        said = _continue(forward, tokenizer, source, ANSWER_TOKENS, likeliest, device, target_ahead)
         wanted = [token for token in batch.labels[start:end].tolist() if token != IGNORED]
         for name, ids in (("source", source), ("target", wanted), ("model", said)):
             words = readable(tokenizer, ids).strip()
@@ -57,14 +69,16 @@ def _continue(
     tokens: int,
     choose: Callable[[Tensor], int],
     device: torch.device | str,
+    target_ahead: int = 1,
 ) -> list[int]:
     """Ids after the begin token, without the end token. A source has exactly its own ids: that of a prefix has no end
     token."""
-    ids = [tokenizer.bos]
+    inputs, answer = [tokenizer.bos], list[int]()
     for _ in range(tokens):
-        batch = pack([ids], None if source is None else [source]).to(device)
+        batch = pack([inputs], None if source is None else [source]).to(device)
         chosen = choose(forward(batch, "logits")[-1].float().cpu())
         if chosen == tokenizer.eos:
             break
-        ids.append(chosen)
-    return ids[1:]
+        answer.append(chosen)
+        inputs.append(next_input(tokenizer.bos, answer, target_ahead))
+    return answer

@@ -17,6 +17,7 @@ from bigmodel.config.start_folder import read_config_json
 from bigmodel.data.store.chat_template import TEMPLATE_FILE, end_of_turn, read_chat_template, render_chat
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.generation.far_labels import target_ahead_of
 from bigmodel.model.huggingface.start import load_start
 from bigmodel.model.transformer import Transformer
 from bigmodel.training.load_model import Trained, load_trained
@@ -37,6 +38,7 @@ class Served:
     max_source: int
     chat_template: str | None
     end_of_turn: int | None = None
+    target_ahead: int = 1
 
     @property
     def has_source(self) -> bool:
@@ -95,6 +97,7 @@ def of_run(trained: Trained, name: str) -> Served:
         context=settings.model.max_positions or settings.data.max_document_length,
         max_source=settings.data.max_source_length or settings.data.source_sequence_length,
         chat_template=_template_of_data(settings.data),
+        target_ahead=target_ahead_of(settings),
     )
 
 

@@ -13,6 +13,9 @@ HFU (hardware FLOPs utilization) counts the operations computed: also padding; a
 scores (2.5 times the forward, Dao et al. 2022); with training.activation_checkpointing = "full" a second forward of
 every block (Chen et al. 2016; Korthikanti et al. 2022 name both ratios). "selective" keeps all products and adds
 nothing. A teacher's forward pass is hardware's, not the model's.
+
+Scheduled sampling has a first pass, without a backward, through the decoder: in all three conventions. Its output
+matrix computes replaced inputs only: the scheduled share of the labels without those of start tokens.
 """
 
 import re
@@ -164,11 +167,16 @@ def step_flops(
     padding = (packs * sizes[0] - step.work.positions, packs * sizes[1] - step.work.source_positions)
     recomputed = settings.training.activation_checkpointing == "full"
     found = flops(settings.model, vocabulary, step.work, sizes, padding, recomputed, passes)
-    if teacher is None:
+    if teacher is not None:
+        more = forward_flops(teacher, vocabulary, step.work, padding, settings.model)
+        found = found._replace(hardware=found.hardware + more)
+    sampling = settings.training.scheduled_sampling
+    share = sampling.share_at(step.number) if sampling else 0.0
+    if not share:
         return found
-    return found._replace(
-        hardware=found.hardware + forward_flops(teacher, vocabulary, step.work, padding, settings.model)
-    )
+    replaced = share * max(0, step.num_labels - settings.data.target_ahead * step.num_documents)
+    first = first_pass_flops(settings.model, vocabulary, step.work, sizes, padding, replaced)
+    return Flops(*(one + more for one, more in zip(found, first, strict=True)))
 
 
 def forward_flops(
@@ -182,6 +190,31 @@ def forward_flops(
     linear += weights.of_source * (work.source_positions + padding[1])
     pairs = round(work.pairs * layers), round(work.source_pairs * sources), round(work.cross_pairs * layers)
     return 2 * linear + _attention(settings, *pairs)
+
+
+def first_pass_flops(
+    settings: ModelSettings,
+    vocabulary: int,
+    work: Work,
+    sizes: tuple[int, int],
+    padding: tuple[int, int],
+    replaced: float,
+) -> Flops:
+    """Operations of scheduled sampling's first pass: the decoder's blocks forward, without MTP modules and encoder, and
+    the output matrix for `replaced` rows."""
+    layers, all_layers = settings.num_layers, settings.num_layers + settings.num_mtp_modules
+    weights = matrix_weights(settings.model_copy(update={"num_mtp_modules": 0}), vocabulary)
+    of_blocks = weights.of_position - weights.of_heads
+    of_source = weights.of_source
+    if settings.kind == "encoder_decoder":
+        of_source -= settings.encoder.num_layers * _block_weights(settings.encoder)
+    head = 2 * weights.of_heads * replaced
+    linear = 2 * (of_blocks * work.positions + of_source * work.source_positions) + head
+    empty = 2 * (of_blocks * padding[0] + of_source * padding[1])
+    pairs, cross_pairs = (count * layers // all_layers for count in (work.pairs, work.cross_pairs))
+    visible = _attention(settings, pairs, 0, cross_pairs)
+    every = _attention(settings, layers * work.positions * sizes[0], 0, layers * work.positions * sizes[1])
+    return Flops(causal=linear + visible, full=linear + every, hardware=linear + empty + visible)
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -78,6 +78,10 @@ RUN = (
         "distillation_loss_nats", "gauge", "Mean divergence from the teacher over the last step's targets, times "
         "distillation.temperature squared",
     ),
+    Metric(
+        "sampled_input_ratio", "gauge", "Share of the last step's decoder inputs that were replaced by the model's own "
+        "predictions, as scheduled",
+    ),
     Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
     Metric("learning_rate", "gauge", "Learning rate of the last step"),
     Metric("loss_scale", "gauge", "Loss scale of fp16 in the last step"),

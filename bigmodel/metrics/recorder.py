@@ -93,6 +93,7 @@ class StepRecord:
     slowest_rank_lag_seconds: float | None = None
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm ..., at measured steps
     pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned
+    sampled_share: float | None = None  # of decoder inputs that scheduled sampling replaces
 
 
 class Seat(NamedTuple):

@@ -258,6 +258,7 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
     gauges = {name: line[name] for name in named} | {
         "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
         "pruned_ratio": line.get("pruned_share"),
+        "sampled_input_ratio": line.get("sampled_share"),  # absent in lines of earlier versions
         "training_loss_nats": line["loss"],
         "training_unweighted_loss_nats": line.get("unweighted_loss"),  # absent in lines of earlier versions
         "last_step_timestamp_seconds": line["time"],

@@ -31,6 +31,7 @@ from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
 from bigmodel.kernels.attention import TileMetadata, attention, make_tile_metadata
 from bigmodel.kernels.attention_dropout import AttentionDropout, make_dropout
+from bigmodel.kernels.linear_choices import linear_choices
 from bigmodel.kernels.linear_cross_entropy import (
     IGNORED,
     Options,
@@ -45,10 +46,11 @@ from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_mask
 from bigmodel.model.class_head import ClassHead
 from bigmodel.model.layers import FeedForward, Input, Linear, drop_documents, dropout, make_head_norm, make_norm
 from bigmodel.model.loss_groups import by_group
+from bigmodel.model.own_predictions import with_own_predictions
 from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
 from bigmodel.model.teacher import Teacher
 
-Output = Literal["loss_sum", "loss_per_position", "predictions", "logits"]
+Output = Literal["loss_sum", "loss_per_position", "predictions", "choices", "logits"]
 CROSS_SALT = 1 << 20  # added to the dropout salt of cross-attention: larger than all other salts
 
 
@@ -263,7 +265,8 @@ class Head(nn.Module):
 
     The loss is computed inside this module's forward: under ZeRO-3 the weight is whole only there. The value of
     loss_sum excludes the z-loss, its gradient includes it; loss_per_position is the plain cross-entropy. The same holds
-    for the divergence from what is `taught`.
+    for the divergence from what is `taught`. For choices, the seeds of the draws,
+    or None for the likeliest tokens, take the place of the labels.
     """
 
     def __init__(self, weight_VH: nn.Parameter, options: Options) -> None:
@@ -300,6 +303,8 @@ class Head(nn.Module):
             return linear_cross_entropy_per_token(x_TH, self.weight, labels_T, softcap, weights_T=weights_T)
         if output == "predictions":
             return linear_predictions(x_TH, self.weight, labels_T, softcap)
+        if output == "choices":
+            return linear_choices(x_TH, self.weight, labels_T, softcap)
         logits_TV = x_TH.float() @ self.weight.float().T
         return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
@@ -471,9 +476,15 @@ class Transformer(nn.Module):
     def trunk(self, x_TH: Tensor, x_SE: Tensor | None, batch: Batch) -> tuple[Tensor, Views, EncoderOutput | None]:
         """Through all blocks: the states (T, H) before the last norm, the attention inputs, the encoder's output."""
         views, source = self.attention_inputs(x_SE, batch)
-        for block in self.blocks:
-            x_TH = block(x_TH, views[block.kind], batch.dropout_seeds, source)
-        return x_TH, views, source
+
+        def through(x_TH: Tensor) -> Tensor:
+            for block in self.blocks:
+                x_TH = block(x_TH, views[block.kind], batch.dropout_seeds, source)
+            return x_TH
+
+        if self.training and batch.replaced is not None:
+            x_TH = with_own_predictions(self, x_TH, batch, through)
+        return through(x_TH), views, source
 
     def attention_inputs(self, x_SE: Tensor | None, batch: Batch) -> tuple[Views, EncoderOutput | None]:
         """The blocks' attention inputs, and the encoder's output; runs the encoder."""

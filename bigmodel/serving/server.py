@@ -96,7 +96,9 @@ def batcher_of(served: Served, options: Options) -> Batcher:
     """Raises `UserError` if the key-value cache does not fit into memory."""
 
     def engine() -> Engine:
-        return Engine(served.model, served.tokenizer, options.max_sequences, served.positions, served.device)
+        return Engine(
+            served.model, served.tokenizer, options.max_sequences, served.positions, served.device, served.target_ahead
+        )
 
     try:
         return Batcher(engine, options.max_sequences, options.max_queue)

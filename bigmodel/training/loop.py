@@ -42,6 +42,7 @@ from bigmodel.distributed.world import NodeSums, World, end_world, limit_collect
 from bigmodel.evaluation.classify import make_validation
 from bigmodel.evaluation.evaluate import Validation
 from bigmodel.evaluation.training_tasks import TrainingTasks
+from bigmodel.generation.far_labels import predicts_next_token
 from bigmodel.generation.samples import examples, sample
 from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
@@ -178,6 +179,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         _score_tasks(tasks, start.step, engine, metrics, phases, line)
 
     bad_steps, done, passes_per_weight = 0, start.step, passes(model)
+    sampling = settings.training.scheduled_sampling
     for step in stream if start.step < settings.training.steps and not judge.stops else ():
         profiler.step()
         phases.add("data", stream.wait_seconds)
@@ -229,6 +231,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             distillation_loss=sums.divergence / step.weight if model.teacher else None,
             norms=norms.after_update(),
             pruned_share=pruner.share,
+            sampled_share=sampling.share_at(step.number) if sampling else None,
         )
         metrics.record_step(record, phases.take())
         line.update(done, loss, step.num_tokens / record.step_seconds)
@@ -374,6 +377,7 @@ def _open_stream(
         pin=pin,
         count_pairs=count_pairs,
         seeds_by_document=settings.model.draws_by_document,
+        sampling=settings.training.scheduled_sampling,
     )
 
 
@@ -526,8 +530,9 @@ def _evaluate_at_end(
     shown, wrong_sources = "", None
     if settings.model.has_source:
         wrong_sources = validation.run_with_wrong_sources(engine.forward, world)
-        shown = examples(engine.forward, tokenizer, validation.first_batch(), NUM_EXAMPLES, world.device)
-    elif settings.model.kind != "encoder":
+        asked = validation.first_batch(), NUM_EXAMPLES, world.device, settings.data.target_ahead
+        shown = examples(engine.forward, tokenizer, *asked)
+    elif settings.model.kind != "encoder" and predicts_next_token(settings):
         shown = sample(engine.forward, tokenizer, SAMPLE_TOKENS, world.device)
     metrics.record_evaluation(settings.training.steps, **evaluation.recorded())
     if world.rank == 0:

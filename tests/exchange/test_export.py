@@ -64,6 +64,13 @@ def test_a_prefix_read_in_both_directions_is_said(written: Written) -> None:
     ]
 
 
+def test_labels_further_ahead_than_the_next_token_are_said(written: Written) -> None:
+    _, remarks = written("llama", {}, {"objectives": [{"kind": "causal", "ahead": 3}]})
+    assert remarks == [
+        "labels 3 tokens ahead of their inputs: LlamaForCausalLM takes every prediction for the next token"
+    ]
+
+
 def test_what_lies_beside_the_weights_says_how_texts_begin_and_end(written: Written, tmp_path: Path) -> None:
     template = tmp_path / "chat_template.jinja"
     template.write_text("{{ messages }}")

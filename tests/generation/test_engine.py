@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.store import tokenizer as tokenizers
+from bigmodel.generation.beams import beam_search
+from bigmodel.generation.cached_model import CachedModel, Prompt
 from bigmodel.generation.engine import Engine, Request, Step
+from bigmodel.generation.far_labels import predicts_next_token, target_ahead_of
 from bigmodel.generation.prompts import pack
 from bigmodel.generation.sampling import Sampling
 from bigmodel.generation.text import TextStream, readable
@@ -75,6 +78,36 @@ def test_a_request_has_the_same_tokens_alone_and_among_others(
         ids = [step.token for step in together[number] if step.token != tokenizer.eos]
         assert "".join(step.text for step in together[number]) == readable(tokenizer, ids)
         assert len(expected) == request.max_tokens or expected[-1].finished == "stop"
+
+
+@pytest.mark.parametrize("source_attention", ["cross", "mixed"])
+def test_a_model_with_labels_k_ahead_reads_its_own_answer_k_tokens_late(
+    source_attention: str, tokenizer: tokenizers.Tokenizer
+) -> None:
+    """Engine and a beam of one, against whole passes over inputs that are written out."""
+    model, source = sharp_model(**SIDES, source_attention=source_attention).eval(), [7, 9, 30, 1]
+    for ahead in (2, 3, 50):
+        expected: list[int] = []
+        while len(expected) < 12 and 1 not in expected:
+            inputs = ([0] * ahead + expected)[: len(expected) + 1]
+            with torch.no_grad():
+                expected.append(int(model(pack([inputs], [source]), "logits")[-1].argmax()))
+        engine = Engine(model, tokenizer, 2, 60, target_ahead=ahead)
+        number = engine.add(Request([0], source, max_tokens=12))
+        assert [step.token for step in answers(engine)[number]] == expected
+        (best, *_) = beam_search(CachedModel(model, 1, 60), Prompt([0], source), 1, 1, 12, target_ahead=ahead)
+        assert best.ids == expected
+    with pytest.raises(UserError, match=r"decoder's prompt has 2 tokens: with data\.target_ahead = 50"):
+        engine.add(Request([0, 5], source))
+
+
+def test_a_decoder_that_never_predicts_the_next_token_does_not_generate() -> None:
+    far = {"kind": "causal", "ahead": 3}
+    settings = Settings.model_validate({"data": {"objectives": [far]}})
+    assert not predicts_next_token(settings)
+    with pytest.raises(UserError, match="trained to predict the token 3 ahead, never the next one"):
+        target_ahead_of(settings)
+    assert target_ahead_of(Settings.model_validate({"data": {"objectives": [far, {"kind": "causal"}]}})) == 1
 
 
 def test_the_probability_is_that_of_the_model(tokenizer: tokenizers.Tokenizer) -> None:

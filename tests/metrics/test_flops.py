@@ -17,12 +17,21 @@ from triton.compiler import ASTSource
 
 from bigmodel.checks.audit import count_by_torch, work_of
 from bigmodel.config.settings import DataSettings, ModelSettings, Settings
+from bigmodel.data.load.own_inputs import with_own_inputs
+from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.attention_work import Work
-from bigmodel.metrics.flops import flops, known_peak_flops, matrix_weights, measure_peak_flops, step_flops
+from bigmodel.metrics.flops import (
+    first_pass_flops,
+    flops,
+    known_peak_flops,
+    matrix_weights,
+    measure_peak_flops,
+    step_flops,
+)
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.training.zero.wrapping import wrap_blocks
 from tests.model.test_encoder_decoder import ENCODER_DECODERS, ONE_SIDE, PAIRS, TEXTS, TWO_SIDES
-from tests.support.example_batches import batch_of, model_of, text
+from tests.support.example_batches import batch_of, model_of, plan_of, text
 
 MODELS = {  # of example_batches: 2 layers, 32 channels, 4 heads of 8 and 2 of keys, 40 hidden
     "decoder": {"qk_norm": True},
@@ -112,6 +121,46 @@ def test_a_teacher_computes_a_forward_pass_that_is_not_the_models() -> None:
     assert taught[:2] == alone[:2]
     weights = 4 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 40 * 32
     assert taught.hardware - alone.hardware == 2 * weights * 36 + 4 * 4 * 8 * 4 * 214
+
+
+@pytest.mark.parametrize("name", ["decoder", "both, cross", "both, mixed_other_widths", "extra heads"])
+def test_the_first_pass_of_scheduled_sampling_is_counted(name: str) -> None:
+    """torch counts a training step with and without it."""
+    changes = MODELS.get(name, {"num_mtp_modules": 2})
+    both = changes.get("kind") == "encoder_decoder"
+    documents, sides = (PAIRS, TWO_SIDES) if both else (TEXTS, ONE_SIDE)
+    data = DataSettings(**sides)
+    plain, model = batch_of(documents, data), model_of(**changes)
+    sampled = with_own_inputs(plain, plan_of(documents, Examples(data, 1, 60)), 1, 0.5)
+    counted = []
+    for batch in (plain, sampled):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(batch).backward()
+        counted.append(counter.get_total_flops())
+    work, vocabulary = work_of(plain, model.settings), model.embedding.num_embeddings
+    first = first_pass_flops(model.settings, vocabulary, work, (64, 64), (0, 0), len(sampled.replaced))
+    assert counted[1] - counted[0] == first.causal == first.hardware > 1e5
+
+
+def test_a_step_counts_the_first_pass_by_its_schedule() -> None:
+    model = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
+    table = {"model": model, "data": {"max_document_length": 36, "sequence_length": 36}}
+    settings = Settings.model_validate(table | {"training": {"scheduled_sampling": {"steps": 10, "share": 0.5}}})
+    work = Work(positions=32, pairs=2 * 214)
+    alone, sampled = (
+        step_flops(
+            settings,
+            40,
+            SimpleNamespace(number=n, num_tokens=32, num_labels=32, num_documents=4, num_padding=4, work=work),
+        )
+        for n in (0, 10)
+    )
+    assert alone == flops(settings.model, 40, work, (36, 0), (4, 0))
+    weights, head = 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48), 40 * 32
+    visible = 4 * 2 * 4 * 8 * 214
+    assert sampled.causal - alone.causal == 2 * (weights * 32 + head * 14) + visible
+    assert sampled.full - alone.full == 2 * (weights * 32 + head * 14) + 4 * 2 * 4 * 8 * 32 * 36
+    assert sampled.hardware - alone.hardware == 2 * (weights * 36 + head * 14) + visible
 
 
 def test_the_model_adds_up_z_over_micro_batches_without_its_mtp_modules() -> None:

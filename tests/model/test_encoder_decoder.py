@@ -110,11 +110,12 @@ def test_every_objective_of_an_encoder_decoder(documents: list, objectives: list
     "inputs",
     [
         {"fixed_target_tokens": 16},
+        {"target_ahead": 3},
         {"masked_decoder_share": 0.3},
         {"dropped_decoder_share": 0.4},
         {"fixed_target_tokens": 16, "masked_decoder_share": 0.3, "dropped_decoder_share": 0.4},
     ],
-    ids=["fixed", "masked", "sparse", "all_three"],
+    ids=["fixed", "ahead", "masked", "sparse", "all_three"],
 )
 @pytest.mark.parametrize("source_attention", ["cross", "mixed"])
 def test_every_kind_of_decoder_input(inputs: dict, source_attention: str) -> None:
@@ -349,13 +350,20 @@ def test_examples_ask_the_model_about_the_sources_that_it_was_trained_on() -> No
             return " ".join(map(str, ids))
 
     batch = batch_of(TEXTS[:1], DataSettings(**TWO_SIDES, objectives=[{"kind": "prefix"}, {"kind": "causal"}]))
-    model, asked = model_of(kind="encoder_decoder").eval(), []
+    model, asked, inputs = model_of(kind="encoder_decoder").eval(), [], []
 
     def forward(one: Batch, output: str) -> torch.Tensor:
+        inputs.append(one.tokens.tolist())
         asked.append(one.source.tokens.tolist())
         return model(one, output)
 
     printed = examples(forward, Words(), batch, 2, "cpu")
+    inputs.clear()
+    examples(forward, Words(), batch, 1, "cpu", target_ahead=3)
+    assert [len(one) for one in inputs[:4]] == [1, 2, 3, 4]
+    assert inputs[2] == [1, 1, 1]
+    assert inputs[3][3] != 1
+    assert inputs[4][:4] == inputs[3]
     first, end = batch.source.cu_seqlens[:2].tolist()
     assert (first, end) == (0, 10)
     assert batch.source.tokens[:10].tolist() in asked

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import DataSettings, OptimizerSettings, Settings
+from bigmodel.config.settings import DataSettings, OptimizerSettings, ScheduledSamplingSettings, Settings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
+from bigmodel.data.load.own_inputs import with_own_inputs
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.model.init import generator_of, init_weights
@@ -92,21 +93,30 @@ def documents_of(step: int, pack: int) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def batch_of(step: int, packs: range, end: int = PACKS) -> Batch:
+def batch_of(step: int, packs: range, end: int = PACKS, sampling: ScheduledSamplingSettings | None = None) -> Batch:
     """The micro-batch of these packs; packs from number `end` on are empty."""
     documents = [documents_of(step, pack) if pack < end else [] for pack in packs]
     flat = [document for pack in documents for document in pack]
     rows = iter(range(len(flat)))
     plan = [tuple(Chunk(0, 0, next(rows), 0, len(document) - 1, 0) for document in pack) for pack in documents]
     keys = make_dropout_seeds(1, step, packs, DATA["sequence_length"])
-    return build_batch(plan, lambda chunk: torch.tensor(flat[chunk.row]).numpy(), DataSettings(**DATA), keys)
+    batch = build_batch(plan, lambda chunk: torch.tensor(flat[chunk.row]).numpy(), DataSettings(**DATA), keys)
+    if sampling is None:
+        return batch
+    named = [
+        tuple(chunk._replace(row=pack, shard=n) for n, chunk in enumerate(one))
+        for pack, one in zip(packs, plan, strict=True)
+    ]
+    return with_own_inputs(batch, named, 1, sampling.share_at(step), drawn=sampling.choice == "drawn")
 
 
-def micro_batches_of(step: int, rank: int, size: int, packs_per_micro_batch: int) -> list[Batch]:
+def micro_batches_of(
+    step: int, rank: int, size: int, packs_per_micro_batch: int, sampling: ScheduledSamplingSettings | None = None
+) -> list[Batch]:
     share = -(-PACKS // size)
     mine = range(rank * share, (rank + 1) * share)
     return [
-        batch_of(step, range(first, first + packs_per_micro_batch), min(mine.stop, PACKS))
+        batch_of(step, range(first, first + packs_per_micro_batch), min(mine.stop, PACKS), sampling)
         for first in range(mine.start, mine.stop, packs_per_micro_batch)
     ]
 
@@ -183,7 +193,8 @@ def oracle(
     for step in range(steps):
         nats = 0.0
         for first in range(0, PACKS, packs_at_once):
-            loss = model(batch_of(step, range(first, first + packs_at_once)))
+            packs = range(first, first + packs_at_once)
+            loss = model(batch_of(step, packs, sampling=settings.training.scheduled_sampling))
             (loss * (scale / num_targets_of(step))).backward()
             nats += loss.item()
             for _, master, parameter in pairs:
@@ -312,7 +323,8 @@ def run_step(
     """One step as in the loop. A step in `skip_at` gets an infinite gradient, on `bad_rank` or all, and is skipped."""
     world, targets, skip = engine.world, num_targets_of(step), step in job.get("skip_at", [])
     sharing = settings.training.sequence_parallel_ranks
-    batches = micro_batches_of(step, world.rank // sharing, world.size // sharing, packs_per_micro_batch)
+    place = world.rank // sharing, world.size // sharing, packs_per_micro_batch
+    batches = micro_batches_of(step, *place, settings.training.scheduled_sampling)
     if step in job.get("evaluate_at", []):
         outputs = [engine.forward(batches[0], kind) for kind in ("loss_sum", "loss_per_position", "logits")]
         result["shapes"] = [list(output.shape) for output in outputs]

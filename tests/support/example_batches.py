@@ -32,6 +32,15 @@ def fragment_of(row: int, document: Document, examples: Examples, objective: int
     return Chunk(0, 0, row, 0, int(length[0]), 0, *columns)
 
 
+def plan_of(packs: Sequence[Sequence[Document]], examples: Examples) -> list[Pack]:
+    """The chunks of `batch_of`: documents are numbered in their order."""
+    rows, plan = iter(range(sum(map(len, packs)))), list[Pack]()
+    for pack in packs:
+        numbered = [(next(rows), document) for document in pack]
+        plan.append(tuple(fragment_of(row, one, examples, row % examples.pairs) for row, one in numbered))
+    return plan
+
+
 def batch_of(
     packs: Sequence[Sequence[Document]], data: DataSettings, seed: int = 1, by_document: bool = False, **more: object
 ) -> Batch:
@@ -39,12 +48,7 @@ def batch_of(
     label is the number of its class. `by_document`: dropout seeds."""
     examples = Examples(data, seed, VOCABULARY)
     examples.find_class = lambda label, *place: int(label[1])
-    documents = [document for pack in packs for document in pack]
-    rows = iter(range(len(documents)))
-    plan: list[Pack] = []
-    for pack in packs:
-        numbered = [(next(rows), document) for document in pack]
-        plan.append(tuple(fragment_of(row, one, examples, row % examples.pairs) for row, one in numbered))
+    documents, plan = [document for pack in packs for document in pack], plan_of(packs, examples)
     numbers = range(len(packs))
     keys = make_dropout_seeds(seed, 0, numbers, data.sequence_length)
     source_seeds = make_dropout_seeds(seed, 0, numbers, data.source_sequence_length, "source positions")

@@ -86,6 +86,9 @@ class Batch:
     loss_groups: Tensor | None = None  # (T,) int64: loss group of each position, 0 to num_loss_groups - 1
     num_loss_groups: int = 1
     weights: Tensor | None = None  # (T,) float32: weight of each label in the loss, 0 without a label; None: all 1
+    replaced: Tensor | None = None  # (R,) int64: in training, rows whose input is the model's own prediction
+    predicted_at: Tensor | None = None  # (R,) int64: the rows of these predictions
+    choice_seeds: Tensor | None = None  # (R,) int64: random words that draw them; None: the likeliest tokens
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch with its tensors on a device."""

@@ -26,9 +26,10 @@ from typing import Protocol, overload
 
 import numpy as np
 
-from bigmodel.config.settings import DataSettings, UserError, num_micro_batches
+from bigmodel.config.settings import DataSettings, ScheduledSamplingSettings, UserError, num_micro_batches
 from bigmodel.data.load.batch import Batch, Reader, build_batch, document_seeds, make_dropout_seeds
 from bigmodel.data.load.class_weights import ClassWeights
+from bigmodel.data.load.own_inputs import with_own_inputs
 from bigmodel.data.load.readahead import Place as Where
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.objectives.classification import ClassNumbers
@@ -117,12 +118,14 @@ class Builder:
         seed: int,
         read: Reader | None = None,
         seeds_by_document: bool = False,
+        sampling: ScheduledSamplingSettings | None = None,
     ) -> None:
-        """`read` None: from the store. `seeds_by_document`: of dropout, see `document_seeds`."""
+        """`read` None: from the store. `seeds_by_document`: of dropout, see `document_seeds`. `sampling`: of decoder
+        inputs, in training."""
         self._sources, self._by_document = store.sources, seeds_by_document
         vocabulary = getattr(getattr(store, "manifest", None), "vocabulary", 0)
         self._examples, self._read = Examples(data, seed, vocabulary), read or reader(store)
-        self._data, self._seed, examples = data, seed, self._examples
+        self._data, self._seed, self._sampling, examples = data, seed, sampling, self._examples
         if data.classes:
             examples.find_class = ClassNumbers(store, data.classes).number  # type: ignore[arg-type]
         if data.permutes_sentences:
@@ -155,7 +158,7 @@ class Builder:
             source_seeds = self._seeds(packs, step, numbers, data.source_sequence_length, "source positions")
         keys = self._seeds(packs, step, numbers, data.sequence_length, "positions")
         several = len(self.loss_groups) > 1
-        return build_batch(
+        batch = build_batch(
             packs,
             self._read,
             data,
@@ -165,6 +168,12 @@ class Builder:
             self.loss_group_of if several else None,
             len(self.loss_groups),
             self.has_weights,
+        )
+        share = self._sampling.share_at(step) if self._sampling else 0.0
+        if not (self._sampling and share):
+            return batch
+        return with_own_inputs(
+            batch, packs, self._seed, share, data.target_ahead, drawn=self._sampling.choice == "drawn"
         )
 
     def example(self, chunk: Chunk) -> Example:
@@ -222,12 +231,13 @@ class Stream:
         pin: bool = False,
         count_pairs: CountPairs = no_pairs,
         seeds_by_document: bool = False,
+        sampling: ScheduledSamplingSettings | None = None,
     ) -> None:
         """Starts the thread, which builds at most `ahead` steps ahead; restore the order first.
 
         The order plans `place.lanes` or more. `nodes` is needed unless the order plans all lanes. `pin`: batches in
         page-locked memory, from which a GPU copies while it computes. `count_pairs`: of the model, for `Step.work`.
-        `seeds_by_document`: of dropout.
+        `seeds_by_document`: of dropout. `sampling`: of decoder inputs.
         """
         assert ahead >= 1, f"ahead = {ahead}; the thread needs at least 1"
         assert nodes or len(order.lanes) == data.lanes, (
@@ -235,7 +245,7 @@ class Stream:
         )
         self.wait_seconds = 0.0  # wait for the last step
         self._order, self._data = order, data
-        self._builder = Builder(store, data, seed, self._read, seeds_by_document)
+        self._builder = Builder(store, data, seed, self._read, seeds_by_document, sampling)
         self.loss_groups = self._builder.loss_groups  # (objective, source), in the order of a step's loss_groups
         self._store = store
         self._packs_per_micro_batch, self._place, self._nodes = packs_per_micro_batch, place, nodes

@@ -1,4 +1,4 @@
-"""Decoder inputs of an example: source and target on one side, fixed length, masked or dropped inputs."""
+"""Decoder inputs of an example: source and target on one side, later, fixed, masked or dropped inputs."""
 
 import numpy as np
 
@@ -22,6 +22,18 @@ def one_side(example: Example) -> Example:
     )
 
 
+def later(example: Example, ahead: int) -> Example:
+    """Inputs that come `ahead` positions before their label: the first `ahead` are the start token, the others follow.
+
+    As in semi-autoregressive models (Wang et al. 2018), every token of the target remains a label.
+
+    >>> later(Example(np.array([11, 2]), np.array([1, 21, 22, 23]), np.array([21, 22, 23, 2])), 3)[1:3]
+    (array([ 1,  1,  1, 21]), array([21, 22, 23,  2]))
+    """
+    starts = np.repeat(example.tokens[:1], ahead - 1)
+    return example._replace(tokens=np.concatenate([starts, example.tokens])[: len(example.tokens)])
+
+
 def fixed(example: Example, length: int) -> Example:
     """The target cut or padded to `length`; padding has token 0 and label IGNORED."""
     missing = max(0, length - len(example.labels))
@@ -35,10 +47,10 @@ def fixed(example: Example, length: int) -> Example:
     return example._replace(tokens=tokens, labels=targets, places=places)
 
 
-def mask_inputs(example: Example, share: float, key: int, mask: int) -> Example:
-    """Mask this share of the decoder inputs, never the start token (word dropout: Bowman et al. 2016)."""
-    others = len(example.tokens) - 1
-    places = permutation(make_key("masked inputs", key), others)[: round(share * others)] + 1
+def mask_inputs(example: Example, share: float, key: int, mask: int, starts: int = 1) -> Example:
+    """Mask this share of the decoder inputs, none of the first `starts` (word dropout: Bowman et al. 2016)."""
+    others = max(0, len(example.tokens) - starts)
+    places = permutation(make_key("masked inputs", key), others)[: round(share * others)] + starts
     tokens = example.tokens.astype(np.int64)
     tokens[places] = mask
     return example._replace(tokens=tokens)

@@ -338,8 +338,11 @@ class Examples:
         data = self.data
         if not self._two_sides:
             return decoder_inputs.one_side(example)
+        if data.target_ahead > 1:
+            example = decoder_inputs.later(example, data.target_ahead)
         if data.masked_decoder_share:
-            example = decoder_inputs.mask_inputs(example, data.masked_decoder_share, key, special_tokens.mask)
+            share, starts = data.masked_decoder_share, data.target_ahead
+            example = decoder_inputs.mask_inputs(example, share, key, special_tokens.mask, starts)
         if data.dropped_decoder_share:
             example = decoder_inputs.drop_positions(example, data.dropped_decoder_share, key)
         if data.fixed_target_tokens:

@@ -43,6 +43,7 @@ EXAMPLES = {  # settings of examples; in a plan's identity only where they diffe
     "first_sentinel",
     "mask_token",
     "bidirectional_prefix",
+    "target_ahead",
     "fixed_target_tokens",
     "masked_decoder_share",
     "dropped_decoder_share",

@@ -37,6 +37,7 @@ from bigmodel.data.objectives.span_corruption import restore
 from bigmodel.data.objectives.table import OBJECTIVES, ObjectiveKind
 from bigmodel.data.plan.attention_work import count_work
 from bigmodel.data.plan.shuffle import Chunk
+from bigmodel.evaluation.training_tasks import require_harness
 from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.run_directory import read_json_lines
 from tests.support.example_batches import BOS, EOS, VOCABULARY, fragment_of, text
@@ -290,6 +291,74 @@ def test_decoder_inputs_are_fixed_masked_or_sparse() -> None:
     assert (len(sparse.tokens), sparse.places[0]) == (11, 0)
     assert sparse.tokens.tolist() == plain.tokens[sparse.places].tolist()
     assert sparse.labels.tolist() == plain.labels[sparse.places].tolist()
+
+
+def decoder_inputs_in_numpy(
+    target: np.ndarray, ahead: int, masked: list[int], kept: list[int] | None, fixed: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Inputs, labels and positions, token by token; `masked` and `kept`: places before anything is left out."""
+    inputs = [BOS if place < ahead else int(target[place - ahead]) for place in range(len(target))]
+    inputs = [MARKS.mask if place in masked else token for place, token in enumerate(inputs)]
+    places = list(range(len(target))) if kept is None else kept
+    rows = [(inputs[place], int(target[place]), place) for place in places][: fixed or None]
+    rows += [(0, IGNORED, rows[-1][2] + 1 + more) for more in range(fixed - len(rows))]
+    return tuple(map(list, zip(*rows, strict=True)))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5, 30])
+@pytest.mark.parametrize("fixed", [0, 10, 30])
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+@pytest.mark.parametrize("dropped", [0.0, 0.4])
+def test_decoder_inputs_are_those_of_numpy(ahead: int, fixed: int, masked: float, dropped: float) -> None:
+    """The draws are read from the example itself: their number and what they never touch are checked."""
+    shares = {"masked_decoder_share": masked, "dropped_decoder_share": dropped}
+    pair, length = Pair(text(5), text(20)), 21
+
+    def made(**inputs: object) -> Example:
+        examples = Examples(DataSettings(**TWO_SIDES, target_ahead=ahead, **inputs), 1, VOCABULARY)
+        chunk = fragment_of(0, pair, examples, 0)
+        example = examples.make(chunk, pair)
+        assert (len(example.tokens), int((example.labels != IGNORED).sum())) == (chunk.num_tokens, chunk.num_labels)
+        return example
+
+    hidden = np.flatnonzero(made(masked_decoder_share=masked).tokens == MARKS.mask).tolist()
+    assert len(hidden) == round(masked * max(0, length - ahead))
+    assert all(place >= ahead for place in hidden)
+    kept = made(dropped_decoder_share=dropped).places.tolist() if dropped else None
+    assert kept is None or (kept[0] == 0 and len(kept) == length - round(dropped * (length - 1)))
+    example = made(fixed_target_tokens=fixed, **shares)
+    places = range(len(example.tokens)) if example.places is None else example.places.tolist()
+    found = example.tokens.tolist(), example.labels.tolist(), list(places)
+    assert found == decoder_inputs_in_numpy(pair.target[1:], ahead, hidden, kept, fixed)
+
+
+def test_texts_under_every_objective_are_read_later_too() -> None:
+    """The start token of a text without a source is the token before it."""
+    for kind in ("causal", "prefix", "span_corruption"):
+        plain, later = (
+            Examples(settings_of(TWO_SIDES | {"target_ahead": ahead}, {"kind": kind}), 1, VOCABULARY)
+            for ahead in (1, 3)
+        )
+        document = text(30)
+        one, other = (examples.make(fragment_of(0, document, examples, 0), document) for examples in (plain, later))
+        assert other.labels.tolist() == one.labels.tolist()
+        assert other.tokens.tolist() == [one.tokens[0]] * 2 + one.tokens[:-2].tolist()
+
+
+def test_inputs_and_labels_do_not_both_move() -> None:
+    with pytest.raises(ValidationError, match=r"data.target_ahead = 2: with ahead above 1 in data.objectives"):
+        settings_of(TWO_SIDES | {"target_ahead": 2}, {"kind": "causal", "ahead": 2})
+
+
+def test_tasks_and_classes_need_targets_one_ahead() -> None:
+    table = {"data": TWO_SIDES | {"target_ahead": 2}, "model": {"kind": "encoder_decoder"}}
+    assert Settings.model_validate(table)
+    with pytest.raises(ValidationError, match=r"evaluation.tasks with data.target_ahead = 2: tasks are scored token"):
+        Settings.model_validate(table | {"evaluation": {"tasks": ["arc_easy"]}})
+    with pytest.raises(ValidationError, match=r"data.target_ahead cannot be combined with classes"):
+        Settings.model_validate(table | {"classification": {"classes": ["a", "b"]}})
+    with pytest.raises(UserError, match=r"--tasks: with data.target_ahead = 2 no token is predicted from the one"):
+        require_harness(Settings.model_validate(table).model, "--tasks", target_ahead=2)
 
 
 # ---- an objective of one's own: a rule, and a row in the table

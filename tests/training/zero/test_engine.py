@@ -20,7 +20,7 @@ from bigmodel.training.zero import ulysses
 from bigmodel.training.zero.engine import evaluated
 from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import wrap_blocks
-from tests.support.engine_worker import batch_of, launch, new_model, settings_table
+from tests.support.engine_worker import batch_of, launch, new_model, oracle, settings_table
 from tests.support.exactness import FEW_STEPS, failures, job_of, with_sequence
 from tests.support.ranks import run_ranks
 
@@ -59,6 +59,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
             jobs[f"{kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
             table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind}, model=GRU)
             jobs[f"recurrent {kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
+    sampled = {"scheduled_sampling": {"steps": 4, "share": 0.8, "choice": "drawn"}}
+    whole = Settings.model_validate(settings_table(folder, 1, "fp32", 6, training=sampled))
+    path = folder / "sampled.safetensors"
+    seen = oracle(whole, FEW_STEPS, path)
+    for stage, more in itertools.product((2, 3), ({}, {"activation_checkpointing": "full"})):
+        table = settings_table(folder, stage, "fp32", 2, training=sampled | more)
+        job = {"settings": table, "steps": FEW_STEPS, "oracle": str(path), "seen": seen, "allowed": {}}
+        jobs[f"sampled {stage}{' again' if more else ''}"] = job
     for stage in (1, 2, 3):
         table = settings_table(folder, stage, "fp16", 3, fp16={"initial_scale_power": 28})
         where = str(folder / f"fp16-{stage}")
@@ -109,6 +117,14 @@ def test_initial_weights_are_the_same_at_any_stage_and_world_size(results, preci
         if kind == precision
     }
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_scheduled_sampling_on_two_ranks_is_plain_torch_on_one(results, stage: int) -> None:
+    """Drawn predictions, a share that begins at 0, a rank with an empty micro-batch, with and without recomputation."""
+    plain, again = results[2][f"sampled {stage}"], results[2][f"sampled {stage} again"]
+    assert failures(plain) == []
+    assert (again["losses"], again["norms"], again["digest"]) == (plain["losses"], plain["norms"], plain["digest"])
 
 
 @pytest.mark.parametrize("stage", [1, 3])
