@@ -125,7 +125,12 @@ class WorkList:
         """Exit code. Jobs that another process works on come last: they are waited for. draws: without it pictures are
         drawn only when all is finished."""
         out = self.jobs[0].out
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         live = self.console.is_terminal
         with stoppable(), Progress(*columns, console=self.console, disable=not live) as progress:
             total = progress.add_task("runs", total=len(chosen), completed=sum(map(finished, chosen)))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich import box
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -182,7 +182,7 @@ def show_table(jobs: Sequence[Job], console: Console) -> None:
     """The finished rows; numbers of parameters and notes are in table.md."""
     head, cells = table_of([row for row in rows_of(jobs) if row.results])
     kept = [number for number, name in enumerate(head) if name not in ("parameters", "note")]
-    table = Table(box=box.SIMPLE)
+    table = Table(box=SIMPLE)
     for number in kept:
         table.add_column(head[number], justify="right" if number else "left", overflow="fold")
     for line in cells:

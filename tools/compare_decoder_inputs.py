@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -153,7 +154,7 @@ def show(found: Mapping[str, Sequence[Mapping[str, float]]], steps: int) -> None
             f"{fmean(differences):+.4f} ± {spread(differences):.4f}",
             f"{fmean(speeds):,.0f} ± {spread(speeds):,.0f}",
         )
-    Console(highlight=False, markup=False, emoji=False, width=max(100, Console().width)).print(table)
+    Console(highlight=False, markup=False, emoji=False, width=max(100, get_terminal_size().columns)).print(table)
 
 
 if __name__ == "__main__":

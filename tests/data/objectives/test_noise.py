@@ -182,7 +182,7 @@ def test_pairs_are_read_with_noise_and_their_targets_stay(one: dict) -> None:
 def test_labelled_documents_keep_begin_end_and_class() -> None:
     document = Pair(text(40), np.array([BOS, 7, EOS]))
     for ends, sides in ((False, ONE_SIDE), (True, ONE_SIDE), (False, TWO_SIDES)):
-        data = data_of(sides, augmentation=EACH).with_classes(("a", "b"), ends)
+        data = data_of(sides, augmentation=EACH).with_classes(("a", "b"), ends, {})
         examples = examples_of(data)
         examples.find_class = lambda label, *place: int(label[1])
         piece = fragment_of(0, document, examples, 0)
