@@ -1,9 +1,9 @@
 """Fine-tuning beside a simple method: `make finetune`, or `python -m tools.finetune`.
 
-Trains configs/finetune-base.toml, fine-tunes configs/finetune-verbs.toml from it, trains configs/finetune-initial.toml
-from initial weights, and scores the same held-out documents with the most frequent class and with scikit-learn's TF-IDF
-and logistic regression, whose settings cross-validation on the training documents chooses. What is finished is not
-repeated. Out: a table, and comparison.json in the run directory.
+Trains configs/finetune-base.toml, fine-tunes configs/finetune-verbs.toml from it, and scores the same held-out
+documents with the most frequent class and with scikit-learn's TF-IDF and logistic regression, whose settings
+cross-validation on the training documents chooses. `--initial` also trains configs/finetune-initial.toml, the same
+model from initial weights. What is finished is not repeated. Out: a table, and comparison.json in the run directory.
 
 Guarantees: all methods learn from the training documents of the shards and are scored on all validation documents. No
 run of 13 words of a validation document occurs in a training document, which is counted.
@@ -41,16 +41,18 @@ FOLDS = 3  # of the cross-validation
 
 def main(
     ranks: Annotated[int, typer.Option(min=1, help="ranks of each run")] = 2,
+    initial: Annotated[bool, typer.Option("--initial", help="also train from initial weights")] = False,
 ) -> None:
     """Train, fine-tune, compare."""
     began = time.perf_counter()
-    for run in (BASE, VERBS, INITIAL):
+    runs = {"fine-tuned from the base": VERBS} | ({"from initial weights": INITIAL} if initial else {})
+    for run in (BASE, *runs.values()):
         bigmodel("prepare", str(run))
         bigmodel("launch", "local", str(run), "--ranks", str(ranks))
     settings = load_settings(VERBS)
     print("cross-validation of TF-IDF and logistic regression", flush=True)
     train, held_out = (list(documents(ShardStore.of_run(settings.data, split))) for split in ("train", "validation"))
-    fine_tuned, initial = (read_json(load_settings(run).run.directory / "summary.json") for run in (VERBS, INITIAL))
+    ours = {name: read_json(load_settings(run).run.directory / "summary.json") for name, run in runs.items()}
     classical = tf_idf_with_regression(train, held_out)
     seconds, usage = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     own = resource.getrusage(resource.RUSAGE_SELF)
@@ -59,10 +61,9 @@ def main(
         "held-out documents": len(held_out),
         "shared runs of words": shared_runs(train, held_out),
         "scores": {
-            "most frequent class": {name: fine_tuned[f"majority_{name}"] for name in MEASURES},
+            "most frequent class": {name: ours["fine-tuned from the base"][f"majority_{name}"] for name in MEASURES},
             "TF-IDF, logistic regression": classical,
-            "fine-tuned from the base": {name: fine_tuned[name] for name in MEASURES},
-            "from initial weights": {name: initial[name] for name in MEASURES},
+            **{run: {name: summary[name] for name in MEASURES} for run, summary in ours.items()},
         },
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime + own.ru_utime + own.ru_stime,
