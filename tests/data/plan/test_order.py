@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from bigmodel.config.settings import DataSettings, UserError
@@ -71,6 +71,7 @@ def test_every_position_is_given_exactly_once_per_source_and_epoch(case):
         order, packs = Order(store, data, global_batch_size, seed), []
         while len(packs) < 2000 and min(part.epochs_complete for part in order.progress().values()) < 2:
             packs += order.next_step()
+    assume(len(packs) < 2000)  # one short document a packed sequence: two passes of the rarest source take longer
     counts, progress = given_positions(packs), order.progress()
     assert set(counts.values()) == {1}  # also in the epochs that are under way
     for name, part in progress.items():
