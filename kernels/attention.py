@@ -502,22 +502,35 @@ TILE_SHAPES_OF_CHANGED_SCORES = {
     ("bias_gradient", 128): (32, 32, 4, 1),
     ("bias_gradient", 256): (16, 16, 4, 1),
 }
+TILE_SHAPES_WITH_DROPOUT = TILE_SHAPES_OF_CHANGED_SCORES | {
+    ("forward", 64): (64, 32, 8, 2),
+    ("forward", 128): (64, 32, 8, 2),
+    ("query_gradient", 64): (128, 32, 8, 2),
+}
 # fp32 products are exact: no tensor cores, and small tiles in plain registers.
 TILE_SHAPES_OF_FP32 = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 
 def launch_options(
-    kernel: str, channels: int, dtype: torch.dtype, block: int, capability: int, plain: bool = True
+    kernel: str,
+    channels: int,
+    dtype: torch.dtype,
+    block: int,
+    capability: int,
+    changed: bool = False,
+    drops: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of a kernel: CHANNELS, HEAD, ROWS, PARTS, COLUMNS, num_warps, num_stages.
 
-    `block`: rows of a tile in the tile metadata; a program takes ROWS of them, one PARTS-th. `plain`: no cap, no
-    bias."""
+    `block`: rows of a tile in the tile metadata; a program takes ROWS of them, one PARTS-th. `changed`: a
+    cap or a bias; `drops`: dropout."""
     head = max(16, 1 << (channels - 1).bit_length())
     width = max(head, 64)
     if dtype == torch.float32:
         shape = TILE_SHAPES_OF_FP32[width]
-    elif not plain:
+    elif drops:
+        shape = TILE_SHAPES_WITH_DROPOUT[kernel, width]
+    elif changed:
         shape = TILE_SHAPES_OF_CHANGED_SCORES[kernel, width]
     else:
         shape = (TILE_SHAPES if capability // 10 in (9, 10) else TILE_SHAPES_IN_99_KB)[kernel, width]
@@ -527,9 +540,13 @@ def launch_options(
     return tile | {"num_warps": num_warps, "num_stages": num_stages}
 
 
-def _options(kernel: str, q_THK: Tensor, block: int, plain: bool) -> dict[str, Any]:
+def _options(kernel: str, q_THK: Tensor, block: int, changed: bool, drops: bool) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(q_THK.device) if q_THK.is_cuda else (9, 0)
-    return launch_options(kernel, q_THK.shape[2], q_THK.dtype, block, 10 * major + minor, plain)
+    return launch_options(kernel, q_THK.shape[2], q_THK.dtype, block, 10 * major + minor, changed, drops)
+
+
+def _is_changed(bias_HR: Tensor | None, softcap: float | None) -> bool:
+    return bias_HR is not None or softcap is not None
 
 
 def _strides(*rows_list: Tensor) -> list[int]:
@@ -568,7 +585,7 @@ def attention_op(
     lse_HT = torch.empty(num_heads, num_rows, dtype=torch.float32, device=q_THK.device)
     bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)
     drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
-    options = _options("forward", q_THK, block, bias_HR is None and softcap is None and query_words_T is None)
+    options = _options("forward", q_THK, block, _is_changed(bias_HR, softcap), query_words_T is not None)
     forward_kernel[(query_tiles_NF.shape[0] * options["PARTS"] * num_heads,)](
         q_THK, k_SGK, v_SGK, out_THK, lse_HT, bias2_HR, *drops, query_tiles_NF, *_strides(q_THK, k_SGK, v_SGK),
         left, right, scale * LOG2_E, cap2, num_heads, num_rows,
@@ -591,9 +608,9 @@ def _attention_backward(
     d_out_THK, q_THK, k_SGK, v_SGK = _with_dense_channels(d_out_THK, q_THK, k_SGK, v_SGK)
     dq_THK, dk_SGK, dv_SGK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THK, k_SGK, v_SGK))
     delta_HT = torch.empty_like(lse_HT)
-    plain = bias_HR is None and softcap is None and query_words_T is None
+    scores = _is_changed(bias_HR, softcap), query_words_T is not None
     drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
-    of_queries, of_keys = (_options(kernel, q_THK, block, plain) for kernel in ("query_gradient", "key_gradient"))
+    of_queries, of_keys = (_options(kernel, q_THK, block, *scores) for kernel in ("query_gradient", "key_gradient"))
     delta_kernel[(triton.cdiv(num_rows, of_queries["ROWS"]) * num_heads,)](
         out_THK, d_out_THK, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
         CHANNELS=channels, HEAD=of_queries["HEAD"], ROWS=of_queries["ROWS"],
@@ -613,7 +630,7 @@ def _attention_backward(
     if bias_HR is None or not bias_is_wanted:
         return dq_THK, dk_SGK, dv_SGK, lse_HT.new_empty(0)
 
-    options = _options("bias_gradient", q_THK, block, plain)
+    options = _options("bias_gradient", q_THK, block, *scores)
     num_parts = query_tiles_NF.shape[0] * options["PARTS"]
     num_programs = min(num_parts, BIAS_GRADIENT_PROGRAMS)
     square, reach = options.pop("COLUMNS"), bias_HR.shape[1] // 2

@@ -52,15 +52,17 @@ CONFIGURATIONS = [
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
     *product((100, 90, 80), ("bf16",), (128,), ("drops",), PLAIN),
+    *product((100, 80), ("bf16",), (64,), ("drops",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64,), ("all",), (*PLAIN, "bias_gradient")),
+    *product((100, 80), ("bf16",), (128,), ("all",), PLAIN),
     *product(ARCHITECTURES, ("bf16",), (64, 128, 256), ("plain",), ("delta",)),
     *product(ARCHITECTURES, ("int32",), (0,), ("prefixes",), SCHEDULE),
     *product((80,), ("fp16",), (128,), ("plain",), PLAIN),
     *product((80,), ("fp32",), (64,), ("plain",), ("key_gradient",)),
 ]
 OTHERS = [
-    *product(ARCHITECTURES, ("bf16",), (64, 256), ("drops",), PLAIN),
-    *product(ARCHITECTURES, ("bf16",), (128, 256), ("all",), (*PLAIN, "bias_gradient")),
+    *product(ARCHITECTURES, ("bf16",), (256,), ("drops",), PLAIN),
+    *product(ARCHITECTURES, ("bf16",), (256,), ("all",), (*PLAIN, "bias_gradient")),
     *product(ARCHITECTURES, ("fp16",), (64, 128, 256), ("plain",), PLAIN),
     *product(ARCHITECTURES, ("int32",), (0,), ("plain",), SCHEDULE),
     *product((80, 90), ("fp32",), (64, 128, 256), ("plain",), PLAIN),
@@ -91,7 +93,13 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
         return compiled_schedule(name, architecture, score)
     kernel = getattr(attention, f"{name}_kernel")
     shape = attention.launch_options(
-        name.replace("delta", "query_gradient"), channels, TYPES[dtype], 128, architecture, score == "plain"
+        name.replace("delta", "query_gradient"),
+        channels,
+        TYPES[dtype],
+        128,
+        architecture,
+        SCORES[score]["REACH"] >= 0 or SCORES[score]["CAPPED"],
+        score in WITH_DROPOUT,
     )
     constants = {"GROUP": 2} | SCORES[score] | shape
     if SCORES[score]["REACH"] < 0:
