@@ -46,6 +46,7 @@ class Part:
 CORRECTNESS: tuple[str, ...] = (
     *("-m", "pytest", "-v", "--maxfail", "10", "--no-header", "-p", "no:cacheprovider", "--durations", "10"),
     *("tests/gpu/test_linear_cross_entropy_on_gpu.py", "tests/gpu/test_attention_on_gpu.py"),
+    *("tests/gpu/test_recurrent_on_gpu.py", "tests/gpu/test_linear_distillation_on_gpu.py"),
 )
 
 PARTS = (
