@@ -417,7 +417,9 @@ def export(
         float | None, typer.Option(min=0, help="largest file of weights, in GiB; default: 5", show_default=False)
     ] = None,
     best: Best = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="only the adapters of [lora], as peft loads them")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help=r"only the adapters of \[lora], as peft loads them")
+    ] = False,
     quantize: Annotated[
         str, typer.Option(metavar="FORM", help="int8 (compressed-tensors) or q8_0 (GGUF, for llama.cpp): 8-bit weights")
     ] = "",

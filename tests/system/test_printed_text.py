@@ -3,9 +3,13 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from rich.text import Text
 
+from bigmodel.__main__ import app
 from bigmodel.checks import guarantees as check
 from bigmodel.checks.audit import Finding
 from bigmodel.data.prepare.pipeline import live
@@ -131,3 +135,19 @@ def test_tables_bars_and_lines_keep_what_looks_like_markup(
     printed = capsys.readouterr().out
     for what in ("cause", "end", "host", "node", "text", "task", "line", "said"):
         assert f"{what} {ODD}" in printed
+
+
+def helps(command: Any) -> Iterator[str]:
+    """The help of a command, of its options and of the commands below it."""
+    yield command.help or ""
+    yield from (option.help or "" for option in command.params if hasattr(option, "help"))
+    for below in getattr(command, "commands", {}).values():
+        yield from helps(below)
+
+
+def test_no_word_of_a_command_s_help_is_lost_as_markup() -> None:
+    """typer reads help as rich's markup: a section's name needs a backslash before its bracket."""
+    lost = [
+        text for text in helps(typer.main.get_command(app)) if Text.from_markup(text).plain != text.replace("\\[", "[")
+    ]
+    assert lost == []
