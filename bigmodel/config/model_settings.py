@@ -229,7 +229,7 @@ class ModelSettings(WithFrom):
     num_mtp_modules: int = setting(
         0,
         only_with={"kind": ("decoder", "encoder_decoder")},
-        why="an encoder predicts no further tokens",
+        why="a module is a further block of a transformer's decoder",
         ge=0,
         description="multi-token prediction (MTP) modules: each is a block that predicts one token further ahead",
     )

@@ -15,7 +15,6 @@ READ = {
     "logit_softcap", "logit_scale", "min_vocabulary", "vocabulary_multiple", "vectors", "vectors_absent",
 }  # fmt: skip
 REASONS = {
-    "num_mtp_modules": "a further module would be a transformer's block",
     "embedding_norm": "embedded tokens are always normalised before the first layer",
     "embedding_scale": "embedded tokens are normalised before the first layer",
     "norm_placement": "one norm follows the embedding, one the last layer",

@@ -22,7 +22,7 @@ def load(table: dict[str, Any]) -> Settings:
         ({"num_heads": 4}, "model.num_heads = 4 has no effect with model.kind = .lstm. .a recurrent layer has neither"),
         ({"intermediate_size": 300}, "nor a feed-forward part"),
         ({"position_embedding": "learned", "max_positions": 9}, "model.position_embedding = .learned. has no effect"),
-        ({"num_mtp_modules": 1}, "model.num_mtp_modules = 1 has no effect"),
+        ({"num_mtp_modules": 1}, "model.num_mtp_modules = 1 has no effect with kind = .lstm. .a module is a further"),
         ({"embedding_norm": True}, "always normalised before the first layer"),
         ({"encoder_num_layers": 1}, "model.encoder_num_layers = 1 has no effect with kind = .lstm."),
         ({"backpropagation_tokens": -1}, "greater than or equal to 0"),

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "model.backpropagation_tokens": (9, {}, 'with kind = "decoder"', {"kind": "rnn"}),
     "model.relative_buckets": (16, {}, 'with position_embedding = "rotary"', BUCKETS),
     "model.relative_distance": (256, {}, 'set position_embedding = "relative_bias"', BUCKETS),
-    "model.num_mtp_modules": (1, {"kind": "encoder"}, "(an encoder predicts no further tokens)", {}),
+    "model.num_mtp_modules": (1, {"kind": "encoder"}, "(a module is a further block of a transformer's decoder)", {}),
     "model.mtp_loss_weight": (0.5, {}, "without num_mtp_modules", {"num_mtp_modules": 1}),
     "model.rope_theta": (5e5, BUCKETS, 'with position_embedding = "relative_bias"', {}),
     "model.full_attention_every": (2, {}, "without sliding_window", {"sliding_window": 8}),
