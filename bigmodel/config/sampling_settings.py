@@ -59,6 +59,11 @@ def problem_of_sampling(settings: Any) -> str:
     if settings.training.scheduled_sampling is None:
         return ""
     data, said = settings.data, "training.scheduled_sampling"
+    first, steps = settings.training.scheduled_sampling.first_step, settings.training.steps
+    if first >= steps:
+        return (
+            f"{said}.first_step = {first} is not below training.steps = {steps}: no input would be replaced; lower it"
+        )
     if settings.model.kind == "encoder":
         return f'{said} with model.kind = "encoder": an encoder has no decoder inputs; leave it out'
     if settings.model.is_recurrent:

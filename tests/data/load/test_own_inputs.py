@@ -167,3 +167,10 @@ def test_training_batches_are_sampled_by_their_step_and_validation_is_not() -> N
     again = Builder(store, data, 1, sampling=sampling).build([steps[1].packs[0]], 1, [0])
     assert again.fingerprint() in {batch.fingerprint() for batch in steps[1].micro_batches}
     assert all(batch.replaced is None for batch in validation_batches(store, data, 1))
+
+
+def test_it_begins_within_the_run() -> None:
+    training = {"steps": 8, "scheduled_sampling": {"first_step": 7}}
+    assert Settings.model_validate({"training": training})
+    with pytest.raises(ValidationError, match=r"first_step = 8 is not below training\.steps = 8: no input would be"):
+        Settings.model_validate({"training": training | {"scheduled_sampling": {"first_step": 8}}})
