@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from bigmodel.config.settings import ModelSettings, Settings, load_settings
+from bigmodel.config.settings import ModelSettings, Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.plan.order import Order
 from bigmodel.data.store.shards import ShardStore
@@ -36,7 +36,7 @@ from bigmodel.evaluation.evaluate import Validation
 from bigmodel.inspect.memory import model_without_memory
 from bigmodel.model.init import init_weights
 from bigmodel.model.recurrent.model import build_model
-from bigmodel.run_directory import read_json, write_json
+from bigmodel.run_directory import EXIT_USER, read_json, write_json
 from bigmodel.training.learning_rate import learning_rate
 from bigmodel.training.optimizers.groups import build_optimizer
 from tools.measure import Record
@@ -52,7 +52,7 @@ CONSTANT = ['schedule={kind="constant",warmup_steps=30}', "training.steps=100000
 Point = tuple[int, float, float]  # tokens, CPU seconds, nats per token of the validation
 
 
-def main(
+def compare(
     seconds: Annotated[float, typer.Option(min=1, help="CPU seconds of training for each model")] = 300.0,
     every: Annotated[int, typer.Option(min=1, help="steps between evaluations")] = 50,
     sequences: Annotated[int, typer.Option(min=1, help="packed validation sequences of an evaluation")] = 24,
@@ -60,9 +60,14 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the numbers and the picture")] = ROOT / "benchmarks",
     run_file: Annotated[Path, typer.Option(help="whose data, optimizer and transformer are compared")] = RUN_FILE,
 ) -> None:
-    """Train what is not finished, then compare."""
+    """Train what is not finished, then compare. Raises `UserError`."""
     torch.set_num_threads(1)
     base = load_settings(run_file, CONSTANT)
+    if base.model.kind != "decoder":
+        raise UserError(
+            f'--run-file {run_file}: its model.kind = "{base.model.kind}" is not a transformer that recurrent models '
+            'are compared with; give a run file with kind = "decoder"'
+        )
     if not (base.data.directory / "manifest.json").exists():
         subprocess.run([sys.executable, "-m", "bigmodel", "prepare", str(run_file)], check=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -116,9 +121,14 @@ class Contender:
         self.optimizer = build_optimizer(self.model, base.optimizer)
         if self.file.exists():
             saved = torch.load(self.file, weights_only=True)
+            if saved.get("settings", self.settings_text()) != self.settings_text():
+                raise UserError(f"{self.file}: was trained with other settings; give another --work, or remove it")
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.points, self.step = [tuple(point) for point in saved["points"]], saved["step"]
+
+    def settings_text(self) -> str:
+        return self.settings.model_dump_json(include={"data", "model", "optimizer", "run"})
 
     def train(self, seconds: float, every: int, sequences: int) -> None:
         """Until the CPU seconds are used; an evaluation ends it."""
@@ -155,6 +165,7 @@ class Contender:
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["settings"] = self.settings_text()
         partial = self.file.with_suffix(".partial")
         torch.save(state | {"points": self.points, "step": self.step}, partial)
         partial.replace(self.file)
@@ -221,5 +232,13 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def main() -> None:
+    try:
+        typer.run(compare)
+    except UserError as error:
+        print(f"compare_architectures: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER) from None
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -26,14 +26,15 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from bigmodel.config.settings import DataSettings, Settings, load_settings
+from bigmodel.config.settings import DataSettings, Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.plan.order import Order
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.evaluate import Validation
-from bigmodel.run_directory import read_json, write_json
+from bigmodel.run_directory import EXIT_USER, read_json, write_json
 from bigmodel.training.load_model import Trained, load_trained
+from tools.ablate import numbers_of
 from tools.measure import Record
 
 ROOT = Path(__file__).parents[1]
@@ -52,21 +53,27 @@ FORMS: dict[str, list[str]] = {
 }
 
 
-def main(
+def compare(
     steps: Annotated[int, typer.Option(min=2, help="steps of each run")] = 150,
     seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "1,2",
     work: Annotated[Path, typer.Option(help="folder of the runs")] = ROOT / "runs" / "decoder-inputs",
     out: Annotated[Path, typer.Option(help="folder of the numbers")] = ROOT / "benchmarks",
     run_file: Annotated[Path, typer.Option(help="run file of an encoder-decoder")] = RUN_FILE,
 ) -> None:
-    """Train what is not finished, then compare."""
-    if not (load_settings(run_file).data.directory / "manifest.json").exists():
+    """Train what is not finished, then compare. Raises `UserError`."""
+    numbers, settings = numbers_of(seeds), load_settings(run_file)
+    if settings.model.kind != "encoder_decoder":
+        raise UserError(
+            f'--run-file {run_file}: its model.kind = "{settings.model.kind}" does not have all these inputs; give a '
+            'run file with kind = "encoder_decoder"'
+        )
+    if not (settings.data.directory / "manifest.json").exists():
         subprocess.run([sys.executable, "-m", "bigmodel", "prepare", str(run_file)], check=True)
     head = Record(out, "compare_decoder_inputs", "cpu").head
     found: dict[str, list[dict[str, float]]] = {}
-    for seed in seeds.split(","):
+    for seed in numbers:
         for name in FORMS:
-            result = result_of(run_file, name, int(seed), steps, work)
+            result = result_of(run_file, name, seed, steps, work)
             found.setdefault(name, []).append(result)
             print(f"{name}, seed {seed}: {result['loss']:.4f} nats", flush=True)
             write_json(out / "compare_decoder_inputs.json", {**head, "steps": steps, "forms": found})
@@ -75,7 +82,7 @@ def main(
 
 def result_of(run_file: Path, name: str, seed: int, steps: int, work: Path) -> dict[str, float]:
     """Train, score and time a form, unless its result is there."""
-    place = work / f"{steps}-steps" / f"{sorted(FORMS).index(name)}-seed-{seed}"
+    place = work / f"{run_file.stem}-{steps}-steps" / f"{sorted(FORMS).index(name)}-seed-{seed}"
     file = place.with_suffix(".json")
     if file.exists():
         return read_json(file)
@@ -83,7 +90,8 @@ def result_of(run_file: Path, name: str, seed: int, steps: int, work: Path) -> d
     given = [word for one in words for word in ("--set", one)]
     launch = [sys.executable, "-m", "bigmodel", "launch", "local", str(run_file), "--ranks", "1", *given]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other slow a busy machine down
-    subprocess.run(launch, check=True, stdout=subprocess.DEVNULL, env=alone)
+    if ended := subprocess.run(launch, stdout=subprocess.DEVNULL, env=alone).returncode:
+        raise SystemExit(ended)  # the run has said why
     trained = load_trained(place)
     result = {"loss": true_loss(trained), "tokens_per_cpu_second": speed(trained)}
     write_json(file, result)
@@ -157,5 +165,13 @@ def show(found: Mapping[str, Sequence[Mapping[str, float]]], steps: int) -> None
     Console(highlight=False, markup=False, emoji=False, width=max(100, get_terminal_size().columns)).print(table)
 
 
+def main() -> None:
+    try:
+        typer.run(compare)
+    except UserError as error:
+        print(f"compare_decoder_inputs: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER) from None
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel.config.settings import load_settings
+from bigmodel.config.settings import UserError, load_settings
 from tests.support.tiny_run import write_run
-from tools.compare_architectures import CONSTANT, KINDS, Contender, equal_points, loss_at, parameters, sized
+from tools.compare_architectures import CONSTANT, KINDS, Contender, compare, equal_points, loss_at, parameters, sized
 
 
 def test_every_model_has_the_parameters_of_the_transformer_within_2_percent(shards: Path, tmp_path: Path) -> None:
@@ -31,6 +31,19 @@ def test_a_comparison_goes_on_where_it_was_cut(shards: Path, tmp_path: Path) -> 
     assert [point[::2] for point in whole.points] == [point[::2] for point in again.points]
     for mine, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_other_kinds_and_models_of_other_settings_are_refused(shards: Path, tmp_path: Path) -> None:
+    run_file = write_run(tmp_path, shards)
+    base = load_settings(run_file, CONSTANT)
+    Contender("rnn", base, tmp_path).save()
+    other = base.model_copy(update={"optimizer": base.optimizer.model_copy(update={"learning_rate": 0.5})})
+    with pytest.raises(UserError, match=r"rnn.pt: was trained with other settings; give another --work"):
+        Contender("rnn", other, tmp_path)
+    lstm = tmp_path / "lstm.toml"
+    lstm.write_text('model = { kind = "lstm", hidden_size = 8 }\n')
+    with pytest.raises(UserError, match=r'lstm.toml: its model.kind = "lstm" is not a transformer that'):
+        compare(seconds=1, every=1, sequences=1, work=tmp_path, out=tmp_path, run_file=lstm)
 
 
 def test_losses_are_compared_where_every_model_has_been() -> None:

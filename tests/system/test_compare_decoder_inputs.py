@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigmodel.config.settings import load_settings
+from bigmodel.config.settings import UserError, load_settings
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.run_directory import write_json
 from tests.support.example_batches import VOCABULARY, fragment_of, text
@@ -38,9 +38,18 @@ def test_a_finished_form_is_not_trained_again(tmp_path: Path) -> None:
     """Training would fail: there is no run file."""
     known = {"loss": 3.5, "tokens_per_cpu_second": 9.0}
     for number in range(len(tool.FORMS)):
-        (tmp_path / "30-steps").mkdir(exist_ok=True)
-        write_json(tmp_path / "30-steps" / f"{number}-seed-1.json", known)
+        (tmp_path / "no-30-steps").mkdir(exist_ok=True)
+        write_json(tmp_path / "no-30-steps" / f"{number}-seed-1.json", known)
     assert all(tool.result_of(tmp_path / "no.toml", name, 1, 30, tmp_path) == known for name in tool.FORMS)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    run_file = tool.RUN_FILE.with_name("tiny.toml")
+    with pytest.raises(UserError, match=r'tiny.toml: its model.kind = "decoder" does not have all these inputs'):
+        tool.compare(steps=30, seeds="1", work=tmp_path, out=tmp_path, run_file=run_file)
+    with pytest.raises(UserError, match=r"--seeds 1,x: must be different whole numbers"):
+        tool.compare(steps=30, seeds="1,x", work=tmp_path, out=tmp_path, run_file=tool.RUN_FILE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_has_mean_and_spread_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
