@@ -39,8 +39,9 @@ def _request(prompt: TextRequest, seed: int) -> Request:
     if "top_k" in given:
         given["top_k"] = int(given["top_k"])
     return Request(
-        prompt.start.inputs, prompt.start.source, prompt.max_tokens, Sampling(**given, seed=seed), stop=prompt.stop
-    )
+        prompt.start.inputs, prompt.start.source, prompt.max_tokens, Sampling(**given, seed=seed), stop=prompt.stop,
+        stands_alone=True,  # lm_eval decodes the new ids alone
+    )  # fmt: skip
 
 
 def _positions(trained: Trained) -> int:

@@ -19,7 +19,7 @@ from bigmodel.generation.engine import Engine, Request, check_can_generate
 from bigmodel.generation.recurrent_cache import make_cache
 from bigmodel.generation.sampling import Sampling
 from bigmodel.generation.served import Served
-from bigmodel.generation.text import readable
+from bigmodel.generation.text import continuation
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ def _searched(served: Served, prompts: Sequence[str], options: Options) -> Itera
         most = _most_tokens(served, prompt, options)
         asked = options.beams, most, options.length_penalty, served.target_ahead
         found = beam_search(cache, prompt, eos, *asked)
-        texts = [readable(served.tokenizer, [token for token in answer.ids if token != eos]) for answer in found]
+        answers = ([token for token in answer.ids if token != eos] for answer in found)
+        texts = [continuation(served.tokenizer, prompt.ids, ids) for ids in answers]
         scored = zip(texts, (answer.score for answer in found), strict=True)
         yield text, [{"text": words, "score": score} for words, score in scored][: options.answers]

@@ -44,7 +44,8 @@ class Request:
     """ids: the prompt with its begin token; of an encoder-decoder the decoder's, usually the begin token alone. source:
     ids that an encoder reads, with their end token. prefix: how many first ids attend to one another in both directions
     (prefix language models). stop: texts that end the answer and are cut off. stop_ids: tokens that end it, beside the
-    tokenizer's end token."""
+    tokenizer's end token. stands_alone: the answer is a text of its own, as in a chat, and does
+    not go on in the prompt's."""
 
     ids: list[int]
     source: list[int] | None = None
@@ -54,6 +55,7 @@ class Request:
     top_logprobs: int = 0
     prefix: int = 0
     stop_ids: tuple[int, ...] = ()
+    stands_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Engine:
         """The request's number. Raises `UserError` for what the model cannot take."""
         self._check(request)
         generator = torch.Generator().manual_seed(request.sampling.seed)
-        text = TextStream(self._tokenizer, request.stop)
+        text = TextStream(self._tokenizer, request.stop, () if request.stands_alone else request.ids)
         self._waiting.append(_Sequence(self._next_number, request, text, generator))
         self._next_number += 1
         return self._next_number - 1

@@ -1,16 +1,18 @@
 """Text of tokens as they come: whole characters only, cut before a stop string.
 
-In: one id after another. Out: the text that is certain. Guarantees: the pieces together are the text of all ids, up to
-the first stop string; no piece ends inside a character, and none holds a part of a stop string. Costs: decodes the last
-few tokens again with each token.
+In: one id after another, after a prompt. Out: the text that is certain. Guarantees: the pieces together are the text
+that all ids add to the prompt's, up to the first stop string; no piece ends inside a character, and none holds a part
+of a stop string. Costs: decodes the last few tokens again with each token.
 """
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Protocol
 
 from bigmodel.config.user_error import UserError
 
 UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
+JOINING_IDS = 4  # of the prompt: a whole character, where each byte is a token
 
 
 class Decoder(Protocol):
@@ -30,16 +32,28 @@ def readable(tokenizer: Decoder, ids: list[int]) -> str:
     return "".join(parts)
 
 
-class TextStream:
-    """The text of one answer. `stopped` is true from the end of a stop string on."""
+def continuation(tokenizer: Decoder, prompt: Sequence[int], ids: list[int]) -> str:
+    """What the ids add to the text of a prompt: some tokenizers write a space between two tokens."""
+    before = _last_of(tokenizer, prompt)
+    return readable(tokenizer, before + ids)[len(readable(tokenizer, before)) :]
 
-    def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = ()) -> None:
+
+def _last_of(tokenizer: Decoder, prompt: Sequence[int]) -> list[int]:
+    """The ids that show how the next one joins; none, where the prompt ends inside a character."""
+    last = list(prompt[-JOINING_IDS:])
+    return [] if readable(tokenizer, last).endswith(UNFINISHED) else last
+
+
+class TextStream:
+    """The text of one answer. `prompt`: the ids before it. `stopped` is true from the end of a stop string on."""
+
+    def __init__(self, tokenizer: Decoder, stop: tuple[str, ...] = (), prompt: Sequence[int] = ()) -> None:
         if "" in stop:
             raise UserError("a stop string is empty; leave it out, or give a text")
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
+        self._ids = _last_of(tokenizer, prompt)
         self._before = 0  # ids whose text is known and shows how the next ones join
-        self._known = 0  # ids whose text is in `_held` or given
+        self._known = len(self._ids)  # ids whose text is in `_held` or given, or of the prompt
         self._held = ""  # known text that may be the beginning of a stop string
         self.stopped = False
 

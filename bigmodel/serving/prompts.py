@@ -76,7 +76,8 @@ def requests_of(body: CompletionBody | ChatBody, prompts: list[Prompt], served: 
     """`n` for each prompt, in order. limit: most tokens that this server generates for a request."""
     seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
     asked = 0 if body.num_top is None else body.num_top
-    ends = served.end_of_turn if isinstance(body, ChatBody) else None
+    is_chat = isinstance(body, ChatBody)
+    ends = served.end_of_turn if is_chat else None
     stop_ids = () if ends is None else (ends,)
     requests: list[Request] = []
     for prompt in prompts:
@@ -91,8 +92,11 @@ def requests_of(body: CompletionBody | ChatBody, prompts: list[Prompt], served: 
                 seed=(seed + len(requests)) % MAX_SEED,
             )
             requests.append(
-                Request(prompt.ids, prompt.source, tokens, sampling, tuple(body.stop), asked, stop_ids=stop_ids)
-            )
+                Request(
+                    prompt.ids, prompt.source, tokens, sampling, tuple(body.stop), asked, stop_ids=stop_ids,
+                    stands_alone=is_chat,
+                )
+            )  # fmt: skip
     return requests
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from bigmodel.config.settings import UserError, load_settings
-from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.data.store.tokenizer import BOS, EOS, Tokenizer
+from bigmodel.data.store.word_tokenizer import train_words
 from bigmodel.generation.command import Options, print_answer, print_answers, read_prompts
 from bigmodel.generation.engine import Engine, Request
 from bigmodel.generation.sampling import Sampling
@@ -42,6 +44,25 @@ def test_a_streamed_answer_is_the_same_and_follows_its_prompt(
     assert capsys.readouterr().out == whole
     assert whole.startswith("Document")
     assert len(whole) > len("Document\n")
+
+
+def test_the_answer_of_a_model_of_words_is_joined_to_its_prompt_by_a_space(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"w{number}" for number in range(200)]
+    of_words = Tokenizer(train_words(words, 300, "punctuation", False, 1, (BOS, EOS)))
+    model = Transformer(served.model.settings, of_words.vocabulary)
+    init_weights(model, seed=1)
+    served = replace(served, model=model.eval(), tokenizer=of_words)
+    for options in (Options(4, GREEDY), Options(4, GREEDY, stream=True), Options(4, GREEDY, beams=2)):
+        print_answer(served, "w1 w2", options)
+        assert re.fullmatch("w1 w2( w[0-9]+){1,4}\n", capsys.readouterr().out)
+    (tmp_path / "some.txt").write_text("w1 w2\nw3")
+    for options in (Options(4, GREEDY), Options(4, GREEDY, beams=2)):
+        print_answers(served, tmp_path / "some.txt", options)
+        for line in map(json.loads, capsys.readouterr().out.splitlines()):
+            texts = [answer["text"] for answer in line["answers"]] if options.beams else [line["text"]]
+            assert all(re.fullmatch("( w[0-9]+){1,4}", text) for text in texts)
 
 
 def test_prompts_of_a_file_are_answered_in_order_as_each_is_alone(

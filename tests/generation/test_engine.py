@@ -1,6 +1,7 @@
 """Many requests at once: each has the tokens that it has alone, and its text comes in whole characters."""
 
 import pytest
+import tokenizers as library
 import torch
 
 from bigmodel.config.settings import Settings, UserError
@@ -11,7 +12,7 @@ from bigmodel.generation.engine import Engine, Request, Step
 from bigmodel.generation.far_labels import predicts_next_token, target_ahead_of
 from bigmodel.generation.prompts import pack
 from bigmodel.generation.sampling import Sampling
-from bigmodel.generation.text import TextStream, readable
+from bigmodel.generation.text import TextStream, continuation, readable
 from bigmodel.model.transformer import Transformer
 from tests.support.example_batches import model_of
 
@@ -199,6 +200,25 @@ def test_text_comes_in_whole_characters(tokenizer: tokenizers.Tokenizer) -> None
     assert pieces[:6] == ["a", "", "ß", "", "", "漢"]
     unfinished = TextStream(tokenizer)
     assert ["".join(map(unfinished.add, ids[:2])), unfinished.end()] == ["a", "\ufffd"]
+
+
+def test_a_text_goes_on_in_that_of_its_prompt_but_not_in_half_a_character() -> None:
+    made = library.Tokenizer(library.models.WordLevel({"?": 0, "▁a": 1, "▁b": 2, "<0xC3>": 3, "<0x9F>": 4}, "?"))
+    made.add_special_tokens(["<s>", "</s>"])
+    decoders = library.decoders
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = tokenizers.Tokenizer(made.to_str())
+    for prompt, ids, text in (
+        ([tokenizer.bos, 1], [2, 3, 4, 1], " bß a"),
+        ([tokenizer.bos], [2, 1], "b a"),
+        ([1, 3, 4], [2], " b"),
+        ([1, 3], [4, 2], "\ufffd b"),
+        ([1, tokenizer.bos], [2], " b"),
+    ):
+        stream = TextStream(tokenizer, prompt=prompt)
+        assert "".join(map(stream.add, ids)) + stream.end() == text == continuation(tokenizer, prompt, ids)
 
 
 def test_text_ends_before_a_stop_string_that_crosses_tokens(tokenizer: tokenizers.Tokenizer) -> None:
