@@ -51,13 +51,21 @@ class Sentences:
 
 def train_vectors(data: Path, out: Path, channels: int = 128, epochs: int = 5, window: int = 5, seed: int = 1) -> int:
     """Write the file; returns the number of vectors. The skip-gram model with negative sampling (Mikolov et al.
-    2013)."""
+    2013). Raises `UserError` for numbers below 1, a folder that is missing, and data without text."""
+    for name, value in (("channels", channels), ("epochs", epochs), ("window", window), ("seed", seed)):
+        if not 1 <= value < 1 << 32:
+            raise UserError(f"--{name} {value}: must be at least 1, and below 2**32")
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"{out}: must be a file in a folder that exists")
     try:
         from gensim.models import Word2Vec
     except ImportError:
         raise UserError("gensim is not installed: pip install gensim") from None
+    sentences = Sentences(data)
+    if not any(sentences):
+        raise UserError(f"{data}: its train split has no text; add text, and prepare it again")
     model = Word2Vec(
-        Sentences(data), vector_size=channels, window=window, min_count=1, sg=1, negative=5, epochs=epochs,
+        sentences, vector_size=channels, window=window, min_count=1, sg=1, negative=5, epochs=epochs,
         seed=seed, workers=1,
     )  # fmt: skip
     model.wv.save_word2vec_format(str(out), binary=out.suffix == ".bin")

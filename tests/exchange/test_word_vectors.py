@@ -93,6 +93,19 @@ def test_words_with_spaces_windows_line_ends_blank_lines_and_other_encodings_are
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("first", ["2 2\n", ""])
+@pytest.mark.parametrize("word", ["t\x01e", "\x0cthe", "\x7f"])
+def test_a_word_with_control_characters_leaves_a_text_a_text(first: str, word: str, tmp_path: Path) -> None:
+    form, words, _ = read(write(tmp_path / "vectors.txt", first + GLOVE.replace("the", word)))
+    assert (form, words[1]) == ("Word2Vec, text" if first else "GloVe", "cat")
+    assert word.strip() == words[0].strip()
+
+
+@pytest.mark.parametrize("first", ["2 2\n", ""])
+def test_a_byte_order_mark_is_no_part_of_the_first_word(first: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / "vectors.txt", f"\ufeff{first}{GLOVE}"))[1] == ["the", "cat"]
+
+
 def test_a_file_larger_than_a_block_is_read_in_blocks(tmp_path: Path) -> None:
     words = [f"w{number}" for number in range(9000)]
     vectors = np.random.default_rng(2).standard_normal((9000, 50)).astype(np.float32)

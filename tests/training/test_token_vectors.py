@@ -203,3 +203,20 @@ def test_vectors_that_gensim_trains_on_the_corpus_fit_every_token_that_occurs(wo
             expected = theirs[tokenizer.token_of(token)]
             assert np.array_equal(one.embedding.weight[token].detach().numpy(), expected)
     assert np.array_equal(models.KeyedVectors.load_word2vec_format(str(tmp_path / "a.txt")).vectors, theirs.vectors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"window": 0}, "--window 0: must be at least 1"),
+        ({"channels": 0}, "--channels 0: must be at least 1"),
+        ({"seed": 1 << 32}, r"--seed 4294967296: must be at least 1, and below 2\*\*32"),
+        ({"out": "absent/vectors.txt"}, "vectors.txt: must be a file in a folder that exists"),
+    ],
+)
+def test_numbers_and_files_that_gensim_cannot_train_to_are_refused(
+    changes: dict[str, Any], refusal: str, words: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / changes.pop("out", "vectors.txt")
+    with pytest.raises(UserError, match=refusal):
+        train_vectors(words, out, **changes)
