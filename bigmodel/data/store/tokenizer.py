@@ -138,7 +138,7 @@ class Tokenizer:
             self._exact = _exact(json.dumps(description))
         self._name = name
         self.gives_back_text = gives_back_text(description)
-        self._is_byte_level = (description.get("decoder") or {}).get("type") == "ByteLevel"
+        self._decoder: dict[str, Any] = description.get("decoder") or {"type": "joined by spaces"}
         self.unknown = unknown_text.unknown_id(description["model"])
         self._lacking = description if unknown_text.lacks_tokens(description) else None
         self.drops_text = self._lacking is not None and unknown_text.drops(description["model"])
@@ -325,12 +325,19 @@ class Tokenizer:
         return frozenset(number for number, token in added.items() if token.special)
 
     def piece_of(self, number: int) -> str:
-        """The text of a token, with the white space around it; empty for special tokens and ids without a token."""
-        token = self._exact.id_to_token(number)
+        """The text of a token, with the white space around it; empty for special tokens and ids without a token. A
+        tokenizer that drops white space has it before each word, and not before punctuation marks."""
+        token, kind = self._exact.id_to_token(number), self._decoder["type"]
         if token is None or number in self._special:
             return ""
-        if self._is_byte_level:
+        if kind == "ByteLevel":
             return bytes_of_token(token).decode(errors="replace")
+        if kind == "WordPiece" and token.startswith(self._decoder["prefix"]):
+            return token.removeprefix(self._decoder["prefix"])
+        if kind in ("joined by spaces", "WordPiece"):
+            return f" {token}" if any(map(str.isalnum, token)) else token
+        if kind == "BPEDecoder":
+            return token.replace(self._decoder["suffix"], " ")
         return token.replace("▁", " ")
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.objectives.sentences import kinds_of, sentence_ends
 from bigmodel.data.store.tokenizer import BOS, EOS, Tokenizer, train
 
 TEXTS = [f"def function_{n}(value):\n    return value + {n * 37}  # naïve été don't\n\n" for n in range(200)]
@@ -275,3 +276,22 @@ def test_names_of_a_given_tokenizer_written_in_a_document_stay_text_on_both_path
         assert (stored[0], stored[-1]) == (0, 1)
         assert not {0, 1} & set(stored[1:-1])
         assert tokenizer.decode(stored) == text
+
+
+def test_sentences_are_found_where_a_tokenizer_drops_white_space() -> None:
+    names = ["[UNK]", "We", "run", ".", "fast", "Go", "!", '"', "##ing", "run</w>", ".</w>"]
+    words = tokenizers.Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, "[UNK]"))
+    words.add_special_tokens(["[BOS]", "[EOS]"])
+    for decoder, tokens, expected in (
+        (None, ["We", "run", ".", '"', "Go", "!", "!", "We"], [' We run."', " Go!!", " We"]),
+        (decoders.WordPiece(), ["Go", "##ing", "fast", ".", "We"], [" Going fast.", " We"]),
+        (decoders.BPEDecoder(), ["Go", "run</w>", ".</w>", "We"], ["Gorun . ", "We"]),
+    ):
+        if decoder is not None:
+            words.decoder = decoder
+        made = Tokenizer(words.to_str())
+        pieces = [made.piece_of(number) for number in range(made.vocabulary)]
+        ids = np.array([made.number_of(token) for token in tokens])
+        ends = sentence_ends(ids, kinds_of(pieces))
+        found = ["".join(pieces[one] for one in part) for part in np.split(ids, ends[:-1])]
+        assert found == expected
