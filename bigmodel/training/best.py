@@ -16,6 +16,7 @@ from typing import Any
 from bigmodel.config.measures import MEASURES
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.evaluation.evaluate import Evaluation
+from bigmodel.sizes import counted_noun
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class Judge:
         assert self._stop
         assert self._waiting
         best = f"{self._waiting.value:.4g} of step {self._waiting.step}" if self._waiting.step else "none"
+        margin = f", by more than min_delta = {self._stop.min_delta:g}," if self._stop.min_delta else ""
         return (
-            f"no better {self._stop.metric} than {best} in {self._waiting.waited} evaluations "
+            f"no better {self._stop.metric} than {best}{margin} in {counted_noun(self._waiting.waited, 'evaluation')} "
             f"(training.early_stop.patience = {self._stop.patience})"
         )
 

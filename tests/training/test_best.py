@@ -52,6 +52,14 @@ def test_less_than_min_delta_is_not_better_for_the_end_but_for_the_best_checkpoi
     assert seen([3.0, 2.95, 2.85], patience=2, min_delta=0.1) == ([1, 2, 3], 0)
 
 
+def test_the_reason_of_an_early_end_names_the_min_delta_that_losses_fell_short_of() -> None:
+    one = judge(patience=2, min_delta=0.1)
+    for step, loss in enumerate([3.0, 2.95, 2.92], 1):
+        one.see(step, evaluation(loss))
+    assert one.stops
+    assert one.reason.startswith("no better loss than 3 of step 1, by more than min_delta = 0.1, in 2 evaluations (")
+
+
 def test_what_is_not_finite_is_never_better() -> None:
     assert seen([float("nan"), float("inf"), 2.0, float("nan")], patience=3) == ([3], 0)
     assert seen([float("nan")] * 3, patience=3) == ([], 3)
@@ -62,7 +70,7 @@ def test_more_patience_lets_a_run_that_ended_go_on_and_another_metric_begins_ane
     one.see(10, evaluation(2.0))
     one.see(20, evaluation(3.0))
     assert one.stops
-    assert "no better loss than 2 of step 10 in 1 evaluations (training.early_stop.patience = 1)" in one.reason
+    assert one.reason == "no better loss than 2 of step 10 in 1 evaluation (training.early_stop.patience = 1)"
     assert judge(one.state(), patience=1).stops
     assert not judge(one.state(), patience=2).stops
     assert not judge(one.state(), metric="bits_per_byte", patience=1).stops
