@@ -220,6 +220,13 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
+def tokenizer_of(directory: Path) -> str:
+    """sha256 of the tokenizer.json that the data of a run had at its last start; empty: not recorded."""
+    record = Path(directory) / "data_manifest.json"
+    found = read_json(record) if record.is_file() else {}
+    return str(found.get("tokenizer_sha256", "")) if isinstance(found, dict) else ""
+
+
 def record_event(directory: Path, kind: str, **details: Any) -> None:
     """Append an event with its time (Unix seconds) to events.jsonl."""
     append_json_line(Path(directory) / "events.jsonl", {"time": time.time(), "event": kind, **details})

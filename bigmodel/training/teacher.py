@@ -18,6 +18,7 @@ from torch import nn
 
 from bigmodel.config.settings import ModelSettings, Settings, UserError
 from bigmodel.config.start_folder import is_run, model_of
+from bigmodel.data.store.manifest import sha256_of
 from bigmodel.data.store.same_tokenizer import difference
 from bigmodel.distributed.world import World
 from bigmodel.kernels.linear_distillation import Divergence
@@ -25,7 +26,7 @@ from bigmodel.model.huggingface.start import fill, read_settings
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
-from bigmodel.run_directory import read_json
+from bigmodel.run_directory import read_json, tokenizer_of
 from bigmodel.sizes import counted_noun
 from bigmodel.training.start import open_weights
 
@@ -139,6 +140,13 @@ def _check_tokenizer(folder: Path, data: Path) -> None:
         raise UserError(
             f"{_named(folder)}: {theirs / 'tokenizer.json'} is missing: a teacher must have the tokenizer of the data, "
             "and this cannot be seen; copy the file there"
+        )
+    then = tokenizer_of(folder)
+    if then and then != sha256_of(str(theirs / "tokenizer.json")):
+        raise UserError(
+            f"{_named(folder)}: {theirs / 'tokenizer.json'} is not the tokenizer that this run was trained with "
+            "(its SHA-256 differs from data_manifest.json's): the folder was prepared again; restore it, or train the "
+            "teacher again"
         )
     if what := difference(data, theirs):
         raise UserError(

@@ -155,9 +155,25 @@ def test_a_teacher_that_cannot_teach_the_student_is_refused(folder: Path, shards
     def positions(table: dict[str, Any]) -> None:
         table["model"] |= {"position_embedding": "learned", "max_positions": 47}
 
+    damaged = changed(run, tmp_path / "damaged", "settings.json", lambda table: None)
+    for file in (damaged / "checkpoints").glob("step-*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"distillation\.teacher: .* is whole; .*; restore one from a copy$"):
+        open_teacher(student(folder, shards, damaged), 300, ALONE)
     newest = max(path.name for path in (run / "checkpoints").iterdir())
     short = changed(run, tmp_path / "short", f"checkpoints/{newest}/state.json", positions)
     assert "has 47 learned positions, and the longest document 48" in refusal(student(folder, shards, short))
+
+
+def test_a_teacher_whose_data_were_prepared_again_with_another_tokenizer_is_refused(
+    folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    def prepared_before(table: dict[str, Any]) -> None:
+        table["tokenizer_sha256"] = "0" * 64
+
+    teacher = changed(folder / "teacher", tmp_path / "teacher", "data_manifest.json", prepared_before)
+    told = refusal(student(folder, shards, teacher))
+    assert f"{shards / 'tokenizer.json'} is not the tokenizer that this run was trained with" in told
 
 
 def test_tokenizers_differ_in_ids_ends_or_rules(shards: Path, tmp_path: Path) -> None:

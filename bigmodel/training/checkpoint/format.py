@@ -41,6 +41,7 @@ from bigmodel.config.settings import SAVED, LoraSettings, ModelSettings, Setting
 from bigmodel.data.store.files import is_inside
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
+from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import remote as store
 from bigmodel.training.checkpoint.merged import MergedReader
 
@@ -109,9 +110,10 @@ def newest(
         if world.rank == 0:
             report(damage[-1])
     if damage:
+        anew = ", or start over with --fresh (which sets them aside)" if is_owner else ""
         raise UserError(
-            f"{directory}: none of {len(damage)} checkpoint(s) is whole; {damage[0]}; "
-            "restore one from a copy, or start over with --fresh (which sets them aside)"
+            f"{directory}: none of {counted_noun(len(damage), 'checkpoint')} is whole; {damage[0]}; restore one from a "
+            f"copy{anew}"
         )
     return None
 
@@ -359,7 +361,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _refuse_average(checkpoint: Checkpoint) -> None:
-    if "average" in checkpoint.description:  # bigmodel.evaluation.average.py
+    if "average" in checkpoint.description:  # bigmodel/evaluation/average.py
         raise UserError(
             f"{checkpoint.path}: an average of checkpoints has no state of the optimizer, so its run cannot go on; "
             f"begin another run with model.from = {json.dumps(str(checkpoint.path.parents[1]))}"

@@ -464,7 +464,7 @@ def test_a_run_resumes_where_only_the_copy_in_a_store_is_left(tmp_path: Path) ->
         delete(f"{remote}/step-00000008/manifest.json")  # as if the upload had been cut off
         assert loaded(tmp_path / "third", remote) == 4
         put(f"{remote}/step-00000004/rank-00000.safetensors", b"other bytes")
-        with pytest.raises(UserError, match=r"none of 1 checkpoint\(s\) is whole.*safetensors has 11 bytes instead of"):
+        with pytest.raises(UserError, match=r"none of 1 checkpoint is whole.*safetensors has 11 bytes instead of"):
             checkpoint.newest(tmp_path / "fourth/checkpoints", ALONE, remote=remote)
         assert list((tmp_path / "fourth/checkpoints").iterdir()) == []
         with pytest.raises(UserError, match=r"--fresh: checkpoint\.remote = .* has the checkpoint of step 4"):
