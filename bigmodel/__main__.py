@@ -458,11 +458,12 @@ def average(
 ) -> None:
     """Average the weights of checkpoints (model soups) into a run directory for evaluate, generate, export."""
     from bigmodel.evaluation.average import average as run
+    from bigmodel.sizes import counted_noun
 
     if sequences and not greedy:
         raise UserError("--sequences: has an effect only with --greedy; give --greedy")
     names = run(runs, folder, last, greedy, sequences)
-    print(f"{folder}: the mean of {len(names)} checkpoints: {'; '.join(names)}")
+    print(f"{folder}: the mean of {counted_noun(len(names), 'checkpoint')}: {'; '.join(names)}")
 
 
 @app.command("import")

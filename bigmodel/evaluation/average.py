@@ -26,20 +26,25 @@ import torch
 from torch import Tensor
 
 from bigmodel.config.model_settings import DRAWN
-from bigmodel.config.settings import Settings, UserError, settings_from_table
+from bigmodel.config.sections import SAVED
+from bigmodel.config.settings import ModelSettings, Settings, UserError, settings_from_table
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.classify import make_validation
 from bigmodel.model.huggingface.folder import write_weights
 from bigmodel.model.recurrent.model import build_model
-from bigmodel.run_directory import read_json, write_atomically
+from bigmodel.run_directory import read_json, tokenizer_of, write_atomically
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.format import Checkpoint, WeightSource
 from bigmodel.training.checkpoint.saver import manifest_of
 
 CHUNK = 1 << 21  # elements read at once
 FILE = "rank-00000.safetensors"
+FREE = (  # settings of the model that may differ: of training and the beginning; shapes are compared by themselves
+    "from", *DRAWN, "vectors", "vectors_absent", "min_vocabulary", "vocabulary_multiple", "mtp_loss_weight",
+    "backpropagation_tokens",
+)  # fmt: skip
 
 Candidate = TypeVar("Candidate")
 
@@ -113,6 +118,8 @@ def average(
         if greedy:
             judge = Judge(found[0], sequences)
             chosen = greedy_soup(found, judge.loss, lambda one: one.name, say)
+        if any(one.settings.pruning.kind != "none" for one in chosen):
+            _tell_zeros(chosen, say)
         _write(folder, chosen)
     return [one.name for one in chosen]
 
@@ -199,15 +206,12 @@ def _require_several(found: Sequence[Ingredient]) -> None:
 def _require_alike(first: Ingredient, other: Ingredient, say: Callable[[str], None]) -> None:
     """Raises `UserError` where two checkpoints have different models, tokenizers or classes."""
     remedy = "only checkpoints of one model can be averaged; leave it out"
-    theirs, its = (
-        {**one.checkpoint.description["model"], "classes": one.settings.classification.classes}
-        for one in (first, other)
-    )
-    for name in sorted(theirs.keys() | its.keys()):
-        if name not in (*DRAWN, "from") and theirs.get(name) != its.get(name):
+    theirs, its = ({**_saved_model(one), "classes": one.settings.classification.classes} for one in (first, other))
+    for name in sorted(theirs):
+        if name not in FREE and theirs[name] != its[name]:
             section = "classification" if name == "classes" else "model"
             raise UserError(
-                f"{other.name}: {section}.{name} = {its.get(name)}, and {first.name} has {theirs.get(name)}: {remedy}"
+                f"{other.name}: {section}.{name} = {its[name]}, and {first.name} has {theirs[name]}: {remedy}"
             )
     shapes, its_shapes = first.weights.shapes, other.weights.shapes
     for name in [*shapes, *its_shapes]:
@@ -220,11 +224,10 @@ def _require_alike(first: Ingredient, other: Ingredient, say: Callable[[str], No
         return
     if _tokenizer(first) != _tokenizer(other):
         raise UserError(
-            f"{other.name}: the tokenizer of {other.settings.data.directory} is not that of "
-            f"{first.settings.data.directory} ({first.name}): the same row of the embedding is another token; leave it "
-            "out"
+            f"{other.name}: the tokenizer of its data ({other.settings.data.directory}) is not that of {first.name} "
+            f"({first.settings.data.directory}): the same row of the embedding is another token; leave it out"
         )
-    if _beginning(first) != _beginning(other):
+    if not _have_one_beginning(first, other):
         say(
             f"warning: {first.run} and {other.run} began with other weights (run.seed, model.from); the mean of such "
             "runs is rarely any good: soups are of runs with one beginning"
@@ -232,11 +235,38 @@ def _require_alike(first: Ingredient, other: Ingredient, say: Callable[[str], No
 
 
 def _tokenizer(one: Ingredient) -> str:
-    return ShardStore.of_run(one.settings.data, "validation").manifest.tokenizer_sha256
+    recorded = tokenizer_of(one.run)  # the folder may have been prepared again since
+    return recorded or ShardStore.of_run(one.settings.data, "validation").manifest.tokenizer_sha256
 
 
-def _beginning(one: Ingredient) -> Any:
-    return one.settings.model.start_folder or one.settings.run.seed
+def _saved_model(one: Ingredient) -> dict[str, Any]:
+    """The model settings of a checkpoint, also those that its version did not have."""
+    return ModelSettings.model_validate(one.checkpoint.description["model"], context=SAVED).model_dump(mode="json")
+
+
+def _have_one_beginning(one: Ingredient, other: Ingredient) -> bool:
+    """Also a run and one that began from it."""
+    starts = [run.settings.model.start_folder for run in (one, other)]
+    if starts == [None, None]:
+        return one.settings.run.seed == other.settings.run.seed
+    begins = {start.resolve() if start else run.run.resolve() for start, run in zip(starts, (one, other), strict=True)}
+    return len(begins) == 1
+
+
+def _tell_zeros(chosen: Sequence[Ingredient], say: Callable[[str], None]) -> None:
+    """Warn if a pruned checkpoint has zeros that the mean lacks: a mean is 0 only where all are."""
+    sources = [one.weights for one in chosen]
+    its, shared = [0] * len(sources), 0
+    for name in sources[0].names():
+        zeros = [source.read(name, 0, math.prod(source.shape(name))) == 0 for source in sources]
+        its = [before + int(mask.sum()) for before, mask in zip(its, zeros, strict=True)]
+        shared += int(torch.stack(zeros).all(0).sum())
+    most = max(range(len(its)), key=lambda number: its[number])
+    if its[most] > shared:
+        say(
+            f"warning: {chosen[most].name} has {its[most]:,} weights that are 0, and the mean {shared:,}: checkpoints "
+            "are pruned in other places; average those of one run after pruning.end_step"
+        )
 
 
 def _write(folder: Path, chosen: Sequence[Ingredient]) -> None:
@@ -250,6 +280,8 @@ def _write(folder: Path, chosen: Sequence[Ingredient]) -> None:
     table["run"]["directory"] = str(folder)
     table.pop("lora", None)  # merged
     write_atomically(staging / "settings.json", json.dumps(table, indent=2) + "\n")
+    if (record := first.run / "data_manifest.json").is_file():
+        shutil.copyfile(record, staging / record.name)
     mean = Mean([one.weights for one in chosen])
     write_weights(part / FILE, mean, list(mean))
     then = first.checkpoint.description

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from bigmodel.__main__ import app
@@ -172,6 +172,22 @@ def test_checkpoints_of_other_models_are_refused(run: Path, tmp_path: Path, chan
     assert not (tmp_path / "mean").exists()
 
 
+def test_a_run_from_another_one_with_other_settings_of_training_is_averaged_with_it(run: Path, tmp_path: Path) -> None:
+    def tuned(state: dict[str, Any], settings: dict[str, Any]) -> None:
+        settings["model"] |= {"from": str(run)}
+        state["model"] |= {"from": str(run), "min_vocabulary": 300, "dropout": 0.4, "mtp_loss_weight": 0.7}
+
+    def of_an_older_version(state: dict[str, Any], settings: dict[str, Any]) -> None:
+        del state["model"]["zero_centered_norm"]
+
+    changed(run, tmp_path / "tuned", tuned)
+    changed(run, tmp_path / "older", of_an_older_version)
+    said: list[str] = []
+    average([run, tmp_path / "tuned"], tmp_path / "mean", say=said.append)
+    average([run, tmp_path / "older"], tmp_path / "mean-of-versions", say=said.append)
+    assert said == []
+
+
 def with_swapped_tokens(shards: Path, folder: Path) -> Path:
     """A copy of the data whose tokenizer gives two tokens each other's numbers."""
     shutil.copytree(shards, folder)
@@ -200,8 +216,56 @@ def test_another_tokenizer_is_refused_and_another_beginning_is_said(run: Path, s
     average([run, tmp_path / "same"], tmp_path / "mean", say=said.append)
     assert len(said) == 1
     assert "began with other weights (run.seed, model.from)" in said[0]
-    with pytest.raises(UserError, match=r"the tokenizer of .*swapped-data is not that of .*: the same row"):
+    with pytest.raises(
+        UserError, match=r"the tokenizer of its data \(.*swapped-data\) is not that of .*: the same row"
+    ):
         average([run, tmp_path / "swapped"], tmp_path / "never")
+
+
+def test_the_tokenizer_of_a_run_is_that_of_its_last_start_also_where_its_data_were_prepared_again(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    swapped = with_swapped_tokens(shards, tmp_path / "data")
+    for name, data in (("then", shards), ("now", swapped)):
+
+        def moved(state: dict[str, Any], settings: dict[str, Any]) -> None:
+            settings["data"]["directory"] = str(swapped)
+
+        changed(run, tmp_path / name, moved)
+        shutil.copy(data / "manifest.json", tmp_path / name / "data_manifest.json")
+    with pytest.raises(UserError, match=r"now, step 8: the tokenizer of its data .* is not that of .*then, step 8"):
+        average([tmp_path / "then", tmp_path / "now"], tmp_path / "never")
+    average([run], tmp_path / "mean")
+    assert (tmp_path / "mean" / "data_manifest.json").read_bytes() == (run / "data_manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("places", [(0, 0), (0, 1)])
+def test_a_mean_that_is_less_pruned_than_its_checkpoints_is_said(
+    run: Path, tmp_path: Path, places: tuple[int, int]
+) -> None:
+    """Of each pair of weights one is 0: the first or the second."""
+
+    def pruned(state: dict[str, Any], settings: dict[str, Any]) -> None:
+        settings["pruning"] = {"kind": "magnitude", "sparsity": 0.5, "end_step": 4}
+
+    zeros = 0
+    for name, place in zip("ab", places, strict=True):
+        part = changed(run, tmp_path / name, pruned) / "checkpoints" / f"step-{STEPS[-1]:08d}"
+        file = part / "rank-00000.safetensors"
+        tensors = load_file(file)
+        key = max((key for key in tensors if key.startswith("weight.")), key=lambda key: tensors[key].size)
+        tensors[key] = tensors[key].copy()
+        tensors[key][place::2] = 0
+        zeros = int((tensors[key] == 0).sum())
+        save_file(tensors, file)
+        files = json.loads((part / "manifest.json").read_text())["files"]
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.hash_file(file)}
+        (part / "manifest.json").write_bytes(manifest_of(files, 2))
+    said: list[str] = []
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean", say=said.append)
+    warnings = [f"a, step 8 has {zeros:,} weights that are 0, and the mean 0: checkpoints are pruned in other places"]
+    assert len(said) == (places == (0, 1))
+    assert all(warning in line for warning, line in zip(warnings, said, strict=False))
 
 
 @pytest.mark.parametrize(
