@@ -54,11 +54,14 @@ def ablate(
     slurm: Annotated[bool, typer.Option("--slurm", help="submit the runs as a SLURM job array")] = False,
     sbatch: Annotated[Texts, typer.Option(metavar="OPTION", help="option for sbatch, as --partition=gpu")] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check and list the runs, start nothing")] = False,
-    task: Annotated[int, typer.Option(hidden=True)] = -1,
+    task: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Run variants of a run file over several seeds, and compare them."""
     if sbatch and not slurm:
         raise UserError("--sbatch has no effect without --slurm; leave it out or give both")
+    for option in sbatch:
+        if not option.startswith("-") or option.startswith(("-a", "--array")):
+            raise UserError(f"--sbatch {option}: must be an option as --partition=gpu; --array is set here")
     jobs = require_sound(list_jobs(run_file, out, vary, variants, grid, seeds, override), ranks)
     chosen = [job for job in jobs if not only or job.variant.name in only]
     if unknown := [name for name in only if name not in {job.variant.name for job in jobs}]:
@@ -67,15 +70,17 @@ def ablate(
     words = [str(run_file), "--out", str(out), *_options("--vary", vary), *_options("--set", override)]
     words += [*_options("--variants", [str(variants)] if variants else []), *(["--grid"] if grid else [])]
     words += ["--seeds", seeds, "--ranks", str(ranks)]
-    numbers = [number for number, job in enumerate(jobs) if job in chosen and not finished(job)]
     work_list = WorkList(jobs, ranks, shlex.join(["python", "-m", "tools.ablate", *words]))
     if slurm:
-        submit(out, sbatch_script(out, numbers, sbatch, words), numbers, dry_run)
+        titles = [job.title for job in chosen if not finished(job)]
+        submit(out, sbatch_script(out, titles, sbatch, words), len(titles), dry_run)
     elif dry_run:
         for job in chosen:
             print(f"{job.title}: {'finished' if finished(job) else job.in_words()}")
+    elif task:
+        raise typer.Exit(work_list.run([of_title(jobs, task)], draws=False))
     else:
-        raise typer.Exit(work_list.run(chosen if task < 0 else jobs[task : task + 1], draws=task < 0))
+        raise typer.Exit(work_list.run(chosen, draws=True))
 
 
 def _options(name: str, values: Sequence[str]) -> Texts:
@@ -97,6 +102,14 @@ def list_jobs(
         found = from_texts(run_file, vary, grid)
     out = out.absolute()
     return [Job(one, seed, out, (*common, *override)) for seed in numbers_of(seeds) for one in found]
+
+
+def of_title(jobs: Sequence[Job], title: str) -> Job:
+    """Raises `UserError` if the variants have changed since the job array was submitted."""
+    for job in jobs:
+        if job.title == title:
+            return job
+    raise UserError(f"--task {title}: no such run any more; submit the job array again")
 
 
 def numbers_of(seeds: str) -> list[int]:
@@ -199,27 +212,29 @@ class WorkList:
 # ---- SLURM
 
 
-def sbatch_script(out: Path, numbers: Sequence[int], options: Sequence[str], words: Sequence[str]) -> str:
-    """A job array with a task per run. Before its time is over a task gets SIGTERM, saves, and ends with 3; a requeued
-    one goes on."""
+def sbatch_script(out: Path, titles: Sequence[str], options: Sequence[str], words: Sequence[str]) -> str:
+    """A job array with a task per run, which it names, so that it stays the same when variants are added. Before its
+    time is over a task gets SIGTERM, saves, and ends with 3; a requeued one goes on."""
     given = {
-        "job-name": f"ablate-{out.name}",
-        "array": ",".join(map(str, numbers)),
-        "output": out.absolute() / "slurm" / "%A_%a.out",
+        "job-name": f'"ablate-{out.name}"',
+        "array": f"0-{len(titles) - 1}",
+        "output": f'"{out.absolute()}/slurm/%A_%a.out"',
         "open-mode": "append",
         "signal": "B:TERM@120",
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in given.items()), "#SBATCH --requeue"]
     lines += [f"#SBATCH {option}" for option in options]
     lines += ["", f"cd {shlex.quote(os.getcwd())} || exit 1"]
-    lines += [f"exec {shlex.join([sys.executable, '-m', 'tools.ablate', *words])} --task $SLURM_ARRAY_TASK_ID"]
+    lines += ["runs=(", *(f"  {shlex.quote(title)}" for title in titles), ")"]
+    command = shlex.join([sys.executable, "-m", "tools.ablate", *words])
+    lines += [f'exec {command} --task "${{runs[$SLURM_ARRAY_TASK_ID]}}"']
     return "\n".join(lines) + "\n"
 
 
-def submit(out: Path, script: str, numbers: Sequence[int], dry_run: bool) -> None:
+def submit(out: Path, script: str, count: int, dry_run: bool) -> None:
     """Submit the job array, or print it. Raises `UserError` if SLURM refuses it."""
-    if dry_run or not numbers:
-        print(script if numbers else "every run is finished; the same command without --slurm draws the table")
+    if dry_run or not count:
+        print(script if count else "every run is finished; the same command without --slurm draws the table")
         return
     if shutil.which("sbatch") is None:
         raise UserError("--slurm: sbatch is not on this machine; use a login node of the cluster")
@@ -230,7 +245,7 @@ def submit(out: Path, script: str, numbers: Sequence[int], dry_run: bool) -> Non
     if answer.returncode:
         raise UserError(f"--slurm: sbatch refused {file}: {answer.stderr.strip()}")
     number = answer.stdout.strip().partition(";")[0]
-    print(f"job {number}: {counted_noun(len(numbers), 'task')}; output in {file.parent}, the table in {out}/table.md")
+    print(f"job {number}: {counted_noun(count, 'task')}; output in {file.parent}, the table in {out}/table.md")
 
 
 def main() -> None:

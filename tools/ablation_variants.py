@@ -57,6 +57,7 @@ KEYS = {
 }  # fmt: skip
 TOP_KEYS = {"set": list, "baseline": str, "variants": dict}
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+OF_A_JOB = {"run.seed": "--seeds", "run.directory": "--out"}  # settings of which each job has its own
 Command = tuple[str, ...]
 
 
@@ -157,6 +158,14 @@ def _variant(name: str, given: dict[str, Any], run_file: Path, folder: Path, bas
             raise UserError(f"{where}: {key} has no effect without result")
     if {"key", "pattern"} <= given.keys():
         raise UserError(f"{where}: key is for a JSON file, pattern for a text; give only one of them")
+    if DATA in given.get("result", ""):
+        raise UserError(f"{where}: result = {given['result']!r}: {DATA} is for commands; write it below {{out}}")
+    try:
+        groups = re.compile(given.get("pattern", "(.)")).groups
+    except re.error as error:
+        raise UserError(f"{where}: pattern = {given['pattern']!r} is no regular expression: {error}") from None
+    if not groups:
+        raise UserError(f"{where}: pattern = {given['pattern']!r} has no group; put the loss in ( )")
     return Variant(
         name,
         folder / given["run"] if "run" in given else run_file,
@@ -312,6 +321,7 @@ def require_sound(jobs: Sequence[Job], ranks: int) -> list[Job]:
     for job in first_of_each(jobs):
         if job.variant.commands:
             continue
+        problems += _of_a_job(job)
         try:
             settings = job.settings()
             tables[job.variant.name] = _compared(settings)
@@ -324,6 +334,16 @@ def require_sound(jobs: Sequence[Job], ranks: int) -> list[Job]:
     if problems:
         raise UserError("nothing was started:\n" + "\n".join(f"  {problem}" for problem in problems))
     return _without_copies(jobs, tables)
+
+
+def _of_a_job(job: Job) -> list[str]:
+    """Problems: settings that every job has of its own and that would be without effect."""
+    keys = [text.partition("=")[0].strip() for text in (*job.common, *job.variant.overrides)]
+    return [
+        f"{job.variant.name}: {key} has no effect, {option} says it; leave it out"
+        for key, option in OF_A_JOB.items()
+        if key in keys
+    ]
 
 
 def first_of_each(jobs: Sequence[Job]) -> list[Job]:

@@ -319,10 +319,13 @@ def _read_loss(job: Job) -> dict[str, Any]:
     """The loss in the file that a variant's commands have written, and the scores beside it."""
     file, (*outer, key) = Path(job.filled(job.variant.result)), job.variant.key.split(".")
     if job.variant.pattern:
-        found = re.search(job.variant.pattern, file.read_text() if file.exists() else "")
+        found = re.search(job.variant.pattern, file.read_text(errors="replace") if file.exists() else "")
         if not found:
             raise Failed(f"{file}: has no {job.variant.pattern!r}; correct pattern")
-        return {"loss": float(found[1])}
+        try:
+            return {"loss": float(found[1])}
+        except (TypeError, ValueError):  # None: a group that may be absent
+            raise Failed(f"{file}: {job.variant.pattern!r} finds {found[1]!r}, no number; correct pattern") from None
     try:
         values = read_json(file)
         for name in outer:

@@ -210,7 +210,7 @@ def test_an_array_of_slurm_does_the_same(cluster: Cluster, tmp_path: Path, shard
     words = [str(run_file), "--vary", "model.dropout=0", "--seeds", "1,2", "--out", str(tmp_path / "out")]
     words += ["--set", "evaluation.at_end=true"]
     shown = cluster.call(*ABLATE, *words, "--slurm", "--dry-run", "--sbatch", "--partition=train")
-    assert "#SBATCH --array=0,1,2,3\n" in shown
+    assert "#SBATCH --array=0-3\n" in shown
     assert "#SBATCH --partition=train\n" in shown
     printed = cluster.call(*ABLATE, *words, "--slurm")
     number = printed.split()[1].rstrip(":")

@@ -1,7 +1,9 @@
 """The parts of tools.ablate: statistics against NumPy and SciPy, costs by literals, variants and their refusals."""
 
 import math
+import re
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 from bigmodel.config.settings import UserError
 from bigmodel.run_directory import append_json_line
 from tests.support.tiny_run import write_run
-from tools.ablate import list_jobs, numbers_of, sbatch_script
+from tools.ablate import ablate, list_jobs, numbers_of, of_title, sbatch_script
 from tools.ablation_results import band, paired_difference, spread, t_quantile
 from tools.ablation_variants import Job, Variant, from_file, from_texts, require_sound, values_of
-from tools.ablation_work import Cost, Failed, Stopped, Tail, cost_of, locked, result_of_training, stoppable
+from tools.ablation_work import Cost, Failed, Stopped, Tail, cost_of, locked, result_of_training, stoppable, work
 
 # Statistics.
 
@@ -169,6 +171,30 @@ def test_a_run_without_a_loss_at_its_end_is_refused(run_file: Path) -> None:
         require_sound(jobs, ranks=1)
 
 
+@pytest.mark.parametrize(("text", "option"), [("run.seed=5", "--seeds"), ('run.directory="x"', "--out")])
+def test_a_setting_that_each_run_has_of_its_own_is_refused(run_file: Path, text: str, option: str) -> None:
+    for vary, common in ((text, []), ("model.dropout=0", [text])):
+        jobs = list_jobs(
+            run_file, run_file.parent / "out", [vary], None, False, "1", [*common, "evaluation.at_end=true"]
+        )
+        with pytest.raises(UserError, match=rf"has no effect, {option} says it; leave it out"):
+            require_sound(jobs, ranks=1)
+
+
+def test_a_text_without_the_loss_fails_with_the_reason(tmp_path: Path) -> None:
+    for content, said in (("loss nix", "finds 'nix', no number; correct pattern"), ("none", "has no 'loss ")):
+        _, variant = variants_from(
+            tmp_path,
+            "[variants.a]\nresult = '{out}/r.txt'\npattern = 'loss ([a-z]+)'\n"
+            f"commands = [['bash', '-c', 'echo {content} > {{out}}/r.txt']]",
+        )
+        job = Job(variant, 1, tmp_path / content[:4])
+        with locked(job, wait=False) as held:
+            assert held is not None
+            with pytest.raises(Failed, match=said):
+                work(job, 1, held, lambda *_: None)
+
+
 def test_a_value_of_the_baseline_is_left_out(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound = require_sound(jobs_of(run_file, "model.dropout=0.1,0.2"), ranks=1)
     assert [job.title for job in sound] == [
@@ -216,6 +242,9 @@ def variants_from(folder: Path, text: str) -> list[Variant]:
             '[variants.a]\ncommands = [["true"]]\nresult = "x"\nkey = "x"\npattern = "y"',
             "key is for a JSON file, pattern for a text",
         ),
+        ('[variants.a]\ncommands = [["true"]]\nresult = "x"\npattern = "(y"', "is no regular expression"),
+        ('[variants.a]\ncommands = [["true"]]\nresult = "x"\npattern = "y"', "has no group"),
+        ('[variants.a]\ncommands = [["true"]]\nresult = "{data}/x"', "{data} is for commands"),
         ('[variants.a]\nbefore = ["true"]', "must be a list of words"),
         (
             '[variants.a]\nset = ["model.from={run:b}"]\n[variants.b]\nset = ["model.from={run:a}"]',
@@ -268,10 +297,31 @@ def test_one_signal_stops_and_the_next_does_what_it_did_before() -> None:
 
 
 def test_an_array_has_a_task_for_each_run_that_is_left(tmp_path: Path) -> None:
-    script = sbatch_script(tmp_path / "out", [0, 2], ["--partition=gpu"], ["run.toml", "--set", "a.b=c d"])
-    assert "#SBATCH --array=0,2\n" in script
+    titles = ["baseline, seed 1", "it's a x, seed 2"]
+    script = sbatch_script(tmp_path / "my out", titles, ["--partition=gpu"], ["run.toml", "--set", "a.b=c d"])
+    assert "#SBATCH --array=0-1\n" in script
+    assert f'#SBATCH --output="{tmp_path}/my out/slurm/%A_%a.out"\n' in script
     assert "#SBATCH --partition=gpu\n" in script
-    assert script.endswith(" -m tools.ablate run.toml --set 'a.b=c d' --task $SLURM_ARRAY_TASK_ID\n")
+    assert " -m tools.ablate run.toml --set 'a.b=c d' --task " in script
+    said = [line.replace("exec ", "printf '%s\\n' ") for line in script.splitlines() if not line.startswith("cd ")]
+    told = subprocess.run(
+        ["bash", "-c", "\n".join(said)], capture_output=True, text=True, check=True, env={"SLURM_ARRAY_TASK_ID": "1"}
+    )
+    assert told.stdout.splitlines()[-1] == titles[1]
+
+
+def test_a_task_of_an_array_stays_the_same_run_when_variants_are_added(run_file: Path) -> None:
+    before, after = jobs_of(run_file, "model.dropout=0.1"), jobs_of(run_file, "model.dropout=0,0.1")
+    for job in before:
+        assert of_title(after, job.title) == job
+    with pytest.raises(UserError, match=r"--task model\.dropout=0, seed 1: no such run any more; submit"):
+        of_title(before, "model.dropout=0, seed 1")
+
+
+def test_options_of_sbatch_are_options_and_leave_the_array_alone(run_file: Path) -> None:
+    for option in ("partition=gpu", "--array=0-9", "-a1"):
+        with pytest.raises(UserError, match=re.escape(f"--sbatch {option}: must be an option")):
+            ablate(run_file, run_file.parent / "out", ["model.dropout=0"], slurm=True, sbatch=[option], dry_run=True)
 
 
 # The variants of the project.
