@@ -78,6 +78,11 @@ def problem_of_pruning(settings: Any) -> str:
             f'pruning.kind = "{pruning.kind}" with lora.rank = {settings.lora.rank}: merged adapters would fill the '
             "zeros; leave [lora] out, or train the adapters first and prune in a run with model.from = their run"
         )
+    if pruning.begin_step > settings.training.steps:
+        return (
+            f"pruning.begin_step = {pruning.begin_step} exceeds training.steps = {settings.training.steps}: nothing "
+            "would be pruned; lower it or train longer"
+        )
     if pruning.last_step < pruning.begin_step:
         return f"pruning.end_step = {pruning.end_step} is before begin_step = {pruning.begin_step}; raise it"
     if pruning.last_step > settings.training.steps:

@@ -165,6 +165,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "adapters": ({"pruning": AT_ONCE, "lora": {"rank": 2}}, r'kind = "magnitude" with lora.rank = 2: merged adapters'),
     "order": ({"pruning": AT_ONCE | {"begin_step": 3}}, r"pruning.end_step = 2 is before begin_step = 3; raise it"),
     "long": ({"pruning": GRADUAL, "training": {"steps": 4}}, r"pruning.end_step = 5 exceeds training.steps = 4"),
+    "late": (
+        {"pruning": {"kind": "2:4", "begin_step": 9}, "training": {"steps": 4}},
+        r"begin_step = 9 exceeds training",
+    ),
     "first": ({"pruning": TWO_OF_FOUR | {"initial_sparsity": 0.6}}, r"initial_sparsity = 0.6 exceeds the 0.5 of the"),
 }
 
