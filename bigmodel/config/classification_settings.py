@@ -1,8 +1,9 @@
 """Settings of classification: one of several classes for each document ([classification])."""
 
+import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bigmodel.config.class_balance import problem_of_balance
 from bigmodel.config.sections import SET, Section, setting
@@ -44,6 +45,16 @@ class ClassificationSettings(Section):
         ge=0,
         description="focal loss: each loss is multiplied by (1 - probability of the class) ** focal_gamma; 0: off",
     )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_are_a_table(cls, weights: Any) -> Any:
+        values = weights.values() if isinstance(weights, dict) else [weights == "balanced" or math.nan]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise ValueError(
+                f'classification.weights = {weights!r}: must be "balanced" or a table of numbers, {{ spam = 5.0 }}'
+            )
+        return weights
 
     @model_validator(mode="after")
     def _classes_differ(self) -> "ClassificationSettings":

@@ -35,6 +35,8 @@ def load(classification: dict[str, Any], data: dict[str, Any], **more: Any) -> S
         ({"weights": {"a": -1.0}}, {}, "classification.weights.a = -1.0: every value must be at least"),
         ({}, {"class_mix": {"c": 2.0}}, "data.class_mix.c = 2.0: no such class; classification.classes = ['a', 'b']"),
         ({}, {"class_mix": {"a": 0.0}}, "data.class_mix.a = 0.0: every value must be above 0"),
+        ({"weights": "equal"}, {}, "classification.weights = 'equal': must be \"balanced\" or a table of numbers"),
+        ({"weights": {"a": float("inf")}}, {}, "classification.weights = {'a': inf}: must be \"balanced\" or a table"),
         ({"weights": "balanced"}, {"class_exponent": 0.0}, "both correct the same counts"),
         ({"weights": "balanced"}, {"class_mix": {"a": 1.0, "b": 1.0}}, "both correct the same counts"),
     ],
