@@ -240,8 +240,8 @@ def class_shares(settings: DataSettings, counts: Sequence[int], source: str) -> 
             )
         if name in mix and not count:
             raise UserError(
-                f"data.class_mix.{name} = {mix[name]}: source {source!r} has no training document of this class; leave "
-                "it out, or add documents"
+                f"data.class_mix.{name} = {mix[name]}: source {source!r} has no training document of this class; add "
+                "documents, leave it out if no source has any, or use class_exponent, by the classes of each source"
             )
     weights = {number: mix[settings.classes[number]] if mix else count**exponent for number, count in _some(counts)}
     total = math.fsum(weights.values())
