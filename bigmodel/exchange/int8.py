@@ -34,6 +34,9 @@ def quantized(weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tenso
     largest = weight.abs().amax(dim=1, keepdim=True)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0).to(dtype)
     scale = torch.where(scale > 0, scale, 1.0)  # so small that the type has no such number: all become 0
+    # Below its normal numbers a type rounds coarsely: where down, the next number holds the largest weight, too.
+    unit = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    scale = torch.where(largest > (LARGEST + 0.5) * scale.float(), scale + unit, scale)
     return (weight / scale.float()).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 

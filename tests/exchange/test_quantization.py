@@ -97,6 +97,10 @@ def test_integers_are_those_of_torch_and_packed_as_compressed_tensors_does(colum
     packed = int8.packed(integers)
     assert torch.equal(helpers.unpack_from_int32(packed, 8, weight.shape), integers)
     assert torch.equal(helpers.pack_to_int32(integers, 8), packed)
+    for size in (1e-2, 1e-4, 3e-5, 1e-5):  # below 7.7e-3 a scale is no normal number of fp16
+        near, scale = int8.quantized(weight * size, torch.float16)
+        apart = (weight * size - near.float() * scale.float()).abs()
+        assert bool((apart <= scale.float() / 2 * (1 + 1e-5)).all()), size
     half, coarse = int8.quantized(weight * 1e-9, torch.float16)
     assert not half.any()
     assert bool((coarse == 1).all())
