@@ -168,14 +168,16 @@ def _escaped(cells: list[str]) -> list[str]:
 
 
 def write_table(jobs: Sequence[Job], out: Path, command: str) -> None:
-    """table.md and results.json of what is finished."""
-    rows, about = rows_of(jobs), origin(command)
-    write_atomically(out / "table.md", markdown_of(rows, about))
-    results = {
-        row.variant.name: {"set": list(row.variant.overrides), "against": row.variant.against, "seeds": row.results}
-        for row in rows
-    }
-    write_json(out / "results.json", about | {"variants": results})
+    """table.md and results.json of what is finished, also by another process while this one writes."""
+    about, done = origin(command), -1
+    while done < (now := sum(map(finished, jobs))):
+        done, rows = now, rows_of(jobs)
+        write_atomically(out / "table.md", markdown_of(rows, about))
+        results = {
+            row.variant.name: {"set": list(row.variant.overrides), "against": row.variant.against, "seeds": row.results}
+            for row in rows
+        }
+        write_json(out / "results.json", about | {"variants": results})
 
 
 def show_table(jobs: Sequence[Job], console: Console) -> None:

@@ -4,16 +4,17 @@ import math
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bigmodel.config.settings import UserError
-from bigmodel.run_directory import append_json_line
+from bigmodel.run_directory import append_json_line, read_json, write_json
 from tests.support.tiny_run import write_run
 from tools.ablate import ablate, list_jobs, numbers_of, of_title, sbatch_script
-from tools.ablation_results import band, paired_difference, spread, t_quantile
+from tools.ablation_results import band, paired_difference, spread, t_quantile, write_table
 from tools.ablation_variants import Job, Variant, from_file, from_texts, require_sound, values_of
 from tools.ablation_work import Cost, Failed, Stopped, Tail, cost_of, locked, result_of_training, stoppable, work
 
@@ -44,6 +45,21 @@ def test_a_spread_is_the_standard_deviation_over_seeds() -> None:
     assert str(spread([1.0, 2.0, 4.0])) == f"2.3333 ± {np.std([1, 2, 4], ddof=1):.4f}"
     assert str(spread([1.5])) == "1.5000"
     assert math.isnan(spread([1.5]).deviation)
+
+
+def test_the_last_table_has_what_several_processes_finish_at_once(tmp_path: Path) -> None:
+    jobs = [Job(Variant(f"v{number}", tmp_path, commands=(("true",),)), 1, tmp_path) for number in range(6)]
+    jobs[0].directory.parent.parent.mkdir()
+
+    def finish(job: Job) -> None:
+        job.directory.parent.mkdir()
+        write_json(job.beside("result.json"), {"loss": 1.0})
+        write_table(jobs, tmp_path, "a command")
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(finish, jobs))
+    assert "none finished" not in (tmp_path / "table.md").read_text()
+    assert all(found["seeds"] for found in read_json(tmp_path / "results.json")["variants"].values())
 
 
 def test_a_band_has_the_steps_of_all_seeds() -> None:
