@@ -164,7 +164,7 @@ def markdown_of(rows: Sequence[Row], about: dict[str, str]) -> str:
 
 
 def _escaped(cells: list[str]) -> list[str]:
-    return [cell.replace("|", "\\|") for cell in cells]
+    return [" ".join(cell.replace("|", "\\|").splitlines()) for cell in cells]
 
 
 def write_table(jobs: Sequence[Job], out: Path, command: str) -> None:

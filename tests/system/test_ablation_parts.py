@@ -14,7 +14,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.run_directory import append_json_line, read_json, write_json
 from tests.support.tiny_run import write_run
 from tools.ablate import ablate, list_jobs, numbers_of, of_title, sbatch_script
-from tools.ablation_results import band, paired_difference, spread, t_quantile, write_table
+from tools.ablation_results import Row, band, markdown_of, paired_difference, spread, t_quantile, write_table
 from tools.ablation_variants import Job, Variant, from_file, from_texts, require_sound, values_of
 from tools.ablation_work import Cost, Failed, Stopped, Tail, cost_of, locked, result_of_training, stoppable, work
 
@@ -60,6 +60,12 @@ def test_the_last_table_has_what_several_processes_finish_at_once(tmp_path: Path
         list(pool.map(finish, jobs))
     assert "none finished" not in (tmp_path / "table.md").read_text()
     assert all(found["seeds"] for found in read_json(tmp_path / "results.json")["variants"].values())
+
+
+def test_a_row_of_the_table_is_one_line_whatever_its_note_has(tmp_path: Path) -> None:
+    row = Row(Variant("a", tmp_path, note="x | y\nz"), [], {1: {"loss": 1.0}})
+    about = {"command": "", "commit": "", "date": "", "processor": ""}
+    assert markdown_of([row], about).splitlines()[-1].endswith(r"| 1 | x \| y z |")
 
 
 def test_a_band_has_the_steps_of_all_seeds() -> None:
