@@ -142,6 +142,7 @@ def test_a_schedule_made_before_gives_the_same() -> None:
     assert torch.equal(attention(rows, rows, rows, mask, tile_metadata), attention(rows, rows, rows, mask))
 
 
+@pytest.mark.timeout(900)
 def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
     assert run_interpreted("tests/support/interpreted_attention.py") == 27
 
