@@ -1,14 +1,25 @@
 """Ports, names and network interfaces of this machine, from the kernel."""
 
 import fcntl
+import random
 import socket
 import struct
+from pathlib import Path
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
+PORTS_GIVEN = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT, TRIES = 20_000, 100
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now; another process may take it before its use."""
+    """A TCP port that is free on this machine now; another server may take it before its use.
+
+    Below the range from which the kernel gives ports to outgoing connections, so that none of those takes it.
+    """
+    candidates = range(FIRST_PORT, int(PORTS_GIVEN.read_text().split()[0]))
+    for port in random.SystemRandom().sample(candidates, k=min(TRIES, len(candidates))):
+        if port_is_free(port):
+            return port
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

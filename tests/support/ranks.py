@@ -5,7 +5,6 @@ Imports cost 8 s per process. The server pays them once; then ranks start in und
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -14,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from bigmodel.launcher.network import free_port
 from bigmodel.rank_log import ARRANGED
 
 _context = multiprocessing.get_context("forkserver")
@@ -28,9 +28,7 @@ def start_ranks(
     `ranks_per_node`: number of ranks on each simulated node; 0: all on one.
     """
     ranks_per_node = ranks_per_node or world_size
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks: list[BaseProcess] = []
     for rank in range(world_size):
         environment = {
