@@ -260,8 +260,9 @@ def test_where_no_checkpoint_is_good_the_run_does_not_start_over(two_good: Path,
     shutil.copytree(two_good, tmp_path / "checkpoints")
     for step in (4, 8):
         (tmp_path / f"checkpoints/step-{step:08d}/rank-00000.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of 2 checkpoint.*rank-00000.*--fresh"):
-        checkpoint.newest(tmp_path / "checkpoints", report=lambda text: None)
+    for world, remedy in ((None, "copy$"), (ALONE, "--fresh")):  # a reader; the run that owns them
+        with pytest.raises(UserError, match=rf"none of 2 checkpoints is whole.*rank-00000.*{remedy}"):
+            checkpoint.newest(tmp_path / "checkpoints", world, report=lambda text: None)
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path: Path) -> None:
