@@ -38,7 +38,9 @@ RATES = {
         24 / 1.8, 16384, "mean 1.8 h to failure at 16,384 A100, projected from 11 months: Meta, arXiv 2410.21680"
     ),
     "rsc1-1024": Rate(
-        24 / 7.9, 1024, "mean 7.9 h to failure of jobs on 1,024 A100: Meta, arXiv 2410.21680; does not scale in practice"
+        24 / 7.9,
+        1024,
+        "mean 7.9 h to failure of jobs on 1,024 A100: Meta, arXiv 2410.21680; does not scale in practice",
     ),
 }
 
@@ -70,7 +72,7 @@ FACTS = {
     "lost_share": Fact(0.05, "", "assumed", "failures that take a node and the neighbour with its copy"),
 }
 Facts = dict[str, Fact]
-ON_PAPER = "memory"  # the design that this system does not have
+BUILT = ("plain", "background")  # of the designs; the others are simulated only
 
 
 def facts_from(run: Path | None, settings: Mapping[str, float] = {}) -> Facts:
@@ -172,11 +174,11 @@ def measured(run: Path) -> Facts:
 def designs(facts: Facts, gpus: int, mean_seconds: float) -> dict[str, Design]:
     """Each has what the one before has, and more.
 
-        plain       training waits while a checkpoint is written; the job is requeued after a failure
-        background  the write goes on beside training
-        in place    the allocation is kept; a node that failed is waited for
-        spares      another node takes over
-        memory      each node holds the state of its neighbour: saved there often, in the store rarely; on paper only
+    plain       training waits while a checkpoint is written; the job is requeued after a failure
+    background  the write goes on beside training
+    in place    the allocation is kept; a node that failed is waited for
+    spares      another node takes over
+    memory      each node holds the state of its neighbour: saved there often, in the store rarely
     """
     value = {name: fact.value for name, fact in facts.items()}
     state = value["parameters"] * value["bytes_per_parameter"]

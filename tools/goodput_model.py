@@ -93,7 +93,9 @@ def simulate(design: Design, failures: Failures, intervals: Array, seconds: floa
             "wait": _wait(design, free_at, time, happens & (node < design.node_share)),
             "restart": np.where(from_store, design.store_restart, design.restart),
         }
-        unfinished = np.where(happens, np.maximum(0.0, np.minimum(resumed, seconds) - time), 0.0)  # of a recovery cut short
+        unfinished = np.where(
+            happens, np.maximum(0.0, np.minimum(resumed, seconds) - time), 0.0
+        )  # of a recovery cut short
         lost["restart"] -= unfinished
         left = np.where(happens, seconds - time, 0.0)
         for cause, amount in spent.items():

@@ -1,4 +1,4 @@
-"""A month of training on many GPUs that fail: which share of the time is training, for each design of saves and restarts.
+"""A month of training on many GPUs that fail: the share of time that is training, by design of saves and restarts.
 
     python -m tools.simulate_goodput                          # 9,600, 16,384 and 100,000 GPUs
     python -m tools.simulate_goodput --run runs/my            # with the costs that this run measured
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bigmodel.config.settings import UserError
 from bigmodel.run_directory import write_json
-from tools.goodput_facts import DAY, ON_PAPER, RATES, Facts, designs, facts_from
+from tools.goodput_facts import BUILT, DAY, RATES, Facts, designs, facts_from
 from tools.goodput_model import LOSSES, Array, Design, Failures, draw_failures, simulate
 from tools.measure import ROOT, Record
 
@@ -48,7 +48,7 @@ class Result(NamedTuple):
         return {
             "gpus": self.gpus,
             "design": self.name,
-            "on_paper": self.name == ON_PAPER,
+            "built": self.name in BUILT,
             "best_interval_seconds": round(float(INTERVALS[best]), 1),
             "ratio": round(float(self.curve[best]), 5),
             "ratio_90_percent_of_months": [round(float(side[best]), 5) for side in (self.low, self.high)],
@@ -159,13 +159,13 @@ def show(facts: Facts, rates: str, results: Sequence[dict[str, Any]], goal: floa
         "GPUs", "design", "best interval", "ratio", "90% of months", *LOSSES, "recovery", f"needed for {goal:.0%}",
         "spares",
     )  # fmt: skip
-    table = Table(*columns, title="effective training-time ratio; seconds lost by cause", caption="* on paper only")
+    table = Table(*columns, title="effective training-time ratio; seconds lost by cause", caption="* not built: simulated only")
     for number, one in enumerate(results):
         last = number + 1 == len(results) or results[number + 1]["gpus"] != one["gpus"]
         needed = one["longest_recovery_for_goal_seconds"]
         table.add_row(
             f"{one['gpus']:,}",
-            one["design"] + "*" * one["on_paper"],
+            one["design"] + "*" * (not one["built"]),
             f"{one['best_interval_seconds']:,.0f} s",
             f"{one['ratio']:.2%}",
             "{:.1%} to {:.1%}".format(*one["ratio_90_percent_of_months"]),
@@ -189,8 +189,9 @@ def draw(results: Sequence[Result], rates: str, goal: float, path: Path) -> None
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for axes, size in zip(panels, sizes, strict=True):
         for one in (one for one in results if one.gpus == size):
-            colour, label = COLOURS[one.name], one.name + " (on paper)" * (one.name == ON_PAPER)
-            axes.plot(INTERVALS, one.curve, color=colour, label=label, ls="--" if one.name == ON_PAPER else "-")
+            colour, built = COLOURS[one.name], one.name in BUILT
+            label = one.name + " (not built)" * (not built)
+            axes.plot(INTERVALS, one.curve, color=colour, label=label, ls="-" if built else "--")
             axes.fill_between(INTERVALS, one.low, one.high, color=colour, alpha=0.12, lw=0)
             axes.plot(INTERVALS[one.best], one.curve[one.best], "o", color=colour, ms=5)
         axes.axhline(goal, color="#8a8f98", lw=0.8, ls=":")
