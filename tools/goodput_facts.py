@@ -6,6 +6,7 @@ Out: published failure rates, facts (published, assumed, or measured in a run di
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,22 +185,29 @@ def designs(facts: Facts, gpus: int, mean_seconds: float) -> dict[str, Design]:
     state = value["parameters"] * value["bytes_per_parameter"]
     stored, copied = state / value["store_bandwidth"], state / gpus / value["copy_bandwidth"]
     sent = copied + state / gpus / value["network_bandwidth"]
-    pause, begin = value["save_pause"] + copied, value["start"] + value["meet"]
-    shared = {name: value[name] for name in ("detect", "hang_share", "hang_detect", "node_share")}
-    requeued = {**shared, "restart": begin + stored + value["requeue"], "node_wait": value["node_wait"]}
-    kept = {**requeued, "restart": begin + stored}
-    repair = value["repair_hours"] * 3600
-    with_spares = {**kept, "spares": spares_needed(repair / mean_seconds * value["node_share"]), "repair": repair}
+    pause, begin, repair = value["save_pause"] + copied, value["start"] + value["meet"], value["repair_hours"] * 3600
+    plain = Design(
+        pause=value["save_pause"] + stored,
+        write=value["save_pause"] + stored,
+        detect=value["detect"],
+        restart=begin + stored + value["requeue"],
+        hang_share=value["hang_share"],
+        hang_detect=value["hang_detect"],
+        node_share=value["node_share"],
+        node_wait=value["node_wait"],
+    )
+    background = replace(plain, pause=pause, write=pause + stored)
+    in_place = replace(background, restart=begin + stored)
+    spares = replace(in_place, spares=spares_needed(repair / mean_seconds * value["node_share"]), repair=repair)
     lost = value["lost_share"]
-    rarely = math.sqrt(2 * pause * mean_seconds / lost) if lost else math.inf
-    return {
-        "plain": Design(pause=value["save_pause"] + stored, write=value["save_pause"] + stored, **requeued),
-        "background": Design(pause=pause, write=pause + stored, **requeued),
-        "in place": Design(pause=pause, write=pause + stored, **kept),
-        "spares": Design(pause=pause, write=pause + stored, **with_spares),
-        "memory": Design(
-            **{**with_spares, "restart": begin + sent}, pause=pause, write=value["save_pause"] + sent,
-            lost_share=lost, store_interval=max(rarely, stored), store_pause=pause, store_write=pause + stored,
-            store_restart=begin + stored,
-        ),
-    }  # fmt: skip
+    memory = replace(
+        spares,
+        write=value["save_pause"] + sent,
+        restart=begin + sent,
+        lost_share=lost,
+        store_interval=max(stored, math.sqrt(2 * pause * mean_seconds / lost) if lost else math.inf),
+        store_pause=pause,
+        store_write=background.write,
+        store_restart=in_place.restart,
+    )
+    return {"plain": plain, "background": background, "in place": in_place, "spares": spares, "memory": memory}

@@ -159,7 +159,8 @@ def show(facts: Facts, rates: str, results: Sequence[dict[str, Any]], goal: floa
         "GPUs", "design", "best interval", "ratio", "90% of months", *LOSSES, "recovery", f"needed for {goal:.0%}",
         "spares",
     )  # fmt: skip
-    table = Table(*columns, title="effective training-time ratio; seconds lost by cause", caption="* not built: simulated only")
+    title = "effective training-time ratio; shares of the time lost by cause"
+    table = Table(*columns, title=title, caption="* not built: simulated only")
     for number, one in enumerate(results):
         last = number + 1 == len(results) or results[number + 1]["gpus"] != one["gpus"]
         needed = one["longest_recovery_for_goal_seconds"]
