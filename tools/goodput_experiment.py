@@ -31,7 +31,7 @@ from bigmodel.launcher.record import last_metrics, record_end
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import EXIT_USER, read_json_lines, write_json
 from tests.support.ranks import command, finish, kill, start_ranks
-from tools.goodput_facts import Costs, costs_of
+from tools.goodput_facts import Costs, costs_of, failures_of
 from tools.goodput_model import Design, Failures, draw_failures, simulate
 from tools.measure import ROOT, Record
 
@@ -56,11 +56,11 @@ def main(
         subprocess.run([sys.executable, "-m", "bigmodel", "prepare", str(run_file)], check=True)
     head = Record(out, "goodput_experiment", "cpu").head
     chance = random.Random(seed)
-    killed_after_saves(Run(run_file, work / "costs", every), kills, every, chance)
+    kill_after_saves(Run(run_file, work / "costs", every), kills, every, chance)
     costs = costs_of(work / "costs")
     run = Run(run_file, work / "run", every)
-    at = killed_at_drawn_times(run, seconds, mean, chance)
-    found = compared(work / "run", costs, every, mean, at)
+    kill_at_drawn_times(run, seconds, mean, chance)
+    found = compared(work / "run", costs, every, mean)
     write_json(out / "goodput_experiment.json", {**head, "load_average": os.getloadavg(), **found})
     print("\n".join(f"{name}: {value}" for name, value in found.items()))
 
@@ -119,7 +119,7 @@ def ended(run: Run) -> Iterator[None]:
         run.end()
 
 
-def killed_after_saves(run: Run, kills: int, every: int, chance: random.Random) -> None:
+def kill_after_saves(run: Run, kills: int, every: int, chance: random.Random) -> None:
     """Kill a rank each time when two more saves and some steps are done; end after two more."""
     with ended(run):
         for number in range(kills + 1):
@@ -133,52 +133,50 @@ def killed_after_saves(run: Run, kills: int, every: int, chance: random.Random) 
                     time.sleep(POLL_SECONDS)
 
 
-def killed_at_drawn_times(run: Run, seconds: float, mean: float, chance: random.Random) -> list[float]:
-    """Unix times of the kills. The time until the next one runs on also while the run starts again."""
-    began, at = time.time(), list[float]()
+def kill_at_drawn_times(run: Run, seconds: float, mean: float, chance: random.Random) -> None:
+    """The time until the next kill runs on also while the run starts again."""
+    began = time.time()
     following = began + chance.expovariate(1 / mean)
     with ended(run):
         while time.time() < began + seconds:
             run.keep_alive()
             if time.time() >= following and run.kill_a_rank(chance):
-                at.append(time.time())
                 following += chance.expovariate(1 / mean)
             time.sleep(POLL_SECONDS)
-    return at
 
 
-def compared(run: Path, costs: Costs, every: int, mean: float, at: Sequence[float]) -> dict[str, Any]:
-    """The measured ratio, the predicted ones, and what they were made of."""
+def compared(run: Path, before: Costs, every: int, mean: float) -> dict[str, Any]:
+    """The measured ratio beside predictions: with the costs of the run before, and with its own."""
     accounting = RunAccounting()
     for line in read_json_lines(run / "metrics.jsonl"):
         accounting.add(line)
     assert accounting.began is not None
-    wall = accounting.wall_seconds
-    design = Design(
-        pause=fmean(costs.pauses), write=fmean(costs.writes), detect=fmean(costs.detections),
-        restart=fmean(costs.restarts),
-    )  # fmt: skip
-    interval, start = np.array([every * costs.step]), fmean(costs.starts)
-    simulated = simulate(design, draw_failures(mean, wall, MONTHS), interval, wall, start).ratio * costs.busy
-    low, high = np.quantile(simulated, (0.05, 0.95))
-    times = np.array([[time_ - accounting.began for time_ in at]])
-    never = np.ones_like(times)
-    known = simulate(design, Failures(times, never, never, never), interval, wall, start)
-    seconds = {cause: round(value, 2) for cause, value in accounting.seconds.items() if value}
+    wall, at = accounting.wall_seconds, [since - accounting.began for since, _ in failures_of(run)]
     return {
         "kills": len(at),
         "wall_seconds": round(wall, 1),
         "measured_ratio": round(accounting.seconds["productive"] / wall, 4),
-        "predicted_ratio": round(float(simulated.mean()), 4),
-        "predicted_90_percent": [round(float(low), 4), round(float(high), 4)],
-        "predicted_for_these_kills": round(float(known.ratio[0, 0]) * costs.busy, 4),
-        "measured_seconds": seconds,
-        "predicted_lost_seconds_for_these_kills": {
-            cause: round(float(share[0, 0]) * wall, 2) for cause, share in known.lost.items()
-        },
-        "costs": {name: _rounded(value) for name, value in costs._asdict().items()},
+        "predicted": predicted(before, every, mean, wall, at),
+        "predicted_with_its_own_costs": predicted(costs_of(run), every, mean, wall, at),
+        "measured_seconds": {cause: round(value, 2) for cause, value in accounting.seconds.items() if value},
         "every_steps": every,
         "mean_seconds_between_kills": mean,
+    }
+
+
+def predicted(costs: Costs, every: int, mean: float, wall: float, at: Sequence[float]) -> dict[str, Any]:
+    """Ratios of runs of `wall` seconds: of many, and of one with kills at these seconds."""
+    pause, write, detect, restart, start = (fmean(values) for values in costs[:5])
+    design, interval = Design(pause, write, detect, restart), np.array([every * costs.step])
+    many = simulate(design, draw_failures(mean, wall, MONTHS), interval, wall, start).ratio * costs.busy
+    times = np.array([at])
+    one = simulate(design, Failures(times, *np.ones((3, *times.shape))), interval, wall, start)
+    return {
+        "ratio": round(float(many.mean()), 4),
+        "90_percent": [round(float(bound), 4) for bound in np.quantile(many, (0.05, 0.95))],
+        "ratio_for_these_kills": round(float(one.ratio[0, 0]) * costs.busy, 4),
+        "lost_seconds_for_these_kills": {cause: round(float(lost[0, 0]) * wall, 2) for cause, lost in one.lost.items()},
+        "costs": {name: _rounded(value) for name, value in costs._asdict().items()},
     }
 
 

@@ -121,21 +121,27 @@ def costs_of(run: Path) -> Costs:
     seconds = accounting.seconds
     running = sum(seconds[cause] for cause in ("productive", "data", "compile", "skipped", "replay"))
     starts = _starts(lines)
-    failures = _failures(list(read_json_lines(run / "events.jsonl")))
-    following = [(ended, min((one for one in starts if one.began > ended), default=None)) for _, ended in failures]
+    failures = failures_of(run)
+    until = [*(since for since, _ in failures[1:]), math.inf]
     return Costs(
         [line["seconds"] for line in saves],
         [line["time"] - ended_at[line["step"]] for line in saves if line["step"] in ended_at],
         [ended - since for since, ended in failures],
-        [start.trained - ended for ended, start in following if start and start.trained],
+        [
+            start.trained - ended
+            for (_, ended), following in zip(failures, until, strict=True)
+            for start in starts
+            if ended < start.began and start.trained < following and start.trained
+        ],
         [start.trained - start.began for start in starts if start.trained],
         statistics.median(line["step_seconds"] for line in steps),
         (seconds["productive"] + seconds["replay"]) / running,
     )
 
 
-def _failures(events: list[dict[str, Any]]) -> list[tuple[float, float]]:
+def failures_of(run: Path) -> list[tuple[float, float]]:
     """Unix times of the first death and of the end of all ranks, for each launch that failed."""
+    events = read_json_lines(run / "events.jsonl")
     ends = [event for event in events if event.get("event") == "launch_ended" and event.get("since")]
     return [(event["since"], event["time"]) for event in ends if event["cause"] in ("failed", "hang")]
 

@@ -205,7 +205,7 @@ def draw(results: Sequence[Result], rates: str, goal: float, path: Path) -> None
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("effective training-time ratio")
     panels[0].set_ylim(max(0.0, min(float(one.curve[one.best]) for one in results) - 0.15), 1)
-    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    panels[0].legend(frameon=False, fontsize=9, loc="lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
