@@ -161,7 +161,7 @@ def expected_ratio(interval: float, pause: float, write: float, recovery: float,
 
         interval * e^(-(interval + write) / M) / ((1 - e^(-cycle / M)) * M * e^(R / M))
 
-    With write = pause it is the model of Daly 2006 (eq. 20), interval / (M e^(R/M) (e^((interval + pause)/M) - 1)),
+    With write = pause it is the model of Daly 2006, interval / (M e^(R/M) (e^((interval + pause)/M) - 1)),
     whose best interval is sqrt(2 * pause * M) in first order: Young 1974.
     """
     cycle = max(interval + pause, write)
