@@ -166,11 +166,11 @@ def compared(run: Path, before: Costs, every: int, mean: float) -> dict[str, Any
 
 def predicted(costs: Costs, every: int, mean: float, wall: float, at: Sequence[float]) -> dict[str, Any]:
     """Ratios of runs of `wall` seconds: of many, and of one with kills at these seconds."""
-    pause, write, detect, restart, start = (fmean(values) for values in costs[:5])
+    pause, write, detect, restart = (fmean(values) for values in costs[:4])
     design, interval = Design(pause, write, detect, restart), np.array([every * costs.step])
-    many = simulate(design, draw_failures(mean, wall, MONTHS), interval, wall, start).ratio * costs.busy
+    many = simulate(design, draw_failures(mean, wall, MONTHS), interval, wall, costs.starts[0]).ratio * costs.busy
     times = np.array([at])
-    one = simulate(design, Failures(times, *np.ones((3, *times.shape))), interval, wall, start)
+    one = simulate(design, Failures(times, *np.ones((3, *times.shape))), interval, wall, costs.starts[0])
     return {
         "ratio": round(float(many.mean()), 4),
         "90_percent": [round(float(bound), 4) for bound in np.quantile(many, (0.05, 0.95))],
