@@ -455,6 +455,9 @@ def average(
         bool, typer.Option("--greedy", help="only checkpoints that do not raise the validation loss")
     ] = False,
     sequences: Annotated[int, typer.Option(min=0, help="--greedy: packed sequences of an evaluation; 0: all")] = 0,
+    updates: Annotated[
+        bool, typer.Option("--updates", help="the average over the updates of one run, which training.ema_decay keeps")
+    ] = False,
 ) -> None:
     """Average the weights of checkpoints (model soups) into a run directory for evaluate, generate, export."""
     from bigmodel.evaluation.average import average as run
@@ -462,7 +465,10 @@ def average(
 
     if sequences and not greedy:
         raise UserError("--sequences: has an effect only with --greedy; give --greedy")
-    names = run(runs, folder, last, greedy, sequences)
+    names = run(runs, folder, last, greedy, sequences, updates=updates)
+    if updates:
+        print(f"{folder}: the average over the updates of {names[0]}")
+        return
     print(f"{folder}: the mean of {counted_noun(len(names), 'checkpoint')}: {'; '.join(names)}")
 
 

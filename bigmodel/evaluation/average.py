@@ -1,6 +1,7 @@
 """Averages of the weights of several checkpoints: model soups (Wortsman et al. 2022).
 
-In: run directories, of which the newest checkpoints are taken. Out: a run directory with one checkpoint, the mean of
+In: run directories, of which the newest checkpoints are taken, or of one the average over its updates
+(`training.ema_decay`), which its newest checkpoint holds. Out: a run directory with one checkpoint, the mean of
 the weights, that evaluate, generate, serve, export and `model.from` take as any other; training does not resume from
 it, because moments have no mean. Adapters are merged first. Guarantees: sums are fp64, rounded once to fp32; the folder
 appears whole. Costs: each checkpoint is verified and read once; memory of the largest weight in fp32 and about 150 MiB
@@ -100,18 +101,26 @@ def average(
     greedy: bool = False,
     sequences: int = 0,
     say: Callable[[str], None] = print,
+    updates: bool = False,
 ) -> list[str]:
     """Write the mean of checkpoints as a run directory; gives the names of those in it.
 
     last: newest checkpoints of each run; 0: all of a single run, the newest of each of several. greedy: only those that
     do not raise the validation loss, on `sequences` packed sequences (0: all) of the first run's validation split.
-    Raises `UserError` for checkpoints that do not belong together.
+    updates: the average over the updates that the newest checkpoint of a single run holds, instead of a mean of
+    checkpoints. Raises `UserError` for checkpoints that do not belong together.
     """
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder, or delete this one")
+    if updates and (len(runs) > 1 or last or greedy):
+        raise UserError("--updates: takes the newest checkpoint of one run; leave out --last, --greedy and other runs")
     with ExitStack() as closing:
-        found = [one for run in runs for one in _open(run, last or (0 if len(runs) == 1 else 1), closing)]
-        _require_several(found)
+        key, newest = ("ema", 1) if updates else ("weight", last or (0 if len(runs) == 1 else 1))
+        found = [one for run in runs for one in _open(run, newest, key, closing)]
+        if updates:
+            _require_average(runs[0], found)
+        else:
+            _require_several(found)
         for one in found[1:]:
             _require_alike(found[0], one, say)
         chosen = found
@@ -173,8 +182,8 @@ def _by_loss(pair: tuple[float, int]) -> tuple[bool, float, int]:
     return (math.isnan(loss), loss, number)
 
 
-def _open(run: Path, last: int, closing: ExitStack) -> list[Ingredient]:
-    """The newest `last` checkpoints of a run, or all (0), oldest first, verified."""
+def _open(run: Path, last: int, key: str, closing: ExitStack) -> list[Ingredient]:
+    """The newest `last` checkpoints of a run, or all (0), oldest first, verified; key: "weight" or "ema"."""
     saved = run / "settings.json"
     if not saved.exists():
         raise UserError(f"{run}: not a run directory (no settings.json); give the run.directory of a training run")
@@ -187,9 +196,16 @@ def _open(run: Path, last: int, closing: ExitStack) -> list[Ingredient]:
                 f"{path}: this checkpoint is damaged: {'; '.join(problems[:2])}; leave it out, or delete it"
             )
         opened = checkpoint.open_checkpoint(path)
-        weights = closing.enter_context(checkpoint.weights(opened, kept_open=0))
+        weights = closing.enter_context(checkpoint.weights(opened, key, kept_open=0))
         found.append(Ingredient(run, settings, opened, weights))
     return found
+
+
+def _require_average(run: Path, found: Sequence[Ingredient]) -> None:
+    if not found:
+        raise UserError(f"{run}: there is no checkpoint; train first")
+    if not found[0].weights.shapes:
+        raise UserError(f"{found[0].name}: holds no average over updates; train with training.ema_decay, e.g. 0.999")
 
 
 def _require_several(found: Sequence[Ingredient]) -> None:

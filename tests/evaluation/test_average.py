@@ -36,14 +36,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return folder / "run"
 
 
-def weights_in(run: Path, step: int) -> dict[str, np.ndarray]:
-    """By numpy: name -> flat weight, from the files of all ranks."""
+def weights_in(run: Path, step: int, kind: str = "weight") -> dict[str, np.ndarray]:
+    """By numpy: name -> flat weight, or flat average of kind "ema", from the files of all ranks."""
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
         for tensor, values in load_file(file).items():
             name, _, start = tensor.rpartition("@")
-            if name.startswith("weight."):
-                parts.setdefault(name, []).append((int(start), values))
+            if name.startswith(f"{kind}."):
+                parts.setdefault(name.removeprefix(f"{kind}."), []).append((int(start), values))
     return {name: np.concatenate([values for _, values in sorted(found, key=first)]) for name, found in parts.items()}
 
 
@@ -143,6 +143,37 @@ def test_commands_take_an_average_as_any_run(run: Path, shards: Path, tmp_path: 
     printed = (tmp_path / "printed.0").read_text()
     assert "an average of checkpoints has no state of the optimizer" in printed
     assert f'begin another run with model.from = "{mean}"' in printed
+
+
+def test_the_average_over_the_updates_is_that_of_the_recurrence_from_the_weights_of_each_step(
+    shards: Path, tmp_path: Path
+) -> None:
+    changes = ["training.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=4", "training.ema_decay=0.75"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    run_ranks(2, command, ["train", str(write_run(tmp_path, shards)), *arguments], tmp_path / "printed")
+    run, folder = tmp_path / "run", tmp_path / "average"
+    done = CliRunner().invoke(app, ["average", str(run), str(folder), "--updates"])
+    assert done.output == f"{folder}: the average over the updates of {run}, step 4\n"
+    expected = {name: values.astype(np.float64) for name, values in weights_in(run, 1, "ema").items()}
+    for step in (2, 3, 4):
+        for name, weight in weights_in(run, step).items():
+            expected[name] = 0.75 * expected[name] + 0.25 * weight
+    found = weights_in(folder, 4)
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-8)
+    assert loss_of(folder) != loss_of(run)
+
+
+def test_an_average_over_updates_is_of_one_run_that_kept_one(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 8: holds no average over updates; train with training\.ema_decay"):
+        average([run], tmp_path / "never", updates=True)
+    with pytest.raises(UserError, match=r"--updates: takes the newest checkpoint of one run; leave out --last"):
+        average([run], tmp_path / "never", last=2, updates=True)
+    shutil.copytree(run, tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UserError, match="begun: there is no checkpoint; train first"):
+        average([tmp_path / "begun"], tmp_path / "never", updates=True)
+    assert not (tmp_path / "never").exists()
 
 
 def _other_width(state: dict[str, Any], settings: dict[str, Any]) -> None:
