@@ -23,7 +23,7 @@ from bigmodel.training.token_vectors import read_vectors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import tiny_settings
 from tests.support.tiny_run import write_run
-from tools.train_vectors import train_vectors
+from tools.train_vectors import Sentences, near, train_vectors
 
 WHOLE = {"zero_optimization": {"stage": 0}}
 ROWS_OF_NO_TOKEN = 2000
@@ -203,6 +203,39 @@ def test_vectors_that_gensim_trains_on_the_corpus_fit_every_token_that_occurs(wo
             expected = theirs[tokenizer.token_of(token)]
             assert np.array_equal(one.embedding.weight[token].detach().numpy(), expected)
     assert np.array_equal(models.KeyedVectors.load_word2vec_format(str(tmp_path / "a.txt")).vectors, theirs.vectors)
+
+
+def test_near_tokens_are_counted_by_the_inverse_of_their_distance() -> None:
+    texts = np.random.default_rng(1).integers(0, 9, (7, 30)).astype(str).tolist()
+    texts += [["3"], [], ["4", "4"]]
+    expected: dict[tuple[str, str], float] = {}
+    for text in texts:
+        for place, one in enumerate(text):
+            for other in range(max(0, place - 4), min(len(text), place + 5)):
+                if other != place:
+                    pair = (one, text[other])
+                    expected[pair] = expected.get(pair, 0.0) + 1 / abs(place - other)
+    names, pairs, counts = near(texts, window=4)
+    found = {(names[a], names[b]): count for (a, b), count in zip(pairs.tolist(), counts.tolist(), strict=True)}
+    assert found == pytest.approx(expected)
+
+
+def test_glove_s_vectors_are_read_by_gensim_and_fit_how_often_tokens_are_near(words: Path, tmp_path: Path) -> None:
+    models = pytest.importorskip("gensim.models", reason="gensim is not installed: pip install gensim")
+    for name in ("a.txt", "b.txt"):
+        count = train_vectors(words, tmp_path / name, kind="glove", channels=8, epochs=15)
+    assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
+    theirs = models.KeyedVectors.load_word2vec_format(str(tmp_path / "a.txt"), no_header=True)
+    one, _, vectors, tokenizer = made(words, tmp_path / "a.txt")
+    assert count == len(theirs) == len(vectors.found)
+    names, pairs, counts = near(Sentences(words), window=5)
+    table = np.zeros((count, count))
+    table[pairs[:, 0], pairs[:, 1]] = np.log1p(counts)
+    table -= table.mean(0) + table.mean(1)[:, None] - table.mean()  # the biases take the frequency of each token
+    products = np.stack([theirs[name] for name in names]) @ np.stack([theirs[name] for name in names]).T
+    assert np.corrcoef(products.ravel(), table.ravel())[0, 1] > 0.25  # of other vectors: below 0.05
+    for token in vectors.found.tolist():
+        assert np.array_equal(one.embedding.weight[token].detach().numpy(), theirs[tokenizer.token_of(token)])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.store.segmentation import BpeDropout, Segmenter, UnigramSampling
 from bigmodel.data.store.tokenizer import Tokenizer, train
 from tests.support.tiny_corpus import LETTERS, NEWS
+from tools.train_unigram import train_unigram
 
 DROPOUT = {"kind": "bpe_dropout", "dropout": 0.3, "alpha": 0.2, "passes": 4, "seed": 1}
 SAMPLING = DROPOUT | {"kind": "unigram_sampling"}
@@ -186,3 +188,15 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
         Segmenter(unigram(), DROPOUT)
     with pytest.raises(UserError, match="whose tokens carry prefixes or suffixes"):
         BpeDropout(model_of(models.BPE(vocab={"a": 0}, merges=[], end_of_word_suffix="</w>")), set(), 1, 0.1)
+
+
+def test_a_unigram_model_of_a_corpus_has_tokens_for_every_text_and_its_samples_decode_to_it(
+    shards: Path, tmp_path: Path
+) -> None:
+    assert 258 < train_unigram(shards, tmp_path / "unigram.json", 300) <= 300  # the text has no more pieces
+    tokenizer = Tokenizer.load(tmp_path / "unigram.json", fast=False)
+    for text in ("The committee met on Monday.", "x = [1,\n\t2]", "naïve 日本 \x00 🙂", "  two  spaces "):
+        ids = tokenizer.encode_document(text)
+        drawn_ids = [Segmenter(tokenizer, SAMPLING).document(text, number) for number in range(4)]
+        assert {tokenizer.decode(one[1:-1]) for one in (ids, *drawn_ids)} == {text}
+    assert len({tuple(Segmenter(tokenizer, SAMPLING).document("The committee met", n).tolist()) for n in range(8)}) > 1
