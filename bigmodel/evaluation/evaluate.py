@@ -27,6 +27,7 @@ from bigmodel.evaluation.tally import Bin, Part, Tally, add_up, calibration_erro
 from bigmodel.evaluation.text_bytes import bytes_by_token
 
 Forward = Callable[[Batch, str], Tensor]
+MOST_UNKNOWN = 1e-3  # share of unknown tokens with which bits per byte are still counted
 NOT_COUNTED = "bits per byte not counted: the tokens of this tokenizer do not tell the bytes of their text"
 
 
@@ -163,11 +164,13 @@ class Validation:
         return self._bytes_by_token[0]
 
     def _bytes_of_split(self, num_labels: int) -> int | None:
-        """Bytes of the split's text if `num_labels` labels are all of it, in causal order; else None."""
+        """Bytes of the split's text if `num_labels` labels are all of it, in causal order; else None. An unknown token
+        is cheaper to predict than the word that it stands for."""
         plain = all(one.rule.is_plain(one.settings) for one in objectives_of(self._data))
         only_pairs = len(self._store.pair_sources) == len(self._store.sources)
         whole = num_labels == self._store.num_labels and (plain or only_pairs) and not self._store.supervised_sources
-        return self._store.text_bytes if whole else None
+        known = self._store.manifest.unknown_share < MOST_UNKNOWN
+        return self._store.text_bytes if whole and known else None
 
 
 def _exchanged(batch: Batch) -> Batch:

@@ -1,11 +1,13 @@
 """Bits per byte: bytes of the text that labels stand for, recounted with the tokenizers library; or no number."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.load.batch import IGNORED, Batch
@@ -14,7 +16,7 @@ from bigmodel.data.store.tokenizer import BOS, EOS, Tokenizer
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.evaluate import Evaluation, Validation
 from bigmodel.evaluation.text_bytes import bytes_by_token
-from tests.support.tiny_corpus import prepared
+from tests.support.tiny_corpus import LETTERS, NEWS, prepared
 
 CAUSAL, PREFIX = {"kind": "causal"}, {"kind": "prefix"}
 TWO_SIDES = {"source_sequence_length": 128, "max_source_length": 64}
@@ -96,11 +98,11 @@ def sentencepiece_like(path: Path) -> str:
     return write_tokenizer(path, model, normalizers.Replace(" ", "▁"))
 
 
-def words_only(path: Path) -> str:
+def words_only(path: Path, words: Iterable[str]) -> str:
     """Drops the spaces between words."""
     from tokenizers import models, pre_tokenizers
 
-    vocabulary = {"[UNK]": 0, "Document": 1, "time": 2, "year": 3}
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", *words])}
     return write_tokenizer(path, models.WordLevel(vocabulary, "[UNK]"), None, pre_tokenizers.Whitespace())
 
 
@@ -115,7 +117,9 @@ def test_a_tokenizer_that_keeps_the_text_is_found_by_comparison_with_the_text(tm
 
 
 def test_bits_per_byte_is_withheld_where_tokens_do_not_tell_bytes(tmp_path: Path) -> None:
-    directory = prepared(tmp_path, tokenizer=words_only(tmp_path / "given.json"))
+    cut = pre_tokenizers.Whitespace()
+    words = sorted({word for text in (*NEWS, *LETTERS) for word, _ in cut.pre_tokenize_str(text)})
+    directory = prepared(tmp_path, tokenizer=words_only(tmp_path / "given.json", words))
     store = ShardStore(directory, "validation")
     assert bytes_by_token(store) is None
     whole, _ = score(settings_of(directory, [CAUSAL]))
@@ -125,3 +129,11 @@ def test_bits_per_byte_is_withheld_where_tokens_do_not_tell_bytes(tmp_path: Path
     for evaluation in (part, prefix):
         assert evaluation.bits_per_byte is None
         assert "bits per byte not counted: the tokens of this tokenizer" in str(evaluation)
+
+
+def test_bits_per_byte_is_withheld_where_tokens_are_unknown(tmp_path: Path) -> None:
+    """The unknown token is cheaper to predict than the many words that it stands for."""
+    directory = prepared(tmp_path, tokenizer=words_only(tmp_path / "given.json", ["Document", "time", "year"]))
+    assert ShardStore(directory, "validation").manifest.unknown_share > 0.5
+    whole, _ = score(settings_of(directory, [CAUSAL]))
+    assert whole.bits_per_byte is None

@@ -152,6 +152,13 @@ class Manifest:
         """Dropped rows of a source by reason, without reasons of count 0."""
         return {name: count for name, count in self.rows[source].items() if count and name not in ("read", "kept")}
 
+    @property
+    def unknown_share(self) -> float:
+        """Share of the stored tokens that are the tokenizer's unknown token."""
+        unknown = sum(counts["unknown_tokens"] for counts in self.without_token.values())
+        splits = [of_split for of_source in self.counts.values() for of_split in of_source.values()]
+        return unknown / max(1, sum(stored_amount(of_split, "tokens") for of_split in splits))
+
     def write(self, directory: Path) -> None:
         table = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "labels" or self.labels}
         write_json(directory / MANIFEST, table | {"files": dict(self.files)})
