@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bigmodel.config.settings import UserError, load_settings
 from bigmodel.data.prepare.embedded import standard_library, write_embedded_pairs
+from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.evaluate import Validation
 from bigmodel.run_directory import EXIT_USER, read_json, write_atomically, write_json
@@ -91,7 +92,9 @@ def write_made(work: Path, seed: int, steps: int, made: int, tokenizer: Path) ->
     back = run_file(work, f"back-{seed}", ["half"], tokenizer, columns=("target", "text"))
     data = prepare(work, ["half"], f"back-{seed}", tokenizer, back)
     train(back, work / f"back-{seed}-run", data, seed, steps, BACK)
-    targets = pq.read_table(work / "rest.parquet")["target"].to_pylist()[:made]
+    known = Tokenizer.load(tokenizer, fast=False)
+    all_targets = pq.read_table(work / "rest.parquet")["target"].to_pylist()
+    targets = [one for one in all_targets if len(known.encode(one)) < BACK["data.max_source_length"]][:made]
     prompts = work / f"prompts-{seed}.jsonl"
     prompts.write_text("".join(json.dumps(one) + "\n" for one in targets), encoding="utf-8")
     words = [
@@ -113,9 +116,11 @@ def run_file(
     work: Path, name: str, sources: list[str], tokenizer: Path | None, columns: tuple[str, str] = ("text", "target")
 ) -> Path:
     """configs/seq2seq.toml with these sources; a description is in training or in validation, in all runs alike."""
-    _, begin, rest = RUN_FILE.read_text(encoding="utf-8").partition("[data]")
+    text = RUN_FILE.read_text(encoding="utf-8").replace('"deepspeed/', f'"{RUN_FILE.parent}/deepspeed/')
+    _, begin, rest = text.partition("[data]")
     given = f'tokenizer = "{tokenizer}"' if tokenizer else "vocabulary = 1024"
-    lines = ["[run]", 'directory = "none"', "[prepare]", given, "validation_share = 0.05", "shard_tokens = 100_000"]
+    # Small shards: each lane needs one of each source.
+    lines = ["[run]", 'directory = "none"', "[prepare]", given, "validation_share = 0.05", "shard_tokens = 2_000"]
     for source in sources:
         lines += ["[[prepare.sources]]", f'name = "{source}"', f'files = ["{work / source}.parquet"]']
         lines += [f'column = "{columns[0]}"', f'target_column = "{columns[1]}"', 'split_by = "target"']
