@@ -103,7 +103,8 @@ def read_vectors(settings: Settings, store: ShardStore, world: World) -> TokenVe
         found = _read(settings, store, _say if world.rank == 0 else lambda line: None)
         told = (found.sha256, "")
     except UserError as error:
-        told = ("", str(error))
+        names_file_alone = str(error).startswith(f"{settings.model.vectors}: ")
+        told = ("", f"model.vectors = {error}" if names_file_alone else str(error))
     all_told = world.gather_objects(told)
     if complaint := next((complaint for _, complaint in all_told if complaint), ""):
         raise UserError(complaint)

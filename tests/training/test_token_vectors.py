@@ -143,6 +143,8 @@ def test_a_file_that_does_not_fit_is_refused(words: Path, tmp_path: Path) -> Non
         Settings.model_validate({"model": {"vectors": "a.txt", "from": "b"}})
     with pytest.raises(UserError, match=r"no token of .*tokenizer\.json has a vector there; choose a file"):
         made(words, write_vectors(tmp_path / "other.txt", {"unseen": 1.0}))
+    with pytest.raises(UserError, match=rf"^model\.vectors = {tmp_path}/gone\.txt: cannot be read: No such file"):
+        made(words, tmp_path / "gone.txt")
 
 
 def train(run_file: Path, steps: int, *more: str) -> None:
