@@ -404,6 +404,17 @@ class Settings(Section):
                 raise ValueError(
                     f"{name} needs evaluations during training: set evaluation.every_steps, or leave it out"
                 )
+        stop = self.training.early_stop
+        metrics = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "training.early_stop.metric": stop and stop.metric,
+        }
+        for name, metric in metrics.items():
+            if metric and MEASURES[metric].of_classes and not self.classification.classes:
+                raise ValueError(
+                    f'{name} = "{metric}" is a measure of classes: set classification.classes, or choose another of '
+                    + ", ".join(one for one, measure in MEASURES.items() if not measure.of_classes)
+                )
         return self
 
     @model_validator(mode="after")

@@ -78,6 +78,19 @@ def test_more_patience_lets_a_run_that_ended_go_on_and_another_metric_begins_ane
     assert not judge(one.state()).lacks(20)
 
 
+@pytest.mark.parametrize("metric", ["macro_f1", "balanced_accuracy"])
+def test_a_measure_of_classes_is_refused_before_a_run_without_classes(metric: str) -> None:
+    for changes, name in (
+        ({"keep": metric}, "checkpoint.keep_best"),
+        ({"metric": metric}, "training.early_stop.metric"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf'{name} = "{metric}" is a measure of classes: set classification.classes'
+        ):
+            judge(**changes)
+    judge(keep="accuracy", metric="accuracy")  # of the next token
+
+
 # Whole runs.
 
 CHANGES = [
