@@ -48,7 +48,8 @@ from typing import IO, Any
 
 from bigmodel.config.json_file import read_json as read_json  # its readers import it from here
 from bigmodel.config.renamed import NEW_NAMES
-from bigmodel.config.user_error import UserError, without_secrets
+from bigmodel.config.secret_text import REDACTED, is_secret, without_secret_texts, without_secrets_inside
+from bigmodel.config.user_error import UserError
 
 EXIT_DONE = 0  # the run reached its last step
 EXIT_FAILED = 1  # a bug or a machine failure
@@ -62,14 +63,7 @@ SHOWN_VARIABLES = (
     *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "NCCL_", "GLOO_", "UCX_", "FI_", "OMPI_", "OMP_", "MKL_", "CUBLAS_"),
     *("TORCH", "PYTORCH_", "TRITON_", "DS_", "DEEPSPEED_", "BIGMODEL_", "TOKENIZERS_", "AWS_", "PYTHONHASHSEED"),
 )
-SECRET = re.compile("KEY|TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 CREDENTIALS_IN_URL = re.compile(r"(://)[^/@\s]*@")
-SECRET_TEXT = re.compile(  # API_KEY=..., "api_key": "...", of 12 characters or more: shorter ones are code
-    r"""(\w*(?:key|token|secret|password|passwd|credential)\w*["']?\s*[:=]\s*["'])[^\s"']{12,}"""
-    r"""|(\b(?-i:[A-Z_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)[A-Z_]*)=)[^\s"']{12,}""",
-    re.IGNORECASE,
-)
-REDACTED = "(redacted)"
 
 Change = tuple[str, Any, Any]  # dotted name, old value, new value
 
@@ -256,8 +250,8 @@ def package_versions() -> dict[str, str]:
 def describe_environment(repository: Path) -> dict[str, Any]:
     """Commit, uncommitted changes, versions and variables, to repeat a run. Never fails.
 
-    The changes include small untracked source files; `untracked` lists all untracked files except ignored ones. Values
-    assigned to names that look like secrets are removed from the changes.
+    The changes include small untracked source files; `untracked` lists all untracked files except ignored ones.
+    Secrets are masked.
     """
 
     def git(*arguments: str) -> str:
@@ -286,36 +280,27 @@ def _is_small_source(path: Path) -> bool:
 
 
 def shown_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that can change a run, by an allow-list of prefixes; possible secrets are redacted."""
+    """The environment variables that can change a run, by an allow-list of prefixes; possible secrets are masked."""
     return {
-        name: REDACTED if SECRET.search(name) else CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", without_secrets(value))
+        name: REDACTED if is_secret(name, value) else _without_credentials(value)
         for name, value in sorted(environment.items())
         if name.startswith(SHOWN_VARIABLES)
     }
 
 
-def without_secret_texts(text: str) -> str:
-    """Program text without passwords in URLs and without long strings assigned to names that look like secrets."""
-    return SECRET_TEXT.sub(lambda found: f"{found[1] or found[2]}{REDACTED}", without_secrets(text))
-
-
-def _without_secrets_inside(value: Any) -> Any:
-    """Plain values with passwords and keys in URLs masked."""
-    if isinstance(value, dict):
-        return {name: _without_secrets_inside(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets_inside(one) for one in value]
-    return without_secrets(value) if isinstance(value, str) else value
+def _without_credentials(value: str) -> str:
+    """The value without secrets and without users in URLs, which may be tokens."""
+    return CREDENTIALS_IN_URL.sub(rf"\1{REDACTED}@", without_secret_texts(value))
 
 
 def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str, Any], data: Path) -> list[Change]:
     """Write the values of this start into the run directory, and keep a copy: RUN_DIR/starts/0001.json ...
 
-    data: the prepared folder; its manifest is copied. Passwords and keys in URLs are masked.
+    data: the prepared folder; its manifest is copied. Secrets are masked.
     Returns the changes since the previous start: settings, DeepSpeed JSON, commit and versions.
     """
     directory, repository = Path(directory), Path(__file__).parents[1]
-    settings, deepspeed = _without_secrets_inside(settings), _without_secrets_inside(deepspeed)
+    settings, deepspeed = without_secrets_inside(settings), without_secrets_inside(deepspeed)
     environment = describe_environment(repository)
     write_json(directory / "settings.json", settings)
     write_json(directory / "deepspeed.json", deepspeed)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigmodel.config.secret_text import without_secret_texts
 from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
 from bigmodel.launcher.record import Launch, launches, read_launch, record_end, refuse_second_run
@@ -79,7 +80,10 @@ def submit(job: Job) -> str:
     refuse_second_run(job.directory)
     make_logs(job.directory)
     script = job.directory / "launch.sbatch"
-    write_atomically(script, render(job))
+    text = render(job)
+    write_atomically(script, text)
+    if without_secret_texts(text) != text:  # SLURM needs it whole: --set options, variables of the cluster file
+        script.chmod(0o600)
     answer = _run(["sbatch", "--parsable", str(script)], job.workdir)
     if answer.returncode:
         raise UserError(f"sbatch refused {script}: {answer.stderr.strip()}")
