@@ -362,7 +362,7 @@ def profile(
     run_directory: Annotated[Path, typer.Argument(help="the directory of a running run")],
     kind: Annotated[str, typer.Argument(help="trace, memory or stacks")],
     ranks: Annotated[str, typer.Option(help="ranks, for example 0,3-5, or all")] = "0",
-    steps: Annotated[int, typer.Option(min=1, help="recorded steps (trace and memory)")] = 3,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="recorded steps (trace and memory)")] = 3,
     seconds: Annotated[float, typer.Option(min=0.0, help="longest wait for the files")] = 120.0,
 ) -> None:
     """Record a profiler trace, the memory or the stacks of ranks of a running run, without stopping it."""

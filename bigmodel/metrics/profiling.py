@@ -4,9 +4,11 @@ A request is a file in the run directory. The exporter of each node passes it to
 SIGUSR2, which faulthandler handles in C, so it also works for a rank that hangs in a collective or holds the GIL; for
 trace and memory by a file in the node's memory, which each rank checks once per step.
 Cost per step: one `stat`, a microsecond.
-An error in a profile is written beside it and never ends the run. Only ranks import torch.
+An odd request (bigmodel/metrics/profile_request.py) is refused with a line in refused.txt and in the terminal. An error
+in a profile is written beside it and never ends the run. Only ranks import torch.
 
     RUN_DIR/profile/request.json                   the last request
+    RUN_DIR/profile/refused.txt                    why the last refused one was refused
     RUN_DIR/profile/ID/rank-N.trace.json.gz        kernels and operators of a few steps, for Perfetto (ui.perfetto.dev)
     RUN_DIR/profile/ID/rank-N.memory.pickle        GPU: each allocation with its stack (pytorch.org/memory_viz)
     RUN_DIR/profile/ID/rank-N.memory.txt           CPU: memory by operator
@@ -36,9 +38,8 @@ def request(run_directory: Path, kind: str, ranks: Sequence[int], steps: int) ->
     number = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     folder = Path(run_directory) / "profile" / number
     folder.mkdir(parents=True)
-    asked = {"id": number, "kind": kind, "ranks": list(ranks), "steps": steps}
     part = folder.parent / f".{number}.part"
-    part.write_text(json.dumps(asked))
+    part.write_text(json.dumps({"id": number, "kind": kind, "ranks": list(ranks), "steps": steps}))
     os.replace(part, folder.parent / "request.json")
     return folder
 
@@ -70,22 +71,49 @@ class Relay:
         self._seen = _changed_at(self._requests / "request.json")
 
     def look(self, records: Iterable[dict[str, Any]]) -> None:
-        """Pass on a new request, if any. `records`: of the ranks that live."""
+        """Pass on a new request, if any. `records`: of the ranks that live. Never raises."""
         changed = _changed_at(self._requests / "request.json")
         if changed == self._seen:
             return
         self._seen = changed
+        living = list(records)
         try:
-            asked = json.loads((self._requests / "request.json").read_text())
-        except (OSError, ValueError):
-            return
-        mine = [record for record in records if record["rank"] in asked["ranks"]]
-        if asked["kind"] == "stacks":
-            self._dump_stacks(mine, self._requests / asked["id"])
+            self._pass_on(living)
+        except Exception as error:  # a boundary: a request must not end the exporter
+            self._refuse(
+                f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error), living
+            )
+
+    def _pass_on(self, records: list[dict[str, Any]]) -> None:
+        from bigmodel.metrics.profile_request import Passed, read_request
+
+        asked = read_request(self._requests / "request.json", self._world_size())
+        mine, folder = [record for record in records if record["rank"] in asked.ranks], self._requests / asked.id
+        if mine:
+            folder.mkdir(exist_ok=True)
+        if asked.kind == "stacks":
+            self._dump_stacks(mine, folder)
         elif mine:
-            part = self._folder / ".profile.json"
-            part.write_text(json.dumps({**asked, "folder": str(self._requests / asked["id"])}))
-            os.replace(part, self._folder / "profile.json")
+            self._tell_ranks(Passed(asked=asked, folder=str(folder)).model_dump_json())
+
+    def _world_size(self) -> int:
+        try:
+            return len(json.loads((self._requests.parent / "world.json").read_text())["ranks"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def _refuse(self, why: str, records: list[dict[str, Any]]) -> None:
+        """Say why, in the exporter's log; on rank 0's node also in refused.txt and, by rank 0, in the terminal."""
+        print(f"profile: {why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if any(record["rank"] == 0 for record in records):
+                (self._requests / "refused.txt").write_text(why + "\n")
+                self._tell_ranks(json.dumps({"refused": why}))
+
+    def _tell_ranks(self, text: str) -> None:
+        part = self._folder / ".profile.json"
+        part.write_text(text)
+        os.replace(part, self._folder / "profile.json")
 
     def _dump_stacks(self, records: list[dict[str, Any]], into: Path) -> None:
         files = {record["rank"]: self._folder / f"stacks-{record['rank']}" for record in records}
@@ -107,7 +135,8 @@ class Profiler:
         self._rank, self._request = rank, folder / "profile.json"
         self._seen = _changed_at(self._request)
         self._left = 0  # remaining steps of the current profile
-        self._asked: dict[str, Any] = {}
+        self._asked: Any = None  # ProfileRequest
+        self._into = folder  # the folder of its files
         self._recorder: Any = None
         self._stacks_file = folder / f"stacks-{rank}"  # while it exists, the exporter may send the signal
         part = folder / f".stacks-{rank}"
@@ -138,29 +167,36 @@ class Profiler:
     def _begin(self) -> None:
         import torch
 
-        self._asked = {"folder": str(self._request.parent)}
-        self._asked = json.loads(self._request.read_text())
-        if self._rank not in self._asked["ranks"]:
+        from bigmodel.metrics.profile_request import Passed
+
+        self._into = self._request.parent
+        passed = Passed.model_validate_json(self._request.read_bytes())
+        if passed.refused and self._rank == 0:
+            print(f"bigmodel: profile: {passed.refused}", file=sys.stderr, flush=True)
+        if passed.asked is None or self._rank not in passed.asked.ranks:
             return
-        if self._asked["kind"] == "memory" and torch.cuda.is_available():
+        self._asked, self._into = passed.asked, Path(passed.folder)
+        if self._asked.kind == "memory" and torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         else:
-            self._recorder = torch.profiler.profile(profile_memory=self._asked["kind"] == "memory")
+            self._recorder = torch.profiler.profile(profile_memory=self._asked.kind == "memory")
             self._recorder.start()
-        self._left = self._asked["steps"]
+        self._left = self._asked.steps
 
     def _end(self) -> None:
         import torch
 
-        part = Path(self._asked["folder"]) / f".rank-{self._rank}.part.gz"
+        part = self._into / f".rank-{self._rank}.part.gz"
         if self._recorder is None:
-            torch.cuda.memory._dump_snapshot(str(part))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            try:
+                torch.cuda.memory._dump_snapshot(str(part))
+            finally:
+                torch.cuda.memory._record_memory_history(enabled=None)
             self._publish(part, "memory.pickle")
             return
         recorder, self._recorder = self._recorder, None
         recorder.stop()
-        if self._asked["kind"] == "trace":
+        if self._asked.kind == "trace":
             recorder.export_chrome_trace(str(part))
             self._publish(part, "trace.json.gz")
         else:
@@ -174,13 +210,16 @@ class Profiler:
         try:
             action()
         except Exception as error:  # a boundary: an error in a profile must not end the run
-            self._left, self._recorder = 0, None
+            self._left = 0
             text = f"{type(error).__name__}: {error}"
-            print(f"bigmodel: rank {self._rank}: the profile failed: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the log's disk is full
+                print(f"bigmodel: rank {self._rank}: the profile failed: {text}", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
-                (Path(self._asked.get("folder", self._request.parent)) / f"rank-{self._rank}.error.txt").write_text(
-                    text + "\n"
-                )
+                (self._into / f"rank-{self._rank}.error.txt").write_text(text + "\n")
+            with contextlib.suppress(Exception):  # else the next profile finds this one running
+                recorder, self._recorder = self._recorder, None
+                if recorder is not None:
+                    recorder.stop()
 
 
 def _changed_at(path: Path) -> int:

@@ -92,14 +92,85 @@ def test_a_rank_records_what_is_asked_for_and_nothing_else(tmp_path: Path) -> No
 
 def test_a_profile_that_fails_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     profiler = Profiler(tmp_path, 0)
-    asked = {"kind": "trace", "ranks": [0], "steps": 1, "folder": str(tmp_path / "gone")}
+    asked = {"id": "a", "kind": "trace", "ranks": [0], "steps": 1}
     try:
-        for text in (json.dumps(asked), "{torn", json.dumps({"ranks": [0]})):
+        for text in (json.dumps({"asked": asked, "folder": str(tmp_path / "gone")}), "{torn", json.dumps({"asked": 3})):
             (tmp_path / "profile.json").write_text(text)
             os.utime(tmp_path / "profile.json", ns=(1, time.time_ns()))
             profiler.step()
             profiler.step()
             assert "rank 0: the profile failed" in capfd.readouterr().err
+        (tmp_path / "good").mkdir()
+        (tmp_path / "profile.json").write_text(json.dumps({"asked": asked, "folder": str(tmp_path / "good")}))
+        profiler.step()
+        profiler.step()
+        assert [path.name for path in (tmp_path / "good").iterdir()] == ["rank-0.trace.json.gz"], "the next one works"
+    finally:
+        profiler.close()
+
+
+ODD = {
+    "many steps": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": "many"}', "steps = 'many'"),
+    "no steps": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": 0}', "steps = 0"),
+    "steps without end": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": 1000000}', "steps = 1000000"),
+    "half a step": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": 1.5}', "steps = 1.5"),
+    "one rank": ('{"id": "a", "kind": "trace", "ranks": 5, "steps": 1}', "ranks = 5"),
+    "no rank": ('{"id": "a", "kind": "trace", "ranks": [], "steps": 1}', "ranks = []"),
+    "a rank before the first": ('{"id": "a", "kind": "trace", "ranks": [-1], "steps": 1}', "ranks.0 = -1"),
+    "a rank that is none": ('{"id": "a", "kind": "trace", "ranks": [0, true], "steps": 1}', "ranks.1 = True"),
+    "a rank after the last": ('{"id": "a", "kind": "trace", "ranks": [0, 7], "steps": 1}', "rank 7: this run has"),
+    "a path": ('{"id": "../../out", "kind": "trace", "ranks": [0], "steps": 1}', "id = '../../out'"),
+    "an absolute path": ('{"id": "/tmp/out", "kind": "stacks", "ranks": [0], "steps": 1}', "id = '/tmp/out'"),
+    "the folder itself": ('{"id": "..", "kind": "stacks", "ranks": [0], "steps": 1}', "id = '..'"),
+    "a line break": ('{"id": "a\\n", "kind": "stacks", "ranks": [0], "steps": 1}', "id = 'a\\n'"),
+    "a link": ('{"id": "link", "kind": "stacks", "ranks": [0], "steps": 1}', "link is a link"),
+    "no kind": ('{"id": "a", "kind": "flames", "ranks": [0], "steps": 1}', "kind = 'flames'"),
+    "no id": ('{"kind": "trace", "ranks": [0], "steps": 1}', "id: Field required"),
+    "another key": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": 1, "code": "x"}', "code = 'x'"),
+    "a list": ("[1]", "[1]: Input should be an object"),
+    "torn": ('{"id": "a', "Invalid JSON"),
+    "empty": ("", "Invalid JSON"),
+    "deep": ("[" * 100_000, "Invalid JSON"),
+}
+
+
+def test_an_odd_request_is_refused_with_a_line_and_nothing_else_happens(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run, node = tmp_path / "run", tmp_path / "node"
+    node.mkdir()
+    (run / "profile").mkdir(parents=True)
+    (run / "profile/link").symlink_to(tmp_path)
+    (run / "world.json").write_text('{"ranks": [{}, {}]}')
+    relay, profiler = Relay(node, run), Profiler(node, 0)
+    records = [{"rank": 0, "pid": os.getpid()}]
+
+    def ask(text: str) -> str:
+        (run / "profile/request.json").write_text(text)
+        os.utime(run / "profile/request.json", ns=(1, time.time_ns()))
+        relay.look(records)
+        for _ in range(2):
+            profiler.step()
+        return capfd.readouterr().err
+
+    try:
+        before = sorted(tmp_path.rglob("*"))
+        for what, (text, told) in ODD.items():
+            said = ask(text)
+            assert f"bigmodel: profile: {run}/profile/request.json: refused: " in said, what
+            assert told in said, what
+            assert told in (run / "profile/refused.txt").read_text(), what
+        new = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*")) if path not in before]
+        assert new == ["node/profile.json", "run/profile/refused.txt", "run/profile/request.json"]
+        (run / "profile/request.json").unlink()
+        os.mkfifo(run / "profile/request.json")  # to open it would wait for a writer
+        relay.look(records)
+        profiler.step()
+        assert "refused: not a file" in capfd.readouterr().err
+        (run / "profile/request.json").unlink()
+        said = ask('{"id": "a", "kind": "trace", "ranks": [0], "steps": 1}')  # a good one, by hand
+        assert "bigmodel" not in said
+        assert [path.name for path in (run / "profile/a").iterdir()] == ["rank-0.trace.json.gz"]
     finally:
         profiler.close()
 
