@@ -27,6 +27,8 @@ events.jsonl has lines of the trainer and these of the launcher, all with "time"
                                                since: time of the first death or stop request, if known;
                                                your own watchdog may write a line with only the cause hang
   stop_requested                               by `bigmodel launch stop`
+and of metrics.jsonl:
+  metrics_delayed  lines, lost, seconds        it could not be written for that long, as on a full disk; lost: for ever
 A launch with no launch_ended before the next launch was lost, together with its launcher: kill -9, a node failure.
 Under your own sbatch script or torchrun there is no launch_ended; the trainer's `finished` or `stopped` replaces it
 (`bigmodel.launcher.record.launches` reads all of these).
@@ -34,12 +36,14 @@ Under your own sbatch script or torchrun there is no launch_ended; the trainer's
 Guarantees: a file written by `write_atomically` is always whole, also after kill -9. Imports no torch.
 """
 
+import errno
 import fcntl
 import json
 import os
 import re
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +59,10 @@ EXIT_DONE = 0  # the run reached its last step
 EXIT_FAILED = 1  # a bug or a machine failure
 EXIT_USER = 2  # a UserError: the message has the remedy
 EXIT_STOPPED = 3  # stopped by a signal and saved; the same command resumes
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EROFS,)
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 RESTART_GENERATION = "incarnation.json"
 CLAIM_ATTEMPTS = 5
@@ -194,11 +202,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one line in one write. `read_json_lines` skips a line cut by a crash."""
+    """Append one line in one write, after a line break if a full disk or a crash has cut the line before.
+    `read_json_lines` skips a cut line."""
+    data = json.dumps(value).encode() + b"\n"
     try:
-        with open(path, "ab") as file:
-            file.write(json.dumps(value).encode() + b"\n")
-    except OSError as error:  # the flush finds a full disk, and its error does not name the file
+        with open(path, "ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                data = b"\n" + data
+            while data:  # a full disk may take a part; the next write then has the error
+                data = data[file.write(data) or 0 :]
+    except OSError as error:  # its own may not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -222,8 +235,33 @@ def tokenizer_of(directory: Path) -> str:
 
 
 def record_event(directory: Path, kind: str, **details: Any) -> None:
-    """Append an event with its time (Unix seconds) to events.jsonl."""
-    append_json_line(Path(directory) / "events.jsonl", {"time": time.time(), "event": kind, **details})
+    """Append an event with its time (Unix seconds) to events.jsonl. One that meets a full or read-only disk is printed
+    instead: it must not end a run."""
+    file = Path(directory) / "events.jsonl"
+    try:
+        append_json_line(file, {"time": time.time(), "event": kind, **details})
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, *READ_ONLY, *TOO_MANY_FILES):
+            raise
+        print(
+            f"bigmodel: {file}: {error.strerror}; not recorded: {kind}; {remedy_for(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def remedy_for(error: OSError) -> str:
+    """What a user can do about a full or read-only disk or too many open files; empty for another error."""
+    if error.errno in DISK_FULL:
+        return "free some space, or raise the quota"
+    if error.errno in READ_ONLY:
+        return "mount its file system read-write (dmesg says why the kernel has changed it), or move run.directory"
+    if error.errno in TOO_MANY_FILES:
+        return (
+            "raise the limit of open files (ulimit -n 65536; under SLURM: --propagate=NOFILE), or find out with "
+            "lsof -p what holds them"
+        )
+    return ""
 
 
 def refuse_to_start_over(directory: Path) -> None:

@@ -135,6 +135,10 @@ RUN = (
     Metric("last_checkpoint_step", "gauge", "Step of the last checkpoint"),
     Metric("last_checkpoint_bytes", "gauge", "Size of the last checkpoint"),
     Metric("last_checkpoint_duration_seconds", "gauge", "Time that the last checkpoint took"),
+    Metric(
+        "delayed_lines", "counter", "Lines of metrics.jsonl that could not be written when they came, as on a full "
+        "disk, since the start",
+    ),
     Metric("slowest_rank", "gauge", "The rank that worked longest in the last step but one, waiting left out"),
     Metric("slowest_rank_lag_seconds", "gauge", "How much longer it worked than the rank in the middle"),
 )  # fmt: skip

@@ -34,11 +34,12 @@ from typing import Any, NamedTuple
 from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
 from bigmodel.metrics.endpoint import MetricsEndpoint
+from bigmodel.metrics.line_file import LineFile
 from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
 from bigmodel.metrics.run_accounting import RunAccounting, Samples
 from bigmodel.metrics.writers import open_writers, scalars
-from bigmodel.run_directory import append_json_line, read_json_lines, write_atomically
+from bigmodel.run_directory import read_json_lines, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ class Metrics:
         """`facts`: parameters and device_peak_flops, for the line of this start."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
+        self._file = LineFile(self._lines)
         self._writers = open_writers(settings, self._directory, first_step) if seat.rank == 0 else []
         self._lap_began = time.perf_counter()
         self._spent: dict[str, float] = {}
@@ -180,7 +182,7 @@ class Metrics:
         cause."""
         if self._ledger:
             line = {"kind": "begin", "time": self._unix_time + self._lap_began, "cause": cause, "step": step}
-            append_json_line(self._lines, line)
+            self._file.add(line)
             self._ledger.add(line)
 
     def record_evaluation(
@@ -207,12 +209,14 @@ class Metrics:
         if self._ledger and not self._closed:
             with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # must not hide the first error
                 self._tell("end", {"ending": ending, "lap": self.lap()})
+                self._file.close()
         if self._page:
             self._page.close()
         if not self._closed:
             self._record.close()
             for writer in self._writers:
-                writer.close()
+                with contextlib.suppress(OSError):
+                    writer.close()
         self._closed = True
 
     _closed = False
@@ -265,10 +269,11 @@ class Metrics:
         if self._ledger:
             line = {"kind": kind, "time": self._unix_time + self._lap_began, **values, "spent": self._spent}
             self._spent = {}
-            append_json_line(self._lines, line)
+            self._file.add(line)
             self._ledger.add(line)
             for writer in self._writers if kind != "end" else ():
-                writer.write(line["step"], dict(scalars(line)))
+                with contextlib.suppress(OSError):  # a full disk: metrics.jsonl has told of it, and has the numbers
+                    writer.write(line["step"], dict(scalars(line)))
         if kind != "end":
             self._tell_exporter(values)
         if self._page:
@@ -278,6 +283,7 @@ class Metrics:
         samples = self._rank.samples(str(self._seat.rank))
         if self._ledger:
             samples |= self._ledger.samples() | {"build_info": [[[__version__], 1]]}
+            samples["delayed_lines"] = [[[], self._file.num_delayed]]
         with contextlib.suppress(OSError):  # shared memory is full: an incomplete endpoint must not end the run
             self._record.write({"samples": samples, **self._rank.device()})
 
