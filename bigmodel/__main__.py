@@ -13,7 +13,6 @@ if __name__ == "__main__":  # first, because `python3 -m bigmodel` may be any Py
     require_interpreter()
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -29,11 +28,10 @@ from bigmodel.config.user_error import UserError
 from bigmodel.interpreter import end_without, is_dependency
 from bigmodel.rank_log import keep_log
 from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name, make_logs
+from bigmodel.system_errors import is_out_of_memory, line_of, remedy_for
 
 if TYPE_CHECKING:
     from bigmodel.config.settings import Settings
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Launch(TyperGroup):
@@ -244,7 +242,24 @@ def train(
         raise UserError(f"{log}: cannot be written: {error.strerror}; choose another run.directory") from None
     from bigmodel.training.loop import train as run
 
-    raise typer.Exit(run(settings, fresh, new_plan))
+    try:
+        code = run(settings, fresh, new_plan)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _explain_memory(error, settings)
+        code = EXIT_FAILED
+    raise typer.Exit(code)
+
+
+def _explain_memory(error: BaseException, settings: "Settings") -> None:
+    import torch
+
+    from bigmodel.inspect.out_of_memory import explain
+
+    rank, ranks = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"
+    print(f"{_name()}: {explain(error, settings, rank, ranks, device)}", file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -561,20 +576,23 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        name = "bigmodel" if rank == "0" else f"bigmodel (rank {rank})"
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        print(f"{_name()}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
     except ModuleNotFoundError as error:
         if not is_dependency(error.name or ""):
             raise
         end_without(error.name or "")
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) and not remedy_for(error):
             raise
-        where = error.filename or "a file"
-        print(f"bigmodel: {where}: {error.strerror}; free some space and run the same command again", file=sys.stderr)
-        sys.exit(EXIT_USER)
+        print(f"{_name()}: {line_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED if is_out_of_memory(error) else EXIT_USER)
+
+
+def _name() -> str:
+    """Of this program in its messages."""
+    rank = os.environ.get("RANK", "0")
+    return "bigmodel" if rank == "0" else f"bigmodel (rank {rank})"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ Under your own sbatch script or torchrun there is no launch_ended; the trainer's
 Guarantees: a file written by `write_atomically` is always whole, also after kill -9. Imports no torch.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -54,15 +53,12 @@ from bigmodel.config.json_file import read_json as read_json  # its readers impo
 from bigmodel.config.renamed import NEW_NAMES
 from bigmodel.config.secret_text import REDACTED, is_secret, without_secret_texts, without_secrets_inside
 from bigmodel.config.user_error import UserError
+from bigmodel.system_errors import remedy_for
 
 EXIT_DONE = 0  # the run reached its last step
 EXIT_FAILED = 1  # a bug or a machine failure
 EXIT_USER = 2  # a UserError: the message has the remedy
 EXIT_STOPPED = 3  # stopped by a signal and saved; the same command resumes
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-READ_ONLY = (errno.EROFS,)
-TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 RESTART_GENERATION = "incarnation.json"
 CLAIM_ATTEMPTS = 5
@@ -241,27 +237,13 @@ def record_event(directory: Path, kind: str, **details: Any) -> None:
     try:
         append_json_line(file, {"time": time.time(), "event": kind, **details})
     except OSError as error:
-        if error.errno not in (*DISK_FULL, *READ_ONLY, *TOO_MANY_FILES):
+        if not remedy_for(error):
             raise
         print(
             f"bigmodel: {file}: {error.strerror}; not recorded: {kind}; {remedy_for(error)}",
             file=sys.stderr,
             flush=True,
         )
-
-
-def remedy_for(error: OSError) -> str:
-    """What a user can do about a full or read-only disk or too many open files; empty for another error."""
-    if error.errno in DISK_FULL:
-        return "free some space, or raise the quota"
-    if error.errno in READ_ONLY:
-        return "mount its file system read-write (dmesg says why the kernel has changed it), or move run.directory"
-    if error.errno in TOO_MANY_FILES:
-        return (
-            "raise the limit of open files (ulimit -n 65536; under SLURM: --propagate=NOFILE), or find out with "
-            "lsof -p what holds them"
-        )
-    return ""
 
 
 def refuse_to_start_over(directory: Path) -> None:

@@ -234,7 +234,7 @@ def show_memory(
     Default of `vocabulary`: that of the prepared data, or `prepare.vocabulary` before data exist.
     """
     effective, settings = resolve_deepspeed(settings, ranks)
-    vocabulary = vocabulary or _vocabulary(settings)
+    vocabulary = vocabulary or vocabulary_of(settings)
     device_bytes = int(device_gib * GIB)
     by_stage = plans(settings, effective, vocabulary, ranks)
     chosen = effective["zero_optimization"]["stage"]
@@ -270,7 +270,7 @@ def show_memory(
         console.print(f"picture: {png}", markup=False, soft_wrap=True)
 
 
-def _vocabulary(settings: Settings) -> int:
+def vocabulary_of(settings: Settings) -> int:
     if (settings.data.directory / MANIFEST).exists():
         return Manifest.read(settings.data.directory).vocabulary + num_special_tokens(settings.data)
     return settings.prepare.vocabulary

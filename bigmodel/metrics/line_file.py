@@ -13,7 +13,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from bigmodel.run_directory import append_json_line, record_event, remedy_for
+from bigmodel.run_directory import append_json_line, record_event
+from bigmodel.system_errors import remedy_for
 
 MAX_WAITING = 20_000  # lines, 20 MB: at a second per step more than five hours
 

@@ -30,7 +30,8 @@ ALLOWED = {
     "bigmodel.training.optimizers.table": (),
     "bigmodel.sizes": (),
     "bigmodel.rank_log": (),
-    "bigmodel.run_directory": ("bigmodel.config", "bigmodel.sizes"),
+    "bigmodel.system_errors": (),
+    "bigmodel.run_directory": ("bigmodel.config", "bigmodel.sizes", "bigmodel.system_errors"),
     "bigmodel.data": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.sizes", "bigmodel.data"),
     "bigmodel.data.objectives": ("bigmodel.config", "bigmodel.data.randomness", "bigmodel.data.objectives"),
     "bigmodel.data.store": (
@@ -67,7 +68,13 @@ ALLOWED = {
         "bigmodel.data.store",
         "bigmodel.distributed",
     ),
-    "bigmodel.metrics": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.data", "bigmodel.metrics"),
+    "bigmodel.metrics": (
+        "bigmodel.config",
+        "bigmodel.run_directory",
+        "bigmodel.system_errors",
+        "bigmodel.data",
+        "bigmodel.metrics",
+    ),
     "bigmodel.metrics.exporter": ("bigmodel.metrics",),
     "bigmodel.training.optimizers": (
         "bigmodel.config",
