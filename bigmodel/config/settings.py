@@ -188,6 +188,13 @@ class TrainingSettings(Section):
         description="longest collective: after it a rank counts as hanging and the run fails; also the longest wait "
         "of ranks for each other at the start",
     )
+    hang_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="longest time without progress, or ten usual steps if that is longer: then a hanging rank is named "
+        "with its stack, and the run ends, at once if the rank was stopped, else after three times as long; 0: only "
+        "collective_timeout_seconds",
+    )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay, per update, of the average of the weights in checkpoints; 0: no average"
     )

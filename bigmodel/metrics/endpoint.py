@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.metrics.hang_watch import Limits
 from bigmodel.metrics.rank_record import folders_of, remove_stale, start_ticks
 from bigmodel.run_directory import write_atomically, write_json
 
@@ -30,7 +31,15 @@ class MetricsEndpoint:
     if the address cannot be opened; other nodes then take a free port.
     """
 
-    def __init__(self, directory: Path, folder: Path, node: int, ranks: range, settings: MetricsSettings) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        folder: Path,
+        node: int,
+        ranks: range,
+        settings: MetricsSettings,
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+    ) -> None:
         self._folder, self._looked = folder, 0.0
         self._process: subprocess.Popen[bytes] | None = None
         ended = self._end_earlier(directory, node)
@@ -49,6 +58,7 @@ class MetricsEndpoint:
             "run_directory": str(directory),
             "endpoint": self.endpoint,
             "published": [str(path) for path in self._published],
+            "limits": limits,
         }
 
     def start(self) -> None:
@@ -79,7 +89,8 @@ class MetricsEndpoint:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _spawn(self) -> None:
-        command = [sys.executable, "-m", "bigmodel.metrics.exporter", str(self._folder), str(self._socket.fileno())]
+        given = [self._socket.fileno(), errors := os.dup(2)]
+        command = [sys.executable, "-m", "bigmodel.metrics.exporter", str(self._folder), *map(str, given)]
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with open(self._folder / "exporter.log", "ab") as log:
@@ -89,9 +100,10 @@ class MetricsEndpoint:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._socket.fileno()],
+                pass_fds=given,
                 start_new_session=True,  # a signal to a rank's process group must not end the exporter of all ranks
             )
+        os.close(errors)
         write_atomically(self._folder / "exporter.pid", f"{self._process.pid} {start_ticks(self._process.pid)}")
 
     def _end_earlier(self, directory: Path, node: int) -> bool:

@@ -3,15 +3,16 @@ prometheus_client.
 
 In: the folder of rank records (bigmodel/metrics/rank_record.py) and a listening socket opened by local rank 0. Out:
 http://host:port/metrics. Guarantees: it answers while any rank of its node lives; it ends within a second of the last
-rank, removes the published address and deletes the folder, so a killed run leaves nothing. It starts and stops no
-rank. It passes profile requests to the ranks (bigmodel/metrics/profiling.py).
+rank, removes the published address and deletes the folder, so a killed run leaves nothing. It passes profile requests to
+the ranks (bigmodel/metrics/profiling.py), and names and ends ranks that hang (bigmodel/metrics/hang_watch.py).
 Costs: half a second to start and 30 MB, because it imports no torch; at most ten renderings per second, however many
 requests come.
 
-    python -m bigmodel.metrics.exporter FOLDER SOCKET_NUMBER      started by bigmodel/metrics/endpoint.py
+    python -m bigmodel.metrics.exporter FOLDER SOCKET_NUMBER ERRORS_NUMBER   started by bigmodel/metrics/endpoint.py
 """
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -19,6 +20,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from bigmodel.metrics.hang_watch import HangWatch, Limits
 from bigmodel.metrics.health import Health
 from bigmodel.metrics.metric_table import METRICS, PREFIX, SERVING, Metric
 from bigmodel.metrics.profiling import Relay
@@ -183,7 +187,14 @@ def withdraw(page: dict[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-def main(folder: Path, descriptor: int) -> None:
+def say(errors: int, text: str) -> None:
+    """Print a line among the output of the node's first rank."""
+    with suppress(OSError):  # the terminal is gone
+        os.write(errors, text.encode() + b"\n")
+
+
+def main(folder: Path, descriptor: int, errors: int) -> None:
+    """descriptor: the listening socket. errors: standard error of the rank that started this."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # SLURM signals all processes of a job; serve on while the ranks save
     page = json.loads((folder / "page.json").read_text())
@@ -191,9 +202,11 @@ def main(folder: Path, descriptor: int) -> None:
     server = Server(socket.socket(fileno=descriptor), ranks)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     relay = Relay(folder, Path(page["run_directory"]))
+    watch = HangWatch(folder, Path(page["run_directory"]), Limits(*page["limits"]), partial(say, errors))
     ranks.read()
     while alive := ranks.alive():
         relay.look([ranks.records[rank] for rank in alive])
+        watch.look([ranks.records[rank] for rank in alive])
         time.sleep(POLL_SECONDS)
         ranks.read()
     withdraw(page)
@@ -203,4 +216,4 @@ def main(folder: Path, descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,15 +34,18 @@ class Phases:
         self._since: Any = None  # when the innermost open phase last started or continued: a host time or an event
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.busy_seconds = 0.0  # of the last `take`
+        self.entered: Callable[[str], None] = lambda name: None  # called with each new phase, "" outside of all
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.entered(name)
         if self._on_gpu and name in HOST_PHASES:
             began = time.perf_counter()
             try:
                 yield
             finally:
                 self.add(name, time.perf_counter() - began)
+                self.entered("")
             return
         self._mark()
         self._open.append(name)
@@ -51,6 +54,7 @@ class Phases:
         finally:
             self._mark()
             self._open.pop()
+            self.entered(self._open[-1] if self._open else "")
 
     def add(self, name: str, seconds: float) -> None:
         """Count time that was measured elsewhere."""

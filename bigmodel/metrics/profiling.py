@@ -58,9 +58,14 @@ def group_stacks(texts: dict[int, str]) -> list[tuple[list[int], str]]:
     """Groups of ranks with the same stack of the main thread, largest first; the smallest is usually the cause."""
     groups: dict[str, list[int]] = {}
     for rank, text in sorted(texts.items()):
-        _, _, main = text.rpartition("Current thread")
-        groups.setdefault("\n".join(line for line in main.splitlines()[1:] if line.strip()), []).append(rank)
+        groups.setdefault("\n".join(main_stack(text)), []).append(rank)
     return sorted(((ranks, stack) for stack, ranks in groups.items()), key=lambda group: (-len(group[0]), group[0]))
+
+
+def main_stack(dump: str) -> list[str]:
+    """The frames of the main thread in a dump of faulthandler, innermost first; it is the oldest thread, and the last."""
+    _, _, main = dump.rpartition("hread 0x")
+    return [line for line in main.splitlines()[1:] if line.strip()]
 
 
 class Relay:

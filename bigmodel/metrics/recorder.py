@@ -33,8 +33,10 @@ from typing import Any, NamedTuple
 
 from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.metrics.beat import Beat
 from bigmodel.metrics.endpoint import MetricsEndpoint
 from bigmodel.metrics.line_file import LineFile
+from bigmodel.metrics.hang_watch import Limits
 from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
 from bigmodel.metrics.run_accounting import RunAccounting, Samples
@@ -137,8 +139,10 @@ class Metrics:
         start: str = "alone",
         fresh: bool = False,
         facts: Mapping[str, Any] = {},
+        limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
-        """`facts`: parameters and device_peak_flops, for the line of this start."""
+        """`facts`: parameters and device_peak_flops, for the line of this start. `limits`: of the watch for hanging
+        ranks."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
         self._file = LineFile(self._lines)
@@ -147,10 +151,11 @@ class Metrics:
         self._spent: dict[str, float] = {}
         self._rank = _RankCounts()
         self.folder = folder_of(self._directory, seat.node, start)
-        self._page = self._open_page(settings) if seat.local_rank == 0 else None
+        self._page = self._open_page(settings, limits) if seat.local_rank == 0 else None
         self.endpoint = self._page.endpoint if self._page else ""
         self._ledger = self._open_ledger(first_step, fresh, facts) if seat.rank == 0 else None
         self._record = RankRecord(self.folder, seat.rank)
+        self._beat = _open_beat(self.folder, seat.rank, first_step)
         self._tell_exporter({})
         if self._page:
             self._page.start()
@@ -164,6 +169,11 @@ class Metrics:
         """Count the time since the last event for one of `run_accounting.CAUSES`; written with the next event."""
         self._spent[cause] = self._spent.get(cause, 0.0) + self.lap()
 
+    def enter(self, phase: str) -> None:
+        """Tell the watch for hanging ranks the phase of this rank."""
+        if self._beat:
+            self._beat.enter(phase)
+
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's files, that is, is rank 0."""
@@ -171,6 +181,8 @@ class Metrics:
 
     def record_step(self, record: StepRecord, phases: Mapping[str, float] = {}) -> None:
         """`phases`: this rank's seconds by phase since the last call, evaluations and saves included."""
+        if self._beat:
+            self._beat.step_done(record.step)
         self._rank.add_step(record, phases)
         line = {**asdict(record), "lap": record.step_seconds}
         line["flops"] = record.flops._asdict() if record.flops else None
@@ -229,12 +241,11 @@ class Metrics:
     ) -> None:
         self.close("failed" if kind else "finished")
 
-    def _open_page(self, settings: MetricsSettings) -> MetricsEndpoint:
+    def _open_page(self, settings: MetricsSettings, limits: Limits) -> MetricsEndpoint:
         seat = self._seat
+        ranks = range(seat.rank, seat.rank + seat.local_size)
         try:
-            return MetricsEndpoint(
-                self._directory, self.folder, seat.node, range(seat.rank, seat.rank + seat.local_size), settings
-            )
+            return MetricsEndpoint(self._directory, self.folder, seat.node, ranks, settings, limits)
         except UserError:
             shutil.rmtree(self.folder, ignore_errors=True)  # it may hold the records of other ranks
             raise
@@ -315,6 +326,13 @@ def _since_last_start(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = places["start"][-1] + 1 if places["start"] else 0
     earlier = [place for place in places["launch"][:-1] if place >= first]
     return events[earlier[-1] if earlier else first :]
+
+
+def _open_beat(folder: Path, rank: int, step: int) -> Beat | None:
+    try:
+        return Beat(folder, rank, step)
+    except OSError:  # shared memory is full: a hanging rank is then found by the collective timeout
+        return None
 
 
 class _RankCounts:

@@ -45,6 +45,7 @@ from bigmodel.evaluation.training_tasks import TrainingTasks
 from bigmodel.generation.far_labels import predicts_next_token
 from bigmodel.generation.samples import examples, sample
 from bigmodel.metrics.flops import device_peak_flops, step_flops
+from bigmodel.metrics.hang_watch import Limits
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
@@ -152,6 +153,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     pruner = Pruner(settings.pruning, engine, start.step)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
+    phases.entered = metrics.enter
     profiler = Profiler(metrics.folder, world.rank)
     closing.callback(profiler.close)
     line = LiveLine(start.step, settings.training.steps, enabled=world.rank == 0)
@@ -324,7 +326,8 @@ def _open_metrics(
     """Collective: all ranks of a start share one random token."""
     directory = settings.run.directory
     start = world.on_rank_zero(lambda: new_start(directory))
-    return Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world))
+    limits = Limits(settings.training.hang_seconds, settings.training.collective_timeout_seconds)
+    return Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world), limits)
 
 
 def _report_start(
