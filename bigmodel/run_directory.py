@@ -11,6 +11,7 @@
       profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
       launch.json    the last start by the launcher         preflight.json    findings of `bigmodel launch check`
+      launch.lock    held by its process
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
 logs/HOST-rank-N.log is the output of rank N on HOST. Rank 0 also prints in the terminal, and so does every rank not
@@ -22,13 +23,18 @@ requeues), hosts, node_of_rank (indices into hosts), main_address, main_port, an
 that `bigmodel launch stop` may signal.
 
 events.jsonl has lines of the trainer and these of the launcher, all with "time" in Unix seconds:
-  launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows
-  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed; detail: the culprit;
-                                               since: time of the first death or stop request, if known;
+  launch          by, job, restart, world_size, hosts   a start of the ranks; the trainer's `start` follows;
+                                               reached: the last step of the starts before
+  start_refused   by, job, restart             a second start at once, by a job of SLURM; others leave no line
+  launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed, hang; detail: the
+                                               culprit; since: time of the first death or stop request, if known;
                                                your own watchdog may write a line with only the cause hang
   stop_requested                               by `bigmodel launch stop`
 and of metrics.jsonl:
   metrics_delayed  lines, lost, seconds        it could not be written for that long, as on a full disk; lost: for ever
+and of the watch for hanging ranks (bigmodel/metrics/hang_watch.py), which also writes a launch_ended:
+  rank_hangs      rank, host, how, step, phase, seconds, limit_seconds, stack    without progress for these seconds
+  rank_goes_on    rank, host                   it made progress again
 A launch with no launch_ended before the next launch was lost, together with its launcher: kill -9, a node failure.
 Under your own sbatch script or torchrun there is no launch_ended; the trainer's `finished` or `stopped` replaces it
 (`bigmodel.launcher.record.launches` reads all of these).

@@ -31,7 +31,7 @@ from bigmodel.launcher.hostlist import expand_hosts
 from bigmodel.launcher.local import trainer_command
 from bigmodel.launcher.network import free_port
 from bigmodel.launcher.placement import job_groups, port_of
-from bigmodel.launcher.record import read_launch, record_end, record_launch, refuse_second_run, run_directory
+from bigmodel.launcher.record import read_launch, record_end, record_launch, run_directory, take_start
 from bigmodel.launcher.topology import Topology, even_topology, ranks_per_node
 from bigmodel.run_directory import EXIT_USER, make_logs
 from bigmodel.sizes import counted_noun
@@ -81,7 +81,7 @@ def local_command(
         return
     directory = settings.run.directory
     logs = make_logs(directory)
-    refuse_second_run(directory)
+    take_start(directory)
     check_address(topology)
     if cluster.check.before_start:
         words = preflight.look_words(run_file, cluster_file, overrides)
@@ -166,7 +166,7 @@ def ssh_command(
         return
     directory = settings.run.directory
     make_logs(directory)
-    refuse_second_run(directory)
+    take_start(directory)
     targets = hosts_and_slots(cluster, hostfile)[0]
     hosts.reach(cluster, targets, topology.main_address, Path.cwd())
     if cluster.check.before_start:

@@ -20,7 +20,7 @@ from bigmodel.launcher.devices import device_variables
 from bigmodel.launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
 from bigmodel.launcher.network import interface_towards, port_is_free, resolves
 from bigmodel.launcher.placement import find_place, job_of, started_by
-from bigmodel.launcher.record import record_launch, refuse_second_run
+from bigmodel.launcher.record import record_launch, take_start
 from bigmodel.launcher.topology import Topology
 from bigmodel.rank_log import ARRANGED, open_outputs, redirect, terminal_variables
 from bigmodel.run_directory import log_name, make_logs
@@ -50,7 +50,7 @@ def execute(
     if rank == 0:
         if by != "torchrun":  # torchrun itself listens at the port
             check_address(topology)
-        refuse_second_run(directory)
+        take_start(directory, becomes_rank=True)
         record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
         variables |= terminal_variables(os.environ)
     host = topology.host(rank) if by == "slurm" else os.uname().nodename

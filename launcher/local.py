@@ -1,12 +1,13 @@
 """All ranks of a run on this machine, started and ended together.
 
 In: a command and a topology. Out: an exit code (`bigmodel.run_directory.EXIT_*`). Guarantees that no rank is left
-running, however the run ends: if one rank dies, the others are ended; after Ctrl-C or SIGTERM all ranks save first; a
+running, however the run ends: if one rank dies, the others are ended; after Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2
+(SLURM's before a time limit) all ranks save first; a
 kill -9 of the launcher kills the ranks through the kernel (Linux's parent-death signal). Costs a sleeping thread that
 checks the ranks 20 times a second. Never imports torch.
 
     running --a rank dies--> SIGTERM to the rest --grace_seconds--> SIGKILL
-       \\-----SIGINT, SIGTERM or SIGHUP--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
+       \\-----a stop signal--> SIGTERM to all, they save --save_seconds or a second signal--> SIGKILL
 
 Every rank logs to `HOST-rank-N.log`; rank 0's output is also shown here (`bigmodel.rank_log`).
 
@@ -17,6 +18,7 @@ because that launcher was killed, also means "end".
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from typing import NamedTuple
 
 from bigmodel.launcher.binding import processors_to_bind
 from bigmodel.launcher.devices import device_variables
+from bigmodel.launcher.record import recorded_hang
 from bigmodel.launcher.topology import Topology, rank_environment
 from bigmodel.rank_log import ARRANGED, open_outputs, terminal_variables, wait_for
 from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name
@@ -39,8 +42,10 @@ GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective tha
 SAVE_SECONDS = 600.0  # for ranks that save and stop: a checkpoint of a large model takes minutes
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CRASHES = [-getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL")]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # the last two: SLURM's
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CRASH = re.compile(r"^(?P<error>Fatal Python error: [^\n]*)\n.*?(?P<stack>^Current thread .*?)\n\n", re.M | re.S)
 END = 0  # among the received signals: the order "end" from the control pipe
 
 
@@ -127,7 +132,7 @@ def run(
         finally:
             _kill_all(supervision.running)
             wait_for(supervision.tees)
-    return _verdict(supervision)._replace(since=supervision.since)
+    return _verdict(supervision, logs.parent)._replace(since=supervision.since)
 
 
 def trainer_command(run_file: Path, overrides: Sequence[str]) -> list[str]:
@@ -308,7 +313,7 @@ def _kill_all(ranks: list[Rank]) -> None:
         rank.ended = rank.process.wait()
 
 
-def _verdict(supervision: Supervision) -> Ending:
+def _verdict(supervision: Supervision, directory: Path) -> Ending:
     culprit = supervision.culprit
     if supervision.abandoned:
         saved = all(_status(rank) in (EXIT_DONE, EXIT_STOPPED) for rank in supervision.ranks)
@@ -322,10 +327,10 @@ def _verdict(supervision: Supervision) -> Ending:
     if supervision.died_stopping and _status(culprit) == -signal.SIGTERM:
         _say("stopped before every rank could save; the run resumes from its last checkpoint, if it has one")
         return Ending(EXIT_STOPPED, "stopped", "before every rank could save")
-    return _blame(culprit, supervision)
+    return _blame(culprit, supervision, directory)
 
 
-def _blame(culprit: Rank, supervision: Supervision) -> Ending:
+def _blame(culprit: Rank, supervision: Supervision, directory: Path) -> Ending:
     """Print the known facts on the first rank that died."""
     user_error = _status(culprit) == EXIT_USER
     world = supervision.world_size
@@ -334,7 +339,12 @@ def _blame(culprit: Rank, supervision: Supervision) -> Ending:
     if user_error and first.number == 0 and _status(first) == EXIT_USER:
         return Ending(EXIT_USER, "user_error", death)  # it has already printed its message here
     others = ["", "; the other rank was ended", "; the other ranks were ended"][min(len(supervision.ranks) - 1, 2)]
+    if _status(culprit) == -signal.SIGKILL and (hang := recorded_hang(directory)):
+        _say(f"{hang}{others}; its stack: events.jsonl")
+        return Ending(EXIT_FAILED, "hang", hang)
     _say(death + others)
+    if _status(culprit) in CRASHES:
+        _say(f"its stacks, of Python and C: {culprit.log}")
     if culprit.number:  # rank 0's lines are shown already
         _say(f"last lines of {culprit.log}:")
         for line in _tail(culprit.log, culprit.log_start):
@@ -359,11 +369,13 @@ def _how(status: int) -> str:
 
 
 def _tail(log: Path, start: int) -> list[str]:
-    """The last lines of this launch in a log; reads at most 64 kB."""
+    """The last lines of this launch in a log, or the Python stack of its crash; reads at most 256 kB."""
     with open(log, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(start, size - 65536))
+        file.seek(max(start, size - (1 << 18)))
         text = file.read().decode("utf-8", errors="replace")
+    if crash := CRASH.search(text):  # the frames of C come after it
+        return [crash["error"], *crash["stack"].splitlines()[:TAIL_LINES]]
     return text.splitlines()[-TAIL_LINES:] or ["(no output)"]
 
 

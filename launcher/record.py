@@ -10,15 +10,17 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bigmodel.config.settings import UserError, load_settings
 from bigmodel.launcher.topology import Topology
-from bigmodel.run_directory import lock, read_json, record_event, write_json
+from bigmodel.run_directory import lock, read_json, read_json_lines, record_event, write_json
 
 # Causes of `launch_ended`. "lost": the end was not recorded, for example after kill -9 of all processes or a node
-# failure. "hang": written by a watchdog of the user.
+# failure. "hang": written by the watch of a node (bigmodel/metrics/hang_watch.py) or by one of the user.
 CAUSES = ("finished", "stopped", "user_error", "failed", "lost", "hang")
+START_LOCK = "launch.lock"
+_taken: list[IO[Any]] = []  # open lock files
 
 
 def run_directory(run: Path) -> Path:
@@ -32,9 +34,18 @@ def run_directory(run: Path) -> Path:
 
 def is_held(directory: Path) -> bool:
     """Whether a running run holds the directory's lock."""
+    return _is_locked(directory / "lock")
+
+
+def is_taken(directory: Path) -> bool:
+    """Whether a run holds the directory's lock, or is being started there."""
+    return is_held(directory) or _is_locked(directory / START_LOCK)
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        with open(directory / "lock", "a") as file:
-            lock(file, str(directory), "held")
+        with open(path, "a") as file:
+            lock(file, str(path), "held")
     except UserError:
         return True
     except OSError:
@@ -45,11 +56,24 @@ def is_held(directory: Path) -> bool:
 def refuse_second_run(directory: Path) -> None:
     """Before a start: raises `UserError` if a running run holds the directory's lock."""
     if is_held(directory):
-        where = describe_launch(read_launch(directory))
-        raise UserError(
-            f"run.directory = {directory}: another run is using it now{where}; stop it (bigmodel launch stop "
-            f"{directory}) or choose another directory"
-        )
+        raise UserError(f"run.directory = {directory}: {_used_by(directory)}")
+
+
+def take_start(directory: Path, becomes_rank: bool = False) -> None:
+    """Before anything is recorded of a start: of two at once, the second raises `UserError`.
+
+    The lock is held until this process ends, also after it has become rank 0's trainer by execve (becomes_rank).
+    """
+    refuse_second_run(directory)
+    file = open(directory / START_LOCK, "a")  # noqa: SIM115 - held until the process ends
+    lock(file, f"run.directory = {directory}", _used_by(directory))
+    os.set_inheritable(file.fileno(), becomes_rank)
+    _taken.append(file)
+
+
+def _used_by(directory: Path) -> str:
+    where = describe_launch(read_launch(directory))
+    return f"another run is using it now{where}; stop it (bigmodel launch stop {directory}) or choose another directory"
 
 
 def read_launch(directory: Path) -> dict[str, Any]:
@@ -89,22 +113,31 @@ def record_launch(
         },
     )
     hosts = list(topology.hosts)
-    record_event(directory, "launch", by=by, job=job, restart=restart, world_size=topology.world_size, hosts=hosts)
+    place = {"world_size": topology.world_size, "hosts": hosts, "reached": last_metrics(directory).get("step", 0)}
+    record_event(directory, "launch", by=by, job=job, restart=restart, **place)
 
 
 def record_end(directory: Path, cause: str, code: int, detail: str = "", since: float = 0.0) -> None:
     """Write a `launch_ended` event. detail: the culprit, if any. since: as in `local.Ending`."""
     assert cause in CAUSES, cause
+    if cause == "failed" and (hang := recorded_hang(directory)):
+        cause, detail = "hang", hang
     step = last_metrics(directory).get("step", 0)
     known = {"since": since} if since else {}
     record_event(directory, "launch_ended", cause=cause, code=code, detail=detail, step=step, **known)
+
+
+def recorded_hang(directory: Path) -> str:
+    """The rank whose hang ended the last launch, and where it stood; empty: none did."""
+    last = launches(read_json_lines(directory / "events.jsonl"))[-1:]
+    return (last[0].detail or "a rank") if last and last[0].cause == "hang" else ""
 
 
 @dataclass(frozen=True)
 class Launch:
     """One start of a run, from events.jsonl. cause: "" if no end is recorded yet.
 
-    step: the last step of metrics.jsonl at its end, if the end was recorded.
+    step: the last step of metrics.jsonl at its end; of a lost one, at the start after it.
     """
 
     time: float
@@ -127,7 +160,7 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
         kind = event.get("event")
         if kind == "launch":
             if found and not found[-1].cause:
-                found[-1] = replace(found[-1], cause="lost")
+                found[-1] = replace(found[-1], cause="lost", step=event.get("reached", 0))
             found.append(Launch(event["time"], event["by"], event["job"], event["restart"]))
         elif kind == "start" and (not found or found[-1].cause):
             found.append(Launch(event["time"], "", "", 0))
@@ -139,8 +172,9 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             found[-1] = replace(found[-1], stop_requested=True)
         elif kind == "launch_ended":
             known = found[-1].cause if found[-1].cause in ("finished", "stopped", "hang") else event["cause"]
-            step = event.get("step", found[-1].step)
-            found[-1] = replace(found[-1], cause=known, detail=event.get("detail", ""), step=step)
+            told = found[-1].detail if found[-1].cause == "hang" else ""  # what came after it is a consequence
+            step = max(event.get("step", 0), found[-1].step)
+            found[-1] = replace(found[-1], cause=known, detail=told or event.get("detail", ""), step=step)
     return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from bigmodel.config.secret_text import without_secret_texts
 from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
-from bigmodel.launcher.record import Launch, launches, read_launch, record_end, refuse_second_run
+from bigmodel.launcher.record import Launch, is_taken, launches, read_launch, record_end, refuse_second_run
 from bigmodel.run_directory import (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -137,6 +137,10 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
         job,
         restart,
     ):  # rank 0 did not get far enough to write it
+        if code == EXIT_USER and is_taken(directory):
+            record_event(directory, "start_refused", by="slurm", job=job, restart=restart)
+            print("launcher: user_error; not requeued: another run is using the run directory", flush=True)
+            return EXIT_USER
         record_event(directory, "launch", by="slurm", job=job, restart=restart, world_size=0, hosts=[])
     cause = decide(launches(read_json_lines(directory / "events.jsonl")), code, cluster.requeue).cause
     detail = "preflight" if preflight else "" if cause in ("finished", "stopped") else f"srun ended with {code}"

@@ -3,14 +3,19 @@
 A Python handler runs only between two bytecodes of the main thread, so never while that thread waits in a collective
 for a hanging rank. Therefore C's signal handler wakes a thread through a pipe. The thread ends the process if the step
 or the save takes too long, and at once on a second signal.
+
+SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL: the stacks of Python and C go to standard error, the rank's log.
 """
 
+import faulthandler
 import os
 import select
 import signal
 import sys
 import threading
 from types import FrameType
+
+import torch
 
 from bigmodel.run_directory import EXIT_FAILED
 
@@ -19,8 +24,19 @@ GRACE_SECONDS = 120.0  # limit from the signal to the beginning of the save; a s
 SAVE_SECONDS = 900.0  # limit for the save after that
 
 
+def show_stacks_of_crashes() -> None:
+    """Print the stacks when this process crashes: Python's of all threads, then C's.
+
+    faulthandler's handler is the last one set, so the first to run: it needs no memory, and a crash inside of malloc
+    can make torch's wait for ever. Then the watch for hanging ranks ends the process.
+    """
+    faulthandler.disable()
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
+    faulthandler.enable(2)
+
+
 class StopFlag:
-    """`requested` becomes true at the first signal. Make one in the main thread, before the first step."""
+    """`requested` becomes true at the first signal. Make one in the main thread, when all ranks have met."""
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS, save_seconds: float = SAVE_SECONDS) -> None:
         self.requested = False

@@ -3,8 +3,8 @@ prometheus_client.
 
 In: the folder of rank records (bigmodel/metrics/rank_record.py) and a listening socket opened by local rank 0. Out:
 http://host:port/metrics. Guarantees: it answers while any rank of its node lives; it ends within a second of the last
-rank, removes the published address and deletes the folder, so a killed run leaves nothing. It passes profile requests to
-the ranks (bigmodel/metrics/profiling.py), and names and ends ranks that hang (bigmodel/metrics/hang_watch.py).
+rank, removes the published address and deletes the folder, so a killed run leaves nothing. It passes profile requests
+to the ranks (bigmodel/metrics/profiling.py), and names and ends ranks that hang (bigmodel/metrics/hang_watch.py).
 Costs: half a second to start and 30 MB, because it imports no torch; at most ten renderings per second, however many
 requests come.
 

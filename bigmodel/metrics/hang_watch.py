@@ -162,10 +162,9 @@ class HangWatch:
         if 0 < left < float("inf"):
             then = f"the run ends in {left:.0f} s unless it goes on"
         here = os.uname().nodename
-        self._say(
-            f"bigmodel: rank {rank} on {here} {finding.how} {known.where}, {known.still_seconds:.0f} s without progress; "
-            f"{then}{''.join(f'{chr(10)}  |{line}' for line in finding.stack)}"
-        )
+        seconds = f"{known.still_seconds:.0f} s without progress"
+        headline = f"bigmodel: rank {rank} on {here} {finding.how} {known.where}, {seconds}; {then}"
+        self._say("\n  |".join([headline, *finding.stack]))
         place = {"step": known.pulse.step + 1, "phase": known.pulse.phase, "seconds": round(known.still_seconds, 2)}
         limit = round(self._limit(known) / EARLY, 2)
         self._record(

@@ -63,7 +63,7 @@ def group_stacks(texts: dict[int, str]) -> list[tuple[list[int], str]]:
 
 
 def main_stack(dump: str) -> list[str]:
-    """The frames of the main thread in a dump of faulthandler, innermost first; it is the oldest thread, and the last."""
+    """The frames of the main thread, the last in a dump of faulthandler, innermost first."""
     _, _, main = dump.rpartition("hread 0x")
     return [line for line in main.splitlines()[1:] if line.strip()]
 

@@ -37,7 +37,7 @@ from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.consistency import check_consistency
-from bigmodel.distributed.signals import StopFlag
+from bigmodel.distributed.signals import StopFlag, show_stacks_of_crashes
 from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
 from bigmodel.evaluation.classify import make_validation
 from bigmodel.evaluation.evaluate import Validation
@@ -121,8 +121,9 @@ def train(settings: Settings, fresh: bool = False, new_plan: bool = False) -> in
 
 
 def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) -> int:
-    stop = StopFlag()
+    show_stacks_of_crashes()
     world = start_world(settings.training.collective_timeout_seconds)
+    stop = StopFlag()  # before, a signal ends this process at once: it waits for others and has nothing to save
     _refuse_wide_heads(settings, world)
     directory = settings.run.directory
     world.on_rank_zero(lambda: claim(directory))

@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bigmodel.launcher.record import launches, record_end
 from bigmodel.launcher.topology import Topology, even_topology, rank_environment
+from bigmodel.run_directory import read_json_lines, record_event
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -183,6 +185,45 @@ def test_a_killed_rank_is_named_and_the_rest_is_ended(tmp_path: Path) -> None:
     assert (tmp_path / "saved-0").exists()  # they got SIGTERM, not only SIGKILL
 
 
+def test_a_rank_killed_because_it_hung_is_named_as_hanging(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    launch.wait_until_started()
+    record_event(tmp_path, "launch", by="local", job="", restart=0)
+    os.kill(launch.pid(1), signal.SIGSTOP)
+    record_event(tmp_path, "launch_ended", cause="hang", detail="rank 1 on here hangs in forward of step 8", step=7)
+    os.kill(launch.pid(1), signal.SIGKILL)
+    code, _, errors = launch.end()
+    assert code == 1
+    assert errors == "rank 1 on here hangs in forward of step 8; the other rank was ended; its stack: events.jsonl\n"
+    assert (tmp_path / "ending").read_text() == "hang rank 1 on here hangs in forward of step 8"
+    record_end(tmp_path, "failed", 1, "the launcher of a node over ssh knows less")
+    (found,) = launches(read_json_lines(tmp_path / "events.jsonl"))
+    assert (found.cause, found.detail, found.step) == ("hang", "rank 1 on here hangs in forward of step 8", 7)
+
+
+def test_a_stopped_rank_is_killed_with_the_rest(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, grace_seconds=0.3)
+    launch.wait_until_started()
+    os.kill(launch.pid(1), signal.SIGSTOP)
+    os.kill(launch.pid(0), signal.SIGKILL)
+    assert launch.end()[0] == 1
+
+
+def test_a_crash_is_shown_by_its_stack_and_the_log_is_named(tmp_path: Path) -> None:
+    crash = "from bigmodel.distributed.signals import show_stacks_of_crashes\nshow_stacks_of_crashes()\n"
+    crash += "import ctypes\ndef reads_nothing(): ctypes.string_at(0)\nif rank: reads_nothing()\n"
+    code, _, errors = Launch(tmp_path, crash + WAIT_FOR_EVER, ranks=2).end()
+    log = tmp_path / "logs" / "here-rank-1.log"
+    assert code == 1
+    assert errors.startswith(
+        f"rank 1 of 2 was killed by SIGSEGV; the other rank was ended\nits stacks, of Python and C: {log}"
+    )
+    assert "  | Fatal Python error: Segmentation fault\n  | Current thread" in errors
+    assert " in reads_nothing\n" in errors
+    text = log.read_text()
+    assert text.index(" in reads_nothing\n") < text.index("frame #0: c10::FatalSignalHandler")
+
+
 def test_a_rank_that_ends_with_an_error_is_named_with_its_last_lines(tmp_path: Path) -> None:
     then = f"if rank == 1:\n  for n in range(50): print('line', n)\n  sys.exit(7)\n{WAIT_FOR_EVER}"
     code, _, errors = Launch(tmp_path, then).end()
@@ -223,7 +264,7 @@ def test_a_user_error_of_another_rank_alone_is_shown(tmp_path: Path) -> None:
     assert "  | mend this\n" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_stop_signal_lets_every_rank_save_however_long_it_takes(tmp_path: Path, number: int) -> None:
     launch = Launch(tmp_path, save_seconds=2.0, grace_seconds=0.2)
     launch.wait_until_started()
