@@ -99,7 +99,7 @@ def rank_environment(topology: Topology, rank: int, cores: int, inherited: Mappi
         "LOCAL_RANK": str(topology.local_rank(rank)),
         "LOCAL_WORLD_SIZE": str(topology.local_size(rank)),
         "NODE_RANK": str(topology.nodes[rank]),
-        "MASTER_ADDR": topology.main_address,
+        "MASTER_ADDR": topology.main_address if len(set(topology.nodes)) > 1 else "127.0.0.1",
         "MASTER_PORT": str(topology.main_port),
         "LAUNCH_HOSTS": host_runs(topology),
     }

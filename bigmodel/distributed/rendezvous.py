@@ -4,6 +4,7 @@ In: rank, world size and address of rank 0. Out: torch's key-value store for `in
 rendezvous only counts connections, so it cannot name an absent rank.
 """
 
+import ipaddress
 import json
 import os
 import socket
@@ -32,13 +33,7 @@ def meet(place: Mapping[str, str], timeout_seconds: float) -> dist.Store:
     _wait_for_address(host, port, timeout_seconds)
     if not listens:
         _wait_for_server(host, port, timeout_seconds)
-    server = dist.TCPStore(
-        host,
-        port,
-        is_master=listens,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    server = open_store(host, port, listens, timeout_seconds)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"bigmodel/{attempt}", server)
     store.set(f"here/{rank}", "")
@@ -51,6 +46,39 @@ def meet(place: Mapping[str, str], timeout_seconds: float) -> dist.Store:
     if absent:
         raise RuntimeError(f"{', '.join(map(name_rank, absent[:8]))}{' and more' * (len(absent) > 8)} did not come")
     return store
+
+
+def open_store(host: str, port: int, listens: bool, timeout_seconds: float) -> dist.TCPStore:
+    """torch's key-value store: its server (listens; port 0: any free one) or a client.
+
+    At a loopback address the server listens on loopback alone; torch's own socket would be open to the network.
+    Raises `RuntimeError` if the port is in use.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    if not listens or not is_loopback(host):
+        return dist.TCPStore(host, port, is_master=listens, wait_for_workers=False, timeout=timeout)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise RuntimeError(f"rank 0 cannot listen there ({error.strerror})") from None
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether all addresses of a name are reached from this machine alone."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except socket.gaierror:
+        return False
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
 def _wait_for_address(host: str, port: int, timeout_seconds: float) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from bigmodel.config.settings import UserError
-from bigmodel.distributed.rendezvous import meet
+from bigmodel.distributed.rendezvous import is_loopback, meet, open_store
 
 STEPS_KEPT = 64  # of NodeSums: more than one rank's data thread can be ahead of another rank's
 TIMEOUT_SECONDS = 600.0  # default, and limit of NodeSums
@@ -94,9 +94,9 @@ class NodeSums:
     def __init__(self, world: World, node: int, num_nodes: int, speaks: bool) -> None:
         """Collective. `speaks`: whether this rank writes its node's numbers; true on one rank per node."""
         host = os.environ["MASTER_ADDR"]
-        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+        server = open_store(host, 0, True, TIMEOUT_SECONDS) if world.rank == 0 else None
         port = world.broadcast_object(server.port if server else 0)
-        self._store = server or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        self._store = server or open_store(host, port, False, TIMEOUT_SECONDS)
         self._node, self._num_nodes, self._speaks = node, num_nodes, speaks
 
     def add_up(self, step: int, values: Sequence[int], abandoned: Callable[[], bool]) -> list[int]:
@@ -161,6 +161,8 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
         int(place[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
     device = claim_device(local_rank)
+    if is_loopback(place["MASTER_ADDR"]) and os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's own choice is the address of the host's name
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

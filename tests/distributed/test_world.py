@@ -91,8 +91,16 @@ def test_a_rank_waits_for_rank_0_without_warnings_of_torch(
     assert ("MASTER_ADDR=nowhere.invalid has no address on" in said) == (host == "nowhere.invalid")
 
 
+def listening() -> list[str]:
+    """Addresses on which this process listens, from the kernel's tables: hexadecimal."""
+    mine = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists() or link.is_symlink()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+
+
 def exchange(folder: Path) -> None:
     world = start_world(timeout_seconds=30)
+    assert set(listening()) == {"0100007F"}, "127.0.0.1 alone: the store on rank 0, gloo on both"
     assert world.broadcast_object(f"from {world.rank}") == "from 0"
     assert world.gather_objects(world.rank * 10) == [0, 10]
     assert world.sum_([2.0**50 + world.rank, 0.5]) == [2.0**51 + 1, 1.0], "in fp64"

@@ -17,7 +17,7 @@ import pytest
 from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster, RequeueSettings, load_cluster
 from bigmodel.launcher.local import launch_environment
-from bigmodel.launcher.record import Launch, launches, process_start, record_end, record_launch
+from bigmodel.launcher.record import Launch, launches, process_start, record_end, record_launch, take_start
 from bigmodel.launcher.slurm import Decision, Job, decide, ended, render
 from bigmodel.launcher.topology import even_topology
 from bigmodel.launcher.watch import status
@@ -194,6 +194,21 @@ def test_an_address_that_nobody_knows_is_named_before_the_start(tmp_path: Path) 
     assert not (tmp_path / "run" / "launch.json").exists()
 
 
+def test_of_two_starts_at_once_the_second_leaves_no_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    take_start(run)  # its ranks have not come to the run's own lock yet
+    record_launch(run, even_topology(["a"], 1, "a", 1), "local", launcher=True)
+    before = (run / "events.jsonl").read_bytes(), (run / "launch.json").read_bytes()
+    answer = execute(tmp_path)
+    assert answer.returncode == 2
+    assert f"run.directory = {run}: another run is using it now (local, rank 0 on" in answer.stderr
+    assert ((run / "events.jsonl").read_bytes(), (run / "launch.json").read_bytes()) == before
+    assert ended(run, Cluster(requeue=RequeueSettings(limit=0)), 2, False, {"SLURM_JOB_ID": "31"}) == 2
+    assert [event["event"] for event in read_json_lines(run / "events.jsonl")] == ["launch", "start_refused"]
+    assert [one.by for one in launches(read_json_lines(run / "events.jsonl"))] == ["local"]
+
+
 def test_a_run_directory_in_use_is_refused_by_rank_zero(tmp_path: Path) -> None:
     claim(tmp_path / "run")
     answer = execute(tmp_path)
@@ -215,14 +230,14 @@ def test_starts_and_their_causes_are_read_from_the_events() -> None:
         {"event": "stopped", "step": 9},
         {"event": "launch_ended", "cause": "failed", "code": 143, "detail": "", "step": 9},  # srun's race
         {**start, "restart": 2},
-        {**start, "restart": 3},
+        {**start, "restart": 3, "reached": 17},
         {"event": "stop_requested"},
         {"event": "finished", "step": 20},
         {**start, "restart": 4},
     ]
     found = launches(events)
     assert [(one.restart, one.cause, one.step) for one in found] == [
-        (0, "lost", 0), (0, "failed", 6), (1, "stopped", 9), (2, "lost", 0), (3, "finished", 20), (4, "", 0)
+        (0, "lost", 0), (0, "failed", 6), (1, "stopped", 9), (2, "lost", 17), (3, "finished", 20), (4, "", 0)
     ]  # fmt: skip
     assert [one.by for one in found] == ["", *["slurm"] * 5]
     assert found[1].detail == "rank 1"
@@ -320,6 +335,8 @@ def test_the_status_of_a_run_follows_its_record(tmp_path: Path) -> None:
     assert [(r["after"], r["detail"], r["step"]) for r in found["restarts"]] == [
         ("failed", "node b lost its connection", 0)
     ]
+    record_launch(tmp_path, topology, "ssh", launcher=True)  # after kill -9 of the launcher
+    assert [(r["after"], r["step"]) for r in status(tmp_path)["restarts"]] == [("failed", 0), ("lost", 7)]
     record_event(tmp_path, "finished", step=7)
     assert status(tmp_path)["state"] == "finished"
 

@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bigmodel.config.settings import load_settings
 from bigmodel.run_directory import read_json_lines
-from bigmodel.training.loop import padding_warning
+from bigmodel.training.loop import padding_warning, train
 from tests.support.ranks import command, finish, kill, run_ranks, start_ranks
 from tests.support.tiny_corpus import write_sources
 from tests.support.tiny_run import write_run
@@ -281,7 +282,7 @@ def test_the_fresh_option_sets_checkpoints_aside(tmp_path: Path, shards: Path) -
 
 
 def wait_in_a_collective(folder: Path) -> int:
-    """On a rank: rank 0 waits for rank 1, which never comes."""
+    """On a rank: rank 0 waits for rank 1, which never comes to the sum."""
     from bigmodel.distributed.signals import StopFlag
     from bigmodel.distributed.world import start_world
 
@@ -292,6 +293,13 @@ def wait_in_a_collective(folder: Path) -> int:
         time.sleep(60)
     world.sum_([1.0])
     return 0
+
+
+def train_without_rank_1(run_file: Path) -> int:
+    """On a rank: rank 1 dies before the rendezvous, and rank 0 waits for it."""
+    if os.environ["RANK"] == "1":
+        return 9
+    return train(load_settings(run_file))
 
 
 def save_without_end(folder: Path) -> int:
@@ -315,6 +323,20 @@ def test_a_save_that_never_ends_does_not_keep_a_rank_that_was_told_to_stop(tmp_p
     os.kill(ranks[0].pid, number)
     ranks[0].join(20)
     assert ranks[0].exitcode == 1
+
+
+def test_a_signal_ends_a_rank_that_still_waits_for_the_others_at_once(tmp_path: Path, shards: Path) -> None:
+    ranks = start_ranks(2, train_without_rank_1, write_run(tmp_path, shards))
+    while not psutil.Process(ranks[0].pid).net_connections():  # it waits at its port
+        assert ranks[0].is_alive()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    ranks[0].join(20)
+    assert ranks[0].exitcode == -signal.SIGTERM
+    assert time.monotonic() - began < 2
+    kill(ranks)
 
 
 def test_a_signal_ends_a_rank_that_is_stuck_in_a_collective(tmp_path: Path) -> None:
