@@ -31,13 +31,14 @@ FOLLOW_SECONDS = 0.5
 def status(directory: Path) -> dict[str, Any]:
     """The status of a run as plain values. state: queued, starting, running, ending, or the cause of its last end."""
     _require(directory)
-    launch, history = read_launch(directory), launches(read_json_lines(directory / "events.jsonl"))
-    metrics = last_metrics(directory)
+    events = list(read_json_lines(directory / "events.jsonl"))
+    launch, history, metrics = read_launch(directory), launches(events), last_metrics(directory)
     world = _world(directory, launch, history)
     settings = directory / "settings.json"
     seconds = metrics.get("step_seconds", 0.0)
+    state = _state(directory, launch, history[-1].cause if history else "")
     return {
-        "state": _state(directory, launch, history[-1].cause if history else ""),
+        "state": state,
         "by": launch.get("by", "") if not history or history[-1].by else "",
         "job": launch.get("job", ""),
         "hosts": list(dict.fromkeys(world)),
@@ -47,6 +48,8 @@ def status(directory: Path) -> dict[str, Any]:
         "loss": metrics.get("loss"),
         "tokens_per_second": metrics["positions"] / seconds if seconds else 0.0,
         "last_step_time": metrics.get("time", 0.0),
+        "slow_rank": _slow_rank(metrics, world) if state == "running" else None,
+        "hanging_ranks": hanging(events) if state == "running" else [],
         "restarts": [
             {"time": start.time, "after": end.cause, "detail": end.detail, "step": end.step}
             for end, start in pairwise(history)
@@ -61,6 +64,27 @@ def _world(directory: Path, launch: dict[str, Any], history: Sequence[Launch]) -
     if (launch and (not history or history[-1].by)) or not file.exists():
         return [launch["hosts"][node] for node in launch.get("node_of_rank", [])]
     return [rank["host"] for rank in read_json(file)["ranks"]]
+
+
+def _slow_rank(metrics: dict[str, Any], world: Sequence[str]) -> dict[str, Any] | None:
+    if not metrics.get("slow_rank"):
+        return None
+    rank, excess = metrics["slow_rank"]
+    return {"rank": rank, "host": world[rank] if rank < len(world) else "", "excess": excess}
+
+
+def hanging(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `rank_hangs` events of ranks that have not gone on, since the last start."""
+    found: dict[int, dict[str, Any]] = {}
+    for event in events:
+        kind = event.get("event")
+        if kind in ("launch", "start"):
+            found = {}
+        elif kind == "rank_hangs":
+            found[event["rank"]] = event
+        elif kind == "rank_goes_on":
+            found.pop(event["rank"], None)
+    return list(found.values())
 
 
 def print_status(found: dict[str, Any]) -> None:
@@ -79,6 +103,13 @@ def print_status(found: dict[str, Any]) -> None:
         ("last step", _ago(found["last_step_time"])),
         ("restarts", str(len(found["restarts"]))),
     ]
+    if slow := found["slow_rank"]:
+        rows.append(
+            ("slow", f"rank {slow['rank']} on {slow['host']} works {slow['excess']:.0%} longer than the others")
+        )
+    for one in found["hanging_ranks"]:
+        where = f"{one['phase']} of step {one['step']}" if one["phase"] else f"step {one['step']}"
+        rows.append(("hangs", f"rank {one['rank']} on {one['host']} {one['how']} in {where}, {_ago(one['time'])}"))
     for row in rows:
         table.add_row(*row)
     for restart in found["restarts"][-5:]:

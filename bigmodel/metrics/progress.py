@@ -39,11 +39,11 @@ class LiveLine:
         if self._enabled:
             (self._bar.console if self._bar else self._console).print(text, soft_wrap=True, markup=False)
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show the state after `step` steps; loss in nats per token."""
+    def update(self, step: int, loss: float, tokens_per_second: float, warning: str = "") -> None:
+        """Show the state after `step` steps; loss in nats per token. warning: of what lasts."""
         if not self._enabled:
             return
-        news = f"loss {loss:.3f}  {_thousands(tokens_per_second)} tokens/s"
+        news = f"loss {loss:.3f}  {_thousands(tokens_per_second)} tokens/s{f'  {warning}' if warning else ''}"
         if self._bar:
             self._bar.update(self._task, completed=step, news=news)
             return

@@ -40,6 +40,7 @@ from bigmodel.metrics.hang_watch import Limits
 from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
 from bigmodel.metrics.run_accounting import RunAccounting, Samples
+from bigmodel.metrics.slow_rank import Slow
 from bigmodel.metrics.writers import open_writers, scalars
 from bigmodel.run_directory import read_json_lines, write_atomically
 
@@ -94,6 +95,7 @@ class StepRecord:
     distillation_loss: float | None = None  # mean divergence from the teacher over the labels, times temperature^2
     slowest_rank: int | None = None  # of the previous step, because it is summed together with this step's loss
     slowest_rank_lag_seconds: float | None = None
+    slow_rank: Slow | None = None  # over the last steps; a line of metrics.jsonl has [rank, excess]
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm ..., at measured steps
     pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned
     sampled_share: float | None = None  # of decoder inputs that scheduled sampling replaces

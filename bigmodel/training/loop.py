@@ -27,8 +27,8 @@ from torch import Tensor
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.deepspeed_json import without_effect
-from bigmodel.config.settings import Settings, UserError, num_micro_batches, to_toml_table
-from bigmodel.data.advice.lane_advice import lane_warning
+from bigmodel.config.settings import Settings, UserError, to_toml_table
+from bigmodel.data.advice.lane_advice import lane_warning, padding_warning
 from bigmodel.data.load.stream import Step, Stream
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order, merge_cursors, total_progress
@@ -37,6 +37,7 @@ from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.consistency import check_consistency
+from bigmodel.distributed.rendezvous import name_rank
 from bigmodel.distributed.signals import StopFlag, show_stacks_of_crashes
 from bigmodel.distributed.world import NodeSums, World, end_world, limit_collectives, start_world
 from bigmodel.evaluation.classify import make_validation
@@ -50,6 +51,7 @@ from bigmodel.metrics.phases import CompileTime, Phases, slowest
 from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
+from bigmodel.metrics.slow_rank import SlowRank
 from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
@@ -181,7 +183,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     if unscored and tasks.is_due(start.step):
         _score_tasks(tasks, start.step, engine, metrics, phases, line)
 
-    bad_steps, done, passes_per_weight = 0, start.step, passes(model)
+    bad_steps, done, passes_per_weight, slow_rank = 0, start.step, passes(model), SlowRank()
     sampling = settings.training.scheduled_sampling
     for step in stream if start.step < settings.training.steps and not judge.stops else ():
         profiler.step()
@@ -235,9 +237,11 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             norms=norms.after_update(),
             pruned_share=pruner.share,
             sampled_share=sampling.share_at(step.number) if sampling else None,
+            slow_rank=slow_rank.see(sums.busy_seconds),
         )
         metrics.record_step(record, phases.take())
-        line.update(done, loss, step.num_tokens / record.step_seconds)
+        slow = slow_rank.words(name_rank(slow_rank.now.rank)) if slow_rank.now else ""
+        line.update(done, loss, step.num_tokens / record.step_seconds, slow)
         refuse_divergence(bad_steps, done, settings, world)
 
         # Evaluate and save.
@@ -602,22 +606,6 @@ def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
         for pack in step.packs
         for chunk in pack
     ]
-
-
-def padding_warning(packs: int, places: int, per_micro_batch: int) -> str:
-    """A warning if a step's packs do not fill the micro-batches of all places; empty if they do.
-
-    places: ranks, or groups of ranks that share their packs.
-    """
-    room = num_micro_batches(packs, places, per_micro_batch) * per_micro_batch * places
-    if room == packs:
-        return ""
-    return (
-        f"warning: {(room - packs) / room:.0%} of the computed packed sequences are empty: "
-        f"{counted_noun(places, 'rank')} with micro-batches of {per_micro_batch} compute {room} per step, "
-        f"and a step has {packs}; "
-        f"set training.global_batch_size = {room}, or use fewer ranks"
-    )
 
 
 def _opening(

@@ -5,6 +5,7 @@ Containers (Pyxis/enroot), EFA and InfiniBand are rendering only: nothing here o
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from bigmodel.launcher.local import launch_environment
 from bigmodel.launcher.record import Launch, launches, process_start, record_end, record_launch, take_start
 from bigmodel.launcher.slurm import Decision, Job, decide, ended, render
 from bigmodel.launcher.topology import even_topology
-from bigmodel.launcher.watch import status
+from bigmodel.launcher.watch import print_status, status
 from bigmodel.run_directory import claim, read_json_lines, record_event
 from tests.support.launched import LAUNCHER
 
@@ -318,7 +319,7 @@ def test_the_end_of_a_job_is_told_inside_of_it_only(tmp_path: Path) -> None:
 # ---- status and stop of what runs here
 
 
-def test_the_status_of_a_run_follows_its_record(tmp_path: Path) -> None:
+def test_the_status_of_a_run_follows_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     topology = even_topology(["a", "b"], 1, "a", 1)
     record_launch(tmp_path, topology, "ssh", launcher=True)
     assert status(tmp_path)["state"] == "starting"  # this process lives, and holds no lock yet
@@ -337,8 +338,20 @@ def test_the_status_of_a_run_follows_its_record(tmp_path: Path) -> None:
     ]
     record_launch(tmp_path, topology, "ssh", launcher=True)  # after kill -9 of the launcher
     assert [(r["after"], r["step"]) for r in status(tmp_path)["restarts"]] == [("failed", 0), ("lost", 7)]
+    record_event(tmp_path, "rank_hangs", rank=0, host="a", how="hangs", phase="", step=6)
+    record_event(tmp_path, "rank_goes_on", rank=0, host="a")
+    record_event(tmp_path, "rank_hangs", rank=1, host="b", how="was stopped (SIGSTOP)", phase="forward", step=8)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**line, "slow_rank": [1, 0.35]}) + "\n")
+    assert (status(tmp_path)["hanging_ranks"], status(tmp_path)["slow_rank"]) == ([], None)  # it does not run
+    claim(tmp_path)
+    found = status(tmp_path)
+    assert [(one["rank"], one["phase"]) for one in found["hanging_ranks"]] == [(1, "forward")]
+    print_status(found)
+    shown = capsys.readouterr().out
+    assert re.search(r"slow +rank 1 on b works 35% longer than the others +\n", shown)
+    assert re.search(r"hangs +rank 1 on b was stopped \(SIGSTOP\) in forward of step 8, 0 s ago +\n", shown)
     record_event(tmp_path, "finished", step=7)
-    assert status(tmp_path)["state"] == "finished"
+    assert status(tmp_path)["state"] == "ending"
 
 
 def test_the_status_of_a_start_without_the_launcher_has_the_world_of_the_trainer(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bigmodel import __version__
-from bigmodel.config.settings import MetricsSettings, UserError
+from bigmodel.config.data_settings import DataSettings
+from bigmodel.config.settings import MetricsSettings, TrainingSettings, UserError
 from bigmodel.evaluation.class_scores import labels_found
 from bigmodel.metrics.exporter import bucket_names, families
 from bigmodel.metrics.metric_table import METRICS, NODE, SERVING, STEP_BUCKETS_SECONDS, full_name, reference
@@ -524,6 +525,15 @@ def test_the_configuration_the_rules_and_the_alerts_do_what_they_say() -> None:
     assert names <= known, f"{names - known} stand in rules.yml or the dashboard but are not exported"
     assert set(re.findall(r"(?:run|rank):[\w:]+", dashboard)) <= set(re.findall(r"record: (\S+)", rules))
     alerts = [rule["alert"] for group in yaml.safe_load(rules)["groups"] for rule in group["rules"] if "alert" in rule]
+    (stalled,) = [
+        rule
+        for group in yaml.safe_load(rules)["groups"]
+        for rule in group["rules"]
+        if rule.get("alert") == "BigmodelStalled"
+    ]
+    assert stalled["for"] == "1m"
+    fires = int(stalled["expr"].rpartition(" ")[2]) + 60 + 60  # the last term: intervals of scrapes and rules
+    assert fires < min(TrainingSettings().collective_timeout_seconds, DataSettings().stall_seconds)
     tested = yaml.safe_load((folder / "rules_test.yml").read_text())["tests"]
     fired = {c["alertname"] for test in tested for c in test.get("alert_rule_test", ()) if c["exp_alerts"]}
     assert fired == set(alerts)

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from bigmodel.config.settings import load_settings
+from bigmodel.data.advice.lane_advice import padding_warning
 from bigmodel.run_directory import read_json_lines
-from bigmodel.training.loop import padding_warning, train
+from bigmodel.training.loop import train
 from tests.support.ranks import command, finish, kill, run_ranks, start_ranks
 from tests.support.tiny_corpus import write_sources
 from tests.support.tiny_run import write_run

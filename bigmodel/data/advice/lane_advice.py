@@ -10,7 +10,7 @@ Guarantee: the share is that of tokens, if all lanes fill their packed sequences
 import math
 from collections.abc import Mapping, Sequence
 
-from bigmodel.config.settings import DataSettings, Settings
+from bigmodel.config.settings import DataSettings, Settings, num_micro_batches
 from bigmodel.data.plan.lanes import deal, mixed_shards, supplies
 from bigmodel.data.plan.shuffle import Lengths, Shard
 from bigmodel.sizes import counted_noun
@@ -81,3 +81,19 @@ def _once(data: DataSettings, name: str) -> DataSettings:
 
 def _lane_positions(data: DataSettings, shards: Shards) -> list[int]:
     return [int(size) for size in supplies(data, deal(shards, data.lanes))]
+
+
+def padding_warning(packs: int, places: int, per_micro_batch: int) -> str:
+    """A warning if a step's packs do not fill the micro-batches of all places; empty if they do.
+
+    places: ranks, or groups of ranks that share their packs.
+    """
+    room = num_micro_batches(packs, places, per_micro_batch) * per_micro_batch * places
+    if room == packs:
+        return ""
+    return (
+        f"warning: {(room - packs) / room:.0%} of the computed packed sequences are empty: "
+        f"{counted_noun(places, 'rank')} with micro-batches of {per_micro_batch} compute {room} per step, "
+        f"and a step has {packs}; "
+        f"set training.global_batch_size = {room}, or use fewer ranks"
+    )
