@@ -21,7 +21,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +200,7 @@ class HangWatch:
             self._say(f"bigmodel: events.jsonl: {error.strerror}; not recorded: {kind} {details}")
 
 
-def judge(stack: Sequence[str], state: str) -> Finding | None:
+def judge(stack: list[str], state: str) -> Finding | None:
     """What a rank without progress does, from its stack and process state; None: it waits for others, or works."""
     top = stack[:3]
     if not stack or any(part in line for line in top for part in WAITS):
