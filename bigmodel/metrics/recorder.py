@@ -35,8 +35,8 @@ from bigmodel import __version__
 from bigmodel.config.settings import MetricsSettings, UserError
 from bigmodel.metrics.beat import Beat
 from bigmodel.metrics.endpoint import MetricsEndpoint
-from bigmodel.metrics.line_file import LineFile
 from bigmodel.metrics.hang_watch import Limits
+from bigmodel.metrics.line_file import LineFile
 from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
 from bigmodel.metrics.run_accounting import RunAccounting, Samples
