@@ -572,12 +572,12 @@ def show_metrics() -> None:
 
 
 def main() -> None:
-    """Run a command. A `UserError` becomes a message and exit code 2, as Typer does for a wrong option."""
+    """Run a command. A `UserError` becomes a message and its exit code: 2, as Typer's for a wrong option, or 1."""
     try:
         app()
     except UserError as error:
         print(f"{_name()}: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER)
+        sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if not is_dependency(error.name or ""):
             raise

@@ -148,7 +148,14 @@ def require_restart_generation(directory: Path, token: str) -> None:
     """Raises `UserError` if a later start has taken the run over. An empty token is not checked."""
     if not token:
         return
-    now = read_json(Path(directory) / RESTART_GENERATION)
+    file = Path(directory) / RESTART_GENERATION
+    if not file.exists():
+        gone = f"{file} is gone" if Path(directory).is_dir() else f"run.directory = {directory} is gone"
+        raise UserError(
+            f"{gone}: it was moved or deleted while the run wrote to it; nothing can be saved there any more: put it "
+            "back, or restore it from a copy, and start again"
+        )
+    now = read_json(file)
     if now["token"] != token:
         raise UserError(
             f"{directory}: a later start, process {now['process']} on {now['host']}, has taken this run over; "
@@ -217,11 +224,12 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a JSONL file. Empty if the file does not exist."""
+def read_json_lines(path: Path, tail_bytes: int = 0) -> Iterator[dict[str, Any]]:
+    """The complete lines of a JSONL file, or of its last bytes. Empty if the file does not exist."""
     if not Path(path).exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
+        file.seek(max(0, os.path.getsize(path) - tail_bytes) if tail_bytes else 0)
         for line in file:
             try:
                 yield json.loads(line)

@@ -40,6 +40,7 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
+from bigmodel.training.checkpoint.folder import remove_partials
 
 SHAPES = {"embedding.weight": (40, 8), "block.weight": (8, 8), "norm.weight": (8,), "odd": (3, 5)}
 SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
@@ -154,7 +155,7 @@ class Bench:
         if lose_power:
             self._lose_power()
         wrong = self.wrong()
-        checkpoint.remove_partials(self.checkpoints)
+        remove_partials(self.checkpoints)
         if not point and codes != [0, 0]:
             wrong.append(f"an undisturbed save ended with {codes}")
         if point and point != "at random" and -signal.SIGKILL not in codes:

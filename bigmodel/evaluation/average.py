@@ -37,8 +37,9 @@ from bigmodel.model.huggingface.folder import write_weights
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.run_directory import read_json, tokenizer_of, write_atomically
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.folder import hash_file, manifest_of, plain
 from bigmodel.training.checkpoint.format import Checkpoint, WeightSource
-from bigmodel.training.checkpoint.saver import manifest_of
+from bigmodel.training.checkpoint.health import usable_steps
 
 CHUNK = 1 << 21  # elements read at once
 FILE = "rank-00000.safetensors"
@@ -189,13 +190,13 @@ def _open(run: Path, last: int, key: str, closing: ExitStack) -> list[Ingredient
         raise UserError(f"{run}: not a run directory (no settings.json); give the run.directory of a training run")
     settings = settings_from_table(read_json(saved), saved, saved=True)
     found = []
-    for step in checkpoint.steps(run / "checkpoints")[-last:]:
+    for step in usable_steps(run / "checkpoints")[-last:]:
         path = checkpoint.path_of(run / "checkpoints", step)
         if problems := checkpoint.verify(path, ALONE):
             raise UserError(
                 f"{path}: this checkpoint is damaged: {'; '.join(problems[:2])}; leave it out, or delete it"
             )
-        opened = checkpoint.open_checkpoint(path)
+        opened = checkpoint.open_own(path)
         weights = closing.enter_context(checkpoint.weights(opened, key, kept_open=0))
         found.append(Ingredient(run, settings, opened, weights))
     return found
@@ -309,10 +310,9 @@ def _write(folder: Path, chosen: Sequence[Ingredient]) -> None:
         "state": {"step": step},
         "average": [{"run": str(one.run), "step": one.checkpoint.state["step"]} for one in chosen],
     }
-    write_atomically(part / "state.json", checkpoint.plain(description))
+    write_atomically(part / "state.json", plain(description))
     files = {
-        name: {"bytes": (part / name).stat().st_size, "sha256": checkpoint.hash_file(part / name)}
-        for name in (FILE, "state.json")
+        name: {"bytes": (part / name).stat().st_size, "sha256": hash_file(part / name)} for name in (FILE, "state.json")
     }
     write_atomically(part / "manifest.json", manifest_of(files, world_size=1))
     os.replace(staging, folder)

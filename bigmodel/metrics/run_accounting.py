@@ -42,7 +42,7 @@ MOST_CLASSES = 100  # with series of their own
 SPIKE_DEVIATIONS = 6.0
 SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
 ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # endings of a start: the causes of the next start
-SAVE_FAILURES = ("disk_full", "permission", "io_error")  # reasons of failed saves
+SAVE_FAILURES = ("disk_full", "permission", "io_error", "not_finite")  # reasons of failed saves
 FROM_ZERO = (
     "steps",
     "target_tokens",

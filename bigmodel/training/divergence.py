@@ -1,25 +1,28 @@
 """Divergence: when a run left its course, and which checkpoints are from before.
 
-In: the steps in metrics.jsonl, the checkpoints of a run. Out: advice for the user. A divergence begins with the first
-of the last steps in a row without a finite loss and gradient, or earlier: where the loss rose out of the range of the
-steps before it and did not come back. The update of the step before that made these weights, so a checkpoint counts as
-good only if it was saved before that update. Example: bad steps 10 to 19, checkpoints 4, 8, 9 and 12: 9 and 12 hold the
-weights that step 10 could not use; 8 is the newest good one.
+In: the steps of a run. Out: the step since which it is off course; when it ends, advice, and a record for the next
+start (bigmodel/training/checkpoint/health.py). A divergence begins with the first of the last steps in a row without a
+finite loss and gradient, or earlier: where the loss rose out of the range of the steps before it and did not come back.
+The update of the step before that made these weights, so a checkpoint is from before only if it was saved before that
+update. Example: bad steps 10 to 19, checkpoints 4, 8, 9 and 12: 9 and 12 hold the weights that step 10 could not use.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.run_accounting import SPIKE_STEPS, is_spike
 from bigmodel.run_directory import read_json_lines
-from bigmodel.training.checkpoint import format as checkpoint
-from bigmodel.training.checkpoint import remote as store
+from bigmodel.training.checkpoint.folder import path_of
+from bigmodel.training.checkpoint.health import record_divergence
 
 MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
+NEW_COURSE_STEPS = 1000
+TAIL_BYTES = 1 << 22  # of metrics.jsonl: more than 1,000 steps
 
 
 def refuse_divergence(bad_steps: int, done: int, settings: Settings, world: World) -> None:
@@ -40,42 +43,72 @@ def refuse_smallest_scale(scale: float, settings: Settings, world: World) -> Non
 
 
 def way_back(settings: Settings) -> str:
-    """What to change, and where to resume, from the records of a run."""
+    """Record the divergence with which a run ends; what to change, and where the next start resumes. On rank 0."""
     directory, remote = settings.run.directory / "checkpoints", settings.checkpoint.remote
     first = began(line for line in read_json_lines(settings.run.directory / "metrics.jsonl") if line["kind"] == "step")
-    saved = sorted({*checkpoint.steps(directory), *(store.steps(remote) if remote else ())})
-    good, suspect = good_and_suspect(saved, first)
     change = f"lower optimizer.learning_rate = {settings.optimizer.learning_rate}"
-    later = ", ".join(str(step) for step in suspect)
+    found, problem = record_divergence(directory, first, remote)
+    later = ", ".join(map(str, found.suspect))
     places = f"{directory} and {remote}" if remote else str(directory)
-    if not good:
+    if not found.last_good:
         return (
             f"it began at step {first}, and no checkpoint from before is left ({later or 'none'} in {places}, saved "
             f"after it began); {change} and start over with --fresh"
         )
-    newest = checkpoint.path_of(directory, good[-1])
-    remove = f"remove the later ones from {places} (steps {later}, saved after it began), " if suspect else ""
-    return f"it began at step {first}; the newest checkpoint from before is {newest}: {remove}{change} and start again"
+    path = path_of(directory, found.last_good)
+    if problem:
+        return (
+            f"it began at step {first}; the newest healthy checkpoint from before is {path}; this could not be "
+            f"recorded ({problem}): move the later ones (steps {later}) away, {change} and start again"
+        )
+    aside = f" and sets the later ones of {places} aside (steps {later})" if later else ""
+    return (
+        f"it began at step {first}; the next start resumes from the newest healthy checkpoint from before, "
+        f"{path}{aside}: {change} and start again"
+    )
+
+
+class Course:
+    """Whether a run is on its course: `first` is the first of the steps off course with which it so far ends, or 0.
+
+    A step is off course if it was skipped, if its loss is not finite, or if its loss is a spike among the last
+    `SPIKE_STEPS` ordinary ones (`is_spike`, which needs 32 of them). 1,000 finite steps at a higher loss are a new
+    course: other data, another objective.
+    """
+
+    def __init__(self) -> None:
+        self.first = 0
+        self._ordinary: deque[float] = deque(maxlen=SPIKE_STEPS)
+        self._high: list[float] = []
+
+    @classmethod
+    def resumed(cls, run_directory: Path, step: int) -> "Course":
+        """After the steps up to `step` in metrics.jsonl, of which the last `TAIL_BYTES` are read."""
+        course = cls()
+        for line in read_json_lines(run_directory / "metrics.jsonl", TAIL_BYTES):
+            if line["kind"] == "step" and line["step"] <= step:
+                course.see(line["step"], line["loss"], line["skipped"])
+        return course
+
+    def see(self, step: int, loss: float, skipped: bool) -> int:
+        """Add a step; returns `first`. Costs 20 us."""
+        is_high = is_spike(loss, self._ordinary)
+        if skipped or is_high or not math.isfinite(loss):
+            self.first = self.first or step
+            self._high += [loss] if is_high and not skipped else []
+            if len(self._high) < NEW_COURSE_STEPS:
+                return self.first
+            self._ordinary.extend(self._high)
+        else:
+            self._ordinary.append(loss)
+        self.first, self._high = 0, []
+        return 0
 
 
 def began(steps: Iterable[Mapping[str, Any]]) -> int:
-    """The first step of the divergence with which these steps end.
-
-    A loss rises out of its range where it is a spike among the last `SPIKE_STEPS` ordinary steps (`is_spike`, which
-    needs 32 of them).
-    """
-    ordinary: deque[float] = deque(maxlen=SPIKE_STEPS)
-    first, last = 0, 0
+    """The first step of the divergence with which these steps end."""
+    course, last = Course(), 0
     for line in steps:
         last = line["step"]
-        if line["skipped"] or is_spike(line["loss"], ordinary) or not math.isfinite(line["loss"]):
-            first = first or last
-        else:
-            first = 0
-            ordinary.append(line["loss"])
-    return first or last
-
-
-def good_and_suspect(saved: Sequence[int], first: int) -> tuple[list[int], list[int]]:
-    """Checkpoints saved before the update of step `first` - 1, and the others."""
-    return [step for step in saved if step < first - 1], [step for step in saved if step >= first - 1]
+        course.see(last, line["loss"], line["skipped"])
+    return course.first or last

@@ -67,10 +67,11 @@ from bigmodel.run_directory import (
 from bigmodel.sizes import counted_noun
 from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.identity import settle
 from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.class_summary import summarize_classes
-from bigmodel.training.divergence import refuse_divergence, refuse_smallest_scale
+from bigmodel.training.divergence import Course, refuse_divergence, refuse_smallest_scale
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.pruning import Pruner
@@ -96,6 +97,7 @@ class _Start:
     order: Order
     segments: list[Segment]
     state: dict[str, Any]  # of the checkpoint; {}: none
+    run: str  # the run's id
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     stream = _open_stream(settings, effective, store, start.order, place, world)
     closing.callback(stream.close)
     norms = Norms(engine, world, settings.metrics.norms_every_steps, settings.optimizer.has_penalty)
-    saver = Saver(directory / "checkpoints", settings, world, restart_generation, phases)
+    saver = Saver(directory / "checkpoints", settings, world, restart_generation, phases, start.run)
     closing.callback(saver.close)
     judge = Judge(settings, start.state)
     evaluate = partial(_evaluate, settings, validation, engine, world, metrics, phases, line, judge)
@@ -183,6 +185,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     if unscored and tasks.is_due(start.step):
         _score_tasks(tasks, start.step, engine, metrics, phases, line)
 
+    course = Course.resumed(directory, start.step) if metrics.writes else Course()
     bad_steps, done, passes_per_weight, slow_rank = 0, start.step, passes(model), SlowRank()
     sampling = settings.training.scheduled_sampling
     for step in stream if start.step < settings.training.steps and not judge.stops else ():
@@ -262,6 +265,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             ending,
             partial(_state, step, start.segments, place, world, judge, unscored, model.teacher),
             asked=judge.is_best(done),
+            left_course=course.see(done, loss, bad),
         ):
             _report_save(news, directory, metrics, line)
         metrics.spent("checkpoint")
@@ -322,7 +326,9 @@ def _find_start(
     order.require(settings.training.steps)
     if resumed:
         checkpoint.load(resumed, engine, settings, world)
-    return _Start(resumed.state["step"] if resumed else 0, order, segments, resumed.state if resumed else {})
+    run = world.on_rank_zero(lambda: settle(directory, resumed.description if resumed else None, fresh))
+    state = resumed.state if resumed else {}
+    return _Start(state.get("step", 0), order, segments, state, run)
 
 
 def _open_metrics(
@@ -512,7 +518,7 @@ def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line:
         metrics.record_checkpoint(news.step, news.bytes, news.seconds)
     else:
         if not news.ends_run:
-            line.say(f"step {news.step}: {news.error}; training continues because of checkpoint.on_failure")
+            line.say(f"step {news.step}: {news.error}; training continues")
         if metrics.writes:
             record_event(directory, "checkpoint_failed", step=news.step, error=news.error, reason=news.reason)
         metrics.record_failed_checkpoint(news.step, news.reason)

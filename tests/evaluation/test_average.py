@@ -18,7 +18,7 @@ from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.average import average, greedy_soup
 from bigmodel.evaluation.classify import make_validation
 from bigmodel.training.checkpoint import format as checkpoint
-from bigmodel.training.checkpoint.saver import manifest_of
+from bigmodel.training.checkpoint.folder import manifest_of, plain
 from bigmodel.training.load_model import load_trained
 from tests.support.ranks import command, run_ranks
 from tests.support.tiny_run import write_run
@@ -69,7 +69,7 @@ def changed(run: Path, folder: Path, change: Callable[[dict[str, Any], dict[str,
     state, settings = (json.loads(file.read_text()) for file in (part / "state.json", folder / "settings.json"))
     change(state, settings)
     (folder / "settings.json").write_text(json.dumps(settings))
-    (part / "state.json").write_bytes(checkpoint.plain(state))
+    (part / "state.json").write_bytes(plain(state))
     files = json.loads((part / "manifest.json").read_text())["files"]
     content = (part / "state.json").read_bytes()
     files["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -4,8 +4,10 @@ not at all. saver.py writes it, remote.py copies it to an object store.
     checkpoints/step-00000100/
       rank-00000.safetensors ...   weight.NAME@START, exp_avg.NAME@START ...: the rank's shards of parameters, flat,
                                    fp32; START is the index of the first element in the flattened tensor
-      state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys
+      state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys,
+                                   the run's id (identity.py)
       manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
+      healthy                      a mark, later: training stayed on its course after it (health.py)
 
 Example: a weight of shape (4, 3) in equal shards on 2 ranks: rank 0 has weight.NAME@0, 6 elements; rank 1
 weight.NAME@6, 6 elements.
@@ -19,10 +21,8 @@ Cost: each resume reads all bytes once, shared by the ranks; then each rank read
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,15 +38,14 @@ from bigmodel.config.model_settings import DRAWN
 from bigmodel.config.renamed import new_keys
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import SAVED, LoraSettings, ModelSettings, Settings, UserError
-from bigmodel.data.store.files import is_inside
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import remote as store
+from bigmodel.training.checkpoint.folder import hash_file, path_of, read_manifest, remove_partials, steps
+from bigmodel.training.checkpoint.health import go_back, usable_steps
+from bigmodel.training.checkpoint.identity import require_own
 from bigmodel.training.checkpoint.merged import MergedReader
-
-FORMAT = 2
-CHUNK_BYTES = 1 << 22
 
 Read = Callable[[str, str, int, int], Tensor]  # (name, key, start, numel) -> those elements, flat, fp32
 Piece = tuple[str, int, int, str]  # "key.name", start, numel, file name
@@ -80,18 +79,24 @@ def newest(
 ) -> Checkpoint | None:
     """The newest checkpoint with every byte verified; None if there is no checkpoint. Collective.
 
-    world: of the run that owns the folder; staging folders left by a kill are removed. None: one process that only
-    reads, perhaps while the run continues. report: called on rank 0 for each damaged checkpoint; default: print to
-    stderr. remote: a folder in a store; missing or damaged local checkpoints are fetched from it. A checkpoint that is
-    damaged in both places is skipped.
-    Raises `UserError` if all checkpoints are damaged, the store cannot be read, or the run that owns it is an average.
+    world: of the run that owns the folder; staging folders left by a kill are removed, and after a divergence the
+    checkpoints since then are set aside (health.py). None: one process that only reads, perhaps while the run
+    continues. report: called on rank 0 for each damaged checkpoint; default: print to stderr. remote: a folder in a
+    store; missing or damaged local checkpoints are fetched from it. A checkpoint that is damaged in both places is
+    skipped.
+    Raises `UserError` if all checkpoints are damaged, the store cannot be read, or the run that owns it is an average;
+    and for a checkpoint of another step, run (identity.py) or format.
     """
     report = report or (lambda text: print(f"bigmodel: {text}", file=sys.stderr, flush=True))
     is_owner = world is not None
     if world:
         world.on_rank_zero(lambda: remove_partials(directory))
+        if (line := world.on_rank_zero(lambda: go_back(directory, remote))) and world.rank == 0:
+            report(line)
     world = world or ALONE
-    here, there = world.on_rank_zero(lambda: (set(steps(directory)), set(store.steps(remote)) if remote else set()))
+    here, there = world.on_rank_zero(
+        lambda: (set(usable_steps(directory)), set(store.steps(remote)) if remote else set())
+    )
     damage: list[str] = []
     for step in sorted(here | there, reverse=True):
         path = path_of(directory, step)
@@ -102,7 +107,7 @@ def newest(
         if not problems:
             if world.rank == 0 and damage:
                 report(f"using the older checkpoint {path} instead")
-            found = world.on_rank_zero(partial(open_checkpoint, path))
+            found = world.on_rank_zero(partial(open_own, path))
             if is_owner:
                 _refuse_average(found)
             return found
@@ -139,7 +144,7 @@ def of_run(run_directory: Path, best: bool = False) -> Checkpoint:
         )
     if problems := verify(path_of(directory, step), ALONE):
         raise UserError(f"{path_of(directory, step)}: the best checkpoint is damaged: {'; '.join(problems[:2])}")
-    return open_checkpoint(path_of(directory, step))
+    return open_own(path_of(directory, step))
 
 
 def best_step(directory: Path) -> int:
@@ -260,82 +265,12 @@ def set_aside(directory: Path, remote: str = "") -> Path | None:
     return aside
 
 
-# --- the folder
-
-
-def path_of(directory: Path, step: int) -> Path:
-    return Path(directory) / f"step-{step:08d}"
-
-
-def steps(directory: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending."""
-    found = Path(directory).glob("step-*") if Path(directory).is_dir() else iter(())
-    return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdecimal())
-
-
-def remove_partials(directory: Path) -> None:
-    """Remove the staging folders of killed saves. Each is renamed first, so that a stale rank 0 cannot publish it."""
-    partials = Path(directory).glob("step-*.partial-*") if Path(directory).is_dir() else iter(())
-    for path in partials:
-        doomed = path if path.name.endswith(".doomed") else path.with_name(f"{path.name}.doomed")
-        if doomed != path:
-            os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
-def plain(value: Any) -> bytes:
-    """Canonical JSON: equal content gives equal bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest and its problem, or "". Its bytes must equal the canonical JSON of its content."""
-    try:
-        raw = (path / "manifest.json").read_bytes()
-        manifest = json.loads(raw)
-        content = {key: value for key, value in manifest.items() if key != "sha256"}
-        if raw != plain(manifest) or manifest["sha256"] != hashlib.sha256(plain(content)).hexdigest():
-            return {}, "manifest.json has changed since it was written"
-        if manifest["format"] != FORMAT:
-            return {}, f"manifest.json has format {manifest['format']}, this version reads format {FORMAT}"
-        if wrong := [name for name in manifest["files"] if "/" in name or not is_inside(name)]:
-            return {}, f"manifest.json names the file {wrong[0]!r}, which is not inside the checkpoint"
-        return manifest, ""
-    except OSError as error:
-        return {}, f"manifest.json cannot be read: {error.strerror}"
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return {}, "manifest.json is not a manifest"
-
-
-def looks_whole(path: Path) -> bool:
-    """Whether the manifest is valid and every file has its size. Cheap, for retention; loading checks every byte."""
-    manifest, problem = read_manifest(path)
-    if problem:
-        return False
-    return all(
-        (path / name).exists() and (path / name).stat().st_size == facts["bytes"]
-        for name, facts in manifest["files"].items()
-    )
-
-
 def newest_state(directory: Path) -> dict[str, Any] | None:
     """The state of the newest readable checkpoint, without its weights; None if there is none."""
     for step in reversed(steps(directory)):
         with contextlib.suppress(OSError, ValueError, LookupError):
             return open_checkpoint(path_of(directory, step)).state
     return None
-
-
-def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -355,6 +290,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     description = json.loads((path / "state.json").read_bytes())
     parts = [name for name in sorted(read_manifest(path)[0]["files"]) if name.endswith(".safetensors")]
     return Checkpoint(path, parts, description["state"], description)
+
+
+def open_own(path: Path) -> Checkpoint:
+    """Open a verified checkpoint of the run whose directory it is in. Raises `UserError` if it is not its own."""
+    found = open_checkpoint(path)
+    require_own(path, found.description, path.parents[1])
+    return found
 
 
 # --- the content

@@ -27,6 +27,7 @@ from bigmodel.distributed.world import World
 from bigmodel.run_directory import fsync_directory, require_restart_generation
 
 MANIFEST = "manifest.json"
+ABANDONED = "abandoned"  # sha256 of the manifest that no start takes any more: saved after a divergence
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
 
@@ -36,9 +37,29 @@ ReadManifest = Callable[[Path], tuple[dict[str, Any], str]]  # folder -> its man
 
 
 def steps(url: str) -> list[int]:
-    """Steps of the complete checkpoints in the store, ascending. Raises `UserError` if the store cannot be read."""
-    found = (re.fullmatch(rf"step-(\d{{8,}})/{re.escape(MANIFEST)}", name) for name in _retrying(files.sizes, url))
-    return sorted(int(match[1]) for match in found if match)
+    """Steps of the complete checkpoints in the store, ascending, without abandoned ones.
+
+    Raises `UserError` if the store cannot be read.
+    """
+    names = _retrying(files.sizes, url)
+    found = (re.fullmatch(rf"(step-(\d{{8,}}))/{re.escape(MANIFEST)}", name) for name in names)
+    return sorted(
+        int(match[2])
+        for match in found
+        if match and not (f"{match[1]}/{ABANDONED}" in names and _is_abandoned(url, match[1]))
+    )
+
+
+def abandon(url: str, name: str) -> None:
+    """Leave the checkpoint of this folder name out from now on; one that is uploaded there later counts again."""
+    manifest = _retrying(_get, files.join(url, f"{name}/{MANIFEST}"))
+    digest = hashlib.sha256(manifest).hexdigest().encode()
+    _retrying(files.write, files.join(url, f"{name}/{ABANDONED}"), [digest])
+
+
+def _is_abandoned(url: str, name: str) -> bool:
+    manifest, digest = (_retrying(_get, files.join(url, f"{name}/{file}")) for file in (MANIFEST, ABANDONED))
+    return digest == hashlib.sha256(manifest).hexdigest().encode()
 
 
 def upload(path: Path, url: str) -> None:

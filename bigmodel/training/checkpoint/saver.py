@@ -16,18 +16,18 @@ Guarantees:
 - A failure on one rank raises the same error on all ranks and removes the staging folder, nothing else.
 - A process replaced by another start (`run_directory.take_over`) publishes nothing: it checks its restart generation
   before the rename, and the newer start renames the old staging folder before it reads the checkpoints.
-- The newest good checkpoint is never removed: the newest is never removed, and every published one was read back.
+- The newest good checkpoint is never removed: the newest is never removed, and every published one was read back; nor
+  the newest healthy one, after which training stayed on its course (health.py).
+- Only finite numbers are saved: the rank and the tensor are named, and the run ends.
 Costs: training pauses for the copy and the publication; a rank's shards are twice in memory while they are written.
 """
 
 import contextlib
 import errno
 import hashlib
-import math
 import os
 import secrets
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,28 +39,24 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from bigmodel.config.settings import CheckpointSettings, Settings, UserError
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.config.user_error import MachineError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
-from bigmodel.run_directory import fsync_directory, package_versions, require_restart_generation, write_atomically
+from bigmodel.run_directory import fsync_directory, require_restart_generation, write_atomically
 from bigmodel.training.checkpoint import remote as store
-from bigmodel.training.checkpoint.format import (
-    FORMAT,
-    States,
-    best_step,
-    hash_file,
-    looks_whole,
-    path_of,
-    plain,
-    read_manifest,
-    size_of,
-    steps,
-    verify,
-)
+from bigmodel.training.checkpoint.faults import FAULT_VARIABLE as FAULT_VARIABLE
+from bigmodel.training.checkpoint.faults import fault
+from bigmodel.training.checkpoint.finite import not_finite
+from bigmodel.training.checkpoint.folder import hash_file, manifest_of, path_of, plain, size_of, steps
+from bigmodel.training.checkpoint.format import States, open_checkpoint, verify
+from bigmodel.training.checkpoint.health import Health
+from bigmodel.training.checkpoint.identity import problem_of
 from bigmodel.training.checkpoint.interval import Interval
+from bigmodel.training.checkpoint.retention import retain
 
-FAULT_VARIABLE = "BIGMODEL_FAULT"  # tests: "POINT@STEP" kills the process at that point of the save of that step
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -71,6 +67,15 @@ class SaveError(UserError):
         super().__init__(message)
         self.step = step
         self.reason = "disk_full" if code in DISK_FULL else "permission" if code in FORBIDDEN else "io_error"
+        self.is_gone = code in GONE  # the folder was moved or deleted; the next save makes it anew
+
+
+class NotFiniteError(SaveError, MachineError):
+    """Numbers to be saved are not finite; no setting lets the run go on."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message, step)
+        self.reason = "not_finite"
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class _Report:
     sha256: str = ""
     error: str = ""
     code: int = 0  # errno; 0 if the error is not from the operating system
+    is_finite: bool = True
 
 
 class Saver:
@@ -118,17 +124,19 @@ class Saver:
         world: World,
         restart_generation: str = "",
         phases: Phases | None = None,
+        run: str = "",
     ) -> None:
         """restart_generation: the result of `run_directory.take_over`; empty: no other start can replace this process.
 
-        phases: the timers; `step` adds its seconds to "checkpoint".
+        phases: the timers; `step` adds its seconds to "checkpoint". run: its id (identity.py), in each checkpoint.
         """
         self._directory, self._settings, self._world = Path(directory), settings, world
-        self._restart_generation = restart_generation
+        self._restart_generation, self._run = restart_generation, run
         self._phases = phases or Phases(world.device)
         self._flight: _Flight | None = None
         self._uploads = store.Uploads(settings.checkpoint.remote, self._directory.parent, restart_generation)
         self._interval = Interval(settings.checkpoint, world)
+        self._health = Health(self._directory) if world.rank == 0 else None
 
     def step(
         self,
@@ -138,14 +146,19 @@ class Saver:
         ending: bool,
         state: Callable[[], dict[str, Any]],
         asked: bool = False,
+        left_course: int = 0,
     ) -> Iterator[Saved | Waiting]:
         """Publish the save that is written, begin the save that is due. Yields each result as it comes.
 
         written_votes: number of ranks with `written`. ending: this is the run's last step; wait for its save.
         state: the state for `begin`; called only if a save begins. asked: save this step in any case, as the best.
+        left_course: the first of the steps off course with which the run so far ends, 0: on course; read on rank 0.
         Exhaust the iterator: it does the work.
         Raises `SaveError`, after its `Saved`, if the run cannot continue; and what `begin` raises.
         """
+        if self._health and self._health.see(step, left_course):
+            with contextlib.suppress(OSError):  # of this rank alone; the next publication tries again
+                self._retain(max((saved for saved in steps(self._directory) if saved <= step), default=step))
         due = self.due(step)  # called at each step, because it also times the steps
         begins = due or ending or asked
         waits = ending or not self._settings.checkpoint.asynchronous
@@ -170,23 +183,22 @@ class Saver:
     def begin(self, engine: States, state: dict[str, Any]) -> None:
         """Start the save of step `state["step"]`. Finish the save in flight first.
 
-        An existing good checkpoint of that step is kept; a damaged one is replaced.
+        An existing good checkpoint of that step is kept; a damaged one is replaced, one of another run is an error.
         Raises `UserError` on every rank if another start has taken over, and if the folder cannot be made. With
         `checkpoint.on_failure` = "continue", `finish` returns that second error instead.
         """
         assert self._flight is None, "one save at a time"
         world, started = self._world, time.perf_counter()
         final = path_of(self._directory, state["step"])
-        if world.broadcast_object(final.exists()) and not verify(final, world):
-            self._flight = _Flight(final, None, {}, started)
-            return
-        part, error = world.on_rank_zero(lambda: self._make_partial(final, state["step"]))
-        if error:
-            if self._settings.checkpoint.on_failure == "stop":
-                raise error
+        exists = world.broadcast_object(final.exists()) and not verify(final, world)
+        make = self._require_own if exists else self._make_partial
+        part, error = world.on_rank_zero(lambda: make(final, state["step"]))
+        if error and self._settings.checkpoint.on_failure == "stop":
+            raise error
+        if error or exists:
             self._flight = _Flight(final, None, {}, started, error)
             return
-        description = _describe(engine, state, self._settings)
+        description = _describe(engine, state, self._settings) | ({"run": self._run} if self._run else {})
         self._flight = _Flight(final, part, description, started)
         self._flight.start(_copy(engine), world.rank)
 
@@ -201,7 +213,8 @@ class Saver:
         try:
             saved = self._publish(flight)
         except SaveError as error:
-            if must or self._settings.checkpoint.on_failure == "stop":
+            stops = self._settings.checkpoint.on_failure == "stop" and not error.is_gone
+            if must or stops or isinstance(error, NotFiniteError):
                 raise
             self._interval.plan(flight.step, flight.started, flight.held_seconds)
             return Saved(flight.final, flight.step, 0, flight.held_seconds, str(error), error.reason)
@@ -245,11 +258,21 @@ class Saver:
         total = world.on_rank_zero(
             lambda: _publish(part, flight.final, reports, flight.description, world.size, self._restart_generation)
         )
-        world.on_rank_zero(lambda: retain(self._directory, flight.step, settings, self._uploads.under_way))
+        if self._health:
+            self._health.published(flight.step)
+        world.on_rank_zero(lambda: self._retain(flight.step))
         if settings.remote and world.rank == 0:
             self._uploads.begin(flight.final)
         held = flight.held_seconds + time.perf_counter() - waiting
         return Saved(flight.final, flight.step, total, held)
+
+    def _retain(self, step: int) -> None:
+        left = self._health.left_course if self._health else 0
+        retain(self._directory, step, self._settings.checkpoint, self._uploads.under_way, left)
+
+    def _require_own(self, final: Path, step: int) -> tuple[Path, SaveError | None]:
+        problem = problem_of(final, open_checkpoint(final).description, self._directory.parent)
+        return final, SaveError(problem, step, errno.EEXIST) if problem else None
 
     def _make_partial(self, final: Path, step: int) -> tuple[Path, SaveError | None]:
         """Make the staging folder; returns it, and the error or None."""
@@ -325,8 +348,11 @@ def _copy(engine: States) -> dict[str, Tensor]:
 
 
 def write_share(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> _Report:
-    """Write, sync and read back this rank's file. Errors of the disk are reported, not raised."""
+    """Write, sync and read back this rank's file. Errors of the disk and numbers that are not finite are reported, not
+    raised."""
     fault(f"rank-{rank}-starts", step)
+    if problem := not_finite(tensors):
+        return _Report(path.name, 0, error=f"rank {rank}: {problem}", is_finite=False)
     content = to_safetensors(tensors)
     digest = hashlib.sha256(content).hexdigest()
     try:
@@ -390,6 +416,14 @@ def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
     first = next(one for one in reports if one.error)
     needed = sum(one.bytes for one in reports)
     shutil.rmtree(part, ignore_errors=True)
+    if wrong := next((one for one in reports if not one.is_finite), None):
+        raise NotFiniteError(_refusal(directory, wrong.error, step), step)
+    if not directory.is_dir():
+        raise SaveError(
+            f"checkpoint not saved: {directory} is gone, moved or deleted meanwhile; the next save makes it anew",
+            step,
+            errno.ENOENT,
+        )
     free = shutil.disk_usage(directory).free
     kept = "the older checkpoints are untouched"
     if first.code not in DISK_FULL:
@@ -399,6 +433,16 @@ def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
         f"file size limit may be lower); {kept}; free space, lower checkpoint.keep, or move run.directory, and resume",
         step,
         first.code,
+    )
+
+
+def _refusal(directory: Path, problem: str, step: int) -> str:
+    saved = steps(directory)
+    after = f"the next start resumes from {path_of(directory, saved[-1])}" if saved else "there is no older one"
+    return (
+        f"checkpoint of step {step} refused: {problem}; the older checkpoints are untouched, {after}. All applied "
+        "gradients were finite: after an update with numbers too large for fp32 (a learning rate far too high) this "
+        f"comes again at this step, else the device or the memory of {problem.partition(':')[0]} is to be checked"
     )
 
 
@@ -413,44 +457,3 @@ def _describe(engine: States, state: dict[str, Any], settings: Settings) -> dict
         "shapes": {name: list(engine.shape(name)) for name in engine.names()},
         "keys": {name: engine.keys(name) for name in engine.names()},
     }
-
-
-def manifest_of(files: dict[str, Any], world_size: int) -> bytes:
-    content: dict[str, Any] = {"format": FORMAT, "files": files, "world_size": world_size, "saved_at": time.time()}
-    content["versions"] = package_versions()
-    content["sha256"] = hashlib.sha256(plain(content)).hexdigest()
-    return plain(content)
-
-
-def retain(directory: Path, step: int, settings: CheckpointSettings, uploading: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond `checkpoint.keep`, counted back from `step`; only complete ones count.
-
-    The best checkpoint is kept, too (`checkpoint.keep_best`). Checkpoints of later steps were found damaged at the
-    start: they do not count and are not removed.
-    """
-    kept, best = 1, best_step(directory) if settings.keep_best else 0
-    for older in reversed([other for other in steps(directory) if other < step]):
-        path = path_of(directory, older)
-        if settings.keep_every_steps and older % settings.keep_every_steps == 0:
-            continue
-        if kept < settings.keep:
-            kept += looks_whole(path)
-            continue
-        if older == best or path == uploading or _age_hours(path) < settings.keep_hours:
-            continue
-        fault("before-removal", step)
-        doomed = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}.doomed")
-        os.rename(path, doomed)
-        fault("in-removal", step)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _age_hours(path: Path) -> float:
-    """Hours since the checkpoint was saved; infinite if its manifest is not valid."""
-    manifest, problem = read_manifest(path)
-    return math.inf if problem else (time.time() - manifest["saved_at"]) / 3600
-
-
-def fault(point: str, step: int) -> None:
-    if os.environ.get(FAULT_VARIABLE) == f"{point}@{step}":
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -17,8 +17,8 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import refuse_to_start_over, take_over
+from bigmodel.training.checkpoint import folder, interval
 from bigmodel.training.checkpoint import format as checkpoint
-from bigmodel.training.checkpoint import interval
 from bigmodel.training.checkpoint import remote as copies
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.checkpoint.interval import best_interval_seconds
@@ -334,8 +334,8 @@ def age(run: Path, step: int, hours: float) -> None:
     manifest = json.loads(path.read_text())
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     content["saved_at"] -= hours * 3600
-    content["sha256"] = saving.hashlib.sha256(checkpoint.plain(content)).hexdigest()
-    path.write_bytes(checkpoint.plain(content))
+    content["sha256"] = saving.hashlib.sha256(folder.plain(content)).hexdigest()
+    path.write_bytes(folder.plain(content))
 
 
 def test_keeping_one_never_removes_the_only_good_one(tmp_path: Path, monkeypatch) -> None:
@@ -391,8 +391,8 @@ def test_a_partial_folder_loses_its_name_before_its_files(tmp_path: Path, monkey
     """Or a stale rank 0 could publish it half removed."""
     (tmp_path / "step-00000004.partial-0a1b").mkdir()
     removed: list[Path] = []
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **named: removed.append(path))
-    checkpoint.remove_partials(tmp_path)
+    monkeypatch.setattr(folder.shutil, "rmtree", lambda path, **named: removed.append(path))
+    folder.remove_partials(tmp_path)
     assert removed == [tmp_path / "step-00000004.partial-0a1b.doomed"]
     assert removed[0].is_dir()
 
@@ -417,8 +417,8 @@ def test_a_checkpoint_that_names_a_file_outside_is_neither_fetched_nor_read(tmp_
     manifest = json.loads((path / "manifest.json").read_bytes())
     del manifest["sha256"]
     manifest["files"]["../../../outside.safetensors"] = manifest["files"]["state.json"]
-    manifest["sha256"] = hashlib.sha256(checkpoint.plain(manifest)).hexdigest()
-    (path / "manifest.json").write_bytes(checkpoint.plain(manifest))
+    manifest["sha256"] = hashlib.sha256(folder.plain(manifest)).hexdigest()
+    (path / "manifest.json").write_bytes(folder.plain(manifest))
     shutil.copytree(here / "checkpoints", store)
     shutil.copy(path / "state.json", tmp_path / "outside.safetensors")
     for run, remote in ((here, ""), (tmp_path / "elsewhere", f"file://{store}")):

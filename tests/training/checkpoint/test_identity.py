@@ -1,0 +1,169 @@
+"""Whose checkpoint it is: renamed folders, other runs, other formats, folders that are gone."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.distributed.world import ALONE
+from bigmodel.run_directory import take_over
+from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.folder import plain
+from bigmodel.training.checkpoint.identity import id_of, settle
+from bigmodel.training.checkpoint.saver import SaveError, Saver
+from tools.torture import Weights
+
+
+def begin(run: Path, fresh: bool = False) -> str:
+    """A start's id."""
+    run.mkdir(exist_ok=True)
+    found = checkpoint.newest(run / "checkpoints", ALONE)
+    return settle(run, found.description if found else None, fresh)
+
+
+def save(run: Path, *steps: int, by: str = "", generation: str = "", on_failure: str = "stop") -> None:
+    settings = Settings.model_validate({"checkpoint": {"keep": 9, "on_failure": on_failure}})
+    saver = Saver(run / "checkpoints", settings, ALONE, generation, run=by)
+    for step in steps:
+        saver.save(Weights(step), {"step": step})
+
+
+def path_of(run: Path, step: int) -> Path:
+    return checkpoint.path_of(run / "checkpoints", step)
+
+
+def resumed(run: Path) -> int:
+    found = checkpoint.newest(run / "checkpoints", ALONE, lambda line: None)
+    assert found is not None
+    return found.state["step"]
+
+
+def test_a_renamed_checkpoint_is_refused_with_both_steps(tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    save(run, 300, 400, by=begin(run))
+    os.rename(path_of(run, 400), path_of(run, 999))
+    for world in (ALONE, None):  # training, and who only reads
+        with pytest.raises(
+            UserError, match=r"step-00000999: inside is the checkpoint of step 400 of run tiny-\w{8}:.*step-00000400"
+        ):
+            checkpoint.newest(run / "checkpoints", world)
+    assert checkpoint.steps(run / "checkpoints") == [300, 999]
+    os.rename(path_of(run, 999), path_of(run, 400))
+    assert resumed(run) == 400
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_both_runs(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    save(one, 4, by=begin(one))
+    save(other, 8, by=begin(other))
+    shutil.copytree(path_of(other, 8), path_of(one, 8))
+    with pytest.raises(
+        UserError, match=r"step-00000008: this checkpoint is of run other-\w{8}, and \S+one is run one-"
+    ):
+        resumed(one)
+    shutil.move(path_of(one, 8), tmp_path / "aside")
+    assert resumed(one) == 4
+    shutil.copytree(path_of(other, 8), path_of(one, 8))  # while the run goes on to this step
+    with pytest.raises(SaveError, match=r"this checkpoint is of run other-"):
+        save(one, 8, by=id_of(one))
+    assert json.loads((path_of(one, 8) / "state.json").read_text())["run"] == id_of(other), "it is not replaced"
+
+
+def test_branches_on_purpose_and_runs_from_before_there_were_ids_are_taken(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    save(earlier, 4)
+    assert resumed(earlier) == 4
+    run = begin(earlier)
+    save(earlier, 8, by=run)
+    (path_of(earlier, 8) / "rank-00000.safetensors").unlink()
+    assert resumed(earlier) == 4, "beside checkpoints with an id"
+    copied = shutil.copytree(path_of(earlier, 4).parent, tmp_path / "branch" / "checkpoints").parent
+    save(copied, 12, by=begin(copied))
+    assert resumed(copied) == 12
+    save(tmp_path / "a", 4, by=begin(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+    assert begin(tmp_path / "b") == id_of(tmp_path / "b") == id_of(tmp_path / "a"), "its branch"
+
+
+def test_starting_over_makes_another_run(tmp_path: Path) -> None:
+    first = begin(tmp_path)
+    save(tmp_path, 4, by=first)
+    assert begin(tmp_path) == first
+    aside = checkpoint.set_aside(tmp_path / "checkpoints")
+    assert aside is not None
+    second = begin(tmp_path, fresh=True)
+    assert second != first
+    shutil.copytree(aside, tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=f"is of run {first}, and .* is run {second}"):
+        resumed(tmp_path)
+
+
+# --- another format
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(plain(manifest)).hexdigest()
+    (path / "manifest.json").write_bytes(plain(manifest))
+
+
+@pytest.mark.parametrize("number", [3, 1])
+def test_a_checkpoint_of_another_format_is_an_error_with_both_and_nothing_is_touched(
+    tmp_path: Path, number: int
+) -> None:
+    save(tmp_path, 4, 8)
+    rewrite(path_of(tmp_path, 8), format=number)
+    for world in (ALONE, None):
+        with pytest.raises(UserError, match=rf"step-00000008: this checkpoint has format {number}.* reads format 2; "):
+            checkpoint.newest(tmp_path / "checkpoints", world)
+    rewrite(path_of(tmp_path, 8), format=2)
+    rewrite(path_of(tmp_path, 4), format=number)
+    save(tmp_path, 12, 16)
+    settings = Settings.model_validate({"checkpoint": {"keep": 1}})
+    Saver(tmp_path / "checkpoints", settings, ALONE).save(Weights(20), {"step": 20})
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 20]
+
+
+def test_a_flipped_bit_in_the_number_of_the_format_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 4, 8)
+    manifest = path_of(tmp_path, 8) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 2', b'"format": 3'))
+    assert resumed(tmp_path) == 4
+
+
+# --- gone
+
+
+def test_a_folder_of_checkpoints_that_was_moved_away_is_made_anew(tmp_path: Path) -> None:
+    generation = take_over(tmp_path)
+    save(tmp_path, 4, generation=generation)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "moved")
+    save(tmp_path, 8, generation=generation)
+    assert resumed(tmp_path) == 8
+    settings = Settings.model_validate({"checkpoint": {"every_steps": 4, "asynchronous": False}})
+    saver = Saver(tmp_path / "checkpoints", settings, ALONE, generation)
+    saver.begin(Weights(12), {"step": 12})
+    shutil.rmtree(tmp_path / "checkpoints")  # while it is written, or before it is published
+    saved = saver.finish(must=False)
+    assert saved is not None
+    assert "checkpoints is gone, moved or deleted meanwhile; the next save makes it anew" in saved.error
+    saver.save(Weights(16), {"step": 16})
+    assert checkpoint.steps(tmp_path / "checkpoints") == [16]
+
+
+@pytest.mark.parametrize(("gone", "told"), [(".", r"run.directory = \S+run is gone"), ("incarnation.json", "is gone")])
+def test_a_run_directory_that_was_deleted_is_one_message(tmp_path: Path, gone: str, told: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    generation = take_over(run)
+    save(run, 4, generation=generation)
+    shutil.move(run / gone, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{told}: it was moved or deleted while the run wrote to it"):
+        save(run, 8, generation=generation, on_failure="continue")
+    assert not (run / "checkpoints/step-00000008").exists()
