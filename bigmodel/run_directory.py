@@ -7,6 +7,7 @@
       events.jsonl   starts, stops, skipped steps           logs/             output of the ranks, see below
       metrics_endpoint  host:port while it runs             lock              held by the running run
       incarnation.json  restart generation: the start that may publish checkpoints
+      identity.json  the run's id, also in its checkpoints
       loss.png  sample.txt  summary.json                    at the end
       profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
@@ -150,17 +151,22 @@ def require_restart_generation(directory: Path, token: str) -> None:
         return
     file = Path(directory) / RESTART_GENERATION
     if not file.exists():
-        gone = f"{file} is gone" if Path(directory).is_dir() else f"run.directory = {directory} is gone"
-        raise UserError(
-            f"{gone}: it was moved or deleted while the run wrote to it; nothing can be saved there any more: put it "
-            "back, or restore it from a copy, and start again"
-        )
+        raise UserError(_what_is_gone(file))
     now = read_json(file)
     if now["token"] != token:
         raise UserError(
             f"{directory}: a later start, process {now['process']} on {now['host']}, has taken this run over; "
             "this one cannot save any more: stop it"
         )
+
+
+def _what_is_gone(file: Path) -> str:
+    directory = file.parent
+    gone = f"{file} is gone" if directory.is_dir() else f"run.directory = {directory} is gone"
+    return (
+        f"{gone}: it was moved or deleted while the run wrote to it; nothing can be saved there any more: put it back, "
+        "or restore it from a copy, and start again"
+    )
 
 
 def lock(file: IO[Any], name: str, busy: str = "") -> None:
@@ -212,7 +218,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """Append one line in one write, after a line break if a full disk or a crash has cut the line before.
-    `read_json_lines` skips a cut line."""
+    `read_json_lines` skips a cut line. `UserError`: the folder is gone."""
     data = json.dumps(value).encode() + b"\n"
     try:
         with open(path, "ab+", buffering=0) as file:
@@ -220,6 +226,8 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
                 data = b"\n" + data
             while data:  # a full disk may take a part; the next write then has the error
                 data = data[file.write(data) or 0 :]
+    except FileNotFoundError:
+        raise UserError(_what_is_gone(Path(path))) from None
     except OSError as error:  # its own may not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
 

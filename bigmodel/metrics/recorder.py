@@ -221,7 +221,9 @@ class Metrics:
     def close(self, ending: str = "failed") -> None:
         """Stop serving and remove the address. `ending`: "finished", "stopped" or "failed". May be called again."""
         if self._ledger and not self._closed:
-            with contextlib.suppress(*([OSError] if ending == "failed" else [])):  # must not hide the first error
+            with contextlib.suppress(
+                *([OSError, UserError] if ending == "failed" else [])
+            ):  # must not hide the first error
                 self._tell("end", {"ending": ending, "lap": self.lap()})
                 self._file.close()
         if self._page:

@@ -8,7 +8,7 @@ import pytest
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
-from bigmodel.training.divergence import began, good_and_suspect, refuse_smallest_scale
+from bigmodel.training.divergence import Course, began, refuse_smallest_scale
 from tests.support.ranks import command, finish, start_ranks
 from tests.support.tiny_run import write_run
 
@@ -40,9 +40,29 @@ def test_a_divergence_begins_where_the_run_left_its_course_for_good(told: list[d
     assert began(told) == first
 
 
-def test_a_checkpoint_of_the_weights_that_the_first_bad_step_could_not_use_is_suspect() -> None:
-    assert good_and_suspect([4, 8, 9, 12], 10) == ([4, 8], [9, 12])
-    assert good_and_suspect([1, 2], 2) == ([], [1, 2])
+@pytest.mark.parametrize(
+    ("told", "since"),
+    [
+        (steps((50, ORDINARY), (5, BAD)), 51),
+        (steps((50, ORDINARY), (5, BAD), (1, ORDINARY)), 0),
+        (steps((50, ORDINARY), (999, (9.0, False))), 51),
+        (steps((50, ORDINARY), (1000, (9.0, False))), 0),  # a new course
+        (steps((50, ORDINARY), (1000, (9.0, False)), (3, BAD)), 1051),
+        (steps((50, ORDINARY), (2000, BAD)), 51),
+    ],
+)
+def test_a_run_is_off_its_course_until_a_step_is_ordinary_or_a_thousand_are_alike(told: list[dict], since: int) -> None:
+    course = Course()
+    for line in told:
+        course.see(line["step"], line["loss"], line["skipped"])
+    assert course.first == since
+
+
+def test_a_restart_knows_from_the_metrics_whether_it_is_on_course(tmp_path: Path) -> None:
+    lines = [{"kind": "step", **line} for line in steps((50, ORDINARY), (5, BAD), (5, ORDINARY))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert [Course.resumed(tmp_path, step).first for step in (50, 52, 55, 60)] == [0, 51, 51, 0]
+    assert Course.resumed(tmp_path / "new", 0).first == 0
 
 
 def test_fp16_at_its_smallest_loss_scale_gives_the_same_advice(tmp_path: Path) -> None:
@@ -51,7 +71,7 @@ def test_fp16_at_its_smallest_loss_scale_gives_the_same_advice(tmp_path: Path) -
     for step in (4, 8, 12):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     settings = Settings.model_validate({"run": {"directory": tmp_path}})
-    with pytest.raises(UserError, match=r"smallest loss scale, 1: .*bf16.*began at step 10; .*step-00000008: remove"):
+    with pytest.raises(UserError, match=r"smallest loss scale, 1: .*bf16.*began at step 10; .*step-00000008 and sets"):
         refuse_smallest_scale(1.0, settings, ALONE)
 
 
@@ -63,20 +83,41 @@ def train(run_file: Path, *changes: str) -> tuple[int, str]:
     return code, Path(f"{output}.0").read_text()
 
 
-def test_a_run_that_diverged_names_the_newest_checkpoint_from_before(tmp_path: Path, shards: Path) -> None:
+def test_a_run_that_diverged_names_its_newest_healthy_checkpoint_and_resumes_from_it(
+    tmp_path: Path, shards: Path
+) -> None:
+    """At step 8 there are 4, which is healthy, and 8. Later 12 and 16 hold finite weights of 1e30, of no use."""
     run_file, checkpoints = write_run(tmp_path, shards), tmp_path / "run" / "checkpoints"
-    kept = "checkpoint.keep=3"
-    assert train(run_file, "training.steps=8", kept)[0] == 0
-    code, printed = train(run_file, "training.steps=40", kept, "optimizer.learning_rate=1e30")
+    assert train(run_file, "training.steps=8")[0] == 0
+    code, printed = train(run_file, "training.steps=40", "optimizer.learning_rate=1e30")
     assert code == 2
     assert "Traceback" not in printed
     for words in (
         "10 steps in a row up to step 19 had no finite loss or gradient: the run diverged; it began at step 10",
-        f"the newest checkpoint from before is {checkpoints / 'step-00000008'}",
-        f"remove the later ones from {checkpoints} (steps 12, 16, saved after it began)",
+        f"the next start resumes from the newest healthy checkpoint from before, {checkpoints / 'step-00000004'} and "
+        f"sets the later ones of {checkpoints} aside (steps 12, 16)",
         "lower optimizer.learning_rate = 1e+30 and start again",
     ):
         assert words in printed
+    code, printed = train(run_file, "training.steps=16")
+    assert code == 0
+    assert (
+        "the run diverged at step 10: it resumes from the newest healthy checkpoint, of step 4; those of steps 12, 16 "
+        "are set aside as step-....diverged"
+    ) in printed
+    assert "resuming at step 4" in printed
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000012",
+        "step-00000016",
+        "step-00000016.diverged",
+    ]
+    undisturbed = write_run(tmp_path, shards, name="undisturbed")
+    assert train(undisturbed, "training.steps=16")[0] == 0
+    same = [
+        (tmp_path / name / "checkpoints/step-00000016/rank-00000.safetensors").read_bytes()
+        for name in ("run", "undisturbed")
+    ]
+    assert same[0] == same[1], "nothing of the divergence is left"
 
 
 def test_a_run_that_diverged_at_once_is_told_to_start_over(tmp_path: Path, shards: Path) -> None:

@@ -54,5 +54,5 @@ def problem_of(path: Path, description: dict[str, Any], run_directory: Path) -> 
 
 def require_own(path: Path, description: dict[str, Any], run_directory: Path) -> None:
     """Raises `UserError` naming both steps, or both runs."""
-    if problem := problem_of(path, description, run_directory):
-        raise UserError(problem)
+    if problem_of(path, description, run_directory):
+        raise UserError(problem_of(path, description, run_directory))
