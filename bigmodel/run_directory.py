@@ -36,6 +36,10 @@ and of metrics.jsonl:
 and of the watch for hanging ranks (bigmodel/metrics/hang_watch.py), which also writes a launch_ended:
   rank_hangs      rank, host, how, step, phase, seconds, limit_seconds, stack    without progress for these seconds
   rank_goes_on    rank, host                   it made progress again
+and these of checkpoints:
+  checkpoint_failed  step, error, reason       refused or not written
+  went_back       step, diverged, set_aside    a start after a divergence
+  rescued         step, rank, bytes            saved by a survivor of a dead rank
 A launch with no launch_ended before the next launch was lost, together with its launcher: kill -9, a node failure.
 Under your own sbatch script or torchrun there is no launch_ended; the trainer's `finished` or `stopped` replaces it
 (`bigmodel.launcher.record.launches` reads all of these).

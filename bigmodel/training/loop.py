@@ -69,6 +69,7 @@ from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.identity import settle
 from bigmodel.training.checkpoint.remote import steps as remote_steps
+from bigmodel.training.checkpoint.rescue import Rescue
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.class_summary import summarize_classes
 from bigmodel.training.divergence import Course, refuse_divergence, refuse_smallest_scale
@@ -177,6 +178,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     norms = Norms(engine, world, settings.metrics.norms_every_steps, settings.optimizer.has_penalty)
     saver = Saver(directory / "checkpoints", settings, world, restart_generation, phases, start.run)
     closing.callback(saver.close)
+    rescue = Rescue(engine, settings, world, place.num_nodes, restart_generation, start.run)
+    closing.push(rescue.on_exit)
     judge = Judge(settings, start.state)
     evaluate = partial(_evaluate, settings, validation, engine, world, metrics, phases, line, judge)
     unscored = start.state.get("unscored", False)  # a signal ended the run at this step, before its evaluation
@@ -212,6 +215,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             refuse_smallest_scale(engine.loss_scale, settings, world)
         rate = learning_rate(step.number, settings)
         norms.before_update(done)
+        rescue.update_begins()
         with phases("optimizer"):
             engine.update(rate, skip=bad, betas=betas(step.number, settings))
             pruner.step(done)
@@ -258,17 +262,19 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         unscored = sums.stop_votes > 0 and not last and (_is_evaluated(done, settings) or tasks.is_due(done))
         if ending:
             stop.save_begins()
+        state = partial(_state, step, start.segments, place, world, judge, unscored, model.teacher)
         for news in saver.step(
             engine,
             done,
             sums.written_votes,
             ending,
-            partial(_state, step, start.segments, place, world, judge, unscored, model.teacher),
+            state,
             asked=judge.is_best(done),
             left_course=course.see(done, loss, bad),
         ):
             _report_save(news, directory, metrics, line)
         metrics.spent("checkpoint")
+        rescue.step_ends(done, state)
         if ending:
             break
     stop.save_begins()

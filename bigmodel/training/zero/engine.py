@@ -224,7 +224,7 @@ class Engine:
         Each element has exactly one owner.
         """
         chunks = {}
-        for key, (first, elements) in self._held(name).items():
+        for key, (first, elements) in self.held(name).items():
             if self._is_replicated(name, key):  # each rank owns a share
                 edges = [elements.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
                 first, elements = first + edges[0], elements[edges[0] : edges[1]]
@@ -239,7 +239,7 @@ class Engine:
         read(name, key, start, numel): these elements of the flattened tensor in fp32; called for this rank's elements.
         """
         for name in self.names():
-            for key, (first, elements) in self._held(name).items():
+            for key, (first, elements) in self.held(name).items():
                 elements.copy_(read(name, key, first, elements.numel()))
         for master in self._layout.masters():
             if STEP.key in self._optimizer.state[master]:
@@ -256,7 +256,7 @@ class Engine:
         read(name, start, numel): these elements of the flattened weight in fp32; called for this rank's elements.
         """
         for name in names:
-            for key, (first, elements) in self._held(name).items():
+            for key, (first, elements) in self.held(name).items():
                 if key in (WEIGHT, AVERAGE):
                     elements.copy_(read(name, first, elements.numel()))
         self._layout.publish()
@@ -269,7 +269,7 @@ class Engine:
     def set_to_zero(self, name: str, where: Tensor) -> None:
         """Zero elements of a weight and of its average; the forward pass sees it after `publish`. where: flat, of the
         whole weight."""
-        for key, (first, elements) in self._held(name).items():
+        for key, (first, elements) in self.held(name).items():
             if key in (WEIGHT, AVERAGE):
                 elements.view(-1).masked_fill_(where[first : first + elements.numel()].to(elements.device), 0)
 
@@ -314,7 +314,13 @@ class Engine:
             *self._averages,
         ]
 
-    def _held(self, name: str) -> dict[str, Piece]:
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank alone holds the whole state."""
+        return not self._layout.partitioned and not self._layout.shares_frozen
+
+    @torch.no_grad()
+    def held(self, name: str) -> dict[str, Piece]:
         """By key, this rank's elements of a parameter's state, as views."""
         if name not in self._trained:
             return {WEIGHT: self._layout.frozen(self._parameters[name])}
