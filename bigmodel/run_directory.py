@@ -38,6 +38,7 @@ and of the watch for hanging ranks (bigmodel/metrics/hang_watch.py), which also 
   rank_goes_on    rank, host                   it made progress again
 and these of checkpoints:
   checkpoint_failed  step, error, reason       refused or not written
+  broken_state    step, ranks, detail          weights or moments that are not finite
   went_back       step, diverged, set_aside    a start after a divergence
   rescued         step, rank, bytes            saved by a survivor of a dead rank
 A launch with no launch_ended before the next launch was lost, together with its launcher: kill -9, a node failure.

@@ -11,14 +11,18 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.run_accounting import SPIKE_STEPS, is_spike
-from bigmodel.run_directory import read_json_lines
+from bigmodel.run_directory import read_json_lines, record_event
+from bigmodel.training.checkpoint.finite import not_finite
 from bigmodel.training.checkpoint.folder import path_of
 from bigmodel.training.checkpoint.health import record_divergence
+from bigmodel.training.checkpoint.saver import NotFiniteError
 
 MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
 NEW_COURSE_STEPS = 1000
@@ -34,6 +38,41 @@ def refuse_divergence(bad_steps: int, done: int, settings: Settings, world: Worl
         )
 
 
+class Held(Protocol):
+    """The part of the engine that `refuse_broken_state` uses."""
+
+    def names(self) -> list[str]: ...
+    def held(self, name: str) -> dict[str, tuple[int, Tensor]]: ...
+
+
+def refuse_broken_state(engine: Held, done: int, settings: Settings, world: World) -> None:
+    """Collective, after a step that was not finite: raise `MachineError` if weights or moments were not finite before.
+
+    No step without finite gradients is applied, so neither its data nor its rank made them so. The next start resumes
+    from a healthy checkpoint. Costs one pass over the state of the rank.
+    """
+    held = ((name, *piece) for name in engine.names() for piece in engine.held(name).items())
+    told = world.gather_objects(not_finite({f"{key}.{name}@{at}": flat for name, key, (at, flat) in held}))
+    broken = [(rank, problem) for rank, problem in enumerate(told) if problem]
+    if not broken:
+        return
+    ranks = ", ".join(str(rank) for rank, _ in broken)
+    detail = f"rank{'s' if len(broken) > 1 else ''} {ranks}: {broken[0][1]}"
+    if world.rank == 0:
+        record_event(
+            settings.run.directory, "broken_state", step=done, ranks=[rank for rank, _ in broken], detail=detail
+        )
+    change = (
+        f"check the device and the memory of rank {broken[0][0]} (if it comes again at this step, lower "
+        f"optimizer.learning_rate = {settings.optimizer.learning_rate})"
+    )
+    raise NotFiniteError(
+        f"step {done}: no finite loss or gradient, because the state itself is broken: {detail}; "
+        f"{world.on_rank_zero(lambda: way_back(settings, change))}",
+        done,
+    )
+
+
 def refuse_smallest_scale(scale: float, settings: Settings, world: World) -> None:
     """Collective. Raise `UserError`: in fp16 the gradient is not finite at the smallest loss scale."""
     raise UserError(
@@ -42,11 +81,11 @@ def refuse_smallest_scale(scale: float, settings: Settings, world: World) -> Non
     )
 
 
-def way_back(settings: Settings) -> str:
+def way_back(settings: Settings, change: str = "") -> str:
     """Record the divergence with which a run ends; what to change, and where the next start resumes. On rank 0."""
     directory, remote = settings.run.directory / "checkpoints", settings.checkpoint.remote
     first = began(line for line in read_json_lines(settings.run.directory / "metrics.jsonl") if line["kind"] == "step")
-    change = f"lower optimizer.learning_rate = {settings.optimizer.learning_rate}"
+    change = change or f"lower optimizer.learning_rate = {settings.optimizer.learning_rate}"
     found, problem = record_divergence(directory, first, remote)
     later = ", ".join(map(str, found.suspect))
     places = f"{directory} and {remote}" if remote else str(directory)

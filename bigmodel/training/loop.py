@@ -72,7 +72,7 @@ from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.rescue import Rescue
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.class_summary import summarize_classes
-from bigmodel.training.divergence import Course, refuse_divergence, refuse_smallest_scale
+from bigmodel.training.divergence import Course, refuse_broken_state, refuse_divergence, refuse_smallest_scale
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.pruning import Pruner
@@ -249,6 +249,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         metrics.record_step(record, phases.take())
         slow = slow_rank.words(name_rank(slow_rank.now.rank)) if slow_rank.now else ""
         line.update(done, loss, step.num_tokens / record.step_seconds, slow)
+        if bad:
+            refuse_broken_state(engine, done, settings, world)
         refuse_divergence(bad_steps, done, settings, world)
 
         # Evaluate and save.

@@ -228,7 +228,7 @@ def test_failed_saves_are_counted_by_reason_each_time_also_after_a_restart() -> 
     run.add({"kind": "failed_checkpoint", "step": 1, "reason": "disk_full", "lap": 2.0})
     run.add({"kind": "failed_checkpoint", "step": 1, "reason": "io_error", "lap": 2.0})
     found = {labels[0]: count for labels, count in run.run_accounting.samples()["checkpoint_failures"]}
-    assert found == {"disk_full": 2, "permission": 0, "io_error": 1}
+    assert found == {"disk_full": 2, "permission": 0, "io_error": 1, "not_finite": 0}
     assert run.lost["checkpoint"] == 6.0
     assert run.run_accounting.wall_seconds == sum(run.lost.values())
 

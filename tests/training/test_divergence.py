@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,3 +122,38 @@ def test_a_run_that_diverged_at_once_is_told_to_start_over(tmp_path: Path, shard
     assert "it began at step 2, and no checkpoint from before is left (4, 8 in " in printed
     assert "lower optimizer.learning_rate = 1e+30 and start over with --fresh" in printed
     assert "of the data cannot be reached: data.max_epochs ends the run with the lane" in printed
+
+
+def train_with_a_broken_weight(arguments: list[str], output: Path) -> int:
+    """On a rank: after the sixth update a weight of rank 1 is not finite, as by a fault of its memory."""
+    from bigmodel.training.zero.engine import Engine
+
+    real = Engine.update
+
+    def update(self: Engine, *given: Any, **named: Any) -> None:
+        real(self, *given, **named)
+        if self.updates == 6 and self.world.rank == 1:
+            self.held(next(name for name in self.names() if "norm" in name))["weight"][1][5] = math.nan
+
+    Engine.update = update  # type: ignore[method-assign]
+    return command(arguments, output)
+
+
+def test_a_state_that_is_broken_is_named_with_its_rank_and_not_blamed_on_the_learning_rate(
+    tmp_path: Path, shards: Path
+) -> None:
+    run_file = write_run(tmp_path, shards, stage=0)
+    arguments = ["train", str(run_file), "--set", "training.steps=40"]
+    assert finish(start_ranks(2, train_with_a_broken_weight, arguments, tmp_path / "printed")) == [1, 1]
+    printed = (tmp_path / "printed.0").read_text()
+    for words in (
+        "step 7: no finite loss or gradient, because the state itself is broken: rank 1: weight of ",
+        "1 of 32 numbers not finite, the first is nan at 5",
+        "the next start resumes from the newest healthy checkpoint from before, ",
+        "step-00000004: check the device and the memory of rank 1",
+    ):
+        assert words in printed
+    assert "Traceback" not in printed
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["event"] == "broken_state"]
+    assert (event["step"], event["ranks"]) == (7, [1])

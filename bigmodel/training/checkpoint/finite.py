@@ -1,6 +1,6 @@
 """Whether all numbers of a rank's share are finite, in the pass of its writer.
 
-In: fp32 tensors on the CPU. Out: the first one that is not finite, in words. A sum meets every NaN and infinity: a
+In: fp32 tensors. Out: the first one that is not finite, in words. A sum meets every NaN and infinity: a
 finite sum proves finite numbers, in one pass without a copy. Only a tensor whose sum is not finite is looked at again,
 because finite numbers can add up to infinity. Cost: 4 bytes of memory traffic a number, in the thread that writes.
 """

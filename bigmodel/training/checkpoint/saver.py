@@ -394,6 +394,7 @@ def _publish(
         fault("before-rename-of-manifest", step)
         write_atomically(part / "manifest.json", manifest_of(files, world_size))  # also syncs all names in the folder
         fault("before-rename", step)
+        total = size_of(part)
         require_restart_generation(final.parent.parent, restart_generation)
         if final.exists():  # `begin` found it damaged
             os.rename(final, damaged)
@@ -407,7 +408,7 @@ def _publish(
     except UserError:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return size_of(final)
+    return total
 
 
 def _abandon(part: Path, step: int, reports: list[_Report]) -> NoReturn:
