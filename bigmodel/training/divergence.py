@@ -19,10 +19,10 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.run_accounting import SPIKE_STEPS, is_spike
 from bigmodel.run_directory import read_json_lines, record_event
+from bigmodel.training.checkpoint.failures import NotFiniteError
 from bigmodel.training.checkpoint.finite import not_finite
 from bigmodel.training.checkpoint.folder import path_of
 from bigmodel.training.checkpoint.health import record_divergence
-from bigmodel.training.checkpoint.saver import NotFiniteError
 
 MAX_BAD_STEPS = 10  # this many in a row without a finite loss and gradient mean divergence; fp16 lowers its scale first
 NEW_COURSE_STEPS = 1000

@@ -40,11 +40,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from bigmodel.config.settings import Settings, UserError
-from bigmodel.config.user_error import MachineError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import fsync_directory, require_restart_generation, write_atomically
 from bigmodel.training.checkpoint import remote as store
+from bigmodel.training.checkpoint.failures import DISK_FULL, NotFiniteError, SaveError
 from bigmodel.training.checkpoint.faults import FAULT_VARIABLE as FAULT_VARIABLE
 from bigmodel.training.checkpoint.faults import fault
 from bigmodel.training.checkpoint.finite import not_finite
@@ -54,28 +54,6 @@ from bigmodel.training.checkpoint.health import Health
 from bigmodel.training.checkpoint.identity import problem_of
 from bigmodel.training.checkpoint.interval import Interval
 from bigmodel.training.checkpoint.retention import retain
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-class SaveError(UserError):
-    """The checkpoint of a step was not saved; `reason` is one of `run_accounting.SAVE_FAILURES`."""
-
-    def __init__(self, message: str, step: int = 0, code: int = errno.EIO) -> None:
-        super().__init__(message)
-        self.step = step
-        self.reason = "disk_full" if code in DISK_FULL else "permission" if code in FORBIDDEN else "io_error"
-        self.is_gone = code in GONE  # the folder was moved or deleted; the next save makes it anew
-
-
-class NotFiniteError(SaveError, MachineError):
-    """Numbers to be saved are not finite; no setting lets the run go on."""
-
-    def __init__(self, message: str, step: int = 0) -> None:
-        super().__init__(message, step)
-        self.reason = "not_finite"
 
 
 @dataclass(frozen=True)

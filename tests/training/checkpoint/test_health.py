@@ -13,9 +13,10 @@ import torch
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE, start_world
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.failures import NotFiniteError
 from bigmodel.training.checkpoint.finite import not_finite
 from bigmodel.training.checkpoint.health import go_back, is_healthy, last_good, mark, newest_healthy, record_divergence
-from bigmodel.training.checkpoint.saver import NotFiniteError, Saver
+from bigmodel.training.checkpoint.saver import Saver
 from tests.support.ranks import finish, start_ranks
 from tools.torture import Weights
 

@@ -12,9 +12,10 @@ from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.run_directory import take_over
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.failures import SaveError
 from bigmodel.training.checkpoint.folder import plain
 from bigmodel.training.checkpoint.identity import id_of, settle
-from bigmodel.training.checkpoint.saver import SaveError, Saver
+from bigmodel.training.checkpoint.saver import Saver
 from tools.torture import Weights
 
 
