@@ -32,8 +32,6 @@ class LineFile:
         self._waiting.append(line)
         try:
             self._write()
-        except FileNotFoundError:
-            raise
         except OSError as error:
             if len(self._waiting) == 1:
                 self._since = time.time()
