@@ -4,7 +4,7 @@
 import neither the settings nor the launcher.
 
 Exit codes (bigmodel/run_directory.py): 0 done, 1 a bug or a machine failure, 2 a problem that you can fix (see the
-message), 3 stopped by a signal and saved.
+message), 3 stopped by a signal and saved, 4 goes back to an older checkpoint, 5 a device is bad; 3 to 5: start again.
 """
 
 if __name__ == "__main__":  # first, because `python3 -m bigmodel` may be any Python
@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 from bigmodel.config.user_error import UserError
 from bigmodel.interpreter import end_without, is_dependency
 from bigmodel.rank_log import keep_log
-from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name, make_logs
+from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, Restart, log_name, make_logs
 from bigmodel.system_errors import is_out_of_memory, line_of, remedy_for
 
 if TYPE_CHECKING:
@@ -575,7 +575,7 @@ def main() -> None:
     """Run a command. A `UserError` becomes a message and its exit code: 2, as Typer's for a wrong option, or 1."""
     try:
         app()
-    except UserError as error:
+    except (UserError, Restart) as error:
         print(f"{_name()}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@
       metrics_endpoint  host:port while it runs             lock              held by the running run
       incarnation.json  restart generation: the start that may publish checkpoints
       identity.json  the run's id, also in its checkpoints
+  left_out.json  steps that rewinds leave out           of training.spikes
       loss.png  sample.txt  summary.json                    at the end
       profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
@@ -41,6 +42,9 @@ and these of checkpoints:
   broken_state    step, ranks, detail          weights or moments that are not finite
   went_back       step, diverged, set_aside    a start after a divergence
   rescued         step, rank, bytes            saved by a survivor of a dead rank
+and these of the trainer that are the cause of a start's end:
+  bad_device      step, fault, ranks, hosts, detail   fault: replica, nonfinite; hosts: to be excluded, [] if undecided
+  rewind          step, to, first, last, detail       the steps first to last are left out; `left_out.json` has them
 A launch with no launch_ended before the next launch was lost, together with its launcher: kill -9, a node failure.
 Under your own sbatch script or torchrun there is no launch_ended; the trainer's `finished` or `stopped` replaces it
 (`bigmodel.launcher.record.launches` reads all of these).
@@ -71,6 +75,9 @@ EXIT_DONE = 0  # the run reached its last step
 EXIT_FAILED = 1  # a bug or a machine failure
 EXIT_USER = 2  # a UserError: the message has the remedy
 EXIT_STOPPED = 3  # stopped by a signal and saved; the same command resumes
+EXIT_REWIND = 4  # training.spikes.policy = "rewind": the same command goes on from a checkpoint before the spike
+EXIT_DEVICE = 5  # a device computes or keeps wrong numbers: events.jsonl names it; the same command resumes elsewhere
+AGAIN = {EXIT_REWIND: "rewind", EXIT_DEVICE: "bad_device"}  # the cause; also the kind of the trainer's event
 
 RESTART_GENERATION = "incarnation.json"
 CLAIM_ATTEMPTS = 5
@@ -88,6 +95,14 @@ SOURCE_SUFFIXES = (".py", ".pyi", ".toml", ".sh", ".c", ".cc", ".cpp", ".h", ".c
 SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # recorded at every start
 
 _claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
+
+
+class Restart(Exception):
+    """Ends a run that goes on from a checkpoint at its next start: printed without a traceback; `exit_code`: EXIT_*."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def claim(directory: Path) -> None:

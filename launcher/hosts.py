@@ -26,7 +26,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster
 from bigmodel.launcher.local import GRACE_SECONDS, POLL_SECONDS, SAVE_SECONDS, Ending, collect_signals
 from bigmodel.launcher.topology import Topology
-from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from bigmodel.run_directory import AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 ANSWER_SECONDS = 20.0  # longest wait for a host's first answer
 KNOWS = "import socket, sys; socket.getaddrinfo(sys.argv[1], None)"  # whether a machine has an address for a name
@@ -159,6 +159,8 @@ def _verdict(nodes: list[Node], culprit: Node | None) -> Ending:
         return Ending(code, "finished" if code == EXIT_DONE else "stopped")
     if culprit.ended == EXIT_USER:
         return Ending(EXIT_USER, "user_error", f"node {culprit.host}")
+    if culprit.ended in AGAIN:
+        return Ending(culprit.ended, AGAIN[culprit.ended], f"node {culprit.host}")
     how = "lost its connection" if culprit.ended == SSH_FAILED else f"ended with exit code {culprit.ended}"
     _say(f"node {culprit.host} {how}; the other nodes were ended")
     return Ending(EXIT_FAILED, "failed", f"node {culprit.host} {how}")

@@ -36,7 +36,7 @@ from bigmodel.launcher.devices import device_variables
 from bigmodel.launcher.record import recorded_hang
 from bigmodel.launcher.topology import Topology, rank_environment
 from bigmodel.rank_log import ARRANGED, open_outputs, terminal_variables, wait_for
-from bigmodel.run_directory import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name
+from bigmodel.run_directory import AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name
 
 GRACE_SECONDS = 15.0  # for ranks whose peer died: they wait in a collective that cannot end, and cannot save
 SAVE_SECONDS = 600.0  # for ranks that save and stop: a checkpoint of a large model takes minutes
@@ -336,6 +336,8 @@ def _blame(culprit: Rank, supervision: Supervision, directory: Path) -> Ending:
     world = supervision.world_size
     death = f"rank {culprit.number} of {world} {_how(_status(culprit))}"
     first = supervision.ranks[0]
+    if _status(culprit) in AGAIN:  # every rank ends with it, and rank 0 has printed the reason
+        return Ending(_status(culprit), AGAIN[_status(culprit)], death)
     if user_error and first.number == 0 and _status(first) == EXIT_USER:
         return Ending(EXIT_USER, "user_error", death)  # it has already printed its message here
     others = ["", "; the other rank was ended", "; the other ranks were ended"][min(len(supervision.ranks) - 1, 2)]

@@ -14,11 +14,12 @@ from typing import IO, Any
 
 from bigmodel.config.settings import UserError, load_settings
 from bigmodel.launcher.topology import Topology
-from bigmodel.run_directory import lock, read_json, read_json_lines, record_event, write_json
+from bigmodel.run_directory import AGAIN, lock, read_json, read_json_lines, record_event, write_json
 
 # Causes of `launch_ended`. "lost": the end was not recorded, for example after kill -9 of all processes or a node
-# failure. "hang": written by the watch of a node (bigmodel/metrics/hang_watch.py) or by one of the user.
-CAUSES = ("finished", "stopped", "user_error", "failed", "lost", "hang")
+# failure. "hang": written by the watch of a node (bigmodel/metrics/hang_watch.py) or by one of the user. "rewind",
+# "bad_device": told by the trainer.
+CAUSES = ("finished", "stopped", "user_error", "failed", "lost", "hang", *AGAIN.values())
 START_LOCK = "launch.lock"
 _taken: list[IO[Any]] = []  # open lock files
 
@@ -168,13 +169,16 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             continue
         elif kind in ("finished", "stopped"):
             found[-1] = replace(found[-1], cause=kind, step=event.get("step", 0))
+        elif kind in AGAIN.values():
+            found[-1] = replace(found[-1], cause=kind, detail=event["detail"], step=event["step"])
         elif kind == "stop_requested":
             found[-1] = replace(found[-1], stop_requested=True)
         elif kind == "launch_ended":
-            known = found[-1].cause if found[-1].cause in ("finished", "stopped", "hang") else event["cause"]
-            told = found[-1].detail if found[-1].cause == "hang" else ""  # what came after it is a consequence
+            told = found[-1].cause in ("hang", *AGAIN.values())  # what came after it is a consequence
+            known = found[-1].cause if told or found[-1].cause in ("finished", "stopped") else event["cause"]
+            detail = (found[-1].detail if told else "") or event.get("detail", "")
             step = max(event.get("step", 0), found[-1].step)
-            found[-1] = replace(found[-1], cause=known, detail=told or event.get("detail", ""), step=step)
+            found[-1] = replace(found[-1], cause=known, detail=detail, step=step)
     return found
 
 

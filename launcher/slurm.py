@@ -20,6 +20,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
 from bigmodel.launcher.record import Launch, is_taken, launches, read_launch, record_end, refuse_second_run
 from bigmodel.run_directory import (
+    AGAIN,
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_USER,
@@ -113,7 +114,7 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
         return Decision(cause, False, "a stop was requested")
     if last.restart >= policy.limit:
         return Decision(cause, False, f"requeue.limit = {policy.limit} is reached")
-    if cause in ("failed", "hang") and _failures_without_progress(history) > policy.no_progress_limit:
+    if cause in ("failed", "hang", "bad_device") and _failures_without_progress(history) > policy.no_progress_limit:
         return Decision(
             cause,
             False,
@@ -153,7 +154,9 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
         answer = _run(["scontrol", "requeue", job], Path.cwd())
         if answer.returncode:
             print(f"launcher: scontrol requeue: {answer.stderr.strip()}", flush=True)
-    return {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}.get(decision.cause, EXIT_FAILED)
+    codes = {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}
+    codes |= {again: number for number, again in AGAIN.items()}
+    return codes.get(decision.cause, EXIT_FAILED)
 
 
 def idle_hosts(partition: str) -> list[str]:
@@ -234,7 +237,7 @@ def _failures_without_progress(history: Sequence[Launch]) -> int:
     count = 0
     for number in range(len(history) - 1, -1, -1):
         furthest = max((launch.step for launch in history[:number]), default=0)
-        if history[number].cause not in ("failed", "lost", "hang") or history[number].step > furthest:
+        if history[number].cause not in ("failed", "lost", "hang", "bad_device") or history[number].step > furthest:
             break
         count += 1
     return count

@@ -42,6 +42,7 @@ from bigmodel.config.sections import Section as Section
 from bigmodel.config.sections import UserError as UserError
 from bigmodel.config.sections import explain as explain
 from bigmodel.config.sections import without_secrets as without_secrets
+from bigmodel.config.spike_settings import SpikeSettings as SpikeSettings
 from bigmodel.config.start_folder import completed
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.training.optimizers.table import OPTIMIZERS
@@ -205,6 +206,15 @@ class TrainingSettings(Section):
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each label spread evenly over all tokens; not in validation; 0: off"
+    )
+    replica_check_every_steps: int = Field(
+        10,
+        ge=0,
+        description="steps between comparisons of what ranks hold alike, by a hash of its bits; before each save, too; "
+        "0: neither. ZeRO 1 and 2 gather weights anew in each step: only 1 sees each copy",
+    )
+    spikes: SpikeSettings = Field(
+        SpikeSettings(), description="what follows a loss or gradient norm far above the usual: { policy, sigmas, ... }"
     )
     early_stop: EarlyStopSettings | None = Field(
         None, description="ends the run early, exit code 0: { metric, patience, min_delta }; absent: never"

@@ -49,6 +49,13 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def of_nodes(self, value: Value, num_nodes: int, speaks: bool) -> list[Value]:
+        """Each node's value, on every rank. speaks: whether this rank is the first of its node."""
+        if num_nodes == 1:
+            return [value]
+        told: list[Any] = self.gather_objects(value if speaks else None)
+        return told[:: self.size // num_nodes]
+
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         self.sum_([0.0])
@@ -58,6 +65,13 @@ class World:
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather_integers(self, value: int) -> list[int]:
+        """Every rank's 64-bit integer, in the order of ranks."""
+        values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        dist.all_reduce(values)
+        return values.tolist()
 
     def any_true(self, flag: bool) -> bool:
         """Whether the flag is true on any rank."""

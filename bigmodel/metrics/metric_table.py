@@ -97,7 +97,7 @@ RUN = (
         "measured step", ("layers",),
     ),
     Metric(
-        "spikes", "counter", "Steps whose loss or gradient norm was 6 standard deviations above those before",
+        "spikes", "counter", "Steps whose loss or gradient norm was 6 robust standard deviations above the median",
         ("signal",),
     ),
     Metric("evaluations", "counter", "Evaluations on the validation split"),

@@ -29,7 +29,7 @@ import copy
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 CAUSES = (
@@ -40,6 +40,8 @@ RECENT_STEPS = 64
 MIN_RECENT = 8
 MOST_CLASSES = 100  # with series of their own
 SPIKE_DEVIATIONS = 6.0
+SIGMA_OF_MEDIAN_DISTANCE = 1.4826  # for normally distributed values
+LEAST_DEVIATION = 1e-3  # of the median
 SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
 ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # endings of a start: the causes of the next start
 SAVE_FAILURES = ("disk_full", "permission", "io_error", "not_finite")  # reasons of failed saves
@@ -57,7 +59,7 @@ FROM_ZERO = (
     "checkpoint_written_bytes",
     "checkpoint_seconds",
     *(f"checkpoint_failures|{reason}" for reason in SAVE_FAILURES),
-    "steps_skipped|not_finite",
+    *(f"steps_skipped|{reason}" for reason in ("not_finite", "spike", "left_out")),
     "spikes|loss",
     "spikes|gradient_norm",
     *(f"restarts|{ending}" for ending in ENDINGS),
@@ -240,13 +242,19 @@ class RunAccounting:
         self.seconds["checkpoint"] += line["lap"]
 
 
-def is_spike(value: float, recent: deque[float]) -> bool:
-    """Whether a value is 6 standard deviations above the mean of the values before it, at least 32 of them."""
+def is_spike(value: float, recent: Collection[float]) -> bool:
+    """Whether a value is 6 deviations above the usual of the values before it, at least 32 of them."""
     if len(recent) < MIN_SPIKE_STEPS or not math.isfinite(value):
         return False
-    mean = statistics.fmean(recent)
-    deviation = math.sqrt(statistics.fmean((one - mean) ** 2 for one in recent))
-    return value > mean + SPIKE_DEVIATIONS * deviation
+    usual, deviation = usual_of(recent)
+    return value > usual + SPIKE_DEVIATIONS * deviation
+
+
+def usual_of(values: Collection[float]) -> tuple[float, float]:
+    """Median, and robust standard deviation: 1.4826 times the median distance from it, at least a thousandth of it."""
+    median = statistics.median(values)
+    distance = statistics.median(abs(one - median) for one in values)
+    return median, max(SIGMA_OF_MEDIAN_DISTANCE * distance, LEAST_DEVIATION * abs(median))
 
 
 def _of_start(line: Mapping[str, Any]) -> Samples:

@@ -29,12 +29,14 @@ NEW_COURSE_STEPS = 1000
 TAIL_BYTES = 1 << 22  # of metrics.jsonl: more than 1,000 steps
 
 
-def refuse_divergence(bad_steps: int, done: int, settings: Settings, world: World) -> None:
-    """Collective. Raise `UserError` if the `bad_steps` bad steps in a row that end with step `done` are too many."""
+def refuse_divergence(bad_steps: int, done: int, settings: Settings, world: World, made: str) -> None:
+    """Collective. Raise `UserError` if the `bad_steps` bad steps in a row that end with step `done` are too many.
+
+    made: who made the last one, in words."""
     if bad_steps == MAX_BAD_STEPS:
         raise UserError(
             f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
-            f"{world.on_rank_zero(lambda: way_back(settings))}"
+            f"{world.on_rank_zero(lambda: way_back(settings))}; the last one was {made}; documents: events.jsonl"
         )
 
 

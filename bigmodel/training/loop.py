@@ -9,7 +9,7 @@ evaluation, checkpoint. All of it stands between `for step` and the end of that 
 Guarantees:
 - Data, dropout and learning rate of a step depend only on the seed, the step number and the settings. A run that is
   killed and resumed repeats the uninterrupted run.
-- All ranks skip a step together, before the update, if its loss or gradient is not finite. The step is recorded.
+- All ranks skip a step together, before the update (`bigmodel.training.anomalies`). The step is recorded.
 
 Cost of the loop itself: one all-reduce of a few numbers per step; it waits for the device.
 """
@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ from bigmodel.run_directory import (
     take_over,
 )
 from bigmodel.sizes import counted_noun
+from bigmodel.training.anomalies import Anomalies
 from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.identity import settle
@@ -72,10 +73,11 @@ from bigmodel.training.checkpoint.remote import steps as remote_steps
 from bigmodel.training.checkpoint.rescue import Rescue
 from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.class_summary import summarize_classes
-from bigmodel.training.divergence import Course, refuse_broken_state, refuse_divergence, refuse_smallest_scale
+from bigmodel.training.divergence import Course
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.pruning import Pruner
+from bigmodel.training.spikes import forget, is_trained_on, read_rewinds, remove_trained_on
 from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
 from bigmodel.training.teacher import in_words, open_teacher, refuse_another, state_of
@@ -86,8 +88,6 @@ from bigmodel.training.zero.norms import Norms
 
 SAMPLE_TOKENS = 200  # length of the text generated at the end of the run
 NUM_EXAMPLES = 3  # examples shown at the end of an encoder-decoder's run
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     if unscored and tasks.is_due(start.step):
         _score_tasks(tasks, start.step, engine, metrics, phases, line)
 
+    anomalies = Anomalies(settings, engine, model, store, place, world, line, start.state)
     course = Course.resumed(directory, start.step) if metrics.writes else Course()
-    bad_steps, done, passes_per_weight, slow_rank = 0, start.step, passes(model), SlowRank()
+    done, passes_per_weight, slow_rank = start.step, passes(model), SlowRank()
     sampling = settings.training.scheduled_sampling
     for step in stream if start.step < settings.training.steps and not judge.stops else ():
         profiler.step()
@@ -210,20 +211,15 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad. Loss and norm are equal on all ranks, so all ranks decide alike.
-        bad = not math.isfinite(loss + gradient_norm)
-        if bad and engine.is_at_smallest_scale:
-            refuse_smallest_scale(engine.loss_scale, settings, world)
+        bad = anomalies.judge(step, nats, loss, gradient_norm)
         rate = learning_rate(step.number, settings)
         norms.before_update(done)
         rescue.update_begins()
         with phases("optimizer"):
-            engine.update(rate, skip=bad, betas=betas(step.number, settings))
+            engine.update(rate, skip=bool(bad), betas=betas(step.number, settings))
             pruner.step(done)
-        bad_steps = bad_steps + 1 if bad and not engine.scales_loss else 0
 
         # Report.
-        if bad:
-            _report_skipped(step, loss, gradient_norm, store, place, world, directory, line)
         record = _step_record(
             step,
             sums,
@@ -236,7 +232,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             unweighted_loss=sums.plain_nats / step.num_labels if settings.classification.reweights else None,
             gradient_norm=gradient_norm,
             learning_rate=rate,
-            skipped=bad,
+            skipped=bool(bad),
+            skip_reason=bad or "not_finite",
             step_seconds=metrics.lap(),
             compile_seconds=compile_time.take(),
             loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
@@ -249,9 +246,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         metrics.record_step(record, phases.take())
         slow = slow_rank.words(name_rank(slow_rank.now.rank)) if slow_rank.now else ""
         line.update(done, loss, step.num_tokens / record.step_seconds, slow)
-        if bad:
-            refuse_broken_state(engine, done, settings, world)
-        refuse_divergence(bad_steps, done, settings, world)
+        anomalies.refuse_divergence(done, bad)
 
         # Evaluate and save.
         last = done == settings.training.steps
@@ -264,15 +259,15 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         unscored = sums.stop_votes > 0 and not last and (_is_evaluated(done, settings) or tasks.is_due(done))
         if ending:
             stop.save_begins()
-        state = partial(_state, step, start.segments, place, world, judge, unscored, model.teacher)
+        state = partial(_state, step, start.segments, place, world, judge, unscored, model.teacher, anomalies)
         for news in saver.step(
             engine,
             done,
             sums.written_votes,
             ending,
-            state,
+            partial(anomalies.agreed, done, state),
             asked=judge.is_best(done),
-            left_course=course.see(done, loss, bad),
+            left_course=course.see(done, loss, bool(bad)),
         ):
             _report_save(news, directory, metrics, line)
         metrics.spent("checkpoint")
@@ -326,7 +321,10 @@ def _find_start(
     checkpoints = directory / "checkpoints"
     if fresh:
         world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
-    resumed = checkpoint.newest(checkpoints, world, remote=remote)
+        world.on_rank_zero(lambda: forget(directory))
+    rewinds = world.on_rank_zero(lambda: read_rewinds(directory))
+    world.on_rank_zero(lambda: remove_trained_on(checkpoints, rewinds))
+    resumed = checkpoint.newest(checkpoints, world, remote=remote, refused=lambda step: is_trained_on(step, rewinds))
     if not resumed and not fresh:
         world.on_rank_zero(lambda: refuse_to_start_over(directory))
     lanes = place.lanes(settings.data.lanes)
@@ -453,25 +451,6 @@ def _step_record(
     )
 
 
-def _report_skipped(
-    step: Step,
-    loss: float,
-    gradient_norm: float,
-    store: ShardStore,
-    place: Place,
-    world: World,
-    directory: Path,
-    line: LiveLine,
-) -> None:
-    """Record a step without an update, with its documents on all nodes, and print a line. Collective."""
-    done = step.number + 1
-    parts = _of_all_nodes(_documents(store, step), place, world)
-    if world.rank == 0:
-        documents = [document for part in parts for document in part]
-        record_event(directory, "step_skipped", step=done, reason="not finite", documents=documents)
-    line.say(f"step {done}: skipped, loss {loss:g}, gradient norm {gradient_norm:g}; its documents: events.jsonl")
-
-
 def _is_evaluated(done: int, settings: Settings) -> bool:
     every_steps = settings.evaluation.every_steps
     return every_steps > 0 and done % every_steps == 0
@@ -590,36 +569,21 @@ def _state(
     judge: Judge,
     unscored: bool,
     teacher: Teacher | None,
+    anomalies: Anomalies,
 ) -> dict[str, Any]:
-    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation, the teacher.
-    Collective.
+    """State for a checkpoint: cursors of all lanes, progress through the sources, the best evaluation, the teacher, the
+    windows of spikes. Collective on several nodes.
 
     unscored: what is to be scored after this step waits for the next start.
     """
     position = step.position
-    told = _of_all_nodes((position.cursor(), position.lane_progress()), place, world)
+    mine = (position.cursor(), position.lane_progress())
+    told = world.of_nodes(mine, place.num_nodes, place.rank_in_node == 0)
     lanes = {number: lane for _, part in told for number, lane in part.items()}
     progress = {name: asdict(source) for name, source in total_progress(position.plan, lanes).items()}
     cursor = merge_cursors(cursor for cursor, _ in told)
     state = {"step": step.number + 1, "segments": segments, "cursor": cursor, "progress": progress, **judge.state()}
-    return state | state_of(teacher) | ({"unscored": True} if unscored else {})
-
-
-def _of_all_nodes(value: Value, place: Place, world: World) -> list[Value]:
-    """Each node's value, on every rank. Collective."""
-    if place.num_nodes == 1:
-        return [value]
-    told: list[Any] = world.gather_objects(value if place.rank_in_node == 0 else None)
-    return told[:: world.size // place.num_nodes]
-
-
-def _documents(store: ShardStore, step: Step) -> list[list[int | str]]:
-    """[source, shard, row, first token, number of tokens] of each chunk of a step; recorded for a skipped step."""
-    return [
-        [store.sources[chunk.source], chunk.shard, chunk.row, chunk.start, chunk.length]
-        for pack in step.packs
-        for chunk in pack
-    ]
+    return state | anomalies.state() | state_of(teacher) | ({"unscored": True} if unscored else {})
 
 
 def _opening(

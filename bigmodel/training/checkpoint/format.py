@@ -75,7 +75,11 @@ class Checkpoint:
 
 
 def newest(
-    directory: Path, world: World | None = None, report: Callable[[str], None] | None = None, remote: str = ""
+    directory: Path,
+    world: World | None = None,
+    report: Callable[[str], None] | None = None,
+    remote: str = "",
+    refused: Callable[[int], bool] = lambda step: False,
 ) -> Checkpoint | None:
     """The newest checkpoint with every byte verified; None if there is no checkpoint. Collective.
 
@@ -83,7 +87,7 @@ def newest(
     checkpoints since then are set aside (health.py). None: one process that only reads, perhaps while the run
     continues. report: called on rank 0 for each damaged checkpoint; default: print to stderr. remote: a folder in a
     store; missing or damaged local checkpoints are fetched from it. A checkpoint that is damaged in both places is
-    skipped.
+    skipped. refused: steps whose copies in the store are not used.
     Raises `UserError` if all checkpoints are damaged, the store cannot be read, or the run that owns it is an average;
     and for a checkpoint of another step, run (identity.py) or format.
     """
@@ -97,6 +101,7 @@ def newest(
     here, there = world.on_rank_zero(
         lambda: (set(usable_steps(directory)), set(store.steps(remote)) if remote else set())
     )
+    there = {step for step in there if not refused(step)}
     damage: list[str] = []
     for step in sorted(here | there, reverse=True):
         path = path_of(directory, step)

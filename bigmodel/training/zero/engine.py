@@ -38,6 +38,7 @@ from bigmodel.metrics.phases import Phases
 from bigmodel.training.optimizers.groups import build_optimizer, states_of
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
+from bigmodel.training.zero.examine import first_nonfinite
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
@@ -147,7 +148,8 @@ class Engine:
         """
         assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
         assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
-        assert not (skip and self.is_at_smallest_scale), "the loss scale cannot be lowered: stop the run"
+        lowers = skip and not math.isfinite(self._norm)
+        assert not (lowers and self.is_at_smallest_scale), "the loss scale cannot be lowered: stop the run"
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
             if betas:
@@ -160,6 +162,13 @@ class Engine:
         if not skip and self._averages:
             masters = [master.detach() for master in self._layout.masters()]
             torch._foreach_lerp_(self._averages, masters, 1.0 - self._ema_decay)
+
+    def examine(self, batch: Any, num_labels: float) -> str:
+        """Compute a micro-batch of the step again and name where it is not finite: see `first_nonfinite`. Collective;
+        no effect on training."""
+        with self._sequence.shared() if self._sequence else contextlib.nullcontext():
+            mine = self._sequence.share(batch) if self._sequence else batch
+            return first_nonfinite(self._engine.module, mine, self.world.size / num_labels)
 
     @torch.no_grad()
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
@@ -295,6 +304,18 @@ class Engine:
         shard = self._shards[name]
         chunk = None if shard is None else shard.of(self._flat(shard, key))
         return self._assemble(self._shapes[name], shard, chunk)
+
+    def alike(self, whole_state: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of what all ranks hold alike: whole weights of the forward pass, buffers of the model; and
+        with `whole_state` the optimizer's state and averages that a checkpoint takes from several ranks."""
+        for name, parameter in self._parameters.items():
+            if getattr(parameter, "ds_persist", True):  # else ZeRO-3 partitions it
+                yield name, parameter.detach()
+        yield from self._engine.module.named_buffers()
+        for name in self._trained if whole_state else ():
+            for key, (_, elements) in self._held(name).items():
+                if key != WEIGHT and self._is_replicated(name, key):
+                    yield f"{key} of {name}", elements
 
     def _whole_frozen(self, name: str) -> Tensor:
         start, elements = self._layout.frozen(self._parameters[name])

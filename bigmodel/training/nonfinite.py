@@ -1,0 +1,109 @@
+"""Who made a loss or gradient that is not finite: the data and settings, or a device.
+
+In: a step whose loss or gradient norm is not finite. Out: a `Verdict`, equal on all ranks. Only then anything is paid:
+every rank computes its micro-batches again; those of a suspect are computed by another rank, too. A micro-batch's bytes
+and dropout are a pure function of the plan, so a sound device repeats the result.
+
+    suspect again not finite, other rank too       repeatable: data or settings
+    suspect again not finite, other rank finite    the suspect's device, or its copy of the weights
+    suspect finite this time                       the suspect's device
+
+A suspect is a rank whose loss, or gradient at its embedding, was not finite in the step itself, or whose micro-batches
+are not finite again. Without a suspect (an overflow in the sum over micro-batches or ranks, or a wrong weight gradient
+that does not come back) nothing is known. On one rank the other rank is itself.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bigmodel.data.load.stream import Step
+from bigmodel.distributed.world import World
+from bigmodel.training.zero.engine import Engine
+
+MOST_SUSPECTS = 8  # whose micro-batches are sent to all ranks
+
+
+class Verdict(NamedTuple):
+    """rank: of the suspect; -1: none. layer: where it is not finite, "" if it was finite when computed again."""
+
+    rank: int = -1
+    layer: str = ""
+    repeats: bool = True  # False: a device is bad
+    host: str = ""
+    by: str = "another rank"  # the other one that computed it
+
+    def __str__(self) -> str:
+        if self.rank < 0:
+            return "no rank shows it when it computes its part again"
+        where = f"rank {self.rank} on {self.host}"
+        if self.repeats:
+            return f"made in {self.layer} of {where}, and repeated by {self.by}: data or settings"
+        if not self.layer:
+            return f"made by {where}, which computes it again without: bad device"
+        return f"made in {self.layer} of {where}, which {self.by} computes without: bad device or memory"
+
+
+class Witness:
+    """Sees whether the gradient at this rank's embedding is finite; costs one sum over it per micro-batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: Tensor | float = 0.0
+        embedding = model.get_submodule("embedding")
+        embedding.register_forward_hook(self._on_output)
+
+    def take(self) -> bool:
+        """Whether one was not finite since the last call. Waits for the device."""
+        seen, self._seen = self._seen, 0.0
+        return not torch.isfinite(torch.as_tensor(seen)).item()
+
+    def _on_output(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        self._seen = self._seen + gradient.detach().sum(dtype=torch.float32) * 0  # NaN and infinity give NaN
+
+
+class Seen(NamedTuple):
+    """What a rank saw: in the step itself, in its micro-batches computed again, and in those of another rank."""
+
+    then: bool
+    own: str
+    other: str
+
+
+def attribute(step: Step, saw: bool, engine: Engine, world: World, sharing: int) -> Verdict:
+    """Compute the micro-batches of the step again. Collective.
+
+    saw: whether this rank saw a loss or gradient that was not finite. sharing: number of ranks that share each packed
+    sequence; their micro-batches go to the next such ranks.
+    """
+    own = _examine(engine, step.micro_batches, step.weight)
+    suspects = [rank for rank, one in enumerate(world.gather_objects(saw or bool(own))) if one][:MOST_SUSPECTS]
+    told = world.gather_objects(step.micro_batches if world.rank in suspects else None)
+    other = ""
+    for shift in (sharing,) if suspects else ():
+        given = told[(world.rank - shift) % world.size]
+        other = _examine(engine, given or step.micro_batches, step.weight)
+        other = other if given else ""
+    return decide(world.gather_objects(Seen(saw, own, other)), world.gather_objects(os.uname().nodename), sharing)
+
+
+def decide(seen: Sequence[Seen], hosts: Sequence[str], sharing: int = 1) -> Verdict:
+    """The verdict from what all ranks saw; a bad device goes before data."""
+    verdicts, by = [], "another rank" if len(seen) > 1 else "the same rank"
+    for rank, (then, own, _) in enumerate(seen):
+        if then or own:
+            repeats = bool(own and seen[(rank + sharing) % len(seen)].other)
+            verdicts.append(Verdict(rank, own, repeats, hosts[rank], by))
+    return min(verdicts, key=lambda one: (one.repeats, one.rank), default=Verdict())
+
+
+def _examine(engine: Engine, batches: Sequence[Any], weight: float) -> str:
+    """Of the first micro-batch that is not finite; all are computed, because ZeRO 3 needs all ranks."""
+    examine: Callable[[Any], str] = lambda batch: engine.examine(batch.to(engine.world.device), weight)  # noqa: E731
+    return next(filter(None, [examine(batch) for batch in batches]), "")
