@@ -4,6 +4,8 @@ In: a run directory. Out: findings. Tokens and documents are counted again from 
 the wall clock, FLOPs with torch's count while it computes a batch of the run.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, read_json_lines
+from bigmodel.training.spikes import Rewind, read_rewinds
 
 CLOSES_WITHIN = 0.01  # of the wall time
 MAX_STEPS = 20_000  # planned again for the comparison
@@ -55,8 +58,9 @@ def audit(run_directory: Path, observed: tuple[float, float] | None = None) -> l
     ledger = RunAccounting()
     for line in lines:
         ledger.add(line)
-    findings = [_seconds(ledger, observed), _once(lines)]
-    if not any(event["event"] == "new_plan" for event in read_json_lines(run_directory / "events.jsonl")):
+    events = list(read_json_lines(run_directory / "events.jsonl"))
+    findings = [_seconds(ledger, observed), _once(lines), _declared(lines, events, read_rewinds(run_directory))]
+    if not any(event["event"] == "new_plan" for event in events):
         findings.append(_counts(lines, settings))  # else the settings do not describe the data of earlier steps
     return findings
 
@@ -76,6 +80,29 @@ def _seconds(ledger: RunAccounting, observed: tuple[float, float] | None) -> Fin
 def _once(lines: list[dict[str, Any]]) -> Finding:
     steps = [line["step"] for line in lines if line["kind"] == "step"]
     return Finding("metrics.jsonl has every step once", steps == list(range(1, steps[-1] + 1)), f"{len(steps)} steps")
+
+
+def _declared(lines: list[dict[str, Any]], events: list[dict[str, Any]], rewinds: Sequence[Rewind]) -> Finding:
+    """What was trained is the plan without the declared steps: a skipped one has an event with all of its documents,
+    and a step that a rewind leaves out is a skipped one."""
+    steps = [line for line in lines if line["kind"] == "step"]
+    told: dict[int, set[int]] = {}  # step -> tokens of its declared documents
+    for event in events:
+        if event.get("event") == "step_skipped":
+            told.setdefault(event["step"], set()).add(sum(document[4] for document in event["documents"]))
+    marks = [event["event"] for event in events if event.get("event") in ("start", "rewind")]
+    heeded = rewinds[:-1] if marks[-1:] == ["rewind"] else rewinds  # the last one waits for the next start
+    left_out = {step for rewind in heeded for step in rewind.steps}
+    skipped = [line for line in steps if line["skipped"]]
+    wrong = [line["step"] for line in skipped if line["positions"] not in told.get(line["step"], ())]
+    wrong += [line["step"] for line in steps if line["step"] in left_out and not line["skipped"]]
+    reasons = Counter(line["skip_reason"] for line in skipped)
+    counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items()))
+    return Finding(
+        "each step without an update is declared with its documents, and those that rewinds leave out have none",
+        not wrong,
+        (counted or "no such step") + (f"; step {wrong[0]} is not as declared" if wrong else ""),
+    )
 
 
 def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:

@@ -42,6 +42,7 @@ MOST_CLASSES = 100  # with series of their own
 SPIKE_DEVIATIONS = 6.0
 SIGMA_OF_MEDIAN_DISTANCE = 1.4826  # for normally distributed values
 LEAST_DEVIATION = 1e-3  # of the median
+LEFT_OUT = "left_out"  # skip reason of a step that a rewind leaves out
 SPIKE_STEPS, MIN_SPIKE_STEPS = 128, 32
 ENDINGS = ("stopped", "finished", "died", "hang", "failed")  # endings of a start: the causes of the next start
 SAVE_FAILURES = ("disk_full", "permission", "io_error", "not_finite")  # reasons of failed saves
@@ -102,6 +103,8 @@ class RunAccounting:
             self.seconds["checkpoint"] += line["lap"]
         elif again:
             self.seconds["replay"] += line["lap"]
+            if kind == "step":
+                self._count_left_out(line)
         else:
             self.counted[kind] = line["step"]
             self._adders[kind](line)
@@ -192,14 +195,21 @@ class RunAccounting:
             for convention in ("causal", "full"):
                 self._count("model_flops", line["flops"][convention], convention)
             self._count("hardware_flops", line["flops"]["hardware"])
-        if line["skipped"]:
+        if line["skipped"] and line["skip_reason"] != LEFT_OUT:
             self._count("steps_skipped", 1, line["skip_reason"])
+        self._count_left_out(line)
         self._spend(line)
         for name, recent in self._signals.items():
             if is_spike(line[name], recent):
                 self._count("spikes", 1, name)
             if math.isfinite(line[name]):
                 recent.append(line[name])
+
+    def _count_left_out(self, line: Mapping[str, Any]) -> None:
+        """Count a step that a rewind leaves out, once; before the rewind it was a step like others."""
+        if line["skipped"] and line["skip_reason"] == LEFT_OUT and line["step"] > self.counted.get(LEFT_OUT, 0):
+            self.counted[LEFT_OUT] = line["step"]
+            self._count("steps_skipped", 1, LEFT_OUT)
 
     def _spend(self, line: Mapping[str, Any]) -> None:
         left = line["lap"]

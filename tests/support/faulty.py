@@ -6,14 +6,14 @@ from typing import Any
 
 from tests.support.ranks import command
 
-FLIPPED, BROKEN, POISONED = "flipped", "broken", "poisoned"
+FLIPPED, BROKEN, POISONED, LOUD = "flipped", "broken", "poisoned", "loud"
 
 
 @dataclass(frozen=True)
 class Fault:
     """kind: flipped: a bit of a weight in this rank's copy, before step `step` is computed; broken: the output of
     `module` is not finite on this rank, `times` times from that step on; poisoned: it is not finite on any rank for one
-    in five micro-batches, which their tokens tell."""
+    in five micro-batches, which their tokens tell; loud: gradients of data step `step` are 2,000 times as large."""
 
     kind: str
     rank: int = 1
@@ -27,8 +27,14 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
     """On a rank: `python -m bigmodel ARGUMENTS` with the fault; the exit code of the command."""
     from bigmodel.training import loop
 
+    class Stream(loop.Stream):
+        def __next__(self) -> Any:
+            step = super().__next__()
+            Engine.at = step.number + 1
+            return step
+
     class Engine(loop.Engine):
-        done, left = 0, fault.times
+        at, left = 0, fault.times
 
         def __init__(self, model: Any, *more: Any) -> None:
             super().__init__(model, *more)
@@ -42,7 +48,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
 
         def spoil(self, module: Any, inputs: Any, output: Any) -> Any:
             poisoned = fault.kind == POISONED and int(self.batch.tokens.sum()) % 5 == 0
-            here = fault.kind == BROKEN and self.world.rank == fault.rank and self.done + 1 >= fault.step
+            here = fault.kind == BROKEN and self.world.rank == fault.rank and self.at >= fault.step
             if not module.training or not (poisoned or (here and self.left > 0)):
                 return output
             self.left -= here
@@ -52,17 +58,14 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             return output
 
         def micro_batch(self, batch: Any, num_labels: float, last: bool) -> Any:
-            if fault.kind == FLIPPED and self.world.rank == fault.rank and self.done + 1 == fault.step and self.left:
+            if fault.kind == FLIPPED and self.world.rank == fault.rank and self.at == fault.step and self.left:
                 self.left = 0
                 weight = dict(self._engine.module.named_parameters())[f"{fault.module}.weight"].data
                 flip(weight)
-            return super().micro_batch(batch, num_labels, last)
+            is_loud = fault.kind == LOUD and self.at == fault.step
+            return super().micro_batch(batch, num_labels / 2000 if is_loud else num_labels, last)
 
-        def update(self, *given: Any, **named: Any) -> None:
-            super().update(*given, **named)
-            self.done += 1
-
-    loop.Engine = Engine  # type: ignore[misc]
+    loop.Engine, loop.Stream = Engine, Stream  # type: ignore[misc]
     return command(arguments, output)
 
 

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     finally:
         check.audit = whole
     assert [finding for finding in findings if not finding.holds] == []
-    assert len(findings) == 4
+    assert len(findings) == 5
     return kept
 
 

@@ -1,8 +1,8 @@
 """Where a micro-batch stops being finite: the first module or gradient, in the order of the computation.
 
-In: a model, outside of DeepSpeed's engine, whose forward would begin a step, and a micro-batch. Out: a name, or "". Training is not changed: the
-gradients are those of torch.autograd.grad, which does not run the hooks that collect them. Costs a forward and a
-backward pass without compilation, and a look at every output.
+In: a model, outside of DeepSpeed's engine (its forward would begin a step), and a micro-batch. Out: a name, or "".
+Training is not changed: the gradients are those of torch.autograd.grad, which does not run the hooks that collect them.
+Costs a forward and a backward pass without compilation, and a look at every output.
 """
 
 from collections.abc import Iterator
