@@ -7,6 +7,7 @@ picture (half a second).
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +18,15 @@ import numpy as np
 
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.step_time import draw_times, step_time
-from bigmodel.run_directory import read_json, read_json_lines
+from bigmodel.run_directory import AGAIN, read_json, read_json_lines
+from bigmodel.sizes import counted_noun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FAINT, BLUE, ORANGE, GREY, INK = "#b9cdea", "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode 2800: row, column in a cell
+SHOWN = 5  # last rewinds and bad devices in the table
 SMOOTHING_SHARE = 0.02  # the smoothed curve averages about this share of the run
 
 
@@ -146,6 +149,12 @@ def table(run_directory: Path) -> str:
         bits = last["bits_per_byte"]
         rows.append(("validation", "bits per byte not counted" if bits is None else f"{bits:.4f} bits per byte"))
     rows += [(name, f"{bits:.4f} bits per byte") for name, bits in curve.marks.items()]
+    if skipped := Counter(line["skip_reason"].replace("_", " ") for line in steps if line["skipped"]):
+        counted = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        rows.append(("not applied", f"{counted_noun(skipped.total(), 'step')}: {counted}"))
+    events = read_json_lines(Path(run_directory) / "events.jsonl")
+    ends = [event for event in events if event.get("event") in AGAIN.values()]
+    rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
 
