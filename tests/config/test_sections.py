@@ -34,6 +34,7 @@ MANY_TOKENS = {"unit": "tokens", "warmup_tokens": 1000}
 TWO = {"kind": "encoder_decoder"}
 PRUNED = {"kind": "magnitude"}
 LINEAR, LLAMA3, YARN = ({"kind": kind, "factor": 4.0} for kind in ("linear", "llama3", "yarn"))
+REWINDS = {"policy": "rewind"}
 LENGTH = {"original_max_position_embeddings": 512}
 
 NAMED = {"name": "a", "files": ["a.jsonl"]}
@@ -183,6 +184,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "classification.weights": ("balanced", {}, "without classes; leave it", {"classes": ["a", "b"]}),
     "classification.focal_gamma": (2.0, {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
     "metrics.team": ("us", {}, "only the writers wandb and comet have projects", {"writers": ["wandb"]}),
+    "training.spikes.left_out_steps": (5, {}, 'with policy = "note"; leave it out or set policy = "rewind"', REWINDS),
+    "training.spikes.max_rewinds": (1, {"policy": "skip"}, 'set policy = "rewind"', REWINDS),
     "training.scheduled_sampling.steps": (9, {"schedule": "constant"}, 'set schedule = "linear"', {}),
     "training.scheduled_sampling.k": (0.9, {}, 'with schedule = "linear"', {"schedule": "exponential"}),
     "data.target_ahead": (2, {}, "without source_sequence_length", SIDES),

@@ -15,7 +15,12 @@ HOSTS = ["a", "a", "b", "b"]
         ([SOUND, Seen(True, "head", ""), SOUND, SOUND], 1, 1, False),
         ([SOUND, Seen(True, "", ""), SOUND, SOUND], 1, 1, False),  # it did not come back
         ([SOUND, Seen(False, "head", ""), Seen(False, "", "head"), SOUND], 1, 1, True),  # seen only in its gradient
-        ([Seen(True, "head", ""), Seen(False, "", "head"), SOUND, Seen(True, "", "")], 1, 3, False),  # a device goes before data
+        (
+            [Seen(True, "head", ""), Seen(False, "", "head"), SOUND, Seen(True, "", "")],
+            1,
+            3,
+            False,
+        ),  # a device goes before data
         ([Seen(True, "head", ""), SOUND, Seen(False, "", "head"), SOUND], 2, 0, True),  # two ranks share each pack
         ([SOUND, SOUND, SOUND, Seen(True, "head", "")], 1, 3, False),
         ([SOUND] * 4, 1, -1, True),  # an overflow in the sum: nobody is blamed

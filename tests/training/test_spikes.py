@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from bigmodel.config.settings import SpikeSettings
+from bigmodel.training.checkpoint.saver import manifest_of
 from bigmodel.training.spikes import (
     Rewind,
     Spikes,
@@ -70,7 +71,7 @@ def test_checkpoints_that_know_a_rewind_stay(tmp_path: Path) -> None:
     for step, left_out in ((200, []), (245, []), (260, [{"at": 250, "to": 200, "first": 241}])):
         path = checkpoints / f"step-{step:08d}"
         path.mkdir(parents=True)
-        (path / "manifest.json").write_text('{"files": {}}')
+        (path / "manifest.json").write_bytes(manifest_of({}, 1))
         (path / "state.json").write_text(json.dumps({"state": {"step": step, "left_out": left_out}}))
     declare(tmp_path, Rewind(250, 200, 241))
     rewinds = read_rewinds(tmp_path)
