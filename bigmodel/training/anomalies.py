@@ -81,19 +81,23 @@ class Anomalies:
             self._report_skipped(step, reason, more, loss, gradient_norm)
         return reason
 
-    def refuse_divergence(self, done: int, bad: str) -> None:
+    def refuse_divergence(self, done: int, reason: str) -> None:
         """Raise `MachineError` if the state itself is not finite, `UserError` if too many steps in a row were not.
 
-        bad: what `judge` said of this step, which is recorded by now.
+        reason: what `judge` said of this step, which is recorded by now.
         """
-        if bad == "not_finite":
+        if reason == "not_finite":
             refuse_broken_state(self._engine, done, self._settings, self._world)
         refuse_divergence(self._bad_steps, done, self._settings, self._world, str(self._verdict))
 
-    def agreed(self, done: int, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The state to be saved. Raises `Restart` if what is saved with it differs between ranks."""
-        self._replicas.require(done, whole_state=True)
-        return state()
+    def agreed(self, done: int, state: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        """The same state for a checkpoint, which raises `Restart` if ranks differ in what would be saved."""
+
+        def compared() -> dict[str, Any]:
+            self._replicas.require(done, whole_state=True)
+            return state()
+
+        return compared
 
     def state(self) -> dict[str, Any]:
         """This part of a checkpoint's state. Not collective."""

@@ -211,12 +211,13 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             gradient_norm = engine.gradient_norm()
 
         # Update, unless the step is bad. Loss and norm are equal on all ranks, so all ranks decide alike.
-        bad = anomalies.judge(step, nats, loss, gradient_norm)
+        reason = anomalies.judge(step, nats, loss, gradient_norm)
+        bad = bool(reason)
         rate = learning_rate(step.number, settings)
         norms.before_update(done)
         rescue.update_begins()
         with phases("optimizer"):
-            engine.update(rate, skip=bool(bad), betas=betas(step.number, settings))
+            engine.update(rate, skip=bad, betas=betas(step.number, settings))
             pruner.step(done)
 
         # Report.
@@ -232,8 +233,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             unweighted_loss=sums.plain_nats / step.num_labels if settings.classification.reweights else None,
             gradient_norm=gradient_norm,
             learning_rate=rate,
-            skipped=bool(bad),
-            skip_reason=bad or "not_finite",
+            skipped=bad,
+            skip_reason=reason or "not_finite",
             step_seconds=metrics.lap(),
             compile_seconds=compile_time.take(),
             loss_scale=engine.loss_scale if settings.training.precision == "fp16" else None,
@@ -246,7 +247,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         metrics.record_step(record, phases.take())
         slow = slow_rank.words(name_rank(slow_rank.now.rank)) if slow_rank.now else ""
         line.update(done, loss, step.num_tokens / record.step_seconds, slow)
-        anomalies.refuse_divergence(done, bad)
+        anomalies.refuse_divergence(done, reason)
 
         # Evaluate and save.
         last = done == settings.training.steps
@@ -265,9 +266,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             done,
             sums.written_votes,
             ending,
-            partial(anomalies.agreed, done, state),
+            anomalies.agreed(done, state),
             asked=judge.is_best(done),
-            left_course=course.see(done, loss, bool(bad)),
+            left_course=course.see(done, loss, bad),
         ):
             _report_save(news, directory, metrics, line)
         metrics.spent("checkpoint")
