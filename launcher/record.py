@@ -170,7 +170,7 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
         elif kind in ("finished", "stopped"):
             found[-1] = replace(found[-1], cause=kind, step=event.get("step", 0))
         elif kind in AGAIN.values():
-            found[-1] = replace(found[-1], cause=kind, detail=event["detail"], step=event["step"])
+            found[-1] = replace(found[-1], cause=str(kind), detail=event["detail"], step=event["step"])
         elif kind == "stop_requested":
             found[-1] = replace(found[-1], stop_requested=True)
         elif kind == "launch_ended":

@@ -255,6 +255,15 @@ def test_a_watchdog_s_word_for_a_hang_is_kept(tmp_path: Path) -> None:
     assert (found.cause, found.detail) == ("hang", "srun ended with 137")
 
 
+def test_the_trainers_word_for_a_bad_device_is_kept(tmp_path: Path) -> None:
+    """srun ends with the code of any rank; the rank and host come from the trainer."""
+    record_event(tmp_path, "launch", by="slurm", job="31", restart=0, world_size=2, hosts=["a"])
+    record_event(tmp_path, "bad_device", step=7, detail="rank 1 on a holds other bits", ranks=[1], hosts=["a"])
+    assert ended(tmp_path, Cluster(requeue=RequeueSettings(limit=0)), 143, False, {"SLURM_JOB_ID": "31"}) == 5
+    (found,) = launches(read_json_lines(tmp_path / "events.jsonl"))
+    assert (found.cause, found.detail, found.step) == ("bad_device", "rank 1 on a holds other bits", 0)
+
+
 def history(*ends: tuple[str, int], stop: bool = False) -> list[Launch]:
     return [Launch(0, "slurm", "7", n, cause, "", step, stop) for n, (cause, step) in enumerate(ends)]
 

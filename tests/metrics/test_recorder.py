@@ -131,6 +131,8 @@ EXPECTED = {
     "device_peak_flops": 1e9,
     "steps_total": 3,
     "steps_skipped_total|not_finite": 1,
+    "steps_skipped_total|spike": 0,
+    "steps_skipped_total|left_out": 0,
     "target_tokens_total": 3006,
     "source_target_tokens_total|causal|news": 12,
     "source_target_tokens_total|causal|letters": 3,
