@@ -149,7 +149,7 @@ def table(run_directory: Path) -> str:
         bits = last["bits_per_byte"]
         rows.append(("validation", "bits per byte not counted" if bits is None else f"{bits:.4f} bits per byte"))
     rows += [(name, f"{bits:.4f} bits per byte") for name, bits in curve.marks.items()]
-    if skipped := Counter(line["skip_reason"].replace("_", " ") for line in steps if line["skipped"]):
+    if skipped := Counter(line["skip_reason"].replace("_", " ") for line in steps if line.get("skipped")):
         counted = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         rows.append(("not applied", f"{counted_noun(skipped.total(), 'step')}: {counted}"))
     events = read_json_lines(Path(run_directory) / "events.jsonl")
