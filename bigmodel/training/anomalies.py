@@ -123,7 +123,8 @@ class Anomalies:
             return f"; {found}"
         done, detail = step.number + 1, f"a loss or gradient that is not finite, {found}"
         if self._world.rank == 0:
-            named = {"ranks": [found.rank], "hosts": [found.host], "layer": found.layer}
+            hosts = sorted({*found.hosts}) if len(found.ranks) == 1 else []
+            named = {"ranks": list(found.ranks), "hosts": hosts, "layer": found.layer}
             record_event(self._directory, "bad_device", fault="nonfinite", step=done, detail=detail, **named)
         raise Restart(
             f"step {done}: {detail}; the same command goes on from the newest checkpoint: leave this host out",

@@ -28,18 +28,19 @@ MOST_SUSPECTS = 8  # whose micro-batches are sent to all ranks
 
 
 class Verdict(NamedTuple):
-    """rank: of the suspect; -1: none. layer: where it is not finite, "" if it was finite when computed again."""
+    """ranks: the suspect, several if ranks that share packed sequences spoilt each other's values, (): none. layer:
+    where it is not finite, "" if it was finite when computed again."""
 
-    rank: int = -1
+    ranks: tuple[int, ...] = ()
     layer: str = ""
     repeats: bool = True  # False: a device is bad
-    host: str = ""
+    hosts: tuple[str, ...] = ()
     by: str = "another rank"  # the other one that computed it
 
     def __str__(self) -> str:
-        if self.rank < 0:
+        if not self.ranks:
             return "no rank shows it when it computes its part again"
-        where = f"rank {self.rank} on {self.host}"
+        where = " or ".join(f"rank {rank} on {host}" for rank, host in zip(self.ranks, self.hosts, strict=True))
         if self.repeats:
             return f"made in {self.layer} of {where}, and repeated by {self.by}: data or settings"
         if not self.layer:
@@ -95,12 +96,14 @@ def attribute(step: Step, saw: bool, engine: Engine, world: World, sharing: int)
 
 def decide(seen: Sequence[Seen], hosts: Sequence[str], sharing: int = 1) -> Verdict:
     """The verdict from what all ranks saw; a bad device goes before data."""
-    verdicts, by = [], "another rank" if len(seen) > 1 else "the same rank"
-    for rank, (then, own, _) in enumerate(seen):
-        if then or own:
-            repeats = bool(own and seen[(rank + sharing) % len(seen)].other)
-            verdicts.append(Verdict(rank, own, repeats, hosts[rank], by))
-    return min(verdicts, key=lambda one: (one.repeats, one.rank), default=Verdict())
+    verdicts, by = [], "another rank" if sharing % len(seen) else "the same rank"
+    suspects = [rank for rank, (then, own, _) in enumerate(seen) if then or own]
+    for rank in suspects:
+        own = seen[rank].own
+        repeats = bool(own and seen[(rank + sharing) % len(seen)].other)
+        ranks = tuple(one for one in suspects if one // sharing == rank // sharing)
+        verdicts.append(Verdict(ranks, own, repeats, tuple(hosts[one] for one in ranks), by))
+    return min(verdicts, key=lambda one: (one.repeats, one.ranks), default=Verdict())
 
 
 def _examine(engine: Engine, batches: Sequence[Any], weight: float) -> str:

@@ -9,27 +9,32 @@ HOSTS = ["a", "a", "b", "b"]
 
 
 @pytest.mark.parametrize(
-    ("seen", "sharing", "rank", "repeats"),
+    ("seen", "sharing", "ranks", "repeats"),
     [
-        ([SOUND, Seen(True, "head", ""), Seen(False, "", "head"), SOUND], 1, 1, True),  # rank 2 computes rank 1's part
-        ([SOUND, Seen(True, "head", ""), SOUND, SOUND], 1, 1, False),
-        ([SOUND, Seen(True, "", ""), SOUND, SOUND], 1, 1, False),  # it did not come back
-        ([SOUND, Seen(False, "head", ""), Seen(False, "", "head"), SOUND], 1, 1, True),  # seen only in its gradient
+        (
+            [SOUND, Seen(True, "head", ""), Seen(False, "", "head"), SOUND],
+            1,
+            (1,),
+            True,
+        ),  # rank 2 computes rank 1's part
+        ([SOUND, Seen(True, "head", ""), SOUND, SOUND], 1, (1,), False),
+        ([SOUND, Seen(True, "", ""), SOUND, SOUND], 1, (1,), False),  # it did not come back
+        ([SOUND, Seen(False, "head", ""), Seen(False, "", "head"), SOUND], 1, (1,), True),  # seen only in its gradient
         (
             [Seen(True, "head", ""), Seen(False, "", "head"), SOUND, Seen(True, "", "")],
             1,
-            3,
+            (3,),
             False,
         ),  # a device goes before data
-        ([Seen(True, "head", ""), SOUND, Seen(False, "", "head"), SOUND], 2, 0, True),  # two ranks share each pack
-        ([SOUND, SOUND, SOUND, Seen(True, "head", "")], 1, 3, False),
-        ([SOUND] * 4, 1, -1, True),  # an overflow in the sum: nobody is blamed
-        ([Seen(True, "head", "head")], 1, 0, True),
+        ([Seen(True, "head", ""), SOUND, Seen(False, "", "head"), SOUND], 2, (0,), True),  # two ranks share each pack
+        ([SOUND, SOUND, SOUND, Seen(True, "head", "")], 1, (3,), False),
+        ([SOUND] * 4, 1, (), True),  # an overflow in the sum: nobody is blamed
+        ([Seen(True, "head", "head")], 1, (0,), True),
+        ([SOUND, SOUND, Seen(True, "", ""), Seen(True, "", "")], 2, (2, 3), False),  # they share each pack
     ],
 )
-def test_a_value_is_the_datas_if_another_rank_repeats_it(seen, sharing: int, rank: int, repeats: bool) -> None:
+def test_a_value_is_the_datas_if_another_rank_repeats_it(seen, sharing: int, ranks: tuple, repeats: bool) -> None:
     verdict = decide(seen, HOSTS, sharing)
-    assert (verdict.rank, verdict.repeats) == (rank, repeats)
-    if rank >= 0:
-        assert verdict.host == HOSTS[rank]
-        assert ("bad device" in str(verdict)) == (not repeats)
+    assert (verdict.ranks, verdict.repeats) == (ranks, repeats)
+    assert verdict.hosts == tuple(HOSTS[rank] for rank in ranks)
+    assert ("bad device" in str(verdict)) == (not repeats)
