@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigmodel.config.settings import Settings, UserError
+from bigmodel.config.settings import Settings
 from bigmodel.data.load.stream import Step
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
@@ -33,7 +33,7 @@ from bigmodel.training.checkpoint import remote as store_of_checkpoints
 from bigmodel.training.divergence import refuse_broken_state, refuse_divergence, refuse_smallest_scale
 from bigmodel.training.nonfinite import Verdict, Witness, attribute
 from bigmodel.training.replicas import Replicas
-from bigmodel.training.spikes import Spike, Spikes, declare, declared_in, plan_rewind, read_rewinds
+from bigmodel.training.spikes import Rewind, Spike, Spikes, declare, declared_in, plan_rewind, read_rewinds
 from bigmodel.training.zero.engine import Engine
 
 
@@ -150,19 +150,12 @@ class Anomalies:
             record_event(self._directory, "rewind", step=done, to=to, first=first, last=done, detail=detail)
         raise Restart(f"{detail}; the same command goes on from there", EXIT_REWIND)
 
-    def _plan_rewind(self, done: int) -> Any:
-        """On rank 0. Raises `UserError` after too many rewinds to one checkpoint."""
+    def _plan_rewind(self, done: int) -> Rewind | None:
+        """On rank 0. Raises what `plan_rewind` raises."""
         settings, remote = self._settings.training.spikes, self._settings.checkpoint.remote
-        checkpoints = self._directory / "checkpoints"
-        saved = {*checkpoint.steps(checkpoints), *(store_of_checkpoints.steps(remote) if remote else ())}
-        rewind = plan_rewind(done, sorted(saved), settings.left_out_steps)
-        if rewind and sum(one.to == rewind.to for one in self._rewinds) >= settings.max_rewinds:
-            raise UserError(
-                f"training.spikes.max_rewinds = {settings.max_rewinds}: the run went back to step {rewind.to} that "
-                f"often, and spikes again in step {done}; lower optimizer.learning_rate, or raise "
-                "training.spikes.sigmas or left_out_steps, and start again"
-            )
-        return rewind
+        here = checkpoint.steps(self._directory / "checkpoints")
+        saved = sorted({*here, *(store_of_checkpoints.steps(remote) if remote else ())})
+        return plan_rewind(done, saved, settings, self._rewinds)
 
     def _report_skipped(self, step: Step, reason: str, more: str, loss: float, gradient_norm: float) -> None:
         """Record a step without an update, with its documents on all nodes, and print a line."""

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config.settings import SpikeSettings
+from bigmodel.config.settings import SpikeSettings, UserError
 from bigmodel.metrics.run_accounting import usual_of
 from bigmodel.run_directory import read_json, write_json
 from bigmodel.training.checkpoint import format as checkpoint
@@ -78,14 +78,23 @@ class Rewind:
         return range(self.first, self.at + 1)
 
 
-def plan_rewind(at: int, saved: Sequence[int], left_out_steps: int) -> Rewind | None:
+def plan_rewind(
+    at: int, saved: Sequence[int], settings: SpikeSettings, earlier: Sequence[Rewind] = ()
+) -> Rewind | None:
     """Where a spike in step `at` leads, from the steps of the saved checkpoints; None: there is none from before.
 
     The newest checkpoint from before the steps to leave out; without one the oldest, and fewer steps are left out.
+    Raises `UserError` after too many `earlier` ones to that checkpoint.
     """
-    first = max(at - left_out_steps + 1, 1)
+    first = max(at - settings.left_out_steps + 1, 1)
     before = [step for step in saved if step < first] or [min((step for step in saved if step < at), default=0)]
     to = max(before)
+    if to and sum(one.to == to for one in earlier) >= settings.max_rewinds:
+        raise UserError(
+            f"training.spikes.max_rewinds = {settings.max_rewinds}: the run went back to step {to} that often, and "
+            f"spikes again in step {at}; lower optimizer.learning_rate, or raise training.spikes.sigmas or "
+            "left_out_steps, and start again"
+        )
     return Rewind(at, to, max(first, to + 1)) if to else None
 
 

@@ -39,6 +39,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
         def __init__(self, model: Any, *more: Any) -> None:
             super().__init__(model, *more)
             self.batch: Any = None
+            self.model = model
             if fault.kind != FLIPPED:
                 model.register_forward_pre_hook(self.remember)
                 model.get_submodule(fault.module).register_forward_hook(self.spoil)
@@ -60,8 +61,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
         def micro_batch(self, batch: Any, num_labels: float, last: bool) -> Any:
             if fault.kind == FLIPPED and self.world.rank == fault.rank and self.at == fault.step and self.left:
                 self.left = 0
-                weight = dict(self._engine.module.named_parameters())[f"{fault.module}.weight"].data
-                flip(weight)
+                flip(self.model.get_submodule(fault.module).weight.data)
             is_loud = fault.kind == LOUD and self.at == fault.step
             return super().micro_batch(batch, num_labels / 2000 if is_loud else num_labels, last)
 

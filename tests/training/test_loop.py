@@ -194,10 +194,8 @@ def train_with_infinite_gradient(run_file: Path, bad_steps: list[int]) -> int:
         count = 0
 
         def gradient_norm(self):
-            self._norm = super().gradient_norm()
             self.count += 1
-            self._norm += float("inf") if self.count in bad_steps else 0.0
-            return self._norm
+            return super().gradient_norm() + (float("inf") if self.count in bad_steps else 0.0)
 
     loop.Engine = Engine
     printed = run_file.with_suffix(f".printed.{os.environ['RANK']}")

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from bigmodel.config.settings import SpikeSettings
+from bigmodel.config.settings import SpikeSettings, UserError
 from bigmodel.training.checkpoint.saver import manifest_of
 from bigmodel.training.spikes import (
     Rewind,
@@ -20,6 +20,7 @@ from bigmodel.training.spikes import (
 )
 
 SETTINGS = SpikeSettings(window=32)
+REWINDS = SpikeSettings(policy="rewind", left_out_steps=10)
 
 
 def test_a_spike_is_told_from_noise_also_after_spikes() -> None:
@@ -63,7 +64,16 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one() -> None:
     ],
 )
 def test_a_rewind_goes_back_before_the_left_out_steps(saved: list[int], found: Rewind | None) -> None:
-    assert plan_rewind(250, saved, 10) == found
+    assert plan_rewind(250, saved, REWINDS) == found
+
+
+def test_a_run_that_spikes_after_each_rewind_ends() -> None:
+    earlier = [Rewind(at, 200, at - 9) for at in (230, 240, 245)]
+    assert plan_rewind(250, [100, 200], REWINDS, earlier[:2]) == Rewind(250, 200, 241)
+    with pytest.raises(UserError, match=r"max_rewinds = 3: the run went back to step 200 that often, and spikes again"):
+        plan_rewind(250, [100, 200], REWINDS, earlier)
+    with pytest.raises(ValueError, match="left_out_steps = 32 must be below window = 32"):
+        SpikeSettings(policy="rewind", window=32, left_out_steps=32)
 
 
 def test_checkpoints_that_know_a_rewind_stay(tmp_path: Path) -> None:
