@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 from bigmodel.config.user_error import UserError
 from bigmodel.interpreter import end_without, is_dependency
 from bigmodel.rank_log import keep_log
-from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, Restart, log_name, make_logs
+from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Restart, log_name, make_logs
 from bigmodel.system_errors import is_out_of_memory, line_of, remedy_for
 
 if TYPE_CHECKING:
