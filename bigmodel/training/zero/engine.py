@@ -313,7 +313,7 @@ class Engine:
                 yield name, parameter.detach()
         yield from self._engine.module.named_buffers()
         for name in self._trained if whole_state else ():
-            for key, (_, elements) in self._held(name).items():
+            for key, (_, elements) in self.held(name).items():
                 if key != WEIGHT and self._is_replicated(name, key):
                     yield f"{key} of {name}", elements
 
