@@ -46,7 +46,7 @@ class LineFile:
         try:
             self._write()
         except OSError as error:
-            self._tell(f"{error.strerror}: its last {len(self._waiting) + self._num_lost} lines are lost")
+            self._tell(f"{error.strerror}; lines lost at its end: {len(self._waiting) + self._num_lost}")
         self._waiting.clear()
 
     def _write(self) -> None:
@@ -59,7 +59,7 @@ class LineFile:
 
     def _say_that_it_works(self) -> None:
         seconds, lost, self._since, self._num_lost = time.time() - self._since, self._num_lost, 0.0, 0
-        told = f"; {lost} lines are lost" if lost else "; no line is lost"
+        told = f"; lines lost: {lost}"
         print(f"bigmodel: {self._path} is written again after {seconds:.0f} s{told}", file=sys.stderr, flush=True)
         record_event(self._path.parent, "metrics_delayed", lines=self.num_delayed, lost=lost, seconds=round(seconds, 1))
 

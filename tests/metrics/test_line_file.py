@@ -74,12 +74,12 @@ def test_lines_wait_for_room_and_none_is_lost_or_torn(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         f"bigmodel: {file} cannot be written: No space left on device; free some space, or raise the quota; {waits}",
         f"bigmodel: {events}: No space left on device; not recorded: not_recorded; free some space, or raise the quota",
-        f"bigmodel: {file} is written again after 0 s; no line is lost",
+        f"bigmodel: {file} is written again after 0 s; lines lost: 0",
         f"bigmodel: {file} cannot be written: Read-only file system; {read_only}; {waits}",
         f"bigmodel: {events}: Read-only file system; not recorded: not_recorded; {read_only}",
-        f"bigmodel: {file} is written again after 0 s; no line is lost",
+        f"bigmodel: {file} is written again after 0 s; lines lost: 0",
         f"bigmodel: {file} cannot be written: Read-only file system; {read_only}; {waits}",
-        f"bigmodel: {file} cannot be written: Read-only file system: its last 2 lines are lost",
+        f"bigmodel: {file} cannot be written: Read-only file system; lines lost at its end: 2",
     ]
 
 

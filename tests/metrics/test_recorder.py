@@ -127,6 +127,7 @@ FACTS = {"parameters": 123, "device_peak_flops": 1e9}
 EXPECTED = {
     f"build_info|{__version__}": 1,
     "world_size": 1,
+    "delayed_lines_total": 0,
     "parameters": 123,
     "device_peak_flops": 1e9,
     "steps_total": 3,
@@ -410,21 +411,17 @@ def test_how_the_last_start_ended_is_its_own_word_a_supervisors_or_death(tmp_pat
     assert how_it_ended(tmp_path, [start, end, start]) == ("died", None), "that of an earlier start"
 
 
-def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path: Path, monkeypatch) -> None:
-    def full(path: Path, value: dict) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
+def test_a_full_disk_at_the_end_ends_no_run_and_does_not_hide_what_ended_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     for ending in ("failed", "finished"):
         (tmp_path / ending).mkdir()
         metrics = Metrics(tmp_path / ending)
-        with monkeypatch.context() as patch:
-            patch.setattr("bigmodel.metrics.recorder.append_json_line", full)
-            if ending == "failed":
-                metrics.close(ending)
-            else:
-                with pytest.raises(OSError, match="No space left"):
-                    metrics.close(ending)
+        (tmp_path / ending / "metrics.jsonl").unlink()
+        (tmp_path / ending / "metrics.jsonl").symlink_to("/dev/full")
+        metrics.close(ending)
         metrics.close()
+        assert "No space left on device; lines lost at its end: 1\n" in capfd.readouterr().err
         assert not (tmp_path / ending / "metrics_endpoint").exists()
 
 
