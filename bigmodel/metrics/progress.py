@@ -51,7 +51,7 @@ class LiveLine:
         if now - self._last_line >= LOG_SECONDS or step == self._num_steps:
             self._last_line = now
             left = (now - self._started) / max(1, step - self._first_step) * (self._num_steps - step)
-            self._console.print(f"step {step}/{self._num_steps}  {news}  {left:.0f} s left")
+            self._console.print(f"step {step}/{self._num_steps}  {news}  {left:.0f} s left", soft_wrap=True)
 
     def close(self) -> None:
         if self._bar:
