@@ -18,7 +18,11 @@ class SpikeSettings(Section):
         description="note: an event; skip: the step is not applied; rewind: the run goes back to a checkpoint before "
         "the spike and leaves out the steps that led to it (exit code 4: the same command, or the launcher, goes on)",
     )
-    sigmas: float = Field(6.0, gt=0, description="robust standard deviations (1.4826 times the median deviation)")
+    sigmas: float = Field(
+        10.0,
+        gt=0,
+        description="robust standard deviations (1.4826 times the median deviation); norms of a sound run reach 8",
+    )
     window: int = Field(
         128, ge=LEAST_WINDOW, description="number of steps that make the usual; judged from a quarter of it on"
     )
