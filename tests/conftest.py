@@ -75,6 +75,16 @@ def _nothing_of_the_user_s_is_opened() -> Iterator[None]:
     assert not opened, f"tests must not depend on data/ and runs/ of the checkout:\n{opened}"
 
 
+@pytest.fixture(autouse=True)
+def _variables_of_a_test_end_with_it() -> Iterator[None]:
+    """A trainer in this process sets some, such as the network interface; processes of later tests would inherit it."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny corpus, prepared once: two sources, several shards each."""

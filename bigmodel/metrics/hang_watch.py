@@ -32,7 +32,6 @@ from bigmodel.metrics.rank_record import is_alive
 from bigmodel.run_directory import record_event
 
 USUAL_STEPS = 10
-KNOWN_STEPS = 3  # durations before a usual step is known; the first step compiles and allocates
 EARLY = 0.9  # of the limit: looking and telling take the rest
 PATIENCE = 3.0  # limits before a rank that was not stopped is ended
 LARGEST_SHARE = 0.25  # of the collective timeout: a rank is ended before the others give up and are blamed
@@ -80,13 +79,13 @@ class _Rank:
         else:
             self.still_seconds += seconds
         self.stopped_seconds = self.stopped_seconds + seconds if self.still_seconds and state == "T" else 0.0
-        if before.step_ended and pulse.step > before.step:
-            self.step_seconds.append((pulse.step_ended - before.step_ended) / (pulse.step - before.step))
+        if pulse.step_seconds and (pulse.step > before.step or not self.step_seconds):
+            self.step_seconds.append(pulse.step_seconds)
 
     @property
     def usual_step(self) -> float:
         """Seconds; 0: not known yet."""
-        return statistics.median(self.step_seconds) if len(self.step_seconds) >= KNOWN_STEPS else 0.0
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
 
     @property
     def where(self) -> str:

@@ -261,7 +261,7 @@ def test_the_trainers_word_for_a_bad_device_is_kept(tmp_path: Path) -> None:
     record_event(tmp_path, "bad_device", step=7, detail="rank 1 on a holds other bits", ranks=[1], hosts=["a"])
     assert ended(tmp_path, Cluster(requeue=RequeueSettings(limit=0)), 143, False, {"SLURM_JOB_ID": "31"}) == 5
     (found,) = launches(read_json_lines(tmp_path / "events.jsonl"))
-    assert (found.cause, found.detail, found.step) == ("bad_device", "rank 1 on a holds other bits", 0)
+    assert (found.cause, found.detail, found.step) == ("bad_device", "rank 1 on a holds other bits", 7)
 
 
 def history(*ends: tuple[str, int], stop: bool = False) -> list[Launch]:

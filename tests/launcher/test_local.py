@@ -245,7 +245,7 @@ def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(tmp_path: Path) ->
 def test_only_this_launch_s_lines_of_a_log_are_shown(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "here-rank-1.log").write_text("an older run\n")
-    code, _, errors = Launch(tmp_path, "if rank == 1: sys.exit(4)\n" + WAIT_FOR_EVER).end()
+    code, _, errors = Launch(tmp_path, "if rank == 1: sys.exit(7)\n" + WAIT_FOR_EVER).end()
     assert code == 1
     assert "older" not in errors
     assert (tmp_path / "logs" / "here-rank-1.log").read_text() == "an older run\nrank 1 begins\n"

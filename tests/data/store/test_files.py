@@ -80,6 +80,9 @@ NAMES_PUT_BEHIND_FOLDERS = {
     ("bigmodel/data/store/mds_index.py", "of_one[0]"),  # for a message; checked by read_index
     ("bigmodel/training/checkpoint/remote.py", "path.name"),  # of the checkpoint's own folder
     ("bigmodel/training/checkpoint/remote.py", "f'{path.name}/{place.name}'"),  # found in the folder
+    ("bigmodel/training/checkpoint/remote.py", "f'{name}/{MANIFEST}'"),  # name: step-N, of a listing or made here
+    ("bigmodel/training/checkpoint/remote.py", "f'{name}/{ABANDONED}'"),
+    ("bigmodel/training/checkpoint/remote.py", "f'{name}/{file}'"),
 }
 
 
