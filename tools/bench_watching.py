@@ -104,11 +104,11 @@ def watch_of(folder: Path) -> Iterator[Callable[[], None]]:
     yield look
 
 
-def spikes_of() -> Callable[[], None]:
+def spikes_of() -> Callable[[], object]:
     spikes = Spikes(SpikeSettings(), {})
     for number in range(SpikeSettings().window):
         spikes.see(2.0 + number % 7 / 10, 0.5 + number % 5 / 10)
-    return lambda: spikes.see(2.2, 0.7) and None
+    return lambda: spikes.see(2.2, 0.7)
 
 
 def main() -> None:
