@@ -48,8 +48,8 @@ def storages() -> dict[int, torch.UntypedStorage]:
 
 
 def measure(tables: list[dict[str, Any]], folder: Path) -> None:
-    """On a rank: the most that an engine of each case holds after any micro-batch of its second or third step: in one of
-    them DeepSpeed may not have freed something yet."""
+    """On a rank: the most that an engine of each case holds after any micro-batch, in its second or third step: in one
+    of them DeepSpeed may not have freed something yet."""
     from bigmodel.distributed.world import end_world, start_world
     from bigmodel.training.zero.engine import Engine
 
