@@ -13,7 +13,7 @@
       profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
       launch.json    the last start by the launcher         preflight.json    findings of `bigmodel launch check`
-      launch.lock    held by its process
+      launch.lock    held by its process                    launch.excluded   nodes a restart in a SLURM job leaves out
     runs/tiny.node-0.prometheus.json                        for Prometheus, while it runs; one per node
 
 logs/HOST-rank-N.log is the output of rank N on HOST. Rank 0 also prints in the terminal, and so does every rank not
@@ -30,7 +30,9 @@ events.jsonl has lines of the trainer and these of the launcher, all with "time"
   start_refused   by, job, restart             a second start at once, by a job of SLURM; others leave no line
   launch_ended    cause, code, detail, step    cause: finished, stopped, user_error, failed, hang; detail: the
                                                culprit; since: time of the first death or stop request, if known;
+                                               last_step_time: of the newest step line;
                                                your own watchdog may write a line with only the cause hang
+  decided         action, reason               restart (wait_seconds), requeue or end; excluded: bad hosts so far
   stop_requested                               by `bigmodel launch stop`
 and of metrics.jsonl:
   metrics_delayed  lines, lost, seconds        it could not be written for that long, as on a full disk; lost: for ever

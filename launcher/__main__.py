@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +21,23 @@ from typing import Annotated
 import typer
 
 from bigmodel.config.settings import UserError, load_settings
-from bigmodel.launcher import drawing, hosts, local, preflight, slurm, torchrun, watch
+from bigmodel.launcher import drawing, local, preflight, slurm, torchrun, watch
 from bigmodel.launcher.binding import processors_to_bind
-from bigmodel.launcher.cluster import Cluster, host_of, hosts_and_slots, load_cluster
+from bigmodel.launcher.cluster import Cluster, hosts_and_slots, load_cluster
 from bigmodel.launcher.devices import given_devices
 from bigmodel.launcher.execute import check_address, check_name, describe_rank, execute, node_map, rank_map
 from bigmodel.launcher.hostlist import expand_hosts
 from bigmodel.launcher.local import trainer_command
-from bigmodel.launcher.network import free_port
 from bigmodel.launcher.placement import job_groups, port_of
-from bigmodel.launcher.record import read_launch, record_end, record_launch, run_directory, take_start
+from bigmodel.launcher.record import read_launch, run_directory
+from bigmodel.launcher.starts import (
+    Command,
+    start_here,
+    start_on_hosts,
+    topology_here,
+    topology_on,
+    without_spares,
+)
 from bigmodel.launcher.topology import Topology, even_topology, ranks_per_node
 from bigmodel.run_directory import EXIT_USER, make_logs
 from bigmodel.sizes import counted_noun
@@ -47,6 +53,9 @@ HostFile = Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", hel
 Ranks = Annotated[int, typer.Option(help="number of ranks; 0: one per GPU, or one per node without GPUs")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a setting; may be repeated")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="move checkpoints aside and start from step 0")]
+Restarts = Annotated[
+    int | None, typer.Option("--restarts", min=0, metavar="N", help="instead of restart.limit; 0: no restart")
+]
 NewPlan = Annotated[bool, typer.Option("--new-plan", help="after a change of the data: continue under a new plan")]
 PLANNED = "example: the job's allocation and number give the real hosts, MASTER_ADDR and MASTER_PORT"
 EACH_RANK = 16  # up to this many ranks a dry run prints every command; above, one command and the map by node
@@ -63,6 +72,7 @@ def local_command(
     run_file: RunFile,
     ranks: Annotated[int, typer.Option(help="number of ranks; 0: one per GPU, or one without GPUs")] = 0,
     cluster_file: ClusterFile = None,
+    restarts: Restarts = None,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     fresh: Fresh = False,
     new_plan: NewPlan = False,
@@ -73,23 +83,14 @@ def local_command(
     visible = {**os.environ, **cluster.variables()}.get("CUDA_VISIBLE_DEVICES")
     devices = len(given_devices(os.listdir("/dev"), visible))
     size = ranks_per_node(ranks or cluster.ranks_per_node, 1, devices)
-    topology = even_topology([os.uname().nodename], size, "127.0.0.1", cluster.main_port or free_port())
-    command = [*trainer_command(run_file, overrides), *_options(fresh, new_plan)]
     _require_fit(run_file, overrides, size)
+    options = _options(fresh, new_plan)
     if dry_run:
-        _print_ranks(topology, command, cluster, here=True)
+        words = [*trainer_command(run_file, overrides), *options]
+        _print_ranks(topology_here(cluster, size), words, cluster, here=True)
         return
-    directory = settings.run.directory
-    logs = make_logs(directory)
-    take_start(directory)
-    check_address(topology)
-    if cluster.check.before_start:
-        words = preflight.look_words(run_file, cluster_file, overrides)
-        _require_good_nodes(preflight.on_this_machine(words, Path.cwd()), directory, cluster)
-    record_launch(directory, topology, "local", launcher=True)
-    ending = local.run(command, topology, logs, variables=cluster.variables(), binding=cluster.binding)
-    record_end(directory, ending.cause, ending.code, ending.detail, ending.since)
-    raise typer.Exit(ending.code)
+    command = Command(run_file, cluster_file, overrides, options, restarts)
+    raise typer.Exit(start_here(command, cluster, settings.run.directory, size))
 
 
 @application.command("slurm")
@@ -133,7 +134,7 @@ def torchrun_command(
     topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
     if not -1 <= node_rank < len(topology.hosts):
         raise UserError(f"--node-rank {node_rank}: there are {len(topology.hosts)} nodes, counted from 0")
-    words = ["exec", *_words(run_file, cluster_file, overrides), *_options(fresh, new_plan)]
+    words = ["exec", *Command(run_file, cluster_file, overrides).words(), *_options(fresh, new_plan)]
     commands = [torchrun.node_command(topology, node, words) for node in range(len(topology.hosts))]
     _require_fit(run_file, overrides, topology.world_size)
     if node_rank >= 0 and not dry_run:
@@ -151,6 +152,7 @@ def ssh_command(
     cluster_file: ClusterFile = None,
     hostfile: HostFile = None,
     ranks: Ranks = 0,
+    restarts: Restarts = None,
     overrides: Overrides = [],  # noqa: B006
     fresh: Fresh = False,
     new_plan: NewPlan = False,
@@ -158,25 +160,18 @@ def ssh_command(
 ) -> None:
     """Train on the hosts of a host file, over ssh. Ctrl-C saves and stops on all hosts."""
     settings, cluster = load_settings(run_file, overrides), load_cluster(cluster_file)
-    topology = _topology_of_hosts(cluster, hostfile, ranks, settings.run.directory)
+    directory = settings.run.directory
+    targets, slots = hosts_and_slots(cluster, hostfile)
+    used = without_spares(cluster, targets)
+    each = ranks_per_node(ranks, len(used), slots) if ranks else slots
+    topology = topology_on(cluster, used, each, directory)
     options = _options(fresh, new_plan)
     _require_fit(run_file, overrides, topology.world_size)
     if dry_run:
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
-    directory = settings.run.directory
-    make_logs(directory)
-    take_start(directory)
-    targets = hosts_and_slots(cluster, hostfile)[0]
-    hosts.reach(cluster, targets, topology.main_address, Path.cwd())
-    if cluster.check.before_start:
-        words = preflight.look_words(run_file, cluster_file, overrides)
-        _require_good_nodes(preflight.on_hosts(topology, cluster, targets, words, Path.cwd()), directory, cluster)
-    words = [sys.executable, "-m", "bigmodel", "launch", "node", *_words(run_file, cluster_file, overrides), *options]
-    record_launch(directory, topology, "ssh", launcher=True)
-    ending = hosts.run_on_hosts(cluster, targets, words, topology, Path.cwd())
-    record_end(directory, ending.cause, ending.code, ending.detail)
-    raise typer.Exit(ending.code)
+    command = Command(run_file, cluster_file, overrides, options, restarts)
+    raise typer.Exit(start_on_hosts(command, cluster, directory, targets, each))
 
 
 @application.command("exec")
@@ -220,12 +215,14 @@ def ended_command(
     run_file: RunFile,
     code: Annotated[int, typer.Option(help="exit code of srun")],
     preflight: Annotated[bool, typer.Option(help="the check of the nodes failed")] = False,
+    in_place: Annotated[bool, typer.Option(help="exit code 75: run srun again in this job")] = False,
     cluster_file: ClusterFile = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Last line of an sbatch script: record why the job ended; requeue it unless the run is complete or was stopped."""
     settings = load_settings(run_file, overrides)
-    raise typer.Exit(slurm.ended(settings.run.directory, load_cluster(cluster_file), code, preflight, os.environ))
+    cluster = load_cluster(cluster_file)
+    raise typer.Exit(slurm.ended(settings.run.directory, cluster, code, preflight, os.environ, in_place))
 
 
 @application.command("check")
@@ -343,18 +340,8 @@ def _planned_topology(cluster: Cluster) -> Topology:
 
 
 def _topology_of_hosts(cluster: Cluster, hostfile: Path | None, ranks: int, directory: Path) -> Topology:
-    """The same on every node: the port is derived from the run directory's name, because there is no job number."""
     targets, slots = hosts_and_slots(cluster, hostfile)
-    names = list(map(host_of, targets))
-    each = ranks_per_node(ranks, len(names), slots) if ranks else slots
-    port = cluster.main_port or port_of(str(zlib.crc32(str(directory).encode())))
-    return even_topology(names, each, cluster.main_address or names[0], port, cluster.switches_of(names))
-
-
-def _words(run_file: Path, cluster_file: Path | None, overrides: Sequence[str]) -> list[str]:
-    """Run file, cluster file and overrides as arguments of another process."""
-    words = [str(run_file), *(["--cluster", str(cluster_file)] if cluster_file else [])]
-    return words + [word for override in overrides for word in ("--set", override)]
+    return topology_on(cluster, targets, ranks_per_node(ranks, len(targets), slots) if ranks else slots, directory)
 
 
 def _options(fresh: bool, new_plan: bool) -> list[str]:
@@ -376,13 +363,6 @@ def _require_fit(run_file: Path, overrides: Sequence[str], ranks: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{counted_noun(ranks, 'rank')}: {done.stderr.strip().removeprefix('bigmodel: ')}")
-
-
-def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Cluster) -> None:
-    findings = preflight.check(directory, cluster, runner)
-    if preflight.exit_code(findings):
-        preflight.print_findings(runner.hosts, findings)
-        raise UserError("nothing was started: check.before_start found bad nodes; exclude or repair them")
 
 
 def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, here: bool = False) -> None:

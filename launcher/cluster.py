@@ -64,9 +64,21 @@ class RequeueSettings(Section):
     )
 
 
+class RestartSettings(Section):
+    """Restarts of the ranks in place, on the same hosts, before any requeue."""
+
+    limit: int = Field(2, ge=0, description="most restarts in a row that bring no new step; 0: no restart")
+    spare_nodes: int = setting(
+        0,
+        only_with={"limit": SET},
+        ge=0,
+        description="nodes that take the place of bad ones: over ssh the last hosts of the list",
+    )
+
+
 class SshSettings(Section):
     command: list[str] = Field(
-        ["ssh", "-o", "BatchMode=yes"],
+        ["ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5"],  # 3 without an answer: the host is gone
         min_length=1,
         description="the remote shell; called with options, host, command line",
     )
@@ -117,6 +129,7 @@ class Cluster(Section):
     slurm: SlurmSettings = SlurmSettings()
     container: ContainerSettings = ContainerSettings()
     requeue: RequeueSettings = RequeueSettings()
+    restart: RestartSettings = RestartSettings()
     ssh: SshSettings = SshSettings()
     check: CheckSettings = CheckSettings()
 

@@ -60,7 +60,7 @@ def reach(cluster: Cluster, targets: Sequence[str], main_address: str, folder: P
 
     Raises `UserError` with the hosts that do not.
     """
-    silent = _complaints(cluster, targets, ["test", "-x", sys.executable], f"no {sys.executable} there", folder)
+    silent = silent_hosts(cluster, targets, folder)
     if silent:
         raise UserError(f"nothing was started: {'; '.join(silent.values())}\nexclude or repair them")
     lost = _complaints(cluster, targets, [sys.executable, "-c", KNOWS, main_address], "", folder)
@@ -69,6 +69,11 @@ def reach(cluster: Cluster, targets: Sequence[str], main_address: str, folder: P
             f"nothing was started: rank 0 runs on {main_address}, a name without an address on {', '.join(lost)}; set "
             "main_address in the cluster file to an address that all hosts can reach"
         )
+
+
+def silent_hosts(cluster: Cluster, targets: Sequence[str], folder: Path) -> dict[str, str]:
+    """Target -> complaint, of the hosts that do not answer or have no such interpreter."""
+    return _complaints(cluster, targets, ["test", "-x", sys.executable], f"no {sys.executable} there", folder)
 
 
 def _complaints(
@@ -109,13 +114,14 @@ def run_on_hosts(
     folder: Path,
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
+    signals: list[int] | None = None,
 ) -> Ending:
     """Run `launch node RUN.toml ...` (`words`) on every host until all have ended; `targets`: the hosts, for ssh.
 
-    This terminal shows rank 0's output and the messages of every node's launcher.
+    This terminal shows rank 0's output and the messages of every node's launcher. `signals` gets stop signals.
     """
     nodes: list[Node] = []
-    signals: list[int] = []
+    signals = [] if signals is None else signals
     world = json.dumps(asdict(topology))
     with collect_signals(signals):
         try:

@@ -109,16 +109,17 @@ def run(
     control_pipe: bool = False,
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
+    signals: list[int] | None = None,
 ) -> Ending:
     """Run `command` once per rank of a node until all have ended.
 
     Exit code 0: every rank returned 0. 2 (user error) and 3 (stopped and saved): the code of a rank. 1: a rank died;
     its number, exit status and last log lines are printed to standard error. Handles signals, so call it from the main
     thread. `logs` is created if needed; logs are appended to. `variables` are set for every rank; `binding` is the
-    `kind` of `bigmodel.launcher.binding.divide`.
+    `kind` of `bigmodel.launcher.binding.divide`. `signals` gets the numbers of stop signals.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    supervision = Supervision([], world_size=topology.world_size)
+    supervision = Supervision([], signals=[] if signals is None else signals, world_size=topology.world_size)
     with collect_signals(supervision.signals):
         if control_pipe:
             threading.Thread(target=_listen, args=(supervision.signals,), daemon=True).start()

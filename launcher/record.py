@@ -123,8 +123,10 @@ def record_end(directory: Path, cause: str, code: int, detail: str = "", since: 
     assert cause in CAUSES, cause
     if cause == "failed" and (hang := recorded_hang(directory)):
         cause, detail = "hang", hang
-    step = last_metrics(directory).get("step", 0)
+    newest = last_metrics(directory)
     known = {"since": since} if since else {}
+    known |= {"last_step_time": newest["time"]} if "time" in newest else {}
+    step = newest.get("step", 0)
     record_event(directory, "launch_ended", cause=cause, code=code, detail=detail, step=step, **known)
 
 
@@ -138,7 +140,8 @@ def recorded_hang(directory: Path) -> str:
 class Launch:
     """One start of a run, from events.jsonl. cause: "" if no end is recorded yet.
 
-    step: the last step of metrics.jsonl at its end; of a lost one, at the start after it.
+    step: the last step of metrics.jsonl at its end; of a lost one, at the start after it. reached: at its start.
+    stepped: it made a step. decided, reason, excluded: of the event `decided` after it (`bigmodel.launcher.restart`).
     """
 
     time: float
@@ -149,6 +152,11 @@ class Launch:
     detail: str = ""
     step: int = 0
     stop_requested: bool = False
+    reached: int = 0
+    stepped: bool = False
+    decided: str = ""
+    reason: str = ""
+    excluded: tuple[str, ...] = ()
 
 
 def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
@@ -162,7 +170,8 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
         if kind == "launch":
             if found and not found[-1].cause:
                 found[-1] = replace(found[-1], cause="lost", step=event.get("reached", 0))
-            found.append(Launch(event["time"], event["by"], event["job"], event["restart"]))
+            reached = event.get("reached", 0)
+            found.append(Launch(event["time"], event["by"], event["job"], event["restart"], reached=reached))
         elif kind == "start" and (not found or found[-1].cause):
             found.append(Launch(event["time"], "", "", 0))
         elif not found:
@@ -173,13 +182,30 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             found[-1] = replace(found[-1], cause=str(kind), detail=event["detail"], step=event["step"])
         elif kind == "stop_requested":
             found[-1] = replace(found[-1], stop_requested=True)
+        elif kind == "decided":
+            left_out = tuple(event.get("excluded", ()))
+            found[-1] = replace(found[-1], decided=event["action"], reason=event["reason"], excluded=left_out)
         elif kind == "launch_ended":
             told = found[-1].cause in ("hang", *AGAIN.values())  # what came after it is a consequence
             known = found[-1].cause if told or found[-1].cause in ("finished", "stopped") else event["cause"]
             detail = (found[-1].detail if told else "") or event.get("detail", "")
             step = max(event.get("step", 0), found[-1].step)
-            found[-1] = replace(found[-1], cause=known, detail=detail, step=step)
+            stepped = event.get("last_step_time", 0.0) > found[-1].time
+            found[-1] = replace(found[-1], cause=known, detail=detail, step=step, stepped=stepped)
     return found
+
+
+def bad_hosts(directory: Path) -> list[str]:
+    """The hosts that the last launch named as bad (event `bad_device`), by the launcher's names for them."""
+    ranks: list[int] = []
+    for event in read_json_lines(directory / "events.jsonl"):
+        if event.get("event") == "launch":
+            ranks = []
+        elif event.get("event") == "bad_device":
+            ranks = event["ranks"] if event["hosts"] else []
+    launch = read_launch(directory)
+    homes = launch.get("node_of_rank", [])
+    return sorted({launch["hosts"][homes[rank]] for rank in ranks if rank < len(homes)})
 
 
 def last_metrics(directory: Path) -> dict[str, Any]:

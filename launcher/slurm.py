@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,19 @@ from pathlib import Path
 
 from bigmodel.config.secret_text import without_secret_texts
 from bigmodel.config.settings import UserError
+from bigmodel.launcher import restart as in_place
 from bigmodel.launcher.cluster import Cluster, ContainerSettings, RequeueSettings, near
-from bigmodel.launcher.record import Launch, is_taken, launches, read_launch, record_end, refuse_second_run
+from bigmodel.launcher.hostlist import expand_hosts
+from bigmodel.launcher.record import (
+    Launch,
+    bad_hosts,
+    is_taken,
+    launches,
+    read_launch,
+    record_end,
+    refuse_second_run,
+)
+from bigmodel.launcher.restart import failures_without_progress
 from bigmodel.run_directory import (
     AGAIN,
     EXIT_FAILED,
@@ -30,6 +42,9 @@ from bigmodel.run_directory import (
     write_atomically,
     write_json,
 )
+
+RESTART_HERE = 75  # exit code of `launch ended`: run srun again in this allocation
+EXCLUDED = "launch.excluded"  # in the run directory: the nodes that a restart in place leaves out
 
 
 @dataclass(frozen=True)
@@ -63,13 +78,42 @@ def render(job: Job) -> str:
     if job.cluster.check.before_start:
         failed = [f"    {job.launcher('ended')} --code 1 --preflight", "    exit"]
         lines += ["", "# Check the nodes first.", f"if ! {job.launcher('check')}; then", *failed, "fi"]
-    lines += ["", "# One task per rank; if one fails, srun ends the others.", _srun(job), "code=$?"]
-    lines += [
+    lines += _restarting(job) if job.cluster.restart.limit else _once(job)
+    return "\n".join(lines) + "\n"
+
+
+def _once(job: Job) -> list[str]:
+    options = "".join(f" {option}" for option in job.options)
+    return [
+        "",
+        "# One task per rank; if one fails, srun ends the others.",
+        f"{_srun(job)}{options}",
+        "code=$?",
         "",
         "# Record why it ended; requeue it as set in the cluster file.",
         f"{job.launcher('ended')} --code $code",
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _restarting(job: Job) -> list[str]:
+    again = [option for option in job.options if option != "--fresh"]  # checkpoints are moved aside once
+    excluded = shlex.quote(str(job.directory / EXCLUDED))
+    spares = bool(job.cluster.restart.spare_nodes)
+    return [
+        "",
+        "# One task per rank; if one fails, srun ends the others. `ended` records why, and restarts them here, or",
+        "# requeues the job, as set in the cluster file.",
+        f"options={shlex.quote(' '.join(job.options))}",
+        *([f"rm -f {excluded}"] if spares else []),
+        "while :; do",
+        *([f"    excluded=$(cat {excluded} 2>/dev/null)"] if spares else []),
+        *(f"    {line}" for line in f"{_srun(job)} $options".splitlines()),
+        f"    {job.launcher('ended')} --code $? --in-place",
+        "    code=$?",
+        f"    [ $code = {RESTART_HERE} ] || exit $code",
+        f"    options={shlex.quote(' '.join(again))}",
+        "done",
+    ]
 
 
 def submit(job: Job) -> str:
@@ -114,7 +158,7 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
         return Decision(cause, False, "a stop was requested")
     if last.restart >= policy.limit:
         return Decision(cause, False, f"requeue.limit = {policy.limit} is reached")
-    if cause in ("failed", "hang", "bad_device") and _failures_without_progress(history) > policy.no_progress_limit:
+    if cause in ("failed", "hang", "bad_device") and failures_without_progress(history) > policy.no_progress_limit:
         return Decision(
             cause,
             False,
@@ -123,10 +167,17 @@ def decide(history: Sequence[Launch], code: int, policy: RequeueSettings) -> Dec
     return Decision(cause, True, "it resumes from its last checkpoint")
 
 
-def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environment: Mapping[str, str]) -> int:
+def ended(
+    directory: Path,
+    cluster: Cluster,
+    code: int,
+    preflight: bool,
+    environment: Mapping[str, str],
+    may_restart: bool = False,
+) -> int:
     """Inside a job: record its end, requeue it according to the policy; returns the job's exit code.
 
-    Raises `UserError` outside of a job.
+    may_restart: the script runs srun again after the code `RESTART_HERE`. Raises `UserError` outside of a job.
     """
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
@@ -134,10 +185,8 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
     make_logs(directory)
     restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
     history = launches(read_json_lines(directory / "events.jsonl"))
-    if not history or (history[-1].job, history[-1].restart) != (
-        job,
-        restart,
-    ):  # rank 0 did not get far enough to write it
+    if not history or history[-1].decided or (history[-1].job, history[-1].restart) != (job, restart):
+        # rank 0 did not get far enough to write it
         if code == EXIT_USER and is_taken(directory):
             record_event(directory, "start_refused", by="slurm", job=job, restart=restart)
             print("launcher: user_error; not requeued: another run is using the run directory", flush=True)
@@ -147,16 +196,68 @@ def ended(directory: Path, cluster: Cluster, code: int, preflight: bool, environ
     detail = "preflight" if preflight else "" if cause in ("finished", "stopped") else f"srun ended with {code}"
     record_end(directory, cause, code, detail)
     history = launches(read_json_lines(directory / "events.jsonl"))
+    if may_restart and not preflight:
+        here = [launch for launch in history if (launch.job, launch.restart) == (job, restart)]
+        if _restarts_here(directory, cluster, job, here, environment):
+            return RESTART_HERE
+        history = launches(read_json_lines(directory / "events.jsonl"))  # a stop may have been requested
     decision = decide(history, code, cluster.requeue)
     again = "requeued" if decision.requeue else "not requeued"
     print(f"launcher: {decision.cause}; {again}: {decision.reason}", flush=True)
+    record_event(directory, "decided", action="requeue" if decision.requeue else "end", reason=decision.reason)
     if decision.requeue:
-        answer = _run(["scontrol", "requeue", job], Path.cwd())
-        if answer.returncode:
-            print(f"launcher: scontrol requeue: {answer.stderr.strip()}", flush=True)
+        _requeue(job, cluster.slurm.exclude, bad_hosts(directory))
     codes = {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}
     codes |= {again: number for number, again in AGAIN.items()}
     return codes.get(decision.cause, EXIT_FAILED)
+
+
+def _restarts_here(
+    directory: Path, cluster: Cluster, job: str, history: Sequence[Launch], environment: Mapping[str, str]
+) -> bool:
+    """Decide on a restart in place, and wait before it. False also if a stop was requested in this time."""
+    hosts = expand_hosts(environment["SLURM_JOB_NODELIST"])
+    left = _seconds_left(job) - cluster.slurm.signal_seconds
+    silent = _silent_nodes(environment["SLURM_JOB_NODELIST"])
+    bad = bad_hosts(directory)
+    now = in_place.Situation(history, hosts, cluster.nodes, bad, silent, left)
+    decision = in_place.decide(now, cluster.restart.limit)
+    if not decision.restart:
+        print(f"launcher: no restart in place: {decision.reason}", flush=True)
+        return False
+    if cluster.restart.spare_nodes:
+        unused = [host for host in hosts if host not in decision.hosts]
+        write_atomically(directory / EXCLUDED, ",".join(unused))
+    in_place.record_decision(directory, decision, "restart")
+    time.sleep(decision.wait_seconds)
+    return not launches(read_json_lines(directory / "events.jsonl"))[-1].stop_requested
+
+
+def _seconds_left(job: str) -> float:
+    """Seconds to the job's time limit; infinite without one, or if SLURM does not answer."""
+    days, _, clock = _run(["squeue", "-h", "-j", job, "-o", "%L"], Path.cwd()).stdout.strip().rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts):  # UNLIMITED, INVALID
+        return float("inf")
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return 86400 * int(days or 0) + seconds
+
+
+def _silent_nodes(nodes: str) -> list[str]:
+    """Those that are down or do not answer to SLURM."""
+    lines = _run(["sinfo", "-h", "-N", "-n", nodes, "-o", "%N %T"], Path.cwd()).stdout.splitlines()
+    states = dict(line.split() for line in lines)
+    return [node for node, state in states.items() if state.endswith("*") or state.startswith(("down", "fail"))]
+
+
+def _requeue(job: str, exclude: str, bad: Sequence[str]) -> None:
+    answer = _run(["scontrol", "requeue", job], Path.cwd())
+    if answer.returncode:
+        print(f"launcher: scontrol requeue: {answer.stderr.strip()}", flush=True)
+    elif bad:
+        _run(["scontrol", "update", f"job={job}", f"ExcNodeList={','.join(filter(None, [exclude, *bad]))}"], Path.cwd())
 
 
 def idle_hosts(partition: str) -> list[str]:
@@ -185,7 +286,7 @@ def _options(job: Job) -> list[str]:
     slurm, cluster = job.cluster.slurm, job.cluster
     given = [
         ("job-name", job.directory.name),
-        ("nodes", cluster.nodes),
+        ("nodes", cluster.nodes + cluster.restart.spare_nodes),
         ("ntasks-per-node", cluster.ranks_on_node),
         (slurm.gpu_option, _gpus(cluster)),
         ("cpus-per-task", slurm.cpus_per_rank),
@@ -204,6 +305,7 @@ def _options(job: Job) -> list[str]:
     options = [f"--{name}={value}" for name, value in given if value]
     options += ["--exclusive"] if slurm.exclusive else []
     options += ["--requeue" if cluster.requeue.limit else "--no-requeue"]
+    options += ["--no-kill"] if cluster.restart.spare_nodes else []  # the allocation outlives a failed node
     return options + list(slurm.options)
 
 
@@ -218,9 +320,12 @@ def _srun(job: Job) -> str:
     words = ["srun", "--kill-on-bad-exit=1"]
     words += [f"--cpus-per-task={slurm.cpus_per_rank}"] if slurm.cpus_per_rank else []  # sbatch's is not inherited
     words += container_options(container, job.workdir)
+    nodes, spares = job.cluster.nodes, job.cluster.restart.spare_nodes
+    words += [f"--nodes={nodes}", f"--ntasks={nodes * job.cluster.ranks_on_node}"] if spares else []
     words += slurm.srun_options
+    left_out = " ${excluded:+--exclude=$excluded}" if spares else ""
     python = container.python if container.image else ""
-    return f"{shlex.join(words)} \\\n    {job.launcher('exec', python)}{''.join(' ' + o for o in job.options)}"
+    return f"{shlex.join(words)}{left_out} \\\n    {job.launcher('exec', python)}"
 
 
 def container_options(container: ContainerSettings, workdir: Path) -> list[str]:
@@ -230,17 +335,6 @@ def container_options(container: ContainerSettings, workdir: Path) -> list[str]:
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
     place = f"--container-workdir={container.workdir or workdir}"
     return [f"--container-image={container.image}", "--no-container-mount-home", *mounts, place]
-
-
-def _failures_without_progress(history: Sequence[Launch]) -> int:
-    """Number of last launches that failed without passing the highest step before them."""
-    count = 0
-    for number in range(len(history) - 1, -1, -1):
-        furthest = max((launch.step for launch in history[:number]), default=0)
-        if history[number].cause not in ("failed", "lost", "hang", "bad_device") or history[number].step > furthest:
-            break
-        count += 1
-    return count
 
 
 def _know_partition(partition: str, nodes: int = 1) -> None:

@@ -36,7 +36,7 @@ def status(directory: Path) -> dict[str, Any]:
     world = _world(directory, launch, history)
     settings = directory / "settings.json"
     seconds = metrics.get("step_seconds", 0.0)
-    state = _state(directory, launch, history[-1].cause if history else "")
+    state = _state(directory, launch, history[-1] if history else None)
     return {
         "state": state,
         "by": launch.get("by", "") if not history or history[-1].by else "",
@@ -51,11 +51,18 @@ def status(directory: Path) -> dict[str, Any]:
         "slow_rank": _slow_rank(metrics, world) if state == "running" else None,
         "hanging_ranks": hanging(events) if state == "running" else [],
         "restarts": [
-            {"time": start.time, "after": end.cause, "detail": end.detail, "step": end.step}
+            {"time": start.time, "after": end.cause, "detail": end.detail, "step": end.step, "reason": end.reason}
             for end, start in pairwise(history)
         ],
         "last_end": {"cause": history[-1].cause, "detail": history[-1].detail} if history and history[-1].cause else {},
+        "decision": _decision(history),
     }
+
+
+def _decision(history: Sequence[Launch]) -> dict[str, str]:
+    """The newest decision on a restart."""
+    made = [launch for launch in history if launch.decided][-1:]
+    return {"action": made[0].decided, "reason": made[0].reason} if made else {}
 
 
 def _world(directory: Path, launch: dict[str, Any], history: Sequence[Launch]) -> list[str]:
@@ -110,12 +117,15 @@ def print_status(found: dict[str, Any]) -> None:
     for one in found["hanging_ranks"]:
         where = f"{one['phase']} of step {one['step']}" if one["phase"] else f"step {one['step']}"
         rows.append(("hangs", f"rank {one['rank']} on {one['host']} {one['how']} in {where}, {_ago(one['time'])}"))
+    if decision := found.get("decision"):
+        rows.append(("decision", f"{decision['action']}: {decision['reason']}"))
     for row in rows:
         table.add_row(*row)
     for restart in found["restarts"][-5:]:
         when = datetime.fromtimestamp(restart["time"]).strftime("%d %b %H:%M:%S")
         detail = f" ({restart['detail']})" if restart["detail"] else ""
-        table.add_row("", f"{when}  after {restart['after']}{detail} at step {restart['step']}")
+        reason = f": {restart['reason']}" if restart.get("reason") else ""
+        table.add_row("", f"{when}  after {restart['after']}{detail} at step {restart['step']}{reason}")
     Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(table)
 
 
@@ -150,7 +160,7 @@ def stop(directory: Path, now: bool) -> str:
     if state:
         record_event(directory, "stop_requested")
         return _stop_job(job, state, now)
-    if not is_held(directory):
+    if not is_held(directory) and not _lives(launch):
         raise UserError(f"{directory}: no run is using it now; nothing to stop")
     if job:
         raise UserError(f"{directory}: belongs to job {job}, which squeue does not list here; use a login node")
@@ -185,18 +195,24 @@ def _require(directory: Path) -> None:
         raise UserError(f"{directory}: not a run directory: it has neither launch.json nor events.jsonl")
 
 
-def _state(directory: Path, launch: dict[str, Any], cause: str) -> str:
+def _lives(launch: dict[str, Any]) -> bool:
+    """Whether the launcher, or rank 0 without one, is a process of this machine."""
+    return launch.get("host") == os.uname().nodename and process_start(launch.get("pid", 0)) == launch["pid_started"]
+
+
+def _state(directory: Path, launch: dict[str, Any], last: Launch | None) -> str:
+    cause = last.cause if last else ""
+    again = "restarting" if last and last.decided == "restart" else ""
     if is_held(directory):
         return "running" if not cause else "ending"
     queued = queue_state(launch.get("job", ""))
     if queued.startswith("PENDING"):
         return f"queued: {queued}"
     if queued.startswith(("RUNNING", "CONFIGURING", "COMPLETING")):
-        return "ending" if cause else "starting"
+        return again or ("ending" if cause else "starting")
     if cause:
-        return cause
-    alive = launch.get("host") == os.uname().nodename and process_start(launch.get("pid", 0)) == launch["pid_started"]
-    return "starting" if alive else "lost"
+        return again if again and _lives(launch) else cause
+    return "starting" if _lives(launch) else "lost"
 
 
 def _told(found: dict[str, Any]) -> str:

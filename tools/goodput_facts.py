@@ -73,7 +73,7 @@ FACTS = {
     "lost_share": Fact(0.05, "", "assumed", "failures that take a node and the neighbour with its copy"),
 }
 Facts = dict[str, Fact]
-BUILT = ("plain", "background")  # of the designs; the others are simulated only
+BUILT = ("plain", "background", "in place", "spares")  # of the designs; the others are simulated only
 
 
 def facts_from(run: Path | None, settings: Mapping[str, float] = {}) -> Facts:

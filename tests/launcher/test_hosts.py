@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bigmodel.launcher.network import free_port
@@ -140,6 +141,33 @@ def test_a_run_over_ssh_saves_survives_kill_dash_nine_and_equals_the_local_run(
     assert history[1].cause in ("lost", "stopped")  # its ranks may have saved while they were being ended
     assert read_json(run / "launch.json")["hosts"] == ["127.0.0.1", "127.0.0.2"]
     assert_logged(run, ["127.0.0.1", "127.0.0.2"])
+    assert_no_orphans(run)
+
+
+@needs_ssh
+@pytest.mark.long
+def test_a_spare_takes_the_place_of_a_host_that_is_gone(
+    sshd: Sshd, tmp_path: Path, shards: Path, reference: dict[int, dict[str, Any]]
+) -> None:
+    """127.0.0.4 has an sshd of its own, which dies with its connections; 127.0.0.2 is the spare."""
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    own = Sshd(Path(sshd.options[1]).parent, int(sshd.options[3]), ["127.0.0.4"])
+    hosts = ["127.0.0.1", "127.0.0.4", "127.0.0.2"]
+    cluster = write_files(tmp_path, hosts, sshd.options, "[restart]\nspare_nodes = 1\n")
+    process = launch("ssh", str(run_file), "--cluster", str(cluster), *steps())
+    try:
+        wait_for_step(run, 9)
+        assert sorted(ranks_of(run)) == [0, 1]
+        for one in [*psutil.Process(own.process.pid).children(recursive=True), own.process]:
+            one.kill()
+        output = output_of(process, 0)
+    finally:
+        process.kill()
+        own.stop()
+    assert "node 127.0.0.4 lost its connection; the other nodes were ended" in output
+    assert "launcher: restart: failed: it resumes from its last checkpoint; 127.0.0.4 left out for a spare" in output
+    assert read_json(run / "launch.json")["hosts"] == ["127.0.0.1", "127.0.0.2"]
+    assert_same_training(run, reference)
     assert_no_orphans(run)
 
 

@@ -54,14 +54,18 @@ if ! /venv/bin/python -m bigmodel launch check my.toml --cluster c.toml --set tr
     exit
 fi
 
-# One task per rank; if one fails, srun ends the others.
-srun --kill-on-bad-exit=1 --cpus-per-task=12 --container-image=/images/bigmodel.sqsh --no-container-mount-home \
+# One task per rank; if one fails, srun ends the others. `ended` records why, and restarts them here, or
+# requeues the job, as set in the cluster file.
+options=--fresh
+while :; do
+    srun --kill-on-bad-exit=1 --cpus-per-task=12 --container-image=/images/bigmodel.sqsh --no-container-mount-home \
 --container-mounts=/data:/data:ro,/runs:/runs '--container-workdir=/home/me/big model' \\
-    python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 --fresh
-code=$?
-
-# Record why it ended; requeue it as set in the cluster file.
-/venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $code
+        python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 $options
+    /venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $? --in-place
+    code=$?
+    [ $code = 75 ] || exit $code
+    options=''
+done
 """
 
 EFA = """\
@@ -81,14 +85,18 @@ EFA = """\
 
 cd '/home/me/big model' || exit 1
 
-# One task per rank; if one fails, srun ends the others.
-srun --kill-on-bad-exit=1 --container-image=docker://bigmodel:latest --no-container-mount-home \
+# One task per rank; if one fails, srun ends the others. `ended` records why, and restarts them here, or
+# requeues the job, as set in the cluster file.
+options=--fresh
+while :; do
+    srun --kill-on-bad-exit=1 --container-image=docker://bigmodel:latest --no-container-mount-home \
 --container-mounts=/fsx:/fsx --container-workdir=/fsx/bigmodel \\
-    python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 --fresh
-code=$?
-
-# Record why it ended; requeue it as set in the cluster file.
-/venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $code
+        python3 -m bigmodel launch exec my.toml --cluster c.toml --set training.steps=5 $options
+    /venv/bin/python -m bigmodel launch ended my.toml --cluster c.toml --set training.steps=5 --code $? --in-place
+    code=$?
+    [ $code = 75 ] || exit $code
+    options=''
+done
 """
 
 
@@ -105,13 +113,27 @@ def test_the_sbatch_script_is_this_text(name: str, script: str) -> None:
 
 def test_defaults_render_to_the_least(tmp_path: Path) -> None:
     cluster = Cluster.model_validate(
-        {"requeue": {"limit": 0}, "slurm": {"signal_seconds": 0, "setup": ["ulimit -l unlimited"]}}
+        {
+            "requeue": {"limit": 0},
+            "restart": {"limit": 0},
+            "slurm": {"signal_seconds": 0, "setup": ["ulimit -l unlimited"]},
+        }
     )
     script = render(Job(Path("my.toml"), tmp_path, tmp_path, cluster, None, python="python3"))
     options = [line.split("--")[1].split("=")[0] for line in script.splitlines() if line.startswith("#SBATCH")]
     assert options == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "no-requeue"]
     assert "\nulimit -l unlimited\n" in script
     assert "srun --kill-on-bad-exit=1 \\\n    python3 -m bigmodel launch exec my.toml\n" in script
+
+
+def test_a_script_with_spares_keeps_its_allocation_and_leaves_bad_nodes_out(tmp_path: Path) -> None:
+    cluster = Cluster.model_validate({"nodes": 4, "ranks_per_node": 2, "restart": {"spare_nodes": 1}})
+    script = render(Job(Path("my.toml"), tmp_path, tmp_path, cluster, None, python="python3"))
+    assert "#SBATCH --nodes=5\n" in script
+    assert "#SBATCH --no-kill\n" in script
+    words = "srun --kill-on-bad-exit=1 --nodes=4 --ntasks=8 ${excluded:+--exclude=$excluded}"
+    assert f"    excluded=$(cat {tmp_path}/launch.excluded 2>/dev/null)\n    {words} \\\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
 def test_the_environment_of_a_rank_is_the_fabric_s_and_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +338,9 @@ def test_a_job_that_never_came_to_rank_zero_is_recorded_too(tmp_path: Path, code
     assert [(e["event"], e.get("job"), e.get("restart"), e.get("cause")) for e in events] == [
         ("launch", "31", 2, None),
         ("launch_ended", None, None, "user_error" if code == 2 else "failed"),
+        ("decided", None, None, None),
     ]
+    assert events[-1]["action"] == "end"
 
 
 def test_the_end_of_a_job_is_told_inside_of_it_only(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def test_a_submitted_run_survives_a_killed_rank_and_equals_the_local_run(
     cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
 ) -> None:
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
-    machines = write_cluster(tmp_path, "nodes = 2\n[slurm]\npartition = 'train'\ncpus_per_rank = 2\n")
+    text = "nodes = 2\n[slurm]\npartition = 'train'\ncpus_per_rank = 2\n[restart]\nlimit = 0\n"
+    machines = write_cluster(tmp_path, text)
     submit = [*LAUNCHER, "slurm", str(run_file), "--cluster", str(machines), *steps()]
     job = re.search(r"job (\d+)", cluster.call(*submit))[1]
     again = cluster.run(*submit)

@@ -208,7 +208,7 @@ def test_a_run_that_hung_until_it_was_ended_lost_that_time_to_the_hang(tmp_path:
 
 
 def launch(run_file: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "launcher", "local", str(run_file), "--ranks", "2"]
+    command = [sys.executable, "-m", "launcher", "local", str(run_file), "--ranks", "2", "--restarts", "0"]
     limits = f"training.collective_timeout_seconds={TIMEOUT_SECONDS}", "training.hang_seconds=0"  # no watch
     for setting in (f"training.steps={steps}", *limits):
         command += ["--set", setting]

@@ -44,7 +44,10 @@ def record_batches(run_file: Path) -> None:
     folder.mkdir(exist_ok=True)
     forward, following, now = Transformer.forward, Stream.__next__, [-1]
 
+    slow = float(os.environ.get("RECORDED_STEP_SECONDS", "0"))
+
     def recorded_next(self):
+        time.sleep(slow)
         step = following(self)
         now[0] = step.number
         return step

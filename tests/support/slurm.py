@@ -97,6 +97,7 @@ class Cluster:
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainDevices=no\n")
         self.environment = {**os.environ, **ENVIRONMENT, "SLURM_CONF": str(self.configuration)}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._named: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         self._start_munge()
@@ -160,21 +161,30 @@ class Cluster:
         )  # credentials are revoked with a resolution of 1 s: one from the second of the requeue could not start
         self.call("scontrol", "update", f"job={job}", "StartTime=now")
 
+    def kill(self, name: str) -> None:
+        """kill -9 of slurmctld, or of a node's slurmd (n1 ...); tasks of the node go on."""
+        self._named[name].kill()
+        self._named[name].wait()
+
+    def start_again(self, name: str) -> None:
+        """Start a killed daemon."""
+        self._start(*(("slurmctld", "-D") if name == "slurmctld" else ("slurmd", "-D", "-N", name)))
+
     def _inside(self, command: Sequence[str]) -> list[str]:
         return ["unshare", "--mount", "sh", "-c", f'mount --bind {self._hosts} /etc/hosts && exec "$@"', "sh", *command]
 
     def _start(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}.out", "ab") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    self._inside([*command, "-f", str(self.configuration)]),
-                    env=self.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
+            daemon = subprocess.Popen(
+                self._inside([*command, "-f", str(self.configuration)]),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
+        self._daemons.append(daemon)
+        self._named[command[-1] if command[0] == "slurmd" else command[0]] = daemon
 
     def _start_munge(self) -> None:
         """Start a munged for this cluster: key, socket and log in its folder, which only its user may write."""

@@ -172,7 +172,7 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: pytest
     ratios = {one["design"]: one["ratio"] for one in saved["results"]}
     assert list(ratios) == sorted(ratios, key=ratios.__getitem__) == list(simulate_goodput.COLOURS)
     assert ratios["spares"] > 0.97
-    assert [one["design"] for one in saved["results"] if one["built"]] == ["plain", "background"]
+    assert [one["design"] for one in saved["results"] if one["built"]] == ["plain", "background", "in place", "spares"]
     assert saved["facts"]["node_share"]["kind"] == "published"
     assert (tmp_path / "simulate_goodput.png").read_bytes()[:4] == b"\x89PNG"
     assert "419 unexpected interruptions" in capsys.readouterr().out

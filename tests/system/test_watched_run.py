@@ -88,7 +88,7 @@ class Watched:
         }
 
     def launch(self, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "launcher", "local", str(self.run_file), "--ranks", "4"]
+        command = [sys.executable, "-m", "launcher", "local", str(self.run_file), "--ranks", "4", "--restarts", "0"]
         for override in (f"training.steps={STEPS}", *overrides):
             command += ["--set", override]
         return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,189 @@
+"""Faults on a real SLURM, 2 ranks on 2 nodes of 3: each run ends by itself and equals the undisturbed one."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bigmodel.launcher.record import Launch, launches
+from bigmodel.run_directory import read_json, read_json_lines
+from tests.support.launched import (
+    LAUNCHER,
+    assert_no_orphans,
+    assert_same_training,
+    ranks_of,
+    recording,
+    steps,
+    train_reference,
+    until,
+    wait_for_step,
+)
+from tests.support.slurm import Cluster, missing
+from tests.support.tiny_run import write_run
+
+REASON = missing()
+pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.long]
+
+HERE, SPARE = "nodes = 2\n", "nodes = 2\n[restart]\nspare_nodes = 1\n"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    base = tmp_path_factory.getbasetemp()
+    for path in (folder, base, base.parent, base.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else base):
+        path.chmod(0o755)  # munged runs as another user
+    cluster = Cluster(folder / "cluster", 3)
+    cluster.environment |= recording(cluster.environment)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, dict]:
+    return train_reference(tmp_path_factory.mktemp("reference"), shards)
+
+
+class Submitted:
+    """A run in the queue."""
+
+    def __init__(self, cluster: Cluster, folder: Path, shards: Path, machines: str, step_seconds: float = 0.2) -> None:
+        self.cluster, self.run = cluster, folder / "run"
+        file = folder / "cluster.toml"
+        file.write_text(machines)
+        words = [*LAUNCHER, "slurm", str(write_run(folder, shards)), "--cluster", str(file), *steps()]
+        answer = cluster.call(*words, RECORDED_STEP_SECONDS=str(step_seconds))
+        self.job = re.search(r"job (\d+)", answer)[1]
+
+    @property
+    def output(self) -> str:
+        file = self.run / "logs" / f"slurm-{self.job}.out"
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def history(self) -> list[Launch]:
+        return launches(read_json_lines(self.run / "events.jsonl"))
+
+    @property
+    def hosts(self) -> list[str]:
+        return read_json(self.run / "launch.json")["hosts"]
+
+    def said(self, words: str, seconds: float = 90) -> None:
+        until(lambda: words in self.output, lambda: self.output, seconds)
+
+    def ends_like(self, reference: dict[int, dict], seconds: float = 200) -> None:
+        assert self.cluster.wait(self.job, seconds) == "COMPLETED", self.output
+        assert_same_training(self.run, reference)
+        assert_no_orphans(self.run)
+        generations = [event for event in read_json_lines(self.run / "events.jsonl") if event["event"] == "start"]
+        assert len(generations) == len(self.history)
+
+
+def test_a_killed_rank_starts_again_in_the_same_job(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    run = Submitted(cluster, tmp_path, shards, HERE)
+    wait_for_step(run.run, 9)
+    ranks_of(run.run)[1].send_signal(signal.SIGKILL)
+    run.ends_like(reference)
+    assert [(one.job, one.restart, one.cause) for one in run.history] == [
+        (run.job, 0, "failed"), (run.job, 0, "finished")
+    ]  # fmt: skip
+    assert run.history[0].decided == "restart"
+    assert "launcher: restart: failed: it resumes from its last checkpoint" in run.output
+
+
+def test_a_time_limit_s_signal_saves_and_requeues(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    limits = f"{HERE}[slurm]\ntime_limit = '1'\nsignal_seconds = 30\n"
+    run = Submitted(cluster, tmp_path, shards, limits, step_seconds=0.7)
+    run.said("stopped; requeued: it resumes from its last checkpoint", 120)
+    cluster.start_now(run.job)
+    until(lambda: len(run.history) == 2, lambda: run.output, 60)
+    until(lambda: run.history[-1].decided == "requeue" or run.history[-1].cause == "finished", lambda: run.output, 120)
+    if run.history[-1].cause != "finished":
+        cluster.start_now(run.job)
+    run.ends_like(reference)
+    assert [one.cause for one in run.history][:2] == ["stopped", "stopped"] or run.history[1].cause == "finished"
+    assert [one.restart for one in run.history] == list(range(len(run.history)))
+
+
+def test_a_node_that_dies_with_its_tasks_is_replaced_by_the_spare(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    run = Submitted(cluster, tmp_path, shards, SPARE)
+    wait_for_step(run.run, 9)
+    lost = run.hosts[1]
+    cluster.kill(lost)
+    for process in step_daemons(lost):
+        process.kill()
+    ranks_of(run.run)[1].send_signal(signal.SIGKILL)
+    try:
+        cluster.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+        run.ends_like(reference)
+        assert lost not in run.hosts
+        assert [one.cause for one in run.history] == ["failed", "finished"]
+        assert f"{lost} left out for a spare" in run.output
+    finally:
+        cluster.start_again(lost)
+        cluster.call("scontrol", "update", f"nodename={lost}", "state=resume", check=False)
+
+
+def step_daemons(node: str) -> list[psutil.Process]:
+    """slurmstepd of a node."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if "slurmstepd" in (process.info["name"] or "") and process.environ().get("SLURMD_NODENAME") == node
+    ]
+
+
+def test_a_restart_of_the_controller_disturbs_nothing(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    run = Submitted(cluster, tmp_path, shards, HERE)
+    wait_for_step(run.run, 5)
+    cluster.kill("slurmctld")
+    time.sleep(2)
+    ranks_of(run.run)[1].send_signal(signal.SIGKILL)  # the restart in place meets the new controller
+    cluster.start_again("slurmctld")
+    run.ends_like(reference)
+    assert [one.cause for one in run.history] == ["failed", "finished"]
+
+
+def test_a_drained_node_keeps_its_job(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    run = Submitted(cluster, tmp_path, shards, HERE)
+    wait_for_step(run.run, 5)
+    node = run.hosts[1]
+    cluster.call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+    try:
+        ranks_of(run.run)[1].send_signal(signal.SIGKILL)
+        run.ends_like(reference)
+        assert [one.cause for one in run.history] == ["failed", "finished"]
+    finally:
+        cluster.call("scontrol", "update", f"nodename={node}", "state=resume")
+
+
+def test_a_preempted_job_saves_is_requeued_and_ends(
+    cluster: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict]
+) -> None:
+    run = Submitted(cluster, tmp_path, shards, HERE)
+    wait_for_step(run.run, 5)
+    urgent = cluster.call(
+        "sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", f"--output={tmp_path}/urgent", "--wrap", "sleep 1"
+    ).strip()
+    assert cluster.wait(urgent, 90) == "COMPLETED"
+    cluster.start_now(run.job)
+    run.ends_like(reference)
+    assert run.history[-1].restart >= 1
