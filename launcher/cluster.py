@@ -72,7 +72,8 @@ class RestartSettings(Section):
         0,
         only_with={"limit": SET},
         ge=0,
-        description="nodes that take the place of bad ones: over ssh the last hosts of the list",
+        description="nodes that take the place of bad ones: of ssh the last hosts of the list, of SLURM allocated in "
+        "addition",
     )
 
 

@@ -66,7 +66,7 @@ def decide(now: Situation, limit: int) -> Decision:
     reason = _against(now, limit, useless, wait, [host for host in hosts if host in excluded], named)
     if reason:
         return Decision(False, reason, excluded=excluded)
-    left_out = [host for host in (*now.bad, *now.silent) if host not in hosts]
+    left_out = [host for host in hosts_in_use(now.hosts, now.number, named) if host not in hosts]
     kept = [host for host in now.bad if host in hosts]
     words = [f"{last.cause}: it resumes from its last checkpoint"]
     words += [f"{', '.join(left_out)} left out for a spare"] if left_out else []

@@ -174,7 +174,6 @@ def test_ranks_that_die_start_again_until_they_are_done(tmp_path: Path, capsys: 
     assert [launch.cause for launch in launches(read_json_lines(tmp_path / "events.jsonl"))] == [
         "failed", "failed", "rewind", "finished"
     ]  # fmt: skip
-    (tmp_path / "metrics.jsonl").unlink()
     print_status(status(tmp_path))
     shown = capsys.readouterr().out
     assert "decision    restart: rewind: it resumes from its last checkpoint; 1 without a new step, of 2" in shown

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from bigmodel.launcher.record import Launch, launches
@@ -124,9 +123,10 @@ def test_a_node_that_dies_with_its_tasks_is_replaced_by_the_spare(
     wait_for_step(run.run, 9)
     lost = run.hosts[1]
     cluster.kill(lost)
-    for process in step_daemons(lost):
-        process.kill()
-    ranks_of(run.run)[1].send_signal(signal.SIGKILL)
+    rank = ranks_of(run.run)[1]
+    for process in [*rank.parents(), rank]:
+        if process == rank or process.name().startswith("slurmstepd"):
+            process.kill()
     try:
         cluster.call("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
         run.ends_like(reference)
@@ -136,15 +136,6 @@ def test_a_node_that_dies_with_its_tasks_is_replaced_by_the_spare(
     finally:
         cluster.start_again(lost)
         cluster.call("scontrol", "update", f"nodename={lost}", "state=resume", check=False)
-
-
-def step_daemons(node: str) -> list[psutil.Process]:
-    """slurmstepd of a node."""
-    return [
-        process
-        for process in psutil.process_iter(["name", "cmdline"])
-        if "slurmstepd" in (process.info["name"] or "") and process.environ().get("SLURMD_NODENAME") == node
-    ]
 
 
 def test_a_restart_of_the_controller_disturbs_nothing(
