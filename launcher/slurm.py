@@ -120,7 +120,7 @@ def submit(job: Job) -> str:
     """Submit the job; returns its number. Raises `UserError` for a job that SLURM would refuse or never start."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found on this machine; use a login node of the cluster")
-    _know_partition(job.cluster.slurm.partition, job.cluster.nodes)
+    _know_partition(job.cluster.slurm.partition, job.cluster.nodes + job.cluster.restart.spare_nodes)
     _refuse_queued(job.directory)
     refuse_second_run(job.directory)
     make_logs(job.directory)
@@ -216,7 +216,9 @@ def _restarts_here(
     directory: Path, cluster: Cluster, job: str, history: Sequence[Launch], environment: Mapping[str, str]
 ) -> bool:
     """Decide on a restart in place, and wait before it. False also if a stop was requested in this time."""
-    hosts = expand_hosts(environment["SLURM_JOB_NODELIST"])
+    nodes = expand_hosts(environment["SLURM_JOB_NODELIST"])
+    used = [host for host in read_launch(directory).get("hosts", []) if host in nodes]  # SLURM chose them
+    hosts = list(dict.fromkeys([*used, *nodes]))
     left = _seconds_left(job) - cluster.slurm.signal_seconds
     silent = _silent_nodes(environment["SLURM_JOB_NODELIST"])
     bad = bad_hosts(directory)
