@@ -75,9 +75,7 @@ def decide(now: Situation, limit: int) -> Decision:
     return Decision(True, "; ".join(words), wait, hosts, excluded)
 
 
-def _against(
-    now: Situation, limit: int, useless: int, wait: float, in_use: Sequence[str], named: Sequence[str]
-) -> str:
+def _against(now: Situation, limit: int, useless: int, wait: float, in_use: Sequence[str], named: Sequence[str]) -> str:
     """The reason not to restart; empty: none. in_use: the bad hosts without a spare; named: those bad before."""
     last = now.history[-1]
     if last.cause not in AGAIN_CAUSES:
@@ -164,7 +162,8 @@ def _after(
     stopping: bool,
     silent: Callable[[Sequence[str]], list[str]],
 ) -> Decision:
-    history, bad, gone = _history(directory)[earlier:], bad_hosts(directory), []
+    history, bad = _history(directory)[earlier:], bad_hosts(directory)
+    gone: list[str] = []
     while True:
         decision = decide(Situation(history, hosts, number, bad, gone, stopping=stopping), limit)
         found = silent(decision.hosts) if decision.restart else []

@@ -65,9 +65,7 @@ def start_here(command: Command, cluster: Cluster, directory: Path, size: int) -
     def start(names: Sequence[str], first: bool, signals: list[int]) -> local.Ending:
         topology, words = topology_here(cluster, size), [*trainer, *command.options_of(first)]
         record_launch(directory, topology, "local", launcher=True)
-        return local.run(
-            words, topology, logs, variables=cluster.variables(), binding=cluster.binding, signals=signals
-        )
+        return local.run(words, topology, logs, variables=cluster.variables(), binding=cluster.binding, signals=signals)
 
     return supervise(directory, command.limit(cluster), [os.uname().nodename], 1, start)
 
@@ -84,7 +82,9 @@ def without_spares(cluster: Cluster, targets: Sequence[str]) -> list[str]:
     """The hosts of the first start. Raises `UserError` if all are spares."""
     number = len(targets) - cluster.restart.spare_nodes
     if number < 1:
-        raise UserError(f"restart.spare_nodes = {cluster.restart.spare_nodes}: there are {len(targets)} hosts; lower it")
+        raise UserError(
+            f"restart.spare_nodes = {cluster.restart.spare_nodes}: there are {len(targets)} hosts; lower it"
+        )
     return list(targets[:number])
 
 

@@ -160,7 +160,9 @@ def stop(directory: Path, now: bool) -> str:
     if state:
         record_event(directory, "stop_requested")
         return _stop_job(job, state, now)
-    if not is_held(directory) and not _lives(launch):
+    history = launches(read_json_lines(directory / "events.jsonl"))
+    waits = bool(history) and history[-1].decided == "restart" and _lives(launch)  # before a restart
+    if not is_held(directory) and not waits:
         raise UserError(f"{directory}: no run is using it now; nothing to stop")
     if job:
         raise UserError(f"{directory}: belongs to job {job}, which squeue does not list here; use a login node")

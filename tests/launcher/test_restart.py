@@ -161,7 +161,10 @@ def decisions(here: Path) -> list[tuple[str, str]]:
     return [(event["action"], event["reason"]) for event in events if event["event"] == "decided"]
 
 
-def test_ranks_that_die_start_again_until_they_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_die_start_again_until_they_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     process = start(tmp_path, [(3, "kill"), (5, 1), (5, 4), (9, 0)])
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 0, errors
