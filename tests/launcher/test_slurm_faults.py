@@ -106,13 +106,13 @@ def test_a_time_limit_s_signal_saves_and_requeues(
     limits = f"{HERE}[slurm]\ntime_limit = '1'\nsignal_seconds = 30\n"
     run = Submitted(cluster, tmp_path, shards, limits, step_seconds=0.7)
     run.said("stopped; requeued: it resumes from its last checkpoint", 120)
-    cluster.start_now(run.job)
-    until(lambda: len(run.history) == 2, lambda: run.output, 60)
-    until(lambda: run.history[-1].decided == "requeue" or run.history[-1].cause == "finished", lambda: run.output, 120)
-    if run.history[-1].cause != "finished":
+    while run.history[-1].cause != "finished":  # a busy machine needs more than two jobs of a minute
+        starts = len(run.history)
         cluster.start_now(run.job)
+        until(lambda: len(run.history) > starts and bool(run.history[-1].cause), lambda: run.output, 120)  # noqa: B023
+        until(lambda: bool(run.history[-1].decided) or run.history[-1].cause == "finished", lambda: run.output, 60)
     run.ends_like(reference)
-    assert [one.cause for one in run.history][:2] == ["stopped", "stopped"] or run.history[1].cause == "finished"
+    assert {one.cause for one in run.history[:-1]} == {"stopped"}
     assert [one.restart for one in run.history] == list(range(len(run.history)))
 
 
