@@ -113,9 +113,14 @@ def record_launch(
             "pid_is": "launcher" if launcher else "rank 0",
         },
     )
-    hosts = list(topology.hosts)
-    place = {"world_size": topology.world_size, "hosts": hosts, "reached": last_metrics(directory).get("step", 0)}
-    record_event(directory, "launch", by=by, job=job, restart=restart, **place)
+    place = {"world_size": topology.world_size, "hosts": list(topology.hosts)}
+    record_event(directory, "launch", by=by, job=job, restart=restart, **place, **reached(directory))
+
+
+def reached(directory: Path) -> dict[str, float]:
+    """Facts of a `launch` event: the newest step, and its time by the clock of rank 0's machine."""
+    newest = last_metrics(directory)
+    return {"reached": newest.get("step", 0), "reached_time": newest.get("time", 0.0)}
 
 
 def record_end(directory: Path, cause: str, code: int, detail: str = "", since: float = 0.0) -> None:
@@ -140,7 +145,8 @@ def recorded_hang(directory: Path) -> str:
 class Launch:
     """One start of a run, from events.jsonl. cause: "" if no end is recorded yet.
 
-    step: the last step of metrics.jsonl at its end; of a lost one, at the start after it. reached: at its start.
+    step: the last step of metrics.jsonl at its end; of a lost one, at the start after it. reached: at its start, and
+    when that step was (reached_time).
     stepped: it made a step. decided, reason, excluded: of the event `decided` after it (`bigmodel.launcher.restart`).
     """
 
@@ -153,6 +159,7 @@ class Launch:
     step: int = 0
     stop_requested: bool = False
     reached: int = 0
+    reached_time: float = 0.0
     stepped: bool = False
     decided: str = ""
     reason: str = ""
@@ -170,8 +177,8 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
         if kind == "launch":
             if found and not found[-1].cause:
                 found[-1] = replace(found[-1], cause="lost", step=event.get("reached", 0))
-            reached = event.get("reached", 0)
-            found.append(Launch(event["time"], event["by"], event["job"], event["restart"], reached=reached))
+            before = {name: event[name] for name in ("reached", "reached_time") if name in event}
+            found.append(Launch(event["time"], event["by"], event["job"], event["restart"], **before))
         elif kind == "start" and (not found or found[-1].cause):
             found.append(Launch(event["time"], "", "", 0))
         elif not found:
@@ -190,7 +197,7 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             known = found[-1].cause if told or found[-1].cause in ("finished", "stopped") else event["cause"]
             detail = (found[-1].detail if told else "") or event.get("detail", "")
             step = max(event.get("step", 0), found[-1].step)
-            stepped = event.get("last_step_time", 0.0) > found[-1].time
+            stepped = event.get("last_step_time", 0.0) not in (0.0, found[-1].reached_time)
             found[-1] = replace(found[-1], cause=known, detail=detail, step=step, stepped=stepped)
     return found
 

@@ -3,9 +3,10 @@
 `decide` is pure: causes of ends (from exit codes and the watch for hanging ranks), steps reached, and hosts that are
 named as bad or do not answer, to a decision. `supervise` is the loop around it for `launch local` and `launch ssh`;
 `bigmodel.launcher.slurm` asks `decide` at the end of srun. Every decision is an event `decided` with its reason. Each
-start is a new restart generation (incarnation.json): a rank of an earlier one that still lives cannot publish.
+start is a new restart generation (incarnation.json): a rank of an earlier one that still lives cannot publish. None
+begins while rank 0 of the last one, on a host that was cut off, holds the run directory.
 
-    ranks end --record_end--> decide --wait--> ranks start, from the newest checkpoint
+    ranks end --record_end--> decide --wait_before--> ranks start, from the newest checkpoint
                                  \\--> end, with the exit code of the last ranks
 """
 
@@ -16,14 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigmodel.launcher.local import POLL_SECONDS, Ending, collect_signals
-from bigmodel.launcher.record import Launch, bad_hosts, launches, record_end
+from bigmodel.launcher.local import Ending, collect_signals
+from bigmodel.launcher.record import Launch, bad_hosts, is_held, launches, record_end
 from bigmodel.run_directory import EXIT_STOPPED, read_json_lines, record_event
 
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 5.0, 60.0  # before a restart after one, and after many without a new step
+HELD_SECONDS = 120.0  # for a rank 0 that was cut off to end: it hangs without its peers, and its node's watch ends it
+WAIT_POLL_SECONDS = 0.2
 LEAST_SECONDS = 60.0  # of work before a time limit: less is not worth a start
 FAILURES = ("failed", "lost", "hang", "bad_device")
-AGAIN_CAUSES = (*FAILURES, "rewind")  # the others: finished, stopped, user_error
+AGAIN_CAUSES = (*FAILURES, "rewind")
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,12 @@ def decide(now: Situation, limit: int) -> Decision:
 def _against(now: Situation, limit: int, useless: int, wait: float, in_use: Sequence[str], named: Sequence[str]) -> str:
     """The reason not to restart; empty: none. in_use: the bad hosts without a spare; named: those bad before."""
     last = now.history[-1]
-    if last.cause not in AGAIN_CAUSES:
-        found = {"finished": "the run is complete", "user_error": "see the error message", "stopped": "it was stopped"}
-        return found[last.cause]
+    if last.cause in ("finished", "user_error"):
+        return "the run is complete" if last.cause == "finished" else "see the error message"
     if now.stopping or last.stop_requested:
         return "a stop was requested"
+    if last.cause == "stopped":
+        return "it was stopped"
     if limit == 0:
         return "restart.limit = 0"
     if not any(launch.stepped for launch in now.history):
@@ -144,12 +148,12 @@ def supervise(
             ending = start(used, first, signals)
             record_end(directory, ending.cause, ending.code, ending.detail, ending.since)
             decision = _after(directory, limit, hosts, number, earlier, bool(signals), silent)
-            record_decision(directory, decision, "restart" if decision.restart else "end")
+            record_decision(directory, decision)
             if not decision.restart:
                 return ending.code
-            if not _waits(decision.wait_seconds, signals):
-                record_decision(directory, Decision(False, "stopped before the restart"), "end")
-                return EXIT_STOPPED
+            if refused := wait_before(directory, decision.wait_seconds, lambda: bool(signals)):
+                record_decision(directory, Decision(False, refused))
+                return EXIT_STOPPED if signals else ending.code
             used, first = decision.hosts, False
 
 
@@ -172,15 +176,28 @@ def _after(
         gone += found
 
 
-def record_decision(directory: Path, decision: Decision, action: str) -> None:
+def wait_before(directory: Path, seconds: float, stopped: Callable[[], bool]) -> str:
+    """Wait before a restart, and until no rank of the last start holds the run directory.
+
+    Returns the reason not to restart, if that takes more than `HELD_SECONDS` or it is `stopped`; else "".
+    """
+    began = time.monotonic()
+    while not stopped():
+        passed = time.monotonic() - began
+        if passed >= seconds and not is_held(directory):
+            return ""
+        if passed > seconds + HELD_SECONDS:
+            return f"rank 0 of the last start still holds {directory}/lock after {passed:.0f} s: end it on its host"
+        time.sleep(WAIT_POLL_SECONDS)
+    return "stopped before the restart"
+
+
+def record_decision(directory: Path, decision: Decision) -> None:
     """Write the event `decided`, and print it unless the end explains itself."""
-    history = _history(directory)
-    if history and history[-1].cause == "finished":
-        return
-    wait = {"wait_seconds": decision.wait_seconds} if decision.restart else {}
+    action, wait = ("restart", {"wait_seconds": decision.wait_seconds}) if decision.restart else ("end", {})
     left_out = {"excluded": list(decision.excluded)} if decision.excluded else {}
     record_event(directory, "decided", action=action, reason=decision.reason, **wait, **left_out)
-    if history and history[-1].cause in ("stopped", "user_error"):
+    if _history(directory)[-1].cause in ("finished", "stopped", "user_error"):
         return
     when = f" in {decision.wait_seconds:.0f} s" if decision.wait_seconds else ""
     words = f"restart{when}" if decision.restart else "no restart"
@@ -189,11 +206,3 @@ def record_decision(directory: Path, decision: Decision, action: str) -> None:
 
 def _history(directory: Path) -> list[Launch]:
     return launches(read_json_lines(directory / "events.jsonl"))
-
-
-def _waits(seconds: float, signals: Sequence[int]) -> bool:
-    """Whether the time passed without a signal."""
-    deadline = time.monotonic() + seconds
-    while not signals and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    return not signals

@@ -8,9 +8,9 @@ the run directory, not from srun's exit code: with --kill-on-bad-exit that is th
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from bigmodel.launcher.record import (
     bad_hosts,
     is_taken,
     launches,
+    reached,
     read_launch,
     record_end,
     refuse_second_run,
@@ -191,31 +192,36 @@ def ended(
             record_event(directory, "start_refused", by="slurm", job=job, restart=restart)
             print("launcher: user_error; not requeued: another run is using the run directory", flush=True)
             return EXIT_USER
-        record_event(directory, "launch", by="slurm", job=job, restart=restart, world_size=0, hosts=[])
+        place = {"world_size": 0, "hosts": [], **reached(directory)}
+        record_event(directory, "launch", by="slurm", job=job, restart=restart, **place)
     cause = decide(launches(read_json_lines(directory / "events.jsonl")), code, cluster.requeue).cause
     detail = "preflight" if preflight else "" if cause in ("finished", "stopped") else f"srun ended with {code}"
     record_end(directory, cause, code, detail)
-    history = launches(read_json_lines(directory / "events.jsonl"))
+    not_here = ""
     if may_restart and not preflight:
+        history = launches(read_json_lines(directory / "events.jsonl"))
         here = [launch for launch in history if (launch.job, launch.restart) == (job, restart)]
-        if _restarts_here(directory, cluster, job, here, environment):
+        not_here = _restart_here(directory, cluster, job, here, environment)
+        if not not_here:
             return RESTART_HERE
-        history = launches(read_json_lines(directory / "events.jsonl"))  # a stop may have been requested
+    history = launches(read_json_lines(directory / "events.jsonl"))  # a stop may have been requested
     decision = decide(history, code, cluster.requeue)
-    again = "requeued" if decision.requeue else "not requeued"
-    print(f"launcher: {decision.cause}; {again}: {decision.reason}", flush=True)
-    record_event(directory, "decided", action="requeue" if decision.requeue else "end", reason=decision.reason)
+    reason = decision.reason + (f"; not in place: {not_here}" if not_here not in ("", decision.reason) else "")
+    print(f"launcher: {decision.cause}; {'requeued' if decision.requeue else 'not requeued'}: {reason}", flush=True)
+    bad = sorted({host for launch in history for host in launch.excluded} | set(bad_hosts(directory)))
+    left_out = {"excluded": bad} if bad else {}
+    record_event(directory, "decided", action="requeue" if decision.requeue else "end", reason=reason, **left_out)
     if decision.requeue:
-        _requeue(job, cluster.slurm.exclude, bad_hosts(directory))
+        _requeue(job, cluster, bad, environment.get("SLURM_JOB_PARTITION", ""))
     codes = {"finished": 0, "stopped": EXIT_STOPPED, "user_error": EXIT_USER}
     codes |= {again: number for number, again in AGAIN.items()}
     return codes.get(decision.cause, EXIT_FAILED)
 
 
-def _restarts_here(
+def _restart_here(
     directory: Path, cluster: Cluster, job: str, history: Sequence[Launch], environment: Mapping[str, str]
-) -> bool:
-    """Decide on a restart in place, and wait before it. False also if a stop was requested in this time."""
+) -> str:
+    """Decide on a restart in place, and wait before it. Returns the reason if there is none, else ""."""
     nodes = expand_hosts(environment["SLURM_JOB_NODELIST"])
     used = [host for host in read_launch(directory).get("hosts", []) if host in nodes]  # SLURM chose them
     hosts = list(dict.fromkeys([*used, *nodes]))
@@ -225,14 +231,16 @@ def _restarts_here(
     now = in_place.Situation(history, hosts, cluster.nodes, bad, silent, left)
     decision = in_place.decide(now, cluster.restart.limit)
     if not decision.restart:
-        print(f"launcher: no restart in place: {decision.reason}", flush=True)
-        return False
+        return decision.reason
     if cluster.restart.spare_nodes:
         unused = [host for host in hosts if host not in decision.hosts]
         write_atomically(directory / EXCLUDED, ",".join(unused))
-    in_place.record_decision(directory, decision, "restart")
-    time.sleep(decision.wait_seconds)
-    return not launches(read_json_lines(directory / "events.jsonl"))[-1].stop_requested
+    in_place.record_decision(directory, decision)
+
+    def stopped() -> bool:
+        return launches(read_json_lines(directory / "events.jsonl"))[-1].stop_requested
+
+    return in_place.wait_before(directory, decision.wait_seconds, stopped)
 
 
 def _seconds_left(job: str) -> float:
@@ -254,12 +262,19 @@ def _silent_nodes(nodes: str) -> list[str]:
     return [node for node, state in states.items() if state.endswith("*") or state.startswith(("down", "fail"))]
 
 
-def _requeue(job: str, exclude: str, bad: Sequence[str]) -> None:
+def _requeue(job: str, cluster: Cluster, bad: Sequence[str], partition: str) -> None:
+    """Requeue this job, without the bad nodes. SLURM excludes nodes of a pending job only, and ends us meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SIGKILL follows after KillWait, 30 s
     answer = _run(["scontrol", "requeue", job], Path.cwd())
     if answer.returncode:
         print(f"launcher: scontrol requeue: {answer.stderr.strip()}", flush=True)
+        return
+    nodes = set(_run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"], Path.cwd()).stdout.split())
+    if bad and len(nodes - set(bad)) < cluster.nodes + cluster.restart.spare_nodes:
+        print(f"launcher: {', '.join(bad)} not excluded: partition {partition} has no other node", flush=True)
     elif bad:
-        _run(["scontrol", "update", f"job={job}", f"ExcNodeList={','.join(filter(None, [exclude, *bad]))}"], Path.cwd())
+        left_out = ",".join(filter(None, [cluster.slurm.exclude, *bad]))
+        _run(["scontrol", "update", f"job={job}", f"ExcNodeList={left_out}"], Path.cwd())
 
 
 def idle_hosts(partition: str) -> list[str]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel.config.settings import UserError
-from bigmodel.launcher.record import Launch, is_held, last_metrics, launches, process_start, read_launch
+from bigmodel.launcher.record import Launch, is_held, is_taken, last_metrics, launches, process_start, read_launch
 from bigmodel.launcher.slurm import queue_state
 from bigmodel.run_directory import rank_zero, read_json, read_json_lines, record_event
 from bigmodel.sizes import counted_noun
@@ -117,14 +117,14 @@ def print_status(found: dict[str, Any]) -> None:
     for one in found["hanging_ranks"]:
         where = f"{one['phase']} of step {one['step']}" if one["phase"] else f"step {one['step']}"
         rows.append(("hangs", f"rank {one['rank']} on {one['host']} {one['how']} in {where}, {_ago(one['time'])}"))
-    if decision := found.get("decision"):
+    if decision := found["decision"]:
         rows.append(("decision", f"{decision['action']}: {decision['reason']}"))
     for row in rows:
         table.add_row(*row)
     for restart in found["restarts"][-5:]:
         when = datetime.fromtimestamp(restart["time"]).strftime("%d %b %H:%M:%S")
         detail = f" ({restart['detail']})" if restart["detail"] else ""
-        reason = f": {restart['reason']}" if restart.get("reason") else ""
+        reason = f": {restart['reason']}" if restart["reason"] else ""
         table.add_row("", f"{when}  after {restart['after']}{detail} at step {restart['step']}{reason}")
     Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(table)
 
@@ -160,9 +160,7 @@ def stop(directory: Path, now: bool) -> str:
     if state:
         record_event(directory, "stop_requested")
         return _stop_job(job, state, now)
-    history = launches(read_json_lines(directory / "events.jsonl"))
-    waits = bool(history) and history[-1].decided == "restart" and _lives(launch)  # before a restart
-    if not is_held(directory) and not waits:
+    if not is_taken(directory):
         raise UserError(f"{directory}: no run is using it now; nothing to stop")
     if job:
         raise UserError(f"{directory}: belongs to job {job}, which squeue does not list here; use a login node")

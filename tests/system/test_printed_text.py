@@ -122,13 +122,14 @@ def test_tables_bars_and_lines_keep_what_looks_like_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    restart = {"time": 1.0, "after": "failed", "detail": f"cause {ODD}", "step": 3}
+    restart = {"time": 1.0, "after": "failed", "detail": f"cause {ODD}", "step": 3, "reason": f"reason {ODD}"}
     state = {"state": "ended", "by": "ssh", "job": "", "hosts": [f"host {ODD}"], "ranks": 1, "restarts": [restart]}
     numbers = {"step": 3, "steps": 9, "loss": 2.0, "tokens_per_second": 1.0, "last_step_time": 1.0}
     end = {"cause": "ended", "detail": f"end {ODD}"}
     slow = {"rank": 1, "host": f"slow {ODD}", "excess": 0.5}
     hanging = {"rank": 1, "host": "h", "how": f"hangs {ODD}", "phase": "", "step": 4, "time": 1.0}
     state |= {"slow_rank": slow, "hanging_ranks": [hanging]}
+    state["decision"] = {"action": "end", "reason": f"decision {ODD}"}
     print_status({**state, **numbers, "last_end": end})
     print_findings([f"node {ODD}"], [PreflightFinding(f"node {ODD}", "disk", False, f"text {ODD}")])
     with live() as progress:
@@ -136,7 +137,7 @@ def test_tables_bars_and_lines_keep_what_looks_like_markup(
         progress.console.print(f"line {ODD}")
     LiveLine(0, 1, enabled=True).say(f"said {ODD}")
     printed = capsys.readouterr().out
-    for what in ("cause", "end", "host", "node", "text", "task", "line", "said", "slow", "hangs"):
+    for what in ("cause", "end", "host", "node", "text", "task", "line", "said", "slow", "hangs", "reason", "decision"):
         assert f"{what} {ODD}" in printed
 
 
