@@ -229,8 +229,13 @@ def train(
     new_plan: Annotated[
         bool, typer.Option("--new-plan", help="after a change of the data: continue under a new plan")
     ] = False,
+    standby: Annotated[int, typer.Option(hidden=True, help="descriptor of a launcher's orders")] = -1,
 ) -> None:
     """Train from the newest checkpoint on. Launchers start this command once per rank."""
+    if standby >= 0:
+        from bigmodel.training.standby import become_rank
+
+        become_rank(standby)
     settings = load_settings(run_file, override)
     if fresh and new_plan:
         raise UserError("--fresh starts from step 0 and --new-plan continues from a checkpoint; give only one of them")

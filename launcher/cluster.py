@@ -75,6 +75,12 @@ class RestartSettings(Section):
         description="nodes that take the place of bad ones: of ssh the last hosts of the list, of SLURM allocated in "
         "addition",
     )
+    standby: bool = setting(
+        True,
+        only_with={"limit": SET},
+        description="`launch local` keeps a process per rank with its imports done, for a restart in half the time; "
+        "0.3 GB of memory each",
+    )
 
 
 class SshSettings(Section):

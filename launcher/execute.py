@@ -17,10 +17,11 @@ from bigmodel.config.settings import UserError, load_settings
 from bigmodel.launcher.binding import processors_to_bind
 from bigmodel.launcher.cluster import Cluster, load_cluster
 from bigmodel.launcher.devices import device_variables
-from bigmodel.launcher.local import PR_SET_PDEATHSIG, launch_environment, trainer_command
+from bigmodel.launcher.local import launch_environment, trainer_command
 from bigmodel.launcher.network import interface_towards, port_is_free, resolves
 from bigmodel.launcher.placement import find_place, job_of, started_by
 from bigmodel.launcher.record import record_launch, take_start
+from bigmodel.launcher.standby import PR_SET_PDEATHSIG
 from bigmodel.launcher.topology import Topology
 from bigmodel.rank_log import ARRANGED, open_outputs, redirect, terminal_variables
 from bigmodel.run_directory import log_name, make_logs

@@ -16,7 +16,6 @@ with the orders of the remote launcher, "stop" (save and stop) or "end" (a peer 
 because that launcher was killed, also means "end".
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import NamedTuple
 from bigmodel.launcher.binding import processors_to_bind
 from bigmodel.launcher.devices import device_variables
 from bigmodel.launcher.record import recorded_hang
+from bigmodel.launcher.standby import Program, Standbys, spawn
 from bigmodel.launcher.topology import Topology, rank_environment
 from bigmodel.rank_log import ARRANGED, open_outputs, terminal_variables, wait_for
 from bigmodel.run_directory import AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, log_name
@@ -44,7 +44,6 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 20
 CRASHES = [-getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL")]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # the last two: SLURM's
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CRASH = re.compile(r"^(?P<error>Fatal Python error: [^\n]*)\n.*?(?P<stack>^Current thread .*?)\n\n", re.M | re.S)
 END = 0  # among the received signals: the order "end" from the control pipe
 
@@ -92,6 +91,7 @@ class Supervision:
     world_size: int = 0
     deadline: float = float("inf")  # time of the SIGKILL
     since: float = 0.0  # Unix time of the first death or stop request
+    standbys: Standbys | None = None
 
     @property
     def running(self) -> list[Rank]:
@@ -110,25 +110,26 @@ def run(
     grace_seconds: float = GRACE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
     signals: list[int] | None = None,
+    standbys: Standbys | None = None,
 ) -> Ending:
     """Run `command` once per rank of a node until all have ended.
 
     Exit code 0: every rank returned 0. 2 (user error) and 3 (stopped and saved): the code of a rank. 1: a rank died;
     its number, exit status and last log lines are printed to standard error. Handles signals, so call it from the main
     thread. `logs` is created if needed; logs are appended to. `variables` are set for every rank; `binding` is the
-    `kind` of `bigmodel.launcher.binding.divide`. `signals` gets the numbers of stop signals.
+    `kind` of `bigmodel.launcher.binding.divide`. `signals` gets the numbers of stop signals. `standbys` become ranks
+    at a restart; the caller closes them.
     """
     logs.mkdir(parents=True, exist_ok=True)
     supervision = Supervision([], signals=[] if signals is None else signals, world_size=topology.world_size)
+    supervision.standbys = standbys
     with collect_signals(supervision.signals):
         if control_pipe:
             threading.Thread(target=_listen, args=(supervision.signals,), daemon=True).start()
         try:
             for number in topology.ranks_of(node):
                 environment = local_environment(topology, number, variables or {})
-                supervision.ranks.append(
-                    _start(command, topology, number, logs, environment, binding, supervision.tees)
-                )
+                supervision.ranks.append(_start(command, topology, number, logs, environment, binding, supervision))
             _supervise(supervision, grace_seconds, save_seconds)
         finally:
             _kill_all(supervision.running)
@@ -169,31 +170,24 @@ def _start(
     logs: Path,
     environment: Mapping[str, str],
     binding: str,
-    tees: list[subprocess.Popen[bytes]],
+    supervision: Supervision,
 ) -> Rank:
-    """Start a rank. The tee processes of its output are added to `tees`."""
+    """Start a rank. The tee processes of its output are added to those of `supervision`."""
     log, shown = logs / log_name(topology.host(number), number), number == 0
     log_start = log.stat().st_size if log.exists() else 0
-    processors = processors_to_bind(
-        binding, topology.local_rank(number), topology.local_size(number), {**os.environ, **environment}
-    )
+    variables = {**os.environ, **environment, **ARRANGED, **(terminal_variables(os.environ) if shown else {})}
+    processors = processors_to_bind(binding, topology.local_rank(number), topology.local_size(number), variables)
     output, errors, added = open_outputs(log, shown)
-    tees += added
+    supervision.tees += added
+    program = Program(command, variables, frozenset(processors or ()))
     try:
-        process = subprocess.Popen(
-            list(command),
-            env={**os.environ, **environment, **ARRANGED, **(terminal_variables(os.environ) if shown else {})},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,  # Ctrl-C in the terminal reaches only the launcher, which forwards it once
-            preexec_fn=_die_with_launcher(os.getpid()),
-        )
+        if supervision.standbys:
+            process = supervision.standbys.start(number, program, output, errors)
+        else:
+            process = spawn(program, output, errors)
     finally:
         os.close(output)
         os.close(errors)
-    if processors:
-        os.sched_setaffinity(process.pid, processors)  # it has only its first thread; later ones inherit
     return Rank(number, process, log, log_start)
 
 
@@ -202,24 +196,6 @@ def _listen(signals: list[int]) -> None:
     while orders := os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would outlive this thread
         signals += [signal.SIGTERM if order == b"stop" else END for order in orders.split()]
     signals.append(END)
-
-
-def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
-    """A function for the child to run before the program: Linux will kill the child when the launcher dies.
-
-    SIGKILL, not SIGTERM: a rank that waits for a dead peer would never act on SIGTERM. The run then loses the steps
-    since its last checkpoint, as with any kill -9.
-    """
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before the fork: the child must not take locks
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:  # the launcher died between the fork and the line above
-            os._exit(EXIT_FAILED)
-
-    return ask
 
 
 @contextmanager
@@ -250,6 +226,8 @@ def _supervise(supervision: Supervision, grace_seconds: float, save_seconds: flo
             handled += 1
         if time.monotonic() > supervision.deadline:
             _end_early(supervision)
+        if supervision.standbys and supervision.running and supervision.deadline == float("inf"):
+            supervision.standbys.prepare()
         time.sleep(POLL_SECONDS)
 
 

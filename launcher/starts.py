@@ -19,6 +19,7 @@ from bigmodel.launcher.network import free_port
 from bigmodel.launcher.placement import port_of
 from bigmodel.launcher.record import record_launch, take_start
 from bigmodel.launcher.restart import supervise
+from bigmodel.launcher.standby import Standbys
 from bigmodel.launcher.topology import Topology, even_topology
 from bigmodel.run_directory import make_logs
 
@@ -61,13 +62,20 @@ def start_here(command: Command, cluster: Cluster, directory: Path, size: int) -
     if cluster.check.before_start:
         _require_good_nodes(preflight.on_this_machine(command.look(), Path.cwd()), directory, cluster)
     trainer = local.trainer_command(command.run_file, command.overrides)
+    limit = command.limit(cluster)
+    standbys = Standbys() if limit and cluster.restart.standby else None
 
     def start(names: Sequence[str], first: bool, signals: list[int]) -> local.Ending:
         topology, words = topology_here(cluster, size), [*trainer, *command.options_of(first)]
         record_launch(directory, topology, "local", launcher=True)
-        return local.run(words, topology, logs, variables=cluster.variables(), binding=cluster.binding, signals=signals)
+        more = {"variables": cluster.variables(), "binding": cluster.binding}
+        return local.run(words, topology, logs, signals=signals, standbys=standbys, **more)
 
-    return supervise(directory, command.limit(cluster), [os.uname().nodename], 1, start)
+    try:
+        return supervise(directory, limit, [os.uname().nodename], 1, start)
+    finally:
+        if standbys:
+            standbys.close()
 
 
 def topology_on(cluster: Cluster, targets: Sequence[str], each: int, directory: Path) -> Topology:

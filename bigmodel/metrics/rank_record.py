@@ -21,6 +21,7 @@ from typing import Any
 
 HEADER = struct.Struct("<II")  # length and CRC-32 of the JSON that follows
 TICKS = os.sysconf("SC_CLK_TCK")
+_began: list[float] = []  # when a standby became a rank
 
 
 def folder_of(run_directory: Path, node: int, start: str) -> Path:
@@ -90,8 +91,15 @@ def is_alive(record: dict[str, Any]) -> bool:
     return start_ticks(record["pid"]) == record["began"]
 
 
+def begin_now() -> None:
+    """A standby becomes a rank: its time of waiting is no time of the run."""
+    _began.append(time.time())
+
+
 def process_start_time() -> float:
-    """Unix time of this process's start, exact to a hundredth of a second."""
+    """Unix time of this process's start as a rank, exact to a hundredth of a second."""
+    if _began:
+        return _began[-1]
     ticks = start_ticks(os.getpid())
     assert ticks is not None, "this process has no start time"
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / TICKS)

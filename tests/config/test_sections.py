@@ -199,6 +199,7 @@ CLUSTER_CASES = {
     "container.python": ("python3.12", {}, "without image", {"image": "a"}),
     "container.workdir": ("/b", {}, "without image; leave it out or set image", {"image": "a"}),
     "requeue.no_progress_limit": (5, {"limit": 0}, "without limit", {"limit": 3}),
+    "restart.standby": (False, {"limit": 0}, "without limit", {"limit": 3}),
     "restart.spare_nodes": (1, {"limit": 0}, "without limit", {"limit": 3}),
 }
 

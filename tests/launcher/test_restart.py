@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bigmodel.launcher.record import Launch, bad_hosts, launches
 from bigmodel.launcher.restart import Situation, decide, hosts_in_use
 from bigmodel.launcher.watch import print_status, status
-from bigmodel.run_directory import read_json_lines, record_event
+from bigmodel.run_directory import rank_zero, read_json_lines, record_event
 from tests.support.launched import (
     LAUNCHER,
     assert_no_orphans,
@@ -22,6 +23,7 @@ from tests.support.launched import (
     ranks_of,
     recording,
     steps,
+    steps_of,
     train_reference,
     until,
     wait_for_step,
@@ -124,11 +126,11 @@ import sys, time
 from functools import partial
 from pathlib import Path
 from bigmodel.launcher import local, restart
-from bigmodel.launcher.record import record_launch
+from bigmodel.launcher.record import record_launch, take_start
 from bigmodel.launcher.topology import even_topology
 here = Path(sys.argv[1])
 trainee = '''
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 here = pathlib.Path(sys.argv[1])
 (here / "starts").open("a").write(str(os.getpid()) + chr(10))
 number = len((here / "starts").read_text().split())
@@ -140,9 +142,17 @@ if code == "wait":
     time.sleep(60)
 if code == "kill":
     os.kill(os.getpid(), 9)
+if code == "cut off":  # a rank that the launcher cannot end holds the run directory until it is released
+    holder = "import fcntl, os, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, 2); print(flush=True)"
+    holder += chr(10) + "while not os.path.exists(sys.argv[1] + '.released'): time.sleep(0.05)"
+    words = [sys.executable, "-c", holder, here / "lock"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    subprocess.Popen(words, start_new_session=True, **pipes).stdout.readline()
+    code = 1
 sys.exit(code)
 '''
-restart.FIRST_WAIT_SECONDS = float(sys.argv[3])
+take_start(here)
+restart.FIRST_WAIT_SECONDS, restart.HELD_SECONDS = float(sys.argv[3]), float(sys.argv[4])
 def start(hosts, first, signals):
     topology = even_topology(hosts, 1, "127.0.0.1", 1)
     record_launch(here, topology, "local", launcher=True)
@@ -151,8 +161,10 @@ sys.exit(restart.supervise(here, 2, ["here"], 1, start))
 """
 
 
-def start(here: Path, plan: list[tuple[int, int | str]], wait: float = 0.1) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-c", PROGRAM, str(here), json.dumps(plan), str(wait)]
+def start(
+    here: Path, plan: list[tuple[int, int | str]], wait: float = 0.1, held: float = 60.0
+) -> "subprocess.Popen[str]":
+    words = [sys.executable, "-c", PROGRAM, str(here), json.dumps(plan), str(wait), str(held)]
     return subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
 
@@ -172,6 +184,7 @@ def test_ranks_that_die_start_again_until_they_are_done(
         ("restart", "failed: it resumes from its last checkpoint"),
         ("restart", "failed: it resumes from its last checkpoint"),
         ("restart", "rewind: it resumes from its last checkpoint; 1 without a new step, of 2"),
+        ("end", "the run is complete"),
     ]
     assert errors.count("launcher: restart") == 3
     assert [launch.cause for launch in launches(read_json_lines(tmp_path / "events.jsonl"))] == [
@@ -179,7 +192,8 @@ def test_ranks_that_die_start_again_until_they_are_done(
     ]  # fmt: skip
     print_status(status(tmp_path))
     shown = capsys.readouterr().out
-    assert "decision    restart: rewind: it resumes from its last checkpoint; 1 without a new step, of 2" in shown
+    assert "decision    end: the run is complete" in shown
+    assert "at step 5: rewind: it resumes from its last checkpoint; 1 without a new step, of 2" in shown
     assert "after failed (rank 0 of 1 was killed by SIGKILL" in shown
     assert "at step 3: failed: it resumes" in shown
 
@@ -207,7 +221,7 @@ def test_what_a_restart_would_not_help_ends_with_its_own_code(
 
 def test_a_signal_before_a_restart_ends_it(tmp_path: Path) -> None:
     process = start(tmp_path, [(3, 1), (3, 1), (9, 0)], wait=30)
-    until(lambda: len(decisions(tmp_path)) == 2, lambda: str(decisions(tmp_path)), 30)
+    until(lambda: len(decisions(tmp_path)) == 2, lambda: str(decisions(tmp_path)), 30)  # after the second one
     assert status(tmp_path)["state"] == "restarting"
     began = time.monotonic()
     subprocess.run([*LAUNCHER, "stop", str(tmp_path)], check=True, timeout=30, stdout=subprocess.DEVNULL)
@@ -224,22 +238,55 @@ def test_a_rank_killed_by_a_stop_in_vain_is_not_restarted(tmp_path: Path) -> Non
     assert len((tmp_path / "starts").read_text().split()) == 1
 
 
+def test_a_restart_waits_for_a_rank_0_that_was_cut_off_and_still_holds_the_run_directory(tmp_path: Path) -> None:
+    process = start(tmp_path, [(3, "cut off"), (9, 0)])
+    until(lambda: bool(decisions(tmp_path)), lambda: "no end", 30)
+    time.sleep(0.5)
+    assert len((tmp_path / "starts").read_text().split()) == 1
+    (tmp_path / "lock.released").touch()
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, len((tmp_path / "starts").read_text().split())) == (0, 2), errors
+
+
+def test_a_rank_0_that_was_cut_off_and_does_not_end_ends_the_run(tmp_path: Path) -> None:
+    process = start(tmp_path, [(3, "cut off"), (9, 0)], held=0.3)
+    errors = process.communicate(timeout=60)[1]
+    (tmp_path / "lock.released").touch()
+    assert (process.returncode, len((tmp_path / "starts").read_text().split())) == (1, 1), errors
+    assert f"launcher: no restart: rank 0 of the last start still holds {tmp_path}/lock after" in errors
+    assert [action for action, _ in decisions(tmp_path)] == ["restart", "end"]
+
+
+# `launch local`, with standbys at once instead of after a minute.
+LAUNCHES = """
+from bigmodel.launcher import standby
+from bigmodel.launcher.__main__ import application
+standby.AFTER_SECONDS = 0
+application()
+"""
+
+
 def test_a_run_with_a_killed_rank_goes_on_by_itself_and_equals_the_undisturbed_run(
     tmp_path: Path, shards: Path
 ) -> None:
+    """Its standbys become the ranks."""
     (tmp_path / "reference").mkdir()
     reference = train_reference(tmp_path / "reference", shards)
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     process = subprocess.Popen(
-        [*LAUNCHER, "local", str(run_file), "--ranks", "2", *steps()],
-        env={**os.environ, **recording(dict(os.environ))},
+        [sys.executable, "-c", LAUNCHES, "local", str(run_file), "--ranks", "2", *steps()],
+        env={**os.environ, **recording(dict(os.environ)), "RECORDED_STEP_SECONDS": "0.1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     wait_for_step(run, 9)
     token = json.loads((run / "incarnation.json").read_text())["token"]
-    ranks_of(run)[1].send_signal(signal.SIGKILL)
+    ranks = ranks_of(run)
+    waiting = {one.pid for one in psutil.Process(process.pid).children()} - {one.pid for one in ranks.values()}
+    ranks[1].send_signal(signal.SIGKILL)
+    until(lambda: max(steps_of(run)) > 20, lambda: "no restart", 100)
+    assert rank_zero(run)[0] in waiting
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 0, output
     assert "rank 1 of 2 was killed by SIGKILL" in output

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,3 +180,38 @@ def test_a_preempted_job_saves_is_requeued_and_ends(
     cluster.start_now(run.job)
     run.ends_like(reference)
     assert run.history[-1].restart >= 1
+
+
+def test_a_requeue_leaves_out_the_nodes_that_were_named_as_bad(cluster: Cluster, tmp_path: Path, shards: Path) -> None:
+    """The trainer's event is written by hand; SLURM ends the script while it excludes the node."""
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "cluster.toml").write_text(HERE)
+    named = f"""
+import os
+from bigmodel.launcher.record import record_launch
+from bigmodel.launcher.topology import even_topology
+from bigmodel.run_directory import record_event
+from pathlib import Path
+run = Path({str(run)!r})
+restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+record_launch(run, even_topology(["n1", "n2"], 1, "n1", 1), "slurm", job=os.environ["SLURM_JOB_ID"], restart=restart)
+record_event(run, "bad_device", fault="nonfinite", step=3, detail="", ranks=[1], hosts=["n2"])
+"""
+    (tmp_path / "named.py").write_text(named)
+    words = f"{sys.executable} {tmp_path}/named.py; {shlex.join([*LAUNCHER, 'ended', str(run_file)])}"
+    script = f"#!/bin/sh\ncd {Path(__file__).parents[2]}\n{words} --cluster {tmp_path}/cluster.toml --code 5\n"
+    (tmp_path / "job.sh").write_text(script)
+    job = cluster.call(
+        "sbatch", "--parsable", "-N2", "-w", "n1,n2", "--requeue", f"--output={tmp_path}/output", f"{tmp_path}/job.sh"
+    ).strip()
+    try:
+        until(
+            lambda: "ExcNodeList=n2" in cluster.call("scontrol", "show", "job", job),
+            lambda: (tmp_path / "output").read_text() + cluster.call("scontrol", "show", "job", job),
+            60,
+        )
+        (event,) = [one for one in read_json_lines(run / "events.jsonl") if one["event"] == "decided"]
+        assert (event["action"], event["excluded"]) == ("requeue", ["n2"])
+    finally:
+        cluster.call("scancel", job)

@@ -129,11 +129,11 @@ def left_of(run: Path) -> list[str]:
 
 
 def ranks_of(run: Path) -> dict[int, psutil.Process]:
-    """Rank -> trainer process of a run."""
+    """Rank -> trainer process of a run, without standbys and what became of them."""
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if f"{run}.toml" in words and words[2:4] == ["bigmodel", "train"]:
+        if f"{run}.toml" in words and words[2:4] == ["bigmodel", "train"] and "--standby" not in words:
             found[int(process.environ()["RANK"])] = process
     return found
 

@@ -466,7 +466,7 @@ def creation(effective: dict[str, Any]) -> Iterator[Callable[[nn.Parameter], Any
         yield lambda parameter: contextlib.nullcontext()
         return
     with _quiet():
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         _refuse_quantization_without_kernels(effective)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
         context = deepspeed.zero.Init(config_dict_or_path=for_deepspeed(effective))
@@ -489,7 +489,7 @@ def _initialize(
 ) -> Any:
     """deepspeed.initialize, without its output; an error in the configuration becomes a `UserError`."""
     with _quiet():
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         _refuse_quantization_without_kernels(effective)
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
@@ -561,7 +561,8 @@ def _time_communication(phases: Phases) -> None:
     comm.cdb = _Timed(comm.cdb._inner if isinstance(comm.cdb, _Timed) else comm.cdb, phases)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """The module, without its news and its builds at a start."""
     # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, and warns once per process.
     for words in (r"`torch\.distributed\.\w+` is deprecated", ".*is deprecated.*Please use .torch.distributed"):
         warnings.filterwarnings("ignore", words, FutureWarning)
