@@ -32,7 +32,7 @@ events.jsonl has lines of the trainer and these of the launcher, all with "time"
                                                culprit; since: time of the first death or stop request, if known;
                                                last_step_time: of the newest step line;
                                                your own watchdog may write a line with only the cause hang
-  decided         action, reason               restart (wait_seconds), requeue or end; excluded: bad hosts so far
+  decided         action, reason               wait, restart (wait_seconds), requeue or end; excluded: bad hosts so far
   stop_requested                               by `bigmodel launch stop`
 and of metrics.jsonl:
   metrics_delayed  lines, lost, seconds        it could not be written for that long, as on a full disk; lost: for ever

@@ -29,7 +29,7 @@ from bigmodel.launcher.execute import check_address, check_name, describe_rank, 
 from bigmodel.launcher.hostlist import expand_hosts
 from bigmodel.launcher.local import trainer_command
 from bigmodel.launcher.placement import job_groups, port_of
-from bigmodel.launcher.record import read_launch, run_directory
+from bigmodel.launcher.record import cut_off_seconds, read_launch, run_directory
 from bigmodel.launcher.starts import (
     Command,
     start_here,
@@ -90,7 +90,7 @@ def local_command(
         _print_ranks(topology_here(cluster, size), words, cluster, here=True)
         return
     command = Command(run_file, cluster_file, overrides, options, restarts)
-    raise typer.Exit(start_here(command, cluster, settings.run.directory, size))
+    raise typer.Exit(start_here(command, cluster, settings, size))
 
 
 @application.command("slurm")
@@ -171,7 +171,7 @@ def ssh_command(
         _print_ranks(topology, [*trainer_command(run_file, overrides), *options], cluster)
         return
     command = Command(run_file, cluster_file, overrides, options, restarts)
-    raise typer.Exit(start_on_hosts(command, cluster, directory, targets, each))
+    raise typer.Exit(start_on_hosts(command, cluster, settings, targets, each))
 
 
 @application.command("exec")
@@ -222,7 +222,8 @@ def ended_command(
     """Last line of an sbatch script: record why the job ended; requeue it unless the run is complete or was stopped."""
     settings = load_settings(run_file, overrides)
     cluster = load_cluster(cluster_file)
-    raise typer.Exit(slurm.ended(settings.run.directory, cluster, code, preflight, os.environ, in_place))
+    held = cut_off_seconds(settings) if in_place else 0.0
+    raise typer.Exit(slurm.ended(settings.run.directory, cluster, code, preflight, os.environ, held))
 
 
 @application.command("check")

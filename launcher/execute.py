@@ -20,7 +20,7 @@ from bigmodel.launcher.devices import device_variables
 from bigmodel.launcher.local import launch_environment, trainer_command
 from bigmodel.launcher.network import interface_towards, port_is_free, resolves
 from bigmodel.launcher.placement import find_place, job_of, started_by
-from bigmodel.launcher.record import record_launch, take_start
+from bigmodel.launcher.record import cut_off_seconds, record_launch, take_start, wait_until_free
 from bigmodel.launcher.standby import PR_SET_PDEATHSIG
 from bigmodel.launcher.topology import Topology
 from bigmodel.rank_log import ARRANGED, open_outputs, redirect, terminal_variables
@@ -51,6 +51,8 @@ def execute(
     if rank == 0:
         if by != "torchrun":  # torchrun itself listens at the port
             check_address(topology)
+        if restart:
+            wait_until_free(directory, cut_off_seconds(settings))
         take_start(directory, becomes_rank=True)
         record_launch(directory, topology, by, job=job_of(os.environ), restart=restart)
         variables |= terminal_variables(os.environ)

@@ -6,13 +6,14 @@ start and `launch_ended` with its cause at each end. bigmodel/run_directory.py l
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from bigmodel.config.settings import UserError, load_settings
+from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.launcher.topology import Topology
 from bigmodel.run_directory import AGAIN, lock, read_json, read_json_lines, record_event, write_json
 
@@ -58,6 +59,18 @@ def refuse_second_run(directory: Path) -> None:
     """Before a start: raises `UserError` if a running run holds the directory's lock."""
     if is_held(directory):
         raise UserError(f"run.directory = {directory}: {_used_by(directory)}")
+
+
+def cut_off_seconds(settings: Settings) -> float:
+    """How long a rank 0 may live on, and hold the run directory, on a host that was cut off: it waits for its peers."""
+    return settings.training.collective_timeout_seconds + 60
+
+
+def wait_until_free(directory: Path, seconds: float) -> None:
+    """At a start after another one: wait for the end of a rank 0 that was cut off, at most so long."""
+    deadline = time.monotonic() + seconds
+    while is_held(directory) and time.monotonic() < deadline:
+        time.sleep(1)
 
 
 def take_start(directory: Path, becomes_rank: bool = False) -> None:

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigmodel.launcher.local import Ending, collect_signals
@@ -22,7 +22,7 @@ from bigmodel.launcher.record import Launch, bad_hosts, is_held, launches, recor
 from bigmodel.run_directory import EXIT_STOPPED, read_json_lines, record_event
 
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 5.0, 60.0  # before a restart after one, and after many without a new step
-HELD_SECONDS = 120.0  # for a rank 0 that was cut off to end: it hangs without its peers, and its node's watch ends it
+NODE_SECONDS, ASK_SECONDS = 600.0, 5.0  # for a host without a spare to come back: a server starts in minutes
 WAIT_POLL_SECONDS = 0.2
 LEAST_SECONDS = 60.0  # of work before a time limit: less is not worth a start
 FAILURES = ("failed", "lost", "hang", "bad_device")
@@ -133,10 +133,12 @@ def supervise(
     hosts: Sequence[str],
     number: int,
     start: Start,
+    held_seconds: float,
     silent: Callable[[Sequence[str]], list[str]] = lambda hosts: [],
 ) -> int:
     """Run the ranks on `number` of the hosts until `decide` ends it; returns the exit code.
 
+    held_seconds: longest wait for a rank 0 that was cut off.
     silent: which of these hosts do not answer now; asked before each restart. Handles signals, so call it from the
     main thread. A signal while it waits ends it.
     """
@@ -147,11 +149,11 @@ def supervise(
         while True:
             ending = start(used, first, signals)
             record_end(directory, ending.cause, ending.code, ending.detail, ending.since)
-            decision = _after(directory, limit, hosts, number, earlier, bool(signals), silent)
+            decision = _after(directory, limit, hosts, number, earlier, signals, silent)
             record_decision(directory, decision)
             if not decision.restart:
                 return ending.code
-            if refused := wait_before(directory, decision.wait_seconds, lambda: bool(signals)):
+            if refused := wait_before(directory, decision.wait_seconds, held_seconds, lambda: bool(signals)):
                 record_decision(directory, Decision(False, refused))
                 return EXIT_STOPPED if signals else ending.code
             used, first = decision.hosts, False
@@ -163,44 +165,55 @@ def _after(
     hosts: Sequence[str],
     number: int,
     earlier: int,
-    stopping: bool,
+    signals: Sequence[int],
     silent: Callable[[Sequence[str]], list[str]],
 ) -> Decision:
+    """Decide after the ranks' end. A host that does not answer and has no spare is waited for, `NODE_SECONDS`."""
     history, bad = _history(directory)[earlier:], bad_hosts(directory)
     gone: list[str] = []
+    waits, deadline = False, time.monotonic() + NODE_SECONDS
     while True:
-        decision = decide(Situation(history, hosts, number, bad, gone, stopping=stopping), limit)
+        decision = decide(Situation(history, hosts, number, bad, gone, stopping=bool(signals)), limit)
         found = silent(decision.hosts) if decision.restart else []
-        if not found:
+        if found:
+            gone += found
+        elif decision.restart or not gone or signals or time.monotonic() > deadline:
             return decision
-        gone += found
+        else:
+            if not waits:
+                waits = True
+                record_decision(directory, replace(decision, reason=f"{decision.reason}: waiting for it"), "wait")
+            time.sleep(ASK_SECONDS)
+            gone = silent(gone)
 
 
-def wait_before(directory: Path, seconds: float, stopped: Callable[[], bool]) -> str:
-    """Wait before a restart, and until no rank of the last start holds the run directory.
+def wait_before(directory: Path, seconds: float, held_seconds: float, stopped: Callable[[], bool]) -> str:
+    """Wait before a restart, and until no rank of the last start holds the run directory, at most `held_seconds`.
 
-    Returns the reason not to restart, if that takes more than `HELD_SECONDS` or it is `stopped`; else "".
+    A rank 0 that was cut off waits for its peers until the collective timeout. Returns the reason not to restart; else
+    "".
     """
     began = time.monotonic()
     while not stopped():
         passed = time.monotonic() - began
         if passed >= seconds and not is_held(directory):
             return ""
-        if passed > seconds + HELD_SECONDS:
+        if passed > seconds + held_seconds:
             return f"rank 0 of the last start still holds {directory}/lock after {passed:.0f} s: end it on its host"
         time.sleep(WAIT_POLL_SECONDS)
     return "stopped before the restart"
 
 
-def record_decision(directory: Path, decision: Decision) -> None:
-    """Write the event `decided`, and print it unless the end explains itself."""
-    action, wait = ("restart", {"wait_seconds": decision.wait_seconds}) if decision.restart else ("end", {})
+def record_decision(directory: Path, decision: Decision, action: str = "") -> None:
+    """Write the event `decided`, and print it unless the end explains itself. action: restart or end if not given."""
+    action = action or ("restart" if decision.restart else "end")
+    wait = {"wait_seconds": decision.wait_seconds} if decision.restart else {}
     left_out = {"excluded": list(decision.excluded)} if decision.excluded else {}
     record_event(directory, "decided", action=action, reason=decision.reason, **wait, **left_out)
     if _history(directory)[-1].cause in ("finished", "stopped", "user_error"):
         return
     when = f" in {decision.wait_seconds:.0f} s" if decision.wait_seconds else ""
-    words = f"restart{when}" if decision.restart else "no restart"
+    words = {"restart": f"restart{when}", "end": "no restart"}.get(action, action)
     print(f"launcher: {words}: {decision.reason}", file=sys.stderr, flush=True)
 
 

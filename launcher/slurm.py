@@ -174,11 +174,12 @@ def ended(
     code: int,
     preflight: bool,
     environment: Mapping[str, str],
-    may_restart: bool = False,
+    held_seconds: float = 0.0,
 ) -> int:
     """Inside a job: record its end, requeue it according to the policy; returns the job's exit code.
 
-    may_restart: the script runs srun again after the code `RESTART_HERE`. Raises `UserError` outside of a job.
+    held_seconds: above 0, the script runs srun again after the code `RESTART_HERE`; longest wait for a rank 0 that was
+    cut off. Raises `UserError` outside of a job.
     """
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
@@ -198,10 +199,10 @@ def ended(
     detail = "preflight" if preflight else "" if cause in ("finished", "stopped") else f"srun ended with {code}"
     record_end(directory, cause, code, detail)
     not_here = ""
-    if may_restart and not preflight:
+    if held_seconds and not preflight:
         history = launches(read_json_lines(directory / "events.jsonl"))
         here = [launch for launch in history if (launch.job, launch.restart) == (job, restart)]
-        not_here = _restart_here(directory, cluster, job, here, environment)
+        not_here = _restart_here(directory, cluster, job, here, environment, held_seconds)
         if not not_here:
             return RESTART_HERE
     history = launches(read_json_lines(directory / "events.jsonl"))  # a stop may have been requested
@@ -219,7 +220,12 @@ def ended(
 
 
 def _restart_here(
-    directory: Path, cluster: Cluster, job: str, history: Sequence[Launch], environment: Mapping[str, str]
+    directory: Path,
+    cluster: Cluster,
+    job: str,
+    history: Sequence[Launch],
+    environment: Mapping[str, str],
+    held_seconds: float,
 ) -> str:
     """Decide on a restart in place, and wait before it. Returns the reason if there is none, else ""."""
     nodes = expand_hosts(environment["SLURM_JOB_NODELIST"])
@@ -240,7 +246,7 @@ def _restart_here(
     def stopped() -> bool:
         return launches(read_json_lines(directory / "events.jsonl"))[-1].stop_requested
 
-    return in_place.wait_before(directory, decision.wait_seconds, stopped)
+    return in_place.wait_before(directory, decision.wait_seconds, held_seconds, stopped)
 
 
 def _seconds_left(job: str) -> float:

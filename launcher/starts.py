@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bigmodel.config.settings import UserError
+from bigmodel.config.settings import Settings, UserError
 from bigmodel.launcher import hosts, local, preflight
 from bigmodel.launcher.cluster import Cluster, host_of
 from bigmodel.launcher.execute import check_address
 from bigmodel.launcher.network import free_port
 from bigmodel.launcher.placement import port_of
-from bigmodel.launcher.record import record_launch, take_start
+from bigmodel.launcher.record import cut_off_seconds, record_launch, take_start
 from bigmodel.launcher.restart import supervise
 from bigmodel.launcher.standby import Standbys
 from bigmodel.launcher.topology import Topology, even_topology
@@ -54,8 +54,9 @@ def topology_here(cluster: Cluster, size: int) -> Topology:
     return even_topology([os.uname().nodename], size, "127.0.0.1", cluster.main_port or free_port())
 
 
-def start_here(command: Command, cluster: Cluster, directory: Path, size: int) -> int:
+def start_here(command: Command, cluster: Cluster, settings: Settings, size: int) -> int:
     """Train with `size` ranks on this machine."""
+    directory = settings.run.directory
     logs = make_logs(directory)
     take_start(directory)
     check_address(topology_here(cluster, size))
@@ -72,7 +73,7 @@ def start_here(command: Command, cluster: Cluster, directory: Path, size: int) -
         return local.run(words, topology, logs, signals=signals, standbys=standbys, **more)
 
     try:
-        return supervise(directory, limit, [os.uname().nodename], 1, start)
+        return supervise(directory, limit, [os.uname().nodename], 1, start, cut_off_seconds(settings))
     finally:
         if standbys:
             standbys.close()
@@ -96,8 +97,9 @@ def without_spares(cluster: Cluster, targets: Sequence[str]) -> list[str]:
     return list(targets[:number])
 
 
-def start_on_hosts(command: Command, cluster: Cluster, directory: Path, targets: Sequence[str], each: int) -> int:
+def start_on_hosts(command: Command, cluster: Cluster, settings: Settings, targets: Sequence[str], each: int) -> int:
     """Train with `each` ranks on the hosts over ssh; the last ones are spares."""
+    directory = settings.run.directory
     make_logs(directory)
     take_start(directory)
     used = without_spares(cluster, targets)
@@ -120,7 +122,8 @@ def start_on_hosts(command: Command, cluster: Cluster, directory: Path, targets:
     def silent(names: Sequence[str]) -> list[str]:
         return list(map(host_of, hosts.silent_hosts(cluster, [target_of[name] for name in names], Path.cwd())))
 
-    return supervise(directory, command.limit(cluster), list(target_of), len(used), start, silent)
+    limit, held = command.limit(cluster), cut_off_seconds(settings)
+    return supervise(directory, limit, list(target_of), len(used), start, held, silent)
 
 
 def _require_good_nodes(runner: preflight.Runner, directory: Path, cluster: Cluster) -> None:

@@ -202,7 +202,7 @@ def _lives(launch: dict[str, Any]) -> bool:
 
 def _state(directory: Path, launch: dict[str, Any], last: Launch | None) -> str:
     cause = last.cause if last else ""
-    again = "restarting" if last and last.decided == "restart" else ""
+    again = "restarting" if last and last.decided in ("restart", "wait") else ""
     if is_held(directory):
         return "running" if not cause else "ending"
     queued = queue_state(launch.get("job", ""))

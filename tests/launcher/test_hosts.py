@@ -172,6 +172,37 @@ def test_a_spare_takes_the_place_of_a_host_that_is_gone(
 
 
 @needs_ssh
+@needs_namespaces
+@pytest.mark.long
+def test_a_spare_takes_the_place_of_the_host_of_rank_0_that_was_cut_off(
+    machines: Machines, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, shards: Path, reference: dict
+) -> None:
+    """The rank there lives on, and holds the run directory until its collective timeout; nobody else writes there."""
+    run_file, run = write_run(tmp_path, shards), tmp_path / "run"
+    folder, port = tmp_path_factory.mktemp("sshds"), free_port()
+    servers = [Sshd(folder, port, [one], machines.inside(number)) for number, one in enumerate(machines.addresses)]
+    first, second, spare = machines.addresses
+    cluster = write_files(tmp_path, machines.addresses, servers[0].options, "[restart]\nspare_nodes = 1\n")
+    limit = ["--set", "training.collective_timeout_seconds=40"]
+    process = launch("ssh", str(run_file), "--cluster", str(cluster), *steps(), *limit)
+    try:
+        wait_for_step(run, 9)
+        machines.cut_off(0)
+        output = output_of(process, 0)
+        machines.join(0)
+        assert_no_orphans(run)
+    finally:
+        process.kill()
+        for server in servers:
+            server.stop()
+    assert f"{first} left out for a spare" in output
+    assert read_json(run / "launch.json")["hosts"] == [spare, second]
+    assert_same_training(run, reference)
+    history = launches(read_json_lines(run / "events.jsonl"))
+    assert [(one.cause, one.decided) for one in history] == [("failed", "restart"), ("finished", "end")]
+
+
+@needs_ssh
 def test_a_host_that_does_not_answer_is_named_before_anything_starts(sshd: Sshd, tmp_path: Path, shards: Path) -> None:
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     cluster = write_files(tmp_path, ["127.0.0.1", "127.0.0.3"], sshd.options)

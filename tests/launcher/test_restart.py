@@ -152,12 +152,15 @@ if code == "cut off":  # a rank that the launcher cannot end holds the run direc
 sys.exit(code)
 '''
 take_start(here)
-restart.FIRST_WAIT_SECONDS, restart.HELD_SECONDS = float(sys.argv[3]), float(sys.argv[4])
+restart.FIRST_WAIT_SECONDS, restart.ASK_SECONDS = float(sys.argv[3]), 0.1
+restart.NODE_SECONDS = float(sys.argv[4])
+def silent(hosts):
+    return [host for host in hosts if (here / "gone").exists()]
 def start(hosts, first, signals):
     topology = even_topology(hosts, 1, "127.0.0.1", 1)
     record_launch(here, topology, "local", launcher=True)
     return local.run([sys.executable, "-c", trainee, str(here), sys.argv[2]], topology, here / "logs", signals=signals)
-sys.exit(restart.supervise(here, 2, ["here"], 1, start))
+sys.exit(restart.supervise(here, 2, ["here"], 1, start, float(sys.argv[4]), silent))
 """
 
 
@@ -257,6 +260,26 @@ def test_a_rank_0_that_was_cut_off_and_does_not_end_ends_the_run(tmp_path: Path)
     assert [action for action, _ in decisions(tmp_path)] == ["restart", "end"]
 
 
+def test_a_host_that_does_not_answer_and_has_no_spare_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "gone").touch()
+    process = start(tmp_path, [(3, 1), (9, 0)])
+    waiting = ("wait", "here does not answer, and no spare is left: waiting for it")
+    until(lambda: decisions(tmp_path) == [waiting], lambda: str(decisions(tmp_path)), 30)
+    assert status(tmp_path)["state"] == "restarting"
+    (tmp_path / "gone").unlink()
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, [action for action, _ in decisions(tmp_path)]) == (0, ["wait", "restart", "end"]), (
+        errors
+    )
+
+    (tmp_path / "gone").touch()
+    (tmp_path / "starts").unlink()
+    process = start(tmp_path, [(12, 1), (15, 0)], held=0.3)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "launcher: no restart: here does not answer, and no spare is left\n" in errors
+
+
 # `launch local`, with standbys at once instead of after a minute.
 LAUNCHES = """
 from bigmodel.launcher import standby
@@ -271,7 +294,7 @@ def test_a_run_with_a_killed_rank_goes_on_by_itself_and_equals_the_undisturbed_r
 ) -> None:
     """Its standbys become the ranks."""
     (tmp_path / "reference").mkdir()
-    reference = train_reference(tmp_path / "reference", shards)
+    reference = train_reference(tmp_path / "reference", shards, ranks_per_node=2)
     run_file, run = write_run(tmp_path, shards), tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCHES, "local", str(run_file), "--ranks", "2", *steps()],

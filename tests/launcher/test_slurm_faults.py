@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support.launched import (
     until,
     wait_for_step,
 )
+from tests.support.netns import Machines, missing_namespaces
 from tests.support.slurm import Cluster, missing
 from tests.support.tiny_run import write_run
 
@@ -35,11 +37,29 @@ HERE, SPARE = "nodes = 2\n", "nodes = 2\n[restart]\nspare_nodes = 1\n"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with started(tmp_path_factory, None) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster whose nodes have networks of their own."""
+    machines = Machines(3)
+    try:
+        machines.start()
+        with started(tmp_path_factory, machines) as found:
+            yield found
+    finally:
+        machines.stop()
+
+
+@contextmanager
+def started(tmp_path_factory: pytest.TempPathFactory, machines: Machines | None) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     base = tmp_path_factory.getbasetemp()
     for path in (folder, base, base.parent, base.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else base):
         path.chmod(0o755)  # munged runs as another user
-    cluster = Cluster(folder / "cluster", 3)
+    cluster = Cluster(folder / "cluster", 3, machines=machines)
     cluster.environment |= recording(cluster.environment)
     try:
         cluster.start()
@@ -56,11 +76,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[in
 class Submitted:
     """A run in the queue."""
 
-    def __init__(self, cluster: Cluster, folder: Path, shards: Path, machines: str, step_seconds: float = 0.2) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, shards: Path, machines: str, step_seconds: float = 0.2, *more: str
+    ) -> None:
         self.cluster, self.run = cluster, folder / "run"
         file = folder / "cluster.toml"
         file.write_text(machines)
-        words = [*LAUNCHER, "slurm", str(write_run(folder, shards)), "--cluster", str(file), *steps()]
+        words = [*LAUNCHER, "slurm", str(write_run(folder, shards)), "--cluster", str(file), *steps(), *more]
         answer = cluster.call(*words, RECORDED_STEP_SECONDS=str(step_seconds))
         self.job = re.search(r"job (\d+)", answer)[1]
 
@@ -180,6 +202,29 @@ def test_a_preempted_job_saves_is_requeued_and_ends(
     cluster.start_now(run.job)
     run.ends_like(reference)
     assert run.history[-1].restart >= 1
+
+
+@pytest.mark.skipif(bool(missing_namespaces()), reason=missing_namespaces())
+@pytest.mark.parametrize(("kind", "node"), [(SPARE, 1), (HERE, 0)], ids=["spare", "rank 0, requeue"])
+def test_a_node_that_is_cut_off_is_replaced(
+    apart: Cluster, tmp_path: Path, shards: Path, reference: dict[int, dict], kind: str, node: int
+) -> None:
+    """Its rank lives on until the collective timeout; rank 0 holds the run directory, and the next start waits."""
+    run = Submitted(apart, tmp_path, shards, kind, 0.2, "--set", "training.collective_timeout_seconds=60")
+    wait_for_step(run.run, 9)
+    lost = run.hosts[node]
+    number = int(lost[1:]) - 1
+    apart.machines.cut_off(number)
+    try:
+        if kind == HERE:  # SLURM requeues the job when the node does not answer
+            until(lambda: "Restarts=1" in apart.call("scontrol", "show", "job", run.job), lambda: run.output, 120)
+            apart.start_now(run.job)
+        until(lambda: run.history[-1].cause == "finished", lambda: run.output, 240)
+    finally:
+        apart.machines.join(number)
+    run.ends_like(reference)
+    assert lost not in run.hosts
+    assert len(run.history) == 2
 
 
 def test_a_requeue_leaves_out_the_nodes_that_were_named_as_bad(cluster: Cluster, tmp_path: Path, shards: Path) -> None:

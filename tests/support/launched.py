@@ -21,10 +21,10 @@ STEPS = 60
 LAUNCHER = [sys.executable, "-m", "bigmodel", "launch"]
 
 
-def train_reference(folder: Path, shards: Path) -> dict[int, dict[str, Any]]:
-    """Lines and batches of the same run by ranks that the test forks: two nodes of one rank each."""
+def train_reference(folder: Path, shards: Path, ranks_per_node: int = 1) -> dict[int, dict[str, Any]]:
+    """Lines and batches of the same run by two ranks that the test forks."""
     run_file = write_run(folder, shards)
-    run_ranks(2, train_recorded, run_file, folder / "printed", ranks_per_node=1)
+    run_ranks(2, train_recorded, run_file, folder / "printed", ranks_per_node=ranks_per_node)
     batches = batches_of(folder / "run")
     return {step: {**line, "batches": batches[step]} for step, line in steps_of(folder / "run").items()}
 

@@ -73,6 +73,13 @@ class Machines:
         limit = ["rate", rate, "burst", "32kbit", "latency", "50ms"]
         self.call(number, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
 
+    def cut_off(self, number: int) -> None:
+        """Take machine `number` from the network; its processes and files stay."""
+        _ip("link", "set", self.names[number], "down")
+
+    def join(self, number: int) -> None:
+        _ip("link", "set", self.names[number], "up")
+
     def inside(self, number: int, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.names[number], *command]
 

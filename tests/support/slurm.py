@@ -14,13 +14,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.netns import Machines
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "munged", "runuser")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "kmsg")
 ENVIRONMENT = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
 
 CONFIGURATION = r"""
 ClusterName=tests{port}
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -56,7 +58,7 @@ InactiveLimit=0
 MinJobAge=600
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr={addresses} Port=[{first}-{last}] \
  CPUs=16 Boards=1 SocketsPerBoard=2 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=train Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=10
@@ -77,20 +79,30 @@ def missing() -> str:
 class Cluster:
     """Running nodes n1 to nN. Every command goes through `call`, with the environment of this cluster."""
 
-    def __init__(self, folder: Path, nodes: int, gpus: int = 8) -> None:
-        self.folder, self.nodes = folder, nodes
+    def __init__(self, folder: Path, nodes: int, gpus: int = 8, machines: Machines | None = None) -> None:
+        """machines: namespaces for the nodes, so that one can be cut off; else all share this machine's network."""
+        self.folder, self.nodes, self.machines = folder, nodes, machines
         first = _free_ports(nodes + 1)
         host = socket.gethostname().partition(".")[0]
         for name in ("state", "munge"):
             (folder / name).mkdir(parents=True)
         self._hosts = folder / "hosts"
-        names = "".join(f"127.0.1.{number} n{number}\n" for number in range(1, nodes + 1))
+        known = machines.addresses[:nodes] if machines else [f"127.0.1.{number}" for number in range(1, nodes + 1)]
+        names = "".join(f"{address} n{number}\n" for number, address in enumerate(known, 1))
         self._hosts.write_text(Path("/etc/hosts").read_text() + names)
         files = ",".join(f"/dev/{name}" for name in DEVICES[:gpus])
         self.configuration = folder / "slurm.conf"
         self.configuration.write_text(
             CONFIGURATION.format(
-                folder=folder, host=host, nodes=nodes, gpus=gpus, port=first, first=first + 1, last=first + nodes
+                folder=folder,
+                host=host,
+                nodes=nodes,
+                gpus=gpus,
+                port=first,
+                first=first + 1,
+                last=first + nodes,
+                controller=f"10.{machines.subnet}.0.254" if machines else "127.0.0.1",
+                addresses=",".join(known) if machines else "127.0.0.1",
             )
         )
         (folder / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu Count={gpus} File={files}\n" if gpus else "")
@@ -171,7 +183,18 @@ class Cluster:
         self._start(*(("slurmctld", "-D") if name == "slurmctld" else ("slurmd", "-D", "-N", name)))
 
     def _inside(self, command: Sequence[str]) -> list[str]:
-        return ["unshare", "--mount", "sh", "-c", f'mount --bind {self._hosts} /etc/hosts && exec "$@"', "sh", *command]
+        node = command[3] if command[0] == "slurmd" else ""
+        place = self.machines.inside(int(node[1:]) - 1) if node and self.machines else []
+        return [
+            *place,
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'mount --bind {self._hosts} /etc/hosts && exec "$@"',
+            "sh",
+            *command,
+        ]
 
     def _start(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}.out", "ab") as output:
