@@ -69,8 +69,10 @@ def start_here(command: Command, cluster: Cluster, settings: Settings, size: int
     def start(names: Sequence[str], first: bool, signals: list[int]) -> local.Ending:
         topology, words = topology_here(cluster, size), [*trainer, *command.options_of(first)]
         record_launch(directory, topology, "local", launcher=True)
-        more = {"variables": cluster.variables(), "binding": cluster.binding}
-        return local.run(words, topology, logs, signals=signals, standbys=standbys, **more)
+        variables, binding = cluster.variables(), cluster.binding
+        return local.run(
+            words, topology, logs, variables=variables, binding=binding, signals=signals, standbys=standbys
+        )
 
     try:
         return supervise(directory, limit, [os.uname().nodename], 1, start, cut_off_seconds(settings))
