@@ -7,6 +7,7 @@ GPUS := $(shell ls /dev 2>/dev/null | grep -c '^nvidia[0-9][0-9]*$$')
 RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 TESTS ?=
 SEEDS ?= 1,2,3
+MINUTES ?= 10
 
 PY := .venv/bin/python
 CONSTRAINTS := configs/constraints.txt
@@ -17,7 +18,7 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq finetune ablations test test-long check torture exactness docs format clean
+.PHONY: help setup train train-seq2seq finetune ablations test test-long check torture soak exactness docs format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; a second call resumes'
@@ -30,6 +31,7 @@ help:  ## list these commands
 	@echo 'make test-long  the long tests, which make test leaves out (TESTS=... selects tests)'
 	@echo 'make check    set up, check format, lint and types, run the quick tests: under 3 minutes'
 	@echo 'make torture  thousands of kills, power cuts and flipped bits in checkpoints (minutes)'
+	@echo 'make soak     MINUTES of training under kills, stops, full disks, flipped bits and other faults at random'
 	@echo 'make exactness  every engine setting against plain torch (hours; a stopped run goes on);'
 	@echo '              writes benchmarks/support.md at the end'
 	@echo 'make docs     build the site of the documents, warnings are errors: site/index.html'
@@ -96,6 +98,9 @@ check: .venv/installed-dev
 
 torture: .venv/installed-dev
 	@$(PY) -m tools.torture
+
+soak: .venv/installed-dev
+	@$(PY) -m tools.soak --minutes $(MINUTES)
 
 exactness: .venv/installed-dev
 	@$(PY) -m tools.exactness

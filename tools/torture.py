@@ -1,11 +1,10 @@
 """Fault injection for checkpoints: thousands of kills, power cuts and flipped bits, on real files.
 
-    make torture        (python -m tools.torture --kills 200 --flips 1000 --processes 5)
+    make torture        (python -m tools.torture --kills 200 --flips 1000)
 
 - kills: two processes save a small checkpoint as two ranks; SIGKILL kills one at a named point of the save, or both
   at a random time. Every second kill is also a power cut: data that was not synced is lost.
 - flips: one random bit of a checkpoint is flipped, and it is loaded.
-- processes: a real run on two ranks is killed at a random time and resumed (`bigmodel check resume`).
 
 After each fault: every published checkpoint verifies, the newest is at least as new as the last one reported saved,
 and it loads exactly the saved tensors. `--defect` plants a defect; the program must then fail. Exit code 0 if every
@@ -313,33 +312,16 @@ def torture(folder: Path, kills: int, flips: int, defect: str = "", progress: Pr
     return wrong
 
 
-def process_kills(folder: Path, count: int) -> list[str]:
-    """Kill and resume real runs of two ranks on the tests' tiny corpus."""
-    from bigmodel.checks.runs import check_resume
-    from tests.support.tiny_corpus import prepared
-    from tests.support.tiny_run import write_run
-
-    shards = prepared(folder / "corpus", shard_tokens=1500)
-    wrong = []
-    for number in range(count):
-        run_file = write_run(folder, shards, stage=(1, 3)[number % 2], name=f"run{number}")
-        findings = check_resume(run_file, [])
-        wrong += [f"{finding.claim}: {finding.evidence}" for finding in findings if not finding.holds]
-    return wrong
-
-
 def main(
     kills: Annotated[int, typer.Option(help="at each point of a save")] = 200,
     flips: Annotated[int, typer.Option(help="flipped bits")] = 1000,
-    processes: Annotated[int, typer.Option(help="real runs killed and resumed")] = 5,
     defect: Annotated[str, typer.Option(help=f"plant one of: {', '.join(list(DEFECTS)[1:])}")] = "",
 ) -> None:
     with scratch_folder("torture-") as folder:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
         with Progress(*columns, console=Console(markup=False, emoji=False)) as progress:
             wrong = torture(folder, kills, flips, defect, progress)
-        wrong += process_kills(folder, processes)
-    done = f"{kills} kills at each of {len(POINTS)} points, {flips} flipped bits, {processes} runs killed and resumed"
+    done = f"{kills} kills at each of {len(POINTS)} points, {flips} flipped bits"
     print("\n".join(wrong[:20]))
     print(f"{done}: {f'{len(wrong)} broken guarantees' if wrong else 'every guarantee held'}")
     raise typer.Exit(1 if wrong else 0)

@@ -1,5 +1,12 @@
-"""Ranks with a fault, for tests: training with a flipped bit, or a value that is not finite, on one of them."""
+"""Ranks with a fault, for tests and `make soak`: training that is killed, stopped, starved of data or of room on the
+disk, or computes or keeps wrong numbers on one rank, at a given step."""
 
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,20 +14,39 @@ from typing import Any
 from tests.support.ranks import command
 
 FLIPPED, BROKEN, POISONED, LOUD = "flipped", "broken", "poisoned", "loud"
+KILLED, STOPPED, RAISED, STALLED, NO_ROOM = "killed", "stopped", "raised", "stalled", "no room"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: flipped: a bit of a weight in this rank's copy, before step `step` is computed; broken: the output of
-    `module` is not finite on this rank, `times` times from that step on; poisoned: it is not finite on any rank for one
-    in five micro-batches, which their tokens tell; loud: gradients of data step `step` are 2,000 times as large."""
+    """kind:
+    flipped: a bit of a weight in this rank's copy, before step `step` is computed;
+    broken: the output of `module` is not finite on this rank, `times` times from that step on;
+    poisoned: it is not finite on any rank for one in five micro-batches, which their tokens tell;
+    loud: gradients of data step `step` are 2,000 times as large;
+    killed, stopped: SIGKILL or SIGSTOP, `delay` seconds after the first forward pass of that step began;
+    raised: an exception before that step is computed;
+    stalled: from that step on no document can be read;
+    no room: for `steps` steps from that one on no file can become larger than `limit_of` is now, or `room_bytes`.
 
-    kind: str
+    spoilt: data steps that are not finite on any rank. journal: gets the Unix time at which the fault happened."""
+
+    kind: str = ""
     rank: int = 1
     step: int = 3
     module: str = "blocks.1.feed_forward"
     times: int = 1
     backward: bool = False
+    delay: float = 0.0
+    steps: int = 8
+    room_bytes: int = 1 << 16
+    limit_of: Path | None = None
+    spoilt: tuple[int, ...] = ()
+    journal: Path | None = None
+
+    def happens(self) -> None:
+        if self.journal:
+            self.journal.write_text(repr(time.time()))
 
 
 def train(fault: Fault, arguments: list[str], output: Path) -> int:
@@ -40,7 +66,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             super().__init__(model, *more)
             self.batch: Any = None
             self.model = model
-            if fault.kind != FLIPPED:
+            if fault.kind in (BROKEN, POISONED) or fault.spoilt:
                 model.register_forward_pre_hook(self.remember)
                 model.get_submodule(fault.module).register_forward_hook(self.spoil)
 
@@ -50,23 +76,33 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
         def spoil(self, module: Any, inputs: Any, output: Any) -> Any:
             poisoned = fault.kind == POISONED and int(self.batch.tokens.sum()) % 5 == 0
             here = fault.kind == BROKEN and self.world.rank == fault.rank and self.at >= fault.step
-            if not module.training or not (poisoned or (here and self.left > 0)):
+            breaks = here and self.left > 0
+            if not module.training or not (poisoned or breaks or self.at in fault.spoilt):
                 return output
-            self.left -= here
+            if breaks:
+                self.left -= 1
+                fault.happens()
             if not fault.backward:
                 return output * float("nan")
             output.register_hook(lambda gradient: gradient * float("nan"))
             return output
 
         def micro_batch(self, batch: Any, num_labels: float, last: bool) -> Any:
-            if fault.kind == FLIPPED and self.world.rank == fault.rank and self.at == fault.step and self.left:
+            if fault.kind in STRIKES and self.world.rank == fault.rank and self.at >= fault.step and self.left:
                 self.left = 0
-                flip(self.model.get_submodule(fault.module).weight.data)
+                STRIKES[fault.kind](fault, self.model)
+            if fault.kind == NO_ROOM and self.at >= fault.step + fault.steps:
+                limit_files(resource.RLIM_INFINITY)
             is_loud = fault.kind == LOUD and self.at == fault.step
             return super().micro_batch(batch, num_labels / 2000 if is_loud else num_labels, last)
 
     loop.Engine, loop.Stream = Engine, Stream  # type: ignore[misc]
     return command(arguments, output)
+
+
+def strike_bit(fault: Fault, model: Any) -> None:
+    fault.happens()
+    flip(model.get_submodule(fault.module).weight.data)
 
 
 def flip(weight: Any) -> None:
@@ -75,3 +111,44 @@ def flip(weight: Any) -> None:
 
     integers = weight.view(-1).view(torch.int32 if weight.element_size() == 4 else torch.int16)
     integers[7] ^= 1
+
+
+def send_later(number: int, fault: Fault) -> None:
+    def send() -> None:
+        fault.happens()
+        os.kill(os.getpid(), number)
+
+    threading.Timer(fault.delay, send).start()
+
+
+def raise_here(fault: Fault, model: Any) -> None:
+    fault.happens()
+    raise ValueError("a planted exception")
+
+
+def stall(fault: Fault, model: Any) -> None:
+    from bigmodel.data.load.readahead import ReadAhead
+
+    fault.happens()
+    ReadAhead.document = lambda self, *place: threading.Event().wait()  # type: ignore[method-assign]
+
+
+def fill_disk(fault: Fault, model: Any) -> None:
+    """The limit of a file's size: the system's own error, which counts as a full disk."""
+    fault.happens()
+    limit_files(max(fault.room_bytes, fault.limit_of.stat().st_size if fault.limit_of else 0))
+
+
+def limit_files(size: int) -> None:
+    """size: in bytes, or RLIM_INFINITY: none."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+STRIKES: dict[str, Callable[[Fault, Any], None]] = {
+    FLIPPED: strike_bit,
+    KILLED: lambda fault, model: send_later(signal.SIGKILL, fault),
+    STOPPED: lambda fault, model: send_later(signal.SIGSTOP, fault),
+    RAISED: raise_here,
+    STALLED: stall,
+    NO_ROOM: fill_disk,
+}

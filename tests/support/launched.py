@@ -1,11 +1,9 @@
 """Shared code of the launcher tests: the run, its reference, and checks for leftover processes."""
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import psutil
 import pytest
 
 from bigmodel.run_directory import read_json_lines
+from tests.support.batches import batches_of, record_batches
 from tests.support.ranks import command, run_ranks
 from tests.support.tiny_run import write_run
 
@@ -35,50 +34,11 @@ def train_recorded(run_file: Path, printed: Path) -> int:
     return command(["train", str(run_file), *steps()], printed)
 
 
-def record_batches(run_file: Path) -> None:
-    """In a trainer: write a line per batch of the model into RUN.batches beside the run directory."""
-    from bigmodel.data.load.stream import Stream
-    from bigmodel.model.transformer import Transformer
-
-    folder = run_file.with_suffix(".batches")
-    folder.mkdir(exist_ok=True)
-    forward, following, now = Transformer.forward, Stream.__next__, [-1]
-
-    slow = float(os.environ.get("RECORDED_STEP_SECONDS", "0"))
-
-    def recorded_next(self):
-        time.sleep(slow)
-        step = following(self)
-        now[0] = step.number
-        return step
-
-    def recorded_forward(self, batch, *arguments, **more):
-        if batch.num_tokens:
-            line = {"process": os.getpid(), "step": now[0] + 1, "fingerprint": batch.fingerprint()}
-            with open(folder / f"rank-{os.environ['RANK']}.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        return forward(self, batch, *arguments, **more)
-
-    Stream.__next__, Transformer.forward = recorded_next, recorded_forward
-
-
 def recording(environment: dict[str, str]) -> dict[str, str]:
     """The variable that makes trainers call `record_batches`."""
     here = Path(__file__).parent
     folders = (str(here / "recording"), str(here.parents[1]), environment.get("PYTHONPATH", ""))
     return {"PYTHONPATH": os.pathsep.join(folders)}
-
-
-def batches_of(run: Path) -> dict[int, list[str]]:
-    """Step -> sorted hashes of the model's input tensors over all ranks; a repeated step counts once."""
-    found = defaultdict(list)
-    for file in run.with_suffix(".batches").iterdir():
-        lines = list(read_json_lines(file))
-        last = {line["step"]: line["process"] for line in lines}
-        for line in lines:
-            if line["process"] == last[line["step"]]:
-                found[line["step"]].append(line["fingerprint"])
-    return {step: sorted(fingerprints) for step, fingerprints in found.items()}
 
 
 def steps(number: int = STEPS) -> list[str]:

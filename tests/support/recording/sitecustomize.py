@@ -10,6 +10,6 @@ from pathlib import Path
 runpy.run_path(str(Path(__file__).parents[1] / "guard" / "sitecustomize.py"))  # Python runs only one sitecustomize
 
 if sys.orig_argv[1:4] == ["-m", "bigmodel", "train"]:
-    from tests.support.launched import record_batches
+    from tests.support.batches import record_batches
 
     record_batches(Path(sys.orig_argv[4]))

@@ -1,0 +1,63 @@
+"""A sample of `make soak`, and that it finds what is planted."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tools.soak import Soak, summary
+from tools.soak_defects import DEFECTS
+from tools.soak_faults import KINDS, deck, draw
+from tools.soak_run import Row
+from tools.soak_trace import Broken
+
+
+def test_each_kind_of_fault_is_the_first_of_a_run_in_turn_and_all_follow_from_the_seed() -> None:
+    decks = [deck(random.Random(f"7/{number}"), list(KINDS), number) for number in range(len(KINDS))]
+    assert [one[0] for one in decks] == list(KINDS)
+    assert all(sorted(one) == sorted(KINDS) for one in decks)
+    drawn = [[draw(random.Random(3), list(decks[4]), 0, 80, 2, 0) for _ in range(3)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_fits_into_a_run(kind: str) -> None:
+    found = {draw(random.Random(seed), [kind], 0, 80, 2, 2).kind for seed in range(20)}
+    assert found == {kind}
+    assert draw(random.Random(1), [kind], 76, 80, 2, 2).kind == ""
+
+
+def test_the_table_has_median_and_worst() -> None:
+    rows = [Row("killed", 0.1, 2.0, 1.0), Row("killed", 0.3, 2.0, 3.0), Row("slow", 4.0, 15.0, None)]
+    first, second = summary(rows)
+    assert (first["detected_median"], first["detected_worst"], first["recovered_worst"]) == (0.2, 0.3, 3.0)
+    assert (second["fault"], second["count"], second["recovered_median"]) == ("slow", 1, None)
+
+
+def test_faults_are_named_and_nothing_is_lost(tmp_path: Path, shards: Path) -> None:
+    soak = Soak(tmp_path, shards, 5, kinds=("killed", "stopped", "truncated", "flipped bit", "other ranks"))
+    soak.run(0)
+    assert len(soak.rows) >= 2
+
+
+def run_all(soak: Soak, runs: int) -> None:
+    for number in range(runs):
+        soak.run(number)
+
+
+@pytest.mark.parametrize(
+    ("defect", "kinds", "words"),
+    [
+        ("published early", ("killed",), "published and not whole"),
+        ("barrier missing", ("killed",), "published and not whole"),
+        ("cursor from the loader", ("killed",), "the batches of step"),
+        ("replica hash ignored", ("flipped bit",), "nothing names rank"),
+    ],
+)
+def test_a_planted_defect_is_found(
+    tmp_path: Path, shards: Path, defect: str, kinds: tuple[str, ...], words: str
+) -> None:
+    assert defect in DEFECTS
+    soak = Soak(tmp_path, shards, 2, kinds=kinds, defect=defect)
+    with pytest.raises(Broken, match=words):
+        run_all(soak, 3)
