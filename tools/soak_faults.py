@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from bigmodel.launcher.record import last_metrics
 from bigmodel.launcher.watch import status
-from bigmodel.run_directory import EXIT_DEVICE, EXIT_STOPPED, EXIT_USER
+from bigmodel.run_directory import EXIT_DEVICE, EXIT_FAILED, EXIT_STOPPED
 from bigmodel.training.checkpoint.folder import path_of
 from tests.support.faulty import BROKEN, FLIPPED, KILLED, NO_ROOM, RAISED, STALLED, STOPPED, Fault
 
@@ -154,8 +154,8 @@ KINDS = {
         HANG_SECONDS + 1.0, hanging("SIGSTOP"), at_any_time(STOPPED), -signal.SIGKILL, "hang", after=AT_ANY_TIME
     ),
     "slow": Kind(15.0, slow, nothing, steps=SLOW_STEPS, after=40),
-    "raised": Kind(2.0, raised, of_kind(RAISED), 1),
-    "stalled": Kind(HANG_SECONDS + 1.0, hanging("waits for data"), of_kind(STALLED), EXIT_USER),
+    "raised": Kind(2.0, raised, of_kind(RAISED), EXIT_FAILED),
+    "stalled": Kind(HANG_SECONDS + 1.0, hanging("waits for data"), of_kind(STALLED), EXIT_FAILED),
     "no room for saves": Kind(5.0, save_failed, no_room, after=AT_ANY_TIME),
     "no room for metrics": Kind(5.0, metrics_wait, no_room, after=AT_ANY_TIME, rank=0),
     "not finite": Kind(5.0, bad_device("nonfinite"), not_finite, EXIT_DEVICE, "bad_device"),

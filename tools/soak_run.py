@@ -120,9 +120,10 @@ class Start:
         if ended and not self.dead:
             self.dead = next((one for one in ended if one[1] < 0), ended[0])
             self._deadline = time.monotonic() + GRACE_SECONDS
-        if time.monotonic() > min(self._deadline, self._began + START_SECONDS):
+        if time.monotonic() > self._deadline:
             kill(self.ranks)
-            raise Broken(f"ranks did not end by themselves: {[rank.exitcode for rank in self.ranks]}")
+        if time.monotonic() > self._began + START_SECONDS:
+            raise Broken(f"ranks did not end in {START_SECONDS:g} s: {[rank.exitcode for rank in self.ranks]}")
         return len(ended) < len(self.ranks)
 
     def seen(self) -> Seen:

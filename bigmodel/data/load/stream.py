@@ -27,6 +27,7 @@ from typing import Protocol, overload
 import numpy as np
 
 from bigmodel.config.settings import DataSettings, ScheduledSamplingSettings, UserError, num_micro_batches
+from bigmodel.config.user_error import MachineError
 from bigmodel.data.load.batch import Batch, Reader, build_batch, document_seeds, make_dropout_seeds
 from bigmodel.data.load.class_weights import ClassWeights
 from bigmodel.data.load.own_inputs import with_own_inputs
@@ -266,7 +267,7 @@ class Stream:
     def __next__(self) -> Step:
         """The next step; the stream has no end. Raises an error of the thread, on every further call too.
 
-        Raises `UserError` if no step is ready in data.stall_seconds.
+        Raises `MachineError` if no step is ready in data.stall_seconds.
         """
         began = time.perf_counter()
         while self._failure is None:
@@ -280,7 +281,7 @@ class Stream:
                         "the data thread ended without an error; this is a bug: please report it"
                     ) from None
                 if time.perf_counter() - began > self._data.stall_seconds:
-                    raise UserError(self._describe_stall()) from None
+                    raise MachineError(self._describe_stall()) from None
                 continue
             if isinstance(item, Step):
                 self.wait_seconds = time.perf_counter() - began

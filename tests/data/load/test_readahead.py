@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bigmodel.config.settings import DataSettings, UserError
+from bigmodel.config.user_error import MachineError
 from bigmodel.data.load import stream as stream_module
 from bigmodel.data.load.readahead import ReadAhead
 from bigmodel.data.load.stream import Stream, validation_batches
@@ -274,7 +275,7 @@ def test_a_stalled_worker_is_an_error_in_time_that_says_what_it_reads(
     data = DATA.model_copy(update={"stall_seconds": 1.0})
     stream = Stream(store, Order(store, data, PACKS_PER_STEP, 5), data, 1, Place(0, 1), 5)
     began, taken = time.monotonic(), []
-    with pytest.raises(UserError, match=r"stall_seconds = 1: .*reading document \d+ of shard \d+ of source '\w+'"):
+    with pytest.raises(MachineError, match=r"stall_seconds = 1: .*reading document \d+ of shard \d+ of source '\w+'"):
         taken.extend(stream)
     assert len(taken) < STEPS
     assert time.monotonic() - began < 20
