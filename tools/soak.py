@@ -31,12 +31,12 @@ from rich.table import Table
 from bigmodel.checks.scratch import scratch_folder
 from bigmodel.run_directory import write_json
 from tests.support.tiny_corpus import prepared
-from tools.measure import ROOT, Record
 from tools.soak_defects import DEFECTS
 from tools.soak_faults import KINDS, deck
 from tools.soak_run import Row, Run, Soaked, undisturbed
 from tools.soak_trace import Broken, Design, Trace, compare
 
+ROOT = Path(__file__).parents[1]
 STEPS = 80  # of a run
 STAGES, REPLICATED, WORLD_SIZES = (0, 1, 3), (0, 1), (2, 3)
 SPOILT_SHARE = 0.25  # of the runs: one step of their data is not finite
@@ -132,7 +132,7 @@ def main(
     if defect not in DEFECTS:
         raise SystemExit(f"--defect {defect}: choose one of {', '.join(list(DEFECTS)[1:])}")
     seed = seed or random.SystemRandom().randrange(1, 10**6)
-    head = Record(out, "soak", "cpu").head if out else {}
+    head = head_of(out) if out else {}
     print(f"seed {seed}", flush=True)
     code, began = 0, time.monotonic()
     with scratch_folder("soak-") as scratch:
@@ -153,6 +153,12 @@ def main(
             print(f"\ninterrupted: seed {seed}, last fault: {soak.last}")
     report(soak, head, time.monotonic() - began, seed, out)
     raise typer.Exit(code)
+
+
+def head_of(out: Path) -> dict[str, Any]:
+    from tools.measure import Record  # here, because each rank imports this module, and that one takes half a second
+
+    return Record(out, "soak", "cpu").head
 
 
 def report(soak: Soak, head: dict[str, Any], seconds: float, seed: int, out: Path | None) -> None:

@@ -46,6 +46,7 @@ from tools.soak_rank import train_recorded
 from tools.soak_trace import Broken, Design, Trace, steps_of, trace_of
 
 EVERY_STEPS = 4  # between saves
+BATCH = 6  # packed sequences of a step: an even share for two ranks and for three
 POLL_SECONDS = 0.01
 LOOK_EVERY = 3  # polls
 GRACE_SECONDS = 15.0  # for ranks whose peer died, as of the launcher
@@ -72,7 +73,7 @@ class Run:
         run_file = write_run(folder, shards, stage=design.stage)
         every = 1 if design.stage else EVERY_STEPS  # above ZeRO 0 each update gathers the weights anew
         changes = (
-            f"training.steps={steps}", f"checkpoint.every_steps={EVERY_STEPS}", "checkpoint.on_failure=continue",
+            f"training.steps={steps}", f"training.global_batch_size={BATCH}", f"checkpoint.every_steps={EVERY_STEPS}", "checkpoint.on_failure=continue",
             f"training.hang_seconds={HANG_SECONDS}", f"data.stall_seconds={STALL_SECONDS}",
             f"training.replica_check_every_steps={every}",
         )  # fmt: skip
@@ -153,8 +154,9 @@ class Watched:
 
     def look(self, seen: Seen) -> None:
         if self.named is None and self.happened:
-            self.named = KINDS[self.plan.kind].named(seen)
-            self.named_at = time.time()
+            found = KINDS[self.plan.kind].named(seen)
+            if self.plan.kind != SLOW or found == [self.plan.fault.rank]:  # busy cores make others slow for a while
+                self.named, self.named_at = found, time.time()
 
 
 class Soaked:
@@ -166,7 +168,7 @@ class Soaked:
         self._damaged: dict[Path, tuple[str, float]] = {}  # file -> kind, time; until the next start names it
         self._checked: set[int] = set()  # inodes of folders of checkpoints; also of those that we damaged
         self.changed_ranks = False
-        self._left: tuple[Row, float, int] | None = None  # of the last start: row, time of the fault, its step
+        self._left: tuple[int, float] | None = None  # of the last start, if it ended: its row, time of its fault
 
     def go(self) -> None:
         while self._one_start():
@@ -185,8 +187,8 @@ class Soaked:
         finally:
             kill(start.ranks)
         self._resumed(start, good, began)
+        self._check_published()  # before this program damages one
         self._judge(start, watched)
-        self._check_published()
         if plan.kind and not watched.happened:  # the run ended before
             self._waiting.append(plan.kind)
         elif plan.world_size != run.world_size:
@@ -209,15 +211,15 @@ class Soaked:
     def _resumed(self, start: Start, good: Sequence[int], began: float) -> None:
         """Nothing is lost: it went on from the newest whole checkpoint, and named those that are not."""
         seen = start.seen()
-        (event,) = [event for event in seen.events if event["event"] == "start"] or [None]
+        event = next((event for event in seen.events if event["event"] == "start"), None)
         if event is None:
             raise Broken(f"the start did not begin: {seen.printed[0][-2000:]}")
         if event["step"] != max(good, default=0):
             raise Broken(f"resumed at step {event['step']}, and the newest whole checkpoint is {max(good, default=0)}")
         first = next((line for line in steps_of(self.run.directory).values() if line["time"] > began), None)
         if self._left and first:
-            row, since = self._left[:2]
-            self.rows[self.rows.index(row)] = row._replace(recovered=first["time"] - since)
+            number, since = self._left
+            self.rows[number] = self.rows[number]._replace(recovered=first["time"] - since)
         self._left = None
         for file, (kind, since) in self._damaged.items():
             if f"checkpoint {file.parent} is damaged: {file.name}" not in seen.printed[0]:
@@ -243,8 +245,8 @@ class Soaked:
         if codes != {kind.code or 0}:
             raise Broken(f"exit codes {seen.codes}; expected {kind.code or 0} of rank {rank}")
         since = watched.happened
-        bound = max([kind.bound_seconds, *(1.0 + event["limit_seconds"] for event in seen.events
-                                           if event["event"] == "rank_hangs")])  # fmt: skip
+        limits = [event["limit_seconds"] + 1.0 for event in seen.events if event["event"] == "rank_hangs"]
+        bound = max([kind.bound_seconds, *limits])
         row = Row(plan.kind, watched.named_at - since, bound, None)
         if row.detected > bound:
             raise Broken(f"named after {row.detected:.2f} s; the bound is {bound:.2f} s")
@@ -253,7 +255,7 @@ class Soaked:
             self._damage(kind.damage, plan.kind)
             return
         self.rows.append(row)
-        self._left = (row, since, plan.fault.step) if kind.code is not None else None
+        self._left = (len(self.rows) - 1, since) if kind.code is not None else None
 
     def _end(self, start: Start, code: int | None, cause: str, rank: int) -> None:
         """Record the end as a launcher does; the run's own cause goes before."""
