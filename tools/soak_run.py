@@ -73,10 +73,14 @@ class Run:
         run_file = write_run(folder, shards, stage=design.stage)
         every = 1 if design.stage else EVERY_STEPS  # above ZeRO 0 each update gathers the weights anew
         changes = (
-            f"training.steps={steps}", f"training.global_batch_size={BATCH}", f"checkpoint.every_steps={EVERY_STEPS}", "checkpoint.on_failure=continue",
-            f"training.hang_seconds={HANG_SECONDS}", f"data.stall_seconds={STALL_SECONDS}",
+            f"training.steps={steps}",
+            f"training.global_batch_size={BATCH}",
+            f"training.hang_seconds={HANG_SECONDS}",
             f"training.replica_check_every_steps={every}",
-        )  # fmt: skip
+            f"data.stall_seconds={STALL_SECONDS}",
+            f"checkpoint.every_steps={EVERY_STEPS}",
+            "checkpoint.on_failure=continue",
+        )
         self._arguments = ["train", str(run_file), *(word for change in changes for word in ("--set", change))]
         self.starts: list[Path] = []  # where each start records its batches, and below it its output
 
