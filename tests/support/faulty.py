@@ -96,7 +96,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             is_loud = fault.kind == LOUD and self.at == fault.step
             return super().micro_batch(batch, num_labels / 2000 if is_loud else num_labels, last)
 
-    loop.Engine, loop.Stream = Engine, Stream  # type: ignore[misc]
+    loop.Engine, loop.Stream = Engine, Stream  # type: ignore[assignment, misc]
     return command(arguments, output)
 
 
@@ -130,7 +130,7 @@ def stall(fault: Fault, model: Any) -> None:
     from bigmodel.data.load.readahead import ReadAhead
 
     fault.happens()
-    ReadAhead.document = lambda self, *place: threading.Event().wait()  # type: ignore[method-assign]
+    ReadAhead.document = lambda self, *place: threading.Event().wait()  # type: ignore[assignment, method-assign]
 
 
 def fill_disk(fault: Fault, model: Any) -> None:
