@@ -50,7 +50,7 @@ def run_all(soak: Soak, runs: int) -> None:
     [
         ("published early", ("killed",), "published and not whole"),
         ("barrier missing", ("killed",), "published and not whole"),
-        ("cursor from the loader", ("killed",), "the batches of step"),
+        ("cursor from the loader", ("killed",), "metrics.jsonl has steps|the batches of step"),
         ("replica hash ignored", ("flipped bit",), "nothing names rank"),
     ],
 )
