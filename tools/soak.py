@@ -4,16 +4,15 @@
 
 Runs of a small model are trained one after another. Each start of a run meets one fault, drawn from the seed: kill -9,
 SIGSTOP, SIGSTOP and SIGCONT in turn, an exception, a stalled loader, a full disk while saving and while writing
-metrics, a truncated, flipped or deleted file of a checkpoint, another number of ranks, a value that is not finite, a
-flipped bit in a replica. After the last start the run is compared with the undisturbed one (tools/soak_run.py has the
-guarantees, tools/soak_faults.py the faults and bounds).
+metrics, a truncated, flipped or deleted file of a checkpoint, another number of ranks, a value that is not finite on
+one rank or on all, a flipped bit in a replica. After the last start the run is compared with the undisturbed one
+(tools/soak_run.py has the guarantees, tools/soak_faults.py the faults and bounds).
 
 Exit code 0 if every guarantee held, 1 at the first that did not: then the seed, the last fault and a command that
 repeats the run are printed, and its folder stays. Ctrl-C ends it with the table so far. `--defect` plants a defect;
 the soak must then fail.
 """
 
-import json
 import os
 import random
 import shutil
@@ -32,13 +31,13 @@ from bigmodel.checks.scratch import scratch_folder
 from bigmodel.run_directory import write_json
 from tests.support.tiny_corpus import prepared
 from tools.soak_defects import DEFECTS
-from tools.soak_faults import KINDS, deck
+from tools.soak_faults import BAD_DATA, KINDS, deck
 from tools.soak_run import Row, Run, Soaked, undisturbed
 from tools.soak_trace import Broken, Design, Trace, compare
 
 ROOT = Path(__file__).parents[1]
 STEPS = 80  # of a run
-STAGES, REPLICATED, WORLD_SIZES = (0, 1, 3), (0, 1), (2, 3)
+STAGES, REPLICATED, WORLD_SIZES = (0, 1, 2, 3), (0, 1, 2), (2, 3)
 SPOILT_SHARE = 0.25  # of the runs: one step of their data is not finite
 LINE_WIDTH = 100
 
@@ -61,11 +60,13 @@ class Soak:
         """Train run `number` and compare it. Raises `Broken`; then its folder stays."""
         chance = random.Random(f"{self._seed}/{number}")
         waiting = deck(chance, self._kinds, number)
-        spoilt = (chance.randrange(2, self._steps),) if chance.random() < SPOILT_SHARE else ()
+        is_spoilt = chance.random() < SPOILT_SHARE and waiting[0] != BAD_DATA
+        spoilt = (chance.randrange(2, self._steps),) if is_spoilt else ()
         stage = chance.choice(REPLICATED if waiting[0] == "flipped bit" else STAGES)
         design = Design(stage, chance.choice(WORLD_SIZES), spoilt)
-        if stage not in REPLICATED:  # no rank holds what another one holds
-            waiting = [kind for kind in waiting if kind != "flipped bit"]
+        left_out = [] if stage in REPLICATED else ["flipped bit"]  # no rank holds what another one holds
+        left_out += [BAD_DATA] if spoilt else []  # which may begin at the spoilt step
+        waiting = [kind for kind in waiting if kind not in left_out]
         folder = self._folder / f"run-{number}"
         soaked = Soaked(Run(folder, self._shards, design, self._steps, self._defect), chance, waiting, self._tell)
         self.number = number
@@ -93,7 +94,7 @@ class Soak:
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row per kind: how often, and seconds to detect and to recover: median, worst, bound."""
+    """One row per kind: how often, and seconds to detect (median, worst, bound) and to recover (median, worst)."""
     found = []
     for kind in dict.fromkeys(KINDS):
         own = [row for row in rows if row.kind == kind]
@@ -168,7 +169,7 @@ def report(soak: Soak, head: dict[str, Any], seconds: float, seed: int, out: Pat
     if out:
         more = {"seed": seed, "seconds": round(seconds), "runs": soak.runs, "load_average": os.getloadavg()}
         write_json(out / "soak.json", {**head, **more, "rows": rows})
-        print(json.dumps(str(out / "soak.json")))
+        print(out / "soak.json")
 
 
 if __name__ == "__main__":

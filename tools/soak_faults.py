@@ -10,7 +10,8 @@ that the run itself names, or None as long as it names none. Pure but for readin
     slow                15                           slow_rank in metrics.jsonl and `launch status`
     no room for saves   5                            event checkpoint_failed
     no room for metrics 5                            the line of metrics.jsonl in the terminal
-    not finite, bit     5                            event bad_device
+    not finite, bit     5                            event bad_device; the launcher starts again elsewhere
+    bad data            5 after ten steps            exit code 2 of all ranks, with the way back
     other ranks         10                           exit code 3 of all ranks
     truncated, flipped, deleted   20                 the next start's line of the damaged file
 
@@ -27,17 +28,20 @@ from typing import Any, NamedTuple
 
 from bigmodel.launcher.record import last_metrics
 from bigmodel.launcher.watch import status
-from bigmodel.run_directory import EXIT_DEVICE, EXIT_FAILED, EXIT_STOPPED
+from bigmodel.run_directory import EXIT_DEVICE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 from bigmodel.training.checkpoint.folder import path_of
-from tests.support.faulty import BROKEN, FLIPPED, KILLED, NO_ROOM, RAISED, STALLED, STOPPED, Fault
+from tests.support.faulty import BROKEN, FLIPPED, KILLED, NO_ROOM, RAISED, RUINED, STALLED, STOPPED, Fault
 
 SLOW = "slow"  # SIGSTOP and SIGCONT in turn, by the soak itself
 OTHER_RANKS = "other ranks"  # SIGTERM to all ranks, by the soak itself
+BAD_DATA = "bad data"
+OF_ALL = (OTHER_RANKS, BAD_DATA)  # all ranks are named
 KNOWN_STEPS = 6  # of a start, before a fault: a usual step is known, and a fault late in a start is as likely
 SLOW_STEPS = 30  # before a slow rank: the first steps of a start tell nothing
 OFFSETS = 10  # drawn on top
 DAMAGED_FROM = 12  # steps of a start, if no two checkpoints are there before
-AT_ANY_TIME, BY_THE_SOAK = 16, 24  # steps that must follow: in 0.2 s, or until this program has looked
+AT_ANY_TIME, BY_THE_SOAK = 16, 24  # steps that must follow: in ANY_SECONDS, or until this program has looked
+ANY_SECONDS = 0.1  # about a save
 HANG_SECONDS, STALL_SECONDS = 1.0, 2.0  # of the run
 
 
@@ -122,12 +126,18 @@ def all_stopped(seen: Seen) -> list[int] | None:
     return list(range(len(seen.codes))) if seen.codes and set(seen.codes) == {EXIT_STOPPED} else None
 
 
+def diverged(seen: Seen) -> list[int] | None:
+    if seen.codes and set(seen.codes) == {EXIT_USER} and "the next start resumes from the newest" in seen.printed[0]:
+        return list(range(len(seen.codes)))
+    return None
+
+
 def nothing(chance: random.Random) -> dict[str, Any]:
     return {}
 
 
 def at_any_time(kind: str) -> Callable[[random.Random], dict[str, Any]]:
-    return lambda chance: {"kind": kind, "delay": chance.uniform(0.0, 0.2)}
+    return lambda chance: {"kind": kind, "delay": chance.uniform(0.0, ANY_SECONDS)}
 
 
 def of_kind(kind: str) -> Callable[[random.Random], dict[str, Any]]:
@@ -156,14 +166,15 @@ KINDS = {
     "stopped": Kind(
         HANG_SECONDS + 1.0, hanging("SIGSTOP"), at_any_time(STOPPED), -signal.SIGKILL, "hang", after=AT_ANY_TIME
     ),
-    "slow": Kind(15.0, slow, nothing, steps=SLOW_STEPS, after=40),
+    SLOW: Kind(15.0, slow, nothing, steps=SLOW_STEPS, after=40),
     "raised": Kind(2.0, raised, of_kind(RAISED), EXIT_FAILED),
     "stalled": Kind(HANG_SECONDS + 1.0, hanging("waits for data"), of_kind(STALLED), EXIT_FAILED),
     "no room for saves": Kind(5.0, save_failed, no_room, after=AT_ANY_TIME),
     "no room for metrics": Kind(5.0, metrics_wait, no_room_for_metrics, after=AT_ANY_TIME, rank=0),
     "not finite": Kind(5.0, bad_device("nonfinite"), not_finite, EXIT_DEVICE, "bad_device"),
     "flipped bit": Kind(5.0, bad_device("replica"), flipped, EXIT_DEVICE, "bad_device"),
-    "other ranks": Kind(10.0, all_stopped, nothing, EXIT_STOPPED, "stopped", after=BY_THE_SOAK),
+    BAD_DATA: Kind(5.0, diverged, of_kind(RUINED), EXIT_USER, "user_error", steps=DAMAGED_FROM, after=12),
+    OTHER_RANKS: Kind(10.0, all_stopped, nothing, EXIT_STOPPED, "stopped", after=BY_THE_SOAK),
     "truncated": KILL._replace(damage="truncated"),
     "flipped file": KILL._replace(damage="flipped"),
     "deleted": KILL._replace(damage="deleted"),

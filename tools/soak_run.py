@@ -3,10 +3,13 @@
 In: a seed, a design (ZeRO stage, number of ranks), the kinds of faults. Out: a `Row` per fault. Raises `Broken`
 if a guarantee does not hold:
 
-- a fault is named within its bound, the right rank and no other, with its exit code and cause;
-- a published checkpoint is whole from the moment it can be seen; the next start resumes from the newest whole one;
+- a fault happens, and is named within its bound: the right rank and no other, with its exit code and cause;
+- the launcher's decision is a restart after each fault of a machine, none after one of a user or a stop;
+- a published checkpoint is whole from the moment it can be seen; none that was reported as saved is lost, nor more than
+  two intervals of steps; the next start resumes from the newest whole one, after bad data from the newest healthy one;
 - at the end each step is there once, with the batches, losses and weights of the undisturbed run, bit for bit; after a
-  change of the number of ranks losses may differ by rounding. Steps are skipped only where the data are spoilt.
+  change of the number of ranks losses may differ by rounding. Steps are skipped only where the data are spoilt, and
+  are declared.
 
 The ranks are forked from a server that has the imports, and this program starts and ends them in place of a launcher.
 """
@@ -24,8 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bigmodel.launcher.record import last_metrics, launches, record_end
-from bigmodel.run_directory import EXIT_STOPPED, read_json_lines, record_event
+from bigmodel.launcher.restart import Situation, decide
+from bigmodel.run_directory import AGAIN, EXIT_STOPPED, EXIT_USER, read_json_lines, record_event
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.health import is_healthy
 from tests.support.faulty import Fault
 from tests.support.ranks import kill, start_ranks
 from tests.support.tiny_run import write_run
@@ -33,6 +38,7 @@ from tools.soak_faults import (
     DAMAGE_SECONDS,
     HANG_SECONDS,
     KINDS,
+    OF_ALL,
     OTHER_RANKS,
     SLOW,
     STALL_SECONDS,
@@ -50,7 +56,9 @@ BATCH = 6  # packed sequences of a step: an even share for two ranks and for thr
 POLL_SECONDS = 0.01
 LOOK_EVERY = 3  # polls
 GRACE_SECONDS = 15.0  # for ranks whose peer died, as of the launcher
-START_SECONDS = 90.0  # longest start
+START_SECONDS = 300.0  # longest start: a rank that never ends is found; much more than a busy machine needs
+CAUSES = {EXIT_STOPPED: "stopped", EXIT_USER: "user_error", **AGAIN}  # by exit code, as the launcher has them
+ANY_LIMIT = 100  # of restarts: only the cause decides
 SLOW_DUTY = 0.06, 0.02  # seconds stopped and running in turn
 
 
@@ -173,6 +181,7 @@ class Soaked:
         self._checked: set[int] = set()  # inodes of folders of checkpoints; also of those that we damaged
         self.changed_ranks = False
         self._left: tuple[int, float] | None = None  # of the last start, if it ended: its row, time of its fault
+        self._back: int | None = None  # where the next start resumes, if the last one diverged
 
     def go(self) -> None:
         while self._one_start():
@@ -192,10 +201,9 @@ class Soaked:
             kill(start.ranks)
         self._resumed(start, good, began)
         self._check_published()  # before this program damages one
+        self._check_saved(began)
         self._judge(start, watched)
-        if plan.kind and not watched.happened:  # the run ended before
-            self._waiting.append(plan.kind)
-        elif plan.world_size != run.world_size:
+        if plan.world_size != run.world_size:
             run.world_size, self.changed_ranks = plan.world_size, True
         return set(start.seen().codes) != {0}
 
@@ -218,8 +226,10 @@ class Soaked:
         event = next((event for event in seen.events if event["event"] == "start"), None)
         if event is None:
             raise Broken(f"the start did not begin: {seen.printed[0][-2000:]}")
-        if event["step"] != max(good, default=0):
-            raise Broken(f"resumed at step {event['step']}, and the newest whole checkpoint is {max(good, default=0)}")
+        expected = max(good, default=0) if self._back is None else self._back
+        if event["step"] != expected:
+            raise Broken(f"resumed at step {event['step']} instead of {expected}; whole checkpoints: {list(good)}")
+        self._back = None
         first = next((line for line in steps_of(self.run.directory).values() if line["time"] > began), None)
         if self._left and first:
             number, since = self._left
@@ -234,15 +244,17 @@ class Soaked:
     def _judge(self, start: Start, watched: Watched) -> None:
         """The fault was named in time, the right rank, the right code and cause."""
         plan, seen = watched.plan, start.seen()
-        if not plan.kind or not watched.happened:
-            if set(seen.codes) - {0}:
-                raise Broken(f"no fault happened, and the ranks ended with {seen.codes}: {seen.printed[0][-2000:]}")
+        if not plan.kind and set(seen.codes) != {0}:
+            raise Broken(f"no fault was planned, and the ranks ended with {seen.codes}: {seen.printed[0][-2000:]}")
+        if not plan.kind:
             return
+        if not watched.happened:
+            raise Broken(f"the fault did not happen; exit codes {seen.codes}: {seen.printed[0][-2000:]}")
         kind, rank, world_size = KINDS[plan.kind], plan.fault.rank, len(seen.codes)
-        expected = list(range(world_size)) if plan.kind == OTHER_RANKS else [rank]
+        expected = list(range(world_size)) if plan.kind in OF_ALL else [rank]
         undecided = plan.kind == "flipped bit" and world_size == 2 and self.run.design.stage == 0
         if watched.named is None:
-            raise Broken(f"nothing names rank {rank}; exit codes {seen.codes}")
+            raise Broken(f"nothing names rank {rank}; exit codes {seen.codes}: {seen.printed[0][-2000:]}")
         if watched.named != expected and not (undecided and watched.named == [0, 1]):
             raise Broken(f"rank {watched.named} was named")
         codes = set(seen.codes) if kind.code is None else {seen.codes[rank]}
@@ -254,22 +266,34 @@ class Soaked:
         row = Row(plan.kind, watched.named_at - since, bound, None)
         if row.detected > bound:
             raise Broken(f"named after {row.detected:.2f} s; the bound is {bound:.2f} s")
-        self._end(start, kind.code, kind.cause, rank)
+        if kind.code is not None:
+            self._end(start, kind.cause, None if plan.kind in OF_ALL else rank)
+        if kind.code == EXIT_USER:
+            self._back = self._newest_before(plan.fault.step)
         if kind.damage:
             self._damage(kind.damage, plan.kind)
             return
         self.rows.append(row)
         self._left = (len(self.rows) - 1, since) if kind.code is not None else None
 
-    def _end(self, start: Start, code: int | None, cause: str, rank: int) -> None:
-        """Record the end as a launcher does; the run's own cause goes before."""
-        if code is None:
-            return
-        if code != EXIT_STOPPED:
-            record_end(self.run.directory, "failed", 1, f"rank {rank} ended with {code}")
-        last = launches(read_json_lines(self.run.directory / "events.jsonl"))[-1]
-        if last.cause != cause or (cause != "stopped" and f"rank {rank} " not in last.detail):
+    def _end(self, start: Start, cause: str, rank: int | None) -> None:
+        """Record the end as a launcher does: by the first rank that died; the run's own cause goes before. Then the
+        launcher's decision."""
+        first, code = start.dead or (0, 0)
+        record_end(self.run.directory, CAUSES.get(code, "failed"), code, f"rank {first} ended with {code}")
+        history = launches(read_json_lines(self.run.directory / "events.jsonl"))
+        last = history[-1]
+        if last.cause != cause or (rank is not None and f"rank {rank} " not in last.detail):
             raise Broken(f"the recorded cause is {last.cause} ({last.detail}); expected {cause} of rank {rank}")
+        decision = decide(Situation(history, ["here"], 1), ANY_LIMIT)
+        if decision.restart != (cause not in ("stopped", "user_error")):
+            raise Broken(f"after {cause} the launcher decides: restart {decision.restart}, {decision.reason}")
+
+    def _newest_before(self, step: int) -> int:
+        """The newest healthy checkpoint whose weights a step before this one has used; without a mark the newest."""
+        used = [saved for saved in self.run.whole() if saved < step - 1]
+        healthy = [saved for saved in used if is_healthy(checkpoint.path_of(self.run.checkpoints, saved))]
+        return max(healthy or used, default=0)
 
     def _damage(self, how: str, kind: str) -> None:
         good = self.run.whole()
@@ -277,6 +301,17 @@ class Soaked:
             return
         file = damage(how, self.run.checkpoints, good[-1], self._chance)
         self._damaged[file] = kind, time.time()
+
+    def _check_saved(self, began: float) -> None:
+        """What a start since `began` reported as saved is there, and not much is lost."""
+        lines = list(read_json_lines(self.run.directory / "metrics.jsonl"))
+        reported = [line["step"] for line in lines if line["kind"] == "checkpoint" and line["time"] > began]
+        newest = max(self.run.whole(), default=0)
+        if newest < max(reported, default=0):
+            raise Broken(f"step {max(reported)} was reported as saved, and the newest whole checkpoint is {newest}")
+        done = max((line["step"] for line in lines if line["kind"] == "step"), default=0)
+        if done - newest > 2 * EVERY_STEPS:
+            raise Broken(f"{done - newest} steps are lost: {done} done, the newest whole checkpoint is {newest}")
 
     def _check_published(self) -> None:
         """Each checkpoint is read once, as soon as it has its name."""
@@ -325,4 +360,6 @@ def undisturbed(folder: Path, shards: Path, design: Design, steps: int) -> Trace
     seen = start.seen()
     if set(seen.codes) != {0}:
         raise Broken(f"the undisturbed run ended with {seen.codes}: {seen.printed[0][-2000:]}")
-    return run.trace()
+    found = run.trace()
+    assert found.weights, "the undisturbed run has saved nothing"
+    return found

@@ -1,7 +1,7 @@
 """What a run of `tools.soak` has trained, and whether it is what the undisturbed run has trained.
 
 In: a run directory, the batches that its starts recorded. Out: a `Trace`. `compare` raises `Broken` at the first
-difference: steps, batches, numbers, weights at the end.
+difference: steps, batches, numbers, weights at the end, skips that are not declared.
 """
 
 import hashlib
@@ -31,11 +31,13 @@ class Design(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What must not differ: by step, what was learned and the hashes of its batches; hashes of the last checkpoint."""
+    """What must not differ: by step, what was learned and the hashes of its batches; hashes of the last checkpoint.
+    declared: steps that events.jsonl has as skipped."""
 
     lines: dict[int, dict[str, Any]]
     batches: dict[int, set[str]]
     weights: dict[str, str]
+    declared: set[int]
 
 
 def trace_of(directory: Path, starts: Sequence[Path], last: Path) -> Trace:
@@ -45,7 +47,9 @@ def trace_of(directory: Path, starts: Sequence[Path], last: Path) -> Trace:
         if place.with_suffix(".batches").is_dir():
             batches |= {step: set(hashes) for step, hashes in batches_of(place.with_suffix("")).items()}
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in last.glob("*.safetensors")}
-    return Trace(steps_of(directory), batches, files)
+    events = read_json_lines(directory / "events.jsonl")
+    declared = {event["step"] for event in events if event["event"] == "step_skipped" and event["documents"]}
+    return Trace(steps_of(directory), batches, files, declared)
 
 
 def steps_of(run: Path) -> dict[int, dict[str, Any]]:
@@ -61,8 +65,9 @@ def compare(found: Trace, expected: Trace, design: Design, steps: int, exact: bo
     """Raises `Broken` at the first difference. exact: all on the same number of ranks."""
     if sorted(found.lines) != list(range(1, steps + 1)):
         raise Broken(f"metrics.jsonl has steps {sorted(found.lines)} of {steps}")
-    if skipped := tuple(step for step, line in found.lines.items() if line["skipped"] and step not in design.spoilt):
-        raise Broken(f"step {skipped[0]} was skipped without a reason")
+    skipped = {step for step, line in found.lines.items() if line["skipped"]}
+    if skipped - found.declared or skipped != set(design.spoilt):
+        raise Broken(f"steps {skipped} were skipped and {found.declared} declared; spoilt are {design.spoilt}")
     for step, line in expected.lines.items():
         here = found.lines[step]
         if found.batches.get(step) != expected.batches[step]:

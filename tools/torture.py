@@ -247,8 +247,8 @@ def _journal_syncs(journal: Path) -> None:
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def _publish_before_the_last_rank(rank: int) -> None:
-    """Rank 1 reports its write before it happens."""
+def publish_before_the_last_rank(rank: int, seconds: float = 0.05) -> None:
+    """Rank 1 reports its write this long before it happens."""
     if rank == 1:
         real = saving.write_share
 
@@ -257,7 +257,7 @@ def _publish_before_the_last_rank(rank: int) -> None:
             later = dict(tensors)
 
             def write() -> None:
-                time.sleep(0.05)
+                time.sleep(seconds)
                 real(path, later, rank, step)
 
             threading.Thread(target=write, daemon=True).start()
@@ -276,7 +276,7 @@ def _hash_unchecked(rank: int) -> None:
 
 DEFECTS: dict[str, Callable[[int], None]] = {
     "": lambda rank: None,
-    "publish before the last rank": _publish_before_the_last_rank,
+    "publish before the last rank": publish_before_the_last_rank,
     "no sync": _no_sync,
     "hash unchecked": _hash_unchecked,
 }

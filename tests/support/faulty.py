@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.support.ranks import command
 
-FLIPPED, BROKEN, POISONED, LOUD = "flipped", "broken", "poisoned", "loud"
+FLIPPED, BROKEN, POISONED, RUINED, LOUD = "flipped", "broken", "poisoned", "ruined", "loud"
 KILLED, STOPPED, RAISED, STALLED, NO_ROOM = "killed", "stopped", "raised", "stalled", "no room"
 
 
@@ -23,6 +23,7 @@ class Fault:
     flipped: a bit of a weight in this rank's copy, before step `step` is computed;
     broken: the output of `module` is not finite on this rank, `times` times from that step on;
     poisoned: it is not finite on any rank for one in five micro-batches, which their tokens tell;
+    ruined: it is not finite on any rank from that step on;
     loud: gradients of data step `step` are 2,000 times as large;
     killed, stopped: SIGKILL or SIGSTOP, `delay` seconds after the first forward pass of that step began;
     raised: an exception before that step is computed;
@@ -66,7 +67,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             super().__init__(model, *more)
             self.batch: Any = None
             self.model = model
-            if fault.kind in (BROKEN, POISONED) or fault.spoilt:
+            if fault.kind in (BROKEN, POISONED, RUINED) or fault.spoilt:
                 model.register_forward_pre_hook(self.remember)
                 model.get_submodule(fault.module).register_forward_hook(self.spoil)
 
@@ -75,11 +76,12 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
 
         def spoil(self, module: Any, inputs: Any, output: Any) -> Any:
             poisoned = fault.kind == POISONED and int(self.batch.tokens.sum()) % 5 == 0
-            here = fault.kind == BROKEN and self.world.rank == fault.rank and self.at >= fault.step
-            breaks = here and self.left > 0
-            if not module.training or not (poisoned or breaks or self.at in fault.spoilt):
+            here, now = self.world.rank == fault.rank, self.at >= fault.step
+            breaks = fault.kind == BROKEN and here and now and self.left > 0
+            ruined = fault.kind == RUINED and now
+            if not module.training or not (poisoned or breaks or ruined or self.at in fault.spoilt):
                 return output
-            if breaks:
+            if breaks or (ruined and here and self.left > 0):
                 self.left -= 1
                 fault.happens()
             if not fault.backward:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tools.soak import Soak, summary
+from tools.soak import summary
 from tools.soak_defects import DEFECTS
 from tools.soak_faults import KINDS, deck, draw
-from tools.soak_run import Row
-from tools.soak_trace import Broken
+from tools.soak_run import Row, Run, Soaked, undisturbed
+from tools.soak_trace import Broken, Design, Trace, compare
+
+DESIGN, STEPS = Design(stage=0, world_size=2), 32
 
 
 def test_each_kind_of_fault_is_the_first_of_a_run_in_turn_and_all_follow_from_the_seed() -> None:
@@ -34,30 +36,37 @@ def test_the_table_has_median_and_worst() -> None:
     assert (second["fault"], second["count"], second["recovered_median"]) == ("slow", 1, None)
 
 
-def test_faults_are_named_and_nothing_is_lost(tmp_path: Path, shards: Path) -> None:
-    soak = Soak(tmp_path, shards, 5, kinds=("killed", "stopped", "truncated", "flipped bit", "other ranks"))
-    soak.run(0)
-    assert len(soak.rows) >= 2
+@pytest.fixture(scope="module")
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Trace:
+    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", shards, DESIGN, STEPS)
 
 
-def run_all(soak: Soak, runs: int) -> None:
-    for number in range(runs):
-        soak.run(number)
+def soak_one(folder: Path, shards: Path, kind: str, expected: Trace, defect: str = "") -> list[Row]:
+    soaked = Soaked(Run(folder / "soaked", shards, DESIGN, STEPS, defect), random.Random(1), [kind], print)
+    soaked.go()
+    compare(soaked.run.trace(), expected, DESIGN, STEPS, exact=True)
+    return soaked.rows
+
+
+def test_a_killed_rank_is_named_and_nothing_is_lost(tmp_path: Path, shards: Path, undisturbed_run: Trace) -> None:
+    (row,) = soak_one(tmp_path, shards, "killed", undisturbed_run)
+    assert row.kind == "killed"
+    assert row.detected <= row.bound
+    assert row.recovered
 
 
 @pytest.mark.parametrize(
-    ("defect", "kinds", "words"),
+    ("defect", "kind", "words"),
     [
-        ("published early", ("killed",), "published and not whole"),
-        ("barrier missing", ("killed",), "published and not whole"),
-        ("cursor from the loader", ("killed",), "metrics.jsonl has steps|the batches of step"),
-        ("replica hash ignored", ("flipped bit",), "nothing names rank"),
+        ("published early", "killed", "published and not whole"),
+        ("barrier missing", "killed", "published and not whole"),
+        ("cursor from the loader", "killed", "metrics.jsonl has steps|the batches of step"),
+        ("replica hash ignored", "flipped bit", "nothing names rank"),
     ],
 )
 def test_a_planted_defect_is_found(
-    tmp_path: Path, shards: Path, defect: str, kinds: tuple[str, ...], words: str
+    tmp_path: Path, shards: Path, undisturbed_run: Trace, defect: str, kind: str, words: str
 ) -> None:
     assert defect in DEFECTS
-    soak = Soak(tmp_path, shards, 2, kinds=kinds, defect=defect)
     with pytest.raises(Broken, match=words):
-        run_all(soak, 3)
+        soak_one(tmp_path, shards, kind, undisturbed_run, defect)
