@@ -26,7 +26,7 @@ def publish_early() -> None:
             with suppress(OSError):
                 self._flight.final.symlink_to(self._flight.part, target_is_directory=True)
 
-    saver.Saver.begin = begin_and_publish  # type: ignore[method-assign]
+    saver.Saver.begin = begin_and_publish  # type: ignore[assignment, method-assign]
 
 
 def leave_out_the_barrier() -> None:

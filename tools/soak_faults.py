@@ -3,19 +3,20 @@
 In: a random generator and the place of a start; what can be seen of a start. Out: a `Plan` for the start; the ranks
 that the run itself names, or None as long as it names none. Pure but for reading the run's files.
 
-    kind                bound, seconds               named by
+    kind                bound, seconds + steps       named by
     killed              2                            the rank that ends first, by SIGKILL
     stopped, stalled    10 usual steps, at least 1   event rank_hangs, with its reason
     raised              2                            the rank that ends first, with its exception
     slow                15                           slow_rank in metrics.jsonl and `launch status`
-    no room for saves   5                            event checkpoint_failed
-    no room for metrics 5                            the line of metrics.jsonl in the terminal
-    not finite, bit     5                            event bad_device; the launcher starts again elsewhere
-    bad data            5 after ten steps            exit code 2 of all ranks, with the way back
-    other ranks         10                           exit code 3 of all ranks
+    no room for saves   5 + 12                       event checkpoint_failed
+    no room for metrics 5 + 12                       the line of metrics.jsonl in the terminal
+    not finite, bit     5 + 8                        event bad_device
+    bad data            5 + 40                       exit code 2 of all ranks, with the way back
+    other ranks         10 + 8                       exit code 3 of all ranks
     truncated, flipped, deleted   20                 the next start's line of the damaged file
 
-The seconds of a damaged file hold the whole next start.
+Steps are usual ones of the run: a save or a comparison must come before something can be seen; ten steps of bad data
+are computed three times each. The seconds of a damaged file hold the whole next start.
 """
 
 import random
@@ -58,10 +59,11 @@ class Seen:
 
 
 class Kind(NamedTuple):
-    """A kind of fault. named: the ranks that the run names, or None. code: with which the named rank ends, None: the
-    run goes on. cause: of the end in `launch status`."""
+    """A kind of fault. bound_seconds, and bound_steps on top: it is named within. named: the ranks that the run names,
+    or None. code: with which the named rank ends, None: the run goes on. cause: of the end in `launch status`."""
 
     bound_seconds: float
+    bound_steps: int
     named: Callable[[Seen], list[int] | None]
     fault: Callable[[random.Random], dict[str, Any]]
     code: int | None = None
@@ -160,21 +162,21 @@ def no_room_for_metrics(chance: random.Random) -> dict[str, Any]:
     return no_room(chance) | {"room_bytes": 0}  # with `limit_of`: no more than metrics.jsonl has
 
 
-KILL = Kind(2.0, first_dead, at_any_time(KILLED), -signal.SIGKILL, after=AT_ANY_TIME)
+KILL = Kind(2.0, 0, first_dead, at_any_time(KILLED), -signal.SIGKILL, after=AT_ANY_TIME)
 KINDS = {
     "killed": KILL,
     "stopped": Kind(
-        HANG_SECONDS + 1.0, hanging("SIGSTOP"), at_any_time(STOPPED), -signal.SIGKILL, "hang", after=AT_ANY_TIME
+        HANG_SECONDS + 1.0, 0, hanging("SIGSTOP"), at_any_time(STOPPED), -signal.SIGKILL, "hang", after=AT_ANY_TIME
     ),
-    SLOW: Kind(15.0, slow, nothing, steps=SLOW_STEPS, after=40),
-    "raised": Kind(2.0, raised, of_kind(RAISED), EXIT_FAILED),
-    "stalled": Kind(HANG_SECONDS + 1.0, hanging("waits for data"), of_kind(STALLED), EXIT_FAILED),
-    "no room for saves": Kind(5.0, save_failed, no_room, after=AT_ANY_TIME),
-    "no room for metrics": Kind(5.0, metrics_wait, no_room_for_metrics, after=AT_ANY_TIME, rank=0),
-    "not finite": Kind(5.0, bad_device("nonfinite"), not_finite, EXIT_DEVICE, "bad_device"),
-    "flipped bit": Kind(5.0, bad_device("replica"), flipped, EXIT_DEVICE, "bad_device"),
-    BAD_DATA: Kind(5.0, diverged, of_kind(RUINED), EXIT_USER, "user_error", steps=DAMAGED_FROM, after=12),
-    OTHER_RANKS: Kind(10.0, all_stopped, nothing, EXIT_STOPPED, "stopped", after=BY_THE_SOAK),
+    SLOW: Kind(15.0, 0, slow, nothing, steps=SLOW_STEPS, after=40),
+    "raised": Kind(2.0, 0, raised, of_kind(RAISED), EXIT_FAILED),
+    "stalled": Kind(HANG_SECONDS + 1.0, 0, hanging("waits for data"), of_kind(STALLED), EXIT_FAILED),
+    "no room for saves": Kind(5.0, 12, save_failed, no_room, after=AT_ANY_TIME),
+    "no room for metrics": Kind(5.0, 12, metrics_wait, no_room_for_metrics, after=AT_ANY_TIME, rank=0),
+    "not finite": Kind(5.0, 8, bad_device("nonfinite"), not_finite, EXIT_DEVICE, "bad_device"),
+    "flipped bit": Kind(5.0, 8, bad_device("replica"), flipped, EXIT_DEVICE, "bad_device"),
+    BAD_DATA: Kind(5.0, 40, diverged, of_kind(RUINED), EXIT_USER, "user_error", steps=DAMAGED_FROM, after=12),
+    OTHER_RANKS: Kind(10.0, 8, all_stopped, nothing, EXIT_STOPPED, "stopped", after=BY_THE_SOAK),
     "truncated": KILL._replace(damage="truncated"),
     "flipped file": KILL._replace(damage="flipped"),
     "deleted": KILL._replace(damage="deleted"),

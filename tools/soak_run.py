@@ -17,6 +17,7 @@ The ranks are forked from a server that has the imports, and this program starts
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -262,7 +263,7 @@ class Soaked:
             raise Broken(f"exit codes {seen.codes}; expected {kind.code or 0} of rank {rank}")
         since = watched.happened
         limits = [event["limit_seconds"] + 1.0 for event in seen.events if event["event"] == "rank_hangs"]
-        bound = max([kind.bound_seconds, *limits])
+        bound = max([kind.bound_seconds + kind.bound_steps * self._usual_step(), *limits])
         row = Row(plan.kind, watched.named_at - since, bound, None)
         if row.detected > bound:
             raise Broken(f"named after {row.detected:.2f} s; the bound is {bound:.2f} s")
@@ -275,6 +276,9 @@ class Soaked:
             return
         self.rows.append(row)
         self._left = (len(self.rows) - 1, since) if kind.code is not None else None
+
+    def _usual_step(self) -> float:
+        return statistics.median(line["step_seconds"] for line in steps_of(self.run.directory).values())
 
     def _end(self, start: Start, cause: str, rank: int | None) -> None:
         """Record the end as a launcher does: by the first rank that died; the run's own cause goes before. Then the

@@ -35,7 +35,7 @@ def record_batches(run_file: Path) -> None:
                 file.write(json.dumps(line) + "\n")
         return forward(self, batch, *arguments, **more)
 
-    Stream.__next__, Transformer.forward = recorded_next, recorded_forward
+    Stream.__next__, Transformer.forward = recorded_next, recorded_forward  # type: ignore[method-assign]
 
 
 def batches_of(run: Path) -> dict[int, list[str]]:
