@@ -5,7 +5,8 @@ that the run itself names, or None as long as it names none. Pure but for readin
 
     kind                bound, seconds + steps       named by
     killed              2                            the rank that ends first, by SIGKILL
-    stopped, stalled    10 usual steps, at least 1   event rank_hangs, with its reason
+    stopped             10 usual steps, at least 1   event rank_hangs, with its reason
+    stalled             4 + 8, or as stopped         the same, or the message of data.stall_seconds if it is sooner
     raised              2                            the rank that ends first, with its exception
     slow                15                           slow_rank in metrics.jsonl and `launch status`
     no room for saves   5 + 12                       event checkpoint_failed
@@ -15,7 +16,7 @@ that the run itself names, or None as long as it names none. Pure but for readin
     other ranks         10 + 8                       exit code 3 of all ranks
     truncated, flipped, deleted   20                 the next start's line of the damaged file
 
-Steps are usual ones of the run: a save or a comparison must come before something can be seen; ten steps of bad data
+Steps are usual ones of the run: batches read ahead, a save or a comparison come before it is seen; ten steps of bad data
 are computed three times each. The seconds of a damaged file hold the whole next start.
 """
 
@@ -95,6 +96,12 @@ def hanging(words: str) -> Callable[[Seen], list[int] | None]:
     return lambda seen: of_event(seen, "rank_hangs", lambda event: [event["rank"]] if words in event["how"] else None)
 
 
+def stalled(seen: Seen) -> list[int] | None:
+    ranks = first_dead(seen)
+    told = ranks if ranks and "data.stall_seconds" in seen.printed[ranks[0]] else None
+    return hanging("waits for data")(seen) or told
+
+
 def of_event(seen: Seen, kind: str, ranks: Callable[[dict[str, Any]], list[int] | None]) -> list[int] | None:
     for event in seen.events:
         if event["event"] == kind and (found := ranks(event)):
@@ -170,7 +177,7 @@ KINDS = {
     ),
     SLOW: Kind(15.0, 0, slow, nothing, steps=SLOW_STEPS, after=40),
     "raised": Kind(2.0, 0, raised, of_kind(RAISED), EXIT_FAILED),
-    "stalled": Kind(HANG_SECONDS + 1.0, 0, hanging("waits for data"), of_kind(STALLED), EXIT_FAILED),
+    "stalled": Kind(STALL_SECONDS + 2.0, 8, stalled, of_kind(STALLED), EXIT_FAILED),
     "no room for saves": Kind(5.0, 12, save_failed, no_room, after=AT_ANY_TIME),
     "no room for metrics": Kind(5.0, 12, metrics_wait, no_room_for_metrics, after=AT_ANY_TIME, rank=0),
     "not finite": Kind(5.0, 8, bad_device("nonfinite"), not_finite, EXIT_DEVICE, "bad_device"),
