@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 ROOTS = ("bigmodel", "launcher", "kernels")
 ERRORS = re.compile(
-    r"(UserError|SaveError|NotFiniteError|ValueError|error|problem|contradiction)$"
+    r"(UserError|MachineError|SaveError|NotFiniteError|ValueError|error|problem|contradiction)$"
 )  # names of functions that make an error
 GROUP = re.compile(r"(<!-- messages: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = "…"
