@@ -16,8 +16,8 @@ that the run itself names, or None as long as it names none. Pure but for readin
     other ranks         10 + 8                       exit code 3 of all ranks
     truncated, flipped, deleted   20                 the next start's line of the damaged file
 
-Steps are usual ones of the run: batches read ahead, a save or a comparison come before it is seen; ten steps of bad data
-are computed three times each. The seconds of a damaged file hold the whole next start.
+Steps are usual ones of the run: batches read ahead, a save or a comparison come first; ten steps of bad data are
+computed three times each. The seconds of a damaged file hold the whole next start.
 """
 
 import random
