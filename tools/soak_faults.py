@@ -14,10 +14,10 @@ that the run itself names, or None as long as it names none. Pure but for readin
     not finite, bit     5 + 8                        event bad_device
     bad data            5 + 40                       exit code 2 of all ranks, with the way back
     other ranks         10 + 8                       exit code 3 of all ranks
-    truncated, flipped, deleted   20                 the next start's line of the damaged file
+    truncated, flipped, deleted   20 + 20            the next start's line of the damaged file
 
 Steps are usual ones of the run: batches read ahead, a save or a comparison come first; ten steps of bad data are
-computed three times each. The seconds of a damaged file hold the whole next start.
+computed three times each. Those of a damaged file hold the whole next start.
 """
 
 import random
@@ -188,7 +188,7 @@ KINDS = {
     "flipped file": KILL._replace(damage="flipped"),
     "deleted": KILL._replace(damage="deleted"),
 }
-DAMAGE_SECONDS = 20.0
+DAMAGE_SECONDS, DAMAGE_STEPS = 20.0, 20
 
 
 def deck(chance: random.Random, kinds: Sequence[str], number: int) -> list[str]:

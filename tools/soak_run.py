@@ -37,6 +37,7 @@ from tests.support.ranks import kill, start_ranks
 from tests.support.tiny_run import write_run
 from tools.soak_faults import (
     DAMAGE_SECONDS,
+    DAMAGE_STEPS,
     HANG_SECONDS,
     KINDS,
     OF_ALL,
@@ -70,6 +71,13 @@ class Row(NamedTuple):
     detected: float
     bound: float
     recovered: float | None
+
+
+def in_time(row: Row) -> Row:
+    """The row. Raises `Broken` if its fault was named too late."""
+    if row.detected > row.bound:
+        raise Broken(f"{row.kind}: named after {row.detected:.2f} s; the bound is {row.bound:.2f} s")
+    return row
 
 
 class Run:
@@ -239,7 +247,8 @@ class Soaked:
         for file, (kind, since) in self._damaged.items():
             if f"checkpoint {file.parent} is damaged: {file.name}" not in seen.printed[0]:
                 raise Broken(f"{kind}: {file} was taken, or not named: {seen.printed[0][:500]}")
-            self.rows.append(Row(kind, event["time"] - since, DAMAGE_SECONDS, first["time"] - since if first else None))
+            bound = DAMAGE_SECONDS + DAMAGE_STEPS * self._usual_step()
+            self.rows.append(in_time(Row(kind, event["time"] - since, bound, first["time"] - since if first else None)))
         self._damaged = {}
 
     def _judge(self, start: Start, watched: Watched) -> None:
@@ -264,9 +273,7 @@ class Soaked:
         since = watched.happened
         limits = [event["limit_seconds"] + 1.0 for event in seen.events if event["event"] == "rank_hangs"]
         bound = max([kind.bound_seconds + kind.bound_steps * self._usual_step(), *limits])
-        row = Row(plan.kind, watched.named_at - since, bound, None)
-        if row.detected > bound:
-            raise Broken(f"named after {row.detected:.2f} s; the bound is {bound:.2f} s")
+        row = in_time(Row(plan.kind, watched.named_at - since, bound, None))
         if kind.code is not None:
             self._end(start, kind.cause, None if plan.kind in OF_ALL else rank)
         if kind.code == EXIT_USER:

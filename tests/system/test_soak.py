@@ -8,7 +8,7 @@ import pytest
 from tools.soak import summary
 from tools.soak_defects import DEFECTS
 from tools.soak_faults import KINDS, deck, draw
-from tools.soak_run import Row, Run, Soaked, undisturbed
+from tools.soak_run import Row, Run, Soaked, in_time, undisturbed
 from tools.soak_trace import Broken, Design, Trace, compare
 
 DESIGN, STEPS = Design(stage=0, world_size=2), 32
@@ -70,3 +70,9 @@ def test_a_planted_defect_is_found(
     assert defect in DEFECTS
     with pytest.raises(Broken, match=words):
         soak_one(tmp_path, shards, kind, undisturbed_run, defect)
+
+
+def test_a_fault_that_is_named_too_late_is_found() -> None:
+    assert in_time(Row("killed", 1.9, 2.0, None)).kind == "killed"
+    with pytest.raises(Broken, match=r"deleted: named after 20.50 s; the bound is 20.00 s"):
+        in_time(Row("deleted", 20.5, 20.0, None))
