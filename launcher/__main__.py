@@ -28,6 +28,7 @@ from bigmodel.launcher.devices import given_devices
 from bigmodel.launcher.execute import check_address, check_name, describe_rank, execute, node_map, rank_map
 from bigmodel.launcher.hostlist import expand_hosts
 from bigmodel.launcher.local import trainer_command
+from bigmodel.launcher.network import gloo_variables
 from bigmodel.launcher.placement import job_groups, port_of
 from bigmodel.launcher.record import cut_off_seconds, read_launch, run_directory
 from bigmodel.launcher.starts import (
@@ -204,8 +205,10 @@ def node_command(
     logs = make_logs(settings.run.directory)
     if node == 0:
         check_address(topology)
+    variables = cluster.variables()
+    variables |= gloo_variables(len(topology.hosts), topology.main_address, {**os.environ, **variables})
     ending = local.run(
-        command, topology, logs, node=node, variables=cluster.variables(), binding=cluster.binding, control_pipe=True
+        command, topology, logs, node=node, variables=variables, binding=cluster.binding, control_pipe=True
     )
     raise typer.Exit(ending.code)
 

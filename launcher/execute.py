@@ -18,7 +18,7 @@ from bigmodel.launcher.binding import processors_to_bind
 from bigmodel.launcher.cluster import Cluster, load_cluster
 from bigmodel.launcher.devices import device_variables
 from bigmodel.launcher.local import launch_environment, trainer_command
-from bigmodel.launcher.network import interface_towards, port_is_free, resolves
+from bigmodel.launcher.network import gloo_variables, port_is_free, resolves
 from bigmodel.launcher.placement import find_place, job_of, started_by
 from bigmodel.launcher.record import cut_off_seconds, record_launch, take_start, wait_until_free
 from bigmodel.launcher.standby import PR_SET_PDEATHSIG
@@ -58,9 +58,7 @@ def execute(
         variables |= terminal_variables(os.environ)
     host = topology.host(rank) if by == "slurm" else os.uname().nodename
     _write_to(logs / log_name(host, rank), shown=rank == 0)
-    if len(topology.hosts) > 1 and "GLOO_SOCKET_IFNAME" not in {**os.environ, **variables}:
-        interface = interface_towards(topology.main_address)
-        variables |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    variables |= gloo_variables(len(topology.hosts), topology.main_address, {**os.environ, **variables})
     if processors:
         os.sched_setaffinity(0, processors)
     if by == "torchrun":

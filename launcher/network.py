@@ -4,6 +4,7 @@ import fcntl
 import random
 import socket
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -41,6 +42,14 @@ def resolves(host: str) -> bool:
         return bool(socket.getaddrinfo(host, None))
     except OSError:
         return False
+
+
+def gloo_variables(num_nodes: int, main_address: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME for a rank of a run on several nodes, unless it is set already or gloo finds it itself."""
+    if num_nodes < 2 or "GLOO_SOCKET_IFNAME" in environment:
+        return {}
+    interface = interface_towards(main_address)
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def interface_towards(host: str) -> str:

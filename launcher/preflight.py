@@ -26,7 +26,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.launcher.cluster import CheckSettings, Cluster
 from bigmodel.launcher.hosts import remote_command
 from bigmodel.launcher.local import launch_environment
-from bigmodel.launcher.network import interface_towards
+from bigmodel.launcher.network import gloo_variables
 from bigmodel.launcher.placement import find_place
 from bigmodel.launcher.slurm import container_options
 from bigmodel.launcher.topology import Topology, even_topology
@@ -326,9 +326,7 @@ def become_probe(
     if topology is None:
         topology, node = find_place(os.environ)
     variables = launch_environment(topology, node, cluster.variables())
-    if len(topology.hosts) > 1 and "GLOO_SOCKET_IFNAME" not in {**os.environ, **variables}:
-        interface = interface_towards(topology.main_address)
-        variables |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    variables |= gloo_variables(len(topology.hosts), topology.main_address, {**os.environ, **variables})
     command = [sys.executable, "-m", "bigmodel", "probe", str(run_file), "--line"]
     command += [word for override in overrides for word in ("--set", override)]
     done = subprocess.run(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from bigmodel.config.settings import UserError
+from bigmodel.config.user_error import MachineError
 from bigmodel.distributed.rendezvous import is_loopback, meet, open_store
 
 STEPS_KEPT = 64  # of NodeSums: more than one rank's data thread can be ahead of another rank's
@@ -166,8 +167,8 @@ ALONE = _Alone(0, 1, 0, 1, torch.device("cpu"))
 def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
     """Join the other processes, if any; sets the device and the default process group.
 
-    Raises `UserError` for an incomplete environment, a GPU that does not exist, a name without an address, and ranks
-    that do not come in time.
+    Raises `UserError` for an incomplete environment, a GPU that does not exist and a name without an address,
+    `MachineError` if ranks do not come in time.
     """
     place = read_environment(os.environ)
     os.environ.update(place)
@@ -190,7 +191,7 @@ def start_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
         raise
     except (RuntimeError, ValueError) as error:
         address = f"{place['MASTER_ADDR']}:{place['MASTER_PORT']}"
-        raise UserError(
+        raise MachineError(  # a machine that died since the last start is more common than a wrong address
             f"rank {rank} did not meet all of its {size} processes at {address} within {timeout_seconds:.0f} s: "
             f"{str(error).splitlines()[0]}; check that every rank was started with this same address, and that "
             "MASTER_PORT is free on rank 0 and open between the machines"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bigmodel.config.settings import UserError
+from bigmodel.config.user_error import MachineError
 from bigmodel.distributed import world as distributed
 from bigmodel.distributed.world import NodeSums, end_world, read_environment, start_world
 from tests.support.ranks import run_ranks
@@ -64,7 +65,7 @@ def test_a_missing_peer_is_a_clear_error_within_the_limit(monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(
-        UserError, match=rf"rank 0 did not meet all of its 2 processes at 127\.0\.0\.1:{port} within 2 s"
+        MachineError, match=rf"rank 0 did not meet all of its 2 processes at 127\.0\.0\.1:{port} within 2 s"
     ):
         start_world(timeout_seconds=2)
     end_world()

@@ -4,6 +4,7 @@ Needs root and Debian's `iproute2`; `Sshd` also needs `openssh-server`. Processe
 and process numbers, but connect only through the bridge, whose links can be slowed down.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -50,11 +51,14 @@ def missing_ssh() -> str:
 class Machines:
     """Namespaces with addresses 10.S.0.1, 10.S.0.2 ...; this machine itself has 10.S.0.254."""
 
+    _made = itertools.count()  # in this process: two may be there at once
+
     def __init__(self, count: int) -> None:
-        self.subnet = 64 + os.getpid() % 128
-        self.names = [f"bm{os.getpid()}x{number}" for number in range(1, count + 1)]
+        made = next(self._made)
+        self.subnet = 64 + (os.getpid() + 64 * made) % 128
+        self._bridge = f"bm{os.getpid()}{'abcdefgh'[made % 8]}"
+        self.names = [f"{self._bridge}{number}" for number in range(1, count + 1)]
         self.addresses = [f"10.{self.subnet}.0.{number}" for number in range(1, count + 1)]
-        self._bridge = f"bm{os.getpid()}"
 
     def start(self) -> None:
         _ip("link", "add", self._bridge, "type", "bridge")

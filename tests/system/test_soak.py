@@ -58,9 +58,11 @@ def test_a_killed_rank_is_named_and_nothing_is_lost(tmp_path: Path, shards: Path
 @pytest.mark.parametrize(
     ("defect", "kind", "words"),
     [
-        ("published early", "killed", "published and not whole"),
-        ("barrier missing", "killed", "published and not whole"),
-        ("cursor from the loader", "killed", "metrics.jsonl has steps|the batches of step"),
+        pytest.param("published early", "killed", "published and not whole", marks=pytest.mark.long),
+        pytest.param("barrier missing", "killed", "published and not whole", marks=pytest.mark.long),
+        pytest.param(
+            "cursor from the loader", "killed", "metrics.jsonl has steps|the batches of step", marks=pytest.mark.long
+        ),
         ("replica hash ignored", "flipped bit", "nothing names rank"),
     ],
 )
