@@ -46,15 +46,19 @@ def printed(standbys: Standbys, one: Program, file: Path) -> tuple[int, str]:
     return process.pid, file.read_text()
 
 
-def children() -> list[int]:
-    return [child.pid for child in psutil.Process().children()]
+def waiting_processes() -> list[int]:
+    """The standbys of this process, which may have other children."""
+    children = psutil.Process().children()
+    return [
+        child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE and "--standby" in child.cmdline()
+    ]
 
 
 def test_a_standby_becomes_the_rank_at_its_new_port(standbys: Standbys, tmp_path: Path) -> None:
     assert printed(standbys, program(1, "--fresh"), tmp_path / "first")[1] == "1 False [0]\n"
     standbys.prepare()
     standbys.prepare()
-    (waiting,) = set(children())
+    (waiting,) = set(waiting_processes())
     assert printed(standbys, program(2), tmp_path / "second") == (waiting, "2 True [0]\n")
     assert printed(standbys, program(3), tmp_path / "third")[1] == "3 False [0]\n"  # none was made since
 
@@ -65,7 +69,7 @@ def test_a_standby_of_something_else_is_ended(
 ) -> None:
     printed(standbys, program(), tmp_path / "first")
     standbys.prepare()
-    (waiting,) = children()
+    (waiting,) = waiting_processes()
     if change == "sources":
         package = tmp_path / "package"
         package.mkdir()
@@ -76,7 +80,7 @@ def test_a_standby_of_something_else_is_ended(
         psutil.wait_procs([psutil.Process(waiting)], 0.2)
     one = program(2, *(["--more"] * (change == "command")), **({"NEW": "1"} if change == "variable" else {}))
     assert printed(standbys, one, tmp_path / "second")[1] == "2 False [0]\n"
-    assert waiting not in children()
+    assert waiting not in waiting_processes()
 
 
 def test_none_is_made_in_the_first_minute_and_all_end_with_the_launcher(
@@ -85,10 +89,10 @@ def test_none_is_made_in_the_first_minute_and_all_end_with_the_launcher(
     printed(standbys, program(), tmp_path / "first")
     monkeypatch.setattr(standby, "AFTER_SECONDS", 60.0)
     standbys.prepare()
-    assert children() == []
+    assert waiting_processes() == []
     monkeypatch.setattr(standby, "AFTER_SECONDS", 0.0)
     standbys.prepare()
-    (waiting,) = children()
+    (waiting,) = waiting_processes()
     standbys.close()
     assert not psutil.pid_exists(waiting)
 

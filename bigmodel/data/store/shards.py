@@ -69,6 +69,7 @@ from bigmodel.data.store.tokenizer import Tokenizer
 
 MOST_LABELS = 10_000  # as `prepare` allows
 RECENT_TOKENS = 1 << 22  # of the documents tokenized last, kept for the next chunk of a long one
+_ARRAY_HEADS = threading.Lock()  # held while one is parsed
 
 
 class ShardStore:
@@ -167,11 +168,11 @@ class ShardStore:
 
         A new map at each call, closed when dropped: each map that is kept would hold a file descriptor.
         """
-        return np.load(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"), mmap_mode="r")
+        return _open_array(self.file(f"{self.split}/{source}/lengths.{shard:05}.npy"))
 
     def target_lengths(self, source: str, shard: int) -> np.ndarray:
         """As `lengths`, of the target texts of a source of pairs."""
-        return np.load(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"), mmap_mode="r")
+        return _open_array(self.file(f"{self.split}/{source}/target_lengths.{shard:05}.npy"))
 
     def lengths_of_pass(self, source: str, shard: int, number: int, side: str = "") -> np.ndarray:
         """As `lengths`, with the segmentations of pass `number`; `side` "target_": of the target texts. Classes have
@@ -179,12 +180,12 @@ class ShardStore:
         name = f"{self.split}/{source}/{pass_name(number % self.passes, f'{side}lengths', shard)}"
         if name not in self.manifest.files:
             return self.target_lengths(source, shard)
-        return np.load(self.file(name), mmap_mode="r")
+        return _open_array(self.file(name))
 
     def spans(self, source: str, shard: int) -> np.ndarray:
         """(k, 4) uint32 memory map: what the supervised documents of a shard train: row, first token, end, weight in
         units of 1/65,536; sorted."""
-        return np.load(self.file(f"{self.split}/{source}/spans.{shard:05}.npy"), mmap_mode="r")
+        return _open_array(self.file(f"{self.split}/{source}/spans.{shard:05}.npy"))
 
     def labels(self, source: str, shard: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The labels of a shard of a labelled source, kept in memory: the number of each document's label, (documents,)
@@ -368,6 +369,17 @@ class ShardStore:
 
 
 # ---- sizes and lengths ---------------------------------------------------------------------------------------
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """A memory map, for the reading threads too.
+
+    numpy parses the file's head with `ast`. In CPython 3.11 two threads at once can end that with `SystemError: AST
+    constructor recursion depth mismatch`.
+    """
+    with _ARRAY_HEADS:
+        found: np.ndarray = np.load(path, mmap_mode="r")
+    return found
 
 
 def measure_shard(lengths: np.ndarray) -> list[int]:
