@@ -3,7 +3,7 @@
 In: command and environment of a rank. Out: its process. A standby is `bigmodel train ... --standby FD`, made a minute
 after its rank's start; it waits at a socket for the new port and for the descriptors of its output
 (bigmodel/training/standby.py). It is used only if nothing else has changed: command, environment, sources. Saves about
-4 seconds of processor time per rank and restart, most of it the import of torch; costs about 0.3 GB of memory per rank.
+7 seconds of processor time per rank and restart, most of it imports of torch; costs 0.35 GB of memory per rank.
 The kernel kills it with the launcher.
 """
 
