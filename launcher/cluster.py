@@ -78,8 +78,8 @@ class RestartSettings(Section):
     standby: bool = setting(
         True,
         only_with={"limit": SET},
-        description="`launch local` keeps a process per rank with its imports done, for a restart in a quarter of the time; "
-        "0.35 GB of memory each",
+        description="`launch local` keeps a process per rank with its imports done, for a restart in a quarter of the "
+        "time; 0.35 GB of memory each",
     )
 
 
