@@ -48,7 +48,9 @@ def read_request(path: Path, world_size: int) -> ProfileRequest:
         raise ValueError(f"{path}: refused: {_told(error)}; use bigmodel profile") from None
     outside = [rank for rank in asked.ranks if world_size and rank >= world_size]
     if outside:
-        raise ValueError(f"{path}: refused: rank {outside[0]}: this run has the ranks 0 to {world_size - 1}")
+        raise ValueError(
+            f"{path}: refused: rank {_short(str(outside[0]))}: this run has the ranks 0 to {world_size - 1}"
+        )
     if (path.parent / asked.id).is_symlink():
         raise ValueError(f"{path}: refused: {path.parent / asked.id} is a link; use bigmodel profile")
     return asked
@@ -67,8 +69,11 @@ def _content(path: Path) -> bytes:
 def _told(error: ValidationError) -> str:
     """The first complaint: key, value and reason, on one line."""
     first = error.errors()[0]
-    where, value = ".".join(map(str, first["loc"])), ascii(first["input"])
-    shown = value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "..."
+    where = _short(ascii(".".join(map(str, first["loc"])))[1:-1])  # an unknown key may be any text
     if first["type"] in ("missing", "json_invalid"):
         return f"{where}: {first['msg']}".removeprefix(": ")
-    return f"{where} = {shown}: {first['msg']}".removeprefix(" = ")
+    return f"{where} = {_short(ascii(first['input']))}: {first['msg']}".removeprefix(" = ")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

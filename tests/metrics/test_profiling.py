@@ -126,6 +126,12 @@ ODD = {
     "a link": ('{"id": "link", "kind": "stacks", "ranks": [0], "steps": 1}', "link is a link"),
     "no kind": ('{"id": "a", "kind": "flames", "ranks": [0], "steps": 1}', "kind = 'flames'"),
     "no id": ('{"kind": "trace", "ranks": [0], "steps": 1}', "id: Field required"),
+    "a key of two lines": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": 1, "x\\ny": 1}', "x\\ny = 1: Extra"),
+    "a long key": (json.dumps({"id": "a", "kind": "trace", "ranks": [0], "steps": 1, "k" * 999: 1}), "k... = 1: Extra"),
+    "a rank of 400 digits": (
+        '{"id": "a", "kind": "trace", "ranks": [1' + "0" * 400 + '], "steps": 1}',
+        "000...: this run",
+    ),
     "another key": ('{"id": "a", "kind": "trace", "ranks": [0], "steps": 1, "code": "x"}', "code = 'x'"),
     "a list": ("[1]", "[1]: Input should be an object"),
     "torn": ('{"id": "a', "Invalid JSON"),
@@ -159,6 +165,8 @@ def test_an_odd_request_is_refused_with_a_line_and_nothing_else_happens(
             said = ask(text)
             assert f"bigmodel: profile: {run}/profile/request.json: refused: " in said, what
             assert told in said, what
+            assert len(said.splitlines()) == 2, what  # of the exporter, and of rank 0
+            assert len(said) < 2 * (250 + len(str(run))), what
             assert told in (run / "profile/refused.txt").read_text(), what
         new = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*")) if path not in before]
         assert new == ["node/profile.json", "run/profile/refused.txt", "run/profile/request.json"]
