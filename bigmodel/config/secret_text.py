@@ -35,10 +35,15 @@ SHAPES = re.compile(
     r"|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"  # GitHub, GitLab
     r"|hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|nvapi-[\w-]{20,}|(?:AIza|ya29\.)[\w-]{20,}"  # Hugging Face, OpenAI ... Google
     r"|xox[a-z]-[\w-]{10,}|[rs]k_(?:live|test)_\w{10,}|pypi-[\w-]{20,}|npm_[A-Za-z0-9]{20,}"  # Slack, Stripe, PyPI, npm
+    r"|hvs\.[\w-]{20,}|dckr_pat_[\w-]{20,}|ATATT3[\w=-]{20,}|gsk_[A-Za-z0-9]{20,}"  # Vault, Docker, Atlassian, Groq
+    r"|SG\.[\w-]{16,}\.[\w-]{16,}|AccountKey=[A-Za-z0-9+/]{40,}=*"  # SendGrid, Azure
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"  # JSON Web Tokens
     r")"
 )
-ASSIGNED = re.compile(r"""(?P<name>(?<![\w.-])\w[\w.-]*)(?P<sign>["']?\s*[:=]\s*)(?P<quote>["'])(?P<value>[^\s"']+)""")
+ASSIGNED = re.compile(  # also os.environ["NAME"] = "value"
+    r"""(?P<name>(?<![\w.-])\w[\w.-]*)(?P<sign>["']?\]?\s*[:=]\s*)(?P<quote>["'])(?P<value>[^\s"']+)"""
+)
+PASSED = re.compile(r"""(?P<name>\b[A-Z][A-Z0-9_]*)(?P<sign>["']\s*,\s*)(?P<quote>["'])(?P<value>[^\s"']+)""")
 EXPORTED = re.compile(r"""(?P<name>\b[A-Z][A-Z0-9_]*)(?P<sign>=)(?P<quote>)(?P<value>[^\s"']+)""")
 OPTION = re.compile(r"""(?P<name>(?<!\S)--[a-z][\w.-]*)(?P<sign>=|\s+)(?P<quote>["']?)(?P<value>[^\s"'$-][^\s"']*)""")
 MIN_LETTERS = 12  # of a value in program text: shorter ones are code
@@ -72,7 +77,7 @@ def without_secret_texts(text: str) -> str:
     """Program text or a command line, also without long values that names make secret: API_KEY=..., "api_key": "...",
     --api-key ..."""
     text = without_secrets(text)
-    for pattern in (ASSIGNED, EXPORTED, OPTION):
+    for pattern in (ASSIGNED, PASSED, EXPORTED, OPTION):
         text = pattern.sub(_masked_value, text)
     return text
 

@@ -42,7 +42,12 @@ def test_a_value_is_secret_by_its_shape() -> None:
             f"{prefix}{LONG}"
             for prefix in ("ghp_", "github_pat_", "glpat-", "hf_", "sk-proj-", "nvapi-", "AIza", "npm_")
         ),
-        *(f"{prefix}{LONG}" for prefix in ("xoxb-", "sk_live_", "pypi-", "ya29.")),
+        *(
+            f"{prefix}{LONG}"
+            for prefix in ("xoxb-", "sk_live_", "pypi-", "ya29.", "hvs.", "dckr_pat_", "ATATT3x", "gsk_")
+        ),
+        f"SG.{LONG}.{LONG}",
+        f"AccountName=before;AccountKey={LONG}{LONG}==;EndpointSuffix=after",
         f"eyJhbGciOiJI.eyJ{LONG}.{LONG}",
         "\n".join(PEM),
         "\\n".join(PEM),  # in one line of an .env file
@@ -71,6 +76,7 @@ def test_ordinary_text_stays() -> None:
         "author = 'a long name without spaces'.replace('a', 'b')",
         "num_tokens = self.count_all_the_tokens(batch)",
         "--passes forward_and_backward --tokenizer some_long_file_name.json --key-value-heads 4",
+        'sorted(rows, key=itemgetter("key", "another_column"))["keyword"], "another_column"',
         "2026-11-29T22:00:00 commit 1bf93ac0f4643a7eace606e9f43315773d9aaaaa",
     ):
         assert without_secret_texts(text) == text
@@ -91,6 +97,19 @@ def test_a_command_line_keeps_its_options_and_loses_its_secrets() -> None:
         without_secret_texts(line)
         == "PGPASS=(redacted) train --api-key (redacted) --password=(redacted) --steps 5 --set data.remote=s3://a:***@b"
     )
+
+
+def test_a_change_of_a_program_loses_the_values_that_it_gives_to_secret_names() -> None:
+    for line in (
+        f'+os.environ["WANDB_API_KEY"] = "{LONG}"',
+        f"+os.environ['SLURM_JWT']='{LONG}'",
+        f'+os.environ.setdefault("DB_PASS", "{LONG}")',
+        f'+    settings["password"] = "{LONG[:7]}"',
+        f'+    {{"api_key": "{LONG}", "auth" : "{LONG}"}}',
+    ):
+        masked = without_secret_texts(line)
+        assert "hunter2" not in masked, line
+        assert masked.startswith(line[: line.index("hunter2") - 1]), line
 
 
 def test_a_long_change_is_masked_in_linear_time() -> None:
