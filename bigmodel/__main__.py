@@ -13,6 +13,7 @@ if __name__ == "__main__":  # first, because `python3 -m bigmodel` may be any Py
     require_interpreter()
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -232,6 +233,7 @@ def train(
     standby: Annotated[int, typer.Option(hidden=True, help="descriptor of a launcher's orders")] = -1,
 ) -> None:
     """Train from the newest checkpoint on. Launchers start this command once per rank."""
+    faulthandler.enable(2)  # from here on, because the import of torch or of a driver's library can crash, too
     if standby >= 0:
         from bigmodel.training.standby import become_rank
 

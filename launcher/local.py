@@ -325,7 +325,7 @@ def _blame(culprit: Rank, supervision: Supervision, directory: Path) -> Ending:
         return Ending(EXIT_FAILED, "hang", hang)
     _say(death + others)
     if _status(culprit) in CRASHES:
-        _say(f"its stacks, of Python and C: {culprit.log}")
+        _say(f"its stacks: {culprit.log}")
     if culprit.number:  # rank 0's lines are shown already
         _say(f"last lines of {culprit.log}:")
         for line in _tail(culprit.log, culprit.log_start):
@@ -351,10 +351,13 @@ def _how(status: int) -> str:
 
 def _tail(log: Path, start: int) -> list[str]:
     """The last lines of this launch in a log, or the Python stack of its crash; reads at most 256 kB."""
-    with open(log, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(start, size - (1 << 18)))
-        text = file.read().decode("utf-8", errors="replace")
+    try:
+        with open(log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - (1 << 18)))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError as error:  # the run directory is gone
+        return [f"({error.strerror})"]
     if crash := CRASH.search(text):  # the frames of C come after it
         return [crash["error"], *crash["stack"].splitlines()[:TAIL_LINES]]
     return text.splitlines()[-TAIL_LINES:] or ["(no output)"]

@@ -94,6 +94,27 @@ def test_a_program_that_logs_itself_logs_what_c_prints_and_its_traceback(tmp_pat
     assert not copiers_of(tmp_path / "log")
 
 
+def test_a_crash_during_the_imports_leaves_its_stack_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ndef open_driver(): os.kill(os.getpid(), signal.SIGSEGV)\nopen_driver()\n"
+    )
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(f"run = {{ directory = '{tmp_path / 'run'}' }}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "bigmodel", "train", str(run_file)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGSEGV
+    (log,) = (tmp_path / "run/logs").iterdir()
+    for text in (done.stderr, log.read_text()):
+        assert text.startswith("Fatal Python error: Segmentation fault\n")
+        assert " in open_driver\n" in text
+
+
 def test_a_program_whose_starter_logs_it_does_not_log_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in rank_log.ARRANGED.items():
         monkeypatch.setenv(name, value)

@@ -4,7 +4,8 @@ A Python handler runs only between two bytecodes of the main thread, so never wh
 for a hanging rank. Therefore C's signal handler wakes a thread through a pipe. The thread ends the process if the step
 or the save takes too long, and at once on a second signal.
 
-SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL: the stacks of Python and C go to standard error, the rank's log.
+SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL: the stacks of Python and C go to standard error, the rank's log; during the
+imports before (`bigmodel/__main__.py`) only those of Python.
 """
 
 import faulthandler
