@@ -43,6 +43,7 @@ and these of checkpoints:
   checkpoint_failed  step, error, reason       refused or not written
   broken_state    step, ranks, detail          weights or moments that are not finite
   went_back       step, diverged, set_aside    a start after a divergence
+  fresh           step                         a start with --fresh: at step 0, checkpoints were set aside
   rescued         step, rank, bytes            saved by a survivor of a dead rank
 and these of the trainer that are the cause of a start's end:
   bad_device      step, fault, ranks, hosts, detail   fault: replica, nonfinite; hosts: to be excluded, [] if undecided
@@ -82,7 +83,8 @@ EXIT_DEVICE = 5  # a device computes or keeps wrong numbers: events.jsonl names 
 AGAIN = {EXIT_REWIND: "rewind", EXIT_DEVICE: "bad_device"}  # the cause; also the kind of the trainer's event
 
 RESTART_GENERATION = "incarnation.json"
-CLAIM_ATTEMPTS = 5
+START_LOCK = "launch.lock"
+LOCK_ATTEMPTS = 5
 SHOWN_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "NODE_", "GROUP_", "MASTER_", "SLURM_", "PBS_", "LSB_", "KUBERNETES_"),
     *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "NCCL_", "GLOO_", "UCX_", "FI_", "OMPI_", "OMP_", "MKL_", "CUBLAS_"),
@@ -96,7 +98,7 @@ Change = tuple[str, Any, Any]  # dotted name, old value, new value
 SOURCE_SUFFIXES = (".py", ".pyi", ".toml", ".sh", ".c", ".cc", ".cpp", ".h", ".cu", ".cuh")
 SMALL_SOURCE_BYTES, MAX_UNTRACKED_SOURCES, MAX_UNTRACKED_NAMES = 1 << 16, 50, 1000  # recorded at every start
 
-_claims: list[Any] = []  # open lock files: a claim lives as long as the process, kill -9 included
+_held: list[IO[Any]] = []  # open lock files: each is held as long as the process lives, kill -9 included
 
 
 class Restart(Exception):
@@ -110,24 +112,36 @@ class Restart(Exception):
 def claim(directory: Path) -> None:
     """Create the run directory and lock it: two runs in one directory would mix their files.
 
-    Raises `UserError` if another running process holds the lock or the directory cannot be written.
+    A process that no launcher of ours has started also keeps one from starting there. Raises `UserError` if another
+    running process holds a lock or the directory cannot be written.
     """
     directory = Path(directory)
+    make_logs(directory)
+    busy = "another run is using it now; stop that one or choose another directory"
+    if "LAUNCH_HOSTS" not in os.environ:
+        take_lock(directory / START_LOCK, busy)
+    take_lock(directory / "lock", busy)
+
+
+def take_lock(path: Path, busy: str) -> IO[Any]:
+    """Lock a file of a run directory until this process ends. Raises `UserError` with `busy` if another one holds it,
+    or if it cannot be written."""
+    directory = path.parent
     try:
-        (directory / "logs").mkdir(parents=True, exist_ok=True)
-        file = open(directory / "lock", "a")  # noqa: SIM115 - held until the process ends
+        file = open(path, "a")  # noqa: SIM115 - held until the process ends
     except OSError as error:
         raise UserError(f"run.directory = {directory}: cannot be written: {error.strerror}; choose another") from None
-    busy = "another run is using it now; stop that one or choose another directory"
-    for attempt in range(CLAIM_ATTEMPTS):  # `launch status` holds the lock for an instant
+    for attempt in range(LOCK_ATTEMPTS):  # `launch status` holds the lock for an instant
         try:
             lock(file, f"run.directory = {directory}", busy)
             break
         except UserError:
-            if attempt == CLAIM_ATTEMPTS - 1:
+            if attempt == LOCK_ATTEMPTS - 1:
+                file.close()
                 raise
             time.sleep(0.05)
-    _claims.append(file)
+    _held.append(file)
+    return file
 
 
 def make_logs(directory: Path) -> Path:

@@ -42,6 +42,7 @@ from bigmodel.launcher.starts import (
 from bigmodel.launcher.topology import Topology, even_topology, ranks_per_node
 from bigmodel.run_directory import EXIT_USER, make_logs
 from bigmodel.sizes import counted_noun
+from bigmodel.system_errors import line_of, remedy_for
 
 application = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -389,11 +390,16 @@ def _print_ranks(topology: Topology, command: Sequence[str], cluster: Cluster, h
 
 
 def main() -> None:
-    """Run a command. A `UserError` becomes a message and exit code 2."""
+    """Run a command. A `UserError`, and what the system refuses, become a message and exit code 2."""
     try:
         application()
     except UserError as error:
         print(f"launcher: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
+    except OSError as error:
+        if not remedy_for(error):
+            raise
+        print(f"launcher: {line_of(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
 
 

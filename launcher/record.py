@@ -4,6 +4,7 @@
 start and `launch_ended` with its cause at each end. bigmodel/run_directory.py lists all files.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -11,18 +12,24 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.launcher.topology import Topology
-from bigmodel.run_directory import AGAIN, lock, read_json, read_json_lines, record_event, write_json
+from bigmodel.run_directory import (
+    AGAIN,
+    START_LOCK,
+    read_json,
+    read_json_lines,
+    record_event,
+    take_lock,
+    write_json,
+)
 
 # Causes of `launch_ended`. "lost": the end was not recorded, for example after kill -9 of all processes or a node
 # failure. "hang": written by the watch of a node (bigmodel/metrics/hang_watch.py) or by one of the user. "rewind",
 # "bad_device": told by the trainer.
 CAUSES = ("finished", "stopped", "user_error", "failed", "lost", "hang", *AGAIN.values())
-START_LOCK = "launch.lock"
-_taken: list[IO[Any]] = []  # open lock files
 
 
 def run_directory(run: Path) -> Path:
@@ -45,13 +52,14 @@ def is_taken(directory: Path) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
+    """Reads only: another user may look, two may look at once, and nothing is made where no run has been."""
     try:
-        with open(path, "a") as file:
-            lock(file, str(path), "held")
-    except UserError:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
     except OSError:
-        return False  # the directory does not exist yet
+        return False  # there is no lock yet
     return False
 
 
@@ -79,10 +87,8 @@ def take_start(directory: Path, becomes_rank: bool = False) -> None:
     The lock is held until this process ends, also after it has become rank 0's trainer by execve (becomes_rank).
     """
     refuse_second_run(directory)
-    file = open(directory / START_LOCK, "a")  # noqa: SIM115 - held until the process ends
-    lock(file, f"run.directory = {directory}", _used_by(directory))
+    file = take_lock(directory / START_LOCK, _used_by(directory))
     os.set_inheritable(file.fileno(), becomes_rank)
-    _taken.append(file)
 
 
 def _used_by(directory: Path) -> str:
@@ -159,7 +165,7 @@ class Launch:
     """One start of a run, from events.jsonl. cause: "" if no end is recorded yet.
 
     step: the last step of metrics.jsonl at its end; of a lost one, at the start after it. reached: at its start, and
-    when that step was (reached_time).
+    when that step was (reached_time). anew: it set checkpoints aside, and `reached` is the step that it began with.
     stepped: it made a step. decided, reason, excluded: of the event `decided` after it (`bigmodel.launcher.restart`).
     """
 
@@ -173,6 +179,7 @@ class Launch:
     stop_requested: bool = False
     reached: int = 0
     reached_time: float = 0.0
+    anew: bool = False
     stepped: bool = False
     decided: str = ""
     reason: str = ""
@@ -200,6 +207,8 @@ def launches(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             found[-1] = replace(found[-1], cause=kind, step=event.get("step", 0))
         elif kind in AGAIN.values():
             found[-1] = replace(found[-1], cause=str(kind), detail=event["detail"], step=event["step"])
+        elif kind in ("fresh", "went_back") and not found[-1].cause:
+            found[-1] = replace(found[-1], anew=True, reached=event["step"])
         elif kind == "stop_requested":
             found[-1] = replace(found[-1], stop_requested=True)
         elif kind == "decided":

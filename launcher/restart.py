@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bigmodel.config.user_error import UserError
 from bigmodel.launcher.local import Ending, collect_signals
 from bigmodel.launcher.record import Launch, bad_hosts, is_held, launches, record_end
 from bigmodel.run_directory import EXIT_STOPPED, read_json_lines, record_event
@@ -113,10 +114,12 @@ def hosts_in_use(hosts: Sequence[str], number: int, excluded: Sequence[str]) -> 
 
 
 def failures_without_progress(history: Sequence[Launch], causes: Sequence[str] = FAILURES) -> int:
-    """Number of last launches that ended by one of the causes without passing the highest step before them."""
+    """Number of last launches that ended by one of the causes without passing the highest step before them, since
+    checkpoints were last set aside."""
     count = 0
     for number in range(len(history) - 1, -1, -1):
-        furthest = max((launch.step for launch in history[:number]), default=history[0].reached)
+        first = max((one for one in range(number + 1) if history[one].anew), default=0)
+        furthest = max((launch.step for launch in history[first:number]), default=history[first].reached)
         if history[number].cause not in causes or history[number].step > furthest:
             break
         count += 1
@@ -170,6 +173,11 @@ def _after(
 ) -> Decision:
     """Decide after the ranks' end. A host that does not answer and has no spare is waited for, `NODE_SECONDS`."""
     history, bad = _history(directory)[earlier:], bad_hosts(directory)
+    if not history:
+        raise UserError(
+            f"{directory / 'events.jsonl'} was moved or deleted while the run wrote to it; without it no restart is "
+            f"decided: start again, and the run resumes from its newest checkpoint, if {directory} still has one"
+        )
     gone: list[str] = []
     waits, deadline = False, time.monotonic() + NODE_SECONDS
     while True:

@@ -171,7 +171,13 @@ def stop(directory: Path, now: bool) -> str:
         raise UserError(f"{directory}: the run is starting; try again in a moment")
     if host != here:
         raise UserError(f"{directory}: was started on {host}; run this there")
-    record_event(directory, "stop_requested")
+    try:
+        os.kill(pid, 0)
+        record_event(directory, "stop_requested")
+    except PermissionError:
+        raise UserError(
+            f"{directory}: process {pid} is another user's, who alone can stop it (ps -p {pid} -o user)"
+        ) from None
     os.kill(pid, signal.SIGTERM)
     if now:  # launcher and trainer kill at the second signal
         time.sleep(0.2)

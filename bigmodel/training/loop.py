@@ -323,6 +323,7 @@ def _find_start(
     if fresh:
         world.on_rank_zero(lambda: checkpoint.set_aside(checkpoints, remote))
         world.on_rank_zero(lambda: forget(directory))
+        world.on_rank_zero(lambda: record_event(directory, "fresh", step=0))
     rewinds = world.on_rank_zero(lambda: read_rewinds(directory))
     world.on_rank_zero(lambda: remove_trained_on(checkpoints, rewinds))
     resumed = checkpoint.newest(checkpoints, world, remote=remote, refused=lambda step: is_trained_on(step, rewinds))

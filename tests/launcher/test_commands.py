@@ -1,9 +1,11 @@
 """The launcher's commands: what they refuse before anything starts, what a dry run prints, and stopping a run."""
 
 import os
+import resource
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,17 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     answer = launch_command("local", str(file))
     assert answer.returncode == 2
     assert f"run.directory = {tmp_path / 'run'}: cannot make" in answer.stderr
+
+
+@pytest.mark.parametrize("module", ["launcher", "bigmodel launch"])
+def test_a_full_disk_is_told_by_the_launcher_too(tmp_path: Path, module: str) -> None:
+    file = write_run_file(tmp_path)
+    words = [sys.executable, "-m", *module.split(), "local", str(file), "--ranks", "1"]
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
+    answer = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=full, check=False)
+    assert answer.returncode == 2
+    assert "File too large; free some space, or raise the quota" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 def test_a_dry_run_refuses_what_the_start_would(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Containers (Pyxis/enroot), EFA and InfiniBand are rendering only: nothing here or elsewhere has run on them.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +24,12 @@ from bigmodel.launcher.local import launch_environment
 from bigmodel.launcher.record import Launch, launches, process_start, record_end, record_launch, take_start
 from bigmodel.launcher.slurm import Decision, Job, decide, ended, render
 from bigmodel.launcher.topology import even_topology
-from bigmodel.launcher.watch import print_status, status
-from bigmodel.run_directory import claim, read_json_lines, record_event
+from bigmodel.launcher.watch import print_status, status, stop
+from bigmodel.run_directory import claim, make_logs, read_json_lines, record_event
 from tests.support.launched import LAUNCHER
 
 CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
+NOBODY = 65534
 
 INFINIBAND = """\
 #!/bin/bash
@@ -230,6 +234,62 @@ def test_of_two_starts_at_once_the_second_leaves_no_line(tmp_path: Path) -> None
     assert ended(run, Cluster(requeue=RequeueSettings(limit=0)), 2, False, {"SLURM_JOB_ID": "31"}) == 2
     assert [event["event"] for event in read_json_lines(run / "events.jsonl")] == ["launch", "start_refused"]
     assert [one.by for one in launches(read_json_lines(run / "events.jsonl"))] == ["local"]
+
+
+def test_a_start_without_the_launcher_and_one_by_it_refuse_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_logs(tmp_path / "a")
+    take_start(tmp_path / "a")  # its ranks still import
+    with pytest.raises(UserError, match="another run is using it now"):
+        claim(tmp_path / "a")
+    monkeypatch.setenv("LAUNCH_HOSTS", "here*1")
+    claim(tmp_path / "a")  # one of its ranks
+    monkeypatch.delenv("LAUNCH_HOSTS")
+    claim(tmp_path / "b")
+    with pytest.raises(UserError, match="another run is using it now"):
+        take_start(tmp_path / "b")
+
+
+def as_nobody(action: Callable[[], object]) -> str:
+    """What the action returns or raises in a process of another user."""
+    here, there = os.pipe()
+    if not (child := os.fork()):
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        try:
+            answer = str(action())
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(there, answer.encode())
+        os._exit(0)
+    os.close(there)
+    with open(here) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_sees_the_status_of_a_run_and_can_neither_stop_it_nor_start_there() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name)
+        run.chmod(0o755)
+        make_logs(run)
+        take_start(run)
+        record_launch(run, even_topology(["a"], 1, "a", 1), "local", launcher=True)
+        claim_of_rank = open(run / "lock", "a")  # noqa: SIM115
+        fcntl.flock(claim_of_rank, fcntl.LOCK_EX)
+        assert status(run)["state"] == "running"
+        before = (run / "events.jsonl").read_bytes()
+        assert as_nobody(lambda: status(run)["state"]) == "running"
+        assert f"process {os.getpid()} is another user's, who alone can stop it" in as_nobody(lambda: stop(run, False))
+        assert as_nobody(lambda: take_start(run)).startswith(f"UserError: run.directory = {run}: another run is using")
+        claim_of_rank.close()
+        denied = f"UserError: run.directory = {run}: cannot be written: Permission denied; choose another"
+        assert as_nobody(lambda: take_start(run)) == denied
+        assert as_nobody(lambda: claim(run)) == denied
+        assert (run / "events.jsonl").read_bytes() == before
 
 
 def test_a_run_directory_in_use_is_refused_by_rank_zero(tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ AGAIN = [("failed", 7), ("hang", 7), ("failed", 7)]
         (ends(("failed", 7), stepped=False), {}, False, 0, "no step was made since the first start"),
         (ends(("failed", 7), ("failed", 7), stepped=False), {}, True, 5, "1 without a new step, of 2"),
         (ends(("failed", 7), reached=8), {}, True, 5, "1 without a new step"),  # it began at 8, from a checkpoint
+        (ends(*AGAIN, ("failed", 3), anew=True), {}, True, 0, "it resumes"),  # --fresh: each step is new
+        (
+            ends(("failed", 7), ("failed", 3), anew=True, reached=3),
+            {},
+            True,
+            5,
+            "1 without a new step",
+        ),  # it went back to 3
         (ends(*AGAIN), {}, False, 0, "restart.limit = 2 restarts in a row without a new step, at step 7"),
         (ends(*AGAIN, ("failed", 8)), {}, True, 0, "it resumes"),  # a step is progress
         (ends(*[("rewind", 7)] * 3), {}, False, 0, "restart.limit = 2"),
@@ -140,6 +148,9 @@ if step:
     (here / "metrics.jsonl").open("a").write(json.dumps(line) + chr(10))
 if code == "wait":
     time.sleep(60)
+if code == "forget":
+    (here / "events.jsonl").unlink()
+    code = 1
 if code == "kill":
     os.kill(os.getpid(), 9)
 if code == "cut off":  # a rank that the launcher cannot end holds the run directory until it is released
@@ -220,6 +231,16 @@ def test_what_a_restart_would_not_help_ends_with_its_own_code(
     assert process.returncode == code, errors
     assert len((tmp_path / "starts").read_text().split()) == starts
     assert decisions(tmp_path)[-1] == ("end", reason)
+
+
+def test_without_the_record_of_its_starts_a_run_is_not_restarted_and_this_is_said(tmp_path: Path) -> None:
+    record_event(tmp_path, "launch", by="local", job="", restart=0)
+    process = start(tmp_path, [(3, 1), (5, "forget")])
+    errors = process.communicate(timeout=60)[1]
+    assert errors.splitlines()[-1].partition(": ")[2] == (
+        f"{tmp_path}/events.jsonl was moved or deleted while the run wrote to it; without it no restart is decided: "
+        f"start again, and the run resumes from its newest checkpoint, if {tmp_path} still has one"
+    )
 
 
 def test_a_signal_before_a_restart_ends_it(tmp_path: Path) -> None:
