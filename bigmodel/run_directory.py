@@ -64,6 +64,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -222,7 +223,7 @@ def lock(file: IO[Any], name: str, busy: str = "") -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write, fsync and rename: a reader finds the old file or the new one, never a part."""
+    """Write, fsync and rename: a reader finds the old file or the new one, never a part. An `OSError` names `path`."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     # Host and process id: machines that share a folder can have equal process ids.
@@ -233,6 +234,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except BaseException:
         part.unlink(missing_ok=True)
         raise

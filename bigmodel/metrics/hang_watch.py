@@ -133,7 +133,7 @@ class HangWatch:
         ]
         stacks = dump_stacks(self._folder, [alive[rank] for rank in due], wake=True)
         how = "was stopped (SIGSTOP: process state T)"
-        return {rank: Finding(how, 0.0, main_stack(stacks.get(rank, ""))) for rank in due}
+        return {rank: Finding(how, 0.0, main_stack(stacks.get(rank, ""))[:STACK_LINES]) for rank in due}
 
     def _stuck(self, alive: Mapping[int, Record]) -> dict[int, Finding]:
         """Ranks that make no progress in their own work."""

@@ -124,7 +124,7 @@ def test_a_full_disk_is_told_by_the_launcher_too(tmp_path: Path, module: str) ->
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
     answer = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=full, check=False)
     assert answer.returncode == 2
-    assert "File too large; free some space, or raise the quota" in answer.stderr
+    assert f"{tmp_path}/run/launch.json: File too large; free some space, or raise the quota" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
