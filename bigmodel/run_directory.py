@@ -8,7 +8,7 @@
       metrics_endpoint  host:port while it runs             lock              held by the running run
       incarnation.json  restart generation: the start that may publish checkpoints
       identity.json  the run's id, also in its checkpoints
-  left_out.json  steps that rewinds leave out           of training.spikes
+      left_out.json  steps that rewinds of training.spikes leave out
       loss.png  sample.txt  summary.json                    at the end
       profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions

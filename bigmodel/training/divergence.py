@@ -36,7 +36,7 @@ def refuse_divergence(bad_steps: int, done: int, settings: Settings, world: Worl
     if bad_steps == MAX_BAD_STEPS:
         raise UserError(
             f"{MAX_BAD_STEPS} steps in a row up to step {done} had no finite loss or gradient: the run diverged; "
-            f"{world.on_rank_zero(lambda: way_back(settings))}; the last one was {made}; documents: events.jsonl"
+            f"{world.on_rank_zero(lambda: way_back(settings))}; the last one: {made}; documents: events.jsonl"
         )
 
 

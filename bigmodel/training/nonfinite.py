@@ -10,7 +10,8 @@ and dropout are a pure function of the plan, so a sound device repeats the resul
 
 A suspect is a rank whose loss, or gradient at its embedding, was not finite in the step itself, or whose micro-batches
 are not finite again. Without a suspect (an overflow in the sum over micro-batches or ranks, or a wrong weight gradient
-that does not come back) nothing is known. On one rank the other rank is itself.
+that does not come back) nothing is known. On one rank the other rank is itself. Of many suspects, as in a divergence,
+the first eight are computed by another rank; they speak for the others whose micro-batches are not finite again.
 """
 
 import os
@@ -70,11 +71,12 @@ class Witness:
 
 
 class Seen(NamedTuple):
-    """What a rank saw: in the step itself, in its micro-batches computed again, and in those of another rank."""
+    """What a rank saw: in the step itself, in its micro-batches computed again, and in those of another rank; None: it
+    computed none."""
 
     then: bool
     own: str
-    other: str
+    other: str | None
 
 
 def attribute(step: Step, saw: bool, engine: Engine, world: World, sharing: int) -> Verdict:
@@ -86,11 +88,11 @@ def attribute(step: Step, saw: bool, engine: Engine, world: World, sharing: int)
     own = _examine(engine, step.micro_batches, step.weight)
     suspects = [rank for rank, one in enumerate(world.gather_objects(saw or bool(own))) if one][:MOST_SUSPECTS]
     told = world.gather_objects(step.micro_batches if world.rank in suspects else None)
-    other = ""
-    for shift in (sharing,) if suspects else ():
-        given = told[(world.rank - shift) % world.size]
-        other = _examine(engine, given or step.micro_batches, step.weight)
-        other = other if given else ""
+    other = None
+    if suspects:
+        given = told[(world.rank - sharing) % world.size]
+        found = _examine(engine, given or step.micro_batches, step.weight)
+        other = found if given else None
     return decide(world.gather_objects(Seen(saw, own, other)), world.gather_objects(os.uname().nodename), sharing)
 
 
@@ -99,8 +101,10 @@ def decide(seen: Sequence[Seen], hosts: Sequence[str], sharing: int = 1) -> Verd
     verdicts, by = [], "another rank" if sharing % len(seen) else "the same rank"
     suspects = [rank for rank, (then, own, _) in enumerate(seen) if then or own]
     for rank in suspects:
-        own = seen[rank].own
-        repeats = bool(own and seen[(rank + sharing) % len(seen)].other)
+        own, other = seen[rank].own, seen[(rank + sharing) % len(seen)].other
+        if own and other is None:
+            continue
+        repeats = bool(own and other)
         ranks = tuple(one for one in suspects if one // sharing == rank // sharing)
         verdicts.append(Verdict(ranks, own, repeats, tuple(hosts[one] for one in ranks), by))
     return min(verdicts, key=lambda one: (one.repeats, one.ranks), default=Verdict())

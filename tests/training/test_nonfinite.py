@@ -38,3 +38,14 @@ def test_a_value_is_the_datas_if_another_rank_repeats_it(seen, sharing: int, ran
     assert (verdict.ranks, verdict.repeats) == (ranks, repeats)
     assert verdict.hosts == tuple(HOSTS[rank] for rank in ranks)
     assert ("bad device" in str(verdict)) == (not repeats)
+
+
+@pytest.mark.parametrize("device", [None, 11])
+def test_in_a_divergence_on_more_ranks_than_are_computed_again_elsewhere_no_device_is_blamed(device) -> None:
+    """Twelve ranks whose part is not finite again; the first eight's went to ranks 1 to 8. A part that was not finite
+    in the step alone needs no other rank."""
+    seen = [Seen(True, "head", "head" if 1 <= rank <= 8 else None) for rank in range(12)]
+    if device:
+        seen[device] = Seen(True, "", None)
+    verdict = decide(seen, [str(rank) for rank in range(12)])
+    assert (verdict.ranks, verdict.repeats) == ((device or 0,), not device)

@@ -26,9 +26,10 @@ def path_of(directory: Path, step: int) -> Path:
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending."""
+    """Steps of the published checkpoints, ascending. A folder of another name, as step-400, is none of them."""
     found = Path(directory).glob("step-*") if Path(directory).is_dir() else iter(())
-    return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdecimal())
+    numbers = [int(path.name[5:]) for path in found if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted(step for step in set(numbers) if path_of(directory, step).is_dir())
 
 
 def remove_partials(directory: Path) -> None:

@@ -11,10 +11,11 @@ collective, since none works any more:
   not; each saves its own step.
 - One node: the cursors of all lanes are here.
 
-The checkpoint is one as any: fp32, hashed, fenced by the restart generation. The first survivor at a step writes; it
-has the 15 s that the launcher leaves to the ranks whose peer died. Cost in a step: none.
+The checkpoint is one as any: fp32, hashed, fenced by the restart generation. The first survivor at a step writes, and
+if it fails the next one; they have the 15 s that the launcher leaves to ranks whose peer died. Cost in a step: none.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -76,9 +77,10 @@ class Rescue:
     def _save(self) -> str:
         directory = self._settings.run.directory
         place = path_of(directory / "checkpoints", self._step)
+        claim = place.with_name(f"{place.name}.partial-rescue")  # removed at the next start
         try:
             place.parent.mkdir(exist_ok=True)
-            place.with_name(f"{place.name}.partial-rescue").mkdir()  # removed at the next start
+            claim.mkdir()
         except FileExistsError:
             return ""  # another survivor writes
         except OSError as error:
@@ -88,6 +90,8 @@ class Rescue:
             saved = saver.save(_Whole(self._engine), self._state())
             record_event(directory, "rescued", step=self._step, rank=self._world.rank, bytes=saved.bytes)
         except (UserError, OSError, RuntimeError) as error:  # the first error is the one that ends the run
+            with contextlib.suppress(OSError):
+                claim.rmdir()  # for a survivor that can: this rank may be the one whose device failed
             return f"not saved by the survivors: {error}"
         return f"saved by a survivor in {saved.path}; the next start resumes there"
 

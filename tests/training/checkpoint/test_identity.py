@@ -57,6 +57,19 @@ def test_a_renamed_checkpoint_is_refused_with_both_steps(tmp_path: Path) -> None
     assert resumed(run) == 400
 
 
+def test_a_folder_with_another_form_of_name_is_no_checkpoint_and_costs_none_its_place(tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    save(run, 300, 400, by=begin(run))
+    shutil.copytree(path_of(run, 400), run / "checkpoints/step-400")
+    shutil.copytree(path_of(run, 400), run / "checkpoints/step-999")
+    assert checkpoint.steps(run / "checkpoints") == [300, 400]
+    assert resumed(run) == 400
+    Saver(run / "checkpoints", Settings.model_validate({"checkpoint": {"keep": 3}}), ALONE, "").save(
+        Weights(500), {"step": 500}
+    )
+    assert checkpoint.steps(run / "checkpoints") == [300, 400, 500]
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_both_runs(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     save(one, 4, by=begin(one))

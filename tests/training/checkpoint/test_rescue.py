@@ -1,15 +1,21 @@
 """A rank dies: what the survivors save is the state of a step, to the last bit; or they say why there is none."""
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bigmodel.config.settings import Settings
+from bigmodel.distributed.world import ALONE
 from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
+from bigmodel.training.checkpoint.rescue import Rescue
 from tests.support.ranks import command, finish, run_ranks, start_ranks
 from tests.support.tiny_run import write_run
+from tools.torture import Weights
 
 CONSTANT = ("--set", 'schedule.kind="constant"')  # so that the rate does not depend on training.steps
 
@@ -61,3 +67,31 @@ def test_survivors_say_that_the_state_of_a_sharded_run_is_not_whole(tmp_path: Pa
     assert "not saved by the survivors: under ZeRO 1 to 3 each rank holds a part of the state alone" in printed
     assert not (tmp_path / "run/checkpoints/step-00000004").exists()
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
+
+
+class Replica(Weights):
+    """All state on one rank, as at ZeRO 0."""
+
+    holds_all = True
+
+    def held(self, name: str) -> dict[str, tuple[int, torch.Tensor]]:
+        return self.owned(name)
+
+
+def test_where_the_first_rank_cannot_save_its_state_another_survivor_does(tmp_path: Path, capsys) -> None:
+    """The first one is often the rank whose device failed. A third one finds the step saved."""
+    settings = Settings.model_validate({"run": {"directory": str(tmp_path)}})
+    for rank in (1, 0, 2):
+        replica = Replica(7)
+        if rank == 1:
+            replica.state["odd"]["weight"].view(-1)[2] = math.nan
+        rescue = Rescue(replica, settings, replace(ALONE, rank=rank, size=3), 1, "", "tiny-0a1b2c3d")
+        rescue.step_ends(7, lambda: {"step": 7})
+        rescue.on_exit(RuntimeError, RuntimeError("a peer died"), None)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(": step 7: ")[0] for line in told] == ["bigmodel (rank 1)", "bigmodel (rank 0)"]
+    assert "not saved by the survivors: checkpoint of step 7 refused" in told[0]
+    assert "saved by a survivor in" in told[1]
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.state["step"] == 7
