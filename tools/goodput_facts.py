@@ -84,6 +84,10 @@ def facts_from(run: Path | None, settings: Mapping[str, float] = {}) -> Facts:
             raise UserError(f"--set {name}={value:g}: no such fact; choose one of {', '.join(FACTS)}")
         if not 0 <= value < math.inf:
             raise UserError(f"--set {name}={value:g}: give a number of at least 0")
+        if value == 0 and name.endswith("_bandwidth"):
+            raise UserError(f"--set {name}=0: nothing could be saved; give a number above 0")
+        if value > 1 and name.endswith("_share"):
+            raise UserError(f"--set {name}={value:g}: give a share of all failures, from 0 to 1")
         known = {**known, name: known[name]._replace(value=value, kind="given", source="--set")}
     return known
 

@@ -172,7 +172,7 @@ def show(facts: Facts, rates: str, results: Sequence[dict[str, Any]], goal: floa
             "{:.1%} to {:.1%}".format(*one["ratio_90_percent_of_months"]),
             *(f"{one['lost'][cause]:.2%}" for cause in LOSSES),
             f"{one['recovery_seconds']:,.0f} s",
-            f"{needed:,.0f} s" if needed else "not reached",
+            f"{'over ' * (needed >= RECOVERIES[-1])}{needed:,.0f} s" if needed else "not reached",
             str(one["spares"]),
             end_section=last,
         )

@@ -188,6 +188,8 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capsys: pytest
         ({"set_": ["node_wait"]}, "--set node_wait: write NAME=NUMBER"),
         ({"set_": ["nodes=3"]}, "--set nodes=3: no such fact; choose one of parameters"),
         ({"set_": ["detect=-1"]}, "--set detect=-1: give a number of at least 0"),
+        ({"set_": ["store_bandwidth=0"]}, "--set store_bandwidth=0: nothing could be saved; give a number above 0"),
+        ({"set_": ["node_share=78"]}, "--set node_share=78: give a share of all failures, from 0 to 1"),
     ],
 )
 def test_a_wrong_option_is_one_line(
