@@ -5,8 +5,8 @@ that the run itself names, or None as long as it names none. Pure but for readin
 
     kind                bound, seconds + steps       named by
     killed              2                            the rank that ends first, by SIGKILL
-    stopped             10 usual steps, at least 1   event rank_hangs, with its reason
-    stalled             4 + 8, or as stopped         the same, or the message of data.stall_seconds if it is sooner
+    stopped             2 + 20                       event rank_hangs, with its reason
+    stalled             4 + 8                        the same, or the message of data.stall_seconds if it is sooner
     raised              2                            the rank that ends first, with its exception
     slow                15                           slow_rank in metrics.jsonl and `launch status`
     no room for saves   5 + 12                       event checkpoint_failed
@@ -17,7 +17,8 @@ that the run itself names, or None as long as it names none. Pure but for readin
     truncated, flipped, deleted   20 + 20            the next start's line of the damaged file
 
 Steps are usual ones of the run: batches read ahead, a save or a comparison come first; ten steps of bad data are
-computed three times each. Those of a damaged file hold the whole next start.
+computed three times each. A stopped rank is named after the longer of a second and ten steps, twice that is the bound.
+Those of a damaged file hold the whole next start.
 """
 
 import random
@@ -173,7 +174,7 @@ KILL = Kind(2.0, 0, first_dead, at_any_time(KILLED), -signal.SIGKILL, after=AT_A
 KINDS = {
     "killed": KILL,
     "stopped": Kind(
-        HANG_SECONDS + 1.0, 0, hanging("SIGSTOP"), at_any_time(STOPPED), -signal.SIGKILL, "hang", after=AT_ANY_TIME
+        2 * HANG_SECONDS, 20, hanging("SIGSTOP"), at_any_time(STOPPED), -signal.SIGKILL, "hang", after=AT_ANY_TIME
     ),
     SLOW: Kind(15.0, 0, slow, nothing, steps=SLOW_STEPS, after=40),
     "raised": Kind(2.0, 0, raised, of_kind(RAISED), EXIT_FAILED),

@@ -3,7 +3,8 @@
 In: a seed, a design (ZeRO stage, number of ranks), the kinds of faults. Out: a `Row` per fault. Raises `Broken`
 if a guarantee does not hold:
 
-- a fault happens, and is named within its bound: the right rank and no other, with its exit code and cause;
+- a fault happens, and is named within its bound: the right rank and no other, with its exit code and cause; the other
+  ranks end by themselves;
 - the launcher's decision is a restart after each fault of a machine, none after one of a user or a stop;
 - a published checkpoint is whole from the moment it can be seen; none that was reported as saved is lost, nor more than
   two intervals of steps; the next start resumes from the newest whole one, after bad data from the newest healthy one;
@@ -132,6 +133,7 @@ class Start:
     def __init__(self, directory: Path, ranks: list[BaseProcess], output: Path) -> None:
         self.directory, self.ranks, self._output = directory, ranks, output
         self.dead: tuple[int, int] | None = None
+        self.late: list[int] = []  # ranks that were alive after the grace
         self._since = sum(1 for _ in read_json_lines(directory / "events.jsonl"))
         self._began = time.monotonic()
         self._deadline = float("inf")
@@ -143,6 +145,7 @@ class Start:
             self.dead = next((one for one in ended if one[1] < 0), ended[0])
             self._deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > self._deadline:
+            self.late += [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
             kill(self.ranks)
         if time.monotonic() > self._began + START_SECONDS:
             raise Broken(f"ranks did not end in {START_SECONDS:g} s: {[rank.exitcode for rank in self.ranks]}")
@@ -270,9 +273,10 @@ class Soaked:
         codes = set(seen.codes) if kind.code is None else {seen.codes[rank]}
         if codes != {kind.code or 0}:
             raise Broken(f"exit codes {seen.codes}; expected {kind.code or 0} of rank {rank}")
+        if start.late:
+            raise Broken(f"ranks {start.late} still ran {GRACE_SECONDS:g} s after another one had ended")
         since = watched.happened
-        limits = [event["limit_seconds"] + 1.0 for event in seen.events if event["event"] == "rank_hangs"]
-        bound = max([kind.bound_seconds + kind.bound_steps * self._usual_step(), *limits])
+        bound = kind.bound_seconds + kind.bound_steps * self._usual_step()
         row = in_time(Row(plan.kind, watched.named_at - since, bound, None))
         if kind.code is not None:
             self._end(start, kind.cause, None if plan.kind in OF_ALL else rank)

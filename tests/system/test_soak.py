@@ -1,14 +1,18 @@
 """A sample of `make soak`, and that it finds what is planted."""
 
+import os
 import random
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import start_ranks
+from tools import soak_run
 from tools.soak import summary
 from tools.soak_defects import DEFECTS
 from tools.soak_faults import KINDS, deck, draw
-from tools.soak_run import Row, Run, Soaked, in_time, undisturbed
+from tools.soak_run import Row, Run, Soaked, Start, in_time, undisturbed
 from tools.soak_trace import Broken, Design, Trace, compare
 
 DESIGN, STEPS = Design(stage=0, world_size=2), 32
@@ -78,3 +82,17 @@ def test_a_fault_that_is_named_too_late_is_found() -> None:
     assert in_time(Row("killed", 1.9, 2.0, None)).kind == "killed"
     with pytest.raises(Broken, match=r"deleted: named after 20.50 s; the bound is 20.00 s"):
         in_time(Row("deleted", 20.5, 20.0, None))
+
+
+def end_or_stay() -> int:
+    """On rank 0: exit code 1; the other one stays."""
+    time.sleep(60.0 * int(os.environ["RANK"]))
+    return 1
+
+
+def test_a_rank_that_lives_on_after_another_ones_end_is_found(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(soak_run, "GRACE_SECONDS", 0.3)
+    start = Start(tmp_path, start_ranks(2, end_or_stay), tmp_path / "printed")
+    while start.poll():
+        time.sleep(0.01)
+    assert (start.dead, start.late, start.seen().codes) == ((0, 1), [1], [1, -9])
