@@ -112,7 +112,7 @@ def newest(
         if not problems:
             if world.rank == 0 and damage:
                 report(f"using the older checkpoint {path} instead")
-            found = world.on_rank_zero(partial(open_own, path))
+            found = world.on_rank_zero(partial(open_own, path, remote if step in there else ""))
             if is_owner:
                 _refuse_average(found)
             return found
@@ -297,10 +297,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, parts, description["state"], description)
 
 
-def open_own(path: Path) -> Checkpoint:
-    """Open a verified checkpoint of the run whose directory it is in. Raises `UserError` if it is not its own."""
+def open_own(path: Path, remote: str = "") -> Checkpoint:
+    """Open a verified checkpoint of the run whose directory it is in. Raises `UserError` if it is not its own. remote:
+    the store that has a copy."""
     found = open_checkpoint(path)
-    require_own(path, found.description, path.parents[1])
+    require_own(path, found.description, path.parents[1], remote)
     return found
 
 

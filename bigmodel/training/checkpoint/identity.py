@@ -52,7 +52,10 @@ def problem_of(path: Path, description: dict[str, Any], run_directory: Path) -> 
     return ""
 
 
-def require_own(path: Path, description: dict[str, Any], run_directory: Path) -> None:
-    """Raises `UserError` naming both steps, or both runs."""
-    if problem_of(path, description, run_directory):
-        raise UserError(problem_of(path, description, run_directory))
+def require_own(path: Path, description: dict[str, Any], run_directory: Path, remote: str = "") -> None:
+    """Raises `UserError` naming both steps, or both runs. remote: the store that has a copy of this checkpoint."""
+    if problem := problem_of(path, description, run_directory):
+        copy = (
+            f"; checkpoint.remote = {remote} has a copy, which would be fetched again: remove it, too, or change remote"
+        )
+        raise UserError(problem + copy * bool(remote))

@@ -139,7 +139,11 @@ def _begin(source: str, path: Path, read_manifest: ReadManifest) -> tuple[Path, 
     part = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     part.mkdir(parents=True)
     (part / MANIFEST).write_bytes(_retrying(_get, files.join(source, MANIFEST)))
-    manifest, problem = read_manifest(part)
+    try:
+        manifest, problem = read_manifest(part)
+    except UserError as error:  # of another format
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(str(error).replace(str(part), source)) from None
     if problem:
         return part, {}, [problem]
     there = _retrying(files.sizes, source)

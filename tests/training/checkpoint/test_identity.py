@@ -15,6 +15,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.failures import SaveError
 from bigmodel.training.checkpoint.folder import plain
 from bigmodel.training.checkpoint.identity import id_of, settle
+from bigmodel.training.checkpoint.remote import upload
 from bigmodel.training.checkpoint.saver import Saver
 from tools.torture import Weights
 
@@ -142,6 +143,24 @@ def test_a_checkpoint_of_another_format_is_an_error_with_both_and_nothing_is_tou
     settings = Settings.model_validate({"checkpoint": {"keep": 1}})
     Saver(tmp_path / "checkpoints", settings, ALONE).save(Weights(20), {"step": 20})
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 20]
+
+
+def test_of_a_copy_in_a_store_the_store_is_named_as_its_place(tmp_path: Path) -> None:
+    """One of another format is not fetched; one of another run is, and would be again."""
+    run, remote = tmp_path / "tiny", f"file://{tmp_path}/store"
+    save(run, 8, by=begin(run))
+    upload(path_of(run, 8), remote)
+    other = tmp_path / "other"
+    begin(other)
+    with pytest.raises(
+        UserError, match=rf"move it out of {other}/checkpoints; .* {remote} has a copy, .* remove it, too"
+    ):
+        checkpoint.newest(other / "checkpoints", ALONE, remote=remote)
+    shutil.rmtree(other / "checkpoints")
+    rewrite(tmp_path / "store/step-00000008", format=3)
+    with pytest.raises(UserError, match=f"^{remote}/step-00000008: this checkpoint has format 3"):
+        checkpoint.newest(other / "checkpoints", ALONE, remote=remote)
+    assert os.listdir(other / "checkpoints") == []
 
 
 def test_a_flipped_bit_in_the_number_of_the_format_is_damage(tmp_path: Path) -> None:
