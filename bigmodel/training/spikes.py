@@ -101,7 +101,10 @@ def plan_rewind(
 def read_rewinds(directory: Path) -> list[Rewind]:
     """The declared rewinds of a run, the oldest first. Raises `UserError` for a damaged file."""
     file = directory / FILE
-    return [Rewind(**one) for one in read_json(file)] if file.exists() else []
+    try:
+        return [Rewind(**one) for one in read_json(file)] if file.exists() else []
+    except TypeError:
+        raise UserError(f"{file}: not a list of steps that rewinds left out; restore it from a copy") from None
 
 
 def declare(directory: Path, rewind: Rewind) -> None:

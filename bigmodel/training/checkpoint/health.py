@@ -130,7 +130,8 @@ def recorded_divergence(directory: Path) -> Divergence | None:
     file = directory / RECORD
     if not file.exists():
         return None
-    found: dict[str, Any] = read_json(file, f"delete it, and the checkpoints from after the divergence in {directory}")
+    remedy = f"delete it, and the checkpoints from after the divergence in {directory}"
+    found: dict[str, Any] = read_json(file, remedy, ["first", "last_good", "suspect"])
     return Divergence(found["first"], found["last_good"], found["suspect"])
 
 

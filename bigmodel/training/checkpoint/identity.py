@@ -22,7 +22,7 @@ def id_of(run_directory: Path) -> str:
     file = run_directory / FILE
     if not file.exists():
         return ""
-    return str(read_json(file, "delete it: the run takes the id of its newest checkpoint again")["run"])
+    return str(read_json(file, "delete it: the run takes the id of its newest checkpoint again", ["run"])["run"])
 
 
 def settle(run_directory: Path, description: dict[str, Any] | None, fresh: bool = False) -> str:

@@ -14,9 +14,12 @@ from bigmodel.run_directory import take_over
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.failures import SaveError
 from bigmodel.training.checkpoint.folder import plain
-from bigmodel.training.checkpoint.identity import id_of, settle
+from bigmodel.training.checkpoint.health import RECORD, recorded_divergence
+from bigmodel.training.checkpoint.identity import FILE, id_of, settle
 from bigmodel.training.checkpoint.remote import upload
 from bigmodel.training.checkpoint.saver import Saver
+from bigmodel.training.spikes import FILE as LEFT_OUT
+from bigmodel.training.spikes import read_rewinds
 from tools.torture import Weights
 
 
@@ -116,6 +119,19 @@ def test_starting_over_makes_another_run(tmp_path: Path) -> None:
     shutil.copytree(aside, tmp_path / "checkpoints")
     with pytest.raises(UserError, match=f"is of run {first}, and .* is run {second}"):
         resumed(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "null", "[1]"])
+def test_a_small_file_of_the_run_that_says_something_else_is_one_message(tmp_path: Path, content: str) -> None:
+    reads = {FILE: id_of, RECORD: recorded_divergence, LEFT_OUT: read_rewinds}
+    for name, read in reads.items():
+        (tmp_path / name).write_text(content)
+        if (name, content) == (LEFT_OUT, "{}"):
+            continue  # no steps
+        with pytest.raises(
+            UserError, match=rf"{name}: (cannot be read as JSON: no '\w+' in it; delete it|not a list of)"
+        ):
+            read(tmp_path)
 
 
 # --- another format
