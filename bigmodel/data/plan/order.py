@@ -29,7 +29,8 @@ from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError, p
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.classes import cursor_of
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
-from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, make_lane
+from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, PackingBuffer, make_lane
+from bigmodel.data.plan.planned import PlannedSteps, in_canonical_order
 from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, chunk_table, has_wide
 from bigmodel.data.randomness import make_key
 
@@ -60,6 +61,7 @@ class SourceProgress:
     passes: float  # positions given / positions in one epoch
 
 
+Taken = tuple[PackingBuffer, int, int]  # packs [first, end) of it
 LaneProgress = dict[str, tuple[int, int]]  # per source: epochs complete, positions given
 
 
@@ -190,14 +192,20 @@ class Order:
 
         Raises `UserError` where data.max_epochs leaves too few in a lane; then no lane has moved.
         """
-        share, before = self.packs_at(self.step) // self.plan.num_lanes, dict(self._at)
-        try:
-            packs = [pack for number in self._lanes for pack in self._take(number, share)]
-        except BaseException:
-            self._at = before
-            raise
+        share = self.packs_at(self.step) // self.plan.num_lanes
+        taken = self._take_of_all(share)
         self.step += 1
-        return packs
+        return [pack for parts in taken for buffer, first, end in parts for pack in buffer.packs[first:end]]
+
+    def next_tables(self, steps: int) -> PlannedSteps:
+        """The same of the next data steps together, as arrays: a fifth of the time of objects. Raises as `next_step`,
+        then without a move."""
+        shares = [self.packs_at(step) // self.plan.num_lanes for step in range(self.step, self.step + steps)]
+        taken = self._take_of_all(sum(shares))
+        lanes = [[buffer.tables(first, end) for buffer, first, end in parts] for parts in taken]
+        planned = in_canonical_order(self.step, shares, lanes)
+        self.step += steps
+        return planned
 
     def position(self) -> Position:
         """The position after the last step given."""
@@ -252,21 +260,31 @@ class Order:
             self._at[number] = self._lanes[number].enter(self._lanes[number].beginning())
         return self._at[number]
 
-    def _take(self, number: int, count: int) -> list[Pack]:
-        packs: list[Pack] = []
-        while len(packs) < count:
+    def _take_of_all(self, count: int) -> list[list[Taken]]:
+        """Advance each planned lane by `count` packs. After an error no lane has moved."""
+        before = dict(self._at)
+        try:
+            return [self._take(number, count) for number in self._lanes]
+        except BaseException:
+            self._at = before
+            raise
+
+    def _take(self, number: int, count: int) -> list[Taken]:
+        taken: list[Taken] = []
+        while count:
             at = self._lane_at(number)
-            if at.packs_given == len(at.buffer.packs):
+            if at.packs_given == at.buffer.num_packs:
                 at = self._lanes[number].enter(at.buffer.following)
-                if not at.buffer.packs:
+                if not at.buffer.num_packs:
                     raise UserError(
                         f"data.max_epochs: lane {number} has no packed sequence left for step {self.step + 1}: every "
                         "source of its mix has reached its limit; train fewer steps, or raise data.max_epochs"
                     )
-            more = at.buffer.packs[at.packs_given : at.packs_given + count - len(packs)]
-            packs += more
-            self._at[number] = replace(at, packs_given=at.packs_given + len(more))
-        return packs
+            end = min(at.packs_given + count, at.buffer.num_packs)
+            taken.append((at.buffer, at.packs_given, end))
+            count -= end - at.packs_given
+            self._at[number] = replace(at, packs_given=end)
+        return taken
 
 
 def merge_cursors(cursors: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Costs about half a microsecond a document with one side (stdlib `bisect`; numpy 
 """
 
 from bisect import bisect_left, insort
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
 
@@ -25,11 +24,16 @@ POOL = 4096  # documents from which the greedy rule picks the next one
 class Packing:
     """The packs of one packing buffer, in the order in which they were opened."""
 
-    packs: list[list[int]]  # indices into the lengths, longest document first
+    members: np.ndarray  # (n,) int64: indices into the lengths, pack after pack, longest document first
     num_tokens: np.ndarray  # (packs,) int64: positions filled
     num_documents: np.ndarray  # (packs,) int64
     num_document_limited: int  # packs with room left, closed by max_documents
     num_sources: np.ndarray | None = None  # (packs,) int64: source positions filled; None: no source side
+
+    @property
+    def packs(self) -> list[list[int]]:
+        members, ends = self.members.tolist(), np.cumsum(self.num_documents).tolist()
+        return [members[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else []
 
 
 def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents: int, num_first: int = 0) -> Packing:
@@ -42,29 +46,28 @@ def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= sequence_length), (
         f"every length must lie between 1 and sequence_length = {sequence_length}"
     )
-    is_late = np.arange(len(lengths)) >= num_first
-    order = np.lexsort((-lengths, is_late))
-    packs: list[list[int]] = []
-    packs_by_room: defaultdict[int, list[list[int]]] = defaultdict(list)
-    rooms: list[int] = []  # distinct rooms of open packs, ascending for bisect
-    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
-            packs_with_room = packs_by_room[room]
-            pack = packs_with_room.pop()
-            if not packs_with_room:
-                del rooms[place]
-            pack.append(index)
+    order = np.lexsort((-lengths, np.arange(len(lengths)) >= num_first))
+    bits = len(lengths).bit_length()
+    pack_mask, room_shift = (1 << bits) - 1, 2 * bits
+    turn = len(lengths)  # counts down: of equal rooms the latest comes first
+    opened: list[int] = []  # sorted: room, turn and number of each open pack, in one integer; tuples are slower
+    owners: list[int] = []  # pack of each document, in `order`
+    counts: list[int] = []  # documents of each pack
+    for length in lengths[order].tolist():
+        place = bisect_left(opened, length << room_shift)
+        if place < len(opened):
+            best = opened.pop(place)
+            pack, room = best & pack_mask, (best >> room_shift) - length
+            counts[pack] += 1
         else:
-            room, pack = sequence_length, [index]
-            packs.append(pack)
-        room -= length
-        if room and len(pack) < max_documents:
-            if not packs_by_room[room]:
-                insort(rooms, room)
-            packs_by_room[room].append(pack)
-    return _describe(packs, lengths, sequence_length, max_documents)
+            pack, room = len(counts), sequence_length - length
+            counts.append(1)
+        owners.append(pack)
+        if room and counts[pack] < max_documents:
+            turn -= 1
+            insort(opened, room << room_shift | turn << bits | pack)
+    members = order[np.argsort(np.array(owners, dtype=np.int64), kind="stable")]
+    return _describe(members, np.array(counts, dtype=np.int64), lengths, sequence_length, max_documents)
 
 
 def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents: int, num_first: int = 0) -> Packing:
@@ -86,11 +89,13 @@ def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents:
         first_fit(lengths, largest_first, budgets, max_documents),
     ]
     best = min(tried, key=len)
-    described = _describe(best, lengths[:, 0], budgets[0], max_documents)
-    sources = _sum_by_pack(best, lengths[:, 1])
+    members = np.fromiter(chain.from_iterable(best), dtype=np.int64, count=len(lengths))
+    counts = np.fromiter(map(len, best), dtype=np.int64, count=len(best))
+    described = _describe(members, counts, lengths[:, 0], budgets[0], max_documents)
+    sources = _sum_by_pack(members, counts, lengths[:, 1])
     limited = (described.num_documents == max_documents) & (described.num_tokens < budgets[0])
     return Packing(
-        best,
+        members,
         described.num_tokens,
         described.num_documents,
         int(np.count_nonzero(limited & (sources < budgets[1]))),
@@ -168,16 +173,14 @@ def fill_one_by_one(
     return packs
 
 
-def _describe(packs: list[list[int]], lengths: np.ndarray, sequence_length: int, max_documents: int) -> Packing:
-    if not packs:
-        return Packing([], np.empty(0, np.int64), np.empty(0, np.int64), 0)
-    num_documents = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
-    num_tokens = _sum_by_pack(packs, lengths)
+def _describe(
+    members: np.ndarray, num_documents: np.ndarray, lengths: np.ndarray, sequence_length: int, max_documents: int
+) -> Packing:
+    num_tokens = _sum_by_pack(members, num_documents, lengths)
     limited = (num_documents == max_documents) & (num_tokens < sequence_length)
-    return Packing(packs, num_tokens, num_documents, int(np.count_nonzero(limited)))
+    return Packing(members, num_tokens, num_documents, int(np.count_nonzero(limited)))
 
 
-def _sum_by_pack(packs: list[list[int]], lengths: np.ndarray) -> np.ndarray:
-    members = np.fromiter(chain.from_iterable(packs), dtype=np.int64, count=len(lengths))
-    starts = np.cumsum([0, *map(len, packs)])[:-1]
-    return np.add.reduceat(lengths[members], starts) if packs else np.empty(0, np.int64)
+def _sum_by_pack(members: np.ndarray, num_documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    starts = np.cumsum(num_documents) - num_documents
+    return np.add.reduceat(lengths[members], starts) if len(starts) else np.empty(0, np.int64)

@@ -12,6 +12,7 @@ Guarantees: a pure function of a buffer's cursor; every chunk is in one pack or 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.classes import Cursor, Stream, resampled
 from bigmodel.data.plan.mixing import mix, stages
 from bigmodel.data.plan.packing import best_fit_decreasing, fullest, pack_two_sides
-from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceStream, chunk_table, sizes
+from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceStream, chunk_table, sizes, starts_of
 from bigmodel.data.randomness import make_key, permutation
 
 NO_EPOCH = 2**62  # later than any epoch
@@ -41,17 +42,50 @@ class LaneCursor:
     since: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackingBuffer:
-    """A planned packing buffer: its P packs in training order, and the start of the next buffer.
+    """A planned packing buffer: its P packs in training order, and the start of the next buffer."""
 
-    `pending_*[p]`: the chunks not yet given after p packs, per mixed source, carried ones included.
-    """
-
-    packs: list[Pack]
+    table: np.ndarray  # the chunks of pack 0, then of pack 1, and so on
+    starts: np.ndarray  # (P + 1,) int64: the row where each pack begins, and the end
     following: LaneCursor
-    pending_positions: np.ndarray  # (P + 1, sources) int64
-    pending_epochs: np.ndarray  # (P + 1, sources) int64: the oldest epoch; NO_EPOCH: nothing pending
+    sources: list[int]  # the mixed ones, ascending
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.starts) - 1
+
+    def tables(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks of packs [first, end), and the number of chunks of each pack."""
+        starts = self.starts[first : end + 1]
+        return self.table[starts[0] : starts[-1]], np.diff(starts)
+
+    @cached_property
+    def packs(self) -> list[Pack]:
+        chunks, starts = list(map(Chunk, *self.table.T.tolist())) if len(self.table) else [], self.starts.tolist()
+        return [tuple(chunks[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+
+    @property
+    def pending_positions(self) -> np.ndarray:
+        """(P + 1, sources) int64: positions of the chunks not yet given after p packs, carried ones included."""
+        return self._pending[0]
+
+    @property
+    def pending_epochs(self) -> np.ndarray:
+        """(P + 1, sources) int64: the oldest epoch of these chunks; NO_EPOCH: none."""
+        return self._pending[1]
+
+    @cached_property
+    def _pending(self) -> tuple[np.ndarray, np.ndarray]:
+        sizes = np.diff(self.starts)
+        table = np.concatenate([self.table, self.following.carried])
+        turns = np.repeat(np.arange(len(sizes) + 1), [*sizes, len(self.following.carried)])  # carried ones: to the end
+        columns = np.searchsorted(self.sources, table[:, 0])
+        positions = np.zeros((len(sizes) + 1, len(self.sources)), dtype=np.int64)
+        epochs = np.full_like(positions, NO_EPOCH)
+        np.add.at(positions, (turns, columns), table[:, 4])
+        np.minimum.at(epochs, (turns, columns), table[:, 5])
+        return np.cumsum(positions[::-1], axis=0)[::-1], np.minimum.accumulate(epochs[::-1], axis=0)[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +115,10 @@ class Lane:
     def packs_left(self, at: LanePosition, at_most: int) -> int:
         """Packs from `at` to the lane's end, at most `at_most`. Plans them, one packing buffer at a time."""
         left = -at.packs_given
-        while at.buffer.packs and left + len(at.buffer.packs) < at_most:
-            left += len(at.buffer.packs)
+        while at.buffer.num_packs and left + at.buffer.num_packs < at_most:
+            left += at.buffer.num_packs
             at = self.enter(at.buffer.following)
-        return min(at_most, left + len(at.buffer.packs))
+        return min(at_most, left + at.buffer.num_packs)
 
     def plan(self, start: LaneCursor) -> PackingBuffer:
         """Pack one buffer: about packing_buffer * sequence_length positions, chunks carried in included.
@@ -110,19 +144,21 @@ class Lane:
             packing = best_fit_decreasing(
                 lengths[:, 0], settings.sequence_length, settings.max_documents, num_first=num_carried
             )
-        given = np.full(len(packing.packs), int(fresh[:, 4].sum()) < wanted)
+        starts = starts_of(packing.num_documents)[:-1]
+        given = np.full(len(starts), int(fresh[:, 4].sum()) < wanted)
         given[fullest(packing, lengths, settings)] = True
-        given |= np.fromiter(map(min, packing.packs), dtype=np.int64, count=len(given)) < num_carried
+        if len(starts):
+            given |= np.minimum.reduceat(packing.members, starts) < num_carried
         chosen = np.flatnonzero(given)
         chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.buffer), len(chosen))]
-        members = [sorted(packing.packs[number]) for number in chosen.tolist()]
-        left = sorted(index for number in np.flatnonzero(~given).tolist() for index in packing.packs[number])
-        chunks = list(map(Chunk, *table.T.tolist())) if len(table) else []
-        return PackingBuffer(
-            [tuple([chunks[index] for index in pack]) for pack in members],
-            LaneCursor(start.buffer + 1, cursors, table[left], stage, since),
-            *self._pending(table, members),
-        )
+        turns = np.full(len(starts), len(chosen))  # of each pack; one that is not given comes after all
+        turns[chosen] = np.arange(len(chosen))
+        turn_of_chunk = np.empty(len(table), dtype=np.int64)
+        turn_of_chunk[packing.members] = np.repeat(turns, packing.num_documents)
+        in_turn = table[np.argsort(turn_of_chunk, kind="stable")]
+        ends = starts_of(packing.num_documents[chosen])
+        following = LaneCursor(start.buffer + 1, cursors, in_turn[ends[-1] :].copy(), stage, since)
+        return PackingBuffer(in_turn[: ends[-1]], ends, following, [stream.source for stream in self.streams])
 
     def _stage(self, start: LaneCursor) -> tuple[int, tuple[int, ...]]:
         """The curriculum stage of a packing buffer, and the positions that each source had given when it began."""
@@ -131,18 +167,6 @@ class Lane:
         if stage == start.stage:
             return stage, start.since
         return stage, tuple(cursor.positions for cursor in start.sources)
-
-    def _pending(self, table: np.ndarray, members: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """`PackingBuffer.pending_*` of packs whose chunks are these rows of the table."""
-        turns = np.full(len(table), len(members))  # a chunk in no pack stays pending after the last
-        for turn, pack in enumerate(members):
-            turns[pack] = turn
-        columns = np.searchsorted([stream.source for stream in self.streams], table[:, 0])
-        positions = np.zeros((len(members) + 1, len(self.streams)), dtype=np.int64)
-        epochs = np.full_like(positions, NO_EPOCH)
-        np.add.at(positions, (turns, columns), table[:, 4])
-        np.minimum.at(epochs, (turns, columns), table[:, 5])
-        return np.cumsum(positions[::-1], axis=0)[::-1], np.minimum.accumulate(epochs[::-1], axis=0)[::-1]
 
 
 def make_lane(
