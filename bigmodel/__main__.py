@@ -367,6 +367,42 @@ def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")
 
 
 @app.command()
+def seen(
+    run_directory: Annotated[Path, typer.Argument(help="a run directory", metavar="RUN")],
+    text: Annotated[str | None, typer.Option(help="the documents with this text, and the steps with them")] = None,
+    document: Annotated[str, typer.Option(metavar="SOURCE:ID", help="the steps with a document; ID: FILE:ROW too")] = "",
+    step: Annotated[int | None, typer.Option(help="the documents of a step, from 1")] = None,
+    export: Annotated[Path | None, typer.Option(help="all of it as Parquet", metavar="OUT.parquet")] = None,
+    digest: Annotated[bool, typer.Option("--digest", help="write RUN/order_digests.jsonl, for audits")] = False,
+    verify: Annotated[
+        Path | None, typer.Option(metavar="DIGESTS", help="compare such a file; exit code 1 if it differs")
+    ] = None,
+) -> None:
+    """What the model was trained on: which documents, at which steps, with which tokens."""
+    from bigmodel.provenance import seen as run
+    from bigmodel.provenance.trained import Run
+
+    if sum(bool(one) for one in (text is not None, document, step is not None, export, digest, verify)) != 1:
+        raise UserError("give one of --text, --document, --step, --export, --digest and --verify")
+    opened = Run.open(run_directory)
+    holds = True
+    if text is not None:
+        holds = run.show_text(opened, text, print)
+    elif document:
+        run.show_document(opened, document, print)
+    elif step is not None:
+        run.show_step(opened, step, print)
+    elif export:
+        run.write(opened, export, print)
+    elif verify:
+        holds = run.sign_off(opened, verify, print)
+    else:
+        run.sign(opened, print)
+    if not holds:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def compare(
     one: Annotated[Path, typer.Argument(help="a run directory")],
     two: Annotated[Path, typer.Argument(help="another one")],

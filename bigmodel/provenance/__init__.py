@@ -1,0 +1,1 @@
+"""What a model was trained on, step by step, from the plan of its run."""

@@ -1,0 +1,89 @@
+"""The order of a run as Parquet: `bigmodel seen RUN --export OUT.parquet`.
+
+In: the trained steps of a run. Out: a row per chunk, in the order of training.
+
+    step, pack      training step, place of the packed sequence in it
+    source, epoch   of the document
+    file, row       shard, and the document's place in it
+    first_token, last_token   of the stored document, begin included; the last is only predicted, and is the first of
+                    the next chunk; of pairs: of the source text
+    without_update  why the step was not applied: spike, not_finite, left_out; null: it was
+
+Guarantees: the file appears whole or not at all. Costs 0.2 microseconds a row, beside the walk; memory of one row group.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from bigmodel.config.settings import UserError
+from bigmodel.data.store import mds
+from bigmodel.provenance.trained import Run, TrainedSteps
+from bigmodel.run_directory import fsync_directory
+
+REASONS = ("spike", "not_finite", "left_out")
+TEXT = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+SCHEMA = pyarrow.schema(
+    {"step": pyarrow.int64(), "pack": pyarrow.int32(), "source": TEXT, "epoch": pyarrow.int32(), "file": TEXT}
+    | dict.fromkeys(("row", "first_token", "last_token"), pyarrow.int32())
+    | {"without_update": TEXT}
+)
+
+
+def export(run: Run, out: Path, told: Callable[[int], None] = lambda step: None) -> int:
+    """Write the file; returns the number of rows. `told`: called with the last step of each row group. Raises
+    `UserError` if the file cannot be written."""
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise UserError(f"--export {out}: there is no folder {out.parent}; make it, or choose another")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    rows = 0
+    try:
+        with pyarrow.parquet.ParquetWriter(
+            part, SCHEMA, compression="zstd", compression_level=1, use_dictionary=["source", "file", "without_update"]
+        ) as writer:
+            for trained in run.walk():
+                writer.write_table(to_table(trained, run), row_group_size=len(trained.steps))
+                rows += len(trained.steps)
+                told(int(trained.steps[-1]))
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, out)
+        fsync_directory(out.parent)
+    finally:
+        part.unlink(missing_ok=True)
+    return rows
+
+
+def to_table(trained: TrainedSteps, run: Run) -> pyarrow.Table:
+    chunks = trained.chunks
+    return pyarrow.table(
+        [
+            trained.steps,
+            trained.packs.astype(np.int32),
+            _named(chunks[:, 0], trained.store.sources),
+            chunks[:, 5].astype(np.int32),
+            _named(chunks[:, 1], [mds.shard_name(number) for number in range(int(chunks[:, 1].max()) + 1)]),
+            chunks[:, 2].astype(np.int32),
+            chunks[:, 3].astype(np.int32),
+            trained.last_tokens.astype(np.int32),
+            _reasons(trained.steps, run),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _reasons(steps: np.ndarray, run: Run) -> pyarrow.Array:
+    numbers = np.full(len(steps), -1, dtype=np.int32)
+    for step, reason in run.without_update.items():
+        first, end = np.searchsorted(steps, [step, step + 1])
+        numbers[first:end] = REASONS.index(reason)
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array(numbers, mask=numbers < 0), REASONS)
+
+
+def _named(numbers: np.ndarray, names: list[str]) -> pyarrow.Array:
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array(numbers.astype(np.int32)), pyarrow.array(names))

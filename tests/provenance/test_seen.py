@@ -1,0 +1,209 @@
+"""`bigmodel seen` says what a real run was trained on: with a restart on two ranks, a new plan, steps without update."""
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from bigmodel.config.settings import UserError, load_settings
+from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.shuffle import Chunk
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.provenance import seen
+from bigmodel.provenance.digests import read_digests, verify, write_digests
+from bigmodel.provenance.export import export
+from bigmodel.provenance.search import find
+from bigmodel.provenance.trained import DIGESTS, Run
+from bigmodel.run_directory import read_json_lines
+from tests.support.ranks import run_ranks
+from tests.support.tiny_corpus import LETTERS, NEWS
+from tests.support.tiny_run import write_run
+
+NEW_PLAN = "data.mix={news = 1.0}"
+
+
+def train(run_file: Path, overrides: list[str], new_plan: bool) -> int:
+    from bigmodel.training.loop import train as run_
+
+    return run_(load_settings(run_file, overrides), new_plan=new_plan)
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file. Steps 1 to 4 on one rank, to 8 on two, 9 to 12 in a new plan with step 10 left out."""
+    folder = tmp_path_factory.mktemp("seen")
+    run_file = write_run(folder, shards)
+    run_ranks(1, train, run_file, ["training.steps=4"], False)
+    run_ranks(2, train, run_file, ["training.steps=8"], False)
+    (folder / "run" / "left_out.json").write_text(json.dumps([{"at": 10, "to": 8, "first": 10}]))
+    run_ranks(1, train, run_file, ["training.steps=12", NEW_PLAN], True)
+    return run_file
+
+
+def planned(run_file: Path, shards: Path) -> list[list[list[Chunk]]]:
+    """Step by step from the settings, made here."""
+    steps = []
+    for segment, first_step, changes, count in ((0, 0, [], 8), (1, 8, [NEW_PLAN], 4)):
+        settings = load_settings(run_file, changes)
+        order = Order.of_run(ShardStore(shards, "train"), settings, segment=segment, first_step=first_step)
+        steps += [[list(pack) for pack in order.next_step()] for _ in range(count)]
+    return steps
+
+
+def lines_of(show, *arguments) -> list[str]:  # noqa: ANN001 - one of seen's
+    said: list[str] = []
+    show(*arguments, said.append)
+    return said
+
+
+def test_the_parquet_file_has_each_chunk_of_each_step_as_it_was_computed(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    run, store = Run.open(trained.with_suffix("")), ShardStore(shards, "train")
+    out = tmp_path / "order.parquet"
+    rows = export(run, out)
+    table = pyarrow.parquet.read_table(out).to_pylist()
+    expected = [
+        (number, pack, store.sources[c.source], c.epoch, f"shard.{c.shard:05}.mds", c.row, c.start, c.start + c.length)
+        for number, step in enumerate(planned(trained, shards), start=1)
+        for pack, chunks in enumerate(step)
+        for c in chunks
+    ]
+    assert [tuple(row.values())[:8] for row in table] == expected
+    assert rows == len(expected)
+    assert {(row["step"], row["without_update"]) for row in table if row["without_update"]} == {(10, "left_out")}
+    assert [path.name for path in tmp_path.iterdir()] == ["order.parquet"]
+    declared = [event for event in read_json_lines(run.directory / "events.jsonl") if event["event"] == "step_skipped"]
+    told = sorted(tuple(document) for document in declared[0]["documents"])
+    mine = [row for row in table if row["step"] == 10]
+    assert told == sorted(
+        (r["source"], int(r["file"][6:11]), r["row"], r["first_token"], r["last_token"] - r["first_token"])
+        for r in mine
+    )
+
+
+def test_steps_of_a_document_and_documents_of_a_step_agree(trained: Path, shards: Path) -> None:
+    run = Run.open(trained.with_suffix(""))
+    steps_of = defaultdict(set)
+    store = ShardStore(shards, "train")
+    for number, step in enumerate(planned(trained, shards), start=1):
+        for chunk in (chunk for pack in step for chunk in pack):
+            steps_of[store.sources[chunk.source], chunk.shard, chunk.row].add(number)
+    place = max(steps_of, key=lambda one: len(steps_of[one]))
+    assert len(steps_of[place]) > 1
+    found = seen.steps_with(run, store, [place])
+    assert {step for part in found for step in part.steps.tolist()} == steps_of[place]
+    source, shard, row = place
+    said = lines_of(seen.show_document, run, f"{source}:{shard}:{row}")
+    assert said[0].startswith(f"{source}:shard.{shard:05}.mds:{row}: ")
+    assert {int(line.split()[1].rstrip(",")) for line in said[1:]} == steps_of[place]
+    step = min(steps_of[place])
+    assert any(f" {source}:shard.{shard:05}.mds:{row} tokens " in line for line in lines_of(seen.show_step, run, step))
+    assert "without an update: left out" in lines_of(seen.show_step, run, 10)[0]
+
+
+def test_a_text_is_found_across_tokens_with_the_tokens_that_cover_it(trained: Path, shards: Path) -> None:
+    run, store = Run.open(trained.with_suffix("")), ShardStore(shards, "train")
+    texts = {
+        (name, shard, row): store.decode(store.document(name, shard, row))
+        for name in store.sources
+        for shard in range(store.num_shards(name))
+        for row in range(len(store.lengths(name, shard)))
+    }
+    assert set(texts.values()) <= {*NEWS, *LETTERS}
+    longest = max(texts.values(), key=len)
+    for wanted in (*(longest[at : at + 25] for at in range(90, 110)), "été <|eos|>", "é", "Document 1", longest):
+        hits = list(find(store, wanted))
+        assert {(hit.source, hit.shard, hit.row) for hit in hits} == {p for p, text in texts.items() if wanted in text}
+        assert hits, wanted
+        for hit in hits:
+            ids = store.document(hit.source, hit.shard, hit.row)
+
+            def text_of(first: int, last: int, ids=ids) -> str:
+                return store.decode(ids[first - 1 : last + 2])
+
+            assert wanted in text_of(hit.first_token, hit.last_token)
+            assert wanted not in text_of(hit.first_token + 1, hit.last_token)
+            assert wanted not in text_of(hit.first_token, hit.last_token - 1)
+    assert seen.show_text(run, longest[95:120], lambda line: None)
+    assert not seen.show_text(run, "never written", lambda line: None)
+
+
+def test_digests_agree_without_shards_and_name_the_first_other_block(
+    trained: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigmodel.provenance.digests.BLOCK_STEPS", 3)  # a run of 1,000 steps takes a minute
+    source = Run.open(trained.with_suffix(""))
+    blocks = write_digests(source)
+    assert [(block.first, block.last) for block in blocks] == [(1, 3), (4, 6), (7, 9), (10, 12)]
+    assert blocks[3].without_update == {"10": "left_out"}
+    file = source.directory / DIGESTS
+    assert verify(source, file) == []
+
+    # The other party: run records without checkpoints, data without shards.
+    theirs, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(source.directory, theirs, ignore=shutil.ignore_patterns("checkpoints", DIGESTS))
+    shutil.copytree(shards, data, ignore=shutil.ignore_patterns("*.mds"))
+    table = json.loads((theirs / "settings.json").read_text())
+    table["data"]["directory"] = str(data)
+    (theirs / "settings.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"no checkpoint yet, .* put back .*checkpoints or order_digests.jsonl"):
+        Run.open(theirs)
+    shutil.copy(file, theirs / DIGESTS)
+    assert verify(Run.open(theirs), file) == []
+    shards_gone = Run.open(theirs)
+    shards_gone.folders[:] = [data]  # not those of earlier starts
+    with pytest.raises(UserError, match=r"--text needs the shards: .*shard.*; --step, --document, --export"):
+        seen.show_text(shards_gone, "woman", print)
+    said = lines_of(seen.show_step, shards_gone, 2)
+    assert "without texts" in said[1]
+    assert len(said) > 3
+
+    lines = file.read_text().splitlines()
+    forged = json.loads(lines[2]) | {"leaf": "0" * 64}
+    (tmp_path / "forged.jsonl").write_text("\n".join([*lines[:2], json.dumps(forged), *lines[3:]]))
+    assert verify(source, tmp_path / "forged.jsonl") == ["steps 4 to 6 differ: the first block with another order"]
+    metrics = theirs / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 5, ', '"step": 5, "was": 5, ', 1))
+    assert verify(Run.open(theirs), file) == []
+    changed = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in changed:
+        if line["kind"] == "step" and line["step"] == 5:
+            line["documents"] += 1
+    metrics.write_text("\n".join(map(json.dumps, changed)))
+    assert "step 5: training counted" in verify(Run.open(theirs), file)[0]
+    (tmp_path / "other.txt").write_text("{}\n")
+    with pytest.raises(UserError, match="no digests of this version"):
+        read_digests(tmp_path / "other.txt")
+
+
+def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shards: Path, tmp_path: Path) -> None:
+    run, store = Run.open(trained.with_suffix("")), ShardStore(shards, "train")
+    with pytest.raises(UserError, match=r"no step 13: its newest checkpoint is of step 12; give a step from 1 to 12"):
+        seen.show_step(run, 13, print)
+    last = sum(int(size[0]) for size in store.shard_sizes("news")) - 1
+    assert seen.place_of(store, "news:0") == ("news", 0, 0)
+    assert seen.place_of(store, f"news:{last}")[1] == store.num_shards("news") - 1
+    for asked, answer in {
+        f"news:{last + 1}": f"news has the documents 0 to {last}",
+        "books:1": "no source 'books'; the data has letters, news",
+        "news": "give SOURCE:NUMBER or SOURCE:FILE:ROW",
+        "news:shard.00099.mds:1": "news has the files shard.00000.mds to",
+        "news:0:9999": "shard.00000.mds has the rows 0 to",
+    }.items():
+        with pytest.raises(UserError, match=answer):
+            seen.place_of(store, asked)
+    with pytest.raises(UserError, match="no run directory: it has no settings.json"):
+        Run.open(tmp_path)
+    with pytest.raises(UserError, match="there is no folder"):
+        export(run, tmp_path / "absent" / "a.parquet")
+    with pytest.raises(UserError, match="--text: is empty"):
+        list(find(store, ""))
+    moved = Run(run.directory, run.settings, [run.segments[0] | {"identity": run.segments[0]["identity"] | {
+        "prepared data": "0"}}, run.segments[1]], 12)  # fmt: skip
+    with pytest.raises(UserError, match=r"steps 1 to 8 were planned from other data .* the other 1 segments"):
+        list(moved.walk(1, 2))
+    assert sum(len(part.steps) for part in moved.walk(9, 12)) > 10
