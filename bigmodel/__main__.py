@@ -370,7 +370,9 @@ def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")
 def seen(
     run_directory: Annotated[Path, typer.Argument(help="a run directory", metavar="RUN")],
     text: Annotated[str | None, typer.Option(help="the documents with this text, and the steps with them")] = None,
-    document: Annotated[str, typer.Option(metavar="SOURCE:ID", help="the steps with a document; ID: FILE:ROW too")] = "",
+    document: Annotated[
+        str, typer.Option(metavar="SOURCE:ID", help="the steps with a document; ID: FILE:ROW too")
+    ] = "",
     step: Annotated[int | None, typer.Option(help="the documents of a step, from 1")] = None,
     export: Annotated[Path | None, typer.Option(help="all of it as Parquet", metavar="OUT.parquet")] = None,
     digest: Annotated[bool, typer.Option("--digest", help="write RUN/order_digests.jsonl, for audits")] = False,

@@ -3,8 +3,8 @@
 In: the trained steps of a run. Out: lines of JSON: the run's segments, then per block its SHA-256 (`leaf`), that of the
 chain up to it (`chain`), and its steps without an update. The last block may be shorter.
 
-    leaf   SHA-256 of the block's parts: for each segment in it a line of JSON with the hash of its plan and the names of
-           its sources, then a row per chunk: step, pack, source, shard, row, first and last token, each 8 bytes, little
+    leaf   SHA-256 of the block's parts: for each segment in it a line of JSON with the hash of its plan and the names
+           of its sources, then a row per chunk: step, pack, source, shard, row, first and last token, each 8 bytes, little
            endian; at the end a line of JSON with the steps without an update
     chain  SHA-256 of the chain before it and the leaf, both as 32 bytes; before the first: 32 zeros
 
@@ -65,9 +65,9 @@ def digest(run: Run, told: Told = quiet) -> Iterator[Block]:
             if trained.segment != segment:
                 leaf.update(_head(trained, run))
                 segment = trained.segment
-            leaf.update(_rows(trained.where(np.s_[:end])))
+            leaf.update(_rows(trained.where(slice(end))))
             ended = int(trained.steps[end - 1]) == last
-            trained = trained.where(np.s_[end:])
+            trained = trained.where(slice(end, None))
             if ended:
                 first = (last - 1) // BLOCK_STEPS * BLOCK_STEPS + 1
                 skipped = {str(step): run.without_update[step] for step in sorted(run.without_update)}
@@ -121,12 +121,12 @@ def verify(run: Run, file: Path, told: Told = quiet) -> list[str]:
         problems.append(f"the run has reached step {run.reached}, the digests step {blocks[-1].last}")
     until = replace(run, reached=min(run.reached, blocks[-1].last))
     chain = bytes(32)
-    for ours, theirs in zip(digest(until, told), blocks, strict=False):
-        chain = hashlib.sha256(chain + bytes.fromhex(theirs.leaf)).digest()
-        if ours.without_update != theirs.without_update:
-            problems.append(f"steps {theirs.first} to {theirs.last}: other steps have no update")
-        if ours.leaf != theirs.leaf or chain.hex() != theirs.chain:
-            problems.append(f"steps {theirs.first} to {theirs.last} differ: the first block with another order")
+    for mine, block in zip(digest(until, told), blocks, strict=False):
+        chain = hashlib.sha256(chain + bytes.fromhex(block.leaf)).digest()
+        if mine.without_update != block.without_update:
+            problems.append(f"steps {block.first} to {block.last}: other steps have no update")
+        if mine.leaf != block.leaf or chain.hex() != block.chain:
+            problems.append(f"steps {block.first} to {block.last} differ: the first block with another order")
             break
     return problems + _against_metrics(until)
 

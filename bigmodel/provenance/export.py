@@ -9,7 +9,8 @@ In: the trained steps of a run. Out: a row per chunk, in the order of training.
                     the next chunk; of pairs: of the source text
     without_update  why the step was not applied: spike, not_finite, left_out; null: it was
 
-Guarantees: the file appears whole or not at all. Costs 0.2 microseconds a row, beside the walk; memory of one row group.
+Guarantees: the file appears whole or not at all. Costs half a microsecond a row beside the walk;
+memory of one row group.
 """
 
 import os

@@ -82,9 +82,7 @@ def show_text(run: Run, text: str, say: Callable[[str], None]) -> bool:
     return True
 
 
-def _say_hit(
-    run: Run, hit: Hit, store: ShardStore, found: Sequence[TrainedSteps], say: Callable[[str], None]
-) -> None:
+def _say_hit(run: Run, hit: Hit, store: ShardStore, found: Sequence[TrainedSteps], say: Callable[[str], None]) -> None:
     name = f"{hit.source}:{mds.shard_name(hit.shard)}:{hit.row}"
     side = "target, " if hit.side else ""
     say(f"{name}, {side}tokens {hit.first_token} to {hit.last_token}: {hit.shown}")

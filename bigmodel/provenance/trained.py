@@ -46,7 +46,7 @@ class TrainedSteps:
         """(n,) place in its document of the last token, which is a label only; the first is column 3."""
         return self.chunks[:, 3] + self.chunks[:, 4]
 
-    def where(self, rows: np.ndarray) -> "TrainedSteps":
+    def where(self, rows: np.ndarray | slice) -> "TrainedSteps":
         return TrainedSteps(self.segment, self.store, self.steps[rows], self.packs[rows], self.chunks[rows])
 
 
@@ -71,8 +71,8 @@ class Run:
         state = checkpoint.newest_state(directory / "checkpoints") or _from_digests(directory / DIGESTS)
         if state is None:
             raise UserError(
-                f"{directory}: no checkpoint yet, so no step is kept; train until checkpoint.every_steps is reached, or "
-                f"put back {directory / 'checkpoints'} or {DIGESTS}"
+                f"{directory}: no checkpoint yet, so no step is kept; train until checkpoint.every_steps is reached, "
+                f"or put back {directory / 'checkpoints'} or {DIGESTS}"
             )
         skipped = {
             line["step"]: line["skip_reason"]

@@ -1,4 +1,4 @@
-"""`bigmodel seen` says what a real run was trained on: with a restart on two ranks, a new plan, steps without update."""
+"""`bigmodel seen` says what a real run was trained on: restarted on two ranks, with a new plan and a left out step."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def planned(run_file: Path, shards: Path) -> list[list[list[Chunk]]]:
     return steps
 
 
-def lines_of(show, *arguments) -> list[str]:  # noqa: ANN001 - one of seen's
+def lines_of(show, *arguments) -> list[str]:
     said: list[str] = []
     show(*arguments, said.append)
     return said
@@ -167,8 +167,6 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
     (tmp_path / "forged.jsonl").write_text("\n".join([*lines[:2], json.dumps(forged), *lines[3:]]))
     assert verify(source, tmp_path / "forged.jsonl") == ["steps 4 to 6 differ: the first block with another order"]
     metrics = theirs / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"step": 5, ', '"step": 5, "was": 5, ', 1))
-    assert verify(Run.open(theirs), file) == []
     changed = [json.loads(line) for line in metrics.read_text().splitlines()]
     for line in changed:
         if line["kind"] == "step" and line["step"] == 5:
@@ -196,7 +194,7 @@ def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shard
     }.items():
         with pytest.raises(UserError, match=answer):
             seen.place_of(store, asked)
-    with pytest.raises(UserError, match="no run directory: it has no settings.json"):
+    with pytest.raises(UserError, match="no run directory: it has no settings"):
         Run.open(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         export(run, tmp_path / "absent" / "a.parquet")

@@ -13,6 +13,7 @@ Guarantees: a pure function of a buffer's cursor; every chunk is in one pack or 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class PackingBuffer:
     @cached_property
     def packs(self) -> list[Pack]:
         chunks, starts = list(map(Chunk, *self.table.T.tolist())) if len(self.table) else [], self.starts.tolist()
-        return [tuple(chunks[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+        return [tuple(chunks[start:end]) for start, end in pairwise(starts)]
 
     @property
     def pending_positions(self) -> np.ndarray:
