@@ -4,8 +4,8 @@ In: the trained steps of a run. Out: lines of JSON: the run's segments, then per
 chain up to it (`chain`), and its steps without an update. The last block may be shorter.
 
     leaf   SHA-256 of the block's parts: for each segment in it a line of JSON with the hash of its plan and the names
-           of its sources, then a row per chunk: step, pack, source, shard, row, first and last token, each 8 bytes, little
-           endian; at the end a line of JSON with the steps without an update
+           of its sources, then a row per chunk: step, pack, source, shard, row, first and last token, each 8 bytes,
+           little endian; at the end a line of JSON with the steps without an update
     chain  SHA-256 of the chain before it and the leaf, both as 32 bytes; before the first: 32 zeros
 
 The hash of a plan covers the hashes of all files of the data, so two parties agree on the texts with manifests and
