@@ -95,6 +95,8 @@ def _line(value: Any) -> bytes:
 
 def read_digests(file: Path) -> tuple[list[dict[str, Any]], list[Block]]:
     """Segments and blocks of a file of digests. Raises `UserError` if it is none."""
+    if not file.is_file():
+        raise UserError(f"--verify {file}: there is no such file; `bigmodel seen RUN --digest` writes RUN/{DIGESTS}")
     try:
         head, *lines = read_json_lines(file)
         blocks = [Block(**line) for line in lines]
@@ -102,7 +104,7 @@ def read_digests(file: Path) -> tuple[list[dict[str, Any]], list[Block]]:
             return head["segments"], blocks
     except (ValueError, TypeError, LookupError):
         pass
-    raise UserError(f"{file}: no digests of this version; `bigmodel seen RUN --digest` writes RUN/{DIGESTS}")
+    raise UserError(f"--verify {file}: no digests of this version; `bigmodel seen RUN --digest` writes RUN/{DIGESTS}")
 
 
 def verify(run: Run, file: Path, told: Told = quiet) -> list[str]:

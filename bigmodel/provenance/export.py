@@ -9,12 +9,13 @@ In: the trained steps of a run. Out: a row per chunk, in the order of training.
                     the next chunk; of pairs: of the source text
     without_update  why the step was not applied: spike, not_finite, left_out; null: it was
 
-Guarantees: the file appears whole or not at all. Costs half a microsecond a row beside the walk;
-memory of one row group.
+Guarantees: the file appears whole or not at all; a killed export leaves OUT.parquet.partial, which the next one
+replaces. Costs 0.2 microseconds a row beside the walk; memory of one row group.
 """
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.store import mds
 from bigmodel.provenance.trained import Run, TrainedSteps
 from bigmodel.run_directory import fsync_directory
+from bigmodel.system_errors import remedy_for
 
 REASONS = ("spike", "not_finite", "left_out")
 TEXT = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
@@ -39,24 +41,36 @@ def export(run: Run, out: Path, told: Callable[[int], None] = lambda step: None)
     """Write the file; returns the number of rows. `told`: called with the last step of each row group. Raises
     `UserError` if the file cannot be written."""
     out = Path(out)
-    if not out.parent.is_dir():
-        raise UserError(f"--export {out}: there is no folder {out.parent}; make it, or choose another")
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    rows = 0
+    if out.is_dir() or not out.parent.is_dir():
+        wrong = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise UserError(f"--export {out}: {wrong}; give the path of a file in a folder that is there")
+    part = out.with_name(f"{out.name}.partial")
     try:
-        with pyarrow.parquet.ParquetWriter(
-            part, SCHEMA, compression="zstd", compression_level=1, use_dictionary=["source", "file", "without_update"]
-        ) as writer:
-            for trained in run.walk():
-                writer.write_table(to_table(trained, run), row_group_size=len(trained.steps))
-                rows += len(trained.steps)
-                told(int(trained.steps[-1]))
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        rows = _write(run, part, told)
         os.replace(part, out)
         fsync_directory(out.parent)
+    except OSError as error:
+        remedy = remedy_for(error) or "choose another place"
+        raise UserError(f"--export {out}: cannot be written: {error.strerror}; {remedy}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
+    return rows
+
+
+def _write(run: Run, part: Path, told: Callable[[int], None]) -> int:
+    rows, names = 0, ["source", "file", "without_update"]
+    with (
+        open(part, "wb") as file,
+        pyarrow.parquet.ParquetWriter(file, SCHEMA, compression="zstd", use_dictionary=names) as writer,
+    ):
+        for trained in run.walk():
+            writer.write_table(to_table(trained, run), row_group_size=len(trained.steps))
+            rows += len(trained.steps)
+            told(int(trained.steps[-1]))
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
     return rows
 
 

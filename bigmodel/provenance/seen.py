@@ -1,19 +1,24 @@
 """`bigmodel seen`: at which steps a document was trained on, which documents a step used, where a text stands."""
 
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import mds
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.provenance.digests import verify, write_digests
 from bigmodel.provenance.export import export
-from bigmodel.provenance.search import Hit, find, shown, sides
+from bigmodel.provenance.search import Hit, find, forms_of, shown, sides
 from bigmodel.provenance.trained import DIGESTS, Run, TrainedSteps
 from bigmodel.sizes import counted_noun
 
@@ -21,77 +26,131 @@ MOST_SHOWN = 20  # steps or documents with the text
 PREVIEW_TOKENS = 24
 WITHOUT_SHARDS = "--step, --document, --export, --digest and --verify need only manifest and length files"
 Place = tuple[str, int, int]  # source, shard, row
+Say = Callable[[str], None]
 
 
-def show_step(run: Run, step: int, say: Callable[[str], None]) -> None:
+def show_step(run: Run, step: int, say: Say) -> None:
     """The documents of a training step, with their text where the shards are there."""
-    readable = True
-    for trained in run.walk(step, step):
-        reason = run.without_update.get(step)
-        not_applied = f", without an update: {reason.replace('_', ' ')}" if reason else ""
-        packs = counted_noun(int(trained.packs.max()) + 1, "packed sequence")
-        say(f"step {step}: {counted_noun(len(trained.packs), 'document')} in {packs}{not_applied}")
-        for pack, chunk, last in zip(trained.packs, trained.chunks.tolist(), trained.last_tokens, strict=True):
-            name = trained.store.sources[chunk[0]]
-            text = ""
-            if readable:
-                try:
-                    text = _preview(trained.store, (name, chunk[1], chunk[2]), chunk[3])
-                except UserError as error:
-                    readable = False
-                    say(f"  without texts: {error}")
-            say(f"  pack {pack}: {name}:{mds.shard_name(chunk[1])}:{chunk[2]} tokens {chunk[3]} to {last}{text}")
+    for trained in run.walk(step, step):  # one: the chunks of a step are planned together
+        sources, chunks = trained.store.sources, trained.chunks.tolist()
+        places = [(sources[source], shard, row) for source, shard, row, *_ in chunks]
+        say(
+            f"step {step}: {counted_noun(len(chunks), 'chunk')} of {counted_noun(len(set(places)), 'document')} in "
+            f"{counted_noun(int(trained.packs.max()) + 1, 'packed sequence')}{_not_applied(run, step)}"
+        )
+        try:
+            texts = [_preview(trained.store, place, chunk[3]) for place, chunk in zip(places, chunks, strict=True)]
+        except UserError as error:
+            say(f"  without texts: {error}")
+            texts = [""] * len(chunks)
+        names = [_name(*place) for place in places]
+        wide = max(map(len, names))
+        tokens = [f"{chunk[3]} to {last}" for chunk, last in zip(chunks, trained.last_tokens, strict=True)]
+        for pack, name, at, text in zip(trained.packs, names, tokens, texts, strict=True):
+            say(_cut(f"  pack {pack}  {name:<{wide}}  tokens {at:<{max(map(len, tokens))}}  {text}"))
 
 
 def _preview(store: ShardStore, place: Place, start: int) -> str:
     ids = sides(store.document(*place))[0][1]
     piece = ids[start : start + PREVIEW_TOKENS]  # `decode` leaves the first and last out
-    return f"  {shown(store.decode(np.concatenate([piece, piece[-1:]]) if start == 0 else np.pad(piece, 1)))}"
+    return f"{shown(store.decode(np.concatenate([piece, piece[-1:]]) if start == 0 else np.pad(piece, 1)))}"
 
 
-def show_document(run: Run, asked: str, say: Callable[[str], None]) -> None:
+def show_document(run: Run, asked: str, say: Say) -> None:
     """The steps that trained on a document, with their tokens."""
-    store = run.store(len(run.segments) - 1)
-    place = place_of(store, asked)
+    stores = _stores(run, say)
+    store, place = _look_up(stores, asked)
     with _bar("steps", run.reached) as moved:
         found = steps_with(run, store, [place], moved)
-    _say_steps(run, f"{place[0]}:{mds.shard_name(place[1])}:{place[2]}", found, say)
+    _say_steps(run, f"{_name(*place)}: ", found, say)
 
 
-def show_text(run: Run, text: str, say: Callable[[str], None]) -> bool:
-    """The documents with a text, and the steps that trained on its tokens; whether there is one. The data of the run's
-    last segment is searched."""
-    store = run.store(len(run.segments) - 1)
+def show_text(run: Run, text: str, say: Say) -> bool:
+    """The documents with a text, and the steps that trained on its tokens; whether there is one. The data of all
+    segments is searched; a shard that several have, once."""
+    stores = _stores(run, say)
+    forms_of(stores[0], text)  # a wrong text is refused before the search
     try:
-        with _bar("documents", store.num_documents) as moved:
-            done = iter(range(1, store.num_documents + 1))
-            hits = list(find(store, text, lambda count: moved(next(done))))
+        found = _search(stores, text)
     except UserError as error:
-        raise UserError(f"--text needs the shards: {error}; {WITHOUT_SHARDS}") from None
-    documents = list(dict.fromkeys((hit.source, hit.shard, hit.row) for hit in hits))
-    if not hits:
-        say(f"not in the training data: {counted_noun(store.num_documents, 'document')} searched")
+        raise UserError(f"{error}; {WITHOUT_SHARDS}") from None
+    if not found.occurrences:
+        say(f"not in the training data: {counted_noun(found.searched, 'document')} searched")
         return False
-    say(f"{counted_noun(len(hits), 'occurrence')} in {counted_noun(len(documents), 'document')}")
-    with _bar("steps", run.reached) as moved:
-        found = steps_with(run, store, documents, moved)
-    for hit in hits[:MOST_SHOWN]:
-        _say_hit(run, hit, store, found, say)
-    if len(hits) > MOST_SHOWN:
-        say(f"and {len(hits) - MOST_SHOWN:,} more")
+    say(f"{counted_noun(found.occurrences, 'occurrence')} in {counted_noun(found.documents, 'document')}")
+    for store, hits in found.first.items():
+        with _bar("steps", run.reached) as moved:
+            trained = steps_with(run, store, [hit.place for hit in hits], moved)
+        for hit in hits:
+            _say_hit(run, hit, store, trained, say)
+    if found.occurrences > MOST_SHOWN:
+        say(f"and {counted_noun(found.occurrences - MOST_SHOWN, 'occurrence')} more; a longer text has fewer")
     return True
 
 
-def _say_hit(run: Run, hit: Hit, store: ShardStore, found: Sequence[TrainedSteps], say: Callable[[str], None]) -> None:
-    name = f"{hit.source}:{mds.shard_name(hit.shard)}:{hit.row}"
+@dataclass
+class _Found:
+    """The first occurrences by the data that holds them, and counts of all."""
+
+    first: dict[ShardStore, list[Hit]]
+    occurrences: int = 0
+    documents: int = 0
+    searched: int = 0  # documents
+
+
+def _search(stores: Sequence[ShardStore], text: str) -> _Found:
+    found, before = _Found({}), None
+    with _bar("documents", sum(store.num_documents for store in stores)) as moved:
+
+        def advance(documents: int) -> None:
+            found.searched += documents
+            moved(found.searched)
+
+        for number, store in enumerate(stores):
+            known = partial(_is_known, store, stores[:number])
+            for hit in find(store, text, advance, known):
+                if found.occurrences < MOST_SHOWN:
+                    found.first.setdefault(store, []).append(hit)
+                found.documents += before != (store, hit.place)
+                found.occurrences, before = found.occurrences + 1, (store, hit.place)
+    return found
+
+
+def _say_hit(run: Run, hit: Hit, store: ShardStore, trained: Sequence[TrainedSteps], say: Say) -> None:
     side = "target, " if hit.side else ""
-    say(f"{name}, {side}tokens {hit.first_token} to {hit.last_token}: {hit.shown}")
-    mine = [part.where(_are(part, [(hit.source, hit.shard, hit.row)])) for part in found]
-    if not hit.side:
+    say(f"{_name(*hit.place)}, {side}tokens {hit.first_token} to {hit.last_token}")
+    say(_cut(f"  {hit.shown}"))
+    mine = [part.where(_are(part, [hit.place])) for part in trained]
+    if not hit.side and not store.passes:  # a pair is one chunk; a pass has tokens of its own
         mine = [
             part.where((part.chunks[:, 3] <= hit.last_token) & (part.last_tokens >= hit.first_token)) for part in mine
         ]
-    _say_steps(run, "  it", mine, say)
+    _say_steps(run, "  ", mine, say)
+
+
+def _stores(run: Run, say: Say) -> list[ShardStore]:
+    """The data of all segments, the newest first. Says which is gone; raises `UserError` if all is."""
+    if len(run.gone) == len(run.segments):
+        raise UserError(run.gone[0])
+    for problem in run.gone.values():
+        say(f"left out: {problem}")
+    numbers = [number for number in reversed(range(len(run.segments))) if number not in run.gone]
+    return list(dict.fromkeys(run.store(number) for number in numbers))
+
+
+def _name(source: str, shard: int, row: int) -> str:
+    return f"{source}:{mds.shard_name(shard)}:{row}"
+
+
+def _look_up(stores: Sequence[ShardStore], asked: str) -> tuple[ShardStore, Place]:
+    """The document in the newest data that has it. Raises the `UserError` of the newest if none has."""
+    errors = []
+    for store in stores:
+        try:
+            return store, place_of(store, asked)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def place_of(store: ShardStore, asked: str) -> Place:
@@ -122,10 +181,10 @@ def steps_with(
     run: Run, store: ShardStore, places: Sequence[Place], moved: Callable[[int], None] = lambda step: None
 ) -> list[TrainedSteps]:
     """The chunks of these documents of `store` in the whole run. In a segment with other data a document is the same
-    if its shard file is."""
+    if its shard file is. Leaves out segments whose data is gone."""
     found = []
-    for trained in run.walk():
-        same = [place for place in places if _is_same(store, trained.store, place)]
+    for trained in run.walk(leaves_out=True):
+        same = [place for place in places if _is_same(store, trained.store, *place[:2])]
         rows = _are(trained, same)
         if rows.any():
             found.append(trained.where(rows))
@@ -133,9 +192,14 @@ def steps_with(
     return found
 
 
-def _is_same(store: ShardStore, other: ShardStore, place: Place) -> bool:
-    name = f"{store.split}/{place[0]}/{mds.shard_name(place[1])}"
+def _is_same(store: ShardStore, other: ShardStore, source: str, shard: int) -> bool:
+    """Whether a shard of `store` is in the other data too."""
+    name = f"{store.split}/{source}/{mds.shard_name(shard)}"
     return store is other or store.manifest.files[name] == other.manifest.files.get(name)
+
+
+def _is_known(store: ShardStore, others: Sequence[ShardStore], source: str, shard: int) -> bool:
+    return any(_is_same(store, other, source, shard) for other in others)
 
 
 def _are(trained: TrainedSteps, places: Sequence[Place]) -> np.ndarray:
@@ -149,48 +213,59 @@ def _are(trained: TrainedSteps, places: Sequence[Place]) -> np.ndarray:
     return np.isin(*(np.ravel_multi_index(tuple(table.T), tuple(spans)) for table in (columns, wanted)))
 
 
-def _say_steps(run: Run, name: str, found: Sequence[TrainedSteps], say: Callable[[str], None]) -> None:
+def _say_steps(run: Run, head: str, found: Sequence[TrainedSteps], say: Say) -> None:
     rows = [
-        (step, epoch, pack, first, last)
+        (step, pack, epoch, first, last)
         for part in found
         for step, pack, (first, epoch), last in zip(
             part.steps.tolist(), part.packs.tolist(), part.chunks[:, [3, 5]].tolist(), part.last_tokens, strict=True
         )
     ]
-    if not rows:
-        say(f"{name}: not trained on up to step {run.reached}")
-        return
     applied = [row for row in rows if row[0] not in run.without_update]
-    times = len({row[1] for row in applied})
-    say(f"{name}: {counted_noun(len({row[0] for row in applied}), 'step')}, {counted_noun(times, 'epoch')}")
-    for step, epoch, pack, first, last in rows[:MOST_SHOWN]:
-        reason = run.without_update.get(step)
-        why = f", without an update: {reason.replace('_', ' ')}" if reason else ""
-        say(f"  step {step}, pack {pack}, epoch {epoch}: tokens {first} to {last}{why}")
+    if applied:
+        times = max(Counter(first for *_, first, _ in applied).values())
+        steps = counted_noun(len({row[0] for row in applied}), "step")
+        say(f"{head}trained in {steps}, each token at most {counted_noun(times, 'time')}")
+    else:
+        say(f"{head}not trained on up to step {run.reached}")
+    for step, pack, epoch, first, last in rows[:MOST_SHOWN]:
+        say(f"  step {step}, pack {pack}, epoch {epoch}: tokens {first} to {last}{_not_applied(run, step)}")
     if len(rows) > MOST_SHOWN:
-        say(f"  and {len(rows) - MOST_SHOWN:,} more")
+        say(f"  and {len(rows) - MOST_SHOWN:,} more; `--export` has all")
 
 
-def write(run: Run, out: Path, say: Callable[[str], None]) -> None:
+def _cut(line: str) -> str:
+    """As wide as the terminal."""
+    text = Text(line.rstrip())
+    text.truncate(shutil.get_terminal_size((120, 24)).columns, overflow="ellipsis")
+    return text.plain
+
+
+def _not_applied(run: Run, step: int) -> str:
+    reason = run.without_update.get(step)
+    return f", without an update: {reason.replace('_', ' ')}" if reason else ""
+
+
+def write(run: Run, out: Path, say: Say) -> None:
     with _bar("steps", run.reached) as moved:
         rows = export(run, out, moved)
     say(f"{out}: {counted_noun(rows, 'row')}, steps 1 to {run.reached}")
 
 
-def sign(run: Run, say: Callable[[str], None]) -> None:
+def sign(run: Run, say: Say) -> None:
     with _bar("steps", run.reached) as moved:
         blocks = write_digests(run, moved)
     say(f"{run.directory / DIGESTS}: {counted_noun(len(blocks), 'block')} up to step {run.reached}: {blocks[-1].chain}")
 
 
-def sign_off(run: Run, file: Path, say: Callable[[str], None]) -> bool:
+def sign_off(run: Run, file: Path, say: Say) -> bool:
     """Whether the digests of a file are those of the run."""
     with _bar("steps", run.reached) as moved:
         problems = verify(run, file, moved)
     for problem in problems:
         say(problem)
     if not problems:
-        say(f"{file}: the order of the data is that of {run.directory}")
+        say(f"{file}: {run.directory} was trained on this data in this order")
     return not problems
 
 
@@ -198,6 +273,6 @@ def sign_off(run: Run, file: Path, say: Callable[[str], None]) -> bool:
 def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)

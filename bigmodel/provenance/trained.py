@@ -94,27 +94,36 @@ class Run:
     def store(self, number: int) -> ShardStore:
         """The prepared data of a segment, found by its hash. Raises `UserError` if no known folder has it."""
         wanted = self.segments[number]["identity"]["prepared data"]
-        if wanted not in self._stores:
-            seen = [self._open(folder) for folder in self.folders]
-            self._stores.update({store.fingerprint: store for store in seen if store})
-        if wanted not in self._stores:
-            first, last = self.steps_of(number)
-            raise UserError(
-                f"{self.directory}: steps {first} to {last} were planned from other data than "
-                f"{' and '.join(map(str, self.folders))} holds now; put back the folder of that time, its manifest and "
-                "length files are enough"
-                + (f"; the other {len(self.segments) - 1} segments need it not" if len(self.segments) > 1 else "")
-            )
-        return self._stores[wanted]
+        problems = [self._open(folder) for folder in self.folders if wanted not in self._stores]
+        if wanted in self._stores:
+            return self._stores[wanted]
+        first, last = self.steps_of(number)
+        raise UserError(
+            f"{self.directory}: steps {first} to {last} were planned from other data than "
+            f"{' and '.join(map(str, self.folders))} holds now{''.join(problems)}; put back the "
+            "folder of that time: manifest, tokenizer and length files are enough"
+            + ("; the steps of other segments do not need it" if len(self.segments) > 1 else "")
+        )
+
+    @cached_property
+    def gone(self) -> dict[int, str]:
+        """The segments whose data is gone, with the error that says so."""
+        found = {}
+        for number in range(len(self.segments)):
+            try:
+                self.store(number)
+            except UserError as error:
+                found[number] = str(error)
+        return found
 
     def steps_of(self, number: int) -> tuple[int, int]:
         """The first and last training step of a segment."""
         ends = [segment["first_step"] for segment in self.segments[number + 1 :]][:1] or [self.reached]
         return self.segments[number]["first_step"] + 1, ends[0]
 
-    def walk(self, first: int = 1, last: int = 0) -> Iterator[TrainedSteps]:
+    def walk(self, first: int = 1, last: int = 0, leaves_out: bool = False) -> Iterator[TrainedSteps]:
         """The chunks of training steps `first` to `last`; 0: the newest checkpoint's. Raises `UserError` for a step
-        that the run has not reached, and data that has changed."""
+        that the run has not reached, and for data that has changed; `leaves_out` leaves out the steps of such data."""
         last = last or self.reached
         for step in (first, last):
             if not 1 <= step <= self.reached:
@@ -124,7 +133,7 @@ class Run:
                 )
         for number in range(len(self.segments)):
             begin, end = self.steps_of(number)
-            if begin <= last and first <= end:
+            if begin <= last and first <= end and not (leaves_out and number in self.gone):
                 yield from self._walk_segment(number, max(first, begin), min(last, end))
 
     def _walk_segment(self, number: int, first: int, last: int) -> Iterator[TrainedSteps]:
@@ -157,11 +166,18 @@ class Run:
     def _stores(self) -> dict[str, ShardStore]:
         return {}
 
-    def _open(self, folder: Path) -> ShardStore | None:
+    def _open(self, folder: Path) -> str:
+        """Add the data of a folder to `_stores`; returns why it cannot be used, in brackets."""
         data = self.settings.data
-        if not (folder / MANIFEST).exists() and not (data.remote and folder == data.directory):
-            return None
-        return ShardStore(folder, "train", data.remote if folder == data.directory else "", data.cache_bytes)
+        remote = data.remote if folder == data.directory else ""
+        if not (folder / MANIFEST).exists() and not remote:
+            return ""
+        try:
+            store = ShardStore(folder, "train", remote, data.cache_bytes)
+        except UserError as error:
+            return f" ({error})"
+        self._stores.setdefault(store.fingerprint, store)
+        return ""
 
 
 def _from_digests(file: Path) -> dict[str, Any] | None:

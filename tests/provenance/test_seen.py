@@ -15,13 +15,13 @@ from bigmodel.data.store.shards import ShardStore
 from bigmodel.provenance import seen
 from bigmodel.provenance.digests import read_digests, verify, write_digests
 from bigmodel.provenance.export import export
-from bigmodel.provenance.search import find
 from bigmodel.provenance.trained import DIGESTS, Run
 from bigmodel.run_directory import read_json_lines
 from tests.support.ranks import run_ranks
-from tests.support.tiny_corpus import LETTERS, NEWS
+from tests.support.tiny_corpus import prepared, write_sources
 from tests.support.tiny_run import write_run
 
+SKIPS = 'training.spikes={policy = "skip", window = 8, sigmas = 0.01}'
 NEW_PLAN = "data.mix={news = 1.0}"
 
 
@@ -33,11 +33,12 @@ def train(run_file: Path, overrides: list[str], new_plan: bool) -> int:
 
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run file. Steps 1 to 4 on one rank, to 8 on two, 9 to 12 in a new plan with step 10 left out."""
+    """A run file. Steps 1 to 4 on one rank, to 8 on two, 9 to 12 in a new plan with step 10 left out. Any rise of the
+    gradient norm in steps 3 to 8 is a spike, which is skipped."""
     folder = tmp_path_factory.mktemp("seen")
     run_file = write_run(folder, shards)
-    run_ranks(1, train, run_file, ["training.steps=4"], False)
-    run_ranks(2, train, run_file, ["training.steps=8"], False)
+    run_ranks(1, train, run_file, ["training.steps=4", SKIPS], False)
+    run_ranks(2, train, run_file, ["training.steps=8", SKIPS], False)
     (folder / "run" / "left_out.json").write_text(json.dumps([{"at": 10, "to": 8, "first": 10}]))
     run_ranks(1, train, run_file, ["training.steps=12", NEW_PLAN], True)
     return run_file
@@ -74,7 +75,10 @@ def test_the_parquet_file_has_each_chunk_of_each_step_as_it_was_computed(
     ]
     assert [tuple(row.values())[:8] for row in table] == expected
     assert rows == len(expected)
-    assert {(row["step"], row["without_update"]) for row in table if row["without_update"]} == {(10, "left_out")}
+    steps = [line for line in read_json_lines(run.directory / "metrics.jsonl") if line["kind"] == "step"]
+    skipped = {(line["step"], line["skip_reason"]) for line in steps if line["skipped"]}
+    assert {reason for _, reason in skipped} == {"spike", "left_out"}
+    assert {(row["step"], row["without_update"]) for row in table if row["without_update"]} == skipped
     assert [path.name for path in tmp_path.iterdir()] == ["order.parquet"]
     declared = [event for event in read_json_lines(run.directory / "events.jsonl") if event["event"] == "step_skipped"]
     told = sorted(tuple(document) for document in declared[0]["documents"])
@@ -101,35 +105,58 @@ def test_steps_of_a_document_and_documents_of_a_step_agree(trained: Path, shards
     assert said[0].startswith(f"{source}:shard.{shard:05}.mds:{row}: ")
     assert {int(line.split()[1].rstrip(",")) for line in said[1:]} == steps_of[place]
     step = min(steps_of[place])
-    assert any(f" {source}:shard.{shard:05}.mds:{row} tokens " in line for line in lines_of(seen.show_step, run, step))
+    assert any(f" {source}:shard.{shard:05}.mds:{row} " in line for line in lines_of(seen.show_step, run, step))
     assert "without an update: left out" in lines_of(seen.show_step, run, 10)[0]
 
 
-def test_a_text_is_found_across_tokens_with_the_tokens_that_cover_it(trained: Path, shards: Path) -> None:
+def test_a_text_is_told_with_the_steps_that_trained_its_tokens(trained: Path, shards: Path) -> None:
     run, store = Run.open(trained.with_suffix("")), ShardStore(shards, "train")
-    texts = {
-        (name, shard, row): store.decode(store.document(name, shard, row))
-        for name in store.sources
-        for shard in range(store.num_shards(name))
-        for row in range(len(store.lengths(name, shard)))
-    }
-    assert set(texts.values()) <= {*NEWS, *LETTERS}
-    longest = max(texts.values(), key=len)
-    for wanted in (*(longest[at : at + 25] for at in range(90, 110)), "été <|eos|>", "é", "Document 1", longest):
-        hits = list(find(store, wanted))
-        assert {(hit.source, hit.shard, hit.row) for hit in hits} == {p for p, text in texts.items() if wanted in text}
-        assert hits, wanted
-        for hit in hits:
-            ids = store.document(hit.source, hit.shard, hit.row)
-
-            def text_of(first: int, last: int, ids=ids) -> str:
-                return store.decode(ids[first - 1 : last + 2])
-
-            assert wanted in text_of(hit.first_token, hit.last_token)
-            assert wanted not in text_of(hit.first_token + 1, hit.last_token)
-            assert wanted not in text_of(hit.first_token, hit.last_token - 1)
-    assert seen.show_text(run, longest[95:120], lambda line: None)
     assert not seen.show_text(run, "never written", lambda line: None)
+    split = next(c for step in planned(trained, shards) for pack in step for c in pack if c.start)
+    place = store.sources[split.source], split.shard, split.row
+    ids = store.document(*place)
+    wanted = store.decode(ids[split.start : split.start + 10])  # tokens start + 1 to start + 8
+    said = lines_of(seen.show_text, run, wanted)
+    at = said.index(f"{place[0]}:shard.{split.shard:05}.mds:{split.row}, tokens {split.start + 1} to {split.start + 8}")
+    assert wanted[:10] in said[at + 1]
+    steps = {
+        number
+        for number, step in enumerate(planned(trained, shards), start=1)
+        for pack in step
+        for c in pack
+        if (c.source, c.shard, c.row, c.start) == (split.source, split.shard, split.row, split.start)
+    }
+    told = [line for line in said[at + 2 :] if line.startswith(("  step", "  trained")) or "tokens" in line]
+    assert {int(line.split()[1].rstrip(",")) for line in told[1 : 1 + len(steps)]} == steps
+
+
+def test_the_data_of_all_segments_is_searched_and_what_is_gone_is_said(shards: Path, tmp_path: Path) -> None:
+    one, other = shards, prepared(tmp_path, shard_tokens=1500, sources=write_sources(tmp_path / "text")[:1])
+    settings = load_settings(write_run(tmp_path, other))
+    segments = []
+    for number, (folder, first_step) in enumerate(((one, 0), (other, 8))):
+        order = Order.of_run(ShardStore(folder, "train"), settings, segment=number, first_step=first_step)
+        segments.append({"first_step": first_step, "identity": order.plan.identity})
+    run = Run(tmp_path, settings, segments, reached=12)
+    (tmp_path / "starts").mkdir()
+    start = tmp_path / "starts" / "0001.json"
+    start.write_text(json.dumps({"settings": {"data": {"directory": str(one)}}}))
+    said = lines_of(seen.show_text, run, "Document 111:")  # of the letters, which only the first segment has
+    assert said[0] == "1 occurrence in 1 document"
+    assert lines_of(seen.show_text, run, "Document 11:")[0] == "2 occurrences in 2 documents"
+    assert lines_of(seen.show_document, run, "letters:1")[0].startswith("letters:shard.00000.mds:1: ")
+
+    start.unlink()
+    left = Run(tmp_path, settings, segments, reached=12)
+    said = lines_of(seen.show_text, left, "Document 111:")
+    assert said[0].startswith("left out: ")
+    assert "steps 1 to 8 were planned from other data" in said[0]
+    assert said[1].startswith("not in the training data: ")
+    with pytest.raises(UserError, match="no source 'letters'"):
+        seen.show_document(left, "letters:1", print)
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"steps 1 to 8 .* \(.*is not the tokenizer that made these shards"):
+        seen.show_text(Run(tmp_path, settings, segments, reached=12), "a", print)
 
 
 def test_digests_agree_without_shards_and_name_the_first_other_block(
@@ -156,7 +183,7 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
     assert verify(Run.open(theirs), file) == []
     shards_gone = Run.open(theirs)
     shards_gone.folders[:] = [data]  # not those of earlier starts
-    with pytest.raises(UserError, match=r"--text needs the shards: .*shard.*; --step, --document, --export"):
+    with pytest.raises(UserError, match=r"shard.*; --step, --document, --export"):
         seen.show_text(shards_gone, "woman", print)
     said = lines_of(seen.show_step, shards_gone, 2)
     assert "without texts" in said[1]
@@ -198,10 +225,18 @@ def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shard
         Run.open(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         export(run, tmp_path / "absent" / "a.parquet")
-    with pytest.raises(UserError, match="--text: is empty"):
-        list(find(store, ""))
+    with pytest.raises(UserError, match=r"--text: is empty; give a text to look for$"):
+        seen.show_text(run, "", print)
+    with pytest.raises(UserError, match="is a folder; give the path of a file"):
+        export(run, tmp_path)
+    with pytest.raises(UserError, match="cannot be written: No such file or directory; choose another place"):
+        export(run, Path("/proc/order.parquet"))
+    with pytest.raises(UserError, match="there is no such file"):
+        read_digests(tmp_path / "absent")
     moved = Run(run.directory, run.settings, [run.segments[0] | {"identity": run.segments[0]["identity"] | {
         "prepared data": "0"}}, run.segments[1]], 12)  # fmt: skip
-    with pytest.raises(UserError, match=r"steps 1 to 8 were planned from other data .* the other 1 segments"):
+    with pytest.raises(
+        UserError, match=r"steps 1 to 8 were planned from other data .* the steps of other segments do not need it"
+    ):
         list(moved.walk(1, 2))
     assert sum(len(part.steps) for part in moved.walk(9, 12)) > 10

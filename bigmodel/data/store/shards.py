@@ -191,8 +191,7 @@ class ShardStore:
         """The labels of a shard of a labelled source, kept in memory: the number of each document's label, (documents,)
         uint16, 2 bytes each, and the labels as stored tokens. The first call reads the whole shard (1 GB/s)."""
         if (source, shard) not in self._labels:
-            path = self.file(self._shard_name(source, shard))
-            content = mds.ShardContent.parse(path.read_bytes())
+            path, content = self.file(self._shard_name(source, shard)), self.content(source, shard)
             is_text = self.is_text(source)
             column = "target_text" if is_text else "target_tokens"
             found: dict[bytes, int] = {}
@@ -206,6 +205,10 @@ class ShardStore:
             tokens = [self.encode(one.decode()) if is_text else mds.decode_array(one, dtype) for one in found]
             self._labels[source, shard] = np.array(numbers, np.uint16), tokens
         return self._labels[source, shard]
+
+    def content(self, source: str, shard: int) -> mds.ShardContent:
+        """A whole shard in memory (1 GB/s)."""
+        return mds.ShardContent.parse(self.file(self._shard_name(source, shard)).read_bytes())
 
     def label_counts(self, source: str) -> dict[str, int]:
         """Documents of each class; empty: not counted by `prepare`."""
@@ -235,20 +238,20 @@ class ShardStore:
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) ids of a text as they are stored, with begin and end."""
-        return self._tokenizer.encode_document(text)
+        return self.tokenizer.encode_document(text)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of stored ids, without begin and end."""
-        return self._tokenizer.decode_all(ids[1:-1])
+        return self.tokenizer.decode_all(ids[1:-1])
 
     def token_of(self, number: int) -> str:
         """The name of a token in the tokenizer."""
-        return self._tokenizer.token_of(number)
+        return self.tokenizer.token_of(number)
 
     @cached_property
     def pieces(self) -> list[str]:
         """The text that each id stands for, with the white space around it; empty for special tokens."""
-        return [self._tokenizer.piece_of(number) for number in range(self._tokenizer.vocabulary)]
+        return [self.tokenizer.piece_of(number) for number in range(self.tokenizer.vocabulary)]
 
     def is_text(self, source: str) -> bool:
         """Whether the source's shards hold text, tokenized at reading."""
@@ -297,7 +300,7 @@ class ShardStore:
         with self._recent_lock:
             if document in self._recent:
                 return self._recent[document]
-        tokens = self._tokenizer.encode_document(text) if number is None else self._segmenter.document(text, number)
+        tokens = self.tokenizer.encode_document(text) if number is None else self._segmenter.document(text, number)
         if len(tokens) != (expected := int(self._text_lengths(source, shard, side, number)[row])):
             raise UserError(
                 f"{self.directory / self._shard_name(source, shard)}: document {row} is {len(tokens)} tokens, its "
@@ -313,10 +316,10 @@ class ShardStore:
 
     @cached_property
     def _segmenter(self) -> Segmenter:
-        return Segmenter(self._tokenizer, self.manifest.recipe["segmentation"])
+        return Segmenter(self.tokenizer, self.manifest.recipe["segmentation"])
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         fast, proven = path_of(self.manifest.encoder)
         return Tokenizer.load(self.directory / "tokenizer.json", fast=fast, proven=proven)
 

@@ -272,6 +272,10 @@ class Tokenizer:
         any."""
         return self._find_tokenless(text) if self.drops_text else []
 
+    def loses(self, text: str) -> bool:
+        """Whether a part of the text has no token of its own: it is dropped, or becomes the unknown token."""
+        return bool(self.find_dropped(text)) or bool((self.encode(text) == self.unknown).any())
+
     def _find_tokenless(self, text: str) -> list[str]:
         return unknown_text.find_tokenless(*self._with_unknown_token, text)
 
@@ -339,6 +343,14 @@ class Tokenizer:
         if kind == "BPEDecoder":
             return token.replace(self._decoder["suffix"], " ")
         return token.replace("▁", " ")
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each id; joined they are what `decode_all` decodes. Empty if the decoder is not byte-level."""
+        if self._decoder["type"] != "ByteLevel":
+            return []
+        tokens = [self._exact.id_to_token(number) or "" for number in range(self.vocabulary)]
+        return [bytes_of_token(token) or token.encode() for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without begin and end; bytes that are not UTF-8 become U+FFFD."""
