@@ -21,7 +21,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import prepared, write_sources
 from tests.support.tiny_run import write_run
 
-SKIPS = 'training.spikes={policy = "skip", window = 8, sigmas = 0.01}'
+SKIPS = ['training.spikes={policy = "skip", window = 8, sigmas = 0.01}', "optimizer.learning_rate=1.0"]
 NEW_PLAN = "data.mix={news = 1.0}"
 
 
@@ -33,12 +33,12 @@ def train(run_file: Path, overrides: list[str], new_plan: bool) -> int:
 
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run file. Steps 1 to 4 on one rank, to 8 on two, 9 to 12 in a new plan with step 10 left out. Any rise of the
-    gradient norm in steps 3 to 8 is a spike, which is skipped."""
+    """A run file. Steps 1 to 4 on one rank, to 8 on two, 9 to 12 in a new plan with step 10 left out. The rate of steps
+    5 to 8 is far too high, and what rises is skipped."""
     folder = tmp_path_factory.mktemp("seen")
     run_file = write_run(folder, shards)
-    run_ranks(1, train, run_file, ["training.steps=4", SKIPS], False)
-    run_ranks(2, train, run_file, ["training.steps=8", SKIPS], False)
+    run_ranks(1, train, run_file, ["training.steps=4"], False)
+    run_ranks(2, train, run_file, ["training.steps=8", *SKIPS], False)
     (folder / "run" / "left_out.json").write_text(json.dumps([{"at": 10, "to": 8, "first": 10}]))
     run_ranks(1, train, run_file, ["training.steps=12", NEW_PLAN], True)
     return run_file
@@ -81,12 +81,13 @@ def test_the_parquet_file_has_each_chunk_of_each_step_as_it_was_computed(
     assert {(row["step"], row["without_update"]) for row in table if row["without_update"]} == skipped
     assert [path.name for path in tmp_path.iterdir()] == ["order.parquet"]
     declared = [event for event in read_json_lines(run.directory / "events.jsonl") if event["event"] == "step_skipped"]
-    told = sorted(tuple(document) for document in declared[0]["documents"])
-    mine = [row for row in table if row["step"] == 10]
-    assert told == sorted(
-        (r["source"], int(r["file"][6:11]), r["row"], r["first_token"], r["last_token"] - r["first_token"])
-        for r in mine
-    )
+    assert {event["step"] for event in declared} == {step for step, _ in skipped}
+    for event in declared:
+        mine = [row for row in table if row["step"] == event["step"]]
+        assert sorted(map(tuple, event["documents"])) == sorted(
+            (r["source"], int(r["file"][6:11]), r["row"], r["first_token"], r["last_token"] - r["first_token"])
+            for r in mine
+        )
 
 
 def test_steps_of_a_document_and_documents_of_a_step_agree(trained: Path, shards: Path) -> None:
@@ -112,22 +113,31 @@ def test_steps_of_a_document_and_documents_of_a_step_agree(trained: Path, shards
 def test_a_text_is_told_with_the_steps_that_trained_its_tokens(trained: Path, shards: Path) -> None:
     run, store = Run.open(trained.with_suffix("")), ShardStore(shards, "train")
     assert not seen.show_text(run, "never written", lambda line: None)
-    split = next(c for step in planned(trained, shards) for pack in step for c in pack if c.start)
-    place = store.sources[split.source], split.shard, split.row
+    steps_of = defaultdict(set)  # of a chunk
+    for number, step in enumerate(planned(trained, shards), start=1):
+        for chunk in (chunk for pack in step for chunk in pack):
+            steps_of[store.sources[chunk.source], chunk.shard, chunk.row, chunk.start].add(number)
+    place = next(chunk[:3] for chunk in steps_of if chunk[3] and (*chunk[:3], 0) in steps_of)
+    chunks = [chunk for chunk in steps_of if chunk[:3] == place]
     ids = store.document(*place)
-    wanted = store.decode(ids[split.start : split.start + 10])  # tokens start + 1 to start + 8
-    said = lines_of(seen.show_text, run, wanted)
-    at = said.index(f"{place[0]}:shard.{split.shard:05}.mds:{split.row}, tokens {split.start + 1} to {split.start + 8}")
-    assert wanted[:10] in said[at + 1]
-    steps = {
-        number
-        for number, step in enumerate(planned(trained, shards), start=1)
-        for pack in step
-        for c in pack
-        if (c.source, c.shard, c.row, c.start) == (split.source, split.shard, split.row, split.start)
-    }
-    told = [line for line in said[at + 2 :] if line.startswith(("  step", "  trained")) or "tokens" in line]
-    assert {int(line.split()[1].rstrip(",")) for line in told[1 : 1 + len(steps)]} == steps
+    for wanted, last, held in ((store.decode(ids[:20]), 18, [(*place, 0)]), (store.decode(ids), len(ids) - 2, chunks)):
+        said = lines_of(seen.show_text, run, wanted)
+        at = said.index(f"{place[0]}:shard.{place[1]:05}.mds:{place[2]}, tokens 1 to {last}")
+        told = {int(line.split()[1].rstrip(",")) for line in said[at + 3 :] if line.startswith("  step ")}
+        assert told == set.union(*(steps_of[chunk] for chunk in held))
+
+
+def test_steps_without_an_update_are_not_counted_as_trained(trained: Path) -> None:
+    run = Run.open(trained.with_suffix(""))
+    step = next(step for step, reason in run.without_update.items() if reason == "spike")
+    only = [line.split()[2] for line in lines_of(seen.show_step, run, step)[1:]]
+    for name in only:
+        head, *lines = lines_of(seen.show_document, run, name)
+        applied = {line for line in lines if "without an update" not in line}
+        assert any(f"step {step}, " in line and line.endswith(", without an update: spike") for line in lines)
+        assert ("not trained on up to step 12" in head) == (not applied), head
+        if applied:
+            assert f"trained in {len({line.split()[1] for line in applied})} step" in head
 
 
 def test_the_data_of_all_segments_is_searched_and_what_is_gone_is_said(shards: Path, tmp_path: Path) -> None:
