@@ -53,7 +53,7 @@ def show_step(run: Run, step: int, say: Say) -> None:
 def _preview(store: ShardStore, place: Place, start: int) -> str:
     ids = sides(store.document(*place))[0][1]
     piece = ids[start : start + PREVIEW_TOKENS]  # `decode` leaves the first and last out
-    return f"{shown(store.decode(np.concatenate([piece, piece[-1:]]) if start == 0 else np.pad(piece, 1)))}"
+    return shown(store.decode(np.concatenate([piece, piece[-1:]]) if start == 0 else np.pad(piece, 1)))
 
 
 def show_document(run: Run, asked: str, say: Say) -> None:

@@ -156,6 +156,12 @@ def test_the_data_of_all_segments_is_searched_and_what_is_gone_is_said(shards: P
     assert lines_of(seen.show_text, run, "Document 11:")[0] == "2 occurrences in 2 documents"
     assert lines_of(seen.show_document, run, "letters:1")[0].startswith("letters:shard.00000.mds:1: ")
 
+    theirs = Order.of_run(ShardStore(other, "train"), settings).plan.identity
+    write_digests(Run(tmp_path, settings, segments[:1], reached=4))
+    problems = verify(Run(tmp_path, settings, [{"first_step": 0, "identity": theirs}], reached=4), tmp_path / DIGESTS)
+    assert problems[0].startswith("segment 0 has another plan:\n  prepared data: ")
+    assert problems[1] == "steps 1 to 4 differ: the first block with another order"
+
     start.unlink()
     left = Run(tmp_path, settings, segments, reached=12)
     said = lines_of(seen.show_text, left, "Document 111:")

@@ -196,16 +196,15 @@ class Block:
         """The end of the chunks from `first` on that hold `positions` positions, or the block's end."""
         if first == self.num_chunks:
             return first
-        document = np.searchsorted(self._first_chunks, first, side="right") - 1
-        offset = (first - self._first_chunks[document]) * self._max_document_length[document]
-        first_positions = starts_of(self._positions)  # recomputed: stored, it would be a third of the block
-        target = first_positions[document] + offset + positions
-        end = min(int(np.searchsorted(first_positions, target)), len(self._positions))
+        document = int(np.searchsorted(self._first_chunks, np.int32(first), side="right")) - 1
+        offset = (first - int(self._first_chunks[document])) * int(self._max_document_length[document])
+        ends = np.cumsum(self._positions[document:], dtype=np.int64)  # recomputed: stored, a third of the block
+        end = min(document + 1 + int(np.searchsorted(ends, offset + positions)), len(self._positions))
         return int(self._first_chunks[end])
 
     def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
         """Chunks [first, end) as a table."""
-        chunks = np.arange(first, end)
+        chunks = np.arange(first, end, dtype=np.int32)  # as the array that is searched: no copy of it
         documents = np.searchsorted(self._first_chunks, chunks, side="right") - 1
         longest = self._max_document_length[documents]
         starts = (chunks - self._first_chunks[documents]) * longest
