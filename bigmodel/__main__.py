@@ -272,14 +272,16 @@ def _explain_memory(error: BaseException, settings: "Settings") -> None:
 @app.command()
 def check(
     run_file: RunFile,
-    guarantee: Annotated[str, typer.Argument(help="leak, order, loss, resume, accounting or all")] = "all",
+    guarantee: Annotated[
+        str, typer.Argument(help="leak, order, loss, resume, accounting, all of these; or exact")
+    ] = "all",
     override: Overrides = [],  # noqa: B006
 ) -> None:
-    """Check a guarantee on your own settings and data."""
-    from bigmodel.checks.guarantees import GUARANTEES, run_checks
+    """Check a guarantee on your own settings and data. exact: your DeepSpeed JSON against plain torch."""
+    from bigmodel.checks.guarantees import CHECKS, GUARANTEES, run_checks
 
-    if guarantee != "all" and guarantee not in GUARANTEES:
-        raise UserError(f"check {guarantee}: no such guarantee; choose one of {', '.join(GUARANTEES)} or all")
+    if guarantee != "all" and guarantee not in CHECKS:
+        raise UserError(f"check {guarantee}: no such guarantee; choose one of {', '.join(CHECKS)} or all")
     failed = run_checks(run_file, override, list(GUARANTEES) if guarantee == "all" else [guarantee])
     if failed:
         raise typer.Exit(EXIT_FAILED)

@@ -8,6 +8,7 @@ break the guarded code and see the same functions fail.
     loss    loss and gradient norm of a step agree on any number of ranks, also if ranks share packed sequences
     resume  a killed and resumed run equals the uninterrupted one to the last bit
     accounting  every token, second and FLOP of a killed and resumed run is accounted for
+    exact   not one of the five: 20 steps under the run's DeepSpeed JSON are those of plain torch in one process
 """
 
 from collections.abc import Callable, Sequence
@@ -17,26 +18,30 @@ from rich.console import Console
 from rich.text import Text
 
 from bigmodel.checks.audit import Finding
+from bigmodel.checks.exact import check_exact
 from bigmodel.checks.leak import check_leak
 from bigmodel.checks.order import check_order
 from bigmodel.checks.runs import check_accounting, check_loss, check_resume
 
-GUARANTEES: dict[str, Callable[[Path, Sequence[str]], list[Finding]]] = {
+Check = Callable[[Path, Sequence[str]], list[Finding]]
+
+GUARANTEES: dict[str, Check] = {
     "leak": check_leak,
     "order": check_order,
     "loss": check_loss,
     "resume": check_resume,
     "accounting": check_accounting,
 }
+CHECKS: dict[str, Check] = {**GUARANTEES, "exact": check_exact}
 
 
-def run_checks(run_file: Path, overrides: Sequence[str], guarantees: Sequence[str]) -> int:
-    """Check the named guarantees, print each finding, return the number of broken claims."""
+def run_checks(run_file: Path, overrides: Sequence[str], names: Sequence[str]) -> int:
+    """Run these of `CHECKS`, print each finding, return the number of broken claims."""
     console = Console(highlight=False, markup=False, emoji=False)
     broken = 0
-    for guarantee in guarantees:
-        for finding in GUARANTEES[guarantee](run_file, overrides):
+    for name in names:
+        for finding in CHECKS[name](run_file, overrides):
             mark = ("holds ", "green") if finding.holds else ("BROKEN", "red")
-            console.print(Text.assemble(mark, f" {guarantee}: {finding.claim} ({finding.evidence})"))
+            console.print(Text.assemble(mark, f" {name}: {finding.claim} ({finding.evidence})"))
             broken += not finding.holds
     return broken

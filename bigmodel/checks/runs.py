@@ -137,33 +137,36 @@ def _short_schedule(settings: Settings) -> list[str]:
 
 def _train(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False) -> None:
     """Train to the end."""
-    with _ranks(run_file, overrides, world_size, directory, on_cpu) as ranks:
-        _finish(ranks, directory)
+    with started(_training(run_file, overrides), world_size, directory, on_cpu) as ranks:
+        finish(ranks, directory)
 
 
 def _train_until_killed(run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, step: int) -> int:
     """SIGKILL all ranks at a random time after `step` steps and a checkpoint; return the last recorded step."""
     deadline = time.monotonic() + PROCESS_SECONDS
-    with _ranks(run_file, overrides, world_size, directory) as ranks:
+    with started(_training(run_file, overrides), world_size, directory) as ranks:
         while not (trace := _trace(directory)) or trace[-1]["step"] < step or not _has_saved(directory):
             if any(rank.poll() is not None for rank in ranks) or time.monotonic() > deadline:
-                _finish(ranks, directory)
+                finish(ranks, directory)
                 raise UserError(f"a check's training run ended before step {step}")
             time.sleep(0.002)
         time.sleep(random.uniform(0, trace[-1]["step_seconds"]))
     return _trace(directory)[-1]["step"]
 
 
+def _training(run_file: Path, overrides: Sequence[str]) -> list[str]:
+    """What Python runs on a rank."""
+    return ["-m", "bigmodel", "train", str(run_file), *(word for one in overrides for word in ("--set", one))]
+
+
 @contextmanager
-def _ranks(
-    run_file: Path, overrides: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
+def started(
+    arguments: Sequence[str], world_size: int, directory: Path, on_cpu: bool = False
 ) -> Iterator[list[subprocess.Popen]]:
-    """One process per rank, in one process group; output goes into the run directory. Those left at the end are
+    """One process of Python per rank, in one process group; output goes into `directory`. Those left at the end are
     killed."""
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "bigmodel", "train", str(run_file)]
-    for override in overrides:
-        command += ["--set", override]
+    command = [sys.executable, *arguments]
     port = _free_port()
     ranks: list[subprocess.Popen] = []
     try:
@@ -196,9 +199,9 @@ def _variables(rank: int, world_size: int, port: int, on_cpu: bool) -> dict[str,
     return environment | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
 
 
-def _finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
-    """Wait for all ranks. Raises `UserError` with the last output of a failed rank."""
-    for number, rank in enumerate(ranks):
+def finish(ranks: Sequence[subprocess.Popen], directory: Path) -> None:
+    """Wait for all ranks. Raises `UserError` with the last output of a failed rank: of the first, if it has ended."""
+    for number, rank in sorted(enumerate(ranks), key=lambda one: not one[1].poll()):
         if rank.wait(timeout=PROCESS_SECONDS):
             words = (directory / f"rank-{number}.txt").read_text(errors="replace").splitlines()[-15:]
             raise UserError(

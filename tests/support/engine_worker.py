@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from bigmodel.checks.plain_torch import LOW, PlainTraining, distance
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import DataSettings, OptimizerSettings, ScheduledSamplingSettings, Settings
+from bigmodel.config.settings import DataSettings, ScheduledSamplingSettings, Settings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
 from bigmodel.data.load.own_inputs import with_own_inputs
 from bigmodel.data.plan.shuffle import Chunk
@@ -27,12 +28,9 @@ from bigmodel.model.transformer import Transformer
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.learning_rate import betas, learning_rate
-from bigmodel.training.optimizers.groups import build_optimizer, parameter_groups, states_of
-from bigmodel.training.optimizers.penalty import with_penalty
-from bigmodel.training.optimizers.shards import Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS
 from bigmodel.training.trained import choose_trained
-from bigmodel.training.zero.engine import Engine, creation
+from bigmodel.training.zero.engine import Engine, creation, forget_groups
 from tests.support.ranks import run_ranks
 
 VOCABULARY = 67
@@ -139,31 +137,8 @@ def new_model(settings: Settings, effective: dict[str, Any] | None = None) -> Tr
     return model
 
 
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FP16_SCALE = 2.0**10
 FP16 = {"initial_scale_power": 10, "hysteresis": 1}
 KEPT_STEPS = 2  # steps whose gradients the oracle keeps
-
-
-def oracle_of(model: Transformer, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """torch's optimizer if torch has it, else ours, which tests/training/optimizers compares with the papers."""
-    if settings.kind == "adafactor":
-        groups, epsilons = parameter_groups(model, settings), (settings.epsilon, settings.least_scale)
-        theirs = torch.optim.Adafactor(groups, 0.0, settings.beta2_decay, epsilons, settings.update_clipping)
-        return with_penalty(theirs)
-    optimizer = build_optimizer(model, settings)
-    return alone(optimizer, settings)
-
-
-def alone(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Makes the states as the engine does, with every parameter as its own master."""
-    optimizer.shards = Shards(lambda master, flat, change: change(flat), lambda master: [], lambda sums: sums)
-    for group in optimizer.param_groups:
-        for master in group["params"]:
-            for key, shape in states_of(settings, group):
-                zeros = torch.zeros(()) if shape == "number" else torch.zeros_like(master)
-                optimizer.state[master][key] = zeros
-    return optimizer
 
 
 def oracle(
@@ -174,50 +149,22 @@ def oracle(
     In bf16 and fp16, gradients of micro-batches of `packs_at_once` packs are summed in fp32, and masters are fp32.
     wide: all in float64, from the initial weights of the precision.
     """
-    low = LOW.get(settings.training.precision)
-    model, masters = new_model(settings), new_model(settings)
-    if low:
-        model.to(low)
-        masters.load_state_dict(model.state_dict())
-    if wide:
-        model.load_state_dict(masters.state_dict())
-        model.double(), masters.double()
-    scale = FP16_SCALE if low is torch.float16 and not wide else 1.0
-    optimizer = oracle_of(masters, settings.optimizer)
-    averages = {name: master.detach().clone() for name, master in masters.named_parameters()}
-    pairs = [
-        (name, master, model.get_parameter(name)) for name, master in masters.named_parameters() if master.requires_grad
-    ]
+    training = PlainTraining(new_model(settings), settings, wide)
+    sampling = settings.training.scheduled_sampling
     tensors: dict[str, torch.Tensor] = {}
-    seen: list[Any] = []
+    seen: list[dict[str, float]] = []
     for step in range(steps):
-        nats = 0.0
-        for first in range(0, PACKS, packs_at_once):
-            packs = range(first, first + packs_at_once)
-            loss = model(batch_of(step, packs, sampling=settings.training.scheduled_sampling))
-            (loss * (scale / num_targets_of(step))).backward()
-            nats += loss.item()
-            for _, master, parameter in pairs:
-                gradient = parameter.grad.to(master.dtype) / scale
-                master.grad = gradient.clone() if first == 0 else master.grad + gradient
-                parameter.grad = None
+        batches = [
+            batch_of(step, range(first, first + packs_at_once), sampling=sampling)
+            for first in range(0, PACKS, packs_at_once)
+        ]
+        loss = training.accumulate(batches, num_targets_of(step))
         if step < KEPT_STEPS:
-            tensors |= {f"{step}.{name}": master.grad.clone() for name, master, _ in pairs}
-        limit = settings.optimizer.gradient_clipping or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), limit)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings) * group["rate_factor"]
-            group["betas"] = betas(step, settings) or group.get("betas")
-        optimizer.step()
-        model.load_state_dict(masters.state_dict())
-        for name, master, _ in pairs:
-            averages[name].lerp_(master.detach(), 1.0 - settings.training.ema_decay)
-        seen.append({"loss": nats / num_targets_of(step), "norm": norm.item()})
-    tensors |= {f"weight.{name}": master.detach().clone() for name, master, _ in pairs}
-    tensors |= {f"ema.{name}": average for name, average in averages.items()}
-    for name, master, _ in pairs:
-        tensors |= {f"{key}.{name}": value.flatten() for key, value in optimizer.state[master].items() if key != "step"}
-    save_file(tensors, path)
+            tensors |= {f"{step}.{name}": gradient for name, gradient in training.gradients().items()}
+        seen.append({"loss": loss, "norm": training.update(step)})
+    tensors |= {f"weight.{name}": weight for name, weight in training.weights().items()}
+    tensors |= {f"ema.{name}": average for name, average in training.averages().items()}
+    save_file(tensors | training.moments(), path)
     return seen
 
 
@@ -253,12 +200,6 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
-def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """|found - wanted| / |wanted| over all tensors together."""
-    squares = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in found)
-    return float((squares / sum(float(wanted[name].double().square().sum()) for name in found)) ** 0.5)
-
-
 def state_outside_files(tensors: list[torch.Tensor]) -> int:
     """Number of tensors that are not in a file of the state."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/bigmodel-state-" in line]
@@ -268,9 +209,7 @@ def state_outside_files(tensors: list[torch.Tensor]) -> int:
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Run a job. Result: per step loss, norm and gradient error; at the end digest and weight error."""
-    from deepspeed.utils import groups
-
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of hpZ: one per process, but here are many engines
+    forget_groups()
     effective, settings = resolve_deepspeed(Settings.model_validate(job["settings"]), world.size)
     packs_per_micro_batch = effective["train_micro_batch_size_per_gpu"]
     engine = Engine(new_model(settings, effective), settings, effective, world)

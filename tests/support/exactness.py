@@ -13,9 +13,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from bigmodel.checks.plain_torch import distance
 from bigmodel.config.settings import Settings
 from bigmodel.training.optimizers.table import OPTIMIZERS
-from tests.support.engine_worker import PACKS, distance, oracle, settings_table
+from tests.support.engine_worker import PACKS, oracle, settings_table
 
 STEPS = 20
 FEW_STEPS = 8  # in the test suite: moments, averages and bias corrections have an effect, at two fifths of the cost

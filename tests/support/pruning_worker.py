@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bigmodel.checks.plain_torch import plain_optimizer
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings
 from bigmodel.distributed.world import World, end_world, start_world
@@ -21,7 +22,6 @@ from tests.support.engine_worker import (
     micro_batches_of,
     new_model,
     num_targets_of,
-    oracle_of,
     state_digest,
 )
 
@@ -56,7 +56,7 @@ def plain(table: dict[str, Any], steps: int) -> dict[str, Any]:
     """Losses, norms, zeros and weights of fp32 training in plain torch, with masked gradients and weights."""
     pruning, settings = table["pruning"], Settings.model_validate(table)
     model = new_model(settings)
-    optimizer = oracle_of(model, settings.optimizer)
+    optimizer = plain_optimizer(model, settings.optimizer)
     pruned = {name: parameter for name, parameter in model.named_parameters() if is_pruned(name)}
     kept = {name: torch.ones_like(parameter) for name, parameter in pruned.items()}
     found: dict[str, Any] = {"losses": [], "norms": [], "shares": []}

@@ -183,6 +183,12 @@ class Engine:
             comm.log_summary()
 
     @property
+    def deepspeed_norm(self) -> float | None:
+        """DeepSpeed's own gradient norm of the last update, by which it clips; None at stage 0."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
     def training(self) -> bool:
         """Whether the model is in training mode: dropout is on."""
         return self._engine.module.training
@@ -533,6 +539,12 @@ def _refuse_quantization_without_kernels(effective: dict[str, Any]) -> None:
             f"zero_optimization.{asked[0]} = true: this machine cannot build or load DeepSpeed's CUDA kernel for it "
             f"({str(error).strip() or type(error).__name__}); remove the key, or run on GPUs with a CUDA compiler"
         ) from None
+
+
+def forget_groups() -> None:
+    """For another engine in this process: DeepSpeed keeps the group of hpZ, and refuses to make it again."""
+    with _quiet():
+        import_deepspeed().utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 class _Timed:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bigmodel.checks.plain_torch import alone, plain_optimizer
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import OptimizerSettings, Settings, UserError, positions_before
 from bigmodel.inspect.memory import state_bytes
@@ -18,7 +19,6 @@ from bigmodel.training.optimizers.muon import orthogonalize
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS
 from bigmodel.training.zero.layouts import ParameterShard
-from tests.support.engine_worker import alone, oracle_of
 
 
 def model(tied: bool) -> Transformer:
@@ -243,7 +243,7 @@ def test_adafactor_is_torch_s(scale: float) -> None:
     ours, theirs = model(tied=False), model(tied=False)
     init_weights(ours, 1)
     theirs.load_state_dict(ours.state_dict())
-    adafactor, oracle = adafactor_alone(ours, settings), oracle_of(theirs, settings)
+    adafactor, oracle = adafactor_alone(ours, settings), plain_optimizer(theirs, settings)
     for group in oracle.param_groups:
         group["lr"] = 0.55
     for step in range(6):
