@@ -39,6 +39,7 @@ from bigmodel.sizes import counted_noun
 STEPS = 20
 PLAIN_SECONDS = 300  # after which a training in plain torch ends early
 LEAST_STEPS = 2
+WIDEST_HEAD = 256  # channels that the GPU kernels take
 WHOLE = {"zero_optimization": {"stage": 0}}  # nothing partitioned
 Say = Callable[[str], None]
 
@@ -219,14 +220,20 @@ def _plain_bytes(settings: Settings, effective: Effective, vocabulary: int, nume
     weights = 8 * numel * 8  # model and masters, their gradients and a sum; the first gradient, first and last weights
     alone = {"precision": "fp32", "activation_checkpointing": "none", "sequence_parallel_ranks": 1}
     narrow = settings.model_copy(update={"training": settings.training.model_copy(update=alone)})
-    return moments + weights + 2 * activation_bytes(narrow, effective, vocabulary)
+    return moments + weights + 2 * _activations(narrow, effective, vocabulary)
 
 
 def _rank_bytes(settings: Settings, configurations: Sequence[Effective], vocabulary: int, ranks: int) -> int:
     """Most memory of a rank without a GPU."""
     plans = [state_bytes(settings, effective, vocabulary, ranks) for effective in configurations]
     state = max(sum(plan.device.values()) + sum(plan.host.values()) for plan in plans)
-    return state + activation_bytes(settings, configurations[0], vocabulary)
+    return state + _activations(settings, configurations[0], vocabulary)
+
+
+def _activations(settings: Settings, effective: Effective, vocabulary: int) -> int:
+    if settings.model.resolved_head_dim > WIDEST_HEAD and not settings.model.is_recurrent:
+        return 0  # not known: the plan is that of a GPU, whose kernels refuse such heads
+    return activation_bytes(settings, effective, vocabulary)
 
 
 def _wait(processes: Sequence[subprocess.Popen], folder: Path, say: Say) -> None:

@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigmodel.checks.exact_steps import LEAST, Reference, Row, Trace, first_steps, new_start, number_row
+from bigmodel.checks.exact_steps import Reference, Row, Trace, first_steps, new_start, number_row
 from bigmodel.config.deepspeed_config import DEFAULTS, agree
 from bigmodel.config.deepspeed_json import passed, value_at
 from bigmodel.config.settings import Settings, UserError, load_settings
@@ -73,8 +73,9 @@ class _Comparison:
     def report(self) -> dict[str, Any]:
         rows = self._rows(self._job.effective)
         keys = [] if all(row.holds for row in rows) else self._guilty()
-        norms = [row for stage, effective in self._job.by_stage.items() for row in self._norms(stage, effective)]
-        return {"rows": rows, "keys": keys, "norms": norms}
+        bound = rows[1].bound  # of the gradient norm of step 1
+        stages = self._job.by_stage.items()
+        return {"rows": rows, "keys": keys, "norms": [row for one in stages for row in self._norms(*one, bound)]}
 
     def _guilty(self) -> list[str]:
         """The keys of the JSON without which all rows hold: each of them alone, or else all together."""
@@ -109,16 +110,13 @@ class _Comparison:
             averages = reference.moved("average", names, lambda name: engine.whole(name, "ema"))
         return Trace(losses, norms, gradient, weights, averages)
 
-    def _norms(self, stage: str, effective: Effective) -> list[Row]:
+    def _norms(self, stage: str, effective: Effective, bound: float) -> list[Row]:
         """The gradient norm of step 1 under a ZeRO stage: ours, and the one by which DeepSpeed clips."""
         engine, wanted = self._start(effective), self._reference.trace.norms[0]
-        least = LEAST[self._settings.training.precision][0]
-        bound = max(least, 2 * abs(Trace(*self._job.rounding).norms[0] / wanted - 1)) if wanted else least
-        found = [norm for _, _, norm in self._steps(engine, effective, 1)]
-        rows = [number_row("gradient norm", wanted, norm, bound, f"ZeRO {stage}") for norm in found]
+        found = {"gradient norm": norm for _, _, norm in self._steps(engine, effective, 1)}
         if (norm := engine.deepspeed_norm) is not None:
-            rows.append(number_row("DeepSpeed's own norm", wanted, norm, bound, f"ZeRO {stage}"))
-        return rows
+            found["DeepSpeed's own norm"] = norm
+        return [number_row(what, wanted, norm, bound, f"ZeRO {stage}") for what, norm in found.items()]
 
     def _start(self, effective: Effective) -> Engine:
         gc.collect()  # the engine before
