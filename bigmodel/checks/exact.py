@@ -276,7 +276,7 @@ def _table(settings: Settings, job: Job, ranks: int, report: dict[str, list[Any]
         title_justify="left",
     )
     for name in ("", "plain torch", "DeepSpeed", "difference, bound"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for part in (report["rows"], report["norms"]):
         for row in part:
             numbers = ("" if one is None else f"{one:.7g}" for one in (row.wanted, row.found))

@@ -113,10 +113,10 @@ class _Comparison:
     def _norms(self, stage: str, effective: Effective, bound: float) -> list[Row]:
         """The gradient norm of step 1 under a ZeRO stage: ours, and the one by which DeepSpeed clips."""
         engine, wanted = self._start(effective), self._reference.trace.norms[0]
-        found = {"gradient norm": norm for _, _, norm in self._steps(engine, effective, 1)}
-        if (norm := engine.deepspeed_norm) is not None:
-            found["DeepSpeed's own norm"] = norm
-        return [number_row(what, wanted, norm, bound, f"ZeRO {stage}") for what, norm in found.items()]
+        found = [("gradient norm", norm) for _, _, norm in self._steps(engine, effective, 1)]
+        if (own := engine.deepspeed_norm) is not None:
+            found.append(("DeepSpeed's own norm", own))
+        return [number_row(what, wanted, norm, bound, f"ZeRO {stage}") for what, norm in found]
 
     def _start(self, effective: Effective) -> Engine:
         gc.collect()  # the engine before

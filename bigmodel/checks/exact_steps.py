@@ -5,7 +5,6 @@ torch in float64. The same in the run's precision shows what rounding costs; it 
 much as `LEAST`.
 """
 
-import math
 from collections.abc import Callable, Collection, Generator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from bigmodel.checks.plain_torch import lengths, together, worst
+from bigmodel.checks.plain_torch import lengths, ratio_of, together, worst
 from bigmodel.config.deepspeed_config import packs_per_micro_batch
 from bigmodel.config.settings import Settings
 from bigmodel.data.load.stream import Step, Stream
@@ -30,7 +29,7 @@ from bigmodel.training.token_vectors import read_vectors
 
 # Least bounds, relative: of a step's loss and norm, of a parameter's gradient, of the movement of all weights.
 LEAST = {"fp32": (1e-6, 1e-5, 1e-4), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
-LATER = 10  # times as much as the first step's: losses and norms of later steps, whose weights differ
+LATER = 10  # times as much for losses and norms of later steps
 
 
 class Trace(NamedTuple):
@@ -114,7 +113,8 @@ class Reference:
     def rows(self, found: Trace, rounding: Trace, precision: str) -> list[Row]:
         """A row for each compared quantity. rounding: of plain torch in the run's precision."""
         number, gradient, movement = LEAST[precision]
-        least = (number, number, LATER * number, LATER * number, gradient, movement, movement)
+        later = max(LATER * number, rounding.weights)  # what the weights differ by, losses and norms may
+        least = (number, number, later, later, gradient, movement, movement)
         rows = zip(self._unbounded(found), self._unbounded(rounding), least, strict=False)
         return [row._replace(bound=max(bound, 2 * usual.difference)) for row, usual, bound in rows]
 
@@ -131,9 +131,8 @@ class Reference:
 
 
 def number_row(what: str, wanted: float, found: float, bound: float, where: str) -> Row:
-    """A row of a number; its difference is relative, and infinite if it is not finite."""
-    difference = abs(found - wanted) / abs(wanted) if wanted else abs(found)
-    return Row(what, wanted, found, difference if math.isfinite(difference) else math.inf, bound, where)
+    """A row of a number."""
+    return Row(what, wanted, found, ratio_of(abs(found - wanted), abs(wanted)), bound, where)
 
 
 def _by_step(what: str, wanted: list[float], found: list[float]) -> list[Row]:

@@ -131,15 +131,15 @@ def lengths(name: str, found: Tensor, wanted: Tensor) -> Lengths:
 
 
 def together(parts: Collection[Lengths]) -> float:
-    """The relative difference of all parameters as one vector; 0 if both are 0."""
+    """The relative difference of all parameters as one vector."""
     difference, wanted = (math.hypot(*sizes) for sizes in list(zip(*parts, strict=True))[1:])
-    return _ratio(difference, wanted)
+    return ratio_of(difference, wanted)
 
 
 def worst(parts: Collection[Lengths]) -> tuple[float, str]:
     """The relative difference and the name of the parameter that is farthest off."""
     least = NEGLIGIBLE * math.hypot(*(part.wanted for part in parts))
-    return max((_ratio(part.difference, max(part.wanted, least)), part.name) for part in parts)
+    return max((ratio_of(part.difference, max(part.wanted, least)), part.name) for part in parts)
 
 
 def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -147,7 +147,9 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return together([lengths(name, tensor, wanted[name]) for name, tensor in found.items()])
 
 
-def _ratio(difference: float, wanted: float) -> float:
-    if wanted:
-        return difference / wanted
-    return 0.0 if difference == 0 else math.inf
+def ratio_of(difference: float, wanted: float) -> float:
+    """0 if both are 0; infinite if it is not finite."""
+    if difference == 0:
+        return 0.0
+    ratio = difference / wanted if wanted else math.inf
+    return ratio if math.isfinite(ratio) else math.inf
