@@ -1,7 +1,7 @@
 """Plain torch in one process: what the engine is compared with, and how far two results are apart.
 
 In: a model, micro-batches. Out: losses, gradients and weights of a training without DeepSpeed, ranks, buckets and
-partitions. Costs: 24 bytes a parameter with AdamW, 48 in float64.
+partitions. Costs: 24 bytes a parameter with AdamW, 48 in float64, and what the caller copies.
 """
 
 import copy
