@@ -341,6 +341,11 @@ class DataSettings(Section):
         description="most epochs of a source, or of each of its classes if they are resampled; then the others take "
         "its share; 0 or absent: no limit",
     )
+    exclude: Path | None = Field(
+        None,
+        description="file of documents never trained on, a JSON line for each: source, shard and row; in a run that has "
+        "begun, a change needs --new-plan",
+    )
     curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
     objectives: list[ObjectiveSettings] = Field(
         [], description="for sources of plain text; empty: causal, or span_corruption with a source side"

@@ -28,13 +28,16 @@ from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError, packs_at
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.classes import cursor_of
+from bigmodel.data.plan.exclusion import Excluded, without
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
-from bigmodel.data.plan.packing_buffer import LaneCursor, LanePosition, PackingBuffer, make_lane
+from bigmodel.data.plan.packing_buffer import Lane, LaneCursor, LanePosition, PackingBuffer, make_lane
 from bigmodel.data.plan.planned import PlannedSteps, in_canonical_order
 from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, chunk_table, has_wide
+from bigmodel.data.plan.unread import ReadBefore
 from bigmodel.data.randomness import make_key
 
 ORDER_VERSION = 1  # raise it with every change that gives another order from the same input
+READ_BEFORE = "read by earlier segments"  # in the identity of a segment that goes on where they ended
 EXAMPLES = {  # settings of examples; in a plan's identity only where they differ from their defaults
     "source_sequence_length",
     "max_source_length",
@@ -137,19 +140,26 @@ class Order:
         lanes: Iterable[int] | None = None,
         segment: int = 0,
         first_step: int = 0,
+        read: ReadBefore | None = None,
+        excluded: Excluded | None = None,
     ) -> None:
-        """Plan the given lanes; None: all. Opens no length file before the first step.
+        """Plan the given lanes; None: all. Opens no length file before the first step, but those of shards with
+        excluded documents.
 
-        `global_batch_size` and `batch_ramp`: of [training]. Segment n > 0 is a fresh plan that begins at `first_step`,
-        after a change of data or settings.
+        `global_batch_size` and `batch_ramp`: of [training]. Segment n > 0 is a plan that begins at `first_step`, after
+        a change of data or settings; it gives what is left of `read` first. `excluded`: None: as data.exclude says.
 
         Raises `UserError` where mix, sources or lanes do not fit the data.
         """
         self._global_batch_size, self._batch_ramp = global_batch_size, batch_ramp
         for packs in (global_batch_size, *(packs for _, packs in batch_ramp)):
             assert packs % settings.lanes == 0, f"packs = {packs} is not a multiple of lanes = {settings.lanes}"
+        self.excluded = Excluded.read(settings.exclude) if excluded is None else excluded
+        store = without(store, self.excluded)
         shards = mixed_shards(store, settings)
         identity = _identity(store, settings, global_batch_size, batch_ramp, seed, segment)
+        identity |= {"excluded documents": self.excluded.digest} if self.excluded else {}
+        identity |= {READ_BEFORE: read.digest} if read else {}
         totals = {name: sum(shard.positions for shard in shards[name]) for name in shards}
         self.plan = Plan(identity, settings.lanes, totals)
         self.num_skipped_documents = sum(shard.skipped for parts in shards.values() for shard in parts)
@@ -159,9 +169,9 @@ class Order:
         examples = Examples(settings, seed)
         wide = not examples.is_plain or any(has_wide(store, name) for name in dealt)
         self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, for plain text; None: endless
-        self._is_counted = not wide and not getattr(store, "passes", 0)  # by the shard sizes
+        self._is_counted = not wide and not read and not getattr(store, "passes", 0)  # by the shard sizes
         self._lanes = {
-            number: make_lane(number, store, dealt, settings, key, examples if wide else None)
+            number: make_lane(number, store, dealt, settings, key, examples if wide else None, read)
             for number in (range(settings.lanes) if lanes is None else sorted(lanes))
         }
         self._at: dict[
@@ -170,7 +180,7 @@ class Order:
 
     @classmethod
     def of_run(cls, store: Lengths, settings: Settings, **place: Any) -> "Order":
-        """The order of a run file; `place`: lanes, segment, first_step."""
+        """The order of a run file; `place`: lanes, segment, first_step, read."""
         training = settings.training
         return cls(store, settings.data, training.global_batch_size, settings.run.seed, training.batch_ramp, **place)
 
@@ -224,11 +234,17 @@ class Order:
             raise UserError(describe_difference(state["identity"], self.plan.identity))
         for number, lane in self._lanes.items():
             saved = state["lanes"][number]
-            cursors = tuple(cursor_of(saved["sources"][name]) for name in self.plan.source_positions)
-            stage, since = saved.get("stage", 0), tuple(saved.get("since", ()))
-            start = LaneCursor(saved["window"], cursors, chunk_table(saved["carried"], lane.wide), stage, since)
-            self._at[number] = replace(lane.enter(start), packs_given=saved["packs_given"])
+            self._at[number] = replace(lane.enter(self.start_of(number, saved)), packs_given=saved["packs_given"])
         self.step = state["step"]
+
+    def lane(self, number: int) -> Lane:
+        return self._lanes[number]
+
+    def start_of(self, number: int, saved: Mapping[str, Any]) -> LaneCursor:
+        """The start of the packing buffer in a lane's part of a cursor."""
+        cursors = tuple(cursor_of(saved["sources"][name]) for name in self.plan.source_positions)
+        carried = chunk_table(saved["carried"], self._lanes[number].wide)
+        return LaneCursor(saved["window"], cursors, carried, saved.get("stage", 0), tuple(saved.get("since", ())))
 
     def progress(self) -> dict[str, SourceProgress]:
         """Per mixed source: progress over the planned lanes."""
@@ -366,6 +382,6 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     return (
         "the saved position belongs to another order of the data; to continue would repeat and skip documents:\n"
         + "\n".join(lines or ["  the saved position itself was altered"])
-        + "\nset these back, continue from this step with a new plan, which may repeat documents (--new-plan), or "
+        + "\nset these back, continue from this step with a new plan, which gives what is unread first (--new-plan), or "
         "start a new run in another run.directory"
     )

@@ -23,6 +23,7 @@ from bigmodel.data.plan.classes import Cursor, Stream, resampled
 from bigmodel.data.plan.mixing import mix, stages
 from bigmodel.data.plan.packing import best_fit_decreasing, fullest, pack_two_sides
 from bigmodel.data.plan.shuffle import Chunk, Lengths, Pack, Shard, SourceStream, chunk_table, sizes, starts_of
+from bigmodel.data.plan.unread import ReadBefore
 from bigmodel.data.randomness import make_key, permutation
 
 NO_EPOCH = 2**62  # later than any epoch
@@ -177,16 +178,13 @@ def make_lane(
     settings: DataSettings,
     seed: int,
     examples: Examples | None,
+    read: ReadBefore | None = None,
 ) -> Lane:
-    make = resampled if settings.resamples_classes else _plain_stream
-    streams: list[Stream] = [
-        make(store, name, dealt[name][number], settings, make_key(seed, name, number), examples) for name in dealt
-    ]
-    return Lane(number, streams, settings, seed)
+    def make(name: str) -> Stream:
+        held, key = dealt[name][number], make_key(seed, name, number)
+        if settings.resamples_classes:
+            return resampled(store, name, held, settings, key, examples)
+        limit = settings.max_epochs.get(name, 0)
+        return SourceStream(store, name, held, settings.max_document_length, key, limit, examples, read)
 
-
-def _plain_stream(
-    store: Lengths, name: str, shards: Sequence[Shard], settings: DataSettings, key: int, examples: Examples | None
-) -> SourceStream:
-    limit = settings.max_epochs.get(name, 0)
-    return SourceStream(store, name, shards, settings.max_document_length, key, limit, examples)
+    return Lane(number, [make(name) for name in dealt], settings, seed)

@@ -22,6 +22,7 @@ import numpy as np
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.objectives.supervised import Measured, measure
+from bigmodel.data.plan.unread import Places, ReadBefore
 from bigmodel.data.randomness import make_key, permutation
 
 PLAIN = -1  # "objective" of a chunk that is its own example: causal
@@ -141,8 +142,11 @@ def make_block(
     rows: np.ndarray,
     positions: np.ndarray,
     examples: Examples,
+    starts: np.ndarray | int = 0,
+    after: np.ndarray | int = 0,
 ) -> "Block":
-    """A block of documents of a source, (n,) each, with the lengths of their examples."""
+    """A block of documents of a source, (n,) each as in `Block`, with the lengths of their examples. Pairs and
+    supervised documents are whole."""
     if has_pairs(store, source):
         targets = np.empty(len(rows), dtype=np.int64)
         for shard in () if examples.data.classes else np.unique(shards).tolist():  # the length of a label is not used
@@ -168,6 +172,8 @@ def make_block(
         positions,
         examples.longest[chosen],
         lambda documents, lengths, remaining: examples.measure(chosen[documents], lengths, remaining),
+        starts,
+        after,
     )
 
 
@@ -181,14 +187,17 @@ class Block:
         positions: np.ndarray,
         max_document_length: np.ndarray | int,
         measure: Measure | None = None,
+        starts: np.ndarray | int = 0,
+        after: np.ndarray | int = 0,
     ) -> None:
         """Arrays (documents,): place of each document, its positions (at least 1), the most positions of its chunks.
 
-        `measure` gives the last four columns of a wide table.
+        `measure` gives the last four columns of a wide table. Of a document partly read by an earlier plan, `starts` is
+        the first position here, and `after` the positions that follow.
         """
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
         self._max_document_length = np.broadcast_to(np.asarray(max_document_length), positions.shape)
-        self._measure = measure
+        self._measure, self._starts, self._after = (measure, *map(_small, (starts, after)))
         self._first_chunks = starts_of(-(-positions // max_document_length)).astype(np.int32)
         self.num_chunks = int(self._first_chunks[-1])
 
@@ -211,11 +220,19 @@ class Block:
         lengths = np.minimum(self._positions[documents] - starts, longest)
         table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
         for column, values in enumerate(
-            (source, self._shards[documents], self._rows[documents], starts, lengths, epoch)
+            (
+                source,
+                self._shards[documents],
+                self._rows[documents],
+                starts + _at(self._starts, documents),
+                lengths,
+                epoch,
+            )
         ):
             table[:, column] = values
         if self._measure:
-            table[:, NARROW:] = self._measure(documents, lengths, self._positions[documents] - starts - lengths)
+            remaining = self._positions[documents] - starts - lengths + _at(self._after, documents)
+            table[:, NARROW:] = self._measure(documents, lengths, remaining)
         return table
 
 
@@ -231,19 +248,38 @@ class SourceStream:
         key: int,
         max_epochs: int = 0,
         examples: Examples | None = None,
+        read: ReadBefore | None = None,
     ) -> None:
-        """`max_epochs`: the stream ends after them; 0: never. `examples` None: plain text in causal order."""
+        """`max_epochs`: the stream ends after them; 0: never. `examples` None: plain text in causal order. `read`: by
+        earlier plans; the stream begins in the oldest epoch with anything left, and gives what is left of each."""
         self.name, self.source = name, store.sources.index(name)
         self.positions = sum(shard.positions for shard in shards)
         self._store, self._shards, self._max_document_length, self._key = store, shards, max_document_length, key
         self._examples, self.wide = examples, examples is not None
-        self._max_epochs = max_epochs
+        self._max_epochs, self._read = max_epochs, read
         self.num_documents = sum(shard.documents for shard in shards)
         self._num_blocks = -(-self.num_documents // BLOCK_DOCUMENTS)
         self._blocks: dict[tuple[int, int], Block] = {}  # in use by the current packing buffer, two at most
 
     def beginning(self) -> SourceCursor:
-        return SourceCursor()
+        if not self._read:
+            return SourceCursor()
+        return SourceCursor(min(self._read.unread(self.name, shard.number).first_epoch for shard in self._shards))
+
+    def block_of(self, cursor: SourceCursor) -> "Block":
+        """The block of the cursor's chunk."""
+        return self._block(cursor.epoch, cursor.block)
+
+    def block_rows(self, epoch: int, number: int) -> dict[int, tuple[int, int]]:
+        """The first row and the end, of each shard, of a block of an epoch; of shards before it (documents, documents),
+        after it (0, 0)."""
+        first, end, found = number * BLOCK_DOCUMENTS, (number + 1) * BLOCK_DOCUMENTS, {}
+        for index in self._laid_out(epoch):
+            shard = self._shards[index]
+            low, high = (min(max(place, 0), shard.documents) for place in (first, end))
+            found[shard.number] = low, high
+            first, end = first - shard.documents, end - shard.documents
+        return found
 
     def ahead(self, cursor: SourceCursor, positions: int, counts_chunks: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """A table of at least `positions` positions from the cursor on, and the (epoch, block, chunk) of each row.
@@ -298,25 +334,36 @@ class SourceStream:
     def _read_block(self, epoch: int, number: int) -> Block:
         """Documents [number, number + 1) * BLOCK_DOCUMENTS of the epoch's shards laid end to end, shuffled."""
         first, end = number * BLOCK_DOCUMENTS, (number + 1) * BLOCK_DOCUMENTS
-        shards, rows, positions = [], [], []
-        for index in permutation(make_key("shards", self._key, epoch), len(self._shards)).tolist():
+        shards, columns = [], []
+        for index in self._laid_out(epoch):
             shard = self._shards[index]
             low, high = max(first, 0), min(end, shard.documents)
             if low < high:
-                rows_S, positions_S = self._documents(shard.number, low, high, epoch)
-                positions.append(positions_S)
-                rows.append(rows_S)
-                shards.append(np.full(high - low, shard.number))
+                places = self._places(shard.number, low, high, epoch)
+                columns.append(places.columns())
+                shards.append(np.full(len(places.rows), shard.number))
             first, end = first - shard.documents, end - shard.documents
             if end <= 0:
                 break
-        shard_D, row_D, position_D = np.concatenate(shards), np.concatenate(rows), np.concatenate(positions)
+        shard_D, (row_D, start_D, position_D, after_D) = np.concatenate(shards), map(np.concatenate, zip(*columns))
         shuffled = permutation(make_key("documents", self._key, epoch, number), len(row_D))
         shuffled = shuffled[position_D[shuffled] > 0]
         documents = shard_D[shuffled], row_D[shuffled], position_D[shuffled]
+        pieces = (start_D[shuffled], after_D[shuffled]) if self._read else (0, 0)
         if self._examples is None:
-            return Block(*documents, self._max_document_length)
-        return make_block(self._store, self.name, epoch, *documents, self._examples)
+            return Block(*documents, self._max_document_length, None, *pieces)
+        return make_block(self._store, self.name, epoch, *documents, self._examples, *pieces)
+
+    def _laid_out(self, epoch: int) -> list[int]:
+        """The places of the shards in the order of an epoch."""
+        return permutation(make_key("shards", self._key, epoch), len(self._shards)).tolist()
+
+    def _places(self, shard: int, first: int, end: int, epoch: int) -> Places:
+        """What this stream gives of the documents [first, end) of a shard in an epoch."""
+        rows, positions = self._documents(shard, first, end, epoch)
+        if not self._read:
+            return Places.whole(rows, positions)
+        return self._read.unread(self.name, shard).places(epoch, first, positions)
 
     def _documents(self, shard: int, first: int, end: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of this stream's documents [first, end) of a shard, and their positions in an epoch."""
@@ -343,6 +390,14 @@ def neighbour_distance(chunks: Sequence[Chunk]) -> float:
         if (source, epoch, shard, row + 1) in places
     ]
     return float(np.median(distances)) / ((1 - 0.5**0.5) * len(places)) if distances else 1.0
+
+
+def _small(values: np.ndarray | int) -> np.ndarray | int:
+    return values.astype(np.int32) if isinstance(values, np.ndarray) else values
+
+
+def _at(values: np.ndarray | int, indices: np.ndarray) -> np.ndarray | int:
+    return values[indices] if isinstance(values, np.ndarray) else values
 
 
 def starts_of(sizes: np.ndarray) -> np.ndarray:
