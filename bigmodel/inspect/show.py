@@ -26,7 +26,7 @@ from bigmodel.data.load.batch import draw
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.plan.mixing import mix_lag_tokens
 from bigmodel.data.plan.order import Order
-from bigmodel.data.plan.segments import order_of_segment
+from bigmodel.data.plan.segments import order_now, order_of_segment
 from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.store.manifest import SPLITS, Manifest, in_words, stored_amount
 from bigmodel.data.store.shards import ShardStore
@@ -75,8 +75,7 @@ def order_before(
     segments = state["segments"] if state else []
     if segments:
         last = len(segments) - 1
-        first_step = segments[last]["first_step"]
-        planned = Order.of_run(store, settings, segment=last, first_step=first_step)
+        planned = order_now(store, settings, segments)
         if planned.plan.identity == segments[last]["identity"]:
             number = sum(segment["first_step"] <= step for segment in segments) - 1
             data, order = order_of_segment(store, settings.data, segments, number)

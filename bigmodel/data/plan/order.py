@@ -165,7 +165,8 @@ class Order:
         self.num_skipped_documents = sum(shard.skipped for parts in shards.values() for shard in parts)
         self.step = self.first_step = first_step  # data steps given by this and earlier segments
         key = make_key("segment", seed, segment) if segment else seed
-        dealt = deal(shards, settings.lanes)
+        self.read, self.dealt = read, deal(shards, settings.lanes)
+        dealt = self.dealt
         examples = Examples(settings, seed)
         wide = not examples.is_plain or any(has_wide(store, name) for name in dealt)
         self._packs_in_lane = packs_in_smallest_lane(settings, dealt)  # at least, for plain text; None: endless

@@ -254,17 +254,17 @@ class SourceStream:
         earlier plans; the stream begins in the oldest epoch with anything left, and gives what is left of each."""
         self.name, self.source = name, store.sources.index(name)
         self.positions = sum(shard.positions for shard in shards)
-        self._store, self._shards, self._max_document_length, self._key = store, shards, max_document_length, key
+        self._store, self.shards, self._max_document_length, self._key = store, shards, max_document_length, key
         self._examples, self.wide = examples, examples is not None
-        self._max_epochs, self._read = max_epochs, read
+        self._max_epochs, self.read = max_epochs, read
         self.num_documents = sum(shard.documents for shard in shards)
         self._num_blocks = -(-self.num_documents // BLOCK_DOCUMENTS)
         self._blocks: dict[tuple[int, int], Block] = {}  # in use by the current packing buffer, two at most
 
     def beginning(self) -> SourceCursor:
-        if not self._read:
+        if not self.read:
             return SourceCursor()
-        return SourceCursor(min(self._read.unread(self.name, shard.number).first_epoch for shard in self._shards))
+        return SourceCursor(min(self.read.unread(self.name, shard.number).first_epoch for shard in self.shards))
 
     def block_of(self, cursor: SourceCursor) -> "Block":
         """The block of the cursor's chunk."""
@@ -275,7 +275,7 @@ class SourceStream:
         after it (0, 0)."""
         first, end, found = number * BLOCK_DOCUMENTS, (number + 1) * BLOCK_DOCUMENTS, {}
         for index in self._laid_out(epoch):
-            shard = self._shards[index]
+            shard = self.shards[index]
             low, high = (min(max(place, 0), shard.documents) for place in (first, end))
             found[shard.number] = low, high
             first, end = first - shard.documents, end - shard.documents
@@ -336,7 +336,7 @@ class SourceStream:
         first, end = number * BLOCK_DOCUMENTS, (number + 1) * BLOCK_DOCUMENTS
         shards, columns = [], []
         for index in self._laid_out(epoch):
-            shard = self._shards[index]
+            shard = self.shards[index]
             low, high = max(first, 0), min(end, shard.documents)
             if low < high:
                 places = self._places(shard.number, low, high, epoch)
@@ -349,21 +349,21 @@ class SourceStream:
         shuffled = permutation(make_key("documents", self._key, epoch, number), len(row_D))
         shuffled = shuffled[position_D[shuffled] > 0]
         documents = shard_D[shuffled], row_D[shuffled], position_D[shuffled]
-        pieces = (start_D[shuffled], after_D[shuffled]) if self._read else (0, 0)
+        pieces = (start_D[shuffled], after_D[shuffled]) if self.read else (0, 0)
         if self._examples is None:
             return Block(*documents, self._max_document_length, None, *pieces)
         return make_block(self._store, self.name, epoch, *documents, self._examples, *pieces)
 
     def _laid_out(self, epoch: int) -> list[int]:
         """The places of the shards in the order of an epoch."""
-        return permutation(make_key("shards", self._key, epoch), len(self._shards)).tolist()
+        return permutation(make_key("shards", self._key, epoch), len(self.shards)).tolist()
 
     def _places(self, shard: int, first: int, end: int, epoch: int) -> Places:
         """What this stream gives of the documents [first, end) of a shard in an epoch."""
         rows, positions = self._documents(shard, first, end, epoch)
-        if not self._read:
+        if not self.read:
             return Places.whole(rows, positions)
-        return self._read.unread(self.name, shard).places(epoch, first, positions)
+        return self.read.unread(self.name, shard).places(epoch, first, positions)
 
     def _documents(self, shard: int, first: int, end: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of this stream's documents [first, end) of a shard, and their positions in an epoch."""

@@ -35,6 +35,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 import os
 import sys
 import threading
@@ -162,6 +163,24 @@ class ShardStore:
     def shard_sizes(self, source: str) -> np.ndarray:
         """(shards, 3) int64: `measure_shard` of each shard, from the manifest alone."""
         return np.array(self.manifest.shards[source][self.split], dtype=np.int64).reshape(-1, 3)
+
+    def shard_digests(self, source: str) -> np.ndarray:
+        """(shards,) int64: equal for shards with equal documents, from the manifest's hashes of their files."""
+        digests = [hashlib.sha256(self._text_identity) for _ in range(self.num_shards(source))]
+        start = f"{self.split}/{source}/"
+        for name in sorted(self.manifest.files):
+            if name.startswith(start) and (number := re.search(r"\.(\d{5,})\.", name)):
+                what = name.removeprefix(start).replace(number[1], "")
+                digests[int(number[1])].update(f"{what} {self.manifest.files[name]['sha256']}\n".encode())
+        return np.array([int.from_bytes(digest.digest()[:8], "little", signed=True) for digest in digests], np.int64)
+
+    @property
+    def _text_identity(self) -> bytes:
+        """What the tokens of text shards depend on besides the text."""
+        if self.manifest.recipe.get("content") != "text":
+            return b""
+        files = {name: self.manifest.files[name]["sha256"] for name in TOKENIZER_FILES if name in self.manifest.files}
+        return json.dumps([self.manifest.tokenizer_sha256, files, self.manifest.recipe.get("segmentation")]).encode()
 
     def lengths(self, source: str, shard: int) -> np.ndarray:
         """(documents in the shard,) uint32 memory map: stored tokens of each document.
