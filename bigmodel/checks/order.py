@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bigmodel.checks.audit import Finding
 from bigmodel.checks.class_order import ClassWalk
+from bigmodel.checks.segment_order import check_segments
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder, take_share
@@ -18,6 +19,7 @@ from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.plan.shuffle import Chunk, lengths_in, neighbour_distance
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.training.checkpoint.format import newest_state
 
 WORLDS = ((2, 1), (3, 1), (4, 2), (8, 8), (8, 2), (64, 8))  # ranks, ranks per node
 ORDER_STEPS = 20  # compared byte for byte
@@ -40,7 +42,13 @@ def check_order(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
         )
         for size, node_size in WORLDS
     ]
-    return [*findings, _cursor_continues(settings, store, steps), *_each_position_once(settings, store)]
+    state = newest_state(settings.run.directory / "checkpoints")
+    return [
+        *findings,
+        _cursor_continues(settings, store, steps),
+        *_each_position_once(settings, store),
+        *(check_segments(settings, store, state) if state else []),
+    ]
 
 
 def _order(settings: Settings, store: ShardStore) -> Order:

@@ -343,8 +343,8 @@ class DataSettings(Section):
     )
     exclude: Path | None = Field(
         None,
-        description="file of documents never trained on, a JSON line for each: source, shard and row; in a run that has "
-        "begun, a change needs --new-plan",
+        description="file of documents never trained on, a JSON line for each: source, shard and row; in a run "
+        "that has begun, a change needs --new-plan",
     )
     curriculum: list[CurriculumStage] = Field([], description="later mixes, by tokens trained on")
     objectives: list[ObjectiveSettings] = Field(

@@ -76,6 +76,7 @@ from bigmodel.training.class_summary import summarize_classes
 from bigmodel.training.divergence import Course
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
+from bigmodel.training.new_plan import announce
 from bigmodel.training.pruning import Pruner
 from bigmodel.training.spikes import forget, is_trained_on, read_rewinds, remove_trained_on
 from bigmodel.training.start import new_model
@@ -363,7 +364,8 @@ def _report_start(
     changed = record_start(directory, to_toml_table(settings), effective, settings.data.directory)
     record_event(directory, "start", step=start.step, world_size=world.size)
     if len(segments) > 1 and segments[-1]["first_step"] == start.step:
-        record_event(directory, "new_plan", segment=len(segments) - 1, **segments[-1])
+        for text in announce(directory, ShardStore.of_run(settings.data, "train"), settings, segments):
+            line.say(text)
     packs = start.order.packs_at(start.step)
     line.say(_opening(settings, model, world.size, start.step, packs, metrics.endpoint))
     places = world.size // settings.training.sequence_parallel_ranks

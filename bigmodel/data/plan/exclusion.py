@@ -43,9 +43,7 @@ class Excluded:
             if line.strip():
                 source, shard, row = _document(line, f"data.exclude = {path}, line {number}")
                 found.setdefault(source, {}).setdefault(shard, set()).add(row)
-        return cls(
-            {name: {shard: sorted(of[shard]) for shard in sorted(of)} for name, of in sorted(found.items())}
-        )
+        return cls({name: {shard: sorted(of[shard]) for shard in sorted(of)} for name, of in sorted(found.items())})
 
     @classmethod
     def unpack(cls, text: str) -> "Excluded":

@@ -383,6 +383,6 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     return (
         "the saved position belongs to another order of the data; to continue would repeat and skip documents:\n"
         + "\n".join(lines or ["  the saved position itself was altered"])
-        + "\nset these back, continue from this step with a new plan, which gives what is unread first (--new-plan), or "
-        "start a new run in another run.directory"
+        + "\nset these back, continue from this step with a new plan, which gives what is unread first (--new-plan), "
+        "or start a new run in another run.directory"
     )

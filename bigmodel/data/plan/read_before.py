@@ -4,12 +4,13 @@ In: the segments of a checkpoint, each earlier one with its plan's identity, the
 cursor at its end; a store. Out: per source and shard, what is unread, epoch by epoch (`ShardUnread`).
 
 A lane reads blocks in order: at its cursor every block before is read, of the current block the chunks before, minus
-chunks that were drawn and not given. So only the current blocks and packing buffers are planned again, of the lanes that
-are asked for: about 2 microseconds a document of a block. A source that a segment leaves out keeps what was unread.
+chunks that were drawn and not given. So only the current blocks and packing buffers are planned again, of the lanes
+that are asked for: about 2 microseconds a document of a block. A source that a segment leaves out keeps what was unread.
 
 A shard is known by the digest of its files. One that is gone or was written again cannot be followed. Then the current
-packing buffers count as unread, and so do the current blocks of its source (`lost`); where an earlier segment's plan rests on shards that are gone now, its sources begin again (`forgotten`). Both are settled when a
-segment begins, are stored with it, and make its documents repeat, never be left out.
+packing buffers count as unread, and so do the current blocks of its source (`lost`). Where an earlier segment's plan
+rests on shards that are gone now, its sources begin again (`forgotten`). Both are settled when a segment begins, are
+stored with it, and make documents repeat, never be left out.
 """
 
 import base64
@@ -19,6 +20,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +29,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.plan.order import READ_BEFORE, Order
 from bigmodel.data.plan.packing_buffer import Lane, LaneCursor
 from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, SourceCursor, SourceStream, chunk_table
-from bigmodel.data.plan.unread import Pieces, ReadBefore, ShardUnread
+from bigmodel.data.plan.unread import Pieces, ShardUnread
 
 Segment = dict[str, Any]
 Key = tuple[int, int]  # digest of a shard, and its number among the equal ones of its source
@@ -43,7 +45,9 @@ class Identified(Lengths, Protocol):
 def pack_shards(store: Identified, sources: Iterable[str]) -> dict[str, str]:
     """The sizes and digests of the shards, for a checkpoint: base64 of compressed int64 (shards, 4)."""
     tables = {name: np.column_stack([store.shard_sizes(name), store.shard_digests(name)]) for name in sources}
-    return {name: base64.b64encode(zlib.compress(table.astype("<i8").tobytes())).decode() for name, table in tables.items()}
+    return {
+        name: base64.b64encode(zlib.compress(table.astype("<i8").tobytes())).decode() for name, table in tables.items()
+    }
 
 
 def unpack_shards(text: str) -> np.ndarray:
@@ -203,13 +207,15 @@ class History:
 
 
 def settle(store: Identified, segments: Sequence[Segment], resamples: bool) -> tuple[dict[str, Any], list[str]]:
-    """`lost` and `forgotten` of a segment that begins in `store` after these, where anything is; and lines that say what
-    may repeat. `resamples`: the new plan draws classes with shares of their own, whose passes differ."""
+    """`lost` and `forgotten` of a segment that begins in `store` after these, where anything is; and lines that say
+    what may repeat. `resamples`: the new plan draws classes with shares of their own, whose passes differ."""
     last = segments[-1]
     if resamples or "data.class_mix" in last["identity"] or "data.class_exponent" in last["identity"]:
         return {"forgotten": "all"}, ["resampled classes have passes of their own: documents may repeat"]
     if "shards" not in last:
-        return {"forgotten": "all"}, ["the checkpoint is of an earlier version and the data changed: documents may repeat"]
+        return {"forgotten": "all"}, [
+            "the checkpoint is of an earlier version and the data changed: documents may repeat"
+        ]
     forgotten, lines = _forgotten(store, segments)
     lost = []
     for source in sorted(set(last["shards"]) - set(forgotten)):
@@ -223,8 +229,8 @@ def settle(store: Identified, segments: Sequence[Segment], resamples: bool) -> t
             )
     if lost:
         lines.append(
-            f"documents of the current packing buffers may repeat, and of {', '.join(lost)} at most {BLOCK_DOCUMENTS:,} "
-            "in a lane"
+            f"documents of the current packing buffers may repeat, and of {', '.join(lost)} at most "
+            f"{BLOCK_DOCUMENTS:,} in a lane"
         )
     return {name: value for name, value in (("lost", lost), ("forgotten", forgotten)) if value}, lines
 
@@ -232,7 +238,7 @@ def settle(store: Identified, segments: Sequence[Segment], resamples: bool) -> t
 def _forgotten(store: Identified, segments: Sequence[Segment]) -> tuple[list[str], list[str]]:
     """Sources of earlier plans that cannot be planned again, because shards of theirs are gone by now."""
     forgotten: set[str] = set()
-    for segment, following in zip(segments, segments[1:], strict=False):
+    for segment, following in pairwise(segments):
         sources, settled = segment.get("shards", {}), following.get("lost", ())
         if READ_BEFORE in following["identity"]:
             earlier = EarlierStore(store, segment)

@@ -345,7 +345,8 @@ class SourceStream:
             first, end = first - shard.documents, end - shard.documents
             if end <= 0:
                 break
-        shard_D, (row_D, start_D, position_D, after_D) = np.concatenate(shards), map(np.concatenate, zip(*columns))
+        shard_D = np.concatenate(shards)
+        row_D, start_D, position_D, after_D = map(np.concatenate, zip(*columns, strict=True))
         shuffled = permutation(make_key("documents", self._key, epoch, number), len(row_D))
         shuffled = shuffled[position_D[shuffled] > 0]
         documents = shard_D[shuffled], row_D[shuffled], position_D[shuffled]

@@ -1,8 +1,8 @@
 """Unread: what of a shard a new plan still has to give, epoch by epoch.
 
 In: what the plans before have read. Out: pieces of documents. A piece is a run of positions of one document: all of it,
-or what is left of a long one whose other chunks were read. Example: a document of 30 positions in chunks of 13, of which
-the second was read, leaves the pieces [0, 13) and [26, 30).
+or what is left of a long one whose other chunks were read. Example: a document of 30 positions in chunks of 13, of
+which the second was read, leaves the pieces [0, 13) and [26, 30).
 
 The rows of a block of the old plan's current epoch are listed; all other rows are ranges.
 """

@@ -35,8 +35,8 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import re
 import os
+import re
 import sys
 import threading
 from collections import OrderedDict

@@ -114,12 +114,13 @@ def train(run_file: Path, overrides: list[str], new_plan: bool) -> int:
     return run_(load_settings(run_file, overrides), new_plan=new_plan)
 
 
-def bigram_of_both(shards: Path, run_file: Path, overrides: list[str]) -> float:
+def bigram_of_both(shards: Path, run_file: Path, overrides: list[str], segments: list[dict[str, Any]]) -> float:
     """Bits per byte of a bigram that has read the trunk's 4 steps and the branch's 4, from plans made here."""
     store, validation = ShardStore(shards, "train"), ShardStore(shards, "validation")
     bigram = Bigram(store.manifest.vocabulary)
     for segment, first_step, changes in ((0, 0, []), (1, 4, overrides)):
-        order = Order.of_run(store, load_settings(run_file, changes), segment=segment, first_step=first_step)
+        assert segments[segment]["first_step"] == first_step
+        _, order = order_of_segment(store, load_settings(run_file, changes).data, segments, segment)
         chunks = [chunk for _ in range(4) for pack in order.next_step() for chunk in pack]
         texts = [(store.document(store.sources[p.source], p.shard, p.row), p) for p in chunks]
         bigram.fit((t[p.start : p.start + p.length], t[p.start + 1 : p.start + p.length + 1]) for t, p in texts)
@@ -174,7 +175,9 @@ def test_a_decay_phase_branches_from_a_copied_checkpoint(shards: Path, tmp_path:
     events = [event for event in read_json_lines(branch / "events.jsonl") if event["event"] == "new_plan"]
     assert [(event["segment"], event["first_step"]) for event in events] == [(1, 4)]
     marks = json.loads((branch / "summary.json").read_text())
-    assert marks["bigram_bits_per_byte"] == pytest.approx(bigram_of_both(shards, run_file, overrides), rel=1e-12)
+    assert marks["bigram_bits_per_byte"] == pytest.approx(
+        bigram_of_both(shards, run_file, overrides, newest.state["segments"]), rel=1e-12
+    )
     kept = checkpoint.newest(trunk / "checkpoints")
     assert kept
     assert kept.state["step"] == 4
