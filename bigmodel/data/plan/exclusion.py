@@ -59,6 +59,20 @@ class Excluded:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
 
+    def check(self, store: Lengths) -> None:
+        """Raises `UserError` for a document that the store lacks."""
+        for source, shards in self.rows.items():
+            if source not in store.sources:
+                raise UserError(f"data.exclude: source {source!r}: the prepared data has {', '.join(store.sources)}")
+            sizes = store.shard_sizes(source)
+            for shard, of_shard in shards.items():
+                documents = int(sizes[shard][0]) if 0 <= shard < len(sizes) else 0
+                if of_shard[-1] >= documents:
+                    raise UserError(
+                        f"data.exclude: source {source!r}, shard {shard}, row {of_shard[-1]}: no such document; the "
+                        "list belongs to other prepared data"
+                    )
+
     def __bool__(self) -> bool:
         return bool(self.rows)
 
@@ -71,17 +85,6 @@ class Included:
 
     def __init__(self, store: Any, rows: Mapping[str, Mapping[int, list[int]]]) -> None:
         self._store, self._rows = store, rows
-        for source, shards in rows.items():
-            if source not in store.sources:
-                raise UserError(f"data.exclude: source {source!r}: the prepared data has {', '.join(store.sources)}")
-            sizes = store.shard_sizes(source)
-            for shard, of_shard in shards.items():
-                documents = int(sizes[shard][0]) if 0 <= shard < len(sizes) else 0
-                if of_shard[-1] >= documents:
-                    raise UserError(
-                        f"data.exclude: source {source!r}, shard {shard}, row {of_shard[-1]}: no such document; the "
-                        "list belongs to other prepared data"
-                    )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -108,7 +111,7 @@ class Included:
 
 
 def without(store: Lengths, excluded: Excluded) -> Lengths:
-    """The store without these documents. Raises `UserError` for a document that the store lacks."""
+    """The store without these documents."""
     return Included(store, excluded.rows) if excluded else store
 
 

@@ -154,7 +154,10 @@ class Order:
         self._global_batch_size, self._batch_ramp = global_batch_size, batch_ramp
         for packs in (global_batch_size, *(packs for _, packs in batch_ramp)):
             assert packs % settings.lanes == 0, f"packs = {packs} is not a multiple of lanes = {settings.lanes}"
-        self.excluded = Excluded.read(settings.exclude) if excluded is None else excluded
+        if excluded is None:
+            excluded = Excluded.read(settings.exclude)
+            excluded.check(store)
+        self.excluded = excluded
         store = without(store, self.excluded)
         shards = mixed_shards(store, settings)
         identity = _identity(store, settings, global_batch_size, batch_ramp, seed, segment)

@@ -5,7 +5,7 @@ cursor at its end; a store. Out: per source and shard, what is unread, epoch by 
 
 A lane reads blocks in order: at its cursor every block before is read, of the current block the chunks before, minus
 chunks that were drawn and not given. So only the current blocks and packing buffers are planned again, of the lanes
-that are asked for: about 2 microseconds a document of a block. A source that a segment leaves out keeps what was unread.
+that are asked for: about 2 microseconds a document of a block. A source that is left out keeps what was unread.
 
 A shard is known by the digest of its files. One that is gone or was written again cannot be followed. Then the current
 packing buffers count as unread, and so do the current blocks of its source (`lost`). Where an earlier segment's plan
