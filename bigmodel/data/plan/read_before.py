@@ -182,7 +182,7 @@ class History:
 
     @cached_property
     def _lane_of(self) -> dict[tuple[str, Key], int]:
-        found = {}
+        found: dict[tuple[str, Key], int] = {}
         for source in self._segments[-1]["shards"]:
             keys = self._earlier.keys(source)
             for lane, shards in enumerate(self._order.dealt.get(source, ())):
@@ -196,7 +196,7 @@ class History:
         following, pending = start, start.carried
         if not self._lost:
             following, pending = _drawn(lane, start, saved["packs_given"])
-        found = {}
+        found: dict[tuple[str, Key], ShardUnread] = {}
         for stream, cursor in zip(lane.streams, following.sources, strict=True):
             assert isinstance(stream, SourceStream)
             assert isinstance(cursor, SourceCursor)
