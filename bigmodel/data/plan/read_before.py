@@ -28,7 +28,7 @@ import numpy as np
 from bigmodel.config.settings import UserError
 from bigmodel.data.plan.order import READ_BEFORE, Order
 from bigmodel.data.plan.packing_buffer import Lane, LaneCursor
-from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, SourceCursor, SourceStream, chunk_table
+from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, SourceCursor, SourceStream
 from bigmodel.data.plan.unread import Pieces, ShardUnread
 
 Segment = dict[str, Any]
@@ -255,9 +255,7 @@ def _settled(place: Mapping[str, Any]) -> dict[str, Any]:
 def _drawn(lane: Lane, start: LaneCursor, packs_given: int) -> tuple[LaneCursor, np.ndarray]:
     """The cursor after the packing buffer, and a table of the chunks drawn and not given."""
     buffer = lane.plan(start)
-    chunks = [chunk for pack in buffer.packs[packs_given:] for chunk in pack]
-    table = chunk_table([chunk[: start.carried.shape[1]] for chunk in chunks], lane.wide)
-    return buffer.following, np.concatenate([table, buffer.following.carried])
+    return buffer.following, np.concatenate([buffer.table[buffer.starts[packs_given] :], buffer.following.carried])
 
 
 def _left(stream: SourceStream, cursor: SourceCursor, pending: np.ndarray, is_lost: bool) -> dict[int, ShardUnread]:
