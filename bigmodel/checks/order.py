@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bigmodel.checks.audit import Finding
 from bigmodel.checks.class_order import ClassWalk
@@ -15,6 +16,7 @@ from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.load.stream import Builder, take_share
 from bigmodel.data.objectives.example import num_tokens
+from bigmodel.data.plan.exclusion import without
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.plan.shuffle import Chunk, lengths_in, neighbour_distance
@@ -93,10 +95,11 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
     Also measures how well these documents are shuffled.
     """
     order = _order(settings, store)
+    included: Any = without(store, order.excluded)
     seen: Counter[tuple[int, int, int, int, int]] = Counter()
     lengths: Counter[tuple[int, int]] = Counter()
     given: list[Chunk] = []
-    positions, walk = 0, ClassWalk(store, settings.data)
+    positions, walk = 0, ClassWalk(included, settings.data)
     while positions < EPOCH_POSITIONS and not _epoch_complete(order):
         try:
             packs = order.next_step()
@@ -110,7 +113,7 @@ def _each_position_once(settings: Settings, store: ShardStore) -> list[Finding]:
             if chunk.epoch == 0:
                 lengths[chunk.source, chunk.shard] += chunk.length
     whole = [
-        lengths[source, shard] == int(num_tokens(lengths_in(store, name, shard, 0)).sum())
+        lengths[source, shard] == int(num_tokens(lengths_in(included, name, shard, 0)).sum())
         for source, name in enumerate(store.sources)
         if name in order.plan.source_positions
         for shard in range(store.num_shards(name))
