@@ -14,6 +14,7 @@ import numpy as np
 
 from bigmodel.checks.audit import Finding
 from bigmodel.config.settings import Settings
+from bigmodel.data.plan.exclusion import Excluded
 from bigmodel.data.plan.order import READ_BEFORE, Order
 from bigmodel.data.plan.read_before import EarlierStore, Segment, keys_of, unpack_shards
 from bigmodel.data.plan.segments import order_of_segment
@@ -114,12 +115,12 @@ def _complete_epochs(
 ) -> tuple[int, int]:
     """How many of the complete epochs hold all positions of their source, and how many there are. Only sources whose
     shards and exclusions never changed, all of whose documents are counted."""
-    listed = {segment.get("excluded") for segment in segments[first:]}
-    if given.every > 1 or first or len(listed) > 1 or getattr(store, "passes", 0):
+    if given.every > 1 or first or getattr(store, "passes", 0):
         return 0, 0
-    found = []
+    excluded, found = [Excluded.unpack(segment.get("excluded", "")).rows for segment in segments], []
     for source, progress in order.progress().items():
-        if len({segment["shards"].get(source) for segment in segments} - {None}) == 1:
+        is_same = len({segment["shards"].get(source) for segment in segments} - {None}) == 1
+        if is_same and all(rows.get(source) == excluded[0].get(source) for rows in excluded):
             wanted = order.plan.source_positions[source]
             found += [given.in_epoch(source, epoch) == wanted for epoch in range(progress.epochs_complete)]
     return sum(found), len(found)

@@ -265,13 +265,14 @@ def _left(stream: SourceStream, cursor: SourceCursor, pending: np.ndarray, is_lo
     if not is_lost:
         block = stream.block_of(cursor)
         listed = np.concatenate([pending, block.table(cursor.fragment, block.num_chunks, stream.source, epoch)])
-    found = {}
+    listed = listed[np.argsort(listed[:, 1], kind="stable")]
+    shards, found = listed[:, 1].copy(), {}
     for shard in stream.shards:
         low, high = rows[shard.number]
         before = stream.read.unread(stream.name, shard.number) if stream.read else NEW
         later = before.in_epoch(epoch, shard.documents).within(low if is_lost else high, shard.documents)
         left = {number: pieces for number, pieces in before.left.items() if number > epoch} | {epoch: later}
-        mine = listed[listed[:, 1] == shard.number]
+        mine = listed[slice(*np.searchsorted(shards, [shard.number, shard.number + 1]))]
         for number in np.unique(mine[:, 5]).tolist():
             chunks = mine[mine[:, 5] == number]
             parts = np.column_stack([chunks[:, 2], chunks[:, 3], chunks[:, 3] + chunks[:, 4]])
