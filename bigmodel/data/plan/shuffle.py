@@ -197,7 +197,8 @@ class Block:
         """
         self._shards, self._rows, self._positions = (part.astype(np.int32) for part in (shards, rows, positions))
         self._max_document_length = np.broadcast_to(np.asarray(max_document_length), positions.shape)
-        self._measure, self._starts, self._after = (measure, *map(_small, (starts, after)))
+        self._starts, self._after = (np.broadcast_to(np.asarray(part), positions.shape) for part in (starts, after))
+        self._measure = measure
         self._first_chunks = starts_of(-(-positions // max_document_length)).astype(np.int32)
         self.num_chunks = int(self._first_chunks[-1])
 
@@ -216,22 +217,16 @@ class Block:
         chunks = np.arange(first, end, dtype=np.int32)  # as the array that is searched: no copy of it
         documents = np.searchsorted(self._first_chunks, chunks, side="right") - 1
         longest = self._max_document_length[documents]
-        starts = (chunks - self._first_chunks[documents]) * longest
-        lengths = np.minimum(self._positions[documents] - starts, longest)
+        offsets = (chunks - self._first_chunks[documents]) * longest
+        lengths = np.minimum(self._positions[documents] - offsets, longest)
+        starts = offsets + self._starts[documents]
         table = np.empty((end - first, WIDE if self._measure else NARROW), dtype=np.int64)
         for column, values in enumerate(
-            (
-                source,
-                self._shards[documents],
-                self._rows[documents],
-                starts + _at(self._starts, documents),
-                lengths,
-                epoch,
-            )
+            (source, self._shards[documents], self._rows[documents], starts, lengths, epoch)
         ):
             table[:, column] = values
         if self._measure:
-            remaining = self._positions[documents] - starts - lengths + _at(self._after, documents)
+            remaining = self._positions[documents] - offsets - lengths + self._after[documents]
             table[:, NARROW:] = self._measure(documents, lengths, remaining)
         return table
 
@@ -391,14 +386,6 @@ def neighbour_distance(chunks: Sequence[Chunk]) -> float:
         if (source, epoch, shard, row + 1) in places
     ]
     return float(np.median(distances)) / ((1 - 0.5**0.5) * len(places)) if distances else 1.0
-
-
-def _small(values: np.ndarray | int) -> np.ndarray | int:
-    return values.astype(np.int32) if isinstance(values, np.ndarray) else values
-
-
-def _at(values: np.ndarray | int, indices: np.ndarray) -> np.ndarray | int:
-    return values[indices] if isinstance(values, np.ndarray) else values
 
 
 def starts_of(sizes: np.ndarray) -> np.ndarray:
