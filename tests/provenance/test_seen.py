@@ -10,6 +10,7 @@ import pytest
 
 from bigmodel.config.settings import UserError, load_settings
 from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.segments import resume_order
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.provenance import seen
@@ -46,11 +47,11 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(run_file: Path, shards: Path) -> list[list[list[Chunk]]]:
     """Step by step from the settings, made here."""
-    steps = []
-    for segment, first_step, changes, count in ((0, 0, [], 8), (1, 8, [NEW_PLAN], 4)):
-        settings = load_settings(run_file, changes)
-        order = Order.of_run(ShardStore(shards, "train"), settings, segment=segment, first_step=first_step)
+    steps, state, store = [], None, ShardStore(shards, "train")
+    for changes, count in (([], 8), ([NEW_PLAN], 4)):
+        order, segments = resume_order(store, load_settings(run_file, changes), state, new_plan=state is not None)
         steps += [[list(pack) for pack in order.next_step()] for _ in range(count)]
+        state = {"cursor": order.state(), "segments": segments}
     return steps
 
 
