@@ -407,6 +407,29 @@ def seen(
 
 
 @app.command()
+@app.command("blame", hidden=True)
+def replay(
+    run_directory: Annotated[Path, typer.Argument(help="a run directory, also one in use")],
+    step: Annotated[int, typer.Option(help="the step, as in metrics.jsonl: from 1")],
+    checkpoint: Annotated[
+        int | None, typer.Option(min=0, help="begin from the checkpoint of this step; 0: the initial weights")
+    ] = None,
+    gradients: Annotated[int, typer.Option(min=0, help="documents whose gradient norm is computed")] = 10,
+    out: Annotated[Path | None, typer.Option(help="folder for replay.json: all numbers, all documents")] = None,
+    exclude: Annotated[Path | None, typer.Option(help="write the worst documents here, for data.exclude")] = None,
+    count: Annotated[int, typer.Option(min=1, help="documents of --exclude")] = 1,
+) -> None:
+    """Compute a step again: loss, gradient norm and largest activation by document, source and layer. Also: blame.
+
+    On any number of ranks, under a launcher or alone. The run directory is only read.
+    """
+    from bigmodel.inspect.replay import replay as run
+    from bigmodel.inspect.replay_text import Outputs
+
+    run(run_directory, step, checkpoint, gradients, Outputs(out, exclude, count))
+
+
+@app.command()
 def compare(
     one: Annotated[Path, typer.Argument(help="a run directory")],
     two: Annotated[Path, typer.Argument(help="another one")],
