@@ -119,7 +119,7 @@ def _refuse_another_tokenizer(record: Record, store: ShardStore, settings: Setti
 def _order_at(
     record: Record, store: ShardStore, settings: Settings, found: checkpoint.Checkpoint | None, step: int
 ) -> tuple[DataSettings, Order]:
-    """The plan that goes on after the checkpoint, all lanes. Raises `UserError` where the data or the plan is another."""
+    """The plan that goes on after the checkpoint, all lanes. Raises `UserError` where data or plan are others."""
     state = found.state if found else checkpoint.newest_state(record.directory / "checkpoints")
     latest = checkpoint.newest_state(record.directory / "checkpoints") or {"segments": []}
     begun = found.state["step"] if found else 0
@@ -219,7 +219,9 @@ def _differences(record: Record, step: int, begun: int, effective: dict[str, Any
             if then and mine != its:
                 found.append(f"{key} {its} then, {mine} now")
         versions, now = record.versions(number), package_versions()
-        found += [f"{name} {versions[name]} then, {now.get(name)} now" for name in versions if versions[name] != now.get(name)]  # fmt: skip
+        for name, then_version in versions.items():
+            if then_version != now.get(name):
+                found.append(f"{name} {then_version} then, {now.get(name)} now")
         if number < step and record.settings(number) != record.settings(step):
             found.append(f"step {number} had other settings")
     return list(dict.fromkeys(found))

@@ -18,6 +18,8 @@ from bigmodel.run_directory import write_atomically, write_json
 
 SHOWN, PREVIEW, LONG_PREVIEW = 10, 60, 400  # documents in the table, characters of their texts there and in the file
 BOUNDS = {"loss": 1e-6, "gradient_norm": 1e-5}  # relative, per step since the checkpoint, in fp32
+SOURCE = ("source", "documents", "labels", "loss", "above_mean", "gradient_norm")
+LAYER = ("layer", "gradient_norm", "activation")
 ROUGHER = 1000  # times the bounds, in bf16 and fp16
 
 
@@ -110,9 +112,7 @@ def write(done: Replayed, outputs: Outputs) -> None:
         entries = excluded(done.measured.parts[: outputs.count], done.store)
         outputs.exclude.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(outputs.exclude, "".join(json.dumps(entry) + "\n" for entry in entries))
-        print(
-            f"\n{outputs.exclude}: {len(entries)} document(s); read it, then set data.exclude to it and train --new-plan"
-        )
+        print(f"\n{outputs.exclude}: {len(entries)} document(s); read it, then set data.exclude and train --new-plan")
 
 
 def excluded(parts: Sequence[Part], store: ShardStore) -> list[dict[str, Any]]:
@@ -147,8 +147,8 @@ def as_json(done: Replayed) -> dict[str, Any]:
             _place(part, store) | _numbers(part, measured) | {"text": text_of(part, store, LONG_PREVIEW)}
             for part in measured.parts
         ],
-        "sources": [dict(zip(("source", "documents", "labels", "loss", "above_mean", "gradient_norm"), map(_number, row), strict=True)) for row in _sources(done)],
-        "layers": [dict(zip(("layer", "gradient_norm", "activation"), map(_number, row), strict=True)) for row in _layers(measured)],
+        "sources": [_named(SOURCE, row) for row in _sources(done)],
+        "layers": [_named(LAYER, row) for row in _layers(measured)],
     }  # fmt: skip
 
 
@@ -235,3 +235,7 @@ def _cell(value: Any) -> str:
 
 def _number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _named(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in zip(names, row, strict=True)}

@@ -152,7 +152,10 @@ def table(run_directory: Path) -> str:
     if skipped := Counter(line["skip_reason"].replace("_", " ") for line in steps if line.get("skipped")):
         counted = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         rows.append(("not applied", f"{counted_noun(skipped.total(), 'step')}: {counted}"))
-    events = read_json_lines(Path(run_directory) / "events.jsonl")
+    events = list(read_json_lines(Path(run_directory) / "events.jsonl"))
+    odd = [event["step"] for event in events if event.get("event") in ("step_skipped", "spike")]
+    if odd:
+        rows.append(("what made it", f"bigmodel replay {run_directory} --step {odd[-1]}"))
     ends = [event for event in events if event.get("event") in AGAIN.values()]
     rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)
