@@ -414,19 +414,18 @@ def replay(
     checkpoint: Annotated[
         int | None, typer.Option(min=0, help="begin from the checkpoint of this step; 0: the initial weights")
     ] = None,
-    gradients: Annotated[int, typer.Option(min=0, help="documents whose gradient norm is computed")] = 10,
     out: Annotated[Path | None, typer.Option(help="folder for replay.json: all numbers, all documents")] = None,
     exclude: Annotated[Path | None, typer.Option(help="write the worst documents here, for data.exclude")] = None,
     count: Annotated[int, typer.Option(min=1, help="documents of --exclude")] = 1,
 ) -> None:
-    """Compute a step again: loss, gradient norm and largest activation by document, source and layer. Also: blame.
+    """Compute a step again: gradient norm, loss and largest activation by document, source and layer. Also: blame.
 
     On any number of ranks, under a launcher or alone. The run directory is only read.
     """
     from bigmodel.inspect.replay import replay as run
     from bigmodel.inspect.replay_text import Outputs
 
-    run(run_directory, step, checkpoint, gradients, Outputs(out, exclude, count))
+    run(run_directory, step, checkpoint, Outputs(out, exclude, count))
 
 
 @app.command()

@@ -1,34 +1,37 @@
 """`bigmodel replay`: a step of a run computed again, and which documents, sources and layers made its numbers.
 
 In: a run directory, which is only read and may be in use; a step. From the newest checkpoint before it, the steps
-between are trained again as the run did: same batches, dropout and learning rate, and without the updates that the run
+between are trained again as the run did: same batches, dropout and learning rates, and without the updates that the run
 skipped or left out. The step itself is computed and not applied. Out: a table; replay.json; a list of documents for
 data.exclude. Every rank runs `replay`; rank 0 prints and writes.
 
-On the run's number of ranks, micro-batches, ZeRO stage and versions, loss and gradient norm are the recorded ones to
-the last bit. Elsewhere sums are added in another order: the difference and its bound are printed.
-Costs: the steps from the checkpoint on, and the passes of bigmodel/inspect/replay_step.py.
+On as many ranks as the run had, with the same versions and devices, loss and gradient norm are the recorded ones to the
+last bit. Elsewhere sums are added in another order: the difference and its bound are printed. The DeepSpeed JSON is the
+recorded one, without what depends on the machines (`effective_now`).
+Costs: the steps from the checkpoint on, and those of bigmodel/inspect/replay_step.py.
 """
 
-from contextlib import ExitStack
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import DataSettings, Settings, UserError
-from bigmodel.data.load.stream import Step, Stream
+from bigmodel.config.deepspeed_json import device_of
+from bigmodel.config.settings import DataSettings, Settings, UserError, num_micro_batches, to_toml_table
+from bigmodel.data.load.stream import Stream
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.segments import order_of_segment
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import World, end_world, start_world
-from bigmodel.inspect.replay_record import Record, choose, read_record
-from bigmodel.inspect.replay_step import Dissection, Measured
+from bigmodel.inspect.replay_record import Record, Start, choose, read_record
+from bigmodel.inspect.replay_step import Dissection
 from bigmodel.inspect.replay_text import Outputs, Replayed, compared, in_words, write
 from bigmodel.model.attention_masks import visible_pairs
-from bigmodel.run_directory import package_versions
+from bigmodel.run_directory import changes, package_versions
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
@@ -38,58 +41,81 @@ from bigmodel.training.teacher import open_teacher, refuse_another
 from bigmodel.training.token_vectors import read_vectors
 from bigmodel.training.zero.engine import Engine
 
-SHOWN_BEFORE = 10  # a line each so many steps that are trained again
+SHOWN_EVERY = 10  # a line each so many steps that are trained again
+HARMLESS = ("training.steps", "schedule.", "checkpoint.", "evaluation.", "metrics.", "run.", "restart.", "prepare.")
 
 
-def replay(directory: Path, step: int, given: int | None, gradients: int, outputs: Outputs) -> None:
+def replay(directory: Path, step: int, given: int | None, outputs: Outputs) -> None:
     """Compute step `step` (from 1) again, print the table and write the outputs. Collective.
 
-    given: step of the checkpoint to begin from, 0: the initial weights; None: the newest before. gradients: number of
-    documents whose gradient norm is computed. Raises `UserError` where the step cannot be computed again.
+    given: step of the checkpoint to begin from, 0: the initial weights; None: the newest before. Raises `UserError`
+    where the step cannot be computed again.
     """
     record = read_record(directory)
     choices = choose(record, step, given)
     outputs.refuse(directory)
-    settings = _alone(record.settings(step))
-    world = start_world(settings.training.collective_timeout_seconds)
+    start = record.start(step)
+    world = start_world(start.settings.training.collective_timeout_seconds)
     with ExitStack() as closing:
         closing.callback(end_world)
         begun, found = _choose_whole(record, choices, world)
-        effective, settings = resolve_deepspeed(settings, world.size)
-        store = ShardStore.of_run(settings.data, "train")
+        effective, settings = effective_now(start, world.size)
+        with _needs_data(record, step):
+            store = ShardStore.of_run(settings.data, "train")
         _refuse_another_tokenizer(record, store, settings)
         data, order = _order_at(record, store, settings, found, step)
         settings = settings.model_copy(update={"data": data})
-        place = Place.of_rank(world.rank, world.size, world.ranks_per_node(), 1)
         engine, model = _engine_at(settings, effective, store, world, found)
         packs = effective["train_micro_batch_size_per_gpu"]
+        place = _place(start, world)
         stream = _open(settings, store, order, packs, place, world)
         closing.callback(stream.close)
-        _train_again(record, stream, engine, model, settings, begun, step)
-        dissection = Dissection(engine, model, next(stream), place, packs)
-        measured = _measure(dissection, gradients)
-        reasons = _differences(record, step, begun, effective, world)
+        with _needs_data(record, step):
+            _train_again(record, stream, engine, model, settings, begun, step)
+            batches = next(stream)
+        measured = Dissection(engine, model, batches, place, packs).measure()
         if world.rank == 0:
-            line = record.lines.get(step)
-            checked = compared(measured, line, reasons, step - begun, settings.training.precision)
+            reasons = _differences(record, step, begun, place)
+            checked = compared(measured, record.lines.get(step), reasons, step - begun, settings.training.precision)
             done = Replayed(directory, step, begun, world.size, measured, checked, store, record.is_left_out(step))
             print(in_words(done))
             write(done, outputs)
 
 
-def _measure(dissection: Dissection, gradients: int) -> Measured:
-    """Documents by their loss above the step's mean."""
-    measured = dissection.whole()
-    dissection.documents(measured)
-    measured.parts.sort(key=lambda part: part.rank_key(measured.loss))
-    dissection.sources(measured)
-    dissection.worst(measured, gradients)
-    return measured
+def effective_now(start: Start, world_size: int) -> tuple[dict[str, Any], Settings]:
+    """The DeepSpeed JSON and the settings of a start, for `world_size` ranks. Each has whole packed sequences: none are
+    shared. State in files goes to memory, and hpZ's second copies go on another number of ranks."""
+    effective, training = copy.deepcopy(start.deepspeed), start.settings.training
+    zero = effective["zero_optimization"]
+    effective.pop("sequence_parallel_size", None)
+    if world_size != start.world_size:
+        zero.pop("zero_hpz_partition_size", None)
+    for name in ("offload_optimizer", "offload_param"):
+        if device_of(zero.get(name)) == "nvme":
+            zero[name] = {"device": "cpu"}
+    size = effective["train_micro_batch_size_per_gpu"]
+    rounds = num_micro_batches(training.global_batch_size, world_size, size)
+    effective |= {"gradient_accumulation_steps": rounds, "train_batch_size": size * rounds * world_size}
+    training = training.model_copy(update={"sequence_parallel_ranks": 1})
+    return effective, start.settings.model_copy(update={"training": training})
 
 
-def _alone(settings: Settings) -> Settings:
-    """Without what shares packed sequences among ranks: a replay gives each rank whole ones."""
-    return settings.model_copy(update={"training": settings.training.model_copy(update={"sequence_parallel_ranks": 1})})
+def _place(start: Start, world: World) -> Place:
+    """This rank's place in the data; on as many ranks as the run had, that of the run, wherever the nodes are now."""
+    if world.size == start.world_size and world.size % start.node_size == 0:
+        return Place(world.rank, world.size, start.node_size)
+    return Place(world.rank, world.size, world.size)
+
+
+@contextmanager
+def _needs_data(record: Record, step: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{error}; a replay needs the texts: put them back. Possible without them: `bigmodel seen "
+            f"{record.directory} --step {step}` lists the step's documents, from manifest and length files"
+        ) from None
 
 
 def _choose_whole(record: Record, choices: list[int], world: World) -> tuple[int, checkpoint.Checkpoint | None]:
@@ -111,8 +137,9 @@ def _choose_whole(record: Record, choices: list[int], world: World) -> tuple[int
 def _refuse_another_tokenizer(record: Record, store: ShardStore, settings: Settings) -> None:
     if record.tokenizer and record.tokenizer != store.manifest.tokenizer_sha256:
         raise UserError(
-            f"data.directory = {settings.data.directory}: another tokenizer than the run's: the same bytes cannot be "
-            "read; restore the folder the run was trained on. `bigmodel report` and events.jsonl need no data"
+            f"data.directory = {settings.data.directory}: another tokenizer than the run's, so the same bytes cannot "
+            "be read; restore the folder that the run was trained on. Possible without it: `bigmodel report`, and the "
+            "documents of skipped steps in events.jsonl"
         )
 
 
@@ -120,25 +147,28 @@ def _order_at(
     record: Record, store: ShardStore, settings: Settings, found: checkpoint.Checkpoint | None, step: int
 ) -> tuple[DataSettings, Order]:
     """The plan that goes on after the checkpoint, all lanes. Raises `UserError` where data or plan are others."""
-    state = found.state if found else checkpoint.newest_state(record.directory / "checkpoints")
-    latest = checkpoint.newest_state(record.directory / "checkpoints") or {"segments": []}
+    latest = checkpoint.newest_state(record.directory / "checkpoints")
+    segments = (latest or {"segments": []})["segments"]
     begun = found.state["step"] if found else 0
-    if later := [one["first_step"] for one in latest["segments"] if begun < one["first_step"] < step]:
+    if later := [one["first_step"] for one in segments if begun < one["first_step"] < step]:
         raise UserError(
             f"--step {step}: a new plan began after step {later[0]}, later than the checkpoint of step {begun}; steps "
-            f"{begun + 1} to {later[0]} can be replayed from it; step {step} needs a checkpoint from step {later[0]} on"
+            f"{begun + 1} to {later[0]} can be computed again from it; step {step} needs a checkpoint from step "
+            f"{later[0]} on"
         )
-    if state is None:
-        return settings.data, Order.of_run(store, settings)
-    segments = state["segments"]
+    if found:
+        segments = found.state["segments"]
     try:
+        if not segments:
+            return settings.data, Order.of_run(store, settings)
         data, order = order_of_segment(store, settings.data, segments, len(segments) - 1 if found else 0)
         if found:
-            order.restore(state["cursor"])
+            order.restore(found.state["cursor"])
     except UserError as error:
         raise UserError(
             f"data.directory = {settings.data.directory}: the data is not what the run read: {error}; restore the "
-            "folder, or its copy in data.remote; `bigmodel report` and events.jsonl need no data"
+            "folder, or its copy in data.remote. Possible without it: `bigmodel report`, and the documents of skipped "
+            "steps in events.jsonl"
         ) from None
     return data, order
 
@@ -186,42 +216,37 @@ def _train_again(
     """Train the steps after the checkpoint, up to the one before `until`. Collective."""
     pruner = Pruner(settings.pruning, engine, begun)
     for number in range(begun + 1, until):
-        step: Step = next(stream)
+        step, then = next(stream), record.start(number).settings
         for at, batch in enumerate(step.micro_batches, 1):
             engine.micro_batch(batch.to(engine.world.device), step.weight, at == len(step.micro_batches))
         if model.teacher:
             model.teacher.take()
         norm = engine.gradient_norm()
         skip = record.is_left_out(number) or not norm < float("inf")
-        rate = learning_rate(step.number, settings)
-        engine.update(rate, skip=skip, betas=betas(step.number, settings))
+        engine.update(learning_rate(step.number, then), skip=skip, betas=betas(step.number, then))
         pruner.step(number)
-        if engine.world.rank == 0 and number % SHOWN_BEFORE == 0:
+        if engine.world.rank == 0 and number % SHOWN_EVERY == 0:
             print(f"step {number} trained again", flush=True)
 
 
-def _differences(record: Record, step: int, begun: int, effective: dict[str, Any], world: World) -> list[str]:
+def _differences(record: Record, step: int, begun: int, place: Place) -> list[str]:
     """Why loss and norm may differ from the recorded ones; empty: they must be equal to the last bit."""
+    at, now = record.start(step), package_versions()
     found = []
-    for number in range(begun + 1, step + 1):
-        start = record.starts.get(number)
-        then = record.deepspeed(number)
-        if start and start.world_size != world.size:
-            found.append(f"{start.world_size} ranks then, {world.size} now")
-        for key, mine, its in (
-            ("ZeRO stage", effective["zero_optimization"]["stage"], then.get("zero_optimization", {}).get("stage")),
-            *(
-                (key, effective[key], then.get(key))
-                for key in ("train_micro_batch_size_per_gpu", "sequence_parallel_size")
-                if key in effective or key in then
-            ),
-        ):
-            if then and mine != its:
-                found.append(f"{key} {its} then, {mine} now")
-        versions, now = record.versions(number), package_versions()
-        for name, then_version in versions.items():
-            if then_version != now.get(name):
-                found.append(f"{name} {then_version} then, {now.get(name)} now")
-        if number < step and record.settings(number) != record.settings(step):
-            found.append(f"step {number} had other settings")
+    for start in {id(one): one for one in map(record.start, range(begun + 1, step + 1))}.values():
+        if start.world_size != place.world_size:
+            found.append(f"{start.world_size} ranks then, {place.world_size} now")
+        elif start.node_size != place.node_size:
+            found.append(f"nodes of {start.node_size} ranks then, of {place.node_size} now")
+        found += [
+            f"{name} {its} then, {now.get(name)} now" for name, its in start.versions.items() if its != now.get(name)
+        ]
+        changed = changes(_table(start), _table(at))
+        found += [f"{name} = {its!r} on the way" for name, its, _ in changed if not name.startswith(HARMLESS)]
+    if at.settings.training.sequence_parallel_ranks > 1:
+        found.append(f"{at.settings.training.sequence_parallel_ranks} ranks shared a packed sequence then, none now")
     return list(dict.fromkeys(found))
+
+
+def _table(start: Start) -> dict[str, Any]:
+    return {**to_toml_table(start.settings), "deepspeed": start.deepspeed}

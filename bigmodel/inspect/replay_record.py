@@ -16,67 +16,69 @@ from bigmodel.training.spikes import Rewind, declared_in, read_rewinds
 
 @dataclass(frozen=True)
 class Start:
-    """A start of the run. number: of its file in starts/, from 1; world_size 0: not recorded."""
+    """A start of the run, and what it recorded. step: done before it. node_size: ranks of a node."""
 
     step: int
     world_size: int
-    number: int
+    node_size: int
+    settings: Settings
+    deepspeed: dict[str, Any]  # effective
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, file: Path, event: dict[str, Any]) -> "Start":
+        """event: the start's line of events.jsonl."""
+        table = read_json(file)
+        environment, ranks = table["environment"], event["world_size"]
+        node_size = int(environment["variables"].get("LOCAL_WORLD_SIZE", ranks))
+        settings = settings_from_table(table["settings"], file, saved=True)
+        return cls(event["step"], ranks, node_size, settings, table["deepspeed"], environment["versions"])
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the run recorded. lines: of metrics.jsonl by step, from 1; starts: the start that computed each step."""
+    """What the run recorded. lines: of metrics.jsonl by step, from 1."""
 
     directory: Path
     lines: dict[int, dict[str, Any]]
-    starts: dict[int, Start]
+    starts: list[Start]
     saved: list[int]  # steps of usable checkpoints
     rewinds: list[Rewind]
     tokenizer: str  # sha256, "" if not recorded
 
-    def settings(self, step: int) -> Settings:
-        """Of the start that computed this step."""
-        start = self.starts.get(step)
-        file = self.directory / "starts" / f"{start.number:04}.json" if start else self.directory / "settings.json"
-        if not file.exists():
-            return settings_from_table(read_json(self.directory / "settings.json"), self.directory, saved=True)
-        table = read_json(file)
-        return settings_from_table(table["settings"] if start else table, file, saved=True)
+    @property
+    def last(self) -> int:
+        return max([*self.lines, *(one.at for one in self.rewinds)], default=0)
 
-    def deepspeed(self, step: int) -> dict[str, Any]:
-        """The effective DeepSpeed JSON of the start that computed this step; {}: not recorded."""
-        start = self.starts.get(step)
-        file = self.directory / "starts" / f"{start.number:04}.json" if start else Path()
-        return read_json(file)["deepspeed"] if start and file.exists() else {}
-
-    def versions(self, step: int) -> dict[str, str]:
-        """Package versions of the start that computed this step; {}: not recorded."""
-        start = self.starts.get(step)
-        file = self.directory / "starts" / f"{start.number:04}.json" if start else Path()
-        return read_json(file)["environment"]["versions"] if start and file.exists() else {}
+    def start(self, step: int) -> Start:
+        """The one that computed this step last."""
+        return next((one for one in reversed(self.starts) if one.step < step), self.starts[0])
 
     def is_left_out(self, step: int) -> bool:
         """Whether the run applied no update in this step. A step without a record counts as applied."""
         return any(step in one.steps for one in self.rewinds) or bool(self.lines.get(step, {}).get("skipped"))
 
+    @property
+    def possible(self) -> str:
+        """Which steps can be computed again, in words."""
+        if not self.saved:
+            return "there is no usable checkpoint; --checkpoint 0 begins with the initial weights"
+        first = min(self.saved)
+        if first >= self.last:
+            return f"the only checkpoint is of step {first}; --checkpoint 0 begins with the initial weights"
+        return f"steps {first + 1} to {self.last} can be computed again from the checkpoints"
+
 
 def read_record(directory: Path) -> Record:
-    """Raises `UserError` if it is not the directory of a run."""
-    if not (directory / "settings.json").exists():
-        raise UserError(
-            f"{directory}: not a run directory (no settings.json); give the run.directory of a training run"
-        )
-    lines: dict[int, dict[str, Any]] = {}
-    starts: dict[int, Start] = {}
-    now, count = None, 0
-    for line in read_json_lines(directory / "metrics.jsonl"):
-        if line["kind"] == "start":
-            count += 1
-            now = Start(line["step"], line.get("world_size", 0), count)
-        elif line["kind"] == "step":
-            lines[line["step"]] = line
-            if now:
-                starts[line["step"]] = now
+    """Raises `UserError` if it is not the directory of a run that has begun."""
+    files = sorted((directory / "starts").glob("*.json"))
+    events = [line for line in read_json_lines(directory / "events.jsonl") if line["event"] == "start"]
+    count = min(len(files), len(events))
+    if not count:
+        raise UserError(f"{directory}: no run directory (no starts/0001.json); give the run.directory of a run")
+    pairs = zip(files[-count:], events[-count:], strict=True)
+    starts = [Start.read(file, event) for file, event in pairs]
+    lines = {line["step"]: line for line in read_json_lines(directory / "metrics.jsonl") if line["kind"] == "step"}
     rewinds = read_rewinds(directory)
     saved = [step for step in checkpoint.steps(directory / "checkpoints") if _is_usable(directory, step, rewinds)]
     return Record(directory, lines, starts, saved, rewinds, tokenizer_of(directory))
@@ -97,28 +99,21 @@ def choose(record: Record, step: int, given: int | None) -> list[int]:
 
     Raises `UserError` for a step beyond the run, or without a checkpoint before it.
     """
-    last = max([*record.lines, *(one.at for one in record.rewinds)], default=0)
-    possible = f"{record.directory}: {_replayable(record, last)}"
-    if not 1 <= step <= last:
-        raise UserError(f"--step {step}: the run has steps 1 to {last}; {possible}")
+    if not 1 <= step <= record.last:
+        raise UserError(f"--step {step}: {record.directory} has steps 1 to {record.last}; {record.possible}")
     if given is not None:
         if given not in (0, *record.saved):
             kept = ", ".join(map(str, record.saved)) or "none"
-            raise UserError(f"--checkpoint {given}: there is no usable one of that step; the run has {kept}; or give 0")
+            raise UserError(f"--checkpoint {given}: the run has no usable one of that step, but {kept}; or give 0")
         if given >= step:
             raise UserError(f"--checkpoint {given}: is not before --step {step}; give a step below {step}")
         return [given]
     before = [one for one in reversed(record.saved) if one < step]
     if not before:
+        remote = record.start(step).settings.checkpoint.remote
+        copy = f"copy one back from checkpoint.remote = {remote}, or " if remote else ""
         raise UserError(
-            f"--step {step}: no checkpoint before it; {possible}; or give --checkpoint 0, which trains steps 1 to "
-            f"{step - 1} again from the initial weights"
+            f"--step {step}: no checkpoint before it; {record.possible}; {copy}give --checkpoint 0, which trains "
+            f"steps 1 to {step - 1} again from the initial weights"
         )
     return before
-
-
-def _replayable(record: Record, last: int) -> str:
-    if not record.saved:
-        return "it has no usable checkpoint"
-    first = min(record.saved)
-    return f"steps {first + 1} to {last} can be replayed" if first < last else f"its only checkpoint is of step {first}"

@@ -3,18 +3,19 @@
 In: an engine that stands before the step, and the step's data. Out: `Measured`, equal on all ranks. No update is
 applied. Guarantees: loss and gradient norm are computed as in training, with the same bytes, dropout and additions.
 
-What is computed, and at what cost, in forward and backward passes of the step:
-- 1: loss, gradient norm, and the gradient norm of each layer.
-- 1: the loss of each document, and the largest activation of each document in each layer. Each document is a loss group
-  of its own. Computed without compilation: the last bits may differ from the first pass.
-- 1 per source: the gradient norm of the step with the labels of this source only.
-- 1 micro-batch per document: the gradient norm of the documents with the most loss above the mean, with the labels of
-  the document only.
-The parts' gradients add up to the step's; their norms do not.
+What is computed, and at what cost:
+- loss, gradient norm, and the gradient norm of each layer: forward and backward of the step.
+- each document alone, in a batch of its own: loss, norm of its share of the step's gradient, largest activation of each
+  block. A forward and a backward pass per document, as many tokens as the step has in all; each rank computes its own
+  documents. Without compilation, and in other shapes: the last bits may differ from those in the step.
+- the gradient norm of each source: forward and backward of the step per source, with the labels of this source only.
+
+The parts' gradients add up to the step's, before pruning drops some of it; their norms do not.
 """
 
 import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmodel.data.load.batch import Batch
+from bigmodel.data.load.batch import Batch, tensors_of
 from bigmodel.data.load.stream import Step
 from bigmodel.data.objectives.example import IGNORED
 from bigmodel.data.plan.sharing import Place, attention_work, deal_evenly
@@ -31,47 +32,41 @@ from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.training.zero.engine import Engine
 
 LAYER = re.compile(r"(?:.*\.)?(?:extra_)?blocks\.\d+")
+TOLD_SECONDS = 10.0  # a line of progress each
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    """A document's chunk in a step. loss: sum over its labels in nats. gradient_norm: of its share of the step's mean
-    loss; None: not computed."""
+    """A document's chunk in a step. loss: sum over its labels in nats. gradient_norm: of its share of the gradient of
+    the step's mean loss."""
 
     chunk: Chunk
     loss: float
     labels: int
+    gradient_norm: float
     activation: float
     layer: str  # where the activation is
-    rank: int
-    micro_batch: int
-    place: int  # among the documents of its micro-batch
-    gradient_norm: float | None = None
 
     @property
     def mean(self) -> float:
         """Nats per label."""
         return self.loss / max(1, self.labels)
 
-    def above(self, mean: float) -> float:
-        """Nats above those of as many labels with the step's mean loss."""
-        return self.loss - self.labels * mean
-
-    def rank_key(self, mean: float) -> tuple[float, ...]:
-        """For sorting: what is not finite first, then the most nats above the mean."""
-        if not math.isfinite(self.loss):
-            return (-math.inf,)
-        return (-self.loss,) if not math.isfinite(mean) else (-self.above(mean),)
+    @property
+    def rank_key(self) -> float:
+        """For sorting: what is not finite first, then the largest gradient."""
+        return -self.gradient_norm if math.isfinite(self.loss + self.gradient_norm) else -math.inf
 
 
 @dataclass
 class Measured:
-    """gradient_norms: by layer and by number of the source. activations: by layer."""
+    """parts: `Part.rank_key` first. sources: gradient norm by number of the source. layers: gradient norms;
+    activations: by block."""
 
     loss: float
     gradient_norm: float
+    layers: dict[str, float]
     parts: list[Part] = field(default_factory=list)
-    layers: dict[str, float] = field(default_factory=dict)
     sources: dict[int, float] = field(default_factory=dict)
     activations: dict[str, float] = field(default_factory=dict)
 
@@ -89,78 +84,82 @@ class Dissection:
     """The step on this rank. All methods are collective."""
 
     def __init__(self, engine: Engine, model: nn.Module, step: Step, place: Place, packs_per_micro_batch: int) -> None:
-        self._engine, self._model, self._step, self._world = engine, model, step, engine.world
+        self._engine, self._model, self._weight, self._world = engine, model, step.weight, engine.world
         self._batches = [batch.to(engine.world.device) for batch in step.micro_batches]
         self._spans = spans_of(step, place, packs_per_micro_batch)
 
-    def whole(self) -> Measured:
+    def measure(self) -> Measured:
+        found = self._whole()
+        self._documents(found)
+        numbers = sorted({part.chunk.source for part in found.parts})
+        for source in numbers:
+            found.sources[source] = found.gradient_norm if len(numbers) == 1 else self._source_norm(source)
+        return found
+
+    def _whole(self) -> Measured:
         """The step as training computes it."""
         nats = torch.zeros(self._batches[0].num_loss_groups, device=self._world.device)
-        for batch, last in _marked(self._batches):
-            nats += self._pass(batch, last)
-        loss = math.fsum(self._world.sum_(nats.tolist())) / self._step.weight
+        for number, batch in enumerate(self._batches, 1):
+            nats += self._engine.micro_batch(batch, self._weight, number == len(self._batches))
+        loss = math.fsum(self._world.sum_(nats.tolist())) / self._weight
         norm = self._engine.gradient_norm()
         squares: dict[str, float] = {}
         for name in self._engine.trained():
             square = float(self._engine.gradient(name).double().square().sum())
             squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + square
         self._drop()
-        return Measured(loss, norm, layers={name: math.sqrt(square) for name, square in squares.items()})
+        return Measured(loss, norm, {name: math.sqrt(square) for name, square in squares.items()})
 
-    def documents(self, found: Measured) -> None:
-        """Add loss and largest activations of each document."""
-        mine: list[Part] = []
-        with torch.compiler.set_stance("force_eager"):
-            for number, (batch, last) in enumerate(_marked(self._batches)):
-                spans = self._spans[number]
-                grouped = replace(batch, loss_groups=_groups(batch, spans), num_loss_groups=len(spans) + 1)
-                with watched(self._model, spans, len(batch.tokens)) as largest:
-                    losses = self._pass(grouped, last).tolist()
-                mine += [self._part(span, losses[at], batch, largest, (number, at)) for at, span in enumerate(spans)]
-                for layer, values in largest.items():
-                    found.activations[layer] = _largest([found.activations.get(layer, 0.0), *values.tolist()])
-        self._engine.gradient_norm()
-        self._drop()
-        found.parts = [part for parts in self._world.gather_objects(mine) for part in parts]
-        told = self._world.gather_objects(found.activations)
-        found.activations = {name: _largest([one.get(name, 0.0) for one in told]) for one in told for name in one}
+    def _documents(self, found: Measured) -> None:
+        """Add the documents, and the largest activations."""
+        pairs = zip(self._batches, self._spans, strict=True)
+        mine = [(batch, span) for batch, spans in pairs for span in spans]
+        rounds = max(self._world.gather_objects(len(mine)))
+        parts: list[Part] = []
+        peaks: dict[str, float] = {}
+        told = time.monotonic()
+        for number in range(rounds):  # as many on every rank: under ZeRO 3 ranks compute together
+            part, activations = self._alone(*mine[min(number, len(mine) - 1)]) if mine else self._nothing()
+            if number < len(mine):
+                parts.append(part)
+                for layer, value in activations.items():
+                    peaks[layer] = largest([peaks.get(layer, 0.0), value])
+            if self._world.rank == 0 and time.monotonic() - told > TOLD_SECONDS:
+                told = time.monotonic()
+                print(f"document {number + 1} of {rounds} of this rank", flush=True)
+        found.parts = [part for parts in self._world.gather_objects(parts) for part in parts]
+        found.parts.sort(key=lambda part: part.rank_key)
+        for of_rank in self._world.gather_objects(peaks):
+            for layer, value in of_rank.items():
+                found.activations[layer] = largest([found.activations.get(layer, 0.0), value])
 
-    def sources(self, found: Measured) -> None:
-        """Add the gradient norm of each source; with one source it is the step's."""
-        numbers = sorted({part.chunk.source for part in found.parts})
-        for source in numbers:
-            found.sources[source] = found.gradient_norm if len(numbers) == 1 else self._source_norm(source)
+    def _alone(self, batch: Batch, span: Span) -> tuple[Part, dict[str, float]]:
+        """A document, and the largest activation of each block."""
+        own = alone(batch, span)
+        with watched(self._model) as peaks:
+            loss, squares = self._engine.squared_gradients(own, self._weight)
+        activations = {layer: float(value) for layer, value in peaks.items()}
+        layer = max(activations, key=lambda name: order(activations[name]), default="")
+        norm = math.sqrt(sum(float(square) for square in squares.values()))
+        part = Part(span.chunk, float(loss), own.num_labels, norm, activations.get(layer, 0.0), layer)
+        return part, activations
 
-    def worst(self, found: Measured, count: int) -> None:
-        """Add the gradient norm of the first `count` documents."""
-        for part in found.parts[:count]:
-            batch = self._batches[part.micro_batch if part.rank == self._world.rank else 0]
-            mine = self._spans[part.micro_batch][part.place : part.place + 1] if part.rank == self._world.rank else []
-            part.gradient_norm = self._norm_of([(batch, mine)])
+    def _nothing(self) -> tuple[Any, dict[str, float]]:
+        """A rank of padding only takes part in what is collective."""
+        self._engine.squared_gradients(self._batches[0], self._weight)
+        return None, {}
 
     def _source_norm(self, source: int) -> float:
-        chosen = [[span for span in spans if span.chunk.source == source] for spans in self._spans]
-        return self._norm_of(list(zip(self._batches, chosen, strict=True)))
-
-    def _norm_of(self, parts: Sequence[tuple[Batch, Sequence[Span]]]) -> float:
-        """The gradient norm with the labels of these spans only, in the step's mean."""
-        for (batch, spans), last in _marked(parts):
+        """The gradient norm with the labels of this source only, in the step's mean."""
+        for number, (batch, spans) in enumerate(zip(self._batches, self._spans, strict=True), 1):
             kept = torch.zeros_like(batch.labels, dtype=torch.bool)
             for span in spans:
-                kept[span.target] = True
-            self._pass(replace(batch, labels=torch.where(kept, batch.labels, IGNORED)), last)
+                kept[span.target] = span.chunk.source == source
+            own = replace(batch, labels=torch.where(kept, batch.labels, IGNORED))
+            self._engine.micro_batch(own, self._weight, number == len(self._batches))
         norm = self._engine.gradient_norm()
         self._drop()
         return norm
-
-    def _part(self, span: Span, loss: float, batch: Batch, largest: dict[str, Tensor], where: tuple[int, int]) -> Part:
-        labels = int((batch.labels[span.target] != IGNORED).sum())
-        values = {layer: float(of_documents[where[1]]) for layer, of_documents in largest.items()}
-        layer = max(values, key=lambda name: _order(values[name]), default="")
-        return Part(span.chunk, loss, labels, values.get(layer, 0.0), layer, self._world.rank, *where)
-
-    def _pass(self, batch: Any, last: bool) -> Tensor:
-        return self._engine.micro_batch(batch, self._step.weight, last)
 
     def _drop(self) -> None:
         self._engine.update(0.0, skip=True)
@@ -188,6 +187,34 @@ def spans_of(step: Step, place: Place, packs_per_micro_batch: int) -> list[list[
     return found
 
 
+def alone(batch: Batch, span: Span) -> Batch:
+    """The span's document in a batch of its own, without padding; its loss and gradient are those in the micro-batch.
+
+    Example: of cu_seqlens [0, 5, 7, 8] and the span 5 to 7 the tokens (2,) with cu_seqlens [0, 2].
+    """
+    number = int((batch.cu_seqlens <= span.target.start).sum()) - 1
+    rows = {"tokens", "labels", "positions", "dropout_seeds", "weights"}
+    own = {name: tensor[span.target] for name, tensor in tensors_of(batch).items() if name in rows}
+    if batch.replaced is not None and batch.predicted_at is not None:
+        chosen = (batch.replaced >= span.target.start) & (batch.replaced < span.target.stop)
+        own |= {name: getattr(batch, name)[chosen] - span.target.start for name in ("replaced", "predicted_at")}
+        own |= {"choice_seeds": batch.choice_seeds[chosen]} if batch.choice_seeds is not None else {}
+    if batch.prefixes is not None:
+        own["prefixes"] = batch.prefixes[number : number + 1]
+    source = batch.source
+    if source:
+        sides = {name: tensor[span.source] for name, tensor in tensors_of(source).items() if name in rows}
+        sides["cu_seqlens"] = _edges(span.source, batch.cu_seqlens)
+        source = replace(source, **sides, num_tokens=span.source.stop - span.source.start)
+    counts = {"num_tokens": len(own["tokens"]), "num_labels": int((own["labels"] != IGNORED).sum()), "num_documents": 1}
+    edges = _edges(span.target, batch.cu_seqlens)
+    return replace(batch, **own, **counts, cu_seqlens=edges, source=source, loss_groups=None, num_loss_groups=1)
+
+
+def _edges(taken: slice, like: Tensor) -> Tensor:
+    return torch.tensor([0, taken.stop - taken.start], dtype=like.dtype, device=like.device)
+
+
 def layer_of(name: str) -> str:
     """The block of a parameter, or the module outside of the blocks: "blocks.3", "embedding"."""
     match = LAYER.match(name)
@@ -195,48 +222,29 @@ def layer_of(name: str) -> str:
 
 
 @contextmanager
-def watched(model: nn.Module, spans: Sequence[Span], num_rows: int) -> Iterator[dict[str, Tensor]]:
-    """Inside, the largest absolute output of each block at each span is noted: block -> (spans,) fp32."""
-    largest: dict[str, Tensor] = {}
+def watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside, the largest absolute output of each block is noted."""
+    peaks: dict[str, Tensor] = {}
 
     def see(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple | list) else output
-            of_source = name.startswith("encoder.")
-            ends = max((span.source.stop for span in spans), default=0) if of_source else num_rows
-            if not isinstance(rows, Tensor) or rows.ndim < 2 or len(rows) < ends:
-                return
-            sizes = rows.detach().abs().flatten(1).amax(1).float()
-            parts = [sizes[span.source if of_source else span.target] for span in spans]
-            peaks = [part.max() if len(part) else sizes.new_zeros(()) for part in parts]
-            largest[name] = torch.stack(peaks) if peaks else sizes.new_zeros(0)
+            peaks[name] = rows.detach().abs().amax().float()
 
         return hook
 
     handles = [one.register_forward_hook(see(name)) for name, one in model.named_modules() if LAYER.fullmatch(name)]
     try:
-        yield largest
+        yield peaks
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _groups(batch: Batch, spans: Sequence[Span]) -> Tensor:
-    """(T,) the number of the span at each position; padding has the number after the last."""
-    groups = torch.full_like(batch.labels, len(spans))
-    for number, span in enumerate(spans):
-        groups[span.target] = number
-    return groups
-
-
-def _marked(items: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
-    return ((item, number == len(items)) for number, item in enumerate(items, 1))
-
-
-def _order(value: float) -> float:
+def order(value: float) -> float:
     """For sorting: what is not finite is largest."""
     return value if math.isfinite(value) else math.inf
 
 
-def _largest(values: Sequence[float]) -> float:
-    return max(values, key=_order)
+def largest(values: Sequence[float]) -> float:
+    return max(values, key=order)

@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config.settings import UserError
+from bigmodel.data.load.stream import place_of
 from bigmodel.data.objectives.supervised import Supervised
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
-from bigmodel.inspect.replay_step import Measured, Part
+from bigmodel.inspect.replay_step import Measured, Part, largest, order
 from bigmodel.run_directory import write_atomically, write_json
+from bigmodel.sizes import counted_noun
 
 SHOWN, PREVIEW, LONG_PREVIEW = 10, 60, 400  # documents in the table, characters of their texts there and in the file
 BOUNDS = {"loss": 1e-6, "gradient_norm": 1e-5}  # relative, per step since the checkpoint, in fp32
-SOURCE = ("source", "documents", "labels", "loss", "above_mean", "gradient_norm")
-LAYER = ("layer", "gradient_norm", "activation")
 ROUGHER = 1000  # times the bounds, in bf16 and fp16
+SOURCE = ("gradient", "loss", "above_mean", "labels", "activation", "source", "documents")
+LAYER = ("gradient", "activation", "layer")
 
 
 @dataclass(frozen=True)
@@ -85,20 +87,16 @@ def compared(
 
 
 def in_words(done: Replayed) -> str:
-    measured = done.measured
     origin = f"the checkpoint of step {done.checkpoint}" if done.checkpoint else "the initial weights"
-    lines = [f"step {done.step} of {done.directory}, from {origin}, {done.world_size} rank(s)"]
+    lines = [f"step {done.step} of {done.directory}, from {origin}, {counted_noun(done.world_size, 'rank')}"]
     if done.is_left_out:
         lines.append("the run did not apply this step")
     lines += [_agreement(one) for one in done.compared[0]]
     lines += [f"  may differ: {reason}" for reason in done.compared[1]]
-    lines += ["", "documents, most loss above the mean first", *_documents(done)]
-    lines += [
-        "",
-        "sources",
-        *_table(("source", "documents", "labels", "loss", "above mean", "gradient"), _sources(done)),
-    ]
-    lines += ["", "layers", *_table(("layer", "gradient", "largest activation"), _layers(measured))]
+    count = counted_noun(len(done.measured.parts), "document")
+    lines += ["", f"{count}, the largest gradient first", *_documents(done)]
+    lines += ["", "sources", *_table(SOURCE, _sources(done))]
+    lines += ["", "layers", *_table(LAYER, _layers(done.measured))]
     return "\n".join(lines)
 
 
@@ -117,7 +115,7 @@ def write(done: Replayed, outputs: Outputs) -> None:
 
 def excluded(parts: Sequence[Part], store: ShardStore) -> list[dict[str, Any]]:
     """Documents once each: source, shard (its number), row, and for the reader the file and the text's beginning."""
-    found = {}
+    found: dict[Any, dict[str, Any]] = {}
     for part in parts:
         chunk = part.chunk
         key = store.sources[chunk.source], chunk.shard, chunk.row
@@ -155,7 +153,7 @@ def as_json(done: Replayed) -> dict[str, Any]:
 def text_of(part: Part, store: ShardStore, characters: int) -> str:
     """The beginning of the chunk's text on one line; of pairs, of the target."""
     chunk = part.chunk
-    document = store.document(store.sources[chunk.source], chunk.shard, chunk.row)
+    document = store.document(*place_of(store, chunk))
     if isinstance(document, np.ndarray):
         tokens = document[chunk.start : chunk.start + chunk.length]
     else:
@@ -173,10 +171,10 @@ def _place(part: Part, store: ShardStore) -> dict[str, Any]:
 
 def _numbers(part: Part, measured: Measured) -> dict[str, Any]:
     return {
-        "labels": part.labels,
+        "gradient": _number(part.gradient_norm),
         "loss": _number(part.mean),
-        "above_mean": _number(part.above(measured.loss)),
-        "gradient_norm": _number(part.gradient_norm),
+        "above_mean": _number(part.loss - part.labels * measured.loss),
+        "labels": part.labels,
         "activation": _number(part.activation),
         "layer": part.layer,
     }
@@ -186,29 +184,29 @@ def _documents(done: Replayed) -> list[str]:
     rows = []
     for part in done.measured.parts[:SHOWN]:
         place = _place(part, done.store)
-        rows.append((
-            part.mean, part.above(done.measured.loss), part.labels, part.gradient_norm, part.activation,
-            f"{place['file']} row {place['row']}", text_of(part, done.store, PREVIEW),
-        ))  # fmt: skip
-    return _table(("loss", "above mean", "labels", "gradient", "activation", "file", "text"), rows)
+        where = f"{place['file']} row {place['row']}"
+        numbers = part.gradient_norm, part.mean, part.labels, part.activation
+        rows.append((*numbers, where, place["first_token"], text_of(part, done.store, PREVIEW)))
+    return _table(("gradient", "loss", "labels", "activation", "file", "from token", "text"), rows)
 
 
 def _sources(done: Replayed) -> list[tuple[Any, ...]]:
-    """The most loss above the mean first: source, documents, labels, mean loss, nats above the mean, gradient norm."""
+    """Rows of `SOURCE`, the largest gradient first."""
     rows = []
     for number, norm in done.measured.sources.items():
         mine = [part for part in done.measured.parts if part.chunk.source == number]
         labels, loss = sum(part.labels for part in mine), math.fsum(part.loss for part in mine)
+        activation = largest([part.activation for part in mine])
         above = loss - labels * done.measured.loss
-        rows.append((done.store.sources[number], len(mine), labels, loss / max(1, labels), above, norm))
-    return sorted(rows, key=lambda row: -row[4] if math.isfinite(row[4]) else -math.inf)
+        rows.append((norm, loss / max(1, labels), above, labels, activation, done.store.sources[number], len(mine)))
+    return sorted(rows, key=lambda row: -order(row[0]))
 
 
 def _layers(measured: Measured) -> list[tuple[Any, ...]]:
-    """The largest gradient norm first."""
+    """Rows of `LAYER`, the largest gradient first."""
     names = dict.fromkeys([*measured.layers, *measured.activations])
-    rows = [(name, measured.layers.get(name), measured.activations.get(name)) for name in names]
-    return sorted(rows, key=lambda row: -(row[1] or 0.0) if math.isfinite(row[1] or 0.0) else -math.inf)
+    rows = [(measured.layers.get(name), measured.activations.get(name), name) for name in names]
+    return sorted(rows, key=lambda row: -order(row[0] or 0.0))
 
 
 def _agreement(one: Compared) -> str:
@@ -224,7 +222,7 @@ def _agreement(one: Compared) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    cells = [[name.replace("_", " ") for name in head], *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 

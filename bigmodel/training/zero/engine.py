@@ -38,7 +38,7 @@ from bigmodel.metrics.phases import Phases
 from bigmodel.training.optimizers.groups import build_optimizer, states_of
 from bigmodel.training.optimizers.shards import Part, Shards
 from bigmodel.training.optimizers.table import OPTIMIZERS, STEP
-from bigmodel.training.zero.examine import first_nonfinite
+from bigmodel.training.zero.examine import first_nonfinite, squared_gradients
 from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
@@ -169,6 +169,13 @@ class Engine:
         with self._sequence.shared() if self._sequence else contextlib.nullcontext():
             mine = self._sequence.share(batch) if self._sequence else batch
             return first_nonfinite(self._engine.module, mine, self.world.size / num_labels)
+
+    def squared_gradients(self, batch: Any, num_labels: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss sum of a batch of this rank, and by parameter the squares of its share of the step's gradient: see
+        `examine.squared_gradients`. Collective; no effect on training."""
+        scale = self.loss_scale
+        loss_sum, squares = squared_gradients(self._engine.module, batch, scale / num_labels)
+        return loss_sum, {name: square / scale**2 for name, square in squares.items()}
 
     @torch.no_grad()
     def forward(self, batch: Any, output: str = "loss_sum") -> Tensor:
