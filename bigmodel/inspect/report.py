@@ -155,7 +155,7 @@ def table(run_directory: Path) -> str:
     events = list(read_json_lines(Path(run_directory) / "events.jsonl"))
     odd = [event["step"] for event in events if event.get("event") in ("step_skipped", "spike")]
     if odd:
-        rows.append(("what made it", f"bigmodel replay {run_directory} --step {odd[-1]}"))
+        rows.append((f"step {odd[-1]} explained", f"bigmodel replay {run_directory} --step {odd[-1]}"))
     ends = [event for event in events if event.get("event") in AGAIN.values()]
     rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)

@@ -1,110 +1,184 @@
-"""`bigmodel replay`: a step computed again, from the run directory and the data alone."""
+"""`bigmodel replay`: a step of a real run computed again, from the run directory and the data alone."""
 
 import hashlib
 import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bigmodel.config.settings import Settings, load_settings
+from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.store.shards import ShardStore
-from tests.support.ranks import command, finish, start_ranks
+from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import text
 from tests.support.tiny_run import write_run
 
-GARBAGE = " ".join(["qzxj"] * 60)
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+/"
+REPEATED = " ".join(["qzxj"] * 60)
+NOISE = " ".join("".join(random.Random(1).choices(LETTERS, k=6)) for _ in range(25))
+CHANGES = ["checkpoint.every_steps=5", "checkpoint.keep=9"]
 
 
-def on_ranks(world_size: int, folder: Path, *words: str) -> tuple[list[int], str]:
-    """Exit codes, and what rank 0 printed."""
-    codes = finish(start_ranks(world_size, command, list(words), folder / "printed"))
-    return codes, (folder / "printed.0").read_text()
+def train(run_file: Path, *changes: str) -> None:
+    from bigmodel.training.loop import train as run
+
+    run(load_settings(run_file, [*CHANGES, *changes]))
+
+
+def replay(directory: Path, step: int, out: Path, given: int | None = None) -> None:
+    from bigmodel.inspect.replay import replay as run
+    from bigmodel.inspect.replay_text import Outputs
+
+    run(directory, step, given, Outputs(out, out / "bad.jsonl", 1))
+
+
+def replay_all(directory: Path, steps: list[int], out: Path) -> None:
+    for step in steps:
+        replay(directory, step, out / str(step))
+
+
+def train_and_replay(run_files: list[Path], step: int) -> None:
+    """Several runs in one process group."""
+    for run_file in run_files:
+        train(run_file, "training.steps=12")
+        replay(run_file.with_suffix(""), step, run_file.with_suffix(".out"))
+
+
+def refusals(cases: list[tuple[Path, int, int | None]], out: Path) -> None:
+    """Write what is said of each case."""
+    said = []
+    for number, (directory, step, given) in enumerate(cases):
+        try:
+            replay(directory, step, out.parent / f"refused-{number}", given)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    out.write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A run of 10 steps on 2 ranks, begun again after step 6, and the last step that trains on the garbage."""
-    folder = tmp_path_factory.mktemp("planted")
-    texts = {"web": [text(number) for number in range(20)], "crawl": [GARBAGE, *map(text, range(20, 30))]}
-    for name, documents in texts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
-    sources = [{"name": name, "files": [str(folder / f"{name}.jsonl")]} for name in texts]
-    section = {"validation_share": 0.2, "vocabulary": 300, "workers": 1, "shard_tokens": 400, "sources": sources}
-    shards = prepare(
-        Settings.model_validate({"prepare": section, "data": {"directory": str(folder / "data")}}), quiet()
-    )
-    run_file = write_run(folder, shards)
-    for steps in ("6", "10"):
-        words = ["train", str(run_file), "--set", f"training.steps={steps}", "--set", "checkpoint.every_steps=2"]
-        assert on_ranks(2, folder, *words)[0] == [0, 0]
-    store, settings = ShardStore(shards, "train"), load_settings(run_file)
-    order = Order.of_run(store, settings)
-    steps = [number for number in range(1, 11) if any(is_garbage(store, one) for one in order.next_step())]
-    return folder / "run", steps[-1]
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 documents of two sources, and two of garbage in the second."""
+    folder = tmp_path_factory.mktemp("garbage")
+    crawl = [*map(text, range(60, 75)), REPEATED, *map(text, range(75, 90)), NOISE, *map(text, range(90, 100))]
+    sources = []
+    for name, texts in {"web": list(map(text, range(60))), "crawl": crawl}.items():
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+        sources.append({"name": name, "files": [str(file)]})
+    section = {"validation_share": 0.2, "vocabulary": 300, "workers": 1, "shard_tokens": 1000, "sources": sources}
+    settings = Settings.model_validate({"prepare": section, "data": {"directory": str(folder / "data")}})
+    return prepare(settings, quiet())
 
 
-def is_garbage(store: ShardStore, pack: Any) -> bool:
-    documents = [store.document(store.sources[chunk.source], chunk.shard, chunk.row) for chunk in pack]
-    return any(len(set(one.tolist())) < 12 and len(one) > 60 for one in documents)
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file: 30 steps on 2 ranks, begun again after step 20, without an update in step 22."""
+    folder = tmp_path_factory.mktemp("run")
+    run_file = write_run(folder, data)
+    run_ranks(2, train, run_file, "training.steps=20")
+    (folder / "run" / "left_out.json").write_text(json.dumps([{"at": 22, "to": 20, "first": 22}]))
+    run_ranks(2, train, run_file, "training.steps=30")
+    return run_file
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+def steps_with(data: Path, run_file: Path, begins: str) -> list[int]:
+    """Training steps from 12 on, when the model knows its usual text, with the document whose text begins so."""
+    store, order = ShardStore(data, "train"), Order.of_run(ShardStore(data, "train"), load_settings(run_file))
+
+    def is_it(chunk: Any) -> bool:
+        return store.decode(store.document(store.sources[chunk.source], chunk.shard, chunk.row)).startswith(begins)
+
+    packs = {number: order.next_step() for number in range(1, 31)}
+    return [number for number, step in packs.items() if number >= 12 and any(is_it(one) for p in step for one in p)]
 
 
-def test_a_step_after_a_restart_is_repeated_to_the_last_bit_and_the_planted_garbage_comes_first(
-    planted: tuple[Path, int], tmp_path: Path
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "replay.json").read_text())
+    return found
+
+
+def test_steps_are_repeated_to_the_last_bit_and_planted_garbage_is_first_in_the_list(
+    data: Path, run: Path, tmp_path: Path
 ) -> None:
-    run, step = planted
-    before = files_of(run)
-    given = ["--checkpoint", "0"] if step < 3 else []
-    asked = [str(run), "--step", str(step), *given, "--out", str(tmp_path), "--exclude", str(tmp_path / "bad.jsonl")]
-    codes, printed = on_ranks(2, tmp_path, "replay", *asked)
-    assert codes == [0, 0], printed
-    assert printed.count("equal to the recorded one to the last bit") == 2, printed
-    found = json.loads((tmp_path / "replay.json").read_text())
-    assert found["documents"][0]["text"].startswith("qzxj qzxj"), printed
-    assert found["documents"][0]["source"] == found["sources"][0]["source"] == "crawl"
-    (bad,) = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
-    assert {name: bad[name] for name in ("source", "shard", "row")} == {
-        name: found["documents"][0][name] for name in ("source", "shard", "row")
-    }
+    directory = run.with_suffix("")
+    before = hashes(directory)
+    steps = [steps_with(data, run, REPEATED[:20])[-1], steps_with(data, run, NOISE[:20])[-1]]
+    assert steps[1] > 22, "a step after the restart, and after the step without an update"
+    run_ranks(2, replay_all, directory, steps, tmp_path)
+    for step, garbage in zip(steps, (REPEATED, NOISE), strict=True):
+        found, first = found_in(tmp_path / str(step)), found_in(tmp_path / str(step))["documents"][0]
+        assert found["may_differ"] == []
+        assert all(one["equal"] for one in found["recorded"].values()), found["recorded"]
+        assert first["text"] in garbage, found["documents"]
+        assert first["source"] == found["sources"][0]["source"] == "crawl"
+        (bad,) = [json.loads(line) for line in (tmp_path / str(step) / "bad.jsonl").read_text().splitlines()]
+        assert {name: bad[name] for name in ("source", "shard", "row")} == {
+            name: first[name] for name in ("source", "shard", "row")
+        }
+    assert hashes(directory) == before
+
+
+def test_the_parts_add_up_to_the_step(data: Path, run: Path, tmp_path: Path) -> None:
+    """On one rank, which the run had not: the bound holds."""
+    run_ranks(1, replay, run.with_suffix(""), 18, tmp_path)
+    found = found_in(tmp_path)
+    assert found["may_differ"] == ["2 ranks then, 1 now"]
+    assert all(one["difference"] <= one["bound"] < 1e-4 for one in found["recorded"].values()), found["recorded"]
     labels, nats = zip(*((one["labels"], one["labels"] * one["loss"]) for one in found["documents"]), strict=True)
     assert sum(nats) / sum(labels) == pytest.approx(found["loss"], rel=1e-5)
-    norms = [one["gradient_norm"] for one in found["layers"] if one["gradient_norm"] is not None]
+    norms = [one["gradient"] for one in found["layers"] if one["gradient"] is not None]
     assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(found["gradient_norm"], rel=1e-5)
-    assert files_of(run) == before
+    gradients = [one["gradient"] for one in found["documents"]]
+    assert gradients == sorted(gradients, reverse=True)
+    assert max(gradients) < found["gradient_norm"] < sum(gradients)
+    assert {one["layer"] for one in found["layers"]} == {"blocks.0", "blocks.1", "embedding", "head", "norm"}
 
 
-def test_on_another_number_of_ranks_the_difference_is_within_its_bound(
-    planted: tuple[Path, int], tmp_path: Path
+def test_every_zero_stage_is_repeated_to_the_last_bit(data: Path, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, data, "fp32", stage, f"zero{stage}") for stage in (0, 2, 3)]
+    runs.append(write_run(tmp_path, data, "bf16", 1, "bf16"))
+    run_ranks(2, train_and_replay, runs, 12)
+    gradients = []
+    for run_file in runs:
+        found = found_in(run_file.with_suffix(".out"))
+        assert all(one["equal"] for one in found["recorded"].values()), (run_file, found["recorded"])
+        gradients.append([one["gradient"] for one in found["documents"]])
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4) == pytest.approx(gradients[2], rel=1e-4)
+
+
+def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
+    data: Path, run: Path, tmp_path: Path
 ) -> None:
-    codes, printed = on_ranks(1, tmp_path, "blame", str(planted[0]), "--step", "8", "--out", str(tmp_path))
-    assert codes == [0], printed
-    assert "may differ: 2 ranks then, 1 now" in printed
-    found = json.loads((tmp_path / "replay.json").read_text())["recorded"]
-    assert all(one["difference"] <= one["bound"] for one in found.values()), found
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--step", "11"], "the run has steps 1 to 10"),
-        (["--step", "1"], "no checkpoint before it"),
-        (["--step", "8", "--checkpoint", "5"], "there is no usable one of that step"),
-    ],
-)
-def test_a_step_that_cannot_be_repeated_is_refused_with_those_that_can(
-    planted: tuple[Path, int], tmp_path: Path, words: list[str], said: str
-) -> None:
-    codes, printed = on_ranks(1, tmp_path, "replay", str(planted[0]), *words)
-    assert codes == [2], printed
-    assert said in printed
-    assert "Traceback" not in printed
+    directory = run.with_suffix("")
+    other, gone = tmp_path / "other", tmp_path / "gone"
+    shutil.copytree(directory, gone)
+    shutil.copytree(data, tmp_path / "without")
+    for shard in (tmp_path / "without").rglob("*.mds"):
+        shard.unlink()
+    for start in (gone / "starts").iterdir():
+        start.write_text(start.read_text().replace(str(data), str(tmp_path / "without")))
+    shutil.copytree(directory, other)
+    manifest = json.loads((other / "data_manifest.json").read_text())
+    (other / "data_manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
+    cases = [(directory, 31, None), (directory, 3, None), (directory, 8, 7), (directory, 8, 10), (tmp_path, 1, None)]
+    run_ranks(1, refusals, [*cases, (gone, 9, None), (other, 9, None)], tmp_path / "said.json")
+    beyond, before, unknown, late, no_run, no_shards, tokenizer = json.loads((tmp_path / "said.json").read_text())
+    assert "has steps 1 to 30" in beyond
+    assert "steps 6 to 30 can be computed again" in beyond
+    assert "no checkpoint before it" in before
+    assert "give --checkpoint 0" in before
+    assert "no usable one of that step, but 5, 10, 15, 20, 25, 30" in unknown
+    assert "is not before --step 8" in late
+    assert "no run directory" in no_run
+    assert f"`bigmodel seen {gone} --step 9` lists the step's documents" in no_shards
+    assert "another tokenizer than the run's" in tokenizer
