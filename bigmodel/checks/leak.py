@@ -16,7 +16,8 @@ from torch import Tensor
 from bigmodel.checks.audit import Finding
 from bigmodel.config.deepspeed_config import agree
 from bigmodel.config.settings import Settings, UserError, load_settings
-from bigmodel.data.load.batch import IGNORED, Batch, real_documents, tensors_of
+from bigmodel.data.load.alone import Place, alone
+from bigmodel.data.load.batch import IGNORED, Batch, real_documents
 from bigmodel.data.load.stream import Builder
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order
@@ -58,14 +59,6 @@ def _pack_of_several(settings: Settings, store: ShardStore) -> Pack:
         f"{settings.data.sequence_length} is about "
         "the length of one; a leak check needs two"
     )
-
-
-class Place(NamedTuple):
-    """A document's number in the batch and its slices on both sides."""
-
-    number: int
-    targets: slice
-    source: slice
 
 
 def documents(batch: Batch) -> list[Place]:
@@ -181,7 +174,7 @@ def packed_equals_single(model: Transformer, batch: Batch) -> list[Finding]:
     model.train()
     places = documents(batch)
     assert 0 < len(places) <= batch.num_documents, f"{len(places)} documents found, {batch.num_documents} packed"
-    single = [_alone(batch, place) for place in places]
+    single = [alone(batch, place) for place in places]
     packed_outputs = _outputs(model, batch)
     outputs = _difference(
         [rows[place[1 + side]] for place in places for side, rows in packed_outputs],
@@ -236,23 +229,3 @@ def _total_gradient(model: Transformer, batches: Sequence[Batch]) -> list[Tensor
 def _backward(loss: Tensor) -> float:
     loss.backward()
     return loss.item()
-
-
-def _alone(batch: Batch, place: Place) -> Batch:
-    """One document of a batch as a batch."""
-    number, target, source = place
-    moved = {
-        name: tensor[target] for name, tensor in tensors_of(batch).items() if name not in ("cu_seqlens", "prefixes")
-    }
-    side = batch.source and replace(
-        batch.source,
-        **{name: tensor[source] for name, tensor in tensors_of(batch.source).items() if name != "cu_seqlens"},
-        cu_seqlens=torch.tensor([0, source.stop - source.start], dtype=torch.int32),
-    )
-    return replace(
-        batch,
-        **moved,
-        cu_seqlens=torch.tensor([0, target.stop - target.start], dtype=torch.int32),
-        prefixes=None if batch.prefixes is None else batch.prefixes[number : number + 1],
-        source=side,
-    )

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmodel.data.load.batch import Batch, tensors_of
+from bigmodel.data.load.alone import Place as Where
+from bigmodel.data.load.alone import alone
+from bigmodel.data.load.batch import Batch
 from bigmodel.data.load.stream import Step
 from bigmodel.data.objectives.example import IGNORED
 from bigmodel.data.plan.sharing import Place, attention_work, deal_evenly
@@ -71,13 +73,7 @@ class Measured:
     activations: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a chunk lies in a micro-batch: positions on the target side and on the source side."""
-
-    chunk: Chunk
-    target: slice
-    source: slice
+Span = tuple[Chunk, Where]  # a chunk, and where it lies in its micro-batch
 
 
 class Dissection:
@@ -135,13 +131,14 @@ class Dissection:
 
     def _alone(self, batch: Batch, span: Span) -> tuple[Part, dict[str, float]]:
         """A document, and the largest activation of each block."""
-        own = alone(batch, span)
+        chunk, where = span
+        own = alone(batch, where)
         with watched(self._model) as peaks:
             loss, squares = self._engine.squared_gradients(own, self._weight)
         activations = {layer: float(value) for layer, value in peaks.items()}
         layer = max(activations, key=lambda name: order(activations[name]), default="")
         norm = math.sqrt(sum(float(square) for square in squares.values()))
-        part = Part(span.chunk, float(loss), own.num_labels, norm, activations.get(layer, 0.0), layer)
+        part = Part(chunk, float(loss), own.num_labels, norm, activations.get(layer, 0.0), layer)
         return part, activations
 
     def _nothing(self) -> tuple[Any, dict[str, float]]:
@@ -153,8 +150,8 @@ class Dissection:
         """The gradient norm with the labels of this source only, in the step's mean."""
         for number, (batch, spans) in enumerate(zip(self._batches, self._spans, strict=True), 1):
             kept = torch.zeros_like(batch.labels, dtype=torch.bool)
-            for span in spans:
-                kept[span.target] = span.chunk.source == source
+            for chunk, where in spans:
+                kept[where.targets] = chunk.source == source
             own = replace(batch, labels=torch.where(kept, batch.labels, IGNORED))
             self._engine.micro_batch(own, self._weight, number == len(self._batches))
         norm = self._engine.gradient_norm()
@@ -176,43 +173,18 @@ def spans_of(step: Step, place: Place, packs_per_micro_batch: int) -> list[list[
     for batch, slot in zip(step.micro_batches, slots, strict=True):
         size = len(batch.tokens) // packs_per_micro_batch
         source_size = len(batch.source.tokens) // packs_per_micro_batch if batch.source else 0
-        spans = []
-        for number, at in enumerate(slot):
-            end, source_end = number * size, number * source_size
+        spans: list[Span] = []
+        number = 0
+        for place_of_pack, at in enumerate(slot):
+            end, source_end = place_of_pack * size, place_of_pack * source_size
             for chunk in step.packs[at]:
                 first, source_first = end, source_end
                 end, source_end = end + chunk.num_tokens, source_end + chunk.source_positions
-                spans.append(Span(chunk, slice(first, end), slice(source_first, source_end)))
+                spans.append((chunk, Where(number, slice(first, end), slice(source_first, source_end))))
+                number += 1
+            number += (end, source_end) != ((place_of_pack + 1) * size, (place_of_pack + 1) * source_size)  # padding
         found.append(spans)
     return found
-
-
-def alone(batch: Batch, span: Span) -> Batch:
-    """The span's document in a batch of its own, without padding; its loss and gradient are those in the micro-batch.
-
-    Example: of cu_seqlens [0, 5, 7, 8] and the span 5 to 7 the tokens (2,) with cu_seqlens [0, 2].
-    """
-    number = int((batch.cu_seqlens <= span.target.start).sum()) - 1
-    rows = {"tokens", "labels", "positions", "dropout_seeds", "weights"}
-    own = {name: tensor[span.target] for name, tensor in tensors_of(batch).items() if name in rows}
-    if batch.replaced is not None and batch.predicted_at is not None:
-        chosen = (batch.replaced >= span.target.start) & (batch.replaced < span.target.stop)
-        own |= {name: getattr(batch, name)[chosen] - span.target.start for name in ("replaced", "predicted_at")}
-        own |= {"choice_seeds": batch.choice_seeds[chosen]} if batch.choice_seeds is not None else {}
-    if batch.prefixes is not None:
-        own["prefixes"] = batch.prefixes[number : number + 1]
-    source = batch.source
-    if source:
-        sides = {name: tensor[span.source] for name, tensor in tensors_of(source).items() if name in rows}
-        sides["cu_seqlens"] = _edges(span.source, batch.cu_seqlens)
-        source = replace(source, **sides, num_tokens=span.source.stop - span.source.start)
-    counts = {"num_tokens": len(own["tokens"]), "num_labels": int((own["labels"] != IGNORED).sum()), "num_documents": 1}
-    edges = _edges(span.target, batch.cu_seqlens)
-    return replace(batch, **own, **counts, cu_seqlens=edges, source=source, loss_groups=None, num_loss_groups=1)
-
-
-def _edges(taken: slice, like: Tensor) -> Tensor:
-    return torch.tensor([0, taken.stop - taken.start], dtype=like.dtype, device=like.device)
 
 
 def layer_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,13 +14,14 @@ from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.launcher.network import free_port
 from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import text
 from tests.support.tiny_run import write_run
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+/"
 REPEATED = " ".join(["qzxj"] * 60)
-NOISE = " ".join("".join(random.Random(1).choices(LETTERS, k=6)) for _ in range(25))
+NOISE = " ".join("".join(random.Random(word).choices(LETTERS, k=6)) for word in range(25))
 CHANGES = ["checkpoint.every_steps=5", "checkpoint.keep=9"]
 
 
@@ -36,22 +38,11 @@ def replay(directory: Path, step: int, out: Path, given: int | None = None) -> N
     run(directory, step, given, Outputs(out, out / "bad.jsonl", 1))
 
 
-def replay_all(directory: Path, steps: list[int], out: Path) -> None:
-    for step in steps:
-        replay(directory, step, out / str(step))
-
-
-def train_and_replay(run_files: list[Path], step: int) -> None:
-    """Several runs in one process group."""
-    for run_file in run_files:
-        train(run_file, "training.steps=12")
-        replay(run_file.with_suffix(""), step, run_file.with_suffix(".out"))
-
-
-def refusals(cases: list[tuple[Path, int, int | None]], out: Path) -> None:
+def refusals(cases: list[tuple[Path, int, int | None]], ports: list[int], out: Path) -> None:
     """Write what is said of each case."""
     said = []
-    for number, (directory, step, given) in enumerate(cases):
+    for number, ((directory, step, given), port) in enumerate(zip(cases, ports, strict=True)):
+        os.environ["MASTER_PORT"] = str(port)
         try:
             replay(directory, step, out.parent / f"refused-{number}", given)
             said.append("")
@@ -70,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
         sources.append({"name": name, "files": [str(file)]})
-    section = {"validation_share": 0.2, "vocabulary": 300, "workers": 1, "shard_tokens": 1000, "sources": sources}
+    section = {"validation_share": 0.05, "vocabulary": 300, "workers": 1, "shard_tokens": 1000, "sources": sources}
     settings = Settings.model_validate({"prepare": section, "data": {"directory": str(folder / "data")}})
     return prepare(settings, quiet())
 
@@ -114,7 +105,8 @@ def test_steps_are_repeated_to_the_last_bit_and_planted_garbage_is_first_in_the_
     before = hashes(directory)
     steps = [steps_with(data, run, REPEATED[:20])[-1], steps_with(data, run, NOISE[:20])[-1]]
     assert steps[1] > 22, "a step after the restart, and after the step without an update"
-    run_ranks(2, replay_all, directory, steps, tmp_path)
+    for step in steps:
+        run_ranks(2, replay, directory, step, tmp_path / str(step))
     for step, garbage in zip(steps, (REPEATED, NOISE), strict=True):
         found, first = found_in(tmp_path / str(step)), found_in(tmp_path / str(step))["documents"][0]
         assert found["may_differ"] == []
@@ -144,16 +136,19 @@ def test_the_parts_add_up_to_the_step(data: Path, run: Path, tmp_path: Path) -> 
     assert {one["layer"] for one in found["layers"]} == {"blocks.0", "blocks.1", "embedding", "head", "norm"}
 
 
-def test_every_zero_stage_is_repeated_to_the_last_bit(data: Path, tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, data, "fp32", stage, f"zero{stage}") for stage in (0, 2, 3)]
-    runs.append(write_run(tmp_path, data, "bf16", 1, "bf16"))
-    run_ranks(2, train_and_replay, runs, 12)
+def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_of_documents(
+    data: Path, tmp_path: Path
+) -> None:
+    runs = [write_run(tmp_path, data, "fp32", stage, f"zero{stage}") for stage in (0, 3)]
+    for run_file in runs:
+        run_ranks(2, train, run_file, "training.steps=12")
+        run_ranks(2, replay, run_file.with_suffix(""), 12, run_file.with_suffix(".out"))
     gradients = []
     for run_file in runs:
         found = found_in(run_file.with_suffix(".out"))
         assert all(one["equal"] for one in found["recorded"].values()), (run_file, found["recorded"])
         gradients.append([one["gradient"] for one in found["documents"]])
-    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4) == pytest.approx(gradients[2], rel=1e-4)
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
 
 
 def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
@@ -171,7 +166,8 @@ def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
     manifest = json.loads((other / "data_manifest.json").read_text())
     (other / "data_manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
     cases = [(directory, 31, None), (directory, 3, None), (directory, 8, 7), (directory, 8, 10), (tmp_path, 1, None)]
-    run_ranks(1, refusals, [*cases, (gone, 9, None), (other, 9, None)], tmp_path / "said.json")
+    cases += [(gone, 9, None), (other, 9, None)]
+    run_ranks(1, refusals, cases, [free_port() for _ in cases], tmp_path / "said.json")
     beyond, before, unknown, late, no_run, no_shards, tokenizer = json.loads((tmp_path / "said.json").read_text())
     assert "has steps 1 to 30" in beyond
     assert "steps 6 to 30 can be computed again" in beyond
