@@ -414,7 +414,7 @@ def replay(
     checkpoint: Annotated[
         int | None, typer.Option(min=0, help="begin from the checkpoint of this step; 0: the initial weights")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for replay.json: all numbers, all documents")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for replay.json, all numbers, and replay.png")] = None,
     exclude: Annotated[Path | None, typer.Option(help="write the worst documents here, for data.exclude")] = None,
     count: Annotated[int, typer.Option(min=1, help="documents of --exclude")] = 1,
 ) -> None:

@@ -2,8 +2,8 @@
 
 In: a run directory, which is only read and may be in use; a step. From the newest checkpoint before it, the steps
 between are trained again as the run did: same batches, dropout and learning rates, and without the updates that the run
-skipped or left out. The step itself is computed and not applied. Out: a table; replay.json; a list of documents for
-data.exclude. Every rank runs `replay`; rank 0 prints and writes.
+skipped or left out. The step itself is computed and not applied. Out: a table; replay.json and replay.png; a list of
+documents for data.exclude. Every rank runs `replay`; rank 0 prints and writes.
 
 On as many ranks as the run had, with the same versions and devices, loss and gradient norm are the recorded ones to the
 last bit. Elsewhere sums are added in another order: the difference and its bound are printed. The DeepSpeed JSON is the
@@ -77,7 +77,8 @@ def replay(directory: Path, step: int, given: int | None, outputs: Outputs) -> N
         if world.rank == 0:
             reasons = _differences(record, step, begun, place)
             checked = compared(measured, record.lines.get(step), reasons, step - begun, settings.training.precision)
-            done = Replayed(directory, step, begun, world.size, measured, checked, store, record.is_left_out(step))
+            left_out = record.is_left_out(step)
+            done = Replayed(directory, step, begun, world.size, measured, checked, store, record.lines, left_out)
             print(in_words(done))
             write(done, outputs)
 

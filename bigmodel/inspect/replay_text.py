@@ -14,6 +14,7 @@ from bigmodel.data.load.stream import place_of
 from bigmodel.data.objectives.supervised import Supervised
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
+from bigmodel.inspect.replay_picture import draw
 from bigmodel.inspect.replay_step import Measured, Part, largest, order
 from bigmodel.run_directory import write_atomically, write_json
 from bigmodel.sizes import counted_noun
@@ -27,7 +28,7 @@ LAYER = ("gradient", "activation", "layer")
 
 @dataclass(frozen=True)
 class Outputs:
-    """folder: for replay.json. exclude: file for the list. count: documents of the list."""
+    """folder: for replay.json and replay.png. exclude: file for the list. count: documents of the list."""
 
     folder: Path | None
     exclude: Path | None
@@ -71,6 +72,7 @@ class Replayed:
     measured: Measured
     compared: tuple[list[Compared], list[str]]  # the numbers, and why they may differ
     store: ShardStore
+    lines: dict[int, dict[str, Any]]  # of metrics.jsonl, by step
     is_left_out: bool
 
 
@@ -102,15 +104,20 @@ def in_words(done: Replayed) -> str:
 
 def write(done: Replayed, outputs: Outputs) -> None:
     """Write what the user asked for, and say where."""
-    if outputs.folder:
-        outputs.folder.mkdir(parents=True, exist_ok=True)
-        write_json(outputs.folder / "replay.json", as_json(done))
-        print(f"\n{outputs.folder / 'replay.json'}: written")
+    store, parts = done.store, done.measured.parts
+    if folder := outputs.folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "replay.json", as_json(done))
+        names = [f"{_row_of(part, store)}: {text_of(part, store, PREVIEW)}" for part in parts[:SHOWN]]
+        norms = [part.gradient_norm for part in parts[:SHOWN]]
+        picture = draw(done.lines, done.step, list(zip(norms, names, strict=True)), folder / "replay.png")
+        print(f"\nwritten: {folder / 'replay.json'}, {picture}")
     if outputs.exclude:
-        entries = excluded(done.measured.parts[: outputs.count], done.store)
+        entries = excluded(parts[: outputs.count], store)
         outputs.exclude.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(outputs.exclude, "".join(json.dumps(entry) + "\n" for entry in entries))
-        print(f"\n{outputs.exclude}: {len(entries)} document(s); read it, then set data.exclude and train --new-plan")
+        count = counted_noun(len(entries), "document")
+        print(f"\n{outputs.exclude}: {count}; read it, then train --new-plan --set data.exclude={outputs.exclude}")
 
 
 def excluded(parts: Sequence[Part], store: ShardStore) -> list[dict[str, Any]]:
@@ -169,6 +176,11 @@ def _place(part: Part, store: ShardStore) -> dict[str, Any]:
     return {"source": source, "shard": chunk.shard, "row": chunk.row, "file": file, "first_token": chunk.start}
 
 
+def _row_of(part: Part, store: ShardStore) -> str:
+    place = _place(part, store)
+    return f"{place['file']} row {place['row']}"
+
+
 def _numbers(part: Part, measured: Measured) -> dict[str, Any]:
     return {
         "gradient": _number(part.gradient_norm),
@@ -183,10 +195,8 @@ def _numbers(part: Part, measured: Measured) -> dict[str, Any]:
 def _documents(done: Replayed) -> list[str]:
     rows = []
     for part in done.measured.parts[:SHOWN]:
-        place = _place(part, done.store)
-        where = f"{place['file']} row {place['row']}"
         numbers = part.gradient_norm, part.mean, part.labels, part.activation
-        rows.append((*numbers, where, place["first_token"], text_of(part, done.store, PREVIEW)))
+        rows.append((*numbers, _row_of(part, done.store), part.chunk.start, text_of(part, done.store, PREVIEW)))
     return _table(("gradient", "loss", "labels", "activation", "file", "from token", "text"), rows)
 
 

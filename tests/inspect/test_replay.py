@@ -117,6 +117,7 @@ def test_steps_are_repeated_to_the_last_bit_and_planted_garbage_is_first_in_the_
         assert {name: bad[name] for name in ("source", "shard", "row")} == {
             name: first[name] for name in ("source", "shard", "row")
         }
+    assert (tmp_path / str(steps[0]) / "replay.png").stat().st_size > 10_000
     assert hashes(directory) == before
 
 
