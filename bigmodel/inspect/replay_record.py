@@ -99,6 +99,8 @@ def choose(record: Record, step: int, given: int | None) -> list[int]:
 
     Raises `UserError` for a step beyond the run, or without a checkpoint before it.
     """
+    if not record.last:
+        raise UserError(f"{record.directory}: the run has no step yet; start it, or wait for its first step")
     if not 1 <= step <= record.last:
         raise UserError(f"--step {step}: {record.directory} has steps 1 to {record.last}; {record.possible}")
     if given is not None:

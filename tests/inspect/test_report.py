@@ -54,6 +54,14 @@ def test_the_table_adds_up(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("event", ["spike", "step_skipped"])
+def test_after_a_spiking_or_skipped_step_the_command_that_explains_it_is_named(tmp_path: Path, event: str) -> None:
+    run = write_run(tmp_path / "run", [4.0] * 20)
+    lines = [{"event": "start", "step": 0}, {"event": event, "step": 7}, {"event": event, "step": 12}]
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"step 12 explained  bigmodel replay {run} --step 12" in table(run)
+
+
 def test_the_curve_is_what_was_recorded(tmp_path: Path) -> None:
     curve = read_curve(write_run(tmp_path / "run", [4.0, 3.0], {1: 3.5, 2: 2.5}))
     assert (curve.steps, curve.losses) == ([1, 2], [4.0, 3.0])
