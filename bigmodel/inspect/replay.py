@@ -114,8 +114,8 @@ def _needs_data(record: Record, step: int) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(
-            f"{error}; a replay needs the texts: put them back. Possible without them: `bigmodel seen "
-            f"{record.directory} --step {step}` lists the step's documents, from manifest and length files"
+            f"{error}; a replay needs the texts: put them back. Possible without them: `bigmodel seen` lists the "
+            f"documents of step {step} of {record.directory}, from manifest and length files"
         ) from None
 
 

@@ -177,5 +177,5 @@ def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
     assert "no usable one of that step, but 5, 10, 15, 20, 25, 30" in unknown
     assert "is not before --step 8" in late
     assert "no run directory" in no_run
-    assert f"`bigmodel seen {gone} --step 9` lists the step's documents" in no_shards
+    assert f"`bigmodel seen` lists the documents of step 9 of {gone}" in no_shards
     assert "another tokenizer than the run's" in tokenizer
