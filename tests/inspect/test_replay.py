@@ -82,7 +82,8 @@ def steps_with(data: Path, run_file: Path, begins: str) -> list[int]:
     store, order = ShardStore(data, "train"), Order.of_run(ShardStore(data, "train"), load_settings(run_file))
 
     def is_it(chunk: Any) -> bool:
-        return store.decode(store.document(store.sources[chunk.source], chunk.shard, chunk.row)).startswith(begins)
+        document: Any = store.document(store.sources[chunk.source], chunk.shard, chunk.row)
+        return store.decode(document).startswith(begins)
 
     packs = {number: order.next_step() for number in range(1, 31)}
     return [number for number, step in packs.items() if number >= 12 and any(is_it(one) for p in step for one in p)]
