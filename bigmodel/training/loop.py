@@ -285,7 +285,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     if settings.evaluation.at_end and is_finished:
         if tasks.given:
             _score_tasks(tasks, done, engine, metrics, phases, line)
-        _evaluate_at_end(_ended_at(done, settings), validation, engine, world, metrics, start.segments)
+        with phases("evaluation"):  # it has no usual length: bigmodel/metrics/hang_watch.py
+            _evaluate_at_end(_ended_at(done, settings), validation, engine, world, metrics, start.segments)
     return _end(done, is_finished, directory, metrics, world)
 
 

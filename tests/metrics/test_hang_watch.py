@@ -92,6 +92,22 @@ def frames(*lines: str) -> list[str]:
     return [f'  File "{line}' for line in lines]
 
 
+def train_with_a_long_last_evaluation(run_file: Path) -> int:
+    """On a rank: train; the evaluation after the last step takes five limits."""
+    from bigmodel.training import loop
+
+    loop._evaluate_at_end = lambda *arguments: time.sleep(5.0)
+    return loop.train(
+        load_settings(run_file, ["training.hang_seconds=1", "training.steps=12", "evaluation.at_end=true"])
+    )
+
+
+def test_the_evaluation_after_the_last_step_has_no_usual_length(tmp_path: Path, shards: Path) -> None:
+    run_file = write_run(tmp_path, shards)
+    assert finish(start_ranks(1, train_with_a_long_last_evaluation, run_file), 180.0) == [0]
+    assert not is_told(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("stack", "state", "how"),
     [
