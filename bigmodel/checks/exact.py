@@ -10,13 +10,14 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,13 +51,22 @@ def check_exact(run_file: Path, overrides: Sequence[str]) -> list[Finding]:
     settings = agree(load_settings(run_file, overrides))
     ranks = num_ranks(settings)
     on_cpu = torch.cuda.device_count() < ranks
-    with scratch_folder() as folder, console.status("") as status:
-        job = prepare(run_file, overrides, ranks, folder, "cpu" if on_cpu else "cuda", status.update)
+    with scratch_folder() as folder, _live(console) as say:
+        job = prepare(run_file, overrides, ranks, folder, "cpu" if on_cpu else "cuda", say)
         with started(["-m", "bigmodel.checks.exact_rank", str(folder)], ranks, folder, on_cpu) as processes:
-            _wait(processes, folder, status.update)
+            _wait(processes, folder, say)
         report = read_report(folder)
     console.print(_table(settings, job, ranks, report))
     return findings(job, ranks, report)
+
+
+@contextlib.contextmanager
+def _live(console: Console) -> Iterator[Say]:
+    """What is done now, as a line in a terminal."""
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("")
+        yield lambda words: progress.update(task, description=words)
 
 
 def prepare(

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from bigmodel.config.settings import UserError, load_settings
-from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.order import READ_BEFORE, Order
 from bigmodel.data.plan.segments import resume_order
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.data.store.shards import ShardStore
@@ -250,8 +250,12 @@ def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shard
         export(run, Path("/proc/order.parquet"))
     with pytest.raises(UserError, match="there is no such file"):
         read_digests(tmp_path / "absent")
-    moved = Run(run.directory, run.settings, [run.segments[0] | {"identity": run.segments[0]["identity"] | {
-        "prepared data": "0"}}, run.segments[1]], 12)  # fmt: skip
+    first, second = (dict(segment["identity"]) for segment in run.segments)
+    first["prepared data"] = "0"  # its folder is gone
+    del second[READ_BEFORE]  # as earlier versions wrote it: a plan of its own
+    identities = [{"identity": first}, {"identity": second}]
+    segments = [segment | identity for segment, identity in zip(run.segments, identities, strict=True)]
+    moved = Run(run.directory, run.settings, segments, run.reached)
     with pytest.raises(
         UserError, match=r"steps 1 to 8 were planned from other data .* the steps of other segments do not need it"
     ):

@@ -89,6 +89,7 @@ ALLOWED = {
         "bigmodel.rank_log",
         "bigmodel.run_directory",
         "bigmodel.sizes",
+        "bigmodel.system_errors",
     ),
     "bigmodel": ("bigmodel",),
 }

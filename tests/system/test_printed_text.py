@@ -112,7 +112,7 @@ def test_a_path_keeps_what_looks_like_markup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finding = Finding("a claim about run[x]", True, f"in {ODD}")
-    monkeypatch.setitem(check.GUARANTEES, "order", lambda run_file, overrides: [finding])
+    monkeypatch.setitem(check.CHECKS, "order", lambda run_file, overrides: [finding])
     monkeypatch.setenv("COLUMNS", "200")
     assert check.run_checks(Path("run.toml"), [], ["order"]) == 0
     assert f"holds  order: a claim about run[x] (in {ODD})" in capsys.readouterr().out
