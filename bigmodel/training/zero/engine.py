@@ -130,8 +130,9 @@ class Engine:
             for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
                 total += part.double().square().sum().to(total.device)
         squares = float(total)
-        if self._layout.partitioned:
-            (squares,) = self.world.sum_([squares])
+        (of_ranks,) = self.world.sum_([squares])
+        if self._layout.partitioned or not math.isfinite(of_ranks):  # replicas: also what only one of them has spoilt
+            squares = of_ranks
         self._norm = math.sqrt(squares) / self.loss_scale
         return self._norm
 

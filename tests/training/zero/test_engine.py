@@ -11,16 +11,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import ModelSettings, Settings, UserError
-from bigmodel.distributed.world import ALONE
+from bigmodel.distributed.world import ALONE, start_world
 from bigmodel.generation.prompts import pack
 from bigmodel.metrics.phases import Phases
 from bigmodel.model.transformer import Block, Transformer
 from bigmodel.training.zero import ulysses
-from bigmodel.training.zero.engine import evaluated
+from bigmodel.training.zero.engine import Engine, evaluated
 from bigmodel.training.zero.ulysses import Sequence
 from bigmodel.training.zero.wrapping import wrap_blocks
-from tests.support.engine_worker import batch_of, launch, new_model, oracle, settings_table
+from tests.support.engine_worker import (
+    batch_of,
+    launch,
+    micro_batches_of,
+    new_model,
+    num_targets_of,
+    oracle,
+    settings_table,
+)
 from tests.support.exactness import FEW_STEPS, failures, job_of, with_sequence
 from tests.support.ranks import run_ranks
 
@@ -247,12 +256,36 @@ def test_gradients_that_are_offloaded_are_added_up_in_fp32(results, stage: int) 
     assert one["gradient_distances"][0] == pytest.approx(one["allowed"]["0"], rel=1e-6)
 
 
+# --- replicas
+
+
+def spoil_the_gradient_of_rank_1(folder: Path) -> None:
+    """On a rank: the gradient norm at ZeRO 0, where the gradient is whole on each rank, after it was added up."""
+    world = start_world(timeout_seconds=60)
+    effective, settings = resolve_deepspeed(Settings.model_validate(settings_table(folder, 0, "fp32", 2)), world.size)
+    model = new_model(settings, effective)
+    engine = Engine(model, settings, effective, world)
+    batches = micro_batches_of(0, world.rank, world.size, 2)
+    for batch in batches:
+        engine.micro_batch(batch, num_targets_of(0), batch is batches[-1])
+    if world.rank == 1:
+        gradient = next(model.parameters()).grad
+        assert gradient is not None
+        gradient[0] = math.nan
+    (folder / f"{world.rank}.norm").write_text(str(engine.gradient_norm()))
+
+
+def test_a_gradient_that_one_replica_spoils_after_the_sum_is_seen_by_all_ranks(tmp_path: Path) -> None:
+    """Else one rank skips the step and the others do not, and they wait for each other in different collectives."""
+    run_ranks(2, spoil_the_gradient_of_rank_1, tmp_path)
+    assert [(tmp_path / f"{rank}.norm").read_text() for rank in (0, 1)] == ["nan", "nan"]
+
+
 # --- too large for one rank
 
 
 def build_in_shares(folder: Path) -> None:
     """On a rank: what is whole while a model is made under ZeRO-3, and while it is filled."""
-    from bigmodel.distributed.world import start_world
     from bigmodel.model.init import init_weights
     from bigmodel.training.zero.engine import creation
 
