@@ -286,7 +286,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         if tasks.given:
             _score_tasks(tasks, done, engine, metrics, phases, line)
         with phases("evaluation"):  # it has no usual length: bigmodel/metrics/hang_watch.py
-            _evaluate_at_end(_ended_at(done, settings), validation, engine, world, metrics, start.segments)
+            evaluate_at_end(_ended_at(done, settings), validation, engine, world, metrics, start.segments)
     return _end(done, is_finished, directory, metrics, world)
 
 
@@ -516,7 +516,7 @@ def _report_save(news: Saved | Waiting, directory: Path, metrics: Metrics, line:
         metrics.record_failed_checkpoint(news.step, news.reason)
 
 
-def _evaluate_at_end(
+def evaluate_at_end(
     settings: Settings,
     validation: Validation,
     engine: Engine,

@@ -96,7 +96,7 @@ def train_with_a_long_last_evaluation(run_file: Path) -> int:
     """On a rank: train; the evaluation after the last step takes five limits."""
     from bigmodel.training import loop
 
-    loop._evaluate_at_end = lambda *arguments: time.sleep(5.0)
+    loop.evaluate_at_end = lambda *arguments: time.sleep(5.0)
     return loop.train(
         load_settings(run_file, ["training.hang_seconds=1", "training.steps=12", "evaluation.at_end=true"])
     )
