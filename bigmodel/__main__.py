@@ -29,7 +29,7 @@ from bigmodel.config.user_error import UserError
 from bigmodel.interpreter import end_without, is_dependency
 from bigmodel.rank_log import keep_log
 from bigmodel.run_directory import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Restart, log_name, make_logs
-from bigmodel.system_errors import is_out_of_memory, line_of, remedy_for
+from bigmodel.system_errors import is_lost_peer, is_out_of_memory, line_of, remedy_for
 
 if TYPE_CHECKING:
     from bigmodel.config.settings import Settings
@@ -652,10 +652,11 @@ def main() -> None:
             raise
         end_without(error.name or "")
     except (OSError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) and not remedy_for(error):
+        failed = is_out_of_memory(error) or is_lost_peer(error)
+        if not failed and not remedy_for(error):
             raise
         print(f"{_name()}: {line_of(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_FAILED if is_out_of_memory(error) else EXIT_USER)
+        sys.exit(EXIT_FAILED if failed else EXIT_USER)
 
 
 def _name() -> str:

@@ -1,7 +1,9 @@
-"""What the system refuses: room on a disk, memory, open files. In: an error. Out: its kind and its remedy. Imports
-nothing."""
+"""What the system refuses: room on a disk, memory, open files, a connection. In: an error. Out: its kind, its remedy.
+Imports nothing outside Python."""
 
 import errno
+import traceback
+from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS,)
@@ -10,6 +12,8 @@ OUT_OF_MEMORY = (  # of torch's CPU allocator, CUDA, cuBLAS, NCCL, C++, Linux; t
     "can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "Cuda failure 2 'out of memory'", "std::bad_alloc", "Cannot allocate memory",
 )  # fmt: skip
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection was likely closed")  # gloo, TCPStore
 
 
 def remedy_for(error: BaseException) -> str:
@@ -37,10 +41,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended. NCCL's words are others."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
+
+
+def innermost_lines(error: BaseException) -> str:
+    """The innermost lines of this project in the traceback: "loop.py:212 in _train, world.py:67 in sum_"."""
+    here = Path(__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if here in Path(frame.filename).parents]
+    return ", ".join(f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames[-3:])
+
+
 def line_of(error: BaseException) -> str:
     """One line for the user: file, reason and remedy."""
     if is_out_of_memory(error):
         return f"out of memory: {asked_for(error)}"
+    if is_lost_peer(error):
+        words = next(text for text in LOST_PEER if text in str(error))
+        return f"another rank has ended: {words[0].lower()}{words[1:]}, in {innermost_lines(error)}"
     reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
     where = getattr(error, "filename", None) or "a file"
     return f"{where}: {reason}; {remedy_for(error)}, and run the same command again"
