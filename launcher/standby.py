@@ -81,19 +81,16 @@ class Standbys:
 
 def spawn(program: Program, output: int, errors: int, descriptors: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
     """A new process with its own process group; it inherits the descriptors, and dies with the launcher."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         list(program.command),
         env=dict(program.environment),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=errors,
         start_new_session=True,  # Ctrl-C in the terminal reaches only the launcher, which forwards it once
-        preexec_fn=_die_with_launcher(os.getpid()),
+        preexec_fn=_before_program(os.getpid(), program.processors),
         pass_fds=descriptors,
     )
-    if program.processors:
-        os.sched_setaffinity(process.pid, program.processors)  # it has only its first thread; later ones inherit
-    return process
 
 
 def _stand_by(program: Program) -> _Standby:
@@ -136,8 +133,9 @@ def _sources() -> float:
         return time.time()
 
 
-def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
-    """A function for the child to run before the program: Linux will kill the child when the launcher dies.
+def _before_program(launcher: int, processors: frozenset[int]) -> Callable[[], None] | None:
+    """A function for the child to run before the program: Linux will kill the child when the launcher dies, and run its
+    threads on these processors.
 
     SIGKILL, not SIGTERM: a rank that waits for a dead peer would never act on SIGTERM. The run then loses the steps
     since its last checkpoint, as with any kill -9.
@@ -150,5 +148,7 @@ def _die_with_launcher(launcher: int) -> Callable[[], None] | None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != launcher:  # the launcher died between the fork and the line above
             os._exit(EXIT_FAILED)
+        if processors:
+            os.sched_setaffinity(0, processors)
 
     return ask
