@@ -340,7 +340,8 @@ def _identity(
     segment: int,
 ) -> dict[str, Any]:
     """The inputs of the order by setting; a renamed setting keeps its old name in stored identities."""
-    examples = settings.model_dump(include=EXAMPLES | RESAMPLING, exclude_defaults=True)
+    chosen = settings.model_dump(include=EXAMPLES | RESAMPLING, exclude_defaults=True)
+    examples = {f"data.{name}": value for name, value in chosen.items()}
     names = ("max_document_length", "sequence_length", "max_documents", "lanes", "packing_buffer", "mix")
     planned = {f"data.{name}": getattr(settings, name) for name in names}
     optional = {
@@ -349,7 +350,6 @@ def _identity(
         "data.curriculum": [stage.model_dump() for stage in settings.curriculum],
         "classification.classes": list(settings.classes),
         "segment": segment,
-        **{f"data.{name}": value for name, value in examples.items()},
     }
     return {
         "version of the order": ORDER_VERSION,
@@ -359,6 +359,7 @@ def _identity(
         OLD_NAMES["training.global_batch_size"]: global_batch_size,
         **{OLD_NAMES.get(name, name): value for name, value in planned.items()},
         **{OLD_NAMES.get(name, name): value for name, value in optional.items() if value},
+        **{OLD_NAMES.get(name, name): value for name, value in examples.items()},  # 0 and false, too
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from bigmodel.config.renamed import OLD_NAMES
 from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError
 from bigmodel.data.plan.exclusion import Excluded
-from bigmodel.data.plan.order import EXAMPLES, READ_BEFORE, RESAMPLING, Order, describe_difference
+from bigmodel.data.plan.order import EXAMPLES, READ_BEFORE, RESAMPLING, Order, Plan, describe_difference
 from bigmodel.data.plan.read_before import History, Identified, Segment, pack_shards, settle
 from bigmodel.data.plan.shuffle import Lengths
 
@@ -40,9 +40,12 @@ def resume_order(
         order = Order.of_run(store, settings, lanes=lanes)
         return order, [_segment(store, order)]
     segments, cursor = [dict(segment) for segment in state["segments"]], state["cursor"]
-    if segments[-1]["identity"]["prepared data"] == store.fingerprint and "shards" not in segments[-1]:
-        sources = cursor["lanes"][0]["sources"]  # of an earlier version
-        segments[-1] |= {"sources": list(store.sources), "shards": pack_shards(store, sources)}
+    if "shards" not in segments[-1]:  # of an earlier version
+        sources = cursor["lanes"][0]["sources"]
+        segments[-1]["identity"] = identity = _complete(segments[-1], settings.data, sources)
+        cursor = {**cursor, "identity": identity, "fingerprint": Plan(identity, 0, {}).fingerprint}
+        if identity["prepared data"] == store.fingerprint:
+            segments[-1] |= {"sources": list(store.sources), "shards": pack_shards(store, sources)}
     order = order_now(store, settings, segments, lanes)
     if order.fingerprint != cursor["fingerprint"] and new_plan:
         return _begin(store, settings, segments, cursor, lanes)
@@ -104,7 +107,7 @@ def order_of_segment(
     Later changes of settings do not matter. Raises `UserError` with the differences where the data has changed.
     """
     settings, order = _planned(store, data, segments, number)
-    identity = segments[number]["identity"]
+    identity = _complete(segments[number], data)
     if order.plan.identity != identity:
         raise UserError(f"segment {number}: {describe_difference(identity, order.plan.identity)}")
     return settings, order
@@ -114,7 +117,7 @@ def _planned(
     store: Lengths, data: DataSettings, segments: Sequence[Segment], number: int
 ) -> tuple[DataSettings, Order]:
     """`order_of_segment` without its check."""
-    identity = segments[number]["identity"]
+    identity = _complete(segments[number], data)
     fields = DataSettings.model_fields
     stored = {name: OLD_NAMES.get(f"data.{name}", f"data.{name}") for name in fields}
     planned = {name: identity[key] for name, key in stored.items() if key in identity}
@@ -134,6 +137,17 @@ def _planned(
         excluded=Excluded.unpack(segments[number].get("excluded", "")),
     )
     return settings, order
+
+
+def _complete(segment: Segment, data: DataSettings, sources: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The identity of a segment. Earlier versions left a 0 or false out of it, which is then that of the run's
+    settings; not of classes where the cursor's `sources` have none."""
+    has_classes = sources is None or any("classes" in cursor for cursor in sources.values())
+    chosen = data.model_dump(include=EXAMPLES | RESAMPLING, exclude_defaults=True) if "shards" not in segment else {}
+    left_out = {name: value for name, value in chosen.items() if not value and (name != "class_exponent" or has_classes)}
+    return {OLD_NAMES.get(f"data.{name}", f"data.{name}"): value for name, value in left_out.items()} | dict(
+        segment["identity"]
+    )
 
 
 def _segment(store: Identified, order: Order) -> Segment:

@@ -17,6 +17,7 @@ from bigmodel.inspect.show import order_before
 from bigmodel.launcher.__main__ import application
 from bigmodel.run_directory import read_json_lines
 from bigmodel.training.checkpoint import format as checkpoint
+from tests.data.plan.test_classes import CLASSES, store_of
 from tests.data.plan.test_order import TWO_SOURCES
 from tests.support.memory_store import MemoryStore, given_positions
 from tests.support.ranks import run_ranks
@@ -76,6 +77,42 @@ def test_after_a_change_going_on_is_refused_and_a_new_plan_is_a_segment(change: 
     assert resumed == end
     again, resumed = walked(changed, other, 5, second, new_plan=True)  # a restarted job gives the same command
     assert (again, resumed) == (rest, end)
+
+
+@pytest.mark.parametrize("name", ["mix_exponent", "class_exponent"])
+def test_an_exponent_of_zero_is_a_plan_of_its_own_also_in_checkpoints_of_earlier_versions(name: str) -> None:
+    store = store_of()
+    plain, zero = (
+        Settings.model_validate(
+            {
+                "data": {"max_document_length": 24, "sequence_length": 48, "packing_buffer": 4, name: exponent},
+                "model": {"kind": "encoder"},
+                "classification": {"classes": CLASSES},
+            }
+        )
+        for exponent in (1.0, 0.0)
+    )
+    given, state = walked(zero, store, 9)
+    other, state_of_plain = walked(plain, store, 9)
+    assert given != other
+    with pytest.raises(UserError, match=f"data.{name}: 0.0 when saved, None now"):
+        walked(plain, store, 1, state)
+    with pytest.raises(UserError, match=f"data.{name}: None when saved, 0.0 now"):
+        walked(zero, store, 1, state_of_plain)
+    _, state = walked(zero, store, 4)
+    segment = {"first_step": 0, "identity": without(state["segments"][0]["identity"], f"data.{name}")}
+    cursor = state["cursor"] | {"identity": segment["identity"], "fingerprint": "of that"}
+    earlier = state | {"cursor": cursor, "segments": [segment]}
+    rest, resumed = walked(zero, store, 5, earlier)
+    for segments in (state["segments"], earlier["segments"], resumed["segments"]):
+        _, order = order_of_segment(store, zero.data, segments, 0)
+        assert [pack for _ in range(9) for pack in order.next_step()] == given
+    assert given[-len(rest) :] == rest
+    assert resumed["segments"][0]["identity"][f"data.{name}"] == 0
+
+
+def without(identity: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key != name}
 
 
 def test_a_third_plan_follows_the_second() -> None:
