@@ -74,14 +74,15 @@ class Run:
                 f"{directory}: no checkpoint yet, so no step is kept; train until checkpoint.every_steps is reached, "
                 f"or put back {directory / 'checkpoints'} or {DIGESTS}"
             )
-        skipped = {
-            line["step"]: line["skip_reason"]
+        reasons = {  # of a step that a restart computed again, the last line
+            line["step"]: line["skip_reason"] if line["skipped"] else ""
             for line in read_json_lines(directory / "metrics.jsonl")
-            if line["kind"] == "step" and line["skipped"] and line["step"] <= state["step"]
+            if line["kind"] == "step" and line["step"] <= state["step"]
         }
         left_out = {step: "left_out" for rewind in declared_in(state) for step in rewind.steps if step <= state["step"]}
         known = {int(step): reason for step, reason in state.get("without_update", {}).items()}
-        return cls(directory, settings, state["segments"], state["step"], known | skipped | left_out)
+        all_reasons = {step: reason for step, reason in (known | reasons | left_out).items() if reason}
+        return cls(directory, settings, state["segments"], state["step"], all_reasons)
 
     @cached_property
     def folders(self) -> list[Path]:

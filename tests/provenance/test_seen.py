@@ -141,6 +141,16 @@ def test_steps_without_an_update_are_not_counted_as_trained(trained: Path) -> No
             assert f"trained in {len({line.split()[1] for line in applied})} step" in head
 
 
+def test_a_step_that_a_restart_computed_again_has_the_update_of_its_last_line(trained: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(trained.with_suffix(""), tmp_path / "run")
+    before = Run.open(theirs).without_update
+    lines = (theirs / "metrics.jsonl").read_text()
+    again = {"kind": "step", "step": 3, "skipped": True, "skip_reason": "spike"}  # of a start that was killed
+    (theirs / "metrics.jsonl").write_text(json.dumps(again) + "\n" + lines)
+    assert Run.open(theirs).without_update == before
+    assert 3 not in before
+
+
 def test_the_data_of_all_segments_is_searched_and_what_is_gone_is_said(shards: Path, tmp_path: Path) -> None:
     one, other = shards, prepared(tmp_path, shard_tokens=1500, sources=write_sources(tmp_path / "text")[:1])
     settings = load_settings(write_run(tmp_path, other))

@@ -36,7 +36,7 @@ class Excluded:
             return cls()
         found: dict[str, dict[int, set[int]]] = {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # texts of documents may hold other line ends
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.exclude = {path}: cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):

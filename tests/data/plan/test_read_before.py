@@ -14,6 +14,7 @@ from bigmodel.checks import segment_order
 from bigmodel.checks.segment_order import Given, check_segments
 from bigmodel.config.settings import UserError
 from bigmodel.data.plan import shuffle
+from bigmodel.data.plan.exclusion import Excluded
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.read_before import pack_shards, unpack_shards
 from bigmodel.data.plan.segments import order_of_segment, repeats, resume_order
@@ -210,3 +211,9 @@ def test_a_wrong_list_of_excluded_documents_is_refused_with_its_line(tmp_path: P
     (tmp_path / "list.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=said):
         resume_order(MemoryStore(SOURCES), run(exclude=tmp_path / "list.jsonl"), None)
+
+
+def test_further_keys_of_a_list_of_excluded_documents_may_hold_any_text(tmp_path: Path) -> None:
+    line = '{"source": "a", "shard": 1, "row": 2, "text": "one\u2028two\u0085three"}'
+    (tmp_path / "list.jsonl").write_text(f"{line}\r\n\n", encoding="utf-8", newline="")
+    assert Excluded.read(tmp_path / "list.jsonl").rows == {"a": {1: [2]}}
