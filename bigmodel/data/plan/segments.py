@@ -144,7 +144,9 @@ def _complete(segment: Segment, data: DataSettings, sources: Mapping[str, Any] |
     settings; not of classes where the cursor's `sources` have none."""
     has_classes = sources is None or any("classes" in cursor for cursor in sources.values())
     chosen = data.model_dump(include=EXAMPLES | RESAMPLING, exclude_defaults=True) if "shards" not in segment else {}
-    left_out = {name: value for name, value in chosen.items() if not value and (name != "class_exponent" or has_classes)}
+    left_out = {
+        name: value for name, value in chosen.items() if not value and (name != "class_exponent" or has_classes)
+    }
     return {OLD_NAMES.get(f"data.{name}", f"data.{name}"): value for name, value in left_out.items()} | dict(
         segment["identity"]
     )

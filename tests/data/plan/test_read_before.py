@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from bigmodel.checks import segment_order
 from bigmodel.checks.segment_order import Given, check_segments
 from bigmodel.config.settings import UserError
+from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.plan import shuffle
 from bigmodel.data.plan.exclusion import Excluded
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.read_before import pack_shards, unpack_shards
 from bigmodel.data.plan.segments import order_of_segment, repeats, resume_order
+from bigmodel.data.plan.shuffle import lengths_in
 from tests.data.plan.test_segments import run, saved
 from tests.support.memory_store import MemoryStore, given_positions
 
@@ -217,3 +219,65 @@ def test_further_keys_of_a_list_of_excluded_documents_may_hold_any_text(tmp_path
     line = '{"source": "a", "shard": 1, "row": 2, "text": "one\u2028two\u0085three"}'
     (tmp_path / "list.jsonl").write_text(f"{line}\r\n\n", encoding="utf-8", newline="")
     assert Excluded.read(tmp_path / "list.jsonl").rows == {"a": {1: [2]}}
+
+
+class KindsStore(MemoryStore):
+    """Sources of pairs, of supervised documents, or texts whose segmentations differ by pass."""
+
+    def __init__(self, pairs: str = "", supervised: str = "", passes: int = 0) -> None:
+        super().__init__(SOURCES)
+        self.pair_sources, self.supervised_sources, self.passes = pairs, supervised, passes
+
+    def target_lengths(self, source: str, shard: int) -> np.ndarray:
+        return self.lengths(source, shard) // 2 + 2
+
+    def spans(self, source: str, shard: int) -> np.ndarray:
+        lengths = self.lengths(source, shard).tolist()
+        return np.array([(row, length // 2, length, 1) for row, length in enumerate(lengths) if length > 3])
+
+    def lengths_of_pass(self, source: str, shard: int, number: int, side: str = "") -> np.ndarray:
+        lengths = self.target_lengths(source, shard) if side else self.lengths(source, shard)
+        return np.where(lengths > 1, lengths + number % self.passes, lengths)
+
+
+LIMITED = {"max_epochs": dict.fromkeys("abc", 3)}
+STAGED = {"mix": {"a": 1.0, "b": 1.0}, "curriculum": [{"from_tokens": 50, "mix": dict.fromkeys("abc", 1.0)}]}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes"),
+    [
+        ({"pairs": "ab"}, {}),
+        ({"supervised": "bc"}, {}),
+        ({"passes": 3}, {}),
+        ({"passes": 3, "pairs": "a"}, {}),
+        ({}, STAGED),
+        ({}, LIMITED),
+    ],
+    ids=["pairs", "supervised", "random segmentation", "segmented pairs", "curriculum", "max_epochs"],
+)
+def test_each_kind_of_data_and_of_plan_is_given_once_in_an_epoch_over_segments(
+    kinds: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    store, state, given_so_far = KindsStore(**kinds), None, Counter[Named]()
+    base = {"max_document_length": 64, "sequence_length": 64, **changes}
+    for number, more in enumerate(({}, {"packing_buffer": 2}, {"max_documents": 2})):
+        order, segments = resume_order(store, run(**base, **more), state, new_plan=number > 0)
+        for _ in range(2):
+            given_so_far += named(store, order.next_step())
+        state = saved(order, segments)
+    order, _ = resume_order(store, run(**base, **more), state)
+    while not all(one.epochs_complete >= 2 for one in order.progress().values()):
+        given_so_far += named(store, order.next_step())
+    assert set(given_so_far.values()) == {1}
+    for source, shards in SOURCES.items():
+        for epoch in range(2):
+            held = sum(int(num_tokens(lengths_in(store, source, at, epoch)).sum()) for at in range(len(shards)))
+            assert sum(at[0] == source and at[4] == epoch for at in given_so_far) == held
+    if changes is LIMITED:  # over the whole run
+        steps: list[Any] = []
+        with pytest.raises(UserError, match="every source of its mix has reached its limit"):
+            steps.extend(iter(order.next_step, None))
+        given_so_far += named(store, [pack for packs in steps for pack in packs])
+        assert {at[4] for at in given_so_far} == {0, 1, 2}
+        assert set(given_so_far.values()) == {1}
