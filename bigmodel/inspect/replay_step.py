@@ -39,20 +39,16 @@ TOLD_SECONDS = 10.0  # a line of progress each
 
 @dataclass(frozen=True)
 class Part:
-    """A document's chunk in a step. loss: sum over its labels in nats. gradient_norm: of its share of the gradient of
-    the step's mean loss."""
+    """A document's chunk in a step. loss: weighted sum over its labels in nats; weight: of these labels, their number
+    where each has 1. gradient_norm: of its share of the gradient of the step's mean loss."""
 
     chunk: Chunk
     loss: float
     labels: int
+    weight: float
     gradient_norm: float
     activation: float
     layer: str  # where the activation is
-
-    @property
-    def mean(self) -> float:
-        """Nats per label."""
-        return self.loss / max(1, self.labels)
 
     @property
     def rank_key(self) -> float:
@@ -138,7 +134,8 @@ class Dissection:
         activations = {layer: float(value) for layer, value in peaks.items()}
         layer = max(activations, key=lambda name: order(activations[name]), default="")
         norm = math.sqrt(sum(float(square) for square in squares.values()))
-        part = Part(chunk, float(loss), own.num_labels, norm, activations.get(layer, 0.0), layer)
+        weight = own.num_labels if own.weights is None else float(own.weights.sum())
+        part = Part(chunk, float(loss), own.num_labels, weight, norm, activations.get(layer, 0.0), layer)
         return part, activations
 
     def _nothing(self) -> tuple[Any, dict[str, float]]:

@@ -11,9 +11,9 @@ import numpy as np
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.load.stream import place_of
+from bigmodel.data.objectives.examples import Pair
 from bigmodel.data.objectives.supervised import Supervised
 from bigmodel.data.store.shards import ShardStore
-from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.inspect.replay_picture import draw
 from bigmodel.inspect.replay_step import Measured, Part, largest, order
 from bigmodel.run_directory import write_atomically, write_json
@@ -23,6 +23,7 @@ SHOWN, PREVIEW, LONG_PREVIEW = 10, 60, 400  # documents in the table, characters
 BOUNDS = {"loss": 1e-6, "gradient_norm": 1e-5}  # relative, per step since the checkpoint, in fp32
 ROUGHER = 1000  # times the bounds, in bf16 and fp16
 SOURCE = ("gradient", "loss", "above_mean", "labels", "activation", "source", "documents")
+ARROW = " -> "
 LAYER = ("gradient", "activation", "layer")
 
 
@@ -157,16 +158,31 @@ def as_json(done: Replayed) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def mean_loss(parts: Sequence[Part]) -> float:
+    """Nats per label, weighted as in the step's loss."""
+    weight = math.fsum(part.weight for part in parts)
+    return math.fsum(part.loss for part in parts) / weight if weight else 0.0
+
+
+def above_mean(parts: Sequence[Part], measured: Measured) -> float:
+    """Nats above those that labels of these weights have on average in the step. Over all parts the sum is 0."""
+    return math.fsum(part.loss - part.weight * measured.loss for part in parts)
+
+
 def text_of(part: Part, store: ShardStore, characters: int) -> str:
-    """The beginning of the chunk's text on one line; of pairs, of the target."""
+    """The beginning of the chunk's text on one line; of a pair, of its source and -> its target or its class."""
     chunk = part.chunk
     document = store.document(*place_of(store, chunk))
-    if isinstance(document, np.ndarray):
-        tokens = document[chunk.start : chunk.start + chunk.length]
-    else:
-        tokens = document.tokens if isinstance(document, Supervised) else document.target
-    text = " ".join(Tokenizer.load(store.file("tokenizer.json")).decode(tokens[:characters]).split())
-    return "".join(letter for letter in text if letter.isprintable())[:characters]
+
+    def begins(tokens: np.ndarray, length: int) -> str:
+        text = " ".join(store.tokenizer.decode(tokens[:length]).split())
+        return "".join(letter for letter in text if letter.isprintable())[:length]
+
+    if isinstance(document, Pair):
+        target = begins(document.target, characters // 2)
+        return f"{begins(document.source, characters - len(ARROW) - len(target))}{ARROW}{target}"
+    tokens = document.tokens if isinstance(document, Supervised) else document[chunk.start :][: chunk.length]
+    return begins(tokens, characters)
 
 
 def _place(part: Part, store: ShardStore) -> dict[str, Any]:
@@ -184,8 +200,8 @@ def _row_of(part: Part, store: ShardStore) -> str:
 def _numbers(part: Part, measured: Measured) -> dict[str, Any]:
     return {
         "gradient": _number(part.gradient_norm),
-        "loss": _number(part.mean),
-        "above_mean": _number(part.loss - part.labels * measured.loss),
+        "loss": _number(mean_loss([part])),
+        "above_mean": _number(above_mean([part], measured)),
         "labels": part.labels,
         "activation": _number(part.activation),
         "layer": part.layer,
@@ -195,7 +211,7 @@ def _numbers(part: Part, measured: Measured) -> dict[str, Any]:
 def _documents(done: Replayed) -> list[str]:
     rows = []
     for part in done.measured.parts[:SHOWN]:
-        numbers = part.gradient_norm, part.mean, part.labels, part.activation
+        numbers = part.gradient_norm, mean_loss([part]), part.labels, part.activation
         rows.append((*numbers, _row_of(part, done.store), part.chunk.start, text_of(part, done.store, PREVIEW)))
     return _table(("gradient", "loss", "labels", "activation", "file", "from token", "text"), rows)
 
@@ -205,10 +221,9 @@ def _sources(done: Replayed) -> list[tuple[Any, ...]]:
     rows = []
     for number, norm in done.measured.sources.items():
         mine = [part for part in done.measured.parts if part.chunk.source == number]
-        labels, loss = sum(part.labels for part in mine), math.fsum(part.loss for part in mine)
+        labels, above = sum(part.labels for part in mine), above_mean(mine, done.measured)
         activation = largest([part.activation for part in mine])
-        above = loss - labels * done.measured.loss
-        rows.append((norm, loss / max(1, labels), above, labels, activation, done.store.sources[number], len(mine)))
+        rows.append((norm, mean_loss(mine), above, labels, activation, done.store.sources[number], len(mine)))
     return sorted(rows, key=lambda row: -order(row[0]))
 
 

@@ -18,6 +18,7 @@ from bigmodel.launcher.network import free_port
 from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import text
 from tests.support.tiny_run import write_run
+from tests.system.test_classification_run import document, prepare_labelled, write_classification
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+/"
 REPEATED = " ".join(["qzxj"] * 60)
@@ -151,6 +152,20 @@ def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_
         assert all(one["equal"] for one in found["recorded"].values()), (run_file, found["recorded"])
         gradients.append([one["gradient"] for one in found["documents"]])
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
+
+
+def test_of_weighted_classes_texts_and_classes_are_shown_and_losses_add_up_to_the_step(tmp_path: Path) -> None:
+    labelled = prepare_labelled(tmp_path / "mail", [document(number) for number in range(60)])
+    run_file = write_classification(tmp_path, labelled, 1, "run", "weights = { odd = 3.0 }")
+    run_ranks(1, train, run_file, "training.steps=2", "schedule.kind=constant")
+    run_ranks(1, replay, run_file.with_suffix(""), 2, tmp_path / "out", 0)
+    found = found_in(tmp_path / "out")
+    assert all(one["equal"] for one in found["recorded"].values()), found["recorded"]
+    assert found["sources"][0]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    assert sum(one["above_mean"] for one in found["documents"]) == pytest.approx(0, abs=1e-4)
+    texts = [one["text"] for one in found["documents"]]
+    assert {text.partition(" -> ")[2] for text in texts} == {"even", "odd"}
+    assert all(text.startswith("time" if text.endswith("even") else "state") for text in texts), texts
 
 
 def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
