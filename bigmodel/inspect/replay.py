@@ -12,7 +12,7 @@ Costs: the steps from the checkpoint on, and those of bigmodel/inspect/replay_st
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from bigmodel.config.deepspeed_json import device_of
 from bigmodel.config.settings import DataSettings, Settings, UserError, num_micro_batches, to_toml_table
 from bigmodel.data.load.stream import Stream
 from bigmodel.data.objectives.examples import num_special_tokens
-from bigmodel.data.plan.order import Order
-from bigmodel.data.plan.segments import order_of_segment
+from bigmodel.data.plan.order import Order, describe_difference
+from bigmodel.data.plan.read_before import Segment
+from bigmodel.data.plan.segments import order_of_segment, resume_order
 from bigmodel.data.plan.sharing import Place
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import World, end_world, start_world
@@ -147,19 +148,23 @@ def _refuse_another_tokenizer(record: Record, store: ShardStore, settings: Setti
 def _order_at(
     record: Record, store: ShardStore, settings: Settings, found: checkpoint.Checkpoint | None, step: int
 ) -> tuple[DataSettings, Order]:
-    """The plan that goes on after the checkpoint, all lanes. Raises `UserError` where data or plan are others."""
-    latest = checkpoint.newest_state(record.directory / "checkpoints")
-    segments = (latest or {"segments": []})["segments"]
+    """The plan that goes on or begins after the checkpoint, all lanes. Raises `UserError` where data or plan are
+    others."""
     begun = found.state["step"] if found else 0
-    if later := [one["first_step"] for one in segments if begun < one["first_step"] < step]:
+    plans = {one.step: one.new_plan for one in record.starts_of(begun + 1, step) if one.new_plan}
+    if later := [first for first in plans if first > begun]:
         raise UserError(
             f"--step {step}: a new plan began after step {later[0]}, later than the checkpoint of step {begun}; steps "
             f"{begun + 1} to {later[0]} can be computed again from it; step {step} needs a checkpoint from step "
-            f"{later[0]} on"
+            f"{later[-1]} on"
         )
-    if found:
-        segments = found.state["segments"]
+    latest = checkpoint.newest_state(record.directory / "checkpoints")
+    segments = (latest or {"segments": []})["segments"]
     try:
+        if begun in plans:
+            return _new_plan(store, settings, found, segments, begun, plans[begun])
+        if found:
+            segments = found.state["segments"]
         if not segments:
             return settings.data, Order.of_run(store, settings)
         data, order = order_of_segment(store, settings.data, segments, len(segments) - 1 if found else 0)
@@ -172,6 +177,24 @@ def _order_at(
             "steps in events.jsonl"
         ) from None
     return data, order
+
+
+def _new_plan(
+    store: ShardStore,
+    settings: Settings,
+    found: checkpoint.Checkpoint | None,
+    segments: Sequence[Segment],
+    begun: int,
+    identity: Any,
+) -> tuple[DataSettings, Order]:
+    """The plan that began after the checkpoint: as a later checkpoint stores it; without one, as the run made it."""
+    for number, segment in enumerate(segments):
+        if (segment["first_step"], segment["identity"]) == (begun, identity):
+            return order_of_segment(store, settings.data, segments, number)
+    order, _ = resume_order(store, settings, found.state if found else None, new_plan=True)
+    if order.plan.identity != identity:
+        raise UserError(describe_difference(identity, order.plan.identity))
+    return settings.data, order
 
 
 def _engine_at(
@@ -234,7 +257,7 @@ def _differences(record: Record, step: int, begun: int, place: Place) -> list[st
     """Why loss and norm may differ from the recorded ones; empty: they must be equal to the last bit."""
     at, now = record.start(step), package_versions()
     found = []
-    for start in {id(one): one for one in map(record.start, range(begun + 1, step + 1))}.values():
+    for start in record.starts_of(begun + 1, step):
         if start.world_size != place.world_size:
             found.append(f"{start.world_size} ranks then, {place.world_size} now")
         elif start.node_size != place.node_size:

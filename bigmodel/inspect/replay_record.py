@@ -16,7 +16,8 @@ from bigmodel.training.spikes import Rewind, declared_in, read_rewinds
 
 @dataclass(frozen=True)
 class Start:
-    """A start of the run, and what it recorded. step: done before it. node_size: ranks of a node."""
+    """A start of the run, and what it recorded. step: done before it. node_size: ranks of a node. new_plan: identity of
+    the plan that began with it; None: the plan went on."""
 
     step: int
     world_size: int
@@ -24,15 +25,17 @@ class Start:
     settings: Settings
     deepspeed: dict[str, Any]  # effective
     versions: dict[str, str]
+    new_plan: dict[str, Any] | None
 
     @classmethod
     def read(cls, file: Path, event: dict[str, Any]) -> "Start":
-        """event: the start's line of events.jsonl."""
+        """event: the start's line of events.jsonl, with the `identity` of a new plan."""
         table = read_json(file)
         environment, ranks = table["environment"], event["world_size"]
         node_size = int(environment["variables"].get("LOCAL_WORLD_SIZE", ranks))
         settings = settings_from_table(table["settings"], file, saved=True)
-        return cls(event["step"], ranks, node_size, settings, table["deepspeed"], environment["versions"])
+        deepspeed, versions = table["deepspeed"], environment["versions"]
+        return cls(event["step"], ranks, node_size, settings, deepspeed, versions, event.get("identity"))
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Record:
         """The one that computed this step last."""
         return next((one for one in reversed(self.starts) if one.step < step), self.starts[0])
 
+    def starts_of(self, first: int, last: int) -> list[Start]:
+        """Those that computed these steps last, in their order."""
+        return list({id(one): one for one in map(self.start, range(first, last + 1))}.values())
+
     def is_left_out(self, step: int) -> bool:
         """Whether the run applied no update in this step. A step without a record counts as applied."""
         return any(step in one.steps for one in self.rewinds) or bool(self.lines.get(step, {}).get("skipped"))
@@ -72,7 +79,12 @@ class Record:
 def read_record(directory: Path) -> Record:
     """Raises `UserError` if it is not the directory of a run that has begun."""
     files = sorted((directory / "starts").glob("*.json"))
-    events = [line for line in read_json_lines(directory / "events.jsonl") if line["event"] == "start"]
+    events: list[dict[str, Any]] = []
+    for line in read_json_lines(directory / "events.jsonl"):
+        if line["event"] == "start":
+            events.append(line)
+        elif line["event"] == "new_plan" and events:
+            events[-1] = line | events[-1]
     count = min(len(files), len(events))
     if not count:
         raise UserError(f"{directory}: no run directory (no starts/0001.json); give the run.directory of a run")

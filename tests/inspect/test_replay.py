@@ -32,6 +32,13 @@ def train(run_file: Path, *changes: str) -> None:
     run(load_settings(run_file, [*CHANGES, *changes]))
 
 
+def go_on(run_file: Path, *changes: str) -> None:
+    """With a new plan."""
+    from bigmodel.training.loop import train as run
+
+    run(load_settings(run_file, [*CHANGES, *changes]), new_plan=True)
+
+
 def replay(directory: Path, step: int, out: Path, given: int | None = None) -> None:
     from bigmodel.inspect.replay import replay as run
     from bigmodel.inspect.replay_text import Outputs
@@ -152,6 +159,23 @@ def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_
         assert all(one["equal"] for one in found["recorded"].values()), (run_file, found["recorded"])
         gradients.append([one["gradient"] for one in found["documents"]])
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
+
+
+def test_the_first_steps_of_a_new_plan_are_repeated_also_before_its_first_checkpoint(
+    data: Path, tmp_path: Path
+) -> None:
+    """The checkpoint that they go on from knows only the plan before."""
+    run_file, bad = write_run(tmp_path, data), tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"source": "web", "shard": 0, "row": 1}) + "\n")
+    run_ranks(1, train, run_file, "training.steps=5")
+    run_ranks(1, go_on, run_file, "training.steps=8", f"data.exclude={bad}")
+    run_ranks(1, replay, run_file.with_suffix(""), 8, tmp_path / "stored")
+    shutil.rmtree(run_file.with_suffix("") / "checkpoints" / "step-00000008")
+    run_ranks(1, replay, run_file.with_suffix(""), 7, tmp_path / "made")
+    for out in ("stored", "made"):
+        found = found_in(tmp_path / out)
+        assert (found["checkpoint"], found["may_differ"]) == (5, [])
+        assert all(one["equal"] for one in found["recorded"].values()), found["recorded"]
 
 
 def test_of_weighted_classes_texts_and_classes_are_shown_and_losses_add_up_to_the_step(tmp_path: Path) -> None:
