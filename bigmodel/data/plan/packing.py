@@ -46,28 +46,50 @@ def best_fit_decreasing(lengths: np.ndarray, sequence_length: int, max_documents
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= sequence_length), (
         f"every length must lie between 1 and sequence_length = {sequence_length}"
     )
+    if not len(lengths):
+        return _describe(lengths, lengths, lengths, sequence_length, max_documents)
     order = np.lexsort((-lengths, np.arange(len(lengths)) >= num_first))
+    owners = _best_fit(lengths[order], sequence_length, max_documents)
+    num_documents = np.bincount(owners)
+    if len(num_documents) <= 2**16:
+        owners = owners.astype(np.uint16)  # sorted by radix
+    return _describe(order[np.argsort(owners, kind="stable")], num_documents, lengths, sequence_length, max_documents)
+
+
+def _best_fit(lengths: np.ndarray, sequence_length: int, max_documents: int) -> np.ndarray:
+    """The pack of each document, in the order given: (n,) int64.
+
+    An open pack is one integer, room, turn and number, in a sorted list; tuples are slower. Turns count down: of equal
+    rooms the latest comes first.
+    """
     bits = len(lengths).bit_length()
-    pack_mask, room_shift = (1 << bits) - 1, 2 * bits
-    turn = len(lengths)  # counts down: of equal rooms the latest comes first
-    opened: list[int] = []  # sorted: room, turn and number of each open pack, in one integer; tuples are slower
-    owners: list[int] = []  # pack of each document, in `order`
-    counts: list[int] = []  # documents of each pack
-    for length in lengths[order].tolist():
-        place = bisect_left(opened, length << room_shift)
+    number = (1 << bits) - 1
+    room_and_number = ~(number << bits)
+    turns = (np.arange(len(lengths))[::-1] << bits).tolist()
+    needs = (lengths << 2 * bits).tolist()
+    least = min(needs)
+    fresh = sequence_length << 2 * bits
+    shortest = np.sort(lengths)[: max_documents + 1]
+    is_limited = len(shortest) > max_documents and int(shortest.sum()) <= sequence_length
+    counts = [0] * len(lengths)  # documents of each pack, where the limit can be reached
+    opened: list[int] = []
+    chosen: list[int] = []
+    for need, turn in zip(needs, turns, strict=True):
+        place = bisect_left(opened, need)
         if place < len(opened):
-            best = opened.pop(place)
-            pack, room = best & pack_mask, (best >> room_shift) - length
-            counts[pack] += 1
+            pack = opened.pop(place)
         else:
-            pack, room = len(counts), sequence_length - length
-            counts.append(1)
-        owners.append(pack)
-        if room and counts[pack] < max_documents:
-            turn -= 1
-            insort(opened, room << room_shift | turn << bits | pack)
-    members = order[np.argsort(np.array(owners, dtype=np.int64), kind="stable")]
-    return _describe(members, np.array(counts, dtype=np.int64), lengths, sequence_length, max_documents)
+            pack = fresh
+            fresh += 1
+        chosen.append(pack)
+        left = pack - need
+        if left >= least:
+            if is_limited:
+                counts[pack & number] += 1
+                if counts[pack & number] == max_documents:
+                    continue
+            insort(opened, left & room_and_number | turn)
+    return np.array(chosen, dtype=np.int64) & number
 
 
 def pack_two_sides(lengths: np.ndarray, budgets: tuple[int, int], max_documents: int, num_first: int = 0) -> Packing:

@@ -208,8 +208,11 @@ class Block:
             return first
         document = int(np.searchsorted(self._first_chunks, np.int32(first), side="right")) - 1
         offset = (first - int(self._first_chunks[document])) * int(self._max_document_length[document])
-        ends = np.cumsum(self._positions[document:], dtype=np.int64)  # recomputed: stored, a third of the block
-        end = min(document + 1 + int(np.searchsorted(ends, offset + positions)), len(self._positions))
+        ahead, wanted, counted = self._positions[document:], offset + positions, 128
+        while counted < len(ahead) and ahead[:counted].sum() < wanted:
+            counted *= 2
+        ends = np.cumsum(ahead[:counted], dtype=np.int64)  # recomputed: stored, a third of the block
+        end = min(document + 1 + int(np.searchsorted(ends, wanted)), len(self._positions))
         return int(self._first_chunks[end])
 
     def table(self, first: int, end: int, source: int, epoch: int) -> np.ndarray:
