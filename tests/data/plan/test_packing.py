@@ -49,3 +49,25 @@ def test_every_document_is_in_one_pack_and_no_pack_is_over_a_limit(data):
     for pack, filled, documents in zip(packing.packs, packing.num_tokens, packing.num_documents, strict=True):
         assert filled == sum(lengths[index] for index in pack) <= sequence_length
         assert documents == len(pack) <= max_documents
+
+
+@given(st.data())
+def test_packs_are_those_of_the_rule_followed_document_by_document(data):
+    sequence_length, max_documents = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(1, sequence_length), max_size=60))
+    num_first = data.draw(st.integers(0, len(lengths)))
+    packs, reached = [], []  # reached: the turn in which each took its last document
+    order = sorted(range(len(lengths)), key=lambda index: (index >= num_first, -lengths[index], index))
+    for turn, index in enumerate(order):
+        rooms = [sequence_length - sum(lengths[member] for member in pack) for pack in packs]
+        fits = [
+            place for place, room in enumerate(rooms) if room >= lengths[index] and len(packs[place]) < max_documents
+        ]
+        if fits:
+            place = min(fits, key=lambda place: (rooms[place], -reached[place]))
+            packs[place].append(index)
+            reached[place] = turn
+        else:
+            packs.append([index])
+            reached.append(turn)
+    assert best_fit_decreasing(np.array(lengths), sequence_length, max_documents, num_first).packs == packs
