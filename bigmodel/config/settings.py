@@ -105,6 +105,12 @@ class OptimizerSettings(Section):
         description="muon: factor of an orthogonal update. match_rms_adamw: 0.2 * sqrt(max(rows, columns)), the size "
         "of AdamW's updates; original: sqrt(max(1, rows / columns)), as in DeepSpeed",
     )
+    joined_matrices: Literal["whole", "parts"] = setting(
+        "whole",
+        only_with=READ_BY_OPTIMIZER,
+        description="muon: orthogonalises matrices that are stored as one, query, key and value or gate and up, as a "
+        "whole, as DeepSpeed does, or each by itself, as Megatron does",
+    )
     adamw_rate_factor: float = setting(
         1.0,
         only_with=READ_BY_OPTIMIZER,

@@ -31,8 +31,11 @@ class Linear(nn.Linear):
     `lora`: adapters that are added to the product (`bigmodel.model.lora`).
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, parts: tuple[int, ...] = ()) -> None:
+        """`parts`: rows of each of the matrices that this one holds; empty: it is one."""
+        assert not parts or sum(parts) == outputs
         super().__init__(inputs, outputs, bias=bias)
+        self.parts = parts
         self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +167,7 @@ class FeedForward(nn.Module):
         self.is_gated, self.activation = settings.gated, ACTIVATIONS[settings.activation]
         width, inner, bias = settings.hidden_size, settings.intermediate_size, settings.feed_forward_bias
         if self.is_gated:
-            self.gate_up = Linear(width, 2 * inner, bias)
+            self.gate_up = Linear(width, 2 * inner, bias, parts=(inner, inner))
         else:
             self.up = Linear(width, inner, bias)
         self.down = Linear(inner, width, bias)

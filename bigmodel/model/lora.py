@@ -115,11 +115,7 @@ def matrices_of(block: Any) -> Iterator[tuple[str, Linear, dict[str, int]]]:
         for name in path.split("."):
             module = getattr(module, name, None)
         if module is not None:
-            rows = dict.fromkeys(parts, module.out_features // len(parts))
-            if len(parts) == 3:  # fewer key/value heads than query heads
-                keys = block.attention.num_kv_heads * block.attention.head_dim
-                rows = {"q_proj": module.out_features - 2 * keys, "k_proj": keys, "v_proj": keys}
-            yield path, module, rows
+            yield path, module, dict(zip(parts, module.parts or (module.out_features,), strict=True))
 
 
 def is_target(target: str, matrix: str, part: str) -> bool:

@@ -116,8 +116,9 @@ class Attention(nn.Module):
             settings.resolved_head_dim,
         )
         self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
-        rows, has_bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, settings.attention_bias != "none"
-        self.query_key_value = Linear(settings.hidden_size, rows, has_bias)
+        has_bias = settings.attention_bias != "none"
+        rows = tuple(heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
+        self.query_key_value = Linear(settings.hidden_size, sum(rows), has_bias, parts=rows)
         self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size, settings.attention_bias == "all")
         self.query_norm, self.key_norm = (
             make_head_norm(settings, number) for number in (self.num_heads, self.num_kv_heads)
@@ -147,8 +148,8 @@ class MixedAttention(Attention):
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__(settings, layer)
-        rows, has_bias = 2 * self.num_kv_heads * self.head_dim, settings.attention_bias != "none"
-        self.source_key_value = Linear(settings.encoder.hidden_size, rows, has_bias)
+        rows, has_bias = self.num_kv_heads * self.head_dim, settings.attention_bias != "none"
+        self.source_key_value = Linear(settings.encoder.hidden_size, 2 * rows, has_bias, parts=(rows, rows))
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, states_SE: Tensor | None = None) -> Tensor:
         if states_SE is None:  # a step of generation: the source's keys are in the inputs' cache
@@ -177,7 +178,8 @@ class CrossAttention(nn.Module):
         self.scale, self.softcap = settings.attention_scale or None, settings.attention_softcap or None
         has_bias = settings.attention_bias != "none"
         self.query = Linear(settings.hidden_size, self.num_heads * self.head_dim, has_bias)
-        self.key_value = Linear(settings.encoder.hidden_size, 2 * self.num_kv_heads * self.head_dim, has_bias)
+        rows = self.num_kv_heads * self.head_dim
+        self.key_value = Linear(settings.encoder.hidden_size, 2 * rows, has_bias, parts=(rows, rows))
         self.output = Linear(self.num_heads * self.head_dim, settings.hidden_size, settings.attention_bias == "all")
         self.query_norm, self.key_norm = (
             make_head_norm(settings, number) for number in (self.num_heads, self.num_kv_heads)

@@ -24,12 +24,14 @@ BLOCK = re.compile(r"(encoder\.|)blocks\.(\d+)\.")
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Parameter groups for `torch.optim`. Every trained parameter is in exactly one.
 
-    A group has `weight_decay`, `l1_penalty`, `rate_factor` (multiplies the scheduled learning rate) and `matrices`:
-    whether the optimizer treats its parameters as matrices (Muon: hidden matrices; Adafactor: all matrices).
+    A group has `weight_decay`, `l1_penalty`, `rate_factor` (multiplies the scheduled learning rate), `matrices`:
+    whether the optimizer treats its parameters as matrices (Muon: hidden matrices; Adafactor: all matrices), and
+    `parts`: the rows of each part of such a matrix that is updated by itself; empty: the whole.
     Raises `UserError` where a pattern of `optimizer.groups` matches no parameter.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float, float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float, bool, tuple[int, ...]], list[nn.Parameter]] = {}
+    parts = rows_of_parts(model) if settings.joined_matrices == "parts" else {}
     factors = layer_factors([name for name, _ in model.named_parameters()], settings.layer_decay)
     met: set[str] = set()
     matrices = OPTIMIZERS[settings.kind].matrices
@@ -48,7 +50,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             penalty = penalty if given.l1_penalty is None else given.l1_penalty
             factor = given.learning_rate_factor
         factor *= factors[name]
-        groups.setdefault((decay, penalty, factor, as_matrix), []).append(parameter)
+        groups.setdefault((decay, penalty, factor, as_matrix, parts.get(id(parameter), ())), []).append(parameter)
     for given in settings.groups:
         if given.parameters not in met:
             names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -63,11 +65,17 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             "l1_penalty": penalty,
             "rate_factor": factor,
             "matrices": as_matrix,
+            "parts": rows,
         }
-        for (decay, penalty, factor, as_matrix), parameters in sorted(
+        for (decay, penalty, factor, as_matrix, rows), parameters in sorted(
             groups.items(), key=lambda item: item[0], reverse=True
         )
     ]
+
+
+def rows_of_parts(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Of weights that hold several matrices, query, key and value or gate and up: the rows of each, by id."""
+    return {id(module.weight): module.parts for module in model.modules() if getattr(module, "parts", ())}
 
 
 def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Muon (Jordan et al. 2024)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class Muon(torch.optim.AdamW):
 
     m = mu * m + g; O = the nearest semi-orthogonal matrix to g + mu * m; w -= rate * (scale * O + decay * w). The scale
     0.2 * sqrt(max(rows, columns)) gives updates of AdamW's size, so that one rate serves both (Liu et al. 2025); the
-    original one is sqrt(max(1, rows / columns)).
+    original one is sqrt(max(1, rows / columns)). A group with `parts` orthogonalises each of them.
     Masters are flat and may hold parts of matrices; `shards`, set by the engine, assembles them.
     """
 
@@ -38,8 +39,11 @@ class Muon(torch.optim.AdamW):
                 if master.grad is not None:
                     moment = self.state[master]["exp_avg"].mul_(self.momentum).add_(master.grad)
                     ahead = master.grad.add(moment, alpha=self.momentum)
-                    update = self.shards.whole_matrices(master, ahead, self._update)
+                    update = self.shards.whole_matrices(master, ahead, partial(self._change, group["parts"]))
                     master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    def _change(self, rows: tuple[int, ...], matrix: Tensor) -> Tensor:
+        return torch.cat([self._update(part) for part in matrix.split(rows)]) if rows else self._update(matrix)
 
 
 def _as_adamw(matrix: Tensor) -> Tensor:

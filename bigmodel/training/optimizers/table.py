@@ -77,7 +77,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "muon": Optimizer(
         about="Muon (Jordan et al. 2024) on hidden matrices, AdamW on the rest",
         build="bigmodel.training.optimizers.muon:build",
-        reads=("beta1", "beta2", "epsilon", "momentum", "matrix_scale", "adamw_rate_factor"),
+        reads=("beta1", "beta2", "epsilon", "momentum", "matrix_scale", "joined_matrices", "adamw_rate_factor"),
         states=ADAMW,
         matrices="hidden",
         states_of_matrices=(MOMENT,),

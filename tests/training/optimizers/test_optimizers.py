@@ -130,6 +130,25 @@ def test_muon_is_torch_s_on_matrices_and_adamw_on_the_rest(scale: str) -> None:
         assert (parameter - theirs.get_parameter(name)).norm() < tolerance * moved, name
 
 
+def test_muon_orthogonalises_each_part_of_a_joined_matrix() -> None:
+    """An update of parts is that of separate matrices of the same gradients."""
+    values = {"kind": "muon", "learning_rate": 0.1, "weight_decay": 0.2, "matrix_scale": "original"}
+    ours, rows = model(tied=False), {"attention.query_key_value": [8, 4, 4], "feed_forward.gate_up": [12, 12]}
+    settings = OptimizerSettings(**values, joined_matrices="parts")
+    muon = alone(build_optimizer(ours, settings), settings)
+    for name, sizes in rows.items():
+        joined = ours.get_parameter(f"blocks.0.{name}.weight")
+        joined.grad = torch.randn(joined.shape, generator=torch.Generator().manual_seed(3))
+        assert sum(sizes) == len(joined), name
+        apart = torch.nn.ParameterList(part.detach().clone() for part in joined.split(sizes))
+        for one, gradient in zip(apart, joined.grad.split(sizes), strict=True):
+            one.grad = gradient.clone()
+        alone(build_optimizer(apart, OptimizerSettings(**values)), OptimizerSettings(**values)).step()
+        muon.step()
+        assert torch.equal(joined, torch.cat(list(apart))), name
+        joined.grad = None
+
+
 class PlainAdEMAMix:
     """As in Algorithm 1 and Appendix A of Pagliardini et al. 2024, of one parameter, in float64."""
 

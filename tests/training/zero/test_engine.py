@@ -39,6 +39,7 @@ STAGES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision
 MOVING = {
     kind: {"optimizer": {"kind": kind}, "training": {"ema_decay": 0.8}} for kind in ("muon", "adafactor", "ademamix")
 }
+MOVING["muon"]["optimizer"]["joined_matrices"] = "parts"
 GRU = {"kind": "gru", "num_layers": 2, "hidden_size": 16, "backpropagation_tokens": 5}
 KINDS = ("none", "selective", "full")  # of activation checkpointing
 HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
