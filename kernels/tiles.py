@@ -11,7 +11,7 @@ and the tiles are then sorted by the number of columns that they visit, most fir
 In: cu_seqlens on the device. Out: a TileMetadata. Guarantees: nothing waits for the device; shapes depend on the
 numbers of rows and documents only; equal to `tile_table`, row by row. Costs on a GPU: two kernel launches and one
 assertion (`tile_table` is about 20 small operations a side); N * D + N^2 comparisons a side for N tiles: 40 million at
-64k tokens in 4,096 documents, 0.8 million in 256. On CPU, where the reference runs, it is the documents' lengths.
+64k tokens in 4,096 documents, 0.8 million in 256. The reference needs no tiles.
 
 Shape suffixes: D documents of a block, N tiles of a block, O other tiles, F fields of a tile.
 """
@@ -201,7 +201,7 @@ def _(
 
 @dataclass(frozen=True)
 class TileMetadata:
-    """Of a batch, for attention: tiles for the kernels, or document lengths on the host for the reference."""
+    """Of a batch, for attention: tiles for the kernels; the reference needs none."""
 
     mask: AttentionMask
     num_queries: int
@@ -209,13 +209,12 @@ class TileMetadata:
     query_tiles_NF: Tensor | None
     key_tiles_NF: Tensor | None
     block: int
-    lengths: tuple[tuple[int, int], ...] | None
 
 
 def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, block: int = TILE_ROWS) -> TileMetadata:
     """Tile metadata of a batch of `num_queries` query rows and `num_keys` key rows, on the device of cu_seqlens.
 
-    On a GPU: two tables of tiles of `block` rows, for any head_dim; on CPU: the documents' lengths.
+    On a GPU: two tables of tiles of `block` rows, for any head_dim; on CPU: none.
     On a GPU nothing waits for the device, and shapes depend on the numbers of rows and documents only: it may be
     captured in a CUDA graph together with the attention that uses it.
 
@@ -231,20 +230,14 @@ def make_tile_metadata(mask: AttentionMask, num_queries: int, num_keys: int, blo
         check_offsets("cu_seqlens_q", cu_seqlens_q, num_queries)
         check_offsets("cu_seqlens_k", cu_seqlens_k, num_keys)
     if not _runs_kernels(cu_seqlens_q.device):
-        return TileMetadata(mask, num_queries, num_keys, None, None, block, document_lengths(mask))
+        return TileMetadata(mask, num_queries, num_keys, None, None, block)
     # The operator serves torch.compile and meta tensors; a direct call is faster.
     make = tile_tables_op if compiling or cu_seqlens_q.device.type == "meta" else tile_tables
     query_tiles_NF, key_tiles_NF = make(
         cu_seqlens_q, cu_seqlens_k, mask.query_prefix, mask.key_prefix, *mask.window,
         num_queries, num_keys, block,
     )  # fmt: skip
-    return TileMetadata(mask, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block, lengths=None)
-
-
-def document_lengths(mask: AttentionMask) -> tuple[tuple[int, int], ...]:
-    """(queries, keys) of each document, on the host; waits for the device if cu_seqlens are on one."""
-    query_lengths, key_lengths = mask.cu_seqlens_q.diff().tolist(), mask.cu_seqlens_k.diff().tolist()
-    return tuple(zip(query_lengths, key_lengths, strict=True))
+    return TileMetadata(mask, num_queries, num_keys, query_tiles_NF, key_tiles_NF, block)
 
 
 def check_offsets(name: str, cu_seqlens: Tensor, num_rows: int) -> None:
