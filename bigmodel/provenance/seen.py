@@ -16,7 +16,7 @@ from rich.text import Text
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import mds
 from bigmodel.data.store.shards import ShardStore
-from bigmodel.provenance.digests import verify, write_digests
+from bigmodel.provenance.digests import read_digests, verify, write_digests
 from bigmodel.provenance.export import export
 from bigmodel.provenance.search import Hit, find, forms_of, shown, sides
 from bigmodel.provenance.trained import DIGESTS, Run, TrainedSteps
@@ -260,12 +260,13 @@ def sign(run: Run, say: Say) -> None:
 
 def sign_off(run: Run, file: Path, say: Say) -> bool:
     """Whether the digests of a file are those of the run."""
+    _, blocks = read_digests(file)
     with _bar("steps", run.reached) as moved:
         problems = verify(run, file, moved)
     for problem in problems:
         say(problem)
     if not problems:
-        say(f"{file}: {run.directory} was trained on this data in this order")
+        say(f"{file}: {run.directory} was trained on this data in this order, steps 1 to {blocks[-1].last}")
     return not problems
 
 

@@ -185,5 +185,8 @@ def _from_digests(file: Path) -> dict[str, Any] | None:
     lines = list(read_json_lines(file))
     if not lines:
         return None
-    skipped = {step: reason for line in lines[1:] for step, reason in line["without_update"].items()}
-    return {"segments": lines[0]["segments"], "step": lines[-1]["last"], "without_update": skipped}
+    try:
+        skipped = {step: reason for line in lines[1:] for step, reason in line["without_update"].items()}
+        return {"segments": lines[0]["segments"], "step": lines[-1]["last"], "without_update": skipped}
+    except (TypeError, LookupError, AttributeError):
+        raise UserError(f"{file}: no digests of this version; put the file back from a copy") from None

@@ -220,6 +220,20 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
     forged = json.loads(lines[2]) | {"leaf": "0" * 64}
     (tmp_path / "forged.jsonl").write_text("\n".join([*lines[:2], json.dumps(forged), *lines[3:]]))
     assert verify(source, tmp_path / "forged.jsonl") == ["steps 4 to 6 differ: the first block with another order"]
+    surplus, rewritten = [*lines, lines[-1]], json.loads(lines[4]) | {"first": 11}
+    not_hexadecimal, other_reason = (
+        lines[4].replace('"leaf": "', '"leaf": "z', 1),
+        lines[4].replace("left_out", "spike"),
+    )
+    for forgery in (surplus, *([*lines[:4], one] for one in (json.dumps(rewritten), not_hexadecimal, other_reason))):
+        (tmp_path / "forged.jsonl").write_text("\n".join(forgery))
+        assert "steps 1" in verify(source, tmp_path / "forged.jsonl")[0], forgery[-1]
+    (tmp_path / "forged.jsonl").write_text("\n".join([*lines[:4], lines[4][1:]]))
+    with pytest.raises(UserError, match="no digests of this version"):  # a damaged last line is no shorter file
+        verify(source, tmp_path / "forged.jsonl")
+    ahead = [*lines[:4], json.dumps(json.loads(lines[4]) | {"last": 13})]
+    (tmp_path / "forged.jsonl").write_text("\n".join(ahead))
+    assert verify(source, tmp_path / "forged.jsonl") == ["the run has reached step 12, the digests step 13"]
     metrics = theirs / "metrics.jsonl"
     changed = [json.loads(line) for line in metrics.read_text().splitlines()]
     for line in changed:
@@ -230,6 +244,9 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
     (tmp_path / "other.txt").write_text("{}\n")
     with pytest.raises(UserError, match="no digests of this version"):
         read_digests(tmp_path / "other.txt")
+    (theirs / DIGESTS).write_text("{}\n")
+    with pytest.raises(UserError, match="no digests of this version; put the file back"):
+        Run.open(theirs)
 
 
 def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shards: Path, tmp_path: Path) -> None:
