@@ -12,6 +12,7 @@ Costs: the steps from the checkpoint on, and those of bigmodel/inspect/replay_st
 """
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -54,11 +55,11 @@ def replay(directory: Path, step: int, given: int | None, outputs: Outputs) -> N
     """
     record = read_record(directory)
     choices = choose(record, step, given)
-    outputs.refuse(directory)
     start = record.start(step)
     world = start_world(start.settings.training.collective_timeout_seconds)
     with ExitStack() as closing:
         closing.callback(end_world)
+        world.on_rank_zero(outputs.begin)
         begun, found = _choose_whole(record, choices, world)
         effective, settings = effective_now(start, world.size)
         with _needs_data(record, step):
@@ -80,8 +81,11 @@ def replay(directory: Path, step: int, given: int | None, outputs: Outputs) -> N
             checked = compared(measured, record.lines.get(step), reasons, step - begun, settings.training.precision)
             left_out = record.is_left_out(step)
             done = Replayed(directory, step, begun, world.size, measured, checked, store, record.lines, left_out)
-            print(in_words(done))
-            write(done, outputs)
+            try:
+                written = write(done, outputs)
+            finally:  # a reader that has gone, as head, costs no file; a full disk costs no table
+                print(in_words(done), flush=True)
+            print(*written, sep="\n", flush=True)
 
 
 def effective_now(start: Start, world_size: int) -> tuple[dict[str, Any], Settings]:
@@ -250,7 +254,7 @@ def _train_again(
         engine.update(learning_rate(step.number, then), skip=skip, betas=betas(step.number, then))
         pruner.step(number)
         if engine.world.rank == 0 and number % SHOWN_EVERY == 0:
-            print(f"step {number} trained again", flush=True)
+            print(f"step {number} trained again", file=sys.stderr, flush=True)
 
 
 def _differences(record: Record, step: int, begun: int, place: Place) -> list[str]:

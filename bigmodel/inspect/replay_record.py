@@ -85,15 +85,21 @@ def read_record(directory: Path) -> Record:
             events.append(line)
         elif line["event"] == "new_plan" and events:
             events[-1] = line | events[-1]
-    count = min(len(files), len(events))
-    if not count:
+    starts = [Start.read(file, event) for file, event in _pairs(files, events)]
+    if not starts:
         raise UserError(f"{directory}: no run directory (no starts/0001.json); give the run.directory of a run")
-    pairs = zip(files[-count:], events[-count:], strict=True)
-    starts = [Start.read(file, event) for file, event in pairs]
     lines = {line["step"]: line for line in read_json_lines(directory / "metrics.jsonl") if line["kind"] == "step"}
     rewinds = read_rewinds(directory)
     saved = [step for step in checkpoint.steps(directory / "checkpoints") if _is_usable(directory, step, rewinds)]
     return Record(directory, lines, starts, saved, rewinds, tokenizer_of(directory))
+
+
+def _pairs(files: list[Path], events: list[dict[str, Any]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Each start's event with its file, which is written right before it. A start that was killed between has a file
+    alone; a full disk may keep an event from being written."""
+    times = [(read_json(file)["time"], file) for file in files]
+    found = [(max([one for one in times if one[0] <= event["time"]], default=None), event) for event in events]
+    return [(file[1], event) for file, event in found if file]
 
 
 def _is_usable(directory: Path, step: int, rewinds: list[Rewind]) -> bool:

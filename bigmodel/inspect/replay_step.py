@@ -15,6 +15,7 @@ The parts' gradients add up to the step's, before pruning drops some of it; thei
 
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ class Dissection:
                     peaks[layer] = largest([peaks.get(layer, 0.0), value])
             if self._world.rank == 0 and time.monotonic() - told > TOLD_SECONDS:
                 told = time.monotonic()
-                print(f"document {number + 1} of {rounds} of this rank", flush=True)
+                print(f"document {number + 1} of {rounds} of this rank", file=sys.stderr, flush=True)
         found.parts = [part for parts in self._world.gather_objects(parts) for part in parts]
         found.parts.sort(key=lambda part: part.rank_key)
         for of_rank in self._world.gather_objects(peaks):

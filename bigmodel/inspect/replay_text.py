@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,23 @@ class Outputs:
     exclude: Path | None
     count: int
 
-    def refuse(self, run: Path) -> None:
-        """Raises `UserError` for a list that exists already, and for a folder that is a file."""
+    def begin(self) -> None:
+        """Make the folders. Raises `UserError` for a list that exists already, and for what cannot be written."""
         if self.exclude and self.exclude.exists():
             raise UserError(f"--exclude {self.exclude}: exists already; choose another file, or remove it")
         if self.folder and self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder}: is a file; give a folder")
+        for option, path, folder in (
+            ("--out", self.folder, self.folder),
+            ("--exclude", self.exclude, self.exclude and self.exclude.parent),
+        ):
+            try:
+                if folder:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
+            except OSError as error:
+                raise UserError(f"{option} {path}: cannot be written: {error.strerror}; choose another place") from None
 
 
 @dataclass(frozen=True)
@@ -103,22 +115,23 @@ def in_words(done: Replayed) -> str:
     return "\n".join(lines)
 
 
-def write(done: Replayed, outputs: Outputs) -> None:
-    """Write what the user asked for, and say where."""
-    store, parts = done.store, done.measured.parts
+def write(done: Replayed, outputs: Outputs) -> list[str]:
+    """Write what the user asked for; returns what to say of it."""
+    store, parts, said = done.store, done.measured.parts, []
     if folder := outputs.folder:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "replay.json", as_json(done))
         names = [f"{_row_of(part, store)}: {text_of(part, store, PREVIEW)}" for part in parts[:SHOWN]]
         norms = [part.gradient_norm for part in parts[:SHOWN]]
         picture = draw(done.lines, done.step, list(zip(norms, names, strict=True)), folder / "replay.png")
-        print(f"\nwritten: {folder / 'replay.json'}, {picture}")
+        said.append(f"\nwritten: {folder / 'replay.json'}, {picture}")
     if outputs.exclude:
         entries = excluded(parts[: outputs.count], store)
-        outputs.exclude.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(outputs.exclude, "".join(json.dumps(entry) + "\n" for entry in entries))
         count = counted_noun(len(entries), "document")
-        print(f"\n{outputs.exclude}: {count}; read it, then train --new-plan --set data.exclude={outputs.exclude}")
+        said.append(
+            f"\n{outputs.exclude}: {count}; read it, then train --new-plan --set data.exclude={outputs.exclude}"
+        )
+    return said
 
 
 def excluded(parts: Sequence[Part], store: ShardStore) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.plan.order import Order
 from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.inspect.replay_record import read_record
 from bigmodel.launcher.network import free_port
 from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import text
@@ -44,6 +46,13 @@ def replay(directory: Path, step: int, out: Path, given: int | None = None) -> N
     from bigmodel.inspect.replay_text import Outputs
 
     run(directory, step, given, Outputs(out, out / "bad.jsonl", 1))
+
+
+def replay_unread(directory: Path, step: int, out: Path) -> None:
+    """With nobody who reads what is printed."""
+    gone = open("/dev/full", "w")  # noqa: SIM115 - closing it fails too
+    with redirect_stdout(gone), pytest.raises(OSError, match="No space left"):
+        replay(directory, step, out)
 
 
 def refusals(cases: list[tuple[Path, int, int | None]], ports: list[int], out: Path) -> None:
@@ -131,8 +140,8 @@ def test_steps_are_repeated_to_the_last_bit_and_planted_garbage_is_first_in_the_
 
 
 def test_the_parts_add_up_to_the_step(data: Path, run: Path, tmp_path: Path) -> None:
-    """On one rank, which the run had not: the bound holds."""
-    run_ranks(1, replay, run.with_suffix(""), 18, tmp_path)
+    """On one rank, which the run had not: the bound holds. Files are written before the table is printed."""
+    run_ranks(1, replay_unread, run.with_suffix(""), 18, tmp_path)
     found = found_in(tmp_path)
     assert found["may_differ"] == ["2 ranks then, 1 now"]
     assert all(one["difference"] <= one["bound"] < 1e-4 for one in found["recorded"].values()), found["recorded"]
@@ -143,7 +152,20 @@ def test_the_parts_add_up_to_the_step(data: Path, run: Path, tmp_path: Path) -> 
     gradients = [one["gradient"] for one in found["documents"]]
     assert gradients == sorted(gradients, reverse=True)
     assert max(gradients) < found["gradient_norm"] < sum(gradients)
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
     assert {one["layer"] for one in found["layers"]} == {"blocks.0", "blocks.1", "embedding", "head", "norm"}
+
+
+def test_a_start_that_was_killed_before_its_event_is_not_taken_for_another(run: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(run.with_suffix(""), directory)
+    starts = directory / "starts"
+    shutil.move(starts / "0002.json", starts / "0003.json")
+    first, last = (json.loads((starts / f"{name}.json").read_text()) for name in ("0001", "0003"))
+    killed = {**first, "time": last["time"] - 1, "settings": {**first["settings"], "run": {"seed": 77}}}
+    (starts / "0002.json").write_text(json.dumps(killed))
+    assert [one.settings.training.steps for one in read_record(directory).starts] == [20, 30]
+    assert {one.settings.run.seed for one in read_record(directory).starts} == {3}
 
 
 def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_of_documents(
@@ -207,9 +229,12 @@ def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
     manifest = json.loads((other / "data_manifest.json").read_text())
     (other / "data_manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
     cases = [(directory, 31, None), (directory, 3, None), (directory, 8, 7), (directory, 8, 10), (tmp_path, 1, None)]
-    cases += [(gone, 9, None), (other, 9, None)]
+    cases += [(gone, 9, None), (other, 9, None), (directory, 9, None)]
+    (tmp_path / f"refused-{len(cases) - 1}").write_text("")
     run_ranks(1, refusals, cases, [free_port() for _ in cases], tmp_path / "said.json")
-    beyond, before, unknown, late, no_run, no_shards, tokenizer = json.loads((tmp_path / "said.json").read_text())
+    beyond, before, unknown, late, no_run, no_shards, tokenizer, is_file = json.loads(
+        (tmp_path / "said.json").read_text()
+    )
     assert "has steps 1 to 30" in beyond
     assert "steps 6 to 30 can be computed again" in beyond
     assert "no checkpoint before it" in before
@@ -219,3 +244,4 @@ def test_a_step_that_cannot_be_repeated_is_refused_with_what_is_still_possible(
     assert "no run directory" in no_run
     assert f"`bigmodel seen` lists the documents of step 9 of {gone}" in no_shards
     assert "another tokenizer than the run's" in tokenizer
+    assert "is a file; give a folder" in is_file
