@@ -29,6 +29,7 @@ from bigmodel.data.plan.order import describe_difference
 from bigmodel.data.plan.shuffle import PLAIN, WIDE
 from bigmodel.provenance.trained import DIGESTS, Run, TrainedSteps
 from bigmodel.run_directory import read_json_lines, write_atomically
+from bigmodel.system_errors import remedy_for
 
 BLOCK_STEPS, FORMAT = 1000, 1
 Told = Callable[[int], None]
@@ -48,11 +49,15 @@ def quiet(step: int) -> None:
 
 
 def write_digests(run: Run, told: Told = quiet) -> list[Block]:
-    """Write the run's digests into its directory."""
+    """Write the run's digests into its directory. Raises `UserError` if it cannot be written."""
     blocks = list(digest(run, told))
     head = {"format": FORMAT, "segments": run.segments}
     lines = [json.dumps(line, sort_keys=True) for line in [head, *map(vars, blocks)]]
-    write_atomically(run.directory / DIGESTS, "\n".join(lines) + "\n")
+    try:
+        write_atomically(run.directory / DIGESTS, "\n".join(lines) + "\n")
+    except OSError as error:
+        remedy = remedy_for(error) or "digest a copy of the run directory"
+        raise UserError(f"{run.directory / DIGESTS}: cannot be written: {error.strerror}; {remedy}") from None
     return blocks
 
 

@@ -41,8 +41,10 @@ def export(run: Run, out: Path, told: Callable[[int], None] = lambda step: None)
     """Write the file; returns the number of rows. `told`: called with the last step of each row group. Raises
     `UserError` if the file cannot be written."""
     out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        wrong = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+    if (out.exists() and not out.is_file()) or not out.parent.is_dir():  # /dev/null would be replaced
+        wrong = (
+            f"there is no folder {out.parent}" if not out.exists() else f"is a {'folder' if out.is_dir() else 'device'}"
+        )
         raise UserError(f"--export {out}: {wrong}; give the path of a file in a folder that is there")
     part = out.with_name(f"{out.name}.partial")
     try:

@@ -1,8 +1,10 @@
 """`bigmodel seen` says what a real run was trained on: restarted on two ranks, with a new plan and a left out step."""
 
 import json
+import os
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -247,6 +249,10 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
     (theirs / DIGESTS).write_text("{}\n")
     with pytest.raises(UserError, match="no digests of this version; put the file back"):
         Run.open(theirs)
+    (theirs / DIGESTS).unlink()
+    (theirs / DIGESTS).mkdir()  # root may write into every folder
+    with pytest.raises(UserError, match=r"order_digests.jsonl: cannot be written: .*; digest a copy of the run"):
+        write_digests(replace(source, directory=theirs))
 
 
 def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shards: Path, tmp_path: Path) -> None:
@@ -271,6 +277,9 @@ def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shard
         export(run, tmp_path / "absent" / "a.parquet")
     with pytest.raises(UserError, match=r"--text: is empty; give a text to look for$"):
         seen.show_text(run, "", print)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a device; give the path of a file"):
+        export(run, tmp_path / "pipe")
     with pytest.raises(UserError, match="is a folder; give the path of a file"):
         export(run, tmp_path)
     with pytest.raises(UserError, match="cannot be written: No such file or directory; choose another place"):
