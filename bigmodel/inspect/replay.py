@@ -34,6 +34,7 @@ from bigmodel.inspect.replay_step import Dissection
 from bigmodel.inspect.replay_text import Outputs, Replayed, compared, in_words, write
 from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.run_directory import changes, package_versions
+from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
@@ -263,7 +264,7 @@ def _differences(record: Record, step: int, begun: int, place: Place) -> list[st
     found = []
     for start in record.starts_of(begun + 1, step):
         if start.world_size != place.world_size:
-            found.append(f"{start.world_size} ranks then, {place.world_size} now")
+            found.append(f"{counted_noun(start.world_size, 'rank')} then, {place.world_size} now")
         elif start.node_size != place.node_size:
             found.append(f"nodes of {start.node_size} ranks then, of {place.node_size} now")
         found += [
