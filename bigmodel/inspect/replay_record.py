@@ -40,18 +40,20 @@ class Start:
 
 @dataclass(frozen=True)
 class Record:
-    """What the run recorded. lines: of metrics.jsonl by step, from 1."""
+    """What the run recorded. lines: of metrics.jsonl by step, from 1. declared: all rewinds; rewinds: those that a
+    later start has heeded."""
 
     directory: Path
     lines: dict[int, dict[str, Any]]
     starts: list[Start]
     saved: list[int]  # steps of usable checkpoints
+    declared: list[Rewind]
     rewinds: list[Rewind]
     tokenizer: str  # sha256, "" if not recorded
 
     @property
     def last(self) -> int:
-        return max([*self.lines, *(one.at for one in self.rewinds)], default=0)
+        return max([*self.lines, *(one.at for one in self.declared)], default=0)
 
     def start(self, step: int) -> Start:
         """The one that computed this step last."""
@@ -63,7 +65,8 @@ class Record:
 
     def is_left_out(self, step: int) -> bool:
         """Whether the run applied no update in this step. A step without a record counts as applied."""
-        return any(step in one.steps for one in self.rewinds) or bool(self.lines.get(step, {}).get("skipped"))
+        is_left_out = any(step in one.steps for one in self.rewinds) or any(step == one.at for one in self.declared)
+        return is_left_out or bool(self.lines.get(step, {}).get("skipped"))
 
     @property
     def possible(self) -> str:
@@ -80,18 +83,23 @@ def read_record(directory: Path) -> Record:
     """Raises `UserError` if it is not the directory of a run that has begun."""
     files = sorted((directory / "starts").glob("*.json"))
     events: list[dict[str, Any]] = []
+    waiting: list[Rewind] = []
     for line in read_json_lines(directory / "events.jsonl"):
         if line["event"] == "start":
             events.append(line)
+            waiting = []
+        elif line["event"] == "rewind":
+            waiting.append(Rewind(line["step"], line["to"], line["first"]))
         elif line["event"] == "new_plan" and events:
             events[-1] = line | events[-1]
     starts = [Start.read(file, event) for file, event in _pairs(files, events)]
     if not starts:
         raise UserError(f"{directory}: no run directory (no starts/0001.json); give the run.directory of a run")
     lines = {line["step"]: line for line in read_json_lines(directory / "metrics.jsonl") if line["kind"] == "step"}
-    rewinds = read_rewinds(directory)
+    declared = read_rewinds(directory)
+    rewinds = [one for one in declared if one not in waiting]
     saved = [step for step in checkpoint.steps(directory / "checkpoints") if _is_usable(directory, step, rewinds)]
-    return Record(directory, lines, starts, saved, rewinds, tokenizer_of(directory))
+    return Record(directory, lines, starts, saved, declared, rewinds, tokenizer_of(directory))
 
 
 def _pairs(files: list[Path], events: list[dict[str, Any]]) -> list[tuple[Path, dict[str, Any]]]:

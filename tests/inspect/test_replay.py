@@ -17,6 +17,7 @@ from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.inspect.replay_record import read_record
 from bigmodel.launcher.network import free_port
+from bigmodel.run_directory import record_event
 from tests.support.ranks import run_ranks
 from tests.support.tiny_corpus import text
 from tests.support.tiny_run import write_run
@@ -166,6 +167,22 @@ def test_a_start_that_was_killed_before_its_event_is_not_taken_for_another(run: 
     (starts / "0002.json").write_text(json.dumps(killed))
     assert [one.settings.training.steps for one in read_record(directory).starts] == [20, 30]
     assert {one.settings.run.seed for one in read_record(directory).starts} == {3}
+
+
+def test_steps_before_a_rewind_are_repeated_as_they_were_until_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+    """Updates of steps that the next start will leave out were applied in this one."""
+    run_file = write_run(tmp_path, data)
+    run_ranks(1, train, run_file, "training.steps=9")
+    rewind = {"to": 5, "first": 7}
+    (tmp_path / "run" / "left_out.json").write_text(json.dumps([{"at": 10, **rewind}]))
+    record_event(tmp_path / "run", "rewind", step=10, last=10, **rewind)
+    record = read_record(tmp_path / "run")
+    assert record.last == 10
+    assert [step for step in range(1, 11) if record.is_left_out(step)] == [10]
+    run_ranks(1, replay, tmp_path / "run", 9, tmp_path / "out", 5)
+    assert all(one["equal"] for one in found_in(tmp_path / "out")["recorded"].values())
+    record_event(tmp_path / "run", "start", step=5, world_size=1)
+    assert [step for step in range(1, 11) if read_record(tmp_path / "run").is_left_out(step)] == [7, 8, 9, 10]
 
 
 def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_of_documents(
