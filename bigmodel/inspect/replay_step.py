@@ -86,7 +86,15 @@ class Dissection:
         self._documents(found)
         numbers = sorted({part.chunk.source for part in found.parts})
         for source in numbers:
-            found.sources[source] = found.gradient_norm if len(numbers) == 1 else self._source_norm(source)
+            if len(numbers) == 1:
+                found.sources[source] = found.gradient_norm
+            elif self._engine.is_at_smallest_scale and not math.isfinite(found.gradient_norm):
+                # its gradient may not be finite, and the engine could not drop it
+                found.sources[source] = largest(
+                    [one.gradient_norm for one in found.parts if one.chunk.source == source]
+                )
+            else:
+                found.sources[source] = self._source_norm(source)
         return found
 
     def _whole(self) -> Measured:

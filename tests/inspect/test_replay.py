@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -183,6 +184,26 @@ def test_steps_before_a_rewind_are_repeated_as_they_were_until_the_run_goes_on(d
     assert all(one["equal"] for one in found_in(tmp_path / "out")["recorded"].values())
     record_event(tmp_path / "run", "start", step=5, world_size=1)
     assert [step for step in range(1, 11) if read_record(tmp_path / "run").is_left_out(step)] == [7, 8, 9, 10]
+
+
+def end_in_divergence(run_file: Path) -> None:
+    with pytest.raises(UserError, match="loss scale"):
+        train(run_file, "training.steps=30", "optimizer.learning_rate=1e4", "checkpoint.every_steps=1")
+
+
+def test_the_last_step_of_a_run_that_diverged_in_fp16_is_repeated(data: Path, tmp_path: Path) -> None:
+    """Its loss scale is the smallest after it."""
+    run_file = write_run(tmp_path, data, "fp16")
+    deepspeed = tmp_path / "run-deepspeed.json"
+    scale = {"initial_scale_power": 1, "hysteresis": 1, "min_loss_scale": 1}
+    deepspeed.write_text(json.dumps(json.loads(deepspeed.read_text()) | {"fp16": {"enabled": True} | scale}))
+    run_ranks(1, end_in_divergence, run_file)
+    last = read_record(tmp_path / "run").last
+    run_ranks(1, replay, tmp_path / "run", last, tmp_path / "out", 0)
+    found = found_in(tmp_path / "out")
+    assert all(one["equal"] for one in found["recorded"].values()), found["recorded"]
+    assert not math.isfinite(float(found["gradient_norm"]))
+    assert len(found["sources"]) == 2
 
 
 def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_of_documents(
