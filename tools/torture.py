@@ -31,7 +31,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from bigmodel.checks.scratch import scratch_folder
@@ -40,6 +39,7 @@ from bigmodel.distributed.world import World
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.checkpoint.folder import remove_partials
+from bigmodel.training.checkpoint.snapshot import Snapshot
 
 SHAPES = {"embedding.weight": (40, 8), "block.weight": (8, 8), "norm.weight": (8,), "odd": (3, 5)}
 SETTINGS = Settings.model_validate({"checkpoint": {"keep": 2}})
@@ -252,16 +252,14 @@ def publish_before_the_last_rank(rank: int, seconds: float = 0.05) -> None:
     if rank == 1:
         real = saving.write_share
 
-        def early(path: Path, tensors: dict[str, Tensor], rank: int, step: int) -> Any:
-            content = to_safetensors(tensors)
-            later = dict(tensors)
-
+        def early(path: Path, snapshot: Snapshot, rank: int, step: int) -> Any:
             def write() -> None:
                 time.sleep(seconds)
-                real(path, later, rank, step)
+                real(path, snapshot, rank, step)
 
             threading.Thread(target=write, daemon=True).start()
-            return saving._Report(path.name, len(content), saving.hashlib.sha256(content).hexdigest())
+            digest = saving.hashlib.sha256(snapshot.content).hexdigest()
+            return saving._Report(path.name, len(snapshot.content), digest)
 
         saving.write_share = early
 

@@ -14,7 +14,15 @@ import typer
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, dense
 from tests.kernels.test_mask import offsets_of
 from tests.support.interpreted import run_python
-from tools import bench_attention, bench_block, bench_linear_cross_entropy, gpu_suite, show_mask, tune_attention
+from tools import (
+    bench_attention,
+    bench_block,
+    bench_checkpoint,
+    bench_linear_cross_entropy,
+    gpu_suite,
+    show_mask,
+    tune_attention,
+)
 from tools.bench_attention import CONTENDERS, Case, cases, errors, lognormal_lengths, order_of
 from tools.bench_linear_cross_entropy import contenders, gradient_error
 from tools.gpu_suite import PARTS, Part, markdown_of, run_part
@@ -260,3 +268,10 @@ def test_long_tests_run_only_when_asked_for(tmp_path: Path, options: list[str], 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 1 deselected" in done.stdout
     assert f"{ran} PASSED" in done.stdout
+
+
+@pytest.mark.parametrize("side", bench_checkpoint.SIDES)
+def test_both_sides_of_the_save_benchmark_load_what_they_saved(side: str, tmp_path: Path) -> None:
+    facts = bench_checkpoint.SIDES[side](bench_checkpoint.state_of(1), tmp_path)  # asserts the loaded numbers
+    assert facts.keys() >= {"next_save_stall_s", "next_save_cpu_s", "save_peak_of_state", "load_cpu_s"}
+    assert min(facts.values()) >= 0

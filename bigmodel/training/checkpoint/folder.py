@@ -18,7 +18,7 @@ from bigmodel.data.store.files import is_inside
 from bigmodel.run_directory import package_versions
 
 FORMAT = 2
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 18  # read, compared and hashed in the cache of a core
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -115,10 +115,10 @@ def looks_whole(path: Path) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
     return digest.hexdigest()
 
 

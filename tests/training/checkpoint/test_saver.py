@@ -211,11 +211,27 @@ def test_a_disk_that_turns_read_only_costs_the_save_in_flight_alone(disk: Path, 
     assert kept(disk) == [4, 12]
 
 
-def test_a_file_that_reads_back_wrong_is_not_published(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
+def spoil_writes(monkeypatch: pytest.MonkeyPatch, place: int = 2000) -> None:
+    """From now on, a byte of a rank's file is another on the disk than was written."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):
+            os.pwrite(descriptor, b"\x7f\x7e", place)
+
+    monkeypatch.setattr(saving.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("place", [0, 2000, -1], ids=["in the header", "in a tensor", "after the end"])
+def test_a_file_that_reads_back_wrong_is_not_published(tmp_path: Path, monkeypatch, place: int) -> None:
+    saver_of(tmp_path).save(Weights(2), {"step": 2})
+    (file,) = (tmp_path / "checkpoints/step-00000002").glob("*.safetensors")
+    spoil_writes(monkeypatch, place if place >= 0 else file.stat().st_size)
+    spoil_writes(monkeypatch)
     with pytest.raises(UserError, match="the bytes read back differ from the bytes written"):
         saver_of(tmp_path).save(Weights(4), {"step": 4})
-    assert kept(tmp_path) == []
+    assert kept(tmp_path) == [2]
 
 
 # --- step by step
@@ -281,7 +297,7 @@ def test_a_save_in_the_foreground_is_waited_for_where_it_is_due(tmp_path: Path) 
 
 
 def test_a_failed_save_is_a_result_also_where_it_ends_the_run(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
+    spoil_writes(monkeypatch)
     goes_on, stops = (
         saver_of(tmp_path / on_failure, every_steps=4, asynchronous=False, on_failure=on_failure)
         for on_failure in ("continue", "stop")
@@ -341,7 +357,7 @@ def age(run: Path, step: int, hours: float) -> None:
 def test_keeping_one_never_removes_the_only_good_one(tmp_path: Path, monkeypatch) -> None:
     saver = saver_of(tmp_path, keep=1, on_failure="continue")
     saver.save(Weights(4), {"step": 4})
-    monkeypatch.setattr(saving, "hash_file", lambda path: "0" * 64)
+    spoil_writes(monkeypatch)
     saver.begin(Weights(8), {"step": 8})
     assert saver.finish(must=False).error
     assert kept(tmp_path) == [4]
