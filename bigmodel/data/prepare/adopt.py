@@ -43,12 +43,11 @@ from bigmodel.data.prepare.corpus import base_name
 from bigmodel.data.prepare.encoding import read_array, save_array
 from bigmodel.data.prepare.id_types import TELLING_BYTES, better_type, check_type, id_type
 from bigmodel.data.prepare.indexes import compare_with_indexes
-from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.prepare.pipeline import conclude, keep_boundaries, prepare
 from bigmodel.data.prepare.staging import claimed, folders_in, partial_of, put_in_place, stoppable
 from bigmodel.data.prepare.token_files import TokenFile, named_files, recognize
 from bigmodel.data.store import files, mds
-from bigmodel.data.store.manifest import PICTURE, SPLITS, Manifest, describe_files
+from bigmodel.data.store.manifest import SPLITS, Manifest, describe_files
 from bigmodel.data.store.mds_index import INDEX, in_lines, list_shards, unlisted
 from bigmodel.data.store.shards import length_statistics, measure_shards
 from bigmodel.data.store.tokenizer import Tokenizer, read_tokenizer, tokenizer_file
@@ -312,8 +311,8 @@ def _say(adoption: Adoption, taken: Sequence[Taken], progress: Progress) -> None
 
 
 def _finish(adoption: Adoption, tokenizer: Tokenizer, portions: Sequence[Portion], taken: Sequence[Taken]) -> None:
-    """Write the result from all imported portions: numbers without gaps, lengths, indexes, validation text, manifest,
-    picture."""
+    """Write the result from all imported portions: numbers without gaps, lengths, indexes, validation text,
+    manifest."""
     work = portions[0].work
     result = work / "result"
     if result.exists():
@@ -352,7 +351,6 @@ def _finish(adoption: Adoption, tokenizer: Tokenizer, portions: Sequence[Portion
         encoder="adopted",
         python=platform.python_version(),
     ).write(result)
-    draw_lengths(lengths, result / PICTURE)
 
 
 def _recipe(adoption: Adoption, taken: Sequence[Taken]) -> dict[str, Any]:

@@ -121,27 +121,29 @@ def scan_unit(
     status, digests, validation = bytearray(), bytearray(), bytearray()
     read_bytes, kept_bytes = array("q"), array("q")
     malformed: list[Malformed] = []
+    has_labels, separators = unit.has_labels, len(unit.columns) - 1
     for row, key in corpus.read_unit(unit):
         if isinstance(row, Malformed):
             if len(malformed) < LISTED:
                 malformed.append(row)
             verdict, content, num_bytes = MALFORMED, b"", row.num_bytes
         else:
-            verdict, texts = judge(row, settings, contaminated, unit.has_labels)
+            verdict, texts = judge(row, settings, contaminated, has_labels)
             if template and verdict == KEPT and (reason := _refused(texts[0], template)):
                 verdict, texts = MALFORMED, ()
                 if len(malformed) < LISTED and isinstance(row[0], Located):
                     malformed.append(replace(row[0].where, reason=reason))
             content = joined(texts)
-            num_bytes = sum(len(text.encode()) for text in row if text is not None)
-        digest = digest_of(texts, unit.has_labels) if verdict == KEPT else hashlib.sha256(content).digest()
+            num_bytes = sum([len(text.encode()) for text in row if text is not None])
+        is_labelled = has_labels and verdict == KEPT
+        digest = digest_of(texts, has_label=True) if is_labelled else hashlib.sha256(content).digest()
         status.append(verdict)
         digests += digest[:16]
         if unit.split_by_target and verdict == KEPT:
             key = texts[-1]
         validation.append(is_validation(key, digest, settings.validation_share))
         read_bytes.append(num_bytes)
-        kept_bytes.append(max(0, len(content) - len(unit.columns) + 1) if verdict == KEPT else 0)
+        kept_bytes.append(max(0, len(content) - separators) if verdict == KEPT else 0)
     words = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
     sizes = np.frombuffer(read_bytes, np.int64), np.frombuffer(kept_bytes, np.int64)
     return Scan(np.frombuffer(status, np.uint8), words, np.frombuffer(validation, bool), *sizes, malformed)
@@ -149,7 +151,7 @@ def scan_unit(
 
 def joined(texts: tuple[str, ...]) -> bytes:
     """The bytes of a row's texts for its hash."""
-    return SEPARATOR.join(text.encode() for text in texts)
+    return SEPARATOR.join([text.encode() for text in texts])
 
 
 def digest_of(texts: tuple[str, ...], has_label: bool) -> bytes:
@@ -167,16 +169,18 @@ def judge(
     if has_label:
         verdict, texts = judge(row[:-1], settings, contaminated)
         return verdict, (*texts, row[-1] or "") if verdict == KEPT else ()
-    if any(text is None for text in row):
+    if None in row:
         return NULL, ()
     if isinstance(row[0], Located):
         return _judge_record(row[0], settings, contaminated)
-    texts = tuple(clean(text, settings) for text in row if text is not None)
-    if not all(text.strip() for text in texts):
-        return EMPTY, ()
-    if any(len(text) < settings.min_characters for text in texts):
+    texts = tuple([clean(text, settings) for text in row if text is not None])
+    for text in texts:
+        if not text or text.isspace():
+            return EMPTY, ()
+    lengths = [len(text) for text in texts]
+    if min(lengths) < settings.min_characters:
         return TOO_SHORT, ()
-    if settings.max_characters and any(len(text) > settings.max_characters for text in texts):
+    if settings.max_characters and max(lengths) > settings.max_characters:
         return TOO_LONG, ()
     if _is_contaminated(texts, settings, contaminated):
         return CONTAMINATED, ()

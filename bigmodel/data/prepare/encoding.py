@@ -154,7 +154,9 @@ def _encode(
     validation_text, tokenless = [], Tokenless()
     labels: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     while together := list(islice(rows, ENCODED_TOGETHER)):
-        encoded = iter(encoder.encode_documents([text for _, texts in together for text in texts]))
+        documents = encoder.encode_documents([text for _, texts in together for text in texts])
+        tokenless.unknown += encoder.count_unknown(documents)
+        encoded = iter(documents)
         for row, texts in together:
             split = SPLITS[int(scan.validation[row])]
             labels[split].update(texts[-1:] if unit.has_labels else ())
@@ -162,8 +164,8 @@ def _encode(
                 name, tokens, content = f"{split}_{column}", next(encoded), text.encode()
                 stored[name].append(np.frombuffer(content, np.uint8) if as_text else tokens)
                 tokenless.characters += len(text)
-                tokenless.unknown += int((tokens[1:-1] == encoder.unknown).sum())
-                tokenless.dropped.update(encoder.find_dropped(text))
+                if encoder.drops_text:
+                    tokenless.dropped.update(encoder.find_dropped(text))
                 lengths[name].append(len(tokens))
                 sizes[name].append(len(content))
                 if name in drawn and segmenter:
@@ -198,7 +200,7 @@ def _encode_records(
         texts[split].append(text.encode())
         said = "".join(contents(json.loads(text)))
         tokenless.characters += len(said)
-        tokenless.unknown += int((one.tokens[1:-1] == encoder.unknown).sum())
+        tokenless.unknown += encoder.count_unknown([one.tokens])
         tokenless.dropped.update(encoder.find_dropped(said))
     arrays = {"validation_text": np.frombuffer(b"".join(texts["validation"]), np.uint8)}
     for split, documents in encoded.items():
@@ -223,18 +225,20 @@ def kept_rows(
     """The cleaned rows that the scan kept, of those in [first, end), by default all. Raises `UserError` if the unit
     changed after the scan."""
     end = len(scan.status) if end is None else end
-    read = 0
+    read, has_labels = 0, unit.has_labels
+    is_wanted = (scan.status == cleaning.KEPT).tolist()
+    digests = scan.digests.tobytes()
     for number, (row, _) in enumerate(corpus.read_unit(unit)):
-        if number >= end and end < len(scan.status):
+        if number >= end and end < len(is_wanted):
             return
         read = number + 1
-        if not first <= number < end or scan.status[number] != cleaning.KEPT:
+        if not (first <= number < min(end, len(is_wanted)) and is_wanted[number]):
             continue
-        texts = () if isinstance(row, Malformed) else cleaning.judge(row, settings, has_label=unit.has_labels)[1]
-        if cleaning.digest_of(texts, unit.has_labels)[:16] != scan.digests[number].tobytes():
+        texts = () if isinstance(row, Malformed) else cleaning.judge(row, settings, has_label=has_labels)[1]
+        if cleaning.digest_of(texts, has_labels)[:16] != digests[16 * number : 16 * number + 16]:
             raise _changed(unit)
         yield number, texts
-    if read != len(scan.status):
+    if read != len(is_wanted):
         raise _changed(unit)
 
 

@@ -227,6 +227,8 @@ def _texts_of(value: dict[str, Any], columns: tuple[str, ...]) -> tuple[str | No
 
 
 def _walk(value: Any, path: str) -> Any:
+    if isinstance(value, dict) and (whole := value.get(path)) is not None:
+        return whole
     for name, rest in splits(path) if isinstance(value, dict) else ():
         if name in value:
             inner = _walk(value[name], rest) if rest else value[name]

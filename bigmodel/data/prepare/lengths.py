@@ -1,7 +1,6 @@
 """Lengths: a picture of the distribution of document lengths.
 
-In: the stored lengths of all documents. Out: a PNG, beside the manifest and not listed in it, because its bytes depend
-on the version of matplotlib.
+In: the stored lengths of all documents. Out: a PNG, drawn by `bigmodel show data --png`.
 """
 
 import io

@@ -54,7 +54,6 @@ from bigmodel.data.prepare.embedded_verbs import verb_sources, write_embedded_ve
 from bigmodel.data.prepare.encoding import Work, read_array
 from bigmodel.data.prepare.indexes import compare_with_indexes
 from bigmodel.data.prepare.labels import count_labels, labels_in_words
-from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.prepare.scanning import count_rows, num_texts, scan_all, texts_in_words, write_malformed
 from bigmodel.data.prepare.staging import (
     DISK_FULL,
@@ -74,7 +73,6 @@ from bigmodel.data.store.chat_template import ChatTemplate
 from bigmodel.data.store.manifest import (
     EXACT,
     MANIFEST,
-    PICTURE,
     PROVEN,
     SPLITS,
     Manifest,
@@ -424,7 +422,6 @@ def _build(job: _Job, work: Work, progress: Progress) -> None:
         labels=labels,
         python=platform.python_version(),
     ).write(work.result)
-    draw_lengths(lengths["tokens"], work.result / PICTURE)
 
 
 def _collect_embedded(
@@ -453,11 +450,9 @@ def _team(
 
 
 def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Sequence[Scan], work: Work) -> Tokenizer:
-    """Write tokenizer.json, and before it the documents for the comparison of its fast path."""
+    """Write tokenizer.json, and the documents for the comparison of its fast path if it has one."""
     settings, gate = job.settings, work.folder / "gate.json"
     if not work.tokenizer.exists():
-        sample = read_sample(team, all_units, scans, settings)
-        write_json(gate, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
         if settings.tokenizer:
             given = tokenizer_file(settings.tokenizer)
             content = read_tokenizer(given)
@@ -470,8 +465,19 @@ def _make_tokenizer(job: _Job, team: Team, all_units: Sequence[Unit], scans: Seq
         else:
             if job.template:
                 keep_template(job.template, None, work.result)
+            sample = read_sample(team, all_units, scans, settings)
+            _write_gate(gate, sample)
             write_atomically(work.tokenizer, _train(sample, settings))
-    return Tokenizer.load(work.tokenizer, read_json(gate), name=encoding.given_name(settings))
+    tokenizer = Tokenizer.load(work.tokenizer, name=encoding.given_name(settings))
+    if tokenizer.is_fast:
+        if not gate.exists():
+            _write_gate(gate, read_sample(team, all_units, scans, settings))
+        tokenizer.compare(read_json(gate))
+    return tokenizer
+
+
+def _write_gate(path: Path, sample: Sequence[str]) -> None:
+    write_json(path, [text[:GATE_CHARACTERS] for text in sample[:GATE_DOCUMENTS]])
 
 
 def _train(sample: Sequence[str], settings: PrepareSettings) -> str:

@@ -2,8 +2,8 @@
 
 In: a folder on this machine or in a store. Out: its `Manifest`.
 
-Guarantees: the manifest is written last, so a folder that has one is whole. It lists every file but itself and the
-picture of the lengths, whose bytes are not data.
+Guarantees: the manifest is written last, so a folder that has one is whole. It lists every file but itself and
+`lengths.png`, a picture that earlier versions drew.
 
 Costs: comparing a file reads it, about 1 GB/s.
 """

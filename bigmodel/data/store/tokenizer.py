@@ -19,8 +19,10 @@ reason.
 import codecs
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +102,9 @@ def train(texts: Iterable[str], vocabulary: int) -> str:
 class Tokenizer:
     """Text to ids and back. Safe in several threads; each process loads its own.
 
-    `json_text`: content of a tokenizer.json. `sample`: documents for the comparison of the two paths, beside a list of
-    awkward strings. `name`: of the file, for errors. `boundaries`: names of the begin and end tokens, if the
-    tokenizer's maker states them; else well-known names are tried. `fast`: result of the comparison in another
-    process; None: compare now. `proven`: see `FastPath`.
+    `json_text`: content of a tokenizer.json. `name`: of the file, for errors. `boundaries`: names of the begin and end
+    tokens, if the tokenizer's maker states them; else well-known names are tried. `fast`: result of the comparison in
+    another process; None: compare now, on a list of awkward strings. `proven`: see `FastPath`.
 
     `special_names`: of special tokens by their role (bos_token ...), for chat templates.
     `unknown`: id of the unknown token, None without one. `dropout`: of BPE in the file, which is never applied here.
@@ -114,7 +115,6 @@ class Tokenizer:
     def __init__(
         self,
         json_text: str,
-        sample: Sequence[str] = (),
         name: str = "tokenizer.json",
         boundaries: tuple[str, str] | None = None,
         fast: bool | None = None,
@@ -155,7 +155,7 @@ class Tokenizer:
         try:
             path = FastPath(description, proven)
             if fast is None:
-                self._compare(path, [*PATHOLOGICAL, *sample])
+                self._compare(path, PATHOLOGICAL)
             self._fast = path
         except NotFast as reason:
             self.slow_reason = str(reason)
@@ -164,7 +164,6 @@ class Tokenizer:
     def load(
         cls,
         path: Path,
-        sample: Sequence[str] = (),
         fast: bool | None = None,
         proven: bool = True,
         name: str = "",
@@ -185,7 +184,7 @@ class Tokenizer:
             raise UserError(f"{path}: {it or f'cannot be read as a tokenizer: {error.strerror}; {GIVE}'}") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}: cannot be read as a tokenizer: it is no text in UTF-8; {GIVE}") from None
-        made = cls(json_text, sample, name or str(path), named_boundaries(path.parent), fast, proven)
+        made = cls(json_text, name or str(path), named_boundaries(path.parent), fast, proven)
         made.special_names = read_special_names(path.parent) or made.special_names
         return made
 
@@ -205,6 +204,14 @@ class Tokenizer:
     @property
     def is_fast(self) -> bool:
         return self._fast is not None
+
+    def compare(self, texts: Sequence[str]) -> None:
+        """Give up the fast path if the two paths differ on one of these texts."""
+        try:
+            if self._fast is not None:
+                self._compare(self._fast, texts)
+        except NotFast as reason:
+            self._fast, self.slow_reason = None, str(reason)
 
     def use_exact(self) -> None:
         """Give up the fast path, for instance because another process found a difference."""
@@ -240,8 +247,25 @@ class Tokenizer:
         """Several at once: the exact path is twice as fast without character offsets."""
         if self._fast is not None:
             return [self.encode_document(text) for text in texts]
-        encoded = zip(self._encode_exactly(texts), texts, strict=True)
-        return [self.stored(self._as_text(ids, text)) for ids, text in encoded]
+        encoded = self._encode_exactly(texts)
+        joined, ends = array("I"), []
+        for ids in encoded:
+            joined.append(self.bos)
+            joined.fromlist(ids)
+            joined.append(self.eos)
+            ends.append(len(joined))
+        all_ids = np.frombuffer(joined, np.uint32)
+        if np.count_nonzero((all_ids == self.bos) | (all_ids == self.eos)) > 2 * len(texts):  # inside a text
+            return [self.stored(self._as_text(ids, text)) for ids, text in zip(encoded, texts, strict=True)]
+        stored = all_ids.astype(self.dtype)
+        return [stored[start:end] for start, end in pairwise([0, *ends])]
+
+    def count_unknown(self, documents: Sequence[np.ndarray]) -> int:
+        """Unknown tokens in stored documents, without begin and end."""
+        if self.unknown is None or not len(documents):
+            return 0
+        ends = (self.unknown == self.bos) + (self.unknown == self.eos)
+        return int(np.count_nonzero(np.concatenate(documents) == self.unknown)) - ends * len(documents)
 
     def _encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids by the library. Raises `UserError` for half of a surrogate pair, and for a text with a piece that has no

@@ -105,8 +105,7 @@ def test_the_picture_is_the_same_bytes_again_and_one_length_can_be_drawn(whole: 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert (tmp_path / "one").read_bytes().startswith(b"\x89PNG")
     draw_lengths([np.array([7], np.uint32)], tmp_path / "single", 128)
-    assert (whole / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert "lengths.png" not in Manifest.read(whole).files
+    assert not (whole / "lengths.png").exists()  # drawing it takes longer than preparing a small corpus
 
 
 def write_run(folder: Path, data: Path, **changes: str) -> str:

@@ -34,7 +34,7 @@ from bigmodel.data.prepare.pipeline import prepare, quiet
 from bigmodel.data.prepare.rows import Format
 from bigmodel.data.prepare.verify import verify
 from bigmodel.data.store import mds
-from bigmodel.data.store.manifest import Manifest
+from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.evaluation.baselines import xz_bits_per_byte
@@ -539,18 +539,18 @@ def test_a_source_that_changes_and_keeps_its_size_is_noticed(
     assert stored == set(NEWS)
 
 
-def test_killed_while_the_picture_is_drawn_nothing_of_it_stays(
+def test_killed_while_the_manifest_is_written_nothing_of_it_stays(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from matplotlib.figure import Figure
-
-    def killed(self: Figure, target: Any, **_: Any) -> None:
-        target.write_bytes(b"half") if isinstance(target, Path) else target.write(b"half")
-        raise KeyboardInterrupt
+    def killed(part: Path, path: Path) -> None:
+        if path.name == MANIFEST:
+            assert part.stat().st_size
+            raise KeyboardInterrupt
+        os.rename(part, path)
 
     settings = elsewhere(tiny_settings(home), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Figure, "savefig", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(settings, quiet())
     result = next((tmp_path / "data.partial").iterdir()) / "result"

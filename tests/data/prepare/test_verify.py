@@ -74,7 +74,7 @@ def test_missing_cut_and_extra_files_are_named_and_the_picture_is_no_data(folder
     (folder / NEWS / "shard.00009.mds").write_bytes((folder / NEWS / "shard.00001.mds").read_bytes())
     (folder / "text" / "validation.txt").unlink()
     (folder / "validation" / "news" / "index.json").unlink()
-    (folder / "lengths.png").unlink()
+    (folder / "lengths.png").write_bytes(b"of an older version")
     problems = verify(str(folder), quiet())
     assert len(problems) == 4
     assert f"{shard}: has " in problems[1]

@@ -43,7 +43,7 @@ def test_a_word_that_no_merge_leads_to_is_left_to_the_library() -> None:
     table = json.loads(TRAINED)
     table["model"]["vocab"]["Ġzqxj"] = 320
     text = "one zqxj, and zqxjs"
-    tokenizer = Tokenizer(json.dumps(table), TEXTS)
+    tokenizer = Tokenizer(json.dumps(table))
     assert tokenizer.is_fast
     assert compare(table, [text, " zqxj", " zqx", *TEXTS[:20]]) == (2, 0, 2)
     for ids in (tokenizer.encode(text), tokenizer.encode_documents([text])[0][1:-1]):
@@ -51,6 +51,11 @@ def test_a_word_that_no_merge_leads_to_is_left_to_the_library() -> None:
         assert 320 not in ids
     earlier = Tokenizer(json.dumps(table), fast=True, proven=False)  # reads data that an earlier version prepared
     assert 320 in earlier.encode(text)
+    earlier.compare(["one"])
+    assert earlier.is_fast
+    earlier.compare(["one", text])
+    assert earlier.slow_reason.startswith("tiktoken and tokenizers differ on")
+    assert 320 not in earlier.encode(text)
 
 
 def random_tokenizer(random: Random) -> dict[str, Any]:

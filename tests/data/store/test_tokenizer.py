@@ -166,9 +166,9 @@ def test_a_vocabulary_above_65536_is_stored_in_32_bits() -> None:
 
 
 def test_common_names_of_begin_and_end_are_known_and_gpt2_style_is_fast() -> None:
-    tokenizer = Tokenizer(byte_level(["<unk>", "<s>", "</s>"]), TEXTS)
+    tokenizer = Tokenizer(byte_level(["<unk>", "<s>", "</s>"]))
     assert (tokenizer.bos, tokenizer.eos, tokenizer.is_fast) == (1, 2, True)
-    tokenizer = Tokenizer(byte_level(["<|endoftext|>"]), TEXTS)
+    tokenizer = Tokenizer(byte_level(["<|endoftext|>"]))
     assert (tokenizer.bos, tokenizer.eos, tokenizer.is_fast) == (0, 0, True)
 
 
@@ -204,7 +204,7 @@ def test_ids_out_of_merge_order_keep_the_exact_path_by_proof_and_by_comparison()
     for number, token in enumerate(tokens[258:][::-1], 258):
         vocabulary[token] = number
     assert Tokenizer(json.dumps(description)).slow_reason == "its ids are not in the order of its merges"
-    tokenizer = Tokenizer(json.dumps(description), TEXTS, proven=False)
+    tokenizer = Tokenizer(json.dumps(description), proven=False)
     assert tokenizer.slow_reason.startswith("tiktoken and tokenizers differ on")
     ids = tokenizer.encode(TEXTS[0])
     assert tokenizer.decode(ids) == TEXTS[0]
