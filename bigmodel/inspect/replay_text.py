@@ -14,6 +14,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.load.stream import place_of
 from bigmodel.data.objectives.examples import Pair
 from bigmodel.data.objectives.supervised import Supervised
+from bigmodel.data.store import mds
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.inspect.replay_picture import draw
 from bigmodel.inspect.replay_step import Measured, Part, largest, order
@@ -38,6 +39,8 @@ class Outputs:
 
     def begin(self) -> None:
         """Make the folders. Raises `UserError` for a list that exists already, and for what cannot be written."""
+        if self.count > 1 and not self.exclude:
+            raise UserError(f"--count {self.count}: has an effect only with --exclude; give --exclude FILE")
         if self.exclude and self.exclude.exists():
             raise UserError(f"--exclude {self.exclude}: exists already; choose another file, or remove it")
         if self.folder and self.folder.exists() and not self.folder.is_dir():
@@ -49,6 +52,11 @@ class Outputs:
             try:
                 if folder:
                     folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                wrong = f"there is no folder {folder} and none can be made: {error.strerror}"
+                raise UserError(f"{option} {path}: {wrong}; choose another place") from None
+            try:
+                if folder:
                     with tempfile.TemporaryFile(dir=folder):
                         pass
             except OSError as error:
@@ -210,6 +218,12 @@ def _row_of(part: Part, store: ShardStore) -> str:
     return f"{place['file']} row {place['row']}"
 
 
+def _name_of(part: Part, store: ShardStore) -> str:
+    """As `bigmodel seen --document` takes it."""
+    chunk = part.chunk
+    return f"{store.sources[chunk.source]}:{mds.shard_name(chunk.shard)}:{chunk.row}"
+
+
 def _numbers(part: Part, measured: Measured) -> dict[str, Any]:
     return {
         "gradient": _number(part.gradient_norm),
@@ -225,8 +239,8 @@ def _documents(done: Replayed) -> list[str]:
     rows = []
     for part in done.measured.parts[:SHOWN]:
         numbers = part.gradient_norm, mean_loss([part]), part.labels, part.activation
-        rows.append((*numbers, _row_of(part, done.store), part.chunk.start, text_of(part, done.store, PREVIEW)))
-    return _table(("gradient", "loss", "labels", "activation", "file", "from token", "text"), rows)
+        rows.append((*numbers, _name_of(part, done.store), part.chunk.start, text_of(part, done.store, PREVIEW)))
+    return _table(("gradient", "loss", "labels", "activation", "document", "from token", "text"), rows)
 
 
 def _sources(done: Replayed) -> list[tuple[Any, ...]]:

@@ -20,6 +20,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.inspect.step_time import draw_times, step_time
 from bigmodel.run_directory import AGAIN, read_json, read_json_lines
 from bigmodel.sizes import counted_noun
+from bigmodel.training.checkpoint.folder import steps as checkpoint_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,7 +156,14 @@ def table(run_directory: Path) -> str:
     events = list(read_json_lines(Path(run_directory) / "events.jsonl"))
     odd = [event["step"] for event in events if event.get("event") in ("step_skipped", "spike")]
     if odd:
-        rows.append((f"step {odd[-1]} explained", f"bigmodel replay {run_directory} --step {odd[-1]}"))
+        planned_anew = any(event.get("event") == "new_plan" and event["step"] for event in events)
+        older = any(saved < odd[-1] for saved in checkpoint_steps(Path(run_directory) / "checkpoints"))
+        begin = (
+            ""
+            if older or planned_anew
+            else f" --checkpoint 0    # no older checkpoint: trains {odd[-1] - 1} steps again"
+        )
+        rows.append((f"step {odd[-1]} explained", f"bigmodel replay {run_directory} --step {odd[-1]}{begin}"))
     ends = [event for event in events if event.get("event") in AGAIN.values()]
     rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)

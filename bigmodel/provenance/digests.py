@@ -121,9 +121,12 @@ def verify(run: Run, file: Path, told: Told = quiet) -> list[str]:
     segments, blocks = read_digests(file)
     problems = []
     for number, (ours, theirs) in enumerate(zip(run.segments, segments, strict=False)):
-        if ours != theirs:
+        if ours["identity"] != theirs["identity"]:  # covers all that decides the order, but not where it has ended
             what = describe_difference(theirs["identity"], ours["identity"]).splitlines()[1:-1]
             problems.append(f"segment {number} has another plan:\n" + "\n".join(what))
+        elif ours["first_step"] != theirs["first_step"]:
+            begins = f"after step {ours['first_step']}, that of the digests after step {theirs['first_step']}"
+            problems.append(f"segment {number} begins {begins}")
     if is_behind := run.reached < blocks[-1].last:
         problems.append(f"the run has reached step {run.reached}, the digests step {blocks[-1].last}")
     until = replace(run, reached=min(run.reached, blocks[-1].last))
@@ -153,7 +156,8 @@ def _against_metrics(run: Run) -> list[str]:
         sums = np.add.reduceat(tokens, starts)
         for step, *counts in zip(numbers.tolist(), documents.tolist(), sums.tolist(), strict=True):
             if step in told and told[step] != tuple(counts):
-                return [f"step {step}: training counted {told[step]} documents and tokens, the plan {tuple(counts)}"]
+                then, planned = (f"{one[0]:,} documents and {one[1]:,} tokens" for one in (told[step], counts))
+                return [f"step {step}: training counted {then}, the plan has {planned}"]
     return []
 
 

@@ -46,6 +46,8 @@ def export(run: Run, out: Path, told: Callable[[int], None] = lambda step: None)
             f"there is no folder {out.parent}" if not out.exists() else f"is a {'folder' if out.is_dir() else 'device'}"
         )
         raise UserError(f"--export {out}: {wrong}; give the path of a file in a folder that is there")
+    if out.suffix in (".csv", ".json", ".jsonl", ".txt"):
+        raise UserError(f"--export {out}: the file is Parquet; give it the name {out.with_suffix('.parquet').name}")
     part = out.with_name(f"{out.name}.partial")
     try:
         rows = _write(run, part, told)

@@ -22,7 +22,7 @@ from bigmodel.provenance.search import Hit, find, forms_of, shown, sides
 from bigmodel.provenance.trained import DIGESTS, Run, TrainedSteps
 from bigmodel.sizes import counted_noun
 
-MOST_SHOWN = 20  # steps or documents with the text
+MOST_SHOWN = 20  # steps, or documents with the text
 PREVIEW_TOKENS = 24
 WITHOUT_SHARDS = "--step, --document, --export, --digest and --verify need only manifest and length files"
 Place = tuple[str, int, int]  # source, shard, row
@@ -77,22 +77,39 @@ def show_text(run: Run, text: str, say: Say) -> bool:
     if not found.occurrences:
         say(f"not in the training data: {counted_noun(found.searched, 'document')} searched")
         return False
-    say(f"{counted_noun(found.occurrences, 'occurrence')} in {counted_noun(found.documents, 'document')}")
-    for store, hits in found.first.items():
+    trained: dict[ShardStore, list[TrainedSteps]] = {}
+    for store, documents in found.first.items():
         with _bar("steps", run.reached) as moved:
-            trained = steps_with(run, store, [hit.place for hit in hits], moved)
-        for hit in hits:
-            _say_hit(run, hit, store, trained, say)
-    if found.occurrences > MOST_SHOWN:
-        say(f"and {counted_noun(found.occurrences - MOST_SHOWN, 'occurrence')} more; a longer text has fewer")
+            trained[store] = steps_with(run, store, list(documents), moved)
+    shown_of = [
+        (hits, _covering(hits, store, trained[store]))
+        for store, documents in found.first.items()
+        for hits in documents.values()
+    ]
+    applied = {step for _, parts in shown_of for part in parts for step in part.steps.tolist()} - set(
+        run.without_update
+    )
+    say(
+        f"{counted_noun(found.occurrences, 'occurrence')} in {counted_noun(found.documents, 'document')}, "
+        + (f"the first {MOST_SHOWN} " if found.documents > MOST_SHOWN else "")
+        + (
+            f"trained in {counted_noun(len(applied), 'step')}"
+            if applied
+            else f"not trained on up to step {run.reached}"
+        )
+    )
+    for hits, parts in shown_of:
+        _say_hits(run, hits, parts, say)
+    if found.documents > MOST_SHOWN:
+        say(f"and {counted_noun(found.documents - MOST_SHOWN, 'document')} more; a longer text is in fewer")
     return True
 
 
 @dataclass
 class _Found:
-    """The first occurrences by the data that holds them, and counts of all."""
+    """The occurrences in the first documents by the data that holds them, and counts of all."""
 
-    first: dict[ShardStore, list[Hit]]
+    first: dict[ShardStore, dict[Place, list[Hit]]]
     occurrences: int = 0
     documents: int = 0
     searched: int = 0  # documents
@@ -109,23 +126,33 @@ def _search(stores: Sequence[ShardStore], text: str) -> _Found:
         for number, store in enumerate(stores):
             known = partial(_is_known, store, stores[:number])
             for hit in find(store, text, advance, known):
-                if found.occurrences < MOST_SHOWN:
-                    found.first.setdefault(store, []).append(hit)
                 found.documents += before != (store, hit.place)
                 found.occurrences, before = found.occurrences + 1, (store, hit.place)
+                if found.documents <= MOST_SHOWN:
+                    found.first.setdefault(store, {}).setdefault(hit.place, []).append(hit)
     return found
 
 
-def _say_hit(run: Run, hit: Hit, store: ShardStore, trained: Sequence[TrainedSteps], say: Say) -> None:
+def _covering(hits: Sequence[Hit], store: ShardStore, trained: Sequence[TrainedSteps]) -> list[TrainedSteps]:
+    """The chunks of one document whose tokens cover one of its occurrences."""
+    mine = [part.where(_are(part, [hits[0].place])) for part in trained]
+    if store.passes or any(hit.side for hit in hits):  # a pair is one chunk; a pass has tokens of its own
+        return mine
+    first, last = np.array([(hit.first_token, hit.last_token) for hit in hits]).T
+    return [
+        part.where(((part.chunks[:, 3, None] <= last) & (part.last_tokens[:, None] >= first)).any(axis=1))
+        for part in mine
+    ]
+
+
+def _say_hits(run: Run, hits: Sequence[Hit], covering: Sequence[TrainedSteps], say: Say) -> None:
+    """A document with the text: its first occurrence, and the steps that trained on one of them."""
+    hit, more = hits[0], len(hits) - 1
     side = "target, " if hit.side else ""
-    say(f"{_name(*hit.place)}, {side}tokens {hit.first_token} to {hit.last_token}")
+    others = f", and {counted_noun(more, 'occurrence')} more" if more else ""
+    say(f"{_name(*hit.place)}, {side}tokens {hit.first_token} to {hit.last_token}{others}")
     say(_cut(f"  {hit.shown}"))
-    mine = [part.where(_are(part, [hit.place])) for part in trained]
-    if not hit.side and not store.passes:  # a pair is one chunk; a pass has tokens of its own
-        mine = [
-            part.where((part.chunks[:, 3] <= hit.last_token) & (part.last_tokens >= hit.first_token)) for part in mine
-        ]
-    _say_steps(run, "  ", mine, say)
+    _say_steps(run, "  ", covering, say)
 
 
 def _stores(run: Run, say: Say) -> list[ShardStore]:
@@ -171,7 +198,10 @@ def place_of(store: ShardStore, asked: str) -> Place:
         return source, shard, number - int(ends[shard] - documents[shard])
     shard, row = map(int, numbers)
     if shard >= len(documents):
-        raise UserError(f"--document {asked}: {source} has the files {mds.shard_name(0)} to {len(documents) - 1:05}")
+        others = f" to {mds.shard_name(len(documents) - 1)}" if len(documents) > 1 else ""
+        raise UserError(
+            f"--document {asked}: {source} has {'files' if others else 'the file'} {mds.shard_name(0)}{others}"
+        )
     if row >= documents[shard]:
         raise UserError(f"--document {asked}: {mds.shard_name(shard)} has the rows 0 to {documents[shard] - 1}")
     return source, shard, row

@@ -236,6 +236,30 @@ def test_the_first_steps_of_a_new_plan_are_repeated_also_before_its_first_checkp
         found = found_in(tmp_path / out)
         assert (found["checkpoint"], found["may_differ"]) == (5, [])
         assert all(one["equal"] for one in found["recorded"].values()), found["recorded"]
+    shutil.rmtree(run_file.with_suffix("") / "checkpoints" / "step-00000005")
+    run_ranks(1, refusals, [(run_file.with_suffix(""), 7, None)], [free_port()], tmp_path / "said.json")
+    (said,) = json.loads((tmp_path / "said.json").read_text())
+    assert said.endswith("; put back one from step 5 on, after which a new plan began")
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Path) -> None:
+    from bigmodel.inspect.replay_text import Outputs
+
+    file = tmp_path / "a.jsonl"
+    file.write_text("")
+    for outputs, message in {
+        Outputs(None, None, 3): "--count 3: has an effect only with --exclude",
+        Outputs(None, file, 1): "exists already",
+        Outputs(file, None, 1): "is a file; give a folder",
+        Outputs(
+            file / "out", None, 1
+        ): "--out .*: there is no folder .*/out and none can be made: Not a directory; choose another place",
+        Outputs(
+            None, file / "bad.jsonl", 1
+        ): "--exclude .*: there is no folder .*/a.jsonl and none can be made: File exists",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            outputs.refuse()
 
 
 def test_of_weighted_classes_texts_and_classes_are_shown_and_losses_add_up_to_the_step(tmp_path: Path) -> None:

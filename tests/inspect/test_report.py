@@ -59,7 +59,11 @@ def test_after_a_spiking_or_skipped_step_the_command_that_explains_it_is_named(t
     run = write_run(tmp_path / "run", [4.0] * 20)
     lines = [{"event": "start", "step": 0}, {"event": event, "step": 7}, {"event": event, "step": 12}]
     (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert f"step 12 explained  bigmodel replay {run} --step 12" in table(run)
+    command = f"step 12 explained  bigmodel replay {run} --step 12"
+    (run / "checkpoints" / "step-00000012").mkdir(parents=True)
+    assert f"{command} --checkpoint 0    # no older checkpoint: trains 11 steps again" in table(run).splitlines()
+    (run / "checkpoints" / "step-00000010").mkdir()
+    assert command in table(run).splitlines()
 
 
 def test_the_curve_is_what_was_recorded(tmp_path: Path) -> None:

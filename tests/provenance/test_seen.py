@@ -165,8 +165,8 @@ def test_the_data_of_all_segments_is_searched_and_what_is_gone_is_said(shards: P
     start = tmp_path / "starts" / "0001.json"
     start.write_text(json.dumps({"settings": {"data": {"directory": str(one)}}}))
     said = lines_of(seen.show_text, run, "Document 111:")  # of the letters, which only the first segment has
-    assert said[0] == "1 occurrence in 1 document"
-    assert lines_of(seen.show_text, run, "Document 11:")[0] == "2 occurrences in 2 documents"
+    assert said[0].startswith("1 occurrence in 1 document, ")
+    assert lines_of(seen.show_text, run, "Document 11:")[0].startswith("2 occurrences in 2 documents, ")
     assert lines_of(seen.show_document, run, "letters:1")[0].startswith("letters:shard.00000.mds:1: ")
 
     theirs = Order.of_run(ShardStore(other, "train"), settings).plan.identity
@@ -218,6 +218,16 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
     assert "without texts" in said[1]
     assert len(said) > 3
 
+    # Before the new plan.
+    (first, *_), skipped = source.segments, {step: why for step, why in source.without_update.items() if step <= 8}
+    open_ended = {name: value for name, value in first.items() if name != "end"}
+    early = Run(tmp_path, source.settings, [open_ended], 8, skipped)
+    write_digests(early)
+    assert verify(source, tmp_path / DIGESTS) == []
+    assert verify(early, file) == ["the run has reached step 8, the digests step 12"]
+    earlier_still = replace(source, segments=[first, {**source.segments[1], "first_step": 9}])
+    assert verify(earlier_still, file)[0] == "segment 1 begins after step 9, that of the digests after step 8"
+
     lines = file.read_text().splitlines()
     forged = json.loads(lines[2]) | {"leaf": "0" * 64}
     (tmp_path / "forged.jsonl").write_text("\n".join([*lines[:2], json.dumps(forged), *lines[3:]]))
@@ -242,7 +252,7 @@ def test_digests_agree_without_shards_and_name_the_first_other_block(
         if line["kind"] == "step" and line["step"] == 5:
             line["documents"] += 1
     metrics.write_text("\n".join(map(json.dumps, changed)))
-    assert "step 5: training counted" in verify(Run.open(theirs), file)[0]
+    assert verify(Run.open(theirs), file)[0].startswith("step 5: training counted ")
     (tmp_path / "other.txt").write_text("{}\n")
     with pytest.raises(UserError, match="no digests of this version"):
         read_digests(tmp_path / "other.txt")
@@ -266,7 +276,7 @@ def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shard
         f"news:{last + 1}": f"news has the documents 0 to {last}",
         "books:1": "no source 'books'; the data has letters, news",
         "news": "give SOURCE:NUMBER or SOURCE:FILE:ROW",
-        "news:shard.00099.mds:1": "news has the files shard.00000.mds to",
+        "news:shard.00099.mds:1": r"news has the files shard.00000.mds to shard.\d{5}.mds$",
         "news:0:9999": "shard.00000.mds has the rows 0 to",
     }.items():
         with pytest.raises(UserError, match=answer):
@@ -282,6 +292,8 @@ def test_wrong_questions_are_answered_with_what_is_possible(trained: Path, shard
         export(run, tmp_path / "pipe")
     with pytest.raises(UserError, match="is a folder; give the path of a file"):
         export(run, tmp_path)
+    with pytest.raises(UserError, match=r"a.csv: the file is Parquet; give it the name a.parquet"):
+        export(run, tmp_path / "a.csv")
     with pytest.raises(UserError, match="cannot be written: No such file or directory; choose another place"):
         export(run, Path("/proc/order.parquet"))
     with pytest.raises(UserError, match="there is no such file"):
