@@ -141,8 +141,13 @@ def choose(record: Record, step: int, given: int | None) -> list[int]:
         remote = record.start(step).settings.checkpoint.remote
         copy = f"copy one back from checkpoint.remote = {remote}, or " if remote else ""
         begins = max((one.step for one in record.starts_of(1, step) if one.new_plan and one.step), default=0)
-        remedy = f"give --checkpoint 0, which trains steps 1 to {step - 1} again from the initial weights"
         if begins:
-            remedy = f"put back one from step {begins} on, after which a new plan began"
-        raise UserError(f"--step {step}: no checkpoint before it; {record.possible}; {copy}{remedy}")
+            raise UserError(
+                f"--step {step}: no checkpoint before it; {record.possible}; {copy}put back one from step {begins} on, "
+                "after which a new plan began"
+            )
+        raise UserError(
+            f"--step {step}: no checkpoint before it; {record.possible}; {copy}give --checkpoint 0, which trains "
+            f"steps 1 to {step - 1} again from the initial weights"
+        )
     return before

@@ -52,11 +52,6 @@ class Outputs:
             try:
                 if folder:
                     folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                wrong = f"there is no folder {folder} and none can be made: {error.strerror}"
-                raise UserError(f"{option} {path}: {wrong}; choose another place") from None
-            try:
-                if folder:
                     with tempfile.TemporaryFile(dir=folder):
                         pass
             except OSError as error:

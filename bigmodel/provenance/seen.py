@@ -198,10 +198,8 @@ def place_of(store: ShardStore, asked: str) -> Place:
         return source, shard, number - int(ends[shard] - documents[shard])
     shard, row = map(int, numbers)
     if shard >= len(documents):
-        others = f" to {mds.shard_name(len(documents) - 1)}" if len(documents) > 1 else ""
-        raise UserError(
-            f"--document {asked}: {source} has {'files' if others else 'the file'} {mds.shard_name(0)}{others}"
-        )
+        files = f"{mds.shard_name(0)} to {mds.shard_name(len(documents) - 1)}"
+        raise UserError(f"--document {asked}: {source} has the files {files}")
     if row >= documents[shard]:
         raise UserError(f"--document {asked}: {mds.shard_name(shard)} has the rows 0 to {documents[shard] - 1}")
     return source, shard, row

@@ -251,15 +251,11 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Pa
         Outputs(None, None, 3): "--count 3: has an effect only with --exclude",
         Outputs(None, file, 1): "exists already",
         Outputs(file, None, 1): "is a file; give a folder",
-        Outputs(
-            file / "out", None, 1
-        ): "--out .*: there is no folder .*/out and none can be made: Not a directory; choose another place",
-        Outputs(
-            None, file / "bad.jsonl", 1
-        ): "--exclude .*: there is no folder .*/a.jsonl and none can be made: File exists",
+        Outputs(file / "out", None, 1): "--out .*/out: cannot be written: Not a directory; choose another place",
+        Outputs(None, file / "bad.jsonl", 1): "--exclude .*: cannot be written: File exists; choose another place",
     }.items():
         with pytest.raises(UserError, match=message):
-            outputs.refuse()
+            outputs.begin()
 
 
 def test_of_weighted_classes_texts_and_classes_are_shown_and_losses_add_up_to_the_step(tmp_path: Path) -> None:
