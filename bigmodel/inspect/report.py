@@ -154,7 +154,11 @@ def table(run_directory: Path) -> str:
         counted = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         rows.append(("not applied", f"{counted_noun(skipped.total(), 'step')}: {counted}"))
     events = list(read_json_lines(Path(run_directory) / "events.jsonl"))
-    odd = [event["step"] for event in events if event.get("event") in ("step_skipped", "spike")]
+    odd = [
+        event["step"]
+        for event in events
+        if event.get("event") in ("step_skipped", "spike") and event.get("reason") != "left_out"
+    ]
     if odd:
         planned_anew = any(event.get("event") == "new_plan" and event["step"] for event in events)
         older = any(saved < odd[-1] for saved in checkpoint_steps(Path(run_directory) / "checkpoints"))

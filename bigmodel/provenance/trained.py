@@ -172,7 +172,7 @@ class Run:
         data = self.settings.data
         remote = data.remote if folder == data.directory else ""
         if not (folder / MANIFEST).exists() and not remote:
-            return ""
+            return f" (there is no {folder / MANIFEST})"
         try:
             store = ShardStore(folder, "train", remote, data.cache_bytes)
         except UserError as error:

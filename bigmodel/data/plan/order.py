@@ -37,6 +37,7 @@ from bigmodel.data.plan.unread import ReadBefore
 from bigmodel.data.randomness import make_key
 
 ORDER_VERSION = 1  # raise it with every change that gives another order from the same input
+EXCLUDED, EXCLUDED_NAME = "excluded documents", "data.exclude, the hash of its documents"  # stored, and for users
 READ_BEFORE = "read by earlier segments"  # in the identity of a segment that goes on where they ended
 EXAMPLES = {  # settings of examples; in a plan's identity only where they differ from their defaults
     "source_sequence_length",
@@ -161,7 +162,7 @@ class Order:
         store = without(store, self.excluded)
         shards = mixed_shards(store, settings)
         identity = _identity(store, settings, global_batch_size, batch_ramp, seed, segment)
-        identity |= {"excluded documents": self.excluded.digest} if self.excluded else {}
+        identity |= {EXCLUDED: self.excluded.digest} if self.excluded else {}
         identity |= {READ_BEFORE: read.digest} if read else {}
         totals = {name: sum(shard.positions for shard in shards[name]) for name in shards}
         self.plan = Plan(identity, settings.lanes, totals)
@@ -380,7 +381,7 @@ def in_force(identity: Mapping[str, Any]) -> dict[str, Any]:
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """The differences between two identities, as an error for the user."""
     lines = [
-        f"  {NEW_NAMES.get(name, name)}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
+        f"  {EXCLUDED_NAME if name == EXCLUDED else NEW_NAMES.get(name, name)}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
         for name in sorted({*saved, *current})
         if saved.get(name) != current.get(name)
     ]
