@@ -381,6 +381,9 @@ def seen(
     verify: Annotated[
         Path | None, typer.Option(metavar="DIGESTS", help="compare such a file; exit code 1 if it differs")
     ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="a prepared folder of the run that lies elsewhere now")
+    ] = None,
 ) -> None:
     """What the model was trained on: which documents, at which steps, with which tokens."""
     from bigmodel.provenance import seen as run
@@ -388,7 +391,7 @@ def seen(
 
     if sum(bool(one) for one in (text is not None, document, step is not None, export, digest, verify)) != 1:
         raise UserError("give one of --text, --document, --step, --export, --digest and --verify")
-    opened = Run.open(run_directory)
+    opened = Run.open(run_directory, data or [])
     holds = True
     if text is not None:
         holds = run.show_text(opened, text, print)

@@ -52,16 +52,18 @@ class TrainedSteps:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its directory tells it. `reached`: the step of its newest checkpoint."""
+    """A run as its directory tells it. `reached`: the step of its newest checkpoint. `data`: folders to look for its
+    data in, before those that its records name."""
 
     directory: Path
     settings: Settings
     segments: Sequence[Mapping[str, Any]]
     reached: int
     without_update: Mapping[int, str] = field(default_factory=dict)  # step -> reason
+    data: Sequence[Path] = ()
 
     @classmethod
-    def open(cls, directory: Path) -> "Run":
+    def open(cls, directory: Path, data: Sequence[Path] = ()) -> "Run":
         """Raises `UserError` for what is no run directory, and for a run without checkpoint and digests."""
         directory = Path(directory)
         file = directory / "settings.json"
@@ -82,15 +84,15 @@ class Run:
         left_out = {step: "left_out" for rewind in declared_in(state) for step in rewind.steps if step <= state["step"]}
         known = {int(step): reason for step, reason in state.get("without_update", {}).items()}
         all_reasons = {step: reason for step, reason in (known | reasons | left_out).items() if reason}
-        return cls(directory, settings, state["segments"], state["step"], all_reasons)
+        return cls(directory, settings, state["segments"], state["step"], all_reasons, data)
 
     @cached_property
     def folders(self) -> list[Path]:
-        """The prepared folders of the run's starts, the newest first."""
+        """The given folders, then the prepared ones of the run's starts, the newest first."""
         starts = sorted((self.directory / "starts").glob("*.json"), reverse=True)
         tables = [read_json(start).get("settings", {}).get("data", {}) for start in starts]
         named = [self.settings.data.directory, *(Path(one["directory"]) for one in tables if "directory" in one)]
-        return list(dict.fromkeys(named))
+        return list(dict.fromkeys([*self.data, *named]))
 
     def store(self, number: int) -> ShardStore:
         """The prepared data of a segment, found by its hash. Raises `UserError` if no known folder has it."""

@@ -37,7 +37,8 @@ from bigmodel.data.plan.unread import ReadBefore
 from bigmodel.data.randomness import make_key
 
 ORDER_VERSION = 1  # raise it with every change that gives another order from the same input
-EXCLUDED, EXCLUDED_NAME = "excluded documents", "data.exclude, the hash of its documents"  # stored, and for users
+EXCLUDED = "excluded documents"  # in the identity of a plan with data.exclude
+NAMES = {EXCLUDED: "data.exclude, the hash of its documents"}  # for users
 READ_BEFORE = "read by earlier segments"  # in the identity of a segment that goes on where they ended
 EXAMPLES = {  # settings of examples; in a plan's identity only where they differ from their defaults
     "source_sequence_length",
@@ -381,7 +382,7 @@ def in_force(identity: Mapping[str, Any]) -> dict[str, Any]:
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """The differences between two identities, as an error for the user."""
     lines = [
-        f"  {EXCLUDED_NAME if name == EXCLUDED else NEW_NAMES.get(name, name)}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
+        f"  {(NEW_NAMES | NAMES).get(name, name)}: {saved.get(name)!r} when saved, {current.get(name)!r} now"
         for name in sorted({*saved, *current})
         if saved.get(name) != current.get(name)
     ]
