@@ -237,7 +237,7 @@ def plain_steps(case: Case, masked: bool, bf16: bool = False) -> Iterator[dict[s
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            yield {"loss": float(loss)}
+            yield {"loss": float(loss.detach())}
 
 
 # ---- Hugging Face -------------------------------------------------------------------------------------------------

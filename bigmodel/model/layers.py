@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigmodel.config.settings import ModelSettings
+from bigmodel.kernels.cpu import is_wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -24,10 +25,9 @@ EMBEDDING_SALT = 1 << 21  # dropout salt of embeddings: above those of blocks, b
 
 
 class Linear(nn.Linear):
-    """A matrix product, by default without bias. bf16 on a CPU is multiplied in fp32 and rounded once.
+    """A matrix product, by default without bias. On a CPU without bf16 units bf16 is multiplied in fp32 and rounded
+    once (`kernels/cpu.py`); the result is that of a GPU, which also adds bf16 products in fp32.
 
-    CPUs without bf16 instructions multiply bf16 about 30 times slower than fp32 (1.2 against 32 GFLOP/s on
-    one AVX2 core). The result equals that of a GPU, which also adds bf16 products in fp32.
     `lora`: adapters that are added to the product (`bigmodel.model.lora`).
     """
 
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
         return self.product(x) if self.lora is None else self.lora(x, self.product(x))
 
     def product(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype is torch.bfloat16:
+        if is_wide(x):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
         return F.linear(x, self.weight, self.bias)

@@ -1,12 +1,23 @@
 """Attention: the reference here, the kernels under the interpreter and through the compiler in their own processes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import library
 
-from bigmodel.kernels.attention import HIDDEN, LOG2_E, attention, attention_reference, make_tile_metadata
+from bigmodel.kernels.attention import (
+    HIDDEN,
+    LOG2_E,
+    attention,
+    attention_reference,
+    cpu_attention_op,
+    make_tile_metadata,
+)
 from bigmodel.kernels.attention_dropout import factors, make_dropout
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.relative_bias import t5_bias, t5_buckets
+from bigmodel.kernels.tiles import TileMetadata
 from tests.kernels.test_mask import int32, offsets_of
 from tests.support.dense_attention import (
     assert_as_exact_as_plain_torch,
@@ -132,6 +143,48 @@ def test_4096_documents_of_one_token_give_their_values() -> None:
     out = attention(rows, rows, rows, causal(offsets_of([1] * 4096)))
     assert torch.equal(out[:4096], rows[:4096])
     assert not out[4096:].any()
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "prefix"])
+def test_a_document_has_the_same_bits_alone_and_among_others(kind: str) -> None:
+    """Equal documents share a call, and places without a document cost nothing."""
+    lengths, prefixes = [40, 7, 0, 7, 0, 3, 40, 1, 7, 1] + [0] * 300, [9, 2, 0, 0, 5, 1, 9, 0, 2, 1] + [0] * 300
+
+    def mask_of(lengths: list[int], prefixes: list[int]) -> AttentionMask:
+        offsets = offsets_of(lengths)
+        if kind == "prefix":
+            return prefix_lm(offsets, int32(prefixes))
+        return {"causal": causal(offsets), "window": causal(offsets, 4), "bidirectional": bidirectional(offsets)}[kind]
+
+    inputs = make_inputs(mask_of(lengths, prefixes), sum(lengths), sum(lengths), (4, 2), 16, torch.float32)
+    together, end = out_and_gradients(attention, inputs), 0
+    for length, prefix in zip(lengths, prefixes, strict=True):
+        mine = slice(end, end := end + length)
+        rows = {name: getattr(inputs, name)[mine] for name in ("q_THK", "k_SGK", "v_SGK", "d_out_THK")}
+        alone = out_and_gradients(attention, replace(inputs, mask=mask_of([length], [prefix]), **rows))
+        for name, values in alone.items():
+            assert torch.equal(values, together[name][mine]), f"{name} of a document of {length}"
+
+
+def test_torch_knows_all_about_the_operator_on_a_cpu() -> None:
+    rows = [torch.randn(9, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    offsets = offsets_of([3, 0, 4])
+    library.opcheck(cpu_attention_op, (*rows, offsets, offsets, None, int32([2, 0, 1]), None, 0, 0.25))
+
+
+def test_compiled_on_a_cpu_other_documents_compile_nothing_again() -> None:
+    torch.compiler.reset()
+    rows = torch.randn(12, 2, 16)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    def compiled(rows: torch.Tensor, mask: AttentionMask, tile_metadata: TileMetadata) -> torch.Tensor:
+        return attention(rows, rows, rows, mask, tile_metadata)
+
+    for lengths in ([12, 0, 0], [3, 5, 2], [4, 4, 4]):
+        mask = causal(offsets_of(lengths))
+        tile_metadata = make_tile_metadata(mask, 12, 12)
+        with torch._dynamo.config.patch(error_on_recompile=lengths != [12, 0, 0]):
+            assert torch.equal(compiled(rows, mask, tile_metadata), attention(rows, rows, rows, mask))
 
 
 def test_a_schedule_made_before_gives_the_same() -> None:

@@ -52,6 +52,9 @@ COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "barrier",
 )  # fmt: skip
 
+# Elements at a time in fp64. On a CPU the copy of a part stays in the cache: 4 million elements take 5 ms, not 46.
+PART, PART_ON_CPU = 1 << 24, 1 << 16
+
 Piece = tuple[int, Tensor]  # the first element in the flattened tensor, and the elements: fp32, one-dimensional
 
 
@@ -127,7 +130,7 @@ class Engine:
             self._zeros.drop_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for gradient in [chunk for chunks in self._layout.gradients() for chunk in chunks]:
-            for part in gradient.detach().flatten().split(1 << 24):  # bounds the fp64 copy
+            for part in gradient.detach().flatten().split(PART_ON_CPU if gradient.is_cpu else PART):
                 total += part.double().square().sum().to(total.device)
         squares = float(total)
         (of_ranks,) = self.world.sum_([squares])
