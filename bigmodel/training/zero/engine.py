@@ -89,6 +89,8 @@ class Engine:
         self._states = {name: states[id(parameter)] for name, parameter in self._trained.items()}
         self._engine = _initialize(model, self._optimizer, effective, settings)
         _time_communication(self.phases)
+        if world.device.type == "cpu":
+            _norm_in_parts(self._engine.optimizer)
         self._layout = layout_of(self._engine, self._optimizer)
         self._shards = {name: self._layout.shard(p) for name, p in self._trained.items()}
         self._names = {id(parameter): name for name, parameter in self._trained.items()}
@@ -130,8 +132,7 @@ class Engine:
             self._zeros.drop_gradients()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for gradient in [chunk for chunks in self._layout.gradients() for chunk in chunks]:
-            for part in gradient.detach().flatten().split(PART_ON_CPU if gradient.is_cpu else PART):
-                total += part.double().square().sum().to(total.device)
+            total += sum_of_squares(gradient).to(total.device)
         squares = float(total)
         (of_ranks,) = self.world.sum_([squares])
         if self._layout.partitioned or not math.isfinite(of_ranks):  # replicas: also what only one of them has spoilt
@@ -575,6 +576,37 @@ class _Timed:
             return _Timed(result, self._phases) if hasattr(result, "wait") else result
 
         return timed
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """The sum of squares, fp64, without an fp64 copy of more than a part."""
+    parts = values.detach().flatten().split(PART_ON_CPU if values.is_cpu else PART)
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for part in parts:
+        total += part.double().square().sum()
+    return total
+
+
+def _norm_in_parts(zero: Any) -> None:
+    """ZeRO 1 and 2 on a CPU: DeepSpeed's norm for clipping, equal in fp32, from parts that fit the cache. Its own takes
+    an fp64 copy of each gradient: 11 ns an element instead of 1.
+    """
+    from deepspeed import comm
+    from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+
+    if type(zero).__name__ != "DeepSpeedZeroOptimizer":  # other stages
+        return
+
+    def norm(gradients: list[Tensor], _parameters: Any, norm_type: float = 2) -> Tensor:
+        assert norm_type == 2, "DeepSpeed clips by the L2 norm"
+        parts = [sum_of_squares(gradient) for gradient in gradients]  # none: this rank owns nothing of the group
+        total = torch.stack(parts).sum().float() if parts else torch.zeros(())
+        comm.all_reduce(total, group=zero.dp_process_group)
+        total = total.sqrt()
+        mask_nan_or_inf_with_val_inplace(total, device=zero.device)
+        return total
+
+    zero.get_grad_norm_direct = norm
 
 
 def _time_communication(phases: Phases) -> None:
