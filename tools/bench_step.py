@@ -25,7 +25,7 @@ from tools.measure import ROOT, Record, Row
 from tools.step_contenders import CASES, HUGGINGFACE, STEPS, batches
 
 OURS, TWO_RANKS, OTHER = "bigmodel", "two ranks", "bigmodel, other checkout"
-WARM_UP = 3
+WARM_UP = 2
 
 
 class Contender:

@@ -22,15 +22,7 @@ from torch.utils.checkpoint import (
 from bigmodel.config.settings import Settings, UserError
 
 aten = torch.ops.aten
-KEPT = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-}
+KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default}  # and all operators of the kernels
 
 GRAPHS_PER_BLOCK = 4  # training and evaluation, each with and without prefixes
 

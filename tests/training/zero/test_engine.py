@@ -405,6 +405,7 @@ def test_every_layer_is_compiled_also_beyond_the_compilers_own_limit(monkeypatch
         compiled = new_model(settings)
         wrap_blocks(compiled, settings, stage=1)
         compiled(batch_of(0, range(6)))
+        compiled(batch_of(0, range(5, -1, -1)))  # other documents
         assert len(graphs) == expected
     engine, graphs[:] = SimpleCall(compiled), []
     for length in (5, 6):  # a text that grows
