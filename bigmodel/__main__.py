@@ -247,7 +247,10 @@ def train(
         keep_log(log)
     except OSError as error:
         raise UserError(f"{log}: cannot be written: {error.strerror}; choose another run.directory") from None
-    from bigmodel.training.loop import train as run
+    from bigmodel.training.imports import frozen
+
+    with frozen():
+        from bigmodel.training.loop import train as run
 
     try:
         code = run(settings, fresh, new_plan)

@@ -10,7 +10,6 @@ are in the page cache at the load.
 
 import multiprocessing
 import resource
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -147,7 +146,6 @@ def dcp(state: State, folder: Path) -> Facts:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
 
     def save(step: int) -> Callable[[], bool]:
-        shutil.rmtree(folder / f"step-{step - 1}", ignore_errors=True)
         return library.async_save(state, checkpoint_id=str(folder / f"step-{step}")).done
 
     facts = facts_of(state, save, lambda: None, lambda: library.load(state, checkpoint_id=str(folder / "step-2")))

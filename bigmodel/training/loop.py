@@ -75,6 +75,7 @@ from bigmodel.training.checkpoint.saver import Saved, Saver, Waiting
 from bigmodel.training.class_summary import summarize_classes
 from bigmodel.training.divergence import Course
 from bigmodel.training.exact_start import write_exactly
+from bigmodel.training.imports import import_engine
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.new_plan import announce
 from bigmodel.training.pruning import Pruner
@@ -149,6 +150,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     model = new_model(settings, effective, vocabulary, begins, vectors)
     model.teacher = open_teacher(settings, num_tokens, world)
     phases, compile_time = Phases(world.device), CompileTime()
+    import_engine()
     engine = Engine(model, settings, effective, world, phases)
     if begins and settings.model.start_folder and settings.training.precision != "fp32":
         write_exactly(engine, settings)

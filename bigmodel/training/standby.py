@@ -15,15 +15,13 @@ import bigmodel.training.loop  # noqa: F401 - the imports of a trainer
 from bigmodel.data.store.shards import import_mds
 from bigmodel.metrics.rank_record import begin_now
 from bigmodel.rank_log import redirect
-from bigmodel.training.zero.engine import import_deepspeed
+from bigmodel.training.imports import import_engine
 
 LONGEST_ORDER = 1 << 16
 # What torch and DeepSpeed import when an optimizer and an engine are built: 4 of the 5 seconds after the order.
 IMPORTED_LATER = (
-    "torch._dynamo",
     "torch._inductor.compile_fx",
     "deepspeed.runtime.bf16_optimizer",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
 )
@@ -31,7 +29,7 @@ IMPORTED_LATER = (
 
 def become_rank(descriptor: int) -> None:
     """Import, wait for the order, and do it. Ends this process if there is none."""
-    import_deepspeed()
+    import_engine()
     import_mds()
     for module in IMPORTED_LATER:
         with suppress(ImportError):  # another version's

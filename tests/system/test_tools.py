@@ -19,6 +19,7 @@ from tools import (
     bench_block,
     bench_checkpoint,
     bench_linear_cross_entropy,
+    bench_start,
     gpu_suite,
     show_mask,
     tune_attention,
@@ -286,3 +287,10 @@ def test_both_sides_of_the_save_benchmark_load_what_they_saved(side: str, tmp_pa
     facts = bench_checkpoint.SIDES[side](bench_checkpoint.state_of(1), tmp_path)  # asserts the loaded numbers
     assert facts.keys() >= {"next_save_stall_s", "next_save_cpu_s", "save_peak_of_state", "load_cpu_s"}
     assert min(facts.values()) >= 0
+
+
+def test_a_measured_command_that_fails_ends_the_start_benchmark(tmp_path: Path) -> None:
+    busy = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"]
+    assert bench_start.cpu_seconds(busy, tmp_path) >= 0.2
+    with pytest.raises(SystemExit, match="exit code 3\nwhy"):
+        bench_start.cpu_seconds([sys.executable, "-c", "print('why'); raise SystemExit(3)"], tmp_path)
