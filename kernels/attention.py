@@ -40,7 +40,20 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from bigmodel.kernels.attention_dropout import AttentionDropout, factors, keeps, load_key_words, load_query_words
-from bigmodel.kernels.mask import FULL, AttentionMask, count_in_part, dense, load_tile, sees, tile_in_part
+from bigmodel.kernels.mask import (
+    BOTH,
+    FULL,
+    LOWER,
+    UNBOUNDED,
+    UPPER,
+    AttentionMask,
+    columns_in_part,
+    dense,
+    first_column,
+    load_tile,
+    sees,
+    sees_tile,
+)
 from bigmodel.kernels.tiles import TileMetadata, make_tile_metadata
 from bigmodel.kernels.triton_import import INTERPRETED, tl, triton
 
@@ -277,22 +290,39 @@ HIDDEN = tl.constexpr(-(2.0**100))
 MAX_REACH_WITH_GRADIENT = 2048  # the bias gradient takes 210 registers here, and spills at 8,192 (sm_90, 64 channels)
 
 
+INSIDE, ZEROS, LAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what `load_rows` gives from `end` on
+
+
 @triton.jit
 def load_rows(base, first, end, stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
-              BOUNDED: tl.constexpr):  # fmt: skip
-    """Rows [first, first + ROWS) of a head as (ROWS, HEAD): 0 in channels from CHANNELS on, and in rows from `end` on.
+              BEYOND: tl.constexpr):  # fmt: skip
+    """Rows [first, first + ROWS) of a head as (ROWS, HEAD); 0 in channels from CHANNELS on.
 
-    Only BOUNDED loads compare with `end`: a full tile lies inside its document.
+    From `end` on: ZEROS, or the LAST row before it again, which needs fewer instructions, or nothing where a full tile
+    lies INSIDE its document. With a constant stride an address is one instruction.
     """
-    row = tl.arange(0, ROWS)
+    row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD)
-    pointers = base + first.to(tl.int64) * stride + row[:, None] * stride + channel[None, :]
-    if BOUNDED:
-        return tl.load(pointers, mask=(first + row < end)[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+    inside = row < end
+    if BEYOND == LAST:
+        row = tl.minimum(row, end - 1)
+    pointers = base + (row.to(tl.int64) * stride)[:, None] + channel[None, :]
+    if BEYOND == ZEROS:
+        return tl.load(pointers, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
     elif CHANNELS != HEAD:
         return tl.load(pointers, mask=(channel < CHANNELS)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def load_numbers(base, first, end, beyond, COUNT: tl.constexpr, BOUNDED: tl.constexpr):
+    """(COUNT,) numbers from `first` on; `beyond` from `end` on."""
+    place = tl.arange(0, COUNT)
+    if BOUNDED:
+        return tl.load(base + first + place, mask=place < end - first, other=beyond)
+    else:
+        return tl.load(base + first + place)
 
 
 @triton.jit
@@ -337,9 +367,10 @@ def raw_gradient(p_MC, dp_MC, delta_MC, score_MC, cap2, CAPPED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
-def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, threshold, factor, tiles, q_stride,
-                   q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, left, right, scale2, cap2,
-                   num_heads, num_rows, GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr,
+def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, threshold, factor, tiles,
+                   q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+                   v_stride: tl.constexpr, v_head_stride, left, right, scale2, cap2, num_heads, num_rows,
+                   GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
                    CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
                    COLUMNS: tl.constexpr):  # fmt: skip
     """One program: a tile, or part of one, of queries of one head. Writes out, and lse = log2 of the sum of
@@ -350,7 +381,7 @@ def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, 
     )
     if first_row >= row_end:
         return
-    q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, True)
+    q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, ZEROS)
     k += (head // GROUP) * k_head_stride
     v += (head // GROUP) * v_head_stride
     if query_words is not None:
@@ -361,17 +392,23 @@ def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, 
     total_M = tl.zeros([ROWS], tl.float32)
     PLAIN: tl.constexpr = REACH < 0 and not CAPPED
     unit = scale2 if PLAIN else 1.0  # plain products are scaled inside the exponent, at no cost
+    ENDS: tl.constexpr = BOTH if WINDOWED else UPPER
     for part in tl.static_range(2):
-        for number in range(count_in_part(part, full_from, full_to, visited)):
-            first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
+        # Read again in each part: values that are needed here alone hold no registers in the other part's loop.
+        first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+            tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
+        )
+        start, stop = columns_in_part(part, begin, full_from, full_to, visited, COLUMNS)
+        for place in range(start, stop, COLUMNS):
+            first = first_column(part, place, begin, full_from, full_to, COLUMNS)
             column = first + tl.arange(0, COLUMNS)
-            k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
+            k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, INSIDE if part == FULL else LAST)
             score_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
             if not PLAIN:
                 distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
                 score_MC = score_of(score_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
             if part != FULL:
-                score_MC = tl.where(sees(lo, hi, column), score_MC, HIDDEN)
+                score_MC = tl.where(sees_tile(lo, hi, first, COLUMNS, ENDS), score_MC, HIDDEN)
             new_top_M = tl.maximum(top_M, tl.max(score_MC, 1) * unit)
             p_MC = tl.exp2(score_MC * unit - new_top_M[:, None])
             shrink_M = tl.exp2(top_M - new_top_M)
@@ -379,9 +416,12 @@ def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, 
             if query_words is not None:
                 key_word_C = load_key_words(key_words, column, column < column_end)
                 p_MC = tl.where(keeps(query_word_M[:, None], key_word_C[None, :], threshold), p_MC * factor, 0.0)
-            v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
+            v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, INSIDE if part == FULL else LAST)
             acc_MH = tl.dot(p_MC.to(v_CH.dtype), v_CH, acc_MH * shrink_M[:, None], input_precision="ieee")
             top_M = new_top_M
+    first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
+    )
     sees_any_M = lo < hi
     total_M = tl.where(sees_any_M, total_M, 1.0)
     out_MH = tl.where(sees_any_M[:, None], acc_MH / total_M[:, None], 0.0)
@@ -397,8 +437,8 @@ def delta_kernel(out, d_out, delta, d_out_stride, d_out_head_stride, num_heads, 
     """delta[head, row] = d_out . out, in fp32."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first = (tl.program_id(0) // num_heads) * ROWS
-    out_MH = load_rows(out + head * CHANNELS, first, num_rows, num_heads * CHANNELS, ROWS, CHANNELS, HEAD, True)
-    d_out_MH = load_rows(d_out + head * d_out_head_stride, first, num_rows, d_out_stride, ROWS, CHANNELS, HEAD, True)
+    out_MH = load_rows(out + head * CHANNELS, first, num_rows, num_heads * CHANNELS, ROWS, CHANNELS, HEAD, ZEROS)
+    d_out_MH = load_rows(d_out + head * d_out_head_stride, first, num_rows, d_out_stride, ROWS, CHANNELS, HEAD, ZEROS)
     row = first + tl.arange(0, ROWS)
     delta_M = tl.sum(out_MH.to(tl.float32) * d_out_MH.to(tl.float32), 1)
     tl.store(delta + head * num_rows + row, delta_M, mask=row < num_rows)
@@ -406,11 +446,11 @@ def delta_kernel(out, d_out, delta, d_out_stride, d_out_head_stride, num_heads, 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
 def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, query_words, key_words, first_head, threshold, factor,
-                          tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-                          d_out_stride, d_out_head_stride, left, right, scale, scale2, cap2, num_heads, num_rows,
-                          GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
-                          HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-                          COLUMNS: tl.constexpr):  # fmt: skip
+                          tiles, q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+                          v_stride: tl.constexpr, v_head_stride, d_out_stride: tl.constexpr, d_out_head_stride, left,
+                          right, scale, scale2, cap2, num_heads, num_rows, GROUP: tl.constexpr, REACH: tl.constexpr,
+                          CAPPED: tl.constexpr, WINDOWED: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+                          ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: dq of a tile, or part of one, of queries of one head."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
@@ -418,8 +458,10 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, query_words, key
     )
     if first_row >= row_end:
         return
-    q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, True)
-    d_out_MH = load_rows(d_out + head * d_out_head_stride, first_row, row_end, d_out_stride, ROWS, CHANNELS, HEAD, True)
+    q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, ZEROS)
+    d_out_MH = load_rows(
+        d_out + head * d_out_head_stride, first_row, row_end, d_out_stride, ROWS, CHANNELS, HEAD, ZEROS
+    )
     row = first_row + tl.arange(0, ROWS)
     lse_M = tl.load(lse + head * num_rows + row, mask=row < row_end, other=0.0)
     delta_M = tl.load(delta + head * num_rows + row, mask=row < row_end, other=0.0)
@@ -428,32 +470,41 @@ def query_gradient_kernel(q, k, v, d_out, dq, lse, delta, bias, query_words, key
     if query_words is not None:
         query_word_M = load_query_words(query_words, row, row < row_end, first_head + head)
     dq_MH = tl.zeros([ROWS, HEAD], tl.float32)
+    ENDS: tl.constexpr = BOTH if WINDOWED else UPPER
     for part in tl.static_range(2):
-        for number in range(count_in_part(part, full_from, full_to, visited)):
-            first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
+        first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+            tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
+        )
+        start, stop = columns_in_part(part, begin, full_from, full_to, visited, COLUMNS)
+        for place in range(start, stop, COLUMNS):
+            first = first_column(part, place, begin, full_from, full_to, COLUMNS)
             column = first + tl.arange(0, COLUMNS)
             distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
-            k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
-            v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
+            k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, INSIDE if part == FULL else LAST)
+            v_CH = load_rows(v, first, column_end, v_stride, COLUMNS, CHANNELS, HEAD, INSIDE if part == FULL else LAST)
             product_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
             score_MC = score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
             p_MC = tl.exp2(score_MC - lse_M[:, None])
             if part != FULL:
-                p_MC = tl.where(sees(lo, hi, column), p_MC, 0.0)
+                p_MC = tl.where(sees_tile(lo, hi, first, COLUMNS, ENDS), p_MC, 0.0)
             dp_MC = tl.dot(d_out_MH, tl.trans(v_CH), input_precision="ieee")
             if query_words is not None:
                 key_word_C = load_key_words(key_words, column, column < column_end)
                 dp_MC = tl.where(keeps(query_word_M[:, None], key_word_C[None, :], threshold), dp_MC * factor, 0.0)
             d_raw_MC = raw_gradient(p_MC, dp_MC, delta_M[:, None], score_MC, cap2, CAPPED)
             dq_MH = tl.dot(d_raw_MC.to(k_CH.dtype), k_CH, dq_MH, input_precision="ieee")
+    first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
+    )
     store_rows(dq + head * CHANNELS, dq_MH * scale, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
-def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, query_words, key_words, first_head, threshold, factor,
-                        tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, d_out_stride,
-                        d_out_head_stride, left, right, scale, scale2, cap2, num_heads, num_rows, GROUP: tl.constexpr,
-                        REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, query_words, key_words, first_head, threshold,
+                        factor, tiles, q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+                        v_stride: tl.constexpr, v_head_stride, d_out_stride: tl.constexpr, d_out_head_stride, left,
+                        right, scale, scale2, cap2, num_heads, num_rows, GROUP: tl.constexpr, REACH: tl.constexpr,
+                        CAPPED: tl.constexpr, WINDOWED: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
                         ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: dk and dv of a tile, or part of one, of keys of one key head, summed over its GROUP query heads.
 
@@ -466,41 +517,64 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, query_words, k
     )
     if first_row >= row_end:
         return
-    k_MH = load_rows(k + key_head * k_head_stride, first_row, row_end, k_stride, ROWS, CHANNELS, HEAD, True)
-    v_MH = load_rows(v + key_head * v_head_stride, first_row, row_end, v_stride, ROWS, CHANNELS, HEAD, True)
+    k_MH = load_rows(k + key_head * k_head_stride, first_row, row_end, k_stride, ROWS, CHANNELS, HEAD, ZEROS)
+    v_MH = load_rows(v + key_head * v_head_stride, first_row, row_end, v_stride, ROWS, CHANNELS, HEAD, ZEROS)
     if query_words is not None:
         key_row = first_row + tl.arange(0, ROWS)
         key_word_M = load_key_words(key_words, key_row, key_row < row_end)
     dk_MH = tl.zeros([ROWS, HEAD], tl.float32)
     dv_MH = tl.zeros([ROWS, HEAD], tl.float32)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        q_head, d_out_head = q + head * q_head_stride, d_out + head * d_out_head_stride
-        for part in tl.static_range(2):
-            for number in range(count_in_part(part, full_from, full_to, visited)):
-                first = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS
+    # Queries from column_end on weigh exp2(0 - 0) = 1 and have zeros in q, d_out and delta, so they add 0. A changed
+    # score may be large there: then their lse is infinite and they weigh 0.
+    BEYOND_LSE: tl.constexpr = 0.0 if REACH < 0 and not CAPPED else float("inf")
+    ENDS: tl.constexpr = BOTH if WINDOWED else LOWER
+    for part in tl.static_range(2):
+        first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+            tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
+        )
+        start, stop = columns_in_part(part, begin, full_from, full_to, visited, COLUMNS)
+        for member in range(GROUP):
+            head = key_head * GROUP + member
+            q_head, d_out_head = q + head * q_head_stride, d_out + head * d_out_head_stride
+            lse_head, delta_head = lse + head * num_rows, delta + head * num_rows
+            for place in range(start, stop, COLUMNS):
+                first = first_column(part, place, begin, full_from, full_to, COLUMNS)
                 column = first + tl.arange(0, COLUMNS)
                 distance_MC = (beside + tl.arange(0, ROWS))[:, None] - column[None, :]
-                q_CH = load_rows(q_head, first, column_end, q_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
-                lse_C = tl.load(lse + head * num_rows + column, mask=column < column_end, other=0.0)
+                # Both products before the weights: fewer registers than a product at a time.
+                q_CH = load_rows(
+                    q_head, first, column_end, q_stride, COLUMNS, CHANNELS, HEAD, INSIDE if part == FULL else ZEROS
+                )
                 product_MC = tl.dot(k_MH, tl.trans(q_CH), input_precision="ieee")
+                d_out_CH = load_rows(
+                    d_out_head,
+                    first,
+                    column_end,
+                    d_out_stride,
+                    COLUMNS,
+                    CHANNELS,
+                    HEAD,
+                    INSIDE if part == FULL else ZEROS,
+                )
+                dp_MC = tl.dot(v_MH, tl.trans(d_out_CH), input_precision="ieee")
+                lse_C = load_numbers(lse_head, first, column_end, BEYOND_LSE, COLUMNS, part != FULL)
                 score_MC = score_of(product_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
                 p_MC = tl.exp2(score_MC - lse_C[None, :])
                 if part != FULL:
-                    p_MC = tl.where(sees(lo, hi, column), p_MC, 0.0)
-                d_out_CH = load_rows(d_out_head, first, column_end, d_out_stride, COLUMNS, CHANNELS, HEAD, part != FULL)
+                    p_MC = tl.where(sees_tile(lo, hi, first, COLUMNS, ENDS), p_MC, 0.0)
                 kept_MC = p_MC
                 if query_words is not None:
                     query_word_C = load_query_words(query_words, column, column < column_end, first_head + head)
                     is_kept_MC = keeps(query_word_C[None, :], key_word_M[:, None], threshold)
                     kept_MC = tl.where(is_kept_MC, p_MC * factor, 0.0)
-                dv_MH = tl.dot(kept_MC.to(d_out_CH.dtype), d_out_CH, dv_MH, input_precision="ieee")
-                delta_C = tl.load(delta + head * num_rows + column, mask=column < column_end, other=0.0)
-                dp_MC = tl.dot(v_MH, tl.trans(d_out_CH), input_precision="ieee")
-                if query_words is not None:
                     dp_MC = tl.where(is_kept_MC, dp_MC * factor, 0.0)
+                delta_C = load_numbers(delta_head, first, column_end, 0.0, COLUMNS, part != FULL)
                 d_raw_MC = raw_gradient(p_MC, dp_MC, delta_C[None, :], score_MC, cap2, CAPPED)
+                dv_MH = tl.dot(kept_MC.to(d_out_CH.dtype), d_out_CH, dv_MH, input_precision="ieee")
                 dk_MH = tl.dot(d_raw_MC.to(q_CH.dtype), q_CH, dk_MH, input_precision="ieee")
+    first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+        tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
+    )
     dk_base, dv_base = dk + key_head * CHANNELS, dv + key_head * CHANNELS
     store_rows(dk_base, dk_MH * scale, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
     store_rows(dv_base, dv_MH, first_row, row_end, num_heads * CHANNELS, ROWS, CHANNELS, HEAD)
@@ -508,10 +582,11 @@ def key_gradient_kernel(q, k, v, d_out, dk, dv, lse, delta, bias, query_words, k
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows", "num_parts", "first_head", "threshold"])
 def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, query_words, key_words, first_head, threshold,
-                         factor, tiles, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-                         d_out_stride, d_out_head_stride, left, right, scale2, cap2, num_heads, num_rows, num_parts,
-                         GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr,
-                         HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+                         factor, tiles, q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+                         v_stride: tl.constexpr, v_head_stride, d_out_stride: tl.constexpr, d_out_head_stride, left,
+                         right, scale2, cap2, num_heads, num_rows, num_parts, GROUP: tl.constexpr,
+                         REACH: tl.constexpr, CAPPED: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr,
+                         ROWS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """One program: the gradient of each distance's bias, from some of the tiles of queries of one head.
 
     Visits square tiles that start `step` whole tiles after the column aligned with the first row. So diagonal c of a
@@ -534,9 +609,9 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, query_words, 
         first_row, row_end, column_end, beside, lo, hi, begin, _full_from, _full_to, visited = load_tile(
             tiles, part, left, right, ROWS, ROWS, PARTS
         )
-        q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, True)
+        q_MH = load_rows(q + head * q_head_stride, first_row, row_end, q_stride, ROWS, CHANNELS, HEAD, ZEROS)
         d_out_MH = load_rows(
-            d_out + head * d_out_head_stride, first_row, row_end, d_out_stride, ROWS, CHANNELS, HEAD, True
+            d_out + head * d_out_head_stride, first_row, row_end, d_out_stride, ROWS, CHANNELS, HEAD, ZEROS
         )
         row = first_row + tl.arange(0, ROWS)
         lse_M = tl.load(lse + head * num_rows + row, mask=row < row_end, other=0.0)
@@ -550,8 +625,8 @@ def bias_gradient_kernel(q, k, v, d_out, d_bias, lse, delta, bias, query_words, 
         for tile in range(steps):
             step = tile - before
             first = beside + step * ROWS
-            k_CH = load_rows(k, first, column_end, k_stride, ROWS, CHANNELS, HEAD, True)
-            v_CH = load_rows(v, first, column_end, v_stride, ROWS, CHANNELS, HEAD, True)
+            k_CH = load_rows(k, first, column_end, k_stride, ROWS, CHANNELS, HEAD, ZEROS)
+            v_CH = load_rows(v, first, column_end, v_stride, ROWS, CHANNELS, HEAD, ZEROS)
             product_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
             score_MC = score_of(product_MC, step * ROWS + c - m, head, bias, scale2, cap2, REACH, CAPPED)
             p_MC = tl.exp2(score_MC - lse_M[:, None])
@@ -583,15 +658,18 @@ TILE_SHAPES = {
     ("forward", 128): (128, 64, 8, 3),
     ("forward", 256): (64, 32, 8, 2),
     ("query_gradient", 64): (128, 64, 8, 2),
-    ("query_gradient", 128): (128, 32, 8, 2),
+    ("query_gradient", 128): (128, 64, 8, 2),
     ("query_gradient", 256): (32, 64, 8, 1),
-    ("key_gradient", 64): (128, 32, 8, 2),
-    ("key_gradient", 128): (128, 32, 8, 1),
+    ("key_gradient", 64): (128, 64, 8, 2),
+    ("key_gradient", 128): (128, 64, 8, 2),
     ("key_gradient", 256): (32, 64, 8, 1),
 }
 TILE_SHAPES_IN_99_KB = TILE_SHAPES | {
     ("forward", 128): (128, 32, 8, 3),
+    ("query_gradient", 128): (128, 32, 8, 2),
     ("query_gradient", 256): (64, 32, 8, 1),
+    ("key_gradient", 64): (128, 32, 8, 2),
+    ("key_gradient", 128): (128, 32, 8, 1),
     ("key_gradient", 256): (32, 32, 8, 1),
 }
 # With a cap or a bias, on every architecture. The bias gradient takes square tiles.
@@ -691,6 +769,7 @@ def attention_op(
     out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
     lse_HT = torch.empty(num_heads, num_rows, dtype=torch.float32, device=q_THK.device)
     bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)
+    constants["WINDOWED"] = left < UNBOUNDED
     drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
     options = _options("forward", q_THK, block, _is_changed(bias_HR, softcap), query_words_T is not None)
     forward_kernel[(query_tiles_NF.shape[0] * options["PARTS"] * num_heads,)](
@@ -725,14 +804,15 @@ def _attention_backward(
     strides = _strides(q_THK, k_SGK, v_SGK, d_out_THK)
     bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)
     constants["GROUP"] = num_heads // num_key_heads
+    windowed = {"WINDOWED": left < UNBOUNDED}
     rows = q_THK, k_SGK, v_SGK, d_out_THK
     query_gradient_kernel[(query_tiles_NF.shape[0] * of_queries["PARTS"] * num_heads,)](
         *rows, dq_THK, lse_HT, delta_HT, bias2_HR, *drops, query_tiles_NF, *strides,
-        left, right, scale, scale * LOG2_E, cap2, num_heads, num_rows, **constants, **of_queries,
+        left, right, scale, scale * LOG2_E, cap2, num_heads, num_rows, **constants, **windowed, **of_queries,
     )  # fmt: skip
     key_gradient_kernel[(key_tiles_NF.shape[0] * of_keys["PARTS"] * num_key_heads,)](
         *rows, dk_SGK, dv_SGK, lse_HT, delta_HT, bias2_HR, *drops, key_tiles_NF, *strides,
-        right, left, scale, scale * LOG2_E, cap2, num_key_heads, num_rows, **constants, **of_keys,
+        right, left, scale, scale * LOG2_E, cap2, num_key_heads, num_rows, **constants, **windowed, **of_keys,
     )  # fmt: skip
     if bias_HR is None or not bias_is_wanted:
         return dq_THK, dk_SGK, dv_SGK, lse_HT.new_empty(0)

@@ -297,6 +297,28 @@ def sees(lo, hi, column):
     return (lo[:, None] <= column[None, :]) & (column[None, :] < hi[:, None])
 
 
+LOWER, UPPER, BOTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # ends of the intervals that a kernel checks
+
+
+@triton.jit
+def sees_tile(lo, hi, first, COLUMNS: tl.constexpr, ENDS: tl.constexpr):
+    """`sees` for the columns from `first` on, with one comparison a pair; ENDS: those that differ from row to row.
+
+    A thread of the tensor cores' layout holds columns that are 8 apart. So `far` is a constant in the compiled code,
+    and what it is compared with is computed once for a row. Correct in every layout.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    near, far = column & 7, column & -8
+    if ENDS == LOWER:
+        return (lo[:, None] - near) - first <= far
+    elif ENDS == UPPER:
+        return far < (hi[:, None] - near) - first
+    else:
+        after_lo = far + (first - (lo[:, None] - near))  # below 0: very large without a sign
+        length = tl.maximum(hi - lo, 0)[:, None]
+        return after_lo.to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True)
+
+
 @triton.jit
 def tile_bounds(lo_first, hi_first, lo_last, hi_last, COLUMNS: tl.constexpr):
     """The columns that a tile of rows visits: (begin, full_from, full_to, visited).
@@ -315,18 +337,18 @@ FULL, PARTIAL = tl.constexpr(0), tl.constexpr(1)  # parts of the visited column 
 
 
 @triton.jit
-def count_in_part(part: tl.constexpr, full_from, full_to, visited):
-    """The number of column tiles in a part."""
+def columns_in_part(part: tl.constexpr, begin, full_from, full_to, visited, COLUMNS: tl.constexpr):
+    """(start, stop) of the loop over the tiles of a part, in steps of COLUMNS."""
     if part == FULL:
-        return full_to - full_from
+        return begin + full_from * COLUMNS, begin + full_to * COLUMNS
     else:
-        return visited - (full_to - full_from)
+        return begin, begin + (visited - (full_to - full_from)) * COLUMNS
 
 
 @triton.jit
-def tile_in_part(part: tl.constexpr, number, full_from, full_to):
-    """The column tile `number` of a part. Partial tiles lie left and right of the full ones."""
+def first_column(part: tl.constexpr, place, begin, full_from, full_to, COLUMNS: tl.constexpr):
+    """The first column of the tile at a place of that loop. Partial tiles lie left and right of the full ones."""
     if part == FULL:
-        return full_from + number
+        return place
     else:
-        return tl.where(number < full_from, number, number + full_to - full_from)
+        return tl.where(place < begin + full_from * COLUMNS, place, place + (full_to - full_from) * COLUMNS)

@@ -87,8 +87,8 @@ def compiled_schedule(name: str, architecture: int, score: str):
     return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": tile_metadata.NUM_WARPS})
 
 
-def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
-    """The kernel for a group of 2 query heads, compiled as for a launch with aligned tensors."""
+def compiled(name: str, architecture: int, dtype: str, channels: int, score: str, windowed: bool = False):
+    """The kernel for 32 query heads on 16, compiled as for a launch with aligned tensors."""
     if name in SCHEDULE:
         return compiled_schedule(name, architecture, score)
     kernel = getattr(attention, f"{name}_kernel")
@@ -101,7 +101,13 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
         SCORES[score]["REACH"] >= 0 or SCORES[score]["CAPPED"],
         score in WITH_DROPOUT,
     )
-    constants = {"GROUP": 2} | SCORES[score] | shape
+    strides = {"q_stride": 32, "k_stride": 16, "v_stride": 16, "d_out_stride": 32} if name != "delta" else {}
+    constants = (
+        {"GROUP": 2, "WINDOWED": windowed}
+        | {key: heads * channels for key, heads in strides.items()}
+        | SCORES[score]
+        | shape
+    )
     if SCORES[score]["REACH"] < 0:
         constants["bias"] = None
     if score not in WITH_DROPOUT:

@@ -12,12 +12,12 @@ from bigmodel.kernels.mask import (
     AttentionMask,
     bidirectional,
     causal,
-    count_in_part,
+    columns_in_part,
     dense,
+    first_column,
     load_tile,
     prefix_lm,
     sees,
-    tile_in_part,
     tile_table,
 )
 from bigmodel.kernels.tiles import make_tile_metadata, tile_tables_reference
@@ -39,8 +39,10 @@ def draw_kernel(
         return
     row = first_row + tl.arange(0, ROWS)
     for part in tl.static_range(2):
-        for number in range(count_in_part(part, full_from, full_to, visited)):
-            column = begin + tile_in_part(part, number, full_from, full_to) * COLUMNS + tl.arange(0, COLUMNS)
+        start, stop = columns_in_part(part, begin, full_from, full_to, visited, COLUMNS)
+        for place in range(start, stop, COLUMNS):
+            first = first_column(part, place, begin, full_from, full_to, COLUMNS)
+            column = first + tl.arange(0, COLUMNS)
             drawn = (row < row_end)[:, None] & (column < num_columns)[None, :]
             pair = drawing + row[:, None] * num_columns + column[None, :]
             if part == FULL:
