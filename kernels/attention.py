@@ -669,9 +669,11 @@ TILE_SHAPES_IN_99_KB = TILE_SHAPES | {
     ("query_gradient", 128): (128, 32, 8, 2),
     ("query_gradient", 256): (64, 32, 8, 1),
     ("key_gradient", 64): (128, 32, 8, 2),
-    ("key_gradient", 128): (128, 32, 8, 1),
+    ("key_gradient", 128): (64, 64, 8, 2),
     ("key_gradient", 256): (32, 32, 8, 1),
 }
+# sm_100 spills dK and dV of 128 channels with 64 columns, and with 32 and two stages.
+TILE_SHAPES_OF_BLACKWELL = TILE_SHAPES | {("key_gradient", 128): (128, 32, 8, 1)}
 # With a cap or a bias, on every architecture. The bias gradient takes square tiles.
 TILE_SHAPES_OF_CHANGED_SCORES = {
     ("forward", 64): (128, 64, 8, 2),
@@ -681,7 +683,7 @@ TILE_SHAPES_OF_CHANGED_SCORES = {
     ("query_gradient", 128): (128, 32, 8, 2),
     ("query_gradient", 256): (32, 32, 8, 1),
     ("key_gradient", 64): (64, 32, 8, 1),
-    ("key_gradient", 128): (32, 32, 8, 1),
+    ("key_gradient", 128): (32, 16, 8, 1),
     ("key_gradient", 256): (32, 32, 8, 1),
     ("bias_gradient", 64): (64, 64, 8, 1),
     ("bias_gradient", 128): (32, 32, 4, 1),
@@ -718,7 +720,8 @@ def launch_options(
     elif changed:
         shape = TILE_SHAPES_OF_CHANGED_SCORES[kernel, width]
     else:
-        shape = (TILE_SHAPES if capability // 10 in (9, 10) else TILE_SHAPES_IN_99_KB)[kernel, width]
+        tables = {9: TILE_SHAPES, 10: TILE_SHAPES_OF_BLACKWELL}
+        shape = tables.get(capability // 10, TILE_SHAPES_IN_99_KB)[kernel, width]
     rows, columns, num_warps, num_stages = min(shape[0], block), min(shape[1], block), *shape[2:]
     assert block % rows == 0, f"tiles of {block} rows cannot be taken {rows} at a time"
     tile = {"CHANNELS": channels, "HEAD": head, "ROWS": rows, "PARTS": block // rows, "COLUMNS": columns}

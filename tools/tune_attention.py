@@ -76,7 +76,7 @@ class Work:
 def measure(work: Work, case: Case, kernel: str, shape: Shape, exact: list[Tensor], device: str, repeats: int) -> Row:
     """The row of one shape; it is put into the tables while it is measured."""
     call, factor = (work.forward, 1.0) if kernel == "forward" else (work.backward, 2.5)
-    for table in (kernels.TILE_SHAPES, kernels.TILE_SHAPES_IN_99_KB):
+    for table in (kernels.TILE_SHAPES, kernels.TILE_SHAPES_OF_BLACKWELL, kernels.TILE_SHAPES_IN_99_KB):
         table[kernel, case.channels] = shape
     try:
         difference = relative_error(call(0), exact)

@@ -202,7 +202,7 @@ def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("architectures", "num_rows"),
-    [(("90",), 33), pytest.param(("80", "100"), 82, marks=pytest.mark.long)],
+    [(("90",), 36), pytest.param(("80", "100"), 88, marks=pytest.mark.long)],
     ids=["hopper", "ampere and blackwell"],
 )
 def test_the_kernels_compile_without_spilling_registers(architectures: tuple[str, ...], num_rows: int) -> None:
@@ -218,11 +218,11 @@ def test_the_kernels_compile_without_spilling_registers(architectures: tuple[str
     assert not too_large, f"more shared memory than there is: {too_large}"
 
 
-def test_other_documents_windows_and_lengths_of_a_batch_compile_no_kernel_again() -> None:
+def test_other_documents_and_lengths_of_a_batch_compile_no_kernel_again_and_a_window_compiles_one_more() -> None:
     printed = run_python(["-m", "tests.support.compile_kernels", "variants"], interpret=False)
     print(printed)
     assert printed.split() == [
-        *("forward_kernel", "1", "delta_kernel", "1", "query_gradient_kernel", "1", "key_gradient_kernel", "1"),
+        *("forward_kernel", "2", "delta_kernel", "1", "query_gradient_kernel", "2", "key_gradient_kernel", "2"),
         *("bias_gradient_kernel", "1", "plan_kernel", "1", "order_kernel", "1"),
     ]
 

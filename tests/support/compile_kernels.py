@@ -38,6 +38,7 @@ POINTERS |= {"query_words": "*i32", "key_words": "*i32"}
 # "all" also has dropout.
 SCORES = {
     "plain": {"REACH": -1, "CAPPED": False},
+    "windowed": {"REACH": -1, "CAPPED": False},
     "both": {"REACH": 128, "CAPPED": True},
     "drops": {"REACH": -1, "CAPPED": False},
     "all": {"REACH": 128, "CAPPED": True},
@@ -51,7 +52,7 @@ ARCHITECTURES = (80, 90, 100)
 CONFIGURATIONS = [
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
-    *product((100, 90, 80), ("bf16",), (128,), ("drops",), PLAIN),
+    *product((100, 90, 80), ("bf16",), (128,), ("windowed", "drops"), PLAIN),
     *product((100, 80), ("bf16",), (64,), ("drops",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64,), ("all",), (*PLAIN, "bias_gradient")),
     *product((100, 80), ("bf16",), (128,), ("all",), PLAIN),
@@ -87,7 +88,7 @@ def compiled_schedule(name: str, architecture: int, score: str):
     return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": tile_metadata.NUM_WARPS})
 
 
-def compiled(name: str, architecture: int, dtype: str, channels: int, score: str, windowed: bool = False):
+def compiled(name: str, architecture: int, dtype: str, channels: int, score: str):
     """The kernel for 32 query heads on 16, compiled as for a launch with aligned tensors."""
     if name in SCHEDULE:
         return compiled_schedule(name, architecture, score)
@@ -103,7 +104,7 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
     )
     strides = {"q_stride": 32, "k_stride": 16, "v_stride": 16, "d_out_stride": 32} if name != "delta" else {}
     constants = (
-        {"GROUP": 2, "WINDOWED": windowed}
+        {"GROUP": 2, "WINDOWED": score == "windowed"}
         | {key: heads * channels for key, heads in strides.items()}
         | SCORES[score]
         | shape

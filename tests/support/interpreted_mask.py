@@ -8,7 +8,10 @@ from torch import library
 
 from bigmodel.kernels import tiles as tile_metadata
 from bigmodel.kernels.mask import (
+    BOTH,
     FULL,
+    LOWER,
+    UPPER,
     AttentionMask,
     bidirectional,
     causal,
@@ -17,7 +20,7 @@ from bigmodel.kernels.mask import (
     first_column,
     load_tile,
     prefix_lm,
-    sees,
+    sees_tile,
     tile_table,
 )
 from bigmodel.kernels.tiles import make_tile_metadata, tile_tables_reference
@@ -29,10 +32,18 @@ BY_MASK, BY_FULL_TILE = 1, 16
 
 @triton.jit
 def draw_kernel(
-    drawing, tiles, left, right, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
-):  # one program: one part of a tile
+    drawing,
+    tiles,
+    left,
+    right,
+    num_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ENDS: tl.constexpr,
+):  # fmt: skip; one program: one part of a tile
     """Adds 1 to every visible pair of a partial tile, 16 to every pair of a full tile, without a mask on columns."""
-    first_row, row_end, _column_end, _beside, lo, hi, begin, full_from, full_to, visited = load_tile(
+    first_row, row_end, column_end, _beside, lo, hi, begin, full_from, full_to, visited = load_tile(
         tiles, tl.program_id(0), left, right, ROWS, COLUMNS, PARTS
     )
     if first_row >= row_end:
@@ -48,7 +59,7 @@ def draw_kernel(
             if part == FULL:
                 tl.store(pair, tl.load(pair, mask=drawn) + 16, mask=drawn)
             else:
-                drawn = drawn & sees(lo, hi, column)
+                drawn = drawn & sees_tile(lo, hi, first, COLUMNS, ENDS) & (column < column_end)[None, :]
                 tl.store(pair, tl.load(pair, mask=drawn) + 1, mask=drawn)
 
 
@@ -57,7 +68,8 @@ def drawn(
 ) -> torch.Tensor:
     tiles = tile_table(mask, num_rows, rows * parts)
     drawing = torch.zeros(num_rows, num_columns, dtype=torch.int32)
-    constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts}
+    ends = UPPER if mask.left is None else LOWER if mask.right is None else BOTH
+    constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts, "ENDS": ends}
     draw_kernel[(len(tiles) * parts,)](drawing, tiles, *mask.window, num_columns, **constants)
     return drawing
 
