@@ -8,12 +8,15 @@ Costs about 5 ns a word on one core.
 """
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, odd: the step of splitmix64
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64's finisher
 WORD_MASK = 2**64 - 1
+KEPT_STEPS = 1 << 15  # 256 KB
 
 
 def make_key(*parts: int | str) -> int:
@@ -23,22 +26,44 @@ def make_key(*parts: int | str) -> int:
     """
     key = 0
     for part in parts:
-        number = _hash_text(part) if isinstance(part, str) else part
-        key = _mix_number((key + GOLDEN) ^ _mix_number(number & WORD_MASK))
+        key = extend_key(key, part)
     return key
+
+
+def extend_key(key: int, part: int | str) -> int:
+    """The key of the parts of `key` and one more: `make_key("a", 5)` is `extend_key(make_key("a"), 5)`."""
+    number = _hash_text(part) if isinstance(part, str) else part
+    return _mix_number((key + GOLDEN) ^ _mix_number(number & WORD_MASK))
 
 
 def words(key: int, count: int) -> np.ndarray:
     """Words 0 to count - 1 of a key: uint64, (count,)."""
-    word = np.arange(1, count + 1, dtype=np.uint64)
-    word *= np.uint64(GOLDEN)
-    word += np.uint64(key)
-    word ^= word >> np.uint64(30)
-    word *= np.uint64(MULTIPLIERS[0])
-    word ^= word >> np.uint64(27)
-    word *= np.uint64(MULTIPLIERS[1])
-    word ^= word >> np.uint64(31)
+    return words_of_keys([key], count)[0]
+
+
+def words_of_keys(keys: Sequence[int], count: int) -> np.ndarray:
+    """Words 0 to count - 1 of each key: uint64, (keys, count). Half the time of a call for each key."""
+    word = np.array(keys, np.uint64)[:, None] + _steps(count)
+    shifted = np.empty_like(word)
+    for shift, multiplier in ((30, MULTIPLIERS[0]), (27, MULTIPLIERS[1]), (31, 1)):
+        word ^= np.right_shift(word, np.uint64(shift), out=shifted)
+        if multiplier > 1:
+            word *= np.uint64(multiplier)
     return word
+
+
+def _steps(count: int) -> np.ndarray:
+    """(count,) uint64: GOLDEN, 2 GOLDEN, 3 GOLDEN ..."""
+    return _kept_steps()[:count] if count <= KEPT_STEPS else _make_steps(count)
+
+
+@lru_cache(maxsize=1)
+def _kept_steps() -> np.ndarray:
+    return _make_steps(KEPT_STEPS)
+
+
+def _make_steps(count: int) -> np.ndarray:
+    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
 
 
 def permutation(key: int, count: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from bigmodel.data.randomness import make_key, permutation, words
+from bigmodel.data.randomness import KEPT_STEPS, extend_key, make_key, permutation, words, words_of_keys
 
 
 def test_words_are_those_of_splitmix64():
@@ -13,6 +13,15 @@ def test_words_are_those_of_splitmix64():
         16408922859458223821,
     ]
     assert words(1234567, 5).tolist() == expected
+
+
+def test_words_of_several_keys_are_those_of_each():
+    keys = [make_key("a", number) for number in range(3)]
+    assert words_of_keys(keys, 7).tolist() == [words(key, 7).tolist() for key in keys]
+    longest = words(keys[0], KEPT_STEPS + 2)
+    assert words(keys[0], KEPT_STEPS).tolist() == longest[:KEPT_STEPS].tolist()
+    assert longest[-1] == words(keys[0] + 2 * 0x9E3779B97F4A7C15 & 2**64 - 1, KEPT_STEPS)[-1]
+    assert extend_key(make_key("a", 1), 2) == make_key("a", 1, 2)
 
 
 def test_keys_and_permutations_never_change():

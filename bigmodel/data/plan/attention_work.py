@@ -39,20 +39,18 @@ def count_work(packs: Iterable[Pack], data: DataSettings, count_pairs: CountPair
     """The work of all chunks of the packs."""
     have_source = [OBJECTIVES[objective.settings.kind].has_source for objective in objectives_of(data)]
     chunks = [chunk for pack in packs for chunk in pack]
-    lengths = [(chunk.num_tokens, chunk.source_positions, _prefix(chunk, data, have_source)) for chunk in chunks]
-    tokens_D, source_tokens_D, prefixes_D = np.array(lengths, dtype=np.int64).reshape(-1, 3).T
+    tokens_D = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int64)
+    source_tokens_D = np.array([chunk.source_positions for chunk in chunks], dtype=np.int64)
+    prefixes_D = np.zeros_like(tokens_D)
+    if data.bidirectional_prefix and not data.classes:
+        prefixes_D[:] = [_prefix(chunk, have_source) for chunk in chunks]
     pairs = count_pairs(tokens_D, source_tokens_D, prefixes_D)
     return Work(int(tokens_D.sum()), int(source_tokens_D.sum()), *pairs)
 
 
-def _prefix(chunk: Chunk, data: DataSettings, have_source: Sequence[bool]) -> int:
+def _prefix(chunk: Chunk, have_source: Sequence[bool]) -> int:
     """Length of the prefix that the whole document attends to: a source and the first input with a label."""
-    if (
-        not data.bidirectional_prefix
-        or data.classes
-        or chunk.source_positions
-        or chunk.objective in (PLAIN, SUPERVISED)
-    ):
+    if chunk.source_positions or chunk.objective in (PLAIN, SUPERVISED):
         return 0
     laid = chunk.objective >= len(have_source) or have_source[chunk.objective]  # numbers past the objectives are pairs
     return chunk.num_tokens - chunk.num_labels + 1 if laid and chunk.num_tokens > chunk.num_labels else 0

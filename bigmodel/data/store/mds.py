@@ -16,7 +16,9 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +33,7 @@ Value = np.ndarray | bytes  # an array of one axis, or a text as UTF-8
 
 LARGEST_SHARD_BYTES = 2**32 - 1  # samples are addressed by uint32 byte offsets
 LARGEST_SHARD_TOKENS = 500_000_000  # at 4 bytes, plus the overhead of the shortest documents: below the bound above
+ARRAYS = "ndarray:"  # of one axis and the dtype that follows
 COLUMN_FACTS = ("names", "encodings", "sizes")
 COMPRESSIONS = {".br": "brotli", ".bz2": "bz2", ".gz": "gzip", ".snappy": "snappy", ".zst": "zstd", ".zstd": "zstd"}
 BEGINNINGS = {b"BZh": "bz2", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -226,10 +229,51 @@ def read_entry(path: Path) -> dict[str, Any]:
     return {**description, **SETTINGS, "samples": len(bounds) - 1, "raw_data": raw, "zip_data": None}
 
 
+class TokenShard:
+    """Random access to an uncompressed shard whose columns are arrays of one axis. 4 bytes of memory a sample.
+
+    A sample costs one open and one read: no file stays open, so one that is deleted is missed at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises `ValueError` if the file is no shard, or has a column of another encoding: see `has_tokens_only`."""
+        with open(path, "rb") as stream:
+            bounds, description = read_head(stream)
+        if not has_tokens_only(description):
+            raise ValueError(f"its columns are {description['column_encodings']}, not arrays of one axis")
+        self._path, self._bounds = str(path), array("I", bounds)
+        dtypes = (np.dtype(encoding.removeprefix(ARRAYS)) for encoding in description["column_encodings"])
+        self._columns = list(zip(description["column_names"], dtypes, strict=True))
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """The read-only arrays of a sample, by column. Raises `IndexError` for a row that the shard lacks, `ValueError`
+        for bytes that are no sample, and `OSError`."""
+        start, end = self._bounds[row], self._bounds[row + 1]
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            content = os.pread(descriptor, end - start, start)
+        finally:
+            os.close(descriptor)
+        sample, sizes, at = {}, 0, 4 * len(self._columns)
+        for name, dtype in self._columns:
+            size = int.from_bytes(content[sizes : sizes + 4], "little")
+            sample[name] = decode_array(content[at : at + size], dtype)
+            sizes, at = sizes + 4, at + size
+        if at != len(content):
+            raise ValueError("a sample's columns do not fill it")
+        return sample
+
+
+def has_tokens_only(description: Mapping[str, Any]) -> bool:
+    """Whether all columns are arrays of one axis and a known type, as `encode_shard` writes them."""
+    known = {f"{ARRAYS}{name}" for name in ("uint16", "uint32")}
+    return known.issuperset(description["column_encodings"]) and not any(description["column_sizes"])
+
+
 def decode_array(value: bytes, dtype: np.dtype) -> np.ndarray:
     """Inverse of `encode_shard` for one array. Raises `ValueError` if the bytes are no array of one axis."""
     code = value[0] - 4 if value else -1
     head = 1 + (1 << code) if code in (0, 1, 2) else 0
     if not head or int.from_bytes(value[1:head], "little") * dtype.itemsize != len(value) - head:
         raise ValueError("a sample is not an array of one axis")
-    return np.frombuffer(value, dtype, offset=head)
+    return np.frombuffer(value[head:], dtype)  # a copy, whose values are aligned

@@ -77,3 +77,43 @@ def test_a_shard_of_the_most_tokens_and_the_shortest_documents_fits_its_offsets(
     overhead = 4 + 4 + 1 + 1  # offset, size, code, length
     assert tokens * 4 + tokens // shortest * overhead + 1000 < mds.LARGEST_SHARD_BYTES
     assert json.loads(mds.encode_index([])) == {"shards": [], "version": 2}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_token_shard_gives_the_samples_that_mdswriter_wrote(reference: Path, dtype: str, name: str) -> None:
+    shard = mds.TokenShard(reference / dtype / name / "shard.00000.mds")
+    for row, length in enumerate(LENGTHS):
+        sample = shard[row]
+        assert list(sample) == sorted(COLUMNS[name])
+        for place, column in enumerate(COLUMNS[name]):
+            found = sample[column]
+            assert found.dtype == np.dtype(dtype)
+            assert found.flags.aligned
+            assert not found.flags.writeable
+            assert np.array_equal(found, np.arange(length + place).astype(dtype))
+    with pytest.raises(IndexError):
+        shard[len(LENGTHS)]
+
+
+def test_a_token_shard_that_changed_after_it_was_opened_is_missed(reference: Path, tmp_path: Path) -> None:
+    content = (reference / "uint16" / "two" / "shard.00000.mds").read_bytes()
+    path = tmp_path / "shard.00000.mds"
+    path.write_bytes(content)
+    shard = mds.TokenShard(path)
+    path.write_bytes(content[:-1])
+    assert len(shard[0]["tokens"]) == 1
+    with pytest.raises(ValueError, match="a sample is not an array of one axis"):
+        shard[len(LENGTHS) - 1]
+    start = int.from_bytes(content[4:8], "little")
+    path.write_bytes(content[:start] + bytes([3]) + content[start + 1 :])  # the first column a byte short
+    with pytest.raises(ValueError, match="a sample"):
+        shard[0]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        shard[0]
+
+
+def test_a_shard_of_text_is_no_token_shard(reference: Path) -> None:
+    with pytest.raises(ValueError, match=r"its columns are \['str', 'str'\], not arrays"):
+        mds.TokenShard(reference / "text" / "shard.00000.mds")
