@@ -33,6 +33,7 @@ import numpy as np
 from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.sharing import Place, attention_work, deal_contiguously, deal_evenly, imbalance
 from bigmodel.data.prepare.encoding import save_array
 from bigmodel.data.randomness import make_key, words
@@ -337,7 +338,7 @@ def balance_of(packs: list[Any], size: int, ranks: int = 8, rounds: int = 4) -> 
     """Mean imbalance of steps: 1 is even."""
     in_order, dealt = [], []
     for first in range(0, min(len(packs), 20 * ranks * rounds * size), ranks * rounds * size):
-        work = [attention_work(pack) for pack in packs[first : first + ranks * rounds * size]]
+        work = attention_work(PackTable.of_packs(packs[first : first + ranks * rounds * size]))
         if len(work) == ranks * rounds * size:
             in_order.append(imbalance(work, deal_contiguously(len(work), ranks, rounds, size)))
             dealt.append(imbalance(work, deal_evenly(work, ranks, rounds, size)))

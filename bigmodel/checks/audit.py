@@ -22,6 +22,7 @@ from bigmodel.data.load.stream import Builder
 from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.attention_work import Work, count_work
 from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.shuffle import Pack
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.metrics.flops import flops
@@ -126,7 +127,7 @@ def _counts(lines: list[dict[str, Any]], settings: Settings) -> Finding:
 def count(packs: list[Pack], settings: Settings, vocabulary: int) -> tuple[int, int, int, float]:
     """(tokens, labels, documents, model FLOPs) of packed sequences, from their plan."""
     chunks = [chunk for pack in packs for chunk in pack]
-    work = count_work(packs, settings.data, partial(visible_pairs, settings=settings.model))
+    work = count_work(PackTable.of_packs(packs), settings.data, partial(visible_pairs, settings=settings.model))
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
     return (
         sum(chunk.num_tokens + chunk.source_positions for chunk in chunks),

@@ -30,6 +30,7 @@ from bigmodel.data.load.alone import alone
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.load.stream import Step
 from bigmodel.data.objectives.example import IGNORED
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.sharing import Place, attention_work, deal_evenly
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.training.zero.engine import Engine
@@ -172,7 +173,7 @@ class Dissection:
 
 def spans_of(step: Step, place: Place, packs_per_micro_batch: int) -> list[list[Span]]:
     """The chunks of each of this rank's micro-batches, in their order there."""
-    work = [attention_work(pack) for pack in step.packs]
+    work = attention_work(PackTable.of_packs(step.packs))
     rounds = len(step.micro_batches)
     slots = deal_evenly(work, place.node_size, rounds, packs_per_micro_batch)[place.rank_in_node]
     found = []

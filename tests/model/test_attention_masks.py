@@ -17,6 +17,7 @@ from bigmodel.config.settings import DataSettings, ModelSettings, Settings
 from bigmodel.data.load.batch import Batch, documents_of, real_documents
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.data.plan.attention_work import count_work
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.generation.prompts import pack
 from bigmodel.inspect.draw_masks import TEXT_COLUMNS, draw_masks, mask_text, shown_documents
 from bigmodel.model import transformer
@@ -218,7 +219,9 @@ def test_the_counted_pairs_are_those_of_the_masks(changes: dict, data: dict, doc
         tuple(fragment_of(row, one, examples, row % examples.pairs) for one, row in zip(pack, rows, strict=False))
         for pack in documents
     ]
-    work = count_work(packs, DataSettings(**data), lambda *lengths: visible_pairs(*lengths, model.settings))
+    work = count_work(
+        PackTable.of_packs(packs), DataSettings(**data), lambda *lengths: visible_pairs(*lengths, model.settings)
+    )
     masks = mask_matrices(batch, model.settings)
     expected = {"stack": 0, "encoder": 0, "cross": 0}
     for name, settings_, count in (

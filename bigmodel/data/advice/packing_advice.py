@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigmodel.config.settings import DataSettings
-from bigmodel.data.load.stream import is_document_limited
+from bigmodel.data.load.stream import num_document_limited
 from bigmodel.data.objectives.example import num_tokens
 from bigmodel.data.plan.order import Order
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.shuffle import Lengths, has_pairs
 from bigmodel.data.store.manifest import Manifest
 
@@ -64,7 +65,7 @@ def measure_packing(store: Lengths, data: DataSettings) -> Packed:
         len(packs),
         positions / (len(packs) * data.sequence_length),
         sum(map(len, packs)) / len(packs),
-        sum(is_document_limited(pack, data) for pack in packs) / len(packs),
+        num_document_limited(PackTable.of_packs(packs), data) / len(packs),
         of_sources / (len(packs) * data.source_sequence_length) if data.source_sequence_length else 0.0,
         {name: given.positions / len(packs) for name, given in order.progress().items()},
         {store.sources[number]: count / len(packs) for number, count in by_source.items()},

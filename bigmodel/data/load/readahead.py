@@ -46,7 +46,6 @@ class ReadAhead:
     def __init__(self, store: Store, workers: int) -> None:
         self._store = store
         self._open: Callable[[str, int], None] | None = getattr(store, "open_shard", None)  # a store in memory has none
-        self._text_sources: dict[str, bool] = {}
         self._closed = False
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._opened: dict[tuple[str, int], float] = {}  # time of opening
@@ -63,11 +62,14 @@ class ReadAhead:
         if self._open is None:
             return
         now = time.monotonic()
-        for chunk in chunks:
-            if now - self._opened.get(chunk[:2], float("-inf")) > REOPEN_SECONDS:
-                self._opened[chunk[:2]] = now
-                self._tasks.put(chunk[:2])
-            if self._text_sources.get(chunk[0]) or (chunk[0] not in self._text_sources and self._is_text(chunk[0])):
+        chunks = list(chunks)
+        for shard in dict.fromkeys(chunk[:2] for chunk in chunks):
+            if now - self._opened.get(shard, float("-inf")) > REOPEN_SECONDS:
+                self._opened[shard] = now
+                self._tasks.put(shard)
+        texts = {source: self._is_text(source) for source in {chunk[0] for chunk in chunks}}
+        for chunk in chunks if any(texts.values()) else ():
+            if texts[chunk[0]]:
                 if chunk not in self._awaited:
                     self._awaited[chunk] = _Awaited()
                     self._tasks.put((chunk, self._awaited[chunk]))
@@ -75,10 +77,9 @@ class ReadAhead:
 
     def _is_text(self, source: str) -> bool:
         try:
-            self._text_sources[source] = self._store.is_text(source)  # type: ignore[attr-defined]
+            return bool(self._store.is_text(source))  # type: ignore[attr-defined]
         except (UserError, OSError):  # occurs again, and is raised, when the source is read
             return False
-        return self._text_sources[source]
 
     def document(self, *place: Any) -> Document:
         """The stored tokens of the document at a `Place`. Raises what reading it raised."""

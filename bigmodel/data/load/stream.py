@@ -41,6 +41,7 @@ from bigmodel.data.objectives.supervised import NAME, SUPERVISED, UNITS
 from bigmodel.data.plan.attention_work import CountPairs, Work, count_work, no_pairs
 from bigmodel.data.plan.order import Order, Position
 from bigmodel.data.plan.packing import best_fit_decreasing, pack_two_sides
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.sharing import Place, Slots, attention_work, deal_contiguously, deal_evenly, imbalance
 from bigmodel.data.plan.shuffle import (
     PLAIN,
@@ -194,17 +195,18 @@ class Builder:
         """Index into `loss_groups` of the chunk's (objective, source)."""
         return self._places[chunk.objective, chunk.source]
 
-    def labels_by_group(self, packs: Sequence[Pack]) -> list[int]:
+    def labels_by_group(self, packs: PackTable) -> list[int]:
+        labels = packs.num_labels()
+        if len(self.loss_groups) == 1:
+            return [int(labels.sum())]
         counts = [0] * len(self.loss_groups)
-        for pack in packs:
-            for chunk in pack:
-                counts[self.loss_group_of(chunk)] += chunk.num_labels
+        kinds = packs.objectives() * len(self._sources) + packs.chunks[:, 0]
+        for kind in np.unique(kinds).tolist():
+            counts[self._places[divmod(kind, len(self._sources))]] += int(labels[kinds == kind].sum())
         return counts
 
     def units_by_group(self, packs: Sequence[Pack]) -> list[int]:
-        """The sums of the labels' weights, in `UNITS`."""
-        if not self.has_weights:
-            return [labels * UNITS for labels in self.labels_by_group(packs)]
+        """The sums of the labels' weights, in `UNITS`, where they are not all 1."""
         sums = [0] * len(self.loss_groups)
         for chunk in (chunk for pack in packs for chunk in pack):
             units = chunk.num_labels * UNITS
@@ -380,14 +382,15 @@ class Stream:
 
     def _count(self, number: int, node: "NodeShare") -> list[int]:
         """Positions, documents, packs limited by documents, `Work`, labels and weights per loss group, of all nodes."""
-        packs = node.packs if self._nodes else node.planned
+        packs, table = (node.packs, node.table) if self._nodes else (node.planned, node.planned_table)
+        labels = self._builder.labels_by_group(table)
         counts = [
-            sum(chunk.num_tokens + chunk.source_positions for pack in packs for chunk in pack),
-            sum(len(pack) for pack in packs),
-            sum(is_document_limited(pack, self._data) for pack in packs),
-            *count_work(packs, self._data, self._count_pairs),
-            *self._builder.labels_by_group(packs),
-            *self._builder.units_by_group(packs),
+            int(table.num_tokens().sum() + table.source_positions().sum()),
+            len(table.chunks),
+            num_document_limited(table, self._data),
+            *count_work(table, self._data, self._count_pairs),
+            *labels,
+            *(self._builder.units_by_group(packs) if self._builder.has_weights else (one * UNITS for one in labels)),
         ]
         return self._nodes.add_up(number, counts, self._closed.is_set) if self._nodes else counts
 
@@ -411,8 +414,10 @@ class NodeShare:
     """One node's share of a step."""
 
     planned: list[Pack]  # of all lanes of the order; may be more than the node's share
+    planned_table: PackTable  # the same
     numbers: range  # of the node's packs in the step
     packs: list[Pack]
+    table: PackTable  # the same
     work: list[int]  # of attention, per pack
     slots: Slots  # which rank and micro-batch computes which of them
 
@@ -429,25 +434,27 @@ class _Planned:
 def take_share(order: Order, num_lanes: int, place: Place, packs_per_micro_batch: int) -> NodeShare:
     """Take the next step from an order that plans `place.lanes` or more, and deal the node's share to its ranks."""
     num_packs = order.packs_at(order.step)
-    planned = order.next_step()
+    planned, planned_table = order.next_packs()
     first = order.lanes[0] * (num_packs // num_lanes)  # the number of the first planned pack
     numbers = place.share(num_packs)
     packs = planned[numbers.start - first : numbers.stop - first]
+    table = planned_table.part(numbers.start - first, numbers.stop - first)
     assert len(packs) == len(numbers), f"the order plans lanes {order.lanes}, which do not hold packs {numbers}"
     num_rounds = num_micro_batches(num_packs, place.world_size, packs_per_micro_batch)
-    work = [attention_work(pack) for pack in packs]
-    return NodeShare(
-        planned, numbers, packs, work, deal_evenly(work, place.node_size, num_rounds, packs_per_micro_batch)
-    )
+    work = attention_work(table)
+    slots = deal_evenly(work, place.node_size, num_rounds, packs_per_micro_batch)
+    return NodeShare(planned, planned_table, numbers, packs, table, work, slots)
 
 
-def is_document_limited(pack: Pack, data: DataSettings) -> bool:
-    """Whether data.max_documents closed the pack although it has room left."""
-    if len(pack) < data.max_documents or sum(chunk.num_tokens for chunk in pack) == data.sequence_length:
-        return False
-    return (
-        not data.source_sequence_length or sum(chunk.source_positions for chunk in pack) < data.source_sequence_length
-    )
+def num_document_limited(packs: PackTable, data: DataSettings) -> int:
+    """The packs that data.max_documents closed although they have room left."""
+    limited = packs.num_chunks >= data.max_documents
+    if not limited.any():
+        return 0
+    limited &= packs.by_pack(packs.num_tokens()) != data.sequence_length
+    if data.source_sequence_length:
+        limited &= packs.by_pack(packs.source_positions()) < data.source_sequence_length
+    return int(np.count_nonzero(limited))
 
 
 class ValidationBatches(Sequence[Batch]):

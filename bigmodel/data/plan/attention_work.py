@@ -5,16 +5,15 @@ In: packs, data settings, and the function that counts the pairs of a model's ma
 These are sums, so the work of several nodes can be added.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import objectives_of
-from bigmodel.data.objectives.supervised import SUPERVISED
 from bigmodel.data.objectives.table import OBJECTIVES
-from bigmodel.data.plan.shuffle import PLAIN, Chunk, Pack
+from bigmodel.data.plan.planned import PackTable
 
 # (tokens, source tokens, prefix tokens) of documents, (D,) int64 each -> the last three fields of `Work`
 CountPairs = Callable[[np.ndarray, np.ndarray, np.ndarray], Sequence[int]]
@@ -35,22 +34,22 @@ def no_pairs(*_lengths: np.ndarray) -> Sequence[int]:
     return 0, 0, 0
 
 
-def count_work(packs: Iterable[Pack], data: DataSettings, count_pairs: CountPairs) -> Work:
+def count_work(packs: PackTable, data: DataSettings, count_pairs: CountPairs) -> Work:
     """The work of all chunks of the packs."""
-    have_source = [OBJECTIVES[objective.settings.kind].has_source for objective in objectives_of(data)]
-    chunks = [chunk for pack in packs for chunk in pack]
-    tokens_D = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int64)
-    source_tokens_D = np.array([chunk.source_positions for chunk in chunks], dtype=np.int64)
-    prefixes_D = np.zeros_like(tokens_D)
-    if data.bidirectional_prefix and not data.classes:
-        prefixes_D[:] = [_prefix(chunk, have_source) for chunk in chunks]
-    pairs = count_pairs(tokens_D, source_tokens_D, prefixes_D)
+    tokens_D, source_tokens_D = packs.num_tokens(), packs.source_positions()
+    pairs = count_pairs(tokens_D, source_tokens_D, _prefixes(packs, data))
     return Work(int(tokens_D.sum()), int(source_tokens_D.sum()), *pairs)
 
 
-def _prefix(chunk: Chunk, have_source: Sequence[bool]) -> int:
-    """Length of the prefix that the whole document attends to: a source and the first input with a label."""
-    if chunk.source_positions or chunk.objective in (PLAIN, SUPERVISED):
-        return 0
-    laid = chunk.objective >= len(have_source) or have_source[chunk.objective]  # numbers past the objectives are pairs
-    return chunk.num_tokens - chunk.num_labels + 1 if laid and chunk.num_tokens > chunk.num_labels else 0
+def _prefixes(packs: PackTable, data: DataSettings) -> np.ndarray:
+    """(D,) length of the prefix that the whole document attends to: a source and the first input with a label."""
+    tokens_D, labels_D = packs.num_tokens(), packs.num_labels()
+    if not data.bidirectional_prefix or data.classes:
+        return np.zeros_like(tokens_D)
+    have_source = np.array([OBJECTIVES[objective.settings.kind].has_source for objective in objectives_of(data)])
+    objectives_D = packs.objectives()
+    laid_D = objectives_D >= len(have_source)  # numbers past the objectives are pairs
+    own_D = (objectives_D >= 0) & ~laid_D  # neither plain nor supervised
+    laid_D[own_D] = have_source[objectives_D[own_D]]
+    laid_D &= (packs.source_positions() == 0) & (tokens_D > labels_D)
+    return np.where(laid_D, tokens_D - labels_D + 1, 0)

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from bigmodel.config.renamed import NEW_NAMES, OLD_NAMES
 from bigmodel.config.sections import without_effect
 from bigmodel.config.settings import SAVED, DataSettings, Settings, UserError, packs_at
@@ -31,7 +33,7 @@ from bigmodel.data.plan.classes import cursor_of
 from bigmodel.data.plan.exclusion import Excluded, without
 from bigmodel.data.plan.lanes import deal, mixed_shards, packs_in_smallest_lane
 from bigmodel.data.plan.packing_buffer import Lane, LaneCursor, LanePosition, PackingBuffer, make_lane
-from bigmodel.data.plan.planned import PlannedSteps, in_canonical_order
+from bigmodel.data.plan.planned import PackTable, PlannedSteps, in_canonical_order
 from bigmodel.data.plan.shuffle import BLOCK_DOCUMENTS, Lengths, Pack, chunk_table, has_wide
 from bigmodel.data.plan.unread import ReadBefore
 from bigmodel.data.randomness import make_key
@@ -208,10 +210,16 @@ class Order:
 
         Raises `UserError` where data.max_epochs leaves too few in a lane; then no lane has moved.
         """
+        return self.next_packs()[0]
+
+    def next_packs(self) -> tuple[list[Pack], PackTable]:
+        """As `next_step`, and the same packs as arrays."""
         share = self.packs_at(self.step) // self.plan.num_lanes
-        taken = self._take_of_all(share)
+        taken = [part for parts in self._take_of_all(share) for part in parts]
         self.step += 1
-        return [pack for parts in taken for buffer, first, end in parts for pack in buffer.packs[first:end]]
+        packs = [pack for buffer, first, end in taken for pack in buffer.packs[first:end]]
+        chunks, num_chunks = zip(*(buffer.tables(first, end) for buffer, first, end in taken), strict=True)
+        return packs, PackTable(np.concatenate(chunks), np.concatenate(num_chunks))
 
     def next_tables(self, steps: int) -> PlannedSteps:
         """The same of the next data steps together, as arrays: a fifth of the time of objects. Raises as `next_step`,

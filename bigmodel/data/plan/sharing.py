@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bigmodel.data.plan.shuffle import Pack
+from bigmodel.data.plan.planned import PackTable
 
 Slots = list[list[list[int]]]  # [rank in the node][micro-batch] -> indices into the node's packs, ascending
 
@@ -61,14 +61,14 @@ class Place:
         return range(num_lanes * self.node // self.num_nodes, -(-num_lanes * (self.node + 1) // self.num_nodes))
 
 
-def attention_work(pack: Pack) -> int:
-    """Attention cost up to a constant factor: the sum over documents of length squared.
+def attention_work(packs: PackTable) -> list[int]:
+    """Attention cost of each pack, up to a constant factor: the sum over documents of length squared.
 
     With two sides: source x source, target x target and target x source.
     """
-    return sum(
-        chunk.num_tokens**2 + chunk.source_positions * (chunk.source_positions + chunk.num_tokens) for chunk in pack
-    )
+    tokens, sources = packs.num_tokens(), packs.source_positions()
+    work: list[int] = packs.by_pack(tokens**2 + sources * (sources + tokens)).tolist()
+    return work
 
 
 def deal_contiguously(num_packs: int, num_ranks: int, num_rounds: int, size: int) -> Slots:

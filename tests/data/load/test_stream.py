@@ -10,6 +10,7 @@ from bigmodel.data.load import stream as stream_module
 from bigmodel.data.load.batch import IGNORED
 from bigmodel.data.load.stream import Stream, num_micro_batches, validation_batches
 from bigmodel.data.plan.order import Order, merge_cursors
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.sharing import Place, attention_work
 from tests.support.memory_store import MemoryStore, corpus_positions
 
@@ -219,7 +220,9 @@ def test_packs_of_an_order_are_those_of_its_stream(streams):
     for step in take(streams(), NUM_STEPS):
         packs = order.next_step()
         assert step.packs == packs
-        heaviest_first = sorted(packs, key=lambda pack: -attention_work(pack))  # as one rank with one pack at a time
+        heaviest_first = sorted(
+            packs, key=lambda pack: -attention_work(PackTable.of_packs([pack]))[0]
+        )  # as one rank with one pack at a time
         for pack, batch in zip(heaviest_first, step.micro_batches, strict=True):
             parts = [
                 store.document(store.sources[f.source], f.shard, f.row)[f.start : f.start + f.length] for f in pack
@@ -243,8 +246,8 @@ def test_the_cursor_of_a_step_continues_after_that_step_however_far_ahead_the_th
 def test_the_thread_works_ahead_but_not_further_than_told(streams, monkeypatch):
     reads = sum(step.num_documents for step in take(streams(), 3))
     streams.close()
-    store, planned, plan = CountingStore(), [], Order.next_step
-    monkeypatch.setattr(Order, "next_step", lambda order: planned.append(order.step) or plan(order))
+    store, planned, plan = CountingStore(), [], Order.next_packs
+    monkeypatch.setattr(Order, "next_packs", lambda order: planned.append(order.step) or plan(order))
     stream = streams(store=store, ahead=2)
     patience = time.monotonic() + 30
     while store.reads < reads and time.monotonic() < patience:

@@ -12,6 +12,7 @@ from bigmodel.data.objectives import classification
 from bigmodel.data.objectives.classification import ClassNumbers
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.data.plan.attention_work import count_work
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.prepare import embedded_verbs, labels
 from bigmodel.model import class_head
 from bigmodel.model.attention_masks import visible_pairs
@@ -48,7 +49,9 @@ def test_a_document_has_one_label_and_the_planned_tokens_at_every_length(kind: s
 def test_a_decoder_reads_a_labelled_document_causally_in_the_count_of_its_work() -> None:
     settings = Settings.model_validate(CLASSES | {"data": SMALL, "model": {"num_layers": 3}})
     chunk = fragment_of(0, Pair(text(5), np.array([BOS, 3, EOS])), Examples(settings.data, 1), 0)
-    work = count_work([(chunk,)], settings.data, lambda *lengths: visible_pairs(*lengths, settings=settings.model))
+    work = count_work(
+        PackTable.of_packs([(chunk,)]), settings.data, lambda *lengths: visible_pairs(*lengths, settings=settings.model)
+    )
     assert (work.positions, work.pairs) == (6, 3 * 21)
 
 

@@ -36,6 +36,7 @@ from bigmodel.data.objectives.examples import Examples, Pair, num_special_tokens
 from bigmodel.data.objectives.span_corruption import restore
 from bigmodel.data.objectives.table import OBJECTIVES, ObjectiveKind
 from bigmodel.data.plan.attention_work import count_work
+from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.shuffle import Chunk
 from bigmodel.evaluation.training_tasks import require_harness
 from bigmodel.model.attention_masks import visible_pairs
@@ -396,7 +397,7 @@ def test_a_row_in_the_table_is_all_that_another_objective_takes(sides: dict, mon
     assert example.labels.tolist() == ([] if sides is TWO_SIDES else [IGNORED] * 3) + [EOS, 15, 14]
     pairs_seen = 6 * 7 // 2 + 4 * 3 // 2 if sides is ONE_SIDE else 3 * 4 // 2  # a source before its targets sees itself
     one_layer = ModelSettings(kind="decoder" if sides is ONE_SIDE else "encoder_decoder", num_layers=1)
-    work = count_work([(piece,)], data, partial(visible_pairs, settings=one_layer))
+    work = count_work(PackTable.of_packs([(piece,)]), data, partial(visible_pairs, settings=one_layer))
     assert work.pairs == pairs_seen
 
 
