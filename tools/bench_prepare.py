@@ -2,6 +2,8 @@
 
     python -m tools.bench_prepare --megabytes 32 --repeats 3
 
+    python -m tools.bench_prepare --exact --megabytes 6 --repeats 10
+
     python -m tools.bench_prepare --memory --megabytes 400
 
 Text: Python's standard library as Parquet, repeated with shuffled lines, so no document is a duplicate. All methods
@@ -14,6 +16,11 @@ Writes benchmarks/prepare.json and prepare.png and prints the table for benchmar
 - `prepare`: the whole command, from the start of Python to the renamed folder: hash, scan, deduplicate, tokenize,
   shards, length index, manifest.
 - `prepare, exact`: the same without the fast path: the tokenizers library does the work.
+
+`--exact`: tokenizers that the fast path does not serve, WordPiece and Unigram of 8,000 tokens, with the text as JSONL
+in documents of lognormal length. CPU seconds of whole processes, from the start of Python: the library alone (reads the
+lines, encodes 64 at a time, keeps nothing), `datasets.map` to a cache of its own, and `prepare`. They alternate. Adds
+`exact` to benchmarks/prepare.json and prints a table with the median, least and most of the ratios of each round.
 
 `--memory`: peak resident memory of `prepare` in one process, with the text as one file of each kind that cannot be
 split or has one row group. Prints a table.
@@ -194,13 +201,131 @@ def compare(megabytes: int, repeats: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": load,
         "python": platform.python_version(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": _commit(),
         "runs": runs,
         "median_seconds": medians,
         "megabytes_per_second": {way: size / 1e6 / value["wall"] for way, value in medians.items()},
     }
+
+
+# ---- without the fast path ------------------------------------------------------------------------------------
+
+
+def write_lines(folder: Path, megabytes: int) -> list[str]:
+    """Write text.jsonl: the standard library end to end, cut into documents of lognormal length, median 735."""
+    from bigmodel.data.prepare.embedded import standard_library
+
+    whole = "".join(content.decode("utf-8", "replace") for _, content in standard_library())
+    draw, texts, at, size = random.Random(1), [], 0, 0
+    while size < megabytes * 1_000_000:
+        length = int(draw.lognormvariate(6.6, 1.1)) + 20
+        at = draw.randrange(1000) if at + length > len(whole) else at
+        texts.append(whole[at : at + length])
+        at, size = at + length, size + length
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+def write_exact_tokenizers(folder: Path, texts: list[str]) -> None:
+    """Write WordPiece.json and Unigram.json, trained on some of the texts."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    special = {"vocab_size": 8000, "show_progress": False}
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = (
+        normalizers.BertNormalizer(lowercase=False),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    words.train_from_iterator(
+        texts[:3000], trainers.WordPieceTrainer(special_tokens=["[UNK]", "<s>", "</s>"], **special)
+    )
+    words.save(str(folder / "WordPiece.json"))
+    pieces = Tokenizer(models.Unigram())
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    named = {"special_tokens": ["<unk>", "<s>", "</s>"], "unk_token": "<unk>"}
+    pieces.train_from_iterator(texts[:1500], trainers.UnigramTrainer(**named, **special))
+    pieces.save(str(folder / "Unigram.json"))
+
+
+def library_only(folder: Path, model: str) -> None:
+    import tokenizers
+
+    texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / f"{model}.json"))
+    for start in range(0, len(texts), 64):
+        tokenizer.encode_batch_fast(texts[start : start + 64], add_special_tokens=False)
+
+
+def datasets_map(folder: Path, model: str) -> None:
+    import datasets
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / f"{model}.json"))
+    with scratch_folder(parent=folder) as cache:
+        read = datasets.load_dataset("json", data_files=f"{folder}/text.jsonl", split="train", cache_dir=str(cache))
+        read.map(
+            lambda rows: {
+                "ids": [one.ids for one in tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)]
+            },
+            batched=True,
+            remove_columns=["text"],
+        )
+
+
+EXACT = {
+    "library": library_only,
+    "datasets.map": datasets_map,
+    "prepare": lambda folder, model: whole_prepare(folder, f"{model}.json", "text.jsonl", "workers = 1\n"),
+}
+
+
+def compare_exact(megabytes: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds of each way in each round, by model; and of `prepare` with a few documents, which is its start."""
+    models = ("WordPiece", "Unigram")
+    with scratch_folder() as folder:
+        write_exact_tokenizers(folder, write_lines(folder, megabytes))
+        runs: dict[str, dict[str, list[float]]] = {model: {way: [] for way in EXACT} for model in models}
+        for _ in range(repeats):
+            for model in models:
+                for way, mine in runs[model].items():
+                    mine.append(_seconds_of(f"{way} {model}", folder))
+                print(model, {way: round(mine[-1], 2) for way, mine in runs[model].items()}, file=sys.stderr)
+        lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
+        (folder / "text.jsonl").write_text("".join(lines[:200]))
+        start = [_seconds_of("prepare WordPiece", folder) for _ in range(repeats)]
+    return {"megabytes": megabytes, "cpu_seconds": runs, "start_cpu_seconds": start, "commit": _commit()}
+
+
+def _seconds_of(way: str, folder: Path) -> float:
+    """CPU seconds of the process of a way; those of `prepare` without those of the Python that starts it."""
+    command = [sys.executable, "-m", "tools.bench_prepare", "--way", way, "--folder", str(folder)]
+    clock = Clock()
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["cpu"] if found else clock.read()["cpu"]
+
+
+def exact_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | library, CPU s | prepare, CPU s | library / prepare | datasets.map / prepare |",
+        "|---|---|---|---|---|",
+    ]
+    for model, runs in result["cpu_seconds"].items():
+        cells = [f"{statistics.median(runs[way]):.2f}" for way in ("library", "prepare")]
+        for way in ("library", "datasets.map"):
+            ratios = [theirs / ours for theirs, ours in zip(runs[way], runs["prepare"], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    start = result["start_cpu_seconds"]
+    lines.append(
+        f"\n`prepare` of 200 documents: {statistics.median(start):.2f} s ({min(start):.2f} to {max(start):.2f})"
+    )
+    return "\n".join(lines)
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
@@ -270,9 +395,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--exact", action="store_true")
     parser.add_argument("--way", help="run one method and print its seconds")
     parser.add_argument("--folder", type=Path, help="with --way: folder of the text")
     arguments = parser.parse_args()
+    if arguments.way and (exact := EXACT.get(arguments.way.partition(" ")[0])) and " " in arguments.way:
+        print(json.dumps(exact(arguments.folder, arguments.way.partition(" ")[2])))
+        return
     if arguments.way:
         kind = arguments.way.removeprefix("prepare, ")
         way = WAYS.get(arguments.way) or (lambda folder: prepare_one_file(folder, kind))
@@ -281,8 +410,14 @@ def main() -> None:
     if arguments.memory:
         measure_memory(arguments.megabytes)
         return
+    file = ROOT / "benchmarks" / "prepare.json"
+    if arguments.exact:
+        result = json.loads(file.read_text()) | {"exact": compare_exact(arguments.megabytes, arguments.repeats)}
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(exact_table(result["exact"]))
+        return
     result = compare(arguments.megabytes, arguments.repeats)
-    (ROOT / "benchmarks" / "prepare.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, ROOT / "benchmarks" / "prepare.png")
     print(table(result))
 
