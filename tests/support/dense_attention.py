@@ -160,7 +160,7 @@ LEAVES = {"q": "THK", "k": "SGK", "v": "SGK", "bias": "HR"}
 
 
 def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
-    """Asserts errors against float64 of at most 2 (out) and 3 (gradients) times those of plain torch in the inputs'
+    """Asserts errors against float64 of at most 2 (out) and 4 (gradients) times those of plain torch in the inputs'
     type, plus rounding errors where exact terms cancel."""
     dtype = inputs.q_THK.dtype
     truth = out_and_gradients(dense_attention, inputs.in_documents(torch.float64))
@@ -174,7 +174,7 @@ def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
         assert ours[name].dtype == dtype
         torch_error = (plain[name].double() - exact).abs().max().item()
         our_error = (ours[name].double() - exact).abs().max().item()
-        bound = (2 if name == "out" else 3) * torch_error + torch.finfo(dtype).eps * (1 + left_over.get(name, 0.0))
+        bound = (2 if name == "out" else 4) * torch_error + torch.finfo(dtype).eps * (1 + left_over.get(name, 0.0))
         assert our_error <= bound, f"{name}: error {our_error:.2e}, plain torch {torch_error:.2e}, bound {bound:.2e}"
         if name != "dbias":
             cu_seqlens = inputs.mask.cu_seqlens_q if name in ("out", "dq") else inputs.mask.cu_seqlens_k
