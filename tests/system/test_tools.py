@@ -194,7 +194,7 @@ def test_every_tile_shape_computes_the_same_and_the_shipped_ones_stay(tmp_path: 
     assert rows[0]["contender"] == "128 x 64, 8 warps, 2 stages (shipped)"
     assert rows[0]["difference"] == 0.0
     assert all(row["difference"] < 2e-3 and row["ms"] > 0 for row in rows)
-    assert rows[1]["difference"] > 0.0  # another shape ran
+    assert any(row["difference"] > 0.0 for row in rows)  # another shape ran
     with pytest.raises(SystemExit, match="on a CPU the kernels run under TRITON_INTERPRET=1 only"):
         tune_attention.main(device="cpu", out=tmp_path)
 
