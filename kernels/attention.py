@@ -20,8 +20,8 @@ In: q (T, H, K), k and v (S, G, K) with any strides (slices of a fused projectio
 Out: (T, H, K). Guarantees: no document influences another, bitwise; rows beyond the last of cu_seqlens are written
 (zero) and influence nothing; the backward has no atomics and repeats bitwise; key heads are read in place. On a GPU
 nothing waits for the device, no value on the device decides a shape or a launch, and other documents cause no
-recompilation (row strides, and whether the mask has a window, do): forward and backward may be captured in a CUDA graph and replayed with other cu_seqlens in the same
-tensor, and torch.compile sees two operators without graph breaks.
+recompilation (other row strides do, and a window where there was none): forward and backward may be captured in a CUDA
+graph and replayed with other cu_seqlens in the same tensor, and torch.compile sees two operators without graph breaks.
 Costs: 2 matrix products per visited tile forward and 7 backward (5 would need atomics; 9 with the gradient of a bias);
 memory for out and one fp32 per query row and head. Full tiles run without a mask. A bias costs one load from the
 first-level cache per pair, a cap about fifteen instructions; without them the cost is zero.
