@@ -13,7 +13,7 @@ from tests.support.interpreted import run_python
 from tools.kernel_model import class_of, inner_loops, products
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kernel", "channels", "full", "masked"),
     [("forward", 64, 450, 605), ("forward", 128, 345, 435), ("key_gradient", 128, 340, 450)],
