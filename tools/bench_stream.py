@@ -9,8 +9,8 @@ Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
 
 - packing: `pad each`: one document or chunk per row; `next-fit`: in order, a new packed sequence when a chunk does not
   fit; `ours`: the order of training, without the chunks carried to the next buffer.
-- speed: each method runs in its own process, forked after the imports; they alternate. Tokens over CPU seconds of the
-  process, and the ratios of each round: median, least, most. `iterate, concatenate` and `iterate, bin-pack` are
+- speed: each method runs in its own process, forked after the imports, for one epoch; they alternate. Tokens over
+  CPU seconds of the process, and the ratios of each round: median, least, most. `iterate, concatenate` and `iterate, bin-pack` are
   StreamingDataset.__iter__ with a collator that joins and cuts, and one that packs groups of 256 documents first-fit
   decreasing and drops nothing.
 - text: the embedded corpus, prepared as text and as tokens with a vocabulary of 8,192, through the same stream.
@@ -242,24 +242,24 @@ WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
 }
 
 
-def one_way(way: str, folder: Path, seconds: float) -> dict[str, float]:
-    """Tokens and CPU seconds after the first batch, for at least `seconds` of CPU time if the method does not end."""
+def one_way(way: str, folder: Path, num_tokens: int) -> dict[str, float]:
+    """Tokens and CPU seconds of an epoch of `num_tokens`, after the first batch."""
     batches = WAYS[way](folder)
     next(batches)
     processor, tokens = time.process_time(), 0
     for count in batches:
         tokens += count
-        if time.process_time() - processor > seconds:
+        if tokens >= num_tokens:
             break
     return {"tokens": tokens, "processor": time.process_time() - processor}
 
 
-def forked(way: str, folder: Path, seconds: float) -> dict[str, float]:
+def forked(way: str, folder: Path, num_tokens: int) -> dict[str, float]:
     """`one_way` in a process of its own with the imports of this one."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        os.write(write, json.dumps(one_way(way, folder, seconds)).encode())
+        os.write(write, json.dumps(one_way(way, folder, num_tokens)).encode())
         os._exit(0)  # the resource tracker cleans up streaming's threads and shared memory
     os.close(write)
     with open(read) as pipe:
@@ -268,7 +268,7 @@ def forked(way: str, folder: Path, seconds: float) -> dict[str, float]:
     return found
 
 
-def speed(num_tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
+def speed(num_tokens: int, repeats: int) -> dict[str, Any]:
     from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
@@ -279,7 +279,7 @@ def speed(num_tokens: int, seconds: float, repeats: int) -> dict[str, Any]:
         write_shards(folder, num_tokens)
         for _ in range(repeats):
             for way in WAYS:
-                runs[way].append(forked(way, folder, seconds))
+                runs[way].append(forked(way, folder, num_tokens))
                 print(way, runs[way][-1], file=sys.stderr)
     rates = {way: [run["tokens"] / run["processor"] for run in mine] for way, mine in runs.items()}
     ratios = {}
@@ -404,14 +404,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("packing", "speed", "text"))
     parser.add_argument("--documents", type=int, default=300_000, help="packing: documents")
-    parser.add_argument("--tokens", type=int, default=24_000_000, help="speed: tokens in the shards")
-    parser.add_argument("--seconds", type=float, default=1.0, help="speed: CPU seconds of one run")
+    parser.add_argument("--tokens", type=int, default=16_000_000, help="speed: tokens in the shards")
+    parser.add_argument("--seconds", type=float, default=4.0, help="text: length of one run")
     parser.add_argument("--repeats", type=int, default=10, help="speed: runs of each method")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     runs = {
         "packing": lambda: packing(arguments.documents),
-        "speed": lambda: speed(arguments.tokens, arguments.seconds, arguments.repeats),
+        "speed": lambda: speed(arguments.tokens, arguments.repeats),
         "text": lambda: text(arguments.seconds),
     }
     result = runs[arguments.what]()
