@@ -279,9 +279,8 @@ EXACT = {
 }
 
 
-def compare_exact(megabytes: int, repeats: int) -> dict[str, Any]:
+def compare_exact(megabytes: int, repeats: int, models: list[str]) -> dict[str, Any]:
     """CPU seconds of each way in each round, by model; and of `prepare` with a few documents, which is its start."""
-    models = ("WordPiece", "Unigram")
     with scratch_folder() as folder:
         write_exact_tokenizers(folder, write_lines(folder, megabytes))
         runs: dict[str, dict[str, list[float]]] = {model: {way: [] for way in EXACT} for model in models}
@@ -396,6 +395,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--models", nargs="+", default=["WordPiece", "Unigram"], help="with --exact")
     parser.add_argument("--way", help="run one method and print its seconds")
     parser.add_argument("--folder", type=Path, help="with --way: folder of the text")
     arguments = parser.parse_args()
@@ -412,7 +412,9 @@ def main() -> None:
         return
     file = ROOT / "benchmarks" / "prepare.json"
     if arguments.exact:
-        result = json.loads(file.read_text()) | {"exact": compare_exact(arguments.megabytes, arguments.repeats)}
+        result = json.loads(file.read_text()) | {
+            "exact": compare_exact(arguments.megabytes, arguments.repeats, arguments.models)
+        }
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(exact_table(result["exact"]))
         return
