@@ -11,8 +11,8 @@ Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
   fit; `ours`: the order of training, without the chunks carried to the next buffer.
 - speed: each method runs in its own process, forked after the imports, for one epoch; they alternate. Tokens over
   CPU seconds of the process, and the ratios of each round: median, least, most. `iterate, concatenate` and `iterate,
-  bin-pack` are StreamingDataset.__iter__ with a collator that joins and cuts, and one that packs groups of 256 documents
-  first-fit decreasing and drops nothing.
+  bin-pack` are StreamingDataset.__iter__ with a collator that joins and cuts, and one that packs groups of 256
+  documents first-fit decreasing and drops nothing.
 - text: the embedded corpus, prepared as text and as tokens with a vocabulary of 8,192, through the same stream.
 """
 
