@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from bigmodel.config.settings import ModelSettings, Settings, UserError, settings_from_table
 from bigmodel.data.load.batch import Batch
@@ -161,6 +161,27 @@ def count_by_torch(model: Transformer, batch: Batch) -> tuple[int, float]:
         else:
             F.cross_entropy(model(batch, "logits"), batch.labels).backward()
     return counter.get_total_flops(), flops(settings, vocabulary, work_of(batch, settings), (0, 0)).causal
+
+
+def _of_pairs(q_THK: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
+    """Of two products, scores and values, over all pairs of a document."""
+    return 4 * q_THK.shape[1] * q_THK.shape[2] * int((cu_seqlens_q.diff() * cu_seqlens_k.diff()).sum())
+
+
+@register_flop_formula(torch.ops.bigmodel.cpu_attention, get_raw=True)
+def _forward(
+    q_THK: Tensor, _k: Tensor, _v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *_: Any, **__: Any
+) -> int:
+    return _of_pairs(q_THK, cu_seqlens_q, cu_seqlens_k)
+
+
+@register_flop_formula(torch.ops.bigmodel.cpu_attention_backward, get_raw=True)
+def _backward(
+    d_out_THK: Tensor, _out: Tensor, _lse: Tensor, _q: Tensor, _k: Tensor, _v: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Four products; that of the scores, done again, is not the model's work."""
+    return 2 * _of_pairs(d_out_THK, cu_seqlens_q, cu_seqlens_k)
 
 
 def _embedded(model: Transformer, batch: Batch) -> tuple[Tensor, Batch, Tensor | None]:
