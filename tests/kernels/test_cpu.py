@@ -33,3 +33,15 @@ def test_products_of_widened_bf16_are_as_exact_as_in_fp32_and_the_setting_is_res
     exact = left.double() @ right.double()
     assert (found - exact).abs().max() < 1e-4
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_products_of_fp32_are_exact_after_overlapping_callers() -> None:
+    """A caller that ends while another is inside must not leave the rounding on."""
+    first, second = bf16_products(), bf16_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    left, right = torch.randn(2, 200, 200, generator=torch.Generator().manual_seed(1))
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+    assert (left @ right - (left.double() @ right.double())).abs().max() < 1e-4
