@@ -9,10 +9,8 @@ Letters in tensor names: B packs, T positions of a pack, H hidden_size, N heads,
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import DataSettings, Settings
 from bigmodel.data.load.batch import Batch, build_batch, make_dropout_seeds
@@ -132,8 +131,8 @@ def bigmodel_steps(case: Case, precision: str = "fp32", compiled: bool = False) 
     """Steps of the engine under ZeRO 1, on this rank's share of the packs; with the sums and the norm of the loop."""
     world = start_world()
     mine = slice(world.rank * case.packs // world.size, (world.rank + 1) * case.packs // world.size)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "zero1.json"
+    with scratch_folder() as folder:
+        path = folder / "zero1.json"
         count = case.packs // world.size
         path.write_text(json.dumps({"train_micro_batch_size_per_gpu": count, "zero_optimization": {"stage": 1}}))
         training = {"precision": precision, "compile": compiled, "global_batch_size": case.packs}
@@ -264,9 +263,9 @@ def huggingface_train(case: Case, done: Callable[[], None], bf16: bool = False) 
     )  # fmt: skip
     rows = [torch.stack([pack.tokens for pack in packs]) for packs in batches(case)]
     repeated = [{"input_ids": row, "labels": row} for _ in range(200) for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=len(repeated), per_device_train_batch_size=1, use_cpu=True, report_to=[],
+            str(folder), max_steps=len(repeated), per_device_train_batch_size=1, use_cpu=True, report_to=[],
             save_strategy="no", logging_steps=10**6, learning_rate=1e-3, adam_beta2=0.95, weight_decay=0.1,
             max_grad_norm=1.0, lr_scheduler_type="constant", disable_tqdm=True, optim="adamw_torch_fused", bf16=bf16,
             remove_unused_columns=False,

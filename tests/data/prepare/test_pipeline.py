@@ -679,13 +679,13 @@ def test_a_given_tokenizer_that_changes_is_not_used(
 ) -> None:
     given = tmp_path / "given.json"
     given.write_bytes((home / "data" / "tokenizer.json").read_bytes())
-    read_sample = preparing.read_sample
+    scan_all = preparing.scan_all
 
-    def change(*arguments: Any) -> list[str]:
+    def change(*arguments: Any, **named: Any) -> Any:
         given.write_bytes(given.read_bytes() + b" ")
-        return read_sample(*arguments)
+        return scan_all(*arguments, **named)
 
-    monkeypatch.setattr(preparing, "read_sample", change)
+    monkeypatch.setattr(preparing, "scan_all", change)
     with pytest.raises(UserError, match=r"given\.json: changed while it was prepared"):
         prepared(tmp_path, tokenizer=str(given))
 
