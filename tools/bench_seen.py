@@ -1,6 +1,6 @@
 """Speed of exporting a run's data order: `bigmodel seen RUN --export`.
 
-    python -m tools.bench_seen              writes benchmarks/seen_export.json
+    python -m tools.bench_seen              writes benchmarks/stream_seen_export.json
 
 A prepared folder as in tools.bench_stream_scale (real manifest, index and length files, no tokens), and the records of
 a run over it, without weights. In turn: the walk with an object per chunk, as training plans; the export; the digests.
@@ -94,8 +94,8 @@ def measure(documents: int, share: float, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=20_000_000)
-    parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
