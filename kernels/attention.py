@@ -691,9 +691,11 @@ TILE_SHAPES_OF_CHANGED_SCORES = {
 }
 TILE_SHAPES_WITH_DROPOUT = TILE_SHAPES_OF_CHANGED_SCORES | {
     ("forward", 64): (64, 32, 8, 2),
-    ("forward", 128): (64, 32, 8, 2),
+    ("forward", 128): (64, 32, 4, 2),
     ("query_gradient", 64): (128, 32, 8, 2),
+    ("query_gradient", 128): (64, 32, 8, 2),
 }
+DELTA_ROWS = 64  # of a program, at most: sm_100 spills with 128 rows of 128 channels
 # fp32 products are exact: no tensor cores, and small tiles in plain registers.
 TILE_SHAPES_OF_FP32 = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
@@ -800,9 +802,10 @@ def _attention_backward(
     scores = _is_changed(bias_HR, softcap), query_words_T is not None
     drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
     of_queries, of_keys = (_options(kernel, q_THK, block, *scores) for kernel in ("query_gradient", "key_gradient"))
-    delta_kernel[(triton.cdiv(num_rows, of_queries["ROWS"]) * num_heads,)](
+    rows_of_delta = min(of_queries["ROWS"], DELTA_ROWS)
+    delta_kernel[(triton.cdiv(num_rows, rows_of_delta) * num_heads,)](
         out_THK, d_out_THK, delta_HT, *_strides(d_out_THK), num_heads, num_rows,
-        CHANNELS=channels, HEAD=of_queries["HEAD"], ROWS=of_queries["ROWS"],
+        CHANNELS=channels, HEAD=of_queries["HEAD"], ROWS=rows_of_delta,
     )  # fmt: skip
     strides = _strides(q_THK, k_SGK, v_SGK, d_out_THK)
     bias2_HR, cap2, constants = _score_settings(bias_HR, softcap)

@@ -102,6 +102,8 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
         SCORES[score]["REACH"] >= 0 or SCORES[score]["CAPPED"],
         score in WITH_DROPOUT,
     )
+    if name == "delta":
+        shape["ROWS"] = min(shape["ROWS"], attention.DELTA_ROWS)
     strides = {"q_stride": 32, "k_stride": 16, "v_stride": 16, "d_out_stride": 32} if name != "delta" else {}
     constants = (
         {"GROUP": 2, "WINDOWED": score == "windowed"}
