@@ -1,6 +1,7 @@
 """Settings of low-rank adapters ([lora]), and the names that choose matrices."""
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,26 @@ else:  # `from` is a word of Python
             )
         },
     )
+
+# Matrices of a block -> the parts of their rows, in order.
+MATRICES: dict[str, tuple[str, ...]] = {
+    "attention.query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "attention.source_key_value": ("k_proj", "v_proj"),
+    "attention.output": ("o_proj",),
+    "cross_attention.query": ("q_proj",),
+    "cross_attention.key_value": ("k_proj", "v_proj"),
+    "cross_attention.output": ("o_proj",),
+    "feed_forward.gate_up": ("gate_proj", "up_proj"),
+    "feed_forward.up": ("up_proj",),
+    "feed_forward.down": ("down_proj",),
+}
+
+
+def is_target(target: str, matrix: str, part: str) -> bool:
+    """Whether a name of `lora.targets` chooses this part of the matrix of that name."""
+    if target == ALL or target in PARTS[part]:
+        return True
+    return any(fnmatchcase(name, target) or name.endswith(f".{target}") for name in (matrix, f"{matrix}.{part}"))
 
 
 class LoraSettings(WithFrom):

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from bigmodel.config.adapter_folder import CONFIG, read_adapter_config
 from bigmodel.config.huggingface import fitting_type
+from bigmodel.config.lora_settings import MATRICES
 from bigmodel.config.settings import LoraSettings, ModelSettings, Settings, UserError
 from bigmodel.config.start_folder import is_run, read_config_json
 from bigmodel.model.huggingface.class_head import PREFIXES
 from bigmodel.model.huggingface.weights import names_of, without_prefix
-from bigmodel.model.lora import MATRICES, Adapters, first_row
+from bigmodel.model.lora import Adapters, first_row
 from bigmodel.training.checkpoint import format as checkpoint
 
 WEIGHTS = "adapter_model.safetensors"

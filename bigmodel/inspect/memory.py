@@ -2,18 +2,17 @@
 
 In: settings of a run file, number of ranks. Out: bytes per rank, by part and stage. Frozen parameters (adapters,
 `training.freeze`) are weights only. A teacher ([distillation]) is whole on each rank at every stage.
-The model is built on torch's meta device: tensors have shapes but no memory. Weights, gradients, masters and moments
-are counted from its parameters. Activations are counted by one micro-batch forward and backward, with activation
-checkpointing and the kernels' GPU path; every tensor is followed. Tests compare the counts with engines of each stage.
+Weights, gradients, masters and moments follow from the parameters' shapes (`bigmodel.planning`). For activations the
+model is built on torch's meta device, where tensors have shapes but no memory; they are counted by one micro-batch
+forward and backward, with activation checkpointing and the kernels' GPU path; every tensor is followed. Tests compare
+the counts with engines of each stage.
 
 Not counted: the CUDA context and libraries (one or two GB), buffers of NCCL, fragmentation of the allocator.
 Formulas: Rajbhandari et al. 2020 (ZeRO), plus our fp32 sums of gradients.
 """
 
 import copy
-import math
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ from bigmodel.model.lora import add_adapters
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
+from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.state_memory import WIDE, Plan, is_offloaded, state_plan
 from bigmodel.sizes import amount, counted_noun
-from bigmodel.training.optimizers.groups import parameter_groups, states_of
 from bigmodel.training.teacher import divergence_of, teacher_model
 from bigmodel.training.trained import choose_trained
 from bigmodel.training.zero.wrapping import wrap_blocks
 
 GIB = 2**30
-WIDE = 4  # bytes of an fp32 number
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = {
     "weights": "#1f5fbf",
@@ -56,8 +55,6 @@ PARTS = {
     "average of weights": "#c3d94e",
     "activations": "#8a5fc0",
 }
-# Defaults of DeepSpeed 0.19.8 for keys that are absent from the JSON, in elements.
-DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -88,14 +85,6 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Bytes of one rank by part: on its device, and offloaded to memory or files of its node."""
-
-    device: dict[str, int]
-    host: dict[str, int]
-
-
 def model_without_memory(settings: Settings, vocabulary: int) -> Transformer:
     with torch.device("meta"):
         training = settings.training
@@ -113,57 +102,10 @@ def teacher_without_memory(settings: Settings, vocabulary: int) -> Teacher | Non
 
 def state_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks: int) -> Plan:
     """Bytes of a rank between and during steps, without activations."""
-    model, zero, low = model_without_memory(settings, vocabulary), effective["zero_optimization"], 2
-    numel, stage = sum(parameter.numel() for parameter in model.parameters()), zero["stage"]
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    width = WIDE if settings.training.precision == "fp32" else low
-    share = math.ceil(trained / ranks) if stage else trained  # frozen ones have no gradient, master or moment
-    moments = 0
-    for group in parameter_groups(model, settings.optimizer):
-        shapes = [state.shape for state in states_of(settings.optimizer, group)]
-        for parameter in group["params"]:
-            moments += WIDE * shapes.count("parameter") * math.ceil(parameter.numel() / (ranks if stage else 1))
-            vectors = [shapes.count("rows"), shapes.count("columns")]  # whole on every rank
-            moments += WIDE * sum(number * size for number, size in zip(vectors, parameter.shape, strict=False))
-    buckets = {name: min(numel, int(float(zero.get(name, default)))) for name, default in DEFAULTS.items()}
-    buckets["reduce_bucket_size"] = min(trained, buckets["reduce_bucket_size"])
-    state = {
-        "masters": WIDE * share if stage else 0,
-        "moments": moments,
-        "average of weights": WIDE * share if settings.training.ema_decay else 0,
-    }
-    device = {"weights": width * (math.ceil(numel / ranks) if stage == 3 else numel)}
-    host: dict[str, int] = {}
-    if stage == 3:
-        hpz = zero.get("zero_hpz_partition_size", 1)
-        device["weights"] += width * numel // hpz if hpz > 1 else 0
-        live = buckets["stage3_max_live_parameters"] + buckets["stage3_prefetch_bucket_size"]
-        device["gathered weights"] = width * min(numel, live)
-    offload = _is_offloaded(zero.get("offload_optimizer"))
-    sums = WIDE * share  # in fp32; below stage 2 not sharded until the last micro-batch
-    in_flight = low * trained if stage == 1 and settings.training.precision == "bf16" and not offload else 0
-    device["gradients"] = WIDE * trained + in_flight if stage < 2 else sums
-    device["reduce buckets"] = WIDE * buckets["reduce_bucket_size"]
-    if offload:
-        # The fp32 sums lie beside the masters; from stage 2 on, accumulation of micro-batches needs a second copy.
-        host = state | {"gradients": sums if stage < 2 else 2 * sums}
-        device["gradients"] = device["gradients"] if stage < 2 else 0
-        if stage < 3:  # new weights and gradients pass through extra memory
-            largest = width * max(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            host |= {"weights": width * share, "gradients": host["gradients"] + largest}
-            device["reduce buckets"] += largest
-    else:
-        device |= state
+    plan = state_plan(parameters_of(settings, vocabulary), settings, effective, ranks)
     if teacher := teacher_without_memory(settings, vocabulary):
-        device["teacher"] = sum(one.numel() * one.element_size() for one in teacher.model.parameters())
-    if _is_offloaded(zero.get("offload_param")):
-        host["weights"] = device["weights"]
-        device["weights"] = 0
-    return Plan({name: n for name, n in device.items() if n}, {name: n for name, n in host.items() if n})
-
-
-def _is_offloaded(section: Any) -> bool:
-    return isinstance(section, dict) and section.get("device", "none") != "none"
+        plan.device["teacher"] = sum(one.numel() * one.element_size() for one in teacher.model.parameters())
+    return plan
 
 
 def activation_bytes(settings: Settings, effective: dict[str, Any], vocabulary: int) -> int:
@@ -217,7 +159,7 @@ def plans(settings: Settings, effective: dict[str, Any], vocabulary: int, ranks:
         changed = copy.deepcopy(effective)
         zero = changed["zero_optimization"]
         zero["stage"] = stage
-        if stage == 0 and (settings.training.precision != "fp32" or _is_offloaded(zero.get("offload_optimizer"))):
+        if stage == 0 and (settings.training.precision != "fp32" or is_offloaded(zero, "offload_optimizer")):
             continue
         if stage < 3:
             zero.pop("offload_param", None)

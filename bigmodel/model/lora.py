@@ -12,31 +12,18 @@ Costs: a copy of a fused matrix's output, if one of its parts has an adapter.
 
 import difflib
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bigmodel.config.lora_settings import ALL, PARTS, LoraSettings
+from bigmodel.config.lora_settings import ALL, MATRICES, PARTS, LoraSettings, is_target
 from bigmodel.config.settings import UserError
 from bigmodel.model.layers import Linear, dropout
 from bigmodel.model.transformer import Block
 
 SALT = 1 << 22  # added to the dropout salts: larger than all others
 SALTS_OF_LAYER = 64
-# Matrices of a block -> the parts of their rows, in order.
-MATRICES: dict[str, tuple[str, ...]] = {
-    "attention.query_key_value": ("q_proj", "k_proj", "v_proj"),
-    "attention.source_key_value": ("k_proj", "v_proj"),
-    "attention.output": ("o_proj",),
-    "cross_attention.query": ("q_proj",),
-    "cross_attention.key_value": ("k_proj", "v_proj"),
-    "cross_attention.output": ("o_proj",),
-    "feed_forward.gate_up": ("gate_proj", "up_proj"),
-    "feed_forward.up": ("up_proj",),
-    "feed_forward.down": ("down_proj",),
-}
 OF_SOURCE = ("attention.source_key_value", "cross_attention.key_value")  # their input is the encoder's output
 
 
@@ -116,13 +103,6 @@ def matrices_of(block: Any) -> Iterator[tuple[str, Linear, dict[str, int]]]:
             module = getattr(module, name, None)
         if module is not None:
             yield path, module, dict(zip(parts, module.parts or (module.out_features,), strict=True))
-
-
-def is_target(target: str, matrix: str, part: str) -> bool:
-    """Whether a name of `lora.targets` chooses this part of the matrix of that name."""
-    if target == ALL or target in PARTS[part]:
-        return True
-    return any(fnmatchcase(name, target) or name.endswith(f".{target}") for name in (matrix, f"{matrix}.{part}"))
 
 
 def _near(target: str, names: list[str]) -> str:

@@ -1,0 +1,1 @@
+"""What a run needs before it starts: parameters, memory, time, from the run file alone, without torch."""
