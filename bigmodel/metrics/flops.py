@@ -20,15 +20,17 @@ matrix computes replaced inputs only: the scheduled share of the labels without 
 
 import re
 import time
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from bigmodel.config.recurrent_settings import GATES
 from bigmodel.config.settings import ModelSettings, Settings
-from bigmodel.data.load.stream import Step
 from bigmodel.data.plan.attention_work import Work
 from bigmodel.metrics.recorder import Flops
+
+if TYPE_CHECKING:  # what only needs numbers, such as a plan, imports no torch
+    import torch
+
+    from bigmodel.data.load.stream import Step
 
 # Dense FLOPs per second of bf16 products with fp32 sums: half of a data sheet's figure "with sparsity". fp16 has the
 # same peak on all of these devices; fp32 runs use it too, as is usual. The names are torch's.
@@ -159,7 +161,7 @@ def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pai
 
 
 def step_flops(
-    settings: Settings, vocabulary: int, step: Step, passes: float = 3, teacher: ModelSettings | None = None
+    settings: Settings, vocabulary: int, step: "Step", passes: float = 3, teacher: ModelSettings | None = None
 ) -> Flops:
     """Operations of one step over all ranks; passes: as for `flops`."""
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
@@ -217,10 +219,12 @@ def first_pass_flops(
     return Flops(causal=linear + visible, full=linear + every, hardware=linear + empty + visible)
 
 
-def device_peak_flops(device: torch.device) -> float | None:
+def device_peak_flops(device: "torch.device") -> float | None:
     """Peak FLOPs per second of one device; None for a GPU that is not in the table. A CPU is measured."""
     if device.type != "cuda":
         return measure_peak_flops()
+    import torch
+
     return known_peak_flops(torch.cuda.get_device_name(device))
 
 
@@ -234,6 +238,8 @@ def known_peak_flops(name: str) -> float | None:
 
 def measure_peak_flops(size: int = 512, repeats: int = 5) -> float:
     """The best of a few fp32 matrix products on this process's threads; takes a tenth of a second."""
+    import torch
+
     a, b = torch.rand(size, size), torch.rand(size, size)
     best = float("inf")
     for _ in range(repeats):
