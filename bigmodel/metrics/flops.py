@@ -11,7 +11,8 @@ Example: a matrix of 100 weights and 8 tokens: 2 * 100 * 8 = 1,600 operations fo
 
 HFU (hardware FLOPs utilization) counts the operations computed: also padding; attention's backward with recomputed
 scores (2.5 times the forward, Dao et al. 2022); with training.activation_checkpointing = "full" a second forward of
-every block (Chen et al. 2016; Korthikanti et al. 2022 name both ratios). "selective" keeps all products and adds
+every block (Chen et al. 2016; Korthikanti et al. 2022 name both ratios), in most models without its last product.
+"selective" keeps all products and adds
 nothing. A teacher's forward pass is hardware's, not the model's.
 
 Scheduled sampling has a first pass, without a backward, through the decoder: in all three conventions. Its output
@@ -146,7 +147,23 @@ def flops(
     hardware = passes * (linear + empty) + 3.5 * visible
     if recomputed:
         hardware += linear + empty - 2 * weights.of_heads * (positions + padding[0]) + visible
+        hardware -= _last_products(settings, positions + padding[0], sources + padding[1])
     return Flops(causal=passes * linear + 3 * visible, full=passes * linear + 3 * every, hardware=hardware)
+
+
+def _last_products(settings: ModelSettings, positions: int, sources: int) -> int:
+    """Operations of the last product of every block, forward: where nothing after it is read by the backward, the
+    recomputation ends before it."""
+    if settings.is_recurrent or settings.norm_placement != "pre" or settings.dropout or settings.stochastic_depth:
+        return 0
+    found = 2 * positions * (settings.num_layers + settings.num_mtp_modules) * _down_weights(settings)
+    if settings.kind == "encoder_decoder":
+        found += 2 * sources * settings.encoder.num_layers * _down_weights(settings.encoder)
+    return found
+
+
+def _down_weights(settings: ModelSettings) -> int:
+    return settings.intermediate_size * settings.hidden_size
 
 
 def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:

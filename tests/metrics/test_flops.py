@@ -52,14 +52,19 @@ def test_model_flops_are_those_that_torch_counts(changes: dict) -> None:
     assert counted == expected
 
 
-@pytest.mark.parametrize("name", ["decoder", "encoder", "both, cross", "both, mixed_other_widths", "extra heads"])
+AGAIN = {name: MODELS[name] for name in ("decoder", "encoder", "both, cross", "both, mixed_other_widths")}
+AGAIN |= {"extra heads": {"num_mtp_modules": 2}, "dropout": {"dropout": 0.1}, "depth": {"stochastic_depth": 0.1}}
+AGAIN |= {placement: {"norm_placement": placement} for placement in ("post", "output", "sandwich")}
+
+
+@pytest.mark.parametrize("name", AGAIN)
 def test_activation_checkpointing_computes_the_blocks_again_or_no_product_at_all(name: str) -> None:
-    changes = MODELS.get(name, {"num_mtp_modules": 2})
+    changes = {"dropout": 0.0} | AGAIN[name]
     both = changes.get("kind") == "encoder_decoder"
     batch = batch_of(PAIRS if both else TEXTS, DataSettings(**(TWO_SIDES if both else ONE_SIDE)))
     counted = {}
     for kind in ("none", "selective", "full"):
-        model = model_of(**{**changes, "dropout": 0.0})
+        model = model_of(**changes)
         wrap_blocks(model, Settings(training={"activation_checkpointing": kind}), stage=1)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(batch).backward()
@@ -98,7 +103,8 @@ def test_the_conventions_differ_in_the_pairs_and_the_padding_only() -> None:
     assert found.hardware == 6 * weights * 36 + 14 * 2 * 4 * 8 * 214
     again = flops(settings, 40, work, (36, 0), padding=(4, 0), recomputed=True)
     assert again[:2] == found[:2]
-    assert again.hardware - found.hardware == 2 * (weights - 40 * 32) * 36 + 4 * 2 * 4 * 8 * 214  # not the head
+    products = weights - 40 * 32 - 2 * 32 * 48  # neither the head nor a block's last product
+    assert again.hardware - found.hardware == 2 * products * 36 + 4 * 2 * 4 * 8 * 214
     assert text(9).tolist()[0] == 1
 
 

@@ -62,7 +62,8 @@ def settings_table(
         "qk_norm": True,
     }
     asked = other.pop("model", None)
-    model = asked | {"dropout": 0.1} if asked else model | DROPOUT
+    draws = other.pop("draws", True)
+    model = asked | {"dropout": 0.1} if asked else model | (DROPOUT if draws else {}) | other.pop("norms", {})
     model = model | {"tied_embeddings": other.pop("tied", False)}
     training = {"steps": 20, "global_batch_size": PACKS, "precision": precision, "deepspeed": str(folder / name)}
     training |= other.pop("training", {})

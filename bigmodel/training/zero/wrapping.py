@@ -16,7 +16,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
 )
 
 from bigmodel.config.settings import Settings, UserError
@@ -60,11 +59,7 @@ def _checkpointed(forward: Any, selective: bool, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs)
     more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
-    # Under ZeRO-3 the recomputation must run to its end, or the weights that it gathered would stay gathered.
-    with set_checkpoint_early_stop(False):
-        return checkpoint(
-            forward, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **more
-        )
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **more)
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
