@@ -81,6 +81,7 @@ ALLOWED = {
         "bigmodel.training.optimizers",
         "bigmodel.training.zero.layouts",
     ),
+    "bigmodel.planning": ("bigmodel.config", "bigmodel.training.optimizers.table", "bigmodel.planning"),
     "bigmodel.interpreter": (),
     "bigmodel.launcher": (
         "bigmodel.launcher",
@@ -322,6 +323,7 @@ def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
     code = (
         "import sys, bigmodel.launcher.__main__, bigmodel.config.settings, bigmodel.run_directory\n"
         "import bigmodel.metrics.recorder, bigmodel.inspect.report, bigmodel.metrics.exporter\n"
+        "import bigmodel.metrics.flops, bigmodel.planning.activation_memory\n"
         "print(sorted({'torch', 'deepspeed', 'streaming', 'triton', 'transformers'} & set(sys.modules)))"
     )
     answer = subprocess.run(
