@@ -36,6 +36,7 @@ from torch import Tensor
 from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
+from bigmodel.training.checkpoint import checksum
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import saver as saving
 from bigmodel.training.checkpoint.folder import remove_partials
@@ -258,8 +259,7 @@ def publish_before_the_last_rank(rank: int, seconds: float = 0.05) -> None:
                 real(path, snapshot, rank, step)
 
             threading.Thread(target=write, daemon=True).start()
-            digest = saving.hashlib.sha256(snapshot.content).hexdigest()
-            return saving._Report(path.name, len(snapshot.content), digest)
+            return saving._Report(path.name, len(snapshot.content), checksum.of_bytes(snapshot.content))
 
         saving.write_share = early
 

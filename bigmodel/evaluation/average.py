@@ -36,8 +36,9 @@ from bigmodel.evaluation.classify import make_validation
 from bigmodel.model.huggingface.folder import write_weights
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.run_directory import read_json, tokenizer_of, write_atomically
+from bigmodel.training.checkpoint import checksum
 from bigmodel.training.checkpoint import format as checkpoint
-from bigmodel.training.checkpoint.folder import hash_file, manifest_of, plain
+from bigmodel.training.checkpoint.folder import manifest_of, plain
 from bigmodel.training.checkpoint.format import Checkpoint, WeightSource
 from bigmodel.training.checkpoint.health import usable_steps
 
@@ -311,8 +312,6 @@ def _write(folder: Path, chosen: Sequence[Ingredient]) -> None:
         "average": [{"run": str(one.run), "step": one.checkpoint.state["step"]} for one in chosen],
     }
     write_atomically(part / "state.json", plain(description))
-    files = {
-        name: {"bytes": (part / name).stat().st_size, "sha256": hash_file(part / name)} for name in (FILE, "state.json")
-    }
+    files = {name: checksum.of_file(part / name) for name in (FILE, "state.json")}
     write_atomically(part / "manifest.json", manifest_of(files, world_size=1))
     os.replace(staging, folder)

@@ -17,6 +17,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.evaluation.average import average, greedy_soup
 from bigmodel.evaluation.classify import make_validation
+from bigmodel.training.checkpoint import checksum
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.folder import manifest_of, plain
 from bigmodel.training.load_model import load_trained
@@ -71,8 +72,7 @@ def changed(run: Path, folder: Path, change: Callable[[dict[str, Any], dict[str,
     (folder / "settings.json").write_text(json.dumps(settings))
     (part / "state.json").write_bytes(plain(state))
     files = json.loads((part / "manifest.json").read_text())["files"]
-    content = (part / "state.json").read_bytes()
-    files["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files["state.json"] = checksum.of_file(part / "state.json")
     (part / "manifest.json").write_bytes(manifest_of(files, 2))
     return folder
 
@@ -290,7 +290,7 @@ def test_a_mean_that_is_less_pruned_than_its_checkpoints_is_said(
         zeros = int((tensors[key] == 0).sum())
         save_file(tensors, file)
         files = json.loads((part / "manifest.json").read_text())["files"]
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.hash_file(file)}
+        files[file.name] = checksum.of_file(file)
         (part / "manifest.json").write_bytes(manifest_of(files, 2))
     said: list[str] = []
     average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean", say=said.append)
@@ -305,7 +305,7 @@ def test_a_mean_that_is_less_pruned_than_its_checkpoints_is_said(
         (["empty"], "not a run directory"),
         (["one"], r"an average needs at least 2 checkpoints, and .*one has one; keep more with checkpoint.keep"),
         (["one", "one"], "this checkpoint is named twice"),
-        (["one", "damaged"], "this checkpoint is damaged: .*sha256 differs"),
+        (["one", "damaged"], "this checkpoint is damaged: .*checksum differs"),
     ],
 )
 def test_what_cannot_be_averaged_is_named(run: Path, tmp_path: Path, runs: list[str], words: str) -> None:

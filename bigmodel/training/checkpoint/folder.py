@@ -1,10 +1,9 @@
-"""The folder of checkpoints: names of steps, manifests, hashes.
+"""The folder of checkpoints: names of steps, manifests.
 
 In: a folder on a file system shared by all ranks. Out: its published checkpoints, which format.py reads and saver.py
 writes. Guarantee: a manifest is taken only if its bytes are those that were written, and its format is ours.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,10 @@ from bigmodel import __version__
 from bigmodel.config.settings import UserError
 from bigmodel.data.store.files import is_inside
 from bigmodel.run_directory import package_versions
+from bigmodel.training.checkpoint import checksum
 
-FORMAT = 2
-CHUNK_BYTES = 1 << 18  # read, compared and hashed in the cache of a core
+FORMAT = 3
+ALGORITHMS = {2: "sha256", FORMAT: checksum.ALGORITHM}  # of the checksums, by format that this version reads
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -65,16 +65,16 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         return {}, f"manifest.json cannot be read: {error.strerror}"
     except (ValueError, KeyError, AttributeError, TypeError):
         return {}, "manifest.json is not a manifest"
-    by = manifest.get("versions", {}).get("bigmodel")
+    by, read = manifest.get("versions", {}).get("bigmodel"), " and ".join(map(str, ALGORITHMS))
     raise UserError(
         f"{path}: this checkpoint has format {manifest['format']}{f', of bigmodel {by}' if by else ''}; bigmodel "
-        f"{__version__} reads format {FORMAT}; start with the version that wrote it, or move it away to go on from an "
+        f"{__version__} reads formats {read}; start with the version that wrote it, or move it away to go on from an "
         "older checkpoint; nothing was changed"
     )
 
 
 def _checked(raw: bytes, manifest: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    if raw != plain(manifest) or manifest["sha256"] != _own_hash(manifest):
+    if raw != sealed(manifest, manifest["format"]):
         return {}, "manifest.json has changed since it was written"
     if wrong := [name for name in manifest["files"] if "/" in name or not is_inside(name)]:
         return {}, f"manifest.json names the file {wrong[0]!r}, which is not inside the checkpoint"
@@ -82,12 +82,14 @@ def _checked(raw: bytes, manifest: dict[str, Any]) -> tuple[dict[str, Any], str]
 
 
 def is_of_another_format(manifest: dict[str, Any]) -> bool:
-    """A flipped bit in the number of the format is damage: the manifest's own hash still is that of our format."""
+    """A flipped bit in the number of the format is damage: the checksum still is that of a format of ours."""
     number = manifest["format"]
     return (
         isinstance(number, int)
-        and number != FORMAT
-        and manifest.get("sha256") != _own_hash({**manifest, "format": FORMAT})
+        and number not in ALGORITHMS
+        and not any(
+            plain(manifest | {"format": ours}) == sealed(manifest | {"format": ours}, ours) for ours in ALGORITHMS
+        )
     )
 
 
@@ -99,8 +101,11 @@ def is_unreadable_here(path: Path) -> bool:
         return False
 
 
-def _own_hash(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(plain({key: value for key, value in manifest.items() if key != "sha256"})).hexdigest()
+def sealed(manifest: dict[str, Any], number: int = FORMAT) -> bytes:
+    """The bytes of a manifest of a format, with the checksum of its other content."""
+    algorithm = ALGORITHMS[number]
+    content = {key: value for key, value in manifest.items() if key != algorithm}
+    return plain(content | {algorithm: checksum.of_bytes(plain(content), algorithm)[algorithm]})
 
 
 def looks_whole(path: Path) -> bool:
@@ -114,16 +119,8 @@ def looks_whole(path: Path) -> bool:
     )
 
 
-def hash_file(path: Path) -> str:
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-    return digest.hexdigest()
-
-
 def manifest_of(files: dict[str, Any], world_size: int) -> bytes:
-    """files: bytes and sha256 by name."""
+    """files: facts of checksum.py by name."""
     content: dict[str, Any] = {"format": FORMAT, "files": files, "world_size": world_size, "saved_at": time.time()}
     content["versions"] = package_versions() | {"bigmodel": __version__}
-    return plain(content | {"sha256": _own_hash(content)})
+    return sealed(content)

@@ -6,17 +6,17 @@ not at all. saver.py writes it, remote.py copies it to an object store.
                                    fp32; START is the index of the first element in the flattened tensor
       state.json                   step, updates, the caller's state (cursor, counters), model, optimizer, shapes, keys,
                                    the run's id (identity.py)
-      manifest.json                bytes and sha256 of every other file, world size, versions, its own sha256
+      manifest.json                bytes and checksum of every other file, world size, versions, its own checksum
       healthy                      a mark, later: training stayed on its course after it (health.py)
 
 Example: a weight of shape (4, 3) in equal shards on 2 ranks: rank 0 has weight.NAME@0, 6 elements; rank 1
 weight.NAME@6, 6 elements.
 
 In: a folder on a file system shared by all ranks. Out: a verified checkpoint, loaded into an engine. Guarantees:
-- Only bytes that match their hashes are loaded. A damaged checkpoint is reported and the next older good one is used.
-  If all are damaged, that is an error, never a silent start from step 0.
+- Only bytes that match their checksums (checksum.py) are loaded. A damaged checkpoint is reported and the next older
+  good one is used. If all are damaged, that is an error, never a silent start from step 0.
 - The format is independent of world size, ZeRO stage and accumulation: a checkpoint loads under any of them.
-- No pickle. torch.distributed.checkpoint is not used: its metadata is a pickle; it has no hashes and no publication.
+- No pickle. torch.distributed.checkpoint is not used: its metadata is a pickle; it has no checksums and no publication.
 Cost: each resume reads all bytes once, shared by the ranks; then each rank reads only its own shards.
 """
 
@@ -41,8 +41,9 @@ from bigmodel.config.settings import SAVED, LoraSettings, ModelSettings, Setting
 from bigmodel.distributed.world import ALONE, World
 from bigmodel.run_directory import fsync_directory
 from bigmodel.sizes import counted_noun
+from bigmodel.training.checkpoint import checksum
 from bigmodel.training.checkpoint import remote as store
-from bigmodel.training.checkpoint.folder import hash_file, path_of, read_manifest, remove_partials, steps
+from bigmodel.training.checkpoint.folder import path_of, read_manifest, remove_partials, steps
 from bigmodel.training.checkpoint.health import go_back, usable_steps
 from bigmodel.training.checkpoint.identity import require_own
 from bigmodel.training.checkpoint.merged import MergedReader
@@ -167,7 +168,7 @@ def _named_best(directory: Path, step: int) -> int:
 
 
 def verify(path: Path, world: World) -> list[str]:
-    """The problems of a checkpoint, one line per file; empty if all hashes match. Collective.
+    """The problems of a checkpoint, one line per file; empty if all checksums match. Collective.
 
     Each rank reads its share of the files.
     """
@@ -280,14 +281,12 @@ def newest_state(directory: Path) -> dict[str, Any] | None:
 
 def _check_file(path: Path, facts: Mapping[str, Any]) -> list[str]:
     try:
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            return [f"{path.name} has {size:,} bytes instead of {facts['bytes']:,}"]
-        if hash_file(path) != facts["sha256"]:
-            return [f"{path.name} has other content than was written (its sha256 differs)"]
+        found: dict[str, Any] = {"bytes": path.stat().st_size}
+        if found["bytes"] == facts["bytes"]:
+            found = checksum.of_file(path, checksum.algorithm_of(facts))
     except OSError as error:
         return [f"{path.name} cannot be read: {error.strerror}"]
-    return []
+    return checksum.difference(path.name, facts, found)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 In: the URL of a folder (`checkpoint.remote`; file systems of bigmodel/data/store/files.py). Guarantees:
 - The manifest is uploaded last; a folder without a manifest is not a checkpoint.
-- A fetched checkpoint gets its name by one rename, after all sizes and hashes match the manifest.
+- A fetched checkpoint gets its name by one rename, after all sizes and checksums match the manifest.
 - A damaged checkpoint and a store that does not answer are different errors.
 - Nothing is deleted in the store; use the store's own lifecycle rules.
 Cost: the upload runs in a thread beside training.
@@ -25,9 +25,10 @@ from bigmodel.config.settings import UserError
 from bigmodel.data.store import files
 from bigmodel.distributed.world import World
 from bigmodel.run_directory import fsync_directory, require_restart_generation
+from bigmodel.training.checkpoint import checksum
 
 MANIFEST = "manifest.json"
-ABANDONED = "abandoned"  # sha256 of the manifest that no start takes any more: saved after a divergence
+ABANDONED = "abandoned"  # SHA-256 of the manifest that no start takes any more: saved after a divergence
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5  # doubled after every attempt
 
@@ -171,10 +172,8 @@ def _finish(source: str, part: Path, path: Path, problems: list[str], errors: li
 def _get_file(source: str, part: Path, name: str, facts: dict[str, Any]) -> list[str]:
     """Fetch a file; returns its problems, none if it matches the manifest."""
     content = _retrying(_get, files.inside(source, name))
-    if len(content) != facts["bytes"]:
-        return [f"{name} has {len(content):,} bytes instead of {facts['bytes']:,}"]
-    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-        return [f"{name} has other content than was written (its sha256 differs)"]
+    if problems := checksum.difference(name, facts, checksum.of_bytes(content, checksum.algorithm_of(facts))):
+        return problems
     (part / name).write_bytes(content)
     return []
 

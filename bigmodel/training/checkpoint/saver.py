@@ -3,7 +3,7 @@
 In: an engine and a small plain state at the end of a step. Out: a published folder some steps later (format: see
 bigmodel/training/checkpoint/format.py) and, with `checkpoint.remote`, its copy in a store.
 
-    begin     every rank copies its shards (snapshot.py); a thread writes, syncs, reads back, compares and hashes them
+    begin     every rank copies its shards (snapshot.py); a thread writes, syncs and reads back the file
     publish   after the reports of all ranks: state, manifest, sync, rename; then checkpoints beyond `keep` are removed
     step      both, at the end of a training step, if they are due
 
@@ -24,29 +24,27 @@ Costs: training pauses for the copy and the publication; from the first save on,
 
 import contextlib
 import errno
-import hashlib
 import os
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-
-import numpy as np
 
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
 from bigmodel.metrics.phases import Phases
 from bigmodel.run_directory import fsync_directory, require_restart_generation, write_atomically
+from bigmodel.training.checkpoint import checksum
 from bigmodel.training.checkpoint import remote as store
 from bigmodel.training.checkpoint.failures import DISK_FULL, NotFiniteError, SaveError
 from bigmodel.training.checkpoint.faults import FAULT_VARIABLE as FAULT_VARIABLE
 from bigmodel.training.checkpoint.faults import fault
 from bigmodel.training.checkpoint.finite import not_finite
-from bigmodel.training.checkpoint.folder import CHUNK_BYTES, manifest_of, path_of, plain, size_of, steps
+from bigmodel.training.checkpoint.folder import manifest_of, path_of, plain, size_of, steps
 from bigmodel.training.checkpoint.format import States, open_checkpoint, verify
 from bigmodel.training.checkpoint.health import Health
 from bigmodel.training.checkpoint.identity import problem_of
@@ -81,11 +79,11 @@ class Waiting:
 
 @dataclass(frozen=True)
 class _Report:
-    """A rank's report on its file: size and hash, or an error."""
+    """A rank's report on its file: size and checksum, or an error."""
 
     name: str
     bytes: int
-    sha256: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # checksum.py
     error: str = ""
     code: int = 0  # errno; 0 if the error is not from the operating system
     is_finite: bool = True
@@ -333,30 +331,14 @@ def write_share(path: Path, snapshot: Snapshot, rank: int, step: int) -> _Report
             os.fsync(file.fileno())
             with contextlib.suppress(OSError):  # drop the page cache, so that reading back reads the disk
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        digest = _read_back(path, content)
+        facts = checksum.of_bytes(content)
+        if checksum.of_file(path) != facts:
+            raise OSError(errno.EIO, "the bytes read back differ from the bytes written")
     except OSError as error:
         reason = f"rank {rank} could not write {path}: {error.strerror}"
         return _Report(path.name, len(content), error=reason, code=error.errno or errno.EIO)
     fault(f"rank-{rank}-wrote", step)
-    return _Report(path.name, len(content), digest)
-
-
-def _read_back(path: Path, content: memoryview) -> str:
-    """The sha256 of a file, of the bytes that were read. Raises `OSError` if they are not those of `content`.
-
-    A comparison costs a fifth of a second hash.
-    """
-    digest, place, chunk = hashlib.sha256(), 0, memoryview(bytearray(CHUNK_BYTES))
-    read, written = np.frombuffer(chunk, np.uint8), np.frombuffer(content, np.uint8)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            if not np.array_equal(read[:count], written[place : place + count]):
-                break
-            digest.update(chunk[:count])
-            place += count
-    if place != len(content):
-        raise OSError(errno.EIO, "the bytes read back differ from the bytes written")
-    return digest.hexdigest()
+    return _Report(path.name, len(content), facts)
 
 
 def _publish(
@@ -373,8 +355,7 @@ def _publish(
     damaged = final.with_name(f"{final.name}.partial-{secrets.token_hex(4)}")
     try:
         state = plain(description)
-        files = {one.name: {"bytes": one.bytes, "sha256": one.sha256} for one in reports}
-        files["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+        files = {one.name: one.facts for one in reports} | {"state.json": checksum.of_bytes(state)}
         write_atomically(part / "state.json", state)
         fault("before-rename-of-manifest", step)
         write_atomically(part / "manifest.json", manifest_of(files, world_size))  # also syncs all names in the folder

@@ -13,7 +13,7 @@ from bigmodel.distributed.world import ALONE
 from bigmodel.run_directory import take_over
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.failures import SaveError
-from bigmodel.training.checkpoint.folder import plain
+from bigmodel.training.checkpoint.folder import plain, sealed
 from bigmodel.training.checkpoint.health import RECORD, recorded_divergence
 from bigmodel.training.checkpoint.identity import FILE, id_of, settle
 from bigmodel.training.checkpoint.remote import upload
@@ -139,21 +139,59 @@ def test_a_small_file_of_the_run_that_says_something_else_is_one_message(tmp_pat
 
 def rewrite(path: Path, **changes: object) -> None:
     manifest = json.loads((path / "manifest.json").read_text()) | changes
-    del manifest["sha256"]
+    (path / "manifest.json").write_bytes(sealed(manifest))
+
+
+def make_format_2(path: Path) -> None:
+    """As versions until November 2026 wrote it: SHA-256."""
+    manifest = json.loads((path / "manifest.json").read_text()) | {"format": 2}
+    del manifest["xxh3_128"]
+    for name in manifest["files"]:
+        content = (path / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest["sha256"] = hashlib.sha256(plain(manifest)).hexdigest()
     (path / "manifest.json").write_bytes(plain(manifest))
 
 
-@pytest.mark.parametrize("number", [3, 1])
+def test_a_checkpoint_of_format_2_is_verified_by_its_own_algorithm_and_loads(tmp_path: Path) -> None:
+    save(tmp_path, 4, 8)
+    for step in (4, 8):
+        make_format_2(path_of(tmp_path, step))
+    found = checkpoint.newest(tmp_path / "checkpoints", ALONE)
+    assert found is not None
+    weights = Weights(0)
+    checkpoint.load(found, weights, Settings(), ALONE)
+    assert weights.same_as(Weights(8))
+    upload(path_of(tmp_path, 8), f"file://{tmp_path}/store")
+    assert checkpoint.newest(tmp_path / "new" / "checkpoints", ALONE, remote=f"file://{tmp_path}/store")
+    for name in ("rank-00000.safetensors", "state.json", "manifest.json"):
+        content = (path_of(tmp_path, 8) / name).read_bytes()
+        (path_of(tmp_path, 8) / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        assert resumed(tmp_path) == 4
+        (path_of(tmp_path, 8) / name).write_bytes(content)
+    assert resumed(tmp_path) == 8
+
+
+def test_formats_may_follow_each_other_in_a_run(tmp_path: Path) -> None:
+    save(tmp_path, 4, 8)
+    make_format_2(path_of(tmp_path, 4))
+    settings = Settings.model_validate({"checkpoint": {"keep": 1}})
+    Saver(tmp_path / "checkpoints", settings, ALONE).save(Weights(12), {"step": 12})
+    assert checkpoint.steps(tmp_path / "checkpoints") == [12]
+
+
+@pytest.mark.parametrize("number", [4, 1])
 def test_a_checkpoint_of_another_format_is_an_error_with_both_and_nothing_is_touched(
     tmp_path: Path, number: int
 ) -> None:
     save(tmp_path, 4, 8)
     rewrite(path_of(tmp_path, 8), format=number)
     for world in (ALONE, None):
-        with pytest.raises(UserError, match=rf"step-00000008: this checkpoint has format {number}.* reads format 2; "):
+        with pytest.raises(
+            UserError, match=rf"step-00000008: this checkpoint has format {number}.* reads formats 2 and 3; "
+        ):
             checkpoint.newest(tmp_path / "checkpoints", world)
-    rewrite(path_of(tmp_path, 8), format=2)
+    rewrite(path_of(tmp_path, 8), format=3)
     rewrite(path_of(tmp_path, 4), format=number)
     save(tmp_path, 12, 16)
     settings = Settings.model_validate({"checkpoint": {"keep": 1}})
@@ -173,8 +211,8 @@ def test_of_a_copy_in_a_store_the_store_is_named_as_its_place(tmp_path: Path) ->
     ):
         checkpoint.newest(other / "checkpoints", ALONE, remote=remote)
     shutil.rmtree(other / "checkpoints")
-    rewrite(tmp_path / "store/step-00000008", format=3)
-    with pytest.raises(UserError, match=f"^{remote}/step-00000008: this checkpoint has format 3"):
+    rewrite(tmp_path / "store/step-00000008", format=4)
+    with pytest.raises(UserError, match=f"^{remote}/step-00000008: this checkpoint has format 4"):
         checkpoint.newest(other / "checkpoints", ALONE, remote=remote)
     assert os.listdir(other / "checkpoints") == []
 
@@ -182,8 +220,15 @@ def test_of_a_copy_in_a_store_the_store_is_named_as_its_place(tmp_path: Path) ->
 def test_a_flipped_bit_in_the_number_of_the_format_is_damage(tmp_path: Path) -> None:
     save(tmp_path, 4, 8)
     manifest = path_of(tmp_path, 8) / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 2', b'"format": 3'))
-    assert resumed(tmp_path) == 4
+    content = manifest.read_bytes()
+    for number in (b"2", b"1", b"7"):  # 3 with one bit flipped
+        manifest.write_bytes(content.replace(b'"format": 3', b'"format": ' + number))
+        assert resumed(tmp_path) == 4
+    make_format_2(path_of(tmp_path, 8))
+    content = manifest.read_bytes()
+    for number in (b"3", b"0", b"6"):
+        manifest.write_bytes(content.replace(b'"format": 2', b'"format": ' + number))
+        assert resumed(tmp_path) == 4
 
 
 # --- gone

@@ -1,6 +1,5 @@
 """Saving: the interval, retention, the fence, the copy in a store, and a run that goes on after a failed save."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -348,10 +347,7 @@ def age(run: Path, step: int, hours: float) -> None:
     """As if the checkpoint had been saved earlier."""
     path = checkpoint.path_of(run / "checkpoints", step) / "manifest.json"
     manifest = json.loads(path.read_text())
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    content["saved_at"] -= hours * 3600
-    content["sha256"] = saving.hashlib.sha256(folder.plain(content)).hexdigest()
-    path.write_bytes(folder.plain(content))
+    path.write_bytes(folder.sealed(manifest | {"saved_at": manifest["saved_at"] - hours * 3600}))
 
 
 def test_keeping_one_never_removes_the_only_good_one(tmp_path: Path, monkeypatch) -> None:
@@ -424,17 +420,15 @@ def test_lost_checkpoints_are_not_a_new_run(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_names_a_file_outside_is_neither_fetched_nor_read(tmp_path: Path) -> None:
-    """The manifest's own hash is right: whoever writes a manifest can compute it."""
+    """The manifest's own checksum is right: whoever writes a manifest can compute it."""
     here, store = tmp_path / "here", tmp_path / "store"
     saver = saver_of(here)
     saver.save(Weights(4), {"step": 4})
     saver.close()
     path = checkpoint.path_of(here / "checkpoints", 4)
     manifest = json.loads((path / "manifest.json").read_bytes())
-    del manifest["sha256"]
     manifest["files"]["../../../outside.safetensors"] = manifest["files"]["state.json"]
-    manifest["sha256"] = hashlib.sha256(folder.plain(manifest)).hexdigest()
-    (path / "manifest.json").write_bytes(folder.plain(manifest))
+    (path / "manifest.json").write_bytes(folder.sealed(manifest))
     shutil.copytree(here / "checkpoints", store)
     shutil.copy(path / "state.json", tmp_path / "outside.safetensors")
     for run, remote in ((here, ""), (tmp_path / "elsewhere", f"file://{store}")):
