@@ -19,7 +19,7 @@ Guarantees:
 - The newest good checkpoint is never removed: the newest is never removed, and every published one was read back; nor
   the newest healthy one, after which training stayed on its course (health.py).
 - Only finite numbers are saved: the rank and the tensor are named, and the run ends.
-Costs: training pauses for the copy and the publication; from the first save on, a rank's shards are twice in memory.
+Costs: training pauses for the copy and the publication; from the first step on, a rank's shards are twice in memory.
 """
 
 import contextlib
@@ -138,6 +138,8 @@ class Saver:
         due = self.due(step)  # called at each step, because it also times the steps
         begins = due or ending or asked
         waits = ending or not self._settings.checkpoint.asynchronous
+        if not begins and not waits:
+            self.prepare(engine)
         if begins or written_votes == self._world.size:  # one save at a time: publish the one in flight first
             yield from self._result_of(lambda: self.finish(must=False))
         if begins and waits:
@@ -155,6 +157,10 @@ class Saver:
     def written(self) -> bool:
         """Whether this rank has written its file; if all ranks have, `finish` does not wait. Not collective."""
         return self._flight is not None and self._flight.is_written
+
+    def prepare(self, engine: States) -> None:
+        """Make the memory of the copies in a thread, so that the first save does not wait for it. Not collective."""
+        self._snapshot.prepare(engine)
 
     def begin(self, engine: States, state: dict[str, Any]) -> None:
         """Start the save of step `state["step"]`. Finish the save in flight first.

@@ -1,6 +1,7 @@
 """The snapshot of a save has the bytes of the safetensors library; a later snapshot reuses its memory."""
 
 import hashlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ class Held(Weights):
     """Tensors by name, one key; `start` is 0."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__(1)
+        super().__init__(1, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.state = {name: {"weight": tensor} for name, tensor in tensors.items()}
 
     def names(self) -> list[str]:
@@ -72,6 +73,46 @@ def test_later_changes_of_the_state_do_not_reach_it() -> None:
     snapshot = taken(tensors)
     tensors["a"].zero_()
     assert snapshot.tensors["weight.a@0"].tolist() == [1.0] * 4
+
+
+def page_faults_of(snapshot: Snapshot, weights: Held) -> int:
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    snapshot.take(weights)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+def test_prepared_memory_has_its_pages_and_is_that_of_the_snapshot() -> None:
+    """128 tensors of 30,000 elements: 3,750 pages of 4,096 bytes."""
+    tensors = {f"layer{number:03d}": torch.full((30_000,), float(number)) for number in range(128)}
+    assert page_faults_of(Snapshot(), Held(tensors)) > 3000
+    snapshot = Snapshot()
+    snapshot.prepare(Held(tensors))
+    assert page_faults_of(snapshot, Held(tensors)) < 300
+    assert snapshot.content.tobytes() == library(tensors)
+    snapshot.prepare(Held({}))  # nothing: it is there
+    assert snapshot.content.tobytes() == library(tensors)
+
+
+def test_prepared_memory_of_another_size_is_replaced() -> None:
+    """An average of the weights begins later, and a frozen weight has no moments."""
+    snapshot = Snapshot()
+    snapshot.prepare(Held({"a": torch.ones(40)}))
+    larger = {"a": torch.ones(4000), "c": torch.zeros(2)}
+    snapshot.take(Held(larger))
+    assert snapshot.content.tobytes() == library(larger)
+
+
+def test_a_step_without_a_save_prepares_the_first_one(tmp_path: Path) -> None:
+    weights = Held({f"layer{number:03d}": torch.full((30_000,), float(number)) for number in range(128)})
+    settings = Settings.model_validate({"checkpoint": {"every_steps": 2}})
+    saver = Saver(tmp_path / "checkpoints", settings, ALONE)
+    assert list(saver.step(weights, 1, 0.0, False, lambda: {"step": 1})) == []
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    list(saver.step(weights, 2, 0.0, False, lambda: {"step": 2}))
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 1500
+    saved = saver.finish()
+    assert saved is not None
+    assert (saved.path / "rank-00000.safetensors").stat().st_size > 128 * 30_000 * 4
 
 
 def test_a_second_snapshot_takes_the_memory_of_the_first_and_one_of_another_size_its_own() -> None:
