@@ -126,7 +126,8 @@ RUN = (
     Metric("validation_class_documents", "gauge", "Validation documents of a class; of 100 at most", ("class",)),
     Metric("checkpoints", "counter", "Checkpoints saved"),
     Metric(
-        "checkpoint_failures", "counter", "Checkpoints that could not be saved: disk_full, permission or io_error",
+        "checkpoint_failures", "counter", "Checkpoints that could not be saved: disk_full, permission, io_error or "
+        "not_finite",
         ("reason",),
     ),
     Metric("checkpoint_written_bytes", "counter", "Bytes written in checkpoints"),

@@ -171,7 +171,9 @@ class RunAccounting:
         return found
 
     def _restore(self, carried: Mapping[str, Any]) -> None:
-        self.counts, self.seconds = dict(carried["counts"]), dict(carried["seconds"])
+        """The state at a start; a run of an earlier version lacks the counters and causes that came later."""
+        self.counts = dict.fromkeys(FROM_ZERO, 0) | carried["counts"]
+        self.seconds = dict.fromkeys(("productive", *CAUSES), 0.0) | carried["seconds"]
         self.counted, self.began = dict.fromkeys(COUNTED, 0) | carried["counted"], carried["began"]
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
