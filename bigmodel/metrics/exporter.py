@@ -31,7 +31,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from bigmodel.metrics.hang_watch import HangWatch, Limits
+from bigmodel.metrics.hang_watch import HangWatch, Limits, process_state
 from bigmodel.metrics.health import Health
 from bigmodel.metrics.metric_table import METRICS, PREFIX, SERVING, Metric
 from bigmodel.metrics.profiling import Relay
@@ -48,6 +48,7 @@ class Ranks(Collector):
     def __init__(self, folder: Path, run_directory: Path) -> None:
         self._folder, self._health = folder, Health(run_directory)
         self.records: dict[int, dict[str, Any]] = {}
+        self.named: Callable[[], set[int]] = set  # hanging ranks
 
     def read(self) -> None:
         for path in self._folder.glob("rank-*"):
@@ -63,7 +64,12 @@ class Ranks(Collector):
 
     def samples(self) -> Samples:
         alive = self.alive()
-        merged: Samples = {"rank_up": [[[str(rank)], int(rank in alive)] for rank in sorted(self.records)]}
+        named = self.named()
+        stopped = {rank for rank in alive if process_state(self.records[rank]["pid"]) == "T"}
+        merged: Samples = {
+            "rank_up": [[[str(rank)], int(rank in alive)] for rank in sorted(self.records)],
+            "rank_hangs": [[[str(rank)], int(rank in stopped | named)] for rank in sorted(alive)],
+        }
         for _, record in sorted(self.records.items()):
             for name, found in record["samples"].items():
                 merged.setdefault(name, []).extend(found)
@@ -203,6 +209,7 @@ def main(folder: Path, descriptor: int, errors: int) -> None:
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     relay = Relay(folder, Path(page["run_directory"]))
     watch = HangWatch(folder, Path(page["run_directory"]), Limits(*page["limits"]), partial(say, errors))
+    ranks.named = watch.named
     ranks.read()
     while alive := ranks.alive():
         relay.look([ranks.records[rank] for rank in alive])

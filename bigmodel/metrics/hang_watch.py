@@ -117,6 +117,10 @@ class HangWatch:
             self._tell(rank, finding)
         self._end({rank: alive[rank] for rank, known in self._ranks.items() if self._is_over(known)})
 
+    def named(self) -> set[int]:
+        """The ranks that have been named and have not gone on since. For another thread."""
+        return {rank for rank, known in list(self._ranks.items()) if known.told}
+
     def _limit(self, known: _Rank) -> float:
         longer = max(self._limits.hang_seconds, USUAL_STEPS * known.usual_step)
         return EARLY * min(longer, LARGEST_SHARE * self._limits.collective_seconds)

@@ -1,4 +1,4 @@
-"""Health: memory, disk and network of the node, and the driver's readings of the ranks' GPUs.
+"""Health: processors, memory, disk and network of the node, and the driver's readings of the ranks' GPUs.
 
 In: rank records. Out: samples for the metrics endpoint. Runs in the exporter, so it costs a training step nothing; it
 reads at most once a second. Readings that are not available are left out: no GPU, driver library or InfiniBand.
@@ -37,7 +37,14 @@ def node(run_directory: Path) -> Samples:
         found |= {"disk_total_bytes": disk.total, "disk_free_bytes": disk.free}
     except OSError:
         pass  # the run directory was moved, or its file system is unavailable
-    return {name: [[[], value]] for name, value in found.items()} | network()
+    return {name: [[[], value]] for name, value in found.items()} | processors() | network()
+
+
+def processors() -> Samples:
+    """Seconds of all cores by mode, as far as the system counts them."""
+    times = psutil.cpu_times()._asdict()
+    modes = ("user", "nice", "system", "iowait", "steal")
+    return {"node_cpu_seconds": [[[mode], times[mode]] for mode in modes if mode in times]}
 
 
 def network() -> Samples:

@@ -27,6 +27,7 @@ class Metric(NamedTuple):
 RUN = (
     Metric("build_info", "gauge", "Always 1; the label is the version of bigmodel that runs", ("version",)),
     Metric("world_size", "gauge", "Ranks of the run"),
+    Metric("planned_steps", "gauge", "training.steps: the number of steps after which the run is over"),
     Metric("parameters", "gauge", "Trained parameters, tied ones once"),
     Metric("steps", "counter", "Steps done, those with a skipped update included"),
     Metric("steps_skipped", "counter", "Steps whose update was left out, by reason", ("reason",)),
@@ -147,6 +148,10 @@ RUN = (
 # Metrics of each rank, served by its node. Counters count from the rank's start.
 RANK = (
     Metric("rank_up", "gauge", "1 while the rank's process lives, else 0", ("rank",)),
+    Metric(
+        "rank_hangs", "gauge", "1 while the rank's process is stopped (SIGSTOP, a debugger) or the watch for hanging "
+        "ranks names it, else 0", ("rank",),
+    ),
     Metric("rank_heartbeat_timestamp_seconds", "gauge", "Unix time of the rank's last sign of life", ("rank",)),
     Metric("rank_step", "gauge", "The last step that the rank ended", ("rank",)),
     Metric("step_duration_seconds", "histogram", "Wall time of a step, waiting for data included", ("rank",)),
@@ -172,6 +177,7 @@ RANK = (
 # phase are of interest for the run, not for a rank. Step durations have a histogram per rank.
 NODE = (
     Metric("phase_duration_seconds", "histogram", "A step's time in a phase, over the node's ranks", ("phase",)),
+    Metric("node_cpu_seconds", "counter", "Time of the node's processors since boot, by mode", ("mode",)),
     Metric("node_memory_total_bytes", "gauge", "Memory of the node"),
     Metric("node_memory_available_bytes", "gauge", "Memory of the node that is free or can be freed"),
     Metric("disk_total_bytes", "gauge", "Size of the file system that holds the run directory"),

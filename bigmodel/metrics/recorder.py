@@ -143,8 +143,8 @@ class Metrics:
         facts: Mapping[str, Any] = {},
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
-        """`facts`: parameters and device_peak_flops, for the line of this start. `limits`: of the watch for hanging
-        ranks."""
+        """`facts`: planned_steps, parameters and device_peak_flops, for the line of this start. `limits`: of the watch
+        for hanging ranks."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
         self._file = LineFile(self._lines)
@@ -273,6 +273,7 @@ class Metrics:
             "world_size": self._seat.world_size,
             "parameters": facts.get("parameters"),
             "device_peak_flops": facts.get("device_peak_flops"),
+            "planned_steps": facts.get("planned_steps"),
             "carried": carried,
         }
         write_atomically(self._lines, "".join(json.dumps(line) + "\n" for line in (*kept, start)))

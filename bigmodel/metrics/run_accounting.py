@@ -270,7 +270,8 @@ def usual_of(values: Collection[float]) -> tuple[float, float]:
 
 
 def _of_start(line: Mapping[str, Any]) -> Samples:
-    return {name: [[[], line[name]]] for name in ("world_size", "parameters", "device_peak_flops") if line[name]}
+    names = ("world_size", "planned_steps", "parameters", "device_peak_flops")
+    return {name: [[[], line[name]]] for name in names if line.get(name)}  # earlier versions: no planned_steps
 
 
 def _of_step(line: Mapping[str, Any]) -> Samples:

@@ -350,7 +350,7 @@ def _open_metrics(
     directory = settings.run.directory
     start = world.on_rank_zero(lambda: new_start(directory))
     limits = Limits(settings.training.hang_seconds, settings.training.collective_timeout_seconds)
-    return Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(engine, world), limits)
+    return Metrics(directory, settings.metrics, first_step, seat, start, fresh, _facts(settings, engine, world), limits)
 
 
 def _report_start(
@@ -560,12 +560,16 @@ def _end(done: int, is_finished: bool, directory: Path, metrics: Metrics, world:
     return EXIT_STOPPED if stopped else EXIT_DONE
 
 
-def _facts(engine: Engine, world: World) -> dict[str, Any]:
+def _facts(settings: Settings, engine: Engine, world: World) -> dict[str, Any]:
     """Run-level gauges for the metrics endpoint; computed on rank 0, empty on other ranks."""
     if world.rank > 0:
         return {}
     parameters = sum(math.prod(engine.shape(name)) for name in engine.names())
-    return {"parameters": parameters, "device_peak_flops": device_peak_flops(world.device)}
+    return {
+        "planned_steps": settings.training.steps,
+        "parameters": parameters,
+        "device_peak_flops": device_peak_flops(world.device),
+    }
 
 
 def _state(

@@ -1,21 +1,20 @@
-"""The alerts ask for what the exporter has: every counter is there with 0 before its first event."""
+"""The alerts ask for what the exporter has, before the first event too; each has its section in the runbook."""
 
 import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from bigmodel.metrics.health import Gpus
 from bigmodel.metrics.recorder import Metrics
 from bigmodel.run_directory import read_json_lines
 from tests.metrics.test_health import Driver
 from tests.metrics.test_recorder import samples
+from tests.support.alert_rules import alerts, shortened
 
-RULES = Path(__file__).parents[2] / "configs/prometheus/rules.yml"
+RUNBOOK = Path(__file__).parents[2] / "docs/alerts.md"
 OF_RUN = {  # counters that alerts ask increase() of, and all their labels
     "steps_skipped": [("not_finite",), ("spike",), ("left_out",)],
     "spikes": [("loss",), ("gradient_norm",)],
@@ -23,11 +22,6 @@ OF_RUN = {  # counters that alerts ask increase() of, and all their labels
     "restarts": [("stopped",), ("finished",), ("died",), ("hang",), ("failed",)],
 }
 OF_DEVICE = {"device_xid_errors": [("3",)], "device_ecc_errors": [("3", "corrected"), ("3", "uncorrected")]}
-
-
-def alerts() -> dict[str, dict[str, Any]]:
-    groups = yaml.safe_load(RULES.read_text())["groups"]
-    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
 
 
 def test_every_counter_whose_increase_an_alert_asks_for_has_its_labels_here() -> None:
@@ -60,3 +54,24 @@ def test_counters_of_a_device_are_there_at_the_first_reading() -> None:
     for name, labels in OF_DEVICE.items():
         assert [tuple(row[0]) for row in found[name]] == labels
     assert list(itertools.chain(*(row[1:] for row in found["device_xid_errors"]))) == [0]
+
+
+def test_each_alert_has_a_section_of_the_runbook_and_each_section_an_alert() -> None:
+    known = alerts()
+    sections = re.findall(r"^## (\w+)\n\n(page|warn)\. ", RUNBOOK.read_text(), re.MULTILINE)
+    assert len(re.findall(r"^## ", RUNBOOK.read_text(), re.MULTILINE)) == len(sections)
+    assert sections == [(name, rule["labels"]["severity"]) for name, rule in known.items()]
+    for name, rule in known.items():
+        assert rule["annotations"]["runbook_url"] == f"docs/alerts.md#{name.lower()}"
+
+
+def test_shorter_times_change_nothing_else() -> None:
+    rule = alerts()["BigmodelDiskFull"]
+    short = shortened(rule, 240)
+    assert short["expr"] == "predict_linear(bigmodel_disk_free_bytes[15000ms], 4 * 3600 / 240) < 0"
+    assert short["for"] == "2500ms"
+    assert {**short, "expr": 0, "for": 0} == {**rule, "expr": 0, "for": 0}
+    for name, rule in alerts().items():  # no time is left as it was
+        assert not re.search(
+            r"\[\d+[smh]\]|\b\d{3,}\b(?<!3600)(?!ms)", shortened(rule, 240)["expr"].replace("/ 240", "")
+        ), name
