@@ -7,13 +7,12 @@ scrapes that do not disturb, profiles while it runs, the death of ranks, totals 
 import gzip
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,16 +28,12 @@ from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json_lines
 from tests.metrics.test_endpoint import exporters
 from tests.metrics.test_recorder import samples, until
+from tests.support.alert_rules import RULES
+from tests.support.prometheus import PROMETHEUS, Prometheus
 from tests.support.tiny_run import write_run
 
-PROMETHEUS = shutil.which("prometheus")
-CONFIGURATION = """
-global: {{scrape_interval: 500ms, evaluation_interval: 500ms}}
-rule_files: ["{rules}"]
-scrape_configs:
-  - job_name: bigmodel
-    file_sd_configs: [{{files: ["{folder}/*.prometheus.json"], refresh_interval: 500ms}}]
-"""
+MEASURED = "\n[metrics]\nnorms_every_steps = 10\n"
+GPU_ONLY = re.compile(r"bigmodel_device_(?!peak_flops)")
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 60
 
@@ -50,42 +45,11 @@ class Watched:
         self.folder, self.run = folder, folder / "run"
         self.run_file = write_run(folder, shards)
         text = self.run_file.read_text().replace("every_steps = 4", "every_steps = 20")
-        self.run_file.write_text(text.replace("at_end = false", "at_end = false\nevery_steps = 15\npacks = 1"))
-        (folder / "prometheus.yml").write_text(
-            CONFIGURATION.format(folder=folder, rules=REPOSITORY / "configs/prometheus/rules.yml")
+        self.run_file.write_text(
+            text.replace("at_end = false", "at_end = false\nevery_steps = 15\npacks = 1") + MEASURED
         )
-        self.port = 0
-        self.prometheus: subprocess.Popen | None = None
-
-    def start_prometheus(self) -> None:
-        with __import__("socket").socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.prometheus = subprocess.Popen(
-            [
-                str(PROMETHEUS),
-                f"--config.file={self.folder / 'prometheus.yml'}",
-                f"--storage.tsdb.path={self.folder / 'tsdb'}",
-                f"--web.listen-address=127.0.0.1:{self.port}",
-                "--log.level=warn",
-            ],
-            stderr=subprocess.DEVNULL,
-        )
-
-    def ask(self, query: str) -> dict[str, float]:
-        """An instant query: the label values of each series, joined, -> its value."""
-        url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                result = json.load(answer)["data"]["result"]
-        except OSError:  # it starts
-            return {}
-        return {
-            "|".join(value for name, value in sorted(one["metric"].items()) if name != "__name__"): float(
-                one["value"][1]
-            )
-            for one in result
-        }
+        self.prometheus = Prometheus(folder, RULES)
+        self.ask = self.prometheus.ask
 
     def launch(self, *overrides: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "launcher", "local", str(self.run_file), "--ranks", "4", "--restarts", "0"]
@@ -112,13 +76,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[
     if not PROMETHEUS:
         pytest.skip("prometheus is not installed (Debian: prometheus): no run was watched")
     watched = Watched(tmp_path_factory.mktemp("watched"), shards)
-    watched.start_prometheus()
     try:
         yield watched
     finally:
-        assert watched.prometheus
-        watched.prometheus.kill()
-        watched.prometheus.wait()
+        watched.prometheus.stop()
 
 
 def planned(run_file: Path, steps: int) -> dict[str, int]:
@@ -151,7 +112,7 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
         (series,) = watched.ask('up{job="bigmodel"}')
         for word in ("|bigmodel|", "|0|", "|0-3|", "|run"):
             assert word in series
-        look_at_the_dashboard(watched)
+        ask_for_all_panels(watched)
         scrape_hard(watched)
         profile_it(watched, first)
         endpoint = watched.endpoint
@@ -207,25 +168,48 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(watched.run_file) in (p.info["cmdline"] or ())]
     history = watched.ask("resets(bigmodel_steps_total[10m])")
     assert list(history.values()) == [0.0], "one series over both starts"
+    ask_for_all_panels_after_the_restart(watched)
 
 
-def look_at_the_dashboard(watched: Watched) -> None:
-    """Every query of every panel gives data, within the time in which rates and recorded rules come to be."""
-    dashboard = json.loads((REPOSITORY / "configs/grafana/bigmodel.json").read_text())
-    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-    queries = [target["expr"].replace("$run", ".+") for panel in panels for target in panel["targets"]]
-    assert len(queries) > 20
+def queries_of_panels() -> set[str]:
+    """Every query of every dashboard, but for those of GPUs and, where there is none, of a network."""
+    files = sorted((REPOSITORY / "configs/grafana").glob("*.json"))
+    panels = [panel for file in files for panel in json.loads(file.read_text())["panels"] if panel["type"] != "row"]
+    queries = {target["expr"] for panel in panels for target in panel["targets"]}
+    assert len(files) == 7
+    assert len(queries) > 70
     has_network = len(psutil.net_io_counters(pernic=True)) > 1
-    empty = {query for query in queries if has_network or "_network_" not in query}
+    without = [query for query in queries if GPU_ONLY.search(query)]
+    assert len(without) == 9
+    without += [query for query in queries if "_network_" in query and not has_network]
+    filled = {"$run": ".+", "$node": ".+", "$__rate_interval": "10s"}
+    found = set[str]()
+    for query in queries - set(without):
+        for variable, value in filled.items():
+            query = query.replace(variable, value)
+        assert "$" not in query
+        found.add(query)
+    return found
+
+
+def ask_for_all_panels(watched: Watched) -> None:
+    """All queries give data, within the time in which rates and recorded rules come to be."""
+    empty = queries_of_panels()
 
     def all_answered() -> bool:
         empty.difference_update([query for query in empty if watched.ask(query)])
         return not empty
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not all_answered():
         assert time.monotonic() < deadline, f"no data: {sorted(empty)}"
         time.sleep(0.5)
+
+
+def ask_for_all_panels_after_the_restart(watched: Watched) -> None:
+    """At the last moment of the second start, which is over by now."""
+    (last,) = watched.ask("max(max_over_time(timestamp(bigmodel_steps_total)[5m:500ms]))").values()
+    assert [query for query in sorted(queries_of_panels()) if not watched.ask(query, last)] == []
 
 
 def scrape_hard(watched: Watched) -> None:
