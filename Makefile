@@ -18,7 +18,7 @@ QUICK_TESTS := tests/system/test_imports.py tests/config tests/test_run_director
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-seq2seq finetune ablations test test-long check torture soak exactness docs format clean
+.PHONY: help setup train train-seq2seq finetune ablations test test-long check torture soak exactness monitor docs format clean
 
 help:  ## list these commands
 	@echo 'make train    set up, prepare the embedded corpus, train $(RUN) on $(RANKS) ranks; a second call resumes'
@@ -34,6 +34,7 @@ help:  ## list these commands
 	@echo 'make soak     MINUTES of training under kills, stops, full disks, flipped bits and other faults at random'
 	@echo 'make exactness  every engine setting against plain torch (hours; a stopped run goes on);'
 	@echo '              writes benchmarks/support.md at the end'
+	@echo 'make monitor  a local Prometheus on the runs beside that of $(RUN): rules, alerts, and where the dashboards go'
 	@echo 'make docs     build the site of the documents, warnings are errors: site/index.html'
 	@echo 'make setup    create .venv with the packages that training needs'
 	@echo 'make format   format the code'
@@ -104,6 +105,9 @@ soak: .venv/installed-dev
 
 exactness: .venv/installed-dev
 	@$(PY) -m tools.exactness
+
+monitor: .venv/installed
+	@$(PY) -m tools.monitor "$(RUN)"
 
 docs: .venv/installed
 	@$(INSTALL) --editable '.[docs]'
