@@ -30,7 +30,8 @@ class Fault:
     stalled: from that step on no document can be read;
     no room: for `steps` steps from that one on no file can become larger than `limit_of` is now, or `room_bytes`.
 
-    spoilt: data steps that are not finite on any rank. journal: gets the Unix time at which the fault happened."""
+    spoilt: data steps that are not finite on any rank; spoilt_in: a file with more of them, which may come later,
+    but before these steps. journal: gets the Unix time at which the fault happened."""
 
     kind: str = ""
     rank: int = 1
@@ -43,7 +44,12 @@ class Fault:
     room_bytes: int = 1 << 16
     limit_of: Path | None = None
     spoilt: tuple[int, ...] = ()
+    spoilt_in: Path | None = None
     journal: Path | None = None
+
+    def spoils(self, step: int) -> bool:
+        told = self.spoilt_in.read_text().split() if self.spoilt_in and self.spoilt_in.exists() else ()
+        return step in self.spoilt or str(step) in told
 
     def happens(self) -> None:
         if self.journal:
@@ -67,7 +73,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             super().__init__(model, *more)
             self.batch: Any = None
             self.model = model
-            if fault.kind in (BROKEN, POISONED, RUINED) or fault.spoilt:
+            if fault.kind in (BROKEN, POISONED, RUINED) or fault.spoilt or fault.spoilt_in:
                 model.register_forward_pre_hook(self.remember)
                 model.get_submodule(fault.module).register_forward_hook(self.spoil)
 
@@ -79,7 +85,7 @@ def train(fault: Fault, arguments: list[str], output: Path) -> int:
             here, now = self.world.rank == fault.rank, self.at >= fault.step
             breaks = fault.kind == BROKEN and here and now and self.left > 0
             ruined = fault.kind == RUINED and now
-            if not module.training or not (poisoned or breaks or ruined or self.at in fault.spoilt):
+            if not module.training or not (poisoned or breaks or ruined or fault.spoils(self.at)):
                 return output
             if breaks or (ruined and here and self.left > 0):
                 self.left -= 1
