@@ -29,6 +29,7 @@ RUN = (
     Metric("world_size", "gauge", "Ranks of the run"),
     Metric("planned_steps", "gauge", "training.steps: the number of steps after which the run is over"),
     Metric("parameters", "gauge", "Trained parameters, tied ones once"),
+    Metric("first_start_timestamp_seconds", "gauge", "Unix time at which the first start of the run began"),
     Metric("steps", "counter", "Steps done, those with a skipped update included"),
     Metric("steps_skipped", "counter", "Steps whose update was left out, by reason", ("reason",)),
     Metric("target_tokens", "counter", "Tokens predicted in training"),

@@ -160,6 +160,8 @@ class RunAccounting:
         """All metrics of the run: name -> [[label values, value], ...]."""
         found: Samples = {"productive_seconds": [[[], self.seconds["productive"]]]}
         found["lost_seconds"] = [[[cause], self.seconds[cause]] for cause in CAUSES]
+        if self.began is not None:
+            found["first_start_timestamp_seconds"] = [[[], self.began]]
         for key, value in self.counts.items():
             name, *labels = key.split("|")
             found.setdefault(name, []).append([labels, value])

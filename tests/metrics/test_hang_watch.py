@@ -13,6 +13,7 @@ from bigmodel.config.settings import load_settings
 from bigmodel.metrics.hang_watch import EARLY, MAX_LOOK_SECONDS, judge
 from bigmodel.metrics.profiling import main_stack
 from bigmodel.run_directory import read_json_lines
+from tests.metrics.test_recorder import page
 from tests.support.ranks import finish, start_ranks
 from tests.support.tiny_run import write_run
 
@@ -45,6 +46,8 @@ def hang_here(how: str, run_directory: Path) -> None:
         began, last = time.monotonic(), {"sleeps": 100.0, "is late": 1.0}[how]
         while time.monotonic() < began + last or not is_told(run_directory):
             time.sleep(0.1)
+        endpoint = (run_directory / "metrics_endpoint").read_text().strip()
+        (run_directory / "page.txt").write_text(page(endpoint))
 
 
 def is_told(run_directory: Path) -> bool:
@@ -85,6 +88,8 @@ def test_a_rank_that_goes_on_is_not_ended(tmp_path: Path, shards: Path) -> None:
     assert codes == [0, 0], printed
     kinds = [event["event"] for event in events if event["event"].startswith(("rank", "launch"))]
     assert kinds == ["rank_hangs", "rank_goes_on"]
+    found = re.findall(r"rank_hangs{rank=\"(.)\"} (.*)", (tmp_path / "run/page.txt").read_text())
+    assert found == [("0", "0.0"), ("1", "1.0")]
     assert re.search("the run ends in [1-9][0-9]* s unless it goes on", printed)
 
 

@@ -236,6 +236,10 @@ def test_every_value_on_the_page_is_the_independent_count(tmp_path: Path) -> Non
         "checkpoint",
     ):  # laps of this process: tests/metrics/test_run_accounting.py has literals
         assert 0 <= found.pop(f"lost_seconds_total|{cause}") < time.time() - psutil.Process().create_time() + 1
+    began = psutil.Process().create_time()  # rounded to a second
+    assert found.pop("first_start_timestamp_seconds") == pytest.approx(began, abs=1.5)
+    for mode in [key for key in found if key.startswith("node_cpu_seconds_total|")]:
+        assert 0 <= found.pop(mode) <= getattr(psutil.cpu_times(), mode.rpartition("|")[2])
     assert found.pop("process_resident_bytes|0") == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
     assert found.pop("node_memory_total_bytes") == psutil.virtual_memory().total
     assert found.pop("node_memory_available_bytes") == pytest.approx(psutil.virtual_memory().available, rel=0.5)
@@ -259,7 +263,7 @@ def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_pat
     }
     bounded = {
         "version", "reason", "objective", "source", "convention", "cause", "layers", "signal", "rank", "phase", "kind",
-        "device", "task", "metric", "class", "average",
+        "device", "task", "metric", "class", "average", "mode",
     }  # fmt: skip
     for metric in METRICS:
         assert not metric.name.endswith("_total"), f"{metric.name}: the library adds _total to counters"
@@ -305,7 +309,7 @@ def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: 
         metrics.record_step(replace(STEPS[2], step=4))
         further = samples(metrics.endpoint)
     counters = [name for name in whole if "_total" in name and not name.startswith(("lost", "restarts", "network"))]
-    counters = [name for name in counters if not name.startswith(("phase", "rank_busy", "data_fetch"))]
+    counters = [name for name in counters if not name.startswith(("phase", "rank_busy", "data_fetch", "node_cpu"))]
     assert len(counters) > 20
     for name in counters:
         assert whole[name] == resumed[name] == again[name], name

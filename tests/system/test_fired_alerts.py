@@ -62,6 +62,7 @@ class Fleet:
 
     def start(self, world_size: int = 4) -> None:
         """Start, and wait for the addresses."""
+        kill(self.ranks)
         arguments = ["train", str(self.run_file)]
         fault = Fault(spoilt_in=self.folder / "spoilt")
         self.ranks = start_ranks(world_size, train, fault, arguments, self.folder / "out", ranks_per_node=2)
