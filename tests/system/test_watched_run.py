@@ -104,7 +104,7 @@ def planned(run_file: Path, steps: int) -> dict[str, int]:
 
 def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> None:
     began = time.time()
-    first = watched.launch("training.steps=100000")
+    first = watched.launch("training.steps=100000", "training.hang_seconds=60")  # a rank stands still: profile_it
     try:
         until(lambda: watched.step >= 25, "25 steps", 200)
         up = watched.ask("bigmodel_rank_up")
