@@ -448,6 +448,21 @@ def compare(
 
 
 @app.command()
+def watch(
+    runs: Annotated[list[Path], typer.Argument(help="run directories or run files", metavar="RUN...")],
+) -> None:
+    """Watch runs in the terminal: loss, rates, time left, goodput, ranks, checkpoints, events. Ends at q.
+
+    The run directories are only read. Where there is no terminal, it prints one frame.
+    """
+    from bigmodel.inspect.watch import watch as run
+    from bigmodel.launcher.record import run_directory
+    from bigmodel.launcher.watch import status
+
+    run([run_directory(one) for one in runs], status)
+
+
+@app.command()
 def profile(
     run_directory: Annotated[Path, typer.Argument(help="the directory of a running run")],
     kind: Annotated[str, typer.Argument(help="trace, memory or stacks")],

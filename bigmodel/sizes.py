@@ -30,3 +30,29 @@ def amount(number: float) -> str:
     ['0.00', '0.0031', '0.50', '12.35', '81,920.00']
     """
     return f"{number:.2g}" if 0 < number < 0.095 else f"{number:,.2f}"
+
+
+def short_number(number: float) -> str:
+    """
+    >>> [short_number(number) for number in (0, 950, 12_345, 1_234_567, 5e9)]
+    ['0', '950', '12.3k', '1.2M', '5.0G']
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units.
+
+    >>> [duration(seconds) for seconds in (0.4, 59.6, 90, 719, 12_000, 200_000)]
+    ['0 s', '1 min', '2 min', '12 min', '3 h 20 min', '2 d 8 h']
+    """
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 24 * 60 else f"{hours // 24} d {hours % 24} h"

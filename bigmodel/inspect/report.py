@@ -8,7 +8,6 @@ picture (half a second).
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigmodel.config.settings import UserError
+from bigmodel.inspect.braille import braille, smooth
 from bigmodel.inspect.step_time import draw_times, step_time
 from bigmodel.run_directory import AGAIN, read_json, read_json_lines
 from bigmodel.sizes import counted_noun
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FAINT, BLUE, ORANGE, GREY, INK = "#b9cdea", "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
-BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode 2800: row, column in a cell
 SHOWN = 5  # last rewinds and bad devices in the table
-SMOOTHING_SHARE = 0.02  # the smoothed curve averages about this share of the run
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def terminal_curve(run_directory: Path, width: int | None = None, height: int = 
     first, last, low, high = min(steps), max(steps), min(losses), max(losses)
     gutter = max(len(f"{low:.2f}"), len(f"{high:.2f}")) + 1
     columns = max(8, width - gutter - 2)
-    rows = _braille(known, (first, last), (low, high), columns, height)
+    rows = braille(known, (first, last), (low, high), columns, height)
     scale = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
     body = [f"{scale.get(number, ''):>{gutter}} ┤{row}" for number, row in enumerate(rows)]
     axis = " " * (gutter + 1) + "└" + "─" * columns
@@ -172,22 +170,6 @@ def table(run_directory: Path) -> str:
     rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, unbiased at the start; values that are not finite are skipped.
-
-    It covers 2% of the run, at least 5 steps: the trend shows, and a lasting spike still shows.
-    """
-    decay = 1 - 1 / max(5.0, SMOOTHING_SHARE * len(values))
-    total = weight = 0.0
-    smoothed = []
-    for value in values:
-        if math.isfinite(value):
-            total = decay * total + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        smoothed.append(total / weight if weight else math.nan)
-    return smoothed
 
 
 def _bits_per_nat(evaluation: dict[str, Any]) -> float | None:
@@ -287,35 +269,6 @@ def _smoothed(run_directory: Path) -> list[tuple[int, float]]:
     curve = read_curve(run_directory)
     points = zip(curve.steps, smooth(curve.losses), strict=True)
     return [(step, loss) for step, loss in points if math.isfinite(loss)]
-
-
-def _braille(
-    points: Sequence[tuple[int, float]], steps: tuple[int, int], values: tuple[float, float], columns: int, height: int
-) -> list[str]:
-    """A curve in a grid of braille cells of 2 x 4 dots; lines join neighbouring points.
-
-    steps, values: (minimum, maximum) of the axes.
-    """
-    dots_wide, dots_high = 2 * columns, 4 * height
-    span, reach = (values[1] - values[0]) or 1.0, (steps[1] - steps[0]) or 1
-    cells = [[0] * columns for _ in range(height)]
-    before = None
-    for step, value in points:
-        x = round((step - steps[0]) / reach * (dots_wide - 1))
-        y = round((values[1] - value) / span * (dots_high - 1))
-        for dot_x, dot_y in _line(before or (x, y), (x, y)):
-            cells[dot_y // 4][dot_x // 2] |= BRAILLE_DOTS[dot_y % 4][dot_x % 2]
-        before = (x, y)
-    return ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
-
-
-def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """Dots from start to end, both included, without gaps between them."""
-    count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
-    return [
-        (round(start[0] + (end[0] - start[0]) * part / count), round(start[1] + (end[1] - start[1]) * part / count))
-        for part in range(count + 1)
-    ]
 
 
 def _thousands(number: float) -> str:
