@@ -230,7 +230,7 @@ def _checkpoints(run: WatchedRun) -> Iterator[Text]:
 
 
 def _due(run: WatchedRun, section: str, what: str) -> str:
-    due, pace = run.next_multiple(section), run.numbers.seconds_per_step(run.step)
+    due, pace = run.next_due(section), run.numbers.seconds_per_step(run.step)
     if due is None:
         return ""
     soon = f", in {duration(pace * (due - run.step['step']))}" if pace is not None else ""

@@ -38,6 +38,7 @@ STEP_LINE = re.compile(
     rb'"step_seconds": ([^,]+), "data_wait_seconds": ([^,]+), "compile_seconds": ([^,]+), '
 )
 SPENT = b'"spent": {'
+ONE_SPENT = re.compile(rb'"spent": \{"(\w+)": ([^,}]+)\}\}')
 
 
 class LossCurve:
@@ -89,7 +90,7 @@ class Numbers:
                 moment, step, loss, positions, seconds, waited, compiled = map(float, found.groups())
                 spent = _spent(line)
                 self._see_step(int(step), moment, loss, positions, seconds)
-                skipped = b'"skipped": true' in line
+                skipped = b'"skipped": t' in line
                 self.accounting.add_step_seconds(int(step), moment, seconds, waited, compiled, skipped, spent)
                 self._step_line = line
             else:
@@ -150,12 +151,11 @@ class Numbers:
 
 def _spent(line: bytes) -> dict[str, float]:
     """The last field of a step's line: seconds by cause."""
-    begin = line.rfind(SPENT) + len(SPENT)
-    end = line.find(b"}", begin)
-    if begin < len(SPENT) or end <= begin:
-        return {}
-    pairs = (item.split(b": ") for item in line[begin:end].split(b", "))
-    return {name.strip(b'"').decode(): float(seconds) for name, seconds in pairs}
+    begin = line.rfind(SPENT)
+    found = ONE_SPENT.match(line, begin) if begin > 0 else None
+    if found:
+        return {found[1].decode(): float(found[2])}
+    return dict(json.loads(line[begin + len(SPENT) - 1 : -1])) if begin > 0 else {}
 
 
 class WatchedRun:
@@ -230,14 +230,15 @@ class WatchedRun:
         """Steps of the whole run; 0: unknown."""
         return int(self.settings.get("training", {}).get("steps", 0))
 
-    def next_multiple(self, section: str) -> int | None:
-        """The next step at which `section`, evaluation or checkpoint, is due by its every_steps; None: unknown."""
-        of = self.settings.get(section, {})
+    def next_due(self, section: str) -> int | None:
+        """The next step at which `section`, evaluation or checkpoint, is due; None: unknown, or none."""
+        of, last, step = self.settings.get(section, {}), self.num_steps, self.step.get("step", 0)
         every = of.get("every_steps", 0)
-        if not every or not self.step or of.get("hours_between_failures"):
+        if not step or step >= last or of.get("hours_between_failures"):
             return None
-        due = (self.step["step"] // every + 1) * every
-        return min(due, self.num_steps) if section == "checkpoint" and self.num_steps else due
+        due = (step // every + 1) * every if every else last
+        at_end = section == "checkpoint" or of.get("at_end")
+        return due if due < last else last if at_end else None
 
     @property
     def seconds_left(self) -> float | None:

@@ -177,6 +177,11 @@ class Metrics:
             self._beat.enter(phase)
 
     @property
+    def utilization(self) -> float | None:
+        """`RunAccounting.utilization` on rank 0; None on other ranks."""
+        return self._ledger.utilization if self._ledger else None
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes the run's files, that is, is rank 0."""
         return self._seat.rank == 0

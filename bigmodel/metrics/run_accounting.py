@@ -80,6 +80,7 @@ class RunAccounting:
         self.time = 0.0  # Unix time of the last line
         self.last: dict[str, Mapping[str, Any]] = {}  # kind -> last line of that kind
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._shortest = math.inf
         self._hung = False  # whether the last start hung before it failed
         self._under_way: str | None = None  # the cause in the last line, if that line is a "begin"
         self._signals = {name: deque[float](maxlen=SPIKE_STEPS) for name in ("loss", "gradient_norm")}
@@ -180,6 +181,14 @@ class RunAccounting:
         """Wall seconds from the beginning of the first process to the last line."""
         return self.time - self.began if self.began is not None else 0.0
 
+    @property
+    def utilization(self) -> float | None:
+        """Model FLOPs utilization of the last step, attention counted as its masks allow it; None: unknown."""
+        if not {"step", "start"} <= self.last.keys():
+            return None
+        shares = _utilization(self.last["step"], self.last["start"]).get("model_flops_utilization_ratio")
+        return float(shares[0][1]) if shares else None
+
     def samples(self) -> Samples:
         """All metrics of the run: name -> [[label values, value], ...]."""
         found: Samples = {"productive_seconds": [[[], self.seconds["productive"]]]}
@@ -245,9 +254,8 @@ class RunAccounting:
             taken = min(left, wanted)
             self.seconds[cause] += taken
             left -= taken
-        known = len(self._durations) >= MIN_RECENT
-        may_hang = known and left > HANG_FACTOR * min(self._durations)  # the median, which costs more, is no smaller
-        hang = max(0.0, left - self._longest_step()) if may_hang else 0.0
+        self._shortest = min(self._shortest, left)  # of all steps: the median, which costs 100 times as much, is longer
+        hang = max(0.0, left - self._longest_step()) if left > HANG_FACTOR * self._shortest else 0.0
         self._durations.append(left)
         self.seconds["hang"] += hang
         self.seconds["skipped" if skipped else "productive"] += left - hang

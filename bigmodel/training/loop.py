@@ -249,7 +249,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         )
         metrics.record_step(record, phases.take())
         slow = slow_rank.words(name_rank(slow_rank.now.rank)) if slow_rank.now else ""
-        line.update(done, loss, step.num_tokens / record.step_seconds, slow)
+        due = {"save": saver.next_step(done), "evaluation": _next_evaluation(done, settings)}
+        line.update(done, loss, step.num_tokens / record.step_seconds, slow, metrics.utilization, due)
         anomalies.refuse_divergence(done, reason)
 
         # Evaluate and save.
@@ -461,6 +462,15 @@ def _step_record(
 def _is_evaluated(done: int, settings: Settings) -> bool:
     every_steps = settings.evaluation.every_steps
     return every_steps > 0 and done % every_steps == 0
+
+
+def _next_evaluation(done: int, settings: Settings) -> int:
+    """The first step after `done` with an evaluation; 0: there is none."""
+    every, last = settings.evaluation.every_steps, settings.training.steps
+    due = (done // every + 1) * every if every else last
+    if due >= last:
+        return last if settings.evaluation.at_end and done < last else 0
+    return due
 
 
 def _score_tasks(

@@ -71,6 +71,7 @@ ALLOWED = {
     "bigmodel.metrics": (
         "bigmodel.config",
         "bigmodel.run_directory",
+        "bigmodel.sizes",
         "bigmodel.system_errors",
         "bigmodel.data",
         "bigmodel.metrics",

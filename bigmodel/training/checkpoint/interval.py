@@ -28,6 +28,11 @@ class Interval:
             return step >= self._next_step and not in_flight  # the save in flight sets the next step
         return step % self._settings.every_steps == 0
 
+    def next_step(self, step: int) -> int:
+        """The next step after `step` at which the interval ends, as known now."""
+        every = self._settings.every_steps
+        return max(self._next_step, step + 1) if self._next_step else (step // every + 1) * every
+
     def plan(self, step: int, began: float, held_seconds: float) -> None:
         """With `hours_between_failures`: set the step of the next save from the cost of the save of `step`."""
         mean = self._settings.hours_between_failures * 3600

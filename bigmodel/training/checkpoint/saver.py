@@ -149,6 +149,11 @@ class Saver:
         if waits:
             yield from self._result_of(lambda: self.finish(must=ending))
 
+    def next_step(self, step: int) -> int:
+        """The next step after `step` with a save: of the interval, or the last of the run; 0: there is none."""
+        last = self._settings.training.steps
+        return min(self._interval.next_step(step), last) if step < last else 0
+
     def due(self, step: int) -> bool:
         """Whether the interval ends at this step; call it at the end of each step. Equal on all ranks."""
         return self._interval.due(step, self._flight is not None)
