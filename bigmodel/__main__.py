@@ -629,8 +629,8 @@ def show_batch(
     step: Annotated[int, typer.Option(min=0, help="data step")] = 0,
     png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
-    """Draw the first packed sequence of a step, its documents and attention masks, in the terminal; with --png also as
-    a picture."""
+    """Draw the first packed sequence of a step, its documents, their texts and attention masks, in the terminal; with
+    --png also as a picture."""
     from bigmodel.inspect.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)

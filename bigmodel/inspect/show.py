@@ -31,6 +31,7 @@ from bigmodel.data.prepare.lengths import draw_lengths
 from bigmodel.data.store.manifest import SPLITS, Manifest, in_words, stored_amount
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.inspect.draw_masks import draw_masks, mask_text
+from bigmodel.inspect.draw_texts import draw_texts
 from bigmodel.inspect.show_augmentation import augmentation_text
 from bigmodel.inspect.show_classes import classes_table, packs_of_run
 from bigmodel.model.attention_masks import mask_matrices
@@ -39,7 +40,7 @@ from bigmodel.training.checkpoint.format import newest_state
 
 
 def show_batch(settings: Settings, step: int, png: Path | None) -> None:
-    """Draw the first packed sequence of data step `step` and its masks.
+    """Draw the first packed sequence of data step `step`, its texts and its masks.
 
     If the run has checkpoints, the plan is the one of that step. The plan is walked from the start of its segment, or
     from the newest checkpoint if that is before the step.
@@ -50,6 +51,8 @@ def show_batch(settings: Settings, step: int, png: Path | None) -> None:
     batch = Builder(store, data, settings.run.seed).build([order.next_step()[0]], step, [0])
     console = Console(highlight=False, markup=False, emoji=False)
     for line in draw(batch):
+        console.print(line, soft_wrap=True)
+    for line in draw_texts(batch, store.tokenizer, console.width):
         console.print(line, soft_wrap=True)
     masks = mask_matrices(batch, settings.model)
     for mask in masks:

@@ -29,6 +29,9 @@ from bigmodel.data.randomness import extend_key, make_key, words, words_of_keys
 Reader = Callable[[Chunk], Document]  # a chunk -> the stored tokens of its whole document, or pair
 
 
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # of documents in pictures
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """A micro-batch. Padding has token 0, label -100 and position 0, and is a document of its own in each pack.
@@ -405,14 +408,18 @@ def documents_of(side: Batch | SourceSide) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
+def letter_of(number: int) -> str:
+    """The letter of a pack's document in pictures: A to Z, a to z, then from A again."""
+    return ALPHABET[number % len(ALPHABET)]
+
+
 def _letters(batch: Batch, side: Batch | SourceSide, num_packs: int) -> list[str]:
     """The letter of the document at every position of a side, from A in every pack; a dot at padding."""
-    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     documents = documents_of(side)
     is_real = np.array(real_documents(batch))[documents]
     size = len(documents) // num_packs
     firsts = np.searchsorted(batch.cu_seqlens.numpy(), np.arange(num_packs) * (len(batch.tokens) // num_packs))
     return [
-        alphabet[(number - firsts[place // size]) % len(alphabet)] if real else "."
+        letter_of(number - firsts[place // size]) if real else "."
         for place, (number, real) in enumerate(zip(documents.tolist(), is_real.tolist(), strict=True))
     ]
