@@ -102,6 +102,12 @@ def prepare(
         run(load_settings(run_file, [*override, *options]))
 
 
+def _begin(what: str) -> None:
+    """Say at once what begins, in a terminal: the imports alone take seconds."""
+    if sys.stderr.isatty():
+        print(f"bigmodel: {what}: loading libraries and data", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _stopped(kept: str) -> Iterator[None]:
     """End the command at Ctrl-C with a message: what is kept, and that the same command resumes."""
@@ -281,6 +287,7 @@ def check(
     override: Overrides = [],  # noqa: B006
 ) -> None:
     """Check a guarantee on your own settings and data. exact: your DeepSpeed JSON against plain torch."""
+    _begin(f"check {guarantee}")
     from bigmodel.checks.guarantees import CHECKS, GUARANTEES, run_checks
 
     if guarantee != "all" and guarantee not in CHECKS:
@@ -505,6 +512,7 @@ def show_data(
     png: Annotated[Path | None, typer.Option(help="also write a picture of the lengths to this file")] = None,
 ) -> None:
     """Show sources, lengths, mix and packing of the prepared data, and suggest better settings."""
+    _begin("show data")
     from bigmodel.inspect.show import show_data as run
 
     run(load_settings(run_file, override), png)
@@ -631,6 +639,7 @@ def show_batch(
 ) -> None:
     """Draw the first packed sequence of a step, its documents, their texts and attention masks, in the terminal; with
     --png also as a picture."""
+    _begin("show batch")
     from bigmodel.inspect.show import show_batch as run
 
     run(load_settings(run_file, override), step, png)
@@ -648,6 +657,7 @@ def show_memory(
     png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
     """Plan the memory of each rank at each ZeRO stage. Needs neither data nor a GPU."""
+    _begin("show memory")
     from bigmodel.inspect.memory import show_memory as run
 
     run(load_settings(run_file, override), ranks, gib, png, vocabulary)

@@ -11,6 +11,7 @@ break the guarded code and see the same functions fail.
     exact   not one of the five: 20 steps under the run's DeepSpeed JSON are those of plain torch in one process
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def run_checks(run_file: Path, overrides: Sequence[str], names: Sequence[str]) -
     console = Console(highlight=False, markup=False, emoji=False)
     broken = 0
     for name in names:
+        if sys.stderr.isatty():
+            print(f"checking: {name}", file=sys.stderr, flush=True)
         for finding in CHECKS[name](run_file, overrides):
             mark = ("holds ", "green") if finding.holds else ("BROKEN", "red")
             console.print(Text.assemble(mark, f" {name}: {finding.claim} ({finding.evidence})"))

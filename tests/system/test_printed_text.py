@@ -1,6 +1,8 @@
 """Text that is not ours (paths, documents, causes of an end) is printed as it is: nothing is read as rich's markup."""
 
 import ast
+import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from rich.text import Text
 from bigmodel.__main__ import app
 from bigmodel.checks import guarantees as check
 from bigmodel.checks.audit import Finding
+from bigmodel.config.user_error import UserError
 from bigmodel.data.prepare.pipeline import live
 from bigmodel.launcher.preflight import Finding as PreflightFinding
 from bigmodel.launcher.preflight import print_findings
@@ -139,6 +142,24 @@ def test_tables_bars_and_lines_keep_what_looks_like_markup(
     printed = capsys.readouterr().out
     for what in ("cause", "end", "host", "node", "text", "task", "line", "said", "slow", "hangs", "reason", "decision"):
         assert f"{what} {ODD}" in printed
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("command", ["show data", "show batch", "show memory", "check"])
+def test_a_slow_command_says_at_once_that_it_begins_but_not_into_a_pipe(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At once: before the run file is read, which is missing here."""
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(UserError, match=r"none\.toml"):
+            app([*command.split(), str(tmp_path / "none.toml")], standalone_mode=False)
+        begins = stream.getvalue().startswith(f"bigmodel: {command}") and "loading" in stream.getvalue()
+        assert begins == stream.isatty()
 
 
 def helps(command: Any) -> Iterator[str]:
