@@ -10,7 +10,7 @@
       identity.json  the run's id, also in its checkpoints
       left_out.json  steps that rewinds of training.spikes leave out
       loss.png  sample.txt  summary.json                    at the end
-      profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/  of metrics.writers
+      profile/       written by `bigmodel profile`          tensorboard/ wandb/ csv/ comet/ mlflow/  of metrics.writers
       world.json     host and device of each rank, and the common facts: commit, sources, settings, data, versions
       launch.json    the last start by the launcher         preflight.json    findings of `bigmodel launch check`
       launch.lock    held by its process                    launch.excluded   nodes a restart in a SLURM job leaves out
@@ -36,6 +36,7 @@ events.jsonl has lines of the trainer and these of the launcher, all with "time"
   stop_requested                               by `bigmodel launch stop`
 and of metrics.jsonl:
   metrics_delayed  lines, lost, seconds        it could not be written for that long, as on a full disk; lost: for ever
+  writer_failed    writer, when, error         one of metrics.writers, which is not used any more
 and of the watch for hanging ranks (bigmodel/metrics/hang_watch.py), which also writes a launch_ended:
   rank_hangs      rank, host, how, step, phase, seconds, limit_seconds, stack    without progress for these seconds
   rank_goes_on    rank, host                   it made progress again

@@ -311,7 +311,7 @@ class CheckpointSettings(Section):
     )
 
 
-NO_PROJECT = "only the writers wandb and comet have projects"
+NO_PROJECT = "only the writers wandb, comet and mlflow have projects"
 NO_GROUP = "only the writer wandb has groups"
 
 
@@ -324,10 +324,10 @@ class MetricsSettings(Section):
     )
     host: str = Field("127.0.0.1", description="address of the metrics endpoint; 0.0.0.0: other machines can scrape it")
     norms_every_steps: int = Field(100, ge=0, description="steps between measurements of weight norms; 0: never")
-    writers: list[Literal["tensorboard", "wandb", "csv", "comet"]] = Field(
+    writers: list[Literal["tensorboard", "wandb", "csv", "comet", "mlflow"]] = Field(
         [],
-        description="further formats written into the run directory; wandb and comet stay offline; install the "
-        "packages of all but csv",
+        description="further formats, in the run directory or, by the clients' own variables, on a server; install the "
+        "packages of all but csv; one that fails does not end the run",
     )
     project: str = setting(
         "bigmodel", only_with={"has_project": (True,)}, why=NO_PROJECT, min_length=1, description="project of the run"
@@ -344,7 +344,7 @@ class MetricsSettings(Section):
 
     @property
     def has_project(self) -> bool:
-        return bool({"wandb", "comet"} & {*self.writers})
+        return bool({"wandb", "comet", "mlflow"} & {*self.writers})
 
     @property
     def has_group(self) -> bool:

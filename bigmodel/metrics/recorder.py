@@ -41,7 +41,7 @@ from bigmodel.metrics.metric_table import STEP_BUCKETS_SECONDS
 from bigmodel.metrics.rank_record import RankRecord, folder_of, process_start_time
 from bigmodel.metrics.run_accounting import RunAccounting, Samples
 from bigmodel.metrics.slow_rank import Slow
-from bigmodel.metrics.writers import open_writers, scalars
+from bigmodel.metrics.writers import Writers, scalars
 from bigmodel.run_directory import read_json_lines, write_atomically
 
 
@@ -148,7 +148,7 @@ class Metrics:
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
         self._file = LineFile(self._lines)
-        self._writers = open_writers(settings, self._directory, first_step) if seat.rank == 0 else []
+        self._writers = Writers(settings, self._directory, first_step) if seat.rank == 0 else None
         self._lap_began = time.perf_counter()
         self._spent: dict[str, float] = {}
         self._rank = _RankCounts()
@@ -235,9 +235,8 @@ class Metrics:
             self._page.close()
         if not self._closed:
             self._record.close()
-            for writer in self._writers:
-                with contextlib.suppress(OSError):
-                    writer.close()
+            if self._writers:
+                self._writers.close()
         self._closed = True
 
     _closed = False
@@ -292,9 +291,8 @@ class Metrics:
             self._spent = {}
             self._file.add(line)
             self._ledger.add(line)
-            for writer in self._writers if kind != "end" else ():
-                with contextlib.suppress(OSError):  # a full disk: metrics.jsonl has told of it, and has the numbers
-                    writer.write(line["step"], dict(scalars(line)))
+            if self._writers and kind != "end":
+                self._writers.write(line["step"], dict(scalars(line)))
         if kind != "end":
             self._tell_exporter(values)
         if self._page:

@@ -1,21 +1,29 @@
-"""Writers: the same numbers for TensorBoard, Weights & Biases, Comet and as CSV.
+"""Writers: the same numbers for TensorBoard, Weights & Biases, Comet, MLflow and as CSV.
 
 In: the lines of metrics.jsonl as they come. Out: files under the run directory: `tensorboard/`, `wandb/` (offline;
-`wandb sync` uploads them), `csv/`, `comet/` (offline; `comet upload` uploads them). Optional: only writers in
-metrics.writers are used and their packages imported. A resumed run continues in the same folders; TensorBoard and CSV
-drop the steps that are repeated. Comet writes its archive when the run ends: kill -9 loses it, metrics.jsonl stays.
+`wandb sync` uploads them), `csv/`, `comet/` (offline; `comet upload` uploads them), `mlflow/` (a file store). The
+clients' own variables send them elsewhere: WANDB_MODE=online, COMET_START_ONLINE=1, MLFLOW_TRACKING_URI. Only writers
+in metrics.writers are used and their packages imported. A resumed run continues in the same folders; TensorBoard and
+CSV drop the steps that are repeated. Comet writes its archive when the run ends: kill -9 loses it, metrics.jsonl stays.
+
+Guarantee: a writer that fails, at whatever it does, never ends a run. It is told once, on standard error and by the
+event `writer_failed`, and not used again; metrics.jsonl has all numbers.
 """
 
+import contextlib
 import csv
 import hashlib
 import importlib.util
+import os
 import re
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from bigmodel.config.settings import MetricsSettings, UserError
-from bigmodel.run_directory import write_atomically
+from bigmodel.config.settings import MetricsSettings
+from bigmodel.run_directory import record_event, write_atomically
 
 
 class Writer(Protocol):
@@ -45,7 +53,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """An offline run in RUN_DIR/wandb, named like the directory; each start is a part of the same run."""
+    """A run in RUN_DIR/wandb, offline unless WANDB_MODE says otherwise; each start is a part of the same run."""
 
     package = "wandb"
 
@@ -53,7 +61,7 @@ class WeightsAndBiases:
         import wandb
 
         self._run = wandb.init(
-            mode="offline",
+            mode=os.environ.get("WANDB_MODE", "offline"),
             dir=str(run_directory),
             project=settings.project,
             group=settings.group or None,
@@ -98,7 +106,7 @@ class Csv:
 
 
 class Comet:
-    """An offline archive in RUN_DIR/comet for each start; all belong to one experiment, named like the directory."""
+    """An archive in RUN_DIR/comet for each start; all belong to one experiment. With COMET_START_ONLINE=1 online."""
 
     package = "comet_ml"
 
@@ -111,7 +119,7 @@ class Comet:
             ("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "parse_args"), False
         )
         self._experiment = comet_ml.start(
-            online=False,
+            online=os.environ.get("COMET_START_ONLINE", "").lower() in ("1", "true", "yes", "on"),
             project_name=settings.project,
             workspace=settings.team or None,
             experiment_key=hashlib.sha256(str(run_directory).encode()).hexdigest()[:32],
@@ -133,19 +141,90 @@ class Comet:
         self._experiment.end()
 
 
-WRITERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "csv": Csv, "comet": Comet}
+class MlFlow:
+    """A run in the file store RUN_DIR/mlflow, or at MLFLOW_TRACKING_URI; each start goes on with the same run."""
+
+    package = "mlflow"
+
+    def __init__(self, run_directory: Path, first_step: int, settings: MetricsSettings) -> None:
+        local = (run_directory / "mlflow").resolve().as_uri()
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else MLflow 3.17 refuses a store of files
+        # A server that does not answer stops training once for this long, not for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        import mlflow
+
+        self._metric = mlflow.entities.Metric
+        self._client = mlflow.MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", local))
+        file = run_directory / "mlflow_run"
+        if file.exists() and first_step:
+            self._run = file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        found = self._client.get_experiment_by_name(settings.project)
+        experiment = found.experiment_id if found else self._client.create_experiment(settings.project)
+        self._run = self._client.create_run(experiment, run_name=run_directory.name).info.run_id
+        write_atomically(file, self._run)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        named = {re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII): value for name, value in scalars.items()}
+        self._client.log_batch(self._run, [self._metric(name, value, now, step) for name, value in named.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
 
 
-def open_writers(settings: MetricsSettings, run_directory: Path, first_step: int) -> list[Writer]:
-    """Open the writers of `settings`. Raises `UserError` with all packages that are not installed."""
-    missing = [name for name in settings.writers if importlib.util.find_spec(WRITERS[name].package) is None]
-    if missing:
-        packages, names = ", ".join(WRITERS[name].package for name in missing), ", ".join(missing)
-        raise UserError(
-            f"metrics.writers (or a monitor of the DeepSpeed JSON): {names} needs {packages}, which is not installed; "
-            f"pip install 'bigmodel[{','.join(missing)}]', or leave {names} out: metrics.jsonl has the same numbers"
-        )
-    return [WRITERS[name](run_directory, first_step, settings) for name in settings.writers]
+WRITERS: dict[str, Any] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "csv": Csv,
+    "comet": Comet,
+    "mlflow": MlFlow,
+}
+
+
+class Writers:
+    """The writers of `settings` that work."""
+
+    def __init__(self, settings: MetricsSettings, run_directory: Path, first_step: int) -> None:
+        self._directory = run_directory
+        self._open: dict[str, Writer] = {}
+        for name in settings.writers:
+            with self._kept(name, "begins"):
+                package = WRITERS[name].package
+                if importlib.util.find_spec(package) is None:
+                    raise ModuleNotFoundError(f"{package} is not installed; pip install 'bigmodel[{name}]'")
+                self._open[name] = WRITERS[name](run_directory, first_step, settings)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, writer in list(self._open.items()):
+            with self._kept(name, f"writes step {step}"):
+                writer.write(step, scalars)
+
+    def close(self) -> None:
+        for name, writer in list(self._open.items()):
+            with self._kept(name, "ends"):
+                writer.close()
+        self._open.clear()
+
+    @contextlib.contextmanager
+    def _kept(self, name: str, when: str) -> Iterator[None]:
+        """Training goes on whatever a writer raises; it is told, and the writer is not used again."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # of another library, which may raise anything
+            self._open.pop(name, None)
+            text = f"{type(error).__name__}: {error}"
+            print(
+                f"bigmodel: metrics.writers: {name} failed as it {when}: {text}; training goes on without it, and "
+                "metrics.jsonl has the same numbers",
+                file=sys.stderr,
+                flush=True,
+            )
+            with contextlib.suppress(Exception):  # the run directory is gone: the next line of metrics.jsonl tells
+                record_event(self._directory, "writer_failed", writer=name, when=when, error=text)
 
 
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
