@@ -8,6 +8,7 @@ picture (half a second).
 import math
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,7 @@ def table(run_directory: Path) -> str:
         ("tokens per second", _thousands(positions / seconds) if seconds else "unknown"),
         ("waiting for data", _percent(waited, seconds)),
         ("padding", _percent(padding, positions + padding)),
+        *_energy(steps, positions),
         ("training loss", f"{smooth(curve.losses)[-1]:.4f} nats per token"),
     ]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
@@ -170,6 +172,19 @@ def table(run_directory: Path) -> str:
     rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
+
+
+def _energy(steps: Sequence[dict[str, Any]], positions: int) -> list[tuple[str, str]]:
+    """A row, if the joules of every step are known."""
+    known = {
+        what: sum(joules)
+        for what, name in (("GPUs", "device_joules"), ("processors", "host_joules"))
+        if None not in (joules := [line.get(name) for line in steps])
+    }
+    if not known or not positions:
+        return []
+    total = sum(known.values())
+    return [("energy", f"{total / positions:.3g} joules per token, {total / 3.6e6:,.3g} kWh of {' and '.join(known)}")]
 
 
 def _bits_per_nat(evaluation: dict[str, Any]) -> float | None:

@@ -56,6 +56,11 @@ RUN = (
         "device_peak_flops", "gauge", "FLOPs per second of one device at most (bf16): from a table, on a CPU measured; "
         "absent, and with it MFU and HFU, for a device that the table does not know",
     ),
+    Metric(
+        "energy_joules", "counter", "Energy in counted steps, of all GPUs (device, NVML) and of all nodes' processors "
+        "(host, RAPL); absent where not all can be read", ("part",),
+    ),
+    Metric("energy_joules_per_token", "gauge", "Energy of the last step by its tokens, of the parts that are known"),
     Metric("packing_efficiency_ratio", "gauge", "Share of the last step's positions that held a token"),
     Metric("attention_imbalance_ratio", "gauge", "Attention time of rank 0's node over that of a perfect share"),
     Metric("attention_imbalance_undealt_ratio", "gauge", "The same, were packs left in their canonical order"),

@@ -99,6 +99,8 @@ class StepRecord:
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm ..., at measured steps
     pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned
     sampled_share: float | None = None  # of decoder inputs that scheduled sampling replaces
+    device_joules: float | None = None  # of all GPUs since the step before; None: not all have a counter
+    host_joules: float | None = None  # the same of all nodes' processors
 
 
 class Seat(NamedTuple):
@@ -180,6 +182,11 @@ class Metrics:
     def utilization(self) -> float | None:
         """`RunAccounting.utilization` on rank 0; None on other ranks."""
         return self._ledger.utilization if self._ledger else None
+
+    @property
+    def gpu(self) -> str:
+        """The UUID of this rank's GPU; "": none."""
+        return self._rank.device().get("gpu", "")
 
     @property
     def writes(self) -> bool:

@@ -232,6 +232,9 @@ class RunAccounting:
             for convention in ("causal", "full"):
                 self._count("model_flops", line["flops"][convention], convention)
             self._count("hardware_flops", line["flops"]["hardware"])
+        for part in ("device", "host"):
+            if line.get(f"{part}_joules") is not None:  # absent in lines of earlier versions
+                self._count("energy_joules", line[f"{part}_joules"], part)
         if line["skipped"] and line["skip_reason"] != LEFT_OUT:
             self._count("steps_skipped", 1, line["skip_reason"])
         self._count_left_out(line)
@@ -316,6 +319,7 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
         "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
         "pruned_ratio": line.get("pruned_share"),
         "sampled_input_ratio": line.get("sampled_share"),  # absent in lines of earlier versions
+        "energy_joules_per_token": joules_per_token(line),
         "training_loss_nats": line["loss"],
         "training_unweighted_loss_nats": line.get("unweighted_loss"),  # absent in lines of earlier versions
         "last_step_timestamp_seconds": line["time"],
@@ -330,6 +334,12 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
     if line["parts"]:
         samples["source_training_loss_nats"] = _losses(line["parts"])
     return samples
+
+
+def joules_per_token(line: Mapping[str, Any]) -> float | None:
+    """Of a step's line, GPUs and processors together as far as they are known; None: nothing is."""
+    known = [line[name] for name in ("device_joules", "host_joules") if line.get(name) is not None]
+    return sum(known) / line["positions"] if known and line["positions"] else None
 
 
 def _losses(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

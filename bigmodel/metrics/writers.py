@@ -231,7 +231,10 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The scalars of a line, with grouped names ("training/loss")."""
     if line["kind"] == "step":
         names = ("loss", "gradient_norm", "learning_rate", "z_loss", "loss_scale", "step_seconds", "data_wait_seconds")
-        more = ("unweighted_loss", "distillation_loss", "pruned_share", "sampled_share")
+        more = (
+            *("unweighted_loss", "distillation_loss", "pruned_share", "sampled_share"),
+            *("device_joules", "host_joules"),
+        )
         found = {name: line.get(name) for name in (*names, *more)}
         yield from ((f"training/{name}", value) for name, value in found.items() if value is not None)
         yield "training/tokens_per_second", line["positions"] / line["step_seconds"]

@@ -45,6 +45,7 @@ from bigmodel.evaluation.evaluate import Validation
 from bigmodel.evaluation.training_tasks import TrainingTasks
 from bigmodel.generation.far_labels import predicts_next_token
 from bigmodel.generation.samples import examples, sample
+from bigmodel.metrics.energy import Energy, Joules
 from bigmodel.metrics.flops import device_peak_flops, step_flops
 from bigmodel.metrics.hang_watch import Limits
 from bigmodel.metrics.phases import CompileTime, Phases, slowest
@@ -111,6 +112,7 @@ class _Sums:
     z_loss: float
     divergence: float  # from the teacher
     plain_nats: float  # without class weights and focal factor; 0: there are none
+    joules: Joules  # of all devices, of all hosts
     stop_votes: float  # number of ranks that got a signal to stop
     written_votes: float  # number of ranks that have written their file of the checkpoint being saved
     busy_seconds: list[float]  # by rank, in the previous step
@@ -163,6 +165,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     phases.entered = metrics.enter
+    energy = Energy(metrics.gpu, seat.local_rank == 0)
     profiler = Profiler(metrics.folder, world.rank)
     closing.callback(profiler.close)
     line = LiveLine(start.step, settings.training.steps, enabled=world.rank == 0)
@@ -207,7 +210,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             nats += engine.micro_batch(batch.to(world.device), step.weight, number == len(step.micro_batches))
         with phases("communication"):
             taught = model.teacher.take() if model.teacher else 0.0
-            extra = [float(model.z_sum), taught, float(model.plain_sum)]
+            extra = [float(model.z_sum), taught, float(model.plain_sum), *energy.take()]
             sums = _add_up(world, nats, extra, stop.requested, saver.written, phases.busy_row(seat))
         loss = math.fsum(sums.nats_by_group) / step.weight
         with phases("optimizer"):
@@ -414,11 +417,12 @@ def _add_up(
 ) -> _Sums:
     """All sums of a step over the ranks, in one all-reduce. Waits for the device. Collective.
 
-    extra: this rank's z-loss, divergence and plain loss."""
+    extra: this rank's z-loss, divergence, plain loss, joules of its device and of its host."""
     votes = [float(stop), float(written)]
     told = world.sum_([*nats.tolist(), *extra, *votes, *busy_row])
-    z_loss, divergence, plain_nats, stop_votes, written_votes, *busy = told[len(nats) :]
-    return _Sums(told[: len(nats)], z_loss, divergence, plain_nats, stop_votes, written_votes, busy)
+    z_loss, divergence, plain_nats, device, host, stop_votes, written_votes, *busy = told[len(nats) :]
+    joules = Joules(device, host)
+    return _Sums(told[: len(nats)], z_loss, divergence, plain_nats, joules, stop_votes, written_votes, busy)
 
 
 def _step_record(
@@ -453,6 +457,8 @@ def _step_record(
         ),
         z_loss=sums.z_loss / step.weight,
         weight=None if step.weight == step.num_labels else step.weight,
+        device_joules=None if math.isnan(sums.joules.device) else sums.joules.device,
+        host_joules=None if math.isnan(sums.joules.host) else sums.joules.host,
         slowest_rank=slowest_rank,
         slowest_rank_lag_seconds=lag,
         **measured,

@@ -58,6 +58,8 @@ STEPS = [
         unweighted_loss=2.5,
         loss_scale=1024.0,
         sampled_share=0.25,
+        device_joules=100.0 * number,
+        host_joules=2.6,
         slowest_rank=1,
         slowest_rank_lag_seconds=0.125,
         norms={"attention": {"weight_norm": 3.0, "update_norm": 0.25, "l1_norm": 7.0, "zero_ratio": 0.5}},
@@ -171,6 +173,9 @@ EXPECTED = {
     "learning_rate": 3e-3,
     "loss_scale": 1024,
     "sampled_input_ratio": 0.25,
+    "energy_joules_total|device": 600,
+    "energy_joules_total|host": 3 * 2.6,
+    "energy_joules_per_token": 302.6 / 1013,
     "weight_norm|attention": 3,
     "update_norm|attention": 0.25,
     "l1_norm|attention": 7,
@@ -262,7 +267,7 @@ def test_the_page_covers_the_table_but_for_gpus_and_every_name_is_lawful(tmp_pat
     }
     bounded = {
         "version", "reason", "objective", "source", "convention", "cause", "layers", "signal", "rank", "phase", "kind",
-        "device", "task", "metric", "class", "average", "mode",
+        "device", "task", "metric", "class", "average", "mode", "part",
     }  # fmt: skip
     for metric in METRICS:
         assert not metric.name.endswith("_total"), f"{metric.name}: the library adds _total to counters"
