@@ -176,11 +176,10 @@ def table(run_directory: Path) -> str:
 
 def _energy(steps: Sequence[dict[str, Any]], positions: int) -> list[tuple[str, str]]:
     """A row, if the joules of every step are known."""
-    known = {
-        what: sum(joules)
-        for what, name in (("GPUs", "device_joules"), ("processors", "host_joules"))
-        if None not in (joules := [line.get(name) for line in steps])
-    }
+    known: dict[str, float] = {}
+    for what, name in (("GPUs", "device_joules"), ("processors", "host_joules")):
+        if all(line.get(name) is not None for line in steps):
+            known[what] = sum(line[name] for line in steps)
     if not known or not positions:
         return []
     total = sum(known.values())

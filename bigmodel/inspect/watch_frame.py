@@ -20,6 +20,7 @@ STATES = {"running": GOOD, "finished": GOOD, "starting": "yellow", "ending": "ye
 CALM = ("stopped", NEVER, "unknown")
 LEAST_CURVE, MOST_CURVE = 4, 14  # lines
 MOST_EVENTS = 5
+LONG_STEP_SECONDS = 10.0  # the age of the last step is shown from here on
 KEYS = "q quit"
 EVENT_DETAILS = ("cause", "action", "fault", "detail", "reason", "error", "how")
 
@@ -155,7 +156,7 @@ def _rates(run: WatchedRun) -> Text:
     share = numbers.utilization(run.step)
     if share is not None:
         parts.append(f"MFU {share:.1%}")
-    if _state(run) == "running":
+    if _state(run) == "running" and time.time() - run.step["time"] >= LONG_STEP_SECONDS:
         parts.append(f"last step {_ago(run.step['time'])}")
     return Text("  ".join(parts))
 

@@ -58,11 +58,8 @@ class _Gpu:
     def __init__(self, uuid: str, nvml: Any) -> None:
         self._before = math.nan
         try:
-            if nvml is None:
-                import pynvml as nvml
-
-                nvml.nvmlInit()
-            self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._nvml = nvml or _driver()
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
         except Exception:  # no library, no driver or no permission: nothing to read
             self._nvml = None
 
@@ -74,6 +71,14 @@ class _Gpu:
         before, self._before = self._before, now
         used = now - before
         return used if used >= 0 else math.nan  # the driver was loaded again
+
+
+def _driver() -> Any:
+    """NVML. Raises where there is no library or driver."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml
 
 
 def _zones(powercap: Path) -> dict[Path, tuple[float, float]]:

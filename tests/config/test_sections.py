@@ -178,7 +178,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "schedule.warmup_tokens": (5, {}, 'with unit = "steps"; leave it out or set unit = "tokens"', {"unit": "tokens"}),
     "schedule.decay_tokens": (5, {"kind": "wsd"}, 'set unit = "tokens"', MANY_TOKENS | {"kind": "wsd"}),
     "schedule.final_ratio": (0.5, {"kind": "constant"}, 'with kind = "constant"', {"kind": "wsd"}),
-    "metrics.project": ("mine", {"writers": ["csv"]}, "only the writers wandb, comet and mlflow", {"writers": ["comet"]}),
+    "metrics.project": (
+        "mine",
+        {"writers": ["csv"]},
+        "only the writers wandb, comet and mlflow",
+        {"writers": ["comet"]},
+    ),
     "metrics.group": ("small", {"writers": ["comet"]}, "only the writer wandb", {"writers": ["wandb"]}),
     "classification.pooling": ("mean", {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
     "classification.head": ("bert", {}, "without classes; leave it out or set classes", {"classes": ["a", "b"]}),
