@@ -152,3 +152,14 @@ def test_report_prints_table_plot_and_where_the_pictures_are(
     assert "training loss, nats per token" in printed
     assert "a step of rank 0" in printed
     assert f"pictures: {directory / 'loss.png'}, {directory / 'time.png'}" in printed
+
+
+def test_energy_has_a_row_only_where_every_step_knows_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [4.0] * 20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for known, expected in ((20, "3 joules per token, 0.0015 kWh of GPUs"), (19, None)):
+        joules = [{"device_joules": 270.0 if step < known else None, "host_joules": None} for step in range(20)]
+        told = "".join(json.dumps(line | of) + "\n" for line, of in zip(lines, joules, strict=True))
+        (run / "metrics.jsonl").write_text(told)
+        rows = [line.removeprefix("energy").strip() for line in table(run).splitlines() if line.startswith("energy")]
+        assert rows == ([expected] if expected else [])
