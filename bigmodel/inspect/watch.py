@@ -2,7 +2,7 @@
 
 In: run directories, which are only read. Out: a frame each second; with no terminal one frame, and the end. Keys: q,
 arrows. Ctrl-C ends it, too. Guarantees: the terminal is as before, however it ends, kill -9 apart; Ctrl-Z works. Cost:
-below 1% of a core (benchmarks/README.md, "Watching").
+below 1% of a core after the first frame (benchmarks/README.md, "The view in the terminal").
 """
 
 import os

@@ -2,7 +2,8 @@
 
 In: metrics.jsonl, events.jsonl and settings.json while they grow. Out: the newest values, the loss curve in a bounded
 number of points, the seconds by cause. Guarantees: the seconds are those of `RunAccounting`; a line that is damaged or
-of an unknown kind is left out. Cost: 6 microseconds for each new step (benchmarks/README.md, "Watching").
+of an unknown kind is left out. Cost: about 13 microseconds for each new step
+(benchmarks/README.md, "The view in the terminal").
 """
 
 import json
