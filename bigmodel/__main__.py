@@ -371,11 +371,32 @@ def evaluate(
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
-    """Draw the loss of a run and its time by cause, in the terminal and as loss.png and time.png."""
-    from bigmodel.inspect.report import report as run
+def report(
+    run_directories: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="OUT.html", help="write one page with all plots of RUN...")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="serve this page, which renews itself, until Ctrl-C")] = False,
+    host: Annotated[str, typer.Option(help="address of --serve; 0.0.0.0: all of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of --serve; 0: a free one")] = 0,
+) -> None:
+    """Draw the loss of a run and its time by cause, in the terminal and as loss.png and time.png; or a page of runs."""
+    if html and serve:
+        raise UserError("--html and --serve: one of them writes the page, the other serves it; give one")
+    if html:
+        from bigmodel.inspect.page.page import write_page
 
-    run(run_directory)
+        print(f"page: {write_page(run_directories, html)}")
+    elif serve:
+        from bigmodel.inspect.page.serve import serve as serve_page
+
+        serve_page(run_directories, host, port)
+    else:
+        from bigmodel.inspect.report import report as run
+
+        if len(run_directories) > 1:
+            raise UserError(f"{len(run_directories)} runs without --html or --serve; give one, or write a page of all")
+        run(run_directories[0])
 
 
 @app.command()

@@ -403,15 +403,30 @@ def record_start(directory: Path, settings: dict[str, Any], deepspeed: dict[str,
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """The values that differ in two nested tables, by dotted name, except run.directory."""
-    mine, its = ({NEW_NAMES.get(name, name): value for name, value in _flat(table)} for table in (then, now))
+    mine, its = ({NEW_NAMES.get(name, name): value for name, value in flat(table)} for table in (then, now))
     names = sorted((mine.keys() | its.keys()) - {"run.directory"})
     return [(name, mine.get(name), its.get(name)) for name in names if mine.get(name) != its.get(name)]
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def recorded_changes(directory: Path) -> list[tuple[float, list[Change]]]:
+    """(Unix time, changes since the start before) of each recorded start; damaged records are left out."""
+    found: list[tuple[float, list[Change]]] = []
+    before: dict[str, Any] | None = None
+    for file in sorted((Path(directory) / "starts").glob("*.json")):
+        try:
+            moment, now = read_json(file)["time"], _in_force(file)
+        except (UserError, KeyError, TypeError):
+            continue
+        found.append((moment, changes(before, now) if before is not None else []))
+        before = now
+    return found
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in a nested table."""
     for name, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -20,6 +20,7 @@ Every line has `lap`, the wall seconds since the previous line or since the proc
 import contextlib
 import glob
 import json
+import resource
 import secrets
 import shutil
 import sys
@@ -201,6 +202,7 @@ class Metrics:
         line = {**asdict(record), "lap": record.step_seconds}
         line["flops"] = record.flops._asdict() if record.flops else None
         line["phases"] = {name: round(seconds, 6) for name, seconds in phases.items()}
+        line["memory"] = self._rank.memory() if self.writes else {}
         self._tell("step", line)
 
     def begins(self, cause: str, step: int) -> None:
@@ -370,6 +372,16 @@ class _RankCounts:
             self._phases[phase] = self._phases.get(phase, 0.0) + seconds
             buckets = self._phase_buckets.setdefault(phase, [0] * len(self._buckets))
             buckets[bisect_left(STEP_BUCKETS_SECONDS, seconds)] += 1
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this process in main memory, and on its GPU: in use, held by torch's allocator, most in use."""
+        found = {"resident_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()}
+        if self._cuda:
+            counts = self._cuda.memory_stats()
+            keys = {"allocated": "allocated_bytes.all.current", "reserved": "reserved_bytes.all.current"}
+            keys["peak"] = "allocated_bytes.all.peak"
+            found |= {f"device_{name}_bytes": counts.get(key, 0) for name, key in keys.items()}
+        return found
 
     def samples(self, rank: str) -> Samples:
         busy = sum(self._phases.get(phase, 0.0) for phase in ("forward", "backward", "optimizer"))

@@ -348,6 +348,7 @@ def test_a_step_line_holds_the_whole_record(tmp_path: Path) -> None:
     assert abs(line.pop("time") - time.time()) < 60
     assert line.pop("lap") == STEPS[0].step_seconds
     assert line.pop("spent") == {}
+    assert 1e7 < line.pop("memory")["resident_bytes"] < 1e11
     line["flops"], line["parts"] = Flops(**line["flops"]), tuple(LossGroup(**part) for part in line["parts"])
     assert StepRecord(**line) == STEPS[0]
 
