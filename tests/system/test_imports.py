@@ -29,10 +29,17 @@ ALLOWED = {
     "bigmodel.data.objectives.noise_table": (),
     "bigmodel.training.optimizers.table": (),
     "bigmodel.sizes": (),
+    "bigmodel.pictures": (),
     "bigmodel.rank_log": (),
     "bigmodel.system_errors": (),
     "bigmodel.run_directory": ("bigmodel.config", "bigmodel.sizes", "bigmodel.system_errors"),
-    "bigmodel.data": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.sizes", "bigmodel.data"),
+    "bigmodel.data": (
+        "bigmodel.config",
+        "bigmodel.pictures",
+        "bigmodel.run_directory",
+        "bigmodel.sizes",
+        "bigmodel.data",
+    ),
     "bigmodel.data.objectives": ("bigmodel.config", "bigmodel.data.randomness", "bigmodel.data.objectives"),
     "bigmodel.data.store": (
         "bigmodel.config",
@@ -50,6 +57,7 @@ ALLOWED = {
     ),
     "bigmodel.data.prepare": (
         "bigmodel.config",
+        "bigmodel.pictures",
         "bigmodel.run_directory",
         "bigmodel.sizes",
         "bigmodel.data.store",
@@ -325,6 +333,7 @@ def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
         "import sys, bigmodel.launcher.__main__, bigmodel.config.settings, bigmodel.run_directory\n"
         "import bigmodel.metrics.recorder, bigmodel.inspect.report, bigmodel.metrics.exporter\n"
         "import bigmodel.metrics.flops, bigmodel.planning.activation_memory\n"
+        "import bigmodel.inspect.page.serve\n"
         "print(sorted({'torch', 'deepspeed', 'streaming', 'triton', 'transformers'} & set(sys.modules)))"
     )
     answer = subprocess.run(

@@ -69,7 +69,7 @@ def killed_and_resumed(steps: int = 12) -> Run:
 
 def data_of(path: Path) -> dict[str, Any]:
     """The page's data, as the browser reads them."""
-    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    text = re.search(r'<script type="application/json" id="content">(.*?)</script>', path.read_text(), re.DOTALL)
     assert text
     return json.loads(text[1])
 

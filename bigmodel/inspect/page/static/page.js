@@ -11,6 +11,7 @@
     step: [[1e4, "k", 1e3], [0, "", 1]],
     "": [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k", 1e3], [1e-3, "", 1]],
   };
+  const EMPTY = "\u00a0";  // keeps the height of its line
   const THEMES = ["automatic", "light", "dark"];
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const hidden = new Map();          // plot and label -> whether the line is hidden: stays when new data come
@@ -50,7 +51,7 @@
     if (value == null || !Number.isFinite(value)) return "–";
     const size = Math.abs(value);
     if (scale === "" && size > 0 && (size < 1e-3 || size >= 1e15)) return value.toExponential(3);
-    if (scale === "" && size < 1e6) return String(Number(value.toPrecision(size >= 1e4 ? 6 : 5)));
+    if (scale === "" && size < 1e6) return String(Number(value.toPrecision(size >= 1e4 ? 6 : size >= 0.1 ? 5 : 4)));
     const { divisor, unit } = size ? scaleOf(size, scale) : { divisor: 1, unit: "" };
     return `${Number((value / divisor).toPrecision(4))}${unit === "%" ? unit : unit && ` ${unit}`}`;
   }
@@ -103,7 +104,7 @@
   // ---- plots ----------------------------------------------------------------------------------------------------------
 
   function frame(block, ...more) {
-    const place = make("span", { className: "place" });
+    const place = make("span", { className: "place", textContent: EMPTY });
     const head = make("div", { className: "head" }, make("h3", { textContent: block.title, id: `h-${slug(block.name)}` }));
     if (block.unit) head.append(make("span", { className: "unit", textContent: block.unit }));
     head.append(place);
@@ -280,7 +281,7 @@
 
     function readOut(u) {
       const at = u.cursor.left >= 0 && u.cursor.idx != null;
-      place.textContent = at ? block.x === "time" ? `after ${words(u.data[0][u.cursor.idx], "seconds")}` : `step ${u.data[0][u.cursor.idx]}` : "";
+      place.textContent = at ? block.x === "time" ? `after ${words(u.data[0][u.cursor.idx], "seconds")}` : `step ${u.data[0][u.cursor.idx]}` : EMPTY;
       block.lines.forEach((line, number) => {
         const from = at ? nearest(u, number + 1, u.cursor.idx) : line.ys.length - 1;
         const value = block.kind === "stack" || !at ? line.ys[from] : u.data[number + 1][from];
@@ -374,7 +375,7 @@
     function readOut(u) {
       const x = u.posToVal(u.cursor.left, "x"), row = Math.floor((u.posToVal(u.cursor.top, "y") + 0.5) / block.height);
       const column = edges.findIndex((edge, n) => n + 1 < edges.length && x >= edge && x < edges[n + 1]);
-      if (u.cursor.left < 0 || column < 0 || row < 0 || row >= rows) { place.textContent = ""; return; }
+      if (u.cursor.left < 0 || column < 0 || row < 0 || row >= rows) { place.textContent = EMPTY; return; }
       const first = row * block.height, last = Math.min(block.rows, first + block.height) - 1;
       const ranks = first === last ? `rank ${first}` : `ranks ${first} to ${last}`;
       const steps = `steps ${Math.ceil(edges[column])} to ${Math.floor(edges[column + 1])}`;
@@ -477,8 +478,8 @@
     const made = data.sections.map((section) => {
       const own = section.blocks.map(cardOf);
       cards.push(...own);
-      const id = slug(section.title), title = make("h2", { id: `h-${id}`, textContent: section.title });
-      return make("section", { id, "aria-labelledby": `h-${id}` }, title, make("div", { className: "cards" }, ...own.map((card) => card.body)));
+      const id = slug(section.title), title = make("h2", { id: `title-of-${id}`, textContent: section.title });
+      return make("section", { id, "aria-labelledby": `title-of-${id}` }, title, make("div", { className: "cards" }, ...own.map((card) => card.body)));
     });
     byId("main").replaceChildren(...made);
     byId("sections").replaceChildren(...data.sections.map((section) => make("a", { href: `#${slug(section.title)}`, textContent: section.title })));
@@ -511,7 +512,7 @@
     for (const card of cards) card.build();
   }
 
-  data = JSON.parse(byId("data").textContent);
+  data = JSON.parse(byId("content").textContent);
   try { theme = THEMES.find((one) => one === localStorage.getItem("bigmodel-theme")) || theme; } catch { /* no storage */ }
   byId("theme").addEventListener("click", () => {
     theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
