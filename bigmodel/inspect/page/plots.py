@@ -248,7 +248,7 @@ def _lag(run: RunHistory, of: str) -> HeatMap:
     note = "longest work of a step's slowest rank above the middle rank; other ranks of the step are not recorded"
     title = f"Lag by rank{of}"
     rank = run.column("slowest_rank")
-    rows = int(max(world, np.nanmax(rank) + 1)) if np.isfinite(rank).any() else world
+    rows = max(world, 1 + int(np.nanmax(rank))) if np.isfinite(rank).any() else world
     return HeatMap(f"lag{of}", title, "seconds", rows, step, rank, lag, note=note, marks=restarts(run))
 
 
