@@ -1,7 +1,7 @@
 """The common look of all pictures: one colour per meaning, in the PNGs and on the page of `bigmodel report --html`.
 
-Colours are those of Okabe and Ito (2008), and of Paul Tol's "muted" and "bright" schemes where a picture needs more:
-readers who do not see red or green can tell those of one picture apart. Imports nothing of the project; matplotlib
+Colours are those of Okabe and Ito (2008); where a picture needs more, those farthest from the others, as seen by all
+readers and by those who do not see red or green (tests/test_pictures.py has the distances). Imports nothing of the project; matplotlib
 only to draw.
 """
 
@@ -27,25 +27,25 @@ CAUSES = {  # of a second of the run; those of a step have the colours of its ph
     "data": PHASES["data"],
     "compile": PHASES["compile"],
     "start": "#f0e442",
-    "checkpoint": "#44aa99",
-    "evaluation": "#88ccee",
-    "replay": "#aa4499",
-    "hang": "#882255",
-    "skipped": "#999933",
-    "stopped": "#ddcc77",
-    "down": "#3d3d3d",
-    "finish": "#bbbbbb",
+    "checkpoint": "#b176ff",
+    "evaluation": "#d8c4ff",
+    "replay": "#b1274e",
+    "hang": "#841a00",
+    "skipped": "#d8b176",
+    "stopped": "#ebd8c4",
+    "down": "#3b2789",
+    "finish": "#c49deb",
 }
 MEMORY = {  # of a device
     "weights": "#0072b2",
-    "teacher": "#999933",
+    "teacher": "#841a00",
     "gathered weights": "#56b4e9",
     "gradients": "#d55e00",
     "reduce buckets": "#e69f00",
-    "masters": "#117733",
-    "moments": "#44aa99",
-    "average of weights": "#ddcc77",
-    "activations": "#aa4499",
+    "masters": "#009e73",
+    "moments": "#89ffeb",
+    "average of weights": "#ffeb00",
+    "activations": "#cc79a7",
 }
 CURVES = {  # of a run
     "training": BLUE,
@@ -55,17 +55,14 @@ CURVES = {  # of a run
     "all": "#5c6470",
 }
 # Sources, layers, runs and other names that no table knows: in this order, then again with another dash.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#761400", "#143b76")
 DARK = {  # on a dark ground, instead
     "#5c6470": "#b9c0cc",
-    "#0072b2": "#3d9be0",
     "#a9cfe6": "#2f5a78",
+    "#0072b2": "#3d9be0",
     "#56b4e9": "#9fd4f5",
-    "#882255": "#d1558f",
-    "#aa4499": "#cf74c0",
-    "#4b6a9b": "#6f8fc4",
-    "#3d3d3d": "#7d8696",
-    "#117733": "#3aa85f",
+    "#761400": "#763bff",
+    "#143b76": "#d8ff89",
 }
 HEAT = ("#fff3c4", "#f5b94f", "#d55e00", "#7a1f3d")  # from nothing to the most, by lightness
 

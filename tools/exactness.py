@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from bigmodel.checks.scratch import scratch_folder
 from bigmodel.config.deepspeed_json import VERSION
 from bigmodel.config.settings import UserError
+from bigmodel.sizes import counted_noun
 from tools.exactness_state import Row, State, read_rows, read_sources, write_rows
 from tools.measure import ROOT, hardware
 
@@ -119,7 +120,7 @@ def support_table(rows: list[Row], about: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
         _row("all", rows),
         *(
-            _row(f"on {size} rank(s)", [row for row in rows if row["world_size"] == size])
+            _row(f"on {counted_noun(size, 'rank')}", [row for row in rows if row["world_size"] == size])
             for size in sorted({row["world_size"] for row in rows})
         ),
     ]
@@ -168,7 +169,8 @@ def publish_state(state: State, partial: bool = False, uncommitted: bool = False
     if not state.rows:
         reasons.append(f"{state.path} has no results; run make exactness first")
     elif missing and not partial:
-        words = ", ".join(f"{few:,} of {all_:,} cases on {size} rank(s)" for size, (few, all_) in missing.items())
+        counts = {counted_noun(size, "rank"): pair for size, pair in missing.items()}
+        words = ", ".join(f"{few:,} of {all_:,} cases on {ranks}" for ranks, (few, all_) in counts.items())
         reasons.append(f"{words} are missing; make exactness runs them, --partial publishes without them")
     if state.sources.changes and not uncommitted:
         reasons.append(

@@ -7,12 +7,18 @@ Data and results of each step are compared to the last bit; seconds are not comp
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigmodel.config.settings import UserError
-from bigmodel.inspect.report import BLUE, GREY, INK, ORANGE, read_curve, smooth, terminal_curve
+from bigmodel.inspect.braille import smooth
+from bigmodel.inspect.report import read_curve, terminal_curve
+from bigmodel.pictures import BLUE, GREY, INK, ORANGE, figure, quiet, title
 from bigmodel.run_directory import Change, changes, read_json, read_json_lines
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FEW = 200  # points that are drawn large
 COMPARED = ("positions", "targets", "documents", "padding", "learning_rate", "loss", "gradient_norm", "skipped")
 
 
@@ -64,35 +70,42 @@ def setting_differences(one: Path, two: Path) -> list[Change]:
 
 def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None:
     """Both smoothed losses above, their difference below, a vertical line at the first difference."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     curves = [read_curve(run) for run in (one, two)]
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    drawn = figure()
+    above, below = drawn.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     looks = [{"color": BLUE, "linewidth": 2.6}, {"color": ORANGE, "linewidth": 1.2}]
     for run, curve, look in zip((one, two), curves, looks, strict=True):
         above.plot(curve.steps, smooth(curve.losses), label=str(run), **look)
-    losses = [dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves]
-    shared = sorted(losses[0].keys() & losses[1].keys())
-    apart = [abs(losses[0][step] - losses[1][step]) for step in shared]
-    below.plot(shared, apart, color=INK, linewidth=1.0)
-    if any(value > 0 for value in apart):
-        below.set_yscale("log", nonpositive="mask")
+    shared = _draw_apart(below, *(dict(zip(curve.steps, curve.losses, strict=True)) for curve in curves))
     for axes in (above, below) if difference else ():
         axes.axvline(difference.step if difference else 0, color=GREY, linewidth=1.0, linestyle=(0, (5, 3)))
-    above.set_title(_title(difference, len(shared)), loc="left", fontsize=12, color=INK, fontweight="bold")
+    title(above, _title(difference, shared), 12)
     above.set_ylabel("loss, smoothed (nats per token)", color=INK)
     below.set_ylabel("difference, each step", color=INK)
     below.set_xlabel("optimizer step", color=INK)
     for axes in (above, below):
-        axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        quiet(axes)
     for text in above.legend(frameon=False, fontsize=9).get_texts():
         text.set_parse_math(False)
-    figure.savefig(png)
+    drawn.savefig(png)
+
+
+def _draw_apart(axes: "Axes", one: dict[int, float], two: dict[int, float]) -> int:
+    """A point per step whose losses differ, on a log axis, which has no 0; the number of steps in both runs.
+
+    Points, because a step that differs between equal ones has no line to a neighbour."""
+    shared = sorted(one.keys() & two.keys())
+    apart = {step: abs(one[step] - two[step]) for step in shared}
+    seen = [step for step, value in apart.items() if value > 0 and math.isfinite(value)]
+    axes.set_xlim(shared[0] - 0.5, shared[-1] + 0.5)
+    if not seen:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no loss differs", transform=axes.transAxes, ha="center", va="center", color=GREY)
+        return len(shared)
+    axes.set_yscale("log")
+    size = 3 if len(seen) < FEW else 1
+    axes.plot(seen, [apart[step] for step in seen], color=INK, marker="o", markersize=size, linestyle="")
+    return len(shared)
 
 
 def _title(difference: Difference | None, shared: int) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from bigmodel.data.load.batch import Batch, SourceSide, documents_of, real_documents
 from bigmodel.model.attention_masks import MaskMatrix
+from bigmodel.pictures import SERIES
 
 MOST_CELLS = 1500  # along one side of the picture
 TEXT_COLUMNS = 60
@@ -21,6 +22,7 @@ SHADES = " ░▒▓█"  # share of visible keys: none, up to a third, up to tw
 
 def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs: int = 1) -> None:
     """Write a picture with a panel per mask; a coloured strip above each panel shows the documents of the keys."""
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2 * len(masks) + 0.8, 7.4), layout="constrained")
@@ -28,7 +30,8 @@ def draw_masks(batch: Batch, masks: Sequence[MaskMatrix], path: Path, num_packs:
     for mask, strip, square in zip(masks, axes[0], axes[1], strict=True):
         shown_QK = shown_documents(batch, mask)
         extent = (-0.5, len(mask.place_K) - 0.5)
-        look: dict[str, Any] = {"cmap": "tab10", "vmin": 0, "vmax": 9, "interpolation": "nearest", "aspect": "auto"}
+        look: dict[str, Any] = {"cmap": ListedColormap(SERIES), "vmin": 0, "vmax": len(SERIES) - 1, "aspect": "auto"}
+        look["interpolation"] = "nearest"
         strip.imshow(_colours_of_keys(batch, mask)[None, :], **look, extent=(*extent, 0, 1))
         strip.set(yticks=[], title=mask.name)
         square.imshow(shown_QK, **look, extent=(*extent, len(mask.lo_Q) - 0.5, -0.5))
@@ -73,10 +76,10 @@ def _sampled(count: int) -> torch.Tensor:
 
 
 def _colours_of_keys(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
-    """(K,) number of each key's document, modulo 10; masked at padding. A document has one colour on both sides."""
+    """(K,) number of each key's document, modulo the number of colours; masked at padding. A document has one colour on both sides."""
     is_real = np.array(real_documents(batch))
     documents_K = np.concatenate([documents_of(_side(batch, name)) for name in mask.key_sides])
-    return np.ma.masked_where(~is_real[documents_K], (documents_K % 10).astype(np.int8))
+    return np.ma.masked_where(~is_real[documents_K], (documents_K % len(SERIES)).astype(np.int8))
 
 
 def _lines(square: Any, batch: Batch, mask: MaskMatrix, num_packs: int) -> None:

@@ -35,6 +35,7 @@ from bigmodel.model.lora import add_adapters
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
+from bigmodel.pictures import INK, MEMORY, figure, quiet
 from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.state_memory import WIDE, Plan, is_offloaded, state_plan
 from bigmodel.sizes import amount, counted_noun
@@ -44,17 +45,6 @@ from bigmodel.training.zero.wrapping import wrap_blocks
 
 GIB = 2**30
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTS = {
-    "weights": "#1f5fbf",
-    "teacher": "#8c6d46",
-    "gathered weights": "#6d9be0",
-    "gradients": "#e0701a",
-    "reduce buckets": "#f0b384",
-    "masters": "#2f9e77",
-    "moments": "#86c9ae",
-    "average of weights": "#c3d94e",
-    "activations": "#8a5fc0",
-}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -188,12 +178,8 @@ def show_memory(
     table = Table(
         f"{name} on each rank",
         *(Column(f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", justify="right") for stage in by_stage),
-        title=f"{parameters:,} parameters{of_them}, vocabulary {vocabulary:,}, {settings.training.precision}, "
-        f"{settings.optimizer.kind}, {counted_noun(ranks, 'rank')}, "
-        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} tokens",
-        title_justify="left",
     )
-    for part in PARTS:
+    for part in MEMORY:
         amounts = [plan.device.get(part, 0) for plan in by_stage.values()]
         if any(amounts):
             table.add_row(part, *(amount(number / unit) if number else "-" for number in amounts))
@@ -205,6 +191,12 @@ def show_memory(
     if any(plan.host for plan in by_stage.values()):
         table.add_row("off the device", *(amount(sum(p.host.values()) / unit) for p in by_stage.values()))
     console = Console(highlight=False, markup=False, emoji=False)
+    console.print(  # no title of the table: it would break at the table's width
+        f"{parameters:,} parameters{of_them}, vocabulary {vocabulary:,}, {settings.training.precision}, "
+        f"{settings.optimizer.kind},\n{counted_noun(ranks, 'rank')}, "
+        f"micro-batches of {packs_per_micro_batch(effective)} x {settings.data.sequence_length:,} tokens",
+        soft_wrap=True,
+    )
     console.print(table)
     console.print("Not counted: the CUDA context, buffers of NCCL, fragmentation of the allocator.")
     if png:
@@ -222,33 +214,29 @@ def draw_memory(
     by_stage: dict[int, Plan], chosen: int, device_bytes: int, png: Path, unit: int = GIB, name: str = "GiB"
 ) -> None:
     """A bar per stage, stacked by part; offloaded parts as a hatched bar below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    drawn = figure(9, 4.2)
+    axes = drawn.subplots()
     bars = [
         (f"ZeRO {stage}{' (yours)' if stage == chosen else ''}", plan.device, "") for stage, plan in by_stage.items()
     ]
     bars += [(f"ZeRO {stage}, off the device", plan.host, "//") for stage, plan in by_stage.items() if plan.host]
     for place, (_, parts, hatch) in enumerate(bars):
         left = 0.0
-        for part, colour in PARTS.items():
+        for part, colour in MEMORY.items():
             width = parts.get(part, 0) / unit
             axes.barh(place, width, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
             left += width
         axes.annotate(f" {amount(left)}", (left, place), va="center", fontsize=9)
-    used = [part for part in PARTS if any(parts.get(part) for _, parts, _ in bars)]
+    used = [part for part in MEMORY if any(parts.get(part) for _, parts, _ in bars)]
     for part in used:
-        axes.barh(0, 0, color=PARTS[part], label=part)
+        axes.barh(0, 0, color=MEMORY[part], label=part)
     if device_bytes:
-        axes.axvline(device_bytes / unit, color="#c8373f", linewidth=1.5, linestyle=(0, (5, 3)))
-        axes.annotate("device", (device_bytes / unit, -0.6), color="#c8373f", fontsize=9, ha="center")
+        axes.axvline(device_bytes / unit, color=INK, linewidth=1.5, linestyle=(0, (5, 3)))
+        axes.annotate("device", (device_bytes / unit, -0.6), color=INK, fontsize=9, ha="center")
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel(f"{name} on each rank")
     axes.margins(x=0.08)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
-    figure.savefig(png)
+    quiet(axes, "x")
+    drawn.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
+    drawn.savefig(png)

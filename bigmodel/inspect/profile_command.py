@@ -25,8 +25,9 @@ def profile(run_directory: Path, kind: str, ranks: str, steps: int, seconds: flo
         print(path)
     silent = [rank for rank in chosen if rank not in found]
     if silent:
+        noun = "rank" if len(silent) == 1 else "ranks"
         raise UserError(
-            f"rank(s) {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that finishes no "
+            f"{noun} {', '.join(map(str, silent))} gave no {kind} within {seconds:.0f} s; a rank that finishes no "
             "step gives stacks only: bigmodel profile RUN_DIR stacks --ranks all"
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigmodel.inspect.report import BLUE, FAINT, GREY, INK, ORANGE
+from bigmodel.pictures import BLUE, INK, ORANGE, figure, quiet, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,20 +18,16 @@ AROUND, LONGEST = 150, 84  # steps on each side; characters of a document's name
 
 def draw(lines: Mapping[int, dict[str, Any]], step: int, documents: Sequence[tuple[float, str]], path: Path) -> Path:
     """lines: of metrics.jsonl by step. documents: gradient norm and name, the largest first."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, width_ratios=[1, 1.25])
-    of_norm = figure.add_subplot(grid[0, 0])
-    of_loss = figure.add_subplot(grid[1, 0], sharex=of_norm)
+    drawn = figure(11, 5.6)
+    grid = drawn.add_gridspec(2, 2, width_ratios=[1, 1.25])
+    of_norm = drawn.add_subplot(grid[0, 0])
+    of_loss = drawn.add_subplot(grid[1, 0], sharex=of_norm)
     near = {number: line for number, line in sorted(lines.items()) if abs(number - step) <= AROUND}
     _draw_steps(of_norm, near, step, "gradient_norm", "gradient norm")
     _draw_steps(of_loss, near, step, "loss", "loss, nats per token")
     of_loss.set_xlabel("step", color=INK)
-    _draw_documents(figure.add_subplot(grid[:, 1]), step, documents)
-    figure.savefig(path)
+    _draw_documents(drawn.add_subplot(grid[:, 1]), step, documents)
+    drawn.savefig(path)
     return path
 
 
@@ -40,7 +36,7 @@ def _draw_steps(axes: "Axes", near: Mapping[int, dict[str, Any]], step: int, key
     axes.plot(*zip(*known, strict=True) if known else ((), ()), color=BLUE, linewidth=0.9)
     axes.axvline(step, color=ORANGE, linewidth=3, alpha=0.35)
     axes.set_ylabel(label, color=INK)
-    axes.grid(color=FAINT, linewidth=0.5, alpha=0.6)
+    quiet(axes, "both")
 
 
 def _draw_documents(axes: "Axes", step: int, documents: Sequence[tuple[float, str]]) -> None:
@@ -52,5 +48,5 @@ def _draw_documents(axes: "Axes", step: int, documents: Sequence[tuple[float, st
         axes.text(0, place - 0.3, words, fontsize=7, color=INK, parse_math=False, va="bottom")
     axes.set_ylim(max(4, len(documents)) - 0.5, -0.8)
     axes.set_yticks([])
-    axes.set_title(f"step {step}: gradient norm by document", loc="left", fontsize=11, color=INK, fontweight="bold")
-    axes.grid(axis="x", color=GREY, linewidth=0.4, alpha=0.4)
+    title(axes, f"step {step}: gradient norm by document", 11)
+    quiet(axes, "x")

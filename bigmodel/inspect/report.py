@@ -19,6 +19,7 @@ import numpy as np
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.braille import braille, smooth
 from bigmodel.inspect.step_time import draw_times, step_time
+from bigmodel.pictures import BLUE, CURVES, GREY, INK, figure, quiet, title
 from bigmodel.run_directory import AGAIN, read_json, read_json_lines
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint.folder import steps as checkpoint_steps
@@ -26,7 +27,6 @@ from bigmodel.training.checkpoint.folder import steps as checkpoint_steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FAINT, BLUE, ORANGE, GREY, INK = "#b9cdea", "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 SHOWN = 5  # last rewinds and bad devices in the table
 
 
@@ -77,27 +77,16 @@ def read_curve(run_directory: Path) -> Curve:
 
 def loss_curve(run_directory: Path) -> Path:
     """Draw RUN_DIR/loss.png: training loss raw and smoothed, validation loss, baselines; learning rate below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     run_directory = Path(run_directory)
     curve = read_curve(run_directory)
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
+    drawn = figure()
+    loss_axes, rate_axes = drawn.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     _draw_loss(loss_axes, curve)
     _draw_rate(rate_axes, curve)
-    loss_axes.set_title(
-        f"{run_directory.name}: loss over {_thousands(curve.steps[-1])} steps",
-        loc="left",
-        fontsize=13,
-        color=INK,
-        fontweight="bold",
-        parse_math=False,
-    )
+    title(loss_axes, f"{run_directory.name}: loss over {_thousands(curve.steps[-1])} steps")
     path = run_directory / "loss.png"
     part = path.with_name(".loss.part.png")
-    figure.savefig(part)
+    drawn.savefig(part)
     part.replace(path)
     return path
 
@@ -114,14 +103,27 @@ def terminal_curve(run_directory: Path, width: int | None = None, height: int = 
         return "no finite loss to draw"
     steps, losses = zip(*known, *(_smoothed(beside) if beside else []), strict=True)
     first, last, low, high = min(steps), max(steps), min(losses), max(losses)
-    gutter = max(len(f"{low:.2f}"), len(f"{high:.2f}")) + 1
+    bottom, top = ends_of_axis(low, high)
+    gutter = max(len(bottom), len(top)) + 1
     columns = max(8, width - gutter - 2)
     rows = braille(known, (first, last), (low, high), columns, height)
-    scale = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
+    scale = {0: top, height - 1: bottom}
     body = [f"{scale.get(number, ''):>{gutter}} ┤{row}" for number, row in enumerate(rows)]
     axis = " " * (gutter + 1) + "└" + "─" * columns
     legend = " " * (gutter + 2) + str(first) + f"step {last}".rjust(columns - len(str(first)))
     return "\n".join(["training loss, nats per token (smoothed)", *body, axis, legend])
+
+
+def ends_of_axis(low: float, high: float) -> tuple[str, str]:
+    """Both numbers with two decimals, or as many as tell them apart.
+
+    >>> ends_of_axis(2.0, 8.125), ends_of_axis(8.3312, 8.3318), ends_of_axis(2.0, 2.0)
+    (('2.00', '8.12'), ('8.3312', '8.3318'), ('2.00', '2.00'))
+    """
+    decimals = 2
+    while low != high and f"{low:.{decimals}f}" == f"{high:.{decimals}f}":
+        decimals += 1
+    return f"{low:.{decimals}f}", f"{high:.{decimals}f}"
 
 
 def table(run_directory: Path) -> str:
@@ -201,13 +203,13 @@ def _marks(summary_file: Path) -> dict[str, float]:
 
 
 def _draw_loss(axes: "Axes", curve: Curve) -> None:
-    axes.plot(curve.steps, curve.losses, color=FAINT, linewidth=0.9, label="training, each step")
-    axes.plot(curve.steps, smooth(curve.losses), color=BLUE, linewidth=1.8, label="training, smoothed")
+    axes.plot(curve.steps, curve.losses, color=CURVES["each step"], linewidth=0.9, label="training, each step")
+    axes.plot(curve.steps, smooth(curve.losses), color=CURVES["training"], linewidth=1.8, label="training, smoothed")
     if curve.evaluated_steps:
         axes.plot(
             curve.evaluated_steps,
             curve.validation_losses,
-            color=ORANGE,
+            color=CURVES["validation"],
             linewidth=1.2,
             marker="o",
             markersize=4.5,
@@ -223,9 +225,7 @@ def _draw_loss(axes: "Axes", curve: Curve) -> None:
         bits.spines["right"].set_visible(False)
         bits.tick_params(labelsize=9, colors=INK)
         _draw_marks(axes, curve.marks, curve.bits_per_nat)
-    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    _quiet(axes)
+    quiet(axes)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
 
 
@@ -258,13 +258,7 @@ def _draw_rate(axes: "Axes", curve: Curve) -> None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     axes.yaxis.get_offset_text().set_fontsize(8)
     axes.locator_params(axis="y", nbins=2)
-    _quiet(axes)
-
-
-def _quiet(axes: "Axes") -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=9, colors=INK)
+    quiet(axes, grid="")
 
 
 def _loss_range(curve: Curve) -> tuple[float, float]:

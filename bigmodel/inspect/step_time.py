@@ -16,28 +16,9 @@ from numpy.typing import NDArray
 
 from bigmodel.config.settings import UserError
 from bigmodel.metrics.run_accounting import RunAccounting
+from bigmodel.pictures import CAUSES, PHASES, figure, quiet, title
 from bigmodel.run_directory import read_json_lines
 
-COLOURS = {  # one per meaning, in both panels
-    "forward": "#1f5fbf",
-    "backward": "#6d9be0",
-    "optimizer": "#2f9e77",
-    "communication": "#e0701a",
-    "data": "#c8373f",
-    "compile": "#8a5fc0",
-    "rest": "#b6bac2",
-    "productive": "#3b4252",
-    "start": "#e3b505",
-    "checkpoint": "#8fd3c1",
-    "evaluation": "#17a2b8",
-    "replay": "#d16ba5",
-    "hang": "#6b1a1e",
-    "skipped": "#9c6b30",
-    "stopped": "#ead9bd",
-    "down": "#000000",
-    "finish": "#b5d334",
-}
-PHASES = ("forward", "backward", "optimizer", "communication", "data", "compile", "rest")
 RECENT = 100  # steps in the printed mean
 BINS = 200  # means in the picture
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -112,43 +93,38 @@ def _bar(share: float, room: int) -> str:
 
 def draw_times(run_directory: Path) -> Path:
     """Draw RUN_DIR/time.png: steps by phase above, the whole run by cause below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     run_directory = Path(run_directory)
     times = read_times(run_directory)
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, height_ratios=[5, 1])
+    drawn = figure()
+    above, below = drawn.subplots(2, 1, height_ratios=[5, 1])
     bins = np.array_split(np.arange(len(times.steps)), min(BINS, len(times.steps)))
     ends = [times.steps[0] - 1, *(times.steps[bin_[-1]] for bin_ in bins)]
     floor = np.zeros(len(bins))
     for phase in PHASES:
         means = np.array([1000 * times.seconds[phase][bin_].mean() for bin_ in bins])
         if means.any():
-            above.stairs(floor + means, ends, baseline=floor, fill=True, color=COLOURS[phase], label=phase)
+            above.stairs(floor + means, ends, baseline=floor, fill=True, color=PHASES[phase], label=phase)
         floor = floor + means
     # The first step loads and compiles; it would flatten all others.
     above.set_ylim(0, 1.25 * max(float(np.quantile(floor, 0.98)), 1e-9))
     above.set_xlim(ends[0], ends[-1])
     above.set_ylabel("milliseconds per step, rank 0")
     above.set_xlabel("optimizer step")
-    title = f"{run_directory.name}: where a step's time goes"
-    above.set_title(title, loc="left", fontsize=13, fontweight="bold", parse_math=False)
+    title(above, f"{run_directory.name}: where a step's time goes")
     above.legend(frameon=False, ncols=len(PHASES), loc="upper right", fontsize=9)
     causes = {cause: seconds for cause, seconds in times.causes.items() if seconds > 0}
     left, total = 0.0, sum(causes.values())
     for cause, seconds in causes.items():
-        below.barh(0, seconds, left=left, color=COLOURS[cause], label=f"{cause} {seconds / total:.1%}")
+        below.barh(0, seconds, left=left, color=CAUSES[cause], label=f"{cause} {seconds / total:.1%}")
         left += seconds
     below.set_yticks([])
     below.set_xlim(0, left)
     below.set_xlabel("seconds of the run, all starts, by cause")
     below.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.75), fontsize=9)
     for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
+        quiet(axes, grid="")
     path = run_directory / "time.png"
     part = path.with_name(".time.part.png")
-    figure.savefig(part)
+    drawn.savefig(part)
     part.replace(path)
     return path

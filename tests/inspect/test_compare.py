@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from bigmodel.__main__ import app
@@ -33,6 +34,24 @@ def test_equal_runs_are_equal_though_one_is_longer_and_slower(tmp_path: Path, ca
     assert compare(one, two, tmp_path / "both.png") is None
     assert "equal to the last bit in all 2 steps" in capsys.readouterr().out
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def ink_below(png: Path) -> int:
+    """Dark pixels in the lower panel, without its left and bottom axes."""
+    pixels = imread(png)[..., :3].max(axis=-1)
+    return int((pixels[640:760, 150:] < 0.35).sum())
+
+
+def test_a_single_step_that_differs_is_seen_in_the_lower_panel(tmp_path: Path) -> None:
+    losses = [3.0 - number / 100 for number in range(50)]
+    other = [loss + 1e-6 * (number == 25) for number, loss in enumerate(losses)]
+    drawn = {}
+    for name, second in (("same", losses), ("other", other)):
+        one, two = run(tmp_path, f"{name}-1", losses), run(tmp_path, f"{name}-2", second)
+        compare(one, two, tmp_path / f"{name}.png")
+        drawn[name] = ink_below(tmp_path / f"{name}.png")
+    assert drawn["same"] == 0, "it says in grey that no loss differs"
+    assert drawn["other"] > 20
 
 
 def test_without_png_neither_compare_nor_show_writes_a_picture(

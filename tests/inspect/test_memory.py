@@ -13,7 +13,8 @@ from matplotlib.image import imread
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
 from bigmodel.config.settings import Settings, load_settings, positions_before
-from bigmodel.inspect.memory import GIB, PARTS, activation_bytes, model_without_memory, plans, show_memory, state_bytes
+from bigmodel.inspect.memory import GIB, activation_bytes, model_without_memory, plans, show_memory, state_bytes
+from bigmodel.pictures import MEMORY
 from tests.support.engine_worker import VOCABULARY, micro_batches_of, new_model, num_targets_of, settings_table
 from tests.support.ranks import run_ranks
 
@@ -140,7 +141,7 @@ def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: py
         assert words in printed, words
     assert "ZeRO 0" not in printed, "bf16 is not possible there"
     picture = (255 * imread(tmp_path / "memory.png")[..., :3]).astype(int)
-    for colour in PARTS["weights"], PARTS["moments"], PARTS["activations"]:
+    for colour in MEMORY["weights"], MEMORY["moments"], MEMORY["activations"]:
         wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
         assert (np.abs(picture - wanted).max(-1) < 3).sum() > 500
 

@@ -107,7 +107,7 @@ def test_any_run_can_be_drawn(tmp_path: Path, losses: list[float]) -> None:
 def test_the_picture_shows_the_curve_and_the_marks(tmp_path: Path) -> None:
     def colours(run: Path) -> dict[str, int]:
         pixels = (imread(loss_curve(run))[..., :3] * 255).round().astype(int).reshape(-1, 3)
-        wanted = {"blue": (0x1F, 0x5F, 0xBF), "orange": (0xE0, 0x70, 0x1A), "grey": (0x8A, 0x8F, 0x98)}
+        wanted = {"blue": (0x00, 0x72, 0xB2), "orange": (0xD5, 0x5E, 0x00), "grey": (0x8A, 0x8F, 0x98)}
         return {name: int((abs(pixels - colour).max(axis=1) <= 3).sum()) for name, colour in wanted.items()}
 
     losses = [3.0 + 5.0 / n for n in range(1, 200)]
@@ -129,6 +129,16 @@ def test_the_plot_in_the_terminal_falls_from_left_to_right(tmp_path: Path) -> No
     assert first == [0, 5]
     assert lines[1].split()[0] == "10.00"
     assert lines[-1].split() == ["1", "step", "100"]
+
+
+@pytest.mark.parametrize(("losses", "ends"), [([8.3312, 8.3318], ["8.3318", "8.3312"]), ([2.0, 2.0], ["2.00", "2.00"])])
+def test_the_ends_of_an_axis_read_alike_only_if_they_are(tmp_path: Path, losses: list[float], ends: list[str]) -> None:
+    lines = terminal_curve(write_run(tmp_path / "run", losses * 20), width=50, height=6).splitlines()
+    low, high = min(smooth(losses * 20)), max(smooth(losses * 20))
+    shown = [line.split()[0] for line in (lines[1], lines[6])]
+    assert [float(one) for one in shown] == pytest.approx([high, low], abs=1e-4)
+    assert (shown[0] == shown[1]) == (low == high)
+    assert len(shown[0]) == len(ends[0])
 
 
 def test_a_run_without_a_step_is_named(tmp_path: Path) -> None:

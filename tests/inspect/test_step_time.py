@@ -8,9 +8,12 @@ import pytest
 from matplotlib.image import imread
 
 from bigmodel.config.settings import UserError
-from bigmodel.inspect.step_time import COLOURS, PHASES, draw_times, read_times, step_time
-from bigmodel.metrics.run_accounting import CAUSES
+from bigmodel.inspect.step_time import draw_times, read_times, step_time
+from bigmodel.metrics.run_accounting import CAUSES as LOST
+from bigmodel.pictures import CAUSES, PHASES
 from tests.metrics.test_run_accounting import Run, step
+
+COLOURS = PHASES | CAUSES
 
 QUICK = {"forward": 0.3, "backward": 0.5, "communication": 0.1, "evaluation": 7.0}
 
@@ -71,7 +74,7 @@ def test_the_picture_has_every_phase_and_cause(tmp_path: Path) -> None:
 
 
 def test_one_colour_means_one_thing_in_both_panels(tmp_path: Path) -> None:
-    assert set(COLOURS) == {*PHASES, "productive", *CAUSES}
+    assert set(CAUSES) == {"productive", *LOST}
     assert len(set(COLOURS.values())) == len(COLOURS)
     picture = (255 * imread(draw_times(write_run(tmp_path / "run")[0]))[..., :3]).astype(int)
     half = len(picture) * 7 // 10

@@ -110,7 +110,7 @@ def test_a_quick_run_is_published_only_when_told_and_then_says_that_it_is_not_co
     assert not workshop.results.exists()
     code, printed = workshop.call("publish")
     assert code == 2
-    assert "1 of 2 cases on 1 rank(s), 1 of 2 cases on 2 rank(s)" in printed
+    assert "1 of 2 cases on 1 rank, 1 of 2 cases on 2 ranks" in printed
     assert not workshop.results.exists()
     assert not workshop.table.exists()
     assert workshop.call("publish", "--partial")[0] == 0

@@ -9,24 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
+from bigmodel.pictures import BLUE, INK, ORANGE, figure, quiet, title
 from bigmodel.run_directory import write_atomically
 
-BLUE, ORANGE, GREY, INK = "#1f5fbf", "#e0701a", "#8a8f98", "#22262e"
 BINS_PER_DOUBLING = 4
 
 
 def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length: int = 0) -> None:
     """Shares of documents and of tokens by length; below it their cumulative shares. `max_document_length`: a vertical
     line, if above 0."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
     all_lengths = np.concatenate(lengths)
     edges, shares = share_by_length(all_lengths)
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, sums = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    drawn = figure()
+    axes, sums = drawn.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for (what, share), color in zip(shares.items(), (BLUE, ORANGE), strict=True):
         axes.stairs(share, edges, fill=True, color=color, alpha=0.35, label=f"share of {what}")
         axes.stairs(share, edges, color=color, linewidth=1.4)
@@ -47,7 +44,7 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length:
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, 1.25 * max(share.max() for share in shares.values()))  # room for the legend
-    axes.set_title(f"Lengths of {len(all_lengths):,} documents", loc="left", fontsize=13, color=INK, fontweight="bold")
+    title(axes, f"Lengths of {len(all_lengths):,} documents")
     axes.legend(frameon=False, loc="upper left", labelcolor=INK)
     axes.set_ylabel("share in each bar", color=INK)
     sums.set_ylabel("cumulative share", color=INK)
@@ -55,13 +52,11 @@ def draw_lengths(lengths: Sequence[np.ndarray], path: Path, max_document_length:
     sums.set_xlabel("tokens of a document, begin and end included", color=INK)
     for panel in (axes, sums):
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(colors=INK, labelsize=9)
+        quiet(panel)
     sums.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     sums.xaxis.set_minor_locator(NullLocator())
     content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
+    drawn.savefig(content, format="png", metadata={"Software": None})
     write_atomically(path, content.getvalue())
 
 

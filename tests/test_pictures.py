@@ -1,0 +1,65 @@
+"""Colours of pictures can be told apart, also by readers who do not see red or green, on a light and on a dark ground."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from bigmodel.pictures import CAUSES, DARK, HEAT, MEMORY, PHASES, SERIES
+from tests.inspect.page.test_page import STATIC
+
+# Linear RGB as seen without red or green cones: Machado, Oliveira and Fernandes 2009, severity 1.
+SEEN = {
+    "all": np.eye(3),
+    "no red": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "no green": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+}  # fmt: skip
+NEAREST = 0.055  # distance in OKLab; 0.02 is the least that an eye sees side by side
+
+
+def linear(colour: str) -> np.ndarray:
+    encoded = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(rgb: np.ndarray) -> np.ndarray:
+    """Björn Ottosson's OKLab, from linear RGB."""
+    cones = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]) @ np.maximum(
+        rgb, 0
+    )
+    rows = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
+    return rows @ np.cbrt(cones)
+
+
+def contrast(one: str, two: str) -> float:
+    """Of WCAG 2."""
+    light = sorted(float(np.array([0.2126, 0.7152, 0.0722]) @ linear(colour)) for colour in (one, two))
+    return (light[1] + 0.05) / (light[0] + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("eyes", SEEN)
+def test_the_colours_of_one_picture_can_be_told_apart(eyes: str, dark: bool) -> None:
+    for name, colours in {
+        "phases": PHASES,
+        "causes": CAUSES,
+        "memory": MEMORY,
+        "series": dict(enumerate(SERIES)),
+    }.items():
+        shown = {what: DARK.get(colour, colour) if dark else colour for what, colour in colours.items()}
+        for (one, a), (two, b) in combinations(shown.items(), 2):
+            apart = np.linalg.norm(oklab(SEEN[eyes] @ linear(a)) - oklab(SEEN[eyes] @ linear(b)))
+            assert apart > NEAREST, (name, one, two, round(float(apart), 3))
+
+
+def test_lines_are_seen_on_both_grounds() -> None:
+    style = (STATIC / "page.css").read_text()
+    cards = [part.split(";")[0].strip() for part in style.split("--card:")[1:3]]
+    for ground, shade in zip(cards, ({}, DARK), strict=True):
+        for colour in SERIES:
+            assert contrast(shade.get(colour, colour), ground) > 2.0, (colour, ground)
+
+
+def test_the_heat_map_gets_darker_with_the_value() -> None:
+    light = [float(oklab(linear(colour))[0]) for colour in HEAT]
+    assert light == sorted(light, reverse=True)
