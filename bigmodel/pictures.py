@@ -1,8 +1,8 @@
 """The common look of all pictures: one colour per meaning, in the PNGs and on the page of `bigmodel report --html`.
 
 Colours are those of Okabe and Ito (2008); where a picture needs more, those farthest from the others, as seen by all
-readers and by those who do not see red or green (tests/test_pictures.py has the distances). Imports nothing of the project; matplotlib
-only to draw.
+readers and by those who do not see red or green (tests/test_pictures.py has the distances). Imports nothing of the
+project; matplotlib only to draw.
 """
 
 from typing import TYPE_CHECKING, Any

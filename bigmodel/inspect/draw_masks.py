@@ -76,7 +76,8 @@ def _sampled(count: int) -> torch.Tensor:
 
 
 def _colours_of_keys(batch: Batch, mask: MaskMatrix) -> np.ma.MaskedArray:
-    """(K,) number of each key's document, modulo the number of colours; masked at padding. A document has one colour on both sides."""
+    """(K,) number of each key's document, modulo the number of colours; masked at padding. A document has one colour on
+    both sides."""
     is_real = np.array(real_documents(batch))
     documents_K = np.concatenate([documents_of(_side(batch, name)) for name in mask.key_sides])
     return np.ma.masked_where(~is_real[documents_K], (documents_K % len(SERIES)).astype(np.int8))

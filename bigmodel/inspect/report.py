@@ -19,7 +19,7 @@ import numpy as np
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.braille import braille, smooth
 from bigmodel.inspect.step_time import draw_times, step_time
-from bigmodel.pictures import BLUE, CURVES, GREY, INK, figure, quiet, title
+from bigmodel.pictures import CURVES, GREY, INK, figure, quiet, title
 from bigmodel.run_directory import AGAIN, read_json, read_json_lines
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint.folder import steps as checkpoint_steps

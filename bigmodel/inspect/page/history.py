@@ -9,7 +9,7 @@ benchmarks/README.md. Imports no torch.
 import json
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class RunHistory:
 
     def _begin_again(self) -> None:
         self._columns: dict[str, array[float]] = {name: array("d") for name in NUMBERS}
+        self._numbers = [self._columns[name] for name in NUMBERS]
+        self._groups: dict[tuple[str, tuple[Any, ...]], list[array[float]]] = {}  # names in a line -> their columns
         self._ledger = RunAccounting()
         self._moments, self._seconds = array("d"), array("d")
         self.others: dict[str, list[dict[str, Any]]] = {}  # kind -> lines that are no steps
@@ -64,11 +66,10 @@ class RunHistory:
 
     def column(self, name: str) -> Floats:
         """(steps,) the numbers of this name, NaN where a line has none."""
-        values = self._columns.get(name, array("d"))
-        if len(values) < self.num_steps:
-            values.extend([math.nan] * (self.num_steps - len(values)))
-            self._columns[name] = values
-        return np.frombuffer(values.tobytes(), dtype=np.float64)
+        values = np.full(self.num_steps, np.nan)
+        known = self._columns.get(name, ())
+        values[: len(known)] = known
+        return values
 
     def names(self, prefix: str) -> list[str]:
         """The columns that begin so, in order of their first line."""
@@ -107,24 +108,32 @@ class RunHistory:
             self._seconds.extend(SECONDS_BY_CAUSE(self._ledger.seconds))
 
     def _add_step(self, line: dict[str, Any]) -> None:
-        for name in NUMBERS:
-            value = line.get(name)
-            self._columns[name].append(math.nan if value is None else value)
-        self.num_steps += 1
+        for column, value in zip(self._numbers, map(line.get, NUMBERS), strict=True):
+            column.append(math.nan if value is None else value)
         for group, prefix in GROUPS.items():
-            for name, value in (line.get(group) or {}).items():
-                self._put(f"{prefix}/{name}", value)
-        for part in line.get("parts") or ():
-            name = f"{part['objective']}/{part['source']}"
-            self._put(f"labels/{name}", part["targets"])
-            self._put(f"nats/{name}", part["nats"] / (part.get("weight") or part["targets"] or math.nan))
+            if table := line.get(group):
+                self._put(prefix, tuple(table), table.values())
+        if parts := line.get("parts"):
+            names = tuple([(part["objective"], part["source"]) for part in parts])
+            self._put("labels", names, [part["targets"] for part in parts])
+            self._put("nats", names, [_mean(part) for part in parts])
         for layers, norms in (line.get("norms") or {}).items():
-            for name, value in norms.items():
-                self._put(f"norm/{layers}/{name}", value)
+            self._put(f"norm/{layers}", tuple(norms), norms.values())
+        self.num_steps += 1
 
-    def _put(self, name: str, value: float) -> None:
-        values = self._columns.setdefault(name, array("d"))
-        missing = self.num_steps - 1 - len(values)
-        if missing > 0:
-            values.extend([math.nan] * missing)
-        values.append(math.nan if value is None else value)
+    def _put(self, prefix: str, names: tuple[Any, ...], values: Iterable[float | None]) -> None:
+        """The values of one line under these names, each a word or (objective, source)."""
+        columns = self._groups.get((prefix, names))
+        if columns is None:
+            words = ["/".join(name) if isinstance(name, tuple) else name for name in names]
+            columns = [self._columns.setdefault(f"{prefix}/{word}", array("d")) for word in words]
+            self._groups[prefix, names] = columns
+        for column, value in zip(columns, values, strict=True):
+            if len(column) < self.num_steps:
+                column.extend([math.nan] * (self.num_steps - len(column)))
+            column.append(math.nan if value is None else value)
+
+
+def _mean(part: Mapping[str, Any]) -> float:
+    """Nats per label."""
+    return float(part["nats"] / (part.get("weight") or part["targets"] or math.nan))
