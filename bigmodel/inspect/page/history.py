@@ -101,11 +101,16 @@ class RunHistory:
             self._ledger.add_step_seconds(line["step"], line["time"], lap, waited, compiled, line["skipped"], spent)
             self._add_step(line)
         else:
+            if line["kind"] == "start":  # what was before its process began: dropped steps, the time down
+                self._told(line["began"], line["carried"]["seconds"])
             self._ledger.add(line)
             self.others.setdefault(line["kind"], []).append(line)
         if line["kind"] != "begin":
-            self._moments.append(line["time"])
-            self._seconds.extend(SECONDS_BY_CAUSE(self._ledger.seconds))
+            self._told(line["time"], self._ledger.seconds)
+
+    def _told(self, moment: float, seconds: Mapping[str, float]) -> None:
+        self._moments.append(moment)
+        self._seconds.extend(SECONDS_BY_CAUSE(seconds))
 
     def _add_step(self, line: dict[str, Any]) -> None:
         for column, value in zip(self._numbers, map(line.get, NUMBERS), strict=True):
