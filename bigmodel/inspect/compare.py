@@ -103,8 +103,9 @@ def _draw_apart(axes: "Axes", one: dict[int, float], two: dict[int, float]) -> i
         axes.text(0.5, 0.5, "no loss differs", transform=axes.transAxes, ha="center", va="center", color=GREY)
         return len(shared)
     axes.set_yscale("log")
-    size = 3 if len(seen) < FEW else 1
-    axes.plot(seen, [apart[step] for step in seen], color=INK, marker="o", markersize=size, linestyle="")
+    heights = [apart[step] for step in seen]
+    axes.set_ylim(min(heights) / 3, 3 * max(heights))
+    axes.plot(seen, heights, color=INK, marker="o", markersize=4 if len(seen) < FEW else 1, linestyle="", zorder=3)
     return len(shared)
 
 
