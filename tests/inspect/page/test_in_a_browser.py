@@ -22,7 +22,10 @@ MIDDLE = """(() => { const box = document.querySelector('#h-loss').closest('figu
 LOSS = "document.querySelector('#h-loss').closest('figure')"
 READ_OUT = f"[...{LOSS}.querySelectorAll('.value')].map((one) => one.textContent)"
 INK = f"""(() => {{ const canvas = {LOSS}.querySelector('canvas');
-  const shades = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  const copy = new OffscreenCanvas(canvas.width, canvas.height);
+  const context = copy.getContext('2d', {{willReadFrequently: true}});
+  context.drawImage(canvas, 0, 0);
+  const shades = context.getImageData(0, 0, copy.width, copy.height).data;
   let blue = 0;
   for (let n = 0; n < shades.length; n += 4)
     blue += shades[n + 3] > 200 && Math.abs(shades[n]) < 8 && Math.abs(shades[n + 1] - 0x72) < 8;
