@@ -24,7 +24,8 @@ recompilation (other row strides do, and a window where there was none): forward
 graph and replayed with other cu_seqlens in the same tensor, and torch.compile sees two operators without graph breaks.
 Costs: 2 matrix products per visited tile forward and 7 backward (5 would need atomics; 9 with the gradient of a bias);
 memory for out and one fp32 per query row and head. Full tiles run without a mask. A bias costs one load from the
-first-level cache per pair, a cap about fifteen instructions; without them the cost is zero.
+first-level cache per pair, a cap about fifteen instructions; without them the cost is zero. The largest products
+(`attention_and_largest`) cost one fp32 per tile and head and, beside a bias or a cap, a maximum per pair.
 
 Example: documents of 3 and 5 tokens, causal, 8 heads on 2 key heads of 64 channels: q (8, 8, 64), k and v (8, 2, 64),
 causal(cu_seqlens = [0, 3, 8]) give out (8, 8, 64); row 3 begins the second document: its output is its own v.
@@ -89,6 +90,41 @@ def attention_reference(
         return cpu_attention_op(*rows, *offsets, mask.left, mask.right, scale)[0].to(dtype)
     bias_HR = None if bias_HR is None else bias_HR.to(q_THK.dtype)
     return _by_formula(q_THK, k_SGK, v_SGK, mask, scale, softcap, bias_HR, dropout).to(dtype)
+
+
+ROWS_AT_ONCE = 512  # of a document's queries in `largest_products`: bounds the products in memory
+
+
+@library.custom_op("bigmodel::largest_products", mutates_args=())
+def largest_products(
+    q_THK: Tensor, k_SGK: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    query_prefix: Tensor | None, key_prefix: Tensor | None, left: int | None, right: int | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """(H,) fp32: the largest scale * q . k over the visible pairs of each query head, -inf without any; on a CPU.
+
+    One document after the other, in fp32 at least: the same to the last bit in any micro-batch. Costs a third product.
+    """
+    mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, left, right, key_prefix, query_prefix)
+    num_heads, num_key_heads = q_THK.shape[1], k_SGK.shape[1]
+    wide = torch.promote_types(q_THK.dtype, torch.float32)
+    largest_GR = torch.full((num_key_heads, num_heads // num_key_heads), -torch.inf, dtype=wide)
+    query_edges, key_edges = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for number in range(mask.num_documents):
+        queries, keys = (slice(edges[number], edges[number + 1]) for edges in (query_edges, key_edges))
+        if queries.start == queries.stop or keys.start == keys.stop:
+            continue
+        sees_TS = _visible_in_document(mask, number, queries.stop - queries.start, keys.stop - keys.start)
+        k_GKS = k_SGK[keys].to(wide).permute(1, 2, 0)
+        q_GRTK = q_THK[queries].to(wide).unflatten(1, (num_key_heads, -1)).permute(1, 2, 0, 3)
+        for rows_GRTK, visible_TS in zip(q_GRTK.split(ROWS_AT_ONCE, 2), sees_TS.split(ROWS_AT_ONCE), strict=True):
+            product_GRTS = rows_GRTK @ k_GKS[:, None] * scale
+            largest_GR = torch.maximum(largest_GR, product_GRTS.masked_fill_(~visible_TS, -torch.inf).amax((2, 3)))
+    return largest_GR.flatten().float()
+
+
+@largest_products.register_fake
+def _(q_THK: Tensor, *_inputs: Any) -> Tensor:
+    return q_THK.new_empty(q_THK.shape[1], dtype=torch.float32)
 
 
 class _Alike(NamedTuple):
@@ -367,14 +403,15 @@ def raw_gradient(p_MC, dp_MC, delta_MC, score_MC, cap2, CAPPED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["left", "right", "num_rows", "first_head", "threshold"])
-def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, threshold, factor, tiles,
+def forward_kernel(q, k, v, out, lse, largest, bias, query_words, key_words, first_head, threshold, factor, tiles,
                    q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
                    v_stride: tl.constexpr, v_head_stride, left, right, scale2, cap2, num_heads, num_rows,
                    GROUP: tl.constexpr, REACH: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
                    CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
                    COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: a tile, or part of one, of queries of one head. Writes out, and lse = log2 of the sum of
-    exp2 of the scores, -inf for rows without keys."""
+    """One program: a tile, or part of one, of queries of one head. Writes out, lse = log2 of the sum of exp2 of the
+    scores, -inf for rows without keys, and largest[program], unless None: the largest scale * product of a visible
+    pair, in natural units."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_row, row_end, column_end, beside, lo, hi, begin, full_from, full_to, visited = load_tile(
         tiles, tl.program_id(0) // num_heads, left, right, ROWS, COLUMNS, PARTS
@@ -392,6 +429,9 @@ def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, 
     total_M = tl.zeros([ROWS], tl.float32)
     PLAIN: tl.constexpr = REACH < 0 and not CAPPED
     unit = scale2 if PLAIN else 1.0  # plain products are scaled inside the exponent, at no cost
+    TRACKS: tl.constexpr = largest is not None and not PLAIN  # plain scores are the scaled products: top has them
+    if TRACKS:
+        top_product_M = tl.full([ROWS], HIDDEN, tl.float32)
     ENDS: tl.constexpr = BOTH if WINDOWED else UPPER
     for part in tl.static_range(2):
         # Read again in each part: values that are needed here alone hold no registers in the other part's loop.
@@ -404,6 +444,11 @@ def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, 
             column = first + tl.arange(0, COLUMNS)
             k_CH = load_rows(k, first, column_end, k_stride, COLUMNS, CHANNELS, HEAD, INSIDE if part == FULL else LAST)
             score_MC = tl.dot(q_MH, tl.trans(k_CH), input_precision="ieee")
+            if TRACKS:
+                product_MC = score_MC
+                if part != FULL:
+                    product_MC = tl.where(sees_tile(lo, hi, first, COLUMNS, ENDS), product_MC, HIDDEN)
+                top_product_M = tl.maximum(top_product_M, tl.max(product_MC, 1))
             if not PLAIN:
                 distance_MC = column[None, :] - (beside + tl.arange(0, ROWS))[:, None]
                 score_MC = score_of(score_MC, distance_MC, head, bias, scale2, cap2, REACH, CAPPED)
@@ -429,6 +474,10 @@ def forward_kernel(q, k, v, out, lse, bias, query_words, key_words, first_head, 
     row = first_row + tl.arange(0, ROWS)
     lse_M = tl.where(sees_any_M, top_M + tl.log2(total_M), float("-inf"))
     tl.store(lse + head * num_rows + row, lse_M, mask=row < row_end)
+    if largest is not None:
+        product2_M = top_product_M * scale2 if TRACKS else top_M
+        product2_M = tl.where(sees_any_M & (row < row_end), product2_M, float("-inf"))
+        tl.store(largest + tl.program_id(0), tl.max(product2_M, 0) * 0.6931471805599453)  # ln 2
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -763,12 +812,13 @@ def _dropout_arguments(query_words_T: Tensor | None, key_words_S: Tensor | None,
     return *words, first_head, int(rate * 2**31), 1.0 / (1.0 - rate)
 
 
-@library.custom_op("bigmodel::attention", mutates_args=())
-def attention_op(
+def _run_forward(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
-    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
-    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float = 0.0, first_head: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float, first_head: int,
+    wants_largest: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Out, lse and, if wanted, the largest product of each program and head, -inf where a program has no pair."""
     num_rows, num_heads, _ = q_THK.shape
     q_THK, k_SGK, v_SGK = _with_dense_channels(q_THK, k_SGK, v_SGK)
     out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
@@ -777,12 +827,39 @@ def attention_op(
     constants["WINDOWED"] = left < UNBOUNDED
     drops = _dropout_arguments(query_words_T, key_words_S, rate, first_head)
     options = _options("forward", q_THK, block, _is_changed(bias_HR, softcap), query_words_T is not None)
-    forward_kernel[(query_tiles_NF.shape[0] * options["PARTS"] * num_heads,)](
-        q_THK, k_SGK, v_SGK, out_THK, lse_HT, bias2_HR, *drops, query_tiles_NF, *_strides(q_THK, k_SGK, v_SGK),
-        left, right, scale * LOG2_E, cap2, num_heads, num_rows,
+    num_parts = query_tiles_NF.shape[0] * options["PARTS"]
+    largest_PH = lse_HT.new_full((num_parts, num_heads), -torch.inf) if wants_largest else None
+    forward_kernel[(num_parts * num_heads,)](
+        q_THK, k_SGK, v_SGK, out_THK, lse_HT, largest_PH, bias2_HR, *drops, query_tiles_NF,
+        *_strides(q_THK, k_SGK, v_SGK), left, right, scale * LOG2_E, cap2, num_heads, num_rows,
         GROUP=num_heads // k_SGK.shape[1], **constants, **options,
     )  # fmt: skip
+    return out_THK, lse_HT, largest_PH
+
+
+@library.custom_op("bigmodel::attention", mutates_args=())
+def attention_op(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
+    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float = 0.0, first_head: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = q_THK, k_SGK, v_SGK, bias_HR, query_words_T, key_words_S, query_tiles_NF
+    out_THK, lse_HT, _ = _run_forward(*rows, left, right, scale, softcap, block, rate, first_head, False)
     return out_THK, lse_HT
+
+
+@library.custom_op("bigmodel::attention_and_largest", mutates_args=())
+def attention_and_largest_op(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
+    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float = 0.0, first_head: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `attention_op`, and the largest product of each head, (H,), without a gradient."""
+    rows = q_THK, k_SGK, v_SGK, bias_HR, query_words_T, key_words_S, query_tiles_NF
+    out_THK, lse_HT, largest_PH = _run_forward(*rows, left, right, scale, softcap, block, rate, first_head, True)
+    assert largest_PH is not None
+    # Without queries there is no program, and a maximum of nothing is an error.
+    return out_THK, lse_HT, F.pad(largest_PH, (0, 0, 0, 1), value=-torch.inf).amax(0)
 
 
 @library.custom_op("bigmodel::attention_backward", mutates_args=())
@@ -858,6 +935,12 @@ def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor]:
     return q_THK.new_empty(q_THK.shape), lse_HT
 
 
+@attention_and_largest_op.register_fake
+def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
+    return q_THK.new_empty(q_THK.shape), lse_HT, lse_HT.new_empty(lse_HT.shape[0])
+
+
 @_attention_backward.register_fake
 def _(
     _d_out_THK: Tensor, bias_is_wanted: bool, _out_THK: Tensor, lse_HT: Tensor,
@@ -867,14 +950,14 @@ def _(
     return (*(rows.new_empty(rows.shape) for rows in (q_THK, k_SGK, v_SGK)), d_bias_HR)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.save_for_backward(*output[:2], *inputs[:8])
     ctx.settings = inputs[8:]
 
 
-def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The second output, lse, never leaves this file, so it has no gradient."""
+def _differentiate(ctx: Any, d_out_THK: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the first output: lse never leaves this file, the largest products leave it detached."""
     if d_out_THK is None:
         return (None,) * 15
     bias_is_wanted = ctx.needs_input_grad[3]
@@ -883,6 +966,7 @@ def _differentiate(ctx: Any, d_out_THK: Tensor | None, _d_lse_HT: Tensor | None)
 
 
 attention_op.register_autograd(_differentiate, setup_context=_remember)
+attention_and_largest_op.register_autograd(_differentiate, setup_context=_remember)
 
 
 # Part 5: the public function.
@@ -910,6 +994,47 @@ def attention(
     256 channels a head. On CPU: the reference, any float type and head_dim. Raises ValueError for shapes that do not
     match. Method: FlashAttention-2 (Dao 2023).
     """
+    scores = scale, softcap, bias_HR, dropout
+    tile_metadata, scale = _checked(q_THK, k_SGK, v_SGK, mask, tile_metadata, *scores)
+    if tile_metadata.query_tiles_NF is None:
+        return attention_reference(q_THK, k_SGK, v_SGK, mask, scale, softcap, bias_HR, dropout)
+    arguments = _arguments_of_kernel(tile_metadata, scale, softcap, bias_HR, dropout)
+    return attention_op(q_THK, k_SGK, v_SGK, *arguments)[0]
+
+
+def attention_and_largest(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
+    mask: AttentionMask,
+    tile_metadata: TileMetadata | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias_HR: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the largest product scale * q . k over the visible pairs of each query head: (H,) fp32.
+
+    In natural units, before bias and cap, which weights of queries and keys do not bound; -inf for a head without a
+    visible pair; without a gradient. Without atomics: a maximum per tile, then one over tiles. Output and gradients
+    have the bits of `attention`. On a CPU it costs a third matrix product.
+    """
+    scores = scale, softcap, bias_HR, dropout
+    tile_metadata, scale = _checked(q_THK, k_SGK, v_SGK, mask, tile_metadata, *scores)
+    if tile_metadata.query_tiles_NF is None:
+        offsets = mask.cu_seqlens_q, mask.cu_seqlens_k, mask.query_prefix, mask.key_prefix
+        largest_H = largest_products(q_THK.detach(), k_SGK.detach(), *offsets, mask.left, mask.right, scale)
+        return attention_reference(q_THK, k_SGK, v_SGK, mask, scale, softcap, bias_HR, dropout), largest_H
+    arguments = _arguments_of_kernel(tile_metadata, scale, softcap, bias_HR, dropout)
+    out_THK, _, largest_H = attention_and_largest_op(q_THK, k_SGK, v_SGK, *arguments)
+    return out_THK, largest_H.detach()
+
+
+def _checked(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, mask: AttentionMask, tile_metadata: TileMetadata | None,
+    scale: float | None, softcap: float | None, bias_HR: Tensor | None, dropout: AttentionDropout | None,
+) -> tuple[TileMetadata, float]:  # fmt: skip
+    """Tile metadata and scale, after all checks of `attention`."""
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     tile_metadata = tile_metadata or make_tile_metadata(mask, q_THK.shape[0], k_SGK.shape[0])
     _check_shapes(q_THK, k_SGK, v_SGK, tile_metadata)
@@ -917,15 +1042,21 @@ def attention(
         raise ValueError("attention got a tile_metadata made for another mask; pass the same AttentionMask to both")
     _check_scores(q_THK, scale, softcap, bias_HR)
     _check_dropout(q_THK, k_SGK, dropout)
-    if tile_metadata.query_tiles_NF is None or tile_metadata.key_tiles_NF is None:
-        return attention_reference(q_THK, k_SGK, v_SGK, mask, scale, softcap, bias_HR, dropout)
-    _check_kernel_can(q_THK)
-    tables = tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF
-    settings: tuple[Any, ...] = (*mask.window, scale, softcap, tile_metadata.block)
+    if tile_metadata.query_tiles_NF is not None:
+        _check_kernel_can(q_THK)
+    return tile_metadata, scale
+
+
+def _arguments_of_kernel(
+    tile_metadata: TileMetadata, scale: float, softcap: float | None, bias_HR: Tensor | None,
+    dropout: AttentionDropout | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of `attention_op` from bias_HR on."""
+    settings: tuple[Any, ...] = (*tile_metadata.mask.window, scale, softcap, tile_metadata.block)
     words: tuple[Tensor | None, Tensor | None] = (None, None)
     if dropout:
         words, settings = (dropout.query_words_T, dropout.key_words_S), (*settings, dropout.rate, dropout.first_head)
-    return attention_op(q_THK, k_SGK, v_SGK, bias_HR, *words, *tables, *settings)[0]
+    return bias_HR, *words, tile_metadata.query_tiles_NF, tile_metadata.key_tiles_NF, *settings
 
 
 def _check_shapes(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, tile_metadata: TileMetadata) -> None:

@@ -141,7 +141,7 @@ def shipped(name: str, channels: int) -> tuple[Any, dict[str, Any]]:
     options = attention.launch_options(name, channels, torch.bfloat16, 128, ARCHITECTURE)
     strides = {"q_stride": HEADS, "d_out_stride": HEADS, "k_stride": KEY_HEADS, "v_stride": KEY_HEADS}
     constants = options | {key: heads * channels for key, heads in strides.items()}
-    constants |= dict.fromkeys(("bias", "query_words", "key_words"))
+    constants |= dict.fromkeys(("largest", "bias", "query_words", "key_words"))
     constants |= {"GROUP": HEADS // KEY_HEADS, "REACH": -1, "CAPPED": False, "WINDOWED": False}
     return getattr(attention, f"{name}_kernel"), constants
 

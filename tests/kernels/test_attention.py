@@ -10,8 +10,10 @@ from bigmodel.kernels.attention import (
     HIDDEN,
     LOG2_E,
     attention,
+    attention_and_largest,
     attention_reference,
     cpu_attention_op,
+    largest_products,
     make_tile_metadata,
 )
 from bigmodel.kernels.attention_dropout import factors, make_dropout
@@ -21,6 +23,7 @@ from bigmodel.kernels.tiles import TileMetadata
 from tests.kernels.test_mask import int32, offsets_of
 from tests.support.dense_attention import (
     assert_as_exact_as_plain_torch,
+    assert_largest_products_are_those_of_a_dense_matrix,
     dense_attention,
     make_inputs,
     out_and_gradients,
@@ -55,6 +58,37 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_reference_is_as_exact_as_plain_torch(case) -> None:
     assert_as_exact_as_plain_torch(attention_reference, make_inputs(*case))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_largest_products_are_those_of_a_dense_matrix(case) -> None:
+    inputs = make_inputs(*case)
+    assert_largest_products_are_those_of_a_dense_matrix(attention_and_largest, inputs)
+    alone = out_and_gradients(lambda *rows, **score: attention_and_largest(*rows, **score)[0], inputs)
+    for name, rows in out_and_gradients(attention, inputs).items():
+        assert torch.equal(rows, alone[name]), f"{name} has other bits"
+
+
+def test_the_largest_products_of_a_long_document_come_from_all_its_queries() -> None:
+    """Queries come in parts; query 700 of document 1 is the largest, and no pair of two documents counts."""
+    q_THK, k_SGK = torch.zeros(1300, 2, 4), torch.zeros(1300, 1, 4)
+    q_THK[900, 1], k_SGK[850, 0] = 1.0, 3.0  # scale 1/2: 6
+    q_THK[901, 0], k_SGK[902, 0] = 10.0, 10.0  # hidden: it comes later
+    q_THK[100, 0] = 5.0  # of document 0
+    found_H = attention_and_largest(q_THK, k_SGK, k_SGK, causal(offsets_of([200, 1100])))[1]
+    assert found_H.tolist() == [60.0, 6.0]
+
+
+def test_the_largest_products_of_documents_do_not_depend_on_the_batch() -> None:
+    lengths = [40, 7, 0, 3, 40]
+    inputs = make_inputs(causal(offsets_of(lengths)), 90, 90, (4, 2), 16, torch.bfloat16)
+    whole_H = attention_and_largest(inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.mask)[1]
+    alone, end = [], 0
+    for length in filter(None, lengths):
+        mine = slice(end, end := end + length)
+        rows = (rows[mine] for rows in (inputs.q_THK, inputs.k_SGK, inputs.v_SGK))
+        alone.append(attention_and_largest(*rows, causal(offsets_of([length])))[1])
+    assert torch.equal(torch.stack(alone).amax(0), whole_H)
 
 
 @pytest.mark.parametrize("score", [(None, None), (1.5, None), (None, 20), (1.5, 20)], ids=str)
@@ -170,6 +204,8 @@ def test_torch_knows_all_about_the_operator_on_a_cpu() -> None:
     rows = [torch.randn(9, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
     offsets = offsets_of([3, 0, 4])
     library.opcheck(cpu_attention_op, (*rows, offsets, offsets, None, int32([2, 0, 1]), None, 0, 0.25))
+    sides = [side.detach() for side in rows[:2]]
+    library.opcheck(largest_products, (*sides, offsets, offsets, None, int32([2, 0, 1]), None, 0, 0.25))
 
 
 def test_compiled_on_a_cpu_other_documents_compile_nothing_again() -> None:
@@ -196,7 +232,7 @@ def test_a_schedule_made_before_gives_the_same() -> None:
 
 @pytest.mark.timeout(900)
 def test_the_kernels_pass_their_tests_under_the_interpreter() -> None:
-    assert run_interpreted("tests/support/interpreted_attention.py") == 27
+    assert run_interpreted("tests/support/interpreted_attention.py") == 39
 
 
 @pytest.mark.timeout(900)

@@ -32,13 +32,14 @@ from tests.kernels.test_mask import int32, offsets_of
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSORS = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
-POINTERS = {"lse": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
+POINTERS = {"lse": "*fp32", "largest": "*fp32", "delta": "*fp32", "bias": "*fp32", "d_bias": "*fp32", "tiles": "*i32"}
 POINTERS |= {"query_words": "*i32", "key_words": "*i32"}
 # A bias with a reach of 128 positions, as in T5. Cap or bias alone takes fewer registers than both.
-# "all" also has dropout.
+# "all" also has dropout. "measured" writes the largest products.
 SCORES = {
     "plain": {"REACH": -1, "CAPPED": False},
     "windowed": {"REACH": -1, "CAPPED": False},
+    "measured": {"REACH": -1, "CAPPED": False},
     "both": {"REACH": 128, "CAPPED": True},
     "drops": {"REACH": -1, "CAPPED": False},
     "all": {"REACH": 128, "CAPPED": True},
@@ -53,6 +54,7 @@ CONFIGURATIONS = [
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("plain",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64, 128, 256), ("both",), (*PLAIN, "bias_gradient")),
     *product((100, 90, 80), ("bf16",), (128,), ("windowed", "drops"), PLAIN),
+    *product((100, 90, 80), ("bf16",), (64, 128), ("measured",), ("forward",)),
     *product((100, 80), ("bf16",), (64,), ("drops",), PLAIN),
     *product((100, 90, 80), ("bf16",), (64,), ("all",), (*PLAIN, "bias_gradient")),
     *product((100, 80), ("bf16",), (128,), ("all",), PLAIN),
@@ -113,6 +115,8 @@ def compiled(name: str, architecture: int, dtype: str, channels: int, score: str
     )
     if SCORES[score]["REACH"] < 0:
         constants["bias"] = None
+    if score != "measured":
+        constants["largest"] = None
     if score not in WITH_DROPOUT:
         constants |= {"query_words": None, "key_words": None}
     if name == "bias_gradient":

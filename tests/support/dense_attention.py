@@ -38,6 +38,14 @@ def dense_attention(
     return torch.einsum("hts,shk->thk", p_HTS, v_SHK)
 
 
+def dense_largest_products(q_THK: Tensor, k_SGK: Tensor, mask: AttentionMask) -> Tensor:
+    """(H,) the largest scaled product over the visible pairs of each query head, -inf without any."""
+    k_SHK = k_SGK.repeat_interleave(q_THK.shape[1] // k_SGK.shape[1], 1)
+    product_HTS = torch.einsum("thk,shk->hts", q_THK, k_SHK) * q_THK.shape[2] ** -0.5
+    seen_TS = dense(mask, q_THK.shape[0], k_SGK.shape[0])
+    return torch.stack([product_TS.masked_fill(~seen_TS, -torch.inf).amax() for product_TS in product_HTS])
+
+
 def kept(dropout: AttentionDropout, num_heads: int) -> Tensor:
     """(H, T, S) bool: the weights that dropout keeps, by its formula in numpy's 32-bit integers."""
     queries, keys = (rows.cpu().numpy().view(np.uint32) for rows in (dropout.query_words_T, dropout.key_words_S))
@@ -179,3 +187,17 @@ def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
         if name != "dbias":
             cu_seqlens = inputs.mask.cu_seqlens_q if name in ("out", "dq") else inputs.mask.cu_seqlens_k
             assert (ours[name][cu_seqlens[-1] :] == 0).all(), f"{name}: rows beyond the last cu_seqlens are not 0"
+
+
+def assert_largest_products_are_those_of_a_dense_matrix(attend_and_measure, inputs: Inputs) -> None:
+    """`attend_and_measure(q, k, v, mask=..., ...)`: (out, largest products)."""
+    rows = inputs.q_THK, inputs.k_SGK, inputs.v_SGK
+    out_THK, largest_H = attend_and_measure(
+        *rows, mask=inputs.mask, softcap=inputs.softcap, bias_HR=inputs.bias_HR, dropout=inputs.dropout
+    )
+    wide = inputs.in_documents(torch.float64)
+    wanted_H = dense_largest_products(wide.q_THK, wide.k_SGK, inputs.mask)
+    assert wanted_H.isfinite().any() or not dense(inputs.mask, len(rows[0]), len(rows[1])).any(), "nothing to compare"
+    assert (largest_H.dtype, largest_H.requires_grad) == (torch.float32, False)
+    torch.testing.assert_close(largest_H.double(), wanted_H, rtol=1e-5, atol=1e-5)
+    assert out_THK.shape == inputs.q_THK.shape

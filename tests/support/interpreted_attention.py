@@ -12,11 +12,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bigmodel.kernels import attention as kernels
-from bigmodel.kernels.attention import attention, attention_op, make_tile_metadata
+from bigmodel.kernels.attention import attention, attention_and_largest, attention_op, make_tile_metadata
 from bigmodel.kernels.attention_dropout import make_dropout
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, mixed, prefix_lm
 from tests.kernels.test_mask import int32, offsets_of, random_masks
-from tests.support.dense_attention import Inputs, assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
+from tests.support.dense_attention import (
+    Inputs,
+    assert_as_exact_as_plain_torch,
+    assert_largest_products_are_those_of_a_dense_matrix,
+    make_inputs,
+    out_and_gradients,
+)
 
 BLOCK = 32
 FP32, FP16 = torch.float32, torch.float16
@@ -71,6 +77,18 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_kernels_are_as_exact_as_plain_torch(case) -> None:
     assert_as_exact_as_plain_torch(attend, make_inputs(*case))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_largest_products_are_those_of_a_dense_matrix(case) -> None:
+    inputs = make_inputs(*case)
+    tile_metadata = make_tile_metadata(inputs.mask, len(inputs.q_THK), len(inputs.k_SGK), block=BLOCK)
+    assert_largest_products_are_those_of_a_dense_matrix(
+        partial(attention_and_largest, tile_metadata=tile_metadata), inputs
+    )
+    attend_and_drop = lambda *rows, **score: attention_and_largest(*rows, tile_metadata, **score)[0]  # noqa: E731
+    for name, rows in out_and_gradients(attend_and_drop, inputs).items():
+        assert torch.equal(rows, out_and_gradients(attend, inputs)[name]), f"{name} has other bits"
 
 
 # hypothesis's shrinking and explaining trace every line of the interpreter: minutes.
