@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from bigmodel.kernels.attention_dropout import AttentionDropout, factors, keeps, load_key_words, load_query_words
+from bigmodel.kernels.attention_kernels import AttentionCall, AttentionKernel, chosen
 from bigmodel.kernels.mask import (
     BOTH,
     FULL,
@@ -982,6 +983,7 @@ def attention(
     softcap: float | None = None,
     bias_HR: Tensor | None = None,
     dropout: AttentionDropout | None = None,
+    kernel: str = "triton",
 ) -> Tensor:
     """Attention of packed queries (T, H, K) over packed keys and values (S, G, K): (T, H, K), differentiable.
 
@@ -990,16 +992,27 @@ def attention(
     -softcap ... softcap. `bias_HR` (H, 2 * reach + 1), any float type, differentiable: added to the scaled scores by
     distance, -reach to reach (position of the key - position of the query, in their document); its ends serve all
     larger distances. `bigmodel.kernels.relative_bias` makes one from T5's table. `dropout` drops attention weights, the
-    same ones in every implementation. On a GPU: bf16, fp16 or fp32, up to
-    256 channels a head. On CPU: the reference, any float type and head_dim. Raises ValueError for shapes that do not
-    match. Method: FlashAttention-2 (Dao 2023).
+    same ones in every implementation. `kernel`: a name of KERNELS; a call that it does not cover takes "triton". On a
+    GPU: bf16, fp16 or fp32, up to 256 channels a head. On CPU: the reference, any float type and head_dim. Raises
+    ValueError for shapes that do not match and for an unknown kernel. Method: FlashAttention-2 (Dao 2023).
     """
     scores = scale, softcap, bias_HR, dropout
     tile_metadata, scale = _checked(q_THK, k_SGK, v_SGK, mask, tile_metadata, *scores)
+    call = AttentionCall(q_THK, k_SGK, v_SGK, mask, tile_metadata, scale, softcap, bias_HR, dropout)
+    implementation = chosen(KERNELS, kernel, call)
     if tile_metadata.query_tiles_NF is None:
         return attention_reference(q_THK, k_SGK, v_SGK, mask, scale, softcap, bias_HR, dropout)
-    arguments = _arguments_of_kernel(tile_metadata, scale, softcap, bias_HR, dropout)
-    return attention_op(q_THK, k_SGK, v_SGK, *arguments)[0]
+    return implementation.attend(call)
+
+
+def _attend(call: AttentionCall) -> Tensor:
+    """By the operators of this file."""
+    arguments = _arguments_of_kernel(call.tile_metadata, call.scale, call.softcap, call.bias_HR, call.dropout)
+    return attention_op(call.q_THK, call.k_SGK, call.v_SGK, *arguments)[0]
+
+
+# By name, for `attention(kernel=...)`.
+KERNELS = {"triton": AttentionKernel(_attend, lambda _call: None)}
 
 
 def attention_and_largest(

@@ -17,6 +17,7 @@ from bigmodel.kernels.attention import (
     make_tile_metadata,
 )
 from bigmodel.kernels.attention_dropout import factors, make_dropout
+from bigmodel.kernels.attention_kernels import AttentionCall, AttentionKernel, chosen
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.relative_bias import t5_bias, t5_buckets
 from bigmodel.kernels.tiles import TileMetadata
@@ -341,6 +342,22 @@ def test_inputs_that_do_not_fit_are_refused(q, k, v, scale, message) -> None:
     mask = causal(offsets_of([4]))
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, mask, make_tile_metadata(mask, 6, 6), scale)
+
+
+def test_an_unknown_kernel_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"attention got kernel 'hoper'; it needs one of .*triton"):
+        attention(ROWS, ROWS, ROWS, causal(offsets_of([4])), kernel="hoper")
+
+
+def test_a_call_that_a_kernel_does_not_cover_takes_the_one_that_covers_all() -> None:
+    every = AttentionKernel(lambda _call: torch.ones(1), lambda _call: None)
+    capped = AttentionKernel(lambda _call: torch.zeros(1), lambda call: None if call.softcap else "needs a cap")
+    table = {"triton": every, "capped": capped}
+    mask = causal(offsets_of([6]))
+    for softcap, taken in ((None, every), (2.0, capped)):
+        made = make_tile_metadata(mask, 6, 6)
+        call = AttentionCall(ROWS, ROWS, ROWS, mask, made, 0.25, softcap, None, None)
+        assert chosen(table, "capped", call) is taken
 
 
 def test_a_schedule_of_another_rule_is_refused() -> None:
