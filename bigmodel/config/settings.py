@@ -145,6 +145,12 @@ class OptimizerSettings(Section):
         description="ademamix: updates over which alpha rises from 0 and beta3 from beta1; 0: none; the paper: all",
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    qk_clip: float = Field(
+        0.0,
+        ge=0,
+        description="largest attention score (MuonClip of Kimi K2; there 100): where a head exceeds it in a step, its "
+        "query and key weights are scaled down after the update; 0: off",
+    )
     groups: list[ParameterGroupSettings] = Field(
         [], description="parameters with another learning rate, weight decay or L1 penalty"
     )
@@ -323,6 +329,9 @@ class MetricsSettings(Section):
         description="port of each node's Prometheus endpoint; 0: derived from the run directory, else any free port",
     )
     host: str = Field("127.0.0.1", description="address of the metrics endpoint; 0.0.0.0: other machines can scrape it")
+    attention_scores: bool = Field(
+        False, description="the largest attention score of each step; on a CPU it costs a third product of attention"
+    )
     norms_every_steps: int = Field(100, ge=0, description="steps between measurements of weight norms; 0: never")
     writers: list[Literal["tensorboard", "wandb", "csv", "comet", "mlflow"]] = Field(
         [],
@@ -471,6 +480,15 @@ class Settings(Section):
         object.__setattr__(self, "pruning", with_end_of_pruning(self.pruning, self.training.steps))
         if problem := problem_of_pruning(self):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _scores_can_be_clipped(self) -> "Settings":
+        if self.optimizer.qk_clip and self.model.qk_norm:
+            raise ValueError(
+                f"optimizer.qk_clip = {self.optimizer.qk_clip:g} with model.qk_norm = true: the norm undoes what is "
+                "scaled, and bounds scores itself; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

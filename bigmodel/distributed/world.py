@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bigmodel.config.settings import UserError
 from bigmodel.config.user_error import MachineError
@@ -66,6 +67,12 @@ class World:
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Of each fp32 number the largest over the ranks."""
+        found = values.float().to(self.device, copy=True)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
 
     def gather_integers(self, value: int) -> list[int]:
         """Every rank's 64-bit integer, in the order of ranks."""
@@ -159,6 +166,9 @@ class _Alone(World):
 
     def sum_(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def largest(self, values: Tensor) -> Tensor:
+        return values.float()
 
 
 ALONE = _Alone(0, 1, 0, 1, torch.device("cpu"))

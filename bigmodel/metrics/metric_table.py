@@ -90,6 +90,10 @@ RUN = (
         "predictions, as scheduled",
     ),
     Metric("gradient_norm", "gauge", "Global gradient norm of the last step, before clipping"),
+    Metric(
+        "largest_attention_score", "gauge", "Largest attention score of the last step over all layers, heads and "
+        "documents, before bias, cap and softmax; with metrics.attention_scores or optimizer.qk_clip",
+    ),
     Metric("learning_rate", "gauge", "Learning rate of the last step"),
     Metric("loss_scale", "gauge", "Loss scale of fp16 in the last step"),
     Metric("weight_norm", "gauge", "L2 norm of the weights of a kind of layer, at the last measured step", ("layers",)),

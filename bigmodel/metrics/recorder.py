@@ -99,6 +99,8 @@ class StepRecord:
     slow_rank: Slow | None = None  # over the last steps; a line of metrics.jsonl has [rank, excess]
     norms: dict[str, dict[str, float]] | None = None  # layers -> weight_norm ..., at measured steps
     pruned_share: float | None = None  # of zeros in the matrices of [pruning], counted when it last pruned
+    largest_attention_score: float | None = None  # over layers, heads and documents, before bias and cap
+    clipped_heads: int | None = None  # query heads whose scores optimizer.qk_clip limits in this step
     sampled_share: float | None = None  # of decoder inputs that scheduled sampling replaces
     device_joules: float | None = None  # of all GPUs since the step before; None: not all have a counter
     host_joules: float | None = None  # the same of all nodes' processors

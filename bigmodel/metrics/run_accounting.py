@@ -317,6 +317,7 @@ def _of_step(line: Mapping[str, Any]) -> Samples:
     named = ("gradient_norm", "learning_rate", "z_loss", "loss_scale", "slowest_rank", "slowest_rank_lag_seconds")
     gauges = {name: line[name] for name in named} | {
         "distillation_loss_nats": line.get("distillation_loss"),  # absent in lines of earlier versions
+        "largest_attention_score": line.get("largest_attention_score"),  # absent in lines of earlier versions
         "pruned_ratio": line.get("pruned_share"),
         "sampled_input_ratio": line.get("sampled_share"),  # absent in lines of earlier versions
         "energy_joules_per_token": joules_per_token(line),

@@ -233,7 +233,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         names = ("loss", "gradient_norm", "learning_rate", "z_loss", "loss_scale", "step_seconds", "data_wait_seconds")
         more = (
             *("unweighted_loss", "distillation_loss", "pruned_share", "sampled_share"),
-            *("device_joules", "host_joules"),
+            *("largest_attention_score", "device_joules", "host_joules"),
         )
         found = {name: line.get(name) for name in (*names, *more)}
         yield from ((f"training/{name}", value) for name, value in found.items() if value is not None)

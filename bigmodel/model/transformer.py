@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
-from bigmodel.kernels.attention import TileMetadata, attention, make_tile_metadata
+from bigmodel.kernels.attention import TileMetadata, attention, attention_and_largest, make_tile_metadata
 from bigmodel.kernels.attention_dropout import AttentionDropout, make_dropout
 from bigmodel.kernels.linear_choices import linear_choices
 from bigmodel.kernels.linear_cross_entropy import (
@@ -77,8 +77,24 @@ class AttentionInputs:
     ) -> Tensor:
         """(T, Q, K). Generation has inputs whose `attend` reads the keys of previous tokens from a cache.
         `first_head`: with dropout, the number of the first head for its draws."""
-        more = {} if self.dropout is None or first_head is None else {"dropout": self.dropout.from_head(first_head)}
-        return attention(q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata, scale, softcap, self.bias_HR, **more)
+        rows = q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata
+        return attention(*rows, scale, softcap, self.bias_HR, **self._dropout_from(first_head))
+
+    def attend_and_measure(
+        self,
+        q_TQK: Tensor,
+        k_SGK: Tensor,
+        v_SGK: Tensor,
+        scale: float | None,
+        softcap: float | None,
+        first_head: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend`, and the largest score of each query head (Q,), before bias and cap."""
+        rows = q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata
+        return attention_and_largest(*rows, scale, softcap, self.bias_HR, **self._dropout_from(first_head))
+
+    def _dropout_from(self, first_head: int | None) -> dict[str, Any]:
+        return {} if self.dropout is None or first_head is None else {"dropout": self.dropout.from_head(first_head)}
 
 
 Views = Mapping[LayerKind, AttentionInputs]
@@ -107,6 +123,8 @@ class RelativeBias(nn.Embedding):
 class Attention(nn.Module):
     """Attention inside each document, with grouped-query heads (Ainslie et al. 2023)."""
 
+    largest_Q: Tensor | None = None  # if set: the largest scores of each query head in training so far
+
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.dropout, self.first_head = settings.attention_dropout, layer * settings.num_heads
@@ -133,7 +151,16 @@ class Attention(nn.Module):
         return q_TQK, k_TGK, v_TGK
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs) -> Tensor:
-        return self.output(inputs.attend(*self.project(x_TH, inputs), *_of_scores(self)).flatten(1))
+        return self.output(_attend(self, inputs, *self.project(x_TH, inputs)).flatten(1))
+
+
+def _attend(attention: Any, inputs: AttentionInputs, *rows: Tensor) -> Tensor:
+    """The attention's output before its output matrix; in training also its largest scores, if asked for."""
+    if attention.largest_Q is None or not attention.training:
+        return inputs.attend(*rows, *_of_scores(attention))
+    out_TQK, largest_Q = inputs.attend_and_measure(*rows, *_of_scores(attention))
+    attention.largest_Q = torch.maximum(attention.largest_Q, largest_Q)
+    return out_TQK
 
 
 def _of_scores(attention: Any) -> tuple[Any, ...]:
@@ -160,12 +187,14 @@ class MixedAttention(Attention):
         source_k_SGK, source_v_SGK = source_SNK.split(self.num_kv_heads, dim=1)
         source_k_SGK = rotate(self.key_norm(source_k_SGK), inputs.source_table)
         k, v = (torch.cat(sides)[inputs.rows] for sides in ((source_k_SGK, k_TGK), (source_v_SGK, v_TGK)))
-        out_TQK = inputs.attend(q_TQK.flip(0), k, v, *_of_scores(self)).flip(0)
+        out_TQK = _attend(self, inputs, q_TQK.flip(0), k, v).flip(0)
         return self.output(out_TQK.flatten(1))
 
 
 class CrossAttention(nn.Module):
     """Every position of a target attends to its whole source; no position embedding, as in T5."""
+
+    largest_Q: Tensor | None = None  # as in `Attention`
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
@@ -190,10 +219,10 @@ class CrossAttention(nn.Module):
         q_TQK = self.query_norm(self.query(x_TH).unflatten(-1, (self.num_heads, self.head_dim)))
         if source.states_SE is None:
             none = q_TQK[:0]  # no keys beside those in the cache
-            return self.output(source.inputs.attend(q_TQK, none, none, *_of_scores(self)).flatten(1))
+            return self.output(_attend(self, source.inputs, q_TQK, none, none).flatten(1))
         k_SGK, v_SGK = self.key_value(source.states_SE).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(1)
         rows = q_TQK, self.key_norm(k_SGK), v_SGK
-        out_TQK = source.inputs.attend(*rows, *_of_scores(self))
+        out_TQK = _attend(self, source.inputs, *rows)
         if torch.is_grad_enabled() and not out_TQK.requires_grad:
             # No target here has a source: gradients must be zero, not absent, because all ranks reduce them together.
             out_TQK = out_TQK + sum(row[:0].sum() for row in rows)

@@ -80,6 +80,7 @@ from bigmodel.training.imports import import_engine
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.new_plan import announce
 from bigmodel.training.pruning import Pruner
+from bigmodel.training.qk_clip import AttentionScores
 from bigmodel.training.spikes import forget, is_trained_on, read_rewinds, remove_trained_on
 from bigmodel.training.start import new_model
 from bigmodel.training.summary import show_summary, summarize
@@ -162,6 +163,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     start = _find_start(settings, store, place, engine, world, fresh, new_plan)
     refuse_another(model.teacher, start.state)
     pruner = Pruner(settings.pruning, engine, start.step)
+    scores = AttentionScores(model, settings, world)
     metrics = _open_metrics(settings, start.step, seat, fresh, engine, world)
     closing.callback(metrics.close)
     phases.entered = metrics.enter
@@ -206,6 +208,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         # Forward and backward: each micro-batch adds its share of the step's mean loss and gradient.
         nats = torch.zeros(len(stream.loss_groups), device=world.device)  # by objective and source
         model.z_sum = model.plain_sum = 0.0
+        scores.begin()
         for number, batch in enumerate(step.micro_batches, start=1):
             nats += engine.micro_batch(batch.to(world.device), step.weight, number == len(step.micro_batches))
         with phases("communication"):
@@ -216,6 +219,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         with phases("optimizer"):
             gradient_norm = engine.gradient_norm()
 
+        clip = scores.clip()
+
         # Update, unless the step is bad. Loss and norm are equal on all ranks, so all ranks decide alike.
         reason = anomalies.judge(step, nats, loss, gradient_norm)
         bad = bool(reason)
@@ -223,7 +228,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
         norms.before_update(done)
         rescue.update_begins()
         with phases("optimizer"):
-            engine.update(rate, skip=bad, betas=betas(step.number, settings))
+            engine.update(rate, skip=bad, betas=betas(step.number, settings), row_factors=clip.row_factors)
             pruner.step(done)
 
         # Report.
@@ -247,6 +252,8 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             distillation_loss=sums.divergence / step.weight if model.teacher else None,
             norms=norms.after_update(),
             pruned_share=pruner.share,
+            largest_attention_score=clip.largest_score,
+            clipped_heads=clip.num_heads,
             sampled_share=sampling.share_at(step.number) if sampling else None,
             slow_rank=slow_rank.see(sums.busy_seconds),
         )

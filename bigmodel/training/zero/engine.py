@@ -23,7 +23,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -147,9 +147,16 @@ class Engine:
         chunk = None if shard is None or flat is None else shard.of(flat).detach().float()
         return self._assemble(self._shapes[name], shard, chunk) / self.loss_scale
 
-    def update(self, learning_rate: float, skip: bool = False, betas: tuple[float, float] | None = None) -> None:
+    def update(
+        self,
+        learning_rate: float,
+        skip: bool = False,
+        betas: tuple[float, float] | None = None,
+        row_factors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Clip as configured and apply one update; `skip` drops the gradient, and in fp16 lowers the loss scale.
-        `betas` replace those of the optimizer.
+        `betas` replace those of the optimizer. `row_factors`, equal on all ranks: by parameter name a factor of each
+        row of the updated weight.
         """
         assert self._norm is not None, "gradient_norm() comes after the last micro-batch and before update()"
         assert skip or math.isfinite(self._norm), f"an update with gradient norm {self._norm} must be skipped"
@@ -164,9 +171,19 @@ class Engine:
         assert skip or not getattr(self._engine.optimizer, "overflow", False), "DeepSpeed skipped a finite step"
         self.updates += 0 if skip else 1
         self._norm = None
+        if row_factors and not skip:
+            self._scale_rows(row_factors)
         if not skip and self._averages:
             masters = [master.detach() for master in self._layout.masters()]
             torch._foreach_lerp_(self._averages, masters, 1.0 - self._ema_decay)
+
+    @torch.no_grad()
+    def _scale_rows(self, row_factors: Mapping[str, Tensor]) -> None:
+        for name, factor_R in row_factors.items():
+            if (shard := self._shards[name]) is not None:
+                elements = shard.of(self._flat(shard, WEIGHT))
+                scale_rows(elements, shard.start, math.prod(self._shapes[name][1:]), factor_R.to(elements.device))
+        self._layout.publish()
 
     def examine(self, batch: Any, num_labels: float) -> str:
         """Compute a micro-batch of the step again and name where it is not finite: see `first_nonfinite`. Collective;
@@ -576,6 +593,20 @@ class _Timed:
             return _Timed(result, self._phases) if hasattr(result, "wait") else result
 
         return timed
+
+
+def scale_rows(elements: Tensor, start: int, columns: int, factor_R: Tensor) -> None:
+    """Multiply elements [start, start + numel) of a flattened (R, columns) matrix by the factors of their rows, in
+    place."""
+    row, missing = divmod(start, columns)
+    first = min(elements.numel(), (columns - missing) % columns)  # the end of a row that begins on another rank
+    whole = (elements.numel() - first) // columns
+    if first:
+        elements[:first].mul_(factor_R[row])
+        row += 1
+    elements[first : first + whole * columns].view(whole, columns).mul_(factor_R[row : row + whole, None])
+    if first + whole * columns < elements.numel():
+        elements[first + whole * columns :].mul_(factor_R[row + whole])
 
 
 def sum_of_squares(values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.data.load.batch import Batch
 from bigmodel.distributed.world import World
-from bigmodel.kernels.attention import attention, make_tile_metadata
+from bigmodel.kernels.attention import attention, attention_and_largest, make_tile_metadata
 from bigmodel.kernels.attention_dropout import AttentionDropout
 from bigmodel.metrics.phases import Phases
 from bigmodel.model import transformer
@@ -62,11 +62,11 @@ class Sequence:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Inside, the model's attention covers the positions of all sharing ranks."""
-        _let_the_model_call(self._attention, self._make_schedule)
+        _let_the_model_call(self._attention, self._attention_and_largest, self._make_schedule)
         try:
             yield
         finally:
-            _let_the_model_call(attention, make_tile_metadata)
+            _let_the_model_call(attention, attention_and_largest, make_tile_metadata)
 
     def _make_schedule(self, mask: Any, num_queries: int, num_keys: int) -> Any:
         return make_tile_metadata(mask, num_queries * self.size, num_keys * self.size)
@@ -74,14 +74,30 @@ class Sequence:
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, dropout: AttentionDropout | None = None
     ) -> Tensor:
-        """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K). Fewer key heads than ranks are repeated."""
+        """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K)."""
+        rows, named = self._of_some_heads(q, k, v, dropout)
+        return Exchange.apply(attention(*rows, *rest, **named), self._ranks, False)
+
+    def _attention_and_largest(
+        self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, dropout: AttentionDropout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `_attention`, and the largest scores (H,): -inf for the heads of the other ranks."""
+        rows, named = self._of_some_heads(q, k, v, dropout)
+        out, of_mine = attention_and_largest(*rows, *rest, **named)
+        largest = of_mine.new_full((self.size, len(of_mine)), -torch.inf)
+        largest[self.rank] = of_mine
+        return Exchange.apply(out, self._ranks, False), largest.flatten()
+
+    def _of_some_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: AttentionDropout | None
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """q (T, H/s, K), k and v (T, G/s, K), and the dropout. Fewer key heads than ranks are repeated."""
         named: dict[str, Any] = {}
         if dropout is not None:
             named["dropout"] = self._of_all_positions(dropout, q.shape[1] // self.size)
         if k.shape[1] < self.size:
             k, v = (side.repeat_interleave(self.size // side.shape[1], dim=1) for side in (k, v))
-        q, k, v = (Exchange.apply(side, self._ranks, True) for side in (q, k, v))
-        return Exchange.apply(attention(q, k, v, *rest, **named), self._ranks, False)
+        return [Exchange.apply(side, self._ranks, True) for side in (q, k, v)], named
 
     def _of_all_positions(self, dropout: AttentionDropout, num_heads: int) -> AttentionDropout:
         """The words of all sharing ranks' positions, and the number of the first of this rank's heads."""
@@ -124,8 +140,9 @@ def _exchange(x: Tensor, ranks: Ranks, gather: bool) -> Tensor:
     return received.flatten(0, 1) if gather else received.transpose(0, 1).flatten(1, 2)
 
 
-def _let_the_model_call(attend: Any, tile_metadata: Any) -> None:
-    transformer.attention, transformer.make_tile_metadata = attend, tile_metadata
+def _let_the_model_call(attend: Any, attend_and_measure: Any, tile_metadata: Any) -> None:
+    transformer.attention, transformer.attention_and_largest = attend, attend_and_measure
+    transformer.make_tile_metadata = tile_metadata
 
 
 def _require_shareable(settings: Settings, size: int) -> None:
