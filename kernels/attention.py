@@ -42,6 +42,7 @@ from torch import Tensor, library
 
 from bigmodel.kernels.attention_dropout import AttentionDropout, factors, keeps, load_key_words, load_query_words
 from bigmodel.kernels.attention_kernels import AttentionCall, AttentionKernel, chosen
+from bigmodel.kernels.attention_libraries import LIBRARIES
 from bigmodel.kernels.mask import (
     BOTH,
     FULL,
@@ -1012,7 +1013,7 @@ def _attend(call: AttentionCall) -> Tensor:
 
 
 # By name, for `attention(kernel=...)`.
-KERNELS = {"triton": AttentionKernel(_attend, lambda _call: None)}
+KERNELS = {"triton": AttentionKernel(_attend, lambda _call: None)} | LIBRARIES
 
 
 def attention_and_largest(

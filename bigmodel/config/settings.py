@@ -195,6 +195,11 @@ class TrainingSettings(Section):
         1, ge=1, description="consecutive ranks that share each packed sequence (Ulysses), for very long documents"
     )
     compile: bool = Field(False, description="torch.compile each block")
+    attention_kernel: Literal["triton", "flash-attn", "torch-varlen"] = Field(
+        "triton",
+        description="of self-attention on a GPU: triton is ours; flash-attn: FlashAttention-2 of that package; "
+        "torch-varlen: of torch. Not run yet: test first, BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu -k libraries",
+    )
     collective_timeout_seconds: float = Field(
         600.0,
         gt=0,
@@ -480,6 +485,22 @@ class Settings(Section):
         object.__setattr__(self, "pruning", with_end_of_pruning(self.pruning, self.training.steps))
         if problem := problem_of_pruning(self):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _another_kernel_covers_the_model(self) -> "Settings":
+        name, model, metrics = self.training.attention_kernel, self.model, self.metrics
+        refused = {
+            "model.attention_softcap": model.attention_softcap > 0,
+            "model.attention_dropout": model.attention_dropout > 0,
+            'model.position_embedding = "relative_bias"': model.position_embedding == "relative_bias",
+            "optimizer.qk_clip": self.optimizer.qk_clip > 0,
+            "metrics.attention_scores": metrics.attention_scores,
+            'training.precision = "fp32"': self.training.precision == "fp32",
+            f"heads of {model.resolved_head_dim} channels, not a multiple of 8": model.resolved_head_dim % 8 > 0,
+        }
+        if name != "triton" and (found := next((what for what, is_so in refused.items() if is_so), "")):
+            raise ValueError(f'training.attention_kernel = "{name}" does not cover {found}; leave one of them out')
         return self
 
     @model_validator(mode="after")

@@ -65,6 +65,7 @@ class AttentionInputs:
     source_table: Table | None = None  # mixed: rotary, of the source's keys
     rows: Tensor | None = None  # mixed: row numbers of the keys in source and decoder rows, last first (`mixed_rows`)
     dropout: AttentionDropout | None = None
+    kernel: str = "triton"  # of `attention`
 
     def attend(
         self,
@@ -77,8 +78,8 @@ class AttentionInputs:
     ) -> Tensor:
         """(T, Q, K). Generation has inputs whose `attend` reads the keys of previous tokens from a cache.
         `first_head`: with dropout, the number of the first head for its draws."""
-        rows = q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata
-        return attention(*rows, scale, softcap, self.bias_HR, **self._dropout_from(first_head))
+        rows, more = (q_TQK, k_SGK, v_SGK, self.mask, self.tile_metadata), self._dropout_from(first_head)
+        return attention(*rows, scale, softcap, self.bias_HR, **more, kernel=self.kernel)
 
     def attend_and_measure(
         self,
@@ -361,6 +362,8 @@ def ahead(labels_T: Tensor, cu_seqlens: Tensor, steps: int, beyond: float = IGNO
 class Encoder(nn.Module):
     """The source side of an encoder-decoder: embedded sources (S, E) to normalised states for the decoder."""
 
+    attention_kernel = "triton"
+
     def __init__(self, settings: ModelSettings, vocabulary: int) -> None:
         super().__init__()
         self.settings = settings
@@ -389,13 +392,13 @@ def make_views(stack: nn.Module, masks: Masks, positions_T: Tensor, seeds_T: Ten
     settings, rows = stack.settings, len(positions_T)
     drops = dropout_of_weights(stack, seeds_T, seeds_T)
     schedules = {kind: make_tile_metadata(mask, rows, rows) for kind, mask in masks.items()}
+    more: dict[str, Any] = {"dropout": drops, "kernel": stack.attention_kernel}
     if settings.position_embedding == "relative_bias":
-        more: dict[str, Any] = {"bias_HR": stack.relative_bias(), "dropout": drops}
+        more["bias_HR"] = stack.relative_bias()
+    if settings.position_embedding in ("relative_bias", "learned", "sinusoidal"):  # the latter: added by `Input`
         return {kind: AttentionInputs(mask, schedules[kind], **more) for kind, mask in masks.items()}
-    if settings.position_embedding in ("learned", "sinusoidal"):  # added by `Input`
-        return {kind: AttentionInputs(mask, schedules[kind], dropout=drops) for kind, mask in masks.items()}
     tables = {kind: rotary_table(positions_T, settings, kind) for kind in masks}
-    return {kind: AttentionInputs(mask, schedules[kind], tables[kind], dropout=drops) for kind, mask in masks.items()}
+    return {kind: AttentionInputs(mask, schedules[kind], tables[kind], **more) for kind, mask in masks.items()}
 
 
 def dropout_of_weights(stack: nn.Module, query_seeds_T: Tensor, key_seeds_S: Tensor) -> AttentionDropout | None:
@@ -433,6 +436,7 @@ class Transformer(nn.Module):
     """
 
     teacher: Teacher | None = None
+    attention_kernel = "triton"  # of self-attention: a name of KERNELS in kernels/attention.py
     plain_sum: Tensor | float = 0.0  # as z_sum: a classification's loss without weights and focal factor
 
     def __init__(

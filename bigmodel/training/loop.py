@@ -67,6 +67,7 @@ from bigmodel.run_directory import (
 )
 from bigmodel.sizes import counted_noun
 from bigmodel.training.anomalies import Anomalies
+from bigmodel.training.attention_kernel import use_attention_kernel
 from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.identity import settle
@@ -151,6 +152,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     begins = fresh or not _has_checkpoint(settings, world)
     vectors = read_vectors(settings, store, world) if begins and settings.model.vectors else None
     model = new_model(settings, effective, vocabulary, begins, vectors)
+    use_attention_kernel(model, settings, world.device)
     model.teacher = open_teacher(settings, num_tokens, world)
     phases, compile_time = Phases(world.device), CompileTime()
     import_engine()

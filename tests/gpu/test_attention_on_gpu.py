@@ -11,11 +11,18 @@ from itertools import product
 import pytest
 import torch
 
-from bigmodel.kernels.attention import attention, make_tile_metadata
+from bigmodel.kernels.attention import KERNELS, attention, attention_and_largest, make_tile_metadata
+from bigmodel.kernels.attention_kernels import AttentionCall
+from bigmodel.kernels.attention_libraries import LIBRARIES, missing
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, prefix_lm
 from bigmodel.kernels.tiles import tile_tables_reference
 from tests.kernels.test_mask import int32, offsets_of
-from tests.support.dense_attention import assert_as_exact_as_plain_torch, make_inputs, out_and_gradients
+from tests.support.dense_attention import (
+    assert_as_exact_as_plain_torch,
+    assert_largest_products_are_those_of_a_dense_matrix,
+    make_inputs,
+    out_and_gradients,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu"
@@ -171,3 +178,28 @@ def test_a_schedule_shared_by_layers_serves_heads_of_any_width() -> None:
     for channels in (64, 256):
         rows = torch.randn(ROWS, 2, channels, device="cuda", dtype=torch.bfloat16)
         assert torch.equal(attention(rows, rows, rows, mask, tile_metadata), attention(rows, rows, rows, mask))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("channels", [64, 128])
+def test_the_largest_products_are_those_of_a_dense_matrix(channels: int, score: str) -> None:
+    inputs = make_inputs(*rules()["window"], (4, 2), channels, torch.bfloat16, *SCORES[score])
+    assert_largest_products_are_those_of_a_dense_matrix(attention_and_largest, inputs)
+
+
+@pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
+@pytest.mark.parametrize("rule", ["causal", "window", "window on both sides", "bidirectional"])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries_are_as_exact_as_plain_torch_and_repeat_bitwise(name: str, rule: str, dtype: torch.dtype) -> None:
+    if reason := missing(name):
+        pytest.skip(reason)
+    inputs = make_inputs(*rules()[rule], (4, 2), 128, dtype)
+    rows = inputs.q_THK, inputs.k_SGK, inputs.v_SGK, inputs.mask
+    tile_metadata = make_tile_metadata(inputs.mask, ROWS, ROWS)
+    call = AttentionCall(*rows, tile_metadata, 128**-0.5, None, None, None)
+    assert KERNELS[name].refusal(call) is None, "our kernel would be tested in its place"
+    assert_as_exact_as_plain_torch(partial(attention, kernel=name), inputs)
+    first = out_and_gradients(partial(attention, kernel=name), inputs)
+    for _ in range(3):
+        for part, again in out_and_gradients(partial(attention, kernel=name), inputs).items():
+            assert torch.equal(again, first[part]), f"{part} is not repeated"

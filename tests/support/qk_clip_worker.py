@@ -109,7 +109,10 @@ def run(job: dict[str, Any], world: World) -> dict[str, Any]:
         clip = scores.clip()
         engine.gradient_norm()
         skip = step in job.get("skip_at", [])
+        before = state_digest(engine) if skip else ""
         engine.update(learning_rate(step, settings), skip=skip, row_factors=clip.row_factors)
+        if skip:
+            result["skipped"] = [before, state_digest(engine)]
         result["losses"].append(world.sum_([nats])[0] / targets)
         result["score"].append(clip.largest_score)
         result["heads"].append(clip.num_heads)
