@@ -6,8 +6,9 @@
 A row is one shape (rows x columns, warps, stages) of one kernel: milliseconds of the whole forward or backward with
 the other kernels as shipped, TFLOP/s on visible pairs, and the relative difference of the output from that of the
 shipped shape. The case is the one with a target: packed lognormal documents, 32 heads on 8. Shapes are tried for 128
-channels, then 64, then 256. The winner is copied by hand into TILE_SHAPES of kernels/attention.py if it also compiles
-without spilling (`python -m tests.support.compile_kernels`); all results stay in the record.
+channels, then 64, then 256; before them, with the shipped shapes, every implementation of attention that covers the
+case (`training.attention_kernel`). The winner is copied by hand into TILE_SHAPES of kernels/attention.py if it also
+compiles without spilling (`python -m tests.support.compile_kernels`); all results stay in the record.
 """
 
 import time
@@ -20,7 +21,9 @@ import typer
 from torch import Tensor
 
 from bigmodel.kernels import attention as kernels
-from bigmodel.kernels.attention import attention, make_tile_metadata
+from bigmodel.kernels.attention import KERNELS, attention, make_tile_metadata
+from bigmodel.kernels.attention_kernels import AttentionCall
+from bigmodel.kernels.attention_libraries import LIBRARIES, missing
 from bigmodel.kernels.triton_import import INTERPRETED
 from tools.bench_attention import Case, lognormal_lengths, packed_inputs
 from tools.measure import REPEATS, Record, Row, check_device, milliseconds, relative_error, sizes
@@ -53,14 +56,16 @@ def shapes_of(kernel: str, width: int) -> list[Shape]:
 class Work:
     """One case, forward and backward."""
 
-    def __init__(self, case: Case, device: str) -> None:
+    def __init__(self, case: Case, device: str, kernel: str = "triton") -> None:
         dtype = torch.float16 if INTERPRETED else torch.bfloat16
         mask = case.mask(device)
         tile_metadata = make_tile_metadata(mask, sum(case.lengths), sum(case.keys))
-        self.attend = partial(attention, mask=mask, tile_metadata=tile_metadata)
+        self.attend = partial(attention, mask=mask, tile_metadata=tile_metadata, kernel=kernel)
         self.sets = [packed_inputs(case, dtype, device, seed) for seed in range(3)]
         for one in self.sets:
             one[:3] = [rows.requires_grad_() for rows in one[:3]]
+        rows, scale = self.sets[0][:3], case.channels**-0.5
+        self.refusal = KERNELS[kernel].refusal(AttentionCall(*rows, mask, tile_metadata, scale, None, None, None))
         self.outs = [self.attend(q, k, v) for q, k, v, _ in self.sets]
 
     def forward(self, number: int) -> list[Tensor]:
@@ -86,6 +91,32 @@ def measure(work: Work, case: Case, kernel: str, shape: Shape, exact: list[Tenso
         return {"not_run": f"refuses: {str(error).strip().splitlines()[0][:90]}"}
 
 
+def implementations(case: Case, device: str, repeats: int) -> list[Row]:
+    """A row for the forward and one for the backward of each implementation; differences are from ours."""
+    rows: list[Row] = []
+    ours = Work(case, device)
+    for part, factor in (("forward", 1.0), ("backward", 2.5)):
+        exact = getattr(ours, part)(0)
+        for name in KERNELS:
+            row: Row = {"case": f"{part}, {case.name}", "contender": name}
+            if name in LIBRARIES and (reason := missing(name)):
+                rows.append(row | {"not_run": reason})
+                continue
+            work = Work(case, device, name)
+            if work.refusal:
+                rows.append(row | {"not_run": work.refusal})
+                continue
+            call = getattr(work, part)
+            took = milliseconds(call, device, repeats)
+            result = {
+                "ms": took,
+                "tflops": factor * case.flops / took / 1e9,
+                "difference": relative_error(call(0), exact),
+            }
+            rows.append(row | result)
+    return rows
+
+
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu under TRITON_INTERPRET=1")] = "cuda",
     quick: Annotated[bool, typer.Option(help="a tiny case and few repeats, as a smoke test")] = False,
@@ -103,6 +134,8 @@ def main(
     total, heads = (16_384, (32, 8)) if size == "gpu" else (100, (1, 1))
     for width in WIDTHS[size]:
         case = Case(f"{width} channels", lognormal_lengths(total, min(1_000, total // 2), 1), heads, width)
+        for row in implementations(case, device, REPEATS[size]) if not only else ():
+            record.add(row)
         work = Work(case, device)
         for kernel in CANDIDATES:
             if only not in kernel:

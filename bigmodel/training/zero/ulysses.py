@@ -82,7 +82,7 @@ class Sequence:
     ) -> Tensor:
         """q (T/s, H, K), k and v (T/s, G, K) to (T/s, H, K)."""
         rows, named = self._of_some_heads(q, k, v, dropout)
-        return Exchange.apply(attention(*rows, *rest, **named, kernel=kernel), self._ranks, False)
+        return Exchange.apply(attention(*rows, *rest, **named | {"kernel": kernel}), self._ranks, False)
 
     def _attention_and_largest(
         self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, dropout: AttentionDropout | None = None
