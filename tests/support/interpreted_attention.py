@@ -86,9 +86,14 @@ def test_the_largest_products_are_those_of_a_dense_matrix(case) -> None:
     assert_largest_products_are_those_of_a_dense_matrix(
         partial(attention_and_largest, tile_metadata=tile_metadata), inputs
     )
-    attend_and_drop = lambda *rows, **score: attention_and_largest(*rows, tile_metadata, **score)[0]  # noqa: E731
-    for name, rows in out_and_gradients(attend_and_drop, inputs).items():
-        assert torch.equal(rows, out_and_gradients(attend, inputs)[name]), f"{name} has other bits"
+
+
+def test_measured_attention_has_the_bits_of_the_plain_one() -> None:
+    inputs = make_inputs(*CASES["causal, 2 query heads on 1, rows beyond"])
+    tile_metadata = make_tile_metadata(inputs.mask, len(inputs.q_THK), len(inputs.k_SGK), block=BLOCK)
+    measured = out_and_gradients(lambda *rows: attention_and_largest(*rows, tile_metadata)[0], inputs)
+    for name, rows in out_and_gradients(attend, inputs).items():
+        assert torch.equal(rows, measured[name]), f"{name} has other bits"
 
 
 # hypothesis's shrinking and explaining trace every line of the interpreter: minutes.
