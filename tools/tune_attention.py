@@ -64,8 +64,8 @@ class Work:
         self.sets = [packed_inputs(case, dtype, device, seed) for seed in range(3)]
         for one in self.sets:
             one[:3] = [rows.requires_grad_() for rows in one[:3]]
-        rows, scale = self.sets[0][:3], case.channels**-0.5
-        self.refusal = KERNELS[kernel].refusal(AttentionCall(*rows, mask, tile_metadata, scale, None, None, None))
+        (q, k, v, _), scale = self.sets[0], case.channels**-0.5
+        self.refusal = KERNELS[kernel].refusal(AttentionCall(q, k, v, mask, tile_metadata, scale, None, None, None))
         self.outs = [self.attend(q, k, v) for q, k, v, _ in self.sets]
 
     def forward(self, number: int) -> list[Tensor]:
@@ -134,8 +134,8 @@ def main(
     total, heads = (16_384, (32, 8)) if size == "gpu" else (100, (1, 1))
     for width in WIDTHS[size]:
         case = Case(f"{width} channels", lognormal_lengths(total, min(1_000, total // 2), 1), heads, width)
-        for row in implementations(case, device, REPEATS[size]) if not only else ():
-            record.add(row)
+        for measured in implementations(case, device, REPEATS[size]) if not only else ():
+            record.add(measured)
         work = Work(case, device)
         for kernel in CANDIDATES:
             if only not in kernel:
