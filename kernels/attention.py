@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from bigmodel.kernels import attention_hopper
 from bigmodel.kernels.attention_dropout import AttentionDropout, factors, keeps, load_key_words, load_query_words
 from bigmodel.kernels.attention_kernels import AttentionCall, AttentionKernel, chosen
 from bigmodel.kernels.attention_libraries import LIBRARIES
@@ -850,6 +851,20 @@ def attention_op(
     return out_THK, lse_HT
 
 
+@library.custom_op("bigmodel::attention_on_hopper", mutates_args=())
+def attention_on_hopper_op(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
+    query_words_T: Tensor | None, key_words_S: Tensor | None, query_tiles_NF: Tensor, key_tiles_NF: Tensor,
+    left: int, right: int, scale: float, softcap: float | None, block: int, rate: float = 0.0, first_head: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `attention_op`, for calls that `attention_hopper.refusal` lets pass; the backward is the same."""
+    out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
+    lse_HT = torch.empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32, device=q_THK.device)
+    outputs = out_THK, lse_HT, query_tiles_NF
+    attention_hopper.run_forward(q_THK, k_SGK, v_SGK, *outputs, left, right, scale * LOG2_E, block, float(HIDDEN.value))
+    return out_THK, lse_HT
+
+
 @library.custom_op("bigmodel::attention_and_largest", mutates_args=())
 def attention_and_largest_op(
     q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, bias_HR: Tensor | None,
@@ -931,6 +946,7 @@ def _by_distance(d_bias_HALC: Tensor, reach: int) -> Tensor:
     return torch.cat([ends[0], sums_HX[:, first + 1 : last], ends[1]], dim=1)
 
 
+@attention_on_hopper_op.register_fake
 @attention_op.register_fake
 def _(q_THK: Tensor, *_inputs: Any) -> tuple[Tensor, Tensor]:
     lse_HT = q_THK.new_empty(q_THK.shape[1], q_THK.shape[0], dtype=torch.float32)
@@ -968,6 +984,7 @@ def _differentiate(ctx: Any, d_out_THK: Tensor | None, *_others: Tensor | None) 
 
 
 attention_op.register_autograd(_differentiate, setup_context=_remember)
+attention_on_hopper_op.register_autograd(_differentiate, setup_context=_remember)
 attention_and_largest_op.register_autograd(_differentiate, setup_context=_remember)
 
 
@@ -1012,8 +1029,16 @@ def _attend(call: AttentionCall) -> Tensor:
     return attention_op(call.q_THK, call.k_SGK, call.v_SGK, *arguments)[0]
 
 
+def _attend_on_hopper(call: AttentionCall) -> Tensor:
+    arguments = _arguments_of_kernel(call.tile_metadata, call.scale, call.softcap, call.bias_HR, call.dropout)
+    return attention_on_hopper_op(call.q_THK, call.k_SGK, call.v_SGK, *arguments)[0]
+
+
 # By name, for `attention(kernel=...)`.
-KERNELS = {"triton": AttentionKernel(_attend, lambda _call: None)} | LIBRARIES
+KERNELS = {
+    "triton": AttentionKernel(_attend, lambda _call: None),
+    "hopper": AttentionKernel(_attend_on_hopper, attention_hopper.refusal),
+} | LIBRARIES
 
 
 def attention_and_largest(

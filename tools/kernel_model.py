@@ -3,12 +3,14 @@
     python -m tools.kernel_model                 # table, and benchmarks/kernel_model.json
 
 Kernels are compiled ahead of time for sm_90, in bf16, and disassembled with the cuobjdump that Triton brings. A row is
-one loop over tiles: `full`, `masked`, or of a plain kernel for comparison: one document, no mask, contiguous tensors.
+one loop over tiles: `full`, `masked`, `every` (one loop for both), or of a plain kernel for comparison: one document,
+no mask, contiguous tensors.
 Counted: warp instructions by class, registers, shared memory, programs per SM. Modelled, not measured:
 
     tensor   = sum over HGMMA of max(FMA / 2048, bytes read from shared memory / 128), of all warp groups of a program
     issue    = max(instructions * warps / 4, 2 * MUFU * warps)
-    share    = FMA / 2048 / (tensor + issue), or / max(tensor, issue) where two programs fit an SM and overlap
+    share    = FMA / 2048 / (tensor + issue), or / max(tensor, issue) where two programs fit an SM, or
+               warps are specialized, and overlap
 
 In cycles of one SM of Hopper (2048 dense bf16 FMA, 4 instructions, 16 exponentials and 128 bytes of shared memory a
 cycle; from NVIDIA's tuning guide and data sheet). Memory, barriers, clocks and launches are not modelled, so shares
@@ -27,7 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bigmodel.kernels import attention
+from bigmodel.kernels import attention, attention_hopper
 from bigmodel.kernels.triton_import import HAS_TRITON, tl, triton
 
 ARCHITECTURE = 90
@@ -106,6 +108,7 @@ class Loop:
     programs_per_sm: int
     instructions: int
     classes: dict[str, int]
+    is_specialized: bool  # warps: those that compute; one more group loads
     tensor_cycles: int
     issue_cycles: int
     share_of_peak: float
@@ -125,6 +128,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, num_s
             signature[name] = "i32"
         elif name.startswith(("scale", "cap", "factor")):
             signature[name] = "fp32"
+        elif kernel is attention_hopper.hopper_forward_kernel and name in ("k", "v"):
+            signature[name] = f"tensordesc<bf16[1,1,1,{constants['COLUMNS']},{constants['HEAD']}]>"
         else:
             signature[name] = "*fp32" if name in fp32 else "*i32" if name == "tiles" else "*bf16"
         if signature[name].startswith("*") or (signature[name] == "i32" and name.endswith("stride")):
@@ -144,6 +149,13 @@ def shipped(name: str, channels: int) -> tuple[Any, dict[str, Any]]:
     constants |= dict.fromkeys(("largest", "bias", "query_words", "key_words"))
     constants |= {"GROUP": HEADS // KEY_HEADS, "REACH": -1, "CAPPED": False, "WINDOWED": False}
     return getattr(attention, f"{name}_kernel"), constants
+
+
+def hopper_case(channels: int) -> tuple[Any, dict[str, Any]]:
+    """(kernel, constants) of the forward for Hopper, for a causal mask."""
+    options = attention_hopper.launch_options(channels, 128)
+    constants = {"q_stride": HEADS * channels, "GROUP": HEADS // KEY_HEADS, "WINDOWED": False}
+    return attention_hopper.hopper_forward_kernel, options | constants | {"HIDDEN": float(attention.HIDDEN.value)}
 
 
 def plain_case(name: str, channels: int) -> tuple[Any, dict[str, Any]]:
@@ -198,29 +210,37 @@ def products(instructions: list[str]) -> tuple[float, float]:
 
 def model(name: str, channels: int, is_plain: bool) -> list[Loop]:
     """The loops of one kernel."""
-    kernel, constants = (plain_case if is_plain else shipped)(name, channels)
+    is_hopper = name == "hopper"
+    kernel, constants = hopper_case(channels) if is_hopper else (plain_case if is_plain else shipped)(name, channels)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     compiled = compile_kernel(kernel, constants, warps, stages)
     used = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(compiled.asm["cubin"], "--dump-resource-usage"))
     assert used is not None, "cuobjdump printed no registers"
     registers, stack = int(used.group(1)), int(used.group(2))
-    programs = min(REGISTERS // (registers * warps * 32), SHARED_BYTES // max(compiled.metadata.shared, 1))
+    sass = cuobjdump(compiled.asm["cubin"], "-sass")
+    loops, names = inner_loops(sass), ["plain"] if is_plain else ["full", "masked"]
+    is_specialized = "USETMAXREG" in sass
+    if is_hopper:  # alike in both groups; spans of jumps between the groups are longer
+        loops, names = [min(loops, key=len)], ["every"]
+        warps *= 2 if is_specialized else 1
+    threads = warps * 32 + 128 * is_specialized
+    programs = min(REGISTERS // (registers * threads), SHARED_BYTES // max(compiled.metadata.shared, 1))
     rows = []
-    names = ["plain"] if is_plain else ["full", "masked"]
-    for loop, instructions in zip(names, inner_loops(cuobjdump(compiled.asm["cubin"], "-sass")), strict=True):
+    for loop, instructions in zip(names, loops, strict=True):
         classes = Counter(map(class_of, instructions))
         fma, tensor = (warps / 4 * cycles for cycles in products(instructions))
         issue = max(len(instructions) * warps / 4, 2 * classes["exponential"] * warps)
-        share = fma / (tensor + issue if programs < 2 else max(tensor, issue))
+        share = fma / (max(tensor, issue) if programs > 1 or is_specialized else tensor + issue)
         tile = f"{constants['ROWS']}x{constants['COLUMNS']}"
         rows.append(Loop(name, channels, loop, tile, warps, stages, registers, stack, compiled.metadata.shared,
-                         programs, len(instructions), dict(sorted(classes.items())), round(tensor), round(issue),
-                         round(share, 3)))  # fmt: skip
+                         programs, len(instructions), dict(sorted(classes.items())), is_specialized, round(tensor),
+                         round(issue), round(share, 3)))  # fmt: skip
     return rows
 
 
 CASES = [
     *((name, channels, False) for name in ("forward", "query_gradient", "key_gradient") for channels in (64, 128)),
+    *(("hopper", channels, False) for channels in (64, 128)),
     *((name, channels, True) for name in ("forward", "key_gradient") for channels in (64, 128)),
 ]
 
