@@ -6,12 +6,12 @@ Most important first; each part runs in its own process and is killed at its lim
 on a machine with nothing compiled. At most, in seconds:
 
     correctness                 140   tests/gpu, bf16 before other types; most of it is compilation
-    hopper                       30   the same of attention(kernel="hopper"), on sm_90; says nothing about the others
-    bench_attention             120   90 of rows, 30 of grace for the start, the last row and the plot
+    hopper                       25   the same of attention(kernel="hopper"), on sm_90; says nothing about the others
+    bench_attention             110   80 of rows, 30 of grace for the start, the last row and the plot
     bench_linear_cross_entropy   55   25 and 30
     bench_block                  45   15 and 30
     bench_seq2seq                50   20 and 30: whole training steps
-    tune_attention               40   10 and 30: other tile shapes; a session with time left runs it alone for longer
+    tune_attention               50   20 and 30: other tile shapes; a session with time left runs it alone for longer
 
 Results are written at once, so a kill loses only the running measurement: benchmarks write their rows, this program
 gpu_suite.json and gpu_suite.md. A part that fails or runs out of time does not stop the others. Exit code: 0 if the
@@ -62,12 +62,12 @@ HOPPER = (*PYTEST, "tests/gpu/test_attention_hopper_on_gpu.py")
 
 PARTS = (
     Part("correctness", CORRECTNESS, 140, False),
-    Part("hopper", HOPPER, 30, False),
-    Part("bench_attention", ("-m", "tools.bench_attention"), 90),
+    Part("hopper", HOPPER, 25, False),
+    Part("bench_attention", ("-m", "tools.bench_attention"), 80),
     Part("bench_linear_cross_entropy", ("-m", "tools.bench_linear_cross_entropy"), 25),
     Part("bench_block", ("-m", "tools.bench_block"), 15),
     Part("bench_seq2seq", ("-m", "tools.bench_seq2seq"), 20),
-    Part("tune_attention", ("-m", "tools.tune_attention"), 10),
+    Part("tune_attention", ("-m", "tools.tune_attention"), 20),
 )
 
 
