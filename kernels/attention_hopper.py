@@ -114,6 +114,12 @@ def refusal(call: AttentionCall) -> str | None:
     return None
 
 
+def missing_device(device: torch.device) -> str | None:
+    """Why this GPU cannot run the kernel; None if it can."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major in CAPABILITIES else f"needs Hopper (sm_90), and this GPU is sm_{major}{minor}"
+
+
 @torch.compiler.assume_constant_result
 def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]

@@ -195,10 +195,11 @@ class TrainingSettings(Section):
         1, ge=1, description="consecutive ranks that share each packed sequence (Ulysses), for very long documents"
     )
     compile: bool = Field(False, description="torch.compile each block")
-    attention_kernel: Literal["triton", "flash-attn", "torch-varlen"] = Field(
+    attention_kernel: Literal["triton", "hopper", "flash-attn", "torch-varlen"] = Field(
         "triton",
-        description="of self-attention on a GPU: triton is ours; flash-attn: FlashAttention-2 of that package; "
-        "torch-varlen: of torch. Not run yet: test first, BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu -k libraries",
+        description="of self-attention on a GPU: triton is ours; hopper: its forward with TMA loads and specialized "
+        "warps, sm_90, heads of 64 or 128 channels; flash-attn: FlashAttention-2 of that package; "
+        "torch-varlen: of torch. None has run yet: test first, BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu",
     )
     collective_timeout_seconds: float = Field(
         600.0,
@@ -499,6 +500,11 @@ class Settings(Section):
             'training.precision = "fp32"': self.training.precision == "fp32",
             f"heads of {model.resolved_head_dim} channels, not a multiple of 8": model.resolved_head_dim % 8 > 0,
         }
+        if name == "hopper":
+            refused[f"heads of {model.resolved_head_dim} channels, not 64 or 128"] = model.resolved_head_dim not in (
+                64,
+                128,
+            )
         if name != "triton" and (found := next((what for what, is_so in refused.items() if is_so), "")):
             raise ValueError(f'training.attention_kernel = "{name}" does not cover {found}; leave one of them out')
         return self

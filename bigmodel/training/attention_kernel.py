@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from bigmodel.config.settings import Settings, UserError
+from bigmodel.kernels.attention_hopper import missing_device
 from bigmodel.kernels.attention_libraries import missing
 from bigmodel.model.transformer import Encoder, Transformer
 
@@ -16,7 +17,7 @@ def use_attention_kernel(model: nn.Module, settings: Settings, device: torch.dev
     asked = f'training.attention_kernel = "{name}"'
     if device.type != "cuda":
         raise UserError(f'{asked}: needs a GPU, and this rank computes on a {device.type}; set it to "triton"')
-    if reason := missing(name):
+    if reason := missing_device(device) if name == "hopper" else missing(name):
         raise UserError(f'{asked}: {reason}, or set it to "triton"')
     for stack in model.modules():
         if isinstance(stack, (Encoder, Transformer)):

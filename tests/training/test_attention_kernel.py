@@ -12,12 +12,26 @@ from bigmodel.training.attention_kernel import use_attention_kernel
 from tests.model.test_encoder_decoder import ONE_SIDE, TEXTS
 from tests.support.example_batches import DataSettings, batch_of, model_of
 
+WIDE = {"hidden_size": 128, "num_heads": 2}
 FLASH = Settings.model_validate({"training": {"attention_kernel": "flash-attn"}})
 
 
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"needs a GPU, and this rank computes on a cpu; set it to .triton."):
         use_attention_kernel(model_of(), FLASH, torch.device("cpu"))
+
+
+def test_another_gpu_than_hopper_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.model_validate({"training": {"attention_kernel": "hopper"}, "model": WIDE})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    with pytest.raises(UserError, match=r"hopper.*: needs Hopper \(sm_90\), and this GPU is sm_86, or set it to"):
+        use_attention_kernel(model_of(), settings, torch.device("cuda"))
+
+
+def test_hopper_needs_heads_of_64_or_128_channels() -> None:
+    table = {"training": {"attention_kernel": "hopper"}, "model": WIDE | {"num_heads": 4}}
+    with pytest.raises(UserError, match="does not cover heads of 32 channels, not 64 or 128"):
+        settings_from_table(table, Path("run.toml"))
 
 
 @pytest.mark.skipif(not missing("flash-attn"), reason="flash-attn is installed")
