@@ -67,8 +67,11 @@ def _make_steps(count: int) -> np.ndarray:
 
 
 def permutation(key: int, count: int) -> np.ndarray:
-    """The numbers 0 to count - 1 in the order of the key's words: int64, (count,)."""
-    return np.argsort(words(key, count), kind="stable")
+    """The numbers 0 to count - 1 in the order of the key's words: int64, (count,). Of equal words the earlier first."""
+    drawn = words(key, count)
+    order = np.argsort(drawn)  # a third of the time of a stable sort, with AVX-512
+    ordered = drawn[order]
+    return order if (ordered[1:] > ordered[:-1]).all() else np.argsort(drawn, kind="stable")
 
 
 def _mix_number(number: int) -> int:

@@ -153,9 +153,10 @@ class Lane:
             given |= np.minimum.reduceat(packing.members, starts) < num_carried
         chosen = np.flatnonzero(given)
         chosen = chosen[permutation(make_key("packs", self._seed, self._number, start.buffer), len(chosen))]
-        turns = np.full(len(starts), len(chosen))  # of each pack; one that is not given comes after all
-        turns[chosen] = np.arange(len(chosen))
-        turn_of_chunk = np.empty(len(table), dtype=np.int64)
+        few = np.min_scalar_type(len(chosen))  # 16 bits are sorted by radix
+        turns = np.full(len(starts), len(chosen), few)  # of each pack; one that is not given comes after all
+        turns[chosen] = np.arange(len(chosen), dtype=few)
+        turn_of_chunk = np.empty(len(table), few)
         turn_of_chunk[packing.members] = np.repeat(turns, packing.num_documents)
         in_turn = table[np.argsort(turn_of_chunk, kind="stable")]
         ends = starts_of(packing.num_documents[chosen])
