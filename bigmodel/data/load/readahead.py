@@ -57,23 +57,23 @@ class ReadAhead:
         for thread in self._threads:
             thread.start()
 
-    def expect(self, chunks: Iterable[Place]) -> None:
-        """Announce chunks: one `document` call each will follow, in about this order."""
+    def expect(self, shards: Iterable[tuple[str, int]], documents: Iterable[Place]) -> None:
+        """Announce chunks by the shards that hold them, and by their documents: one `document` call for each will
+        follow, in about this order. `documents` is used only where a shard holds text."""
         if self._open is None:
             return
-        now = time.monotonic()
-        chunks = list(chunks)
-        for shard in dict.fromkeys(chunk[:2] for chunk in chunks):
+        now, shards = time.monotonic(), list(shards)
+        for shard in shards:
             if now - self._opened.get(shard, float("-inf")) > REOPEN_SECONDS:
                 self._opened[shard] = now
                 self._tasks.put(shard)
-        texts = {source: self._is_text(source) for source in {chunk[0] for chunk in chunks}}
-        for chunk in chunks if any(texts.values()) else ():
-            if texts[chunk[0]]:
-                if chunk not in self._awaited:
-                    self._awaited[chunk] = _Awaited()
-                    self._tasks.put((chunk, self._awaited[chunk]))
-                self._awaited[chunk].chunks += 1
+        texts = {source: self._is_text(source) for source in {source for source, _ in shards}}
+        for document in documents if any(texts.values()) else ():
+            if texts[document[0]]:
+                if document not in self._awaited:
+                    self._awaited[document] = _Awaited()
+                    self._tasks.put((document, self._awaited[document]))
+                self._awaited[document].chunks += 1
 
     def _is_text(self, source: str) -> bool:
         try:

@@ -336,8 +336,12 @@ class Stream:
             self._planned.append(error)
             return
         self._planned.append(_Planned(number, node, self._order.position()))
-        mine = (node.packs[at] for slot in node.slots[self._place.rank_in_node] for at in slot)
-        self._read_ahead.expect(place_of(self._store, chunk) for pack in mine for chunk in pack)
+        slots, sources = node.slots[self._place.rank_in_node], self._store.sources
+        chunks = [chunk for slot in slots for at in slot for chunk in node.packs[at]]
+        shards = dict.fromkeys((chunk.source, chunk.shard) for chunk in chunks)
+        self._read_ahead.expect(
+            [(sources[source], shard) for source, shard in shards], (place_of(self._store, chunk) for chunk in chunks)
+        )
 
     def _plan_ahead(self) -> None:
         """Plan two steps per built step until a packing buffer lies ahead; the first step waits for its plan only."""

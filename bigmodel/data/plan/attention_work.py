@@ -14,6 +14,7 @@ from bigmodel.config.settings import DataSettings
 from bigmodel.data.objectives.examples import objectives_of
 from bigmodel.data.objectives.table import OBJECTIVES
 from bigmodel.data.plan.planned import PackTable
+from bigmodel.data.plan.shuffle import WIDE
 
 # (tokens, source tokens, prefix tokens) of documents, (D,) int64 each -> the last three fields of `Work`
 CountPairs = Callable[[np.ndarray, np.ndarray, np.ndarray], Sequence[int]]
@@ -44,7 +45,8 @@ def count_work(packs: PackTable, data: DataSettings, count_pairs: CountPairs) ->
 def _prefixes(packs: PackTable, data: DataSettings) -> np.ndarray:
     """(D,) length of the prefix that the whole document attends to: a source and the first input with a label."""
     tokens_D, labels_D = packs.num_tokens(), packs.num_labels()
-    if not data.bidirectional_prefix or data.classes:
+    is_plain = packs.chunks.shape[1] < WIDE  # then every input has a label
+    if is_plain or not data.bidirectional_prefix or data.classes:
         return np.zeros_like(tokens_D)
     have_source = np.array([OBJECTIVES[objective.settings.kind].has_source for objective in objectives_of(data)])
     objectives_D = packs.objectives()

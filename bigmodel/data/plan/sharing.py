@@ -87,18 +87,22 @@ def deal_evenly(work: Sequence[int], num_ranks: int, num_rounds: int, size: int)
     """
     assert len(work) <= num_ranks * num_rounds * size, f"{len(work)} packs for {num_ranks} x {num_rounds} x {size}"
     slots: list[list[int]] = [[] for _ in range(num_ranks * num_rounds)]
+    loads = [0] * len(slots)
     lightest = [(0, number) for number in range(len(slots))]
     for pack in sorted(range(len(work)), key=lambda pack: (-work[pack], pack)):
         load, number = heapq.heappop(lightest)
         slots[number].append(pack)
+        loads[number] = load + work[pack]
         if len(slots[number]) < size:
-            heapq.heappush(lightest, (load + work[pack], number))
-    slots.sort(key=lambda slot: -_sum(work, slot))
+            heapq.heappush(lightest, (loads[number], number))
+    heaviest_first = sorted(range(len(slots)), key=lambda number: -loads[number])
     ranks: Slots = [[] for _ in range(num_ranks)]
+    totals = [0] * num_ranks
     for first in range(0, len(slots), num_ranks):
-        least_first = sorted(ranks, key=lambda rounds: sum(_sum(work, slot) for slot in rounds))
-        for rounds, slot in zip(least_first, slots[first : first + num_ranks], strict=True):
-            rounds.append(sorted(slot))
+        least_first = sorted(range(num_ranks), key=totals.__getitem__)
+        for rank, number in zip(least_first, heaviest_first[first : first + num_ranks], strict=True):
+            ranks[rank].append(sorted(slots[number]))
+            totals[rank] += loads[number]
     return ranks
 
 
