@@ -19,8 +19,9 @@ Writes benchmarks/prepare.json and prepare.png and prints the table for benchmar
 
 `--exact`: tokenizers that the fast path does not serve, WordPiece and Unigram of 8,000 tokens, with the text as JSONL
 in documents of lognormal length. CPU seconds of whole processes, from the start of Python: the library alone (reads the
-lines, encodes 64 at a time, keeps nothing), `datasets.map` to a cache of its own, and `prepare`. They alternate. Adds
-`exact` to benchmarks/prepare.json and prints a table with the median, least and most of the ratios of each round.
+lines, encodes 64 at a time, keeps nothing), `datasets.map` to a cache of its own, and `prepare`; with `--datatrove`,
+where it is installed, its `JsonlReader` and `DocumentTokenizer` without shuffle too. They alternate. Adds `exact` to
+benchmarks/prepare.json and prints a table with the median, least and most of the ratios of each round.
 
 `--memory`: peak resident memory of `prepare` in one process, with the text as one file of each kind that cannot be
 split or has one row group. Prints a table.
@@ -272,18 +273,34 @@ def datasets_map(folder: Path, model: str) -> None:
         )
 
 
+def datatrove_tokens(folder: Path, model: str) -> None:
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    with scratch_folder(parent=folder) as out:
+        steps = [
+            JsonlReader(str(folder), glob_pattern="text.jsonl", doc_progress=False),
+            DocumentTokenizer(f"{out}/tokens", f"{folder}/{model}.json", eos_token="</s>", shuffle_documents=False),
+        ]
+        LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=f"{out}/logs").run()
+
+
+DATATROVE = "datatrove"
 EXACT = {
     "library": library_only,
     "datasets.map": datasets_map,
+    DATATROVE: datatrove_tokens,
     "prepare": lambda folder, model: whole_prepare(folder, f"{model}.json", "text.jsonl", "workers = 1\n"),
 }
 
 
-def compare_exact(megabytes: int, repeats: int, models: list[str]) -> dict[str, Any]:
+def compare_exact(megabytes: int, repeats: int, models: list[str], has_datatrove: bool = False) -> dict[str, Any]:
     """CPU seconds of each way in each round, by model; and of `prepare` with a few documents, which is its start."""
     with scratch_folder() as folder:
         write_exact_tokenizers(folder, write_lines(folder, megabytes))
-        runs: dict[str, dict[str, list[float]]] = {model: {way: [] for way in EXACT} for model in models}
+        ways = [way for way in EXACT if has_datatrove or way != DATATROVE]
+        runs: dict[str, dict[str, list[float]]] = {model: {way: [] for way in ways} for model in models}
         for _ in range(repeats):
             for model in models:
                 for way, mine in runs[model].items():
@@ -306,12 +323,15 @@ def _seconds_of(way: str, folder: Path) -> float:
 
 def exact_table(result: dict[str, Any]) -> str:
     lines = [
-        "| | library, CPU s | prepare, CPU s | library / prepare | datasets.map / prepare |",
-        "|---|---|---|---|---|",
+        "| | library, CPU s | prepare, CPU s | library / prepare | datasets.map / prepare | datatrove / prepare |",
+        "|---|---|---|---|---|---|",
     ]
     for model, runs in result["cpu_seconds"].items():
         cells = [f"{statistics.median(runs[way]):.2f}" for way in ("library", "prepare")]
-        for way in ("library", "datasets.map"):
+        for way in ("library", "datasets.map", DATATROVE):
+            if way not in runs:
+                cells.append("not measured")
+                continue
             ratios = [theirs / ours for theirs, ours in zip(runs[way], runs["prepare"], strict=True)]
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| {model} | {' | '.join(cells)} |")
@@ -396,6 +416,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--models", nargs="+", default=["WordPiece", "Unigram"], help="with --exact")
+    parser.add_argument("--datatrove", action="store_true", help="with --exact: measure it too")
     parser.add_argument("--way", help="run one method and print its seconds")
     parser.add_argument("--folder", type=Path, help="with --way: folder of the text")
     arguments = parser.parse_args()
@@ -413,7 +434,7 @@ def main() -> None:
     file = ROOT / "benchmarks" / "prepare.json"
     if arguments.exact:
         result = json.loads(file.read_text()) | {
-            "exact": compare_exact(arguments.megabytes, arguments.repeats, arguments.models)
+            "exact": compare_exact(arguments.megabytes, arguments.repeats, arguments.models, arguments.datatrove)
         }
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(exact_table(result["exact"]))

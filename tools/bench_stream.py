@@ -12,11 +12,13 @@ Lengths are lognormal, mean 740 tokens, median 403; tokens are random.
 - speed: each method runs in its own process, forked after the imports, for one epoch; they alternate. Tokens over
   CPU seconds of the process, and the ratios of each round: median, least, most. `iterate, concatenate` and `iterate,
   bin-pack` are StreamingDataset.__iter__ with a collator that joins and cuts, and one that packs groups of 256
-  documents first-fit decreasing and drops nothing.
+  documents first-fit decreasing and drops nothing. `--others` adds loaders of other systems, where they are installed:
+  see tools/stream_contenders.py.
 - text: the embedded corpus, prepared as text and as tokens with a vocabulary of 8,192, through the same stream.
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -42,6 +44,7 @@ from bigmodel.data.randomness import make_key, words
 from bigmodel.data.store import mds
 from bigmodel.data.store.manifest import Manifest, describe_files
 from bigmodel.data.store.shards import ShardStore, measure_shard
+from tools.stream_contenders import OTHERS, copies
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 2048
@@ -244,7 +247,7 @@ WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
 
 def one_way(way: str, folder: Path, num_tokens: int) -> dict[str, float]:
     """Tokens and CPU seconds of an epoch of `num_tokens`, after the first batch."""
-    batches = WAYS[way](folder)
+    batches = (WAYS | OTHERS)[way](folder)
     next(batches)
     processor, tokens = time.process_time(), 0
     for count in batches:
@@ -268,22 +271,26 @@ def forked(way: str, folder: Path, num_tokens: int) -> dict[str, float]:
     return found
 
 
-def speed(num_tokens: int, repeats: int) -> dict[str, Any]:
+def speed(num_tokens: int, repeats: int, others: list[str]) -> dict[str, Any]:
     from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
     for module in ("streaming", "bigmodel.data.load.stream"):
         importlib.import_module(module)
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    ways = [*WAYS, *others]
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with scratch_folder() as folder:
         write_shards(folder, num_tokens)
+        copies(folder, others)
+        gc.collect()
+        gc.freeze()  # as training does after its imports
         for _ in range(repeats):
-            for way in WAYS:
+            for way in ways:
                 runs[way].append(forked(way, folder, num_tokens))
                 print(way, runs[way][-1], file=sys.stderr)
     rates = {way: [run["tokens"] / run["processor"] for run in mine] for way, mine in runs.items()}
     ratios = {}
-    for way in list(WAYS)[1:]:
+    for way in ways[1:]:
         found = [our / other for our, other in zip(rates["ours"], rates[way], strict=True)]
         ratios[way] = {"median": statistics.median(found), "min": min(found), "max": max(found)}
     medians = {way: statistics.median(mine) for way, mine in rates.items()}
@@ -407,11 +414,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_000_000, help="speed: tokens in the shards")
     parser.add_argument("--seconds", type=float, default=4.0, help="text: length of one run")
     parser.add_argument("--repeats", type=int, default=10, help="speed: runs of each method")
+    parser.add_argument("--others", nargs="+", choices=OTHERS, default=[], help="speed: loaders of other systems")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     runs = {
         "packing": lambda: packing(arguments.documents),
-        "speed": lambda: speed(arguments.tokens, arguments.repeats),
+        "speed": lambda: speed(arguments.tokens, arguments.repeats, arguments.others),
         "text": lambda: text(arguments.seconds),
     }
     result = runs[arguments.what]()

@@ -5,7 +5,7 @@ of the piece. A column of strings in any form (large, views, dictionaries, run-e
 strings) holds text; a column of type null holds a null in each row.
 
 Costs: beside a row, some MB of a Parquet column whatever the size of its row groups; of Arrow a record batch with all
-its columns.
+its columns. `pyarrow.parquet` and `pyarrow.compute` are imported where a file needs them: 0.1 s.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 from pyarrow import types
 
 from bigmodel.config.settings import UserError
@@ -61,9 +59,11 @@ def text_columns(file: str, schema: pyarrow.Schema, wanted: tuple[str, ...]) -> 
 
 
 def _read_schema(file: str, kind: str) -> pyarrow.Schema:
+    from pyarrow import parquet
+
     with files.open_file(file) as stream:
         if kind == "parquet":
-            return pyarrow.parquet.read_schema(stream)
+            return parquet.read_schema(stream)
         return (pyarrow.ipc.open_file if _is_arrow_file(stream) else pyarrow.ipc.open_stream)(stream).schema
 
 
@@ -95,9 +95,11 @@ def _is_class(kind: pyarrow.DataType) -> bool:
 
 def cut_columns(file: str, kind: str, size: int) -> list[tuple[int, int]]:
     """(number, bytes) of each row group or record batch; a stream is one piece. `size`: bytes of the file."""
+    from pyarrow import parquet
+
     with files.readable(file), files.open_file(file) as stream:
         if kind == "parquet":
-            metadata = pyarrow.parquet.read_metadata(stream)
+            metadata = parquet.read_metadata(stream)
             return [(group, metadata.row_group(group).total_byte_size) for group in range(metadata.num_row_groups)]
         number = pyarrow.ipc.open_file(stream).num_record_batches if _is_arrow_file(stream) else 1
     return [(batch, size // number) for batch in range(number)]
@@ -111,8 +113,10 @@ def read_columns(piece: Piece, columns: tuple[str, ...], key_column: str | None)
 
 def _read_row_group(piece: Piece, columns: tuple[str, ...], key_column: str | None) -> Iterator[Row]:
     """Buffered and without pre-buffering: only both together keep pyarrow from loading the whole row group."""
+    from pyarrow.parquet import ParquetFile
+
     with files.readable(piece.file), files.open_file(piece.file) as stream:
-        parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        parquet = ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         schema = parquet.schema_arrow
         wanted = [*columns, *([key_column] if key_column else [])]
         stored = [_stored_name(schema, name) for name in (*wanted, *_others(piece.format.record))]
@@ -198,8 +202,10 @@ def _to_value(value: pyarrow.Scalar) -> Any:
 
 def _column(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
     """A column by its name, or by its dotted path through structs; the fields of a null struct are null."""
+    from pyarrow import compute
+
     outer, *inner = _index_path(list(batch.schema), name)
-    return pyarrow.compute.struct_field(batch.column(outer), inner) if inner else batch.column(outer)
+    return compute.struct_field(batch.column(outer), inner) if inner else batch.column(outer)
 
 
 def _index_path(fields: list[pyarrow.Field], path: str) -> list[int]:
@@ -217,6 +223,8 @@ def _index_path(fields: list[pyarrow.Field], path: str) -> list[int]:
 
 
 def _to_texts(column: pyarrow.Array) -> list[Any]:
+    from pyarrow import compute
+
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -225,5 +233,5 @@ def _to_texts(column: pyarrow.Array) -> list[Any]:
         if types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if types.is_run_end_encoded(column.type):
-            column = pyarrow.compute.run_end_decode(column)
+            column = compute.run_end_decode(column)
         return [None if raw is None else decoded(raw) for raw in column.cast(pyarrow.large_binary()).to_pylist()]

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
-import pyarrow.parquet
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.prepare.corpus import Source
@@ -69,6 +68,8 @@ def pair_sources(directory: Path) -> list[Source]:
 
 def write_embedded_pairs(directory: Path, modules: Sequence[tuple[str, bytes]]) -> dict[str, dict[str, dict[str, int]]]:
     """Write summaries.parquet (columns text, target, key = module path); returns counts as `write_embedded_corpus`."""
+    from pyarrow import parquet
+
     left_out = {"not_parsed": {"documents": 0, "bytes": 0}}
     rows = []
     for path, content in modules:
@@ -80,7 +81,7 @@ def write_embedded_pairs(directory: Path, modules: Sequence[tuple[str, bytes]]) 
             continue
         rows += [{"text": source, "target": target, "key": path} for source, target in pairs]
     directory.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "summaries.parquet", row_group_size=1024)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "summaries.parquet", row_group_size=1024)
     return {"summaries": left_out}
 
 
@@ -127,6 +128,8 @@ def write_embedded_corpus(
     Documents: a module's code without documentation strings; its documentation strings, each under its qualified name;
     each topic of the language reference. Returns the documents and bytes left out, by source and reason.
     """
+    from pyarrow import parquet
+
     rows: dict[str, list[tuple[str, str]]] = {"code": [], "docs": []}
     left_out: dict[str, dict[str, dict[str, int]]] = {
         name: {reason: {"documents": 0, "bytes": 0} for reason in ("not_parsed", "heading_only")} for name in rows
@@ -150,7 +153,7 @@ def write_embedded_corpus(
     directory.mkdir(parents=True, exist_ok=True)
     for name, pairs in rows.items():
         table = pyarrow.table({"text": [text for text, _ in pairs], "key": [key for _, key in pairs]})
-        pyarrow.parquet.write_table(table, directory / f"{name}.parquet", row_group_size=128)
+        parquet.write_table(table, directory / f"{name}.parquet", row_group_size=128)
     return left_out
 
 

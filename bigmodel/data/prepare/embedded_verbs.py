@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
 from bigmodel.data.prepare.cleaning import run_hashes
 from bigmodel.data.prepare.corpus import Source
@@ -61,6 +60,8 @@ def verb_sources(directory: Path) -> list[Source]:
 
 def write_embedded_verbs(directory: Path, modules: Sequence[tuple[str, bytes]]) -> dict[str, dict[str, dict[str, int]]]:
     """Write functions.parquet (columns text, verb, key = module path); returns what was left out, by reason."""
+    from pyarrow import parquet
+
     left_out = {reason: {"documents": 0, "bytes": 0} for reason in (NOT_PARSED, SHARED)}
     codes: dict[str, str] = {}
     for path, content in modules:
@@ -79,7 +80,7 @@ def write_embedded_verbs(directory: Path, modules: Sequence[tuple[str, bytes]]) 
             else:
                 rows.append({"text": without_name(source, name), "verb": verb_of(name), "key": path})
     directory.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "functions.parquet", row_group_size=1024)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "functions.parquet", row_group_size=1024)
     return {"functions": left_out}
 
 
