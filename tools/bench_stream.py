@@ -271,17 +271,17 @@ def forked(way: str, folder: Path, num_tokens: int) -> dict[str, float]:
     return found
 
 
-def speed(num_tokens: int, repeats: int, others: list[str]) -> dict[str, Any]:
+def speed(num_tokens: int, repeats: int, ways: list[str]) -> dict[str, Any]:
+    """`ways`: names in WAYS and OTHERS, the first is ours."""
     from tools.torchvision_operators import define_missing_torchvision_operators
 
     define_missing_torchvision_operators()
     for module in ("streaming", "bigmodel.data.load.stream"):
         importlib.import_module(module)
-    ways = [*WAYS, *others]
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with scratch_folder() as folder:
         write_shards(folder, num_tokens)
-        copies(folder, others)
+        copies(folder, ways)
         gc.collect()
         gc.freeze()  # as training does after its imports
         for _ in range(repeats):
@@ -414,12 +414,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_000_000, help="speed: tokens in the shards")
     parser.add_argument("--seconds", type=float, default=4.0, help="text: length of one run")
     parser.add_argument("--repeats", type=int, default=10, help="speed: runs of each method")
+    theirs = list(WAYS)[1:]
+    parser.add_argument("--ways", nargs="*", choices=theirs, default=theirs, help="speed: beside ours")
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=[], help="speed: loaders of other systems")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     runs = {
         "packing": lambda: packing(arguments.documents),
-        "speed": lambda: speed(arguments.tokens, arguments.repeats, arguments.others),
+        "speed": lambda: speed(arguments.tokens, arguments.repeats, ["ours", *arguments.ways, *arguments.others]),
         "text": lambda: text(arguments.seconds),
     }
     result = runs[arguments.what]()
