@@ -44,6 +44,7 @@ from bigmodel.kernels import attention_hopper
 from bigmodel.kernels.attention_dropout import AttentionDropout, factors, keeps, load_key_words, load_query_words
 from bigmodel.kernels.attention_kernels import AttentionCall, AttentionKernel, chosen
 from bigmodel.kernels.attention_libraries import LIBRARIES
+from bigmodel.kernels.cpu import is_wide
 from bigmodel.kernels.mask import (
     BOTH,
     FULL,
@@ -62,6 +63,7 @@ from bigmodel.kernels.tiles import TileMetadata, make_tile_metadata
 from bigmodel.kernels.triton_import import INTERPRETED, tl, triton
 
 aten = torch.ops.aten
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 # Part 2: the reference.
 
@@ -78,16 +80,19 @@ def attention_reference(
 ) -> Tensor:
     """Attention without Triton; runs on CPU. Shapes as `attention`, any float type.
 
-    On a CPU, without cap, bias and dropout: torch's kernel, one call for all documents of equal lengths and prefixes.
+    On a CPU, without cap, bias and dropout: torch's kernel, one call for all documents of equal lengths and prefixes;
+    in bf16 where the processor has units for it (`kernels/cpu.py`), with an fp32 backward.
     Else: the formula in plain torch, one document at a time. No document is padded, and the arithmetic of a document
     does not depend on the others of the batch: it is the same to the last bit in any micro-batch.
     """
     scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
     dtype = q_THK.dtype
-    if q_THK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # A CPU without bf16 instructions multiplies bf16 at 1.2 GFLOP/s and fp32 at 32: compute in fp32, round once.
+    on_cpu = q_THK.device.type == "cpu"
+    is_plain = on_cpu and softcap is None and bias_HR is None and dropout is None
+    if on_cpu and dtype in HALF_TYPES and (is_wide(q_THK) or not is_plain):
+        # Without units for them 16-bit types are multiplied at 1.2 GFLOP/s, fp32 at 32: compute in fp32, round once.
         q_THK, k_SGK, v_SGK = q_THK.float(), k_SGK.float(), v_SGK.float()
-    if q_THK.device.type == "cpu" and softcap is None and bias_HR is None and dropout is None:
+    if is_plain:
         rows = _with_dense_channels(q_THK, k_SGK, v_SGK)
         offsets = mask.cu_seqlens_q, mask.cu_seqlens_k, mask.query_prefix, mask.key_prefix
         return cpu_attention_op(*rows, *offsets, mask.left, mask.right, scale)[0].to(dtype)
@@ -219,10 +224,14 @@ def _cpu_attention_backward(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, query_prefix: Tensor | None, key_prefix: Tensor | None,
     left: int | None, right: int | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv). In fp32 at least: torch's kernel is twice as fast in bf16 forward, but 1.3 to 2 times slower here
+    and three times as far off (AMX, torch 2.13)."""
     mask = AttentionMask(cu_seqlens_q, cu_seqlens_k, left, right, key_prefix, query_prefix)
-    dq_THK, dk_SGK, dv_SGK = (torch.zeros(rows.shape, dtype=rows.dtype) for rows in (q_THK, k_SGK, v_SGK))
+    dtype, wide = q_THK.dtype, lse_TH.dtype
+    d_out_THK, out_THK, q_THK, k_SGK, v_SGK = (x.to(wide) for x in (d_out_THK, out_THK, q_THK, k_SGK, v_SGK))
+    dq_THK, dk_SGK, dv_SGK = (torch.zeros(rows.shape, dtype=wide) for rows in (q_THK, k_SGK, v_SGK))
     (d_out_THK,) = _with_dense_channels(d_out_THK)  # loss.sum() sends one whose strides are all 0
-    for queries, keys, is_causal, hidden_TS in _alike_documents(mask, q_THK.dtype):
+    for queries, keys, is_causal, hidden_TS in _alike_documents(mask, wide):
         rows = _taken(q_THK, queries), _taken(k_SGK, keys), _taken(v_SGK, keys)
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _taken(d_out_THK, queries), *rows, _taken(out_THK, queries), _taken(lse_TH, queries), 0.0, is_causal,
@@ -230,7 +239,7 @@ def _cpu_attention_backward(
         )  # fmt: skip
         for gradients, where, values in zip((dq_THK, dk_SGK, dv_SGK), (queries, keys, keys), found, strict=True):
             _put(gradients, where, values)
-    return dq_THK, dk_SGK, dv_SGK
+    return dq_THK.to(dtype), dk_SGK.to(dtype), dv_SGK.to(dtype)
 
 
 @cpu_attention_op.register_fake

@@ -39,6 +39,7 @@ from bigmodel.kernels.triton_import import HAS_TRITON, INTERPRETED, tl, triton
 
 IGNORED = -100  # the label of a position without one
 CHUNK_BYTES = 2**29  # of logits: 1,024 positions at V = 128k, 4,096 at V = 32k; enough rows for products at full speed
+CACHE_BYTES = 2**20  # of logits on a CPU: half of a core's second-level cache
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -230,8 +231,32 @@ def softmax_step(
     weights_C: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     on_gpu = HAS_TRITON and (logits_CV.device.type == "cuda" or INTERPRETED)
-    step = softmax_step_triton if on_gpu and logits_CV.dtype == torch.float32 else softmax_step_reference
+    step = softmax_step_triton if on_gpu and logits_CV.dtype == torch.float32 else softmax_step_in_cache
     return step(logits_CV, targets_C, options, gradient_type, weights_C)
+
+
+def softmax_step_in_cache(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    options: Options,
+    gradient_type: torch.dtype | None,
+    weights_C: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`softmax_step_reference`, on a CPU in groups of rows that stay in a core's cache through its passes; same bits."""
+    rows = max(1, CACHE_BYTES // (logits_CV.element_size() * logits_CV.shape[1]))
+    if logits_CV.device.type != "cpu" or rows >= len(logits_CV):
+        return softmax_step_reference(logits_CV, targets_C, options, gradient_type, weights_C)
+    losses_C, z_C = logits_CV.new_empty(len(logits_CV)), logits_CV.new_empty(len(logits_CV))
+    in_place = gradient_type in (None, logits_CV.dtype)
+    slope_CV = logits_CV if in_place else torch.empty_like(logits_CV, dtype=gradient_type)
+    for start in range(0, len(logits_CV), rows):
+        part = slice(start, start + rows)
+        losses_C[part], z_C[part], found_CV = softmax_step_reference(
+            logits_CV[part], targets_C[part], options, gradient_type, part_of(weights_C, part)
+        )
+        if found_CV.data_ptr() != slope_CV[part].data_ptr():
+            slope_CV[part] = found_CV
+    return losses_C, z_C, slope_CV
 
 
 def multiplied(matrix: Tensor) -> Tensor:
@@ -241,7 +266,7 @@ def multiplied(matrix: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, in fp32 at least: 16-bit products are accumulated in fp32 and not rounded."""
-    if left.dtype in HALF_TYPES and left.device.type == "cpu":
+    if right.dtype in HALF_TYPES and right.device.type == "cpu":
         with bf16_products():
             return torch.mm(left.float(), right.float())
     return torch.mm(left, right, out_dtype=torch.float32) if left.dtype in HALF_TYPES else torch.mm(left, right)
@@ -249,7 +274,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in the type of the total (fp32 for 16-bit products: torch 2.10 or later, PR 167931)."""
-    if left.dtype in HALF_TYPES and left.device.type == "cpu":
+    if right.dtype in HALF_TYPES and right.device.type == "cpu":
         with bf16_products():
             total.addmm_(left.float(), right.float())
     elif left.dtype in HALF_TYPES:
@@ -269,7 +294,9 @@ def sums_and_gradients(
     options = Options(z_loss, label_smoothing, logit_softcap)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     matrix_VH = multiplied(weight_VH)
-    gradient_type = matrix_VH.dtype if need_hidden or need_weight else None
+    # On a CPU fp32: `product` rounds, and would widen bf16 again.
+    slope_type = wide if matrix_VH.device.type == "cpu" else matrix_VH.dtype
+    gradient_type = slope_type if need_hidden or need_weight else None
     losses_T, z_T = (torch.empty(len(hidden_TH), dtype=wide, device=hidden_TH.device) for _ in range(2))
     grad_hidden_TH = torch.empty_like(hidden_TH) if need_hidden else hidden_TH.new_empty(0)
     grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if need_weight else weight_VH.new_empty(0, dtype=wide)

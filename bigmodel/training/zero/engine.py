@@ -89,11 +89,13 @@ class Engine:
         self._states = {name: states[id(parameter)] for name, parameter in self._trained.items()}
         self._engine = _initialize(model, self._optimizer, effective, settings)
         _time_communication(self.phases)
-        if world.device.type == "cpu":
-            _norm_in_parts(self._engine.optimizer)
+        _reduce_nothing_on_one_rank(self._engine.optimizer, world.size)
         self._layout = layout_of(self._engine, self._optimizer)
         self._shards = {name: self._layout.shard(p) for name, p in self._trained.items()}
         self._names = {id(parameter): name for name, parameter in self._trained.items()}
+        self._squares: dict[int, Tensor] = {}  # of the gradients of the step, by id: `gradient_norm`
+        if world.device.type == "cpu":
+            _norm_from_squares(self._engine.optimizer, self._squares)
         self._sequence = (
             Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
         )
@@ -130,9 +132,12 @@ class Engine:
         """The global L2 norm of the gradient, before clipping, after the last micro-batch; may be inf or nan."""
         if self._zeros:
             self._zeros.drop_gradients()
+        gradients = [chunk for chunks in self._layout.gradients() for chunk in chunks]
+        self._squares.clear()
+        self._squares.update((id(gradient), sum_of_squares(gradient)) for gradient in gradients)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for gradient in [chunk for chunks in self._layout.gradients() for chunk in chunks]:
-            total += sum_of_squares(gradient).to(total.device)
+        for square in self._squares.values():
+            total += square.to(total.device)
         squares = float(total)
         (of_ranks,) = self.world.sum_([squares])
         if self._layout.partitioned or not math.isfinite(of_ranks):  # replicas: also what only one of them has spoilt
@@ -618,9 +623,9 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return total
 
 
-def _norm_in_parts(zero: Any) -> None:
-    """ZeRO 1 and 2 on a CPU: DeepSpeed's norm for clipping, equal in fp32, from parts that fit the cache. Its own takes
-    an fp64 copy of each gradient: 11 ns an element instead of 1.
+def _norm_from_squares(zero: Any, squares: dict[int, Tensor]) -> None:
+    """ZeRO 1 and 2 on a CPU: DeepSpeed's norm for clipping, equal in fp32, from the `squares` of `gradient_norm`. Its
+    own takes an fp64 copy of each gradient, 11 ns an element.
     """
     from deepspeed import comm
     from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
@@ -630,7 +635,7 @@ def _norm_in_parts(zero: Any) -> None:
 
     def norm(gradients: list[Tensor], _parameters: Any, norm_type: float = 2) -> Tensor:
         assert norm_type == 2, "DeepSpeed clips by the L2 norm"
-        parts = [sum_of_squares(gradient) for gradient in gradients]  # none: this rank owns nothing of the group
+        parts = [squares[id(gradient)] for gradient in gradients]  # none: this rank owns nothing of the group
         total = torch.stack(parts).sum().float() if parts else torch.zeros(())
         comm.all_reduce(total, group=zero.dp_process_group)
         total = total.sqrt()
@@ -638,6 +643,18 @@ def _norm_in_parts(zero: Any) -> None:
         return total
 
     zero.get_grad_norm_direct = norm
+
+
+def _reduce_nothing_on_one_rank(zero: Any, num_ranks: int) -> None:
+    """ZeRO 1 and 2 on one rank: no copies of gradients to a bucket, no division by 1, no sum over one rank; same bits.
+    Not with offload or overlap_comm, which work in the bucket, nor where gradients, their sums and communication have
+    several types, as DeepSpeed casts them there.
+    """
+    if num_ranks > 1 or type(zero).__name__ != "DeepSpeedZeroOptimizer" or zero.cpu_offload or zero.overlap_comm:
+        return
+    if zero.dtype == zero.gradient_accumulation_dtype == zero.communication_data_type:
+        zero.contiguous_gradients = False
+        zero.buffered_reduce_fallback = lambda *_arguments, **_named: None
 
 
 def _time_communication(phases: Phases) -> None:
