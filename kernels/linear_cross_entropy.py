@@ -242,7 +242,7 @@ def softmax_step_in_cache(
     gradient_type: torch.dtype | None,
     weights_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`softmax_step_reference`, on a CPU in groups of rows that stay in a core's cache through its passes; same bits."""
+    """`softmax_step_reference`, on a CPU by rows that stay in a core's cache through its passes; same bits."""
     rows = max(1, CACHE_BYTES // (logits_CV.element_size() * logits_CV.shape[1]))
     if logits_CV.device.type != "cpu" or rows >= len(logits_CV):
         return softmax_step_reference(logits_CV, targets_C, options, gradient_type, weights_C)

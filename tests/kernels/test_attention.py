@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import library
 
+from bigmodel.kernels import attention as module
 from bigmodel.kernels.attention import (
     HIDDEN,
     LOG2_E,
@@ -138,6 +139,30 @@ def test_on_cpu_bf16_is_computed_in_fp32_and_rounded_once() -> None:
     wide = out_and_gradients(attention_reference, inputs.in_documents(torch.float32))
     for name, ours in out_and_gradients(attention_reference, inputs).items():
         assert torch.equal(ours, wide[name].bfloat16())
+
+
+def test_without_units_for_bf16_all_of_it_is_computed_in_fp32_and_rounded_once(monkeypatch) -> None:
+    monkeypatch.setattr(module, "is_wide", lambda _rows: True)
+    inputs = make_inputs(causal(MIXED), 98, 98, (4, 2), 16, torch.bfloat16)
+    wide = out_and_gradients(attention_reference, inputs.in_documents(torch.float32))
+    for name, ours in out_and_gradients(attention_reference, inputs).items():
+        assert torch.equal(ours, wide[name].bfloat16())
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_in_the_units_for_bf16_it_is_as_exact_as_plain_torch_and_the_backward_is_fp32(monkeypatch, left) -> None:
+    monkeypatch.setattr(module, "is_wide", lambda _rows: False)
+    mask = causal(offsets_of([300, 1, 40]), left)
+    inputs = make_inputs(mask, 341, 341, (4, 2), 64, torch.bfloat16)
+    assert_as_exact_as_plain_torch(attention_reference, inputs)
+    rows, offsets = (inputs.q_THK, inputs.k_SGK, inputs.v_SGK), (mask.cu_seqlens_q, mask.cu_seqlens_k, None, None)
+    found = out_and_gradients(attention_reference, inputs)
+    out, lse = cpu_attention_op(*rows, *offsets, left, 0, 0.125)
+    assert torch.equal(found["out"], out)
+    widened = [x.detach().float() for x in (inputs.d_out_THK, out, lse, *rows)]
+    wide = torch.ops.bigmodel.cpu_attention_backward(*widened, *offsets, left, 0, 0.125)
+    for name, values in zip(("dq", "dk", "dv"), wide, strict=True):
+        assert torch.equal(found[name], values.bfloat16())
 
 
 @pytest.mark.parametrize("left", [None, 6])

@@ -114,6 +114,19 @@ def test_the_weight_may_be_the_embedding_too() -> None:
     torch.testing.assert_close(inputs.weight_VH.grad, tied.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [Options(), Options(0.01, 0.1, 3.0)], ids=["plain", "all"])
+@pytest.mark.parametrize("gradient_type", [None, torch.float32, torch.bfloat16], ids=str)
+def test_the_rows_of_a_cache_have_the_same_bits_as_all_at_once(monkeypatch, options, gradient_type) -> None:
+    monkeypatch.setattr(module, "CACHE_BYTES", 4 * 50 * 3)  # three rows of seven
+    logits_CV, weights_C = torch.randn(7, 50), torch.rand(7)
+    labels_C = torch.tensor([3, IGNORED, 49, 0, IGNORED, 7, 8])
+    whole = module.softmax_step_reference(logits_CV.clone(), labels_C, options, gradient_type, weights_C)
+    parts = module.softmax_step_in_cache(logits_CV.clone(), labels_C, options, gradient_type, weights_C)
+    for one, other in zip(whole[: 2 if gradient_type is None else 3], parts, strict=False):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+
+
 def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden_TH, weight_VH, labels_T = make_inputs().leaves()
     linear_cross_entropy(hidden_TH, weight_VH.detach(), labels_T).loss_sum.backward()

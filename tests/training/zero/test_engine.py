@@ -303,6 +303,27 @@ def test_a_gradient_that_one_replica_spoils_after_the_sum_is_seen_by_all_ranks(t
     assert [(tmp_path / f"{rank}.norm").read_text() for rank in (0, 1)] == ["nan", "nan"]
 
 
+def train_alone(folder: Path) -> None:
+    """On a rank: seconds of communication in two micro-batches and an update, by ZeRO stage."""
+    world, seconds = start_world(timeout_seconds=60), {}
+    for stage in (1, 2):
+        table = settings_table(folder, stage, "fp32", 3)
+        effective, settings = resolve_deepspeed(Settings.model_validate(table), world.size)
+        engine = Engine(new_model(settings, effective), settings, effective, world)
+        batches = micro_batches_of(0, world.rank, world.size, 3)
+        engine.phases.take()
+        for batch in batches:
+            engine.micro_batch(batch, num_targets_of(0), batch is batches[-1])
+        seconds[stage] = engine.phases.take().get("communication", 0.0)
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def test_a_gradient_of_one_rank_is_not_communicated(tmp_path: Path) -> None:
+    """That it is exact: tests/training/zero/test_exact_loss.py."""
+    run_ranks(1, train_alone, tmp_path)
+    assert json.loads((tmp_path / "seconds.json").read_text()) == {"1": 0.0, "2": 0.0}
+
+
 # --- too large for one rank
 
 
