@@ -11,7 +11,8 @@ weights. Guarantees, for ZeRO 0 to 3:
   state is the weight in the precision of the forward pass;
 - state is read and written by parameter name, in fp32, exactly: a checkpoint depends on neither ranks nor stages. Each
   rank gives its own part, without communication.
-Costs: DeepSpeed's own. bigmodel/training/zero/layouts.py knows where each stage keeps its state.
+Costs: DeepSpeed's own, without its copies and sums of gradients on one rank. bigmodel/training/zero/layouts.py knows
+where each stage keeps its state.
 
 Example: 2 ranks with 2 micro-batches each, of 3, 5, 4 and 0 labels. Each call is micro_batch(batch, num_labels=12,
 last=...); the gradient is that of (sum of 12 losses) / 12, as on one rank with one batch.
