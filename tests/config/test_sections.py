@@ -342,6 +342,7 @@ ALWAYS = {  # these have an effect with every kind
         "weight_decay",
         "l1_penalty",
         "gradient_clipping",
+        "qk_clip",
         "layer_decay",
         "groups",
     },
