@@ -1,4 +1,4 @@
-"""What the processor can do: whether it multiplies bf16; and memory that a process keeps.
+"""What the processor can do: whether it multiplies bf16.
 
 In: torch's list of capabilities. Out: where bf16 products are computed. A processor with bf16 units (AVX512_BF16, AMX)
 multiplies bf16 2 to 8 times faster than fp32; one without emulates it, about 30 times slower (1.2 against 32 GFLOP/s on
@@ -7,8 +7,6 @@ on measured time. Both ways add up in fp32 and round once; the order of the addi
 """
 
 import contextlib
-import ctypes
-import os
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -28,22 +26,6 @@ def is_wide(rows: Tensor) -> bool:
     if rows.device.type != "cpu":
         return False
     return rows.dtype == torch.float16 or (rows.dtype == torch.bfloat16 and not has_bf16_units())
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-LARGEST = 2**31 - 1
-
-
-def keep_memory() -> bool:
-    """Freed memory stays with the process, for the next step; whether it does. glibc gives blocks above 32 MiB and the
-    top of the heap back at once, and the kernel zeroes them again: 75,000 page faults a step of 26 M parameters, 5% of
-    its CPU seconds. The peak is the same. Settings of malloc in the environment have precedence.
-    """
-    given = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if given or mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
 
 
 _lock = threading.Lock()

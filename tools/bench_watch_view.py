@@ -15,12 +15,12 @@ import pty
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from bigmodel.checks.scratch import scratch_folder
 from bigmodel.metrics.recorder import Flops, LossGroup, StepRecord
 from bigmodel.run_directory import record_event, write_json
 from tools.measure import ROOT, Record
@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
     record = Record(ROOT / "benchmarks", "bench_watch_view", "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "run"
+    with scratch_folder() as folder:
+        directory = folder / "run"
         directory.mkdir()
         began = make_run(directory, options.steps)
         size = (directory / "metrics.jsonl").stat().st_size

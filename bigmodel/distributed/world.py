@@ -69,10 +69,11 @@ class World:
         return total.tolist()
 
     def largest(self, values: Tensor) -> Tensor:
-        """Of each fp32 number the largest over the ranks."""
-        found = values.float().to(self.device, copy=True)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found
+        """Of each fp32 number the largest over the ranks; NaN if one is, which gloo's own maximum loses."""
+        of_ranks = torch.zeros(self.size, *values.shape, dtype=torch.float32, device=self.device)
+        of_ranks[self.rank] = values
+        dist.all_reduce(of_ranks)  # each place is one rank's number and zeros
+        return of_ranks.amax(0)
 
     def gather_integers(self, value: int) -> list[int]:
         """Every rank's 64-bit integer, in the order of ranks."""

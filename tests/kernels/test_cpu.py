@@ -1,11 +1,9 @@
 """Where bf16 is multiplied on a CPU: in its units or in fp32, always added up in fp32 and rounded once."""
 
-import pytest
 import torch
 
 from bigmodel.kernels.cpu import bf16_products, has_bf16_units, is_wide
 from bigmodel.model.layers import Linear
-from tests.support.interpreted import run_python
 
 
 def test_only_16_bit_types_without_units_are_widened() -> None:
@@ -47,21 +45,3 @@ def test_products_of_fp32_are_exact_after_overlapping_callers() -> None:
     left, right = torch.randn(2, 200, 200, generator=torch.Generator().manual_seed(1))
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
     assert (left @ right - (left.double() @ right.double())).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(("setting", "keeps"), [("", True), ("MALLOC_TRIM_THRESHOLD_=1000000", False)])
-def test_a_process_keeps_freed_memory_unless_the_environment_sets_malloc(setting: str, keeps: bool) -> None:
-    program = f"""
-import os, resource
-from bigmodel.kernels.cpu import keep_memory
-os.environ.update([{setting!r}.split("=")] if {setting!r} else [])
-kept = keep_memory()
-import torch
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**25)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(kept, faults() < 1000)
-"""
-    assert run_python(["-c", program], interpret=False).split() == [str(keeps), str(keeps)]

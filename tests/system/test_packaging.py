@@ -142,7 +142,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(checkout: Path, wheel: Pat
         )
         for folder in ("bigmodel", "kernels", "launcher")
         for path in (checkout / folder).rglob("*")
-        if path.suffix in (".py", ".toml", ".txt")
+        if path.suffix in (".py", ".toml", ".txt") or path.parent.name == "static"
     ]
     expected = {str(path if path.parts[0] == "bigmodel" else Path("bigmodel", path)) for path in sources}
     assert files == expected

@@ -237,6 +237,8 @@ def test_the_suite_ends_within_eight_minutes_and_checks_first() -> None:
         "export",
         "generate",
         "watching",
+        "watch_view",
+        "report",
         "seen",
         "restart",
         "step",

@@ -35,7 +35,6 @@ from bigmodel.config.deepspeed_config import QUANTIZED, for_deepspeed, state_fol
 from bigmodel.config.deepspeed_json import value_at
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import World
-from bigmodel.kernels.cpu import keep_memory
 from bigmodel.metrics.phases import Phases
 from bigmodel.training.optimizers.groups import build_optimizer, states_of
 from bigmodel.training.optimizers.shards import Part, Shards
@@ -97,7 +96,6 @@ class Engine:
         self._names = {id(parameter): name for name, parameter in self._trained.items()}
         self._squares: dict[int, Tensor] = {}  # of the gradients of the step, by id: `gradient_norm`
         if world.device.type == "cpu":
-            keep_memory()
             _norm_from_squares(self._engine.optimizer, self._squares)
         self._sequence = (
             Sequence(settings, world, self.phases) if settings.training.sequence_parallel_ranks > 1 else None
