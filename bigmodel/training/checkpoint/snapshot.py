@@ -36,11 +36,7 @@ class Snapshot:
         """Make the memory for `take`, beside training; nothing if it is there."""
         if self._thread or len(self._buffer):
             return
-        sizes = {
-            f"{key}.{name}@{start}": shard.numel()
-            for name in engine.names()
-            for key, (start, shard) in engine.owned(name).items()
-        }
+        sizes = {place: shard.numel() for place, shard in _shards_of(engine).items()}
         self._buffer = torch.empty(len(header(sizes)) + sum(sizes.values()) * FLOAT_BYTES, dtype=torch.uint8)
         pages = self._buffer.numpy()[:: mmap.PAGESIZE]
         self._thread = threading.Thread(target=pages.fill, args=(0,), name="checkpoint memory", daemon=True)
@@ -51,9 +47,7 @@ class Snapshot:
         """Copy this rank's shards to the CPU."""
         if self._thread:
             self._thread.join()
-        owned = {name: engine.owned(name) for name in engine.names()}
-        found = {f"{key}.{name}@{start}": shard for name in owned for key, (start, shard) in owned[name].items()}
-        shards = {place: found[place] for place in sorted(found)}
+        shards = _shards_of(engine)
         head = header({place: shard.numel() for place, shard in shards.items()})
         size = len(head) + sum(shard.numel() for shard in shards.values()) * FLOAT_BYTES
         if len(self._buffer) != size:
@@ -67,6 +61,13 @@ class Snapshot:
         self.tensors = dict(zip(shards, numbers.split(sizes), strict=True)) if sizes else {}
         for place, shard in shards.items():
             self.tensors[place].view(shard.shape).copy_(shard)
+
+
+def _shards_of(engine: States) -> dict[str, Tensor]:
+    """This rank's shards by "KEY.NAME@START", sorted by name."""
+    owned = {name: engine.owned(name) for name in engine.names()}
+    found = {f"{key}.{name}@{start}": shard for name in owned for key, (start, shard) in owned[name].items()}
+    return {place: found[place] for place in sorted(found)}
 
 
 def header(sizes: Mapping[str, int]) -> bytes:
