@@ -39,6 +39,7 @@ from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.exact_start import write_exactly
 from bigmodel.training.learning_rate import betas, learning_rate
 from bigmodel.training.pruning import Pruner
+from bigmodel.training.qk_clip import AttentionScores
 from bigmodel.training.start import new_model
 from bigmodel.training.teacher import open_teacher, refuse_another
 from bigmodel.training.token_vectors import read_vectors
@@ -246,13 +247,16 @@ def _train_again(
     pruner = Pruner(settings.pruning, engine, begun)
     for number in range(begun + 1, until):
         step, then = next(stream), record.start(number).settings
+        scores = AttentionScores(model, then, engine.world)
+        scores.begin()
         for at, batch in enumerate(step.micro_batches, 1):
             engine.micro_batch(batch.to(engine.world.device), step.weight, at == len(step.micro_batches))
         if model.teacher:
             model.teacher.take()
-        norm = engine.gradient_norm()
+        norm, clip = engine.gradient_norm(), scores.clip()
         skip = record.is_left_out(number) or not norm < float("inf")
-        engine.update(learning_rate(step.number, then), skip=skip, betas=betas(step.number, then))
+        rate, momenta = learning_rate(step.number, then), betas(step.number, then)
+        engine.update(rate, skip=skip, betas=momenta, row_factors=clip.row_factors)
         pruner.step(number)
         if engine.world.rank == 0 and number % SHOWN_EVERY == 0:
             print(f"step {number} trained again", file=sys.stderr, flush=True)

@@ -221,6 +221,18 @@ def test_other_zero_stages_are_repeated_to_the_last_bit_with_the_same_gradients_
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
 
 
+def test_steps_whose_scores_were_clipped_are_repeated_to_the_last_bit(data: Path, tmp_path: Path) -> None:
+    """The limit is another one after step 8, between the checkpoint and the step."""
+    run_file = write_run(tmp_path, data)
+    run_ranks(1, train, run_file, "training.steps=8", "model.qk_norm=false", "optimizer.qk_clip=0.05")
+    run_ranks(1, train, run_file, "training.steps=12", "model.qk_norm=false", "optimizer.qk_clip=0.02")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    clipped = {line["step"]: line["clipped_heads"] for line in lines if line.get("clipped_heads")}
+    assert set(clipped) >= {6, 7, 8, 9}
+    run_ranks(1, replay, tmp_path / "run", 10, tmp_path / "out", 5)
+    assert all(one["equal"] for one in found_in(tmp_path / "out")["recorded"].values())
+
+
 def test_the_first_steps_of_a_new_plan_are_repeated_also_before_its_first_checkpoint(
     data: Path, tmp_path: Path
 ) -> None:
