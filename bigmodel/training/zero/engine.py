@@ -44,7 +44,7 @@ from bigmodel.training.zero.held_zeros import HeldZeros
 from bigmodel.training.zero.layouts import ParameterShard, layout_of
 from bigmodel.training.zero.mmap_state import MappedFiles
 from bigmodel.training.zero.ulysses import Sequence
-from bigmodel.training.zero.wrapping import wrap_blocks
+from bigmodel.training.zero.wrapping import hide_gathers, wrap_blocks
 
 WEIGHT, AVERAGE = "weight", "ema"  # keys of the state, in addition to the optimizer's
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # state of DeepSpeed's loss scaler
@@ -91,6 +91,8 @@ class Engine:
         self._engine = _initialize(model, self._optimizer, effective, settings)
         _time_communication(self.phases)
         _reduce_nothing_on_one_rank(self._engine.optimizer, world.size)
+        if offload := getattr(self._engine.optimizer, "parameter_offload", None):  # ZeRO-3
+            hide_gathers(offload)
         self._layout = layout_of(self._engine, self._optimizer)
         self._shards = {name: self._layout.shard(p) for name, p in self._trained.items()}
         self._names = {id(parameter): name for name, parameter in self._trained.items()}

@@ -55,6 +55,20 @@ def wrap_blocks(model: nn.Module, settings: Settings, stage: int) -> None:
             block.forward = partial(_checkpointed, block.forward, training.activation_checkpointing == "selective")
 
 
+def hide_gathers(offload: Any) -> None:
+    """Hide ZeRO-3's gathers from selective checkpointing. It counts the calls of each operation in the forward pass and
+    refuses one more in the recomputation; weights that were gathered ahead, or kept, in one are not in the other.
+    offload: DeepSpeed's object whose hooks gather and free a module's weights.
+    """
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, partial(_unseen, getattr(offload, name)))
+
+
+def _unseen(hook: Any, module: nn.Module) -> None:
+    with torch._C._DisableTorchDispatch():
+        hook(module)
+
+
 def _checkpointed(forward: Any, selective: bool, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs)

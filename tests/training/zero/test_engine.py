@@ -42,6 +42,8 @@ MOVING = {
 MOVING["muon"]["optimizer"]["joined_matrices"] = "parts"
 GRU = {"kind": "gru", "num_layers": 2, "hidden_size": 16, "backpropagation_tokens": 5}
 KINDS = ("none", "selective", "full")  # of activation checkpointing
+# Weights are freed at once, so a recomputation gathers those that the forward pass did not gather inside the block.
+LITTLE = {"stage3_max_live_parameters": 100, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10}
 PLACEMENTS = ("pre", "post", "sandwich")  # of norms: what a block's backward begins with
 HPZ = {"stage": 3, "optimizer": "adamw", "activation_checkpointing": "full", "offload": "none", "packs_at_once": 1}
 HPZ |= {"precision": "fp32", "persistence": 0, "ema": 0.0, "groups": False, "tied": True}
@@ -81,6 +83,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Jobs]:
                 jobs[f"{placement} {kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
             table = settings_table(folder, stage, "fp32", 2, training={"activation_checkpointing": kind}, model=GRU)
             jobs[f"recurrent {kind} {stage}"] = {"settings": table, "steps": 2, "evaluate_at": [1]}
+    for kind in KINDS:
+        table = settings_table(folder, 3, "fp32", 2, training={"activation_checkpointing": kind}, zero=LITTLE)
+        jobs[f"little {kind}"] = {"settings": table, "steps": 3}
     sampled = {"scheduled_sampling": {"steps": 4, "share": 0.8, "choice": "drawn"}}
     whole = Settings.model_validate(settings_table(folder, 1, "fp32", 6, training=sampled))
     path = folder / "sampled.safetensors"
@@ -166,6 +171,12 @@ def test_recomputing_changes_no_bit_without_dropout_either(results, placement: s
         plain, *others = (results[2][f"{placement} {kind} {stage}"] for kind in KINDS)
         kept = ("losses", "norms", "digest", "evaluated")
         assert [[one[name] for name in kept] for one in others] == [[plain[name] for name in kept]] * 2
+
+
+def test_recomputing_changes_no_bit_where_weights_are_gathered_again(results) -> None:
+    plain, *others = (results[2][f"little {kind}"] for kind in KINDS)
+    kept = ("losses", "norms", "digest")
+    assert [[one[name] for name in kept] for one in others] == [[plain[name] for name in kept]] * 2
 
 
 def test_recurrent_layers_train_alike_at_any_stage_with_and_without_recomputation(results) -> None:
