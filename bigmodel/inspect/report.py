@@ -27,6 +27,7 @@ from bigmodel.training.checkpoint.folder import steps as checkpoint_steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FROM_BEGINNING = " --checkpoint 0"
 SHOWN = 5  # last rewinds and bad devices in the table
 
 
@@ -56,6 +57,8 @@ def report(run_directory: Path) -> None:
 
 def read_curve(run_directory: Path) -> Curve:
     """Read the metrics.jsonl of `bigmodel.metrics.recorder`. Raises `UserError` if it has no step yet."""
+    if not Path(run_directory).is_dir():
+        raise UserError(f"{run_directory}: no such folder; give the run.directory of a training run")
     lines = list(read_json_lines(Path(run_directory) / "metrics.jsonl"))
     steps = [line for line in lines if line["kind"] == "step"]
     if not steps:
@@ -143,7 +146,7 @@ def table(run_directory: Path) -> str:
         ("waiting for data", _percent(waited, seconds)),
         ("padding", _percent(padding, positions + padding)),
         *_energy(steps, positions),
-        ("training loss", f"{smooth(curve.losses)[-1]:.4f} nats per token"),
+        ("training loss", f"{smooth(curve.losses)[-1]:.4f} nats per token (smoothed)"),
     ]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if evaluations:
@@ -162,18 +165,25 @@ def table(run_directory: Path) -> str:
         if event.get("event") in ("step_skipped", "spike") and event.get("reason") != "left_out"
     ]
     if odd:
-        planned_anew = any(event.get("event") == "new_plan" and event["step"] for event in events)
-        older = any(saved < odd[-1] for saved in checkpoint_steps(Path(run_directory) / "checkpoints"))
-        begin = (
-            ""
-            if older or planned_anew
-            else f" --checkpoint 0    # no older checkpoint: trains {odd[-1] - 1} steps again"
+        command = replay_command(run_directory, odd[-1], events)
+        again = (
+            f"    # no older checkpoint: trains {odd[-1] - 1} steps again" if command.endswith(FROM_BEGINNING) else ""
         )
-        rows.append((f"step {odd[-1]} explained", f"bigmodel replay {run_directory} --step {odd[-1]}{begin}"))
+        rows.append((f"step {odd[-1]} explained", command + again))
     ends = [event for event in events if event.get("event") in AGAIN.values()]
     rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
     names = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
+
+
+def replay_command(run_directory: Path, step: int, events: Sequence[dict[str, Any]]) -> str:
+    """The command that explains a step: from the initial weights, where no older checkpoint is kept.
+
+    `events`: the run's. After a new plan the initial weights do not lead to the step."""
+    planned_anew = any(event.get("event") == "new_plan" and event["step"] for event in events)
+    older = any(saved < step for saved in checkpoint_steps(Path(run_directory) / "checkpoints"))
+    begin = "" if older or planned_anew else FROM_BEGINNING
+    return f"bigmodel replay {run_directory} --step {step}{begin}"
 
 
 def _energy(steps: Sequence[dict[str, Any]], positions: int) -> list[tuple[str, str]]:

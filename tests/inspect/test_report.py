@@ -46,7 +46,7 @@ def test_the_table_adds_up(tmp_path: Path) -> None:
         "tokens per second": "180",
         "waiting for data": "20.0 %",
         "padding": "10.0 %",
-        "training loss": "4.0000 nats per token",
+        "training loss": "4.0000 nats per token (smoothed)",
         "validation loss": "3.0000 nats per token at step 20",
         "validation": "1.5000 bits per byte",
         "bigram model": "2.5000 bits per byte",

@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 MOST_POINTS = 80_000  # of all lines of a page: 0.85 MB
 MOST_BUCKETS, FEWEST_BUCKETS = 1500, 50  # per line; a plot is 600 to 1200 pixels wide
 MEANS = 240  # buckets of a stack, columns of a heat map
+THINNED = "the smallest and the largest value of each stretch of steps are kept"
 MOST_ROWS = 64  # of a heat map; of more ranks, neighbours share a row
 
 
@@ -59,7 +60,10 @@ class Plot:
         shown = [line.y for line in self.lines if line.shown]
         top = usual_top(shown if self.kind == "lines" else [np.sum(shown, axis=0)]) if shown else None
         names = ("name", "title", "unit", "kind", "scale", "x", "note", "from_zero", "marks")
-        return {**{name: getattr(self, name) for name in names}, "lines": lines, "top": top}
+        own = {name: getattr(self, name) for name in names}
+        if any(is_thinned(line.y, buckets) for line in self.lines):
+            own["note"] = "; ".join(filter(None, (self.note, THINNED)))
+        return {**own, "lines": lines, "top": top}
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,16 @@ class HeatMap:
         return edges, np.clip(np.searchsorted(edges, self.step) - 1, 0, len(edges) - 2)
 
 
+def is_thinned(y: Floats, buckets: int) -> bool:
+    return len(y) > 2 * buckets
+
+
 def decimated(x: Floats, y: Floats, buckets: int) -> tuple[Floats, Floats]:
     """The points themselves, or of each bucket the smallest and the largest, and the first and last point of all.
 
     Example: 0 1 9 2 0 3 in 2 buckets: 0 9 | 0 3.
     """
-    if len(y) <= 2 * buckets:
+    if not is_thinned(y, buckets):
         return x, y
     size = -(-len(y) // buckets)
     rows = np.concatenate([y, np.full(-len(y) % size, y[-1])]).reshape(-1, size)

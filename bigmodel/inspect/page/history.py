@@ -47,6 +47,7 @@ class RunHistory:
         self._groups: dict[tuple[str, tuple[Any, ...]], list[array[float]]] = {}  # names in a line -> their columns
         self._ledger = RunAccounting()
         self._moments, self._seconds = array("d"), array("d")
+        self._num_firm = 0  # lines up to the last one that is in its place in time, whatever steps a restart drops
         self.others: dict[str, list[dict[str, Any]]] = {}  # kind -> lines that are no steps
         self.num_steps = 0
 
@@ -102,15 +103,25 @@ class RunHistory:
             self._add_step(line)
         else:
             if line["kind"] == "start":  # what was before its process began: dropped steps, the time down
+                if self._ledger.counted["step"] < line["carried"]["counted"]["step"]:
+                    self._forget_what_followed_dropped_steps()
                 self._told(line["began"], line["carried"]["seconds"])
             self._ledger.add(line)
             self.others.setdefault(line["kind"], []).append(line)
         if line["kind"] != "begin":
             self._told(line["time"], self._ledger.seconds)
+        if line["kind"] not in ("checkpoint", "end"):
+            self._num_firm = len(self._moments)
 
     def _told(self, moment: float, seconds: Mapping[str, float]) -> None:
         self._moments.append(moment)
         self._seconds.extend(SECONDS_BY_CAUSE(seconds))
+
+    def _forget_what_followed_dropped_steps(self) -> None:
+        """A save that ended later and the end of a failed start stay in the file; their seconds are without those of
+        the steps before them that are to be repeated."""
+        del self._moments[self._num_firm :]
+        del self._seconds[self._num_firm * (1 + len(CAUSES)) :]
 
     def _add_step(self, line: dict[str, Any]) -> None:
         for column, value in zip(self._numbers, map(line.get, NUMBERS), strict=True):

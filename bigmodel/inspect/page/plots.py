@@ -18,7 +18,6 @@ from bigmodel.pictures import CAUSES, CURVES, PHASES, SERIES
 Runs = Sequence[RunHistory]
 Drawn = Plot | HeatMap
 Points = tuple[Floats, Floats]
-STEP_NOTE = "the smallest and the largest value of each stretch of steps are kept"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def loss(runs: Runs) -> list[Drawn]:
     ]
     one = "nats per label"
     return [
-        _lines(runs, "loss", "Training loss", one, every, note=STEP_NOTE),
+        _lines(runs, "loss", "Training loss", one, every),
         _lines(runs, "loss-parts", "Loss by objective and source", one, [*by_part, *of_part], note="smoothed"),
         _lines(runs, "z-loss", "Mean of logsumexp(logits)²", "per label", [Quantity("z-loss", _column("z_loss"))]),
         _lines(runs, "distillation", "Divergence from the teacher", one, [Quantity("", _column("distillation_loss"))]),
@@ -119,7 +118,7 @@ def speed(runs: Runs) -> list[Drawn]:
     return [
         _lines(runs, "throughput", "Throughput", "tokens per second, all ranks", rate, from_zero=True),
         _lines(runs, "mfu", "Share of the devices' peak (MFU)", "FLOP/s over peak", utilization, "share", True),
-        _lines(runs, "step-time", "Time of a step", "seconds", seconds, "seconds", True, note=STEP_NOTE),
+        _lines(runs, "step-time", "Time of a step", "seconds", seconds, "seconds", True),
         *(_phases(run, _of(run, runs)) for run in runs),
     ]
 
@@ -141,7 +140,7 @@ def learning(runs: Runs) -> list[Drawn]:
     gradient = [Quantity("gradient norm", _column("gradient_norm"), CURVES["training"])]
     others = {"loss_scale": "loss scale", "pruned_share": "pruned", "sampled_share": "sampled decoder inputs"}
     made = [
-        _lines(runs, "gradient-norm", "Gradient norm", "before clipping", gradient, note=STEP_NOTE),
+        _lines(runs, "gradient-norm", "Gradient norm", "before clipping", gradient),
         _lines(runs, "learning-rate", "Learning rate", "per step", rate, from_zero=True),
     ]
     kinds = {"weight_norm": "Weight norm", "update_norm": "Norm of an update", "l1_norm": "L1 norm of weights"}
@@ -198,6 +197,8 @@ def _lines(
     dots: bool = False,
 ) -> Plot:
     lines = []
+    # The first quantity in view is the solid line.
+    shown_first = sorted(range(len(quantities)), key=lambda place: not quantities[place].shown)
     for number, run in enumerate(runs):
         for place, one in enumerate(quantities):
             x, y = one.points(run)
@@ -207,7 +208,7 @@ def _lines(
                 colour, dash = one.colour or SERIES[place % len(SERIES)], 0 if one.colour else place // len(SERIES)
                 label = one.label or title
             else:
-                colour, dash = SERIES[number % len(SERIES)], place
+                colour, dash = SERIES[number % len(SERIES)], shown_first.index(place)
                 label = f"{run.name}: {one.label}" if len(quantities) > 1 and one.label else run.name
             points = dots or one.dots
             lines.append(Line(label, colour, x, y, dash, one.shown, one.thin, points and len(y) < 400))
@@ -237,7 +238,8 @@ def _phases(run: RunHistory, of: str) -> Plot:
     rest = run.column("step_seconds") - sum(seconds.values(), np.zeros(run.num_steps))
     seconds["rest"] = np.maximum(0.0, rest)
     lines = [Line(name, PHASES[name], step[ends - 1], sums(values, ends) / counts) for name, values in seconds.items()]
-    note = f"mean of each of {len(ends)} stretches; rest: outside all phases"
+    means = f"mean of each of {len(ends)} stretches; " if len(ends) < run.num_steps else ""
+    note = f"{means}rest: outside all phases"
     title = f"Phases of a step{of}, rank 0"
     return _stack(f"phases{of}", title, "seconds", lines, scale="seconds", note=note, marks=restarts(run))
 
@@ -282,7 +284,7 @@ def _mix(run: RunHistory, of: str) -> Plot:
         for name in names
     ]
     title = f"Data mix{of}"
-    note = "mean of each stretch"
+    note = f"mean of each of {len(ends)} stretches" if len(ends) < run.num_steps else ""
     return _stack(f"mix{of}", title, "share of labels", lines, scale="share", note=note, marks=restarts(run))
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config.settings import UserError
+from bigmodel.inspect.braille import smooth
 from bigmodel.inspect.page.drawing import Floats
 from bigmodel.inspect.page.history import RunHistory
 from bigmodel.inspect.page.plots import Runs
+from bigmodel.inspect.report import replay_command
 from bigmodel.pictures import CAUSES
 from bigmodel.run_directory import AGAIN, flat, read_json, read_json_lines, recorded_changes
 from bigmodel.sizes import byte_size, counted_noun
@@ -48,7 +50,7 @@ def _facts(run: RunHistory) -> dict[str, str]:
     evaluations = run.others.get("evaluation", [])
     facts = {
         "steps": f"{int(step[-1]):,}" if run.num_steps else "none yet",
-        "training loss": f"{_last(loss):.4f} nats per label",
+        "training loss": f"{_last(np.array(smooth(loss.tolist()))):.4f} nats per label (smoothed)",
         "validation loss": f"{evaluations[-1]['nats_per_token']:.4f} nats per label" if evaluations else "",
         "labels trained": f"{np.nansum(run.column('targets')):,.0f}",
         "tokens per second": f"{np.nansum(run.column('positions')) / total:,.0f}" if total else "",
@@ -81,7 +83,8 @@ def worst_steps(run: RunHistory, of: str) -> Table:
     `bigmodel replay` names and weighs the documents of each, also of those whose documents no event has."""
     reasons: dict[int, list[str]] = {}
     documents: dict[int, list[Any]] = {}
-    for event in read_json_lines(run.directory / "events.jsonl"):
+    events = list(read_json_lines(run.directory / "events.jsonl"))
+    for event in events:
         if event.get("event") in ("spike", "step_skipped") and isinstance(event.get("step"), int):
             words = event.get("detail") or event.get("reason", "")
             reasons.setdefault(event["step"], []).append(f"{event['event'].replace('_', ' ')}: {words}")
@@ -106,7 +109,7 @@ def worst_steps(run: RunHistory, of: str) -> Table:
             *(_at(numbers[name], places.get(step)) for name in ("loss", "gradient_norm")),
             "; ".join(dict.fromkeys(reasons[step])),
             _documents(documents.get(step, [])),
-            f"bigmodel replay {run.directory} --step {step}",
+            replay_command(run.directory, step, events),
         ]
         for step in chosen
     ]

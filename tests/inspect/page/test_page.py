@@ -125,6 +125,19 @@ def test_causes_add_up_to_the_wall_time_and_restarts_are_marked(tmp_path: Path) 
     assert [row[0] for row in found["causes"]["rows"]][:2] == ["productive", "down"]
 
 
+def test_no_time_is_missing_before_a_restart_that_drops_steps(tmp_path: Path) -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 9):
+        run.add(line(number))
+    run.add({"kind": "end", "ending": "failed", "lap": 0.5})
+    run.start(2, "failed")  # steps 3 to 8 are not in the file any more, the end still is
+    run.add(line(3))
+    found = blocks(content([open_run(write(tmp_path / "run", run))]))["goodput"]
+    shares = np.sum([points(found, one["label"])[1] for one in found["lines"]], axis=0)
+    assert shares == pytest.approx(np.ones(len(shares)), abs=1e-5)
+
+
 def test_the_heat_map_has_each_rank_s_longest_lag(tmp_path: Path) -> None:
     found = blocks(data_of(write_page([write(tmp_path / "run", killed_and_resumed())], tmp_path / "page.html")))
     block = found["lag"]
@@ -177,8 +190,15 @@ def test_the_worst_steps_have_their_documents_and_the_command_that_explains_them
     (folder / "events.jsonl").write_text(json.dumps(skipped) + "\n")
     rows = blocks(content([open_run(folder)]))["worst"]["rows"]
     assert next(row for row in rows if row[0] == "5") == [
-        *("5", "1.6", "0.4", "step skipped: spike", "code 3:17, from token 0", f"bigmodel replay {folder} --step 5")
-    ]
+        *(
+            "5",
+            "1.6",
+            "0.4",
+            "step skipped: spike",
+            "code 3:17, from token 0",
+            f"bigmodel replay {folder} --step 5 --checkpoint 0",
+        )
+    ], "no checkpoint is kept: replay refuses the command without one"
     assert rows[0][:4] == ["1", "8", "2", "one of the largest gradient norms"]
 
 

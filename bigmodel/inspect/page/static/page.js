@@ -12,6 +12,7 @@
     "": [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k", 1e3], [1e-3, "", 1]],
   };
   const EMPTY = "\u00a0";  // keeps the height of its line
+  const WHOLE = [...Array(10).keys()].flatMap((power) => [1, 2, 5].map((one) => one * 10 ** power));  // between marks of steps
   const THEMES = ["automatic", "light", "dark"];
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const hidden = new Map();          // plot and label -> whether the line is hidden: stays when new data come
@@ -118,7 +119,8 @@
       stroke: css("--soft"), font: FONT, grid: { stroke: css("--grid"), width: 1 },
       ticks: { stroke: css("--line"), width: 1, size: 4 },
     };
-    const x = { ...common, values: marksOfAxis(block.x === "time" ? "seconds" : "step"), size: 32, space: 60, label: unitOfX, labelSize: 16, labelFont: FONT, labelGap: -4 };
+    const whole = block.x === "step" ? { incrs: WHOLE } : {};
+    const x = { ...common, ...whole, values: marksOfAxis(block.x === "time" ? "seconds" : "step"), size: 32, space: 60, label: unitOfX, labelSize: 16, labelFont: FONT, labelGap: -4 };
     return [x, { ...common, values: marksOfAxis(block.scale), size: 62, space: 34 }];
   }
 
@@ -137,6 +139,13 @@
       ctx.stroke();
     }
     ctx.restore();
+  }
+
+  // The first and the last place of all lines: plots over steps have one axis, also with a value at every 100th step only.
+  function extentOf(cards) {
+    const ends = cards.flatMap(({ block }) => block.lines || []).filter((line) => line.xs.length)
+      .flatMap((line) => [line.xs[0], line.xs.at(-1)]);
+    return [Math.min(...ends), Math.max(...ends)];
   }
 
   // What lines and heat maps share: the uPlot in its box, its size, zoom and keys.
@@ -160,7 +169,9 @@
       card.plot.setScale("x", range ? { min: range[0], max: range[1] } : { min: first, max: last });
     };
     card.resize = () => card.plot.setSize({ width: Math.max(200, card.box.clientWidth), height: HEIGHT });
-    if (zooms[card.x]) { zooming = true; card.show(zooms[card.x]); zooming = false; }
+    zooming = true;
+    card.show(zooms[card.x]);
+    zooming = false;
   }
 
   function swatch(line) {
@@ -228,6 +239,11 @@
     };
   }
 
+  // What a key shows while nothing is pointed at: the last value; over time, in stretches of equal length, their mean.
+  function resting(block, line) {
+    return block.x === "time" ? line.ys.reduce((sum, y) => sum + (y || 0), 0) / line.ys.length : line.ys.at(-1);
+  }
+
   function lineCard(block) {
     const box = make("div", { className: "canvas", role: "img" }), keys = make("div", { className: "keys" });
     const { body, place, head } = frame(block, box, keys);
@@ -236,8 +252,8 @@
 
     function describe() {
       const shown = block.lines.filter((line) => isShown(block, line));
-      const last = shown.map((line) => `${line.label} ${words(line.ys.at(-1), block.scale)}`).join(", ");
-      box.setAttribute("aria-label", `${block.title}, ${block.unit}. Last values: ${last}. Keys: plus and minus zoom, arrows move, 0 shows the whole run.`);
+      const last = shown.map((line) => `${line.label} ${words(resting(block, line), block.scale)}`).join(", ");
+      box.setAttribute("aria-label", `${block.title}, ${block.unit}. ${block.x === "time" ? "Of the whole time" : "Last values"}: ${last}. Keys: plus and minus zoom, arrows move, 0 shows the whole run.`);
     }
 
     function toggle(line, button) {
@@ -283,15 +299,15 @@
       const at = u.cursor.left >= 0 && u.cursor.idx != null;
       place.textContent = at ? block.x === "time" ? `after ${words(u.data[0][u.cursor.idx], "seconds")}` : `step ${u.data[0][u.cursor.idx]}` : EMPTY;
       block.lines.forEach((line, number) => {
-        const from = at ? nearest(u, number + 1, u.cursor.idx) : line.ys.length - 1;
-        const value = block.kind === "stack" || !at ? line.ys[from] : u.data[number + 1][from];
+        const from = at ? nearest(u, number + 1, u.cursor.idx) : 0;
+        const value = !at ? resting(block, line) : block.kind === "stack" ? line.ys[from] : u.data[number + 1][from];
         values[number].textContent = words(value, block.scale);
       });
     }
 
     card.extent = () => {
-      const xs = card.plot.data[0];
-      return xs.length > 1 ? [xs[0], xs.at(-1)] : [xs[0] - 1, xs[0] + 1];
+      const [first, last] = extentOf(block.x === "step" ? cards.filter(({ x }) => x === "step") : [card]);
+      return last > first ? [first, last] : [first - 1, first + 1];
     };
     card.build = () => {
       makeKeys();
