@@ -44,9 +44,9 @@ def clean(text: object) -> str:
 
 def _table(runs: Sequence[WatchedRun], chosen: int, width: int, room: int) -> list[Text]:
     """A line per run, those around the chosen one if there are more than `room` - 2."""
-    name_width = max(8, min(max(len(clean(run.directory)) for run in runs), width - 65))
+    name_width = max(8, min(max(len(clean(run.directory)) for run in runs), width - 66))
     heads = (
-        f"  {'run':<{name_width}} {'state':<10} {'step':>15} {'loss':>7} {'tokens/s':>8} {'left':>10} {'goodput':>7}"
+        f"  {'run':<{name_width}} {'state':<11} {'step':>15} {'loss':>7} {'tokens/s':>8} {'left':>10} {'goodput':>7}"
     )
     first = max(0, min(chosen - (room - 2) // 2, len(runs) - (room - 2)))
     lines = [Text(heads, style=FAINT)]
@@ -58,7 +58,7 @@ def _table(runs: Sequence[WatchedRun], chosen: int, width: int, room: int) -> li
         line = Text(
             f"{'>' if number == chosen else ' '} {name:<{name_width}} ", style="bold" if number == chosen else ""
         )
-        line.append(f"{state[:10]:<10} ", style=_style(state))
+        line.append(f"{state[:11]:<11} ", style=_style(state))
         line.append(f"{_steps(run):>15} {_loss(run):>7} {short_number(run.numbers.tokens_per_second):>8} ")
         line.append(f"{left:>10} {'' if productive is None else f'{productive:.1%}':>7}")
         lines.append(line)

@@ -159,6 +159,16 @@ def test_a_frame_has_the_numbers_of_the_run(recorded: Path) -> None:
     assert "⠁" <= max(text) <= "⣿"  # the curve
 
 
+def test_the_table_says_not_started_in_whole_words_at_80_columns(tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        runs.append(WatchedRun(tmp_path / name, lambda directory: {"state": "not started yet"}))
+    lines = [line.plain for line in frame(runs, 0, 80, 24, True)]
+    assert sum(" not started " in line for line in lines[1:3]) == 2
+    assert all(len(line) <= 80 for line in lines)
+
+
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "a\x07", "a\rb", "\u202egnp.exe", "\x9b31m"])
 def test_control_characters_of_a_run_do_not_reach_the_terminal(tmp_path: Path, text: str) -> None:
     directory = tmp_path / "run"
