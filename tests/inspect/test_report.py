@@ -138,6 +138,8 @@ def test_the_ends_of_an_axis_read_alike_only_if_they_are(tmp_path: Path, losses:
 
 
 def test_a_run_without_a_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none: no such folder; give the run.directory"):
+        table(tmp_path / "none")
     with pytest.raises(UserError, match=r"metrics.jsonl has no step yet; name a run directory"):
         loss_curve(tmp_path)
 
