@@ -40,6 +40,8 @@ and of metrics.jsonl:
 and of the watch for hanging ranks (bigmodel/metrics/hang_watch.py), which also writes a launch_ended:
   rank_hangs      rank, host, how, step, phase, seconds, limit_seconds, stack    without progress for these seconds
   rank_goes_on    rank, host                   it made progress again
+and of training.attention_kernel = "fastest":
+  attention_kernel  chosen, detail             the implementation of this start, and why
 and these of checkpoints:
   checkpoint_failed  step, error, reason       refused or not written
   broken_state    step, ranks, detail          weights or moments that are not finite

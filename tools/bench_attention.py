@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigmodel.kernels.attention import attention
-from bigmodel.kernels.mask import AttentionMask, causal, cross, dense
+from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, dense
 from bigmodel.kernels.tiles import make_tile_metadata
 from tools.measure import (
     INPUT_SETS,
@@ -45,7 +45,8 @@ from tools.measure import (
 
 @dataclass(frozen=True)
 class Case:
-    """Documents packed end to end. key_lengths None: causal self-attention, at most `left` keys back."""
+    """Documents packed end to end. key_lengths None: self-attention, at most `left` keys back, and as many ahead if it
+    goes both ways, else none."""
 
     name: str
     lengths: tuple[int, ...]
@@ -53,6 +54,7 @@ class Case:
     channels: int = 128
     left: int | None = None
     key_lengths: tuple[int, ...] | None = None
+    both_ways: bool = False
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -67,7 +69,8 @@ class Case:
         """Number of visible (query, key) pairs."""
         if self.is_cross:
             return sum(queries * keys for queries, keys in zip(self.lengths, self.keys, strict=True))
-        return sum(causal_pairs(length, self.left) for length in self.lengths)
+        back = [causal_pairs(length, self.left) for length in self.lengths]
+        return 2 * sum(back) - sum(self.lengths) if self.both_ways else sum(back)
 
     @property
     def flops(self) -> int:
@@ -81,10 +84,13 @@ class Case:
         queries, keys = (tuple(-(-one // shrink) for one in side[:count]) for side in (self.lengths, self.keys))
         left = None if self.left is None else max(1, self.left // shrink)
         heads = (2, 2 * self.heads[1] // self.heads[0]) if self.heads[0] <= 2 * self.heads[1] else (4, 1)
-        return Case(self.name, queries, heads, self.channels, left, keys if self.is_cross else None)
+        keys_of = keys if self.is_cross else None
+        return Case(self.name, queries, heads, self.channels, left, keys_of, self.both_ways)
 
     def mask(self, device: str) -> AttentionMask:
         queries, keys = (offsets_of(side, device) for side in (self.lengths, self.keys))
+        if self.both_ways:
+            return bidirectional(queries, self.left)
         return cross(queries, keys) if self.is_cross else causal(queries, left=self.left)
 
 

@@ -195,11 +195,12 @@ class TrainingSettings(Section):
         1, ge=1, description="consecutive ranks that share each packed sequence (Ulysses), for very long documents"
     )
     compile: bool = Field(False, description="torch.compile each block")
-    attention_kernel: Literal["triton", "hopper", "flash-attn", "torch-varlen"] = Field(
+    attention_kernel: Literal["triton", "hopper", "flash-attn", "torch-varlen", "fastest"] = Field(
         "triton",
         description="of self-attention on a GPU: triton is ours; hopper: its forward with TMA loads and specialized "
         "warps, sm_90, heads of 64 or 128 channels; flash-attn: FlashAttention-2 of that package; "
-        "torch-varlen: of torch. None has run yet: test first, BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu",
+        "torch-varlen: of torch; fastest: the fastest exact one that python -m tools.tune_attention measured, triton "
+        "without a measurement. None has run yet: test first, BIGMODEL_GPU_TESTS=1 python -m pytest tests/gpu",
     )
     collective_timeout_seconds: float = Field(
         600.0,
@@ -490,22 +491,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _another_kernel_covers_the_model(self) -> "Settings":
-        name, model, metrics = self.training.attention_kernel, self.model, self.metrics
-        refused = {
-            "model.attention_softcap": model.attention_softcap > 0,
-            "model.attention_dropout": model.attention_dropout > 0,
-            'model.position_embedding = "relative_bias"': model.position_embedding == "relative_bias",
-            "optimizer.qk_clip": self.optimizer.qk_clip > 0,
-            "metrics.attention_scores": metrics.attention_scores,
-            'training.precision = "fp32"': self.training.precision == "fp32",
-            f"heads of {model.resolved_head_dim} channels, not a multiple of 8": model.resolved_head_dim % 8 > 0,
-        }
-        if name == "hopper":
-            refused[f"heads of {model.resolved_head_dim} channels, not 64 or 128"] = model.resolved_head_dim not in (
-                64,
-                128,
-            )
-        if name != "triton" and (found := next((what for what, is_so in refused.items() if is_so), "")):
+        name = self.training.attention_kernel
+        if name not in ("triton", "fastest") and (found := not_covered(self, name)):
             raise ValueError(f'training.attention_kernel = "{name}" does not cover {found}; leave one of them out')
         return self
 
@@ -588,6 +575,22 @@ def problem_of_rates(settings: Settings) -> str:
             f"{able} can change beta1 during the run; leave it out"
         )
     return ""
+
+
+def not_covered(settings: Settings, attention_kernel: str) -> str:
+    """The first setting that an implementation of attention other than "triton" does not cover; empty if none."""
+    model, channels = settings.model, settings.model.resolved_head_dim
+    refused = {
+        "model.attention_softcap": model.attention_softcap > 0,
+        "model.attention_dropout": model.attention_dropout > 0,
+        'model.position_embedding = "relative_bias"': model.position_embedding == "relative_bias",
+        "optimizer.qk_clip": settings.optimizer.qk_clip > 0,
+        "metrics.attention_scores": settings.metrics.attention_scores,
+        'training.precision = "fp32"': settings.training.precision == "fp32",
+        f"heads of {channels} channels, not a multiple of 8": channels % 8 > 0,
+        f"heads of {channels} channels, not 64 or 128": attention_kernel == "hopper" and channels not in (64, 128),
+    }
+    return next((what for what, is_so in refused.items() if is_so), "")
 
 
 def packs_at(step: int, global_batch_size: int, batch_ramp: Sequence[tuple[int, int]]) -> int:

@@ -67,7 +67,7 @@ from bigmodel.run_directory import (
 )
 from bigmodel.sizes import counted_noun
 from bigmodel.training.anomalies import Anomalies
-from bigmodel.training.attention_kernel import use_attention_kernel
+from bigmodel.training.attention_kernel import resolve_attention_kernel, use_attention_kernel
 from bigmodel.training.best import Judge
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint.identity import settle
@@ -143,6 +143,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
 
     # The data and the model.
     effective, settings = resolve_deepspeed(settings, world.size)
+    settings, fastest = resolve_attention_kernel(settings, effective["train_micro_batch_size_per_gpu"], world)
     store = ShardStore.of_run(settings.data, "train")
     place, seat = _seats(world, settings.training.sequence_parallel_ranks)
     validation = make_validation(settings.data, effective["train_micro_batch_size_per_gpu"])
@@ -176,6 +177,9 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
     closing.callback(line.close)
     if world.rank == 0:
         _report_start(settings, effective, model, world, start, metrics, line)
+        if fastest:
+            line.say(fastest)
+            record_event(directory, "attention_kernel", chosen=settings.training.attention_kernel, detail=fastest)
         if model.teacher:
             line.say(in_words(model.teacher, settings))
         if vectors:

@@ -168,25 +168,39 @@ LEAVES = {"q": "THK", "k": "SGK", "v": "SGK", "bias": "HR"}
 
 
 def assert_as_exact_as_plain_torch(attend, inputs: Inputs) -> None:
-    """Asserts errors against float64 of at most 2 (out) and 4 (gradients) times those of plain torch in the inputs'
-    type, plus rounding errors where exact terms cancel."""
-    dtype = inputs.q_THK.dtype
+    """Asserts `errors_and_bounds`, the type, and zeros in the rows beyond the last cu_seqlens."""
+    if problem := problem_of_results(out_and_gradients(attend, inputs), inputs):
+        raise AssertionError(problem)
+
+
+def problem_of_results(ours: dict[str, Tensor], inputs: Inputs) -> str:
+    """What is wrong with `out_and_gradients` of an implementation; empty if nothing is."""
+    for name, (error, bound) in errors_and_bounds(ours, inputs).items():
+        if ours[name].dtype != inputs.q_THK.dtype:
+            return f"{name}: {ours[name].dtype}, not {inputs.q_THK.dtype}"
+        if not error <= bound:
+            return f"{name}: error {error:.2e}, bound {bound:.2e}"
+        cu_seqlens = inputs.mask.cu_seqlens_q if name in ("out", "dq") else inputs.mask.cu_seqlens_k
+        if name != "dbias" and ours[name][cu_seqlens[-1] :].ne(0).any():
+            return f"{name}: rows beyond the last cu_seqlens are not 0"
+    return ""
+
+
+def errors_and_bounds(ours: dict[str, Tensor], inputs: Inputs) -> dict[str, tuple[float, float]]:
+    """Largest error against float64 of each of `out_and_gradients`, and the largest allowed: 2 (out) and 4 (gradients)
+    times that of plain torch in the inputs' type, plus rounding errors where exact terms cancel."""
+    dtype, found = inputs.q_THK.dtype, {}
     truth = out_and_gradients(dense_attention, inputs.in_documents(torch.float64))
     plain = out_and_gradients(dense_attention, inputs.in_documents(dtype))
-    ours = out_and_gradients(attend, inputs)
     assert truth.keys() == ours.keys()
     anything_is_seen = dense(inputs.mask, len(inputs.q_THK), len(inputs.k_SGK)).any()
     assert truth["out"].any() or not anything_is_seen, "nothing to compare"
     left_over = cancelled(inputs)
     for name, exact in truth.items():
-        assert ours[name].dtype == dtype
         torch_error = (plain[name].double() - exact).abs().max().item()
-        our_error = (ours[name].double() - exact).abs().max().item()
         bound = (2 if name == "out" else 4) * torch_error + torch.finfo(dtype).eps * (1 + left_over.get(name, 0.0))
-        assert our_error <= bound, f"{name}: error {our_error:.2e}, plain torch {torch_error:.2e}, bound {bound:.2e}"
-        if name != "dbias":
-            cu_seqlens = inputs.mask.cu_seqlens_q if name in ("out", "dq") else inputs.mask.cu_seqlens_k
-            assert (ours[name][cu_seqlens[-1] :] == 0).all(), f"{name}: rows beyond the last cu_seqlens are not 0"
+        found[name] = ((ours[name].double() - exact).abs().max().item(), bound)
+    return found
 
 
 def assert_largest_products_are_those_of_a_dense_matrix(attend_and_measure, inputs: Inputs) -> None:
