@@ -49,7 +49,7 @@ RUN_FILE = ROOT / "configs" / "tiny.toml"
 KINDS = ("transformer", "lstm", "gru", "rnn")
 LAYERS = 2  # of recurrent models
 CONSTANT = ['schedule={kind="constant",warmup_steps=30}', "training.steps=1000000"]
-Point = tuple[int, float, float]  # tokens, CPU seconds, nats per token of the validation
+Point = tuple[int, float, float]  # tokens, CPU seconds, nats per label of the validation
 
 
 def compare(
@@ -196,7 +196,7 @@ def loss_at(points: list[Any], column: int, value: float) -> float:
 
 def show(found: Mapping[str, Any], equal: tuple[float, float]) -> None:
     tokens, seconds = equal
-    table = Table(Column("model", no_wrap=True), title="validation loss, nats per token", title_justify="left")
+    table = Table(Column("model", no_wrap=True), title="validation loss, nats per label", title_justify="left")
     columns = (
         "layers x width",
         "parameters",
@@ -226,7 +226,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axis.set(xlabel=name)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation loss, nats per token")
+    axes[0].set_ylabel("validation loss, nats per label")
     axes[0].legend(frameon=False)
     figure.savefig(path)
     plt.close(figure)

@@ -53,7 +53,7 @@ class Evaluation:
         if self.scores:
             return f"{self.nats_per_token:.3f} nats per document, {in_words(self.scores)}"
         bits = NOT_COUNTED if self.bits_per_byte is None else f"{self.bits_per_byte:.3f} bits per byte"
-        return f"{self.nats_per_token:.3f} nats per token, {bits}"
+        return f"{self.nats_per_token:.3f} nats per label, {bits}"
 
     @property
     def nats_per_token(self) -> float:

@@ -65,7 +65,7 @@ def heading(step: int, evaluation: Evaluation) -> str:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """exp(nats per token); infinite beyond the range of floats."""
+    """exp(nats per label); infinite beyond the range of floats."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 

@@ -146,7 +146,7 @@ def losses_of(run_directory: Path, best: bool, kind: str, form: Form) -> list[st
         parameter.copy_(torch.cat(parts))
     after = validation.run(trained.forward, ALONE)
     change = after.nats_per_token - before.nats_per_token
-    unit = "nats per document" if before.scores else "nats per token"
+    unit = "nats per document" if before.scores else "nats per label"
     return [
         f"validation loss: {before.nats_per_token:.5f} {unit} before, {after.nats_per_token:.5f} after quantization "
         f"({change:+.5f})"

@@ -80,7 +80,7 @@ def draw(one: Path, two: Path, difference: Difference | None, png: Path) -> None
     for axes in (above, below) if difference else ():
         axes.axvline(difference.step if difference else 0, color=GREY, linewidth=1.0, linestyle=(0, (5, 3)))
     title(above, _title(difference, shared), 12)
-    above.set_ylabel("loss, smoothed (nats per token)", color=INK)
+    above.set_ylabel("loss, smoothed (nats per label)", color=INK)
     below.set_ylabel("difference, each step", color=INK)
     below.set_xlabel("optimizer step", color=INK)
     for axes in (above, below):

@@ -24,7 +24,7 @@ def draw(lines: Mapping[int, dict[str, Any]], step: int, documents: Sequence[tup
     of_loss = drawn.add_subplot(grid[1, 0], sharex=of_norm)
     near = {number: line for number, line in sorted(lines.items()) if abs(number - step) <= AROUND}
     _draw_steps(of_norm, near, step, "gradient_norm", "gradient norm")
-    _draw_steps(of_loss, near, step, "loss", "loss, nats per token")
+    _draw_steps(of_loss, near, step, "loss", "loss, nats per label")
     of_loss.set_xlabel("step", color=INK)
     _draw_documents(drawn.add_subplot(grid[:, 1]), step, documents)
     drawn.savefig(path)

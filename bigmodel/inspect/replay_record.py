@@ -10,6 +10,7 @@ from typing import Any
 
 from bigmodel.config.settings import Settings, UserError, settings_from_table
 from bigmodel.run_directory import read_json, read_json_lines, tokenizer_of
+from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.spikes import Rewind, declared_in, read_rewinds
 
@@ -146,8 +147,9 @@ def choose(record: Record, step: int, given: int | None) -> list[int]:
                 f"--step {step}: no checkpoint before it; {record.possible}; {copy}put back one from step {begins} on, "
                 "after which a new plan began"
             )
+        again = f", which trains {counted_noun(step - 1, 'step')} again" if step > 1 else ""
         raise UserError(
-            f"--step {step}: no checkpoint before it; {record.possible}; {copy}give --checkpoint 0, which trains "
-            f"steps 1 to {step - 1} again from the initial weights"
+            f"--step {step}: no checkpoint before it; {record.possible}; {copy}give --checkpoint 0, the initial "
+            f"weights{again}"
         )
     return before

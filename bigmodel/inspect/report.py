@@ -20,6 +20,7 @@ from bigmodel.config.settings import UserError
 from bigmodel.inspect.braille import braille, smooth
 from bigmodel.inspect.step_time import draw_times, step_time
 from bigmodel.pictures import CURVES, GREY, INK, figure, quiet, title
+from bigmodel.printed import one_line, shell_word
 from bigmodel.run_directory import AGAIN, read_json, read_json_lines
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint.folder import steps as checkpoint_steps
@@ -52,7 +53,7 @@ def report(run_directory: Path) -> None:
     print(terminal_curve(run_directory))
     print()
     print(step_time(run_directory))
-    print(f"\npictures: {loss_curve(run_directory)}, {draw_times(run_directory)}")
+    print(f"\npictures: {one_line(f'{loss_curve(run_directory)}, {draw_times(run_directory)}')}")
 
 
 def read_curve(run_directory: Path) -> Curve:
@@ -114,7 +115,7 @@ def terminal_curve(run_directory: Path, width: int | None = None, height: int = 
     body = [f"{scale.get(number, ''):>{gutter}} ┤{row}" for number, row in enumerate(rows)]
     axis = " " * (gutter + 1) + "└" + "─" * columns
     legend = " " * (gutter + 2) + str(first) + f"step {last}".rjust(columns - len(str(first)))
-    return "\n".join(["training loss, nats per token (smoothed)", *body, axis, legend])
+    return "\n".join(["training loss, nats per label (smoothed)", *body, axis, legend])
 
 
 def ends_of_axis(low: float, high: float) -> tuple[str, str]:
@@ -146,18 +147,18 @@ def table(run_directory: Path) -> str:
         ("waiting for data", _percent(waited, seconds)),
         ("padding", _percent(padding, positions + padding)),
         *_energy(steps, positions),
-        ("training loss", f"{smooth(curve.losses)[-1]:.4f} nats per token (smoothed)"),
+        ("training loss", f"{smooth(curve.losses)[-1]:.4f} nats per label (smoothed)"),
     ]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if evaluations:
         last = evaluations[-1]
-        rows.append(("validation loss", f"{last['nats_per_token']:.4f} nats per token at step {last['step']}"))
+        rows.append(("validation loss", f"{last['nats_per_token']:.4f} nats per label at step {last['step']}"))
         bits = last["bits_per_byte"]
         rows.append(("validation", "bits per byte not counted" if bits is None else f"{bits:.4f} bits per byte"))
     rows += [(name, f"{bits:.4f} bits per byte") for name, bits in curve.marks.items()]
     if skipped := Counter(line["skip_reason"].replace("_", " ") for line in steps if line.get("skipped")):
         counted = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        rows.append(("not applied", f"{counted_noun(skipped.total(), 'step')}: {counted}"))
+        rows.append(("not applied", one_line(f"{counted_noun(skipped.total(), 'step')}: {counted}")))
     events = list(read_json_lines(Path(run_directory) / "events.jsonl"))
     odd = [
         event["step"]
@@ -166,12 +167,12 @@ def table(run_directory: Path) -> str:
     ]
     if odd:
         command = replay_command(run_directory, odd[-1], events)
-        again = (
-            f"    # no older checkpoint: trains {odd[-1] - 1} steps again" if command.endswith(FROM_BEGINNING) else ""
-        )
+        before = odd[-1] - 1 if command.endswith(FROM_BEGINNING) else 0
+        again = f"    # no older checkpoint: trains {counted_noun(before, 'step')} again" if before else ""
         rows.append((f"step {odd[-1]} explained", command + again))
     ends = [event for event in events if event.get("event") in AGAIN.values()]
-    rows += [(event["event"].replace("_", " "), f"step {event['step']}: {event['detail']}") for event in ends[-SHOWN:]]
+    for event in ends[-SHOWN:]:
+        rows.append((event["event"].replace("_", " "), one_line(f"step {event['step']}: {event['detail']}")))
     names = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{names}}  {value}" for name, value in rows)
 
@@ -183,7 +184,7 @@ def replay_command(run_directory: Path, step: int, events: Sequence[dict[str, An
     planned_anew = any(event.get("event") == "new_plan" and event["step"] for event in events)
     older = any(saved < step for saved in checkpoint_steps(Path(run_directory) / "checkpoints"))
     begin = "" if older or planned_anew else FROM_BEGINNING
-    return f"bigmodel replay {run_directory} --step {step}{begin}"
+    return f"bigmodel replay {shell_word(run_directory)} --step {step}{begin}"
 
 
 def _energy(steps: Sequence[dict[str, Any]], positions: int) -> list[tuple[str, str]]:
@@ -226,7 +227,7 @@ def _draw_loss(axes: "Axes", curve: Curve) -> None:
             clip_on=False,
             label=f"validation, last {curve.validation_losses[-1]:.3f}",
         )
-    axes.set_ylabel("loss (nats per token)", color=INK)
+    axes.set_ylabel("loss (nats per label)", color=INK)
     axes.set_ylim(*_loss_range(curve))
     if curve.bits_per_nat:
         to_bits = partial(np.multiply, curve.bits_per_nat)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from bigmodel.inspect.braille import braille, smooth
 from bigmodel.inspect.watched_run import NEVER, WatchedRun
+from bigmodel.printed import one_line
 from bigmodel.sizes import byte_size, counted_noun, duration, short_number
 
 GOOD, BAD, FAINT, LINE = "green", "bold red", "dim", "blue"
@@ -37,21 +38,16 @@ def frame(runs: Sequence[WatchedRun], chosen: int, width: int, height: int, keys
     return lines
 
 
-def clean(text: object) -> str:
-    """Text of a file on one line, without control characters, as escapes and marks of direction are."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))
-
-
 def _table(runs: Sequence[WatchedRun], chosen: int, width: int, room: int) -> list[Text]:
     """A line per run, those around the chosen one if there are more than `room` - 2."""
-    name_width = max(8, min(max(len(clean(run.directory)) for run in runs), width - 66))
+    name_width = max(8, min(max(len(one_line(run.directory)) for run in runs), width - 66))
     heads = (
         f"  {'run':<{name_width}} {'state':<11} {'step':>15} {'loss':>7} {'tokens/s':>8} {'left':>10} {'goodput':>7}"
     )
     first = max(0, min(chosen - (room - 2) // 2, len(runs) - (room - 2)))
     lines = [Text(heads, style=FAINT)]
     for number, run in list(enumerate(runs))[first : first + room - 2]:
-        name, state = clean(run.directory), _state(run)
+        name, state = one_line(run.directory), _state(run)
         name = _shortened(name, name_width)
         left = duration(run.seconds_left) if run.seconds_left and state == "running" else ""
         productive = _productive(run)
@@ -81,7 +77,7 @@ def _run(run: WatchedRun, width: int, room: int) -> list[Text]:
 
 
 def _state(run: WatchedRun) -> str:
-    return clean(run.status.get("state", "unknown"))
+    return one_line(run.status.get("state", "unknown"))
 
 
 def _style(state: str) -> str:
@@ -97,9 +93,9 @@ def _shortened(path: str, width: int) -> str:
 
 def _title(run: WatchedRun, width: int) -> Text:
     state = _state(run)
-    title = Text().append(_shortened(clean(run.directory), width // 2), style="bold")
+    title = Text().append(_shortened(one_line(run.directory), width // 2), style="bold")
     title.append("  ").append(state, style=_style(state))
-    hosts = [clean(host) for host in run.status.get("hosts", ())]
+    hosts = [one_line(host) for host in run.status.get("hosts", ())]
     if hosts:
         more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
         ranks = counted_noun(run.status.get("ranks", 0), "rank")
@@ -113,10 +109,10 @@ def _troubles(run: WatchedRun) -> Iterator[Text]:
     """Why the run has ended, and ranks that hang."""
     end = run.status.get("last_end") or {}
     if end.get("detail") and end.get("cause") == run.status.get("state"):
-        yield Text(clean(end["detail"]), style=BAD)
+        yield Text(one_line(end["detail"]), style=BAD)
     for one in run.status.get("hanging_ranks", ()):
-        where = f"{clean(one['phase'])} of step {one['step']}" if one.get("phase") else f"step {one.get('step')}"
-        host, how = clean(one.get("host", "")), clean(one.get("how", "hangs"))
+        where = f"{one_line(one['phase'])} of step {one['step']}" if one.get("phase") else f"step {one.get('step')}"
+        host, how = one_line(one.get("host", "")), one_line(one.get("how", "hangs"))
         yield Text(f"rank {one.get('rank')} on {host} {how} in {where}, {_ago(one.get('time', 0.0))}", style=BAD)
 
 
@@ -172,7 +168,7 @@ def _curve(run: WatchedRun, width: int, height: int) -> list[Text]:
     gutter = max(len(f"{value:.3f}") for value in (low, high)) + 1
     columns = max(8, width - gutter - 2)
     scale = {0: f"{high:.3f}", height - 1: f"{low:.3f}"}
-    lines = [Text("training loss, nats per token (smoothed)", style=FAINT)]
+    lines = [Text("training loss, nats per label (smoothed)", style=FAINT)]
     for number, row in enumerate(braille(shown, steps, (low, high), columns, height)):
         lines.append(Text(f"{scale.get(number, ''):>{gutter}} ┤").append(row, style=LINE))
     lines.append(Text(" " * (gutter + 1) + "└" + "─" * columns))
@@ -205,7 +201,7 @@ def _goodput(run: WatchedRun, width: int) -> Iterator[Text]:
 
 def _ranks(run: WatchedRun) -> Iterator[Text]:
     if slow := run.status.get("slow_rank"):
-        host = f" on {clean(slow['host'])}" if slow.get("host") else ""
+        host = f" on {one_line(slow['host'])}" if slow.get("host") else ""
         yield Text(f"slow: rank {slow['rank']}{host} works {slow['excess']:.0%} longer than the others", style=BAD)
     rank, lag = run.step.get("slowest_rank"), run.step.get("slowest_rank_lag_seconds")
     if rank is not None and lag is not None and run.numbers.newest.get("start", {}).get("world_size", 0) > 1:
@@ -247,12 +243,12 @@ def _events(run: WatchedRun) -> list[str]:
 def _event(event: Mapping[str, Any]) -> str:
     moment = event.get("time")
     when = time.strftime("%d %b %H:%M:%S", time.localtime(moment)) if isinstance(moment, (int, float)) else ""
-    words = [f"  {when}  {clean(event['event']).replace('_', ' ')}"]
+    words = [f"  {when}  {one_line(event['event']).replace('_', ' ')}"]
     if "rank" in event:
-        words.append(f"rank {clean(event['rank'])}")
+        words.append(f"rank {one_line(event['rank'])}")
     if event.get("step"):
-        words.append(f"at step {clean(event['step'])}")
-    details = [clean(event[name]) for name in EVENT_DETAILS if event.get(name)]
+        words.append(f"at step {one_line(event['step'])}")
+    details = [one_line(event[name]) for name in EVENT_DETAILS if event.get(name)]
     return " ".join(words) + (": " + ", ".join(details) if details else "")
 
 

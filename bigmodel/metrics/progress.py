@@ -56,7 +56,7 @@ class LiveLine:
         utilization: float | None = None,
         due: Mapping[str, int] = {},
     ) -> None:
-        """Show the state after `step` steps; loss in nats per token. warning: of what lasts. utilization: of the
+        """Show the state after `step` steps; loss in nats per label. warning: of what lasts. utilization: of the
         devices' FLOPs. due: what comes next -> its step; 0: unknown."""
         if not self._enabled:
             return

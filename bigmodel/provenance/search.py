@@ -19,6 +19,7 @@ from bigmodel.data.objectives.examples import Document, Pair
 from bigmodel.data.objectives.supervised import Supervised
 from bigmodel.data.store import mds
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.printed import one_line
 
 CONTEXT = 30  # characters shown on each side
 
@@ -59,7 +60,7 @@ def find(
                     table = store.tokenizer.token_bytes
                     found = _in_bytes(table, ids, forms) if table else _in_decoded(store, ids, forms)
                     for first, last, around in found:
-                        yield Hit(source, shard, row, first, last, shown(around), side)
+                        yield Hit(source, shard, row, first, last, one_line(around), side)
             advance(documents)
 
 
@@ -76,11 +77,6 @@ def sides(document: Document) -> list[tuple[str, np.ndarray]]:
     if isinstance(document, Pair):
         return [("", document.source), ("target_", document.target)]
     return [("", document.tokens if isinstance(document, Supervised) else document)]
-
-
-def shown(text: str) -> str:
-    """On one line, without control characters."""
-    return "".join(one if one.isprintable() else "\ufffd" for one in " ".join(text.split()))
 
 
 def _candidates(store: ShardStore, source: str, shard: int, forms: list[str]) -> list[int]:

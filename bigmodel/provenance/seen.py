@@ -16,9 +16,10 @@ from rich.text import Text
 from bigmodel.config.settings import UserError
 from bigmodel.data.store import mds
 from bigmodel.data.store.shards import ShardStore
+from bigmodel.printed import one_line
 from bigmodel.provenance.digests import read_digests, verify, write_digests
 from bigmodel.provenance.export import export
-from bigmodel.provenance.search import Hit, find, forms_of, shown, sides
+from bigmodel.provenance.search import Hit, find, forms_of, sides
 from bigmodel.provenance.trained import DIGESTS, Run, TrainedSteps
 from bigmodel.sizes import counted_noun
 
@@ -53,7 +54,7 @@ def show_step(run: Run, step: int, say: Say) -> None:
 def _preview(store: ShardStore, place: Place, start: int) -> str:
     ids = sides(store.document(*place))[0][1]
     piece = ids[start : start + PREVIEW_TOKENS]  # `decode` leaves the first and last out
-    return shown(store.decode(np.concatenate([piece, piece[-1:]]) if start == 0 else np.pad(piece, 1)))
+    return one_line(store.decode(np.concatenate([piece, piece[-1:]]) if start == 0 else np.pad(piece, 1)))
 
 
 def show_document(run: Run, asked: str, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ def test_the_table_adds_up(tmp_path: Path) -> None:
         "tokens per second": "180",
         "waiting for data": "20.0 %",
         "padding": "10.0 %",
-        "training loss": "4.0000 nats per token (smoothed)",
-        "validation loss": "3.0000 nats per token at step 20",
+        "training loss": "4.0000 nats per label (smoothed)",
+        "validation loss": "3.0000 nats per label at step 20",
         "validation": "1.5000 bits per byte",
         "bigram model": "2.5000 bits per byte",
         "xz -9": "1.7500 bits per byte",
@@ -64,6 +65,32 @@ def test_after_a_spiking_or_skipped_step_the_command_that_explains_it_is_named(t
     assert f"{command} --checkpoint 0    # no older checkpoint: trains 11 steps again" in table(run).splitlines()
     (run / "checkpoints" / "step-00000010").mkdir()
     assert command in table(run).splitlines()
+
+
+def test_the_first_step_is_explained_without_steps_before_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [4.0] * 20)
+    (run / "events.jsonl").write_text(json.dumps({"event": "spike", "step": 1}) + "\n")
+    explained = next(line for line in table(run).splitlines() if line.startswith("step 1 explained"))
+    assert explained.endswith(f" bigmodel replay {run} --step 1 --checkpoint 0")
+
+
+def test_a_run_s_odd_name_and_events_send_no_control_characters_and_bash_finds_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, recorded = tmp_path / "it's $HOME\x1b[31m", Run()
+    recorded.start(0, None)
+    for number in range(1, 21):
+        recorded.add(step(number))
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in recorded.file))
+    events = [{"event": "spike", "step": 7}, {"event": "rewind", "step": 5, "detail": "a\x1b[2J"}]
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in events))
+    report(run)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    command = next(line.split("bigmodel replay ")[1] for line in lines if "explained" in line)
+    shown = subprocess.run(["bash", "-c", f"printf '%s|' {command}"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{run}|--step|7|--checkpoint|0|"
 
 
 def test_the_curve_is_what_was_recorded(tmp_path: Path) -> None:
@@ -123,7 +150,7 @@ def test_the_picture_shows_the_curve_and_the_marks(tmp_path: Path) -> None:
 def test_the_plot_in_the_terminal_falls_from_left_to_right(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [10.0 - 0.1 * n for n in range(100)])
     lines = terminal_curve(run, width=50, height=6).splitlines()
-    assert lines[0] == "training loss, nats per token (smoothed)"
+    assert lines[0] == "training loss, nats per label (smoothed)"
     plot = [line.partition("┤")[2] for line in lines[1:7]]
     first = [min(n for n, row in enumerate(plot) if row[column] != "\u2800") for column in (0, len(plot[0]) - 1)]
     assert first == [0, 5]
@@ -157,7 +184,7 @@ def test_report_prints_table_plot_and_where_the_pictures_are(
     report(directory)
     printed = capsys.readouterr().out
     assert "tokens per second" in printed
-    assert "training loss, nats per token" in printed
+    assert "training loss, nats per label" in printed
     assert "a step of rank 0" in printed
     assert f"pictures: {directory / 'loss.png'}, {directory / 'time.png'}" in printed
 

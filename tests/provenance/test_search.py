@@ -10,7 +10,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from bigmodel.config.settings import UserError
 from bigmodel.data.store.shards import ShardStore
-from bigmodel.provenance.search import find, shown
+from bigmodel.printed import one_line
+from bigmodel.provenance.search import find
 from tests.support.tiny_corpus import LETTERS, NEWS, WORDS, prepared
 
 
@@ -63,7 +64,7 @@ def test_every_occurrence_is_found_across_tokens_with_the_fewest_tokens_that_cov
             assert form in store.decode(ids[first - 1 : last + 2])
             assert form not in store.decode(ids[first : last + 2])
             assert form not in store.decode(ids[first - 1 : last + 1])
-            assert shown(form) in hit.shown
+            assert one_line(form) in hit.shown
 
 
 def test_what_is_not_there_is_not_found_and_known_shards_are_not_searched(store: ShardStore) -> None:
@@ -88,4 +89,4 @@ def test_bytes_of_tokens_joined_are_the_decoded_text(store: ShardStore) -> None:
 
 
 def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
-    assert shown("a\x1b[2J\n\t b\u202e") == "a\ufffd[2J b\ufffd"
+    assert one_line("a\x1b[2J\n\t b\u202e") == "a\ufffd[2J b\ufffd"
