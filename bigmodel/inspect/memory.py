@@ -35,7 +35,7 @@ from bigmodel.model.lora import add_adapters
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
-from bigmodel.pictures import INK, MEMORY, figure, quiet
+from bigmodel.pictures import INK, MEMORY, figure, quiet, title
 from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.state_memory import WIDE, Plan, is_offloaded, state_plan
 from bigmodel.sizes import amount, counted_noun
@@ -235,6 +235,7 @@ def draw_memory(
         axes.annotate("device", (device_bytes / unit, -0.6), color=INK, fontsize=9, ha="center")
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axes.invert_yaxis()
+    title(axes, "Memory of a rank by ZeRO stage")
     axes.set_xlabel(f"{name} on each rank")
     axes.margins(x=0.08)
     quiet(axes, "x")

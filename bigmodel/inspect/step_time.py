@@ -35,18 +35,18 @@ class StepTimes:
 
 def read_times(run_directory: Path) -> StepTimes:
     """Raises `UserError` if there is no step yet."""
-    ledger, lines = RunAccounting(), []
+    ledger, by_step = RunAccounting(), {}
     for line in read_json_lines(Path(run_directory) / "metrics.jsonl"):
-        if line["kind"] == "step" and line["step"] > ledger.counted["step"]:
-            lines.append(line)
+        if line["kind"] == "step":
+            by_step[line["step"]] = line  # a step that is repeated has the line of its last time: a start drops others
         ledger.add(line)
-    if not lines:
+    if not by_step:
         raise UserError(
             f"{run_directory}: metrics.jsonl has no step yet; name a run directory whose training has begun"
         )
-    rows = [_row(line) for line in lines]
+    rows = [_row(line) for line in by_step.values()]
     seconds = {phase: np.array([row[phase] for row in rows]) for phase in PHASES}
-    return StepTimes([line["step"] for line in lines], seconds, ledger.seconds)
+    return StepTimes(list(by_step), seconds, ledger.seconds)
 
 
 def _row(line: Mapping[str, Any]) -> dict[str, float]:

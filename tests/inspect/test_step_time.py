@@ -42,6 +42,21 @@ def test_phases_add_up_to_the_step_and_causes_to_the_run(tmp_path: Path) -> None
     assert sum(times.causes.values()) == pytest.approx(run.run_accounting.wall_seconds)
 
 
+def test_steps_repeated_after_a_restart_are_drawn_by_themselves(tmp_path: Path) -> None:
+    run = Run()
+    run.start(0, None)
+    for number in range(1, 9):
+        run.add(step(number, phases=QUICK))
+    run.start(4, "died", after=10.0)
+    for number in range(5, 11):
+        run.add(step(number, lap=2.0, phases=QUICK))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.file))
+    times = read_times(tmp_path)
+    assert times.steps == list(range(1, 11))
+    assert sum(times.seconds.values()) == pytest.approx([1.0] * 4 + [2.0] * 6)
+    assert times.causes["replay"] == 8.0
+
+
 def test_compiling_is_taken_out_of_the_forward_pass_that_did_it(tmp_path: Path) -> None:
     run = Run()
     run.start(0, None)
