@@ -2,8 +2,7 @@
 
 In: metrics.jsonl, events.jsonl and settings.json while they grow. Out: the newest values, the loss curve in a bounded
 number of points, the seconds by cause. Guarantees: the seconds are those of `RunAccounting`; a line that is damaged or
-of an unknown kind is left out. Cost: about 13 microseconds for each new step
-(benchmarks/README.md, "The view in the terminal").
+of an unknown kind is left out. Cost: benchmarks/README.md, "The view in the terminal".
 """
 
 import json
@@ -12,13 +11,14 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigmodel.config.user_error import UserError
 from bigmodel.inspect.growing_file import GrowingFile
+from bigmodel.inspect.step_lines import runs_of_lines
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import read_json
 
@@ -34,10 +34,12 @@ Status = Callable[[Path], Mapping[str, Any]]
 # The beginning of a step's line as `Metrics.record_step` writes it: json.loads takes 20 times as long. Another line,
 # as of an earlier version, is read by json.
 STEP_LINE = re.compile(
-    rb'\{"kind": "step", "time": ([^,]+), "step": (\d+), "loss": ([^,]+), "gradient_norm": [^,]+, '
+    rb'^\{"kind": "step", "time": ([^,]+), "step": (\d+), "loss": ([^,]+), "gradient_norm": [^,]+, '
     rb'"learning_rate": [^,]+, "targets": \d+, "positions": (\d+), "padding": \d+, "documents": \d+, '
     rb'"step_seconds": ([^,]+), "data_wait_seconds": ([^,]+), "compile_seconds": ([^,]+), '
 )
+STEP_LINES = re.compile(STEP_LINE.pattern + rb'[^\n]*"spent": \{([^}\n]*)\}\}$', re.MULTILINE)
+SKIPPED = b'"skipped": t'
 SPENT = b'"spent": {'
 ONE_SPENT = re.compile(rb'"spent": \{"(\w+)": ([^,}]+)\}\}')
 
@@ -84,6 +86,35 @@ class Numbers:
     best_evaluation: float = math.inf
     under_way: dict[str, Any] | None = None  # a "begin" line: an evaluation or save that has not ended
 
+    def add_block(self, block: bytes) -> None:
+        """Add whole lines of metrics.jsonl."""
+        for are_steps, lines in runs_of_lines(block):
+            if not (are_steps and self._add_steps(lines)):
+                for line in lines:
+                    self.add(line)
+
+    def _add_steps(self, lines: list[bytes]) -> bool:
+        """Add lines of steps, three times as fast as one by one. False, and nothing is added: they need a closer look.
+
+        The curve and the rates are the same in both ways, the seconds to the last bit."""
+        text = b"\n".join(lines)
+        found = STEP_LINES.findall(text)
+        if len(found) != len(lines) or SKIPPED in text:
+            return False
+        *numbers, spent = zip(*found, strict=True)
+        try:
+            moments, steps, losses, positions, seconds, waited, compiled = (list(map(float, one)) for one in numbers)
+            if self.accounting.add_steps(steps, moments[-1], seconds, waited, compiled, _spent_in(spent)) is None:
+                return False
+        except (ValueError, KeyError):
+            return False
+        for step, loss in zip(steps, losses, strict=True):
+            self.curve.add(step, loss)
+        self.recent.extend(zip(positions[-RECENT_STEPS:], seconds[-RECENT_STEPS:], strict=True))
+        self.begun = self.begun or (steps[0], moments[0])
+        self.under_way, self._step_line = None, lines[-1]
+        return True
+
     def add(self, line: bytes) -> None:
         """Add a line of metrics.jsonl; one that is damaged changes nothing."""
         try:
@@ -91,7 +122,7 @@ class Numbers:
                 moment, step, loss, positions, seconds, waited, compiled = map(float, found.groups())
                 spent = _spent(line)
                 self._see_step(int(step), moment, loss, positions, seconds)
-                skipped = b'"skipped": t' in line
+                skipped = SKIPPED in line
                 self.accounting.add_step_seconds(int(step), moment, seconds, waited, compiled, skipped, spent)
                 self._step_line = line
             else:
@@ -159,6 +190,19 @@ def _spent(line: bytes) -> dict[str, float]:
     return dict(json.loads(line[begin + len(SPENT) - 1 : -1])) if begin > 0 else {}
 
 
+def _spent_in(texts: Sequence[bytes]) -> dict[str, list[float]]:
+    """cause -> seconds in each line, from `"checkpoint": 0.5, "data": 0.1`."""
+    spent: dict[str, list[float]] = {}
+    for place, text in enumerate(texts):
+        for one in text.split(b", ") if text else ():
+            name, _, seconds = one.partition(b": ")
+            cause = name[1:-1].decode()
+            if cause not in spent:
+                spent[cause] = [0.0] * len(texts)
+            spent[cause][place] = float(seconds)
+    return spent
+
+
 class WatchedRun:
     """A run directory; `poll` reads what is new. The directory need not exist yet."""
 
@@ -185,8 +229,8 @@ class WatchedRun:
         if self._metrics.was_replaced:  # by each start, which drops the lines of steps to be repeated
             self.numbers, self.step = Numbers(), {}
         if has_more:
-            for line in self._metrics.lines():
-                self.numbers.add(line)
+            for block in self._metrics.blocks():
+                self.numbers.add_block(block)
             self.step = self.numbers.newest_step()
         has_events = self._event_file.has_more()
         if self._event_file.was_replaced:

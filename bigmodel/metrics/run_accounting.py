@@ -30,6 +30,8 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate, islice
+from operator import lt, sub
 from typing import Any
 
 CAUSES = (
@@ -140,6 +142,44 @@ class RunAccounting:
             self.seconds[cause] += seconds
         self._under_way = None
         self.time = time
+
+    def add_steps(
+        self,
+        steps: Sequence[float],
+        time: float,
+        laps: Sequence[float],
+        waited: Sequence[float],
+        compiled: Sequence[float],
+        spent: Mapping[str, Sequence[float]],
+    ) -> dict[str, list[float]] | None:
+        """`add_step_seconds` of lines in a row, none of a skipped step: the same to the last bit, in C.
+
+        time: of the last line. spent: cause -> seconds in each line. Returns the seconds of the causes that grew, after
+        each line; None, and changes nothing, if a step is repeated or may hang: add them one by one.
+        """
+        if steps[0] <= self.counted["step"] or not all(map(lt, steps, islice(steps, 1, None))):
+            return None
+        data = list(map(min, laps, waited))
+        rest = list(map(sub, laps, data))
+        compiling = list(map(min, rest, compiled))
+        left = list(map(sub, rest, compiling))
+        shortest = list(accumulate(left, min, initial=self._shortest))
+        if any(one > HANG_FACTOR * least for one, least in zip(left, islice(shortest, 1, None), strict=True)):
+            return None
+        grown = {"productive": left, "data": data, "compile": compiling}
+        if grown.keys() & spent.keys():
+            return None
+        after = {
+            cause: list(accumulate(seconds, initial=self.seconds[cause]))[1:]
+            for cause, seconds in {**grown, **spent}.items()
+        }
+        self.seconds |= {cause: seconds[-1] for cause, seconds in after.items()}
+        self.counted["step"] = int(steps[-1])
+        self._shortest = shortest[-1]
+        self._durations.extend(left[-RECENT_STEPS:])
+        self._under_way = None
+        self.time = time
+        return after
 
     @property
     def _adders(self) -> dict[str, Callable[[Mapping[str, Any]], None]]:

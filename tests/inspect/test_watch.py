@@ -23,8 +23,8 @@ from bigmodel.config.settings import MetricsSettings
 from bigmodel.config.user_error import UserError
 from bigmodel.inspect.growing_file import GrowingFile
 from bigmodel.inspect.watch import split_keys
-from bigmodel.inspect.watch_frame import clean, frame
-from bigmodel.inspect.watched_run import MOST_POINTS, STEP_LINE, LossCurve, WatchedRun
+from bigmodel.inspect.watch_frame import frame
+from bigmodel.inspect.watched_run import MOST_POINTS, STEP_LINE, LossCurve, Numbers, WatchedRun
 from bigmodel.metrics.recorder import Metrics
 from bigmodel.metrics.run_accounting import RunAccounting
 from bigmodel.run_directory import append_json_line, read_json_lines, record_event, write_atomically, write_json
@@ -111,6 +111,37 @@ def test_the_seconds_by_cause_are_those_of_the_run_accounting(recorded: Path) ->
     assert run.step == list(read_json_lines(recorded / "metrics.jsonl"))[-2]
 
 
+def test_steps_in_a_row_give_the_same_read_at_once_or_one_by_one(recorded: Path) -> None:
+    lines = (recorded / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:25]
+    lines = [line.replace(b'"skipped": true', b'"skipped": false') for line in lines]
+    at_once, single = Numbers(), Numbers()
+    at_once.add_block(b"".join(lines))
+    for line in lines:
+        single.add(line[:-1])
+    assert at_once.accounting.seconds == single.accounting.seconds
+    assert at_once.accounting.counted == single.accounting.counted
+    assert at_once.accounting.time == single.accounting.time
+    assert (at_once.curve.points, at_once.recent) == (single.curve.points, single.recent)
+    assert (at_once.begun, at_once.newest_step()) == (single.begun, single.newest_step())
+
+
+def test_steps_in_a_row_are_added_at_once_unless_one_is_repeated_skipped_or_long() -> None:
+    def added(steps: list[float], laps: list[float]) -> dict[str, list[float]] | None:
+        accounting = RunAccounting()
+        accounting.add_step_seconds(3, 1.0, 1.0, 0.0, 0.0, False, {})
+        return accounting.add_steps(steps, 9.0, laps, [0.25] * 3, [0.5] * 3, {"checkpoint": [0.0, 2.0, 1.0]})
+
+    assert added([4, 5, 6], [1.0, 2.0, 0.5]) == {
+        "productive": [1.25, 2.5, 2.5],
+        "data": [0.25, 0.5, 0.75],
+        "compile": [0.5, 1.0, 1.25],
+        "checkpoint": [0.0, 2.0, 3.0],
+    }
+    assert added([3, 4, 5], [1.0, 2.0, 0.5]) is None
+    assert added([4, 5, 5], [1.0, 2.0, 0.5]) is None
+    assert added([4, 5, 6], [1.0, 2.0, 20.0]) is None
+
+
 def test_a_damaged_line_is_left_out(tmp_path: Path, recorded: Path) -> None:
     whole = (recorded / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     odd = [b"\xff\x00\n", b"[]\n", b"{}\n", b'{"kind": "step"}\n', b"3\n", whole[1][:200] + b"\n"]
@@ -180,7 +211,6 @@ def test_control_characters_of_a_run_do_not_reach_the_terminal(tmp_path: Path, t
     lines = frame([run], 0, 80, 24, True)
     assert all(letter.isprintable() for line in lines for letter in line.plain)
     assert any("[bold]" in line.plain for line in lines)
-    assert clean("a b\n c") == "a b c"
 
 
 def test_a_run_that_has_not_started_and_one_whose_files_are_damaged_are_shown(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 In: a run directory. Out: a float64 array per number of a step, the other lines, and seconds by cause over time.
 Guarantees: `update` reads only what was appended, and everything again if the file was replaced, which each restart
-does; a line that is half written is left for the next call. Costs: 100,000 steps take 3 s and 100 MB; see
-benchmarks/README.md. Imports no torch.
+does; a line that is half written is left for the next call. Costs: benchmarks/README.md, "The page of a long run".
+Imports no torch.
 """
 
 import json
 import math
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigmodel.inspect.growing_file import GrowingFile
+from bigmodel.inspect.page.step_table import Columns, floats, leaves, of_parts, read_steps
+from bigmodel.inspect.step_lines import runs_of_lines
 from bigmodel.metrics.run_accounting import CAUSES, RunAccounting
 
 Floats = NDArray[np.float64]
@@ -26,8 +28,11 @@ NUMBERS = (
     *("step_seconds", "data_wait_seconds", "compile_seconds", "packs_document_limited", "fetched_bytes"),
     *("imbalance", "imbalance_undealt", "z_loss", "unweighted_loss", "loss_scale", "distillation_loss"),
     *("slowest_rank", "slowest_rank_lag_seconds", "pruned_share", "sampled_share"),
+    *("device_joules", "host_joules", "largest_attention_score"),
 )
 SECONDS_BY_CAUSE = itemgetter("productive", *CAUSES)
+NEEDED = ("step", "time", "lap", "data_wait_seconds", "compile_seconds")
+FEWEST_LINES = 8  # that are read together
 GROUPS = {"phases": "phase", "memory": "memory", "flops": "flops"}  # tables of numbers in a line -> prefix of a column
 
 
@@ -56,13 +61,10 @@ class RunHistory:
         more = self._file.has_more()
         if self._file.was_replaced:
             self._begin_again()
-        for text in self._file.lines() if more else ():
-            try:
-                line = json.loads(text)
-            except ValueError:  # a full disk or a crash has cut it
-                continue
-            if isinstance(line, dict) and "kind" in line:
-                self._add(line)
+        for block in self._file.blocks() if more else ():
+            for are_steps, lines in runs_of_lines(block):
+                if not (are_steps and self._add_steps(lines)):
+                    self._add_one_by_one(lines)
         return more or self._file.was_replaced
 
     def column(self, name: str) -> Floats:
@@ -94,6 +96,46 @@ class RunHistory:
 
     def starts(self) -> list[dict[str, Any]]:
         return self.others.get("start", [])
+
+    def _add_one_by_one(self, lines: Iterable[bytes]) -> None:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except ValueError:  # a full disk or a crash has cut it
+                continue
+            if isinstance(line, dict) and "kind" in line:
+                self._add(line)
+
+    def _add_steps(self, lines: Sequence[bytes]) -> bool:
+        """Add lines of steps in C. False, and nothing is added: they are to be added one by one."""
+        columns = read_steps(lines, (*NUMBERS, "lap")) if len(lines) >= FEWEST_LINES else None
+        if columns is None or not _are_plain(columns):
+            return False
+        steps, moments, laps, waited, compiled = (floats(columns[name]).tolist() for name in NEEDED)
+        spent = {cause: np.nan_to_num(seconds).tolist() for cause, seconds in leaves(columns.get("spent"))}
+        after = self._ledger.add_steps(steps, moments[-1], laps, waited, compiled, spent)
+        if after is None:
+            return False
+        for name in NUMBERS:
+            self._columns[name].frombytes(floats(columns[name]).tobytes())
+        for group, prefix in {**GROUPS, "norms": "norm"}.items():
+            for name, values in leaves(columns.get(group)):
+                self._extend(f"{prefix}/{name}", values)
+        for name, labels, nats in of_parts(columns["parts"]):
+            self._extend(f"labels/{name}", labels)
+            self._extend(f"nats/{name}", nats)
+        self.num_steps += len(lines)
+        self._moments.extend(moments)
+        causes = [after.get(cause, [self.seconds[cause]] * len(lines)) for cause in ("productive", *CAUSES)]
+        self._seconds.frombytes(np.array(causes).T.tobytes())
+        self._num_firm = len(self._moments)
+        return True
+
+    def _extend(self, name: str, values: Floats) -> None:
+        """Put the values of the lines behind the last ones, with NaN for lines before that had none."""
+        column = self._columns.setdefault(name, array("d"))
+        column.extend([math.nan] * (self.num_steps - len(column)))
+        column.frombytes(values.tobytes())
 
     def _add(self, line: dict[str, Any]) -> None:
         if line["kind"] == "step":
@@ -148,6 +190,14 @@ class RunHistory:
             if len(column) < self.num_steps:
                 column.extend([math.nan] * (self.num_steps - len(column)))
             column.append(math.nan if value is None else value)
+
+
+def _are_plain(columns: Columns) -> bool:
+    """Whether no step is skipped and all have their seconds."""
+    skipped = columns.get("skipped")
+    if skipped is None or skipped.null_count or skipped.type != "bool" or skipped.true_count:
+        return False
+    return not any(columns[name].null_count for name in NEEDED)
 
 
 def _mean(part: Mapping[str, Any]) -> float:

@@ -1,0 +1,70 @@
+"""Lines of steps to columns of numbers, in C: pyarrow's reader of JSON.
+
+In: lines of metrics.jsonl that are steps. Out: columns by name, and float64 arrays of them, NaN where a line has no
+number. Guarantees: the numbers are those of Python's json; lines that Arrow does not take as one table (damaged, of
+other types) are refused as a whole. Costs: benchmarks/README.md, "The page of a long run".
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow
+import pyarrow.json
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+NAMED, COUNTED = ("objective", "source"), ("nats", "targets", "weight")
+PART = [*((name, pyarrow.string()) for name in NAMED), *((name, pyarrow.float64()) for name in COUNTED)]
+Columns = dict[str, pyarrow.Array]
+
+
+def read_steps(lines: Sequence[bytes], numbers: Sequence[str]) -> Columns | None:
+    """(lines,) `numbers` and "parts", and whatever else the lines have. None: not all of them are such lines."""
+    fields = [*((name, pyarrow.float64()) for name in numbers), ("parts", pyarrow.list_(pyarrow.struct(PART)))]
+    text = b"\n".join(lines)
+    try:
+        table = pyarrow.json.read_json(
+            pyarrow.BufferReader(text),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1),
+            pyarrow.json.ParseOptions(explicit_schema=pyarrow.schema(fields)),
+        )
+    except pyarrow.ArrowInvalid:
+        return None
+    if len(table) != len(lines):  # two values on a line, or none
+        return None
+    return {name: column.combine_chunks() for name, column in zip(table.column_names, table.columns, strict=True)}
+
+
+def floats(values: pyarrow.Array) -> Floats:
+    """(lines,) NaN for null."""
+    return np.asarray(values.cast(pyarrow.float64()).to_numpy(zero_copy_only=False))
+
+
+def leaves(values: pyarrow.Array | None) -> Iterator[tuple[str, Floats]]:
+    """The numbers of a table that each line has, by name, those of tables in it as TABLE/NAME; (lines,) each."""
+    if values is None or not pyarrow.types.is_struct(values.type):
+        return
+    for name, column in zip(values.type.names, values.flatten(), strict=True):
+        if pyarrow.types.is_struct(column.type):
+            yield from ((f"{name}/{below}", numbers) for below, numbers in leaves(column))
+        elif not pyarrow.types.is_null(column.type):
+            yield name, floats(column)
+
+
+def of_parts(parts: pyarrow.ListArray) -> Iterator[tuple[str, Floats, Floats]]:
+    """OBJECTIVE/SOURCE, labels and nats per label (lines,) each, in order of their first line."""
+    rows = np.repeat(np.arange(len(parts)), np.nan_to_num(floats(parts.value_lengths())).astype(np.int64))
+    flat = parts.flatten()
+    told = dict(zip(flat.type.names, flat.flatten(), strict=True))
+    targets, weights = floats(told["targets"]), np.nan_to_num(floats(told["weight"]))
+    divisors = np.where(weights != 0, weights, targets)
+    means = np.divide(floats(told["nats"]), divisors, out=np.full(len(rows), np.nan), where=divisors != 0)
+    objectives, sources = (told[name].dictionary_encode() for name in NAMED)
+    codes = objectives.indices.to_numpy() * len(sources.dictionary) + sources.indices.to_numpy()
+    for code in dict.fromkeys(codes.tolist()):
+        chosen = codes == code
+        objective, source = divmod(code, len(sources.dictionary))
+        name = f"{objectives.dictionary[objective]}/{sources.dictionary[source]}"
+        labels, nats = np.full((2, len(parts)), np.nan)
+        labels[rows[chosen]], nats[rows[chosen]] = targets[chosen], means[chosen]
+        yield name, labels, nats
