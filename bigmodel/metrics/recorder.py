@@ -148,8 +148,8 @@ class Metrics:
         facts: Mapping[str, Any] = {},
         limits: Limits = Limits(),  # noqa: B008 - immutable
     ):
-        """`facts`: planned_steps, parameters and device_peak_flops, for the line of this start. `limits`: of the watch
-        for hanging ranks."""
+        """`facts`: planned_steps, parameters, device_peak_flops and peak_is_measured, for the line of this start.
+        `limits`: of the watch for hanging ranks."""
         self._directory, self._seat = Path(run_directory).resolve(), seat
         self._lines = self._directory / "metrics.jsonl"
         self._file = LineFile(self._lines)
@@ -287,7 +287,7 @@ class Metrics:
             "lap": now - began,
             "world_size": self._seat.world_size,
             "parameters": facts.get("parameters"),
-            "device_peak_flops": facts.get("device_peak_flops"),
+            **_peak(facts, lines),
             "planned_steps": facts.get("planned_steps"),
             "carried": carried,
         }
@@ -316,6 +316,15 @@ class Metrics:
             samples["delayed_lines"] = [[[], self._file.num_delayed]]
         with contextlib.suppress(OSError):  # shared memory is full: an incomplete endpoint must not end the run
             self._record.write({"samples": samples, **self._rank.device()})
+
+
+def _peak(facts: Mapping[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The devices' peak; of measured ones the largest of all starts: a busy machine measures less."""
+    peak = facts.get("device_peak_flops")
+    is_measured = bool(peak and facts.get("peak_is_measured"))
+    if is_measured:
+        peak = max([peak, *(line["device_peak_flops"] for line in lines if line.get("peak_is_measured"))])
+    return {"device_peak_flops": peak, "peak_is_measured": is_measured}
 
 
 def how_it_ended(run_directory: Path, lines: list[dict[str, Any]]) -> tuple[str | None, float | None]:

@@ -598,6 +598,7 @@ def _facts(settings: Settings, engine: Engine, world: World) -> dict[str, Any]:
         "planned_steps": settings.training.steps,
         "parameters": parameters,
         "device_peak_flops": device_peak_flops(world.device),
+        "peak_is_measured": world.device.type != "cuda",
     }
 
 

@@ -327,6 +327,16 @@ def test_a_resumed_run_counts_replayed_steps_once_and_loses_no_second(tmp_path: 
     assert further["target_tokens_total"] == 3006 + 1003
 
 
+def test_a_peak_that_is_measured_is_the_largest_of_all_starts(tmp_path: Path) -> None:
+    """Else MFU jumps at a restart, for the machine was busy while it was measured. Another device's does not count."""
+    told = [(2e9, True), (1e9, True), (3e9, True), (1e9, False), (2e9, True)]
+    for peak, is_measured in told:
+        with Metrics(tmp_path, facts=FACTS | {"device_peak_flops": peak, "peak_is_measured": is_measured}):
+            pass
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [line["device_peak_flops"] for line in lines if line["kind"] == "start"] == [2e9, 2e9, 3e9, 1e9, 3e9]
+
+
 def test_fresh_starts_from_nothing_and_a_torn_line_is_mended(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
         record_all(metrics)

@@ -6,16 +6,18 @@ its largest, so no extreme is lost; x is exact, y has the 24 bits of float32. Co
 
 import base64
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+Range = tuple[float, float]  # the first and the last step in view
 MOST_POINTS = 80_000  # of all lines of a page: 0.85 MB
 MOST_BUCKETS, FEWEST_BUCKETS = 1500, 50  # per line; a plot is 600 to 1200 pixels wide
 MEANS = 240  # buckets of a stack, columns of a heat map
-THINNED = "the smallest and the largest value of each stretch of steps are kept"
+THINNED = "drawn: the smallest and the largest value of each stretch of steps; with --serve a zoom loads those between"
 MOST_ROWS = 64  # of a heat map; of more ranks, neighbours share a row
 
 
@@ -32,9 +34,9 @@ class Line:
     thin: bool = False
     dots: bool = False
 
-    def encoded(self, buckets: int) -> dict[str, Any]:
+    def encoded(self, buckets: int, near: Range | None = None) -> dict[str, Any]:
         finite = np.isfinite(self.y) & np.isfinite(self.x)
-        x, y = decimated(self.x[finite], self.y[finite], buckets)
+        x, y = decimated(self.x[finite], self.y[finite], buckets, near)
         look = {"label": self.label, "colour": self.colour, "dash": self.dash, "shown": self.shown}
         return {**look, "thin": self.thin, "dots": self.dots, "x": _base64(x, "<f8"), "y": _base64(y, "<f4")}
 
@@ -55,8 +57,8 @@ class Plot:
     from_zero: bool = False
     marks: list[float] = field(default_factory=list)  # restarts, on the x axis
 
-    def encoded(self, buckets: int) -> dict[str, Any]:
-        lines = [line.encoded(buckets) for line in self.lines]
+    def encoded(self, buckets: int, near: Range | None = None) -> dict[str, Any]:
+        lines = [line.encoded(buckets, near if self.kind == "lines" else None) for line in self.lines]
         shown = [line.y for line in self.lines if line.shown]
         top = usual_top(shown if self.kind == "lines" else [np.sum(shown, axis=0)]) if shown else None
         names = ("name", "title", "unit", "kind", "scale", "x", "note", "from_zero", "marks")
@@ -81,7 +83,7 @@ class HeatMap:
     note: str = ""
     marks: list[float] = field(default_factory=list)
 
-    def encoded(self, buckets: int) -> dict[str, Any]:
+    def encoded(self, buckets: int, near: Range | None = None) -> dict[str, Any]:
         edges, columns = self._columns()
         height = -(-self.rows // MOST_ROWS)
         cells = np.zeros((len(edges) - 1, -(-self.rows // height)))
@@ -104,11 +106,15 @@ def is_thinned(y: Floats, buckets: int) -> bool:
     return len(y) > 2 * buckets
 
 
-def decimated(x: Floats, y: Floats, buckets: int) -> tuple[Floats, Floats]:
+def decimated(x: Floats, y: Floats, buckets: int, near: Range | None = None) -> tuple[Floats, Floats]:
     """The points themselves, or of each bucket the smallest and the largest, and the first and last point of all.
 
-    Example: 0 1 9 2 0 3 in 2 buckets: 0 9 | 0 3.
+    Example: 0 1 9 2 0 3 in 2 buckets: 0 9 | 0 3. `near`: the points there have as many buckets as those on each side.
     """
+    if near and len(x):
+        ends = (0, int(np.searchsorted(x, near[0])), int(np.searchsorted(x, near[1], side="right")), len(x))
+        parts = [decimated(x[first:last], y[first:last], buckets) for first, last in pairwise(ends) if first < last]
+        return np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts])
     if not is_thinned(y, buckets):
         return x, y
     size = -(-len(y) // buckets)

@@ -17,7 +17,7 @@ from typing import Any
 from bigmodel import __version__, pictures
 from bigmodel.config.settings import UserError
 from bigmodel.inspect.page import tables
-from bigmodel.inspect.page.drawing import HeatMap, Plot, buckets_for
+from bigmodel.inspect.page.drawing import HeatMap, Plot, Range, buckets_for
 from bigmodel.inspect.page.history import RunHistory
 from bigmodel.inspect.page.plots import Runs, sections
 from bigmodel.run_directory import write_atomically
@@ -74,8 +74,8 @@ def page(data: dict[str, Any], live_seconds: float = 0.0) -> str:
     return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
-def content(runs: Runs) -> dict[str, Any]:
-    """What the page shows, as plain values."""
+def content(runs: Runs, near: Range | None = None) -> dict[str, Any]:
+    """What the page shows, as plain values; lines have more points at the steps of `near`."""
     if len(runs) > MOST_RUNS:
         raise UserError(f"{len(runs)} runs on one page; give at most {MOST_RUNS}")
     _distinguish(runs)
@@ -92,7 +92,7 @@ def content(runs: Runs) -> dict[str, Any]:
         "Events": [tables.events(run, of) for run, of in names],
     }
     titles = ["Overview", *drawn, "Worst steps", "Samples", "Configuration", "Events"]
-    blocks = {title: [*_encoded(drawn.get(title, []), buckets), *more.get(title, [])] for title in titles}
+    blocks = {title: [*_encoded(drawn.get(title, []), buckets, near), *more.get(title, [])] for title in titles}
     return {
         "title": "bigmodel: " + ", ".join(run.name for run in runs),
         "runs": [run.name for run in runs],
@@ -110,8 +110,8 @@ def as_json(data: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _encoded(plots: Sequence[Plot | HeatMap], buckets: int) -> list[dict[str, Any]]:
-    return [plot.encoded(buckets) for plot in plots]
+def _encoded(plots: Sequence[Plot | HeatMap], buckets: int, near: Range | None) -> list[dict[str, Any]]:
+    return [plot.encoded(buckets, near) for plot in plots]
 
 
 def _distinguish(runs: Runs) -> None:

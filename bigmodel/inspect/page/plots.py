@@ -115,11 +115,13 @@ def speed(runs: Runs) -> list[Drawn]:
         Quantity("compiling", _column("compile_seconds"), PHASES["compile"], shown=False),
     ]
     rate = [Quantity("tokens", _rate, CURVES["training"])]
+    energy = [Quantity("GPUs", _per_token("device_joules")), Quantity("processors", _per_token("host_joules"))]
     return [
         _lines(runs, "throughput", "Throughput", "tokens per second, all ranks", rate, from_zero=True),
         _lines(runs, "mfu", "Share of the devices' peak (MFU)", "FLOP/s over peak", utilization, "share", True),
         _lines(runs, "step-time", "Time of a step", "seconds", seconds, "seconds", True),
         *(_phases(run, _of(run, runs)) for run in runs),
+        _lines(runs, "energy", "Energy of a token", "joules", energy, from_zero=True),
     ]
 
 
@@ -143,6 +145,8 @@ def learning(runs: Runs) -> list[Drawn]:
         _lines(runs, "gradient-norm", "Gradient norm", "before clipping", gradient),
         _lines(runs, "learning-rate", "Learning rate", "per step", rate, from_zero=True),
     ]
+    score = [Quantity("", _column("largest_attention_score"), CURVES["training"])]
+    made.append(_lines(runs, "attention-score", "Largest attention score", "before bias and cap", score))
     kinds = {"weight_norm": "Weight norm", "update_norm": "Norm of an update", "l1_norm": "L1 norm of weights"}
     for kind, title in {**kinds, "zero_ratio": "Share of zeros"}.items():
         of_kind = [Quantity(name.split("/")[1], _column(name)) for name in norms if name.endswith(f"/{kind}")]
@@ -200,7 +204,8 @@ def _lines(
     # The first quantity in view is the solid line.
     shown_first = sorted(range(len(quantities)), key=lambda place: not quantities[place].shown)
     for number, run in enumerate(runs):
-        for place, one in enumerate(quantities):
+        for place in shown_first:  # the key has those out of view last
+            one = quantities[place]
             x, y = one.points(run)
             if not np.isfinite(y).any():
                 continue
@@ -335,6 +340,10 @@ def _rate(run: RunHistory) -> Points:
     return run.column("step"), _divided(run.column("positions"), run.column("step_seconds"))
 
 
+def _per_token(name: str) -> Callable[[RunHistory], Points]:
+    return lambda run: (run.column("step"), _divided(run.column(name), run.column("positions")))
+
+
 def _utilization(name: str) -> Callable[[RunHistory], Points]:
     """FLOPs of a step over what the devices of its start can do in its time; NaN where no peak is known."""
 
@@ -343,10 +352,13 @@ def _utilization(name: str) -> Callable[[RunHistory], Points]:
         starts = run.starts()
         if not starts:
             return step, np.full(len(step), np.nan)
-        peaks = [(line.get("device_peak_flops") or np.nan) * line["world_size"] for line in starts]
+        # One peak for all starts that measured it, else the curve jumps at a restart.
+        most = max((line["device_peak_flops"] for line in starts if line.get("peak_is_measured")), default=None)
+        found = [most if line.get("peak_is_measured") else line.get("device_peak_flops") for line in starts]
+        peaks = [(peak or np.nan) * line["world_size"] for peak, line in zip(found, starts, strict=True)]
         place = np.searchsorted([line["step"] for line in starts], step, side="left") - 1
-        most = np.array(peaks)[np.maximum(place, 0)] * run.column("step_seconds")
-        return step, _divided(run.column(f"flops/{name}"), most)
+        possible = np.array(peaks)[np.maximum(place, 0)] * run.column("step_seconds")
+        return step, _divided(run.column(f"flops/{name}"), possible)
 
     return points
 

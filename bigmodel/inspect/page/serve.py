@@ -14,9 +14,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from bigmodel.config.settings import UserError
+from bigmodel.inspect.page.drawing import Range
 from bigmodel.inspect.page.page import content, open_run, page
 
 ASK_SECONDS = 5.0  # between two questions of an open page
@@ -32,10 +33,11 @@ class LiveData:
         self._lock = threading.Lock()
         self._data: dict[str, Any] = {}
         self._tag, self._next_reading = "", 0.0
+        self._near: tuple[str, dict[str, Any]] = ("", {})  # the last zoom that was asked for: its tag, its data
         self.rest = REST
 
-    def latest(self) -> tuple[dict[str, Any], str]:
-        """The data, and a tag that changes with them."""
+    def latest(self, near: Range | None = None) -> tuple[dict[str, Any], str]:
+        """The data, with more points at the steps of `near`, and a tag that changes with them."""
         with self._lock:
             began = time.monotonic()
             if began >= self._next_reading:
@@ -44,7 +46,12 @@ class LiveData:
                     self._data = content(self._runs)
                     self._tag = f'"{time.time_ns():x}"'
                 self._next_reading = time.monotonic() + self.rest * (time.monotonic() - began)
-            return self._data, self._tag
+            if not near:
+                return self._data, self._tag
+            tag = f'"{self._tag[1:-1]}-{near[0]}-{near[1]}"'
+            if self._near[0] != tag:
+                self._near = tag, content(self._runs, near)
+            return self._near[1], tag
 
 
 def make_server(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
@@ -76,19 +83,37 @@ def serve(directories: Sequence[Path], host: str, port: int) -> None:
         server.server_close()
 
 
+def steps_of(query: str) -> Range | tuple[()] | None:
+    """The steps in view.
+
+    >>> [steps_of(query) for query in ("from=10&to=20.5", "", "from=a&to=2", "from=2&to=1", "from=nan&to=2")]
+    [(10.0, 20.5), None, (), (), ()]
+    """
+    if not query:
+        return None
+    try:
+        words = dict(parse_qsl(query))
+        first, last = float(words["from"]), float(words["to"])
+    except (ValueError, KeyError):
+        return ()
+    return (first, last) if first <= last else ()
+
+
 class _Handler(BaseHTTPRequestHandler):
     data: LiveData
     hosts: Sequence[str] = ()  # the names that a browser may have asked for; empty: all
 
     def do_GET(self) -> None:
         asked = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host") or ""
-        path = urlsplit(self.path).path
+        path, query = urlsplit(self.path).path, urlsplit(self.path).query
         if self.hosts and asked not in self.hosts:  # another site's name that was pointed at this machine
             self.send_error(HTTPStatus.FORBIDDEN)
         elif path not in ("/", "/data.json"):
             self.send_error(HTTPStatus.NOT_FOUND)
+        elif (near := steps_of(query)) == ():
+            self.send_error(HTTPStatus.BAD_REQUEST)
         else:
-            data, tag = self.data.latest()
+            data, tag = self.data.latest(near or None)
             if path == "/data.json" and self.headers.get("If-None-Match") == tag:
                 self.send_response(HTTPStatus.NOT_MODIFIED)
                 self.send_header("ETag", tag)

@@ -20,6 +20,7 @@ from bigmodel.inspect.page.history import RunHistory
 from bigmodel.inspect.page.plots import Runs
 from bigmodel.inspect.report import replay_command
 from bigmodel.pictures import CAUSES
+from bigmodel.printed import shell_word
 from bigmodel.run_directory import AGAIN, flat, read_json, read_json_lines, recorded_changes
 from bigmodel.sizes import byte_size, counted_noun
 
@@ -54,6 +55,7 @@ def _facts(run: RunHistory) -> dict[str, str]:
         "validation loss": f"{evaluations[-1]['nats_per_token']:.4f} nats per label" if evaluations else "",
         "labels trained": f"{np.nansum(run.column('targets')):,.0f}",
         "tokens per second": f"{np.nansum(run.column('positions')) / total:,.0f}" if total else "",
+        "energy": _energy(run),
         "parameters": f"{start['parameters']:,}" if start.get("parameters") else "",
         "ranks": f"{start['world_size']:,}" if start else "",
         "wall time": _duration(wall),
@@ -65,6 +67,17 @@ def _facts(run: RunHistory) -> dict[str, str]:
         "folder": str(run.directory),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _energy(run: RunHistory) -> str:
+    """Of the parts that are known of every step."""
+    parts = {"GPUs": run.column("device_joules"), "processors": run.column("host_joules")}
+    joules = {part: float(values.sum()) for part, values in parts.items() if np.isfinite(values).all()}
+    tokens = np.nansum(run.column("positions"))
+    if not joules or not tokens:
+        return ""
+    total = sum(joules.values())
+    return f"{total / tokens:.3g} joules per token, {total / 3.6e6:,.3g} kWh of {' and '.join(joules)}"
 
 
 def causes(run: RunHistory, of: str) -> Table:
@@ -80,7 +93,8 @@ def causes(run: RunHistory, of: str) -> Table:
 def worst_steps(run: RunHistory, of: str) -> Table:
     """Skipped and spiking steps by events.jsonl, steps that are not finite, and those of the largest gradient norms.
 
-    `bigmodel replay` names and weighs the documents of each, also of those whose documents no event has."""
+    The documents are those of the events, else by the command that lists them: it plans the step again, which may take
+    minutes in a long run. `bigmodel replay` weighs them."""
     reasons: dict[int, list[str]] = {}
     documents: dict[int, list[Any]] = {}
     events = list(read_json_lines(run.directory / "events.jsonl"))
@@ -108,7 +122,7 @@ def worst_steps(run: RunHistory, of: str) -> Table:
             f"{step:,}",
             *(_at(numbers[name], places.get(step)) for name in ("loss", "gradient_norm")),
             "; ".join(dict.fromkeys(reasons[step])),
-            _documents(documents.get(step, [])),
+            _documents(documents.get(step, [])) or f"bigmodel seen {shell_word(run.directory)} --step {step}",
             replay_command(run.directory, step, events),
         ]
         for step in chosen
@@ -119,8 +133,6 @@ def worst_steps(run: RunHistory, of: str) -> Table:
 
 def _documents(found: Sequence[Any]) -> str:
     """Chunks as SOURCE SHARD:ROW, from the first token on."""
-    if not found:
-        return "by replay"
     shown = [f"{source} {shard}:{row}, from token {first}" for source, shard, row, first, _ in found[:MOST_DOCUMENTS]]
     more = len(found) - len(shown)
     return "; ".join(shown) + (f"; and {more} more in events.jsonl" if more else "")

@@ -43,6 +43,8 @@ def line(number: int, loss: float = 2.0, **changes: Any) -> dict[str, Any]:
         slowest_rank=int(number % 3 == 0),
         slowest_rank_lag_seconds=number / 1000,
         flops={"causal": 10.0, "full": 20.0, "hardware": 30.0},
+        device_joules=50.0 * number,
+        largest_attention_score=number / 2,
     )
     return made | changes
 
@@ -107,7 +109,30 @@ def test_values_of_the_page_equal_metrics_jsonl(tmp_path: Path) -> None:
     expect("memory", "process, in main memory", [(one["step"], 1000 * one["step"]) for one in steps])
     expect("gradient-norm", "gradient norm", [(one["step"], one["gradient_norm"]) for one in steps])
     expect("mix", "docs", [(one["step"], 0.0 if one["step"] % 2 else 0.6) for one in steps])
+    expect("energy", "GPUs", [(one["step"], one["step"] / 2) for one in steps])
+    expect("attention-score", "Largest attention score", [(one["step"], one["step"] / 2) for one in steps])
     expect("packing", "padding", [(one["step"], 28 / 128) for one in steps])
+
+
+def test_the_utilization_of_a_measured_device_does_not_jump_at_a_restart(tmp_path: Path) -> None:
+    run = killed_and_resumed()
+    starts = [one for one in run.file if one["kind"] == "start"]
+    for start, peak in zip(starts, (100.0, 80.0), strict=True):
+        start |= {"device_peak_flops": peak, "peak_is_measured": True}
+    found = blocks(content([open_run(write(tmp_path / "run", run))]))
+    x, shares = points(found["mfu"], "model, causal")
+    assert shares == pytest.approx([10.0 / (2 * 100.0 * step / 10) for step in x])
+
+
+def test_energy_is_in_the_numbers_of_the_page_where_every_step_has_it(tmp_path: Path) -> None:
+    def energy(run: Run) -> list[list[str]]:
+        rows = blocks(content([open_run(write(tmp_path / "run", run))]))["numbers"]["rows"]
+        return [row for row in rows if row[0] == "energy"]
+
+    run = killed_and_resumed()
+    assert energy(run) == [["energy", "3.25 joules per token, 0.00108 kWh of GPUs"]]
+    run.add(line(13, device_joules=None))
+    assert energy(run) == []
 
 
 def test_causes_add_up_to_the_wall_time_and_restarts_are_marked(tmp_path: Path) -> None:
@@ -123,6 +148,49 @@ def test_causes_add_up_to_the_wall_time_and_restarts_are_marked(tmp_path: Path) 
     assert found["goodput"]["marks"] == pytest.approx([run.file[7]["time"] - 1000.0])
     assert found["loss"]["marks"] == [6.0]
     assert [row[0] for row in found["causes"]["rows"]][:2] == ["productive", "down"]
+
+
+def test_a_file_read_at_once_gives_what_its_lines_give_one_by_one(tmp_path: Path) -> None:
+    run = Run()
+    run.start(0, None)
+    norms = {"attention": {"weight_norm": 2.5, "update_norm": 0.1}}
+    for number in range(1, 61):
+        odd = {30: {"loss": math.nan, "gradient_norm": -math.inf}, 31: {"norms": norms, "z_loss": 1}, 32: {"parts": []}}
+        more = {"spent": {"checkpoint": 0.1 * number}, "data_wait_seconds": 1 / (2 + number), "compile_seconds": 0.001}
+        more["lap"] = 0.5 + 1 / number
+        run.add(line(number, **{"loss": 8.0 / number} | more | odd.get(number, {})))
+        if number in (20, 45):
+            run.add({"kind": "checkpoint", "step": number, "bytes": 3, "seconds": 0.5, "lap": 0.5})
+    run.add(line(61, skipped=True))
+    run.start(58, "died", after=3.0)
+    for number in range(59, 80):
+        run.add(line(number, lap=0.6, phases={"forward": 1.0, "communication": None}))
+    run.add(line(80, lap=900.0))
+    folder = write(tmp_path / "run", run)
+    whole = (
+        (folder / "metrics.jsonl")
+        .read_bytes()
+        .replace(b'"kind": "step", ', b"")
+        .replace(b'{"step"', b'{"kind": "step", "step"')
+    )
+    lines = whole.splitlines(keepends=True)
+    lines.insert(12, lines[12][:100] + b"\n")
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines))
+    at_once = open_run(folder)
+    (folder / "metrics.jsonl").write_bytes(b"")
+    single = open_run(folder)
+    for text in lines:
+        with open(folder / "metrics.jsonl", "ab") as file:
+            file.write(text)
+        single.update()
+    assert at_once.num_steps == single.num_steps == 80
+    names = single.names("")
+    assert sorted(at_once.names("")) == sorted(names)
+    assert all(np.array_equal(at_once.column(name), single.column(name), equal_nan=True) for name in names)
+    assert at_once.seconds == single.seconds
+    for one, other in zip(at_once.seconds_over_time(), single.seconds_over_time(), strict=True):
+        assert np.array_equal(one, other)
+    assert at_once.others == single.others
 
 
 def test_no_time_is_missing_before_a_restart_that_drops_steps(tmp_path: Path) -> None:
@@ -152,6 +220,16 @@ def test_the_heat_map_has_each_rank_s_longest_lag(tmp_path: Path) -> None:
     assert (many["height"], cells.shape[1], cells.max()) == (4, 50, 1000.0)
 
 
+def test_the_key_of_a_plot_begins_with_the_lines_in_view(tmp_path: Path) -> None:
+    found = blocks(content([open_run(write(tmp_path / "run", killed_and_resumed()))]))
+    keys = [(one["label"], one["shown"]) for one in found["mfu"]["lines"]]
+    assert keys == [
+        ("hardware, operations computed", True),
+        ("model, causal", True),
+        ("model, as if without a mask", False),
+    ]
+
+
 def test_decimation_keeps_each_bucket_s_extremes_and_both_ends() -> None:
     places, values = decimated(np.arange(6.0), np.array([0.0, 1, 9, 2, 0, 3]), 2)
     assert (places.tolist(), values.tolist()) == ([0, 2, 4, 5], [0, 9, 0, 3])
@@ -165,6 +243,20 @@ def test_decimation_keeps_each_bucket_s_extremes_and_both_ends() -> None:
         values[(places >= 200 * n) & (places < 200 * (n + 1))].max() == y[200 * n : 200 * (n + 1)].max()
         for n in range(500)
     )
+
+
+def test_a_zoom_has_all_points_of_its_steps_and_the_others_as_before(tmp_path: Path) -> None:
+    x, y = np.arange(10_000.0), np.random.default_rng(1).random(10_000)
+    places, values = decimated(x, y, 100, (5000.0, 5100.0))
+    assert np.array_equal(y[places.astype(int)], values)
+    assert places[(places >= 5000) & (places <= 5100)].tolist() == list(range(5000, 5101))
+    assert len(places) <= 101 + 2 * 202
+    assert (places[0], places[-1]) == (0.0, 9999.0)
+    assert np.array_equal(decimated(x, y, 9000, (-5.0, 1e9))[0], x)
+    assert len(decimated(x[:0], y[:0], 100, (0.0, 1.0))[0]) == 0
+    run = killed_and_resumed()
+    near = blocks(content([open_run(write(tmp_path / "run", run))], (2.0, 3.0)))
+    assert points(near["loss"], "each step")[0] == list(range(1, 13))
 
 
 def test_single_peaks_are_left_out_of_the_first_view_only() -> None:
@@ -199,7 +291,8 @@ def test_the_worst_steps_have_their_documents_and_the_command_that_explains_them
             f"bigmodel replay {folder} --step 5 --checkpoint 0",
         )
     ], "no checkpoint is kept: replay refuses the command without one"
-    assert rows[0][:4] == ["1", "8", "2", "one of the largest gradient norms"]
+    largest = ["1", "8", "2", "one of the largest gradient norms", f"bigmodel seen {folder} --step 1"]
+    assert rows[0][:5] == largest, "no event has its documents"
 
 
 def test_no_text_of_a_run_is_html_and_only_the_page_s_own_scripts_run(tmp_path: Path) -> None:
@@ -290,6 +383,10 @@ def test_the_server_gives_the_page_and_only_new_data(tmp_path: Path) -> None:
         status, headers, body = get("/data.json")
         assert blocks(json.loads(body))["numbers"]["rows"][0] == ["steps", "12"]
         assert get("/data.json", **{"If-None-Match": headers["ETag"]})[0] == 304
+        status, headers, body = get("/data.json?from=2&to=3")
+        assert (status, "loss" in blocks(json.loads(body))) == (200, True)
+        assert get("/data.json?from=2&to=3", **{"If-None-Match": headers["ETag"]})[0] == 304
+        assert get("/data.json?from=2", **{"If-None-Match": headers["ETag"]})[0] == 400
         assert get("/settings.json")[0] == 404
         assert get("/data.json", Host="elsewhere.example")[0] == 403, "a name pointed here by another site"
     finally:

@@ -18,7 +18,7 @@
   const hidden = new Map();          // plot and label -> whether the line is hidden: stays when new data come
   const wholeRange = new Set();      // plots whose single peaks are in view
   const zooms = { step: null, time: null };
-  let cards = [], data, theme = "automatic", zooming = false;
+  let cards = [], data, theme = "automatic", zooming = false, timer, shown = "data.json";
 
   const byId = (id) => document.getElementById(id);
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -80,6 +80,7 @@
     for (const card of cards) if (card.plot && card.x === kind) card.show(range);
     zooming = false;
     byId("reset").disabled = !Object.values(zooms).some(Boolean);
+    if (data.live_seconds) askIn(0.3);  // for the points between
   }
 
   function resetZoom() {
@@ -511,15 +512,23 @@
     byId("news").textContent = `new data, ${data.written}`;
   }
 
+  const address = () => (zooms.step ? `data.json?from=${zooms.step[0]}&to=${zooms.step[1]}` : "data.json");
+
   async function ask() {
+    const asked = address();
     try {
-      const answer = await fetch("data.json", { cache: "no-cache" });
+      const answer = await fetch(asked, { cache: "no-cache" });
       if (answer.ok) {
         const next = await answer.json();
-        if (next.written !== data.written) renew(next);
+        if (asked === address() && (asked !== shown || next.written !== data.written)) { shown = asked; renew(next); }
       }
     } catch { byId("written").textContent = `written ${data.written}; the server does not answer`; }
-    setTimeout(ask, 1000 * data.live_seconds);
+    askIn(asked === address() ? data.live_seconds : 0.3);
+  }
+
+  function askIn(seconds) {
+    clearTimeout(timer);
+    timer = setTimeout(ask, 1000 * seconds);
   }
 
   function applyTheme() {
@@ -539,5 +548,5 @@
   dark.addEventListener("change", applyTheme);
   applyTheme();
   buildAll();
-  if (data.live_seconds) setTimeout(ask, 1000 * data.live_seconds);
+  if (data.live_seconds) askIn(data.live_seconds);
 })();
