@@ -382,6 +382,13 @@ LEARNING = Dashboard(
                     "Mean of logsumexp(logits)^2: grows where logits drift",
                     _metric("z_loss"),
                 ),
+                _one(
+                    "Largest attention score",
+                    "none",
+                    "Of the last step over layers, heads and documents, before bias and cap; with "
+                    "metrics.attention_scores or optimizer.qk_clip",
+                    _metric("largest_attention_score"),
+                ),
                 Panel(
                     "Skipped steps, spikes",
                     "short",
@@ -507,6 +514,33 @@ GOODPUT_DASHBOARD = Dashboard(
                     "short",
                     "Lines of metrics.jsonl that could not be written when they came",
                     _metric("delayed_lines_total"),
+                ),
+            ),
+        ),
+        (
+            "Energy",
+            (
+                _one(
+                    "Energy of a token",
+                    "joule",
+                    "Of the last step by its tokens: GPUs and processors, as far as all of them have a counter",
+                    _metric("energy_joules_per_token"),
+                ),
+                _one(
+                    "Power",
+                    "watt",
+                    "In counted steps: of all GPUs (device) and of all nodes' processors (host)",
+                    _rate("energy_joules"),
+                    "{{run}} {{part}}",
+                    "stacked",
+                ),
+                _one(
+                    "Energy, in all",
+                    "joule",
+                    "In counted steps, since the first start",
+                    _metric("energy_joules_total"),
+                    "{{run}} {{part}}",
+                    "stacked",
                 ),
             ),
         ),

@@ -32,7 +32,7 @@ from tests.support.alert_rules import RULES
 from tests.support.prometheus import PROMETHEUS, Prometheus
 from tests.support.tiny_run import write_run
 
-MEASURED = "\n[metrics]\nnorms_every_steps = 10\n"
+MEASURED = "\n[metrics]\nnorms_every_steps = 10\nattention_scores = true\n"
 GPU_ONLY = re.compile(r"bigmodel_device_(?!peak_flops)")
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 60
@@ -172,7 +172,8 @@ def test_prometheus_follows_a_run_over_kill_and_restart(watched: Watched) -> Non
 
 
 def queries_of_panels() -> set[str]:
-    """Every query of every dashboard, but for those of GPUs and, where there is none, of a network."""
+    """Every query of every dashboard, but for those of GPUs, of energy (tests/system/test_monitor.py) and, where there
+    is none, of a network."""
     files = sorted((REPOSITORY / "configs/grafana").glob("*.json"))
     panels = [panel for file in files for panel in json.loads(file.read_text())["panels"] if panel["type"] != "row"]
     queries = {target["expr"] for panel in panels for target in panel["targets"]}
@@ -181,6 +182,7 @@ def queries_of_panels() -> set[str]:
     has_network = len(psutil.net_io_counters(pernic=True)) > 1
     without = [query for query in queries if GPU_ONLY.search(query)]
     assert len(without) == 9
+    without += [query for query in queries if "_energy_" in query]
     without += [query for query in queries if "_network_" in query and not has_network]
     filled = {"$run": ".+", "$node": ".+", "$__rate_interval": "10s"}
     found = set[str]()
