@@ -155,7 +155,7 @@
     const unitOfX = block.x === "time" ? "time since the first start" : "step";
     const common = {
       width: Math.max(200, card.box.clientWidth), height: HEIGHT, legend: { show: false }, axes: axes(block, unitOfX),
-      padding: [8, 12, 0, 0],
+      padding: [8, 20, 0, 0],  // half of the last mark of the x axis is right of it
     };
     const hooks = options.hooks || {};
     hooks.setScale = [(u, key) => {
