@@ -1,6 +1,7 @@
 """Cost of `bigmodel report --html` for a long run: CPU seconds, memory, size of the page.
 
-    python -m tools.bench_report [--steps 100000] [--rounds 5]      writes benchmarks/bench_report.json
+    python -m tools.bench_report [--steps 100000] [--rounds 10] [--against CHECKOUT]
+                                                        writes benchmarks/bench_report.json; --against: in turn with it
 
 The run is made: its first line is written by the recorder itself, the others are that line with other numbers, for 8
 ranks, four sources and norms every hundredth step; an evaluation and a save each thousandth, four restarts. A row is
@@ -104,10 +105,10 @@ def _told(accounting: RunAccounting, line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def measured(command: list[str]) -> tuple[float, float, int]:
-    """CPU seconds, wall seconds and peak bytes of a process."""
+def measured(command: list[str], checkout: Path) -> tuple[float, float, int]:
+    """CPU seconds, wall seconds and peak bytes of a process that runs the code of a checkout."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, command
@@ -117,28 +118,32 @@ def measured(command: list[str]) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--against", type=Path, help="another checkout of this project, measured in turn")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
     given = parser.parse_args()
     record = Record(given.output, "bench_report", "cpu")
+    sides = {"report --html": ROOT, **({"report --html, before": given.against} if given.against else {})}
     with scratch_folder() as folder:
         run, page = write_run(folder / "run", given.steps), folder / "page.html"
         command = [sys.executable, "-m", "bigmodel", "report", str(run), "--html", str(page)]
-        rounds = [measured(command) for _ in range(given.rounds)]
-        cpu, wall, peak = zip(*rounds, strict=True)
-        record.add(
-            {
-                "case": f"{given.steps:,} steps",
-                "contender": "report --html",
-                "cpu_s": round(statistics.median(cpu), 2),
-                "least_s": round(min(cpu), 2),
-                "most_s": round(max(cpu), 2),
-                "wall_s": round(statistics.median(wall), 2),
-                "peak_mb": round(max(peak) / 1e6),
-                "page_mb": round(page.stat().st_size / 1e6, 3),
-                "lines_mb": round((run / "metrics.jsonl").stat().st_size / 1e6),
-            }
-        )
+        size = (run / "metrics.jsonl").stat().st_size
+        rounds: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
+        for _ in range(given.rounds):
+            for side, checkout in sides.items():
+                rounds[side].append((*measured(command, checkout), page.stat().st_size))
+    for side, found in rounds.items():
+        cpu, wall, peak, pages = zip(*found, strict=True)
+        numbers = {
+            "cpu_s": round(statistics.median(cpu), 2),
+            "least_s": round(min(cpu), 2),
+            "most_s": round(max(cpu), 2),
+            "wall_s": round(statistics.median(wall), 2),
+            "peak_mb": round(max(peak) / 1e6),
+            "page_mb": round(max(pages) / 1e6, 3),
+            "lines_mb": round(size / 1e6),
+        }
+        record.add({"case": f"{given.steps:,} steps, {given.rounds} rounds", "contender": side, **numbers})
     record.show(("case", "contender", "cpu_s", "least_s", "most_s", "wall_s", "peak_mb", "page_mb", "lines_mb"))
 
 

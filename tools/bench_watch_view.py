@@ -1,10 +1,12 @@
 """CPU seconds of `bigmodel watch` in a terminal, on a long run that goes on.
 
-    python -m tools.bench_watch_view [--steps 100000] [--seconds 60]      writes benchmarks/bench_watch_view.json
+    python -m tools.bench_watch_view [--steps 100000] [--seconds 60] [--rounds 10] [--against CHECKOUT]
+                                                   writes benchmarks/bench_watch_view.json; --against: in turn with it
 
 The run directory has lines as the recorder writes them, 1.1 kB each; a step is added every half second. The view runs
 in a pseudo-terminal of 80 x 24. CPU seconds are the process's own, from its start, by the kernel; those up to its first
-frame (imports, the whole file) stand beside those after it.
+frame (imports, the whole file) stand beside those after it. The rounds are whole processes without a terminal, which
+print one frame of the same run: median, least and most.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import fcntl
 import json
 import os
 import pty
+import statistics
 import struct
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from pathlib import Path
 from bigmodel.checks.scratch import scratch_folder
 from bigmodel.metrics.recorder import Flops, LossGroup, StepRecord
 from bigmodel.run_directory import record_event, write_json
+from tools.bench_report import measured
 from tools.measure import ROOT, Record
 
 ALL_SIX = ("data", "forward", "backward", "communication", "optimizer")
@@ -81,19 +85,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--against", type=Path, help="another checkout of this project, measured in turn")
     options = parser.parse_args()
     record = Record(ROOT / "benchmarks", "bench_watch_view", "cpu")
+    sides = {"one frame": ROOT, **({"one frame, before": options.against} if options.against else {})}
+    rounds: dict[str, list[float]] = {side: [] for side in sides}
     with scratch_folder() as folder:
         directory = folder / "run"
         directory.mkdir()
         began = make_run(directory, options.steps)
         size = (directory / "metrics.jsonl").stat().st_size
+        for _ in range(options.rounds):
+            for side, checkout in sides.items():
+                rounds[side].append(measured([sys.executable, "-m", "bigmodel", "watch", str(directory)], checkout)[0])
         first, total = watched(directory, options.steps, began, options.seconds)
-    case = {"case": f"{options.steps} steps, {size / 1e6:.0f} MB", "wall_seconds": options.seconds}
+    case = {"case": f"{options.steps} steps, {size / 1e6:.0f} MB"}
+    for side, found in rounds.items():
+        numbers = {"cpu_seconds": round(statistics.median(found), 3), "rounds": options.rounds}
+        record.add({**case, "contender": side, **numbers, "least": round(min(found), 3), "most": round(max(found), 3)})
     for contender, seconds in (("start, first frame", first), ("after it", total - first), ("together", total)):
-        percent = round(100 * seconds / options.seconds, 2)
-        record.add({**case, "contender": contender, "cpu_seconds": round(seconds, 3), "percent": percent})
-    record.show(["case", "contender", "cpu_seconds", "wall_seconds", "percent"])
+        percent = {"wall_seconds": options.seconds, "percent": round(100 * seconds / options.seconds, 2)}
+        record.add({**case, "contender": contender, "cpu_seconds": round(seconds, 3), **percent})
+    record.show(["case", "contender", "cpu_seconds", "least", "most", "wall_seconds", "percent"])
 
 
 def watched(directory: Path, steps: int, began: float, seconds: float) -> tuple[float, float]:
