@@ -259,7 +259,7 @@ def _train(settings: Settings, fresh: bool, new_plan: bool, closing: ExitStack) 
             norms=norms.after_update(),
             pruned_share=pruner.share,
             largest_attention_score=clip.largest_score,
-            clipped_heads=clip.num_heads,
+            clipped_heads=0 if bad and clip.num_heads else clip.num_heads,
             sampled_share=sampling.share_at(step.number) if sampling else None,
             slow_rank=slow_rank.see(sums.busy_seconds),
         )

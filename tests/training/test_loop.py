@@ -205,6 +205,8 @@ def train_with_infinite_gradient(run_file: Path, bad_steps: list[int]) -> int:
 
 def test_a_bad_step_is_skipped_by_all_ranks_and_recorded_by_document(tmp_path: Path, shards: Path) -> None:
     run_file = write_run(tmp_path, shards)
+    clipped = run_file.read_text().replace("qk_norm = true", "").replace("[optimizer]", "[optimizer]\nqk_clip = 1e-6")
+    run_file.write_text(clipped)
     run_ranks(2, train_with_infinite_gradient, run_file, [3], ranks_per_node=1)  # each knows half of the documents
     events = [line for line in read_json_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "step_skipped"]
     assert [event["step"] for event in events] == [3]
@@ -212,6 +214,7 @@ def test_a_bad_step_is_skipped_by_all_ranks_and_recorded_by_document(tmp_path: P
     steps = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
     assert [line["step"] for line in steps if line["skipped"]] == [3]
     assert sum(document[4] for document in events[0]["documents"]) == steps[2]["positions"]
+    assert [line["step"] for line in steps if not line["clipped_heads"]] == [3]
     assert len(steps) == 10
     said = "gradient norm inf; no rank shows it when it computes its part again; its documents"
     assert said in run_file.with_suffix(".printed.0").read_text()
