@@ -1,3 +1,3 @@
 """bigmodel: distributed pretraining of language models, from dataset shards to checkpoints."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
