@@ -253,6 +253,12 @@ def train(
         keep_log(log)
     except OSError as error:
         raise UserError(f"{log}: cannot be written: {error.strerror}; choose another run.directory") from None
+    if not (fresh or new_plan or {"RANK", "WORLD_SIZE"} & os.environ.keys()):
+        from bigmodel.finished_run import finished
+
+        if line := finished(settings, 1):
+            print(f"bigmodel: {line}")
+            return
     from bigmodel.training.imports import frozen
 
     with frozen():

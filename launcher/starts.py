@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigmodel.config.settings import Settings, UserError
+from bigmodel.finished_run import finished
 from bigmodel.launcher import hosts, local, preflight
 from bigmodel.launcher.cluster import Cluster, host_of
 from bigmodel.launcher.execute import check_address
@@ -21,7 +22,7 @@ from bigmodel.launcher.record import cut_off_seconds, record_launch, take_start
 from bigmodel.launcher.restart import supervise
 from bigmodel.launcher.standby import Standbys
 from bigmodel.launcher.topology import Topology, even_topology
-from bigmodel.run_directory import make_logs
+from bigmodel.run_directory import EXIT_DONE, make_logs
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def topology_here(cluster: Cluster, size: int) -> Topology:
 def start_here(command: Command, cluster: Cluster, settings: Settings, size: int) -> int:
     """Train with `size` ranks on this machine."""
     directory = settings.run.directory
+    if not command.options and (line := finished(settings, size)):
+        print(f"bigmodel: {line}")
+        return EXIT_DONE
     logs = make_logs(directory)
     take_start(directory)
     check_address(topology_here(cluster, size))

@@ -92,9 +92,11 @@ ALLOWED = {
     ),
     "bigmodel.planning": ("bigmodel.config", "bigmodel.training.optimizers.table", "bigmodel.planning"),
     "bigmodel.interpreter": (),
+    "bigmodel.finished_run": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.training.checkpoint.folder"),
     "bigmodel.launcher": (
         "bigmodel.launcher",
         "bigmodel.config",
+        "bigmodel.finished_run",
         "bigmodel.interpreter",
         "bigmodel.rank_log",
         "bigmodel.run_directory",
