@@ -90,7 +90,16 @@ ALLOWED = {
         "bigmodel.training.optimizers",
         "bigmodel.training.zero.layouts",
     ),
-    "bigmodel.planning": ("bigmodel.config", "bigmodel.training.optimizers.table", "bigmodel.planning"),
+    "bigmodel.planning": (
+        "bigmodel.config",
+        "bigmodel.data.objectives",
+        "bigmodel.data.store.manifest",
+        "bigmodel.launcher.cluster",
+        "bigmodel.pictures",
+        "bigmodel.sizes",
+        "bigmodel.training.optimizers.table",
+        "bigmodel.planning",
+    ),
     "bigmodel.interpreter": (),
     "bigmodel.finished_run": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.training.checkpoint.folder"),
     "bigmodel.launcher": (
@@ -105,8 +114,12 @@ ALLOWED = {
     ),
     "bigmodel": ("bigmodel",),
 }
-# What few may import: nothing imports the command line, and only the command line imports the launcher.
-IMPORTERS = {"bigmodel.__main__": (), "bigmodel.launcher": ("bigmodel.launcher", "bigmodel.__main__")}
+# What few may import: nothing imports the command line, and only the command line imports the launcher; a plan reads
+# cluster files.
+IMPORTERS = {
+    "bigmodel.__main__": (),
+    "bigmodel.launcher": ("bigmodel.launcher", "bigmodel.__main__", "bigmodel.planning"),
+}
 ONE_FILE = {
     "deepspeed": "bigmodel.training.zero.engine",
     "streaming": "bigmodel.data.store.shards",
@@ -296,7 +309,7 @@ def test_the_table_speaks_of_what_exists() -> None:
         (
             "bigmodel/training/loop.py",
             "from bigmodel.launcher import local",
-            "only bigmodel.launcher, bigmodel.__main__",
+            "only bigmodel.launcher, bigmodel.__main__, bigmodel.planning",
         ),
         ("bigmodel/training/loop.py", "from launcher import local", "imports launcher"),
         ("bigmodel/training/loop.py", "import tools.compare", "imports tools"),
@@ -334,7 +347,7 @@ def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
     code = (
         "import sys, bigmodel.launcher.__main__, bigmodel.config.settings, bigmodel.run_directory\n"
         "import bigmodel.metrics.recorder, bigmodel.inspect.report, bigmodel.metrics.exporter\n"
-        "import bigmodel.metrics.flops, bigmodel.planning.activation_memory\n"
+        "import bigmodel.metrics.flops, bigmodel.planning.activation_memory, bigmodel.planning.context\n"
         "import bigmodel.inspect.page.serve\n"
         "print(sorted({'torch', 'deepspeed', 'streaming', 'triton', 'transformers'} & set(sys.modules)))"
     )
