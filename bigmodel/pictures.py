@@ -46,6 +46,9 @@ MEMORY = {  # of a device
     "moments": "#89ffeb",
     "average of weights": "#ffeb00",
     "activations": "#cc79a7",
+    "loss buffers": "#3b2789",
+    "framework": "#4a4f58",
+    "fragmentation": "#b6bac2",
 }
 CURVES = {  # of a run
     "training": BLUE,

@@ -33,7 +33,9 @@ from bigmodel.config.deepspeed_json import Source, value_at
 from bigmodel.config.settings import Settings, UserError, load_settings
 from bigmodel.data.plan.sharing import Place
 from bigmodel.distributed.world import ALONE
-from bigmodel.inspect.memory import GIB, activation_bytes, model_without_memory, state_bytes, vocabulary_of
+from bigmodel.inspect.memory import activation_bytes, model_without_memory, state_bytes
+from bigmodel.planning.context import vocabulary_of
+from bigmodel.planning.memory import GIB
 from bigmodel.run_directory import read_json_lines, write_json
 from bigmodel.sizes import counted_noun
 

@@ -1,15 +1,17 @@
 """What a run says when an allocation fails: the rank, what was asked for, the plan, and the settings that would help.
 
 In: the error, the settings. Out: a few lines. The plan is that of `show memory`, of the run's own stage and number of
-ranks; it is computed on tensors without memory.
+ranks; without a GPU there is no framework in it.
 """
 
 import traceback
 from typing import Any
 
-from bigmodel.config.deepspeed_config import packs_per_micro_batch, resolve_deepspeed
+from bigmodel.config.deepspeed_config import packs_per_micro_batch
 from bigmodel.config.settings import Settings, UserError
-from bigmodel.inspect.memory import GIB, Plan, activation_bytes, state_bytes, vocabulary_of
+from bigmodel.planning.context import cluster_of_ranks, context_of
+from bigmodel.planning.memory import memory_of, unit_of
+from bigmodel.planning.state_memory import Plan
 from bigmodel.sizes import amount
 from bigmodel.system_errors import asked_for
 
@@ -20,12 +22,13 @@ def explain(error: BaseException, settings: Settings, rank: int, ranks: int, dev
     traceback.clear_frames(error.__traceback__)
     lines = [f"rank {rank}: out of memory{' of the GPU' if _is_of_device(error) else ''}: {asked}"]
     try:
-        effective, settings = resolve_deepspeed(settings, ranks)
-        vocabulary = vocabulary_of(settings)
-        plan = state_bytes(settings, effective, vocabulary, ranks)
-        plan.device["activations"] = activation_bytes(settings, effective, vocabulary)
+        context = context_of(settings, cluster_of_ranks(ranks))
+        plan = memory_of(context)
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         return "\n".join([*lines, f"  its plan could not be computed: {problem}"])
+    if device == "cpu":
+        del plan.device["framework"]
+    settings, effective = context.settings, context.effective
     stage = effective["zero_optimization"]["stage"]
     lines.append(f"  plan (bigmodel show memory RUN.toml --ranks {ranks}), ZeRO {stage}: {_in_words(plan)}")
     lines.append("  would help: " + "; ".join(remedies(settings, effective, plan, ranks, device)))
@@ -66,6 +69,6 @@ def _is_of_device(error: BaseException) -> bool:
 def _in_words(plan: Plan) -> str:
     parts = plan.device | {f"{name} off the device": number for name, number in plan.host.items()}
     total = sum(plan.device.values())
-    name, unit = ("GiB", GIB) if total >= GIB else ("MiB", GIB // 1024)
+    name, unit = unit_of(total)
     told = ", ".join(f"{part} {amount(number / unit)}" for part, number in parts.items() if number)
     return f"{told}; {amount(total / unit)} {name} on the device of each rank"

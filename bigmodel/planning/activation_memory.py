@@ -23,6 +23,9 @@ from bigmodel.planning.state_memory import WIDE, bytes_of
 
 HASH_BYTES = 24  # of dropout's 64-bit hash, for each element while it is made
 CHUNK_BYTES = 2**29  # of the loss: at most so many bytes of logits at once (kernels/linear_cross_entropy.py)
+BLOCK_BYTES = (
+    2**26
+)  # of each of four arrays of a step of the divergence from a teacher (kernels/linear_distillation.py)
 
 
 class Held(NamedTuple):
@@ -43,8 +46,21 @@ class Stack(NamedTuple):
     inside: int
 
 
-def activation_plan(settings: Settings, vocabulary: int, packs: int) -> int:
+class Taught(NamedTuple):
+    """The teacher of [distillation], as far as a micro-batch sees it: width of its states, bytes of a number."""
+
+    model: ModelSettings
+    low: int
+
+
+def activation_plan(settings: Settings, vocabulary: int, packs: int, teacher: Taught | None = None) -> int:
     """Peak bytes of a micro-batch of `packs` packed sequences, forward and backward, on each rank."""
+    return sum(activation_parts(settings, vocabulary, packs, teacher).values())
+
+
+def activation_parts(settings: Settings, vocabulary: int, packs: int, teacher: Taught | None = None) -> dict[str, int]:
+    """The peak in two parts: "loss buffers" are the logits of a chunk with their gradient and, where the loss is the
+    peak, the gradients that it computes; "activations" are the rest."""
     model, kind = settings.model, settings.training.activation_checkpointing
     side = _Side.of_target(settings, packs)
     if model.is_recurrent:
@@ -58,17 +74,23 @@ def activation_plan(settings: Settings, vocabulary: int, packs: int) -> int:
     of_sources = source.states_and_gradient() if source else 0
     others = model.num_mtp_modules * (side.last_norm() + 2 * side.states() + side.matrix_gradient(vocabulary))
     again = stacks[0].again - (side.states() if kind != "none" and side.is_input_held_twice else 0)
+    head = side.head(vocabulary) + (side.tokens * teacher.model.hidden_size * teacher.low if teacher else 0)
     moments = [
-        others + side.last_norm() + side.states() + side.head(vocabulary),
+        others + side.last_norm() + side.states() + head,
         others + side.states() + side.norm_backward(),
         others + again + stacks[0].inside,
         again + HASH_BYTES * side.tokens * model.hidden_size * (model.dropout > 0),
     ]
     if source and len(stacks) > 1:  # the last block of the encoder, when the decoder's are done
         moments.append(stacks[1].again + stacks[1].inside + source.states() - of_sources - stacks[0].held)
-    peak = sum(stack.held for stack in stacks) + of_sources + max(moments)
-    peak += side.positions() + (source.positions() if source else 0) + side.chunk(vocabulary)
-    return peak // settings.training.sequence_parallel_ranks
+    if teacher:
+        moments.append(others + side.last_norm() + side.of_teacher(teacher))
+    held = sum(stack.held for stack in stacks) + of_sources
+    held += side.positions() + (source.positions() if source else 0)
+    loss = side.chunk(vocabulary, teacher is not None) + (head if moments[0] == max(moments) else 0)
+    peak = held + max(moments) + side.chunk(vocabulary, teacher is not None)
+    sharing = settings.training.sequence_parallel_ranks
+    return {"activations": (peak - loss) // sharing, "loss buffers": loss // sharing}
 
 
 @dataclass(frozen=True)
@@ -249,12 +271,20 @@ class _Side:
         wide = 16 if self.model.norm == "layer" or self.adapters is not None else 24 if self.low < WIDE else 28
         return wide * self.tokens * self.model.hidden_size
 
-    def chunk(self, vocabulary: int) -> int:
-        """Logits of a part of the tokens, and their gradient."""
+    def of_teacher(self, teacher: Taught) -> int:
+        """Of its forward, at the end of a block's feed-forward."""
+        theirs = teacher.model
+        inner = (4 if theirs.gated else 2) * theirs.intermediate_size
+        return self.tokens * (3 * theirs.hidden_size + inner) * teacher.low
+
+    def chunk(self, vocabulary: int, has_teacher: bool = False) -> int:
+        """Logits of a part of the tokens, of a teacher too, and their gradient."""
         if self.model.classification:
             return 0
-        logits = min(CHUNK_BYTES, WIDE * self.tokens * vocabulary)
-        return logits + logits // WIDE * self.low
+        logits = min(CHUNK_BYTES, WIDE * self.tokens * vocabulary * (1 + has_teacher))
+        own = logits // (1 + has_teacher)
+        of_divergence = 4 * min(BLOCK_BYTES, WIDE * self.tokens * vocabulary) * has_teacher
+        return logits + own // WIDE * self.low + of_divergence
 
 
 def _adapters(settings: Settings, block: str) -> dict[str, tuple[int, int]] | None:

@@ -13,6 +13,8 @@ from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.store.manifest import MANIFEST, Manifest
 from bigmodel.launcher.cluster import Cluster
 
+GPUS_OF_NODE = 8  # where only the number of ranks is given
+
 
 class Context(NamedTuple):
     """`settings` agree with `effective`; `vocabulary`: rows of the embedding; `manifest`: None before data exist."""
@@ -31,6 +33,16 @@ def context_of(settings: Settings, cluster: Cluster, tokens: int = 0) -> Context
     effective, settings = resolve_deepspeed(settings, ranks)
     manifest = manifest_of(settings)
     return Context(settings, effective, vocabulary_of(settings, tokens), cluster, ranks, manifest)
+
+
+def cluster_of_ranks(ranks: int) -> Cluster:
+    """Nodes of 8 where that divides the number of ranks, else one node.
+
+    >>> cluster_of_ranks(64).nodes, cluster_of_ranks(12).nodes
+    (8, 1)
+    """
+    nodes = ranks // GPUS_OF_NODE if ranks % GPUS_OF_NODE == 0 else 1
+    return Cluster(nodes=nodes, gpus_per_node=ranks // nodes)
 
 
 def manifest_of(settings: Settings) -> Manifest | None:

@@ -6,19 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 
 from bigmodel.config.deepspeed_config import resolve_deepspeed
-from bigmodel.config.settings import Settings, load_settings, positions_before
-from bigmodel.inspect.memory import GIB, activation_bytes, model_without_memory, plans, show_memory, state_bytes
-from bigmodel.pictures import MEMORY
+from bigmodel.config.settings import Settings
+from bigmodel.inspect.memory import activation_bytes, model_without_memory, state_bytes
 from tests.support.engine_worker import VOCABULARY, micro_batches_of, new_model, num_targets_of, settings_table
 from tests.support.ranks import run_ranks
 
-REPOSITORY = Path(__file__).parents[2]
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 1024}
 BUCKET = 1000  # elements: the state is what is compared
 CASES = [
@@ -132,34 +128,6 @@ def test_what_the_loss_makes_is_counted() -> None:
     assert grown <= (4 + 2) * more * 256 + chunk * more
 
 
-def test_the_table_and_the_picture_compare_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings.model_validate(table_of(tmp_path, 3, "bf16", "cpu"))
-    show_memory(settings, 8, 0.5, tmp_path / "memory.png")
-    printed = capsys.readouterr().out
-    assert f"vocabulary {settings.prepare.vocabulary:,}, " in printed
-    for words in ("ZeRO 1", "ZeRO 3 (yours)", "off the device", "activations", "fits", "8 ranks"):
-        assert words in printed, words
-    assert "ZeRO 0" not in printed, "bf16 is not possible there"
-    picture = (255 * imread(tmp_path / "memory.png")[..., :3]).astype(int)
-    assert (picture[:50, :700].max(-1) < 80).sum() > 500, "no title"
-    for colour in MEMORY["weights"], MEMORY["moments"], MEMORY["activations"]:
-        wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
-        assert (np.abs(picture - wanted).max(-1) < 3).sum() > 500
-
-
-def test_a_small_device_keeps_its_digits_and_no_picture_is_drawn_unasked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.iterdir())
-    show_memory(Settings.model_validate(table_of(tmp_path, 3, "bf16", "cpu")), 8, 0.1)
-    printed = capsys.readouterr().out
-    assert "of 0.1 GiB" in printed
-    assert " 0.00 " not in printed, "what there is has digits"
-    assert "picture" not in printed
-    assert [path for path in tmp_path.iterdir() if path.suffix == ".png"] == before == []
-
-
 def test_a_billion_parameters_are_planned_without_their_memory(tmp_path: Path) -> None:
     model = {"num_layers": 16, "hidden_size": 2048, "num_heads": 16, "num_kv_heads": 8, "intermediate_size": 8192}
     settings = Settings.model_validate({"model": model, "training": {"precision": "bf16", "global_batch_size": 64}})
@@ -171,12 +139,3 @@ def test_a_billion_parameters_are_planned_without_their_memory(tmp_path: Path) -
     assert plan.device["weights"] == 2 * numel
     assert plan.device["masters"] == pytest.approx(4 * numel / 64, rel=1e-6)
     assert plan.device["moments"] == pytest.approx(8 * numel / 64, rel=1e-4)
-
-
-def test_the_run_file_to_copy_is_sound_and_fits_the_gpus_that_it_names() -> None:
-    settings = load_settings(REPOSITORY / "configs" / "8b.toml")
-    effective, settings = resolve_deepspeed(settings, 64)
-    by_stage = plans(settings, effective, 128_256, 64)
-    sizes = {stage: sum(plan.device.values()) / GIB for stage, plan in by_stage.items()}
-    assert sizes[1] > 80 > 60 > sizes[2]
-    assert positions_before(settings.training.steps, settings) == pytest.approx(964e9, rel=1e-3)

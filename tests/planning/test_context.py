@@ -49,7 +49,7 @@ def test_a_tokenizer_that_cannot_be_read_names_the_option(tmp_path: Path, text: 
     if text is not None:
         path.write_text(text)
     settings = settings_of(tmp_path, prepare={"tokenizer": str(path)})
-    with pytest.raises(UserError, match="prepare.tokenizer = .*--vocabulary N"):
+    with pytest.raises(UserError, match=r"prepare\.tokenizer = .*--vocabulary N"):
         vocabulary_of(settings)
     assert vocabulary_of(settings, 300) == 300
 

@@ -149,7 +149,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("command", ["show data", "show batch", "show memory", "check"])
+@pytest.mark.parametrize("command", ["show data", "show batch", "check"])
 def test_a_slow_command_says_at_once_that_it_begins_but_not_into_a_pipe(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
