@@ -684,7 +684,7 @@ def show_memory(
     png: Annotated[Path | None, typer.Option(help="also write a picture to this file")] = None,
 ) -> None:
     """Plan the memory of each rank at each ZeRO stage. Needs neither data nor a GPU."""
-    from bigmodel.planning.plan_command import show_memory as run
+    from bigmodel.planning.show_memory import show_memory as run
 
     run(load_settings(run_file, override), ranks, gib, png, vocabulary)
 

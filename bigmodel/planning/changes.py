@@ -7,7 +7,7 @@ together. Pure; imports no torch.
 import copy
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from bigmodel.config.deepspeed_config import packs_per_micro_batch
 from bigmodel.config.settings import Settings, num_micro_batches
@@ -86,7 +86,7 @@ def with_choice(context: Context, choice: Choice) -> Context | None:
 
 def nearest(context: Context, limit: int, most: int = 4) -> list[tuple[Choice, int]]:
     """Choices with the fewest changes that need at most `limit` bytes, with their bytes: of each setting, or pair of
-    settings, the smallest step that fits. Empty: none."""
+    settings, the smallest step that fits, in the order of `Choice`. Empty: none."""
     own = choice_of(context)
     for count in (1, 2, 3):
         found: dict[tuple[bool, ...], tuple[Choice, int]] = {}
@@ -98,25 +98,32 @@ def nearest(context: Context, limit: int, most: int = 4) -> list[tuple[Choice, i
             if changed and (needed := bytes_of_gpu(changed)) <= limit:
                 found[changes] = (choice, needed)
         if found:
-            return list(found.values())[:most]
+            return [found[changes] for changes in sorted(found, reverse=True)][:most]
     return []
 
 
-def search(context: Context, limit: int, seconds: Callable[[Context], float]) -> list[tuple[Choice, int, float]]:
-    """All choices that fit, with bytes and seconds of a step, the fastest first; of equally fast ones the smallest.
-    With offload only where nothing fits without."""
+class Timed(Protocol):
+    @property
+    def seconds(self) -> float: ...
+
+
+T = TypeVar("T", bound=Timed)
+
+
+def search(context: Context, limit: int, time: Callable[[Context], T]) -> list[tuple[Choice, int, T]]:
+    """All choices that fit, with bytes and what `time` says of a step, the fastest first; of equally fast ones the
+    nearest. With offload only where nothing fits without."""
     own = choice_of(context)
+    values = ((0, 1, 2, 3), KINDS, _micro_batches(context), _sharings(context))
     for offloads in (False, True):
         found = []
-        for stage, kind, micro_batch, sharing in product(
-            (0, 1, 2, 3), KINDS, _micro_batches(context), _sharings(context)
-        ):
+        for stage, kind, micro_batch, sharing in product(*values):
             choice = Choice(stage, kind, micro_batch, sharing, offloads)
             changed = with_choice(context, choice)
             if changed and (needed := bytes_of_gpu(changed)) <= limit:
-                found.append((choice, needed, seconds(changed)))
+                found.append((choice, needed, time(changed)))
         if found:
-            return sorted(found, key=lambda one: (round(one[2], 6), one[0].differences(own), one[1]))
+            return sorted(found, key=lambda one: (one[2].seconds, one[0].differences(own), one[1]))
     return []
 
 

@@ -33,7 +33,7 @@ def memory_table(by_stage: Mapping[str, Plan], limit: int) -> Table:
     table.add_row("on the device", *(amount(total / unit) for total in totals), style="bold")
     if limit:
         fits = ("fits" if total <= limit else Text("too large", "red") for total in totals)
-        table.add_row(f"of {limit / unit:,.4g}", *fits)
+        table.add_row(f"of {amount(limit / unit)}", *fits)
     if any(plan.host for plan in by_stage.values()):
         hosts = [sum(plan.host.values()) for plan in by_stage.values()]
         table.add_row("off the device", *(amount(host / unit) if host else "-" for host in hosts))
@@ -57,7 +57,8 @@ def draw_memory(axes: "Axes", by_stage: Mapping[str, Plan], limit: int) -> None:
             axes.barh(0, 0, color=colour, label=part)
     if limit:
         axes.axvline(limit / unit, color=INK, linewidth=1.5, linestyle=(0, (5, 3)))
-        axes.annotate("device", (limit / unit, -0.6), color=INK, fontsize=9, ha="center")
+        place = (limit / unit, 1.01)
+        axes.annotate("device", place, xycoords=("data", "axes fraction"), color=INK, fontsize=9, ha="center")
     axes.set_yticks(range(len(bars)), [stage for stage, _, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel(f"{name} on each GPU")

@@ -43,7 +43,7 @@ def parameters_of(settings: Settings, vocabulary: int) -> list[Parameter]:
     found = [*(_recurrent(model, vocabulary) if model.is_recurrent else _transformer(model, vocabulary))]
     if settings.lora.rank:
         found = [one for parameter in found for one in (parameter, *_adapters(parameter, settings))]
-    return [replace(one, is_trained=_is_trained(one.name, settings)) for one in found]
+    return [one if _is_trained(one.name, settings) else replace(one, is_trained=False) for one in found]
 
 
 def _transformer(model: ModelSettings, vocabulary: int) -> Iterator[Parameter]:
@@ -213,5 +213,6 @@ def _adapters(matrix: Parameter, settings: Settings) -> Iterator[Parameter]:
 def _is_trained(name: str, settings: Settings) -> bool:
     if any(fnmatchcase(name, one) or fnmatchcase(name, f"{one}.*") for one in settings.training.freeze):
         return False
-    is_class_head = settings.model.classification is not None and name.startswith("head.")
-    return not settings.lora.rank or ".lora." in name or is_class_head
+    if not settings.lora.rank or ".lora." in name:
+        return True
+    return name.startswith("head.") and settings.model.classification is not None

@@ -73,10 +73,11 @@ def state_plan(parameters: Sequence[Parameter], settings: Settings, effective: d
 def moment_bytes(parameters: Sequence[Parameter], settings: OptimizerSettings, shards: int) -> int:
     """Of the optimizer's states on one rank, divided over `shards` ranks; vectors of rows and columns are whole."""
     row, total = OPTIMIZERS[settings.kind], 0
+    shapes_of = {is_matrix: [state.shape for state in row.states_of(is_matrix)] for is_matrix in (False, True)}
     for one in parameters:
         if not one.is_trained:
             continue
-        shapes = [state.shape for state in row.states_of(_is_matrix(one, row.matrices))]
+        shapes = shapes_of[_is_matrix(one, row.matrices)]
         total += WIDE * shapes.count("parameter") * math.ceil(one.numel / shards)
         vectors = [shapes.count("rows"), shapes.count("columns")]
         total += WIDE * sum(number * size for number, size in zip(vectors, one.shape, strict=False))

@@ -13,7 +13,7 @@ from bigmodel.inspect.memory import activation_bytes, state_bytes
 from bigmodel.pictures import MEMORY
 from bigmodel.planning.context import Context, cluster_of_ranks, context_of
 from bigmodel.planning.memory import GIB, PARTS, memory_of, memory_part, stages_of, tensors_of
-from bigmodel.planning.plan_command import show_memory
+from bigmodel.planning.show_memory import show_memory
 from tests.planning.test_activation_memory import model_of, table_of
 
 REPOSITORY = Path(__file__).parents[2]
