@@ -24,10 +24,10 @@ from bigmodel.data.plan.attention_work import Work, count_work
 from bigmodel.data.plan.order import Order
 from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.shuffle import Pack
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.metrics.flops import flops
 from bigmodel.metrics.run_accounting import RunAccounting
-from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.model.recurrent.model import build_model
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import read_json, read_json_lines

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel.config.layer_kinds import LayerKind, kinds_of
 from bigmodel.generation.cache import Span, Store, attend, span
 from bigmodel.generation.lean import is_lean, lean_copy, wide_table
 from bigmodel.generation.prompts import pack
-from bigmodel.model.attention_masks import kinds_of
-from bigmodel.model.rotary import LayerKind, Table, rotary_table
+from bigmodel.model.rotary import Table, rotary_table
 from bigmodel.model.transformer import AttentionInputs, EncoderOutput, Transformer
 
 

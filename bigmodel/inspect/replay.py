@@ -27,12 +27,12 @@ from bigmodel.data.plan.order import Order, describe_difference
 from bigmodel.data.plan.read_before import Segment
 from bigmodel.data.plan.segments import order_of_segment, resume_order
 from bigmodel.data.plan.sharing import Place
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.distributed.world import World, end_world, start_world
 from bigmodel.inspect.replay_record import Record, Start, choose, read_record
 from bigmodel.inspect.replay_step import Dissection
 from bigmodel.inspect.replay_text import Outputs, Replayed, compared, in_words, write
-from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.run_directory import changes, package_versions
 from bigmodel.sizes import counted_noun
 from bigmodel.training.checkpoint import format as checkpoint

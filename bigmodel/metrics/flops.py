@@ -4,7 +4,7 @@ Pure functions of settings and counts; only the peak of a CPU is measured. Formu
 a token passes each matrix once forward and twice backward, each time with 2 operations per weight; attention takes
 4 * pairs of query and key * head_dim per head forward, twice that backward. Two conventions for the pairs:
 
-    causal   pairs that the masks allow (`bigmodel.model.attention_masks.visible_pairs`), layer by layer
+    causal   pairs that the masks allow (`bigmodel.data.plan.visible_pairs`), layer by layer
     full     as in published figures: each token attends to a whole packed sequence, without documents and windows
 
 Example: a matrix of 100 weights and 8 tokens: 2 * 100 * 8 = 1,600 operations forward, 4,800 with the backward.

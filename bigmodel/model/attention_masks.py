@@ -1,8 +1,8 @@
 """Attention masks of a batch, for every stack and layer. Only this file chooses them.
 
-In: a batch and the model's settings. Out: the masks that training uses (`attention_masks`), the same masks as matrices
-to draw (`mask_matrices`), and the number of attended pairs from document lengths alone (`visible_pairs`), from which
-FLOPs follow. Guarantee: tests hold all three equal, and equal to the outputs that change when an input changes.
+In: a batch and the model's settings. Out: the masks that training uses (`attention_masks`), and the same masks as
+matrices to draw (`mask_matrices`). `bigmodel.data.plan.visible_pairs` counts the attended pairs from document lengths
+alone. Guarantee: tests hold all three equal, and equal to the outputs that change when an input changes.
 `kernels/mask.py` defines and pictures the masks. A query attends to:
 
     stack            full layer (whole document)             sliding layer of window w
@@ -21,14 +21,13 @@ Documents never attend to one another. Layers k, 2k, 3k ... of a stack, counted 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bigmodel.config.layer_kinds import LayerKind, kinds_of
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
 from bigmodel.kernels.mask import AttentionMask, bidirectional, causal, cross, intervals, mixed, mixed_rows, prefix_lm
-from bigmodel.model.rotary import LayerKind
 
 Masks = Mapping[LayerKind, AttentionMask]  # of a stack, by kind of layer
 
@@ -45,13 +44,6 @@ class AttentionMasks(NamedTuple):
 def recurrent_masks(batch: Batch) -> AttentionMasks:
     """Recurrent layers have none; the attention of their encoder-decoder sees the whole source."""
     return AttentionMasks({}, cross=cross(batch.cu_seqlens, batch.source.cu_seqlens) if batch.source else None)
-
-
-def layer_kind(settings: ModelSettings, layer: int) -> LayerKind:
-    """The kind of a stack's layer, counted from 0."""
-    every, first = settings.full_attention_every, settings.first_full_attention
-    is_full = not settings.sliding_window or (every > 0 and (layer + 1 - first) % every == 0)
-    return "full" if is_full else "sliding"
 
 
 def attention_masks(batch: Batch, settings: ModelSettings) -> AttentionMasks:
@@ -76,12 +68,6 @@ def attention_masks(batch: Batch, settings: ModelSettings) -> AttentionMasks:
     both = {kind: mixed(batch.cu_seqlens, side.cu_seqlens, before[kind]) for kind in kinds}
     rows = mixed_rows(batch.cu_seqlens, side.cu_seqlens, len(batch.tokens), len(side.tokens))
     return AttentionMasks(both, encoder, key_rows=rows)
-
-
-def kinds_of(settings: ModelSettings) -> list[LayerKind]:
-    """The kinds of layers of a stack, MTP modules included, each once."""
-    layers = range(settings.num_layers + settings.num_mtp_modules)
-    return list(dict.fromkeys(layer_kind(settings, layer) for layer in layers))
 
 
 def _both_ways(cu_seqlens: Tensor, settings: ModelSettings) -> Masks:
@@ -144,55 +130,3 @@ def _layers_of(settings: ModelSettings, kind: LayerKind) -> str:
     )
     listed = ", ".join(map(str, full[:3])) + (" ..." if len(full) > 3 else "")
     return f", layer {listed}: {extent}" if kind == "full" else f", other layers: {extent}"
-
-
-# ---- counted, from lengths alone ----------------------------------------------------------------------------------
-
-
-class VisiblePairs(NamedTuple):
-    """Attended (query, key) pairs, summed over documents and over the layers of a stack."""
-
-    stack: int  # of the decoder, or of the only stack; with "mixed", source keys included
-    encoder: int
-    cross: int
-
-
-def visible_pairs(
-    tokens_D: np.ndarray, source_tokens_D: np.ndarray, prefixes_D: np.ndarray, settings: ModelSettings
-) -> VisiblePairs:
-    """Pairs from the documents' lengths, (D,) int64 each: tokens (decoder or only stack), source tokens, prefix tokens.
-    Closed forms: a few operations per document."""
-    n, s, window = tokens_D, source_tokens_D, settings.sliding_window
-    if settings.is_recurrent:
-        return VisiblePairs(0, 0, int((n * s).sum()))  # one attention to the source; without a source s is 0
-    if settings.kind == "encoder":
-        return VisiblePairs(_both_ways_pairs(n, settings), 0, 0)
-    is_mixed = settings.kind == "encoder_decoder" and settings.source_attention == "mixed"
-    before = s if is_mixed else np.zeros_like(n)  # tokens before the document's first, attended to by all of it
-    full = _triangle(before + n) - _triangle(before)
-    if settings.kind == "decoder":
-        full = full + _triangle(prefixes_D - 1)  # inside the prefix also the later keys
-    cut = _triangle(before + n - window) - _triangle(before - window)  # keys too far back
-    own = _over_layers(settings, {"full": full, "sliding": full - cut})
-    if settings.kind != "encoder_decoder":
-        return VisiblePairs(own, 0, 0)
-    layers = settings.num_layers + settings.num_mtp_modules
-    crossing = 0 if is_mixed else layers * int((n * s).sum())
-    return VisiblePairs(own, _both_ways_pairs(s, settings.encoder), crossing)
-
-
-def _both_ways_pairs(n: np.ndarray, settings: ModelSettings) -> int:
-    cut = 2 * _triangle(n - 1 - settings.sliding_window // 2)
-    return _over_layers(settings, {"full": n * n, "sliding": n * n - cut})
-
-
-def _triangle(n: np.ndarray) -> np.ndarray:
-    """1 + 2 + ... + n; 0 for n <= 0."""
-    n = np.maximum(n, 0)
-    return n * (n + 1) // 2
-
-
-def _over_layers(settings: ModelSettings, pairs_by_kind: dict[LayerKind, np.ndarray]) -> int:
-    layers = range(settings.num_layers + settings.num_mtp_modules)
-    kinds = [layer_kind(settings, layer) for layer in layers]
-    return sum(kinds.count(kind) * int(pairs.sum()) for kind, pairs in pairs_by_kind.items())

@@ -9,15 +9,14 @@ Letters in tensor names: T tokens, N heads, K channels of a head, P pairs of rot
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bigmodel.config.layer_kinds import LayerKind
 from bigmodel.config.settings import ModelSettings, RopeScalingSettings
 
 Table = tuple[Tensor, Tensor]  # cos and sin, (T, 1, P) each, fp32
-LayerKind = Literal["full", "sliding"]
 
 
 def rotary_table(positions_T: Tensor, settings: ModelSettings, kind: LayerKind = "full") -> Table:

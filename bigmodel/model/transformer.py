@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigmodel.config.layer_kinds import LayerKind, layer_kind
 from bigmodel.config.settings import ModelSettings
 from bigmodel.data.load.batch import Batch
 from bigmodel.kernels.attention import TileMetadata, attention, attention_and_largest, make_tile_metadata
@@ -42,12 +43,12 @@ from bigmodel.kernels.linear_cross_entropy import (
 from bigmodel.kernels.linear_distillation import Taught, linear_distillation
 from bigmodel.kernels.mask import AttentionMask
 from bigmodel.kernels.relative_bias import t5_bias
-from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks, layer_kind
+from bigmodel.model.attention_masks import AttentionMasks, Masks, attention_masks
 from bigmodel.model.class_head import ClassHead
 from bigmodel.model.layers import FeedForward, Input, Linear, drop_documents, dropout, make_head_norm, make_norm
 from bigmodel.model.loss_groups import by_group
 from bigmodel.model.own_predictions import with_own_predictions
-from bigmodel.model.rotary import LayerKind, Table, rotary_table, rotate
+from bigmodel.model.rotary import Table, rotary_table, rotate
 from bigmodel.model.teacher import Teacher
 
 Output = Literal["loss_sum", "loss_per_position", "predictions", "choices", "logits"]

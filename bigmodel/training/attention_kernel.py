@@ -5,12 +5,12 @@ from collections import Counter
 import torch
 from torch import nn
 
+from bigmodel.config.layer_kinds import layer_kind
 from bigmodel.config.settings import Settings, UserError, not_covered
 from bigmodel.distributed.rendezvous import name_rank
 from bigmodel.distributed.world import World
 from bigmodel.kernels.attention_hopper import missing_device
 from bigmodel.kernels.attention_libraries import missing
-from bigmodel.model.attention_masks import layer_kind
 from bigmodel.model.transformer import Encoder, Transformer
 from bigmodel.training.attention_measurements import Shape, fastest, machine_of, measurements_file
 

@@ -34,6 +34,7 @@ from bigmodel.data.objectives.examples import num_special_tokens
 from bigmodel.data.plan.order import Order, merge_cursors, total_progress
 from bigmodel.data.plan.segments import Segment, resume_order
 from bigmodel.data.plan.sharing import Place
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.data.store.shards import ShardStore
 from bigmodel.data.store.tokenizer import Tokenizer
 from bigmodel.distributed.consistency import check_consistency
@@ -53,7 +54,6 @@ from bigmodel.metrics.profiling import Profiler
 from bigmodel.metrics.progress import LiveLine
 from bigmodel.metrics.recorder import Flops, LossGroup, Metrics, Seat, StepRecord, new_start
 from bigmodel.metrics.slow_rank import SlowRank
-from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.model.teacher import Teacher
 from bigmodel.model.transformer import Transformer
 from bigmodel.run_directory import (

@@ -13,15 +13,17 @@ from matplotlib.axes import Axes
 from pydantic import ValidationError
 
 from bigmodel.checks.leak import isolation, packed_equals_single
+from bigmodel.config.layer_kinds import layer_kind
 from bigmodel.config.settings import DataSettings, ModelSettings, Settings
 from bigmodel.data.load.batch import Batch, documents_of, real_documents
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.data.plan.attention_work import count_work
 from bigmodel.data.plan.planned import PackTable
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.generation.prompts import pack
 from bigmodel.inspect.draw_masks import TEXT_COLUMNS, draw_masks, mask_text, shown_documents
 from bigmodel.model import transformer
-from bigmodel.model.attention_masks import MaskMatrix, attention_masks, layer_kind, mask_matrices, visible_pairs
+from bigmodel.model.attention_masks import MaskMatrix, attention_masks, mask_matrices
 from bigmodel.model.transformer import Attention, Transformer
 from tests.support.example_batches import VOCABULARY, batch_of, fragment_of, model_of, text
 from tests.system.test_guarantee_leak import make_batch

@@ -15,8 +15,9 @@ from bigmodel.checks.leak import isolation, packed_equals_single
 from bigmodel.config.settings import ClassificationSettings, DataSettings, ModelSettings
 from bigmodel.data.load.batch import Batch
 from bigmodel.data.objectives.examples import Pair
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.inspect.memory import LiveBytes
-from bigmodel.model.attention_masks import mask_matrices, visible_pairs
+from bigmodel.model.attention_masks import mask_matrices
 from bigmodel.model.init import init_weights
 from bigmodel.model.recurrent.layer import Layer
 from bigmodel.model.recurrent.model import Recurrent, attention_heads, build_model

@@ -1,7 +1,7 @@
 """Attention work of packs, counted from their plan alone: (query, key) pairs under the model's masks.
 
 In: packs, data settings, and the function that counts the pairs of a model's masks
-(`bigmodel.model.attention_masks.visible_pairs`). Out: `Work`, from which `bigmodel.metrics.flops` computes FLOPs.
+(`bigmodel.data.plan.visible_pairs`). Out: `Work`, from which `bigmodel.metrics.flops` computes FLOPs.
 These are sums, so the work of several nodes can be added.
 """
 

@@ -13,9 +13,9 @@ from bigmodel.data.objectives.classification import ClassNumbers
 from bigmodel.data.objectives.examples import Examples, Pair
 from bigmodel.data.plan.attention_work import count_work
 from bigmodel.data.plan.planned import PackTable
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.data.prepare import embedded_verbs, labels
 from bigmodel.model import class_head
-from bigmodel.model.attention_masks import visible_pairs
 from tests.support.example_batches import BOS, EOS, fragment_of, text
 
 CLASSES = {"classification": {"classes": ["a", "b"]}}

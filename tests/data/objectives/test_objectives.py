@@ -38,8 +38,8 @@ from bigmodel.data.objectives.table import OBJECTIVES, ObjectiveKind
 from bigmodel.data.plan.attention_work import count_work
 from bigmodel.data.plan.planned import PackTable
 from bigmodel.data.plan.shuffle import Chunk
+from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.evaluation.training_tasks import require_harness
-from bigmodel.model.attention_masks import visible_pairs
 from bigmodel.run_directory import read_json_lines
 from tests.support.example_batches import BOS, EOS, VOCABULARY, fragment_of, text
 from tests.support.ranks import run_ranks
