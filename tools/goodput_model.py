@@ -154,21 +154,6 @@ def _wait(design: Design, free_at: Array, time: Array, takes_node: NDArray[np.bo
     return np.where(takes_node, np.minimum(wait, design.node_wait), 0.0)
 
 
-def expected_ratio(interval: float, pause: float, write: float, recovery: float, mean_seconds: float) -> float:
-    """The ratio of an endless run; closed form, failures with exponential times at any time, also in a recovery.
-
-    A save n counts if the run lives until it is written; between two resumptions lie M e^(R/M) seconds on average:
-
-        interval * e^(-(interval + write) / M) / ((1 - e^(-cycle / M)) * M * e^(R / M))
-
-    With write = pause it is the model of Daly 2006, interval / (M e^(R/M) (e^((interval + pause)/M) - 1)),
-    whose best interval is sqrt(2 * pause * M) in first order: Young 1974.
-    """
-    cycle = max(interval + pause, write)
-    reached = math.exp(-(interval + write) / mean_seconds) / -math.expm1(-cycle / mean_seconds)
-    return interval * reached / (mean_seconds * math.exp(recovery / mean_seconds))
-
-
 def spares_needed(failures_at_once: float) -> int:
     """Spares of which one is nearly always free: mean and three deviations of a Poisson count of nodes in repair."""
     return math.ceil(failures_at_once + 3 * math.sqrt(failures_at_once))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import typer
 
+from bigmodel.planning.save_interval import expected_ratio
 from bigmodel.run_directory import append_json_line, read_json
 from tests.metrics.test_run_accounting import Run, step
 from tools import simulate_goodput
 from tools.goodput_facts import DAY, FACTS, RATES, costs_of, designs, facts_from
-from tools.goodput_model import Design, Failures, draw_failures, expected_ratio, simulate, spares_needed
+from tools.goodput_model import Design, Failures, draw_failures, simulate, spares_needed
 
 HOUR, MONTH = 3600.0, 30 * DAY
 PLAIN = Design(pause=60.0, write=60.0, detect=20.0, restart=100.0)

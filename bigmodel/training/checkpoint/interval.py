@@ -6,11 +6,11 @@ Guarantee: equal on all ranks, because rank 0 measures and decides.
 Example: a save costs 10 s, failures come every 24 h on average: save every 22 minutes.
 """
 
-import math
 import time
 
 from bigmodel.config.settings import CheckpointSettings
 from bigmodel.distributed.world import World
+from bigmodel.planning.save_interval import best_interval_seconds
 
 
 class Interval:
@@ -42,15 +42,3 @@ class Interval:
             seconds_per_step = max((began - then) / (step - before), 1e-6)
             count = max(1, round(best_interval_seconds(held_seconds, mean) / seconds_per_step))
             self._next_step = self._world.broadcast_object(step + count)
-
-
-def best_interval_seconds(cost: float, mean_between_failures: float) -> float:
-    """Time between two saves that loses the least time: Daly 2006, eq. 37; its first term is Young 1974.
-
-    sqrt(2CM) * (1 + sqrt(C/2M)/3 + (C/2M)/9) - C; M if C >= 2M. C (cost): seconds that a save pauses training;
-    M: mean seconds between failures.
-    """
-    ratio = cost / (2 * mean_between_failures)
-    if ratio >= 1:
-        return mean_between_failures
-    return math.sqrt(2 * cost * mean_between_failures) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost

@@ -15,12 +15,12 @@ import pytest
 from bigmodel.config.settings import Settings, UserError
 from bigmodel.distributed.world import ALONE
 from bigmodel.metrics.phases import Phases
+from bigmodel.planning.save_interval import best_interval_seconds
 from bigmodel.run_directory import refuse_to_start_over, take_over
 from bigmodel.training.checkpoint import folder, interval
 from bigmodel.training.checkpoint import format as checkpoint
 from bigmodel.training.checkpoint import remote as copies
 from bigmodel.training.checkpoint import saver as saving
-from bigmodel.training.checkpoint.interval import best_interval_seconds
 from bigmodel.training.checkpoint.saver import Saved, SaveError, Saver, Waiting
 from tests.support.s3 import delete, faulty_server, get, put, s3_server
 from tools.torture import Weights
