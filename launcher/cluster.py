@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from bigmodel.config.hardware_settings import HardwareSettings
 from bigmodel.config.sections import SET, UNSET, setting
 from bigmodel.config.settings import Section, UserError, explain
 from bigmodel.launcher.fabric import complain_of_unknown, fabric_environment, profiles
@@ -139,6 +140,7 @@ class Cluster(Section):
     restart: RestartSettings = RestartSettings()
     ssh: SshSettings = SshSettings()
     check: CheckSettings = CheckSettings()
+    hardware: HardwareSettings = HardwareSettings()
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Cluster":

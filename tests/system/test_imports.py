@@ -24,6 +24,7 @@ ALLOWED = {
         "bigmodel.data.objectives.table",
         "bigmodel.data.objectives.noise_table",
         "bigmodel.training.optimizers.table",
+        "bigmodel.planning.devices",
     ),
     "bigmodel.data.objectives.table": (),
     "bigmodel.data.objectives.noise_table": (),
@@ -93,13 +94,17 @@ ALLOWED = {
     "bigmodel.planning": (
         "bigmodel.config",
         "bigmodel.data.objectives",
+        "bigmodel.data.plan",
         "bigmodel.data.store.manifest",
         "bigmodel.launcher.cluster",
+        "bigmodel.metrics.flops",
         "bigmodel.pictures",
+        "bigmodel.run_directory",
         "bigmodel.sizes",
         "bigmodel.training.optimizers.table",
         "bigmodel.planning",
     ),
+    "bigmodel.planning.devices": (),
     "bigmodel.interpreter": (),
     "bigmodel.finished_run": ("bigmodel.config", "bigmodel.run_directory", "bigmodel.training.checkpoint.folder"),
     "bigmodel.launcher": (
@@ -347,7 +352,7 @@ def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
     code = (
         "import sys, bigmodel.launcher.__main__, bigmodel.config.settings, bigmodel.run_directory\n"
         "import bigmodel.metrics.recorder, bigmodel.inspect.report, bigmodel.metrics.exporter\n"
-        "import bigmodel.metrics.flops, bigmodel.planning.activation_memory, bigmodel.planning.context\n"
+        "import bigmodel.metrics.flops, bigmodel.planning.context, bigmodel.planning.hardware\n"
         "import bigmodel.inspect.page.serve\n"
         "print(sorted({'torch', 'deepspeed', 'streaming', 'triton', 'transformers'} & set(sys.modules)))"
     )
