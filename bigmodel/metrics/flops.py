@@ -139,11 +139,11 @@ def flops(
     weights, (pack, source_pack) = matrix_weights(settings, vocabulary), sizes
     linear = 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
     empty = 2 * (weights.of_position * padding[0] + weights.of_source * padding[1])
-    visible = _attention(settings, work.pairs, work.source_pairs, work.cross_pairs)
+    visible = attention_flops(settings, work.pairs, work.source_pairs, work.cross_pairs)
     positions, sources, layers = work.positions, work.source_positions, settings.num_layers + settings.num_mtp_modules
     of_sources = settings.encoder.num_layers * sources * source_pack
     crossing = positions * source_pack * (1 if settings.is_recurrent else layers)
-    every = _attention(settings, layers * positions * pack, of_sources, crossing)
+    every = attention_flops(settings, layers * positions * pack, of_sources, crossing)
     hardware = passes * (linear + empty) + 3.5 * visible
     if recomputed:
         hardware += linear + empty - 2 * weights.of_heads * (positions + padding[0]) + visible
@@ -166,7 +166,7 @@ def _down_weights(settings: ModelSettings) -> int:
     return settings.intermediate_size * settings.hidden_size
 
 
-def _attention(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
+def attention_flops(settings: ModelSettings, pairs: int, source_pairs: int, cross_pairs: int) -> int:
     """Forward operations of scores and their products with the values: 4 per pair and channel. Pairs: of all layers."""
     if settings.is_recurrent:
         return 4 * settings.hidden_size * cross_pairs
@@ -208,7 +208,7 @@ def forward_flops(
     linear = weights.of_position * (work.positions + padding[0])
     linear += weights.of_source * (work.source_positions + padding[1])
     pairs = round(work.pairs * layers), round(work.source_pairs * sources), round(work.cross_pairs * layers)
-    return 2 * linear + _attention(settings, *pairs)
+    return 2 * linear + attention_flops(settings, *pairs)
 
 
 def first_pass_flops(
@@ -231,8 +231,8 @@ def first_pass_flops(
     linear = 2 * (of_blocks * work.positions + of_source * work.source_positions) + head
     empty = 2 * (of_blocks * padding[0] + of_source * padding[1])
     pairs, cross_pairs = (count * layers // all_layers for count in (work.pairs, work.cross_pairs))
-    visible = _attention(settings, pairs, 0, cross_pairs)
-    every = _attention(settings, layers * work.positions * sizes[0], 0, layers * work.positions * sizes[1])
+    visible = attention_flops(settings, pairs, 0, cross_pairs)
+    every = attention_flops(settings, layers * work.positions * sizes[0], 0, layers * work.positions * sizes[1])
     return Flops(causal=linear + visible, full=linear + every, hardware=linear + empty + visible)
 
 

@@ -1,0 +1,229 @@
+"""Seconds of a step before it runs: what a rank computes, moves and sends, over what the hardware gives.
+
+In: a context and, if a run was measured, a calibration. Out: `StepTime`, and a part of the plan. Imports no torch.
+
+    products     FLOPs / (peak * achievable share * RATES.products), recomputation included
+    attention    FLOPs / (peak * RATES.attention)
+    elements     bytes of norms, residuals, activations, logits / (memory rate * RATES.memory)
+    optimizer    bytes of sums and update / (memory rate * RATES.memory); offloaded: also over PCIe
+    collectives  bytes that a rank sends in a ring / (ring rate * RATES.link)
+
+A ring over n ranks sends (n - 1) / n of a gathered tensor, twice that of a summed one (Patarasuk & Yuan 2009); over
+nodes its rate is that of all adapters of a node together. Collectives are not hidden behind computation: DeepSpeed's
+overlap_comm is off by default here, and published steps of FSDP, which overlaps, fit best so. Not in the model: latency
+of collectives, waiting for the slowest rank and for data, a teacher, ZeRO++, state in files (nvme), and that recurrent
+layers run token after token.
+
+The default rates meet 14 rows of llm-foundry's published table within 8% and predict 20 others within 13%
+(`tools.bench_plan`, benchmarks/plan.json). That of attention is another: those runs had the Triton kernel of 2023.
+"""
+
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bigmodel.planning.hardware import GB, TERA, Hardware, hardware_of
+from bigmodel.planning.part import Part, Row
+from bigmodel.planning.step_demand import BACKWARD_OF_ATTENTION, MOVED_AGAIN, Demand, packs_at, step_demand
+from bigmodel.sizes import byte_size, duration
+
+if TYPE_CHECKING:
+    from bigmodel.planning.context import Context
+
+PCIE_RATE = 25e9  # bytes per second and GPU to the host: 16 lanes of PCIe 4, measured rates are about 80% of 31.5
+
+
+class Rates(NamedTuple):
+    """Shares of the hardware's figures that a run reaches, and what it takes besides. `measured`: the runs they were
+    fitted to; none: the defaults."""
+
+    products: float = 0.95
+    attention: float = 0.30  # FlashAttention-2, heads of 128 channels, causal, forward and backward on a H100
+    memory: float = 0.30  # operations that nothing fuses
+    link: float = 0.8  # all-reduce of 8 A100: 235 of 300 GB/s (S. Bekman, ml-engineering, network)
+    slowdown: float = 1.0  # of products and attention
+    bytes_slowdown: float = 1.0  # of elements and optimizer
+    seconds_per_block: float = 0.0  # in a micro-batch
+    seconds_per_step: float = 0.0
+    measured: tuple[str, ...] = ()
+
+
+class StepTime(NamedTuple):
+    """`phases`: seconds of a step, they add up to `seconds`. Tokens are of both sides, without padding."""
+
+    seconds: float
+    phases: dict[str, float]
+    tokens: int
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    mfu_causal: float
+    mfu_full: float
+    hfu: float
+    sent_bytes: dict[str, int]  # by collective, of one rank
+    run_tokens: int
+    run_seconds: float  # all steps and evaluations; without saves and failures
+    evaluation_seconds: float  # of these
+    demand: Demand
+    hardware: Hardware
+    rates: Rates
+
+
+def step_time(context: "Context", calibration: Rates | None = None) -> StepTime:
+    """Of a step after the batch ramp; the run with its ramp."""
+    cluster = context.cluster
+    hardware = hardware_of(cluster.hardware, cluster.nodes, context.ranks // cluster.nodes)
+    rates, demand = calibration or Rates(), step_demand(context)
+    phases = seconds_by_phase(context, demand, hardware, rates)
+    seconds = sum(phases.values())
+    causal, full, hardware_flops = (
+        count / (hardware.peak_flops * context.ranks * seconds) for count in demand.model_flops
+    )
+    tokens, training = _run(context, hardware, rates)
+    evaluation = _evaluation_seconds(context, demand, phases)
+    return StepTime(
+        seconds=seconds,
+        phases=phases,
+        tokens=demand.tokens,
+        tokens_per_second=demand.tokens / seconds,
+        tokens_per_second_per_gpu=demand.tokens / seconds / context.ranks,
+        mfu_causal=causal,
+        mfu_full=full,
+        hfu=hardware_flops,
+        sent_bytes={f"{one.name} {one.purpose}": one.sent(context.ranks) for one in demand.collectives},
+        run_tokens=tokens,
+        run_seconds=training + evaluation,
+        evaluation_seconds=evaluation,
+        demand=demand,
+        hardware=hardware,
+        rates=rates,
+    )
+
+
+def seconds_by_phase(context: "Context", demand: Demand, hardware: Hardware, rates: Rates) -> dict[str, float]:
+    """Of a step, by name; only what is not 0."""
+    fixed = rates.seconds_per_step + rates.seconds_per_block * demand.blocks * demand.micro_batches
+    computed, sent = computed_seconds(demand, hardware, rates), sent_seconds(context, demand, hardware, rates)
+    phases = computed | sent | {"fixed": fixed}
+    return {name: seconds for name, seconds in phases.items() if seconds > 0}
+
+
+def computed_seconds(demand: Demand, hardware: Hardware, rates: Rates) -> dict[str, float]:
+    """Of a step, by name."""
+    products = rates.slowdown / (hardware.peak_flops * hardware.achievable * rates.products)
+    attention = rates.slowdown / (hardware.peak_flops * rates.attention)
+    memory = rates.bytes_slowdown / (hardware.memory_rate * rates.memory)
+    return {
+        "products": demand.matrix_flops * products,
+        "attention": demand.attention_flops * attention,
+        "recomputation": demand.recomputed_matrix_flops * products + demand.recomputed_attention_flops * attention,
+        "elements": demand.element_bytes * memory,
+        "optimizer": demand.optimizer_bytes * memory + demand.host_bytes / PCIE_RATE,
+    }
+
+
+def sent_seconds(context: "Context", demand: Demand, hardware: Hardware, rates: Rates) -> dict[str, float]:
+    """Of collectives, by operation and purpose."""
+    rate = hardware.ring_rate * rates.link
+    found = {f"{one.name} {one.purpose}": one.sent(demand.ranks) / rate for one in demand.collectives}
+    if demand.all_to_all_bytes:
+        shards = context.settings.training.sequence_parallel_ranks
+        inside = shards <= hardware.gpus_per_node
+        links = hardware.node_rate if inside else min(hardware.node_rate, hardware.link_rate)
+        found["all_to_all sequence parallel"] = demand.all_to_all_bytes / (links * rates.link)
+    return found
+
+
+def _run(context: "Context", hardware: Hardware, rates: Rates) -> tuple[int, float]:
+    """Tokens and seconds of all steps, with the batch ramp."""
+    training = context.settings.training
+    firsts = [1, *(first for first, _ in training.batch_ramp if 1 < first <= training.steps), training.steps + 1]
+    tokens, seconds = 0, 0.0
+    for first, after in itertools.pairwise(firsts):
+        demand = step_demand(context, packs_at(context, first))
+        tokens += (after - first) * demand.tokens
+        seconds += (after - first) * sum(seconds_by_phase(context, demand, hardware, rates).values())
+    return tokens, seconds
+
+
+def _evaluation_seconds(context: "Context", demand: Demand, phases: dict[str, float]) -> float:
+    """Forward passes of `evaluation.sequences`, during the run; 0 where all are used and the data are not prepared."""
+    evaluation, training = context.settings.evaluation, context.settings.training
+    times = training.steps // evaluation.every_steps if evaluation.every_steps else 1
+    sequences = evaluation.sequences
+    if not sequences and context.manifest:
+        pack = context.settings.data.sequence_length + context.settings.data.source_sequence_length
+        sequences = context.manifest.total("validation", "tokens") // pack
+    forward = phases.get("products", 0.0) / 3 + phases.get("attention", 0.0) / (1 + BACKWARD_OF_ATTENTION)
+    forward += phases.get("elements", 0.0) / (1 + MOVED_AGAIN) + phases.get("all_gather weights", 0.0) / 2
+    return times * sequences / demand.packs * forward
+
+
+def time_part(context: "Context", found: StepTime) -> Part:
+    """Rows: the step, its phases, what each rank sends, the assumptions."""
+    demand, rates = found.demand, found.rates
+    rows = [
+        Row("a step", _seconds(found.seconds), f"{demand.packs:,} packed sequences, {found.tokens:,} tokens"),
+        Row(
+            "tokens per second",
+            f"{found.tokens_per_second:,.0f}",
+            f"{found.tokens_per_second_per_gpu:,.0f} on each of {context.ranks:,} GPUs",
+        ),
+        Row("MFU", f"{found.mfu_causal:.1%}", "attention counted over the pairs that the masks allow"),
+        Row("MFU as published", f"{found.mfu_full:.1%}", "as if each packed sequence were one sequence without a mask"),
+    ]
+    for name, seconds in sorted(found.phases.items(), key=lambda one: -one[1]):
+        sent = found.sent_bytes.get(name)
+        note = f"{seconds / found.seconds:.1%}" + (f"; a rank sends {byte_size(sent)}" if sent else "")
+        rows.append(Row(f"  {name.replace('_', '-')}", _seconds(seconds), note))
+    rows += assumptions(context, found)
+    numbers: dict[str, Any] = {
+        "step_seconds": found.seconds,
+        "phases_seconds": found.phases,
+        "tokens_per_step": found.tokens,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu_causal_ratio": found.mfu_causal,
+        "mfu_full_ratio": found.mfu_full,
+        "hfu_ratio": found.hfu,
+        "flops": dict(zip(("causal", "full", "hardware"), demand.model_flops, strict=True)),
+        "sent_bytes": found.sent_bytes,
+        "micro_batches": demand.micro_batches,
+        "peak_flops_per_second": found.hardware.peak_flops,
+        "rates": rates._asdict(),
+        "assumptions": [f"{row.name}: {row.value} ({row.note})" for row in rows if row in assumptions(context, found)],
+    }
+    return Part("time", rows, numbers)
+
+
+def assumptions(context: "Context", found: StepTime) -> list[Row]:
+    """What the figures rest on, each with its origin."""
+    rates, hardware, of_pack = found.rates, found.hardware, found.demand.pack_work
+    where = "of the prepared data" if of_pack.is_measured else "assumed, lognormal: the data are not prepared"
+    products = hardware.peak_flops * hardware.achievable * rates.products / TERA
+    rows = [
+        *hardware.rows,
+        Row("mean document", f"{of_pack.mean_document:,.0f} tokens", f"chunks of long ones counted; {where}"),
+        Row(
+            "matrix products",
+            f"{products:,.0f} TFLOP/s",
+            f"{hardware.achievable:.0%} achievable x {rates.products:.0%}",
+        ),
+        Row(
+            "attention",
+            f"{hardware.peak_flops * rates.attention / TERA:,.0f} TFLOP/s",
+            f"{rates.attention:.0%} of peak",
+        ),
+        Row("memory", f"{hardware.memory_rate * rates.memory / GB:,.0f} GB/s", f"{rates.memory:.0%} of its bandwidth"),
+    ]
+    if found.demand.collectives:
+        rate = hardware.ring_rate * rates.link / GB
+        rows.append(Row("collectives", f"{rate:,.0f} GB/s sent by a rank", f"{rates.link:.0%} of the slowest link"))
+        rows.append(Row("hidden behind computation", "nothing", "overlap_comm is not counted on"))
+    if rates.measured:
+        value = f"products {rates.slowdown:.3g} x, memory {rates.bytes_slowdown:.3g} x as long, "
+        value += f"{1000 * rates.seconds_per_step:.3g} ms a step, "
+        value += f"{1000 * rates.seconds_per_block:.3g} ms a block and micro-batch"
+        rows.append(Row("calibrated", value, ", ".join(rates.measured)))
+    return rows
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s" if seconds < 90 else duration(seconds)

@@ -1,0 +1,245 @@
+"""Seconds of a step: its FLOPs and bytes by hand, what they are divided by, the run with its ramp, saves and cost."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigmodel.config.settings import Settings
+from bigmodel.data.plan.visible_pairs import visible_pairs
+from bigmodel.data.store.manifest import Manifest
+from bigmodel.launcher.cluster import Cluster
+from bigmodel.planning.context import Context, context_of
+from bigmodel.planning.cost import cost_part
+from bigmodel.planning.pack_work import pack_work, work_of_documents
+from bigmodel.planning.parameters import parameters_of
+from bigmodel.planning.reliability import reliability_part
+from bigmodel.planning.step_demand import packs_at, passes_per_weight, step_demand
+from bigmodel.planning.step_time import Rates, step_time, time_part
+
+MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "tied_embeddings": True}
+DATA = {"sequence_length": 256, "max_document_length": 256}
+VOCABULARY = 1000
+BLOCK = 4 * 64 * 64 + 3 * 64 * 128  # weights of a block's matrices
+
+
+def context(
+    nodes: int = 2, gpus: int = 4, hardware: dict[str, Any] | None = None, stage: int = 1, **sections: Any
+) -> Context:
+    training = {"steps": 100, "global_batch_size": 16} | sections.pop("training", {})
+    table = {"model": MODEL, "data": DATA, "training": training} | sections
+    cluster = Cluster.model_validate(
+        {"nodes": nodes, "gpus_per_node": gpus, "hardware": {"gpu": "H100 SXM"} | (hardware or {})}
+    )
+    found = context_of(Settings.model_validate(table), cluster, VOCABULARY)._replace(
+        vocabulary=VOCABULARY, manifest=None
+    )
+    found.effective["zero_optimization"]["stage"] = stage
+    return found
+
+
+def with_settings(given: Context, **training: Any) -> Context:
+    changed = given.settings.training.model_copy(update=training)
+    return given._replace(settings=given.settings.model_copy(update={"training": changed}))
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_rank_are_those_by_hand() -> None:
+    """16 packed sequences of one document of 256 tokens on 8 ranks."""
+    given = context()
+    one = work_of_documents(given.settings, np.array([256.0]))
+    demand = step_demand(given, of_pack=one)
+    tokens = 16 * 256 // 8
+    assert (demand.tokens, demand.micro_batches, demand.blocks) == (16 * 256, 2, 2)
+    assert demand.matrix_flops == 6 * tokens * (2 * BLOCK + VOCABULARY * 64)
+    pairs = 16 * 2 * 256 * 257 // 2  # both layers, of the whole step
+    assert demand.attention_flops == 3.5 * 4 * 64 * pairs / 8
+    assert demand.recomputed_matrix_flops == demand.all_to_all_bytes == 0
+
+
+def test_full_checkpointing_adds_a_forward_of_the_blocks_without_their_last_product() -> None:
+    given = with_settings(context(), activation_checkpointing="full")
+    demand = step_demand(given, of_pack=work_of_documents(given.settings, np.array([256.0])))
+    tokens = 16 * 256 // 8
+    assert demand.recomputed_matrix_flops == 2 * tokens * 2 * (BLOCK - 128 * 64)
+    assert demand.recomputed_attention_flops == pytest.approx(demand.attention_flops / 3.5)
+    plain = step_demand(context(), of_pack=demand.pack_work)
+    assert demand.element_bytes > plain.element_bytes  # norms are computed again
+
+
+def test_short_documents_have_less_attention() -> None:
+    given = context()
+    whole, short = (work_of_documents(given.settings, np.array([length])) for length in (256.0, 64.0))
+    assert short.work.pairs == 2 * 4 * 64 * 65 // 2
+    assert whole.work.pairs == 2 * 256 * 257 // 2
+    assert short.mean_document == 64
+
+
+def test_longer_documents_are_split() -> None:
+    given = context()
+    found = work_of_documents(given.settings, np.array([600.0]))  # 256, 256 and 88
+    pairs = 2 * (2 * 256 * 257 + 88 * 89) // 2
+    assert found.work.pairs == round(pairs * 256 / 600)
+    assert found.mean_document == 200
+
+
+def test_the_manifest_gives_nearly_the_pairs_of_the_lengths_themselves() -> None:
+    """Lengths of a corpus; the manifest counts them by powers of two."""
+    lengths = np.maximum(4, np.random.default_rng(3).lognormal(6.5, 1.3, 20_000)).astype(np.int64)
+    bins = np.bincount(np.ceil(np.log2(lengths)).astype(np.int64))
+    histogram = {str(2**power): int(count) for power, count in enumerate(bins) if count}
+    statistics = {"histogram": histogram, "mean_tokens": float(lengths.mean())}
+    manifest = Manifest("", 0, 0, 0, "", {}, {}, {}, {}, statistics, {}, {}, "", "", "")
+    for longest in (512, 2048, 8192):
+        table = {"model": MODEL, "data": {"sequence_length": 8192, "max_document_length": longest}}
+        settings = Settings.model_validate(table)
+        exact = work_of_documents(settings, lengths.astype(np.float64))
+        found = pack_work(settings, manifest)
+        assert found.is_measured
+        assert found.work.pairs == pytest.approx(exact.work.pairs, rel=0.03), longest
+    assert not pack_work(settings, None).is_measured
+
+
+def test_both_sides_of_an_encoder_decoder_are_counted() -> None:
+    model = MODEL | {"kind": "encoder_decoder", "encoder_num_layers": 3}
+    data = {"sequence_length": 64, "source_sequence_length": 192, "max_document_length": 64}
+    settings = Settings.model_validate({"model": model, "data": data})
+    found = work_of_documents(settings, np.array([64.0])).work  # four documents of 16 and 48
+    assert (found.positions, found.source_positions) == (64, 192)
+    pairs = visible_pairs(np.full(4, 16), np.full(4, 48), np.zeros(4, np.int64), settings.model)
+    assert (found.pairs, found.source_pairs, found.cross_pairs) == tuple(pairs)
+
+
+def test_frozen_matrices_pass_twice() -> None:
+    settings = Settings.model_validate({"model": MODEL, "training": {"freeze": ["blocks.*"]}})
+    parameters = parameters_of(settings, VOCABULARY)
+    assert passes_per_weight(parameters) == 2
+    assert passes_per_weight(parameters_of(Settings.model_validate({"model": MODEL}), VOCABULARY)) == 3
+
+
+# ---- seconds --------------------------------------------------------------------------------------------------------
+
+
+def test_phases_are_counts_over_rates_and_add_up() -> None:
+    given, rates = context(stage=1), Rates(products=0.5, attention=0.25, memory=0.5, link=0.5)
+    found = step_time(given, rates)
+    demand, sent = found.demand, found.demand.collectives[0]
+    assert found.phases["products"] == pytest.approx(demand.matrix_flops / (989e12 * 0.803 * 0.5))
+    assert found.phases["attention"] == pytest.approx(demand.attention_flops / (989e12 * 0.25))
+    assert found.phases["elements"] == pytest.approx(demand.element_bytes / (3350e9 * 0.5))
+    assert sent.name == "all_reduce"
+    # 2 nodes of 4: four adapters of 50 GB/s, narrower than NVLink; a ring of 8 sends 7/8 twice.
+    trained = sum(one.numel for one in parameters_of(given.settings, VOCABULARY))
+    assert found.phases["all_reduce gradients"] == pytest.approx(2 * 7 / 8 * 4 * trained / (200e9 * 0.5), rel=1e-6)
+    assert sum(found.phases.values()) == pytest.approx(found.seconds)
+    assert found.tokens_per_second == pytest.approx(found.tokens / found.seconds)
+    assert found.mfu_causal == pytest.approx(demand.model_flops[0] / (8 * 989e12 * found.seconds))
+    assert found.mfu_causal < found.mfu_full
+
+
+def test_stage_2_sums_gradients_in_every_micro_batch_and_stage_3_gathers() -> None:
+    one, two, three = (step_time(context(stage=stage)).phases for stage in (1, 2, 3))
+    assert two["all_reduce gradients"] == pytest.approx(2 * one["all_reduce gradients"])
+    assert "all_gather weights" in three
+    assert "all_reduce gradients" not in three
+
+
+def test_a_narrow_network_shows_in_the_sums_alone() -> None:
+    near, far = (step_time(context(hardware={"network": name})).phases for name in ("InfiniBand NDR", "Ethernet 100"))
+    assert far["all_reduce gradients"] == pytest.approx(32 * near["all_reduce gradients"])
+    assert far["products"] == near["products"]
+
+
+def test_the_fixed_seconds_are_of_micro_batches_and_steps() -> None:
+    found = step_time(context(), Rates(seconds_per_block=0.5, seconds_per_step=3.0))
+    assert found.phases["fixed"] == 3 + 0.5 * 2 * 2
+
+
+def test_ulysses_exchanges_heads() -> None:
+    """4 ranks share a sequence: a rank sends 3/4 of queries, keys, values and outputs, forward and backward."""
+    given = context(training={"sequence_parallel_ranks": 4})
+    demand = step_demand(given)
+    tokens = 16 * 256 / 8
+    assert demand.all_to_all_bytes == 2 * 2 * (4 * 64) * tokens * 2 * 3 / 4
+    assert "all_to_all sequence parallel" in step_time(given).phases
+
+
+def test_the_run_has_its_ramp() -> None:
+    ramped = with_settings(context(), batch_ramp=[(51, 32)])
+    assert [packs_at(ramped, step) for step in (1, 50, 51, 100)] == [16, 16, 32, 32]
+    found = step_time(ramped)
+    assert found.tokens == 32 * 256
+    assert found.run_tokens == (50 * 16 + 50 * 32) * 256
+    assert 50 * found.seconds < found.run_seconds < 100 * found.seconds
+
+
+def test_the_part_says_its_assumptions_and_its_numbers_are_json() -> None:
+    given = context()
+    part = time_part(given, step_time(given))
+    rows = {row.name: row for row in part.rows}
+    assert rows["mean document"].note.endswith("assumed, lognormal: the data are not prepared")
+    assert rows["matrix products"].value == "754 TFLOP/s"
+    assert rows["hidden behind computation"].value == "nothing"
+    assert json.loads(json.dumps(part.numbers))["micro_batches"] == 2
+    assert any("H100" in line for line in part.numbers["assumptions"])
+
+
+# ---- saves, failures, cost -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_weights_and_two_moments_in_fp32() -> None:
+    given = context()
+    found = reliability_part(given, step_time(given))
+    numel = sum(one.numel for one in parameters_of(given.settings, VOCABULARY))
+    assert found.numbers["checkpoint_bytes"] == 12 * numel
+    averaged = with_settings(given, ema_decay=0.99)
+    assert reliability_part(averaged, step_time(averaged)).numbers["checkpoint_bytes"] == 16 * numel
+
+
+def test_goodput_and_days_of_a_large_run() -> None:
+    """8B on 16,384 GPUs: a failure each 3.1 hours."""
+    shape = {"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 14336}
+    training = {"steps": 100_000, "global_batch_size": 16384}
+    given = context(
+        2048, 8, {"price_per_gpu_hour": 2}, model=shape, training=training, checkpoint={"every_steps": 1000}
+    )
+    given = given._replace(vocabulary=128_256)
+    found = step_time(given)
+    part = reliability_part(given, found)
+    numbers = part.numbers
+    assert numbers["seconds_between_failures"] / 3600 == pytest.approx(3.09, abs=0.01)
+    assert numbers["checkpoint_bytes"] == pytest.approx(96.4e9, rel=0.01)
+    assert 0.7 < numbers["goodput_ratio"] < numbers["best_goodput_ratio"] < 1
+    assert numbers["best_interval_seconds"] < numbers["interval_seconds"]
+    cost = cost_part(given, found, part).numbers
+    assert cost["seconds"] == pytest.approx(found.run_seconds / numbers["goodput_ratio"])
+    assert cost["money"] == pytest.approx(2 * 16384 * cost["seconds"] / 3600)
+    assert cost["gpu_joules"] == pytest.approx(700 * 16384 * cost["seconds"])
+
+
+def test_a_save_that_stops_training_costs_more() -> None:
+    given = context(checkpoint={"asynchronous": False})
+    slow, fast = (reliability_part(one, step_time(one)).numbers for one in (given, context()))
+    assert slow["pause_seconds"] == pytest.approx(fast["pause_seconds"] + fast["write_seconds"])
+
+
+def test_no_end_is_said_where_failures_come_faster_than_saves() -> None:
+    given = context(hardware={"hours_between_failures_per_gpu": 1e-6}, checkpoint={"every_steps": 10_000})
+    found = step_time(given)
+    part = reliability_part(given, found)
+    assert part.numbers["goodput_ratio"] == 0
+    cost = cost_part(given, found, part)
+    assert cost.numbers["seconds"] is None
+    assert "save more often" in cost.rows[1].note
+
+
+def test_without_a_price_there_is_no_money() -> None:
+    given = context()
+    found = step_time(given)
+    cost = cost_part(given, found, reliability_part(given, found))
+    assert cost.numbers["money"] is None
+    assert math.isfinite(cost.numbers["gpu_hours"])
