@@ -95,7 +95,7 @@ ALLOWED = {
         "bigmodel.config",
         "bigmodel.data.objectives",
         "bigmodel.data.plan",
-        "bigmodel.data.store.manifest",
+        "bigmodel.data.store",
         "bigmodel.launcher.cluster",
         "bigmodel.metrics.flops",
         "bigmodel.pictures",

@@ -1,0 +1,160 @@
+"""The plan says what a run reads: as the run's own order counts it, and as it is read on this machine."""
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from bigmodel.config.settings import Settings, UserError
+from bigmodel.data.advice.packing_advice import measure_packing
+from bigmodel.data.plan.mixing import stages
+from bigmodel.data.plan.order import Order
+from bigmodel.data.store.shards import ShardStore
+from bigmodel.launcher.cluster import Cluster
+from bigmodel.planning.context import context_of
+from bigmodel.planning.data_needs import (
+    LOADED_TOKENS_PER_CORE_SECOND,
+    PREPARED_BYTES_PER_CORE_SECOND,
+    data_part,
+    given_by_source,
+    read_tokens_per_pack,
+)
+from bigmodel.planning.part import Part
+
+REPOSITORY = Path(__file__).parents[2]
+CLUSTER = Cluster(nodes=2, gpus_per_node=1)
+
+
+class Speed(NamedTuple):
+    tokens_per_second: float
+
+
+def settings_of(shards: Path, steps: int = 40, **data: Any) -> Settings:
+    sizes = {"max_document_length": 48, "sequence_length": 96, "max_documents": 8, "packing_buffer": 20, "lanes": 2}
+    training = {"steps": steps, "global_batch_size": 4}
+    return Settings.model_validate({"data": sizes | {"directory": str(shards)} | data, "training": training})
+
+
+def plan(settings: Settings, tokens_per_second: float = 1e6) -> Part:
+    return data_part(context_of(settings, CLUSTER), Speed(tokens_per_second))
+
+
+def given(data: dict[str, Any], tokens: list[int], wanted: float, passes: list[float]) -> list[float]:
+    names = ["a", "b", "c"][: len(tokens)]
+    settings = Settings.model_validate({"data": data}).data
+    held = [one * number for one, number in zip(passes, tokens, strict=True)]
+    return given_by_source(stages(settings, names, tokens), held, wanted)
+
+
+def test_sources_give_their_shares_until_they_end() -> None:
+    mix, endless = {"mix": {"a": 0.5, "b": 0.5}}, [math.inf, math.inf]
+    assert given(mix, [30, 10], 40, endless) == [20, 20]
+    assert given(mix, [30, 10], 40, [math.inf, 1]) == [30, 10], "b ends after its 10, a gives the rest"
+    assert given(mix, [30, 10], 100, [1, 1]) == [30, 10], "both have ended"
+    assert given({}, [30, 10], 20, endless) == [15, 5], "by their sizes"
+    later = {"mix": {"a": 1}, "curriculum": [{"from_tokens": 10, "mix": {"a": 1, "b": 3}}]}
+    assert given(later, [30, 10], 18, endless) == [12, 6]
+    three = {"mix": {"a": 0.6, "b": 0.3, "c": 0.1}}
+    assert given(three, [60, 3, 10], 60, [math.inf, 1, math.inf]) == pytest.approx([57 * 6 / 7, 3, 57 / 7])
+
+
+@pytest.mark.parametrize("data", [{}, {"mix": {"news": 0.7, "code": 0.3}}, {"mix_exponent": 0.3}])
+def test_passes_are_those_of_the_run_s_order(shards: Path, data: dict[str, Any]) -> None:
+    names = ShardStore(shards, "train").sources
+    if "mix" in data:
+        data = {"mix": dict(zip(names, (0.7, 0.3), strict=True))}
+    settings = settings_of(shards, **data)
+    part = plan(settings)
+    order = Order.of_run(ShardStore(shards, "train"), settings)
+    for _ in range(settings.training.steps):
+        order.next_step()
+    passes = {name: progress.passes for name, progress in order.progress().items()}
+    assert part.numbers["sources"].keys() == passes.keys()
+    for name, expected in passes.items():
+        assert part.numbers["sources"][name]["passes"] == pytest.approx(expected, rel=0.05)
+    assert min(passes.values()) > 0.5
+
+
+def test_packing_is_that_of_the_run(shards: Path) -> None:
+    settings = settings_of(shards)
+    part, packed = plan(settings), measure_packing(ShardStore(shards, "train"), settings.data)
+    assert part.numbers["filled_share"] == pytest.approx(packed.filled, abs=0.01)
+    assert 0 < part.numbers["whole_share"] < 1
+
+
+def test_the_end_of_the_data_is_the_step_where_the_order_ends(shards: Path) -> None:
+    names = ShardStore(shards, "train").sources
+    settings = settings_of(shards, steps=10_000, max_epochs=dict.fromkeys(names, 2))
+    [row] = [row for row in plan(settings).rows if row.name == "data end"]
+    order = Order.of_run(ShardStore(shards, "train"), settings)
+    with contextlib.suppress(UserError):  # data.max_epochs ends it
+        while order.step < settings.training.steps:
+            order.next_step()
+    steps = order.step
+    assert 10 < steps < settings.training.steps
+    assert int(row.value.removeprefix("step ").replace(",", "")) == pytest.approx(steps, rel=0.1)
+
+
+def test_many_passes_are_named(shards: Path) -> None:
+    notes = [row.note for row in plan(settings_of(shards, steps=4000)).rows if row.name.startswith("source")]
+    assert all("worth little" in note for note in notes)
+
+
+def test_a_node_loads_its_part(shards: Path) -> None:
+    numbers = plan(settings_of(shards), 1e6).numbers
+    stored = numbers["stored_bytes_per_token"]
+    assert 2 < stored < 3, "two bytes an id, and the shards' own"
+    filled = numbers["read_tokens"] / (40 * 4 * 96)
+    assert 0.9 < filled <= 1
+    assert numbers["node_loading_bytes_per_second"] == pytest.approx(1e6 / 2 * filled * stored)
+    assert numbers["loading_bytes_per_second"] == pytest.approx(1e6 * filled * stored)
+    assert numbers["node_loading_cores"] == pytest.approx(5e5 * filled / LOADED_TOKENS_PER_CORE_SECOND)
+
+
+def test_before_data_exist_the_files_and_the_budget_speak(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    for number in range(3):
+        (tmp_path / "web" / f"{number}.jsonl").write_bytes(b"x" * 1000)
+    sources = [
+        {"name": "web", "files": [f"{tmp_path}/web/*.jsonl"]},
+        {"name": "code", "files": ["/nowhere/*.parquet"]},
+    ]
+    data = {"directory": str(tmp_path / "none"), "mix": {"web": 3, "code": 1}, "max_epochs": {"code": 4}}
+    table = {"prepare": {"sources": sources}, "data": data, "training": {"steps": 1000, "global_batch_size": 8}}
+    part = plan(Settings.model_validate(table))
+    tokens = 1000 * 8 * 2048
+    assert part.numbers["read_tokens"] == tokens
+    assert part.numbers["file_bytes"] == {"web": 3000, "code": 0}
+    assert part.numbers["text_bytes"] == tokens * 3.17
+    assert part.numbers["tokenization_core_seconds"] == tokens * 3.17 / PREPARED_BYTES_PER_CORE_SECOND
+    rows = {row.name: row for row in part.rows}
+    assert rows["source web"].value == "12.3 million"
+    assert "946" in rows["source web"].note, "tokens of 3.17 bytes"
+    assert "not on this machine" in rows["source code"].note
+    assert "1.0 million of them different" in rows["source code"].note
+
+
+def test_a_document_of_two_sides_is_counted_once() -> None:
+    data = {"max_document_length": 115, "max_source_length": 512}
+    data |= {"sequence_length": 3840, "source_sequence_length": 16_384}
+    settings = Settings.model_validate({"data": data, "model": {"kind": "encoder_decoder"}})
+    assert read_tokens_per_pack(settings.data) == 32 * 568, "568 tokens give a source of 512"
+
+
+def test_the_speeds_are_those_of_the_benchmarks() -> None:
+    stream = json.loads((REPOSITORY / "benchmarks/stream_speed.json").read_text())
+    assert pytest.approx(stream["tokens_per_core_second"]["ours"], rel=0.05) == LOADED_TOKENS_PER_CORE_SECOND
+    prepare = json.loads((REPOSITORY / "benchmarks/prepare.json").read_text())
+    speed = prepare["bytes"] / prepare["median_seconds"]["prepare"]["cpu"]
+    assert pytest.approx(speed, rel=0.05) == PREPARED_BYTES_PER_CORE_SECOND
+
+
+def test_nothing_of_it_imports_torch() -> None:
+    code = "import sys, bigmodel.planning.data_needs; print({'torch', 'deepspeed', 'streaming'} & {*sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"
