@@ -360,6 +360,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("zero1", 1),
         ("zero2", 2),
         ("zero3", 3),
+        ("zero2-offload", 2),
+        ("zero3-offload-optimizer", 3),
         ("zero3-offload", 3),
         ("zero3-nvme", 3),
         ("zero3-hpz", 3),

@@ -265,9 +265,11 @@ def test_every_profile_says_which_network_so_that_nothing_falls_back_in_silence(
 
 def test_every_cluster_file_of_ours_is_sound() -> None:
     files = sorted(CONFIGS.glob("*.toml"))
-    assert [file.name for file in files] == ["aws-efa.toml", "hosts.toml", "slurm-infiniband.toml"]
-    for file in files:
-        load_cluster(file)
+    sizes = {file.stem: (cluster := load_cluster(file)).nodes * cluster.gpus_per_node for file in files}
+    assert sizes == {
+        "a100-64": 64, "aws-efa": 64, "b200-64": 64, "h100-512": 512, "h100-64": 64, "h100-8": 8, "h200-64": 64,
+        "hosts": 8, "slurm-infiniband": 128,
+    }  # fmt: skip
 
 
 def test_a_host_file_is_deepspeed_s(tmp_path: Path) -> None:
