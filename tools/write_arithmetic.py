@@ -8,7 +8,7 @@ each JSON costs. Tests compare the files with the output.
     tokens in a step   padding included; of an encoder-decoder both sides; after the batch ramp
     tokens             in all steps; per parameter
     FLOPs              of the matrices, forward and backward; those of attention depend on the documents' lengths
-    memory of a GPU    tensors only, without the framework and the allocator's fragments
+    memory of a GPU    as `bigmodel plan` says it; of the memory of the cluster's GPU
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from bigmodel.config.settings import load_settings, num_micro_batches, packs_at,
 from bigmodel.data.plan.attention_work import Work
 from bigmodel.launcher.cluster import load_cluster
 from bigmodel.metrics.flops import flops
-from bigmodel.planning.activation_memory import activation_plan
 from bigmodel.planning.communication import collectives
 from bigmodel.planning.context import Context, context_of
 from bigmodel.planning.data_needs import count
+from bigmodel.planning.hardware import hardware_of
+from bigmodel.planning.memory import GIB, memory_of
 from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.state_memory import state_plan
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "models"
 HEAD = "# Arithmetic (python -m tools.write_arithmetic; a test repeats it):"
-GIB = 2**30
 BEGIN, END = "<!-- Made by `python -m tools.write_arithmetic`; a test keeps it current. -->", "<!-- end -->"
 JSONS = (
     "zero1", "zero2", "zero3", "zero3-hpz", "zero2-offload", "zero3-offload-optimizer", "zero3-offload", "zero3-nvme",
@@ -54,22 +54,26 @@ def context_of_file(path: Path, overrides: Sequence[str] = ()) -> Context:
 
 
 class Size(NamedTuple):
-    """Of a run: parameters, positions of all packed sequences on both sides, bytes on each GPU."""
+    """Of a run: parameters, positions of all packed sequences on both sides, GiB on each GPU."""
 
     parameters: int
     tokens: int
-    state: int
-    activations: int
+    memory: float
+    activations: float  # of it
+    rest: float  # of it: framework and fragmentation
+    limit: float
 
 
 def size_of(context: Context) -> Size:
     settings, data = context.settings, context.settings.data
     parameters = parameters_of(settings, context.vocabulary)
     packs = positions_before(settings.training.steps, settings) // data.sequence_length
-    state = sum(state_plan(parameters, settings, context.effective, context.ranks).device.values())
-    activations = activation_plan(settings, context.vocabulary, context.effective["train_micro_batch_size_per_gpu"])
     tokens = packs * (data.sequence_length + data.source_sequence_length)
-    return Size(sum(one.numel for one in parameters), tokens, state, activations)
+    parts, cluster = memory_of(context).device, context.cluster
+    limit = hardware_of(cluster.hardware, cluster.nodes, cluster.gpus_per_node).memory_gib
+    activations, rest = parts["activations"] + parts["loss buffers"], parts["framework"] + parts["fragmentation"]
+    numel = sum(one.numel for one in parameters)
+    return Size(numel, tokens, sum(parts.values()) / GIB, activations / GIB, rest / GIB, limit)
 
 
 def arithmetic(context: Context) -> list[str]:
@@ -83,8 +87,9 @@ def arithmetic(context: Context) -> list[str]:
     packs = size.tokens // sum(sides)
     work = Work(packs * data.sequence_length, packs * data.source_sequence_length)
     operations = flops(settings.model, context.vocabulary, work, (0, 0)).causal
-    stage = context.effective["zero_optimization"]["stage"]
-    bytes_ = f"ZeRO {stage}: {size.state / GIB:.1f} of state, {size.activations / GIB:.1f} of activations"
+    state = size.memory - size.activations - size.rest
+    memory = f"of {size.limit:.1f}; ZeRO {context.effective['zero_optimization']['stage']}: {state:.1f} of state, "
+    memory += f"{size.activations:.1f} of activations"
     rows = [
         ("parameters", f"{size.parameters:,}", f"{context.vocabulary:,} rows of the vocabulary"),
         ("tokens in a step", f"{last * sum(sides):,}", f"{last:,} x {shape}"),
@@ -92,7 +97,7 @@ def arithmetic(context: Context) -> list[str]:
         ("steps", f"{training.steps:,}", ""),
         ("tokens", f"{size.tokens:,}", f"{size.tokens / size.parameters:,.1f} per parameter"),
         ("FLOPs", f"{operations:.3g}", "of the matrices, forward and backward"),
-        ("memory of a GPU", f"{(size.state + size.activations) / GIB:.1f} GiB", bytes_),
+        ("memory of a GPU", f"{size.memory:.1f} GiB", memory),
     ]
     return [HEAD] + [f"#   {name:<16} {value:>22}   {note}".rstrip() for name, value, note in rows]
 
@@ -107,7 +112,7 @@ def models_table() -> list[str]:
         shape = f"{model.num_layers} x {model.hidden_size:,}"
         if model.kind == "encoder_decoder":
             shape = f"{model.encoder.num_layers} + {shape}"
-        memory = f"{(size.state + size.activations) / GIB:.0f} GiB"
+        memory = f"{size.memory:.0f} of {size.limit:.0f} GiB"
         cells = [f"`{path.name}`", count(size.parameters), shape, count(size.tokens)]
         cells += [f"{size.tokens / size.parameters:,.0f}", f"`{cluster_of(path.read_text()).name}`", memory]
         found.append((kinds[model.kind], size.parameters, f"| {' | '.join(cells)} |"))

@@ -1,6 +1,6 @@
 """What a run needs of its data, and what the data are: tokens by source, passes, packing, loading, tokenization.
 
-In: a `Context`, tokens per second of the run. Out: rows of the plan. Imports no torch.
+In: a `Context`, seconds of a step. Out: rows of the plan. Imports no torch.
 
 Prepared data: the passes of each source follow from the manifest, the mix, `data.max_epochs` and the curriculum;
 packing from the first packing buffer of lane 0, planned as the run plans it. Not prepared: sizes of the files that are
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bigmodel.config.settings import DataSettings, Settings, SourceSettings, UserError, positions_before
+from bigmodel.config.settings import DataSettings, Settings, SourceSettings, UserError, packs_at, positions_before
 from bigmodel.data.objectives.examples import Examples
 from bigmodel.data.plan.mixing import Stage, stages
 from bigmodel.data.plan.order import Order
@@ -44,8 +44,10 @@ SAMPLED_SHARDS = 8  # of a source, for the share of documents that are not split
 
 
 class Speed(Protocol):
+    """Of `StepTime`: seconds of a step after the batch ramp."""
+
     @property
-    def tokens_per_second(self) -> float: ...
+    def seconds(self) -> float: ...
 
 
 class Packed(NamedTuple):
@@ -259,9 +261,9 @@ def _stored_bytes_per_token(manifest: Manifest) -> float:
 
 def _loading(context: Context, step_time: Speed, read: float, stored: float) -> tuple[list[Row], dict[str, float]]:
     """`read`: document tokens of a packed sequence; `stored`: bytes of a token in shards."""
-    data, nodes = context.settings.data, context.cluster.nodes
-    packs_per_second = step_time.tokens_per_second / (data.sequence_length + data.source_sequence_length)
-    of_node = packs_per_second * read / nodes
+    training, nodes = context.settings.training, context.cluster.nodes
+    packs = packs_at(training.steps - 1, training.global_batch_size, training.batch_ramp)
+    of_node = packs * read / step_time.seconds / nodes
     cores = of_node / LOADED_TOKENS_PER_CORE_SECOND
     rows = [
         Row(

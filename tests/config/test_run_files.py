@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigmodel.config.settings import Settings, positions_before
+from bigmodel.config.settings import Settings, TrainingSettings, positions_before
 from bigmodel.data.objectives.examples import Examples
-from bigmodel.planning.activation_memory import activation_plan
 from bigmodel.planning.context import Context
+from bigmodel.planning.fit import fit_of
+from bigmodel.planning.hardware import hardware_of
+from bigmodel.planning.memory import GIB, memory_of
 from bigmodel.planning.parameters import parameters_of
-from bigmodel.planning.state_memory import state_plan
 from tests.support.tiny_run import write_run
 from tools.write_arithmetic import arithmetic, cluster_of, context_of_file, pages, run_files, with_arithmetic
 
@@ -37,9 +38,6 @@ SIZES = {
     "t5-11b": (11_135_332_352, 64 * (16_384 + 3840), 1294.3),
     "encoder-150m": (149_014_272, 288 * 16_384, 1719.9),
 }
-GPU_BYTES = {"a100": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}
-# A tenth is left to the framework and to the allocator's fragments.
-USABLE = 0.9
 TOY = {
     "data.mix": "{}",
     "data.lanes": "2",
@@ -91,15 +89,15 @@ def test_the_tables_of_the_pages_are_current() -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_it_fits_the_gpus_of_its_cluster_and_keeps_all_of_them_busy(contexts: dict[str, Context], name: str) -> None:
-    settings, effective, vocabulary, cluster, ranks, _ = contexts[name]
-    path = cluster_of((REPOSITORY / "configs/models" / f"{name}.toml").read_text())
-    gpu, _, gpus = path.stem.partition("-")
-    assert ranks == int(gpus) == cluster.nodes * cluster.gpus_per_node
-    state = state_plan(parameters_of(settings, vocabulary), settings, effective, ranks)
-    assert not state.host
-    used = sum(state.device.values()) + activation_plan(settings, vocabulary, 1)
-    assert used < USABLE * GPU_BYTES[gpu]
-    assert all(packs % ranks == 0 for packs in (settings.training.global_batch_size, *ramp_of(settings)))
+    context = contexts[name]
+    cluster, training = context.cluster, context.settings.training
+    gpu, _, gpus = cluster_of((REPOSITORY / "configs/models" / f"{name}.toml").read_text()).stem.partition("-")
+    assert cluster.hardware.gpu.startswith(gpu.upper())
+    assert context.ranks == int(gpus) == cluster.nodes * cluster.gpus_per_node
+    limit = hardware_of(cluster.hardware, cluster.nodes, cluster.gpus_per_node).memory_gib * GIB
+    assert fit_of(context, int(limit)).fits
+    assert not memory_of(context).host
+    assert all(packs % context.ranks == 0 for packs in (training.global_batch_size, *ramp_of(training)))
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("t5")])
@@ -109,8 +107,8 @@ def test_a_text_of_t5_has_512_source_tokens(contexts: dict[str, Context], name: 
     assert examples.measure(np.array([0]), np.array([568]), np.array([1]))[0, 1:].tolist() == [115, 115, 512]
 
 
-def ramp_of(settings: Settings) -> list[int]:
-    return [packs for _, packs in settings.training.batch_ramp]
+def ramp_of(training: TrainingSettings) -> list[int]:
+    return [packs for _, packs in training.batch_ramp]
 
 
 @pytest.mark.parametrize("name", SIZES)

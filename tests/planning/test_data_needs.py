@@ -31,7 +31,7 @@ CLUSTER = Cluster(nodes=2, gpus_per_node=1)
 
 
 class Speed(NamedTuple):
-    tokens_per_second: float
+    seconds: float
 
 
 def settings_of(shards: Path, steps: int = 40, **data: Any) -> Settings:
@@ -40,8 +40,8 @@ def settings_of(shards: Path, steps: int = 40, **data: Any) -> Settings:
     return Settings.model_validate({"data": sizes | {"directory": str(shards)} | data, "training": training})
 
 
-def plan(settings: Settings, tokens_per_second: float = 1e6) -> Part:
-    return data_part(context_of(settings, CLUSTER), Speed(tokens_per_second))
+def plan(settings: Settings, seconds: float = 1.0) -> Part:
+    return data_part(context_of(settings, CLUSTER), Speed(seconds))
 
 
 def given(data: dict[str, Any], tokens: list[int], wanted: float, passes: list[float]) -> list[float]:
@@ -106,7 +106,7 @@ def test_many_passes_are_named(shards: Path) -> None:
 
 
 def test_a_node_loads_its_part(shards: Path) -> None:
-    numbers = plan(settings_of(shards), 1e6).numbers
+    numbers = plan(settings_of(shards), 4 * 96 / 1e6).numbers  # a million tokens a second
     stored = numbers["stored_bytes_per_token"]
     assert 2 < stored < 3, "two bytes an id, and the shards' own"
     filled = numbers["read_tokens"] / (40 * 4 * 96)

@@ -139,7 +139,7 @@ def test_a_small_device_keeps_its_digits_and_no_picture_is_drawn_unasked(
 
 
 def test_the_run_file_to_copy_is_sound_and_fits_the_gpus_that_it_names() -> None:
-    run = context_of(load_settings(REPOSITORY / "configs" / "8b.toml"), cluster_of_ranks(64), 128_256)
+    run = context_of(load_settings(REPOSITORY / "configs/models/8b.toml"), cluster_of_ranks(64), 128_256)
     sizes = {name: sum(memory_of(one).device.values()) / GIB for name, one in stages_of(run).items()}
     assert sizes["ZeRO 1"] > 80 > 60 > sizes["ZeRO 2 (yours)"]
     assert positions_before(run.settings.training.steps, run.settings) == pytest.approx(964e9, rel=1e-3)
