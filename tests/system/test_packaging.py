@@ -161,6 +161,7 @@ def test_the_metadata_name_the_license_the_command_and_no_author(wheel: Path) ->
     with tarfile.open(sdist) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     assert {"LICENSE", "configs/tiny.toml", "configs/deepspeed/zero1.json", "bigmodel/kernels/attention.py"} <= names
+    assert {"configs/models/8b.toml", "configs/clusters/h100-64.toml"} <= names
     assert not [name for name in names if name.startswith("tests")]
 
 
