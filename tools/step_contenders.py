@@ -61,6 +61,14 @@ CASES = {
     "512 wide": Case(8, 512, 8, 4, 1280, 8192, 512, 4),
 }
 
+# Four sizes for `tools.bench_plan`: the first three are measured, the last one is predicted.
+LADDER = {
+    "ladder 64": Case(2, 64, 4, 2, 192, 2048, 512, 4),
+    "ladder 128": Case(3, 128, 4, 2, 384, 2048, 512, 4),
+    "ladder 192": Case(4, 192, 6, 2, 576, 2048, 512, 4),
+    "ladder 320": Case(6, 320, 8, 4, 960, 2048, 512, 4),
+}
+
 
 def batches(case: Case) -> list[list[Batch]]:
     """The packs of each step, a batch of one pack each."""
@@ -288,7 +296,7 @@ HUGGINGFACE = "Hugging Face Trainer"
 
 
 def main() -> None:
-    contender, case = sys.argv[1], CASES[sys.argv[2]]
+    contender, case = sys.argv[1], (CASES | LADDER)[sys.argv[2]]
     torch.set_num_threads(1)
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print
     began = [0.0]

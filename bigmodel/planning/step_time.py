@@ -14,8 +14,8 @@ overlap_comm is off by default here, and published steps of FSDP, which overlaps
 of collectives, waiting for the slowest rank and for data, a teacher, ZeRO++, state in files (nvme), and that recurrent
 layers run token after token.
 
-The default rates meet 14 rows of llm-foundry's published table within 8% and predict 20 others within 13%
-(`tools.bench_plan`, benchmarks/plan.json). That of attention is another: those runs had the Triton kernel of 2023.
+The default rates meet 14 rows of llm-foundry's published table within 8%, and predict 20 other rows within 13%
+(`tools.bench_plan`, benchmarks/bench_plan.json); there with the attention rate of its kernel, Triton's of 2023.
 """
 
 import itertools

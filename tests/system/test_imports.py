@@ -352,7 +352,7 @@ def test_what_a_login_node_runs_imports_neither_torch_nor_its_company() -> None:
     code = (
         "import sys, bigmodel.launcher.__main__, bigmodel.config.settings, bigmodel.run_directory\n"
         "import bigmodel.metrics.recorder, bigmodel.inspect.report, bigmodel.metrics.exporter\n"
-        "import bigmodel.metrics.flops, bigmodel.planning.context, bigmodel.planning.hardware\n"
+        "import bigmodel.metrics.flops, bigmodel.planning.context, bigmodel.planning.calibration\n"
         "import bigmodel.inspect.page.serve\n"
         "print(sorted({'torch', 'deepspeed', 'streaming', 'triton', 'transformers'} & set(sys.modules)))"
     )

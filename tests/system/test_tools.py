@@ -242,6 +242,7 @@ def test_the_suite_ends_within_eight_minutes_and_checks_first() -> None:
         "seen",
         "restart",
         "step",
+        "plan",
         "start",
         "checkpoint",
     }
