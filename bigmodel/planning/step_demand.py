@@ -7,10 +7,11 @@ norms, residuals, rotary positions and activations are counted below, each tenso
 Without sequence parallelism a rank has micro_batches * packs packed sequences; with it that share of their tokens.
 """
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from bigmodel.config.recurrent_settings import GATES
-from bigmodel.config.settings import ModelSettings, num_micro_batches
+from bigmodel.config.settings import ModelSettings, TrainingSettings, num_micro_batches
 from bigmodel.data.plan.attention_work import Work
 from bigmodel.metrics.flops import attention_flops, flops, matrix_weights
 from bigmodel.planning.communication import Collective, collectives
@@ -39,7 +40,8 @@ class Demand(NamedTuple):
     recomputed_attention_flops: float
     element_bytes: float
     optimizer_bytes: float
-    host_bytes: float  # over PCIe, with the optimizer in the host's memory
+    pcie_bytes: float  # to and from the host, with the optimizer in its memory
+    host_bytes: float  # moved there by the update
     all_to_all_bytes: float  # sent, of Ulysses
     collectives: tuple[Collective, ...]
     model_flops: tuple[float, float, float]  # of all ranks: causal, full, hardware
@@ -51,9 +53,9 @@ class Demand(NamedTuple):
 def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = None) -> Demand:
     """`packs`: of the step; 0: those of the last step, after a ramp. `of_pack`: None: see `pack_work`."""
     settings, effective, ranks = context.settings, context.effective, context.ranks
-    packs = packs or packs_at(context, settings.training.steps)
+    packs = packs or ramp_of(settings.training)[-1][1]
     parameters = parameters_of(settings, context.vocabulary)
-    passes = passes_per_weight(parameters)
+    passes = passes_per_weight(parameters, settings.model.tied_embeddings)
     of_pack = of_pack or pack_work(settings, context.manifest)
     work = Work(*(count * packs for count in of_pack.work))
     sizes = (settings.data.sequence_length, settings.data.source_sequence_length)
@@ -67,7 +69,7 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
     micro_batches = num_micro_batches(packs, ranks // shards, effective["train_micro_batch_size_per_gpu"])
     weights = matrix_weights(settings.model, context.vocabulary)
     linear = passes * 2 * (weights.of_position * work.positions + weights.of_source * work.source_positions)
-    moved, to_host = _optimizer_bytes(context, parameters, micro_batches)
+    moved, over_pcie, in_host = _optimizer_bytes(context, parameters, micro_batches)
     return Demand(
         tokens=work.positions + work.source_positions,
         packs=packs,
@@ -79,7 +81,8 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
         recomputed_attention_flops=visible / ranks if again else 0.0,
         element_bytes=_element_bytes(context, work) / ranks,
         optimizer_bytes=moved,
-        host_bytes=to_host,
+        pcie_bytes=over_pcie,
+        host_bytes=in_host,
         all_to_all_bytes=_all_to_all_bytes(context, work) / ranks,
         collectives=tuple(collectives(parameters, settings, effective, ranks, micro_batches)),
         model_flops=(counted.causal, counted.full, counted.hardware + again),
@@ -89,11 +92,11 @@ def step_demand(context: "Context", packs: int = 0, of_pack: PackWork | None = N
     )
 
 
-def packs_at(context: "Context", step: int) -> int:
-    """Packed sequences of a step, over all ranks."""
-    training = context.settings.training
-    ramp = [packs for first, packs in training.batch_ramp if first <= step]
-    return ramp[-1] if ramp else training.global_batch_size
+def ramp_of(training: TrainingSettings) -> list[tuple[int, int]]:
+    """(steps, packed sequences of a step over all ranks), in order; without a ramp one pair."""
+    ramp = [(1, training.global_batch_size), *training.batch_ramp, (training.steps + 1, 0)]
+    pairs = [(min(after, training.steps + 1) - first, packs) for (first, packs), (after, _) in itertools.pairwise(ramp)]
+    return [(steps, packs) for steps, packs in pairs if steps > 0]
 
 
 def num_blocks(model: ModelSettings) -> int:
@@ -102,13 +105,13 @@ def num_blocks(model: ModelSettings) -> int:
     return model.num_layers * (2 if model.is_recurrent and model.has_source else 1) + model.num_mtp_modules + encoder
 
 
-def passes_per_weight(parameters: list[Parameter]) -> float:
+def passes_per_weight(parameters: list[Parameter], tied: bool) -> float:
     """Passes of a token through a matrix, forward and backward: no gradient of a frozen one is computed. Adapters count
-    as passes through theirs."""
-    matrices = [one for one in parameters if one.role == "matrix"]
-    own = sum(one.numel for one in matrices if ".lora." not in one.name)
-    if not own or all(one.is_trained for one in matrices):
+    as passes through theirs. `tied`: the embedding is the output matrix too."""
+    matrices = [one for one in parameters if one.role == "matrix" or (tied and one.name == "embedding.weight")]
+    if all(one.is_trained for one in matrices):
         return 3.0
+    own = sum(one.numel for one in matrices if ".lora." not in one.name)
     return sum(one.numel * (2 + one.is_trained) for one in matrices) / own
 
 
@@ -120,22 +123,18 @@ def checkpoint_bytes(context: "Context", parameters: list[Parameter]) -> int:
     return sum(WIDE * one.numel for one in parameters) + moment_bytes(parameters, settings.optimizer, 1) + average
 
 
-def _optimizer_bytes(context: "Context", parameters: list[Parameter], micro_batches: int) -> tuple[float, float]:
-    """Moved in a GPU's memory, and over PCIe: sums of gradients in each micro-batch; in the update gradients, masters
-    and moments are read, masters, moments and weights written."""
-    settings, zero, low = (
-        context.settings,
-        context.effective["zero_optimization"],
-        bytes_of(context.settings.training.precision),
-    )
-    trained = sum(one.numel for one in parameters if one.is_trained)
+def _optimizer_bytes(context: "Context", parameters: list[Parameter], micro_batches: int) -> tuple[float, float, float]:
+    """Moved in a GPU's memory, over PCIe, and in the host's memory: sums of gradients in each micro-batch; in the
+    update gradients, masters and moments are read, masters, moments and weights written."""
+    settings, zero = context.settings, context.effective["zero_optimization"]
+    low, trained = bytes_of(settings.training.precision), sum(one.numel for one in parameters if one.is_trained)
     shards = context.ranks if zero["stage"] else 1
     sums = (low + 2 * WIDE) * (trained if zero["stage"] < 2 else trained / shards) * micro_batches
     moments = moment_bytes(parameters, settings.optimizer, shards)
     update = (WIDE + 2 * WIDE + low) * trained / shards + 2 * moments
     if is_offloaded(zero, "offload_optimizer"):
-        return sums, (WIDE + low) * trained / shards
-    return sums + update, 0.0
+        return sums, (WIDE + low) * trained / shards, update
+    return sums + update, 0.0, 0.0
 
 
 def _element_bytes(context: "Context", work: Work) -> float:

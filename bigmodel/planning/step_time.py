@@ -18,17 +18,19 @@ The default rates meet 14 rows of llm-foundry's published table within 8%, and p
 (`tools.bench_plan`, benchmarks/bench_plan.json); there with the attention rate of its kernel, Triton's of 2023.
 """
 
-import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bigmodel.planning.hardware import GB, TERA, Hardware, hardware_of
 from bigmodel.planning.part import Part, Row
-from bigmodel.planning.step_demand import BACKWARD_OF_ATTENTION, MOVED_AGAIN, Demand, packs_at, step_demand
+from bigmodel.planning.step_demand import BACKWARD_OF_ATTENTION, MOVED_AGAIN, Demand, ramp_of, step_demand
 from bigmodel.sizes import byte_size, duration
 
 if TYPE_CHECKING:
     from bigmodel.planning.context import Context
 
+# An offloaded update in the host's memory: an eighth of the 614 GB/s of a DGX H100's 16 channels of DDR5-4800, of which
+# an update by torch reaches about a quarter: assumed.
+HOST_RATE = 614e9 / 8 / 4
 PCIE_RATE = 25e9  # bytes per second and GPU to the host: 16 lanes of PCIe 4, measured rates are about 80% of 31.5
 
 
@@ -71,13 +73,14 @@ def step_time(context: "Context", calibration: Rates | None = None) -> StepTime:
     """Of a step after the batch ramp; the run with its ramp."""
     cluster = context.cluster
     hardware = hardware_of(cluster.hardware, cluster.nodes, context.ranks // cluster.nodes)
-    rates, demand = calibration or Rates(), step_demand(context)
-    phases = seconds_by_phase(context, demand, hardware, rates)
+    rates = calibration or Rates()
+    segments = [(steps, step_demand(context, packs)) for steps, packs in ramp_of(context.settings.training)]
+    of_segments = [seconds_by_phase(context, demand, hardware, rates) for _, demand in segments]
+    (_, demand), phases = segments[-1], of_segments[-1]
     seconds = sum(phases.values())
-    causal, full, hardware_flops = (
-        count / (hardware.peak_flops * context.ranks * seconds) for count in demand.model_flops
-    )
-    tokens, training = _run(context, hardware, rates)
+    peak = hardware.peak_flops * context.ranks * seconds
+    causal, full, of_hardware = (count / peak for count in demand.model_flops)
+    training = sum(steps * sum(one.values()) for (steps, _), one in zip(segments, of_segments, strict=True))
     evaluation = _evaluation_seconds(context, demand, phases)
     return StepTime(
         seconds=seconds,
@@ -87,9 +90,9 @@ def step_time(context: "Context", calibration: Rates | None = None) -> StepTime:
         tokens_per_second_per_gpu=demand.tokens / seconds / context.ranks,
         mfu_causal=causal,
         mfu_full=full,
-        hfu=hardware_flops,
+        hfu=of_hardware,
         sent_bytes={f"{one.name} {one.purpose}": one.sent(context.ranks) for one in demand.collectives},
-        run_tokens=tokens,
+        run_tokens=sum(steps * demand.tokens for steps, demand in segments),
         run_seconds=training + evaluation,
         evaluation_seconds=evaluation,
         demand=demand,
@@ -116,7 +119,7 @@ def computed_seconds(demand: Demand, hardware: Hardware, rates: Rates) -> dict[s
         "attention": demand.attention_flops * attention,
         "recomputation": demand.recomputed_matrix_flops * products + demand.recomputed_attention_flops * attention,
         "elements": demand.element_bytes * memory,
-        "optimizer": demand.optimizer_bytes * memory + demand.host_bytes / PCIE_RATE,
+        "optimizer": demand.optimizer_bytes * memory + demand.pcie_bytes / PCIE_RATE + demand.host_bytes / HOST_RATE,
     }
 
 
@@ -130,18 +133,6 @@ def sent_seconds(context: "Context", demand: Demand, hardware: Hardware, rates: 
         links = hardware.node_rate if inside else min(hardware.node_rate, hardware.link_rate)
         found["all_to_all sequence parallel"] = demand.all_to_all_bytes / (links * rates.link)
     return found
-
-
-def _run(context: "Context", hardware: Hardware, rates: Rates) -> tuple[int, float]:
-    """Tokens and seconds of all steps, with the batch ramp."""
-    training = context.settings.training
-    firsts = [1, *(first for first, _ in training.batch_ramp if 1 < first <= training.steps), training.steps + 1]
-    tokens, seconds = 0, 0.0
-    for first, after in itertools.pairwise(firsts):
-        demand = step_demand(context, packs_at(context, first))
-        tokens += (after - first) * demand.tokens
-        seconds += (after - first) * sum(seconds_by_phase(context, demand, hardware, rates).values())
-    return tokens, seconds
 
 
 def _evaluation_seconds(context: "Context", demand: Demand, phases: dict[str, float]) -> float:

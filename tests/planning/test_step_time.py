@@ -10,14 +10,16 @@ import pytest
 from bigmodel.config.settings import Settings
 from bigmodel.data.plan.visible_pairs import visible_pairs
 from bigmodel.data.store.manifest import Manifest
+from bigmodel.inspect.memory import model_without_memory
 from bigmodel.launcher.cluster import Cluster
 from bigmodel.planning.context import Context, context_of
 from bigmodel.planning.cost import cost_part
 from bigmodel.planning.pack_work import pack_work, work_of_documents
 from bigmodel.planning.parameters import parameters_of
 from bigmodel.planning.reliability import reliability_part
-from bigmodel.planning.step_demand import packs_at, passes_per_weight, step_demand
+from bigmodel.planning.step_demand import passes_per_weight, ramp_of, step_demand
 from bigmodel.planning.step_time import Rates, step_time, time_part
+from bigmodel.training.trained import passes
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "tied_embeddings": True}
 DATA = {"sequence_length": 256, "max_document_length": 256}
@@ -114,11 +116,24 @@ def test_both_sides_of_an_encoder_decoder_are_counted() -> None:
     assert (found.pairs, found.source_pairs, found.cross_pairs) == tuple(pairs)
 
 
-def test_frozen_matrices_pass_twice() -> None:
-    settings = Settings.model_validate({"model": MODEL, "training": {"freeze": ["blocks.*"]}})
-    parameters = parameters_of(settings, VOCABULARY)
-    assert passes_per_weight(parameters) == 2
-    assert passes_per_weight(parameters_of(Settings.model_validate({"model": MODEL}), VOCABULARY)) == 3
+@pytest.mark.parametrize("sections", [{}, {"training": {"freeze": ["blocks.1"]}}, {"lora": {"rank": 4}}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_passes_per_weight_are_those_that_training_counts(sections: dict[str, Any], tied: bool) -> None:
+    settings = Settings.model_validate({"model": MODEL | {"tied_embeddings": tied}, **sections})
+    found = passes_per_weight(parameters_of(settings, VOCABULARY), tied)
+    assert found == pytest.approx(passes(model_without_memory(settings, VOCABULARY)))
+    assert (found == 3) == (not sections)
+
+
+def test_an_offloaded_update_is_the_host_s() -> None:
+    given = context()
+    given.effective["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    near, far = step_demand(context()), step_demand(given)
+    trained = sum(one.numel for one in parameters_of(given.settings, VOCABULARY))
+    assert far.pcie_bytes == 6 * trained / 8
+    assert far.host_bytes == pytest.approx(30 * trained / 8, rel=1e-3)
+    assert near.optimizer_bytes == far.optimizer_bytes + far.host_bytes
+    assert near.pcie_bytes == near.host_bytes == 0
 
 
 # ---- seconds --------------------------------------------------------------------------------------------------------
@@ -170,7 +185,9 @@ def test_ulysses_exchanges_heads() -> None:
 
 def test_the_run_has_its_ramp() -> None:
     ramped = with_settings(context(), batch_ramp=[(51, 32)])
-    assert [packs_at(ramped, step) for step in (1, 50, 51, 100)] == [16, 16, 32, 32]
+    assert ramp_of(ramped.settings.training) == [(50, 16), (50, 32)]
+    assert ramp_of(with_settings(ramped, steps=50).settings.training) == [(50, 16)]
+    assert ramp_of(context().settings.training) == [(100, 16)]
     found = step_time(ramped)
     assert found.tokens == 32 * 256
     assert found.run_tokens == (50 * 16 + 50 * 32) * 256
